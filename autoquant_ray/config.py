@@ -1,0 +1,288 @@
+"""The one validated description of a scan: YAML in, command-line flags over it, JSON out.
+
+A field is written once, here: the command line builds its options from these fields, a YAML file
+uses the same names, and ``run.json`` holds the resolved values. Which stage a field belongs to
+stands in :data:`STAGE_FIELDS`; stages are skipped on resume only while those fields are unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from autoquant_ray.errors import ConfigError
+
+_BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BYTE_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_BYTES = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
+
+
+def parse_bytes(value: int | str) -> int:
+    """Parse a byte count such as ``1500000``, ``2.5GiB`` or ``800MB``.
+
+    Raises:
+        ValueError: The text is not a positive byte count.
+    """
+    match = _BYTES.match(str(value))
+    if match is None:
+        raise ValueError(f"{value!r} is not a byte count; write for example 2.5GiB or 800MB")
+    number = round(float(match[1]) * _BYTE_UNITS[(match[2] or "").lower()])
+    if number <= 0:
+        raise ValueError(f"{value!r} must be more than 0 bytes")
+    return number
+
+
+class SearchSpace(BaseModel):
+    """What is searched: model, formats, layers left out. Enough for ``plan``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(
+        description="Model folder, GGUF file, or Hugging Face id. plan needs only its config.json."
+    )
+    formats: tuple[str, ...] = Field(
+        default=("wint4_afp16", "wfp8_afp8", "wint8_aint8"),
+        description="Quantization formats to choose from, separated by commas. 16 bits ('none') "
+        "is always a choice too.",
+    )
+    custom_formats: dict[str, dict[str, dict[str, Any] | None]] = Field(
+        default_factory=dict,
+        description="Extra formats, config file only: name -> {weight: ModelOpt quantizer "
+        "attributes, input: the same or null}.",
+    )
+    disable: tuple[str, ...] = Field(
+        default=(),
+        description="Glob of module names left in 16 bits. May be repeated. The vision tower of a "
+        "vision-language model is always left out while the data holds no images.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where workers compute. auto: cuda where there is a GPU."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run model code that the checkpoint brings. Off: refuse it."
+    )
+
+    @field_validator("formats", "disable", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(part.strip() for part in parts) if isinstance(parts, list | tuple) else parts
+
+    @field_validator("formats")
+    @classmethod
+    def _check_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or "" in value:
+            raise ValueError("name at least one format, for example wint4_afp16,wfp8_afp8")
+        if "none" in value:
+            raise ValueError("'none' (16 bits) is always a choice; leave it out of the formats")
+        if len(set(value)) != len(value):
+            raise ValueError("a format is named twice")
+        return value
+
+
+class ScanConfig(SearchSpace):
+    """Everything that one scan needs, from the data to the budget and the workers."""
+
+    data: str = Field(
+        description="Calibration data: text file, JSONL, Parquet, dataset folder, hub id, or "
+        "'pydoc' (English text that comes with Python)."
+    )
+    out: str = Field(description="Run directory to write: local path, s3:// or gs://.")
+    text_field: str = Field(default="text", description="Column that holds the text.")
+    split: str = Field(default="train", description="Split of a dataset folder or hub id.")
+    pack: bool = Field(
+        default=False, description="Chop the text into windows of seq-len instead of samples."
+    )
+    samples: int = Field(default=128, ge=1, description="Number of samples to use at most.")
+    seq_len: int = Field(default=512, ge=2, description="Longest sample, in tokens.")
+    step_tokens: int = Field(
+        default=2048, ge=2, description="Tokens (padding included) per forward and backward step."
+    )
+    shard_samples: int = Field(
+        default=8, ge=1, description="Samples per shard, the unit of work that is never lost."
+    )
+    bits: float | None = Field(
+        default=None, gt=0, le=16, description="Budget: average stored bits per searched weight."
+    )
+    bytes: int | None = Field(
+        default=None, description="Budget: bytes of the whole model's weights, e.g. 2.5GiB."
+    )
+    bits_over: Literal["searched", "all"] = Field(
+        default="searched",
+        description="Weights that --bits averages over: searched groups, or all quantizable ones "
+        "as ModelOpt does.",
+    )
+    cost: Literal["storage", "modelopt"] = Field(
+        default="storage",
+        description="Cost that --bits counts: stored bytes with scales, or ModelOpt's number.",
+    )
+    max_formats: int | None = Field(
+        default=None, ge=1, description="At most this many distinct formats, 16 bits not counted."
+    )
+    estimator: Literal["elementwise", "token"] = Field(
+        default="elementwise",
+        description="Sum behind the score: per output element (diagonal Fisher), or per token "
+        "(keeps correlation across channels, noisier).",
+    )
+    labels: Literal["model", "data"] = Field(
+        default="model",
+        description="Labels of the loss: sampled from the model (true Fisher, predicts KL), or "
+        "the next tokens of the data (as ModelOpt).",
+    )
+    label_draws: int = Field(
+        default=1, ge=1, description="Label draws per token when labels come from the model."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the label draws.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Compute type. auto: float32 on CPU, bfloat16 on CUDA."
+    )
+    workers: int | Literal["auto"] = Field(
+        default="auto", description="Number of workers. auto: as many as the cluster has room for."
+    )
+    gpus_per_worker: float | None = Field(
+        default=None, ge=0, description="GPUs each worker reserves. Default: 1 on cuda, 0 on cpu."
+    )
+    cpus_per_worker: int = Field(
+        default=1,
+        ge=1,
+        description="CPUs each worker reserves and computes with. Part of the result: another "
+        "number of threads may change the last bits of a sum.",
+    )
+    address: str = Field(
+        default="auto",
+        description="Ray cluster: auto (a running one, else local), local, or an address such as "
+        "ray://HOST:10001.",
+    )
+
+    @field_validator("bytes", mode="before")
+    @classmethod
+    def _parse_bytes(cls, value: Any) -> Any:
+        return None if value is None else parse_bytes(value)
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _parse_workers(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "auto":
+            if not value.isdigit():
+                raise ValueError(f"{value!r} is neither 'auto' nor a number of workers")
+            value = int(value)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{value} must be at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.bits is None and self.bytes is None:
+            raise ValueError("give a budget: bits (average stored bits) or bytes (whole model)")
+        return self
+
+
+STAGE_FIELDS: dict[str, tuple[str, ...]] = {
+    "plan": ("model", "formats", "custom_formats", "disable", "device", "trust_remote_code"),
+    "shards": ("data", "text_field", "split", "pack", "samples", "seq_len", "shard_samples"),
+    "calibrate": ("dtype", "step_tokens", "cpus_per_worker"),
+    "score": ("labels", "label_draws", "seed"),
+    "aggregate": ("estimator",),
+    "allocate": ("bits", "bytes", "bits_over", "cost", "max_formats"),
+}
+"""Fields that each stage's result depends on, in the order of the stages."""
+
+
+def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, str]:
+    """Hash each stage's own fields together with the fingerprint of the stage before.
+
+    Args:
+        config: Resolved config (no ``auto`` left in fields that change numbers).
+        model: Fingerprint of the model's files.
+        data: Fingerprint of the token shards, or of the source before they exist.
+
+    Returns:
+        Stage name -> hexadecimal digest of 16 characters.
+    """
+    values = config.model_dump(mode="json")
+    digests: dict[str, str] = {}
+    previous = model
+    for stage, fields in STAGE_FIELDS.items():
+        own = {name: values[name] for name in fields}
+        if stage == "shards":
+            own["data_fingerprint"] = data
+        text = json.dumps([previous, own], sort_keys=True)
+        previous = hashlib.sha256(text.encode()).hexdigest()[:16]
+        digests[stage] = previous
+    return digests
+
+
+def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
+    """Name the result-changing fields in which two configs differ, as ``name: old -> new``."""
+    values = after.model_dump(mode="json")
+    names = [name for fields in STAGE_FIELDS.values() for name in fields]
+    return [
+        f"{name}: {before.get(name)} -> {values[name]}"
+        for name in names
+        if name in before and before[name] != values[name]
+    ]
+
+
+def load_config(
+    model_class: type[SearchSpace], path: str | None, flags: dict[str, Any]
+) -> SearchSpace:
+    """Read a YAML file, lay the flags over it, and validate.
+
+    Args:
+        model_class: :class:`ScanConfig` or :class:`SearchSpace`.
+        path: YAML file, or None.
+        flags: Values given on the command line; they win over the file.
+
+    Raises:
+        ConfigError: Unreadable file, unknown key, or a wrong value; one line with its path.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(path)
+    values.update(flags)
+    try:
+        return model_class.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, path, flags, values)) from None
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"config file {path} is not valid YAML: {line}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"config file {path} must hold 'key: value' lines")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _first_problem(
+    error: ValidationError, path: str | None, flags: dict[str, Any], values: dict[str, Any]
+) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    root = str(first["loc"][0]) if first["loc"] else ""
+    from_file = path is not None and root in values and root not in flags
+    where = f"{path}: {name}" if from_file else f"--{name.replace('_', '-')}"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    if first["type"] == "missing":
+        return f"--{name.replace('_', '-')} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    shown = first["input"]
+    return f"{where}: {message}" if str(shown) in message else f"{where}: {message} (got {shown!r})"

@@ -1,0 +1,1 @@
+"""Distribution of the work over Ray."""

@@ -1,0 +1,153 @@
+"""Connect to a Ray cluster and decide how many workers fit, before waiting for anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import ray
+
+from autoquant_ray.config import ScanConfig
+from autoquant_ray.errors import ClusterError
+
+logger = logging.getLogger(__name__)
+
+_LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
+_WORKER_BASE_BYTES = 2**30
+_MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How many workers, and what each reserves."""
+
+    num_workers: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+    device: str
+
+    def at_most(self, num_shards: int) -> Placement:
+        """The same with no more workers than shards; more would idle."""
+        return replace(self, num_workers=max(1, min(self.num_workers, num_shards)))
+
+
+@contextmanager
+def connected(config: ScanConfig) -> Iterator[dict[str, float]]:
+    """Connect to the cluster that the config names; yields its total resources.
+
+    A connection that is open already is used and left open. A local cluster gets enough CPUs for
+    the workers that were asked for by number, even if the machine has fewer.
+
+    Raises:
+        ClusterError: The address cannot be reached.
+    """
+    if ray.is_initialized():
+        yield dict(ray.cluster_resources())
+        return
+    try:
+        _connect(config)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ClusterError(f"Ray cluster {config.address!r} cannot be reached: {reason}") from None
+    try:
+        yield dict(ray.cluster_resources())
+    finally:
+        ray.shutdown()
+
+
+def _connect(config: ScanConfig) -> None:
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+        "namespace": "autoquant_ray",
+    }
+    if config.address == "auto":
+        try:
+            ray.init(address="auto", **common)
+            return
+        except ConnectionError:
+            if os.environ.get("RAY_ADDRESS"):
+                raise
+    elif config.address != "local":
+        ray.init(address=config.address, **common)
+        return
+    asked = config.workers * config.cpus_per_worker if isinstance(config.workers, int) else 0
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, asked, config.cpus_per_worker),
+        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        **common,
+    )
+
+
+def resolve_device(config: ScanConfig, resources: Mapping[str, float]) -> str:
+    """``auto`` becomes cuda where workers will have GPUs."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if resources.get("GPU", 0) > 0 and config.gpus_per_worker != 0 else "cpu"
+
+
+def place_workers(
+    config: ScanConfig,
+    resources: Mapping[str, float],
+    *,
+    device: str,
+    model_bytes: int,
+) -> Placement:
+    """Size the pool to the cluster.
+
+    Args:
+        config: What was asked for.
+        resources: The cluster's totals, as ``ray.cluster_resources()`` gives them.
+        device: ``cpu`` or ``cuda``.
+        model_bytes: Bytes of one loaded model; bounds ``auto`` by the memory of a CPU cluster.
+
+    Raises:
+        ClusterError: More is asked for than the cluster has; says what it has.
+    """
+    gpus = config.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if device == "cuda" else 0.0
+    if device == "cuda" and gpus == 0:
+        raise ClusterError("--device cuda needs --gpus-per-worker above 0")
+    asked = config.workers if isinstance(config.workers, int) else 1
+    needed = {"CPU": asked * config.cpus_per_worker, "GPU": asked * gpus}
+    for name, amount in needed.items():
+        has = resources.get(name, 0)
+        if amount > has:
+            raise ClusterError(
+                f"{asked} worker(s) need {amount:g} {name}, the cluster has {has:g}; lower "
+                f"--workers, --cpus-per-worker or --gpus-per-worker"
+            )
+    if isinstance(config.workers, int):
+        num_workers = config.workers
+    else:
+        num_workers = _room(config, resources, gpus, device, model_bytes)
+    return Placement(
+        num_workers=num_workers,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=gpus,
+        device=device,
+    )
+
+
+def _room(
+    config: ScanConfig, resources: Mapping[str, float], gpus: float, device: str, model_bytes: int
+) -> int:
+    room = int(resources.get("CPU", 0) // config.cpus_per_worker)
+    if gpus > 0:
+        room = min(room, int(resources.get("GPU", 0) / gpus))
+    if device == "cpu":
+        memory = resources.get("memory", psutil.virtual_memory().total) * _MEMORY_SHARE
+        by_memory = int(memory // (_WORKER_BASE_BYTES + 2 * model_bytes))
+        if by_memory < room:
+            logger.info("memory has room for %d workers of %d", max(1, by_memory), room)
+            room = by_memory
+    return max(1, room)

@@ -1,0 +1,106 @@
+"""Tokenize a stream of texts in Ray tasks: ordered, with a bounded look-ahead.
+
+The driver reads, tasks tokenize, results come back in input order, so the samples are the same as
+with one process. Not more than ``look_ahead`` chunks are in flight, so the driver's memory stays
+bounded and little is tokenized in vain when enough samples have been found.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from autoquant_ray.data import one_line, tokenize_chunk
+from autoquant_ray.errors import AutoQuantError, DataError, WorkerError
+from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
+
+Int32s = npt.NDArray[np.int32]
+
+
+def tokenize_stream(
+    chunks: Iterator[list[str]], *, tokenizer_ref: TokenizerRef, pack: bool, look_ahead: int
+) -> Generator[tuple[list[bool], list[list[int]]], None, None]:
+    """Tokenize chunks of texts in Ray tasks.
+
+    Closing the generator early cancels the tasks that are still outstanding.
+
+    Args:
+        chunks: Lists of texts; read only as far as tasks are started.
+        tokenizer_ref: Tokenizer, loaded once per worker process.
+        pack: Passed on to :func:`autoquant_ray.data.tokenize_chunk`.
+        look_ahead: Chunks in flight at most, 1 or more.
+
+    Yields:
+        For each chunk, in input order: whether each text is white space only, and the token ids
+        of each text.
+
+    Raises:
+        ModelError: The tokenizer cannot be loaded on a worker.
+        DataError: A text cannot be tokenized.
+        WorkerError: The workers died more often than Ray retries.
+    """
+    pending: deque[tuple[list[bool], Any]] = deque()
+    try:
+        for texts in chunks:
+            texts_empty = [not text.strip() for text in texts]
+            pending.append((texts_empty, _tokenize_task.remote(texts, tokenizer_ref, pack)))
+            if len(pending) >= look_ahead:
+                yield _result_of_first(pending)
+        while pending:
+            yield _result_of_first(pending)
+    finally:
+        # Outside a session ray.cancel would start a new one, for instance at interpreter exit.
+        if ray.is_initialized():
+            for _, reference in pending:
+                ray.cancel(reference)
+
+
+def _result_of_first(
+    pending: deque[tuple[list[bool], Any]],
+) -> tuple[list[bool], list[list[int]]]:
+    texts_empty, reference = pending[0]
+    tokens_T, lengths_N = _get(reference)
+    pending.popleft()
+    ends_N = np.cumsum(lengths_N)
+    # Row by row, so that not all tokens exist as Python integers twice.
+    token_lists = [
+        tokens_T[end - length : end].tolist() for end, length in zip(ends_N, lengths_N, strict=True)
+    ]
+    return texts_empty, token_lists
+
+
+def _get(reference: Any) -> tuple[Int32s, Int32s]:
+    try:
+        result: tuple[Int32s, Int32s] = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, AutoQuantError):
+            raise error.cause from None
+        reason = f"{type(error.cause).__name__}: {one_line(error.cause)}"
+        raise DataError(f"a text of the calibration data cannot be tokenized: {reason}") from None
+    except ray.exceptions.RayError as error:
+        raise WorkerError(f"tokenization of the calibration data: {one_line(error)}") from None
+    return result
+
+
+def _tokenize(texts: list[str], tokenizer_ref: TokenizerRef, pack: bool) -> tuple[Int32s, Int32s]:
+    token_lists = tokenize_chunk(_cached_tokenizer(tokenizer_ref), texts, pack=pack)
+    lengths_N = np.array([len(tokens) for tokens in token_lists], dtype=np.int32)
+    tokens_T = np.fromiter((token for tokens in token_lists for token in tokens), dtype=np.int32)
+    return tokens_T, lengths_N
+
+
+@lru_cache(maxsize=1)
+def _cached_tokenizer(tokenizer_ref: TokenizerRef) -> Any:
+    # A task has one CPU; tokenizers would take them all.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return load_tokenizer(tokenizer_ref)
+
+
+_tokenize_task = ray.remote(num_cpus=1, max_retries=3)(_tokenize)

@@ -1,0 +1,89 @@
+"""The Ray actor around an :class:`~autoquant_ray.engine.Engine`: no arithmetic lives here.
+
+Constructing the actor is cheap; ``load`` reads the model, so that its errors arrive as results
+and not as a dead actor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from autoquant_ray.errors import AutoQuantError, WorkerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """One shard, handed over whole.
+
+    Attributes:
+        shard: Its number.
+        first_sample: Position of its first sample in the data set.
+        samples: Token ids per sample, int32.
+    """
+
+    shard: int
+    first_sample: int
+    samples: list[np.ndarray[Any, np.dtype[np.int32]]]
+
+
+class ShardWorker:
+    """Computes shards, one at a time."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+
+    def load(self, spec: Any) -> int:
+        """Load the model; returns the process id."""
+        from autoquant_ray.engine import Engine
+
+        with _own_errors("loading the model"):
+            self._engine = Engine(spec)
+        return os.getpid()
+
+    def calibrate(self, task: ShardTask) -> Any:
+        """Activation statistics of a shard."""
+        with _own_errors(f"calibrating shard {task.shard}"):
+            return self._engine.calibrate(task.samples)
+
+    def score(self, task: ShardTask, maxima: Any) -> Any:
+        """Sensitivity sums of a shard."""
+        with _own_errors(f"scoring shard {task.shard}"):
+            return self._engine.score(task.samples, task.first_sample, maxima)
+
+
+@contextmanager
+def _own_errors(doing: str) -> Iterator[None]:
+    """Let only this package's errors leave the process, each naming what was being done."""
+    try:
+        yield
+    except AutoQuantError as error:
+        raise type(error)(f"{doing}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - the actor boundary
+        if _is_device_lost(error):
+            os._exit(1)
+        reason = " ".join(str(error).split())[:500]
+        raise WorkerError(f"{doing}: {type(error).__name__}: {reason}") from None
+
+
+def _is_device_lost(error: Exception) -> bool:
+    """A CUDA context does not recover from most errors; a new process does."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError)
+
+
+def start_worker(num_cpus: int, num_gpus: float) -> Any:
+    """Start one actor; Ray itself never restarts it or repeats a call: the pool decides."""
+    remote: Callable[..., Any] = (
+        ray.remote(ShardWorker)
+        .options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0, max_task_retries=0)
+        .remote
+    )
+    return remote()

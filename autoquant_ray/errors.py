@@ -1,0 +1,74 @@
+"""The one tree of errors that users see.
+
+Every message says what failed, names the value, and says what to do. All classes are picklable
+(they cross process borders inside Ray). The command line maps each class to an exit code.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_NEEDS_A_LOOK = 3
+EXIT_INFEASIBLE = 4
+EXIT_INTERRUPTED = 130
+
+
+class AutoQuantError(Exception):
+    """Base of all errors that the package raises on purpose."""
+
+    exit_code = EXIT_FAILED
+
+
+class ConfigError(AutoQuantError):
+    """A configuration value, flag or job file is wrong."""
+
+    exit_code = EXIT_USAGE
+
+
+class ModelError(AutoQuantError):
+    """The model cannot be read, or is not one that can be scanned."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(AutoQuantError):
+    """The calibration data cannot be read or holds no usable sample."""
+
+    exit_code = EXIT_USAGE
+
+
+class FormatError(AutoQuantError):
+    """A quantization format is unknown, or cannot run on this device or module."""
+
+    exit_code = EXIT_USAGE
+
+
+class ClusterError(AutoQuantError):
+    """The Ray cluster cannot be reached, or lacks what was asked for."""
+
+    exit_code = EXIT_USAGE
+
+
+class InfeasibleBudgetError(AutoQuantError):
+    """No allocation meets the budget and the constraints."""
+
+    exit_code = EXIT_INFEASIBLE
+
+
+class StoreError(AutoQuantError):
+    """A run directory is missing, foreign, in use, damaged or cannot be written."""
+
+    exit_code = EXIT_USAGE
+
+
+class ScoreError(AutoQuantError):
+    """Scores are missing or wrong where they must not be."""
+
+
+class WorkerError(AutoQuantError):
+    """Work failed in a worker process; the message names the shard."""
+
+
+class NonFiniteError(WorkerError):
+    """A shard produced a NaN or an infinity; the same shard would do so on any worker."""

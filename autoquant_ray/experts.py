@@ -1,0 +1,123 @@
+"""Fused mixture-of-experts modules: calibrate and re-run them with a format switched on.
+
+Current transformers keep the experts of a layer as 3-D parameters of one module. ModelOpt wraps
+that module and quantizes each expert's slice and the two shared inputs. Here a *shadow* of the
+module carries ModelOpt's wrapper, so the model itself stays as it was loaded.
+
+Shape letters: T tokens, H hidden, E experts, O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import QuantModuleRegistry
+from modelopt.torch.quantization.plugins.huggingface import (
+    force_eager_experts_impl_on_the_fly,
+    register_fused_experts_on_the_fly,
+)
+
+from autoquant_ray.formats import Attributes, Format
+from autoquant_ray.plan import PlannedModule
+from autoquant_ray.quantizers import (
+    disabled_quantizer,
+    fake_quantize_weight,
+    make_input_quantizer,
+)
+
+
+def prepare_experts(model: torch.nn.Module) -> None:
+    """Make fused experts run expert by expert, the only way that ModelOpt can quantize."""
+    force_eager_experts_impl_on_the_fly(model)
+    register_fused_experts_on_the_fly(model)
+
+
+class FusedExperts:
+    """A shadow of one fused experts module.
+
+    Args:
+        module: The module in the model; :func:`prepare_experts` must have run.
+        planned: Its entry in the plan.
+    """
+
+    def __init__(self, module: torch.nn.Module, planned: PlannedModule) -> None:
+        self._planned = planned
+        self._weights = {name: getattr(module, name) for name in planned.parameters}
+        self._shadow: Any = _shadow(module)
+        for name in planned.parameters:
+            setattr(self._shadow, f"{name}_input_quantizer", disabled_quantizer())
+            quantizers = getattr(self._shadow, f"{name}_weight_quantizers")
+            for quantizer in quantizers:
+                quantizer.disable()
+
+    @torch.no_grad()
+    def quantize_weights(self, attributes: Attributes) -> dict[str, torch.Tensor]:
+        """Fake-quantize every expert's slice by itself: parameter name -> ``(E, O, I)``."""
+        return {
+            name: torch.stack([fake_quantize_weight(attributes, slice_) for slice_ in weight_EOI])
+            for name, weight_EOI in self._weights.items()
+        }
+
+    @torch.no_grad()
+    def run(
+        self,
+        format_: Format,
+        weights: dict[str, torch.Tensor],
+        maxima: dict[str, float],
+        inputs: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        """Output ``(T, H)`` under a format.
+
+        Args:
+            format_: Its input quantizer is applied before both projections.
+            weights: From :meth:`quantize_weights` for the format's weight attributes.
+            maxima: Statistic name -> calibrated maximum of this module.
+            inputs: Arguments of the module's ``forward``, each with T rows.
+        """
+        for name in self._planned.parameters:
+            quantizer = make_input_quantizer(
+                format_.input, maxima.get(f"{name}_input_amax"), inputs[0]
+            )
+            setattr(self._shadow, f"{name}_input_quantizer", quantizer or disabled_quantizer())
+            self._shadow._parameters[name] = torch.nn.Parameter(weights[name], requires_grad=False)
+        output: torch.Tensor = self._shadow(*inputs)
+        return output
+
+    @torch.no_grad()
+    def run_and_collect(
+        self, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Unquantized output ``(T, H)`` and the maxima of both projections' inputs."""
+        recorders = {}
+        for name in self._planned.parameters:
+            recorders[f"{name}_input_amax"] = _MaximumRecorder()
+            setattr(self._shadow, f"{name}_input_quantizer", recorders[f"{name}_input_amax"])
+            self._shadow._parameters[name] = self._weights[name]
+        output: torch.Tensor = self._shadow(*inputs)
+        seen = {key: recorder.maximum for key, recorder in recorders.items()}
+        return output, {key: maximum for key, maximum in seen.items() if maximum is not None}
+
+
+class _MaximumRecorder(torch.nn.Module):
+    """Stands in for an input quantizer and notes the largest absolute input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maximum: torch.Tensor | None = None
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if states.numel():
+            seen = states.abs().amax()
+            self.maximum = seen if self.maximum is None else torch.maximum(self.maximum, seen)
+        return states
+
+
+def _shadow(module: torch.nn.Module) -> torch.nn.Module:
+    shadow = copy.copy(module)
+    shadow.__dict__.update(
+        {key: value.copy() for key, value in module.__dict__.items() if isinstance(value, dict)}
+    )
+    converted: torch.nn.Module = QuantModuleRegistry.convert(shadow)
+    return converted.eval()

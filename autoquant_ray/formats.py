@@ -1,0 +1,289 @@
+"""Format names -> ModelOpt quantizer attributes and stored bits.
+
+A format is a pair of quantizers, one for a module's weight and one for its input, described by
+ModelOpt's own ``QuantizerAttributeConfig`` fields, so that what is scored is what
+``mtq.quantize`` will do. Names: the pairs ``w{fp4,fp8,int4,int8}_a{fp16,fp8,int8,int4}``,
+ModelOpt's presets by their own name, and custom entries of the config file.
+
+A preset is applied to a module as ``mtq.auto_quantize`` applies it: only entries that match the
+bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*lm_head*``) do not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant_ray.errors import FormatError
+
+Attributes = dict[str, Any]
+"""Fields of ModelOpt's ``QuantizerAttributeConfig``."""
+
+NONE = "none"
+"""Name of the choice that leaves a group in 16 bits."""
+
+_WEIGHTS: dict[str, Attributes] = {
+    "fp4": {
+        "num_bits": (2, 1),
+        "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)},
+        "effective_bits": 4.5,
+    },
+    "fp8": {"num_bits": (4, 3), "axis": None},
+    "int4": {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}},
+    "int8": {"num_bits": 8, "axis": 0},
+}
+_INPUTS: dict[str, Attributes | None] = {
+    "fp16": None,
+    "fp8": {"num_bits": (4, 3), "axis": None},
+    "int8": {"num_bits": 8, "axis": None},
+    "int4": {"num_bits": 4, "axis": None},
+}
+PAIRS: dict[str, tuple[Attributes, Attributes | None]] = {
+    f"w{weight}_a{input_}": (_WEIGHTS[weight], _INPUTS[input_])
+    for weight in _WEIGHTS
+    for input_ in _INPUTS
+}
+"""The 16 weight/activation pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One choice of the menu.
+
+    Attributes:
+        name: As given by the user.
+        weight: Attributes of the weight quantizer.
+        input: Attributes of the input quantizer; None keeps inputs in 16 bits.
+        modelopt_compression: ModelOpt's estimate of compressed over 16-bit size. It is the
+            minimum over weight and input, so it undercounts formats with narrow inputs.
+    """
+
+    name: str
+    weight: Attributes
+    input: Attributes | None
+    modelopt_compression: float
+
+    @property
+    def weight_key(self) -> str:
+        """Equal for formats that quantize weights alike."""
+        return attributes_key(self.weight)
+
+    @property
+    def input_key(self) -> str | None:
+        """Equal for formats that quantize inputs alike; None where inputs stay in 16 bits."""
+        return None if self.input is None else attributes_key(self.input)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``run.json``; :meth:`from_json` is the inverse."""
+        return {
+            "name": self.name,
+            "weight": attributes_to_json(self.weight),
+            "input": None if self.input is None else attributes_to_json(self.input),
+            "modelopt_compression": self.modelopt_compression,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Format:
+        """Read back what :meth:`to_json` wrote."""
+        return cls(
+            name=value["name"],
+            weight=attributes_from_json(value["weight"]),
+            input=None if value["input"] is None else attributes_from_json(value["input"]),
+            modelopt_compression=value["modelopt_compression"],
+        )
+
+
+def attributes_to_json(attributes: Attributes) -> Attributes:
+    """Make quantizer attributes JSON-safe: tuples become lists, block axes become strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return {key: plain(value) for key, value in attributes.items()}
+
+
+def attributes_from_json(attributes: Attributes) -> Attributes:
+    """Undo :func:`attributes_to_json`: block axes become integers, lists become tuples."""
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                int(key) if key.lstrip("-").isdigit() else key: restored(item)
+                for key, item in value.items()
+            }
+        return tuple(value) if isinstance(value, list) else value
+
+    return {key: restored(value) for key, value in attributes.items()}
+
+
+def attributes_key(attributes: Attributes) -> str:
+    """A text that is equal exactly for equal attributes."""
+    return repr(sorted(attributes_to_json(attributes).items()))
+
+
+def resolve_formats(
+    names: tuple[str, ...],
+    *,
+    device: str,
+    custom: dict[str, dict[str, Attributes | None]] | None = None,
+) -> list[Format]:
+    """Turn format names into :class:`Format` objects, in the order given.
+
+    Args:
+        names: Names of the menu.
+        device: ``cpu`` or ``cuda``; formats that cannot run there are refused.
+        custom: Formats of the config file: name -> ``{"weight": ..., "input": ...}``.
+
+    Raises:
+        FormatError: Unknown name (with the closest ones), or a format that cannot be scanned.
+    """
+    resolved = [_resolve(name, custom or {}) for name in names]
+    for format_ in resolved:
+        _check_device(format_, device)
+        _check_input(format_)
+    return resolved
+
+
+def known_formats() -> list[str]:
+    """All names that can be asked for, pairs first, then ModelOpt's presets."""
+    import modelopt.torch.quantization as mtq
+
+    return [*PAIRS, *sorted(mtq.config.choices)]
+
+
+def _resolve(name: str, custom: dict[str, dict[str, Attributes | None]]) -> Format:
+    if name in custom:
+        weight, input_ = _custom_attributes(name, custom[name])
+    elif name in PAIRS:
+        weight, input_ = PAIRS[name]
+    else:
+        weight, input_ = _preset_attributes(name, [*custom, *known_formats()])
+    return Format(
+        name=name,
+        weight=weight,
+        input=input_,
+        modelopt_compression=_modelopt_compression(name, weight, input_),
+    )
+
+
+def _custom_attributes(
+    name: str, entry: dict[str, Attributes | None]
+) -> tuple[Attributes, Attributes | None]:
+    unknown = sorted(set(entry) - {"weight", "input"})
+    weight = entry.get("weight")
+    if unknown or not weight:
+        raise FormatError(f"custom format {name!r} must have 'weight' and may have 'input'")
+    input_ = entry.get("input")
+    restored = attributes_from_json(attributes_to_json(weight))
+    return restored, None if input_ is None else attributes_from_json(attributes_to_json(input_))
+
+
+def _preset_attributes(name: str, known: list[str]) -> tuple[Attributes, Attributes | None]:
+    import modelopt.torch.quantization as mtq
+
+    if name not in mtq.config.choices:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        hint = ", ".join(close) if close else ", ".join(known[:4])
+        raise FormatError(f"unknown format {name!r}; closest: {hint}")
+    preset = getattr(mtq.config, name)
+    algorithm = preset.get("algorithm")
+    method = algorithm["method"] if isinstance(algorithm, dict) else algorithm
+    if method not in (None, "max"):
+        raise FormatError(
+            f"format {name} needs the calibration algorithm {method!r}; only formats calibrated "
+            "by 'max' can be scanned so far"
+        )
+    weight = _last_match(preset["quant_cfg"], "weight_quantizer")
+    if weight is None:
+        raise FormatError(
+            f"format {name} sets no weight quantizer for every layer (it is a recipe for the KV "
+            "cache or for some layers); use its base format, and --disable for the other layers"
+        )
+    return weight, _last_match(preset["quant_cfg"], "input_quantizer")
+
+
+def _last_match(entries: list[dict[str, Any]], quantizer: str) -> Attributes | None:
+    matched: Attributes | None = None
+    for entry in entries:
+        if entry.get("parent_class") or not fnmatch.fnmatch(quantizer, entry["quantizer_name"]):
+            continue
+        matched = dict(entry["cfg"]) if entry.get("cfg") else None
+        if entry.get("enable", True) is False:
+            matched = None
+    return matched
+
+
+def _modelopt_compression(name: str, weight: Attributes, input_: Attributes | None) -> float:
+    from modelopt.torch.quantization.algorithms import estimate_quant_compression
+    from modelopt.torch.quantization.config import QuantizeConfig
+    from pydantic import ValidationError
+
+    entries = [{"quantizer_name": "*weight_quantizer", "cfg": weight}]
+    if input_ is not None:
+        entries.append({"quantizer_name": "*input_quantizer", "cfg": input_})
+    try:
+        return float(estimate_quant_compression(QuantizeConfig(quant_cfg=entries)))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise FormatError(f"format {name!r} is not valid for ModelOpt: {reason}") from None
+
+
+def _check_device(format_: Format, device: str) -> None:
+    for attributes in (format_.weight, format_.input):
+        if device == "cpu" and attributes is not None and _needs_cuda(attributes):
+            raise FormatError(
+                f"format {format_.name} cannot run on cpu: ModelOpt's fp4 and MX quantizers are "
+                "CUDA kernels; scan on a GPU (--device cuda) or choose another format"
+            )
+
+
+def _needs_cuda(attributes: Attributes) -> bool:
+    blocks = attributes.get("block_sizes") or {}
+    dynamic_blocks = blocks.get("type") == "dynamic" and blocks.get("scale_bits") is not None
+    return attributes.get("num_bits") == (2, 1) or dynamic_blocks
+
+
+def _check_input(format_: Format) -> None:
+    input_ = format_.input
+    if input_ is None:
+        return
+    per_tensor = input_.get("axis") is None and not input_.get("block_sizes")
+    if input_.get("type") == "dynamic" and per_tensor:
+        raise FormatError(
+            f"format {format_.name} scales each input tensor by its own maximum; its score would "
+            "depend on how samples are batched. Use a static or per-token input quantizer"
+        )
+
+
+def stored_bits(attributes: Attributes, shape: tuple[int, ...]) -> int:
+    """Bits that a quantized weight takes on disk, scales included.
+
+    Elements take the format's width. Scales: one float32 per tensor or per output channel;
+    block formats one scale per block of the input dimension, a partial block counted whole as
+    ModelOpt pads it: 8 bits where the format fixes them (NVFP4, MX), else 16. NVFP4 adds its
+    float32 scale per tensor.
+
+    Args:
+        attributes: Weight quantizer attributes.
+        shape: ``(out, in)``, or ``(experts, out, in)`` for fused experts.
+    """
+    num_bits = attributes.get("num_bits", 8)
+    width = num_bits if isinstance(num_bits, int) else sum(num_bits) + 1
+    matrices = math.prod(shape[:-2])
+    rows, columns = shape[-2], shape[-1]
+    payload = matrices * rows * columns * width
+    blocks = {k: v for k, v in (attributes.get("block_sizes") or {}).items() if isinstance(k, int)}
+    if not any(blocks.values()):
+        scales = rows if attributes.get("axis") is not None or -1 in blocks else 1
+        return payload + matrices * scales * 32
+    scale_bits = attributes["block_sizes"].get("scale_bits")
+    columns_of_blocks = math.ceil(columns / (blocks.get(-1) or columns))
+    rows_of_blocks = math.ceil(rows / (blocks.get(-2) or 1))
+    scale_width = 16 if scale_bits is None else sum(scale_bits) + (0 if scale_bits[0] == 8 else 1)
+    second_scale = 32 if scale_bits == (4, 3) else 0
+    return payload + matrices * (columns_of_blocks * rows_of_blocks * scale_width + second_scale)

@@ -1,0 +1,240 @@
+"""Exact multiple-choice knapsack on arrays: one format per group, least score, cost within limits.
+
+1. :func:`sweep` orders the steps along the lower convex hulls of all groups. Its prefixes are the
+   frontier, and the first step that no longer fits gives the Lagrange multiplier and a bound.
+2. :func:`tighten` drops every choice that cannot be part of a better allocation than the known one.
+3. :func:`search` runs a dynamic programme over the choices left. Its states are (cost, score)
+   pairs; it drops a state that another dominates or whose bound is above the known allocation.
+
+A general solver stops at absolute tolerances near 1e-6, above the scores of whole layers. Here
+scores are compared as float64, so layers of 1e-3 and of 1e-12 nats are both decided exactly.
+Sources: Pisinger 1995, "A minimal algorithm for the multiple-choice knapsack problem"; Dyer 1984.
+
+Shapes: G groups, F formats, R resources, S states, N hull steps. Names and error texts are in
+:mod:`autoquant_ray.allocation`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
+
+SLACK = 1e-12  # relative rounding allowed when a budget is met exactly
+MARGIN = 1e-13  # relative rounding of a bound; a state is dropped only beyond it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Scores and costs as arrays. A format that a group lacks has score inf and cost 0."""
+
+    scores_GF: Floats
+    costs_RGF: Floats
+    limits_R: Floats
+
+    @property
+    def present_GF(self) -> Mask:
+        """Which group has which format."""
+        return np.isfinite(self.scores_GF)
+
+    def keep(self, mask: Mask) -> Problem:
+        """The same problem with only the choices in ``mask``, which broadcasts to (G, F)."""
+        scores = np.where(mask, self.scores_GF, np.inf)
+        return replace(
+            self, scores_GF=scores, costs_RGF=np.where(np.isfinite(scores), self.costs_RGF, 0.0)
+        )
+
+    def score(self, columns_G: Indices) -> float:
+        """Summed score of one format (column) per group."""
+        return math.fsum(self.scores_GF[np.arange(len(columns_G)), columns_G])
+
+    def costs(self, columns_G: Indices) -> list[float]:
+        """Summed cost per resource of one format (column) per group."""
+        chosen_RG = self.costs_RGF[:, np.arange(len(columns_G)), columns_G]
+        return [math.fsum(row) for row in chosen_RG]
+
+    def is_within(self, columns_G: Indices) -> bool:
+        """Whether one format (column) per group meets every limit."""
+        pairs = zip(self.costs(columns_G), self.limits_R, strict=True)
+        return all(cost <= limit * (1 + SLACK) for cost, limit in pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """An allocation that meets the limits, and a proven lower bound of the best score."""
+
+    columns_G: Indices
+    score: float
+    lower: float
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether no allocation within the limits scores less."""
+        return self.lower >= self.score
+
+    @property
+    def gap(self) -> float:
+        """Relative distance from the score down to the proven bound."""
+        return 0.0 if self.is_proven else (self.score - self.lower) / self.score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Steps along the lower convex hulls, best gain per cost first.
+
+    ``start_G`` is the cheapest format of each group. Step n moves ``groups_N[n]`` to
+    ``columns_N[n]`` for ``costs_N[n]`` more cost and ``gains_N[n]`` less score.
+    """
+
+    start_G: Indices
+    groups_N: Indices
+    columns_N: Indices
+    costs_N: Floats
+    gains_N: Floats
+    rates_N: Floats
+
+    def prefix(self, num_steps: int) -> Indices:
+        """Columns after the first ``num_steps`` steps."""
+        columns_G = self.start_G.copy()
+        columns_G[self.groups_N[:num_steps]] = self.columns_N[:num_steps]
+        return columns_G
+
+
+def sweep(scores_GF: Floats, costs_GF: Floats) -> Sweep:
+    """Order the steps of all lower convex hulls by gain per cost."""
+    costs_GF = np.where(np.isfinite(scores_GF), costs_GF, np.inf)
+    order_GF = np.lexsort((scores_GF, costs_GF), axis=-1)
+    score_GF = np.take_along_axis(scores_GF, order_GF, axis=1)
+    cost_GF = np.take_along_axis(costs_GF, order_GF, axis=1)
+    rows = np.arange(len(scores_GF))
+    at = np.zeros(len(rows), dtype=np.intp)
+    before = np.full(len(rows), np.inf)
+    parts: list[tuple[npt.NDArray[np.generic], ...]] = []
+    while not parts or rows.size:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            more = cost_GF[rows] - cost_GF[rows, at][:, None]
+            gain = score_GF[rows, at][:, None] - score_GF[rows]
+            rate = np.where((more > 0) & (gain > 0), gain / more, 0.0)
+        to, line = rate.argmax(axis=1), np.arange(len(rows))
+        # Rounding must not put a group's later step before its earlier one.
+        best = np.minimum(rate[line, to], before)
+        live = best > 0
+        step = np.full(int(live.sum()), len(parts))
+        moves = (rows, order_GF[rows, to], more[line, to], gain[line, to], best)
+        parts.append((step, *(values[live] for values in moves)))
+        rows, at, before = rows[live], to[live], best[live]
+    step, *fields = (np.concatenate(column) for column in zip(*parts, strict=True))
+    sequence = np.lexsort((fields[0], step, -fields[4]))
+    groups, columns, costs, gains, rates = (values[sequence] for values in fields)
+    return Sweep(
+        start_G=order_GF[:, 0],
+        groups_N=groups.astype(np.intp),
+        columns_N=columns.astype(np.intp),
+        costs_N=costs.astype(np.float64),
+        gains_N=gains.astype(np.float64),
+        rates_N=rates.astype(np.float64),
+    )
+
+
+def bound(problem: Problem, multipliers_R: Floats) -> float:
+    """Lagrangian lower bound of the best score, for any multipliers >= 0, rounded down."""
+    reduced_G = _reduced(problem, multipliers_R).min(axis=1)
+    price = float(multipliers_R @ problem.limits_R)
+    total = math.fsum(reduced_G)
+    return max(total - price - MARGIN * (total + price), math.fsum(problem.scores_GF.min(axis=1)))
+
+
+def _reduced(problem: Problem, multipliers_R: Floats) -> Floats:
+    priced: Floats = problem.scores_GF + np.tensordot(multipliers_R, problem.costs_RGF, axes=1)
+    return priced
+
+
+def tighten(problem: Problem, multipliers_R: Floats, score: float) -> Problem:
+    """Drop the choices that are in no allocation with a score below or equal to ``score``."""
+    reduced_GF = _reduced(problem, multipliers_R)
+    reduced_GF = reduced_GF - reduced_GF.min(axis=1)[:, None]
+    spare = score - bound(problem, multipliers_R)
+    kept = problem.keep(reduced_GF <= spare * (1 + MARGIN))
+    return kept.keep(undominated(kept))
+
+
+def undominated(problem: Problem) -> Mask:
+    """Choices of which no other in the group has both a score and costs as low."""
+    scores_GF, costs_RGF, present_GF = problem.scores_GF, problem.costs_RGF, problem.present_GF
+    alive_GF = present_GF.copy()
+    later_F = np.arange(scores_GF.shape[1])
+    for column in later_F:
+        score_G1, cost_RG1 = scores_GF[:, column, None], costs_RGF[:, :, column, None]
+        no_worse_GF = (score_G1 <= scores_GF) & (cost_RG1 <= costs_RGF).all(axis=0)
+        equal_GF = (score_G1 == scores_GF) & (cost_RG1 == costs_RGF).all(axis=0)
+        beaten_GF = no_worse_GF & (~equal_GF | (later_F > column))
+        alive_GF &= ~(beaten_GF & present_GF[:, column, None])
+    return alive_GF
+
+
+def frontier_points(problem: Problem) -> list[tuple[float, float]]:
+    """Summed cost and score after every step of the sweep, for the problem's one resource."""
+    steps = sweep(problem.scores_GF, problem.costs_RGF[0])
+    cheapest = problem.costs(steps.start_G)[0]
+    costs = cheapest + np.concatenate(([0.0], np.cumsum(steps.costs_N)))
+    # Summed from the good end: there the scores are smallest and rounding would show most.
+    best = problem.score(steps.prefix(len(steps.costs_N)))
+    scores = best + np.concatenate(([0.0], np.cumsum(steps.gains_N[::-1])))[::-1]
+    return list(zip(costs.tolist(), scores.tolist(), strict=True))
+
+
+def relax(problem: Problem, *, fill: bool = True) -> tuple[Answer, Floats] | None:
+    """Greedy allocation, its lower bound and the multiplier, for the problem's one resource.
+
+    Args:
+        problem: Scores, costs and one limit.
+        fill: After the last hull step within the limit, also take later ones that still fit.
+
+    Returns:
+        The answer and the multiplier (1,), or None where even the cheapest choices exceed the
+        limit.
+    """
+    steps = sweep(problem.scores_GF, problem.costs_RGF[0])
+    if not problem.is_within(steps.start_G):
+        return None
+    spent = problem.costs(steps.start_G)[0] + np.cumsum(steps.costs_N)
+    limit = float(problem.limits_R[0]) * (1 + SLACK / 2)
+    num_steps = int(np.searchsorted(spent, limit, side="right"))
+    while not problem.is_within(steps.prefix(num_steps)):
+        num_steps -= 1
+    columns_G = steps.prefix(num_steps)
+    if fill:
+        columns_G = _fill(problem, steps, num_steps, limit)
+    multiplier_R = steps.rates_N[num_steps : num_steps + 1]
+    if not multiplier_R.size:
+        multiplier_R = np.zeros(1)
+    score = problem.score(columns_G)
+    lower = min(score, bound(problem, multiplier_R))
+    return Answer(columns_G=columns_G, score=score, lower=lower), multiplier_R
+
+
+def _fill(problem: Problem, steps: Sweep, num_steps: int, limit: float) -> Indices:
+    """Take the hull prefix, then every later step that still fits."""
+    columns_G = steps.prefix(num_steps)
+    spare = limit - problem.costs(columns_G)[0]
+    blocked: set[int] = set()
+    later = slice(num_steps, None)
+    fits = np.minimum.accumulate(steps.costs_N[later][::-1])[::-1].tolist()
+    names = (steps.groups_N[later], steps.columns_N[later], steps.costs_N[later])
+    rows = zip(*(values.tolist() for values in names), fits, strict=True)
+    filled_G = columns_G.copy()
+    for group, column, cost, least in rows:
+        if least > spare:
+            break
+        if cost > spare:
+            blocked.add(group)
+        if group not in blocked:
+            filled_G[group] = column
+            spare -= cost
+    return filled_G if problem.is_within(filled_G) else columns_G

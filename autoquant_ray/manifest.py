@@ -1,0 +1,176 @@
+"""An allocation -> the manifests that people and ``mtq.quantize`` read.
+
+Needs neither torch nor the model: everything stands in the run directory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from autoquant_ray.allocation import Allocation
+from autoquant_ray.budget import BITS_PER_BYTE, Problem, SolveOptions
+from autoquant_ray.formats import (
+    NONE,
+    Format,
+    attributes_from_json,
+    attributes_to_json,
+    stored_bits,
+)
+from autoquant_ray.store import SCHEMA_VERSION
+
+Scores = Mapping[tuple[str, str], float]
+
+
+def chosen_formats(problem: Problem, allocation: Allocation) -> dict[str, str]:
+    """Format of every group, unsearched ones included, in the model's order."""
+    return {name: allocation.formats.get(name, NONE) for name in problem.groups}
+
+
+def solution_summary(
+    problem: Problem, allocation: Allocation, scores_are_nats: bool
+) -> dict[str, Any]:
+    """The ``solution`` object of ``manifest.json``.
+
+    ``effective_bits`` averages stored bits over the searched groups, ``effective_bits_all`` over
+    all quantizable ones; ``weight_bytes`` is the whole model's weights. ``predicted_kl_nats`` is
+    null where the scores have no unit (an imported ModelOpt manifest).
+    """
+    formats = chosen_formats(problem, allocation)
+
+    def average_bits(groups: list[Any], resource: str, unit: float) -> float:
+        cost = math.fsum(group.cost(formats[group.name], resource) for group in groups)
+        return cost * unit / float(sum(group.num_weights for group in groups))
+
+    everything = list(problem.groups.values())
+    model_bytes = math.fsum(group.cost(formats[group.name], "model") for group in everything)
+    return {
+        "effective_bits": average_bits(problem.searched, "storage", BITS_PER_BYTE),
+        "effective_bits_all": average_bits(everything, "storage", BITS_PER_BYTE),
+        "modelopt_effective_bits": average_bits(everything, "modelopt", 16),
+        "weight_bytes": problem.other_bytes + model_bytes,
+        "score": allocation.score,
+        "predicted_kl_nats": allocation.score if scores_are_nats else None,
+        "is_satisfied": allocation.is_satisfied,
+        "optimality_gap": allocation.optimality_gap,
+    }
+
+
+def manifest_rows(
+    problem: Problem, formats: Mapping[str, str], scores: Scores, summary: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows of ``manifest.parquet``: one per module. ``score`` is that of the module's group."""
+    attributes = {
+        entry["name"]: attributes_from_json(entry["weight"])
+        for entry in summary["formats"]
+        if entry.get("weight")
+    }
+    rows = []
+    for group in problem.groups.values():
+        chosen = formats[group.name]
+        for module in group.module_names:
+            shapes = [tuple(shape) for shape in summary["modules"][module]["shapes"]]
+            weights = sum(math.prod(shape) for shape in shapes)
+            bits = float(weights) * group.rows[chosen]["weight_bits"]
+            if chosen in attributes:
+                bits = float(sum(stored_bits(attributes[chosen], shape) for shape in shapes))
+            rows.append(
+                {
+                    "module": module,
+                    "group": group.name,
+                    "format": chosen,
+                    "weight_bits": bits / weights,
+                    "weight_bytes": bits / BITS_PER_BYTE,
+                    "score": 0.0 if chosen == NONE else scores[group.name, chosen],
+                }
+            )
+    return rows
+
+
+def quantization_config(
+    problem: Problem, formats: Mapping[str, str], summary: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The configuration that ``mtq.quantize`` takes, in JSON-safe form.
+
+    JSON has no integer keys, so block axes are strings here;
+    :func:`load_quantization_config` restores them. None for an imported manifest, which
+    does not name all modules of a fused group.
+    """
+    known = {entry["name"]: entry for entry in summary["formats"] if entry.get("weight")}
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for group in problem.groups.values():
+        chosen = formats[group.name]
+        if chosen == NONE:
+            continue
+        if chosen not in known:
+            return None
+        format_ = Format.from_json(known[chosen])
+        for module in group.module_names:
+            for prefix in summary["modules"][module]["prefixes"]:
+                entries.extend(_quantizer_entries(f"{module}.{prefix}", format_))
+    return {"quant_cfg": entries, "algorithm": "max"}
+
+
+def _quantizer_entries(start: str, format_: Format) -> list[dict[str, Any]]:
+    entries = []
+    for part, attributes in (("weight", format_.weight), ("input", format_.input)):
+        if attributes is not None:
+            entry = {"quantizer_name": f"{start}{part}_quantizer", "enable": True}
+            entries.append(entry | {"cfg": attributes_to_json(attributes)})
+    return entries
+
+
+def load_quantization_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a manifest's ``quantization_config`` the Python types that ``mtq.quantize`` checks.
+
+    Args:
+        manifest: Content of ``manifest.json``.
+
+    Returns:
+        ``{"quant_cfg": [...], "algorithm": "max"}`` with integer block axes and tuples.
+
+    Raises:
+        ValueError: The manifest has none, because it was imported.
+    """
+    config = manifest["quantization_config"]
+    if config is None:
+        raise ValueError("this manifest was imported and does not name all quantized modules")
+    entries = [
+        entry | ({"cfg": attributes_from_json(entry["cfg"])} if "cfg" in entry else {})
+        for entry in config["quant_cfg"]
+    ]
+    return {"quant_cfg": entries, "algorithm": config["algorithm"]}
+
+
+def build_manifest(
+    run: Mapping[str, Any],
+    options: SolveOptions,
+    solution: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Content of ``manifest.json``.
+
+    Args:
+        run: Content of ``run.json``.
+        options: Budget and constraints that were solved for.
+        solution: From :func:`solution_summary`.
+        config: From :func:`quantization_config`.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run["run_id"],
+        "model": run["model"],
+        "dataset": run["dataset"],
+        "budget": {
+            "bits": options.bits,
+            "bytes": options.bytes,
+            "bits_over": options.bits_over,
+            "cost": options.cost,
+            "max_formats": options.max_formats,
+            "pins": dict(options.pins),
+            "allow": {pattern: list(formats) for pattern, formats in options.allow.items()},
+        },
+        "solution": dict(solution),
+        "quantization_config": config,
+    }

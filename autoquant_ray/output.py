@@ -1,0 +1,83 @@
+"""What commands print for people, on stdout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from autoquant_ray.plan import Plan
+from autoquant_ray.solve import Solution
+
+_TOP_GROUPS = 10
+_FILE_WIDTH = 200
+
+
+def _console() -> Console:
+    """Wide where the output is not a terminal, so that names stay on one line."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The object that ``plan --json`` prints."""
+    summary = plan.summary()
+    keys = ("unsearched", "tied_groups", "other_bytes", "other_modules", "flops_per_token")
+    return {
+        "groups": plan.rows(),
+        "bits_range": list(plan.bits_range()),
+        "formats": [format_.name for format_ in plan.formats],
+        "num_groups": len(plan.groups),
+        "num_searched": len(plan.searched),
+        **{key: summary[key] for key in keys},
+    }
+
+
+def print_plan(plan: Plan) -> None:
+    """Groups x formats x bytes, then the totals."""
+    console = _console()
+    table = Table(box=box.SIMPLE)
+    table.add_column("Group", overflow="fold", no_wrap=True)
+    table.add_column("Weights", justify="right")
+    for name in [*(format_.name for format_ in plan.formats), "none"]:
+        table.add_column(f"{name} MiB", justify="right")
+    for group in plan.groups:
+        sizes = [f"{group.weight_bytes(f) / 2**20:.2f}" for f in plan.choices(group)]
+        blanks = ["-"] * (len(plan.formats) + 1 - len(sizes))
+        name = group.name if group.reason is None else f"{group.name} ({group.reason})"
+        table.add_row(escape(name), f"{group.num_weights:,}", *blanks, *sizes)
+    console.print(table)
+    low, high = plan.bits_range()
+    console.print(f"{len(plan.searched)} of {len(plan.groups)} groups searched")
+    console.print(f"reachable average bits: {low:.3f} to {high:.3f}")
+    console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
+    console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
+
+
+def print_solution(run: str, solution: Solution) -> None:
+    """The ten most sensitive groups, the totals, and the written files."""
+    from autoquant_ray.solve import group_sensitivities
+    from autoquant_ray.store import RunDirectory
+
+    console = _console()
+    ranked = group_sensitivities(RunDirectory(run))
+    table = Table(title="Most sensitive groups", box=box.SIMPLE)
+    table.add_column("Group", overflow="fold", no_wrap=True)
+    table.add_column("Harshest format's score", justify="right")
+    table.add_column("Chosen")
+    for group, sensitivity in ranked[:_TOP_GROUPS]:
+        table.add_row(escape(group), f"{sensitivity:.3e}", escape(solution.formats[group]))
+    console.print(table)
+    summary = solution.summary
+    predicted = summary["predicted_kl_nats"]
+    console.print(f"effective bits: {summary['effective_bits']:.4f}")
+    if predicted is None:
+        console.print(f"total score: {summary['score']:.4g} (imported, no unit)")
+    else:
+        console.print(f"predicted KL: {predicted:.4g} nats per token")
+    console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
+    for path in solution.paths.values():
+        console.print(escape(path), soft_wrap=True)

@@ -1,0 +1,305 @@
+"""The plan: groups x formats x costs, from the model's skeleton alone.
+
+A group is a set of modules that serving engines fuse and that must share one format; the rules
+are ModelOpt's own (``quant_grouping_rules`` of its searcher). Every quantizable weight is either
+in a searched group or listed as unsearched with the reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autoquant_ray.errors import ConfigError, ModelError
+from autoquant_ray.formats import NONE, Format, stored_bits
+
+if TYPE_CHECKING:
+    import torch
+
+UNQUANTIZED_BITS = 16
+VISION_PATTERNS = (
+    "model.visual*",
+    "visual*",
+    "*vision_tower*",
+    "*vision_model*",
+    "*multi_modal_projector*",
+    "*embed_vision*",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModule:
+    """One quantizable module.
+
+    Attributes:
+        name: Dotted name in the model.
+        kind: ``linear``, ``experts`` (fused 3-D parameters) or ``convolution``.
+        parameters: Weight parameter names inside the module, in forward order.
+        shapes: Their shapes, as ``(..., out, in)``.
+    """
+
+    name: str
+    kind: str
+    parameters: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weight elements."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def quantizer_prefixes(self) -> tuple[str, ...]:
+        """What stands before ``_weight_quantizer`` in ModelOpt's names: '' for a linear."""
+        return ("",) if self.kind != "experts" else tuple(f"{p}_" for p in self.parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedGroup:
+    """Modules that share one format; named after the first of them.
+
+    Attributes:
+        reason: Why the group is not searched; None for a searched group.
+        is_tied: Its weight is the input embedding too (a tied head).
+    """
+
+    name: str
+    modules: tuple[PlannedModule, ...]
+    reason: str | None
+    is_tied: bool
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether a format is chosen for this group."""
+        return self.reason is None
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weight elements in the group."""
+        return sum(module.num_weights for module in self.modules)
+
+    def weight_bytes(self, format_: Format | None) -> float:
+        """Stored bytes under a format (scales included); None: 16 bits."""
+        if format_ is None:
+            return self.num_weights * UNQUANTIZED_BITS / 8
+        shapes = (shape for module in self.modules for shape in module.shapes)
+        return sum(stored_bits(format_.weight, shape) for shape in shapes) / 8
+
+    def modelopt_cost(self, format_: Format | None) -> float:
+        """ModelOpt's cost: weights times its compression, in 16-bit weight equivalents."""
+        return self.num_weights * (1.0 if format_ is None else format_.modelopt_compression)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Groups, formats, and what lies outside the search.
+
+    Attributes:
+        groups: In the order of the model.
+        formats: The menu, without ``none``.
+        other_bytes: Bytes, at 16 bits, of all parameters outside quantizable modules:
+            embeddings, norms, biases, routers.
+        other_modules: Owners of weight matrices that ModelOpt cannot quantize -> elements.
+        flops_per_token: Estimated floating-point operations of the scan per token.
+    """
+
+    groups: tuple[PlannedGroup, ...]
+    formats: tuple[Format, ...]
+    other_bytes: int
+    other_modules: dict[str, int]
+    flops_per_token: int
+
+    @property
+    def searched(self) -> list[PlannedGroup]:
+        """Groups for which a format is chosen."""
+        return [group for group in self.groups if group.is_searched]
+
+    def choices(self, group: PlannedGroup) -> list[Format | None]:
+        """Formats of a group, ``None`` (16 bits) last."""
+        return [*self.formats, None] if group.is_searched else [None]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of ``plan.parquet``: one per (group, format)."""
+        return [
+            {
+                "group": group.name,
+                "format": NONE if format_ is None else format_.name,
+                "module_names": [module.name for module in group.modules],
+                "num_weights": group.num_weights,
+                "weight_bits": group.weight_bytes(format_) * 8 / group.num_weights,
+                "weight_bytes": group.weight_bytes(format_),
+                "modelopt_cost": group.modelopt_cost(format_),
+                "is_searched": group.is_searched,
+            }
+            for group in self.groups
+            for format_ in self.choices(group)
+        ]
+
+    def bits_range(self) -> tuple[float, float]:
+        """Lowest and highest average stored bits over the searched groups."""
+        weights = sum(group.num_weights for group in self.searched)
+        costs = [[g.weight_bytes(f) for f in self.choices(g)] for g in self.searched]
+        low = sum(min(row) for row in costs) * 8 / weights
+        return low, sum(max(row) for row in costs) * 8 / weights
+
+    def summary(self) -> dict[str, Any]:
+        """What ``run.json`` keeps so that ``solve`` and ``report`` need no model."""
+        return {
+            "formats": [format_.to_json() for format_ in self.formats],
+            "modules": {
+                module.name: {
+                    "prefixes": list(module.quantizer_prefixes),
+                    "shapes": [list(shape) for shape in module.shapes],
+                }
+                for group in self.groups
+                for module in group.modules
+            },
+            "unsearched": {g.name: g.reason for g in self.groups if g.reason is not None},
+            "tied_groups": [group.name for group in self.groups if group.is_tied],
+            "other_bytes": self.other_bytes,
+            "other_modules": self.other_modules,
+            "flops_per_token": self.flops_per_token,
+        }
+
+
+def build_plan(
+    model: torch.nn.Module, formats: Sequence[Format], disable: Sequence[str] = ()
+) -> Plan:
+    """Group the quantizable modules of a model and cost every choice.
+
+    Args:
+        model: Skeleton on the meta device, or a loaded model.
+        formats: The menu.
+        disable: Globs of module names to leave in 16 bits. The vision tower always is.
+
+    Raises:
+        ConfigError: Nothing is left to search, or a glob matches no module.
+        ModelError: The model has no quantizable module.
+    """
+    modules = list(_quantizable_modules(model))
+    if not modules:
+        raise ModelError(f"{type(model).__name__} has no layer that ModelOpt can quantize")
+    for pattern in disable:
+        if not any(fnmatch.fnmatch(module.name, pattern) for module in modules):
+            raise ConfigError(
+                f"--disable {pattern!r} matches no layer; names look like {modules[0].name!r}"
+            )
+    groups = _group(model, modules, disable)
+    plan = Plan(
+        groups=groups,
+        formats=tuple(formats),
+        other_bytes=_other_bytes(model, groups),
+        other_modules=_other_modules(model, modules),
+        flops_per_token=_flops_per_token(model, groups, len(formats)),
+    )
+    if not plan.searched:
+        raise ConfigError("every layer is disabled; nothing is left to search")
+    return plan
+
+
+def _quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
+    import torch
+    from modelopt.torch.quantization.plugins.huggingface import _fused_experts_wrapper_class
+
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    for name, module in model.named_modules():
+        parameters: tuple[str, ...] = ("weight",)
+        if isinstance(module, torch.nn.Linear):
+            kind = "linear"
+        elif isinstance(module, convolutions):
+            kind = "convolution"
+        elif (wrapper := _fused_experts_wrapper_class(module)) is not None:
+            kind, parameters = "experts", (wrapper._first_proj_attr, "down_proj")
+        else:
+            continue
+        shapes = tuple(tuple(getattr(module, parameter).shape) for parameter in parameters)
+        yield PlannedModule(name=name, kind=kind, parameters=parameters, shapes=shapes)
+
+
+def _group(
+    model: torch.nn.Module, modules: list[PlannedModule], disable: Sequence[str]
+) -> tuple[PlannedGroup, ...]:
+    members: dict[str, list[PlannedModule]] = {}
+    for module in modules:
+        members.setdefault(_group_key(module.name), []).append(module)
+    embedding = model.get_input_embeddings()
+    tied = {
+        name
+        for name, module in model.named_modules()
+        if embedding is not None and getattr(module, "weight", None) is embedding.weight
+    }
+    return tuple(
+        PlannedGroup(
+            name=group[0].name,
+            modules=tuple(group),
+            reason=_reason_unsearched(group, disable),
+            is_tied=any(module.name in tied for module in group),
+        )
+        for group in members.values()
+    )
+
+
+def _group_key(name: str) -> str:
+    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
+
+    searcher = AutoQuantizeGradientSearcher()
+    searcher.model = None
+    for rule in searcher.quant_grouping_rules:
+        key = searcher._apply_quant_group_rule(name, rule)
+        if key is not None:
+            return str(key)
+    return name
+
+
+def _reason_unsearched(group: list[PlannedModule], disable: Sequence[str]) -> str | None:
+    for module in group:
+        for pattern in disable:
+            if fnmatch.fnmatch(module.name, pattern):
+                return f"disabled by {pattern!r}"
+        for pattern in VISION_PATTERNS:
+            if fnmatch.fnmatch(module.name, pattern):
+                return "vision tower: the calibration data holds no images"
+        if module.kind == "convolution":
+            return "convolution: not searched"
+    return None
+
+
+def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:
+    """Bytes at 16 bits outside the groups; a tied embedding counts here, once."""
+    total: int = sum(parameter.numel() for parameter in model.parameters())
+    quantizable = sum(group.num_weights for group in groups if not group.is_tied)
+    return (total - quantizable) * UNQUANTIZED_BITS // 8
+
+
+def _other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[str, int]:
+    import torch
+
+    planned = {module.name for module in modules}
+    return {
+        f"{name} ({type(module).__name__})": sum(
+            p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2
+        )
+        for name, module in model.named_modules()
+        if name not in planned
+        and not isinstance(module, torch.nn.Embedding)
+        and any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    }
+
+
+def _flops_per_token(model: Any, groups: Sequence[PlannedGroup], num_formats: int) -> int:
+    """Matrix products of a scan per token: calibration, forward, recompute, backward, formats.
+
+    Routed experts count by the share of them that a token visits.
+    """
+    text_config = model.config.get_text_config()
+    visited = getattr(text_config, "num_experts_per_tok", None) or 1
+    total = 0.0
+    for group in groups:
+        for module in group.modules:
+            share = min(1.0, visited / module.shapes[0][0]) if module.kind == "experts" else 1.0
+            products = 4 + num_formats if group.is_searched else 4
+            total += 2 * module.num_weights * share * products
+    return round(total)

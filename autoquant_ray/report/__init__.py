@@ -1,0 +1,25 @@
+"""Reports for people: Markdown and HTML, written from a run's files alone."""
+
+from __future__ import annotations
+
+from autoquant_ray.report.content import collect_content
+from autoquant_ray.report.html import render_html
+from autoquant_ray.report.markdown import render_markdown
+from autoquant_ray.state import RunState
+
+
+def write_reports(state: RunState, start: str) -> dict[str, str]:
+    """Write ``report.md`` and ``report.html`` next to a solution's manifests.
+
+    Args:
+        state: The run.
+        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+
+    Returns:
+        File name -> full path.
+    """
+    content = collect_content(state, start)
+    return {
+        "report.md": state.directory.write_text(f"{start}report.md", render_markdown(content)),
+        "report.html": state.directory.write_text(f"{start}report.html", render_html(content)),
+    }

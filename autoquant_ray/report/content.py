@@ -1,0 +1,181 @@
+"""What a report says, read from a run's files; the writers only lay it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant_ray.formats import NONE
+from autoquant_ray.state import RunState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One quantizable layer of the table.
+
+    Attributes:
+        sensitivity: Largest score of its group over the menu: what the harshest format would
+            cost; None for an unsearched layer.
+        note: Why it is not searched.
+    """
+
+    name: str
+    group: str
+    num_bits: float
+    sensitivity: float | None
+    size_bytes: float
+    chosen: str
+    note: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportContent:
+    """Everything a report shows.
+
+    Attributes:
+        facts: (label, value) lines of the head.
+        layers: Sorted by sensitivity, unsearched ones last.
+        formats: The menu.
+        scores: Group -> format -> (score, standard error or None).
+        unit: Unit of the scores.
+        warnings: Sentences that the reader must see.
+    """
+
+    title: str
+    facts: list[tuple[str, str]]
+    layers: list[Layer]
+    formats: list[str]
+    scores: dict[str, dict[str, tuple[float, float | None]]]
+    unit: str
+    warnings: list[str]
+
+
+def collect_content(state: RunState, start: str) -> ReportContent:
+    """Read the report's content.
+
+    Args:
+        state: The run.
+        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+    """
+    directory, run = state.directory, state.values
+    manifest = directory.read_json(f"{start}manifest.json")
+    rows = directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
+    table = directory.read_table("sensitivity.parquet", "sensitivity").to_pylist()
+    scores: dict[str, dict[str, tuple[float, float | None]]] = {}
+    for row in table:
+        scores.setdefault(row["group"], {})[row["format"]] = (row["score"], row["score_stderr"])
+    return ReportContent(
+        title=f"Quantization plan for {run['model']['name']}",
+        facts=_facts(run, manifest, table),
+        layers=_layers(rows, scores, run["plan"]["unsearched"]),
+        formats=list(dict.fromkeys(row["format"] for row in table)),
+        scores=scores,
+        unit="no unit (imported)" if "imported_from" in run else "nats per token",
+        warnings=_warnings(run, rows),
+    )
+
+
+def _layers(
+    rows: list[dict[str, Any]],
+    scores: dict[str, dict[str, tuple[float, float | None]]],
+    unsearched: dict[str, str],
+) -> list[Layer]:
+    layers = [
+        Layer(
+            name=row["module"],
+            group=row["group"],
+            num_bits=row["weight_bits"],
+            sensitivity=max((s for s, _ in scores.get(row["group"], {}).values()), default=None),
+            size_bytes=row["weight_bytes"],
+            chosen=row["format"],
+            note=unsearched.get(row["group"]),
+        )
+        for row in rows
+    ]
+    return sorted(layers, key=lambda x: (x.sensitivity is None, -(x.sensitivity or 0.0)))
+
+
+def _facts(
+    run: dict[str, Any], manifest: dict[str, Any], table: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
+    solution, dataset, config = manifest["solution"], run["dataset"], run["config"]
+    predicted = solution["predicted_kl_nats"]
+    facts = [
+        ("Run", run["run_id"]),
+        ("Scheme", _scheme(run, table)),
+        ("Model", run["model"]["name"]),
+        ("Dataset", _dataset(dataset, table)),
+        ("Budget", _budget(manifest["budget"])),
+        ("Effective bits (searched groups)", f"{solution['effective_bits']:.4f}"),
+        ("Effective bits (all quantizable)", f"{solution['effective_bits_all']:.4f}"),
+        ("Effective bits (ModelOpt's cost)", f"{solution['modelopt_effective_bits']:.4f}"),
+        ("Weights of the whole model", f"{solution['weight_bytes'] / 2**20:,.1f} MiB"),
+        ("Total score", f"{solution['score']:.6g}"),
+        ("Predicted KL", "unknown" if predicted is None else f"{predicted:.6g} nats per token"),
+        ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
+        ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
+    ]
+    if config:
+        facts.append(("Compute", f"{config['dtype']} on {config['device']}"))
+    return facts
+
+
+def _scheme(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
+    formats = ", ".join(dict.fromkeys(row["format"] for row in table))
+    config = run["config"]
+    if not config:
+        return f"{formats}; imported from {run['imported_from']}"
+    draws = f" ({config['label_draws']} draws)" if config["label_draws"] > 1 else ""
+    return f"{formats}; {config['estimator']} sums, labels from the {config['labels']}{draws}"
+
+
+def _dataset(dataset: dict[str, Any], table: list[dict[str, Any]]) -> str:
+    if "num_samples" not in dataset:
+        return str(dataset.get("name", "unknown"))
+    counts = dataset["counts"]
+    shards = table[0]["num_shards"] if table else 0
+    text = (
+        f"{dataset['name']}: {dataset['num_tokens']} tokens, {dataset['num_samples']} of at most "
+        f"{dataset['max_samples']} samples, sequence length {dataset['seq_len']}, {shards} of "
+        f"{dataset['num_shards']} batches (shards)"
+    )
+    notes = [f"{counts[key]} {key.replace('_', ' ')}" for key in ("cut", "empty", "too_short")]
+    return f"{text}; {', '.join(notes)}"
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    parts = []
+    if budget["bits"] is not None:
+        over = "searched groups" if budget["bits_over"] == "searched" else "all quantizable weights"
+        cost = "stored bits" if budget["cost"] == "storage" else "bits by ModelOpt's cost"
+        parts.append(f"{budget['bits']:g} {cost} over {over}")
+    if budget["bytes"] is not None:
+        parts.append(f"{budget['bytes']} bytes for the whole model")
+    if budget["max_formats"] is not None:
+        parts.append(f"at most {budget['max_formats']} formats")
+    parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
+    parts.extend(f"{pattern} in {formats}" for pattern, formats in budget["allow"].items())
+    return "; ".join(parts)
+
+
+def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    warnings = [
+        f"Shard {entry['shard']} was left out while {entry['stage']}: {entry['reason']}"
+        for entry in run["quarantined"]
+    ]
+    chosen = {row["group"]: row["format"] for row in rows}
+    for group in run["plan"]["tied_groups"]:
+        if chosen.get(group, NONE) == NONE:
+            text = "it stays in 16 bits and shares the embedding's bytes"
+        else:
+            text = "quantized, it is stored beside the embedding, which stays in 16 bits"
+        warnings.append(f"{group} is tied to the input embedding: {text}.")
+    others = run["plan"]["other_modules"]
+    if others:
+        names = ", ".join(list(others)[:3]) + (", ..." if len(others) > 3 else "")
+        warnings.append(
+            f"{len(others)} weight matrices cannot be quantized by ModelOpt and stay in 16 bits: "
+            f"{names}"
+        )
+    warnings.extend(run.get("notes", []))
+    return warnings

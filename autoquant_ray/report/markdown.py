@@ -1,0 +1,48 @@
+"""``report.md``: the plan as a text that people and review tools read."""
+
+from __future__ import annotations
+
+from autoquant_ray.report.content import ReportContent
+
+_EXPLANATION = (
+    "Sensitivity is the largest score of the layer's group over the menu: what its harshest "
+    "format would cost. Layers of one group share a format and a score. Size cost is the stored "
+    "size under the chosen format, scales included."
+)
+
+
+def render_markdown(content: ReportContent) -> str:
+    """Lay the content out as GitHub-flavoured Markdown."""
+    lines = [f"# {_text(content.title)}", ""]
+    lines += [f"- **{label}:** {_text(value)}" for label, value in content.facts]
+    if content.warnings:
+        lines += ["", "## To know", ""]
+        lines += [f"- {_text(warning)}" for warning in content.warnings]
+    lines += ["", "## Layers", "", _EXPLANATION, ""]
+    lines += ["| Layer | Num Bits | Sensitivity | Size Cost | Chosen |", "|---|---|---|---|---|"]
+    for layer in content.layers:
+        sensitivity = "-" if layer.sensitivity is None else f"{layer.sensitivity:.4e}"
+        chosen = layer.chosen if layer.note is None else f"{layer.chosen} ({layer.note})"
+        size = f"{layer.size_bytes / 2**20:.3f} MiB"
+        cells = (layer.name, f"{layer.num_bits:.3f}", sensitivity, size, chosen)
+        lines.append(f"| {' | '.join(_text(cell) for cell in cells)} |")
+    lines += ["", f"## Scores by group and format ({content.unit})", ""]
+    lines += [f"| Group | {' | '.join(_text(name) for name in content.formats)} |"]
+    lines += ["|---" * (1 + len(content.formats)) + "|"]
+    for group, scores in content.scores.items():
+        cells_of_group = [_score(scores.get(format_)) for format_ in content.formats]
+        lines.append(f"| {_text(group)} | {' | '.join(cells_of_group)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _score(entry: tuple[float, float | None] | None) -> str:
+    if entry is None:
+        return "-"
+    score, error = entry
+    return f"{score:.4e}" if error is None else f"{score:.4e} ± {error:.1e}"
+
+
+def _text(value: str) -> str:
+    """Keep names from the model or the data from being read as markup."""
+    escaped = value.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(escaped.split())

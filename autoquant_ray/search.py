@@ -1,0 +1,135 @@
+"""The story of a scan: plan, calibrate, score, allocate, report.
+
+:func:`run_search` reads top to bottom. Every stage reads and writes files of the run directory
+and is skipped when its result is up to date, so a killed scan goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant_ray import stages
+from autoquant_ray.config import ScanConfig, stage_fingerprints
+from autoquant_ray.distributed.placement import connected, place_workers, resolve_device
+from autoquant_ray.distributed.pool import WorkerPool
+from autoquant_ray.engine import EngineSpec
+from autoquant_ray.fingerprint import fingerprint_source
+from autoquant_ray.models import ModelRef, find_model, fingerprint_model
+from autoquant_ray.plan import Plan
+from autoquant_ray.planner import make_plan
+from autoquant_ray.sensitivity import ScoredModule
+from autoquant_ray.solve import Solution, solve_run
+from autoquant_ray.state import Mode, RunState
+from autoquant_ray.store import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """A finished scan.
+
+    Attributes:
+        solution: The allocation and the paths of all written files.
+        quarantined: Shards left out, with the stage and the reason.
+    """
+
+    solution: Solution
+    quarantined: list[dict[str, Any]]
+
+
+def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
+    """Scan a model and choose a format for every group.
+
+    Args:
+        config: What to do.
+        mode: ``new`` refuses an existing run directory, ``resume`` goes on with it, ``overwrite``
+            deletes it first.
+
+    Raises:
+        AutoQuantError: One of its subclasses; the run directory stays resumable.
+    """
+    ref = find_model(config.model, trust_remote_code=config.trust_remote_code)
+    plan = make_plan(config, ref, device="cuda" if config.device == "auto" else config.device)
+    stages.check_budget(plan, config)
+    directory = RunDirectory(config.out)
+    with connected(config) as resources:
+        config = _resolve(config, resources)
+        plan = make_plan(config, ref, device=config.device)
+        placement = place_workers(
+            config, resources, device=config.device, model_bytes=_model_bytes(plan, config)
+        )
+        identity = _identity(config, ref)
+        marks = stage_fingerprints(config, **identity["fingerprints"])
+        state = RunState.start(directory, config, mode, identity)
+
+        if not state.is_done("shards", marks["shards"]):
+            with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
+                scratch = RunDirectory(folder)
+                facts = stages.read_samples(config, ref, scratch)
+                state.begin()
+                stages.keep_samples(state, scratch, facts, marks["shards"])
+        stages.write_plan(state, plan, marks["plan"])
+        state.release_quarantine()
+        if not state.is_done("score", marks["score"]):
+            spec = _engine_spec(config, ref, plan)
+            placement = placement.at_most(state.values["dataset"]["num_shards"])
+            logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
+            with WorkerPool(spec, placement, directory.append_event) as pool:
+                maxima = stages.calibrate(state, pool, plan, marks["calibrate"])
+                stages.score(state, pool, plan, maxima, marks["score"])
+    stages.aggregate(state, config, marks["aggregate"])
+    solution = solve_run(directory, stages.solve_options(config), folder="")
+    directory.append_event("run_done", quarantined=len(state.values["quarantined"]))
+    return SearchResult(solution=solution, quarantined=state.values["quarantined"])
+
+
+def _resolve(config: ScanConfig, resources: Mapping[str, float]) -> ScanConfig:
+    """Replace ``auto`` in the fields that can change numbers."""
+    device = resolve_device(config, resources)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return config.model_copy(update={"device": device, "dtype": dtype})
+
+
+def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
+    model, data = fingerprint_model(ref), fingerprint_source(config.data)
+    return {
+        "model": {"name": ref.name, "fingerprint": model},
+        "dataset": {
+            "name": config.data,
+            "max_samples": config.samples,
+            "seq_len": config.seq_len,
+            "source_fingerprint": data,
+        },
+        "fingerprints": {"model": model, "data": data},
+    }
+
+
+def _model_bytes(plan: Plan, config: ScanConfig) -> int:
+    at_16_bits = plan.other_bytes + sum(group.weight_bytes(None) for group in plan.groups)
+    return round(at_16_bits * (2 if config.dtype == "float32" else 1))
+
+
+def _engine_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> EngineSpec:
+    return EngineSpec(
+        model=ref,
+        dtype=config.dtype,
+        device=config.device,
+        num_threads=config.cpus_per_worker,
+        modules=tuple(
+            ScoredModule(group=index, planned=module)
+            for index, group in enumerate(plan.searched)
+            for module in group.modules
+        ),
+        formats=plan.formats,
+        step_tokens=config.step_tokens,
+        labels=config.labels,
+        label_draws=config.label_draws,
+        seed=config.seed,
+    )

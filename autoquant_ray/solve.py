@@ -1,0 +1,157 @@
+"""Re-solve a finished run for a budget: needs neither the model, torch nor Ray.
+
+Reads ``plan.parquet``, ``sensitivity.parquet`` and ``run.json``; writes two manifests and the
+reports into a solution's folder (the run's own folder for the budget of the scan itself).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.errors import ScoreError, StoreError
+from autoquant_ray.manifest import (
+    build_manifest,
+    chosen_formats,
+    manifest_rows,
+    quantization_config,
+    solution_summary,
+)
+from autoquant_ray.report import write_reports
+from autoquant_ray.state import RunState
+from autoquant_ray.store import RunDirectory
+
+SOLUTIONS = "solutions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """An allocation that has been written.
+
+    Attributes:
+        name: Folder name under ``solutions/``; empty for the scan's own budget.
+        summary: The ``solution`` object of ``manifest.json``.
+        formats: Group -> chosen format, unsearched groups included.
+        paths: File kind -> full path.
+    """
+
+    name: str
+    summary: dict[str, Any]
+    formats: dict[str, str]
+    paths: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {**self.summary, "name": self.name, "paths": self.paths}
+
+
+def load_problem(state: RunState) -> tuple[Problem, dict[tuple[str, str], float]]:
+    """Groups with their costs, and the measured scores, of a run.
+
+    Raises:
+        StoreError: A file is missing or damaged.
+        ScoreError: A searched group lacks a score.
+    """
+    plan_rows = state.directory.read_table("plan.parquet", "plan").to_pylist()
+    problem = Problem(plan_rows, state.values["plan"])
+    table = state.directory.read_table("sensitivity.parquet", "sensitivity")
+    scores = {
+        (row["group"], row["format"]): row["score"]
+        for row in table.select(["group", "format", "score"]).to_pylist()
+    }
+    for group in problem.searched:
+        for format_ in group.rows:
+            if format_ != "none" and scores.get((group.name, format_)) is None:
+                raise ScoreError(f"group {group.name} has no score for {format_}")
+    return problem, scores
+
+
+def solve_run(
+    directory: RunDirectory, options: SolveOptions, folder: str | None = None
+) -> Solution:
+    """Solve a budget and write manifests and reports.
+
+    Args:
+        directory: A run whose scores are complete.
+        options: Budget and constraints.
+        folder: Folder to write to, relative to the run; default ``solutions/<name>``.
+
+    Raises:
+        InfeasibleBudgetError: With the reachable range.
+        ConfigError: A constraint names something that does not exist.
+        StoreError: Not a run, or its files are damaged.
+    """
+    state = RunState.open(directory)
+    problem, scores = load_problem(state)
+    allocation = problem.solve(scores, options)
+    formats = chosen_formats(problem, allocation)
+    plan = state.values["plan"]
+    is_imported = "imported_from" in state.values
+    summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
+    config = quantization_config(problem, formats, plan)
+    manifest = build_manifest(state.values, options, summary, config)
+    name = solution_name(options) if folder is None else ""
+    start = f"{SOLUTIONS}/{name}/" if folder is None else folder
+    paths = {
+        "manifest.parquet": directory.write_table(
+            f"{start}manifest.parquet", "manifest", manifest_rows(problem, formats, scores, plan)
+        ),
+        "manifest.json": directory.write_json(f"{start}manifest.json", manifest),
+    }
+    paths |= write_reports(state, start)
+    return Solution(name=name, summary=summary, formats=formats, paths=paths)
+
+
+def solution_name(options: SolveOptions) -> str:
+    """``bits-4.50``, ``bytes-1500000``, with a short hash where there are more constraints."""
+    parts = []
+    if options.bits is not None:
+        text = f"{options.bits:.2f}"
+        parts.append(f"bits-{text if float(text) == options.bits else repr(options.bits)}")
+    if options.bytes is not None:
+        parts.append(f"bytes-{options.bytes}")
+    rest = {
+        "bits_over": options.bits_over if options.bits is not None else "searched",
+        "cost": options.cost if options.bits is not None else "storage",
+        "max_formats": options.max_formats,
+        "pins": sorted(options.pins.items()),
+        "allow": sorted((pattern, list(formats)) for pattern, formats in options.allow.items()),
+    }
+    if rest != {
+        "bits_over": "searched",
+        "cost": "storage",
+        "max_formats": None,
+        "pins": [],
+        "allow": [],
+    }:
+        parts.append(hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:6])
+    return "-".join(parts)
+
+
+def group_sensitivities(directory: RunDirectory) -> list[tuple[str, float]]:
+    """Searched groups with the largest score over the menu, most sensitive first."""
+    table = directory.read_table("sensitivity.parquet", "sensitivity")
+    largest: dict[str, float] = {}
+    for row in table.select(["group", "score"]).to_pylist():
+        largest[row["group"]] = max(row["score"], largest.get(row["group"], 0.0))
+    return sorted(largest.items(), key=lambda item: -item[1])
+
+
+def rewrite_reports(directory: RunDirectory) -> list[str]:
+    """Write the reports of the run and of all its solutions again; returns their paths.
+
+    Raises:
+        StoreError: Not a run, or its files are damaged.
+    """
+    state = RunState.open(directory)
+    starts = [f"{SOLUTIONS}/{name}/" for name in directory.list_folders(SOLUTIONS)]
+    paths: list[str] = []
+    for start in ["", *starts]:
+        if directory.exists(f"{start}manifest.json"):
+            paths.extend(write_reports(state, start).values())
+    if not paths:
+        raise StoreError(f"{directory.uri} has no solution yet; finish the scan first")
+    return paths

@@ -1,0 +1,179 @@
+"""``run.json``: the resolved config, versions, fingerprints and stage states of one run.
+
+A stage is skipped when it is done with the fingerprint that it would have now. A run is resumed
+only with a config that gives the same numbers; everything else is refused with the field's name.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from autoquant_ray.config import ScanConfig, changed_fields
+from autoquant_ray.errors import StoreError
+from autoquant_ray.store import RUN_FILE, SCHEMA_VERSION, RunDirectory
+
+Mode = Literal["new", "resume", "overwrite"]
+_PACKAGES = ("autoquant-ray", "ray", "torch", "transformers", "nvidia-modelopt", "numpy", "scipy")
+
+
+class RunState:
+    """A run directory together with its ``run.json``.
+
+    Args:
+        directory: Where the run lives.
+        values: Content of ``run.json``.
+    """
+
+    def __init__(self, directory: RunDirectory, values: dict[str, Any]) -> None:
+        self.directory = directory
+        self.values = values
+        self._replaces_a_run = False
+
+    @classmethod
+    def open(cls, directory: RunDirectory) -> RunState:
+        """Open an existing run.
+
+        Raises:
+            StoreError: Not a run, damaged, or written by a later version.
+        """
+        directory.require_run()
+        values = directory.read_json(RUN_FILE)
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                f"{directory.uri} has schema version {version}, this program reads {SCHEMA_VERSION}"
+            )
+        return cls(directory, values)
+
+    @classmethod
+    def start(
+        cls, directory: RunDirectory, config: ScanConfig, mode: Mode, identity: dict[str, Any]
+    ) -> RunState:
+        """Prepare a new run, or go on with one. Nothing is written or deleted before
+        :meth:`begin`, so that an error in between loses nothing.
+
+        Args:
+            directory: Where the run lives.
+            config: Resolved config.
+            mode: What to do with an existing run.
+            identity: ``model``, ``dataset`` and ``fingerprints`` entries of ``run.json``.
+
+        Raises:
+            StoreError: The run exists and neither resume nor overwrite was asked for, or it was
+                made with another config, model or data.
+        """
+        if directory.exists():
+            directory.require_run()
+            if mode == "new":
+                raise StoreError(f"{directory.uri} holds a run; give --resume or --overwrite")
+            if mode == "resume":
+                state = cls.open(directory)
+                state._require_same(config, identity)
+                return state
+        values = new_run_values(directory.uri) | {"config": config.model_dump(mode="json")}
+        state = cls(directory, values | identity)
+        state._replaces_a_run = directory.exists()
+        return state
+
+    def begin(self) -> None:
+        """Delete the run that this one replaces, if any, and write ``run.json``."""
+        if self._replaces_a_run:
+            self.directory.clear()
+            self._replaces_a_run = False
+        self.save()
+
+    def save(self) -> None:
+        """Write ``run.json``."""
+        self.directory.write_json(RUN_FILE, self.values)
+
+    def is_done(self, stage: str, fingerprint: str) -> bool:
+        """Whether a stage is finished with this fingerprint."""
+        entry = self.values["stages"].get(stage, {})
+        return bool(entry.get("state") == "done" and entry.get("fingerprint") == fingerprint)
+
+    @contextmanager
+    def stage(self, name: str, fingerprint: str) -> Iterator[dict[str, Any]]:
+        """Run a stage: notes its start, its end, its seconds, and what the body puts in.
+
+        Yields:
+            The stage's entry of ``run.json``; the body may add facts to it.
+        """
+        start = time.perf_counter()
+        entry: dict[str, Any] = {"state": "running", "fingerprint": fingerprint}
+        self.values["stages"][name] = entry
+        self.save()
+        self.directory.append_event("stage_started", stage=name)
+        try:
+            yield entry
+        except BaseException as error:
+            kind = type(error).__name__
+            self.directory.append_event("stage_stopped", stage=name, error=kind)
+            raise
+        entry["state"] = "done"
+        entry["seconds"] = round(time.perf_counter() - start, 3)
+        self.save()
+        self.directory.append_event("stage_done", stage=name, seconds=entry["seconds"])
+
+    def quarantine(self, shard: int, stage: str, reason: str) -> None:
+        """Note a shard that is left out of the result."""
+        entry = {"shard": shard, "stage": stage, "reason": reason}
+        self.values["quarantined"].append(entry)
+        self.save()
+
+    def release_quarantine(self) -> None:
+        """Let a resumed run try quarantined shards again.
+
+        Once calibration is finished, shards that it left out stay out: letting them in would
+        change the maxima under which the other shards were scored.
+        """
+        calibrated = self.values["stages"].get("calibrate", {}).get("state") == "done"
+        kept = [e for e in self.values["quarantined"] if calibrated and e["stage"] == "calibrate"]
+        if len(kept) < len(self.values["quarantined"]):
+            self.values["quarantined"] = kept
+            for stage in ("score", "aggregate"):
+                self.values["stages"].pop(stage, None)
+
+    def _require_same(self, config: ScanConfig, identity: dict[str, Any]) -> None:
+        changes = changed_fields(self.values["config"], config)
+        if changes:
+            raise StoreError(
+                f"{self.directory.uri} was made with another config ({changes[0]}); use the same "
+                "values, 'solve' for a new budget, or --overwrite"
+            )
+        for kind, value in identity["fingerprints"].items():
+            if self.values["fingerprints"].get(kind) != value:
+                raise StoreError(
+                    f"the {kind} changed since {self.directory.uri} was started; give another "
+                    "--out or --overwrite"
+                )
+
+
+def new_run_values(uri: str) -> dict[str, Any]:
+    """What every ``run.json`` starts with."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": _run_id(uri),
+        "created": _utc_now(),
+        "versions": _versions(),
+        "stages": {},
+        "quarantined": [],
+    }
+
+
+def _run_id(uri: str) -> str:
+    name = uri.rstrip("/").rpartition("/")[2] or "run"
+    return f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+
+
+def _utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}

@@ -1,0 +1,262 @@
+"""The run directory: file names, Parquet schemas, atomic writes, reading back.
+
+Any path that pyarrow's file systems open works. On a local disk a file is written under a
+temporary name and renamed; an object store makes a finished upload visible at once. Nothing is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from autoquant_ray.errors import StoreError
+
+SCHEMA_VERSION = 1
+RUN_FILE = "run.json"
+SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
+"""Folders that hold one part per shard."""
+
+_STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
+SCHEMAS: dict[str, pa.Schema] = {
+    "plan": pa.schema(
+        {
+            "group": _STRING,
+            "format": _STRING,
+            "module_names": pa.list_(_STRING),
+            "num_weights": _INT,
+            "weight_bits": _FLOAT,
+            "weight_bytes": _FLOAT,
+            "modelopt_cost": _FLOAT,
+            "is_searched": pa.bool_(),
+        }
+    ),
+    "samples": pa.schema({"sample": _INT, "tokens": pa.list_(pa.int32())}),
+    "calibration": pa.schema({"module": _STRING, "statistic": _STRING, "value": _FLOAT}),
+    "scores": pa.schema(
+        {
+            "shard": _INT,
+            "group": _STRING,
+            "format": _STRING,
+            "elementwise_sum": _FLOAT,
+            "token_sum": _FLOAT,
+            "num_tokens": _INT,
+            "num_samples": _INT,
+            "seconds": _FLOAT,
+        }
+    ),
+    "sensitivity": pa.schema(
+        {
+            "group": _STRING,
+            "format": _STRING,
+            "score": _FLOAT,
+            "score_stderr": _FLOAT,
+            "elementwise": _FLOAT,
+            "token": _FLOAT,
+            "modelopt_score": _FLOAT,
+            "num_tokens": _INT,
+            "num_shards": _INT,
+            "weight_bits": _FLOAT,
+            "weight_bytes": _FLOAT,
+        }
+    ),
+    "manifest": pa.schema(
+        {
+            "module": _STRING,
+            "group": _STRING,
+            "format": _STRING,
+            "weight_bits": _FLOAT,
+            "weight_bytes": _FLOAT,
+            "score": _FLOAT,
+        }
+    ),
+}
+"""Columns of every Parquet file of a run; part folders use the schema of their name."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def part_name(folder: str, shard: int) -> str:
+    """Name of one shard's part, for example ``scores/shard-000012.parquet``."""
+    return f"{folder}/shard-{shard:06d}.parquet"
+
+
+class RunDirectory:
+    """One run's files.
+
+    Args:
+        uri: Local path, ``s3://`` or ``gs://``.
+
+    Raises:
+        StoreError: The path cannot be understood or reached.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        try:
+            if "://" in uri:
+                base, root = pa.fs.FileSystem.from_uri(uri)
+            else:
+                base, root = pa.fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise StoreError(f"run directory {uri} cannot be opened: {error}") from None
+        self._is_local = isinstance(base, pa.fs.LocalFileSystem)
+        self._root = root
+        self._base = base
+
+    def path(self, name: str) -> str:
+        """Full path of a file, for people."""
+        return f"{self._root}/{name}" if self._is_local else f"{self.uri.rstrip('/')}/{name}"
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file (or, without a name, the directory with anything in it) is there."""
+        if name:
+            info = self._base.get_file_info(f"{self._root}/{name}")
+            return bool(info.type != pa.fs.FileType.NotFound)
+        return len(self._list("")) > 0
+
+    def is_run(self) -> bool:
+        """Whether the directory holds a run of ours."""
+        return self.exists(RUN_FILE)
+
+    def require_run(self) -> None:
+        """Check that the directory holds a run.
+
+        Raises:
+            StoreError: It does not.
+        """
+        if not self.is_run():
+            raise StoreError(f"{self.uri} is not a run directory: it has no {RUN_FILE}")
+
+    def clear(self) -> None:
+        """Delete the run's files; refuses a directory that is not a run of ours.
+
+        Raises:
+            StoreError: The directory holds something else.
+        """
+        if not self.exists():
+            return
+        self.require_run()
+        self._base.delete_dir_contents(self._root)
+
+    def write_bytes(self, name: str, content: bytes) -> str:
+        """Write a file so that readers see all of it or nothing; returns its full path."""
+        target = f"{self._root}/{name}"
+        try:
+            if not self._is_local:
+                with self._base.open_output_stream(target) as stream:
+                    stream.write(content)
+                return self.path(name)
+            folder, _, file = target.rpartition("/")
+            os.makedirs(folder, exist_ok=True)
+            temporary = f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp"
+            Path(temporary).write_bytes(content)
+            os.replace(temporary, target)
+        except OSError as error:
+            raise StoreError(f"cannot write {self.path(name)}: {error}") from None
+        return self.path(name)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Read a whole file.
+
+        Raises:
+            StoreError: Missing or unreadable.
+        """
+        try:
+            with self._base.open_input_stream(f"{self._root}/{name}", compression=None) as stream:
+                content: bytes = stream.read()
+        except FileNotFoundError:
+            raise StoreError(f"{self.path(name)} does not exist") from None
+        except OSError as error:
+            raise StoreError(f"cannot read {self.path(name)}: {error}") from None
+        return content
+
+    def write_text(self, name: str, text: str) -> str:
+        """Write a UTF-8 text file atomically; returns its full path."""
+        return self.write_bytes(name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> str:
+        """Write JSON atomically; returns its full path."""
+        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file.
+
+        Raises:
+            StoreError: Missing or damaged.
+        """
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise StoreError(f"{self.path(name)} is damaged: {error}") from None
+
+    def write_table(self, name: str, kind: str, rows: Rows) -> str:
+        """Write rows as Parquet with the schema of ``kind``; returns the full path."""
+        table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMAS[kind])
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        return self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def read_table(self, name: str, kind: str) -> pa.Table:
+        """Read a Parquet file and check its columns.
+
+        Raises:
+            StoreError: Missing, damaged, or with other columns.
+        """
+        content = self.read_bytes(name)
+        try:
+            table = pq.read_table(pa.BufferReader(content))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise StoreError(f"{self.path(name)} is damaged: {error}") from None
+        missing = set(SCHEMAS[kind].names) - set(table.column_names)
+        if missing:
+            raise StoreError(f"{self.path(name)} lacks the columns {sorted(missing)}")
+        return table.select(SCHEMAS[kind].names).cast(SCHEMAS[kind])
+
+    def list_parts(self, folder: str) -> list[int]:
+        """Numbers of the shards that have a part in a folder, sorted."""
+        names = [info.base_name for info in self._list(folder)]
+        return sorted(
+            int(name[6:-8])
+            for name in names
+            if name.startswith("shard-") and name.endswith(".parquet") and name[6:-8].isdigit()
+        )
+
+    def delete(self, name: str) -> None:
+        """Delete one file if it is there."""
+        if self.exists(name):
+            self._base.delete_file(f"{self._root}/{name}")
+
+    def list_folders(self, folder: str) -> list[str]:
+        """Names of the folders inside a folder, sorted."""
+        found = self._list(folder)
+        return sorted(i.base_name for i in found if i.type == pa.fs.FileType.Directory)
+
+    def append_event(self, event: str, **details: Any) -> None:
+        """Add one line to ``events.jsonl``."""
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **details}) + "\n"
+        target = f"{self._root}/events.jsonl"
+        if self._is_local:
+            os.makedirs(self._root, exist_ok=True)
+            with open(target, "a", encoding="utf-8") as stream:
+                stream.write(line)
+        else:
+            before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
+            self.write_bytes("events.jsonl", before + line.encode())
+
+    def _list(self, folder: str) -> list[Any]:
+        root = f"{self._root}/{folder}".rstrip("/")
+        try:
+            selector = pa.fs.FileSelector(root, allow_not_found=True)
+            return list(self._base.get_file_info(selector))
+        except OSError as error:
+            raise StoreError(f"cannot list {root}: {error}") from None

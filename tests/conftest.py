@@ -1,0 +1,128 @@
+"""Small random models, tokenizers and samples that several test folders share."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["HOME"] = tempfile.mkdtemp(prefix="autoquant-home-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+VOCABULARY = 256
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def small_config(family: str) -> Any:
+    """Config of a small random model: llama, qwen3, qwen3_moe or qwen3_vl."""
+    if family == "llama":
+        return transformers.LlamaConfig(**DECODER, tie_word_embeddings=False)
+    if family == "qwen3":
+        return transformers.Qwen3Config(**DECODER, tie_word_embeddings=True)
+    if family == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(
+            **DECODER,
+            tie_word_embeddings=False,
+            moe_intermediate_size=48,
+            num_experts=8,
+            num_experts_per_tok=2,
+            decoder_sparse_step=1,
+        )
+    assert family == "qwen3_vl"
+    text = DECODER | {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    return transformers.Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False
+    )
+
+
+def small_model(family: str, seed: int = 0) -> torch.nn.Module:
+    """A small random model in float32, evaluation mode."""
+    torch.manual_seed(seed)
+    config = small_config(family)
+    is_vision = family == "qwen3_vl"
+    auto = (
+        transformers.AutoModelForImageTextToText if is_vision else transformers.AutoModelForCausalLM
+    )
+    model: torch.nn.Module = auto.from_config(config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def random_samples(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Random token ids of the given lengths."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, VOCABULARY, size=length).tolist() for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Any:
+    return small_model
+
+
+@pytest.fixture(scope="session")
+def make_samples() -> Any:
+    return random_samples
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Save small models with a word tokenizer, once per family."""
+    saved: dict[str, Path] = {}
+
+    def save(family: str) -> Path:
+        if family not in saved:
+            saved[family] = tmp_path_factory.mktemp(family)
+            small_model(family).save_pretrained(saved[family])
+            make_tokenizer().save_pretrained(saved[family])
+        return saved[family]
+
+    return save
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A word tokenizer: the token of the word ``w17`` is 17."""
+    import tokenizers
+
+    vocabulary = {f"w{index}": index for index in range(VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab=vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve lines of 6 to 40 words."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    lengths = [12, 40, 6, 23, 31, 17, 28, 9, 35, 14, 20, 26]
+    lines = [" ".join(f"w{token}" for token in sample) for sample in random_samples(lengths)]
+    path.write_text("\n".join(lines) + "\n")
+    return path

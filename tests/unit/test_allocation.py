@@ -1,0 +1,453 @@
+"""Allocations against brute force over all combinations and against CBC."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pulp
+import pytest
+
+from autoquant_ray.allocation import (
+    Allocation,
+    Budget,
+    Choice,
+    frontier,
+    frontier_allocation,
+    restrict,
+    solve,
+)
+from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, ScoreError
+
+Best = tuple[float, float]
+
+
+def budget(limit: float, resource: str = "storage", unit_per_bit: float | None = None) -> Budget:
+    return Budget(
+        resource=resource, limit=limit, unit_per_bit=unit_per_bit, description=f"--limit {limit}"
+    )
+
+
+def choice(group: str, format_: str, score: float, storage: float, **costs: float) -> Choice:
+    return Choice(group=group, format=format_, score=score, costs={"storage": storage, **costs})
+
+
+def by_group(choices: Sequence[Choice]) -> list[list[Choice]]:
+    names = dict.fromkeys(c.group for c in choices)
+    return [[c for c in choices if c.group == name] for name in names]
+
+
+def combinations(
+    choices: Sequence[Choice], budgets: Sequence[Budget], max_formats: int | None
+) -> Iterator[tuple[Choice, ...]]:
+    """All allocations within the budgets, by trying everything."""
+    for picked in itertools.product(*by_group(choices)):
+        used = {c.format for c in picked} - {"none"}
+        if max_formats is not None and len(used) > max_formats:
+            continue
+        if all(
+            math.fsum(c.costs[b.resource] for c in picked) <= b.limit * (1 + 1e-12) for b in budgets
+        ):
+            yield picked
+
+
+def brute_force(
+    choices: Sequence[Choice], budgets: Sequence[Budget], max_formats: int | None = None
+) -> Best | None:
+    """Least score, and least cost in the first budget's resource among allocations of it."""
+    found = (
+        (math.fsum(c.score for c in p), math.fsum(c.costs[budgets[0].resource] for c in p))
+        for p in combinations(choices, budgets, max_formats)
+    )
+    return min(found, default=None)
+
+
+def random_choices(
+    rng: np.random.Generator, num_groups: int, num_formats: int, *, resources: int = 1
+) -> list[Choice]:
+    """Scores over many magnitudes, costs that do not follow them, and many ties."""
+    names = ["none", "a", "b", "c", "d", "e", "f", "g", "h"][:num_formats]
+    style = rng.integers(4)
+    choices = []
+    for group in range(num_groups):
+        magnitude = 10.0 ** -rng.integers(0, 13)
+        for name in names if rng.random() < 0.8 else names[: max(1, num_formats - 2)]:
+            score = [
+                10.0 ** -rng.uniform(0, 12),
+                float(rng.integers(0, 4)) / 4,
+                magnitude * rng.random(),
+                0.0 if name == "none" else magnitude * float(rng.integers(1, 4)),
+            ][style]
+            costs = [float(rng.integers(0, 9)), rng.uniform(0, 9), rng.uniform(1e9, 1e12)]
+            costs = [costs[int(rng.integers(2)) if style else 2] for _ in range(resources)]
+            extra = dict(zip(["second", "third"], costs[1:], strict=False))
+            choices.append(choice(f"group{group}", name, score, costs[0], **extra))
+    return choices
+
+
+def random_budget(
+    rng: np.random.Generator, choices: Sequence[Choice], resource: str = "storage"
+) -> Budget:
+    """A limit from just below the cheapest to the dearest allocation, often met exactly."""
+    rows = [[c.costs[resource] for c in group] for group in by_group(choices)]
+    if rng.random() < 0.5:
+        return budget(math.fsum(float(rng.choice(row)) for row in rows), resource)
+    low, high = sum(map(min, rows)), sum(map(max, rows))
+    return budget(max(0.0, low + rng.uniform(-0.05, 1.0) * (high - low)), resource)
+
+
+def assert_matches(
+    choices: Sequence[Choice], budgets: Sequence[Budget], max_formats: int | None = None
+) -> None:
+    expected = brute_force(choices, budgets, max_formats)
+    if expected is None:
+        with pytest.raises(InfeasibleBudgetError):
+            solve(choices, budgets, max_formats=max_formats)
+        return
+    found = solve(choices, budgets, max_formats=max_formats)
+    assert_consistent(choices, budgets, found, max_formats)
+    assert found.score == pytest.approx(expected[0], rel=1e-15, abs=0)
+    assert found.optimality_gap == 0.0
+
+
+def assert_consistent(
+    choices: Sequence[Choice],
+    budgets: Sequence[Budget],
+    found: Allocation,
+    max_formats: int | None = None,
+) -> None:
+    """The allocation is one of the choices, within the budgets, and its sums are its own."""
+    table = {(c.group, c.format): c for c in choices}
+    picked = [table[item] for item in found.formats.items()]
+    assert list(found.formats) == list(dict.fromkeys(c.group for c in choices))
+    assert found.score == math.fsum(c.score for c in picked)
+    for b in budgets:
+        assert found.costs[b.resource] == math.fsum(c.costs[b.resource] for c in picked)
+        assert found.costs[b.resource] <= b.limit * (1 + 1e-12)
+    assert found.is_satisfied
+    if max_formats is not None:
+        assert len(set(found.formats.values()) - {"none"}) <= max_formats
+
+
+@pytest.mark.parametrize("seed", range(500))
+def test_solve_small_random_equals_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    choices = random_choices(rng, int(rng.integers(1, 7)), int(rng.integers(1, 6)))
+    assert_matches(choices, [random_budget(rng, choices)])
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_solve_two_budgets_equals_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_groups, num_formats = int(rng.integers(1, 6)), int(rng.integers(1, 6))
+    choices = random_choices(rng, num_groups, num_formats, resources=2)
+    budgets = [random_budget(rng, choices, name) for name in ("storage", "second")]
+    assert_matches(choices, budgets)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_solve_three_budgets_equals_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    choices = random_choices(rng, int(rng.integers(2, 6)), 5, resources=3)
+    budgets = [random_budget(rng, choices, name) for name in ("storage", "second", "third")]
+    assert_matches(choices, budgets)
+
+
+@pytest.mark.parametrize("max_formats", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", range(30))
+def test_solve_max_formats_equals_brute_force(seed: int, max_formats: int) -> None:
+    rng = np.random.default_rng(seed)
+    choices = random_choices(rng, int(rng.integers(1, 6)), int(rng.integers(2, 6)))
+    assert_matches(choices, [random_budget(rng, choices)], max_formats)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_solve_max_formats_and_two_budgets_equals_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    choices = random_choices(rng, int(rng.integers(2, 6)), 5, resources=2)
+    budgets = [random_budget(rng, choices, name) for name in ("storage", "second")]
+    assert_matches(choices, budgets, 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
+@pytest.mark.parametrize("seed", range(20))
+def test_solve_forty_groups_equals_cbc(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = rng.choice([1e6, 3e6, 4e6, 11e6], 40)
+    bits = [3.0, 4.0, 4.125, 4.25, 4.5, 8.0, 8.25, 16.0]
+    choices = [
+        choice(f"g{g}", f"b{b}", sizes[g] * 4**-b * math.exp(rng.normal(0, 1.5)), sizes[g] * b / 8)
+        for g in range(40)
+        for b in bits
+    ]
+    limit = float(sizes.sum()) * rng.uniform(3.5, 9) / 8
+    found = solve(choices, [budget(limit)])
+    assert_consistent(choices, [budget(limit)], found)
+    assert found.optimality_gap == 0.0
+    expected = cbc_score(choices, limit, scale=1e6 / found.score)
+    assert found.score == pytest.approx(expected, rel=1e-11, abs=0)
+
+
+def cbc_score(choices: Sequence[Choice], limit: float, scale: float) -> float:
+    """The best score by CBC, with objective and costs scaled away from its tolerances."""
+    model = pulp.LpProblem("allocation", pulp.LpMinimize)
+    names = [f"x{i}" for i in range(len(choices))]
+    x = [pulp.LpVariable(name, cat="Binary") for name in names]
+    model += pulp.lpSum(c.score * scale * v for c, v in zip(choices, x, strict=True))
+    for group in dict.fromkeys(c.group for c in choices):
+        model += pulp.lpSum(v for c, v in zip(choices, x, strict=True) if c.group == group) == 1
+    costs = (c.costs["storage"] * 1e4 / limit * v for c, v in zip(choices, x, strict=True))
+    model += pulp.lpSum(costs) <= 1e4
+    model.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=0, gapAbs=0))
+    assert pulp.LpStatus[model.status] == "Optimal"
+    return math.fsum(c.score for c, v in zip(choices, x, strict=True) if v.value() > 0.5)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_solve_mixed_magnitudes_keeps_tiny_scores(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    choices = [
+        choice(f"g{g}", name, magnitude * rng.uniform(1, 2), float(rng.integers(1, 20)))
+        for g, magnitude in enumerate([1e-3, 1e-3, 1e-12, 1e-12, 1e-12, 1e-12])
+        for name in "abcd"
+    ]
+    limit = budget(float(rng.integers(50, 80)))
+    expected = brute_force(choices, [limit])
+    found = solve(choices, [limit])
+    assert expected is not None
+    assert abs(found.score - expected[0]) <= 1e-18
+    assert found.optimality_gap == 0.0
+
+
+def test_solve_equal_scores_takes_the_cheaper() -> None:
+    choices = [choice("g", "dear", 0.5, 9), choice("g", "cheap", 0.5, 3), choice("h", "a", 0, 1)]
+    assert solve(choices, [budget(20)]).formats == {"g": "cheap", "h": "a"}
+
+
+def test_solve_budget_met_exactly_in_decimals_is_feasible() -> None:
+    choices = [choice(f"g{g}", "a", 1.0, 0.1) for g in range(10)]
+    choices += [choice(f"g{g}", "b", 2.0, 0.05) for g in range(10)]
+    found = solve(choices, [budget(1.0)])
+    assert set(found.formats.values()) == {"a"}
+    assert found.is_satisfied
+
+
+def test_solve_budget_a_little_too_small_is_respected() -> None:
+    choices = [choice(g, f, s, c) for g in "ab" for f, s, c in (("x", 0, 5), ("y", 1, 4))]
+    assert solve(choices, [budget(10 * (1 - 1e-9))]).costs == {"storage": 9}
+    both = [choice(c.group, c.format, c.score, c.costs["storage"], second=1) for c in choices]
+    both[1] = choice("a", "y", 1, 4, second=3)
+    limits = [budget(10 * (1 - 1e-9)), budget(2, "second")]
+    assert solve(both, limits).formats == {"a": "x", "b": "y"}
+
+
+def test_solve_without_budget_takes_the_least_score() -> None:
+    choices = [choice("g", "a", 0.5, 1), choice("g", "b", 0.25, 9)]
+    assert solve(choices, []).formats == {"g": "b"}
+
+
+def test_solve_same_input_gives_the_same_output() -> None:
+    choices = random_choices(np.random.default_rng(7), 6, 5, resources=2)
+    budgets = [random_budget(np.random.default_rng(3), choices, r) for r in ("storage", "second")]
+    assert solve(choices, budgets) == solve(choices, budgets)
+
+
+@pytest.mark.parametrize("bits", [4.5, 5.0, 6.0, 8.0])
+def test_solve_large_model_is_proven_optimal(bits: float) -> None:
+    choices, weights = large_model()
+    limit = budget(weights * bits / 8)
+    found = solve(choices, [limit])
+    assert_consistent(choices, [limit], found)
+    assert found.optimality_gap == 0.0
+
+
+def test_solve_large_model_scores_no_worse_than_the_frontier() -> None:
+    choices, weights = large_model()
+    exact = solve(choices, [budget(weights * 5 / 8)])
+    hull = frontier_allocation(choices, "storage", weights * 5 / 8)
+    assert hull.score * (1 - hull.optimality_gap) <= exact.score <= hull.score
+    assert 0 < hull.optimality_gap < 0.05
+
+
+def test_solve_three_of_twelve_formats_is_proven_between_bounds() -> None:
+    choices, weights = large_model()
+    limit = budget(weights * 5 / 8)
+    scores = [solve(choices, [limit], max_formats=k) for k in (1, 2, 3, 12)]
+    assert all(found.optimality_gap == 0.0 for found in scores)
+    assert [found.score for found in scores] == sorted((f.score for f in scores), reverse=True)
+    assert scores[-1] == solve(choices, [limit])
+
+
+def large_model() -> tuple[list[Choice], float]:
+    """250 groups of few sizes with 13 formats; the choices, and the number of weights."""
+    rng = np.random.default_rng(0)
+    sizes = rng.choice([3.1e6, 8.4e6, 1.7e7, 2.5e7, 9.0e7], 250)
+    bits = [3.0, 3.5, 4.0, 4.125, 4.25, 4.5, 5.0, 6.0, 6.5, 8.0, 8.03, 8.25, 16.0]
+    choices = []
+    for group, size in enumerate(sizes):
+        for b in bits:
+            score = 0.0 if b == 16 else size * 4**-b * math.exp(rng.normal(0, 1.5)) * 1e-9
+            name = "none" if b == 16 else f"w{b}"
+            choices.append(choice(f"layer{group}", name, score, size * b / 8))
+    return choices, float(sizes.sum())
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_frontier_points_are_best_at_their_cost(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    choices = random_choices(rng, int(rng.integers(1, 6)), int(rng.integers(1, 6)))
+    points = frontier(choices, "storage")
+    assert points == sorted(points)
+    for cost, score in points:
+        expected = brute_force(choices, [budget(cost)])
+        found = frontier_allocation(choices, "storage", cost)
+        assert expected is not None
+        assert score == pytest.approx(expected[0], rel=1e-12, abs=1e-300)
+        assert found.score == pytest.approx(score, rel=1e-12, abs=1e-300)
+        assert found.costs["storage"] == pytest.approx(cost, rel=1e-12)
+
+
+def test_frontier_allocation_below_the_cheapest_raises() -> None:
+    with pytest.raises(InfeasibleBudgetError, match="reachable is"):
+        frontier_allocation([choice("g", "a", 0, 5)], "storage", 4)
+
+
+def test_solve_infeasible_bits_names_the_range() -> None:
+    choices = [choice(f"g{g}", f, 0, c) for g in "ab" for f, c in (("int4", 414), ("none", 1600))]
+    limit = Budget(resource="storage", limit=700, unit_per_bit=200, description="--bits 3.5")
+    with pytest.raises(
+        InfeasibleBudgetError,
+        match=r"--bits 3\.5 cannot be met: reachable is 4\.14 to 16\.00 average bits",
+    ):
+        solve(choices, [limit])
+
+
+def test_solve_infeasible_bits_range_can_be_asked_for() -> None:
+    choices = [choice("g", "int4", 0, 4.140625), choice("g", "none", 0, 16)]
+    limit = Budget(resource="storage", limit=4.14, unit_per_bit=1, description="--bits 4.14")
+    with pytest.raises(InfeasibleBudgetError, match=r"reachable is 4\.15 to"):
+        solve(choices, [limit])
+
+
+def test_solve_infeasible_bytes_names_the_range() -> None:
+    choices = [choice("g", "int4", 0, 3 * 2**30), choice("g", "none", 0, 12 * 2**30 + 1)]
+    with pytest.raises(
+        InfeasibleBudgetError,
+        match=r"3\.00 GiB \(3221225472 bytes\) to 12\.00 GiB \(12884901889 bytes\)",
+    ):
+        solve(choices, [budget(2**30)])
+
+
+def test_solve_infeasible_under_max_formats_names_the_range_under_it() -> None:
+    choices = [choice(g, f, 0, 1 if g == f else 5) for g in "ab" for f in ("a", "b", "none")]
+    assert solve(choices, [budget(2)]).is_satisfied
+    limit = Budget(resource="storage", limit=2, unit_per_bit=2, description="--bits 1")
+    with pytest.raises(InfeasibleBudgetError, match=r"reachable is 3\.00 to 5\.00 average bits"):
+        solve(choices, [limit], max_formats=1)
+
+
+def test_solve_budgets_infeasible_together_names_both() -> None:
+    choices = [choice("g", "a", 0, 1, second=9), choice("g", "b", 0, 9, second=1)]
+    with pytest.raises(InfeasibleBudgetError, match=r"--limit 5 .* and --limit 6 .* together"):
+        solve(choices, [budget(5), budget(6, "second")])
+
+
+def test_solve_max_formats_that_cover_no_group_raises() -> None:
+    choices = [choice("g", "a", 0, 1), choice("h", "b", 0, 1)]
+    with pytest.raises(InfeasibleBudgetError, match="no 1 formats cover every group"):
+        solve(choices, [budget(5)], max_formats=1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e-9])
+def test_solve_bad_score_names_group_and_format(bad: float) -> None:
+    with pytest.raises(ScoreError, match="'g', format 'a'"):
+        solve([choice("g", "a", bad, 1)], [budget(5)])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_solve_bad_cost_names_group_and_format(bad: float) -> None:
+    with pytest.raises(ScoreError, match="'g', format 'a'"):
+        solve([choice("g", "a", 0, bad)], [budget(5)])
+
+
+def test_solve_missing_cost_names_the_resource() -> None:
+    with pytest.raises(ScoreError, match="'second'"):
+        solve([choice("g", "a", 0, 1)], [budget(5, "second")])
+
+
+def test_solve_no_choices_raises() -> None:
+    with pytest.raises(ConfigError, match="no choices"):
+        solve([], [budget(5)])
+
+
+def test_solve_choice_given_twice_raises() -> None:
+    with pytest.raises(ConfigError, match="'g' has format 'a' more than once"):
+        solve([choice("g", "a", 0, 1), choice("g", "a", 0, 2)], [budget(5)])
+
+
+def test_solve_limit_not_a_number_raises() -> None:
+    with pytest.raises(ConfigError, match="not a number"):
+        solve([choice("g", "a", 0, 1)], [budget(math.nan)])
+
+
+def test_solve_negative_limit_is_infeasible() -> None:
+    with pytest.raises(InfeasibleBudgetError, match=r"reachable is 1\.00 MiB \(1048576 bytes\)"):
+        solve([choice("g", "a", 0, 2**20)], [budget(-1)])
+
+
+def test_solve_infinite_limit_takes_the_least_score() -> None:
+    choices = [choice("g", "a", 0.5, 1), choice("g", "b", 0.25, 9)]
+    assert solve(choices, [budget(math.inf)]).formats == {"g": "b"}
+
+
+def test_solve_reports_the_costs_of_every_resource() -> None:
+    found = solve([choice("g", "a", 0, 1, second=2), choice("h", "a", 0, 3, second=4)], [budget(9)])
+    assert found.costs == {"storage": 4, "second": 6}
+
+
+def test_solve_two_limits_on_one_resource_keeps_both() -> None:
+    choices = [choice(g, f, 9 - c, c) for g in "ab" for f, c in (("x", 1), ("y", 4), ("z", 9))]
+    assert solve(choices, [budget(9), budget(6)]) == solve(choices, [budget(6)])
+
+
+MENU = [choice(f"layers.{n}.{m}", f, 0, 1) for n in (0, 1) for m in "qo" for f in ("int4", "none")]
+
+
+def kept(choices: Sequence[Choice]) -> dict[str, list[str]]:
+    return {group[0].group: [c.format for c in group] for group in by_group(choices)}
+
+
+def test_restrict_pin_leaves_one_format() -> None:
+    assert kept(restrict(MENU, {"layers.0.q": "none"}, {})) == {
+        "layers.0.q": ["none"],
+        "layers.0.o": ["int4", "none"],
+        "layers.1.q": ["int4", "none"],
+        "layers.1.o": ["int4", "none"],
+    }
+
+
+def test_restrict_allow_without_none_forbids_none() -> None:
+    formats = kept(restrict(MENU, {}, {"layers.0.*": ["int4"], "*.o": ["int4", "none"]}))
+    assert formats["layers.0.o"] == formats["layers.0.q"] == ["int4"]
+    assert formats["layers.1.o"] == formats["layers.1.q"] == ["int4", "none"]
+
+
+@pytest.mark.parametrize(
+    ("pins", "allow", "text"),
+    [
+        ({"layers.0.k": "int4"}, {}, r"pinned group 'layers\.0\.k' .*closest: layers\.0\."),
+        ({"layers.0.q": "int5"}, {}, r"format 'int5' pinned for group 'layers\.0\.q'.*int4"),
+        ({}, {"blocks.*": ["int4"]}, r"no group matches the pattern 'blocks\.\*'"),
+        ({}, {"*": ["int5"]}, r"format 'int5' allowed for '\*' .*int4"),
+        ({}, {"*": []}, r"group 'layers\.0\.q' has no format left"),
+        ({}, {"*": ["int4"], "*.o": ["none"]}, r"group 'layers\.0\.o' has no format left"),
+        ({"layers.1.q": "none"}, {"*": ["int4"]}, r"group 'layers\.1\.q' has no format left"),
+    ],
+)
+def test_restrict_wrong_constraint_names_it(
+    pins: dict[str, str], allow: dict[str, list[str]], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        restrict(MENU, pins, allow)
