@@ -26,6 +26,7 @@ from autoquant_ray.errors import (
     EXIT_NEEDS_A_LOOK,
     AutoQuantError,
     ConfigError,
+    one_line,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,14 +56,12 @@ class _Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # noqa: BLE001 - the edge of the program
-            self._stop(
-                f"error: {type(error).__name__}: {' '.join(str(error).split())}", EXIT_FAILED
-            )
+            self._stop(f"error: {type(error).__name__}: {one_line(error)}", EXIT_FAILED)
 
     def _stop(self, line: str, code: int) -> None:
         if logging.getLogger().isEnabledFor(logging.DEBUG) and code == EXIT_FAILED:
             logger.debug("traceback", exc_info=True)
-        click.echo(line, err=True)
+        click.echo(" ".join(line.splitlines()), err=True)
         raise click.exceptions.Exit(code)
 
 
@@ -152,7 +151,7 @@ def scan(
     """
     _set_up_logging(verbose)
     if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other")
+        raise ConfigError("--resume and --overwrite exclude each other; give one of them")
     given = given_fields(flags) | ({} if model is None else {"model": model})
     config = load_config(ScanConfig, config_file, given)
     assert isinstance(config, ScanConfig)

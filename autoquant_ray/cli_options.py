@@ -49,7 +49,8 @@ def mapping_option(flag: str, metavar: str, text: str) -> Decorator:
 def _option(name: str, field: FieldInfo) -> Decorator:
     flag = f"--{name.replace('_', '-')}"
     text = field.description or ""
-    if not field.is_required() and field.default not in (None, (), False):
+    has_default = not field.is_required() and field.default not in (None, ())
+    if has_default and field.annotation is not bool:
         default = field.default
         shown = ",".join(default) if isinstance(default, tuple) else default
         text += f"  [default: {shown}]"

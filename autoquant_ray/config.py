@@ -7,16 +7,26 @@ stands in :data:`STAGE_FIELDS`; stages are skipped on resume only while those fi
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from autoquant_ray.errors import ConfigError
+from autoquant_ray.errors import ConfigError, one_line
 
 _BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTE_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -38,6 +48,15 @@ def parse_bytes(value: int | str) -> int:
     return number
 
 
+def _check_custom_key(key: str) -> str:
+    if key not in ("weight", "input"):
+        raise ValueError("unknown key; a custom format has 'weight' and may have 'input'")
+    return key
+
+
+CustomKey = Annotated[str, AfterValidator(_check_custom_key)]
+
+
 class SearchSpace(BaseModel):
     """What is searched: model, formats, layers left out. Enough for ``plan``."""
 
@@ -51,7 +70,7 @@ class SearchSpace(BaseModel):
         description="Quantization formats to choose from, separated by commas. 16 bits ('none') "
         "is always a choice too.",
     )
-    custom_formats: dict[str, dict[str, dict[str, Any] | None]] = Field(
+    custom_formats: dict[str, dict[CustomKey, dict[str, Any] | None]] = Field(
         default_factory=dict,
         description="Extra formats, config file only: name -> {weight: ModelOpt quantizer "
         "attributes, input: the same or null}.",
@@ -68,11 +87,22 @@ class SearchSpace(BaseModel):
         default=False, description="Run model code that the checkpoint brings. Off: refuse it."
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's ``yes`` is not the number 1."""
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("must not be yes, no, true or false")
+        return value
+
     @field_validator("formats", "disable", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
-        return tuple(part.strip() for part in parts) if isinstance(parts, list | tuple) else parts
+        if not isinstance(parts, list | tuple):
+            return parts
+        return tuple(part.strip() if isinstance(part, str) else part for part in parts)
 
     @field_validator("formats")
     @classmethod
@@ -168,13 +198,13 @@ class ScanConfig(SearchSpace):
     @field_validator("workers", mode="before")
     @classmethod
     def _parse_workers(cls, value: Any) -> Any:
-        if isinstance(value, str) and value != "auto":
-            if not value.isdigit():
-                raise ValueError(f"{value!r} is neither 'auto' nor a number of workers")
-            value = int(value)
-        if isinstance(value, int) and value < 1:
+        if value == "auto":
+            return value
+        if not str(value).isdecimal():
+            raise ValueError(f"{value!r} is neither 'auto' nor a number of workers")
+        if int(value) < 1:
             raise ValueError(f"{value} must be at least 1")
-        return value
+        return int(value)
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -249,7 +279,8 @@ def load_config(
     try:
         return model_class.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_first_problem(error, path, flags, values)) from None
+        known = list(model_class.model_fields)
+        raise ConfigError(_first_problem(error, path, flags, values, known)) from None
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -260,8 +291,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        line = " ".join(str(error).split())
-        raise ConfigError(f"config file {path} is not valid YAML: {line}") from None
+        raise ConfigError(f"config file {path} is not valid YAML: {one_line(error)}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -270,15 +300,20 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _first_problem(
-    error: ValidationError, path: str | None, flags: dict[str, Any], values: dict[str, Any]
+    error: ValidationError,
+    path: str | None,
+    flags: dict[str, Any],
+    values: dict[str, Any],
+    known: list[str],
 ) -> str:
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = ".".join(str(part) for part in first["loc"] if part != "[key]")
     root = str(first["loc"][0]) if first["loc"] else ""
     from_file = path is not None and root in values and root not in flags
     where = f"{path}: {name}" if from_file else f"--{name.replace('_', '-')}"
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key"
+        close = difflib.get_close_matches(name, known, n=3) or known[:3]
+        return f"{where}: unknown key; closest: {', '.join(close)}"
     if first["type"] == "missing":
         return f"--{name.replace('_', '-')} is missing"
     message = first["msg"].removeprefix("Value error, ")

@@ -72,3 +72,9 @@ class WorkerError(AutoQuantError):
 
 class NonFiniteError(WorkerError):
     """A shard produced a NaN or an infinity; the same shard would do so on any worker."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's message on one line of at most ``limit`` characters; its class where empty."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

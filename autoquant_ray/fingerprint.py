@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from autoquant_ray.texts import PYDOC_SOURCE, read_pydoc
+
 _WHOLE_LIMIT_BYTES = 8 * 2**30
 _BLOCK_BYTES = 2**20
 _BLOCKS_PER_FILE = 64
@@ -37,4 +39,7 @@ def fingerprint_source(source: str) -> str:
         return fingerprint_files([path])
     if path.is_dir():
         return fingerprint_files(sorted(file for file in path.rglob("*") if file.is_file()))
+    if source == PYDOC_SOURCE:
+        text = "\0".join(read_pydoc())
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return f"name:{source}"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,16 +85,17 @@ class Answer:
         return 0.0 if self.is_proven else (self.score - self.lower) / self.score
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sweep:
     """Steps along the lower convex hulls, best gain per cost first.
 
-    ``start_G`` is the cheapest format of each group. Step n moves ``groups_N[n]`` to
-    ``columns_N[n]`` for ``costs_N[n]`` more cost and ``gains_N[n]`` less score.
+    ``start_G`` is the cheapest format of each group. Step n moves ``groups_N[n]`` from
+    ``before_N[n]`` to ``columns_N[n]`` for ``costs_N[n]`` more cost and ``gains_N[n]`` less score.
     """
 
     start_G: Indices
     groups_N: Indices
+    before_N: Indices
     columns_N: Indices
     costs_N: Floats
     gains_N: Floats
@@ -114,8 +116,8 @@ def sweep(scores_GF: Floats, costs_GF: Floats) -> Sweep:
     cost_GF = np.take_along_axis(costs_GF, order_GF, axis=1)
     rows = np.arange(len(scores_GF))
     at = np.zeros(len(rows), dtype=np.intp)
-    before = np.full(len(rows), np.inf)
-    parts: list[tuple[npt.NDArray[np.generic], ...]] = []
+    last = np.full(len(rows), np.inf)
+    parts: list[tuple[npt.NDArray[Any], ...]] = []
     while not parts or rows.size:
         with np.errstate(invalid="ignore", divide="ignore"):
             more = cost_GF[rows] - cost_GF[rows, at][:, None]
@@ -123,41 +125,34 @@ def sweep(scores_GF: Floats, costs_GF: Floats) -> Sweep:
             rate = np.where((more > 0) & (gain > 0), gain / more, 0.0)
         to, line = rate.argmax(axis=1), np.arange(len(rows))
         # Rounding must not put a group's later step before its earlier one.
-        best = np.minimum(rate[line, to], before)
+        best = np.minimum(rate[line, to], last)
         live = best > 0
-        step = np.full(int(live.sum()), len(parts))
-        moves = (rows, order_GF[rows, to], more[line, to], gain[line, to], best)
-        parts.append((step, *(values[live] for values in moves)))
-        rows, at, before = rows[live], to[live], best[live]
+        step = np.full(len(rows), len(parts))
+        moves = (order_GF[rows, at], order_GF[rows, to], more[line, to], gain[line, to], best)
+        parts.append(tuple(values[live] for values in (step, rows, *moves)))
+        rows, at, last = rows[live], to[live], best[live]
     step, *fields = (np.concatenate(column) for column in zip(*parts, strict=True))
-    sequence = np.lexsort((fields[0], step, -fields[4]))
-    groups, columns, costs, gains, rates = (values[sequence] for values in fields)
-    return Sweep(
-        start_G=order_GF[:, 0],
-        groups_N=groups.astype(np.intp),
-        columns_N=columns.astype(np.intp),
-        costs_N=costs.astype(np.float64),
-        gains_N=gains.astype(np.float64),
-        rates_N=rates.astype(np.float64),
-    )
+    sequence = np.lexsort((fields[0], step, -fields[-1]))
+    return Sweep(order_GF[:, 0], *(values[sequence] for values in fields))
 
 
 def bound(problem: Problem, multipliers_R: Floats) -> float:
     """Lagrangian lower bound of the best score, for any multipliers >= 0, rounded down."""
-    reduced_G = _reduced(problem, multipliers_R).min(axis=1)
+    reduced_G = reduced(problem, multipliers_R).min(axis=1)
     price = float(multipliers_R @ problem.limits_R)
     total = math.fsum(reduced_G)
     return max(total - price - MARGIN * (total + price), math.fsum(problem.scores_GF.min(axis=1)))
 
 
-def _reduced(problem: Problem, multipliers_R: Floats) -> Floats:
+def reduced(problem: Problem, multipliers_R: Floats) -> Floats:
+    """Scores with the costs priced in, (G, F): score + sum of multiplier x cost."""
     priced: Floats = problem.scores_GF + np.tensordot(multipliers_R, problem.costs_RGF, axes=1)
     return priced
 
 
 def tighten(problem: Problem, multipliers_R: Floats, score: float) -> Problem:
     """Drop the choices that are in no allocation with a score below or equal to ``score``."""
-    reduced_GF = _reduced(problem, multipliers_R)
+    reduced_GF = reduced(problem, multipliers_R)
     reduced_GF = reduced_GF - reduced_GF.min(axis=1)[:, None]
     spare = score - bound(problem, multipliers_R)
     kept = problem.keep(reduced_GF <= spare * (1 + MARGIN))

@@ -3,7 +3,8 @@
 HiGHS (through ``scipy.optimize.milp``) stops at an absolute gap of 1e-6 and lets a row be exceeded
 by 1e-6. So scores are scaled to the distance that is still open, costs to the room that is left,
 an allocation is checked with exact sums, and, where the states fit, the dynamic programme of
-:mod:`autoquant_ray.knapsack_search` has the last word.
+:mod:`autoquant_ray.knapsack_search` has the last word. HiGHS 1.12 prints a line of its own
+(``HighsMipSolverData::...``) now and then, whatever its options say.
 """
 
 from __future__ import annotations
@@ -15,8 +16,17 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
-from autoquant_ray.knapsack import Answer, Floats, Indices, Problem, bound, tighten, undominated
-from autoquant_ray.knapsack_search import finish, solve_single
+from autoquant_ray.knapsack import (
+    Answer,
+    Floats,
+    Indices,
+    Problem,
+    bound,
+    reduced,
+    tighten,
+    undominated,
+)
+from autoquant_ray.knapsack_search import WIDTHS, search, solve_single
 
 _SCALE = 1e6  # objective range given to HiGHS, whose absolute gap is 1e-6
 _ROUGH_GAP = 1e-4
@@ -28,8 +38,10 @@ def solve_several(problem: Problem) -> Answer | None:
     """Solve a problem with several resources; None where the limits cannot be met together.
 
     1. A limit whose own best allocation meets the others too decides alone.
-    2. Multipliers come from the linear relaxation, a first allocation from HiGHS.
-    3. The dynamic programme proves or improves it; where its states are too many, HiGHS goes on.
+    2. Multipliers come from the linear relaxation, a first allocation from raising them; HiGHS
+       looks for one, or shows that there is none, where that fails.
+    3. The dynamic programme proves or improves it. Where its states are too many, HiGHS goes on,
+       and the programme tries to prove what HiGHS found.
     """
     lower = 0.0
     for resource in range(len(problem.limits_R)):
@@ -40,21 +52,39 @@ def solve_several(problem: Problem) -> Answer | None:
             return answer
         lower = max(lower, answer.lower)
     kept = problem.keep(undominated(problem))
-    answer = solve_milp(kept, rough=True)
+    multipliers_R = relaxed_multipliers(kept)
+    answer = _priced_out(kept, multipliers_R) or solve_milp(kept, rough=True)
     if answer is None:
         return None
-    multipliers_R = relaxed_multipliers(kept)
     lower = max(lower, answer.lower, bound(kept, multipliers_R))
-    answer = finish(problem, multipliers_R, replace(answer, lower=min(lower, answer.score)))
-    if not problem.is_within(answer.columns_G):
-        return None
-    if answer.is_proven:
-        return answer
-    polished = solve_milp(tighten(problem, multipliers_R, answer.score))
-    if polished is None:
-        return answer
-    best = min(answer, polished, key=lambda found: found.score)  # the first of equal scores
-    return replace(best, lower=min(best.score, max(answer.lower, polished.lower)))
+    answer = replace(answer, lower=min(lower, answer.score))
+    answer = search(problem, multipliers_R, answer, WIDTHS[0])
+    if not answer.is_proven:
+        polished = solve_milp(tighten(problem, multipliers_R, answer.score)) or answer
+        lower = max(answer.lower, polished.lower)
+        best = min(answer, polished, key=lambda found: found.score)
+        best = replace(best, lower=min(best.score, lower))
+        answer = search(problem, multipliers_R, best, WIDTHS[1])
+    return answer if problem.is_within(answer.columns_G) else None
+
+
+def _priced_out(problem: Problem, multipliers_R: Floats) -> Answer | None:
+    """Each group's best choice at the multipliers, raised as little as meets the limits."""
+
+    def cheapest_G(factor: float) -> Indices:
+        columns_G: Indices = reduced(problem, factor * multipliers_R).argmin(axis=1)
+        return columns_G
+
+    low, high = 1.0, 1.0
+    while not problem.is_within(cheapest_G(high)):
+        if high > 1e6:
+            return None
+        low, high = high, 2 * high
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if problem.is_within(cheapest_G(middle)) else (middle, high)
+    columns_G = cheapest_G(high)
+    return Answer(columns_G=columns_G, score=problem.score(columns_G), lower=0.0)
 
 
 def solve_milp(

@@ -2,8 +2,8 @@
 
 Groups are decided one after the other. A state is the cost and the score of the groups decided so
 far. Three things keep states few: dominance; a bound from the hulls of the undecided groups
-against the best allocation known; and, for one resource, completing every state greedily, which
-finds near-best allocations early. Where states still grow beyond ``width``, those with the lowest
+against the best allocation known; and completing states greedily along those hulls, which finds
+near-best allocations early. Where states still grow beyond ``width``, those with the lowest
 bounds stay, and the lowest bound that was let go limits what the answer may claim.
 """
 
@@ -19,7 +19,6 @@ from autoquant_ray.knapsack import (
     Answer,
     Floats,
     Indices,
-    Mask,
     Problem,
     relax,
     sweep,
@@ -29,6 +28,8 @@ from autoquant_ray.knapsack import (
 WIDTHS = (500, 10_000, 100_000)  # states kept per group in successive searches
 MAX_STATES = 20_000_000  # states kept in one search over all groups, about 320 MB
 MAX_GROUPS = 5_000  # with more groups undecided the greedy answer and its gap stand
+NUM_NEIGHBOURS = 16  # states that a state is compared with where there are several resources
+NUM_COMPLETED = 16  # states completed after a group where there are several resources
 
 
 def solve_single(problem: Problem) -> Answer | None:
@@ -37,11 +38,6 @@ def solve_single(problem: Problem) -> Answer | None:
     if relaxed is None:
         return None
     answer, multipliers_R = relaxed
-    return finish(problem, multipliers_R, answer)
-
-
-def finish(problem: Problem, multipliers_R: Floats, answer: Answer) -> Answer:
-    """Search with more and more states until the answer is proven or the states are too many."""
     for width in WIDTHS:
         if not answer.is_proven:
             answer = search(problem, multipliers_R, answer, width)
@@ -96,8 +92,10 @@ class _Run:
         self.weights_R = np.ones(1) if self.is_single else multipliers_R
         surrogate_GF = np.tensordot(self.weights_R, self.costs_RGF, axes=1)
         self.steps = sweep(self.scores_GF, surrogate_GF)
-        start = (np.arange(len(self.core)), self.steps.start_G)
-        self.start_scores_G, self.start_costs_G = self.scores_GF[start], surrogate_GF[start]
+        rows, start_G = np.arange(len(self.core)), self.steps.start_G
+        self.start_scores_G = self.scores_GF[rows, start_G]
+        self.start_costs_G = surrogate_GF[rows, start_G]
+        self.start_costs_RG = self.costs_RGF[:, rows, start_G]
         self.base_score = math.fsum(least_scores_G)
         self.target = answer.score - self.base_score
         self.margin = MARGIN * (answer.score + math.fsum(self.start_scores_G))
@@ -121,11 +119,10 @@ class _Run:
         cost_R = cost_R.reshape(len(self.room_R), -1)
         fits = np.flatnonzero((cost_R <= self.room_R[:, None]).all(axis=0))
         score, cost_R = score[fits], cost_R[:, fits]
-        later = self.steps.groups_N > position
-        ends = np.concatenate(([0.0], np.cumsum(self.steps.costs_N[later])))
-        gains = np.concatenate(([0.0], np.cumsum(self.steps.gains_N[later])))
+        later = np.flatnonzero(self.steps.groups_N > position)
+        gains = _running(self.steps.gains_N[later])
+        ends = _running(self.steps.costs_N[later]) + self.start_costs_G[position + 1 :].sum()
         room = self.weights_R @ (self.room_R[:, None] - cost_R)
-        room -= self.start_costs_G[position + 1 :].sum()
         started = score + self.start_scores_G[position + 1 :].sum()
         lowest = started - np.interp(room, ends, gains)
         near = np.flatnonzero(lowest <= self.target + self.margin)
@@ -134,7 +131,37 @@ class _Run:
         self.score_S, self.cost_RS = score[near], cost_R[:, near]
         parent, choice = np.divmod(fits[near], len(columns))
         self.trail.append((parent, columns[choice]))
-        self._complete(position, later, started[near], room[near], ends, gains)
+        if not len(near):
+            return
+        if self.is_single:
+            num_steps = np.searchsorted(ends[1:], room[near], side="right")
+        else:
+            num_steps = self._steps_within(position, later, np.argsort(lowest[near], kind="stable"))
+        value = np.where(num_steps < 0, np.inf, started[near] - gains[num_steps])
+        self._remember(position, later, value, num_steps)
+
+    def _steps_within(self, position: int, later: Indices, by_bound: Indices) -> Indices:
+        """How many hull steps keep all resources within room; -1: none, or not looked at."""
+        groups, steps = self.steps.groups_N[later], self.steps
+        costs_R = self.costs_RGF[:, groups, steps.columns_N[later]]
+        costs_R = costs_R - self.costs_RGF[:, groups, steps.before_N[later]]
+        looked_at = by_bound[:NUM_COMPLETED]
+        room_R = self.room_R - self.start_costs_RG[:, position + 1 :].sum(axis=1)
+        room_RS = room_R[:, None] - self.cost_RS[:, looked_at]
+        ends_R = np.stack([_running(row) for row in costs_R])
+        within = (ends_R[:, None, :] <= room_RS[:, :, None]).all(axis=0)
+        last = within.shape[1] - 1 - within[:, ::-1].argmax(axis=1)
+        num_steps = np.full(len(by_bound), -1)
+        num_steps[looked_at] = np.where(within.any(axis=1), last, -1)
+        return num_steps
+
+    def _remember(self, position: int, later: Indices, value: Floats, num_steps: Indices) -> None:
+        """Keep the best completion as the allocation to beat."""
+        state = int(value.argmin())
+        is_exact = position == len(self.core) - 1 and self.let_go == math.inf
+        if value[state] < self.target or is_exact:
+            self.target = float(value[state])
+            self.best = (position, state, later[: num_steps[state]])
 
     def _narrow(self, states: Indices, lowest: Floats) -> Indices:
         """Keep the ``width`` states with the lowest bounds, and remember what was let go."""
@@ -143,27 +170,6 @@ class _Run:
         by_bound = np.argsort(lowest, kind="stable")
         self.let_go = min(self.let_go, float(lowest[by_bound[self.width]]) - self.margin)
         return states[np.sort(by_bound[: self.width])]
-
-    def _complete(
-        self,
-        position: int,
-        later: Mask,
-        started: Floats,
-        room: Floats,
-        ends: Floats,
-        gains: Floats,
-    ) -> None:
-        """Finish every state by the hull steps that fit, and remember the best allocation."""
-        is_last = position == len(self.core) - 1
-        if not len(started) or not (self.is_single or is_last):
-            return
-        num_steps = np.searchsorted(ends[1:], room, side="right")
-        value = started - gains[num_steps]
-        state = int(value.argmin())
-        if value[state] < self.target or (is_last and self.let_go == math.inf):
-            self.target = float(value[state])
-            taken = np.flatnonzero(later)[: num_steps[state]]
-            self.best = (position, state, taken)
 
     def result(self) -> Indices | None:
         """Columns (G,) of the best allocation of this run, if it found one."""
@@ -181,17 +187,29 @@ class _Run:
         return columns_G
 
 
-def _pareto(score_S: Floats, cost_RS: Floats) -> Indices:
-    """Positions of the states that no other one dominates, cheapest first.
+def _running(values: Floats) -> Floats:
+    """Running sums from 0 on, one more than values."""
+    return np.concatenate(([0.0], np.cumsum(values)))
 
-    With several resources only states of equal cost are compared; the bound prunes the others.
+
+def _pareto(score_S: Floats, cost_RS: Floats) -> Indices:
+    """Positions of the states that no other one dominates.
+
+    With several resources each state is compared only with its neighbours in score: comparing all
+    pairs costs more than it drops.
     """
     order = np.lexsort((score_S, *cost_RS[::-1]))
     score, cost_R = score_S[order], cost_RS[:, order]
     keep = np.ones(len(order), dtype=bool)
     if len(cost_R) == 1:
         keep[1:] = score[1:] < np.minimum.accumulate(score)[:-1]
-    else:
-        keep[1:] = (cost_R[:, 1:] != cost_R[:, :-1]).any(axis=0)
-    kept: Indices = order[keep]
-    return kept
+        return order[keep]
+    keep[1:] = (cost_R[:, 1:] != cost_R[:, :-1]).any(axis=0)
+    order = order[keep]
+    order = order[np.argsort(score_S[order], kind="stable")]
+    cost_R = cost_RS[:, order]
+    keep = np.ones(len(order), dtype=bool)
+    for distance in range(1, min(NUM_NEIGHBOURS, len(order) - 1) + 1):
+        dominated = (cost_R[:, :-distance] <= cost_R[:, distance:]).all(axis=0)
+        keep[distance:] &= ~dominated
+    return order[keep]

@@ -26,7 +26,7 @@ def solve_problem(problem: Problem, max_formats: int | None, free: int | None) -
     """
     used = np.flatnonzero(problem.present_GF.any(axis=0))
     counted = [int(column) for column in used if column != free]
-    if max_formats is None or max_formats >= len(counted):
+    if max_formats is None or max_formats >= min(len(counted), len(problem.scores_GF)):
         return _solve_plain(problem)
     if math.comb(len(counted), max_formats) > _MAX_SETS:
         answer = solve_milp(problem, max_formats=max_formats, free=free, rough=True)
@@ -99,7 +99,7 @@ def _only(problem: Problem, columns: Indices) -> Problem:
 def _is_worse(subset: Problem, score: float) -> bool:
     """Whether a cheap bound already shows that a format set cannot reach ``score``."""
     if len(subset.limits_R) > 1:
-        return False
+        return bound(subset, relaxed_multipliers(subset)) > score
     relaxed = relax(subset)
     return relaxed is None or relaxed[0].lower > score
 

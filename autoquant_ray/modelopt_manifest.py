@@ -8,8 +8,8 @@ derived from them. Its scores have no unit; no KL is predicted from them.
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,12 +39,12 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
     """
     manifest = _read(path)
     rows, scores = _rows(path, manifest)
+    bits = _budget_bits(path, manifest)
     if directory.exists():
         directory.require_run()
         if not overwrite:
             raise StoreError(f"{directory.uri} holds a run; give --overwrite or another --out")
         directory.clear()
-    bits = _budget_bits(path, manifest)
     state = RunState(directory, _run_values(path, directory, manifest, rows))
     state.save()
     directory.write_table("plan.parquet", "plan", rows)
@@ -65,6 +65,9 @@ def _read(path: str) -> dict[str, Any]:
     layers = manifest.get("layer_sensitivity") if isinstance(manifest, dict) else None
     if not isinstance(layers, dict) or not layers:
         raise DataError(f"manifest {path} has no 'layer_sensitivity' mapping of layers")
+    for section in ("scheme", "model", "dataset", "autoquant_state"):
+        if not isinstance(manifest.get(section) or {}, dict):
+            raise DataError(f"manifest {path}: {section} must be a mapping")
     return dict(manifest)
 
 
@@ -76,6 +79,8 @@ def _rows(
     score_rows: list[dict[str, Any]] = []
     for key, layer in manifest["layer_sensitivity"].items():
         module = key.removesuffix(_SUFFIX)
+        if key != module and module in manifest["layer_sensitivity"]:
+            raise DataError(f"manifest {path}: layer_sensitivity has {module!r} and {key!r}")
         choices = _choices(path, key, layer)
         weights = _num_weights(path, key, choices)
         for format_, (score, cost) in choices.items():
@@ -93,6 +98,8 @@ def _rows(
             )
             if format_ != NONE:
                 score_rows.append(_score_row(plan_rows[-1], score))
+    if not score_rows:
+        raise DataError(f"manifest {path}: no entry of layer_sensitivity has a format but NONE")
     return plan_rows, score_rows
 
 
@@ -113,8 +120,7 @@ def _choices(path: str, key: str, layer: Any) -> dict[str, tuple[float, float]]:
     for text, score, cost in zip(*columns, strict=True):
         match = _FORMAT.match(str(text))
         name = (match["name"] if match else str(text)).strip()
-        numbers = [score, cost]
-        if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
+        if not (_is_number(score) and _is_number(cost)):
             refuse(f"has a score or cost for {name} that is not a number of at least 0")
         choices[NONE if name == "NONE" else name] = (float(score), float(cost))
     if len(choices) != len(columns[0]):
@@ -122,11 +128,17 @@ def _choices(path: str, key: str, layer: Any) -> dict[str, tuple[float, float]]:
     return choices
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number of at least 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value <= sys.float_info.max
+
+
 def _num_weights(path: str, key: str, choices: Mapping[str, tuple[float, float]]) -> int:
-    if NONE not in choices or choices[NONE][1] <= 0:
+    if NONE not in choices or round(choices[NONE][1]) < 1:
         raise DataError(
-            f"manifest {path}: layer_sensitivity[{key!r}] needs the format NONE with a cost above "
-            "0, which tells the number of weights"
+            f"manifest {path}: layer_sensitivity[{key!r}] needs the format NONE with a cost of "
+            "at least 1, which tells the number of weights"
         )
     return round(choices[NONE][1])
 
@@ -147,11 +159,17 @@ def _budget_bits(path: str, manifest: Mapping[str, Any]) -> float:
     state = manifest.get("autoquant_state") or {}
     wanted = scheme.get("auto_quantize_bits")
     if wanted is None:
-        wanted = (state.get("constraints") or {}).get("effective_bits")
-    if not isinstance(wanted, int | float):
+        constraints = state.get("constraints")
+        wanted = constraints.get("effective_bits") if isinstance(constraints, dict) else None
+    if wanted is None:
         raise DataError(
             f"manifest {path} has no scheme.auto_quantize_bits and no "
             "autoquant_state.constraints.effective_bits"
+        )
+    if not (_is_number(wanted) and 0 < wanted <= UNQUANTIZED_BITS):
+        raise DataError(
+            f"manifest {path}: the budget {wanted!r} (scheme.auto_quantize_bits, else "
+            "autoquant_state.constraints.effective_bits) is not a number above 0 and at most 16"
         )
     return float(wanted)
 

@@ -6,12 +6,11 @@ checkpoint brings is run only with ``trust_remote_code``.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoquant_ray.errors import ModelError
+from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.fingerprint import fingerprint_files
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def load_model(ref: ModelRef, *, dtype: str, device: str) -> torch.nn.Module:
     try:
         model: torch.nn.Module = model_class.from_pretrained(ref.path, **arguments)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model {ref.name} cannot be loaded: {_one_line(error)}") from None
+        raise ModelError(f"model {ref.name} cannot be loaded: {one_line(error)}") from None
     require_language_model(model, ref)
     model.requires_grad_(False)
     return model.eval()
@@ -161,7 +160,7 @@ def _load_config(ref: ModelRef) -> Any:
         hint = (
             "" if ref.trust_remote_code else " (code in the checkpoint needs --trust-remote-code)"
         )
-        raise ModelError(f"config of model {ref.name}: {_one_line(error)}{hint}") from None
+        raise ModelError(f"config of model {ref.name}: {one_line(error)}{hint}") from None
 
 
 def _model_class(config: Any, ref: ModelRef) -> Any:
@@ -178,8 +177,3 @@ def _model_class(config: Any, ref: ModelRef) -> Any:
         f"model {ref.name} has type {config.model_type!r}, which is not a language model that "
         "transformers can load with AutoModelForCausalLM"
     )
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split()).replace(os.sep + os.sep, os.sep)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

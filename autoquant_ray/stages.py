@@ -18,13 +18,7 @@ from autoquant_ray.aggregation import is_complete_part, score_part_rows, sensiti
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.calibration import Statistics, merge_statistics, to_maxima
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.data import (
-    DataSpec,
-    SampleAssembler,
-    chunk_texts,
-    read_texts,
-    require_usable,
-)
+from autoquant_ray.data import SampleAssembler, chunk_texts, require_usable
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.distributed.progress import progress
 from autoquant_ray.distributed.tokenization import tokenize_stream
@@ -35,6 +29,7 @@ from autoquant_ray.plan import Plan
 from autoquant_ray.sensitivity import Maxima
 from autoquant_ray.state import RunState
 from autoquant_ray.store import CALIBRATION, SAMPLES, SCORES, RunDirectory, part_name
+from autoquant_ray.texts import DataSpec, read_texts
 from autoquant_ray.tokenizer import TokenizerRef
 
 logger = logging.getLogger(__name__)

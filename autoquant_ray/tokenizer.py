@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray.data import one_line
-from autoquant_ray.errors import ModelError
+from autoquant_ray.errors import ModelError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import threading
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +17,7 @@ import psutil
 import ray
 
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.errors import ClusterError
+from autoquant_ray.errors import ClusterError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +54,34 @@ def connected(config: ScanConfig) -> Iterator[dict[str, float]]:
         yield dict(ray.cluster_resources())
         return
     try:
-        _connect(config)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        reason = " ".join(str(error).split())[:200]
+        with _own_sigterm():
+            _connect(config)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = one_line(error)
         raise ClusterError(f"Ray cluster {config.address!r} cannot be reached: {reason}") from None
     try:
         yield dict(ray.cluster_resources())
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the program's SIGTERM handler: ``ray.init`` sets one that ends the process at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _require_listener(address: str) -> None:
+    """Fail fast where nobody listens; Ray itself would retry for half a minute."""
+    parts = urllib.parse.urlsplit(address)
+    if parts.scheme == "ray" and parts.hostname:
+        with socket.create_connection((parts.hostname, parts.port or 10001), timeout=10):
+            pass
 
 
 def _connect(config: ScanConfig) -> None:
@@ -75,6 +99,7 @@ def _connect(config: ScanConfig) -> None:
             if os.environ.get("RAY_ADDRESS"):
                 raise
     elif config.address != "local":
+        _require_listener(config.address)
         ray.init(address=config.address, **common)
         return
     asked = config.workers * config.cpus_per_worker if isinstance(config.workers, int) else 0

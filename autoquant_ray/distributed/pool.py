@@ -18,7 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from autoquant_ray.distributed.failure import Decision, FailurePolicy
 from autoquant_ray.distributed.placement import Placement
 from autoquant_ray.distributed.worker import ShardTask, start_worker
-from autoquant_ray.errors import AutoQuantError, ClusterError, WorkerError
+from autoquant_ray.errors import AutoQuantError, ClusterError, WorkerError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class WorkerPool:
         shard = None if task is None else task.shard
         self._workers.pop(worker, None)
         decision = self._policy.on_worker_death(shard)
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         logger.warning("a worker died (shard %s): %s", shard, reason)
         self._on_event("worker_died", shard=shard, decision=decision.value, reason=reason)
         if self._policy.take_replacement():
@@ -183,4 +183,4 @@ def _own_error(error: RayTaskError) -> AutoQuantError:
     cause = getattr(error, "cause", None)
     if isinstance(cause, AutoQuantError):
         return cause
-    return WorkerError(" ".join(str(error).split())[:500])
+    return WorkerError(one_line(error, limit=500))

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from autoquant_ray.data import one_line, tokenize_chunk
-from autoquant_ray.errors import AutoQuantError, DataError, WorkerError
+from autoquant_ray.data import tokenize_chunk
+from autoquant_ray.errors import AutoQuantError, DataError, WorkerError, one_line
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
 
 Int32s = npt.NDArray[np.int32]
@@ -29,7 +29,9 @@ def tokenize_stream(
 ) -> Generator[tuple[list[bool], list[list[int]]], None, None]:
     """Tokenize chunks of texts in Ray tasks.
 
-    Closing the generator early cancels the tasks that are still outstanding.
+    Closing the generator early leaves at most ``look_ahead`` tasks to run out. They are not
+    cancelled: in Ray 2.60 a cancelled task that finishes at that moment aborts the whole driver
+    (a failed check in its task manager).
 
     Args:
         chunks: Lists of texts; read only as far as tasks are started.
@@ -47,19 +49,13 @@ def tokenize_stream(
         WorkerError: The workers died more often than Ray retries.
     """
     pending: deque[tuple[list[bool], Any]] = deque()
-    try:
-        for texts in chunks:
-            texts_empty = [not text.strip() for text in texts]
-            pending.append((texts_empty, _tokenize_task.remote(texts, tokenizer_ref, pack)))
-            if len(pending) >= look_ahead:
-                yield _result_of_first(pending)
-        while pending:
+    for texts in chunks:
+        texts_empty = [not text.strip() for text in texts]
+        pending.append((texts_empty, _tokenize_task.remote(texts, tokenizer_ref, pack)))
+        if len(pending) >= look_ahead:
             yield _result_of_first(pending)
-    finally:
-        # Outside a session ray.cancel would start a new one, for instance at interpreter exit.
-        if ray.is_initialized():
-            for _, reference in pending:
-                ray.cancel(reference)
+    while pending:
+        yield _result_of_first(pending)
 
 
 def _result_of_first(

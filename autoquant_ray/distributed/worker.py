@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from autoquant_ray.errors import AutoQuantError, WorkerError
+from autoquant_ray.errors import AutoQuantError, WorkerError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ def _own_errors(doing: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - the actor boundary
         if _is_device_lost(error):
             os._exit(1)
-        reason = " ".join(str(error).split())[:500]
-        raise WorkerError(f"{doing}: {type(error).__name__}: {reason}") from None
+        kind = type(error).__name__
+        raise WorkerError(f"{doing}: {kind}: {one_line(error, limit=500)}") from None
 
 
 def _is_device_lost(error: Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.state import RunState
 
@@ -56,9 +57,15 @@ def collect_content(state: RunState, start: str) -> ReportContent:
     Args:
         state: The run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
+
+    Raises:
+        StoreError: A file is missing or damaged.
     """
     directory, run = state.directory, state.values
     manifest = directory.read_json(f"{start}manifest.json")
+    if not isinstance(manifest, dict) or not {"solution", "budget"} <= set(manifest):
+        name = directory.path(f"{start}manifest.json")
+        raise StoreError(f"{name} is damaged: it lacks solution or budget; solve the budget again")
     rows = directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
     table = directory.read_table("sensitivity.parquet", "sensitivity").to_pylist()
     scores: dict[str, dict[str, tuple[float, float | None]]] = {}

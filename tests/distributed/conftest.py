@@ -15,9 +15,9 @@ import ray
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """Two CPUs, small object store, no dashboard."""
+    """Four CPUs (whatever the machine has), small object store, no dashboard."""
     ray.init(
-        num_cpus=2,
+        num_cpus=4,
         include_dashboard=False,
         object_store_memory=150 * 2**20,
         log_to_driver=False,

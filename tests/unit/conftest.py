@@ -1,17 +1,24 @@
-"""An engine on a small model in this process."""
+"""An engine on a small model in this process, and a scored run directory without Ray."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.aggregation import score_part_rows
+from autoquant_ray.config import ScanConfig, stage_fingerprints
+from autoquant_ray.engine import Engine, EngineSpec, ShardScores
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.sensitivity import ScoredModule
+from autoquant_ray.sensitivity import ScoredModule, SensitivitySums
+from autoquant_ray.stages import aggregate, write_plan
+from autoquant_ray.state import RunState
+from autoquant_ray.store import SCORES, RunDirectory, part_name
 
 PRESETS = (
     "INT8_DEFAULT_CFG",
@@ -58,3 +65,66 @@ def make_engine(make_model: Any) -> Any:
         return Prepared(model, plan, engine, [group.name for group in plan.searched])
 
     return build
+
+
+RUN_FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
+
+
+@pytest.fixture
+def make_run(make_model: Any, tmp_path: Path) -> Any:
+    """A scored run directory without Ray: made-up sums in two shards, aggregated for real.
+
+    The finer a format, the smaller its score; every group has its own scale.
+    """
+
+    def build(
+        family: str = "llama",
+        formats: tuple[str, ...] = RUN_FORMATS,
+        disable: tuple[str, ...] = ("lm_head",),
+        name: str = "run",
+    ) -> RunDirectory:
+        plan = build_plan(make_model(family), resolve_formats(formats, device="cpu"), disable)
+        config = ScanConfig(
+            model=family,
+            data="made-up.txt",
+            out=str(tmp_path / name),
+            formats=formats,
+            disable=disable,
+            device="cpu",
+            dtype="float32",
+            bits=8,
+        )
+        facts = {
+            "counts": {"read": 8, "used": 8, "empty": 0, "too_short": 0, "cut": 0},
+            "num_samples": 8,
+            "num_tokens": 108,
+            "num_shards": 2,
+        }
+        identity = {
+            "model": {"name": family, "fingerprint": "model"},
+            "dataset": {"name": "made-up.txt", "max_samples": 128, "seq_len": 512} | facts,
+            "fingerprints": {"model": "model", "data": "data"},
+        }
+        marks = stage_fingerprints(config, model="model", data="data")
+        directory = RunDirectory(config.out)
+        state = RunState.start(directory, config, "new", identity)
+        state.begin()
+        write_plan(state, plan, marks["plan"])
+        for shard in range(2):
+            scores = _made_up_scores(plan, shard)
+            names = [group.name for group in plan.searched]
+            rows = score_part_rows(shard, names, formats, scores)
+            directory.write_table(part_name(SCORES, shard), "scores", rows)
+        aggregate(state, config, marks["aggregate"])
+        return directory
+
+    return build
+
+
+def _made_up_scores(plan: Plan, shard: int) -> ShardScores:
+    scales_G1 = np.random.default_rng(shard).uniform(0.5, 20, size=(len(plan.searched), 1))
+    bits_F = np.array([8 * plan.searched[0].weight_bytes(f) for f in plan.formats])
+    sums_GF = scales_G1 * 2.0 ** (-2 * bits_F / plan.searched[0].num_weights)
+    rows_G = np.full(len(plan.searched), 100)
+    sums = SensitivitySums(elementwise_GF=sums_GF, token_GF=2 * sums_GF, num_rows_G=rows_G)
+    return ShardScores(sums=sums, num_tokens=50, num_samples=4, loss=1.0, seconds=0.5)

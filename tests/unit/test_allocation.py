@@ -280,6 +280,37 @@ def test_solve_three_of_twelve_formats_is_proven_between_bounds() -> None:
     assert scores[-1] == solve(choices, [limit])
 
 
+def test_solve_too_many_format_sets_to_try_finds_the_right_four() -> None:
+    choices = [
+        choice(f"g{g}", f"f{f}", 0.25 if f == g % 4 else 1.0, float(1 + f))
+        for g in range(8)
+        for f in range(30)
+    ]
+    found = solve(choices, [budget(20)], max_formats=4)
+    assert_consistent(choices, [budget(20)], found, 4)
+    assert found.formats == {f"g{g}": f"f{g % 4}" for g in range(8)}
+    assert 0 <= found.optimality_gap < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_solve_two_budgets_on_a_large_model_is_no_better_than_one(seed: int) -> None:
+    choices, weights = large_model()
+    rng = np.random.default_rng(seed)
+    choices = [
+        choice(c.group, c.format, c.score, c.costs["storage"], time=c.costs["storage"] * noise)
+        for c, noise in zip(choices, np.exp(rng.normal(0, 0.5, len(choices))), strict=True)
+    ]
+    first = budget(weights * 5 / 8)
+    alone = solve(choices, [first])
+    second = budget(alone.costs["time"] * 0.97, "time")
+    both = solve(choices, [first, second])
+    assert_consistent(choices, [first, second], both)
+    assert 0 <= both.optimality_gap < 1e-12
+    assert both.score >= max(alone.score, solve(choices, [second]).score)
+    hull = frontier_allocation(choices, "time", second.limit)
+    assert both.score >= hull.score * (1 - hull.optimality_gap)
+
+
 def large_model() -> tuple[list[Choice], float]:
     """250 groups of few sizes with 13 formats; the choices, and the number of weights."""
     rng = np.random.default_rng(0)

@@ -21,17 +21,16 @@ import transformers
 
 from autoquant_ray.data import (
     DataCounts,
-    DataSpec,
     SampleAssembler,
     chunk_texts,
     plan_steps,
-    read_texts,
     require_usable,
     tokenize_chunk,
 )
 from autoquant_ray.errors import DataError
+from autoquant_ray.texts import DataSpec, read_texts
 
-TEXTS = ["one two", "", "three  four five"]
+TEXTS = ["one two", "", " \t", "three  four five"]
 
 
 def spec_of(source: Any, **changes: Any) -> DataSpec:
@@ -95,7 +94,7 @@ def test_read_text_file_not_utf8_names_file_and_line(tmp_path: Path) -> None:
 def test_read_every_kind_gives_the_same_texts(tmp_path: Path, kind: str) -> None:
     source = write_source(tmp_path, kind, TEXTS)
     assert read_all(source) == TEXTS
-    assert read_all(source, pack=True) == ["one two", "", "\n\nthree  four five"]
+    assert read_all(source, pack=True) == ["one two", "", "", "\n\nthree  four five"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json array", "parquet", "folder", "saved"])
@@ -180,10 +179,15 @@ def test_read_missing_path_raises_at_once(source: str) -> None:
         read_texts(spec_of(source))
 
 
-def test_read_unknown_kind_of_file_names_the_known_ones(tmp_path: Path) -> None:
-    (tmp_path / "data.csv").write_text("text\n")
-    with pytest.raises(DataError, match=r"unknown kind.*\.jsonl"):
-        read_texts(spec_of(tmp_path / "data.csv"))
+def test_read_file_of_another_ending_is_read_as_lines(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("one two\nthree\n")
+    assert read_all(tmp_path / "notes.md") == ["one two", "three"]
+
+
+def test_read_binary_file_names_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"weights\.bin line 1 is not UTF-8"):
+        read_all(tmp_path / "weights.bin")
 
 
 def test_read_hub_id_offline_raises_in_one_line() -> None:

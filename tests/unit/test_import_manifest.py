@@ -1,0 +1,426 @@
+"""``import``: a manifest from a real ``mtq.auto_quantize`` run, and manifests that are broken."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from autoquant_ray.cli import main
+
+PRESETS = ("INT4_AWQ_CFG", "FP8_DEFAULT_CFG")
+NAMES_BY_BITS = {4: "INT4_AWQ_CFG", (4, 3): "FP8_DEFAULT_CFG", None: "none"}
+BITS = 7.0
+UNSEARCHED = "lm_head"
+
+
+def run(*arguments: Any) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def search_state(make_model: Any, make_samples: Any) -> dict[str, Any]:
+    """What ``mtq.auto_quantize`` returns for a small llama at 7 bits, with the head disabled."""
+
+    def forward_step(model: Any, ids: torch.Tensor) -> Any:
+        return model(input_ids=ids, use_cache=False)
+
+    def loss_func(output: Any, ids: torch.Tensor) -> torch.Tensor:
+        logits = output.logits[:, :-1].flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, state = mtq.auto_quantize(
+            make_model("llama"),
+            constraints={"effective_bits": BITS},
+            quantization_formats=[getattr(mtq, preset) for preset in PRESETS],
+            data_loader=[torch.tensor(make_samples([24, 24, 24]))],
+            forward_step=forward_step,
+            loss_func=loss_func,
+            num_calib_steps=1,
+            num_score_steps=1,
+            disabled_layers=[f"*{UNSEARCHED}*"],
+            verbose=False,
+        )
+    return dict(state)
+
+
+@pytest.fixture
+def manifest(search_state: dict[str, Any]) -> dict[str, Any]:
+    """The JSON manifest that tooling writes from such a state."""
+    best = search_state["best"]
+    return {
+        "scheme": {
+            "name": "autoquant_int4_fp8",
+            "auto_quantize_bits": BITS,
+            "quant_formats": list(PRESETS),
+        },
+        "model": {"id": "example/small-llama"},
+        "dataset": {"name": "random-tokens", "num_samples": 3, "max_sample_length": 24},
+        "autoquant_state": {
+            "constraints": dict(best["constraints"]),
+            "score": best["score"],
+            "is_satisfied": best["is_satisfied"],
+        },
+        "layer_sensitivity": {
+            name: {
+                "formats": [str(recipe) for recipe in stats["formats"]],
+                "scores": list(stats["scores"]),
+                "costs": list(stats["costs"]),
+            }
+            for name, stats in search_state["candidate_stats"].items()
+        },
+    }
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Write a manifest; returns its path."""
+
+    def write_json(manifest: Any) -> Path:
+        path = tmp_path / "autoquant.json"
+        path.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
+        return path
+
+    return write_json
+
+
+@pytest.fixture
+def imported(manifest: dict[str, Any], write: Any, tmp_path: Path) -> Path:
+    """The run that the manifest becomes."""
+    result = run("import", write(manifest), "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    return tmp_path / "run"
+
+
+def layers(manifest: dict[str, Any]) -> list[str]:
+    """Module names in the manifest's order."""
+    return [key.removesuffix(".quant_recipe") for key in manifest["layer_sensitivity"]]
+
+
+def modelopt_formats(search_state: dict[str, Any], bits: float) -> dict[str, str]:
+    """Format of every layer after ModelOpt's own re-solve for another budget."""
+    config = mtq.get_auto_quantize_config(search_state, {"effective_bits": bits})
+    weight_bits = {
+        entry["quantizer_name"].removesuffix(".weight_quantizer"): entry["cfg"]["num_bits"]
+        for entry in config["quant_cfg"]
+        if entry["quantizer_name"].endswith(".weight_quantizer") and entry.get("cfg")
+    }
+    return {
+        name.removesuffix(".quant_recipe"): NAMES_BY_BITS[
+            weight_bits.get(name.removesuffix(".quant_recipe"))
+        ]
+        for name in search_state["candidate_stats"]
+    }
+
+
+def total(search_state: dict[str, Any], formats: dict[str, str], column: str) -> float:
+    """Sum of ModelOpt's scores or costs over an allocation."""
+    sums = 0.0
+    for name, stats in search_state["candidate_stats"].items():
+        names = [
+            str(recipe).partition("(")[0].replace("NONE", "none") for recipe in stats["formats"]
+        ]
+        sums += stats[column][names.index(formats[name.removesuffix(".quant_recipe")])]
+    return sums
+
+
+def chosen(run_folder: Path, solution: str = "") -> dict[str, str]:
+    """Module -> format of a written solution, in file order."""
+    rows = pq.read_table(run_folder / solution / "manifest.parquet").to_pylist()
+    return {row["module"]: row["format"] for row in rows}
+
+
+def test_manifest_of_modelopt_has_the_expected_shape(manifest: dict[str, Any]) -> None:
+    """The other tests mean nothing if ModelOpt stopped writing its formats in this way."""
+    entries = manifest["layer_sensitivity"]
+    assert f"{UNSEARCHED}.quant_recipe" in entries
+    assert entries[f"{UNSEARCHED}.quant_recipe"]["formats"] == ["NONE(effective-bits: 16.0)"]
+    assert entries["model.layers.0.self_attn.o_proj.quant_recipe"]["formats"] == [
+        "INT4_AWQ_CFG(effective-bits: 4.0)",
+        "FP8_DEFAULT_CFG(effective-bits: 8.0)",
+        "NONE(effective-bits: 16.0)",
+    ]
+    assert entries["model.layers.0.self_attn.o_proj.quant_recipe"]["costs"] == [1024, 2048, 4096]
+
+
+def test_import_solution_equals_modelopt_best(imported: Path, search_state: dict[str, Any]) -> None:
+    best = search_state["best"]
+    solution = json.loads((imported / "manifest.json").read_text())["solution"]
+    assert solution["score"] == pytest.approx(best["score"], rel=1e-12)
+    assert solution["is_satisfied"] is best["is_satisfied"] is True
+    effective = best["constraints"]["effective_bits"]
+    assert solution["modelopt_effective_bits"] == pytest.approx(effective, rel=1e-12)
+    assert solution["effective_bits_all"] == pytest.approx(effective, rel=1e-12)
+    expected = {
+        name.removesuffix(".quant_recipe"): str(recipe).partition("(")[0].replace("NONE", "none")
+        for name, recipe in best["recipe"].items()
+    }
+    assert chosen(imported) == expected
+
+
+@pytest.mark.parametrize("bits", [6.0, 7.0, 8.5, 12.0, 16.0])
+def test_solve_of_import_equals_modelopt_resolve(
+    bits: float, imported: Path, search_state: dict[str, Any]
+) -> None:
+    options = ("--bits", bits, "--bits-over", "all", "--cost", "modelopt", "--json")
+    result = run("solve", imported, *options)
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    theirs = modelopt_formats(search_state, bits)
+    assert printed["score"] == pytest.approx(total(search_state, theirs, "scores"), rel=1e-12)
+    ours = chosen(imported, f"solutions/{printed['name']}")
+    assert printed["score"] == pytest.approx(total(search_state, ours, "scores"), rel=1e-12)
+    weights = sum(max(s["costs"]) for s in search_state["candidate_stats"].values())
+    effective = 16 * total(search_state, ours, "costs") / weights
+    assert printed["modelopt_effective_bits"] == pytest.approx(effective, rel=1e-12)
+    assert effective <= bits
+
+
+def test_solve_of_import_writes_a_named_solution(imported: Path) -> None:
+    result = run("solve", imported, "--bits", 9)
+    assert result.exit_code == 0, result.output
+    folder = imported / "solutions" / "bits-9.00"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"manifest.json", "manifest.parquet", "report.md", "report.html"}
+    written = json.loads((folder / "manifest.json").read_text())
+    assert written["budget"]["bits"] == 9
+    assert written["model"]["name"] == "example/small-llama"
+    assert written["dataset"]["name"] == "random-tokens"
+    assert written["solution"]["effective_bits"] <= 9
+    assert written["solution"]["predicted_kl_nats"] is None
+    assert written["quantization_config"] is None
+
+
+def test_import_keeps_the_order_of_layers(imported: Path, manifest: dict[str, Any]) -> None:
+    assert list(chosen(imported)) == layers(manifest)
+    plan = pq.read_table(imported / "plan.parquet").column("group").to_pylist()
+    assert list(dict.fromkeys(plan)) == layers(manifest)
+
+
+def test_import_order_follows_the_file_not_the_alphabet(
+    manifest: dict[str, Any], write: Any, tmp_path: Path
+) -> None:
+    entries = manifest["layer_sensitivity"]
+    manifest["layer_sensitivity"] = dict(reversed(entries.items()))
+    assert run("import", write(manifest), "--out", tmp_path / "run").exit_code == 0
+    assert list(chosen(tmp_path / "run")) == layers(manifest)
+
+
+def test_import_keeps_scores_and_costs(imported: Path, manifest: dict[str, Any]) -> None:
+    scores = {
+        (row["group"], row["format"]): row["score"]
+        for row in pq.read_table(imported / "sensitivity.parquet").to_pylist()
+    }
+    plan = pq.read_table(imported / "plan.parquet").to_pylist()
+    costs = {(row["group"], row["format"]): row["modelopt_cost"] for row in plan}
+    bits = {(row["group"], row["format"]): row["weight_bits"] for row in plan}
+    for key, entry in manifest["layer_sensitivity"].items():
+        name = key.removesuffix(".quant_recipe")
+        for text, score, cost in zip(*entry.values(), strict=True):
+            format_ = text.partition("(")[0].replace("NONE", "none")
+            assert costs[name, format_] == cost
+            assert bits[name, format_] == float(text.rpartition(" ")[2].rstrip(")"))
+            assert format_ == "none" or scores[name, format_] == score
+
+
+def test_import_layer_with_only_none_is_not_searched(imported: Path) -> None:
+    plan = pq.read_table(imported / "plan.parquet").to_pylist()
+    assert {row["group"] for row in plan if not row["is_searched"]} == {UNSEARCHED}
+    assert [row["format"] for row in plan if row["group"] == UNSEARCHED] == ["none"]
+    scored = pq.read_table(imported / "sensitivity.parquet").column("group").to_pylist()
+    assert UNSEARCHED not in scored
+    assert chosen(imported)[UNSEARCHED] == "none"
+    solution = json.loads((imported / "manifest.json").read_text())["solution"]
+    assert solution["effective_bits"] < solution["effective_bits_all"]
+
+
+def test_import_report_lists_every_layer_unsearched_last(
+    imported: Path, manifest: dict[str, Any]
+) -> None:
+    text = (imported / "report.md").read_text()
+    table = text.partition("## Layers")[2].partition("## Scores")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["Layer", "Num Bits", "Sensitivity", "Size Cost", "Chosen"]
+    names = [row[0] for row in rows[1:]]
+    assert sorted(names) == sorted(layers(manifest))
+    assert names[-1] == UNSEARCHED
+    largest = {
+        key.removesuffix(".quant_recipe"): max(entry["scores"])
+        for key, entry in manifest["layer_sensitivity"].items()
+    }
+    assert names[:-1] == sorted(names[:-1], key=lambda name: -largest[name])
+    by_name = {row[0]: row for row in rows[1:]}
+    for name, format_ in chosen(imported).items():
+        assert by_name[name][4].startswith(format_)
+    assert "example/small-llama" in text
+    assert "random-tokens" in text
+    html = (imported / "report.html").read_text()
+    assert all(f">{name}</th>" in html for name in layers(manifest))
+
+
+def test_import_without_scheme_uses_the_constraint(
+    manifest: dict[str, Any], write: Any, tmp_path: Path, search_state: dict[str, Any]
+) -> None:
+    del manifest["scheme"]
+    assert run("import", write(manifest), "--out", tmp_path / "run").exit_code == 0
+    written = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    effective = search_state["best"]["constraints"]["effective_bits"]
+    assert written["budget"]["bits"] == effective
+    assert written["solution"]["score"] == pytest.approx(search_state["best"]["score"])
+
+
+def test_import_overwrite_replaces_the_run(
+    imported: Path, manifest: dict[str, Any], write: Any
+) -> None:
+    assert run("solve", imported, "--bits", 9).exit_code == 0
+    assert run("import", write(manifest), "--out", imported).exit_code == 2
+    assert (imported / "solutions" / "bits-9.00").is_dir()
+    result = run("import", write(manifest), "--out", imported, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert not (imported / "solutions").exists()
+
+
+def test_import_overwrite_with_broken_manifest_keeps_the_run(
+    imported: Path, manifest: dict[str, Any], write: Any
+) -> None:
+    before = {path: path.read_bytes() for path in imported.rglob("*") if path.is_file()}
+    manifest["scheme"]["auto_quantize_bits"] = 17
+    assert run("import", write(manifest), "--out", imported, "--overwrite").exit_code == 2
+    assert {path: path.read_bytes() for path in imported.rglob("*") if path.is_file()} == before
+
+
+def test_import_overwrite_of_a_folder_that_is_no_run_is_refused(
+    manifest: dict[str, Any], write: Any, tmp_path: Path
+) -> None:
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.jpg").write_bytes(b"cat")
+    result = run("import", write(manifest), "--out", other, "--overwrite")
+    assert result.exit_code == 2
+    assert str(other) in result.stderr
+    assert [path.name for path in other.iterdir()] == ["cat.jpg"]
+
+
+# --- broken manifests
+
+LAYER = "model.layers.1.self_attn.o_proj.quant_recipe"
+DELETED = object()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (("layer_sensitivity",), DELETED, ["'layer_sensitivity'"]),
+        (("layer_sensitivity",), {}, ["'layer_sensitivity'"]),
+        (("layer_sensitivity",), [1], ["'layer_sensitivity'"]),
+        (("layer_sensitivity", LAYER), [1], [LAYER, "formats, scores and costs"]),
+        (("layer_sensitivity", LAYER, "costs"), DELETED, [LAYER, "costs"]),
+        (("layer_sensitivity", LAYER, "costs"), 3, [LAYER, "lists"]),
+        (("layer_sensitivity", LAYER, "costs"), [1024.0, 2048.0], [LAYER, "length"]),
+        (("layer_sensitivity", LAYER, "scores"), ["a", 0.1, 0], [LAYER, "INT4_AWQ_CFG"]),
+        (("layer_sensitivity", LAYER, "scores"), [0.2, None, 0], [LAYER, "FP8_DEFAULT_CFG"]),
+        (("layer_sensitivity", LAYER, "scores"), [0.2, -0.1, 0], [LAYER, "FP8_DEFAULT_CFG"]),
+        (("layer_sensitivity", LAYER, "scores"), [0.2, float("nan"), 0], [LAYER, "FP8_DEFAULT"]),
+        (("layer_sensitivity", LAYER, "scores"), [0.2, True, 0], [LAYER, "FP8_DEFAULT_CFG"]),
+        (("layer_sensitivity", LAYER, "costs"), [10**400, 2048, 4096], [LAYER, "INT4_AWQ_CFG"]),
+        (("layer_sensitivity", LAYER, "costs"), [1024.0, 2048.0, 0], [LAYER, "NONE"]),
+        (("layer_sensitivity", LAYER, "costs"), [0.1, 0.2, 0.4], [LAYER, "NONE"]),
+        (
+            ("layer_sensitivity", LAYER, "formats"),
+            ["INT4_AWQ_CFG(effective-bits: 4.0)"] * 2 + ["NONE(effective-bits: 16.0)"],
+            [LAYER, "twice"],
+        ),
+        (
+            ("layer_sensitivity", LAYER, "formats"),
+            ["A(effective-bits: 4.0)", "B(effective-bits: 8.0)", "C(effective-bits: 9.0)"],
+            [LAYER, "NONE"],
+        ),
+        (
+            ("layer_sensitivity", LAYER.removesuffix(".quant_recipe")),
+            {"formats": ["NONE"], "scores": [0], "costs": [16]},
+            [LAYER],
+        ),
+        (("scheme",), [1], ["scheme"]),
+        (("model",), "example/small-llama", ["model"]),
+        (("dataset",), ["a"], ["dataset"]),
+        (("scheme", "auto_quantize_bits"), "seven", ["auto_quantize_bits", "'seven'"]),
+        (("scheme", "auto_quantize_bits"), 0, ["auto_quantize_bits", "0"]),
+        (("scheme", "auto_quantize_bits"), 17, ["auto_quantize_bits", "17"]),
+        (("scheme", "auto_quantize_bits"), True, ["auto_quantize_bits", "True"]),
+    ],
+)
+def test_import_broken_manifest_names_the_place(
+    place: tuple[str, ...],
+    value: Any,
+    named: list[str],
+    manifest: dict[str, Any],
+    write: Any,
+    tmp_path: Path,
+) -> None:
+    broken = copy.deepcopy(manifest)
+    parent = broken
+    for key in place[:-1]:
+        parent = parent[key]
+    if value is DELETED:
+        del parent[place[-1]]
+    else:
+        parent[place[-1]] = value
+    path = write(broken)
+    result = run("import", path, "--out", tmp_path / "run")
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert str(path) in line
+    for part in named:
+        assert part in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_import_without_any_budget_names_both_places(
+    manifest: dict[str, Any], write: Any, tmp_path: Path
+) -> None:
+    del manifest["scheme"], manifest["autoquant_state"]
+    result = run("import", write(manifest), "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert "scheme.auto_quantize_bits" in line
+    assert "autoquant_state.constraints.effective_bits" in line
+
+
+def test_import_with_only_none_is_refused(
+    manifest: dict[str, Any], write: Any, tmp_path: Path
+) -> None:
+    key = f"{UNSEARCHED}.quant_recipe"
+    manifest["layer_sensitivity"] = {key: manifest["layer_sensitivity"][key]}
+    result = run("import", write(manifest), "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "NONE" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["", "not json", "[1, 2]", '"text"', "null", "{", "\x00"])
+def test_import_file_that_is_no_manifest_is_one_line(text: str, write: Any, tmp_path: Path) -> None:
+    path = write(text)
+    result = run("import", path, "--out", tmp_path / "run")
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert str(path) in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_import_missing_file_is_one_line(tmp_path: Path) -> None:
+    result = run("import", tmp_path / "none.json", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert f"{tmp_path / 'none.json'} does not exist" in line
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,197 @@
+"""What importing costs, which layer may import what, and how long files are."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import autoquant_ray
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.solve import solve_run
+
+PACKAGE = Path(autoquant_ray.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = {"torch", "ray", "transformers", "modelopt", "datasets"}
+MAX_LINES = 400
+
+PURE = (
+    "aggregation",
+    "allocation*",
+    "backward",
+    "budget",
+    "calibration",
+    "config",
+    "data",
+    "engine",
+    "errors",
+    "experts",
+    "fingerprint",
+    "formats",
+    "knapsack*",
+    "loss",
+    "manifest",
+    "models",
+    "plan",
+    "planner",
+    "quantizers",
+    "sensitivity",
+    "state",
+    "store",
+)
+"""Modules that know nothing of Ray, nor of the layers above them."""
+UPPER = ("distributed", "stages", "search", "cli", "cli_options", "output", "jobs")
+
+LIST_MODULES = """
+import json, sys
+try:
+    {code}
+finally:
+    with open({target!r}, "w") as stream:
+        json.dump(sorted(name.partition(".")[0] for name in sys.modules), stream)
+"""
+
+
+@pytest.fixture
+def modules_after(tmp_path: Path) -> Any:
+    """Run code in a fresh interpreter; returns (top-level modules loaded at its end, output)."""
+
+    def run_code(code: str) -> tuple[set[str], str]:
+        target = tmp_path / "modules.json"
+        done = subprocess.run(
+            [sys.executable, "-c", LIST_MODULES.format(code=code, target=str(target))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return set(json.loads(target.read_text())), done.stdout
+
+    return run_code
+
+
+def command(*arguments: Any) -> str:
+    """Code that runs the command line."""
+    words = [str(argument) for argument in arguments]
+    return f"from autoquant_ray.cli import main; main({words!r}, prog_name='autoquant-ray')"
+
+
+def test_import_of_package_is_light(modules_after: Any) -> None:
+    modules, _ = modules_after("import autoquant_ray; print(autoquant_ray.__version__)")
+    assert "autoquant_ray" in modules
+    assert not modules & (HEAVY | {"numpy", "pydantic", "pyarrow"})
+
+
+@pytest.mark.parametrize("name", ["ScanConfig", "solve_run", "load_quantization_config"])
+def test_import_of_public_name_is_light(name: str, modules_after: Any) -> None:
+    modules, output = modules_after(f"from autoquant_ray import {name}; print({name}.__name__)")
+    assert output.strip() == name
+    assert not modules & HEAVY
+
+
+def test_import_of_run_search_loads_ray(modules_after: Any) -> None:
+    """The checks above mean something only if the heavy import would be seen."""
+    modules, _ = modules_after("from autoquant_ray import run_search")
+    assert "ray" in modules
+
+
+def test_public_names_all_exist() -> None:
+    for name in autoquant_ray.__all__:
+        assert getattr(autoquant_ray, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = autoquant_ray.no_such_name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",)]
+    + [(name, "--help") for name in ("plan", "scan", "solve", "report", "import", "demo")],
+)
+def test_help_is_light(arguments: tuple[str, ...], modules_after: Any) -> None:
+    modules, output = modules_after(command(*arguments))
+    assert "autoquant-ray" in output
+    assert not modules & HEAVY
+
+
+def test_solve_is_light(make_run: Any, modules_after: Any) -> None:
+    modules, output = modules_after(command("solve", make_run().uri, "--bits", 6))
+    assert "effective bits" in output
+    assert not modules & HEAVY
+
+
+def test_report_is_light(make_run: Any, modules_after: Any) -> None:
+    directory = make_run()
+    solve_run(directory, SolveOptions(bits=8), folder="")
+    modules, output = modules_after(command("report", directory.uri))
+    assert output.splitlines() == [directory.path("report.md"), directory.path("report.html")]
+    assert not modules & HEAVY
+
+
+def test_import_command_is_light(tmp_path: Path, modules_after: Any) -> None:
+    entry = {
+        "formats": ["FP8(effective-bits: 8.0)", "NONE(effective-bits: 16.0)"],
+        "scores": [0.5, 0],
+        "costs": [8, 16],
+    }
+    manifest = tmp_path / "manifest.json"
+    layers = {"a.quant_recipe": entry}
+    manifest.write_text(
+        json.dumps({"scheme": {"auto_quantize_bits": 8}, "layer_sensitivity": layers})
+    )
+    modules, output = modules_after(command("import", manifest, "--out", tmp_path / "run"))
+    assert "effective bits: 8" in output
+    assert not modules & HEAVY
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_is_not_too_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Full names of everything a file imports, inside functions too."""
+    package = ["autoquant_ray", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            yield start
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def pure_files() -> list[Path]:
+    return sorted({path for pattern in PURE for path in PACKAGE.glob(f"{pattern}.py")})
+
+
+def test_pure_modules_are_all_there() -> None:
+    for pattern in PURE:
+        assert list(PACKAGE.glob(f"{pattern}.py")), pattern
+
+
+@pytest.mark.parametrize("path", pure_files(), ids=lambda path: path.stem)
+def test_pure_module_never_imports_ray_or_upper_layers(path: Path) -> None:
+    upper = {f"autoquant_ray.{name}" for name in UPPER}
+    for name in imported_names(path):
+        assert name.partition(".")[0] != "ray", name
+        assert ".".join(name.split(".")[:2]) not in upper, name
+
+
+def test_ray_is_imported_where_it_is_used() -> None:
+    """The check of the pure modules means something only if imports are found at all."""
+    pool = list(imported_names(PACKAGE / "distributed" / "pool.py"))
+    assert "ray" in pool
+    assert "autoquant_ray.distributed.failure" in pool
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_never_imports_pickle(path: Path) -> None:
+    modules = {name.partition(".")[0] for name in imported_names(path)}
+    assert not modules & {"pickle", "cloudpickle", "dill", "joblib"}
