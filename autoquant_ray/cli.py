@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -163,7 +165,8 @@ def _run_scan(config: ScanConfig, mode: Any, as_json: bool) -> None:
     from autoquant_ray.output import print_solution
     from autoquant_ray.search import run_search
 
-    result = run_search(config, mode)
+    with _only_ours_on_stdout():
+        result = run_search(config, mode)
     if as_json:
         _print_json(result.solution.to_json())
     else:
@@ -228,7 +231,8 @@ def solve(
         allow={pattern: tuple(names.split(",")) for pattern, names in allow.items()},
         **options,
     )
-    solution = solve_run(RunDirectory(run), solve_options)
+    with _only_ours_on_stdout():
+        solution = solve_run(RunDirectory(run), solve_options)
     if as_json:
         _print_json(solution.to_json())
     else:
@@ -275,7 +279,8 @@ def import_(manifest: str, out: str, overwrite: bool, as_json: bool, verbose: bo
     from autoquant_ray.output import print_solution
     from autoquant_ray.store import RunDirectory
 
-    solution = import_manifest(manifest, RunDirectory(out), overwrite=overwrite)
+    with _only_ours_on_stdout():
+        solution = import_manifest(manifest, RunDirectory(out), overwrite=overwrite)
     if as_json:
         _print_json(solution.to_json())
     else:
@@ -297,6 +302,24 @@ def demo(out: str, bits: float, as_json: bool, verbose: bool) -> None:
     from autoquant_ray.demo import demo_config
 
     _run_scan(demo_config(out, bits), "overwrite", as_json)
+
+
+@contextmanager
+def _only_ours_on_stdout() -> Iterator[None]:
+    """Send what libraries write to file descriptor 1 (HiGHS does, from C++) to stderr."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        yield
+        return
+    sys.stdout.flush()
+    saved = os.dup(descriptor)
+    os.dup2(sys.stderr.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        os.dup2(saved, descriptor)
+        os.close(saved)
 
 
 def _print_json(value: Any) -> None:

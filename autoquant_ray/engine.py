@@ -87,7 +87,7 @@ class Engine:
 
     def __init__(self, spec: EngineSpec, model: Any = None) -> None:
         torch.set_num_threads(spec.num_threads)
-        self._spec = spec
+        self.spec = spec
         if model is None:
             model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
         self.model: Any = model
@@ -101,8 +101,13 @@ class Engine:
         )
 
     @property
+    def is_layerwise(self) -> bool:
+        """Whether the backward pass visits one layer at a time."""
+        return self._backward.is_layerwise
+
+    @property
     def _num_draws(self) -> int:
-        return self._spec.label_draws if self._spec.labels == "model" else 1
+        return self.spec.label_draws if self.spec.labels == "model" else 1
 
     def calibrate(self, samples: Samples) -> Statistics:
         """Input maxima of all modules over the samples.
@@ -142,12 +147,15 @@ class Engine:
         loss, num_tokens = 0.0, 0
         with self._scorer.scoring(maxima):
             for positions in self._steps(samples):
-                uniforms = [self._uniforms(samples[p], first_sample + p) for p in positions]
+                uniforms = [
+                    draw_uniforms(
+                        self.spec.seed, first_sample + p, self._num_draws, len(samples[p]) - 1
+                    )
+                    for p in positions
+                ]
                 step_loss, tokens = self._score_step([samples[p] for p in positions], uniforms)
                 loss, num_tokens = loss + step_loss, num_tokens + tokens
         sums = self._scorer.sums()
-        if not np.isfinite(loss):
-            raise NonFiniteError(f"the loss is {loss}")
         if not (np.isfinite(sums.elementwise_GF).all() and np.isfinite(sums.token_GF).all()):
             raise NonFiniteError("a gradient or an output difference is NaN or infinite")
         return ShardScores(
@@ -167,21 +175,24 @@ class Engine:
         for row, sample in enumerate(samples):
             predicting[row, : len(sample) - 1] = True
         targets_N, uniforms_KN = None, None
-        if self._spec.labels == "data":
+        if self.spec.labels == "data":
             targets_N = ids_BS.roll(-1, dims=1)[predicting]
         else:
             uniforms_KN = torch.from_numpy(np.concatenate(uniforms, axis=1)).to(self._device)
-        gradients_NH, loss = self._loss.gradients(hidden_BSH[predicting], targets_N, uniforms_KN)
+        gradients_NH, summed = self._loss.gradients(hidden_BSH[predicting], targets_N, uniforms_KN)
+        loss = float(summed)
+        if not np.isfinite(loss):
+            raise NonFiniteError(f"the loss is {loss}")
         gradients_BSH = []
         for gradient_NH in gradients_NH:
             gradient_BSH = torch.zeros_like(hidden_BSH)
             gradient_BSH[predicting] = gradient_NH
             gradients_BSH.append(gradient_BSH)
         self._backward.backward(gradients_BSH)
-        return float(loss), int(predicting.sum())
+        return loss, int(predicting.sum())
 
     def _steps(self, samples: Samples) -> list[list[int]]:
-        return plan_steps([len(sample) for sample in samples], self._spec.step_tokens)
+        return plan_steps([len(sample) for sample in samples], self.spec.step_tokens)
 
     def _batch(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token ids ``(B, S)`` padded on the right, and the mask (None without padding)."""
@@ -194,7 +205,16 @@ class Engine:
         is_padded = any(len(sample) != longest for sample in samples)
         return ids_BS.to(self._device), mask_BS.to(self._device) if is_padded else None
 
-    def _uniforms(self, sample: Sequence[int], position: int) -> np.ndarray[Any, Any]:
-        """``(draws, predicted tokens)`` numbers in [0, 1) that belong to this sample alone."""
-        shape = (self._num_draws, len(sample) - 1)
-        return np.random.default_rng([self._spec.seed, position]).random(shape)
+
+def draw_uniforms(
+    seed: int, position: int, num_draws: int, num_tokens: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """``(draws, tokens)`` numbers in [0, 1) that belong to one sample alone.
+
+    Args:
+        seed: Seed of the scan.
+        position: The sample's position in the data set.
+        num_draws: Label draws.
+        num_tokens: Predicted tokens of the sample.
+    """
+    return np.random.default_rng([seed, position]).random((num_draws, num_tokens))

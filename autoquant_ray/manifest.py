@@ -108,16 +108,22 @@ def quantization_config(
         format_ = Format.from_json(known[chosen])
         for module in group.module_names:
             for prefix in summary["modules"][module]["prefixes"]:
-                entries.extend(_quantizer_entries(f"{module}.{prefix}", format_))
-    return {"quant_cfg": entries, "algorithm": "max"}
+                entries.extend(quantizer_entries(f"{module}.{prefix}", format_))
+    return {"quant_cfg": [attributes_to_json(entry) for entry in entries], "algorithm": "max"}
 
 
-def _quantizer_entries(start: str, format_: Format) -> list[dict[str, Any]]:
+def quantizer_entries(start: str, format_: Format) -> list[dict[str, Any]]:
+    """ModelOpt's entries for one module, with Python types.
+
+    Args:
+        start: What stands before ``weight_quantizer`` in the quantizers' names.
+        format_: The module's format.
+    """
     entries = []
     for part, attributes in (("weight", format_.weight), ("input", format_.input)):
         if attributes is not None:
             entry = {"quantizer_name": f"{start}{part}_quantizer", "enable": True}
-            entries.append(entry | {"cfg": attributes_to_json(attributes)})
+            entries.append(entry | {"cfg": attributes})
     return entries
 
 

@@ -1,0 +1,189 @@
+"""The scoring core against definitions: batching, padding, labels, row selection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autoquant_ray import engine as engine_module
+from autoquant_ray.calibration import merge_statistics, to_maxima
+from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.loss import sample_labels
+
+FAMILIES = ["llama", "qwen3", "qwen3_moe", "qwen3_vl"]
+FORMATS = (
+    "wint4_afp16",
+    "wfp8_afp8",
+    "wint8_aint8",
+    "wint8_aint4",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+)
+LENGTHS = [24, 7, 31, 12, 18, 24, 9, 15]
+
+
+def total(prepared: Any, shards: list[Any], maxima: Any) -> tuple[np.ndarray, np.ndarray, int]:
+    """Elementwise sums, token sums and token count over shards."""
+    elementwise, token, count, first = 0.0, 0.0, 0, 0
+    for shard in shards:
+        scores = prepared.engine.score(shard, first, maxima)
+        elementwise = elementwise + scores.sums.elementwise_GF
+        token = token + scores.sums.token_GF
+        count += scores.num_tokens
+        first += len(shard)
+    return np.asarray(elementwise), np.asarray(token), count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sums_any_batching_are_the_same(family: str, make_engine: Any, make_samples: Any) -> None:
+    samples = make_samples(LENGTHS)
+    whole = make_engine(family, FORMATS)
+    single = make_engine(family, FORMATS, step_tokens=2)
+    maxima = to_maxima(whole.engine.calibrate(samples))
+    expected = total(whole, [samples], maxima)
+    assert expected[2] == sum(LENGTHS) - len(LENGTHS)
+    for prepared, shards in (
+        (single, [samples]),
+        (whole, [[sample] for sample in samples]),
+        (whole, [samples[:1], samples[1:6], samples[6:]]),
+    ):
+        elementwise, token, count = total(prepared, shards, maxima)
+        assert count == expected[2]
+        np.testing.assert_allclose(elementwise, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(token, expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_maxima_padded_batch_ignores_padding(
+    family: str, make_engine: Any, make_samples: Any
+) -> None:
+    samples = make_samples(LENGTHS)
+    prepared = make_engine(family, FORMATS)
+    padded = prepared.engine.calibrate(samples)
+    alone = merge_statistics(prepared.engine.calibrate([sample]) for sample in samples)
+    assert set(padded) == set(alone)
+    for key, value in alone.items():
+        assert padded[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_sums_linear_equal_their_definition(make_engine: Any, make_samples: Any) -> None:
+    """Gradient by plain autograd, output difference by ModelOpt's quantized module itself."""
+    import copy
+
+    import modelopt.torch.quantization as mtq
+
+    prepared = make_engine("llama", ("wint8_aint8",))
+    samples = make_samples([20])
+    maxima = to_maxima(prepared.engine.calibrate(samples))
+    scores = prepared.engine.score(samples, 0, maxima)
+    ids = torch.tensor(samples)
+    name = "model.layers.1.mlp.down_proj"
+
+    model = copy.deepcopy(prepared.model)
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(_: Any, inputs: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        kept.update(input=inputs[0].detach(), output=output)
+
+    model.get_submodule(name).register_forward_hook(keep)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    logits = model(input_ids=ids).logits[0, :-1]
+    torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+    layer = torch.nn.Sequential(copy.deepcopy(prepared.model.get_submodule(name)))
+    quantized = mtq.quantize(layer, mtq.INT8_DEFAULT_CFG, lambda m: m(kept["input"]))
+    difference = quantized(kept["input"]).detach() - kept["output"].detach()
+    product = (kept["output"].grad * difference)[0].double()
+
+    group = prepared.names.index(name)
+    assert scores.sums.elementwise_GF[group, 0] == pytest.approx(
+        float(product.square().sum()), rel=1e-4
+    )
+    assert scores.sums.token_GF[group, 0] == pytest.approx(
+        float(product.sum(1).square().sum()), rel=1e-4
+    )
+    assert scores.sums.num_rows_G[group] == 19
+
+
+def test_sums_many_draws_average_single_draws(
+    make_engine: Any, make_samples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """K draws over one forward pass are the mean of K passes that use each draw alone."""
+    samples = make_samples([16, 16])
+    several = make_engine("qwen3", FORMATS, labels="model", label_draws=3)
+    maxima = to_maxima(several.engine.calibrate(samples))
+    together = several.engine.score(samples, 0, maxima).sums.elementwise_GF
+
+    single = make_engine("qwen3", FORMATS, labels="model", label_draws=1)
+    apart = []
+    for draw in range(3):
+        with monkeypatch.context() as patched:
+            original = engine_module.draw_uniforms
+            patched.setattr(
+                engine_module,
+                "draw_uniforms",
+                lambda s, p, _, n, d=draw, f=original: f(s, p, 3, n)[d : d + 1],
+            )
+            apart.append(single.engine.score(samples, 0, maxima).sums.elementwise_GF)
+    np.testing.assert_allclose(together, np.mean(apart, axis=0), rtol=1e-5)
+
+
+def test_sums_seed_changes_draws_and_same_seed_repeats(make_engine: Any, make_samples: Any) -> None:
+    samples = make_samples([16])
+    results = []
+    for seed in (0, 0, 1):
+        prepared = make_engine("llama", ("wint4_afp16",), labels="model", seed=seed)
+        results.append(prepared.engine.score(samples, 0, {}).sums.elementwise_GF)
+    assert np.array_equal(results[0], results[1])
+    assert not np.allclose(results[0], results[2])
+
+
+def test_sample_labels_invert_the_cumulative_distribution() -> None:
+    logits = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0)) * 3
+    uniforms = np.random.default_rng(1).random((2, 2000))
+    labels = sample_labels(logits, torch.from_numpy(uniforms))
+    cumulative = np.cumsum(torch.softmax(logits.double(), dim=-1).numpy(), axis=-1)
+    for draw in range(2):
+        expected = [
+            np.searchsorted(row, u, side="right")
+            for row, u in zip(cumulative, uniforms[draw], strict=True)
+        ]
+        assert np.mean(labels[draw].numpy() == np.array(expected)) > 0.999
+
+
+def test_sample_labels_extreme_uniforms_stay_in_the_vocabulary() -> None:
+    logits = torch.tensor([[0.0, -200.0, 1.0, -200.0]])
+    uniforms = torch.tensor([[0.0], [np.nextafter(1.0, 0.0)]], dtype=torch.float64)
+    assert sample_labels(logits, uniforms)[0, 0] == 0
+    assert int(sample_labels(logits, uniforms)[1, 0]) in range(4)
+
+
+def test_score_nan_gradient_is_an_error(make_engine: Any, make_samples: Any) -> None:
+    prepared = make_engine("llama", ("wint8_afp16",))
+    model = prepared.model
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError):
+        prepared.engine.score(make_samples([8]), 0, {})
+
+
+def test_model_without_a_plain_chain_gives_the_same_sums(
+    make_engine: Any, make_samples: Any
+) -> None:
+    samples = make_samples([12, 20])
+    plain = make_engine("llama", FORMATS)
+    maxima = to_maxima(plain.engine.calibrate(samples))
+    expected = total(plain, [samples], maxima)
+
+    broken = make_engine("llama", FORMATS)
+    broken.model.model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: ((args[0] * 1.0, *args[1:]), kwargs), with_kwargs=True
+    )
+    broken.engine = engine_module.Engine(broken.engine.spec, model=broken.model)
+    assert plain.engine.is_layerwise
+    assert not broken.engine.is_layerwise
+    elementwise, token, _ = total(broken, [samples], maxima)
+    np.testing.assert_allclose(elementwise, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(token, expected[1], rtol=1e-5)
