@@ -1,4 +1,4 @@
-"""The command line: reads flags, calls one function, prints, maps errors to exit codes.
+"""The command line: each command reads its flags, calls one function and prints.
 
 Heavy libraries are imported inside the commands, so that ``--help``, ``solve`` and ``report``
 start without torch and Ray.
@@ -6,89 +6,24 @@ start without torch and Ray.
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import signal
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
 import autoquant_ray
+from autoquant_ray.cli_edge import (
+    Commands,
+    common_options,
+    only_ours_on_stdout,
+    print_json,
+    set_up_logging,
+)
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
 from autoquant_ray.config import ScanConfig, SearchSpace, load_config, parse_bytes
-from autoquant_ray.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_NEEDS_A_LOOK,
-    AutoQuantError,
-    ConfigError,
-    one_line,
-)
-
-logger = logging.getLogger(__name__)
-
-_COMMON = (
-    click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout; logs on stderr."),
-    click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and libraries' warnings."),
-)
+from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK, ConfigError
 
 
-class _Commands(click.Group):
-    """Turns the package's errors into one line on stderr and an exit code."""
-
-    def invoke(self, context: click.Context) -> Any:
-        def on_sigterm(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGTERM, on_sigterm)
-        try:
-            return super().invoke(context)
-        except AutoQuantError as error:
-            self._stop(f"error: {error}", error.exit_code)
-        except KeyboardInterrupt:
-            self._stop(
-                "interrupted; finished shards are kept, go on with --resume", EXIT_INTERRUPTED
-            )
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:  # noqa: BLE001 - the edge of the program
-            self._stop(f"error: {type(error).__name__}: {one_line(error)}", EXIT_FAILED)
-
-    def _stop(self, line: str, code: int) -> None:
-        if logging.getLogger().isEnabledFor(logging.DEBUG) and code == EXIT_FAILED:
-            logger.debug("traceback", exc_info=True)
-        click.echo(" ".join(line.splitlines()), err=True)
-        raise click.exceptions.Exit(code)
-
-
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--json`` and ``--verbose``, and set up logging before the command runs."""
-    for option in _COMMON:
-        command = option(command)
-    return command
-
-
-def _set_up_logging(verbose: bool) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(message)s",
-        force=True,
-    )
-    logging.getLogger("autoquant_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
-    if verbose:
-        logging.getLogger().setLevel(logging.DEBUG)
-    else:
-        warnings.simplefilter("ignore")
-
-
-@click.group(cls=_Commands, context_settings={"max_content_width": 100})
+@click.group(cls=Commands, context_settings={"max_content_width": 100})
 @click.version_option(autoquant_ray.__version__, prog_name="autoquant-ray")
 def main() -> None:
     """Choose a quantization format for every layer of a model, with the work spread over Ray.
@@ -113,7 +48,7 @@ def plan(model: str, config_file: str | None, as_json: bool, verbose: bool, **fl
     Example:
       autoquant-ray plan ./Qwen3-4B --formats wint4_afp16,wfp8_afp8 --disable lm_head
     """
-    _set_up_logging(verbose)
+    set_up_logging(verbose)
     from autoquant_ray.models import find_model
     from autoquant_ray.output import plan_to_json, print_plan
     from autoquant_ray.planner import make_plan
@@ -123,7 +58,7 @@ def plan(model: str, config_file: str | None, as_json: bool, verbose: bool, **fl
     device = "cuda" if space.device == "auto" else space.device
     made = make_plan(space, ref, device=device)
     if as_json:
-        _print_json(plan_to_json(made))
+        print_json(plan_to_json(made))
     else:
         print_plan(made)
 
@@ -151,7 +86,7 @@ def scan(
       autoquant-ray scan ./Qwen3-4B --data calibration.jsonl --out runs/qwen3 \\
           --formats wint4_afp16,wfp8_afp8 --bits 5 --workers 4
     """
-    _set_up_logging(verbose)
+    set_up_logging(verbose)
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one of them")
     given = given_fields(flags) | ({} if model is None else {"model": model})
@@ -165,10 +100,10 @@ def _run_scan(config: ScanConfig, mode: Any, as_json: bool) -> None:
     from autoquant_ray.output import print_solution
     from autoquant_ray.search import run_search
 
-    with _only_ours_on_stdout():
+    with only_ours_on_stdout():
         result = run_search(config, mode)
     if as_json:
-        _print_json(result.solution.to_json())
+        print_json(result.solution.to_json())
     else:
         print_solution(config.out, result.solution)
     for entry in result.quarantined:
@@ -214,7 +149,7 @@ def solve(
     Example:
       autoquant-ray solve runs/qwen3 --bits 4.5 --pin lm_head=none --allow '*.o_proj=wfp8_afp8,none'
     """
-    _set_up_logging(verbose)
+    set_up_logging(verbose)
     from autoquant_ray.budget import SolveOptions
     from autoquant_ray.output import print_solution
     from autoquant_ray.solve import solve_run
@@ -231,10 +166,10 @@ def solve(
         allow={pattern: tuple(names.split(",")) for pattern, names in allow.items()},
         **options,
     )
-    with _only_ours_on_stdout():
+    with only_ours_on_stdout():
         solution = solve_run(RunDirectory(run), solve_options)
     if as_json:
-        _print_json(solution.to_json())
+        print_json(solution.to_json())
     else:
         print_solution(run, solution)
 
@@ -249,13 +184,13 @@ def report(run: str, as_json: bool, verbose: bool) -> None:
     Example:
       autoquant-ray report runs/qwen3
     """
-    _set_up_logging(verbose)
+    set_up_logging(verbose)
     from autoquant_ray.solve import rewrite_reports
     from autoquant_ray.store import RunDirectory
 
     paths = rewrite_reports(RunDirectory(run))
     if as_json:
-        _print_json({"paths": paths})
+        print_json({"paths": paths})
     else:
         for path in paths:
             click.echo(path)
@@ -274,15 +209,15 @@ def import_(manifest: str, out: str, overwrite: bool, as_json: bool, verbose: bo
       autoquant-ray import autoquant.json --out runs/imported
       autoquant-ray solve runs/imported --bits 6 --bits-over all --cost modelopt
     """
-    _set_up_logging(verbose)
+    set_up_logging(verbose)
     from autoquant_ray.modelopt_manifest import import_manifest
     from autoquant_ray.output import print_solution
     from autoquant_ray.store import RunDirectory
 
-    with _only_ours_on_stdout():
+    with only_ours_on_stdout():
         solution = import_manifest(manifest, RunDirectory(out), overwrite=overwrite)
     if as_json:
-        _print_json(solution.to_json())
+        print_json(solution.to_json())
     else:
         print_solution(out, solution)
 
@@ -298,29 +233,7 @@ def demo(out: str, bits: float, as_json: bool, verbose: bool) -> None:
     Example:
       autoquant-ray demo
     """
-    _set_up_logging(verbose)
+    set_up_logging(verbose)
     from autoquant_ray.demo import demo_config
 
     _run_scan(demo_config(out, bits), "overwrite", as_json)
-
-
-@contextmanager
-def _only_ours_on_stdout() -> Iterator[None]:
-    """Send what libraries write to file descriptor 1 (HiGHS does, from C++) to stderr."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):
-        yield
-        return
-    sys.stdout.flush()
-    saved = os.dup(descriptor)
-    os.dup2(sys.stderr.fileno(), descriptor)
-    try:
-        yield
-    finally:
-        os.dup2(saved, descriptor)
-        os.close(saved)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))

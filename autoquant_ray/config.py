@@ -312,8 +312,9 @@ def _first_problem(
     from_file = path is not None and root in values and root not in flags
     where = f"{path}: {name}" if from_file else f"--{name.replace('_', '-')}"
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, known, n=3) or known[:3]
-        return f"{where}: unknown key; closest: {', '.join(close)}"
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"closest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"--{name.replace('_', '-')} is missing"
     message = first["msg"].removeprefix("Value error, ")

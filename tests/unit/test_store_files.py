@@ -43,6 +43,10 @@ COLUMNS = {
 }
 """As DESIGN section 6 lists them; written out here so that a renamed column fails."""
 
+STRINGS = {"group", "format", "module", "statistic"}
+INTEGERS = {"num_weights", "shard", "num_tokens", "num_samples", "num_shards"}
+OTHER_TYPES = {"module_names": pa.list_(pa.string()), "is_searched": pa.bool_()}
+
 
 @pytest.fixture
 def finished(make_run: Any) -> RunDirectory:
@@ -88,6 +92,15 @@ def test_parquet_columns_are_the_contract_in_both_readers(
     for column in table.column_names:
         ours, theirs = table.column(column).to_pylist(), frame[column].tolist()
         assert [list(x) if isinstance(x, list) else x for x in theirs] == ours, column
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_parquet_numbers_are_64_bits_wide(name: str, finished: RunDirectory) -> None:
+    for field in pq.read_schema(Path(finished.uri, name)):
+        wide = pa.int64() if field.name in INTEGERS else pa.float64()
+        plain = pa.string() if field.name in STRINGS else wide
+        expected = OTHER_TYPES.get(field.name, plain)
+        assert field.type == expected, field.name
 
 
 def test_parquet_missing_error_bar_is_null_in_both_readers(finished: RunDirectory) -> None:
@@ -190,6 +203,24 @@ def test_solution_numbers_follow_from_the_parquet_files(
     assert solution["weight_bytes"] == pytest.approx(stored, rel=1e-12)
 
 
+@pytest.mark.parametrize("format_", ["none", "wint8_aint8"])
+def test_solution_of_tied_head_counts_the_embedding_once(
+    format_: str, make_run: Any, make_model: Any
+) -> None:
+    """In 16 bits the head is the embedding; quantized it is stored beside the embedding."""
+    directory = make_run("qwen3", disable=())
+    solution = solve_run(directory, SolveOptions(bits=12, pins={"lm_head": format_}))
+    rows = pq.read_table(solution.paths["manifest.parquet"]).to_pylist()
+    stored = {row["module"]: row["weight_bytes"] for row in rows}
+    weights = sum(
+        8 * r["weight_bytes"] / r["weight_bits"] for r in rows if r["module"] != "lm_head"
+    )
+    unique = sum(parameter.numel() for parameter in make_model("qwen3").parameters())
+    head = stored.pop("lm_head")
+    expected = 2 * (unique - weights) + sum(stored.values()) + (0 if format_ == "none" else head)
+    assert solution.summary["weight_bytes"] == pytest.approx(expected, rel=1e-12)
+
+
 def test_events_are_one_json_object_a_line(finished: RunDirectory) -> None:
     lines = Path(finished.uri, "events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
@@ -271,6 +302,14 @@ def test_write_replaces_a_file_whole(tmp_path: Path) -> None:
     directory.write_bytes("a/b.bin", b"short")
     assert (tmp_path / "a" / "b.bin").read_bytes() == b"short"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.bin"]
+
+
+def test_write_keeps_the_old_content_for_a_reader_that_is_open(tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+    directory.write_bytes("run.json", b"old content")
+    with (tmp_path / "run.json").open("rb", buffering=0) as reader:
+        directory.write_bytes("run.json", b"new")
+        assert reader.read() == b"old content"
 
 
 def test_write_json_refuses_nan(tmp_path: Path) -> None:

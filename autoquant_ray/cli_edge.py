@@ -1,0 +1,97 @@
+"""The edge of the program: errors become one line and an exit code, stdout stays clean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from autoquant_ray.errors import EXIT_FAILED, EXIT_INTERRUPTED, AutoQuantError, one_line
+
+logger = logging.getLogger(__name__)
+
+_COMMON = (
+    click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout; logs on stderr."),
+    click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and libraries' warnings."),
+)
+
+
+class Commands(click.Group):
+    """Turns the package's errors into one line on stderr and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        def on_sigterm(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGTERM, on_sigterm)
+        try:
+            return super().invoke(context)
+        except AutoQuantError as error:
+            self._stop(f"error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            self._stop(
+                "interrupted; finished shards are kept, go on with --resume", EXIT_INTERRUPTED
+            )
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # noqa: BLE001 - the edge of the program
+            self._stop(f"error: {type(error).__name__}: {one_line(error)}", EXIT_FAILED)
+
+    def _stop(self, line: str, code: int) -> None:
+        if logging.getLogger().isEnabledFor(logging.DEBUG) and code == EXIT_FAILED:
+            logger.debug("traceback", exc_info=True)
+        click.echo(" ".join(line.splitlines()), err=True)
+        raise click.exceptions.Exit(code)
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json`` and ``--verbose``, and set up logging before the command runs."""
+    for option in _COMMON:
+        command = option(command)
+    return command
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Our own messages on stderr; libraries' warnings only with ``--verbose``."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(message)s",
+        force=True,
+    )
+    logging.getLogger("autoquant_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if verbose:
+        logging.getLogger().setLevel(logging.DEBUG)
+    else:
+        warnings.simplefilter("ignore")
+
+
+@contextmanager
+def only_ours_on_stdout() -> Iterator[None]:
+    """Send what libraries write to file descriptor 1 (HiGHS does, from C++) to stderr."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        yield
+        return
+    sys.stdout.flush()
+    saved = os.dup(descriptor)
+    os.dup2(sys.stderr.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        os.dup2(saved, descriptor)
+        os.close(saved)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value on stdout."""
+    click.echo(json.dumps(value, indent=2))
