@@ -46,7 +46,7 @@ PURE = (
     "store",
 )
 """Modules that know nothing of Ray, nor of the layers above them."""
-UPPER = ("distributed", "stages", "search", "cli", "cli_options", "output", "jobs")
+UPPER = ("distributed", "stages", "search", "cli", "cli_edge", "cli_options", "output", "jobs")
 
 LIST_MODULES = """
 import json, sys
