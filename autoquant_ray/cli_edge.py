@@ -45,6 +45,19 @@ class Commands(click.Group):
         except Exception as error:  # noqa: BLE001 - the edge of the program
             self._stop(f"error: {type(error).__name__}: {one_line(error)}", EXIT_FAILED)
 
+    def main(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run the program; click's own usage errors get one line too."""
+        keywords["standalone_mode"] = False
+        try:
+            code = super().main(*arguments, **keywords)
+        except click.ClickException as error:
+            text = " ".join(error.format_message().split())
+            click.echo(f"error: {text} (see --help)", err=True)
+            code = error.exit_code
+        except click.Abort:
+            code = EXIT_INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
+
     def _stop(self, line: str, code: int) -> None:
         if logging.getLogger().isEnabledFor(logging.DEBUG) and code == EXIT_FAILED:
             logger.debug("traceback", exc_info=True)

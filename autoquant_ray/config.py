@@ -7,26 +7,20 @@ stands in :data:`STAGE_FIELDS`; stages are skipped on resume only while those fi
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
-
-from autoquant_ray.errors import ConfigError, one_line
 
 _BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTE_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -257,68 +251,3 @@ def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
         for name in names
         if name in before and before[name] != values[name]
     ]
-
-
-def load_config(
-    model_class: type[SearchSpace], path: str | None, flags: dict[str, Any]
-) -> SearchSpace:
-    """Read a YAML file, lay the flags over it, and validate.
-
-    Args:
-        model_class: :class:`ScanConfig` or :class:`SearchSpace`.
-        path: YAML file, or None.
-        flags: Values given on the command line; they win over the file.
-
-    Raises:
-        ConfigError: Unreadable file, unknown key, or a wrong value; one line with its path.
-    """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = _read_yaml(path)
-    values.update(flags)
-    try:
-        return model_class.model_validate(values)
-    except ValidationError as error:
-        known = list(model_class.model_fields)
-        raise ConfigError(_first_problem(error, path, flags, values, known)) from None
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {one_line(error)}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"config file {path} must hold 'key: value' lines")
-    return {str(key): value for key, value in loaded.items()}
-
-
-def _first_problem(
-    error: ValidationError,
-    path: str | None,
-    flags: dict[str, Any],
-    values: dict[str, Any],
-    known: list[str],
-) -> str:
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    root = str(first["loc"][0]) if first["loc"] else ""
-    from_file = path is not None and root in values and root not in flags
-    where = f"{path}: {name}" if from_file else f"--{name.replace('_', '-')}"
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"closest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
-        return f"{where}: unknown key; {hint}"
-    if first["type"] == "missing":
-        return f"--{name.replace('_', '-')} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
-    shown = first["input"]
-    return f"{where}: {message}" if str(shown) in message else f"{where}: {message} (got {shown!r})"

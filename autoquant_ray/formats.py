@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray.errors import FormatError
+from autoquant_ray.errors import FormatError, one_line
 
 Attributes = dict[str, Any]
 """Fields of ModelOpt's ``QuantizerAttributeConfig``."""
@@ -176,6 +176,9 @@ def _custom_attributes(
 ) -> tuple[Attributes, Attributes | None]:
     unknown = sorted(set(entry) - {"weight", "input"})
     weight = entry.get("weight")
+    for attributes in entry.values():
+        if attributes and "enable" in attributes:
+            raise FormatError(f"custom format {name!r}: 'enable' is implied; leave it out")
     if unknown or not weight:
         raise FormatError(f"custom format {name!r} must have 'weight' and may have 'input'")
     input_ = entry.get("input")
@@ -229,8 +232,16 @@ def _modelopt_compression(name: str, weight: Attributes, input_: Attributes | No
     try:
         return float(estimate_quant_compression(QuantizeConfig(quant_cfg=entries)))
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise FormatError(f"format {name!r} is not valid for ModelOpt: {reason}") from None
+        first = error.errors()[0]
+        attributes = {*weight, *(input_ or {})}
+        place = ".".join(str(part) for part in first["loc"] if part in attributes)
+        reason = first["msg"].strip(", ")
+        raise FormatError(
+            f"format {name!r} is not valid for ModelOpt: {place or 'attributes'}: {reason} "
+            f"(got {first['input']!r})"
+        ) from None
+    except ValueError as error:
+        raise FormatError(f"format {name!r} is not valid for ModelOpt: {one_line(error)}") from None
 
 
 def _check_device(format_: Format, device: str) -> None:

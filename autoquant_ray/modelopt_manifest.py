@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from autoquant_ray.budget import UNQUANTIZED_BITS, SolveOptions
-from autoquant_ray.errors import DataError, StoreError
+from autoquant_ray.budget import UNQUANTIZED_BITS, Problem, SolveOptions
+from autoquant_ray.errors import DataError
 from autoquant_ray.formats import NONE
 from autoquant_ray.solve import Solution, solve_run
-from autoquant_ray.state import RunState, new_run_values
+from autoquant_ray.state import RunState, new_run_values, require_target
 from autoquant_ray.store import RunDirectory
 
 _SUFFIX = ".quant_recipe"
@@ -35,24 +35,22 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
 
     Raises:
         DataError: The file is missing or is not such a manifest; names the place.
+        InfeasibleBudgetError: The manifest's own budget cannot be met.
         StoreError: The run exists.
     """
     manifest = _read(path)
     rows, scores = _rows(path, manifest)
     bits = _budget_bits(path, manifest)
-    if directory.exists():
-        directory.require_run()
-        if not overwrite:
-            raise StoreError(f"{directory.uri} holds a run; give --overwrite or another --out")
-        directory.clear()
+    require_target(directory, "overwrite" if overwrite else "new")
+    options = SolveOptions(bits=bits, bits_over="all", cost="modelopt")
     state = RunState(directory, _run_values(path, directory, manifest, rows))
+    Problem(rows, state.values["plan"]).check_feasible(options)
+    directory.clear()
     state.save()
     directory.write_table("plan.parquet", "plan", rows)
     directory.write_table("sensitivity.parquet", "sensitivity", scores)
     directory.append_event("imported", source=path)
-    return solve_run(
-        directory, SolveOptions(bits=bits, bits_over="all", cost="modelopt"), folder=""
-    )
+    return solve_run(directory, options, folder="")
 
 
 def _read(path: str) -> dict[str, Any]:

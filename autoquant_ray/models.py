@@ -74,6 +74,20 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> ModelRef:
     return ModelRef(name=name, path=name, trust_remote_code=trust_remote_code)
 
 
+def require_weights(ref: ModelRef) -> None:
+    """Check that a local folder holds weights that may be read.
+
+    Raises:
+        ModelError: It holds none in safetensors or GGUF.
+    """
+    folder = Path(ref.path)
+    if folder.is_dir() and not ref.gguf_file and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model folder {ref.name} holds no safetensors or GGUF weights; convert other formats "
+            "with save_pretrained(..., safe_serialization=True)"
+        )
+
+
 def fingerprint_model(ref: ModelRef) -> str:
     """Hash the config and the weight files.
 
@@ -168,6 +182,10 @@ def _model_class(config: Any, ref: ModelRef) -> Any:
 
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model {ref.name} is an encoder-decoder, not a decoder-only model")
+    # BERT-like encoders have a causal class too; is_decoder tells which one the checkpoint is.
+    is_masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    if is_masked and getattr(config, "is_decoder", True) is False:
+        raise ModelError(f"model {ref.name} is an encoder, not a decoder-only language model")
     remote = ref.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if remote or type(config) in transformers.AutoModelForCausalLM._model_mapping:
         return transformers.AutoModelForCausalLM

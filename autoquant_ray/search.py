@@ -18,13 +18,14 @@ from autoquant_ray.distributed.placement import connected, place_workers, resolv
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.engine import EngineSpec
 from autoquant_ray.fingerprint import fingerprint_source
-from autoquant_ray.models import ModelRef, find_model, fingerprint_model
+from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
 from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
 from autoquant_ray.sensitivity import ScoredModule
 from autoquant_ray.solve import Solution, solve_run
-from autoquant_ray.state import Mode, RunState
+from autoquant_ray.state import Mode, RunState, require_target
 from autoquant_ray.store import RunDirectory
+from autoquant_ray.texts import require_source
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,10 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
     ref = find_model(config.model, trust_remote_code=config.trust_remote_code)
     plan = make_plan(config, ref, device="cuda" if config.device == "auto" else config.device)
     stages.check_budget(plan, config)
+    require_source(config.data)
+    require_weights(ref)
     directory = RunDirectory(config.out)
+    require_target(directory, mode)
     with connected(config) as resources:
         config = _resolve(config, resources)
         plan = make_plan(config, ref, device=config.device)

@@ -55,6 +55,8 @@ def load_problem(state: RunState) -> tuple[Problem, dict[tuple[str, str], float]
         StoreError: A file is missing or damaged.
         ScoreError: A searched group lacks a score.
     """
+    if "plan" not in state.values:
+        raise StoreError(f"{state.directory.uri} has no plan yet; finish the scan with --resume")
     plan_rows = state.directory.read_table("plan.parquet", "plan").to_pylist()
     problem = Problem(plan_rows, state.values["plan"])
     table = state.directory.read_table("sensitivity.parquet", "sensitivity")

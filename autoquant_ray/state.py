@@ -18,6 +18,7 @@ from autoquant_ray.errors import StoreError
 from autoquant_ray.store import RUN_FILE, SCHEMA_VERSION, RunDirectory
 
 Mode = Literal["new", "resume", "overwrite"]
+_REQUIRED_KEYS = {"run_id", "config", "model", "dataset", "fingerprints", "stages", "quarantined"}
 _PACKAGES = ("autoquant-ray", "ray", "torch", "transformers", "nvidia-modelopt", "numpy", "scipy")
 
 
@@ -48,6 +49,9 @@ class RunState:
             raise StoreError(
                 f"{directory.uri} has schema version {version}, this program reads {SCHEMA_VERSION}"
             )
+        missing = sorted(_REQUIRED_KEYS - set(values))
+        if missing:
+            raise StoreError(f"{directory.path(RUN_FILE)} is damaged: it lacks {missing}")
         return cls(directory, values)
 
     @classmethod
@@ -67,14 +71,11 @@ class RunState:
             StoreError: The run exists and neither resume nor overwrite was asked for, or it was
                 made with another config, model or data.
         """
-        if directory.exists():
-            directory.require_run()
-            if mode == "new":
-                raise StoreError(f"{directory.uri} holds a run; give --resume or --overwrite")
-            if mode == "resume":
-                state = cls.open(directory)
-                state._require_same(config, identity)
-                return state
+        require_target(directory, mode)
+        if mode == "resume" and directory.exists():
+            state = cls.open(directory)
+            state._require_same(config, identity)
+            return state
         values = new_run_values(directory.uri) | {"config": config.model_dump(mode="json")}
         state = cls(directory, values | identity)
         state._replaces_a_run = directory.exists()
@@ -151,6 +152,19 @@ class RunState:
                     f"the {kind} changed since {self.directory.uri} was started; give another "
                     "--out or --overwrite"
                 )
+
+
+def require_target(directory: RunDirectory, mode: Mode) -> None:
+    """Check that a run may be written to a directory.
+
+    Raises:
+        StoreError: It holds something else, or a run and neither resume nor overwrite was asked
+            for.
+    """
+    if directory.exists():
+        directory.require_run()
+        if mode == "new":
+            raise StoreError(f"{directory.uri} holds a run; give --resume or --overwrite")
 
 
 def new_run_values(uri: str) -> dict[str, Any]:

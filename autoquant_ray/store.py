@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from autoquant_ray.errors import StoreError
+from autoquant_ray.errors import StoreError, one_line
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
@@ -158,9 +158,12 @@ class RunDirectory:
                 return self.path(name)
             folder, _, file = target.rpartition("/")
             os.makedirs(folder, exist_ok=True)
-            temporary = f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp"
-            Path(temporary).write_bytes(content)
-            os.replace(temporary, target)
+            temporary = Path(f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp")
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"cannot write {self.path(name)}: {error}") from None
         return self.path(name)
@@ -215,12 +218,12 @@ class RunDirectory:
         content = self.read_bytes(name)
         try:
             table = pq.read_table(pa.BufferReader(content))
+            missing = set(SCHEMAS[kind].names) - set(table.column_names)
+            if missing:
+                raise StoreError(f"{self.path(name)} lacks the columns {sorted(missing)}")
+            return table.select(SCHEMAS[kind].names).cast(SCHEMAS[kind])
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise StoreError(f"{self.path(name)} is damaged: {error}") from None
-        missing = set(SCHEMAS[kind].names) - set(table.column_names)
-        if missing:
-            raise StoreError(f"{self.path(name)} lacks the columns {sorted(missing)}")
-        return table.select(SCHEMAS[kind].names).cast(SCHEMAS[kind])
+            raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
 
     def list_parts(self, folder: str) -> list[int]:
         """Numbers of the shards that have a part in a folder, sorted."""
@@ -244,14 +247,16 @@ class RunDirectory:
     def append_event(self, event: str, **details: Any) -> None:
         """Add one line to ``events.jsonl``."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **details}) + "\n"
-        target = f"{self._root}/events.jsonl"
-        if self._is_local:
-            os.makedirs(self._root, exist_ok=True)
-            with open(target, "a", encoding="utf-8") as stream:
-                stream.write(line)
-        else:
+        if not self._is_local:
             before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
             self.write_bytes("events.jsonl", before + line.encode())
+            return
+        try:
+            os.makedirs(self._root, exist_ok=True)
+            with open(f"{self._root}/events.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise StoreError(f"cannot write {self.path('events.jsonl')}: {error}") from None
 
     def _list(self, folder: str) -> list[Any]:
         root = f"{self._root}/{folder}".rstrip("/")

@@ -57,6 +57,7 @@ def read_texts(spec: DataSpec) -> Iterator[str]:
         DataError: At once for a source that does not exist or is of an unknown kind; while
             iterating for a missing ``text_field``, or a row that cannot be read or holds no text.
     """
+    require_source(spec.source)
     path = Path(spec.source).expanduser()
     if spec.source == PYDOC_SOURCE:
         documents = read_pydoc()
@@ -65,14 +66,22 @@ def read_texts(spec: DataSpec) -> Iterator[str]:
         if reader is None:
             return _read_text_lines(path, keep_line_ends=spec.pack)
         documents = reader(path, spec)
-    elif not path.is_dir() and _looks_like_path(spec.source):
-        raise DataError(
-            f"data source {spec.source} does not exist; give a text, JSONL or Parquet file, a "
-            f"dataset folder, a hub id or {PYDOC_SOURCE!r}"
-        )
     else:
         documents = _read_dataset(path, spec)
     return _separated(documents) if spec.pack else documents
+
+
+def require_source(source: str) -> None:
+    """Check that a source that looks like a path exists.
+
+    Raises:
+        DataError: It does not.
+    """
+    if _looks_like_path(source) and not Path(source).expanduser().exists():
+        raise DataError(
+            f"data source {source} does not exist; give a text, JSONL or Parquet file, a "
+            f"dataset folder, a hub id or {PYDOC_SOURCE!r}"
+        )
 
 
 def _looks_like_path(source: str) -> bool:

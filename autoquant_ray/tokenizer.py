@@ -35,9 +35,12 @@ def load_tokenizer(ref: TokenizerRef) -> Any:
     if ref.gguf_file is not None:
         arguments["gguf_file"] = ref.gguf_file
     try:
-        return transformers.AutoTokenizer.from_pretrained(ref.model, **arguments)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(ref.model, **arguments)
     # The Rust code of tokenizers raises a bare Exception for a damaged file.
     except Exception as error:  # noqa: BLE001
         raise ModelError(
             f"tokenizer of model {ref.model} cannot be loaded: {one_line(error)}"
         ) from None
+    if len(tokenizer) == 0:
+        raise ModelError(f"model {ref.model} has no tokenizer files")
+    return tokenizer

@@ -10,7 +10,8 @@ import pytest
 import ray
 import yaml
 
-from autoquant_ray.config import ScanConfig, load_config
+from autoquant_ray.config import ScanConfig
+from autoquant_ray.config_file import load_config
 
 ROOT = Path(__file__).parents[2]
 
