@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -80,4 +81,10 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"predicted KL: {predicted:.4g} nats per token")
     console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
     for path in solution.paths.values():
-        console.print(escape(path), soft_wrap=True)
+        console.print(escape(_short(path)), soft_wrap=True)
+
+
+def _short(path: str) -> str:
+    """A path below the working directory as people type it."""
+    here = f"{Path.cwd()}/"
+    return path.removeprefix(here)

@@ -64,6 +64,6 @@ def _lines(title: str, total: int, done: int) -> Advance:
         count += 1
         step = max(1, total // _PLAIN_STEPS)
         if count % step == 0 or count == total:
-            logger.info("%s: %d of %d shards %s", title, count, total, note)
+            logger.info("%s: %d of %d shards%s", title, count, total, f" {note}" if note else "")
 
     return advance
