@@ -1,4 +1,4 @@
-"""A local Ray cluster for the session, and the command line as a real process."""
+"""A local Ray cluster for each test module, and the command line as a real process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_local() -> Iterator[None]:
     """Four CPUs (whatever the machine has), small object store, no dashboard."""
     ray.init(
