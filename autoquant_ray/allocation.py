@@ -51,12 +51,15 @@ class Budget:
         limit: In the resource's unit. Meeting it exactly counts as met.
         unit_per_bit: Cost of one average bit; error texts then speak of bits. None: of bytes.
         description: How the user wrote it, such as ``--bits 3.5``.
+        fixed: Cost outside the choices that the user's own number includes; added to the
+            reachable range in error texts.
     """
 
     resource: str
     limit: float
     unit_per_bit: float | None
     description: str
+    fixed: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +277,7 @@ def _infeasible(
         return f"no {max_formats} formats cover every group; allow more formats"
     texts = []
     for budget, (low, high) in zip(budgets, ranges, strict=True):
-        text = f"{_worded(budget, low)} to {_worded(budget, high)}"
+        text = f"{_worded(budget, low + budget.fixed)} to {_worded(budget, high + budget.fixed)}"
         text += "" if budget.unit_per_bit is None else " average bits"
         if low > budget.limit * (1 + SLACK):
             return f"{budget.description} cannot be met: reachable is {text}{formats}"

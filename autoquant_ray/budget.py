@@ -125,7 +125,8 @@ class Problem:
                     resource="model",
                     limit=options.bytes - fixed,
                     unit_per_bit=None,
-                    description=f"--bytes {options.bytes} ({round(fixed)} of them not searched)",
+                    description=f"--bytes {options.bytes}",
+                    fixed=fixed,
                 )
             )
         return budgets

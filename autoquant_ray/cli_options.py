@@ -40,6 +40,8 @@ def mapping_option(flag: str, metavar: str, text: str) -> Decorator:
             key, equals, rest = value.rpartition("=")
             if not (key and equals and rest):
                 raise click.BadParameter(f"{value!r} is not of the form {metavar}")
+            if key in parsed:
+                raise click.BadParameter(f"{key!r} is given twice")
             parsed[key] = rest
         return parsed
 

@@ -109,6 +109,13 @@ class SearchSpace(BaseModel):
             raise ValueError("a format is named twice")
         return value
 
+    @model_validator(mode="after")
+    def _check_custom_formats_are_named(self) -> Self:
+        unused = sorted(set(self.custom_formats) - set(self.formats))
+        if unused:
+            raise ValueError(f"custom format {unused[0]!r} is not among the formats; name it there")
+        return self
+
 
 class ScanConfig(SearchSpace):
     """Everything that one scan needs, from the data to the budget and the workers."""

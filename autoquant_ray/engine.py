@@ -18,11 +18,12 @@ import torch
 from autoquant_ray.backward import LayerwiseBackward
 from autoquant_ray.calibration import ActivationMaxima, Statistics
 from autoquant_ray.data import plan_steps
-from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.errors import ModelError, NonFiniteError, one_line
 from autoquant_ray.experts import prepare_experts
 from autoquant_ray.formats import Format
 from autoquant_ray.loss import VocabularyLoss
 from autoquant_ray.models import ModelRef, load_model
+from autoquant_ray.quantizable import has_plain_forward
 from autoquant_ray.sensitivity import Maxima, ScoredModule, SensitivityScorer, SensitivitySums
 
 Samples = Sequence[Sequence[int]]
@@ -96,9 +97,48 @@ class Engine:
         self._backward = LayerwiseBackward(self.model)
         self._loss = VocabularyLoss(self.model)
         self._maxima = ActivationMaxima(self.model, spec.modules)
+        self._require_head()
+        self._require_linears()
         self._scorer = SensitivityScorer(
             self.model, spec.modules, spec.formats, num_draws=self._num_draws
         )
+
+    def _require_head(self) -> None:
+        """Check that the model's own forward turns finished hidden states into logits.
+
+        Raises:
+            ModelError: Its forward does something that the slices of the loss do not provide.
+        """
+        weight = self.model.get_output_embeddings().weight
+        hidden_nH = torch.zeros(2, weight.shape[1], dtype=weight.dtype, device=self._device)
+        try:
+            with torch.no_grad():
+                self._loss.logits(hidden_nH)
+        except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+            raise ModelError(
+                f"{type(self.model).__name__} cannot be scored: its head does not run on the "
+                f"output of its decoder alone ({one_line(error)})"
+            ) from None
+
+    @torch.no_grad()
+    def _require_linears(self) -> None:
+        """Check that linears with a forward of their own compute a linear's product.
+
+        Raises:
+            ModelError: One does not; names it.
+        """
+        for scored in self.spec.modules:
+            module = self.model.get_submodule(scored.planned.name)
+            if scored.planned.kind != "linear" or has_plain_forward(module):
+                continue
+            row = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
+            expected = torch.nn.functional.linear(row, module.weight, module.bias)
+            if not torch.allclose(module(row), expected, rtol=1e-2, atol=1e-4):
+                name = scored.planned.name
+                raise ModelError(
+                    f"{name} ({type(module).__name__}) is a linear with a forward of its own; "
+                    f"--disable {name}"
+                )
 
     @property
     def is_layerwise(self) -> bool:

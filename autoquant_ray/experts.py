@@ -20,7 +20,7 @@ from modelopt.torch.quantization.plugins.huggingface import (
 )
 
 from autoquant_ray.formats import Attributes, Format
-from autoquant_ray.plan import PlannedModule
+from autoquant_ray.quantizable import PlannedModule
 from autoquant_ray.quantizers import (
     disabled_quantizer,
     fake_quantize_weight,

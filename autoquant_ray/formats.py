@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +144,7 @@ def resolve_formats(
     resolved = [_resolve(name, custom or {}) for name in names]
     for format_ in resolved:
         _check_device(format_, device)
-        _check_input(format_)
+        _check_quantizers(format_)
     return resolved
 
 
@@ -259,42 +258,25 @@ def _needs_cuda(attributes: Attributes) -> bool:
     return attributes.get("num_bits") == (2, 1) or dynamic_blocks
 
 
-def _check_input(format_: Format) -> None:
-    input_ = format_.input
+def _check_quantizers(format_: Format) -> None:
+    """Refuse quantizers whose calibration or batching this package does not reproduce."""
+    name, input_ = format_.name, format_.input
+    for attributes in (format_.weight, input_ or {}):
+        if attributes.get("unsigned") or attributes.get("calibrator", "max") != "max":
+            raise FormatError(
+                f"format {name}: only signed quantizers calibrated by 'max' are known"
+            )
     if input_ is None:
         return
-    per_tensor = input_.get("axis") is None and not input_.get("block_sizes")
-    if input_.get("type") == "dynamic" and per_tensor:
+    blocks = input_.get("block_sizes") or {}
+    if input_.get("type") == "dynamic" and not blocks:
         raise FormatError(
-            f"format {format_.name} scales each input tensor by its own maximum; its score would "
+            f"format {name} scales each input tensor by its own maximum; its score would "
             "depend on how samples are batched. Use a static or per-token input quantizer"
         )
-
-
-def stored_bits(attributes: Attributes, shape: tuple[int, ...]) -> int:
-    """Bits that a quantized weight takes on disk, scales included.
-
-    Elements take the format's width. Scales: one float32 per tensor or per output channel;
-    block formats one scale per block of the input dimension, a partial block counted whole as
-    ModelOpt pads it: 8 bits where the format fixes them (NVFP4, MX), else 16. NVFP4 adds its
-    float32 scale per tensor.
-
-    Args:
-        attributes: Weight quantizer attributes.
-        shape: ``(out, in)``, or ``(experts, out, in)`` for fused experts.
-    """
-    num_bits = attributes.get("num_bits", 8)
-    width = num_bits if isinstance(num_bits, int) else sum(num_bits) + 1
-    matrices = math.prod(shape[:-2])
-    rows, columns = shape[-2], shape[-1]
-    payload = matrices * rows * columns * width
-    blocks = {k: v for k, v in (attributes.get("block_sizes") or {}).items() if isinstance(k, int)}
-    if not any(blocks.values()):
-        scales = rows if attributes.get("axis") is not None or -1 in blocks else 1
-        return payload + matrices * scales * 32
-    scale_bits = attributes["block_sizes"].get("scale_bits")
-    columns_of_blocks = math.ceil(columns / (blocks.get(-1) or columns))
-    rows_of_blocks = math.ceil(rows / (blocks.get(-2) or 1))
-    scale_width = 16 if scale_bits is None else sum(scale_bits) + (0 if scale_bits[0] == 8 else 1)
-    second_scale = 32 if scale_bits == (4, 3) else 0
-    return payload + matrices * (columns_of_blocks * rows_of_blocks * scale_width + second_scale)
+    is_dynamic = "dynamic" in (input_.get("type"), blocks.get("type"))
+    if not is_dynamic and (blocks or input_.get("axis") is not None):
+        raise FormatError(
+            f"format {name} has a static input quantizer per channel or block; a static input "
+            "quantizer must be per tensor (axis: null, no block_sizes)"
+        )

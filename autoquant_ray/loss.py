@@ -10,6 +10,7 @@ Shape letters: N predicted tokens, n tokens of a slice, V vocabulary, H hidden, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class VocabularyLoss:
     def __init__(self, model: Any, slice_elements: int = 2**24) -> None:
         self._model = model
         self._head: torch.nn.Linear = model.get_output_embeddings()
+        # Some classes call their decoder directly and pass the base model by.
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        self._bodies = {id(m): m for m in (model.base_model, decoder) if m is not None}.values()
         self._slice_tokens = max(1, slice_elements // self._head.out_features)
 
     def gradients(
@@ -70,7 +74,9 @@ class VocabularyLoss:
     def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
         """Logits ``(n, V)`` of finished hidden states, as the model itself would give them."""
         output = _BaseOutput(hidden_nH[None])
-        with replaced_forward(self._model.base_model, lambda *_, **__: output):
+        with ExitStack() as stack:
+            for module in self._bodies:
+                stack.enter_context(replaced_forward(module, lambda *_, **__: output))
             logits: torch.Tensor = self._model(input_ids=None, use_cache=False).logits
         return logits[0]
 
@@ -97,9 +103,12 @@ class _BaseOutput:
 def sample_labels(logits_nV: torch.Tensor, uniforms_Kn: torch.Tensor) -> torch.Tensor:
     """Draw labels ``(K, n)`` from ``softmax(logits)`` by inverting its cumulative sum."""
     cumulative_nV = torch.softmax(logits_nV.detach(), dim=-1).cumsum(dim=-1)
-    points_nK = uniforms_Kn.T.to(cumulative_nV) * cumulative_nV[:, -1:]
+    totals_n1 = cumulative_nV[:, -1:]
+    # Below the total even where a number rounds up to 1, so that no label has probability 0.
+    points_nK = uniforms_Kn.T.to(cumulative_nV) * totals_n1
+    points_nK = points_nK.minimum(torch.nextafter(totals_n1, torch.zeros_like(totals_n1)))
     labels_nK = torch.searchsorted(cumulative_nV, points_nK.contiguous(), right=True)
-    return labels_nK.clamp_(max=logits_nV.shape[-1] - 1).T
+    return labels_nK.T
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

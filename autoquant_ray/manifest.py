@@ -11,14 +11,9 @@ from typing import Any
 
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import BITS_PER_BYTE, Problem, SolveOptions
-from autoquant_ray.formats import (
-    NONE,
-    Format,
-    attributes_from_json,
-    attributes_to_json,
-    stored_bits,
-)
+from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.store import SCHEMA_VERSION
+from autoquant_ray.stored_size import stored_bits
 
 Scores = Mapping[tuple[str, str], float]
 

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     import torch
 
 
+_TOKENIZER_FILES: tuple[str, ...] = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
     """Where a model is.
@@ -89,15 +99,17 @@ def require_weights(ref: ModelRef) -> None:
 
 
 def fingerprint_model(ref: ModelRef) -> str:
-    """Hash the config and the weight files.
+    """Hash the config, the weight files and the tokenizer's files.
 
     A hub id is identified by its name and, where known, its revision.
     """
     folder = Path(ref.path)
     if not folder.is_dir():
         return f"{ref.path}@{getattr(_load_config(ref), '_commit_hash', None)}"
-    patterns = [ref.gguf_file] if ref.gguf_file else ["config.json", "*.safetensors", "*.py"]
-    return fingerprint_files(sorted(file for pattern in patterns for file in folder.glob(pattern)))
+    patterns = _TOKENIZER_FILES
+    patterns += (ref.gguf_file,) if ref.gguf_file else ("config.json", "*.safetensors", "*.py")
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    return fingerprint_files(sorted(files))
 
 
 def build_skeleton(ref: ModelRef) -> torch.nn.Module:

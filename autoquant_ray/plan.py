@@ -8,13 +8,14 @@ in a searched group or listed as unsearched with the reason.
 from __future__ import annotations
 
 import fnmatch
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError, ModelError
-from autoquant_ray.formats import NONE, Format, stored_bits
+from autoquant_ray.formats import NONE, Format
+from autoquant_ray.quantizable import PlannedModule, other_modules, quantizable_modules
+from autoquant_ray.stored_size import stored_bits
 
 if TYPE_CHECKING:
     import torch
@@ -27,34 +28,12 @@ VISION_PATTERNS = (
     "*vision_model*",
     "*multi_modal_projector*",
     "*embed_vision*",
+    "*image_to_text_projection*",
+    "*embed_tokens_extend*",
+    "*aligner*",
+    "*audio_tower*",
+    "*embed_audio*",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedModule:
-    """One quantizable module.
-
-    Attributes:
-        name: Dotted name in the model.
-        kind: ``linear``, ``experts`` (fused 3-D parameters) or ``convolution``.
-        parameters: Weight parameter names inside the module, in forward order.
-        shapes: Their shapes, as ``(..., out, in)``.
-    """
-
-    name: str
-    kind: str
-    parameters: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def num_weights(self) -> int:
-        """Number of weight elements."""
-        return sum(math.prod(shape) for shape in self.shapes)
-
-    @property
-    def quantizer_prefixes(self) -> tuple[str, ...]:
-        """What stands before ``_weight_quantizer`` in ModelOpt's names: '' for a linear."""
-        return ("",) if self.kind != "experts" else tuple(f"{p}_" for p in self.parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +158,7 @@ def build_plan(
         ConfigError: Nothing is left to search, or a glob matches no module.
         ModelError: The model has no quantizable module.
     """
-    modules = list(_quantizable_modules(model))
+    modules = list(quantizable_modules(model))
     if not modules:
         raise ModelError(f"{type(model).__name__} has no layer that ModelOpt can quantize")
     for pattern in disable:
@@ -192,31 +171,12 @@ def build_plan(
         groups=groups,
         formats=tuple(formats),
         other_bytes=_other_bytes(model, groups),
-        other_modules=_other_modules(model, modules),
+        other_modules=other_modules(model, modules),
         flops_per_token=_flops_per_token(model, groups, len(formats)),
     )
     if not plan.searched:
         raise ConfigError("every layer is disabled; nothing is left to search")
     return plan
-
-
-def _quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
-    import torch
-    from modelopt.torch.quantization.plugins.huggingface import _fused_experts_wrapper_class
-
-    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    for name, module in model.named_modules():
-        parameters: tuple[str, ...] = ("weight",)
-        if isinstance(module, torch.nn.Linear):
-            kind = "linear"
-        elif isinstance(module, convolutions):
-            kind = "convolution"
-        elif (wrapper := _fused_experts_wrapper_class(module)) is not None:
-            kind, parameters = "experts", (wrapper._first_proj_attr, "down_proj")
-        else:
-            continue
-        shapes = tuple(tuple(getattr(module, parameter).shape) for parameter in parameters)
-        yield PlannedModule(name=name, kind=kind, parameters=parameters, shapes=shapes)
 
 
 def _group(
@@ -261,7 +221,7 @@ def _reason_unsearched(group: list[PlannedModule], disable: Sequence[str]) -> st
                 return f"disabled by {pattern!r}"
         for pattern in VISION_PATTERNS:
             if fnmatch.fnmatch(module.name, pattern):
-                return "vision tower: the calibration data holds no images"
+                return "vision or audio tower: the calibration data holds no images or sound"
         if module.kind == "convolution":
             return "convolution: not searched"
     return None
@@ -272,21 +232,6 @@ def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:
     total: int = sum(parameter.numel() for parameter in model.parameters())
     quantizable = sum(group.num_weights for group in groups if not group.is_tied)
     return (total - quantizable) * UNQUANTIZED_BITS // 8
-
-
-def _other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[str, int]:
-    import torch
-
-    planned = {module.name for module in modules}
-    return {
-        f"{name} ({type(module).__name__})": sum(
-            p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2
-        )
-        for name, module in model.named_modules()
-        if name not in planned
-        and not isinstance(module, torch.nn.Embedding)
-        and any(p.dim() >= 2 for p in module.parameters(recurse=False))
-    }
 
 
 def _flops_per_token(model: Any, groups: Sequence[PlannedGroup], num_formats: int) -> int:

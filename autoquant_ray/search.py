@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray import stages
+from autoquant_ray import samples_stage, stages
 from autoquant_ray.config import ScanConfig, stage_fingerprints
 from autoquant_ray.distributed.placement import connected, place_workers, resolve_device
 from autoquant_ray.distributed.pool import WorkerPool
@@ -26,6 +26,7 @@ from autoquant_ray.solve import Solution, solve_run
 from autoquant_ray.state import Mode, RunState, require_target
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.texts import require_source
+from autoquant_ray.tokenizer import TokenizerRef
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +72,15 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
         marks = stage_fingerprints(config, **identity["fingerprints"])
         state = RunState.start(directory, config, mode, identity)
 
-        if not state.is_done("shards", marks["shards"]):
+        if not samples_stage.has_samples(state, marks["shards"]):
             with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
                 scratch = RunDirectory(folder)
-                facts = stages.read_samples(config, ref, scratch)
+                facts = samples_stage.read_samples(config, _tokenizer(ref, identity), scratch)
                 state.begin()
-                stages.keep_samples(state, scratch, facts, marks["shards"])
+                samples_stage.keep_samples(state, scratch, facts, marks["shards"])
         stages.write_plan(state, plan, marks["plan"])
         state.release_quarantine()
-        if not state.is_done("score", marks["score"]):
+        if not stages.is_scored(state, plan, marks["score"]):
             spec = _engine_spec(config, ref, plan)
             placement = placement.at_most(state.values["dataset"]["num_shards"])
             logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
@@ -113,6 +114,15 @@ def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
         },
         "fingerprints": {"model": model, "data": data},
     }
+
+
+def _tokenizer(ref: ModelRef, identity: Mapping[str, Any]) -> TokenizerRef:
+    return TokenizerRef(
+        model=ref.path,
+        gguf_file=ref.gguf_file,
+        trust_remote_code=ref.trust_remote_code,
+        fingerprint=identity["fingerprints"]["model"],
+    )
 
 
 def _model_bytes(plan: Plan, config: ScanConfig) -> int:

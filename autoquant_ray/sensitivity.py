@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoquant_ray.errors import WorkerError
 from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
-from autoquant_ray.plan import PlannedModule
+from autoquant_ray.quantizable import PlannedModule
 from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
 
 Maxima = dict[str, dict[str, float]]
@@ -139,6 +140,7 @@ class SensitivityScorer:
                 return
             inputs = tuple(_rows(value.detach()) for value in (*arguments, *keywords.values()))
             output_TO = _rows(output.detach())
+            versions = [tensor._version for tensor in (output_TO, *inputs)]
             gradients: list[torch.Tensor] = []
 
             def on_gradient(gradient: torch.Tensor) -> None:
@@ -146,10 +148,14 @@ class SensitivityScorer:
                 if len(gradients) == self._num_draws:
                     live = _live_rows(gradients)
                     chosen = [_select(rows, live) for rows in (output_TO, *inputs, *gradients)]
-                    output_and_inputs = chosen[: 1 + len(inputs)]
-                    self._num_rows_G[scored.group] += len(chosen[0])
+                    output, *chosen_inputs = chosen[: 1 + len(inputs)]
+                    self._num_rows_G[scored.group] += len(output)
+                    now = [tensor._version for tensor in (output_TO, *inputs)]
                     with torch.no_grad():
-                        iterator = differences(scored.planned, module, *output_and_inputs)
+                        if now != versions:
+                            _require_same_inputs(scored.planned.name, versions[1:], now[1:])
+                            output = self._output_again(scored.planned, module, chosen_inputs)
+                        iterator = differences(scored.planned, module, output, *chosen_inputs)
                         self._add(scored.group, iterator, chosen[1 + len(inputs) :])
                     gradients.clear()
 
@@ -187,6 +193,14 @@ class SensitivityScorer:
             for index, format_ in formats:
                 yield index, experts.run(format_, weights, maxima, inputs).sub_(output_TO)
 
+    def _output_again(
+        self, planned: PlannedModule, module: Any, inputs: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """The module's output, where the model has since added to it in place."""
+        if planned.kind == "experts":
+            return self._experts[planned.name].run_and_collect(tuple(inputs))[0]
+        return torch.nn.functional.linear(inputs[0], module.weight, module.bias)
+
     def _by_weight(self) -> list[list[tuple[int, Format]]]:
         groups: dict[str, list[tuple[int, Format]]] = {}
         for index, format_ in enumerate(self._formats):
@@ -206,6 +220,11 @@ class SensitivityScorer:
                 totals_T = product_TO.sum(dim=1).double()
                 self._elementwise_GF[group, index] += norms_T.square().sum() / self._num_draws
                 self._token_GF[group, index] += totals_T.square().sum() / self._num_draws
+
+
+def _require_same_inputs(name: str, before: list[int], now: list[int]) -> None:
+    if before != now:
+        raise WorkerError(f"the model changes the input of {name} in place; --disable {name}")
 
 
 def _rows(states: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,7 @@ from autoquant_ray.manifest import (
 )
 from autoquant_ray.report import write_reports
 from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
-
-SOLUTIONS = "solutions"
+from autoquant_ray.store import SOLUTIONS, RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +55,9 @@ def load_problem(state: RunState) -> tuple[Problem, dict[tuple[str, str], float]
     """
     if "plan" not in state.values:
         raise StoreError(f"{state.directory.uri} has no plan yet; finish the scan with --resume")
+    if not state.directory.exists("sensitivity.parquet"):
+        missing = state.directory.path("sensitivity.parquet")
+        raise StoreError(f"{missing} does not exist; finish the scan with --resume")
     plan_rows = state.directory.read_table("plan.parquet", "plan").to_pylist()
     problem = Problem(plan_rows, state.values["plan"])
     table = state.directory.read_table("sensitivity.parquet", "sensitivity")

@@ -6,8 +6,6 @@ does. A stage's parts (one file per shard) are never recomputed while they are i
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,24 +16,17 @@ from autoquant_ray.aggregation import is_complete_part, score_part_rows, sensiti
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.calibration import Statistics, merge_statistics, to_maxima
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.data import SampleAssembler, chunk_texts, require_usable
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.distributed.progress import progress
-from autoquant_ray.distributed.tokenization import tokenize_stream
 from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.errors import StoreError, WorkerError
-from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import Plan
+from autoquant_ray.samples_stage import num_shards
 from autoquant_ray.sensitivity import Maxima
 from autoquant_ray.state import RunState
-from autoquant_ray.store import CALIBRATION, SAMPLES, SCORES, RunDirectory, part_name
-from autoquant_ray.texts import DataSpec, read_texts
-from autoquant_ray.tokenizer import TokenizerRef
+from autoquant_ray.store import CALIBRATION, SAMPLES, SCORES, part_name
 
 logger = logging.getLogger(__name__)
-
-_CHUNK_TEXTS = 64
-_LOOK_AHEAD = 4
 
 
 def write_plan(state: RunState, plan: Plan, fingerprint: str) -> None:
@@ -45,79 +36,6 @@ def write_plan(state: RunState, plan: Plan, fingerprint: str) -> None:
     with state.stage("plan", fingerprint):
         state.values["plan"] = plan.summary()
         state.directory.write_table("plan.parquet", "plan", plan.rows())
-
-
-def read_samples(config: ScanConfig, ref: ModelRef, scratch: RunDirectory) -> dict[str, Any]:
-    """Read, tokenize and cut the data into ``samples/shard-*.parquet`` of a scratch directory.
-
-    Returns:
-        Facts about the data for ``run.json``.
-
-    Raises:
-        DataError: The data cannot be read or holds no usable sample.
-    """
-    spec = _data_spec(config)
-    digest = hashlib.sha256()
-    assembler = SampleAssembler(spec)
-    num_shards, num_samples, num_tokens = 0, 0, 0
-    for shard in _batched(_samples(assembler, spec, ref), config.shard_samples):
-        rows = [{"sample": num_samples + i, "tokens": tokens} for i, tokens in enumerate(shard)]
-        scratch.write_table(part_name(SAMPLES, num_shards), "samples", rows)
-        for tokens in shard:
-            digest.update(np.asarray([len(tokens), *tokens], dtype=np.int32).tobytes())
-            num_tokens += len(tokens)
-        num_shards, num_samples = num_shards + 1, num_samples + len(shard)
-    require_usable(assembler.counts, config.data)
-    return {
-        "counts": dict(vars(assembler.counts)),
-        "num_samples": num_samples,
-        "num_tokens": num_tokens,
-        "num_shards": num_shards,
-        "tokens_sha256": digest.hexdigest(),
-    }
-
-
-def keep_samples(
-    state: RunState, scratch: RunDirectory, facts: dict[str, Any], fingerprint: str
-) -> None:
-    """Move finished sample shards from the scratch directory into the run."""
-    with state.stage("shards", fingerprint):
-        for shard in scratch.list_parts(SAMPLES):
-            name = part_name(SAMPLES, shard)
-            state.directory.write_bytes(name, scratch.read_bytes(name))
-        state.values["dataset"] |= facts
-
-
-def _data_spec(config: ScanConfig) -> DataSpec:
-    """The part of the config that says what to read."""
-    return DataSpec(
-        source=config.data,
-        text_field=config.text_field,
-        split=config.split,
-        num_samples=config.samples,
-        seq_len=config.seq_len,
-        pack=config.pack,
-    )
-
-
-def _samples(assembler: SampleAssembler, spec: DataSpec, ref: ModelRef) -> Iterator[list[int]]:
-    tokenizer = TokenizerRef(
-        model=ref.path, gguf_file=ref.gguf_file, trust_remote_code=ref.trust_remote_code
-    )
-    chunks = chunk_texts(read_texts(spec), _CHUNK_TEXTS)
-    stream = tokenize_stream(
-        chunks, tokenizer_ref=tokenizer, pack=spec.pack, look_ahead=_LOOK_AHEAD
-    )
-    for texts_empty, token_lists in stream:
-        yield from assembler.add(token_lists, texts_empty)
-        if assembler.is_full:
-            return
-    yield from assembler.finish()
-
-
-def _batched(samples: Iterator[list[int]], size: int) -> Iterator[list[list[int]]]:
-    while batch := list(itertools.islice(samples, size)):
-        yield batch
 
 
 def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -> Maxima:
@@ -148,24 +66,39 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
     return to_maxima(_read_statistics(state, "calibration.parquet"))
 
 
+def is_scored(state: RunState, plan: Plan, fingerprint: str) -> bool:
+    """Whether every shard that is not quarantined has a whole scores part.
+
+    A finished score stage that lost parts is opened again.
+    """
+    if not state.is_done("score", fingerprint):
+        return False
+    done = _intact_parts(state, SCORES, _is_complete(plan))
+    if set(done) >= set(range(num_shards(state))) - _quarantined(state):
+        return True
+    state.reopen("score", "aggregate")
+    return False
+
+
 def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerprint: str) -> None:
     """Sensitivity sums of every shard -> ``scores/shard-*.parquet``."""
-    if state.is_done("score", fingerprint):
-        return
     import ray
 
     groups = [group.name for group in plan.searched]
     formats = [format_.name for format_ in plan.formats]
-    keys = [(group, format_) for group in groups for format_ in formats]
 
     def write(outcome: Outcome) -> str:
         shard = outcome.task.shard
+        num_rows_G = outcome.result.sums.num_rows_G
+        unseen = [g for g, rows in zip(groups, num_rows_G, strict=True) if not rows]
+        if unseen:
+            logger.warning("shard %d gave no gradient to %s", shard, ", ".join(unseen[:3]))
         rows = score_part_rows(shard, groups, formats, outcome.result)
         return state.directory.write_table(part_name(SCORES, shard), "scores", rows)
 
     with state.stage("score", fingerprint):
         shared_maxima = ray.put(maxima)
-        done = _intact_parts(state, SCORES, lambda shard, t: is_complete_part(t, shard, keys))
+        done = _intact_parts(state, SCORES, _is_complete(plan))
         outcomes = pool.run(
             _tasks(state, done), lambda worker, task: worker.score.remote(task, shared_maxima)
         )
@@ -180,7 +113,7 @@ def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
     with state.stage("aggregate", fingerprint):
         plan_rows = directory.read_table("plan.parquet", "plan").to_pylist()
         left_out = _quarantined(state)
-        shards = [s for s in directory.list_parts(SCORES) if s not in left_out]
+        shards = [s for s in range(num_shards(state)) if s not in left_out]
         parts = (directory.read_table(part_name(SCORES, shard), "scores") for shard in shards)
         rows = sensitivity_rows(parts, plan_rows, config.estimator)
         directory.write_table("sensitivity.parquet", "sensitivity", rows)
@@ -214,7 +147,7 @@ def _collect(
     write: Callable[[Outcome], str],
 ) -> None:
     """Write each shard's part as it arrives; note the quarantined ones."""
-    total = int(state.values["dataset"]["num_shards"]) - len(_quarantined(state))
+    total = num_shards(state) - len(_quarantined(state))
     with progress(stage, total, num_done) as advance:
         for outcome in outcomes:
             shard = outcome.task.shard
@@ -225,7 +158,7 @@ def _collect(
                 write(outcome)
                 state.directory.append_event("shard_done", stage=stage, shard=shard)
             advance()
-    if len(_quarantined(state)) == int(state.values["dataset"]["num_shards"]):
+    if len(_quarantined(state)) == num_shards(state):
         reason = state.values["quarantined"][0]["reason"]
         raise WorkerError(f"every shard failed, the first with: {reason}")
 
@@ -233,7 +166,7 @@ def _collect(
 def _tasks(state: RunState, done: Sequence[int]) -> Iterator[ShardTask]:
     """Shards still to do, read from disk one at a time when a worker is free."""
     skip = set(done) | _quarantined(state)
-    for shard in range(int(state.values["dataset"]["num_shards"])):
+    for shard in range(num_shards(state)):
         if shard in skip:
             continue
         table = state.directory.read_table(part_name(SAMPLES, shard), "samples")
@@ -261,6 +194,11 @@ def _intact_parts(
             state.directory.append_event("part_damaged", part=name)
             state.directory.delete(name)
     return intact
+
+
+def _is_complete(plan: Plan) -> Callable[[int, Any], bool]:
+    keys = [(group.name, format_.name) for group in plan.searched for format_ in plan.formats]
+    return lambda shard, table: is_complete_part(table, shard, keys)
 
 
 def _quarantined(state: RunState) -> set[int]:

@@ -19,6 +19,12 @@ from autoquant_ray.store import RUN_FILE, SCHEMA_VERSION, RunDirectory
 
 Mode = Literal["new", "resume", "overwrite"]
 _REQUIRED_KEYS = {"run_id", "config", "model", "dataset", "fingerprints", "stages", "quarantined"}
+_OUTPUTS = {
+    "plan": "plan.parquet",
+    "calibrate": "calibration.parquet",
+    "aggregate": "sensitivity.parquet",
+}
+_NUMERIC_PACKAGES = ("autoquant-ray", "torch", "transformers", "nvidia-modelopt", "numpy")
 _PACKAGES = ("autoquant-ray", "ray", "torch", "transformers", "nvidia-modelopt", "numpy", "scipy")
 
 
@@ -93,9 +99,17 @@ class RunState:
         self.directory.write_json(RUN_FILE, self.values)
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
-        """Whether a stage is finished with this fingerprint."""
+        """Whether a stage is finished with this fingerprint and its file is still there."""
         entry = self.values["stages"].get(stage, {})
-        return bool(entry.get("state") == "done" and entry.get("fingerprint") == fingerprint)
+        finished = entry.get("state") == "done" and entry.get("fingerprint") == fingerprint
+        output = _OUTPUTS.get(stage)
+        return bool(finished and (output is None or self.directory.exists(output)))
+
+    def reopen(self, *stages: str) -> None:
+        """Forget that stages are done, and delete scores that no longer hold."""
+        for stage in stages:
+            self.values["stages"].pop(stage, None)
+        self.directory.delete("sensitivity.parquet")
 
     @contextmanager
     def stage(self, name: str, fingerprint: str) -> Iterator[dict[str, Any]]:
@@ -136,21 +150,35 @@ class RunState:
         kept = [e for e in self.values["quarantined"] if calibrated and e["stage"] == "calibrate"]
         if len(kept) < len(self.values["quarantined"]):
             self.values["quarantined"] = kept
-            for stage in ("score", "aggregate"):
-                self.values["stages"].pop(stage, None)
+            self.reopen("score", "aggregate")
 
     def _require_same(self, config: ScanConfig, identity: dict[str, Any]) -> None:
+        if self.values["config"] is None:
+            raise StoreError(f"{self.directory.uri} was imported and cannot be resumed")
         changes = changed_fields(self.values["config"], config)
         if changes:
             raise StoreError(
                 f"{self.directory.uri} was made with another config ({changes[0]}); use the same "
                 "values, 'solve' for a new budget, or --overwrite"
             )
+        self._require_same_versions()
         for kind, value in identity["fingerprints"].items():
             if self.values["fingerprints"].get(kind) != value:
                 raise StoreError(
                     f"the {kind} changed since {self.directory.uri} was started; give another "
                     "--out or --overwrite"
+                )
+
+    def _require_same_versions(self) -> None:
+        """Parts of two versions must not be mixed; a finished run is only read."""
+        if self.values["stages"].get("aggregate", {}).get("state") == "done":
+            return
+        for name, now in _versions().items():
+            before = self.values["versions"].get(name)
+            if name in _NUMERIC_PACKAGES and before != now:
+                raise StoreError(
+                    f"{self.directory.uri} was started with {name} {before}, this is {now}; go on "
+                    "with the same version, or --overwrite"
                 )
 
 

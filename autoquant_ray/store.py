@@ -23,6 +23,7 @@ from autoquant_ray.errors import StoreError, one_line
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
+SOLUTIONS = "solutions"
 SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
 """Folders that hold one part per shard."""
 
@@ -82,6 +83,19 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 """Columns of every Parquet file of a run; part folders use the schema of their name."""
 
+_OWN_FOLDERS = {SAMPLES, CALIBRATION, SCORES, SOLUTIONS}
+_OWN_FILES = {
+    RUN_FILE,
+    "plan.parquet",
+    "calibration.parquet",
+    "sensitivity.parquet",
+    "manifest.parquet",
+    "manifest.json",
+    "report.md",
+    "report.html",
+    "events.jsonl",
+}
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -124,29 +138,32 @@ class RunDirectory:
             return bool(info.type != pa.fs.FileType.NotFound)
         return len(self._list("")) > 0
 
-    def is_run(self) -> bool:
-        """Whether the directory holds a run of ours."""
-        return self.exists(RUN_FILE)
-
     def require_run(self) -> None:
-        """Check that the directory holds a run.
+        """Check that the directory holds a run of ours.
 
         Raises:
             StoreError: It does not.
         """
-        if not self.is_run():
+        if not self.exists(RUN_FILE):
             raise StoreError(f"{self.uri} is not a run directory: it has no {RUN_FILE}")
+        values = self.read_json(RUN_FILE)
+        if not isinstance(values, dict) or "schema_version" not in values:
+            raise StoreError(f"{self.uri} is not a run directory: its {RUN_FILE} is not ours")
 
     def clear(self) -> None:
-        """Delete the run's files; refuses a directory that is not a run of ours.
+        """Delete the run's own files and folders; anything else in the directory stays.
 
         Raises:
-            StoreError: The directory holds something else.
+            StoreError: The directory holds something else than a run.
         """
         if not self.exists():
             return
         self.require_run()
-        self._base.delete_dir_contents(self._root)
+        for info in self._list(""):
+            if info.base_name in _OWN_FOLDERS:
+                self._base.delete_dir(f"{self._root}/{info.base_name}")
+            elif info.base_name in _OWN_FILES:
+                self._base.delete_file(f"{self._root}/{info.base_name}")
 
     def write_bytes(self, name: str, content: bytes) -> str:
         """Write a file so that readers see all of it or nothing; returns its full path."""
@@ -228,11 +245,8 @@ class RunDirectory:
     def list_parts(self, folder: str) -> list[int]:
         """Numbers of the shards that have a part in a folder, sorted."""
         names = [info.base_name for info in self._list(folder)]
-        return sorted(
-            int(name[6:-8])
-            for name in names
-            if name.startswith("shard-") and name.endswith(".parquet") and name[6:-8].isdigit()
-        )
+        numbers = (int(name[6:-8]) for name in names if name[6:-8].isdecimal())
+        return sorted(n for n in numbers if part_name("", n).removeprefix("/") in names)
 
     def delete(self, name: str) -> None:
         """Delete one file if it is there."""

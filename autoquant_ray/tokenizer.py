@@ -16,11 +16,13 @@ class TokenizerRef:
         model: Folder or hub id, as ``from_pretrained`` takes it.
         gguf_file: File name inside the folder where the tokenizer is part of a GGUF file.
         trust_remote_code: Whether code from the checkpoint may run.
+        fingerprint: Content of the files; a process keeps a loaded tokenizer while it is equal.
     """
 
     model: str
     gguf_file: str | None = None
     trust_remote_code: bool = False
+    fingerprint: str = ""
 
 
 def load_tokenizer(ref: TokenizerRef) -> Any:

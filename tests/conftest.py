@@ -36,7 +36,7 @@ DECODER = {
 
 
 def small_config(family: str) -> Any:
-    """Config of a small random model: llama, qwen3, qwen3_moe or qwen3_vl."""
+    """Config of a small random model, by family."""
     if family == "llama":
         return transformers.LlamaConfig(**DECODER, tie_word_embeddings=False)
     if family == "qwen3":
@@ -49,6 +49,27 @@ def small_config(family: str) -> Any:
             num_experts=8,
             num_experts_per_tok=2,
             decoder_sparse_step=1,
+        )
+    if family == "falcon":  # adds to a linear's output in place
+        return transformers.FalconConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    if family == "gemma3n":  # layers share keys and values, and take inputs of their own
+        return transformers.Gemma3nTextConfig(
+            **(DECODER | {"num_hidden_layers": 4, "intermediate_size": [160] * 4}),
+            num_kv_shared_layers=2,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=16,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.0] * 4,
+            tie_word_embeddings=True,
         )
     assert family == "qwen3_vl"
     text = DECODER | {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}}

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from autoquant_ray.distributed.failure import Decision, FailurePolicy
 from autoquant_ray.distributed.placement import Placement
@@ -90,6 +90,7 @@ class WorkerPool:
                 yielded before.
             WorkerError: All workers are gone and the replacement budget is spent.
         """
+        self._policy.kills.clear()
         waiting = iter(tasks)
         retries: deque[ShardTask] = deque()
         busy: dict[Any, tuple[Any, ShardTask]] = {}
@@ -137,7 +138,7 @@ class WorkerPool:
             process_id = ray.get(reference)
         except RayTaskError as error:
             raise _own_error(error) from None
-        except RayActorError as error:
+        except RayError as error:
             self._on_death(worker, None, error)
         else:
             self._workers[worker] = process_id
@@ -147,22 +148,23 @@ class WorkerPool:
         """Take a finished call's result; None means that the shard must be tried again."""
         try:
             return Outcome(task=task, result=ray.get(reference))
-        except (RayActorError, OutOfMemoryError) as error:
-            decision = self._on_death(worker, task, error)
-            if decision is Decision.RETRY:
-                return None
-            reason = f"killed {self._policy.max_kills_per_shard} workers"
         except RayTaskError as error:
             own = _own_error(error)
             if self._policy.on_error(own) is Decision.FAIL:
                 raise own from None
             reason = str(own)
+        except RayError as error:  # the worker, its node, or its result is gone
+            decision = self._on_death(worker, task, error)
+            if decision is Decision.RETRY:
+                return None
+            reason = f"killed {self._policy.max_kills_per_shard} workers"
         self._on_event("shard_quarantined", shard=task.shard, reason=reason)
         return Outcome(task=task, reason=reason)
 
     def _on_death(self, worker: Any, task: ShardTask | None, error: RayError) -> Decision:
         shard = None if task is None else task.shard
         self._workers.pop(worker, None)
+        ray.kill(worker)
         decision = self._policy.on_worker_death(shard)
         reason = one_line(error)
         logger.warning("a worker died (shard %s): %s", shard, reason)

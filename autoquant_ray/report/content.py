@@ -181,8 +181,6 @@ def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     if others:
         names = ", ".join(list(others)[:3]) + (", ..." if len(others) > 3 else "")
         warnings.append(
-            f"{len(others)} weight matrices cannot be quantized by ModelOpt and stay in 16 bits: "
-            f"{names}"
+            f"{len(others)} modules hold matrices that stay in 16 bits, not searched: {names}"
         )
-    warnings.extend(run.get("notes", []))
     return warnings

@@ -170,3 +170,76 @@ def test_scan_experts_without_tokens_are_scored_as_a_group(
     scores = {row["group"]: row["score"] for row in rows}
     assert scores["model.layers.0.mlp.experts"] > 0
     assert all(score > 0 for score in scores.values())
+
+
+def test_scan_overwrite_of_a_foreign_folder_is_refused(
+    ray_local: None, make_config: Any, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "project"
+    foreign.mkdir()
+    (foreign / "run.json").write_text('{"scripts": {}}')
+    (foreign / "precious.txt").write_text("mine")
+    with pytest.raises(StoreError, match="not a run directory"):
+        run_search(make_config(out=str(foreign)), "overwrite")
+    assert (foreign / "precious.txt").read_text() == "mine"
+
+
+def test_scan_overwrite_keeps_files_that_are_not_ours(ray_local: None, make_config: Any) -> None:
+    config = make_config()
+    run_search(config)
+    Path(config.out, "notes.txt").write_text("mine")
+    run_search(make_config(seed=1), "overwrite")
+    assert Path(config.out, "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["scores/shard-000001.parquet"],
+        ["samples/shard-000001.parquet", "scores/shard-000001.parquet"],
+        ["sensitivity.parquet"],
+        ["plan.parquet", "sensitivity.parquet"],
+        ["calibration.parquet", "scores/shard-000002.parquet"],
+    ],
+)
+def test_scan_resume_of_a_finished_run_replaces_lost_files(
+    lost: list[str], ray_local: None, make_config: Any
+) -> None:
+    config = make_config()
+    run_search(config)
+    before = Path(config.out, "sensitivity.parquet").read_bytes()
+    for name in lost:
+        Path(config.out, name).unlink()
+    run_search(config, "resume")
+    assert Path(config.out, "sensitivity.parquet").read_bytes() == before
+    for name in lost:
+        assert Path(config.out, name).exists()
+
+
+def test_scan_resume_after_the_tokenizer_changed_is_refused(
+    ray_local: None, make_config: Any, model_folder: Any, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_folder("llama"), model)
+    config = make_config(model=str(model))
+    run_search(config)
+    text = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(text.replace('"w1": 1,', '"w1": 2,'))
+    assert (model / "tokenizer.json").read_text() != text
+    with pytest.raises(StoreError, match="the model changed"):
+        run_search(config, "resume")
+
+
+def test_scan_resume_unfinished_with_another_version_is_refused(
+    ray_local: None, make_config: Any
+) -> None:
+    config = make_config()
+    run_search(config)
+    values = json.loads(Path(config.out, "run.json").read_text())
+    values["versions"]["torch"] = "1.0"
+    Path(config.out, "run.json").write_text(json.dumps(values))
+    run_search(config, "resume")
+    del values["stages"]["aggregate"]
+    Path(config.out, "run.json").write_text(json.dumps(values))
+    with pytest.raises(StoreError, match=r"torch 1\.0"):
+        run_search(config, "resume")

@@ -13,10 +13,11 @@ import torch
 import transformers
 
 from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
-from autoquant_ray.formats import resolve_formats, stored_bits
+from autoquant_ray.errors import ConfigError, FormatError, InfeasibleBudgetError
+from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import build_skeleton, find_model
 from autoquant_ray.plan import build_plan
+from autoquant_ray.stored_size import stored_bits
 
 INT4 = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
@@ -178,3 +179,29 @@ def test_skeleton_needs_only_the_config(tmp_path: Path, make_model: Any) -> None
         n: tuple(p.shape) for n, p in model.named_parameters()
     }
     assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+@pytest.mark.parametrize(
+    ("input_", "words"),
+    [
+        ({"num_bits": 8, "axis": -1}, "per channel or block"),
+        ({"num_bits": 8, "block_sizes": {-1: 16, "type": "static"}}, "per channel or block"),
+        ({"num_bits": 8, "axis": None, "type": "dynamic"}, "how samples are batched"),
+        ({"num_bits": 8, "axis": None, "unsigned": True}, "signed"),
+        ({"num_bits": 8, "axis": None, "calibrator": "histogram"}, "calibrated by 'max'"),
+        ({"num_bits": 8, "axis": None, "enable": True}, "'enable' is implied"),
+    ],
+)
+def test_format_with_an_input_that_cannot_be_scored_is_refused(input_: Any, words: str) -> None:
+    custom = {"mine": {"weight": {"num_bits": 8, "axis": 0}, "input": input_}}
+    with pytest.raises(FormatError, match=words):
+        resolve_formats(("mine",), device="cpu", custom=custom)
+
+
+def test_budget_bytes_below_the_reachable_range_counts_everything(make_model: Any) -> None:
+    plan = build_plan(make_model("llama"), resolve_formats(("wint8_afp16",), device="cpu"))
+    problem = Problem(plan.rows(), plan.summary())
+    low = problem.other_bytes + sum(g.weight_bytes(plan.formats[0]) for g in plan.groups)
+    with pytest.raises(InfeasibleBudgetError, match=f"{round(low)} bytes"):
+        problem.check_feasible(SolveOptions(bytes=round(low) - 1))
+    problem.check_feasible(SolveOptions(bytes=round(low)))

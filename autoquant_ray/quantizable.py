@@ -1,0 +1,104 @@
+"""Which modules of a model can be quantized, and which matrices are left over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModule:
+    """One quantizable module.
+
+    Attributes:
+        name: Dotted name in the model.
+        kind: ``linear``, ``experts`` (fused 3-D parameters) or ``convolution``.
+        parameters: Weight parameter names inside the module, in forward order.
+        shapes: Their shapes, as ``(..., out, in)``.
+    """
+
+    name: str
+    kind: str
+    parameters: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weight elements."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def quantizer_prefixes(self) -> tuple[str, ...]:
+        """What stands before ``_weight_quantizer`` in ModelOpt's names: '' for a linear."""
+        return ("",) if self.kind != "experts" else tuple(f"{p}_" for p in self.parameters)
+
+
+def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
+    """The modules of a model that ModelOpt quantizes, in the model's order."""
+    import torch
+
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    for name, module in model.named_modules():
+        parameters: tuple[str, ...] = ("weight",)
+        if _is_linear(module):
+            kind = "linear"
+        elif isinstance(module, convolutions):
+            kind = "convolution"
+        elif (wrapper := _experts_wrapper(module)) is not None:
+            kind, parameters = "experts", (wrapper._first_proj_attr, "down_proj")
+        else:
+            continue
+        shapes = tuple(tuple(getattr(module, parameter).shape) for parameter in parameters)
+        yield PlannedModule(name=name, kind=kind, parameters=parameters, shapes=shapes)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """A linear that gives what a linear gives; some routers only inherit its weight."""
+    import torch
+
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    if has_plain_forward(module):
+        return True
+    row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    output = module(row)
+    return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
+
+
+def has_plain_forward(module: torch.nn.Module) -> bool:
+    """Whether a linear runs ``torch.nn.Linear``'s own forward."""
+    import torch
+
+    return type(module).forward is torch.nn.Linear.forward
+
+
+def _experts_wrapper(module: torch.nn.Module) -> Any:
+    """ModelOpt's wrapper of fused experts, None for layouts that AutoQuantize does not search."""
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.plugins import huggingface
+
+    wrapper = huggingface._fused_experts_wrapper_class(module)
+    registered = QuantModuleRegistry.get(type(module))
+    is_other = registered is not None and not issubclass(registered, huggingface._QuantFusedExperts)
+    return None if is_other else wrapper
+
+
+def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[str, int]:
+    """Owners of weight matrices that are neither quantizable nor embeddings -> elements."""
+    import torch
+
+    planned = {module.name for module in modules}
+    return {
+        f"{name} ({type(module).__name__})": sum(
+            p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2
+        )
+        for name, module in model.named_modules()
+        if name not in planned
+        and not isinstance(module, torch.nn.Embedding)
+        and any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    }

@@ -1,0 +1,107 @@
+"""The stage that turns calibration data into sample shards."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from autoquant_ray.config import ScanConfig
+from autoquant_ray.data import SampleAssembler, chunk_texts, require_usable
+from autoquant_ray.distributed.tokenization import tokenize_stream
+from autoquant_ray.state import RunState
+from autoquant_ray.store import SAMPLES, RunDirectory, part_name
+from autoquant_ray.texts import DataSpec, read_texts
+from autoquant_ray.tokenizer import TokenizerRef
+
+_CHUNK_TEXTS = 64
+_LOOK_AHEAD = 4
+
+
+def num_shards(state: RunState) -> int:
+    """Number of shards of the run's data, quarantined ones included."""
+    return int(state.values["dataset"]["num_shards"])
+
+
+def has_samples(state: RunState, fingerprint: str) -> bool:
+    """Whether all sample shards are there."""
+    if not state.is_done("shards", fingerprint):
+        return False
+    return state.directory.list_parts(SAMPLES) == list(range(num_shards(state)))
+
+
+def read_samples(
+    config: ScanConfig, tokenizer: TokenizerRef, scratch: RunDirectory
+) -> dict[str, Any]:
+    """Read, tokenize and cut the data into ``samples/shard-*.parquet`` of a scratch directory.
+
+    Returns:
+        Facts about the data for ``run.json``.
+
+    Raises:
+        DataError: The data cannot be read or holds no usable sample.
+    """
+    spec = _data_spec(config)
+    digest = hashlib.sha256()
+    assembler = SampleAssembler(spec)
+    num_shards, num_samples, num_tokens = 0, 0, 0
+    for shard in _batched(_samples(assembler, spec, tokenizer), config.shard_samples):
+        rows = [{"sample": num_samples + i, "tokens": tokens} for i, tokens in enumerate(shard)]
+        scratch.write_table(part_name(SAMPLES, num_shards), "samples", rows)
+        for tokens in shard:
+            digest.update(np.asarray([len(tokens), *tokens], dtype=np.int32).tobytes())
+            num_tokens += len(tokens)
+        num_shards, num_samples = num_shards + 1, num_samples + len(shard)
+    require_usable(assembler.counts, config.data)
+    return {
+        "counts": dict(vars(assembler.counts)),
+        "num_samples": num_samples,
+        "num_tokens": num_tokens,
+        "num_shards": num_shards,
+        "tokens_sha256": digest.hexdigest(),
+    }
+
+
+def keep_samples(
+    state: RunState, scratch: RunDirectory, facts: dict[str, Any], fingerprint: str
+) -> None:
+    """Move finished sample shards from the scratch directory into the run."""
+    with state.stage("shards", fingerprint):
+        for shard in scratch.list_parts(SAMPLES):
+            name = part_name(SAMPLES, shard)
+            state.directory.write_bytes(name, scratch.read_bytes(name))
+        state.values["dataset"] |= facts
+
+
+def _data_spec(config: ScanConfig) -> DataSpec:
+    """The part of the config that says what to read."""
+    return DataSpec(
+        source=config.data,
+        text_field=config.text_field,
+        split=config.split,
+        num_samples=config.samples,
+        seq_len=config.seq_len,
+        pack=config.pack,
+    )
+
+
+def _samples(
+    assembler: SampleAssembler, spec: DataSpec, tokenizer: TokenizerRef
+) -> Iterator[list[int]]:
+    chunks = chunk_texts(read_texts(spec), _CHUNK_TEXTS)
+    stream = tokenize_stream(
+        chunks, tokenizer_ref=tokenizer, pack=spec.pack, look_ahead=_LOOK_AHEAD
+    )
+    for texts_empty, token_lists in stream:
+        yield from assembler.add(token_lists, texts_empty)
+        if assembler.is_full:
+            return
+    yield from assembler.finish()
+
+
+def _batched(samples: Iterator[list[int]], size: int) -> Iterator[list[list[int]]]:
+    while batch := list(itertools.islice(samples, size)):
+        yield batch
