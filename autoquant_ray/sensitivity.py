@@ -166,22 +166,40 @@ class SensitivityScorer:
     def _linear_differences(
         self, planned: PlannedModule, module: Any, output_TO: torch.Tensor, input_TI: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (format index, ``Y_f - Y``), one weight quantizer after another."""
+        """Yield (format index, ``Y_f - Y``), one weight quantizer after another.
+
+        In float32, ``Y_f`` is one product and ``Y`` is at hand. In 16 bits the difference of two
+        rounded outputs would be mostly rounding: there, quantization errors are formed in
+        float32 and multiplied apart, ``X dW^T + dX Wq^T``.
+        """
+        dtype = input_TI.dtype
+        is_single = dtype == torch.float32
         maximum = self._maxima.get(planned.name, {}).get("input_amax")
         inputs: dict[str, torch.Tensor] = {}
         for formats in self._by_weight():
-            weight_OI = fake_quantize_weight(formats[0][1].weight, module.weight)
+            original_OI = module.weight.float()
+            weight_OI = fake_quantize_weight(formats[0][1].weight, original_OI)
+            by_weight_TO: torch.Tensor | None = None
+            if not is_single or any(format_.input is None for _, format_ in formats):
+                by_weight_TO = input_TI @ (weight_OI - original_OI).to(dtype).T
             for index, format_ in formats:
                 if format_.input is None or format_.input_key is None:
-                    yield index, input_TI @ (weight_OI - module.weight).T
+                    assert by_weight_TO is not None
+                    yield index, by_weight_TO
                     continue
                 if format_.input_key not in inputs:
-                    quantizer = make_input_quantizer(format_.input, maximum, input_TI)
+                    quantizer = make_input_quantizer(format_.input, maximum, original_OI)
                     assert quantizer is not None
-                    inputs[format_.input_key] = quantizer(input_TI)
+                    inputs[format_.input_key] = quantizer(input_TI.float())
                 quantized_TI = inputs[format_.input_key]
-                output = torch.nn.functional.linear(quantized_TI, weight_OI, module.bias)
-                yield index, output.sub_(output_TO)
+                if is_single:
+                    output = torch.nn.functional.linear(quantized_TI, weight_OI, module.bias)
+                    yield index, output.sub_(output_TO)
+                else:
+                    assert by_weight_TO is not None
+                    errors_TI = (quantized_TI - input_TI.float()).to(dtype)
+                    by_input_TO = errors_TI @ weight_OI.to(dtype).T
+                    yield index, by_input_TO.float() + by_weight_TO.float()
 
     def _experts_differences(
         self, planned: PlannedModule, module: Any, output_TO: torch.Tensor, *inputs: torch.Tensor

@@ -208,3 +208,24 @@ def test_sample_labels_number_that_rounds_to_one_gives_no_impossible_label() -> 
     logits[0, 3:5] = 0.0
     uniforms = torch.tensor([[1 - 2.0**-40]], dtype=torch.float64)
     assert sample_labels(logits, uniforms).item() == 4
+
+
+def test_sums_bfloat16_stay_near_float32(
+    make_model: Any, make_engine: Any, make_samples: Any
+) -> None:
+    """The same rounded weights and the same labels, computed in both types."""
+    samples = make_samples([60, 60])
+    formats = ("wint4_afp16", "wint8_afp16", "wint8_aint8", "wfp8_afp8")
+    prepared = make_engine("llama", formats)
+    prepared.model.to(torch.bfloat16)
+    half = engine_module.Engine(prepared.engine.spec, model=prepared.model)
+    maxima = to_maxima(half.calibrate(samples))
+    rounded = half.score(samples, 0, maxima).sums.elementwise_GF
+    prepared.model.to(torch.float32)
+    single = engine_module.Engine(prepared.engine.spec, model=prepared.model)
+    exact = single.score(samples, 0, maxima).sums.elementwise_GF
+    ratios = rounded / exact
+    weight_only = [formats.index("wint4_afp16"), formats.index("wint8_afp16")]
+    np.testing.assert_allclose(ratios[:, weight_only], 1, atol=0.02)
+    np.testing.assert_allclose(ratios, 1, atol=0.15)
+    assert np.median(ratios) == pytest.approx(1, abs=0.02)
