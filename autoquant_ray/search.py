@@ -21,7 +21,7 @@ from autoquant_ray.fingerprint import fingerprint_source
 from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
 from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
-from autoquant_ray.sensitivity import ScoredModule
+from autoquant_ray.sensitivity import scored_modules
 from autoquant_ray.solve import Solution, solve_run
 from autoquant_ray.state import Mode, RunState, require_target
 from autoquant_ray.store import RunDirectory
@@ -136,11 +136,7 @@ def _engine_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> EngineSpec:
         dtype=config.dtype,
         device=config.device,
         num_threads=config.cpus_per_worker,
-        modules=tuple(
-            ScoredModule(group=index, planned=module)
-            for index, group in enumerate(plan.searched)
-            for module in group.modules
-        ),
+        modules=scored_modules(plan),
         formats=plan.formats,
         step_tokens=config.step_tokens,
         labels=config.labels,

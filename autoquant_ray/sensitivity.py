@@ -30,6 +30,7 @@ import torch
 from autoquant_ray.errors import WorkerError
 from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
+from autoquant_ray.plan import Plan
 from autoquant_ray.quantizable import PlannedModule
 from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
 
@@ -43,6 +44,15 @@ class ScoredModule:
 
     group: int
     planned: PlannedModule
+
+
+def scored_modules(plan: Plan) -> tuple[ScoredModule, ...]:
+    """All modules of a plan's searched groups, with the groups' positions."""
+    return tuple(
+        ScoredModule(group=index, planned=module)
+        for index, group in enumerate(plan.searched)
+        for module in group.modules
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from autoquant_ray.formats import Format, resolve_formats
 from autoquant_ray.manifest import quantizer_entries
 from autoquant_ray.models import ModelRef, build_skeleton, find_model
 from autoquant_ray.plan import Plan, PlannedGroup, build_plan
-from autoquant_ray.sensitivity import ScoredModule
+from autoquant_ray.sensitivity import scored_modules
 from autoquant_ray.texts import DataSpec, read_texts
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
 
@@ -98,11 +98,7 @@ def make_spec(ref: ModelRef, plan: Plan, labels: str) -> EngineSpec:
         dtype="float32",
         device="cpu",
         num_threads=torch.get_num_threads(),
-        modules=tuple(
-            ScoredModule(group=index, planned=module)
-            for index, group in enumerate(plan.searched)
-            for module in group.modules
-        ),
+        modules=scored_modules(plan),
         formats=plan.formats,
         step_tokens=512,
         labels=labels,

@@ -12,7 +12,7 @@ from autoquant_ray.engine import Engine, EngineSpec
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import find_model
 from autoquant_ray.plan import build_plan
-from autoquant_ray.sensitivity import ScoredModule
+from autoquant_ray.sensitivity import scored_modules
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -28,11 +28,7 @@ def score(model_folder: Any, make_samples: Any, device: str, formats: tuple[str,
         dtype="float32",
         device=device,
         num_threads=1,
-        modules=tuple(
-            ScoredModule(group=index, planned=module)
-            for index, group in enumerate(plan.searched)
-            for module in group.modules
-        ),
+        modules=scored_modules(plan),
         formats=plan.formats,
         step_tokens=256,
         labels="data",

@@ -15,7 +15,7 @@ from autoquant_ray.engine import Engine, EngineSpec, ShardScores
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.sensitivity import ScoredModule, SensitivitySums
+from autoquant_ray.sensitivity import SensitivitySums, scored_modules
 from autoquant_ray.stages import aggregate, write_plan
 from autoquant_ray.state import RunState
 from autoquant_ray.store import SCORES, RunDirectory, part_name
@@ -50,11 +50,7 @@ def make_engine(make_model: Any) -> Any:
             dtype="float32",
             device="cpu",
             num_threads=1,
-            modules=tuple(
-                ScoredModule(group=index, planned=module)
-                for index, group in enumerate(plan.searched)
-                for module in group.modules
-            ),
+            modules=scored_modules(plan),
             formats=plan.formats,
             step_tokens=100_000,
             labels="data",
