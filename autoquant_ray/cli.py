@@ -36,11 +36,13 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", required=False)
 @config_options(SearchSpace, exclude=("model", "custom_formats"))
 @click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
 @common_options
-def plan(model: str, config_file: str | None, as_json: bool, verbose: bool, **flags: Any) -> None:
+def plan(
+    model: str | None, config_file: str | None, as_json: bool, verbose: bool, **flags: Any
+) -> None:
     """List groups x formats x bytes, the reachable bits and the work, from MODEL's config alone.
 
     MODEL may be a folder that holds only config.json.
@@ -54,7 +56,8 @@ def plan(model: str, config_file: str | None, as_json: bool, verbose: bool, **fl
     from autoquant_ray.output import plan_to_json, print_plan
     from autoquant_ray.planner import make_plan
 
-    space = load_config(SearchSpace, config_file, {"model": model, **given_fields(flags)})
+    given = given_fields(flags) | ({} if model is None else {"model": model})
+    space = load_config(SearchSpace, config_file, given)
     ref = find_model(space.model, trust_remote_code=space.trust_remote_code)
     device = "cuda" if space.device == "auto" else space.device
     made = make_plan(space, ref, device=device)

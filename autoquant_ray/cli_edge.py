@@ -50,6 +50,9 @@ class Commands(click.Group):
         keywords["standalone_mode"] = False
         try:
             code = super().main(*arguments, **keywords)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
         except click.ClickException as error:
             text = " ".join(error.format_message().split())
             click.echo(f"error: {text} (see --help)", err=True)

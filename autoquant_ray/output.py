@@ -80,6 +80,11 @@ def print_solution(run: str, solution: Solution) -> None:
     else:
         console.print(f"predicted KL: {predicted:.4g} nats per token")
     console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
+    for group, size in solution.added_bytes.items():
+        console.print(
+            f"note: {escape(group)} is tied to the embedding; quantized it adds "
+            f"{size / 2**20:,.1f} MiB, which --bytes counts and --bits does not"
+        )
     for path in solution.paths.values():
         console.print(escape(_short(path)), soft_wrap=True)
 

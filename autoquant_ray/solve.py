@@ -13,6 +13,7 @@ from typing import Any
 
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import ScoreError, StoreError
+from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import (
     build_manifest,
     chosen_formats,
@@ -34,16 +35,23 @@ class Solution:
         summary: The ``solution`` object of ``manifest.json``.
         formats: Group -> chosen format, unsearched groups included.
         paths: File kind -> full path.
+        added_bytes: Heads tied to the embedding that are quantized -> bytes that this adds.
     """
 
     name: str
     summary: dict[str, Any]
     formats: dict[str, str]
     paths: dict[str, str]
+    added_bytes: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
-        return {**self.summary, "name": self.name, "paths": self.paths}
+        return {
+            **self.summary,
+            "name": self.name,
+            "formats": self.formats,
+            "paths": self.paths,
+        }
 
 
 def load_problem(state: RunState) -> tuple[Problem, dict[tuple[str, str], float]]:
@@ -67,7 +75,7 @@ def load_problem(state: RunState) -> tuple[Problem, dict[tuple[str, str], float]
     }
     for group in problem.searched:
         for format_ in group.rows:
-            if format_ != "none" and scores.get((group.name, format_)) is None:
+            if format_ != NONE and scores.get((group.name, format_)) is None:
                 raise ScoreError(f"group {group.name} has no score for {format_}")
     return problem, scores
 
@@ -105,7 +113,12 @@ def solve_run(
         "manifest.json": directory.write_json(f"{start}manifest.json", manifest),
     }
     paths |= write_reports(state, start)
-    return Solution(name=name, summary=summary, formats=formats, paths=paths)
+    added = {
+        group.name: group.cost(formats[group.name], "model")
+        for group in problem.groups.values()
+        if group.is_tied and formats[group.name] != NONE
+    }
+    return Solution(name=name, summary=summary, formats=formats, paths=paths, added_bytes=added)
 
 
 def solution_name(options: SolveOptions) -> str:

@@ -103,6 +103,8 @@ def _connect(config: ScanConfig) -> None:
         ray.init(address=config.address, **common)
         return
     asked = config.workers * config.cpus_per_worker if isinstance(config.workers, int) else 0
+    if asked > (os.cpu_count() or 1):
+        logger.warning("the workers ask for %d CPUs, this machine has %s", asked, os.cpu_count())
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, asked, config.cpus_per_worker),

@@ -72,7 +72,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
     for row in table:
         scores.setdefault(row["group"], {})[row["format"]] = (row["score"], row["score_stderr"])
     return ReportContent(
-        title=f"Quantization plan for {run['model']['name']}",
+        title=f"Quantization plan for {run['model']['name'].rstrip('/').rpartition('/')[2]}",
         facts=_facts(run, manifest, table),
         layers=_layers(rows, scores, run["plan"]["unsearched"]),
         formats=list(dict.fromkeys(row["format"] for row in table)),
@@ -118,13 +118,29 @@ def _facts(
         ("Effective bits (ModelOpt's cost)", f"{solution['modelopt_effective_bits']:.4f}"),
         ("Weights of the whole model", f"{solution['weight_bytes'] / 2**20:,.1f} MiB"),
         ("Total score", f"{solution['score']:.6g}"),
-        ("Predicted KL", "unknown" if predicted is None else f"{predicted:.6g} nats per token"),
+        ("Predicted KL", _predicted(predicted, config)),
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
         ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
     ]
     if config:
         facts.append(("Compute", f"{config['dtype']} on {config['device']}"))
     return facts
+
+
+def _predicted(predicted: float | None, config: dict[str, Any] | None) -> str:
+    if predicted is None:
+        return "unknown"
+    is_biased = config is not None and config["labels"] == "data"
+    note = " (labels from the data: biased, see the README)" if is_biased else ""
+    return f"{predicted:.6g} nats per token{note}"
+
+
+def format_score(entry: tuple[float, float | None] | None) -> str:
+    """A score with its standard error where it has one."""
+    if entry is None:
+        return "-"
+    score, error = entry
+    return f"{score:.4e}" if error is None else f"{score:.4e} ± {error:.1e}"
 
 
 def _scheme(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
@@ -161,7 +177,7 @@ def _budget(budget: dict[str, Any]) -> str:
     if budget["max_formats"] is not None:
         parts.append(f"at most {budget['max_formats']} formats")
     parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
-    parts.extend(f"{pattern} in {formats}" for pattern, formats in budget["allow"].items())
+    parts.extend(f"{pattern} in {', '.join(f)}" for pattern, f in budget["allow"].items())
     return "; ".join(parts)
 
 
@@ -175,7 +191,12 @@ def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         if chosen.get(group, NONE) == NONE:
             text = "it stays in 16 bits and shares the embedding's bytes"
         else:
-            text = "quantized, it is stored beside the embedding, which stays in 16 bits"
+            added = sum(row["weight_bytes"] for row in rows if row["group"] == group)
+            text = (
+                "quantized, it is stored beside the embedding and adds "
+                f"{added / 2**20:,.1f} MiB to the model. A budget in bytes counts that; one in "
+                "bits counts it as a saving"
+            )
         warnings.append(f"{group} is tied to the input embedding: {text}.")
     others = run["plan"]["other_modules"]
     if others:

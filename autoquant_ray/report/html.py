@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from autoquant_ray.report.content import ReportContent
+from autoquant_ray.report.content import ReportContent, format_score
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -36,7 +36,7 @@ def render_html(content: ReportContent) -> str:
         for layer in content.layers
     )
     scores = (
-        (group, *(f"{s[name][0]:.4e}" if name in s else "-" for name in content.formats))
+        (group, *(format_score(s.get(name)) for name in content.formats))
         for group, s in content.scores.items()
     )
     title = escape(content.title)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoquant_ray.report.content import ReportContent
+from autoquant_ray.report.content import ReportContent, format_score
 
 _EXPLANATION = (
     "Sensitivity is the largest score of the layer's group over the menu: what its harshest "
@@ -30,16 +30,9 @@ def render_markdown(content: ReportContent) -> str:
     lines += [f"| Group | {' | '.join(_text(name) for name in content.formats)} |"]
     lines += ["|---" * (1 + len(content.formats)) + "|"]
     for group, scores in content.scores.items():
-        cells_of_group = [_score(scores.get(format_)) for format_ in content.formats]
+        cells_of_group = [format_score(scores.get(format_)) for format_ in content.formats]
         lines.append(f"| {_text(group)} | {' | '.join(cells_of_group)} |")
     return "\n".join(lines) + "\n"
-
-
-def _score(entry: tuple[float, float | None] | None) -> str:
-    if entry is None:
-        return "-"
-    score, error = entry
-    return f"{score:.4e}" if error is None else f"{score:.4e} ± {error:.1e}"
 
 
 def _text(value: str) -> str:
