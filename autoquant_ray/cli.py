@@ -52,6 +52,8 @@ def plan(
       autoquant-ray plan ./Qwen3-4B --formats wint4_afp16,wfp8_afp8 --disable lm_head
     """
     set_up_logging(verbose)
+    import torch
+
     from autoquant_ray.models import find_model
     from autoquant_ray.output import plan_to_json, print_plan
     from autoquant_ray.planner import make_plan
@@ -59,7 +61,9 @@ def plan(
     given = given_fields(flags) | ({} if model is None else {"model": model})
     space = load_config(SearchSpace, config_file, given)
     ref = find_model(space.model, trust_remote_code=space.trust_remote_code)
-    device = "cuda" if space.device == "auto" else space.device
+    device = space.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     made = make_plan(space, ref, device=device)
     if as_json:
         print_json(plan_to_json(made))

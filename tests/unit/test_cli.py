@@ -18,6 +18,7 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 import pytest
+import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
@@ -194,6 +195,13 @@ def test_format_that_needs_cuda_is_refused_on_cpu(name: str, scan: Any) -> None:
     line = refusal(scan(formats=f"wint8_aint8,{name}", device="cpu"))
     assert f"{name} cannot run on cpu" in line
     assert "choose another format" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for this machine's GPU")
+def test_plan_fp4_without_a_gpu_here_is_refused(model_folder: Any) -> None:
+    result = run("plan", model_folder("llama"), "--formats", "wfp4_afp16")
+    assert result.exit_code == 2
+    assert "cannot run on cpu" in result.stderr
 
 
 def test_format_that_needs_cuda_is_planned_for_cuda(model_folder: Any) -> None:
