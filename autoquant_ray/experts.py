@@ -83,6 +83,7 @@ class FusedExperts:
             setattr(self._shadow, f"{name}_input_quantizer", quantizer or disabled_quantizer())
             self._shadow._parameters[name] = torch.nn.Parameter(weights[name], requires_grad=False)
         output: torch.Tensor = self._shadow(*inputs)
+        self._shadow._parameters.update(self._weights)  # keep no quantized copy of the experts
         return output
 
     @torch.no_grad()
@@ -94,7 +95,6 @@ class FusedExperts:
         for name in self._planned.parameters:
             recorders[f"{name}_input_amax"] = _MaximumRecorder()
             setattr(self._shadow, f"{name}_input_quantizer", recorders[f"{name}_input_amax"])
-            self._shadow._parameters[name] = self._weights[name]
         output: torch.Tensor = self._shadow(*inputs)
         seen = {key: recorder.maximum for key, recorder in recorders.items()}
         return output, {key: maximum for key, maximum in seen.items() if maximum is not None}

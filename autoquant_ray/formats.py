@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,8 +143,8 @@ def resolve_formats(
         FormatError: Unknown name (with the closest ones), or a format that cannot be scanned.
     """
     resolved = [_resolve(name, custom or {}) for name in names]
+    check_device(resolved, device)
     for format_ in resolved:
-        _check_device(format_, device)
         _check_quantizers(format_)
     return resolved
 
@@ -243,13 +244,19 @@ def _modelopt_compression(name: str, weight: Attributes, input_: Attributes | No
         raise FormatError(f"format {name!r} is not valid for ModelOpt: {one_line(error)}") from None
 
 
-def _check_device(format_: Format, device: str) -> None:
-    for attributes in (format_.weight, format_.input):
-        if device == "cpu" and attributes is not None and _needs_cuda(attributes):
-            raise FormatError(
-                f"format {format_.name} cannot run on cpu: ModelOpt's fp4 and MX quantizers are "
-                "CUDA kernels; scan on a GPU (--device cuda) or choose another format"
-            )
+def check_device(formats: Sequence[Format], device: str) -> None:
+    """Refuse formats that cannot run on a device.
+
+    Raises:
+        FormatError: Names the format and the device.
+    """
+    for format_ in formats:
+        for attributes in (format_.weight, format_.input):
+            if device == "cpu" and attributes is not None and _needs_cuda(attributes):
+                raise FormatError(
+                    f"format {format_.name} cannot run on cpu: ModelOpt's fp4 and MX quantizers "
+                    "are CUDA kernels; scan on a GPU (--device cuda) or choose another format"
+                )
 
 
 def _needs_cuda(attributes: Attributes) -> bool:

@@ -21,16 +21,11 @@ _CHUNK_TEXTS = 64
 _LOOK_AHEAD = 4
 
 
-def num_shards(state: RunState) -> int:
-    """Number of shards of the run's data, quarantined ones included."""
-    return int(state.values["dataset"]["num_shards"])
-
-
 def has_samples(state: RunState, fingerprint: str) -> bool:
     """Whether all sample shards are there."""
     if not state.is_done("shards", fingerprint):
         return False
-    return state.directory.list_parts(SAMPLES) == list(range(num_shards(state)))
+    return state.directory.list_parts(SAMPLES) == list(range(state.num_shards))
 
 
 def read_samples(

@@ -18,6 +18,7 @@ from autoquant_ray.distributed.placement import connected, place_workers, resolv
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.engine import EngineSpec
 from autoquant_ray.fingerprint import fingerprint_source
+from autoquant_ray.formats import check_device
 from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
 from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
@@ -64,7 +65,7 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
     require_target(directory, mode)
     with connected(config) as resources:
         config = _resolve(config, resources)
-        plan = make_plan(config, ref, device=config.device)
+        check_device(plan.formats, config.device)
         placement = place_workers(
             config, resources, device=config.device, model_bytes=_model_bytes(plan, config)
         )
@@ -82,7 +83,7 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
         state.release_quarantine()
         if not stages.is_scored(state, plan, marks["score"]):
             spec = _engine_spec(config, ref, plan)
-            placement = placement.at_most(state.values["dataset"]["num_shards"])
+            placement = placement.at_most(state.num_shards)
             logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
             with WorkerPool(spec, placement, directory.append_event) as pool:
                 maxima = stages.calibrate(state, pool, plan, marks["calibrate"])

@@ -87,7 +87,8 @@ class SensitivityScorer:
         formats: Sequence[Format],
         num_draws: int = 1,
     ) -> None:
-        self._formats = list(formats)
+        self._num_formats = len(formats)
+        self._by_weight = _by_weight(formats)
         self._num_draws = num_draws
         self._modules = [(scored, model.get_submodule(scored.planned.name)) for scored in modules]
         self._experts = {
@@ -102,7 +103,7 @@ class SensitivityScorer:
 
     def reset(self) -> None:
         """Set all sums to zero."""
-        shape = (self._num_groups, len(self._formats))
+        shape = (self._num_groups, self._num_formats)
         self._elementwise_GF = torch.zeros(shape, dtype=torch.float64, device=self._device)
         self._token_GF = torch.zeros(shape, dtype=torch.float64, device=self._device)
         self._num_rows_G = [0] * self._num_groups
@@ -186,7 +187,7 @@ class SensitivityScorer:
         is_single = dtype == torch.float32
         maximum = self._maxima.get(planned.name, {}).get("input_amax")
         inputs: dict[str, torch.Tensor] = {}
-        for formats in self._by_weight():
+        for formats in self._by_weight:
             original_OI = module.weight.float()
             weight_OI = fake_quantize_weight(formats[0][1].weight, original_OI)
             by_weight_TO: torch.Tensor | None = None
@@ -216,7 +217,7 @@ class SensitivityScorer:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         experts = self._experts[planned.name]
         maxima = self._maxima.get(planned.name, {})
-        for formats in self._by_weight():
+        for formats in self._by_weight:
             weights = experts.quantize_weights(formats[0][1].weight)
             for index, format_ in formats:
                 yield index, experts.run(format_, weights, maxima, inputs).sub_(output_TO)
@@ -228,12 +229,6 @@ class SensitivityScorer:
         if planned.kind == "experts":
             return self._experts[planned.name].run_and_collect(tuple(inputs))[0]
         return torch.nn.functional.linear(inputs[0], module.weight, module.bias)
-
-    def _by_weight(self) -> list[list[tuple[int, Format]]]:
-        groups: dict[str, list[tuple[int, Format]]] = {}
-        for index, format_ in enumerate(self._formats):
-            groups.setdefault(format_.weight_key, []).append((index, format_))
-        return list(groups.values())
 
     def _add(
         self,
@@ -248,6 +243,14 @@ class SensitivityScorer:
                 totals_T = product_TO.sum(dim=1).double()
                 self._elementwise_GF[group, index] += norms_T.square().sum() / self._num_draws
                 self._token_GF[group, index] += totals_T.square().sum() / self._num_draws
+
+
+def _by_weight(formats: Sequence[Format]) -> list[list[tuple[int, Format]]]:
+    """Formats with their indices, those that quantize weights alike together."""
+    groups: dict[str, list[tuple[int, Format]]] = {}
+    for index, format_ in enumerate(formats):
+        groups.setdefault(format_.weight_key, []).append((index, format_))
+    return list(groups.values())
 
 
 def _require_same_inputs(name: str, before: list[int], now: list[int]) -> None:

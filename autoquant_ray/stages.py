@@ -21,7 +21,6 @@ from autoquant_ray.distributed.progress import progress
 from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.errors import StoreError, WorkerError
 from autoquant_ray.plan import Plan
-from autoquant_ray.samples_stage import num_shards
 from autoquant_ray.sensitivity import Maxima
 from autoquant_ray.state import RunState
 from autoquant_ray.store import CALIBRATION, SAMPLES, SCORES, part_name
@@ -74,7 +73,7 @@ def is_scored(state: RunState, plan: Plan, fingerprint: str) -> bool:
     if not state.is_done("score", fingerprint):
         return False
     done = _intact_parts(state, SCORES, _is_complete(plan))
-    if set(done) >= set(range(num_shards(state))) - _quarantined(state):
+    if set(done) >= set(range(state.num_shards)) - _quarantined(state):
         return True
     state.reopen("score", "aggregate")
     return False
@@ -113,7 +112,7 @@ def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
     with state.stage("aggregate", fingerprint):
         plan_rows = directory.read_table("plan.parquet", "plan").to_pylist()
         left_out = _quarantined(state)
-        shards = [s for s in range(num_shards(state)) if s not in left_out]
+        shards = [s for s in range(state.num_shards) if s not in left_out]
         parts = (directory.read_table(part_name(SCORES, shard), "scores") for shard in shards)
         rows = sensitivity_rows(parts, plan_rows, config.estimator)
         directory.write_table("sensitivity.parquet", "sensitivity", rows)
@@ -147,7 +146,7 @@ def _collect(
     write: Callable[[Outcome], str],
 ) -> None:
     """Write each shard's part as it arrives; note the quarantined ones."""
-    total = num_shards(state) - len(_quarantined(state))
+    total = state.num_shards - len(_quarantined(state))
     with progress(stage, total, num_done) as advance:
         for outcome in outcomes:
             shard = outcome.task.shard
@@ -158,7 +157,7 @@ def _collect(
                 write(outcome)
                 state.directory.append_event("shard_done", stage=stage, shard=shard)
             advance()
-    if len(_quarantined(state)) == num_shards(state):
+    if len(_quarantined(state)) == state.num_shards:
         reason = state.values["quarantined"][0]["reason"]
         raise WorkerError(f"every shard failed, the first with: {reason}")
 
@@ -166,7 +165,7 @@ def _collect(
 def _tasks(state: RunState, done: Sequence[int]) -> Iterator[ShardTask]:
     """Shards still to do, read from disk one at a time when a worker is free."""
     skip = set(done) | _quarantined(state)
-    for shard in range(num_shards(state)):
+    for shard in range(state.num_shards):
         if shard in skip:
             continue
         table = state.directory.read_table(part_name(SAMPLES, shard), "samples")

@@ -111,6 +111,11 @@ class RunState:
             self.values["stages"].pop(stage, None)
         self.directory.delete("sensitivity.parquet")
 
+    @property
+    def num_shards(self) -> int:
+        """Number of shards of the run's data, quarantined ones included."""
+        return int(self.values["dataset"]["num_shards"])
+
     @contextmanager
     def stage(self, name: str, fingerprint: str) -> Iterator[dict[str, Any]]:
         """Run a stage: notes its start, its end, its seconds, and what the body puts in.
