@@ -3,11 +3,13 @@
 The forward pass keeps only each decoder layer's input. The backward pass visits the layers from
 last to first, runs a layer again with a graph, and pulls the gradient through it: gradient
 checkpointing by hand, so that hooks see exactly one graph-building pass per layer, several
-gradients share one recomputation, and nothing of a layer outlives the visit.
+gradients share one recomputation, and nothing of a layer outlives the visit. A visit of a layer
+serves several steps at once, in both directions: what is prepared for a layer (its quantized
+weights above all) is prepared once for all of them.
 
 This is exact only for a plain chain: layer i+1 takes layer i's output unchanged, nothing else
 carries a gradient from layer to layer (shared keys and values, per-layer inputs), and no linear
-runs before the layers. A probe of a few tokens checks that, comparing the gradients at every
+runs outside the layers. A probe of a few tokens checks that, comparing the gradients at every
 layer's input with those of one ordinary graph; any other model is run with one ordinary graph:
 same numbers, more memory.
 
@@ -17,9 +19,9 @@ Shape letters: B samples, S positions, H hidden.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,13 +31,36 @@ logger = logging.getLogger(__name__)
 _PROBE_TOKENS = 6
 _PROBE_TOLERANCE = 0.02
 
+Step = tuple[torch.Tensor, torch.Tensor | None]
+"""Token ids ``(B, S)``, int64, and the mask: 1 for real tokens, 0 for padding on the right; None
+if all are real."""
+
+Gradients = list[torch.Tensor]
+"""One tensor ``(B, S, H)`` per label draw."""
+
 
 @dataclass
-class _LayerCall:
-    layer: torch.nn.Module
-    hidden_BSH: torch.Tensor
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
+class Pass:
+    """One step between its forward and its backward pass.
+
+    Attributes:
+        step: What is run.
+        calls: Arguments of each decoder layer beside the hidden states.
+        inputs: Input of each layer, ``(B, S, H)``, where they are kept.
+        hidden_BSH: Output of the last layer that ran.
+    """
+
+    step: Step
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    hidden_BSH: torch.Tensor | None = None
+    leaf: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layer inputs."""
+        return sum(hidden.nbytes for hidden in self.inputs)
 
 
 class LayerwiseBackward:
@@ -49,11 +74,9 @@ class LayerwiseBackward:
         self._base = model.base_model
         self._embedding = model.get_input_embeddings()
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else self._base
-        self._layers = _decoder_layers(decoder)
-        self._calls: list[_LayerCall] = []
-        self._output: torch.Tensor | None = None
-        self._last_layer_output: torch.Tensor | None = None
-        self.is_layerwise = len(self._layers) > 0 and self._is_chain()
+        self.layers = _decoder_layers(decoder)
+        self._num_extra_outputs: list[int | None] = []
+        self.is_layerwise = len(self.layers) > 0 and self._is_chain()
         if self.is_layerwise:
             self.is_layerwise = self._gradients_agree()
         if not self.is_layerwise:
@@ -64,136 +87,174 @@ class LayerwiseBackward:
             )
 
     @torch.no_grad()
-    def run_base(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
-        """Final hidden states ``(B, S, H)`` without a graph, for calibration."""
-        return self._call_base(ids_BS, mask_BS)
+    def forward(
+        self,
+        steps: Sequence[Step],
+        *,
+        keep: bool,
+        before_step: Callable[[Step], None] | None = None,
+    ) -> list[Pass]:
+        """Run the decoder layers on several steps, layer by layer, without a graph.
 
-    def forward(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
-        """Run the base model and remember what the backward pass needs.
+        Does nothing yet where the model is not layerwise; :meth:`finish` does it then.
 
         Args:
-            ids_BS: Token ids, int64.
-            mask_BS: 1 for real tokens, 0 for padding on the right; None if all are real.
-
-        Returns:
-            Final hidden states ``(B, S, H)``, detached.
+            steps: What to run.
+            keep: Keep what :meth:`backward` needs.
+            before_step: Called each time before a layer runs on a step.
         """
-        self._calls.clear()
-        if self.is_layerwise:
-            with self._recording(), torch.enable_grad():
-                self._output = self._call_base(ids_BS, mask_BS)
-        else:
-            handle = self._embedding.register_forward_hook(_require_gradient)
-            try:
-                with torch.enable_grad():
-                    self._output = self._call_base(ids_BS, mask_BS)
-            finally:
-                handle.remove()
-        return self._output.detach()
+        if not self.is_layerwise:
+            return [Pass(step) for step in steps]
+        passes = [self._enter(step) for step in steps]
+        for number, layer in enumerate(self.layers):
+            for one in passes:
+                if before_step is not None:
+                    before_step(one.step)
+                assert one.hidden_BSH is not None
+                if keep:
+                    one.inputs.append(one.hidden_BSH)
+                arguments, keywords = one.calls[number]
+                one.hidden_BSH = _first(layer(one.hidden_BSH, *arguments, **keywords))
+        return passes
 
-    def backward(self, gradients_BSH: list[torch.Tensor]) -> None:
+    def finish(self, one: Pass, *, with_graph: bool) -> torch.Tensor:
+        """Final hidden states ``(B, S, H)``, detached: what follows the layers (a norm), or all.
+
+        Args:
+            one: From :meth:`forward`.
+            with_graph: Prepare for :meth:`backward`.
+        """
+        with ExitStack() as stack, torch.set_grad_enabled(with_graph):
+            if self.is_layerwise:
+                assert one.hidden_BSH is not None
+                one.leaf = one.hidden_BSH.detach().requires_grad_(with_graph)
+                for number, layer in enumerate(self.layers):
+                    stack.enter_context(
+                        replaced_forward(layer, self._returning(one.leaf, number, []))
+                    )
+            elif with_graph:
+                handle = self._embedding.register_forward_hook(_require_gradient)
+                stack.callback(handle.remove)
+            output = self._call_base(one.step)
+        one.output = output if with_graph else None
+        return output.detach()
+
+    def backward(self, passes: Sequence[Pass], gradients: Sequence[Gradients]) -> None:
         """Pull gradients of the loss at the final hidden states through all layers.
 
+        Hooks on module outputs fire once per pass and draw, in this order. Empties the passes.
+
         Args:
-            gradients_BSH: One tensor ``(B, S, H)`` per label draw. Hooks on module outputs fire
-                once per draw, in this order.
+            passes: Finished with a graph, their layer inputs kept.
+            gradients: Of each pass.
         """
-        assert self._output is not None
-        if not self.is_layerwise:
-            _pull(self._output, gradients_BSH, [])
-            self._output = None
-            return
-        assert self._last_layer_output is not None
-        gradients = _pull(self._output, gradients_BSH, [self._last_layer_output])
-        self._output = self._last_layer_output = None
-        for _ in self._pull_layers(gradients):
+        for _ in self._pull_layers(passes, gradients):
             pass
 
-    def _pull_layers(self, gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """Visit the layers from last to first; yields the gradients at each one's input."""
-        while self._calls:
-            call = self._calls.pop()
-            hidden_BSH = call.hidden_BSH.detach().requires_grad_(True)
-            with torch.enable_grad():
-                output = call.layer(hidden_BSH, *call.arguments, **call.keywords)
-            gradients = _pull(_first(output), gradients, [hidden_BSH])
-            yield gradients
+    def _pull_layers(
+        self, passes: Sequence[Pass], gradients: Sequence[Gradients]
+    ) -> Iterator[list[Gradients]]:
+        """Visit the layers from last to first; yields the gradients at each one's inputs."""
+        flowing = []
+        for one, own in zip(passes, gradients, strict=True):
+            assert one.output is not None
+            flowing.append(_pull(one.output, own, [] if one.leaf is None else [one.leaf]))
+            one.output = one.leaf = one.hidden_BSH = None
+        if not self.is_layerwise:
+            return
+        for number in reversed(range(len(self.layers))):
+            for index, one in enumerate(passes):
+                hidden_BSH = one.inputs.pop().detach().requires_grad_(True)
+                arguments, keywords = one.calls.pop()
+                with torch.enable_grad():
+                    output = self.layers[number](hidden_BSH, *arguments, **keywords)
+                flowing[index] = _pull(_first(output), flowing[index], [hidden_BSH])
+                del output, hidden_BSH
+            yield flowing
 
-    def _call_base(self, ids_BS: torch.Tensor, mask_BS: torch.Tensor | None) -> torch.Tensor:
+    def _call_base(self, step: Step) -> torch.Tensor:
+        ids_BS, mask_BS = step
         output = self._base(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         hidden: torch.Tensor = output[0]
         return hidden
 
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Let each layer run without a graph, and note its call."""
+    def _enter(self, step: Step) -> Pass:
+        """Run what precedes the layers, and note the arguments of each layer's call."""
+        one = Pass(step)
         with ExitStack() as stack:
-            for layer in self._layers:
-                stack.enter_context(replaced_forward(layer, self._recorder(layer, layer.forward)))
-            yield
+            for number, layer in enumerate(self.layers):
+                stack.enter_context(
+                    replaced_forward(layer, self._returning(None, number, one.calls, one))
+                )
+            self._call_base(step)
+        return one
 
-    def _recorder(self, layer: torch.nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        def record(hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-            self._calls.append(_LayerCall(layer, hidden_states, arguments, keywords))
-            with torch.no_grad():
-                output = original(hidden_states, *arguments, **keywords)
-            if layer is not self._layers[-1]:
-                return output
-            leaf = _first(output).detach().requires_grad_(True)
-            self._last_layer_output = leaf
-            return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
+    def _returning(
+        self,
+        states: torch.Tensor | None,
+        number: int,
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
+        one: Pass | None = None,
+    ) -> Callable[..., Any]:
+        """A layer's forward that computes nothing: returns ``states``, or its own input."""
+        extra = self._num_extra_outputs[number]
 
-        return record
+        def forward(hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+            calls.append((arguments, keywords))
+            if one is not None and number == 0:
+                one.hidden_BSH = hidden_states
+            output = hidden_states if states is None else states
+            return output if extra is None else (output, *[None] * extra)
+
+        return forward
 
     def _is_chain(self) -> bool:
         """Whether each layer takes the very output of the one before, and no linear runs first."""
-        outputs: list[torch.Tensor] = []
+        outputs: list[Any] = []
         inputs: list[torch.Tensor] = []
         outside: list[torch.nn.Module] = []
-        inside = {module for layer in self._layers for module in layer.modules()}
+        inside = {module for layer in self.layers for module in layer.modules()}
 
         def before(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             inputs.append(arguments[0] if arguments else keywords["hidden_states"])
 
-        with ExitStack() as stack:
-            for layer in self._layers:
+        with ExitStack() as stack, torch.no_grad():
+            for layer in self.layers:
                 handle = layer.register_forward_pre_hook(before, with_kwargs=True)
                 stack.callback(handle.remove)
-                handle = layer.register_forward_hook(lambda _, __, out: outputs.append(_first(out)))
+                handle = layer.register_forward_hook(lambda _, __, out: outputs.append(out))
                 stack.callback(handle.remove)
             for module in self._base.modules():
                 if isinstance(module, torch.nn.Linear) and module not in inside:
                     handle = module.register_forward_hook(lambda m, _, __: outside.append(m))
                     stack.callback(handle.remove)
-            self.run_base(self._probe_ids(), None)
+            self._call_base(self._probe())
+        if len(outputs) != len(self.layers) or outside:
+            return False
+        self._num_extra_outputs = [
+            len(out) - 1 if isinstance(out, tuple) else None for out in outputs
+        ]
         links = zip(outputs[:-1], inputs[1:], strict=True)
-        is_complete = len(outputs) == len(self._layers) and not outside
-        return is_complete and all(out is into for out, into in links)
+        return all(_first(out) is into for out, into in links)
 
     def _gradients_agree(self) -> bool:
         """Whether layer by layer and one ordinary graph give the same gradients on a probe."""
-        ids_BS = self._probe_ids()
-        output = self.forward(ids_BS, None)
         generator = torch.Generator().manual_seed(0)
-        gradient = torch.randn(output.shape, generator=generator).to(output)
-        assert self._output is not None
-        assert self._last_layer_output is not None
         try:
-            top = _pull(self._output, [gradient], [self._last_layer_output])
-            layerwise = [pulled[0] for pulled in self._pull_layers(top)][::-1]
-        except RuntimeError:  # a layer run again found what an earlier run had changed
+            (one,) = self.forward([self._probe()], keep=True)
+            shape = self.finish(one, with_graph=True)
+            gradient = torch.randn(shape.shape, generator=generator).to(shape)
+            flowing = self._pull_layers([one], [[gradient]])
+            layerwise = [gradients[0][0] for gradients in flowing][::-1]
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            # A layer run again found what an earlier run had changed, or needs an extra output.
             return False
-        finally:
-            self._calls.clear()
-            self._output = self._last_layer_output = None
-        whole = self._whole_graph_gradients(ids_BS, gradient)
+        whole = self._whole_graph_gradients(gradient)
         return len(whole) == len(layerwise) and all(
             _is_close(ours, theirs) for ours, theirs in zip(layerwise, whole, strict=True)
         )
 
-    def _whole_graph_gradients(
-        self, ids_BS: torch.Tensor, gradient_BSH: torch.Tensor
-    ) -> list[torch.Tensor]:
+    def _whole_graph_gradients(self, gradient_BSH: torch.Tensor) -> list[torch.Tensor]:
         inputs: list[torch.Tensor] = []
 
         def before(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -202,15 +263,15 @@ class LayerwiseBackward:
 
         with ExitStack() as stack, torch.enable_grad():
             stack.callback(self._embedding.register_forward_hook(_require_gradient).remove)
-            for layer in self._layers:
+            for layer in self.layers:
                 handle = layer.register_forward_pre_hook(before, with_kwargs=True)
                 stack.callback(handle.remove)
-            self._call_base(ids_BS, None).backward(gradient_BSH)
+            self._call_base(self._probe()).backward(gradient_BSH)
         return [hidden.grad for hidden in inputs if hidden.grad is not None]
 
-    def _probe_ids(self) -> torch.Tensor:
+    def _probe(self) -> Step:
         count = min(_PROBE_TOKENS, self._embedding.weight.shape[0])
-        return torch.arange(count, device=self._embedding.weight.device)[None]
+        return torch.arange(count, device=self._embedding.weight.device)[None], None
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoquant_ray.backward import LayerwiseBackward
+from autoquant_ray.backward import Gradients, LayerwiseBackward, Pass, Step
 from autoquant_ray.calibration import ActivationMaxima, Statistics
 from autoquant_ray.data import plan_steps
+from autoquant_ray.differences import num_weight_specs
 from autoquant_ray.errors import ModelError, NonFiniteError, one_line
 from autoquant_ray.experts import prepare_experts
 from autoquant_ray.formats import Format
@@ -25,9 +26,15 @@ from autoquant_ray.loss import VocabularyLoss
 from autoquant_ray.models import ModelRef, load_model
 from autoquant_ray.quantizable import has_plain_forward
 from autoquant_ray.sensitivity import Maxima, ScoredModule, SensitivityScorer, SensitivitySums
+from autoquant_ray.weight_cache import WeightCache
 
 Samples = Sequence[Sequence[int]]
 """Token ids of each sample, unpadded."""
+
+Visit = list[list[int]]
+"""Positions of the samples of each step, of the steps that are run layer by layer together."""
+
+_LARGEST_CACHE = 2 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,11 @@ class EngineSpec:
         labels: ``model`` or ``data``.
         label_draws: Label draws per token where labels come from the model.
         seed: Seed of the draws.
+        row_share: Share of the rows to score; 1 scores all.
+        weight_cache_bytes: For quantized weights; None takes what one visit of a layer or of the
+            head uses again, 2 GiB at most.
+        activation_bytes: For layer inputs: half of it for the steps that are visited together,
+            half to keep calibrated shards until they are scored.
     """
 
     model: ModelRef
@@ -57,6 +69,9 @@ class EngineSpec:
     labels: str
     label_draws: int
     seed: int
+    row_share: float = 1.0
+    weight_cache_bytes: int | None = None
+    activation_bytes: int = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +115,14 @@ class Engine:
         self._require_head()
         self._require_linears()
         self._scorer = SensitivityScorer(
-            self.model, spec.modules, spec.formats, num_draws=self._num_draws
+            self.model,
+            spec.modules,
+            spec.formats,
+            WeightCache(self._weight_cache_bytes()),
+            num_draws=self._num_draws,
+            row_share=spec.row_share,
         )
+        self._kept: dict[int, list[list[Pass]]] = {}
 
     def _require_head(self) -> None:
         """Check that the model's own forward turns finished hidden states into logits.
@@ -149,28 +170,50 @@ class Engine:
     def _num_draws(self) -> int:
         return self.spec.label_draws if self.spec.labels == "model" else 1
 
-    def calibrate(self, samples: Samples) -> Statistics:
+    def calibrate(self, samples: Samples, shard: int | None = None) -> Statistics:
         """Input maxima of all modules over the samples.
+
+        Args:
+            samples: The shard's samples.
+            shard: Keep this shard's layer inputs for :meth:`score`, as far as there is room.
 
         Raises:
             NonFiniteError: An activation is NaN or infinite.
         """
+        visits = self._visits(samples)
+        room = self.spec.activation_bytes // 2 - sum(
+            one.nbytes for kept in self._kept.values() for visit in kept for one in visit
+        )
+        needed = sum(self._layer_input_bytes(samples, positions) for v in visits for positions in v)
+        keep = shard is not None and self.is_layerwise and needed <= room
+        done = []
         with self._maxima.collecting():
-            for positions in self._steps(samples):
-                ids_BS, mask_BS = self._batch([samples[p] for p in positions])
-                self._maxima.set_mask(mask_BS)
-                hidden_BSH = self._backward.run_base(ids_BS, mask_BS)
-                hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
-                real = slice(None) if mask_BS is None else mask_BS.reshape(-1).bool()
-                self._maxima.set_mask(None)
-                self._loss.feed_head(hidden_TH[real])
+            for visit in visits:
+                passes = self._backward.forward(
+                    [self._step(samples, positions) for positions in visit],
+                    keep=keep,
+                    before_step=lambda step: self._maxima.set_mask(step[1]),
+                )
+                for one in passes:
+                    mask_BS = one.step[1]
+                    self._maxima.set_mask(mask_BS)
+                    hidden_BSH = self._backward.finish(one, with_graph=False)
+                    hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
+                    real = slice(None) if mask_BS is None else mask_BS.reshape(-1).bool()
+                    self._maxima.set_mask(None)
+                    self._loss.feed_head(hidden_TH[real])
+                done.append(passes)
+        if keep and shard is not None:
+            self._kept[shard] = done
         statistics = self._maxima.statistics()
         for (module, statistic), value in statistics.items():
             if not np.isfinite(value):
                 raise NonFiniteError(f"{statistic} of {module} is {value}")
         return statistics
 
-    def score(self, samples: Samples, first_sample: int, maxima: Maxima) -> ShardScores:
+    def score(
+        self, samples: Samples, first_sample: int, maxima: Maxima, shard: int | None = None
+    ) -> ShardScores:
         """Sensitivity sums of the samples.
 
         Args:
@@ -178,23 +221,27 @@ class Engine:
             first_sample: Position of the first of them in the whole data set; label draws are
                 seeded by the seed and this position, never by the worker or the shard layout.
             maxima: Merged calibration.
+            shard: Use the layer inputs that :meth:`calibrate` kept of the same samples.
 
         Raises:
             NonFiniteError: The loss or a sum is NaN or infinite.
         """
         start = time.perf_counter()
-        self._scorer.reset()
         loss, num_tokens = 0.0, 0
-        with self._scorer.scoring(maxima):
-            for positions in self._steps(samples):
-                uniforms = [
-                    draw_uniforms(
-                        self.spec.seed, first_sample + p, self._num_draws, len(samples[p]) - 1
+        kept = None if shard is None else self._kept.pop(shard, None)
+        with self._scorer.scoring(maxima, seed=(self.spec.seed, first_sample)):
+            for number, visit in enumerate(self._visits(samples)):
+                passes = kept[number] if kept else self._forward(samples, visit)
+                gradients = []
+                for one, positions in zip(passes, visit, strict=True):
+                    chosen = [samples[p] for p in positions]
+                    step_loss, pulled = self._loss_gradients(
+                        one, chosen, [first_sample + p for p in positions]
                     )
-                    for p in positions
-                ]
-                step_loss, tokens = self._score_step([samples[p] for p in positions], uniforms)
-                loss, num_tokens = loss + step_loss, num_tokens + tokens
+                    gradients.append(pulled)
+                    loss += step_loss
+                    num_tokens += sum(len(sample) - 1 for sample in chosen)
+                self._backward.backward(passes, gradients)
         sums = self._scorer.sums()
         if not (np.isfinite(sums.elementwise_GF).all() and np.isfinite(sums.token_GF).all()):
             raise NonFiniteError("a gradient or an output difference is NaN or infinite")
@@ -206,43 +253,87 @@ class Engine:
             seconds=time.perf_counter() - start,
         )
 
-    def _score_step(
-        self, samples: Samples, uniforms: list[np.ndarray[Any, Any]]
-    ) -> tuple[float, int]:
-        ids_BS, mask_BS = self._batch(samples)
-        hidden_BSH = self._backward.forward(ids_BS, mask_BS)
-        predicting = torch.zeros_like(ids_BS, dtype=torch.bool)
+    def _forward(self, samples: Samples, visit: Visit) -> list[Pass]:
+        steps = [self._step(samples, positions) for positions in visit]
+        passes: list[Pass] = self._backward.forward(steps, keep=True)
+        return passes
+
+    def _loss_gradients(
+        self, one: Pass, samples: Samples, positions: list[int]
+    ) -> tuple[float, Gradients]:
+        """Loss of a step in nats, and its gradients at the final hidden states, one per draw."""
+        hidden_BSH = self._backward.finish(one, with_graph=True)
+        ids_BS, _ = one.step
+        predicting_BS = torch.zeros(ids_BS.shape, dtype=torch.bool)
         for row, sample in enumerate(samples):
-            predicting[row, : len(sample) - 1] = True
+            predicting_BS[row, : len(sample) - 1] = True
+        rows_N = predicting_BS.flatten().nonzero()[:, 0].to(self._device)
         targets_N, uniforms_KN = None, None
         if self.spec.labels == "data":
-            targets_N = ids_BS.roll(-1, dims=1)[predicting]
+            targets_N = ids_BS.roll(-1, dims=1).flatten()[rows_N]
         else:
+            uniforms = [
+                draw_uniforms(self.spec.seed, position, self._num_draws, len(sample) - 1)
+                for position, sample in zip(positions, samples, strict=True)
+            ]
             uniforms_KN = torch.from_numpy(np.concatenate(uniforms, axis=1)).to(self._device)
-        gradients_NH, summed = self._loss.gradients(hidden_BSH[predicting], targets_N, uniforms_KN)
+        hidden_TH = hidden_BSH.flatten(0, 1)
+        gradients_NH, summed = self._loss.gradients(hidden_TH[rows_N], targets_N, uniforms_KN)
         loss = float(summed)
         if not np.isfinite(loss):
             raise NonFiniteError(f"the loss is {loss}")
-        gradients_BSH = []
+        gradients = []
         for gradient_NH in gradients_NH:
-            gradient_BSH = torch.zeros_like(hidden_BSH)
-            gradient_BSH[predicting] = gradient_NH
-            gradients_BSH.append(gradient_BSH)
-        self._backward.backward(gradients_BSH)
-        return loss, int(predicting.sum())
+            gradient_TH = torch.zeros_like(hidden_TH)
+            gradient_TH[rows_N] = gradient_NH
+            gradients.append(gradient_TH.view_as(hidden_BSH))
+        return loss, gradients
 
-    def _steps(self, samples: Samples) -> list[list[int]]:
-        return plan_steps([len(sample) for sample in samples], self.spec.step_tokens)
+    def _visits(self, samples: Samples) -> list[Visit]:
+        """Steps that are visited together: as many as their layer inputs have room for."""
+        visits: list[Visit] = []
+        room = 0
+        for positions in plan_steps([len(sample) for sample in samples], self.spec.step_tokens):
+            needed = self._layer_input_bytes(samples, positions)
+            if not visits or needed > room or not self.is_layerwise:
+                visits.append([])
+                room = self.spec.activation_bytes // 2
+            visits[-1].append(positions)
+            room -= needed
+        return visits
 
-    def _batch(self, samples: Samples) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _layer_input_bytes(self, samples: Samples, positions: list[int]) -> int:
+        tokens = len(positions) * max(len(samples[position]) for position in positions)
+        weight = self.model.get_input_embeddings().weight
+        return tokens * int(weight.shape[1] * weight.element_size()) * len(self._backward.layers)
+
+    def _weight_cache_bytes(self) -> int:
+        """Room for the quantized weights of the head and of the largest layer."""
+        if self.spec.weight_cache_bytes is not None:
+            return self.spec.weight_cache_bytes
+        sizes: dict[int, int] = {}
+        inside = {
+            module: number
+            for number, layer in enumerate(self._backward.layers)
+            for module in layer.modules()
+        }
+        for scored in self.spec.modules:
+            number = inside.get(self.model.get_submodule(scored.planned.name), -1)
+            sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
+        element = 4 if self.spec.dtype == "float32" else 2 * 2
+        needed = sizes.pop(-1, 0) + max(sizes.values(), default=0)
+        return min(_LARGEST_CACHE, needed * element * num_weight_specs(self.spec.formats))
+
+    def _step(self, samples: Samples, positions: list[int]) -> Step:
         """Token ids ``(B, S)`` padded on the right, and the mask (None without padding)."""
-        longest = max(len(sample) for sample in samples)
-        ids_BS = torch.zeros(len(samples), longest, dtype=torch.long)
-        mask_BS = torch.zeros(len(samples), longest, dtype=torch.long)
-        for row, sample in enumerate(samples):
+        chosen = [samples[position] for position in positions]
+        longest = max(len(sample) for sample in chosen)
+        ids_BS = torch.zeros(len(chosen), longest, dtype=torch.long)
+        mask_BS = torch.zeros(len(chosen), longest, dtype=torch.long)
+        for row, sample in enumerate(chosen):
             ids_BS[row, : len(sample)] = torch.as_tensor(sample, dtype=torch.long)
             mask_BS[row, : len(sample)] = 1
-        is_padded = any(len(sample) != longest for sample in samples)
+        is_padded = any(len(sample) != longest for sample in chosen)
         return ids_BS.to(self._device), mask_BS.to(self._device) if is_padded else None
 
 

@@ -43,22 +43,20 @@ class FusedExperts:
     """
 
     def __init__(self, module: torch.nn.Module, planned: PlannedModule) -> None:
-        self._planned = planned
-        self._weights = {name: getattr(module, name) for name in planned.parameters}
+        self.parameters = planned.parameters
+        self._module = module
         self._shadow: Any = _shadow(module)
-        for name in planned.parameters:
+        for name in self.parameters:
             setattr(self._shadow, f"{name}_input_quantizer", disabled_quantizer())
             quantizers = getattr(self._shadow, f"{name}_weight_quantizers")
             for quantizer in quantizers:
                 quantizer.disable()
 
     @torch.no_grad()
-    def quantize_weights(self, attributes: Attributes) -> dict[str, torch.Tensor]:
-        """Fake-quantize every expert's slice by itself: parameter name -> ``(E, O, I)``."""
-        return {
-            name: torch.stack([fake_quantize_weight(attributes, slice_) for slice_ in weight_EOI])
-            for name, weight_EOI in self._weights.items()
-        }
+    def quantized_weight(self, name: str, attributes: Attributes) -> torch.Tensor:
+        """Fake-quantize every expert's slice of a parameter by itself: ``(E, O, I)``."""
+        slices = getattr(self._module, name)
+        return torch.stack([fake_quantize_weight(attributes, weight_OI) for weight_OI in slices])
 
     @torch.no_grad()
     def run(
@@ -72,18 +70,18 @@ class FusedExperts:
 
         Args:
             format_: Its input quantizer is applied before both projections.
-            weights: From :meth:`quantize_weights` for the format's weight attributes.
+            weights: Parameter name -> :meth:`quantized_weight` under the format.
             maxima: Statistic name -> calibrated maximum of this module.
             inputs: Arguments of the module's ``forward``, each with T rows.
         """
-        for name in self._planned.parameters:
+        for name in self.parameters:
             quantizer = make_input_quantizer(
                 format_.input, maxima.get(f"{name}_input_amax"), inputs[0]
             )
             setattr(self._shadow, f"{name}_input_quantizer", quantizer or disabled_quantizer())
             self._shadow._parameters[name] = torch.nn.Parameter(weights[name], requires_grad=False)
         output: torch.Tensor = self._shadow(*inputs)
-        self._shadow._parameters.update(self._weights)  # keep no quantized copy of the experts
+        self._use_own_weights()  # keep no quantized copy of the experts
         return output
 
     @torch.no_grad()
@@ -92,12 +90,17 @@ class FusedExperts:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Unquantized output ``(T, H)`` and the maxima of both projections' inputs."""
         recorders = {}
-        for name in self._planned.parameters:
+        self._use_own_weights()
+        for name in self.parameters:
             recorders[f"{name}_input_amax"] = _MaximumRecorder()
             setattr(self._shadow, f"{name}_input_quantizer", recorders[f"{name}_input_amax"])
         output: torch.Tensor = self._shadow(*inputs)
         seen = {key: recorder.maximum for key, recorder in recorders.items()}
         return output, {key: maximum for key, maximum in seen.items() if maximum is not None}
+
+    def _use_own_weights(self) -> None:
+        for name in self.parameters:
+            self._shadow._parameters[name] = getattr(self._module, name)
 
 
 class _MaximumRecorder(torch.nn.Module):

@@ -10,12 +10,14 @@ Shape letters: N predicted tokens, n tokens of a slice, V vocabulary, H hidden, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from autoquant_ray.backward import replaced_forward
+
+_BLOCK = 256  # of the vocabulary, where labels are drawn
 
 
 class VocabularyLoss:
@@ -58,17 +60,21 @@ class VocabularyLoss:
             hidden_nH = hidden_NH[rows].detach().requires_grad_(True)
             with torch.enable_grad():
                 logits_nV = self.logits(hidden_nH).float()
-                if targets_N is not None:
-                    labels_Kn = targets_N[rows][None]
-                else:
-                    assert uniforms_KN is not None
-                    labels_Kn = sample_labels(logits_nV, uniforms_KN[:, rows])
-                for draw, labels_n in enumerate(labels_Kn):
-                    loss = torch.nn.functional.cross_entropy(logits_nV, labels_n, reduction="sum")
+            probabilities_nV = torch.softmax(logits_nV.detach(), dim=-1)
+            if targets_N is not None:
+                labels_Kn = targets_N[rows][None]
+            else:
+                assert uniforms_KN is not None
+                labels_Kn = sample_labels(probabilities_nV, uniforms_KN[:, rows])
+            total += _token_losses(logits_nV.detach(), probabilities_nV, labels_Kn).mean(0).sum()
+            for draw, labels_n in enumerate(labels_Kn):
+                with _as_gradient(probabilities_nV, labels_n[:, None]) as gradient_nV:
                     keep = draw < num_draws - 1
-                    (gradient,) = torch.autograd.grad(loss, hidden_nH, retain_graph=keep)
-                    gradients[draw][rows] = gradient
-                    total += loss.detach().double() / num_draws
+                    (pulled_nH,) = torch.autograd.grad(
+                        logits_nV, hidden_nH, gradient_nV, retain_graph=keep
+                    )
+                gradients[draw][rows] = pulled_nH
+            del logits_nV, probabilities_nV, gradient_nV
         return gradients, total
 
     def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
@@ -100,15 +106,57 @@ class _BaseOutput:
         return None
 
 
-def sample_labels(logits_nV: torch.Tensor, uniforms_Kn: torch.Tensor) -> torch.Tensor:
-    """Draw labels ``(K, n)`` from ``softmax(logits)`` by inverting its cumulative sum."""
-    cumulative_nV = torch.softmax(logits_nV.detach(), dim=-1).cumsum(dim=-1)
+@contextmanager
+def _as_gradient(probabilities_nV: torch.Tensor, labels_n1: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Gradient of the summed cross-entropy at the logits, ``p - onehot``, in place for a while."""
+    own_n1 = probabilities_nV.gather(1, labels_n1)
+    yield probabilities_nV.scatter_(1, labels_n1, own_n1 - 1)
+    probabilities_nV.scatter_(1, labels_n1, own_n1)
+
+
+def _token_losses(
+    logits_nV: torch.Tensor, probabilities_nV: torch.Tensor, labels_Kn: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy ``(K, n)``, float64; by the likeliest token, so that nothing underflows."""
+    labels_nK = labels_Kn.T
+    behind_nK = logits_nV.amax(dim=-1).double()[:, None] - logits_nV.gather(1, labels_nK).double()
+    return (behind_nK - probabilities_nV.amax(dim=-1).double().log()[:, None]).T
+
+
+def sample_labels(probabilities_nV: torch.Tensor, uniforms_Kn: torch.Tensor) -> torch.Tensor:
+    """Draw labels ``(K, n)`` by inverting the cumulative distribution, block by block.
+
+    Args:
+        probabilities_nV: Rows that sum to about 1, float32.
+        uniforms_Kn: Numbers in [0, 1), float64.
+    """
+    num_rows, vocabulary = probabilities_nV.shape
+    size = min(_BLOCK, vocabulary)
+    num_whole = vocabulary // size
+    whole_nV = probabilities_nV[:, : num_whole * size]
+    sums_nb = whole_nV.reshape(num_rows, num_whole, size).sum(dim=-1)
+    if num_whole * size < vocabulary:
+        rest_n1 = probabilities_nV[:, num_whole * size :].sum(dim=-1, keepdim=True)
+        sums_nb = torch.cat([sums_nb, rest_n1], dim=1)
+    cumulative_nb = sums_nb.double().cumsum(dim=1)
+    points_nK = _below(uniforms_Kn.T.to(cumulative_nb) * cumulative_nb[:, -1:], cumulative_nb)
+    blocks_nK = torch.searchsorted(cumulative_nb, points_nK.contiguous(), right=True)
+    blocks_nK.clamp_(max=cumulative_nb.shape[1] - 1)  # where a row is NaN
+    before_nK = (cumulative_nb - sums_nb).gather(1, blocks_nK)
+    labels = []
+    for block_n, point_n in zip(blocks_nK.T, (points_nK - before_nK).T, strict=True):
+        columns_nv = block_n[:, None] * size + torch.arange(size, device=block_n.device)
+        inside_nv = probabilities_nV.gather(1, columns_nv.clamp(max=vocabulary - 1)).double()
+        inside_nv = inside_nv.masked_fill_(columns_nv >= vocabulary, 0.0).cumsum(dim=1)
+        point_n1 = _below(point_n[:, None].clamp(min=0.0), inside_nv)
+        labels.append(block_n * size + torch.searchsorted(inside_nv, point_n1, right=True)[:, 0])
+    return torch.stack(labels).clamp_(max=vocabulary - 1)
+
+
+def _below(points_nK: torch.Tensor, cumulative_nV: torch.Tensor) -> torch.Tensor:
+    """Keep points under the total where rounding reached it: no label has probability 0."""
     totals_n1 = cumulative_nV[:, -1:]
-    # Below the total even where a number rounds up to 1, so that no label has probability 0.
-    points_nK = uniforms_Kn.T.to(cumulative_nV) * totals_n1
-    points_nK = points_nK.minimum(torch.nextafter(totals_n1, torch.zeros_like(totals_n1)))
-    labels_nK = torch.searchsorted(cumulative_nV, points_nK.contiguous(), right=True)
-    return labels_nK.T
+    return points_nK.minimum(torch.nextafter(totals_n1, torch.zeros_like(totals_n1)))
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

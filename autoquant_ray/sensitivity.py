@@ -11,15 +11,15 @@ term of the KL divergence with the Fisher matrix in place of its Hessian (ModelO
 ``auto_quantize`` uses the same diagonal form, without the unit).
 
 The output difference is computed in the backward pass, when the gradient is known, on rows whose
-gradient is not zero: padding costs nothing. A weight is quantized once per distinct weight
-quantizer, an input once per distinct input quantizer.
+gradient is not zero: padding costs nothing. With a row share below 1 it is computed on rows drawn
+by importance (:mod:`autoquant_ray.row_sampling`).
 
-Shape letters: T rows (tokens) with a gradient, I in features, O out features.
+Shape letters: T rows (tokens) with a gradient, C rows of a chunk, I in features, O out features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,15 +27,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoquant_ray.differences import Difference, OutputDifferences
 from autoquant_ray.errors import WorkerError
 from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
 from autoquant_ray.plan import Plan
 from autoquant_ray.quantizable import PlannedModule
-from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
+from autoquant_ray.row_sampling import DrawnRows, draw_rows, name_seed
+from autoquant_ray.weight_cache import WeightCache
 
 Maxima = dict[str, dict[str, float]]
 """Module name -> statistic (``input_amax``, ...) -> value, from calibration."""
+
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +67,16 @@ class SensitivitySums:
     Attributes:
         elementwise_GF: Float64, nats squared.
         token_GF: Float64, nats squared.
+        elementwise_variance_GF: Variance of the estimate by row sampling, float64, nats to the
+            fourth; zero where all rows were scored.
+        token_variance_GF: The same of ``token_GF``.
         num_rows_G: Rows with a gradient seen by each group, summed over its modules.
     """
 
-    elementwise_GF: np.ndarray[Any, np.dtype[np.float64]]
-    token_GF: np.ndarray[Any, np.dtype[np.float64]]
+    elementwise_GF: Floats
+    token_GF: Floats
+    elementwise_variance_GF: Floats
+    token_variance_GF: Floats
     num_rows_G: np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -77,7 +87,9 @@ class SensitivityScorer:
         model: Parameters take no gradient; activations do.
         modules: What to score.
         formats: F formats.
+        weights: Where quantized weights are kept.
         num_draws: Backward passes that follow each forward pass; sums are averaged over them.
+        row_share: Share of the rows to score, drawn by importance; 1 scores all.
     """
 
     def __init__(
@@ -85,45 +97,52 @@ class SensitivityScorer:
         model: torch.nn.Module,
         modules: Sequence[ScoredModule],
         formats: Sequence[Format],
+        weights: WeightCache,
+        *,
         num_draws: int = 1,
+        row_share: float = 1.0,
     ) -> None:
-        self._num_formats = len(formats)
-        self._by_weight = _by_weight(formats)
+        self._differences = OutputDifferences(formats, weights)
         self._num_draws = num_draws
+        self._row_share = row_share
         self._modules = [(scored, model.get_submodule(scored.planned.name)) for scored in modules]
         self._experts = {
             scored.planned.name: FusedExperts(module, scored.planned)
             for scored, module in self._modules
             if scored.planned.kind == "experts"
         }
-        self._num_groups = 1 + max(scored.group for scored in modules)
-        self._device = next(model.parameters()).device
+        num_groups = 1 + max(scored.group for scored in modules)
+        device = next(model.parameters()).device
+        # elementwise, token, and the variances of both
+        self._sums_4GF = torch.zeros(
+            4, num_groups, len(formats), dtype=torch.float64, device=device
+        )
+        self._num_rows_G = [0] * num_groups
         self._maxima: Maxima = {}
-        self.reset()
-
-    def reset(self) -> None:
-        """Set all sums to zero."""
-        shape = (self._num_groups, self._num_formats)
-        self._elementwise_GF = torch.zeros(shape, dtype=torch.float64, device=self._device)
-        self._token_GF = torch.zeros(shape, dtype=torch.float64, device=self._device)
-        self._num_rows_G = [0] * self._num_groups
+        self._seed: tuple[int, ...] = ()
 
     def sums(self) -> SensitivitySums:
-        """The sums since the last :meth:`reset`."""
+        """The sums since :meth:`scoring` was entered."""
+        elementwise_GF, token_GF, *variances = self._sums_4GF.cpu().numpy().copy()
         return SensitivitySums(
-            elementwise_GF=self._elementwise_GF.cpu().numpy(),
-            token_GF=self._token_GF.cpu().numpy(),
+            elementwise_GF=elementwise_GF,
+            token_GF=token_GF,
+            elementwise_variance_GF=variances[0],
+            token_variance_GF=variances[1],
             num_rows_G=np.array(self._num_rows_G, dtype=np.int64),
         )
 
     @contextmanager
-    def scoring(self, maxima: Maxima) -> Iterator[None]:
+    def scoring(self, maxima: Maxima, seed: tuple[int, ...] = (0,)) -> Iterator[None]:
         """While open, every backward pass through the model adds to the sums.
 
         Args:
             maxima: Calibrated input maxima; needed by formats with a static input quantizer.
+            seed: Of the drawn rows, non-negative integers; the module's name is added to it.
         """
-        self._maxima = maxima
+        self._sums_4GF.zero_()
+        self._num_rows_G = [0] * len(self._num_rows_G)
+        self._maxima, self._seed = maxima, seed
         handles = [
             module.register_forward_hook(self._forward_hook(scored), with_kwargs=True)
             for scored, module in self._modules
@@ -135,11 +154,7 @@ class SensitivityScorer:
                 handle.remove()
 
     def _forward_hook(self, scored: ScoredModule) -> Callable[..., None]:
-        differences = (
-            self._experts_differences
-            if scored.planned.kind == "experts"
-            else self._linear_differences
-        )
+        name, num_calls = scored.planned.name, 0
 
         def hook(
             module: torch.nn.Module,
@@ -155,72 +170,49 @@ class SensitivityScorer:
             gradients: list[torch.Tensor] = []
 
             def on_gradient(gradient: torch.Tensor) -> None:
+                nonlocal num_calls
                 gradients.append(_rows(gradient))
-                if len(gradients) == self._num_draws:
-                    live = _live_rows(gradients)
-                    chosen = [_select(rows, live) for rows in (output_TO, *inputs, *gradients)]
-                    output, *chosen_inputs = chosen[: 1 + len(inputs)]
-                    self._num_rows_G[scored.group] += len(output)
-                    now = [tensor._version for tensor in (output_TO, *inputs)]
-                    with torch.no_grad():
-                        if now != versions:
-                            _require_same_inputs(scored.planned.name, versions[1:], now[1:])
-                            output = self._output_again(scored.planned, module, chosen_inputs)
-                        iterator = differences(scored.planned, module, output, *chosen_inputs)
-                        self._add(scored.group, iterator, chosen[1 + len(inputs) :])
-                    gradients.clear()
+                if len(gradients) < self._num_draws:
+                    return
+                live_T, drawn = self._choose(name, num_calls, gradients, inputs[0])
+                num_calls += 1
+                chosen = [_select(rows, live_T) for rows in (output_TO, *inputs, *gradients)]
+                gradients.clear()
+                output, *chosen_inputs = chosen[: 1 + len(inputs)]
+                self._num_rows_G[scored.group] += len(output)
+                now = [tensor._version for tensor in (output_TO, *inputs)]
+                with torch.no_grad():
+                    if now != versions:
+                        _require_same_inputs(name, versions[1:], now[1:])
+                        output = self._output_again(scored.planned, module, chosen_inputs)
+                    differences = self._of(scored.planned, module, output, chosen_inputs)
+                    self._add(scored.group, differences, chosen[1 + len(inputs) :], drawn)
 
             output.register_hook(on_gradient)
 
         return hook
 
-    def _linear_differences(
-        self, planned: PlannedModule, module: Any, output_TO: torch.Tensor, input_TI: torch.Tensor
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (format index, ``Y_f - Y``), one weight quantizer after another.
+    def _choose(
+        self, name: str, number: int, gradients: list[torch.Tensor], input_TI: torch.Tensor
+    ) -> tuple[torch.Tensor | None, DrawnRows | None]:
+        """Rows to score: all with a gradient, or a draw of them."""
+        if self._row_share == 1:
+            return _live_rows(gradients), None
+        seed = (*self._seed, name_seed(name), number)
+        drawn = draw_rows(gradients, input_TI, self._row_share, seed)
+        return drawn.indices_U, drawn
 
-        In float32, ``Y_f`` is one product and ``Y`` is at hand. In 16 bits the difference of two
-        rounded outputs would be mostly rounding: there, quantization errors are formed in
-        float32 and multiplied apart, ``X dW^T + dX Wq^T``.
-        """
-        dtype = input_TI.dtype
-        is_single = dtype == torch.float32
-        maximum = self._maxima.get(planned.name, {}).get("input_amax")
-        inputs: dict[str, torch.Tensor] = {}
-        for formats in self._by_weight:
-            original_OI = module.weight.float()
-            weight_OI = fake_quantize_weight(formats[0][1].weight, original_OI)
-            by_weight_TO: torch.Tensor | None = None
-            if not is_single or any(format_.input is None for _, format_ in formats):
-                by_weight_TO = input_TI @ (weight_OI - original_OI).to(dtype).T
-            for index, format_ in formats:
-                if format_.input is None or format_.input_key is None:
-                    assert by_weight_TO is not None
-                    yield index, by_weight_TO
-                    continue
-                if format_.input_key not in inputs:
-                    quantizer = make_input_quantizer(format_.input, maximum, original_OI)
-                    assert quantizer is not None
-                    inputs[format_.input_key] = quantizer(input_TI.float())
-                quantized_TI = inputs[format_.input_key]
-                if is_single:
-                    output = torch.nn.functional.linear(quantized_TI, weight_OI, module.bias)
-                    yield index, output.sub_(output_TO)
-                else:
-                    assert by_weight_TO is not None
-                    errors_TI = (quantized_TI - input_TI.float()).to(dtype)
-                    by_input_TO = errors_TI @ weight_OI.to(dtype).T
-                    yield index, by_input_TO.float() + by_weight_TO.float()
-
-    def _experts_differences(
-        self, planned: PlannedModule, module: Any, output_TO: torch.Tensor, *inputs: torch.Tensor
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        experts = self._experts[planned.name]
+    def _of(
+        self, planned: PlannedModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]
+    ) -> Iterator[Difference]:
         maxima = self._maxima.get(planned.name, {})
-        for formats in self._by_weight:
-            weights = experts.quantize_weights(formats[0][1].weight)
-            for index, format_ in formats:
-                yield index, experts.run(format_, weights, maxima, inputs).sub_(output_TO)
+        if planned.kind == "experts":
+            experts = self._experts[planned.name]
+            return self._differences.of_experts(
+                experts, planned.name, maxima, output_TO, tuple(inputs)
+            )
+        maximum = maxima.get("input_amax")
+        return self._differences.of_linear(planned, module, maximum, output_TO, inputs[0])
 
     def _output_again(
         self, planned: PlannedModule, module: Any, inputs: list[torch.Tensor]
@@ -233,24 +225,42 @@ class SensitivityScorer:
     def _add(
         self,
         group: int,
-        differences: Iterator[tuple[int, torch.Tensor]],
+        differences: Iterable[Difference],
         gradients_TO: list[torch.Tensor],
+        drawn: DrawnRows | None,
     ) -> None:
-        for index, difference_TO in differences:
-            for gradient_TO in gradients_TO:
-                product_TO = gradient_TO.float() * difference_TO.float()
-                norms_T = torch.linalg.vector_norm(product_TO, dim=1).double()
-                totals_T = product_TO.sum(dim=1).double()
-                self._elementwise_GF[group, index] += norms_T.square().sum() / self._num_draws
-                self._token_GF[group, index] += totals_T.square().sum() / self._num_draws
+        num_rows = len(gradients_TO[0])
+        sampled_F2T: dict[int, torch.Tensor] = {}
+        for index, rows, difference_CO in differences:
+            values_2C = self._row_values(difference_CO, [g[rows] for g in gradients_TO])
+            if drawn is None:
+                self._sums_4GF[:2, group, index] += values_2C.sum(dim=1)
+                continue
+            if index not in sampled_F2T:
+                sampled_F2T[index] = values_2C.new_zeros(2, num_rows)
+            sampled_F2T[index][:, rows] = values_2C
+        if drawn is not None:
+            for index, values_2T in sampled_F2T.items():
+                pairs = [drawn.estimate(values_T) for values_T in values_2T]
+                estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+                self._sums_4GF[:, group, index] += torch.stack(estimates)
 
-
-def _by_weight(formats: Sequence[Format]) -> list[list[tuple[int, Format]]]:
-    """Formats with their indices, those that quantize weights alike together."""
-    groups: dict[str, list[tuple[int, Format]]] = {}
-    for index, format_ in enumerate(formats):
-        groups.setdefault(format_.weight_key, []).append((index, format_))
-    return list(groups.values())
+    def _row_values(
+        self, difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Each row's elementwise and token term, float64 ``(2, C)``, mean over the draws."""
+        total: Any = 0.0
+        for number, gradient_CO in enumerate(gradients_CO):
+            is_last = number == len(gradients_CO) - 1
+            if is_last and difference_CO.dtype == torch.float32:
+                product_CO = difference_CO.mul_(gradient_CO)
+            else:
+                product_CO = difference_CO.float() * gradient_CO.float()
+            norms_C = torch.linalg.vector_norm(product_CO, dim=1)
+            values_2C = torch.stack([norms_C, product_CO.sum(dim=1)]).double().square_()
+            total = total + values_2C
+        result: torch.Tensor = total / self._num_draws
+        return result
 
 
 def _require_same_inputs(name: str, before: list[int], now: list[int]) -> None:

@@ -122,5 +122,12 @@ def _made_up_scores(plan: Plan, shard: int) -> ShardScores:
     bits_F = np.array([8 * plan.searched[0].weight_bytes(f) for f in plan.formats])
     sums_GF = scales_G1 * 2.0 ** (-2 * bits_F / plan.searched[0].num_weights)
     rows_G = np.full(len(plan.searched), 100)
-    sums = SensitivitySums(elementwise_GF=sums_GF, token_GF=2 * sums_GF, num_rows_G=rows_G)
+    zeros_GF = np.zeros_like(sums_GF)
+    sums = SensitivitySums(
+        elementwise_GF=sums_GF,
+        token_GF=2 * sums_GF,
+        elementwise_variance_GF=zeros_GF,
+        token_variance_GF=zeros_GF,
+        num_rows_G=rows_G,
+    )
     return ShardScores(sums=sums, num_tokens=50, num_samples=4, loss=1.0, seconds=0.5)

@@ -157,7 +157,7 @@ def test_sums_seed_changes_draws_and_same_seed_repeats(make_engine: Any, make_sa
 def test_sample_labels_invert_the_cumulative_distribution() -> None:
     logits = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0)) * 3
     uniforms = np.random.default_rng(1).random((2, 2000))
-    labels = sample_labels(logits, torch.from_numpy(uniforms))
+    labels = sample_labels(logits.softmax(-1), torch.from_numpy(uniforms))
     cumulative = np.cumsum(torch.softmax(logits.double(), dim=-1).numpy(), axis=-1)
     for draw in range(2):
         expected = [
@@ -207,7 +207,7 @@ def test_sample_labels_number_that_rounds_to_one_gives_no_impossible_label() -> 
     logits = torch.full((1, 50), -torch.inf)
     logits[0, 3:5] = 0.0
     uniforms = torch.tensor([[1 - 2.0**-40]], dtype=torch.float64)
-    assert sample_labels(logits, uniforms).item() == 4
+    assert sample_labels(logits.softmax(-1), uniforms).item() == 4
 
 
 def test_sums_bfloat16_stay_near_float32(

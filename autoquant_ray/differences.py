@@ -1,0 +1,221 @@
+"""Output differences of one module under every format, a chunk of rows at a time.
+
+For a module with output ``Y = X W^T`` the difference under a format is ``Xq Wq^T - Y``. A weight
+is quantized once per distinct weight quantizer and kept in a :class:`WeightCache`, an input once
+per distinct input quantizer. Chunks keep the products in the processor's cache until they are
+reduced.
+
+Shape letters: T rows, C rows of a chunk, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from autoquant_ray.experts import FusedExperts
+from autoquant_ray.formats import Attributes, Format
+from autoquant_ray.quantizable import PlannedModule
+from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
+from autoquant_ray.weight_cache import WeightCache
+
+Formats = list[tuple[int, Format]]
+"""Formats with their indices in the menu."""
+
+Difference = tuple[int, slice, torch.Tensor]
+"""Format index, rows, and ``Y_f - Y`` of those rows; the tensor may be overwritten after use."""
+
+_CHUNK_ELEMENTS = {"cpu": 2**19}
+_CHUNK_ELEMENTS_ELSEWHERE = 2**26
+_MIN_CHUNK_ROWS = 512  # fewer make the product itself slower
+
+
+class OutputDifferences:
+    """Computes output differences of the modules of one model.
+
+    Args:
+        formats: The menu.
+        weights: Where quantized weights are kept.
+    """
+
+    def __init__(self, formats: Sequence[Format], weights: WeightCache) -> None:
+        self._by_weight = _by_weight(formats)
+        self._weights = weights
+        self._scratch = torch.empty(0)
+
+    def of_linear(
+        self,
+        planned: PlannedModule,
+        module: Any,
+        maximum: float | None,
+        output_TO: torch.Tensor,
+        input_TI: torch.Tensor,
+    ) -> Iterator[Difference]:
+        """Differences of a linear module, one weight quantizer after another.
+
+        In float32, ``Y_f`` is one product and ``Y`` is at hand. In 16 bits the difference of two
+        rounded outputs would be mostly rounding: there, quantization errors are formed in
+        float32 and multiplied apart, ``X dW^T + dX Wq^T``.
+
+        Args:
+            planned: The module's entry in the plan.
+            module: The module in the model.
+            maximum: Its calibrated input maximum; needed by static input quantizers.
+            output_TO: Its output.
+            input_TI: Its input.
+        """
+        inputs: dict[str, torch.Tensor] = {}
+        chunks = self._chunks(output_TO)
+        is_single = input_TI.dtype == torch.float32
+        for formats in self._by_weight:
+            attributes = formats[0][1].weight
+            own = (planned.name, formats[0][1].weight_key)
+            quantizes_inputs = any(format_.input is not None for _, format_ in formats)
+            error_OI, weight_OI = None, None
+            if not is_single or not quantizes_inputs:
+                error_OI = self._weights.get(
+                    (*own, "error"), partial(_error, module.weight, attributes)
+                )
+            if quantizes_inputs:
+                weight_OI = self._weights.get(
+                    (*own, "weight"), partial(_quantized, module.weight, attributes)
+                )
+            for _, format_ in formats:
+                key = format_.input_key
+                if format_.input is not None and key is not None and key not in inputs:
+                    inputs[key] = _quantized_input(
+                        format_.input, maximum, input_TI, chunks, as_error=not is_single
+                    )
+            for rows in chunks:
+                if is_single and weight_OI is not None:
+                    yield from self._single(
+                        formats, inputs, rows, output_TO, input_TI, weight_OI, module.bias
+                    )
+                else:
+                    assert error_OI is not None
+                    yield from self._from_errors(
+                        formats, inputs, rows, input_TI, error_OI, weight_OI
+                    )
+
+    def of_experts(
+        self,
+        experts: FusedExperts,
+        name: str,
+        maxima: dict[str, float],
+        output_TO: torch.Tensor,
+        inputs: tuple[torch.Tensor, ...],
+    ) -> Iterator[Difference]:
+        """Differences of a fused experts module, by running it again."""
+        for formats in self._by_weight:
+            key, attributes = formats[0][1].weight_key, formats[0][1].weight
+            weights = {
+                parameter: self._weights.get(
+                    (name, key, parameter),
+                    partial(experts.quantized_weight, parameter, attributes),
+                )
+                for parameter in experts.parameters
+            }
+            for index, format_ in formats:
+                difference_TO = experts.run(format_, weights, maxima, inputs).sub_(output_TO)
+                yield index, slice(0, len(output_TO)), difference_TO
+
+    def _single(
+        self,
+        formats: Formats,
+        inputs: dict[str, torch.Tensor],
+        rows: slice,
+        output_TO: torch.Tensor,
+        input_TI: torch.Tensor,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+    ) -> Iterator[Difference]:
+        """``Xq Wq^T + b - Y`` in float32."""
+        for index, format_ in formats:
+            states_TI = inputs.get(format_.input_key or "", input_TI)
+            buffer_CO = self._buffer(output_TO[rows])
+            torch.addmm(output_TO[rows], states_TI[rows], weight_OI.T, beta=-1, out=buffer_CO)
+            yield index, rows, buffer_CO if bias_O is None else buffer_CO.add_(bias_O)
+
+    def _from_errors(
+        self,
+        formats: Formats,
+        inputs: dict[str, torch.Tensor],
+        rows: slice,
+        input_TI: torch.Tensor,
+        error_OI: torch.Tensor,
+        weight_OI: torch.Tensor | None,
+    ) -> Iterator[Difference]:
+        """``X dW^T + dX Wq^T``; the first product serves all formats of a weight quantizer."""
+        states_CI = input_TI[rows]
+        if weight_OI is None and states_CI.dtype == torch.float32:
+            for index, _ in formats:
+                buffer_CO = self._buffer(states_CI, len(error_OI))
+                yield index, rows, torch.mm(states_CI, error_OI.T, out=buffer_CO)
+            return
+        by_weight_CO = (states_CI @ error_OI.T).float()
+        for index, format_ in formats:
+            if format_.input_key is None:
+                yield index, rows, by_weight_CO.clone()
+                continue
+            assert weight_OI is not None
+            yield index, rows, by_weight_CO + inputs[format_.input_key][rows] @ weight_OI.T
+
+    def _buffer(self, like: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Uninitialized memory with as many rows, reused by every product."""
+        shape = (len(like), width or like.shape[1])
+        needed = shape[0] * shape[1]
+        if self._scratch.numel() < needed or self._scratch.device != like.device:
+            self._scratch = torch.empty(needed, device=like.device)
+        return self._scratch[:needed].view(shape)
+
+    @staticmethod
+    def _chunks(output_TO: torch.Tensor) -> list[slice]:
+        num_rows, width = output_TO.shape
+        elements = _CHUNK_ELEMENTS.get(output_TO.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+        size = max(_MIN_CHUNK_ROWS, elements // width)
+        return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+
+def _error(weight_OI: torch.Tensor, attributes: Attributes) -> torch.Tensor:
+    """``Wq - W``, formed in float32, in the weight's dtype."""
+    original_OI = weight_OI.float()
+    return (fake_quantize_weight(attributes, original_OI) - original_OI).to(weight_OI.dtype)
+
+
+def _quantized(weight_OI: torch.Tensor, attributes: Attributes) -> torch.Tensor:
+    return fake_quantize_weight(attributes, weight_OI.float()).to(weight_OI.dtype)
+
+
+def _quantized_input(
+    attributes: Attributes,
+    maximum: float | None,
+    input_TI: torch.Tensor,
+    chunks: list[slice],
+    *,
+    as_error: bool,
+) -> torch.Tensor:
+    """``Xq``, or ``Xq - X``, formed in float32, in the input's dtype."""
+    quantizer = make_input_quantizer(attributes, maximum, torch.empty(0, device=input_TI.device))
+    assert quantizer is not None
+    result_TI = torch.empty_like(input_TI)
+    for rows in chunks:
+        states_CI = input_TI[rows].float()
+        quantized_CI = quantizer(states_CI)
+        result_TI[rows] = quantized_CI - states_CI if as_error else quantized_CI
+    return result_TI
+
+
+def _by_weight(formats: Sequence[Format]) -> list[Formats]:
+    """Formats with their indices, those that quantize weights alike together."""
+    groups: dict[str, Formats] = {}
+    for index, format_ in enumerate(formats):
+        groups.setdefault(format_.weight_key, []).append((index, format_))
+    return list(groups.values())
+
+
+def num_weight_specs(formats: Sequence[Format]) -> int:
+    """Distinct weight quantizers of a menu."""
+    return len(_by_weight(formats))

@@ -1,0 +1,37 @@
+"""Quantized weights, made once and kept while memory allows."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+class WeightCache:
+    """Keeps tensors up to a number of bytes; the least recently used one goes first.
+
+    A value larger than the limit is made each time.
+
+    Args:
+        limit: Bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.nbytes = 0
+        self._kept: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The tensor of ``key``; made and, where it fits, kept if it is not there."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        tensor = make()
+        if tensor.nbytes <= self.limit:
+            while self.nbytes + tensor.nbytes > self.limit:
+                _, dropped = self._kept.popitem(last=False)
+                self.nbytes -= dropped.nbytes
+            self._kept[key] = tensor
+            self.nbytes += tensor.nbytes
+        return tensor
