@@ -37,6 +37,14 @@ class ActivationMaxima:
         self._maxima: dict[tuple[str, str], torch.Tensor] = {}
         self._real_T: torch.Tensor | None = None
 
+    @property
+    def changes_forward(self) -> bool:
+        """Whether outputs may differ in the last bits while maxima are collected.
+
+        The experts run in ModelOpt's order, and only on real tokens.
+        """
+        return bool(self._experts)
+
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """While open, forward passes are watched; call :meth:`set_mask` before each."""

@@ -185,7 +185,12 @@ class Engine:
             one.nbytes for kept in self._kept.values() for visit in kept for one in visit
         )
         needed = sum(self._layer_input_bytes(samples, positions) for v in visits for positions in v)
-        keep = shard is not None and self.is_layerwise and needed <= room
+        keep = (
+            shard is not None
+            and self.is_layerwise
+            and not self._maxima.changes_forward
+            and needed <= room
+        )
         done = []
         with self._maxima.collecting():
             for visit in visits:

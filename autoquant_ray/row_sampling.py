@@ -27,9 +27,9 @@ class DrawnRows:
 
     Attributes:
         indices_U: Distinct rows, ascending, int64.
-        counts_U: How often each was drawn, float64; sums to ``num_draws``.
+        counts_U: How often each was drawn, float64; sums to ``num_draws``, if any row can be drawn.
         inverse_U: ``1 / p`` of each, float64.
-        num_draws: M.
+        num_draws: M, at least 2.
     """
 
     indices_U: torch.Tensor
@@ -44,13 +44,12 @@ class DrawnRows:
             values_U: The drawn rows' values, float64.
 
         Returns:
-            Two scalars, float64. The variance of a single draw is unknown: NaN.
+            Two scalars, float64.
         """
         scaled_U = values_U * self.inverse_U
         mean = (self.counts_U * scaled_U).sum() / self.num_draws
         squares = (self.counts_U * (scaled_U - mean).square()).sum()
-        degrees = self.num_draws - 1 if self.num_draws > 1 else math.nan
-        return mean, squares / degrees / self.num_draws
+        return mean, squares / (self.num_draws - 1) / self.num_draws
 
 
 def draw_rows(
@@ -75,7 +74,7 @@ def draw_rows(
     num_live = int((mass_T != 0).sum())  # NaN counts, and makes the estimate NaN
     if num_live == 0:
         empty = mass_T.new_zeros(0)
-        return DrawnRows(indices_U=empty.long(), counts_U=empty, inverse_U=empty, num_draws=1)
+        return DrawnRows(indices_U=empty.long(), counts_U=empty, inverse_U=empty, num_draws=2)
     num_draws = max(2, math.ceil(share * num_live))
     uniforms_M = np.sort(np.random.default_rng(seed).random(num_draws))
     points_M = torch.from_numpy(uniforms_M).to(cumulative_T) * cumulative_T[-1]

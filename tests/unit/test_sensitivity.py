@@ -229,3 +229,53 @@ def test_sums_bfloat16_stay_near_float32(
     np.testing.assert_allclose(ratios[:, weight_only], 1, atol=0.02)
     np.testing.assert_allclose(ratios, 1, atol=0.15)
     assert np.median(ratios) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_sums_layer_inputs_kept_from_calibration_change_no_bit(
+    family: str, make_engine: Any, make_samples: Any
+) -> None:
+    samples = make_samples(LENGTHS)
+    prepared = make_engine(family, FORMATS, step_tokens=60)
+    maxima = to_maxima(prepared.engine.calibrate(samples, shard=5))
+    kept = prepared.engine.score(samples, 0, maxima, shard=5)
+    fresh = prepared.engine.score(samples, 0, maxima, shard=5)
+    assert np.array_equal(kept.sums.elementwise_GF, fresh.sums.elementwise_GF)
+    assert np.array_equal(kept.sums.token_GF, fresh.sums.token_GF)
+    assert kept.loss == fresh.loss
+
+
+def test_layer_inputs_are_kept_only_where_there_is_room(
+    make_engine: Any, make_samples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model runs forward again for the shard that was not kept, and only for it."""
+    samples = make_samples([16, 16])
+    prepared = make_engine("llama", FORMATS)
+    hidden = prepared.model.config.hidden_size * prepared.model.config.num_hidden_layers * 4
+    room_for_one = 2 * (32 * hidden)
+    prepared = make_engine("llama", FORMATS, activation_bytes=room_for_one)
+    maxima = {}
+    for shard in (0, 1):
+        maxima = to_maxima(prepared.engine.calibrate(samples, shard=shard))
+    ran: list[int] = []
+    original = prepared.engine._forward
+    monkeypatch.setattr(prepared.engine, "_forward", lambda *a: ran.append(1) or original(*a))
+    prepared.engine.score(samples, 0, maxima, shard=0)
+    assert not ran
+    prepared.engine.score(samples, 0, maxima, shard=1)
+    assert ran
+
+
+@pytest.mark.parametrize("limit", [0, 20_000, 10**9])
+def test_sums_weight_cache_of_any_size_changes_no_bit(
+    limit: int, make_engine: Any, make_samples: Any
+) -> None:
+    samples = make_samples([24, 31])
+    results = []
+    for cached in (limit, None):
+        prepared = make_engine(
+            "qwen3_moe", FORMATS, weight_cache_bytes=cached, step_tokens=24, activation_bytes=2**20
+        )
+        maxima = to_maxima(prepared.engine.calibrate(samples))
+        results.append(prepared.engine.score(samples, 0, maxima).sums.elementwise_GF)
+    assert np.array_equal(*results)

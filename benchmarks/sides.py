@@ -1,0 +1,302 @@
+"""The sides that ``vs_modelopt.py`` compares: ModelOpt, our scoring core, our scan through Ray.
+
+Each runs alone in its own process on one case, and reports seconds of calibration and scoring
+(loading the model and reading the data are not counted), its peak memory and its scores in
+ModelOpt's scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from kl_prediction import read_samples
+
+from autoquant_ray.calibration import merge_statistics, to_maxima
+from autoquant_ray.demo import find_demo_model
+from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.formats import resolve_formats
+from autoquant_ray.models import ModelRef, build_skeleton, find_model, load_model
+from autoquant_ray.plan import build_plan
+from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.texts import DataSpec, read_texts
+from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
+
+PRESETS = (
+    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "INT8_DEFAULT_CFG",
+    "FP8_DEFAULT_CFG",
+    "INT8_WEIGHT_ONLY_CFG",
+)
+PAIRS = tuple(
+    f"w{w}_a{a}" for w in ("int4", "fp8", "int8") for a in ("fp16", "fp8", "int8", "int4")
+)
+PADDED_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared.
+
+    Attributes:
+        formats: The menu.
+        is_captions: Short captions, which ModelOpt's side pads to 512 tokens; else full windows.
+    """
+
+    formats: tuple[str, ...]
+    is_captions: bool = False
+
+
+CASES = {
+    "unpadded": Case(PRESETS),
+    "captions": Case(PRESETS, is_captions=True),
+    "formats": Case(PAIRS),
+}
+
+
+def side(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one side: ``modelopt``, ``core[:SHARE]`` or ``ray[:SHARE]`` with a share of rows."""
+    torch.set_num_threads(options.threads)
+    kind, _, share = name.partition(":")
+    if kind == "modelopt":
+        return _run_modelopt(options)
+    run: Callable[..., dict[str, Any]] = _run_core if kind == "core" else _run_ray
+    return run(options, float(share or 1))
+
+
+def _model(options: argparse.Namespace) -> ModelRef:
+    return find_model(options.model or str(find_demo_model()))
+
+
+def _captions(options: argparse.Namespace) -> list[str]:
+    """Sentences of 60 to 180 characters of the text that comes with Python."""
+    text = " ".join(read_texts(DataSpec(source="pydoc", num_samples=1, seq_len=2, pack=True)))
+    sentences = [" ".join(sentence.split()) for sentence in text.split(". ")]
+    return [s for s in sentences if 60 <= len(s) <= 180][: options.samples]
+
+
+def _samples(options: argparse.Namespace, ref: ModelRef) -> list[list[int]]:
+    """Token ids of every sample, unpadded."""
+    if not CASES[options.case].is_captions:
+        return read_samples(_tokenizer_model(options, ref), options.samples, options.seq_len)
+    tokenizer = load_tokenizer(_tokenizer_ref(options, ref))
+    return [tokenizer(caption)["input_ids"] for caption in _captions(options)]
+
+
+def _tokenizer_model(options: argparse.Namespace, ref: ModelRef) -> ModelRef:
+    """A random model made for this benchmark borrows the demo model's tokenizer."""
+    return find_model(str(find_demo_model())) if options.model else ref
+
+
+def _tokenizer_ref(options: argparse.Namespace, ref: ModelRef) -> TokenizerRef:
+    owner = _tokenizer_model(options, ref)
+    return TokenizerRef(model=owner.path, gguf_file=owner.gguf_file)
+
+
+def _batches(options: argparse.Namespace, samples: list[Any]) -> list[list[Any]]:
+    return [samples[i : i + options.batch] for i in range(0, len(samples), options.batch)]
+
+
+def _result(seconds: float, peak: float, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+    return {"seconds": seconds, "peak_gib": peak, "scores": scores}
+
+
+def _own_peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
+    """Our scoring core in this process; every batch is a shard."""
+    ref, formats = _model(options), CASES[options.case].formats
+    batches = _batches(options, _samples(options, ref))
+    plan = build_plan(build_skeleton(ref), resolve_formats(formats, device="cpu"))
+    spec = EngineSpec(
+        model=ref,
+        dtype="float32",
+        device="cpu",
+        num_threads=options.threads,
+        modules=scored_modules(plan),
+        formats=plan.formats,
+        step_tokens=options.step_tokens,
+        labels="data",
+        label_draws=1,
+        seed=0,
+        row_share=share,
+    )
+    engine = Engine(spec)
+    start = time.perf_counter()
+    parts = [engine.calibrate(batch, number) for number, batch in enumerate(batches)]
+    maxima = to_maxima(merge_statistics(parts))
+    total: Any = 0.0
+    for number, batch in enumerate(batches):
+        result = engine.score(batch, number * options.batch, maxima, number)
+        total = total + result.sums.elementwise_GF / result.num_tokens**2
+    seconds = time.perf_counter() - start
+    scores = {
+        group.name: dict(zip(formats, map(float, total[index]), strict=True))
+        for index, group in enumerate(plan.searched)
+    }
+    return _result(seconds, _own_peak_gib(), scores)
+
+
+def _run_ray(options: argparse.Namespace, share: float) -> dict[str, Any]:
+    """Our whole scan with one worker; seconds of its calibration and scoring stages."""
+    from autoquant_ray import ScanConfig, run_search
+    from autoquant_ray.store import RunDirectory
+
+    with tempfile.TemporaryDirectory() as folder:
+        data: dict[str, Any] = {"data": "pydoc", "pack": True, "seq_len": options.seq_len}
+        if CASES[options.case].is_captions:
+            lines = "\n".join(_captions(options))
+            Path(folder, "captions.txt").write_text(lines)
+            data = {"data": f"{folder}/captions.txt", "seq_len": PADDED_LENGTH}
+        config = ScanConfig(
+            model=_model(options).name,
+            out=f"{folder}/run",
+            formats=CASES[options.case].formats,
+            samples=options.samples,
+            shard_samples=options.batch,
+            step_tokens=options.step_tokens,
+            labels="data",
+            sample_rows=share,
+            device="cpu",
+            dtype="float32",
+            workers=options.workers,
+            cpus_per_worker=options.threads,
+            address="local",
+            bits=8,
+            **data,
+        )
+        with _watching_workers() as peak:
+            run_search(config)
+        directory = RunDirectory(config.out)
+        stages = json.loads(directory.read_bytes("run.json"))["stages"]
+        seconds = _scoring_seconds(directory) or sum(
+            stages[name]["seconds"] for name in ("calibrate", "score")
+        )
+        scores: dict[str, dict[str, float]] = {}
+        for row in directory.read_table("sensitivity.parquet", "sensitivity").to_pylist():
+            scores.setdefault(row["group"], {})[row["format"]] = row["modelopt_score"]
+    return _result(seconds, peak[0], scores)
+
+
+def _scoring_seconds(directory: Any) -> float | None:
+    """From the moment that the last worker was ready to the last finished shard."""
+    text = directory.read_bytes("events.jsonl").decode()
+    events = [json.loads(line) for line in text.splitlines()]
+    times = {
+        kind: [e["time"] for e in events if e["event"] == kind]
+        for kind in ("worker_ready", "shard_done")
+    }
+    if not all(times.values()) or not all(
+        isinstance(t, float) for ts in times.values() for t in ts
+    ):
+        return None
+    return float(max(times["shard_done"]) - max(times["worker_ready"]))
+
+
+@contextmanager
+def _watching_workers() -> Iterator[list[float]]:
+    """Highest peak memory of any scoring worker, in GiB, in a list of one number."""
+    import psutil
+
+    peak, stopped = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stopped.wait(0.5):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    if "ShardWorker" in " ".join(process.cmdline()):
+                        peak[0] = max(peak[0], _peak_gib(process.pid))
+                except (psutil.Error, OSError):
+                    continue
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield peak
+    stopped.set()
+    thread.join()
+
+
+def _peak_gib(process_id: int) -> float:
+    lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+
+def _run_modelopt(options: argparse.Namespace) -> dict[str, Any]:
+    """``mtq.auto_quantize`` with all formats in one search."""
+    import modelopt.torch.quantization as mtq
+
+    ref, case = _model(options), CASES[options.case]
+    batches = [_padded(batch, case) for batch in _batches(options, _samples(options, ref))]
+    model = load_model(ref, dtype="float32", device="cpu")
+
+    def loss_func(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits = output.logits[:, :-1].flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
+
+    start = time.perf_counter()
+    _, state = mtq.auto_quantize(
+        model,
+        constraints={"effective_bits": 8.0},
+        quantization_formats=[_modelopt_format(name) for name in case.formats],
+        data_loader=batches,
+        forward_step=lambda model, batch: model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ),
+        loss_func=loss_func,
+        num_calib_steps=len(batches),
+        num_score_steps=len(batches),
+        verbose=False,
+    )
+    seconds = time.perf_counter() - start
+    scores = {
+        name.removesuffix(".quant_recipe"): {
+            str(recipe).partition("(")[0]: float(score)
+            for recipe, score in zip(stats["formats"], stats["scores"], strict=True)
+        }
+        for name, stats in state["candidate_stats"].items()
+    }
+    return _result(seconds, _own_peak_gib(), scores)
+
+
+def _padded(batch: list[list[int]], case: Case) -> dict[str, Any]:
+    """What a tokenizer with ``padding="max_length"`` gives; labels ignore the padding."""
+    length = PADDED_LENGTH if case.is_captions else max(map(len, batch))
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    mask = torch.zeros(len(batch), length, dtype=torch.long)
+    for row, sample in enumerate(batch):
+        ids[row, : len(sample)] = torch.tensor(sample)
+        mask[row, : len(sample)] = 1
+    labels = ids.masked_fill(mask == 0, -100)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask if case.is_captions else None,
+        "labels": labels,
+    }
+
+
+def _modelopt_format(name: str) -> Any:
+    """A preset of ModelOpt, or a pair of the menu as a named config with the same quantizers."""
+    import modelopt.torch.quantization as mtq
+
+    if hasattr(mtq, name):
+        return getattr(mtq, name)
+    (format_,) = resolve_formats([name], device="cpu")
+    entries: list[dict[str, Any]] = [
+        {"quantizer_name": "*", "enable": False},
+        {"quantizer_name": "*weight_quantizer", "cfg": format_.weight, "enable": True},
+    ]
+    if format_.input is not None:
+        entries.append({"quantizer_name": "*input_quantizer", "cfg": format_.input, "enable": True})
+    return {"quant_cfg": entries, "algorithm": "max"}, name

@@ -1,0 +1,28 @@
+"""The weight cache keeps to its limit and drops what was not used for longest."""
+
+from __future__ import annotations
+
+import torch
+
+from autoquant_ray.weight_cache import WeightCache
+
+
+def test_weight_cache_makes_once_and_drops_the_least_recently_used() -> None:
+    made: list[str] = []
+
+    def make(name: str) -> torch.Tensor:
+        made.append(name)
+        return torch.zeros(10)
+
+    cache = WeightCache(limit=2 * 40)
+    for name in ("a", "b", "a", "c", "a", "b"):
+        cache.get(name, lambda n=name: make(n))
+        assert cache.nbytes <= cache.limit
+    assert made == ["a", "b", "c", "b"]
+
+
+def test_weight_cache_does_not_keep_what_exceeds_its_limit() -> None:
+    cache = WeightCache(limit=39)
+    first = cache.get("a", lambda: torch.zeros(10))
+    assert cache.get("a", lambda: torch.ones(10)) is not first
+    assert cache.nbytes == 0
