@@ -58,6 +58,10 @@ class EngineSpec:
     label_draws: int
     seed: int
 
+    def build_engine(self) -> Engine:
+        """Load the model; called in the worker process."""
+        return Engine(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardScores:

@@ -219,9 +219,11 @@ class RunDirectory:
         except ValueError as error:
             raise StoreError(f"{self.path(name)} is damaged: {error}") from None
 
-    def write_table(self, name: str, kind: str, rows: Rows) -> str:
-        """Write rows as Parquet with the schema of ``kind``; returns the full path."""
-        table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMAS[kind])
+    def write_table(self, name: str, kind: str, rows: Rows | pa.Table) -> str:
+        """Write rows, or a table, as Parquet with the schema of ``kind``; returns the full path."""
+        table = rows
+        if not isinstance(rows, pa.Table):
+            table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMAS[kind])
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         return self.write_bytes(name, sink.getvalue().to_pybytes())
@@ -234,7 +236,8 @@ class RunDirectory:
         """
         content = self.read_bytes(name)
         try:
-            table = pq.read_table(pa.BufferReader(content))
+            # Parts are small, and several are read at a time.
+            table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
             missing = set(SCHEMAS[kind].names) - set(table.column_names)
             if missing:
                 raise StoreError(f"{self.path(name)} lacks the columns {sorted(missing)}")
@@ -244,7 +247,7 @@ class RunDirectory:
 
     def list_parts(self, folder: str) -> list[int]:
         """Numbers of the shards that have a part in a folder, sorted."""
-        names = [info.base_name for info in self._list(folder)]
+        names = {info.base_name for info in self._list(folder)}
         numbers = (int(name[6:-8]) for name in names if name[6:-8].isdecimal())
         return sorted(n for n in numbers if part_name("", n).removeprefix("/") in names)
 
