@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from autoquant_ray.errors import StoreError, one_line
 
 SCHEMA_VERSION = 1
+_FLUSH_S = 10.0
 RUN_FILE = "run.json"
 SOLUTIONS = "solutions"
 SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
@@ -126,6 +127,8 @@ class RunDirectory:
         self._is_local = isinstance(base, pa.fs.LocalFileSystem)
         self._root = root
         self._base = base
+        self._late_events: list[str] = []
+        self._next_flush_s = 0.0
 
     def path(self, name: str) -> str:
         """Full path of a file, for people."""
@@ -262,11 +265,16 @@ class RunDirectory:
         return sorted(i.base_name for i in found if i.type == pa.fs.FileType.Directory)
 
     def append_event(self, event: str, **details: Any) -> None:
-        """Add one line to ``events.jsonl``."""
+        """Add one line to ``events.jsonl``.
+
+        An object store cannot append, so there the file is written anew: at most every 10
+        seconds for the frequent ``shard_done``, which a killed driver may therefore lose.
+        """
         line = json.dumps({"time": round(time.time(), 3), "event": event, **details}) + "\n"
         if not self._is_local:
-            before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
-            self.write_bytes("events.jsonl", before + line.encode())
+            self._late_events.append(line)
+            if event != "shard_done" or time.monotonic() >= self._next_flush_s:
+                self._flush_events()
             return
         try:
             os.makedirs(self._root, exist_ok=True)
@@ -274,6 +282,12 @@ class RunDirectory:
                 stream.write(line)
         except OSError as error:
             raise StoreError(f"cannot write {self.path('events.jsonl')}: {error}") from None
+
+    def _flush_events(self) -> None:
+        before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
+        self.write_bytes("events.jsonl", before + "".join(self._late_events).encode())
+        self._late_events.clear()
+        self._next_flush_s = time.monotonic() + _FLUSH_S
 
     def _list(self, folder: str) -> list[Any]:
         root = f"{self._root}/{folder}".rstrip("/")

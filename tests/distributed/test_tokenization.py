@@ -63,7 +63,7 @@ def test_tokenize_stream_any_look_ahead_equals_direct(
         for chunk in chunks
     ]
     assert len(expected) > 5
-    assert list(stream) == expected
+    assert [(empty, [tokens.tolist() for tokens in lists]) for empty, lists in stream] == expected
 
 
 def test_tokenize_stream_uneven_chunks_keeps_order(tokenizer_ref: TokenizerRef) -> None:
