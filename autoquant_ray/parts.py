@@ -1,4 +1,4 @@
-"""Many parts read in order with bounded memory, several at a time.
+"""Many parts read or written in order with bounded memory, several at a time.
 
 A run of 10,000 shards has 10,000 small files per stage. One after the other, an object store would
 answer each within tens of milliseconds; a few threads hide that. Nothing is kept after it is given

@@ -15,6 +15,7 @@ import pyarrow as pa
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.data import SampleAssembler, chunk_texts, require_usable
 from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
+from autoquant_ray.parts import map_ahead
 from autoquant_ray.state import RunState
 from autoquant_ray.store import SAMPLES, SCHEMAS, RunDirectory, part_name
 from autoquant_ray.texts import DataSpec, read_texts
@@ -70,9 +71,13 @@ def keep_samples(
 ) -> None:
     """Move finished sample shards from the scratch directory into the run."""
     with state.stage("shards", fingerprint):
-        for shard in scratch.list_parts(SAMPLES):
+
+        def keep(shard: int) -> str:
             name = part_name(SAMPLES, shard)
-            state.directory.write_bytes(name, scratch.read_bytes(name))
+            return state.directory.write_bytes(name, scratch.read_bytes(name))
+
+        for _ in map_ahead(keep, scratch.list_parts(SAMPLES)):
+            pass
         state.values["dataset"] |= facts
 
 

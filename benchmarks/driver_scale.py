@@ -47,15 +47,17 @@ NUM_GROUPS, NUM_FORMATS = 250, 4
 
 @dataclass(frozen=True, kw_only=True)
 class WaitingSpec:
-    """Spec of an engine that waits; the worker that finds the flag free is the slow one.
+    """Spec of an engine that waits.
 
     Attributes:
         wait_s: Seconds per shard, spread by +-20% over shards.
-        slow_flag: File that the slow worker creates.
+        slow_flag: File that the first worker creates; that one is slow.
+        slowdown: How many times longer the slow worker waits.
     """
 
     wait_s: float
     slow_flag: str
+    slowdown: float = SLOWDOWN
 
     def build_engine(self) -> WaitingEngine:
         """The first of all workers becomes the slow one."""
@@ -63,7 +65,7 @@ class WaitingSpec:
             open(self.slow_flag, "x").close()
         except FileExistsError:
             return WaitingEngine(self.wait_s)
-        return WaitingEngine(self.wait_s * SLOWDOWN)
+        return WaitingEngine(self.wait_s * self.slowdown)
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,9 @@ def main() -> None:
         lines = Path(folder, "run", "events.jsonl").read_text().splitlines()
         facts["copies"] = sum(json.loads(line)["event"] == "shard_copied" for line in lines)
         facts["parts"] = len(state.directory.list_parts("scores"))
-    for name, value in facts.items():
-        print(f"{name}: {value}")
-    print(json.dumps(facts | describe_machine()))
+        for name, value in facts.items():
+            print(f"{name}: {value}")
+        print(json.dumps(facts | describe_machine()), flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -133,19 +135,29 @@ def make_run(config: ScanConfig, num_shards: int, num_samples: int) -> RunState:
     return state
 
 
+def make_plan() -> Any:
+    """The names that the score stage needs of a plan."""
+    return SimpleNamespace(
+        searched=[SimpleNamespace(name=f"layers.{g}.mlp.gate_proj") for g in range(NUM_GROUPS)],
+        formats=[SimpleNamespace(name=f"wfp{f}_afp16") for f in range(NUM_FORMATS)],
+    )
+
+
 @contextmanager
 def cluster(num_nodes: int, num_gpus: int) -> Iterator[dict[str, float]]:
     """Connect to a simulated cluster; yields its resources."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     node = {"num_cpus": num_gpus, "num_gpus": num_gpus, "object_store_memory": 100 * 2**20}
     simulated = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-    for _ in range(num_nodes - 1):
-        simulated.add_node(**node)
-    simulated.wait_for_nodes()
-    ray.init(address=simulated.address, log_to_driver=False, logging_level="ERROR")
-    yield dict(ray.cluster_resources())
-    ray.shutdown()
-    simulated.shutdown()
+    try:
+        for _ in range(num_nodes - 1):
+            simulated.add_node(**node)
+        simulated.wait_for_nodes()
+        ray.init(address=simulated.address, log_to_driver=False, logging_level="ERROR")
+        yield dict(ray.cluster_resources())
+    finally:
+        ray.shutdown()
+        simulated.shutdown()
 
 
 def measure(
@@ -159,30 +171,46 @@ def measure(
         num_ready += event == "worker_ready"
         state.directory.append_event(event, **details)
 
-    plan: Any = SimpleNamespace(
-        searched=[SimpleNamespace(name=f"model.layers.{g}.mlp.gate_proj") for g in range(250)],
-        formats=[SimpleNamespace(name=f"wfp{f}_afp16") for f in range(NUM_FORMATS)],
-    )
     with WorkerPool(spec, placement, on_event) as pool:
         for _ in pool.run(endless_tasks(), submit_nap):
             if num_ready == placement.num_workers:
                 break
-        driver = psutil.Process()
-        memory_bytes, cpu_s, start = driver.memory_full_info().uss, time.process_time(), time.time()
-        stages.score(state, pool, plan, {}, "benchmark")
-        wall_s, cpu_s = time.time() - start, time.process_time() - cpu_s
-        growth_bytes = driver.memory_full_info().uss - memory_bytes
-    workers = placement.num_workers - 1 + 1 / SLOWDOWN
+        process = psutil.Process()
+        before, waited_s = process.memory_full_info(), count_waiting()
+        cpu_s, start = time.process_time(), time.perf_counter()
+        stages.score(state, pool, make_plan(), {}, "benchmark")
+        wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_s
+        after = process.memory_full_info()
+    num_equal_workers = placement.num_workers - 1 + 1 / SLOWDOWN
     return {
         "shards": arguments.shards,
         "workers": placement.num_workers,
         "wait_s": arguments.wait,
         "wall_s": round(wall_s, 2),
-        "efficiency": round(arguments.shards * arguments.wait / (workers * wall_s), 4),
+        "efficiency": round(arguments.shards * arguments.wait / (num_equal_workers * wall_s), 4),
         "driver_cpu_ms_per_shard": round(1e3 * cpu_s / arguments.shards, 3),
-        "driver_uss_start_mib": round(memory_bytes / 2**20, 1),
-        "driver_uss_growth_mib": round(growth_bytes / 2**20, 1),
+        "driver_wall_ms_per_shard": round(1e3 * (wall_s - sum(waited_s)) / arguments.shards, 3),
+        "driver_rss_start_mib": round(before.rss / 2**20, 1),
+        "driver_rss_growth_mib": round((after.rss - before.rss) / 2**20, 1),
+        "driver_uss_start_mib": round(before.uss / 2**20, 1),
+        "driver_uss_growth_mib": round((after.uss - before.uss) / 2**20, 1),
     }
+
+
+def count_waiting() -> list[float]:
+    """From now on, note the seconds of every ``ray.wait``: time in which the driver is idle."""
+    waited_s: list[float] = []
+    wait = ray.wait
+
+    def timed_wait(*arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return wait(*arguments, **options)
+        finally:
+            waited_s.append(time.perf_counter() - start)
+
+    ray.wait = timed_wait
+    return waited_s
 
 
 def endless_tasks() -> Iterator[ShardTask]:

@@ -57,6 +57,7 @@ class _Call:
     worker: Any
     task: ShardTask | None
     start_s: float
+    queue: ShardQueue
 
 
 class WorkerPool:
@@ -111,6 +112,8 @@ class WorkerPool:
             WorkerError: All workers are gone and the replacement budget is spent.
         """
         self._policy.kills.clear()
+        for call in self._calls.values():
+            call.task = None  # left by a generator that was dropped and not closed yet
         queue = ShardQueue(tasks)
         try:
             while True:
@@ -126,7 +129,8 @@ class WorkerPool:
                         yield outcome
         finally:
             for call in self._calls.values():
-                call.task = None
+                if call.queue is queue:
+                    call.task = None
 
     def _start(self) -> None:
         worker = start_worker(self._placement.cpus_per_worker, self._placement.gpus_per_worker)
@@ -139,7 +143,8 @@ class WorkerPool:
             task = queue.take(now_s)
             if task is None:
                 return
-            self._calls[submit(worker, task)] = _Call(worker=worker, task=task, start_s=now_s)
+            call = _Call(worker=worker, task=task, start_s=now_s, queue=queue)
+            self._calls[submit(worker, task)] = call
             if queue.num_copies(task.shard) > 1:
                 self._on_event("shard_copied", shard=task.shard)
 

@@ -192,3 +192,15 @@ def test_pool_closed_early_leaves_workers_usable(two_workers: Pool) -> None:
     assert slow not in {process for _, process in again}
     (two_workers.folder / "release").touch()
     assert slow in results(two_workers.run(2, both_at_once))
+
+
+def test_pool_dropped_generator_that_ends_late_does_not_disturb_the_next(
+    two_workers: Pool,
+) -> None:
+    dropped = two_workers.run(1000, first_call_of_shard_0_waits)
+    next(dropped)
+    following = two_workers.run(6, first_call_of_shard_0_waits)
+    found = [next(following).result]
+    dropped.close()
+    found += [outcome.result for outcome in following]
+    assert sorted(shard for shard, _ in found) == list(range(6))
