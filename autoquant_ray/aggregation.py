@@ -6,21 +6,21 @@ file is the same to the byte for any number of workers and any pattern of deaths
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from autoquant_ray.errors import ScoreError
+from autoquant_ray.store import SCHEMAS
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def score_part_rows(
-    shard: int, groups: Sequence[str], formats: Sequence[str], scores: Any
-) -> list[dict[str, Any]]:
-    """Rows of ``scores/shard-*.parquet``: one per (group, format).
+def score_part(shard: int, groups: Sequence[str], formats: Sequence[str], scores: Any) -> pa.Table:
+    """Content of ``scores/shard-*.parquet``: one row per (group, format).
 
     The sums of a group that saw no gradient in this shard are null, not zero.
 
@@ -30,36 +30,28 @@ def score_part_rows(
         formats: Formats in menu order.
         scores: :class:`~autoquant_ray.engine.ShardScores`.
     """
-
-    def seen(sums_GF: Floats, g: int, f: int) -> float | None:
-        return float(sums_GF[g, f]) if scores.sums.num_rows_G[g] else None
-
-    return [
-        {
-            "shard": shard,
-            "group": group,
-            "format": format_,
-            "elementwise_sum": seen(scores.sums.elementwise_GF, g, f),
-            "token_sum": seen(scores.sums.token_GF, g, f),
-            "num_tokens": scores.num_tokens,
-            "num_samples": scores.num_samples,
-            "seconds": scores.seconds,
-        }
-        for g, group in enumerate(groups)
-        for f, format_ in enumerate(formats)
-    ]
+    num_rows = len(groups) * len(formats)
+    unseen_K = np.repeat(np.equal(scores.sums.num_rows_G, 0), len(formats))
+    columns = {
+        "shard": np.full(num_rows, shard),
+        "group": [group for group in groups for _ in formats],
+        "format": [*formats] * len(groups),
+        "elementwise_sum": pa.array(np.ravel(scores.sums.elementwise_GF), mask=unseen_K),
+        "token_sum": pa.array(np.ravel(scores.sums.token_GF), mask=unseen_K),
+        "num_tokens": np.full(num_rows, scores.num_tokens),
+        "num_samples": np.full(num_rows, scores.num_samples),
+        "seconds": np.full(num_rows, scores.seconds),
+    }
+    return pa.table(columns, schema=SCHEMAS["scores"])
 
 
 def is_complete_part(table: pa.Table, shard: int, keys: Sequence[tuple[str, str]]) -> bool:
     """Whether a scores part belongs to this shard and covers exactly these (group, format)."""
-    found = list(
-        zip(table.column("group").to_pylist(), table.column("format").to_pylist(), strict=True)
-    )
-    return found == list(keys) and set(table.column("shard").to_pylist()) == {shard}
+    return _keys(table) == list(keys) and set(table.column("shard").to_pylist()) == {shard}
 
 
 def sensitivity_rows(
-    parts: Iterable[pa.Table], plan_rows: Sequence[Mapping[str, Any]], estimator: str
+    parts: Sequence[pa.Table], plan_rows: Sequence[Mapping[str, Any]], estimator: str
 ) -> list[dict[str, Any]]:
     """Rows of ``sensitivity.parquet``.
 
@@ -69,6 +61,8 @@ def sensitivity_rows(
     ``S/(S-1) * sum (e_s - R n_s)^2 / (sum n)^2``); null for a single shard. ``modelopt_score``
     is what ``mtq.auto_quantize`` would report if every shard were one of its scoring batches.
 
+    The parts are read twice, one at a time, so memory does not grow with their number.
+
     Args:
         parts: Scores parts in shard order, all with the same rows.
         plan_rows: Rows of ``plan.parquet``.
@@ -77,48 +71,81 @@ def sensitivity_rows(
     Raises:
         ScoreError: No part, or a searched group without a score.
     """
-    tables = list(parts)
-    if not tables:
+    if not len(parts):
         raise ScoreError("no shard was scored; see the quarantined shards in run.json")
     costs = {(row["group"], row["format"]): row for row in plan_rows if row["is_searched"]}
-    _require_scores(tables)
-    elementwise = np.stack([t.column("elementwise_sum").fill_null(0.0).to_numpy() for t in tables])
-    token = np.stack([t.column("token_sum").fill_null(0.0).to_numpy() for t in tables])
-    tokens_S = np.array([t.column("num_tokens")[0].as_py() for t in tables], dtype=np.float64)
-    sums = elementwise if estimator == "elementwise" else token
-    scores, errors = _ratio(0.5 * sums, tokens_S)
-    modelopt = (elementwise / tokens_S[:, None] ** 2).cumsum(axis=0)[-1]
-    keys = list(
-        zip(
-            tables[0].column("group").to_pylist(),
-            tables[0].column("format").to_pylist(),
-            strict=True,
-        )
-    )
+    totals = _add_up(parts)
+    _require_scores(totals)
+    sums_K = totals.elementwise_K if estimator == "elementwise" else totals.token_K
+    scores_K = 0.5 * sums_K / totals.num_tokens
+    errors_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
     return [
         {
             "group": group,
             "format": format_,
-            "score": float(scores[index]),
-            "score_stderr": None if errors is None else float(errors[index]),
-            "elementwise": float(elementwise[:, index].cumsum()[-1]),
-            "token": float(token[:, index].cumsum()[-1]),
-            "modelopt_score": float(modelopt[index]),
-            "num_tokens": int(tokens_S.sum()),
-            "num_shards": len(tables),
+            "score": float(scores_K[index]),
+            "score_stderr": None if errors_K is None else float(errors_K[index]),
+            "elementwise": float(totals.elementwise_K[index]),
+            "token": float(totals.token_K[index]),
+            "modelopt_score": float(totals.modelopt_K[index]),
+            "num_tokens": totals.num_tokens,
+            "num_shards": len(parts),
             "weight_bits": costs[group, format_]["weight_bits"],
             "weight_bytes": costs[group, format_]["weight_bytes"],
         }
-        for index, (group, format_) in enumerate(keys)
+        for index, (group, format_) in enumerate(totals.keys_K)
     ]
 
 
-def _require_scores(tables: list[pa.Table]) -> None:
-    unseen = np.stack([t.column("elementwise_sum").is_null().to_numpy() for t in tables]).all(
-        axis=0
+@dataclass
+class _Totals:
+    """Sums over the parts for each of K (group, format)."""
+
+    keys_K: list[tuple[str, str]]
+    elementwise_K: Floats
+    token_K: Floats
+    modelopt_K: Floats
+    is_unseen_K: np.ndarray[Any, np.dtype[np.bool_]]
+    num_tokens: int = 0
+
+
+def _add_up(parts: Sequence[pa.Table]) -> _Totals:
+    num_rows = parts[0].num_rows
+    totals = _Totals(
+        keys_K=_keys(parts[0]),
+        elementwise_K=np.zeros(num_rows),
+        token_K=np.zeros(num_rows),
+        modelopt_K=np.zeros(num_rows),
+        is_unseen_K=np.ones(num_rows, dtype=np.bool_),
     )
-    groups = tables[0].column("group").to_pylist()
-    missing = list(dict.fromkeys(groups[index] for index in np.flatnonzero(unseen)))
+    for part in parts:
+        num_tokens = _num_tokens(part)
+        elementwise_K = _filled(part, "elementwise_sum")
+        totals.elementwise_K += elementwise_K
+        totals.token_K += _filled(part, "token_sum")
+        totals.modelopt_K += elementwise_K / float(num_tokens) ** 2
+        totals.is_unseen_K &= part.column("elementwise_sum").is_null().to_numpy()
+        totals.num_tokens += num_tokens
+    return totals
+
+
+def _keys(part: pa.Table) -> list[tuple[str, str]]:
+    columns = (part.column(name).to_pylist() for name in ("group", "format"))
+    return list(zip(*columns, strict=True))
+
+
+def _num_tokens(part: pa.Table) -> int:
+    return int(part.column("num_tokens")[0].as_py())
+
+
+def _filled(part: pa.Table, column: str) -> Floats:
+    values_K: Floats = part.column(column).fill_null(0.0).to_numpy()
+    return values_K
+
+
+def _require_scores(totals: _Totals) -> None:
+    unseen = [totals.keys_K[index][0] for index in np.flatnonzero(totals.is_unseen_K)]
+    missing = list(dict.fromkeys(unseen))
     if missing:
         raise ScoreError(
             f"{len(missing)} group(s) received no gradient and have no score, first "
@@ -126,13 +153,14 @@ def _require_scores(tables: list[pa.Table]) -> None:
         )
 
 
-def _ratio(sums_SK: Floats, tokens_S: Floats) -> tuple[Floats, Floats | None]:
-    """Ratio of sums and its standard error; sums run in shard order."""
-    total = tokens_S.sum()
-    ratio_K = sums_SK.cumsum(axis=0)[-1] / total
-    num_shards = len(tokens_S)
-    if num_shards < 2:
-        return ratio_K, None
-    residuals = sums_SK - ratio_K * tokens_S[:, None]
-    squares = np.square(residuals).cumsum(axis=0)[-1]
-    return ratio_K, np.sqrt(num_shards / (num_shards - 1) * squares) / total
+def _standard_errors(
+    parts: Sequence[pa.Table], column: str, ratios_K: Floats, num_tokens: int
+) -> Floats | None:
+    """Standard errors of ratios of sums; None for a single part."""
+    if len(parts) < 2:
+        return None
+    squares_K = np.zeros_like(ratios_K)
+    for part in parts:
+        squares_K += np.square(0.5 * _filled(part, column) - ratios_K * _num_tokens(part))
+    errors_K: Floats = np.sqrt(len(parts) / (len(parts) - 1) * squares_K) / num_tokens
+    return errors_K

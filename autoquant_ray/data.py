@@ -9,13 +9,16 @@ cluster (:mod:`autoquant_ray.distributed.tokenization`).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from autoquant_ray.errors import DataError
 from autoquant_ray.texts import DataSpec
+
+Tokens = TypeVar("Tokens", list[int], "array[int]")
+"""Token ids of one text or sample: a list, or an array of C ints, which is a ninth of the size."""
 
 _MIN_SAMPLE_TOKENS = 2  # a sample of one token predicts nothing
 
@@ -40,9 +43,25 @@ class DataCounts:
     cut: int = 0
 
 
-def chunk_texts(texts: Iterator[str], chunk_size: int) -> Iterator[list[str]]:
-    """Group texts into lists of ``chunk_size``; the last may be shorter."""
-    while chunk := list(islice(texts, chunk_size)):
+def chunk_texts(
+    texts: Iterator[str], chunk_size: int, max_characters: int = 2**20
+) -> Iterator[list[str]]:
+    """Group texts into lists of ``chunk_size``; shorter at the end, and where texts are long.
+
+    Args:
+        texts: Read no further than needed.
+        chunk_size: Texts per list at most.
+        max_characters: A list ends with the text that reaches this length in total.
+    """
+    chunk: list[str] = []
+    num_characters = 0
+    for text in texts:
+        chunk.append(text)
+        num_characters += len(text)
+        if len(chunk) == chunk_size or num_characters >= max_characters:
+            yield chunk
+            chunk, num_characters = [], 0
+    if chunk:
         yield chunk
 
 
@@ -70,8 +89,10 @@ def tokenize_chunk(
     return [list(next(token_lists)) if text else [] for text in texts]
 
 
-class SampleAssembler:
+class SampleAssembler(Generic[Tokens]):
     """Makes samples of token lists that arrive in order, until there are ``num_samples``.
+
+    Works on lists and on arrays; samples are of the kind that came in.
 
     Args:
         spec: The rules: number and length of samples, packed or not.
@@ -83,14 +104,14 @@ class SampleAssembler:
     def __init__(self, spec: DataSpec) -> None:
         self.counts = DataCounts()
         self._spec = spec
-        self._window: list[int] = []
+        self._window: Tokens | None = None
 
     @property
     def is_full(self) -> bool:
         """Whether ``num_samples`` have been given out; further input is ignored."""
         return self.counts.used >= self._spec.num_samples
 
-    def add(self, token_lists: list[list[int]], texts_empty: list[bool]) -> list[list[int]]:
+    def add(self, token_lists: list[Tokens], texts_empty: list[bool]) -> list[Tokens]:
         """Take the next texts.
 
         Args:
@@ -100,7 +121,7 @@ class SampleAssembler:
         Returns:
             The samples completed by these texts, each of 2 to ``seq_len`` token ids.
         """
-        samples: list[list[int]] = []
+        samples: list[Tokens] = []
         for tokens, is_empty in zip(token_lists, texts_empty, strict=True):
             if self.is_full:
                 break
@@ -112,19 +133,20 @@ class SampleAssembler:
                 samples += self._take(tokens)
         return samples
 
-    def finish(self) -> list[list[int]]:
+    def finish(self) -> list[Tokens]:
         """Give out what remains: with ``pack``, the last window if it has 2 tokens or more."""
-        rest, self._window = self._window, []
+        rest, self._window = self._window, None
         return self._take(rest) if rest and not self.is_full else []
 
-    def _chop(self, tokens: list[int]) -> list[list[int]]:
-        running, seq_len = self._window + tokens, self._spec.seq_len
+    def _chop(self, tokens: Tokens) -> list[Tokens]:
+        running = self._window + tokens if self._window else tokens
+        seq_len = self._spec.seq_len
         num_windows = min(len(running) // seq_len, self._spec.num_samples - self.counts.used)
         self._window = running[num_windows * seq_len :]
         self.counts.used += num_windows
         return [running[i * seq_len : (i + 1) * seq_len] for i in range(num_windows)]
 
-    def _take(self, tokens: list[int]) -> list[list[int]]:
+    def _take(self, tokens: Tokens) -> list[Tokens]:
         if len(tokens) < _MIN_SAMPLE_TOKENS:
             self.counts.too_short += 1
             return []

@@ -73,6 +73,10 @@ class EngineSpec:
     weight_cache_bytes: int | None = None
     activation_bytes: int = 2**30
 
+    def build_engine(self) -> Engine:
+        """Load the model; called in the worker process."""
+        return Engine(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardScores:

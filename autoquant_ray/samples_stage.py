@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.data import SampleAssembler, chunk_texts, require_usable
-from autoquant_ray.distributed.tokenization import tokenize_stream
+from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
+from autoquant_ray.parts import map_ahead
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SAMPLES, RunDirectory, part_name
+from autoquant_ray.store import SAMPLES, SCHEMAS, RunDirectory, part_name
 from autoquant_ray.texts import DataSpec, read_texts
 from autoquant_ray.tokenizer import TokenizerRef
 
-_CHUNK_TEXTS = 64
-_LOOK_AHEAD = 4
+Int32s = npt.NDArray[np.int32]
+
+_MIN_CHUNK_TEXTS, _MAX_CHUNK_TEXTS = 64, 1024
 
 
 def has_samples(state: RunState, fingerprint: str) -> bool:
@@ -41,14 +46,15 @@ def read_samples(
     """
     spec = _data_spec(config)
     digest = hashlib.sha256()
-    assembler = SampleAssembler(spec)
+    assembler: SampleAssembler[array[int]] = SampleAssembler(spec)
     num_shards, num_samples, num_tokens = 0, 0, 0
     for shard in _batched(_samples(assembler, spec, tokenizer), config.shard_samples):
-        rows = [{"sample": num_samples + i, "tokens": tokens} for i, tokens in enumerate(shard)]
-        scratch.write_table(part_name(SAMPLES, num_shards), "samples", rows)
-        for tokens in shard:
-            digest.update(np.asarray([len(tokens), *tokens], dtype=np.int32).tobytes())
-            num_tokens += len(tokens)
+        lengths_N = np.fromiter(map(len, shard), dtype=np.int32)
+        tokens_T = np.frombuffer(b"".join(shard), dtype=np.int32)
+        table = _sample_part(num_samples, lengths_N, tokens_T)
+        scratch.write_table(part_name(SAMPLES, num_shards), "samples", table)
+        digest.update(np.insert(tokens_T, lengths_N.cumsum() - lengths_N, lengths_N).tobytes())
+        num_tokens += len(tokens_T)
         num_shards, num_samples = num_shards + 1, num_samples + len(shard)
     require_usable(assembler.counts, config.data)
     return {
@@ -65,9 +71,13 @@ def keep_samples(
 ) -> None:
     """Move finished sample shards from the scratch directory into the run."""
     with state.stage("shards", fingerprint):
-        for shard in scratch.list_parts(SAMPLES):
+
+        def keep(shard: int) -> str:
             name = part_name(SAMPLES, shard)
-            state.directory.write_bytes(name, scratch.read_bytes(name))
+            return state.directory.write_bytes(name, scratch.read_bytes(name))
+
+        for _ in map_ahead(keep, scratch.list_parts(SAMPLES)):
+            pass
         state.values["dataset"] |= facts
 
 
@@ -83,12 +93,25 @@ def _data_spec(config: ScanConfig) -> DataSpec:
     )
 
 
+def _sample_part(first_sample: int, lengths_N: Int32s, tokens_T: Int32s) -> pa.Table:
+    offsets = np.concatenate([np.zeros(1, dtype=np.int32), lengths_N.cumsum(dtype=np.int32)])
+    columns = {
+        "sample": np.arange(first_sample, first_sample + len(lengths_N)),
+        "tokens": pa.ListArray.from_arrays(offsets, tokens_T),
+    }
+    return pa.table(columns, schema=SCHEMAS["samples"])
+
+
 def _samples(
-    assembler: SampleAssembler, spec: DataSpec, tokenizer: TokenizerRef
-) -> Iterator[list[int]]:
-    chunks = chunk_texts(read_texts(spec), _CHUNK_TEXTS)
+    assembler: SampleAssembler[array[int]], spec: DataSpec, tokenizer: TokenizerRef
+) -> Iterator[array[int]]:
+    # Large chunks cost less per text; small ones waste less where few samples are wanted.
+    chunk_size = max(_MIN_CHUNK_TEXTS, min(spec.num_samples // 64, _MAX_CHUNK_TEXTS))
     stream = tokenize_stream(
-        chunks, tokenizer_ref=tokenizer, pack=spec.pack, look_ahead=_LOOK_AHEAD
+        chunk_texts(read_texts(spec), chunk_size),
+        tokenizer_ref=tokenizer,
+        pack=spec.pack,
+        look_ahead=look_ahead_of(spec.num_samples // chunk_size),
     )
     for texts_empty, token_lists in stream:
         yield from assembler.add(token_lists, texts_empty)
@@ -97,6 +120,6 @@ def _samples(
     yield from assembler.finish()
 
 
-def _batched(samples: Iterator[list[int]], size: int) -> Iterator[list[list[int]]]:
+def _batched(samples: Iterator[array[int]], size: int) -> Iterator[list[array[int]]]:
     while batch := list(itertools.islice(samples, size)):
         yield batch

@@ -10,9 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from autoquant_ray.aggregation import is_complete_part, score_part_rows, sensitivity_rows
+from autoquant_ray.aggregation import is_complete_part, score_part, sensitivity_rows
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.calibration import Statistics, merge_statistics, to_maxima
 from autoquant_ray.config import ScanConfig
@@ -20,6 +18,7 @@ from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.distributed.progress import progress
 from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.errors import StoreError, WorkerError
+from autoquant_ray.parts import Parts, map_ahead
 from autoquant_ray.plan import Plan
 from autoquant_ray.sensitivity import Maxima
 from autoquant_ray.state import RunState
@@ -59,10 +58,10 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
             outcomes = pool.run(tasks, lambda worker, task: worker.calibrate.remote(task))
             _collect(state, "calibrate", outcomes, len(done), write)
             shards = _intact_parts(state, CALIBRATION, lambda _shard, table: table.num_rows > 0)
-            parts = [_read_statistics(state, part_name(CALIBRATION, shard)) for shard in shards]
+            parts = map(_statistics, Parts(directory, CALIBRATION, shards))
             merged = _statistics_rows(merge_statistics(parts))
             directory.write_table("calibration.parquet", "calibration", merged)
-    return to_maxima(_read_statistics(state, "calibration.parquet"))
+    return to_maxima(_statistics(directory.read_table("calibration.parquet", "calibration")))
 
 
 def is_scored(state: RunState, plan: Plan, fingerprint: str) -> bool:
@@ -92,8 +91,8 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
         unseen = [g for g, rows in zip(groups, num_rows_G, strict=True) if not rows]
         if unseen:
             logger.warning("shard %d gave no gradient to %s", shard, ", ".join(unseen[:3]))
-        rows = score_part_rows(shard, groups, formats, outcome.result)
-        return state.directory.write_table(part_name(SCORES, shard), "scores", rows)
+        part = score_part(shard, groups, formats, outcome.result)
+        return state.directory.write_table(part_name(SCORES, shard), "scores", part)
 
     with state.stage("score", fingerprint):
         shared_maxima = ray.put(maxima)
@@ -113,8 +112,7 @@ def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
         plan_rows = directory.read_table("plan.parquet", "plan").to_pylist()
         left_out = _quarantined(state)
         shards = [s for s in range(state.num_shards) if s not in left_out]
-        parts = (directory.read_table(part_name(SCORES, shard), "scores") for shard in shards)
-        rows = sensitivity_rows(parts, plan_rows, config.estimator)
+        rows = sensitivity_rows(Parts(directory, SCORES, shards), plan_rows, config.estimator)
         directory.write_table("sensitivity.parquet", "sensitivity", rows)
 
 
@@ -169,9 +167,10 @@ def _tasks(state: RunState, done: Sequence[int]) -> Iterator[ShardTask]:
         if shard in skip:
             continue
         table = state.directory.read_table(part_name(SAMPLES, shard), "samples")
-        samples = [np.asarray(t, dtype=np.int32) for t in table.column("tokens").to_pylist()]
         yield ShardTask(
-            shard=shard, first_sample=table.column("sample")[0].as_py(), samples=samples
+            shard=shard,
+            first_sample=table.column("sample")[0].as_py(),
+            samples=[row.values.to_numpy() for row in table.column("tokens")],
         )
 
 
@@ -179,19 +178,23 @@ def _intact_parts(
     state: RunState, folder: str, is_complete: Callable[[int, Any], bool]
 ) -> list[int]:
     """Shards whose part is there and whole; a damaged part is deleted with a warning."""
-    intact = []
-    for shard in state.directory.list_parts(folder):
-        name = part_name(folder, shard)
+
+    def is_intact(shard: int) -> bool:
         try:
-            whole = is_complete(shard, state.directory.read_table(name, folder))
+            return is_complete(shard, state.directory.read_table(part_name(folder, shard), folder))
         except StoreError:
-            whole = False
+            return False
+
+    intact = []
+    shards = state.directory.list_parts(folder)
+    for shard, whole in zip(shards, map_ahead(is_intact, shards), strict=True):
         if whole:
             intact.append(shard)
-        else:
-            logger.warning("%s is damaged; shard %d is done again", name, shard)
-            state.directory.append_event("part_damaged", part=name)
-            state.directory.delete(name)
+            continue
+        name = part_name(folder, shard)
+        logger.warning("%s is damaged; shard %d is done again", name, shard)
+        state.directory.append_event("part_damaged", part=name)
+        state.directory.delete(name)
     return intact
 
 
@@ -211,6 +214,6 @@ def _statistics_rows(statistics: Statistics) -> list[dict[str, Any]]:
     ]
 
 
-def _read_statistics(state: RunState, name: str) -> Statistics:
-    rows = state.directory.read_table(name, "calibration").to_pylist()
-    return {(row["module"], row["statistic"]): row["value"] for row in rows}
+def _statistics(table: Any) -> Statistics:
+    modules, names, values = (table.column(name).to_pylist() for name in table.column_names)
+    return dict(zip(zip(modules, names, strict=True), values, strict=True))

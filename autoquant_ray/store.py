@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from autoquant_ray.errors import StoreError, one_line
 
 SCHEMA_VERSION = 1
+_FLUSH_S = 10.0
 RUN_FILE = "run.json"
 SOLUTIONS = "solutions"
 SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
@@ -126,6 +127,8 @@ class RunDirectory:
         self._is_local = isinstance(base, pa.fs.LocalFileSystem)
         self._root = root
         self._base = base
+        self._late_events: list[str] = []
+        self._next_flush_s = 0.0
 
     def path(self, name: str) -> str:
         """Full path of a file, for people."""
@@ -219,9 +222,11 @@ class RunDirectory:
         except ValueError as error:
             raise StoreError(f"{self.path(name)} is damaged: {error}") from None
 
-    def write_table(self, name: str, kind: str, rows: Rows) -> str:
-        """Write rows as Parquet with the schema of ``kind``; returns the full path."""
-        table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMAS[kind])
+    def write_table(self, name: str, kind: str, rows: Rows | pa.Table) -> str:
+        """Write rows, or a table, as Parquet with the schema of ``kind``; returns the full path."""
+        table = rows
+        if not isinstance(rows, pa.Table):
+            table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMAS[kind])
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         return self.write_bytes(name, sink.getvalue().to_pybytes())
@@ -234,7 +239,8 @@ class RunDirectory:
         """
         content = self.read_bytes(name)
         try:
-            table = pq.read_table(pa.BufferReader(content))
+            # Parts are small, and several are read at a time.
+            table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
             missing = set(SCHEMAS[kind].names) - set(table.column_names)
             if missing:
                 raise StoreError(f"{self.path(name)} lacks the columns {sorted(missing)}")
@@ -244,7 +250,7 @@ class RunDirectory:
 
     def list_parts(self, folder: str) -> list[int]:
         """Numbers of the shards that have a part in a folder, sorted."""
-        names = [info.base_name for info in self._list(folder)]
+        names = {info.base_name for info in self._list(folder)}
         numbers = (int(name[6:-8]) for name in names if name[6:-8].isdecimal())
         return sorted(n for n in numbers if part_name("", n).removeprefix("/") in names)
 
@@ -259,11 +265,16 @@ class RunDirectory:
         return sorted(i.base_name for i in found if i.type == pa.fs.FileType.Directory)
 
     def append_event(self, event: str, **details: Any) -> None:
-        """Add one line to ``events.jsonl``."""
+        """Add one line to ``events.jsonl``.
+
+        An object store cannot append, so there the file is written anew: at most every 10
+        seconds for the frequent ``shard_done``, which a killed driver may therefore lose.
+        """
         line = json.dumps({"time": round(time.time(), 3), "event": event, **details}) + "\n"
         if not self._is_local:
-            before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
-            self.write_bytes("events.jsonl", before + line.encode())
+            self._late_events.append(line)
+            if event != "shard_done" or time.monotonic() >= self._next_flush_s:
+                self._flush_events()
             return
         try:
             os.makedirs(self._root, exist_ok=True)
@@ -271,6 +282,12 @@ class RunDirectory:
                 stream.write(line)
         except OSError as error:
             raise StoreError(f"cannot write {self.path('events.jsonl')}: {error}") from None
+
+    def _flush_events(self) -> None:
+        before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
+        self.write_bytes("events.jsonl", before + "".join(self._late_events).encode())
+        self._late_events.clear()
+        self._next_flush_s = time.monotonic() + _FLUSH_S
 
     def _list(self, folder: str) -> list[Any]:
         root = f"{self._root}/{folder}".rstrip("/")

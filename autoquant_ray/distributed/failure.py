@@ -37,7 +37,7 @@ class FailurePolicy:
     kills: dict[int, int] = field(default_factory=dict)
 
     def on_worker_death(self, shard: int | None) -> Decision:
-        """A worker died; ``shard`` is what it worked on, None if it was idle or starting."""
+        """A worker died; ``shard`` is what it worked on, None if nobody waited for its result."""
         if shard is None:
             return Decision.RETRY
         self.kills[shard] = self.kills.get(shard, 0) + 1

@@ -1,4 +1,9 @@
-"""A pool of workers that pull shards: reassigns lost shards, replaces dead workers.
+"""A pool of workers that pull shards: reassigns lost shards, replaces dead workers, lets no slow
+worker hold the end of a stage.
+
+Calls are never cancelled (``ray.cancel`` can abort the driver, Ray 2.60). A worker that still
+computes a copy nobody needs stays out of the next stage until its call ends; killing it would cost
+loading the model again, likely on the same slow GPU.
 
 Results come in the order in which they are finished; whoever needs an order sorts by shard.
 """
@@ -6,7 +11,7 @@ Results come in the order in which they are finished; whoever needs an order sor
 from __future__ import annotations
 
 import logging
-from collections import deque
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,6 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from autoquant_ray.distributed.failure import Decision, FailurePolicy
 from autoquant_ray.distributed.placement import Placement
+from autoquant_ray.distributed.shard_queue import ShardQueue
 from autoquant_ray.distributed.worker import ShardTask, start_worker
 from autoquant_ray.errors import AutoQuantError, ClusterError, WorkerError, one_line
 
@@ -44,6 +50,16 @@ class Outcome:
     reason: str | None = None
 
 
+@dataclass(kw_only=True)
+class _Call:
+    """A call in flight; ``task`` is None once its result is not wanted."""
+
+    worker: Any
+    task: ShardTask | None
+    start_s: float
+    queue: ShardQueue
+
+
 class WorkerPool:
     """Starts workers, feeds them, and closes them on exit.
 
@@ -60,6 +76,7 @@ class WorkerPool:
         self._policy = FailurePolicy(max_replacements=10 + 3 * placement.num_workers)
         self._workers: dict[Any, int] = {}
         self._loading: dict[Any, Any] = {}
+        self._calls: dict[Any, _Call] = {}
         self._num_started = 0
 
     def __enter__(self) -> Self:
@@ -77,12 +94,16 @@ class WorkerPool:
             ray.kill(worker)
         self._workers.clear()
         self._loading.clear()
+        self._calls.clear()
 
     def run(self, tasks: Iterable[ShardTask], submit: Submit) -> Iterator[Outcome]:
-        """Compute every task once.
+        """Compute every task once; a slow one may be computed twice, its first result counts.
+
+        Calls that are still running at the end, or when the generator is closed early, are left
+        to run out: their workers get nothing until then, and what they return is ignored.
 
         Args:
-            tasks: Pulled one at a time, when a worker is free.
+            tasks: Pulled one at a time, one ahead of the workers.
             submit: How to start a task on a worker.
 
         Raises:
@@ -91,46 +112,68 @@ class WorkerPool:
             WorkerError: All workers are gone and the replacement budget is spent.
         """
         self._policy.kills.clear()
-        waiting = iter(tasks)
-        retries: deque[ShardTask] = deque()
-        busy: dict[Any, tuple[Any, ShardTask]] = {}
-        exhausted = False
-        while True:
-            working = {worker for worker, _ in busy.values()}
-            for worker in [w for w in self._workers if w not in working]:
-                task = retries.popleft() if retries else next(waiting, None)
-                if task is None:
-                    exhausted = True
-                    break
-                busy[submit(worker, task)] = (worker, task)
-            if not busy and exhausted and not retries:
-                return
-            self._require_workers(busy)
-            for reference in self._wait([*busy, *self._loading]):
-                if reference in self._loading:
-                    self._finish_loading(reference)
-                    continue
-                worker, task = busy.pop(reference)
-                outcome = self._settle(reference, worker, task)
-                if outcome is None:
-                    retries.append(task)
-                else:
-                    yield outcome
+        for call in self._calls.values():
+            call.task = None  # left by a generator that was dropped and not closed yet
+        queue = ShardQueue(tasks)
+        try:
+            while True:
+                self._feed(queue, submit)
+                queue.read_ahead()
+                if queue.is_done:
+                    return
+                self._require_workers()
+                for reference in self._wait(queue):
+                    outcome = self._receive(reference, queue)
+                    if outcome is not None:
+                        self._feed(queue, submit)  # before the caller writes the result
+                        yield outcome
+        finally:
+            for call in self._calls.values():
+                if call.queue is queue:
+                    call.task = None
 
     def _start(self) -> None:
         worker = start_worker(self._placement.cpus_per_worker, self._placement.gpus_per_worker)
         self._num_started += 1
         self._loading[worker.load.remote(self._spec)] = worker
 
-    def _wait(self, references: list[Any]) -> list[Any]:
-        timeout = None if self._workers else _START_TIMEOUT_S
-        ready, _ = ray.wait(references, num_returns=1, timeout=timeout)
-        if not ready:
+    def _feed(self, queue: ShardQueue, submit: Submit) -> None:
+        for worker in self._free_workers():
+            now_s = time.monotonic()
+            task = queue.take(now_s)
+            if task is None:
+                return
+            call = _Call(worker=worker, task=task, start_s=now_s, queue=queue)
+            self._calls[submit(worker, task)] = call
+            if queue.num_copies(task.shard) > 1:
+                self._on_event("shard_copied", shard=task.shard)
+
+    def _free_workers(self) -> list[Any]:
+        busy = {call.worker for call in self._calls.values()}
+        return [worker for worker in self._workers if worker not in busy]
+
+    def _wait(self, queue: ShardQueue) -> list[Any]:
+        timeout: float | None = _START_TIMEOUT_S
+        if self._workers:
+            timeout = queue.seconds_to_copy(time.monotonic()) if self._free_workers() else None
+        ready, _ = ray.wait([*self._calls, *self._loading], num_returns=1, timeout=timeout)
+        if not ready and not self._workers:
             raise ClusterError(
                 f"no worker started within {_START_TIMEOUT_S:g} s; the cluster has "
                 f"{ray.cluster_resources()}"
             )
         return list(ready)
+
+    def _receive(self, reference: Any, queue: ShardQueue) -> Outcome | None:
+        """Take what has arrived: a loaded worker, an unwanted copy, or the end of a shard."""
+        if reference in self._loading:
+            self._finish_loading(reference)
+            return None
+        call = self._calls.pop(reference)
+        if call.task is None:
+            self._discard(reference, call.worker)
+            return None
+        return self._settle(reference, call, call.task, queue)
 
     def _finish_loading(self, reference: Any) -> None:
         worker = self._loading.pop(reference)
@@ -144,22 +187,46 @@ class WorkerPool:
             self._workers[worker] = process_id
             self._on_event("worker_ready", pid=process_id)
 
-    def _settle(self, reference: Any, worker: Any, task: ShardTask) -> Outcome | None:
+    def _discard(self, reference: Any, worker: Any) -> None:
+        """End a call whose result is not wanted: only the worker's death matters."""
+        try:
+            ray.get(reference)
+        except RayTaskError as error:
+            logger.info("a copy that was not needed failed: %s", one_line(error))
+        except RayError as error:
+            self._on_death(worker, None, error)
+
+    def _settle(
+        self, reference: Any, call: _Call, task: ShardTask, queue: ShardQueue
+    ) -> Outcome | None:
         """Take a finished call's result; None means that the shard must be tried again."""
         try:
-            return Outcome(task=task, result=ray.get(reference))
+            result = ray.get(reference)
         except RayTaskError as error:
             own = _own_error(error)
             if self._policy.on_error(own) is Decision.FAIL:
                 raise own from None
-            reason = str(own)
+            return self._quarantine(task, str(own), queue)
         except RayError as error:  # the worker, its node, or its result is gone
-            decision = self._on_death(worker, task, error)
-            if decision is Decision.RETRY:
+            if self._on_death(call.worker, task, error) is Decision.RETRY:
+                queue.lose(task.shard, call.start_s)
                 return None
             reason = f"killed {self._policy.max_kills_per_shard} workers"
+            return self._quarantine(task, reason, queue)
+        queue.finish(task.shard, call.start_s, time.monotonic())
+        self._ignore_copies(task.shard)
+        return Outcome(task=task, result=result)
+
+    def _quarantine(self, task: ShardTask, reason: str, queue: ShardQueue) -> Outcome:
+        queue.give_up(task.shard)
+        self._ignore_copies(task.shard)
         self._on_event("shard_quarantined", shard=task.shard, reason=reason)
         return Outcome(task=task, reason=reason)
+
+    def _ignore_copies(self, shard: int) -> None:
+        for call in self._calls.values():
+            if call.task is not None and call.task.shard == shard:
+                call.task = None
 
     def _on_death(self, worker: Any, task: ShardTask | None, error: RayError) -> Decision:
         shard = None if task is None else task.shard
@@ -173,8 +240,8 @@ class WorkerPool:
             self._start()
         return decision
 
-    def _require_workers(self, busy: dict[Any, Any]) -> None:
-        if not self._workers and not self._loading and not busy:
+    def _require_workers(self) -> None:
+        if not self._workers and not self._loading:
             raise WorkerError(
                 f"all workers died ({self._num_started} were started); finished shards are kept, "
                 "start again with --resume"

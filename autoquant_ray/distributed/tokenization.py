@@ -8,9 +8,11 @@ bounded and little is tokenized in vain when enough samples have been found.
 from __future__ import annotations
 
 import os
+from array import array
 from collections import deque
 from collections.abc import Generator, Iterator
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,24 @@ from autoquant_ray.data import tokenize_chunk
 from autoquant_ray.errors import AutoQuantError, DataError, WorkerError, one_line
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
 
+_MIN_LOOK_AHEAD, _MAX_LOOK_AHEAD = 4, 64
+
 Int32s = npt.NDArray[np.int32]
+
+
+def look_ahead_of(num_chunks: int) -> int:
+    """How many chunks to have in flight: two per CPU of the cluster, from 4 to 64.
+
+    Args:
+        num_chunks: Chunks that will be needed, about; more would be tokenized in vain.
+    """
+    num_cpus = int(ray.cluster_resources().get("CPU", 1))
+    return max(_MIN_LOOK_AHEAD, min(2 * num_cpus, num_chunks, _MAX_LOOK_AHEAD))
 
 
 def tokenize_stream(
     chunks: Iterator[list[str]], *, tokenizer_ref: TokenizerRef, pack: bool, look_ahead: int
-) -> Generator[tuple[list[bool], list[list[int]]], None, None]:
+) -> Generator[tuple[list[bool], list[array[int]]], None, None]:
     """Tokenize chunks of texts in Ray tasks.
 
     Closing the generator early leaves at most ``look_ahead`` tasks to run out. They are not
@@ -60,14 +74,16 @@ def tokenize_stream(
 
 def _result_of_first(
     pending: deque[tuple[list[bool], Any]],
-) -> tuple[list[bool], list[list[int]]]:
+) -> tuple[list[bool], list[array[int]]]:
     texts_empty, reference = pending[0]
     tokens_T, lengths_N = _get(reference)
     pending.popleft()
-    ends_N = np.cumsum(lengths_N)
-    # Row by row, so that not all tokens exist as Python integers twice.
+    tokens = tokens_T.tobytes()
+    ends_N = np.cumsum(lengths_N) * tokens_T.itemsize
+    starts_N = ends_N - lengths_N * tokens_T.itemsize
     token_lists = [
-        tokens_T[end - length : end].tolist() for end, length in zip(ends_N, lengths_N, strict=True)
+        array("i", tokens[start:end])
+        for start, end in zip(starts_N.tolist(), ends_N.tolist(), strict=True)
     ]
     return texts_empty, token_lists
 
@@ -88,7 +104,7 @@ def _get(reference: Any) -> tuple[Int32s, Int32s]:
 def _tokenize(texts: list[str], tokenizer_ref: TokenizerRef, pack: bool) -> tuple[Int32s, Int32s]:
     token_lists = tokenize_chunk(_cached_tokenizer(tokenizer_ref), texts, pack=pack)
     lengths_N = np.array([len(tokens) for tokens in token_lists], dtype=np.int32)
-    tokens_T = np.fromiter((token for tokens in token_lists for token in tokens), dtype=np.int32)
+    tokens_T = np.fromiter(chain.from_iterable(token_lists), dtype=np.int32)
     return tokens_T, lengths_N
 
 

@@ -1,5 +1,8 @@
 """The Ray actor around an :class:`~autoquant_ray.engine.Engine`: no arithmetic lives here.
 
+The engine is whatever the spec builds, so nothing here imports torch; a benchmark of the driver
+sends a spec whose engine only waits.
+
 Constructing the actor is cheap; ``load`` reads the model, so that its errors arrive as results
 and not as a dead actor.
 """
@@ -7,6 +10,7 @@ and not as a dead actor.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,11 +44,9 @@ class ShardWorker:
         self._engine: Any = None
 
     def load(self, spec: Any) -> int:
-        """Load the model; returns the process id."""
-        from autoquant_ray.engine import Engine
-
+        """Load the model with the spec's ``build_engine()``; returns the process id."""
         with _own_errors("loading the model"):
-            self._engine = Engine(spec)
+            self._engine = spec.build_engine()
         return os.getpid()
 
     def calibrate(self, task: ShardTask) -> Any:
@@ -74,9 +76,8 @@ def _own_errors(doing: str) -> Iterator[None]:
 
 def _is_device_lost(error: Exception) -> bool:
     """A CUDA context does not recover from most errors; a new process does."""
-    import torch
-
-    return isinstance(error, torch.AcceleratorError)
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.AcceleratorError)
 
 
 def start_worker(num_cpus: int, num_gpus: float) -> Any:

@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 
 from autoquant_ray.data import chunk_texts, tokenize_chunk
-from autoquant_ray.distributed.tokenization import tokenize_stream
+from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
 from autoquant_ray.errors import DataError, ModelError
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
 
@@ -63,7 +63,7 @@ def test_tokenize_stream_any_look_ahead_equals_direct(
         for chunk in chunks
     ]
     assert len(expected) > 5
-    assert list(stream) == expected
+    assert [(empty, [tokens.tolist() for tokens in lists]) for empty, lists in stream] == expected
 
 
 def test_tokenize_stream_uneven_chunks_keeps_order(tokenizer_ref: TokenizerRef) -> None:
@@ -97,6 +97,12 @@ def test_tokenize_stream_closed_early_leaves_ray_usable(tokenizer_ref: Tokenizer
         iter([["the dog"]]), tokenizer_ref=tokenizer_ref, pack=False, look_ahead=1
     )
     assert [texts_empty for texts_empty, _ in again] == [[False]]
+
+
+def test_look_ahead_follows_the_cluster_and_what_is_needed() -> None:
+    assert look_ahead_of(10_000) == 8  # two per CPU of the test's cluster
+    assert look_ahead_of(6) == 6
+    assert look_ahead_of(1) == 4
 
 
 def endless_chunks(consumed: list[int]) -> Iterator[list[str]]:

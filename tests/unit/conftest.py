@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoquant_ray.aggregation import score_part_rows
+from autoquant_ray.aggregation import score_part
 from autoquant_ray.config import ScanConfig, stage_fingerprints
 from autoquant_ray.engine import Engine, EngineSpec, ShardScores
 from autoquant_ray.formats import resolve_formats
@@ -109,8 +109,8 @@ def make_run(make_model: Any, tmp_path: Path) -> Any:
         for shard in range(2):
             scores = _made_up_scores(plan, shard)
             names = [group.name for group in plan.searched]
-            rows = score_part_rows(shard, names, formats, scores)
-            directory.write_table(part_name(SCORES, shard), "scores", rows)
+            part = score_part(shard, names, formats, scores)
+            directory.write_table(part_name(SCORES, shard), "scores", part)
         aggregate(state, config, marks["aggregate"])
         return directory
 

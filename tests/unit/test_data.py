@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from array import array
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -249,6 +250,12 @@ def test_chunk_texts_reads_no_further_than_asked() -> None:
     assert list(chunks) == [["4", "5", "6", "7"], ["8", "9"]]
 
 
+def test_chunk_texts_long_texts_make_short_chunks() -> None:
+    texts = ["a" * 60, "b" * 50, "c" * 100, "d", "e"]
+    chunks = list(chunk_texts(iter(texts), 4, max_characters=100))
+    assert [[text[0] for text in chunk] for chunk in chunks] == [["a", "b"], ["c"], ["d", "e"]]
+
+
 def test_import_data_loads_no_heavy_package() -> None:
     heavy = ["torch", "ray", "datasets", "transformers", "pyarrow", "numpy"]
     code = f"import sys, autoquant_ray.data; print([n for n in {heavy} if n in sys.modules])"
@@ -337,6 +344,21 @@ def test_assembler_any_chunk_size_gives_the_same_samples(tokenizer: Any, pack: b
         results.append((samples + assembler.finish(), assembler.counts))
     assert len(results[0][0]) == 60
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_assembler_arrays_give_the_samples_of_lists(pack: bool) -> None:
+    lengths = [3, 0, 9, 1, 4, 17, 2]
+    token_lists = [list(range(100 * n, 100 * n + length)) for n, length in enumerate(lengths)]
+    arrays = [array("i", tokens) for tokens in token_lists]
+    empty = [not tokens for tokens in token_lists]
+    spec = spec_of("x", seq_len=4, pack=pack)
+    of_lists, of_arrays = SampleAssembler(spec), SampleAssembler(spec)
+    samples = of_lists.add(token_lists, empty) + of_lists.finish()
+    found = of_arrays.add(arrays, empty) + of_arrays.finish()
+    assert all(isinstance(sample, array) for sample in found)
+    assert [sample.tolist() for sample in found] == samples
+    assert of_arrays.counts == of_lists.counts
 
 
 def test_assembler_packed_text_file_keeps_every_token(tmp_path: Path, tokenizer: Any) -> None:

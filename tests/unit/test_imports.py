@@ -38,6 +38,7 @@ PURE = (
     "loss",
     "manifest",
     "models",
+    "parts",
     "plan",
     "planner",
     "quantizers",

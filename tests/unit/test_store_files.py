@@ -229,6 +229,29 @@ def test_events_are_one_json_object_a_line(finished: RunDirectory) -> None:
     assert done == ["plan", "aggregate"]
 
 
+def test_events_in_an_object_store_are_gathered_but_complete_and_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("autoquant_ray.store.time.monotonic", lambda: now_s)
+    directory = RunDirectory("mock:///")
+
+    def written() -> list[Any]:
+        lines = directory.read_bytes("events.jsonl").decode().splitlines()
+        return [json.loads(line).get("shard") for line in lines]
+
+    directory.append_event("stage_started")
+    for shard in range(3):
+        directory.append_event("shard_done", shard=shard)
+    assert written() == [None]
+    now_s += 10
+    directory.append_event("shard_done", shard=3)
+    assert written() == [None, 0, 1, 2, 3]
+    directory.append_event("shard_done", shard=4)
+    directory.append_event("stage_done")
+    assert written() == [None, 0, 1, 2, 3, 4, None]
+
+
 @pytest.mark.parametrize("start", ["", "solutions/bits-6.00/"])
 def test_report_lists_every_layer_sorted(start: str, finished: RunDirectory) -> None:
     text = Path(finished.uri, f"{start}report.md").read_text()

@@ -1,0 +1,115 @@
+"""Which shard a free worker gets: decisions only, no Ray, no clock of its own.
+
+A shard that was lost with its worker comes first, then a fresh one. When neither is left, a free
+worker gets a copy of the shard that has been running longest, if that is unusually long: a worker
+that is several times slower than the others (a throttled GPU, a busy node) then does not hold the
+run. Whichever copy ends first counts; both would give the same bytes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from autoquant_ray.distributed.worker import ShardTask
+
+MAX_COPIES = 2
+"""Calls that may compute the same shard at the same time."""
+
+SLOW_FACTOR = 1.75
+"""A shard is slow once it has run this many times the median of the finished ones."""
+
+_MIN_SLOW_S = 1.0
+_MIN_FINISHED = 3
+
+
+@dataclass
+class _Running:
+    task: ShardTask
+    starts_s: list[float] = field(default_factory=list)
+
+
+class ShardQueue:
+    """The shards of one stage: lost, fresh and running.
+
+    Times are seconds of any one monotonic clock.
+
+    Args:
+        tasks: Fresh shards, pulled one at a time.
+    """
+
+    def __init__(self, tasks: Iterable[ShardTask]) -> None:
+        self._fresh = iter(tasks)
+        self._next: ShardTask | None = None
+        self._lost: deque[ShardTask] = deque()
+        self._running: dict[int, _Running] = {}
+        self._sorted_durations_s: list[float] = []
+
+    def read_ahead(self) -> None:
+        """Pull the next fresh shard, so that a worker that becomes free need not wait for it."""
+        if self._next is None:
+            self._next = next(self._fresh, None)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is running or waiting; reliable after :meth:`read_ahead`."""
+        return not (self._running or self._lost or self._next)
+
+    def take(self, now_s: float) -> ShardTask | None:
+        """The shard for a worker that is free now; None if there is nothing useful to do."""
+        task = self._lost.popleft() if self._lost else self._take_fresh() or self._take_slow(now_s)
+        if task is not None:
+            self._running.setdefault(task.shard, _Running(task)).starts_s.append(now_s)
+        return task
+
+    def num_copies(self, shard: int) -> int:
+        """Calls that compute a shard now."""
+        return len(self._running[shard].starts_s)
+
+    def finish(self, shard: int, start_s: float, now_s: float) -> None:
+        """The call that was started at ``start_s`` gave the result; copies no longer matter."""
+        del self._running[shard]
+        insort(self._sorted_durations_s, now_s - start_s)
+
+    def give_up(self, shard: int) -> None:
+        """The shard is quarantined."""
+        del self._running[shard]
+
+    def lose(self, shard: int, start_s: float) -> None:
+        """The call that was started at ``start_s`` died; queue the shard if no copy is left."""
+        running = self._running[shard]
+        running.starts_s.remove(start_s)
+        if not running.starts_s:
+            del self._running[shard]
+            self._lost.append(running.task)
+
+    def seconds_to_copy(self, now_s: float) -> float | None:
+        """Time until :meth:`take` would give a copy; None if only another event can bring one."""
+        limit_s = self._slow_after_s()
+        starts_s = [r.starts_s[0] for r in self._running.values() if _may_copy(r)]
+        if limit_s is None or not starts_s:
+            return None
+        return max(0.0, min(starts_s) + limit_s - now_s)
+
+    def _take_fresh(self) -> ShardTask | None:
+        self.read_ahead()
+        task, self._next = self._next, None
+        return task
+
+    def _take_slow(self, now_s: float) -> ShardTask | None:
+        if self.seconds_to_copy(now_s) != 0.0:
+            return None
+        return min(filter(_may_copy, self._running.values()), key=lambda r: r.starts_s[0]).task
+
+    def _slow_after_s(self) -> float | None:
+        durations_s = self._sorted_durations_s
+        if len(durations_s) < _MIN_FINISHED:
+            return None
+        return max(_MIN_SLOW_S, SLOW_FACTOR * statistics.median(durations_s))
+
+
+def _may_copy(running: _Running) -> bool:
+    return len(running.starts_s) < MAX_COPIES
