@@ -74,7 +74,7 @@ class WaitingEngine:
 
     wait_s: float
 
-    def score(self, samples: Any, first_sample: int, maxima: Any) -> Any:
+    def score(self, samples: Any, first_sample: int, maxima: Any, shard: int) -> Any:
         """Shaped like :class:`~autoquant_ray.engine.ShardScores`."""
         generator = np.random.default_rng(first_sample)
         seconds = self.wait_s * generator.uniform(0.8, 1.2)

@@ -77,6 +77,7 @@ class WorkerPool:
         self._workers: dict[Any, int] = {}
         self._loading: dict[Any, Any] = {}
         self._calls: dict[Any, _Call] = {}
+        self._owners: dict[int, Any] = {}
         self._num_started = 0
 
     def __enter__(self) -> Self:
@@ -103,7 +104,8 @@ class WorkerPool:
         to run out: their workers get nothing until then, and what they return is ignored.
 
         Args:
-            tasks: Pulled one at a time, one ahead of the workers.
+            tasks: Pulled a few ahead of the workers. A worker gets by preference a shard that it
+                finished in an earlier stage.
             submit: How to start a task on a worker.
 
         Raises:
@@ -114,7 +116,7 @@ class WorkerPool:
         self._policy.kills.clear()
         for call in self._calls.values():
             call.task = None  # left by a generator that was dropped and not closed yet
-        queue = ShardQueue(tasks)
+        queue = ShardQueue(tasks, self._owners, window=2 * self._placement.num_workers)
         try:
             while True:
                 self._feed(queue, submit)
@@ -140,7 +142,7 @@ class WorkerPool:
     def _feed(self, queue: ShardQueue, submit: Submit) -> None:
         for worker in self._free_workers():
             now_s = time.monotonic()
-            task = queue.take(now_s)
+            task = queue.take(now_s, worker)
             if task is None:
                 return
             call = _Call(worker=worker, task=task, start_s=now_s, queue=queue)
@@ -215,6 +217,7 @@ class WorkerPool:
             return self._quarantine(task, reason, queue)
         queue.finish(task.shard, call.start_s, time.monotonic())
         self._ignore_copies(task.shard)
+        self._owners[task.shard] = call.worker
         return Outcome(task=task, result=result)
 
     def _quarantine(self, task: ShardTask, reason: str, queue: ShardQueue) -> Outcome:
@@ -231,6 +234,7 @@ class WorkerPool:
     def _on_death(self, worker: Any, task: ShardTask | None, error: RayError) -> Decision:
         shard = None if task is None else task.shard
         self._workers.pop(worker, None)
+        self._owners = {s: owner for s, owner in self._owners.items() if owner != worker}
         ray.kill(worker)
         decision = self._policy.on_worker_death(shard)
         reason = one_line(error)

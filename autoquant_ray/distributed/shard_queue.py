@@ -1,6 +1,7 @@
 """Which shard a free worker gets: decisions only, no Ray, no clock of its own.
 
-A shard that was lost with its worker comes first, then a fresh one. When neither is left, a free
+A shard that was lost with its worker comes first, then a fresh one, by preference one whose layer
+inputs the worker has kept from calibration. When neither is left, a free
 worker gets a copy of the shard that has been running longest, if that is unusually long: a worker
 that is several times slower than the others (a throttled GPU, a busy node) then does not hold the
 run. Whichever copy ends first counts; both would give the same bytes.
@@ -11,8 +12,9 @@ from __future__ import annotations
 import statistics
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from autoquant_ray.distributed.worker import ShardTask
 
@@ -38,29 +40,41 @@ class ShardQueue:
     Times are seconds of any one monotonic clock.
 
     Args:
-        tasks: Fresh shards, pulled one at a time.
+        tasks: Fresh shards, pulled as the window empties.
+        owners: Shard -> the worker that has its layer inputs; it is served first there.
+        window: Fresh shards among which an owner may choose, 1 or more.
     """
 
-    def __init__(self, tasks: Iterable[ShardTask]) -> None:
+    def __init__(
+        self,
+        tasks: Iterable[ShardTask],
+        owners: Mapping[int, Hashable] | None = None,
+        window: int = 1,
+    ) -> None:
         self._fresh = iter(tasks)
-        self._next: ShardTask | None = None
+        self._owners = owners or {}
+        self._window = window
+        self._next: list[ShardTask] = []
         self._lost: deque[ShardTask] = deque()
         self._running: dict[int, _Running] = {}
         self._sorted_durations_s: list[float] = []
 
     def read_ahead(self) -> None:
-        """Pull the next fresh shard, so that a worker that becomes free need not wait for it."""
-        if self._next is None:
-            self._next = next(self._fresh, None)
+        """Pull the next fresh shards, so that a worker that becomes free need not wait."""
+        missing = self._window - len(self._next)
+        self._next += islice(self._fresh, missing)
 
     @property
     def is_done(self) -> bool:
         """Whether nothing is running or waiting; reliable after :meth:`read_ahead`."""
         return not (self._running or self._lost or self._next)
 
-    def take(self, now_s: float) -> ShardTask | None:
+    def take(self, now_s: float, worker: Hashable = None) -> ShardTask | None:
         """The shard for a worker that is free now; None if there is nothing useful to do."""
-        task = self._lost.popleft() if self._lost else self._take_fresh() or self._take_slow(now_s)
+        if self._lost:
+            task: ShardTask | None = self._lost.popleft()
+        else:
+            task = self._take_fresh(worker) or self._take_slow(now_s)
         if task is not None:
             self._running.setdefault(task.shard, _Running(task)).starts_s.append(now_s)
         return task
@@ -94,10 +108,16 @@ class ShardQueue:
             return None
         return max(0.0, min(starts_s) + limit_s - now_s)
 
-    def _take_fresh(self) -> ShardTask | None:
+    def _take_fresh(self, worker: Hashable) -> ShardTask | None:
+        """The worker's own first, then one that is nobody's, then any."""
         self.read_ahead()
-        task, self._next = self._next, None
-        return task
+        if not self._next:
+            return None
+        owners = [self._owners.get(task.shard) for task in self._next]
+        for wanted in (worker, None):
+            if wanted in owners:
+                return self._next.pop(owners.index(wanted))
+        return self._next.pop(0)
 
     def _take_slow(self, now_s: float) -> ShardTask | None:
         if self.seconds_to_copy(now_s) != 0.0:

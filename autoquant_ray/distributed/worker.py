@@ -52,12 +52,12 @@ class ShardWorker:
     def calibrate(self, task: ShardTask) -> Any:
         """Activation statistics of a shard."""
         with _own_errors(f"calibrating shard {task.shard}"):
-            return self._engine.calibrate(task.samples)
+            return self._engine.calibrate(task.samples, task.shard)
 
     def score(self, task: ShardTask, maxima: Any) -> Any:
         """Sensitivity sums of a shard."""
         with _own_errors(f"scoring shard {task.shard}"):
-            return self._engine.score(task.samples, task.first_sample, maxima)
+            return self._engine.score(task.samples, task.first_sample, maxima, task.shard)
 
 
 @contextmanager

@@ -114,3 +114,15 @@ def test_queue_given_up_shard_is_gone(tail: ShardQueue) -> None:
     tail.give_up(3)
     tail.give_up(4)
     assert tail.is_done
+
+
+def test_queue_serves_an_owner_its_own_shard_first_and_others_what_nobody_owns() -> None:
+    queue = ShardQueue(tasks(4), owners={0: "a", 1: "b", 3: "b"}, window=4)
+    taken = [queue.take(0.0, worker) for worker in ("b", "c", "b", "a")]
+    assert [task.shard for task in taken if task] == [1, 2, 3, 0]
+
+
+def test_queue_gives_an_owned_shard_away_rather_than_let_a_worker_wait() -> None:
+    queue = ShardQueue(tasks(2), owners={0: "a", 1: "a"}, window=2)
+    taken = [queue.take(0.0, "b"), queue.take(0.0, "a")]
+    assert [task.shard for task in taken if task] == [0, 1]
