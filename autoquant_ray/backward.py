@@ -20,11 +20,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from autoquant_ray.errors import ModelError
+from autoquant_ray.layers import decoder_layers
+from autoquant_ray.residence import Residence, Resident
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +72,26 @@ class LayerwiseBackward:
 
     Args:
         model: A causal language model in evaluation mode whose parameters take no gradient.
+        residence: Where the weights of its decoder layers live.
+
+    Raises:
+        ModelError: The layers are offloaded, but the model is not a plain chain of them.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, residence: Residence | None = None) -> None:
         self._base = model.base_model
         self._embedding = model.get_input_embeddings()
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else self._base
-        self.layers = _decoder_layers(decoder)
+        self._residence = residence or Resident()
+        self.layers = list(decoder_layers(model).values())
         self._num_extra_outputs: list[int | None] = []
         self.is_layerwise = len(self.layers) > 0 and self._is_chain()
         if self.is_layerwise:
             self.is_layerwise = self._gradients_agree()
+        if not self.is_layerwise and self._residence.is_offloaded:
+            raise ModelError(
+                f"{type(model).__name__} is not a plain chain of decoder layers and cannot be "
+                "offloaded; give --placement resident"
+            )
         if not self.is_layerwise:
             logger.warning(
                 "%s is not a plain chain of decoder layers; scoring keeps one whole graph, which "
@@ -107,15 +120,46 @@ class LayerwiseBackward:
             return [Pass(step) for step in steps]
         passes = [self._enter(step) for step in steps]
         for number, layer in enumerate(self.layers):
-            for one in passes:
-                if before_step is not None:
-                    before_step(one.step)
-                assert one.hidden_BSH is not None
-                if keep:
-                    one.inputs.append(one.hidden_BSH)
-                arguments, keywords = one.calls[number]
-                one.hidden_BSH = _first(layer(one.hidden_BSH, *arguments, **keywords))
+            with self._visit_forward(number):
+                for one in passes:
+                    if before_step is not None:
+                        before_step(one.step)
+                    assert one.hidden_BSH is not None
+                    if keep:
+                        one.inputs.append(one.hidden_BSH)
+                    arguments, keywords = one.calls[number]
+                    one.hidden_BSH = _first(layer(one.hidden_BSH, *arguments, **keywords))
         return passes
+
+    @contextmanager
+    def holding(self, module: torch.nn.Module) -> Iterator[None]:
+        """While open, the weights of one module are on the device."""
+        for number, layer in enumerate(self.layers):
+            if any(module is part for part in layer.modules()):
+                with self._residence.visit(number, None):
+                    yield
+                return
+        yield
+
+    def _visit_forward(self, number: int) -> AbstractContextManager[None]:
+        # The layer after the last one is the last one again: the backward pass starts there.
+        return self._residence.visit(number, min(number + 1, len(self.layers) - 1))
+
+    @contextmanager
+    def _visiting(self) -> Iterator[None]:
+        """Let each layer's forward pass be a visit of its own."""
+        with ExitStack() as stack:
+            for number, layer in enumerate(self.layers):
+                forward = self._visitor(number, layer.forward)
+                stack.enter_context(replaced_forward(layer, forward))
+            yield
+
+    def _visitor(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def visit(*arguments: Any, **keywords: Any) -> Any:
+            with self._visit_forward(number):
+                return original(*arguments, **keywords)
+
+        return visit
 
     def finish(self, one: Pass, *, with_graph: bool) -> torch.Tensor:
         """Final hidden states ``(B, S, H)``, detached: what follows the layers (a norm), or all.
@@ -163,13 +207,14 @@ class LayerwiseBackward:
         if not self.is_layerwise:
             return
         for number in reversed(range(len(self.layers))):
-            for index, one in enumerate(passes):
-                hidden_BSH = one.inputs.pop().detach().requires_grad_(True)
-                arguments, keywords = one.calls.pop()
-                with torch.enable_grad():
-                    output = self.layers[number](hidden_BSH, *arguments, **keywords)
-                flowing[index] = _pull(_first(output), flowing[index], [hidden_BSH])
-                del output, hidden_BSH
+            with self._residence.visit(number, max(number - 1, 0)):
+                for index, one in enumerate(passes):
+                    hidden_BSH = one.inputs.pop().detach().requires_grad_(True)
+                    arguments, keywords = one.calls.pop()
+                    with torch.enable_grad():
+                        output = self.layers[number](hidden_BSH, *arguments, **keywords)
+                    flowing[index] = _pull(_first(output), flowing[index], [hidden_BSH])
+                    del output, hidden_BSH
             yield flowing
 
     def _call_base(self, step: Step) -> torch.Tensor:
@@ -219,6 +264,7 @@ class LayerwiseBackward:
             inputs.append(arguments[0] if arguments else keywords["hidden_states"])
 
         with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(self._visiting())
             for layer in self.layers:
                 handle = layer.register_forward_pre_hook(before, with_kwargs=True)
                 stack.callback(handle.remove)
@@ -266,6 +312,8 @@ class LayerwiseBackward:
             for layer in self.layers:
                 handle = layer.register_forward_pre_hook(before, with_kwargs=True)
                 stack.callback(handle.remove)
+            stack.enter_context(self._visiting())
+            stack.enter_context(self._residence.saving_names())
             self._call_base(self._probe()).backward(gradient_BSH)
         return [hidden.grad for hidden in inputs if hidden.grad is not None]
 
@@ -286,14 +334,6 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
             del module.forward
         else:
             module.forward = own
-
-
-def _decoder_layers(decoder: Any) -> list[torch.nn.Module]:
-    for name in ("layers", "h", "blocks"):
-        layers = getattr(decoder, name, None)
-        if isinstance(layers, torch.nn.ModuleList):
-            return list(layers)
-    return []
 
 
 def _is_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -93,8 +93,9 @@ class ActivationMaxima:
         return forward
 
     def _matching_mask(self, states_TI: torch.Tensor) -> torch.Tensor | None:
-        matches = self._real_T is not None and len(self._real_T) == len(states_TI)
-        return self._real_T if matches else None
+        if self._real_T is None or len(self._real_T) != len(states_TI):
+            return None
+        return self._real_T.to(states_TI.device)
 
     def _update(self, key: tuple[str, str], values: torch.Tensor) -> None:
         if len(values) == 0:

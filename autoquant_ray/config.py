@@ -173,6 +173,13 @@ class ScanConfig(SearchSpace):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute type. auto: float32 on CPU, bfloat16 on CUDA."
     )
+    placement: Literal["auto", "resident", "offload", "split"] = Field(
+        default="auto",
+        description="Where a worker's weights are. resident: all on its device. offload: decoder "
+        "layers stay in the safetensors files, one at a time is on the device. split: spread over "
+        "the worker's GPUs. auto: resident where it fits, else split with --gpus-per-worker 2 or "
+        "more, else offload.",
+    )
     workers: int | Literal["auto"] = Field(
         default="auto", description="Number of workers. auto: as many as the cluster has room for."
     )
@@ -213,11 +220,20 @@ class ScanConfig(SearchSpace):
             raise ValueError("give a budget: bits (average stored bits) or bytes (whole model)")
         return self
 
+    @model_validator(mode="after")
+    def _check_split_has_gpus(self) -> Self:
+        if self.placement == "split" and (self.device == "cpu" or (self.gpus_per_worker or 0) < 2):
+            raise ValueError(
+                "placement split spreads a model over the GPUs of one worker; give "
+                "--gpus-per-worker 2 or more and a device that is not cpu"
+            )
+        return self
+
 
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": ("model", "formats", "custom_formats", "disable", "device", "trust_remote_code"),
     "shards": ("data", "text_field", "split", "pack", "samples", "seq_len", "shard_samples"),
-    "calibrate": ("dtype", "step_tokens", "cpus_per_worker"),
+    "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
     "score": ("labels", "label_draws", "seed"),
     "aggregate": ("estimator",),
     "allocate": ("bits", "bytes", "bits_over", "cost", "max_formats"),

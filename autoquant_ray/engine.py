@@ -21,10 +21,13 @@ from autoquant_ray.data import plan_steps
 from autoquant_ray.differences import num_weight_specs
 from autoquant_ray.errors import ModelError, NonFiniteError, one_line
 from autoquant_ray.experts import prepare_experts
+from autoquant_ray.footprint import ACTIVATION_BYTES, LARGEST_CACHE_BYTES
 from autoquant_ray.formats import Format
+from autoquant_ray.loading import load_placed
 from autoquant_ray.loss import VocabularyLoss
-from autoquant_ray.models import ModelRef, load_model
+from autoquant_ray.models import ModelRef
 from autoquant_ray.quantizable import has_plain_forward
+from autoquant_ray.residence import Residence, Resident
 from autoquant_ray.sensitivity import Maxima, ScoredModule, SensitivityScorer, SensitivitySums
 from autoquant_ray.weight_cache import WeightCache
 
@@ -33,8 +36,6 @@ Samples = Sequence[Sequence[int]]
 
 Visit = list[list[int]]
 """Positions of the samples of each step, of the steps that are run layer by layer together."""
-
-_LARGEST_CACHE = 2 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class EngineSpec:
             head uses again, 2 GiB at most.
         activation_bytes: For layer inputs: half of it for the steps that are visited together,
             half to keep calibrated shards until they are scored.
+        placement: ``resident``, ``offload`` or ``split``.
     """
 
     model: ModelRef
@@ -71,7 +73,8 @@ class EngineSpec:
     seed: int
     row_share: float = 1.0
     weight_cache_bytes: int | None = None
-    activation_bytes: int = 2**30
+    activation_bytes: int = ACTIVATION_BYTES
+    placement: str = "resident"
 
     def build_engine(self) -> Engine:
         """Load the model; called in the worker process."""
@@ -108,12 +111,15 @@ class Engine:
     def __init__(self, spec: EngineSpec, model: Any = None) -> None:
         torch.set_num_threads(spec.num_threads)
         self.spec = spec
+        residence: Residence = Resident()
         if model is None:
-            model = load_model(spec.model, dtype=spec.dtype, device=spec.device)
+            model, residence = load_placed(
+                spec.model, dtype=spec.dtype, device=spec.device, placement=spec.placement
+            )
         self.model: Any = model
         prepare_experts(self.model)
-        self._device = next(self.model.parameters()).device
-        self._backward = LayerwiseBackward(self.model)
+        self._device = self.model.get_input_embeddings().weight.device
+        self._backward = LayerwiseBackward(self.model, residence)
         self._loss = VocabularyLoss(self.model)
         self._maxima = ActivationMaxima(self.model, spec.modules)
         self._require_head()
@@ -135,7 +141,7 @@ class Engine:
             ModelError: Its forward does something that the slices of the loss do not provide.
         """
         weight = self.model.get_output_embeddings().weight
-        hidden_nH = torch.zeros(2, weight.shape[1], dtype=weight.dtype, device=self._device)
+        hidden_nH = weight.new_zeros(2, weight.shape[1])
         try:
             with torch.no_grad():
                 self._loss.logits(hidden_nH)
@@ -156,9 +162,11 @@ class Engine:
             module = self.model.get_submodule(scored.planned.name)
             if scored.planned.kind != "linear" or has_plain_forward(module):
                 continue
-            row = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
-            expected = torch.nn.functional.linear(row, module.weight, module.bias)
-            if not torch.allclose(module(row), expected, rtol=1e-2, atol=1e-4):
+            with self._backward.holding(module):
+                row = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
+                expected = torch.nn.functional.linear(row, module.weight, module.bias)
+                is_linear = torch.allclose(module(row), expected, rtol=1e-2, atol=1e-4)
+            if not is_linear:
                 name = scored.planned.name
                 raise ModelError(
                     f"{name} ({type(module).__name__}) is a linear with a forward of its own; "
@@ -208,7 +216,9 @@ class Engine:
                     self._maxima.set_mask(mask_BS)
                     hidden_BSH = self._backward.finish(one, with_graph=False)
                     hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
-                    real = slice(None) if mask_BS is None else mask_BS.reshape(-1).bool()
+                    real: Any = slice(None)
+                    if mask_BS is not None:
+                        real = mask_BS.reshape(-1).bool().to(hidden_TH.device)
                     self._maxima.set_mask(None)
                     self._loss.feed_head(hidden_TH[real])
                 done.append(passes)
@@ -276,16 +286,17 @@ class Engine:
         predicting_BS = torch.zeros(ids_BS.shape, dtype=torch.bool)
         for row, sample in enumerate(samples):
             predicting_BS[row, : len(sample) - 1] = True
-        rows_N = predicting_BS.flatten().nonzero()[:, 0].to(self._device)
+        device = hidden_BSH.device  # a split model ends on another one than it begins
+        rows_N = predicting_BS.flatten().nonzero()[:, 0].to(device)
         targets_N, uniforms_KN = None, None
         if self.spec.labels == "data":
-            targets_N = ids_BS.roll(-1, dims=1).flatten()[rows_N]
+            targets_N = ids_BS.roll(-1, dims=1).flatten().to(device)[rows_N]
         else:
             uniforms = [
                 draw_uniforms(self.spec.seed, position, self._num_draws, len(sample) - 1)
                 for position, sample in zip(positions, samples, strict=True)
             ]
-            uniforms_KN = torch.from_numpy(np.concatenate(uniforms, axis=1)).to(self._device)
+            uniforms_KN = torch.from_numpy(np.concatenate(uniforms, axis=1)).to(device)
         hidden_TH = hidden_BSH.flatten(0, 1)
         gradients_NH, summed = self._loss.gradients(hidden_TH[rows_N], targets_N, uniforms_KN)
         loss = float(summed)
@@ -331,7 +342,7 @@ class Engine:
             sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
         element = 4 if self.spec.dtype == "float32" else 2 * 2
         needed = sizes.pop(-1, 0) + max(sizes.values(), default=0)
-        return min(_LARGEST_CACHE, needed * element * num_weight_specs(self.spec.formats))
+        return min(LARGEST_CACHE_BYTES, needed * element * num_weight_specs(self.spec.formats))
 
     def _step(self, samples: Samples, positions: list[int]) -> Step:
         """Token ids ``(B, S)`` padded on the right, and the mask (None without padding)."""

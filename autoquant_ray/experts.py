@@ -46,6 +46,7 @@ class FusedExperts:
         self.parameters = planned.parameters
         self._module = module
         self._shadow: Any = _shadow(module)
+        self._resting = dict(self._shadow._parameters)
         for name in self.parameters:
             setattr(self._shadow, f"{name}_input_quantizer", disabled_quantizer())
             quantizers = getattr(self._shadow, f"{name}_weight_quantizers")
@@ -79,10 +80,11 @@ class FusedExperts:
                 format_.input, maxima.get(f"{name}_input_amax"), inputs[0]
             )
             setattr(self._shadow, f"{name}_input_quantizer", quantizer or disabled_quantizer())
-            self._shadow._parameters[name] = torch.nn.Parameter(weights[name], requires_grad=False)
-        output: torch.Tensor = self._shadow(*inputs)
-        self._use_own_weights()  # keep no quantized copy of the experts
-        return output
+        quantized = {
+            name: torch.nn.Parameter(weight, requires_grad=False)
+            for name, weight in weights.items()
+        }
+        return self._run_shadow(inputs, quantized)
 
     @torch.no_grad()
     def run_and_collect(
@@ -90,17 +92,23 @@ class FusedExperts:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Unquantized output ``(T, H)`` and the maxima of both projections' inputs."""
         recorders = {}
-        self._use_own_weights()
         for name in self.parameters:
             recorders[f"{name}_input_amax"] = _MaximumRecorder()
             setattr(self._shadow, f"{name}_input_quantizer", recorders[f"{name}_input_amax"])
-        output: torch.Tensor = self._shadow(*inputs)
+        output = self._run_shadow(inputs, {})
         seen = {key: recorder.maximum for key, recorder in recorders.items()}
         return output, {key: maximum for key, maximum in seen.items() if maximum is not None}
 
-    def _use_own_weights(self) -> None:
-        for name in self.parameters:
-            self._shadow._parameters[name] = getattr(self._module, name)
+    def _run_shadow(
+        self, inputs: tuple[torch.Tensor, ...], replaced: dict[str, torch.nn.Parameter]
+    ) -> torch.Tensor:
+        """Run with the parameters that the module has now (offloaded: only during a visit)."""
+        self._shadow._parameters.update(self._module._parameters | replaced)
+        try:
+            output: torch.Tensor = self._shadow(*inputs)
+        finally:
+            self._shadow._parameters.update(self._resting)  # keeps neither layer nor copy
+        return output
 
 
 class _MaximumRecorder(torch.nn.Module):
@@ -122,5 +130,8 @@ def _shadow(module: torch.nn.Module) -> torch.nn.Module:
     shadow.__dict__.update(
         {key: value.copy() for key, value in module.__dict__.items() if isinstance(value, dict)}
     )
+    # accelerate's hooks replace the forward of a split model's modules; theirs runs the original.
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        shadow.__dict__.pop(name, None)
     converted: torch.nn.Module = QuantModuleRegistry.convert(shadow)
     return converted.eval()

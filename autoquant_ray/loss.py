@@ -62,11 +62,12 @@ class VocabularyLoss:
                 logits_nV = self.logits(hidden_nH).float()
             probabilities_nV = torch.softmax(logits_nV.detach(), dim=-1)
             if targets_N is not None:
-                labels_Kn = targets_N[rows][None]
+                labels_Kn = targets_N[rows][None].to(logits_nV.device)
             else:
                 assert uniforms_KN is not None
                 labels_Kn = sample_labels(probabilities_nV, uniforms_KN[:, rows])
-            total += _token_losses(logits_nV.detach(), probabilities_nV, labels_Kn).mean(0).sum()
+            losses_Kn = _token_losses(logits_nV.detach(), probabilities_nV, labels_Kn)
+            total += losses_Kn.mean(0).sum().to(total.device)
             for draw, labels_n in enumerate(labels_Kn):
                 with _as_gradient(probabilities_nV, labels_n[:, None]) as gradient_nV:
                     keep = draw < num_draws - 1

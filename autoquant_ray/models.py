@@ -6,6 +6,7 @@ checkpoint brings is run only with ``trust_remote_code``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,19 @@ def require_weights(ref: ModelRef) -> None:
         )
 
 
+def require_mappable(ref: ModelRef) -> None:
+    """Check that the weights are in files that can be memory-mapped, as offloading needs.
+
+    Raises:
+        ModelError: They are in GGUF.
+    """
+    if ref.gguf_file is not None:
+        raise ModelError(
+            f"model {ref.name} is a GGUF file, but offload needs safetensors; convert it, or give "
+            "--placement resident"
+        )
+
+
 def fingerprint_model(ref: ModelRef) -> str:
     """Hash the config, the weight files and the tokenizer's files.
 
@@ -131,13 +145,17 @@ def build_skeleton(ref: ModelRef) -> torch.nn.Module:
     return model.eval()
 
 
-def load_model(ref: ModelRef, *, dtype: str, device: str) -> torch.nn.Module:
+def load_model(
+    ref: ModelRef, *, dtype: str, device: str, placing: Mapping[str, Any] | None = None
+) -> torch.nn.Module:
     """Load the weights for scoring: evaluation mode, no parameter takes a gradient.
 
     Args:
         ref: Model to load.
         dtype: ``float32`` or ``bfloat16``.
         device: ``cpu`` or ``cuda``.
+        placing: Arguments of ``from_pretrained`` that say where each part goes; None: all of it
+            to the device.
 
     Raises:
         ModelError: Weights missing, unreadable, or not in safetensors or GGUF.
@@ -151,7 +169,9 @@ def load_model(ref: ModelRef, *, dtype: str, device: str) -> torch.nn.Module:
     arguments = ref.load_arguments | {"dtype": getattr(torch, dtype)}
     if ref.gguf_file is None:
         arguments["use_safetensors"] = True
-    if device == "cuda":
+    if placing is not None:
+        arguments |= placing
+    elif device == "cuda":
         arguments["device_map"] = {"": torch.cuda.current_device()}
     try:
         model: torch.nn.Module = model_class.from_pretrained(ref.path, **arguments)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError, ModelError
 from autoquant_ray.formats import NONE, Format
+from autoquant_ray.layers import decoder_layers
 from autoquant_ray.quantizable import PlannedModule, other_modules, quantizable_modules
 from autoquant_ray.stored_size import stored_bits
 
@@ -83,6 +84,8 @@ class Plan:
             embeddings, norms, biases, routers.
         other_modules: Owners of weight matrices that ModelOpt cannot quantize -> elements.
         flops_per_token: Estimated floating-point operations of the scan per token.
+        layer_weights: Elements of all parameters of each decoder layer.
+        hidden_size: Width of the states between them.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -90,6 +93,8 @@ class Plan:
     other_bytes: int
     other_modules: dict[str, int]
     flops_per_token: int
+    layer_weights: tuple[int, ...]
+    hidden_size: int
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -144,9 +149,7 @@ class Plan:
         }
 
 
-def build_plan(
-    model: torch.nn.Module, formats: Sequence[Format], disable: Sequence[str] = ()
-) -> Plan:
+def build_plan(model: Any, formats: Sequence[Format], disable: Sequence[str] = ()) -> Plan:
     """Group the quantizable modules of a model and cost every choice.
 
     Args:
@@ -173,6 +176,11 @@ def build_plan(
         other_bytes=_other_bytes(model, groups),
         other_modules=other_modules(model, modules),
         flops_per_token=_flops_per_token(model, groups, len(formats)),
+        layer_weights=tuple(
+            sum(parameter.numel() for parameter in layer.parameters())
+            for layer in decoder_layers(model).values()
+        ),
+        hidden_size=model.get_input_embeddings().weight.shape[1],
     )
     if not plan.searched:
         raise ConfigError("every layer is disabled; nothing is left to search")

@@ -14,12 +14,25 @@ from typing import Any
 
 from autoquant_ray import samples_stage, stages
 from autoquant_ray.config import ScanConfig, stage_fingerprints
-from autoquant_ray.distributed.placement import connected, place_workers, resolve_device
+from autoquant_ray.distributed.placement import (
+    connected,
+    device_bytes,
+    gpus_per_worker,
+    place_workers,
+    resolve_device,
+)
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.engine import EngineSpec
 from autoquant_ray.fingerprint import fingerprint_source
+from autoquant_ray.footprint import choose_placement, footprint
 from autoquant_ray.formats import check_device
-from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
+from autoquant_ray.models import (
+    ModelRef,
+    find_model,
+    fingerprint_model,
+    require_mappable,
+    require_weights,
+)
 from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
 from autoquant_ray.sensitivity import scored_modules
@@ -61,13 +74,19 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
     stages.check_budget(plan, config)
     require_source(config.data)
     require_weights(ref)
+    if config.placement == "offload":
+        require_mappable(ref)
     directory = RunDirectory(config.out)
     require_target(directory, mode)
     with connected(config) as resources:
         config = _resolve(config, resources)
+        config = _resolve_placement(config, ref, plan, directory if mode == "resume" else None)
         check_device(plan.formats, config.device)
         placement = place_workers(
-            config, resources, device=config.device, model_bytes=_model_bytes(plan, config)
+            config,
+            resources,
+            device=config.device,
+            worker_bytes=footprint(plan, config).worker_bytes(config.placement),
         )
         identity = _identity(config, ref)
         marks = stage_fingerprints(config, **identity["fingerprints"])
@@ -103,6 +122,27 @@ def _resolve(config: ScanConfig, resources: Mapping[str, float]) -> ScanConfig:
     return config.model_copy(update={"device": device, "dtype": dtype})
 
 
+def _resolve_placement(
+    config: ScanConfig, ref: ModelRef, plan: Plan, resumed: RunDirectory | None
+) -> ScanConfig:
+    """Replace ``auto`` by what the device has room for, or by what the resumed run took."""
+    if config.placement != "auto":
+        return config
+    earlier = None
+    if resumed is not None and resumed.exists():
+        earlier = RunState.open(resumed).values["config"].get("placement")
+    if earlier in ("resident", "offload", "split"):
+        return config.model_copy(update={"placement": earlier})
+    placement, reason = choose_placement(
+        footprint(plan, config),
+        device_bytes=device_bytes(config, config.device),
+        num_gpus=gpus_per_worker(config, config.device),
+        can_offload=ref.gguf_file is None and bool(plan.layer_weights),
+    )
+    logger.info("placement: %s -> %s", reason, placement)
+    return config.model_copy(update={"placement": placement})
+
+
 def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
     model, data = fingerprint_model(ref), fingerprint_source(config.data)
     return {
@@ -126,11 +166,6 @@ def _tokenizer(ref: ModelRef, identity: Mapping[str, Any]) -> TokenizerRef:
     )
 
 
-def _model_bytes(plan: Plan, config: ScanConfig) -> int:
-    at_16_bits = plan.other_bytes + sum(group.weight_bytes(None) for group in plan.groups)
-    return round(at_16_bits * (2 if config.dtype == "float32" else 1))
-
-
 def _engine_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> EngineSpec:
     return EngineSpec(
         model=ref,
@@ -143,4 +178,5 @@ def _engine_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> EngineSpec:
         labels=config.labels,
         label_draws=config.label_draws,
         seed=config.seed,
+        placement=config.placement,
     )

@@ -234,7 +234,8 @@ class SensitivityScorer:
         for index, rows, difference_CO in differences:
             values_2C = self._row_values(difference_CO, [g[rows] for g in gradients_TO])
             if drawn is None:
-                self._sums_4GF[:2, group, index] += values_2C.sum(dim=1)
+                # A split model's modules are on several devices, the sums are on one.
+                self._sums_4GF[:2, group, index] += values_2C.sum(dim=1).to(self._sums_4GF.device)
                 continue
             if index not in sampled_F2T:
                 sampled_F2T[index] = values_2C.new_zeros(2, num_rows)
@@ -243,7 +244,7 @@ class SensitivityScorer:
             for index, values_2T in sampled_F2T.items():
                 pairs = [drawn.estimate(values_T) for values_T in values_2T]
                 estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
-                self._sums_4GF[:, group, index] += torch.stack(estimates)
+                self._sums_4GF[:, group, index] += torch.stack(estimates).to(self._sums_4GF.device)
 
     def _row_values(
         self, difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]

@@ -11,10 +11,12 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ClusterError, one_line
@@ -22,8 +24,8 @@ from autoquant_ray.errors import ClusterError, one_line
 logger = logging.getLogger(__name__)
 
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
-_WORKER_BASE_BYTES = 2**30
 _MEMORY_SHARE = 0.8
+_PROBE_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +123,69 @@ def resolve_device(config: ScanConfig, resources: Mapping[str, float]) -> str:
     return "cuda" if resources.get("GPU", 0) > 0 and config.gpus_per_worker != 0 else "cpu"
 
 
+def gpus_per_worker(config: ScanConfig, device: str) -> float:
+    """GPUs that each worker reserves."""
+    if config.gpus_per_worker is not None:
+        return config.gpus_per_worker
+    return 1.0 if device == "cuda" else 0.0
+
+
+def device_bytes(config: ScanConfig, device: str) -> int:
+    """Memory that one worker may use on its device: the least of all nodes that could run it.
+
+    The driver may have no GPU, so a small task on each GPU node is asked for its first one's
+    memory; a fraction of a GPU counts for that fraction. On CPU it is the memory of the host.
+
+    Raises:
+        ClusterError: A GPU node does not answer.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if device == "cpu":
+        return min(_host_bytes(node) for node in nodes)
+    gpus = gpus_per_worker(config, device)
+    share = min(1.0, gpus)
+    tasks = [
+        ray.remote(_gpu_bytes)
+        .options(
+            num_cpus=0,
+            num_gpus=share,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        )
+        .remote()
+        for node in nodes
+        if node["Resources"].get("GPU", 0) >= share
+    ]
+    ready, waiting = ray.wait(tasks, num_returns=len(tasks), timeout=_PROBE_TIMEOUT_S)
+    if waiting or not ready:
+        raise ClusterError(
+            f"{len(waiting)} GPU node(s) did not tell their memory within {_PROBE_TIMEOUT_S:g} s; "
+            "give --placement resident, offload or split"
+        )
+    return int(min(ray.get(ready)) * share)
+
+
+def _gpu_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _host_bytes(node: Mapping[str, Any]) -> int:
+    """Memory of a node; of this machine, what does not change from run to run."""
+    if node["NodeManagerAddress"] != ray.util.get_node_ip_address():
+        return int(node["Resources"].get("memory", 0))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    total = int(psutil.virtual_memory().total)
+    return total if text == "max" else min(total, int(text))
+
+
 def place_workers(
     config: ScanConfig,
     resources: Mapping[str, float],
     *,
     device: str,
-    model_bytes: int,
+    worker_bytes: int,
 ) -> Placement:
     """Size the pool to the cluster.
 
@@ -134,14 +193,14 @@ def place_workers(
         config: What was asked for.
         resources: The cluster's totals, as ``ray.cluster_resources()`` gives them.
         device: ``cpu`` or ``cuda``.
-        model_bytes: Bytes of one loaded model; bounds ``auto`` by the memory of a CPU cluster.
+        worker_bytes: Memory of one worker; bounds ``auto`` by the memory of a CPU cluster.
 
     Raises:
         ClusterError: More is asked for than the cluster has; says what it has.
     """
-    gpus = config.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if device == "cuda" else 0.0
+    gpus = gpus_per_worker(config, device)
+    if config.placement == "split" and device != "cuda":
+        raise ClusterError("--placement split needs GPUs, but the workers compute on the CPU")
     if device == "cuda" and gpus == 0:
         raise ClusterError("--device cuda needs --gpus-per-worker above 0")
     asked = config.workers if isinstance(config.workers, int) else 1
@@ -156,7 +215,7 @@ def place_workers(
     if isinstance(config.workers, int):
         num_workers = config.workers
     else:
-        num_workers = _room(config, resources, gpus, device, model_bytes)
+        num_workers = _room(config, resources, gpus, device, worker_bytes)
     return Placement(
         num_workers=num_workers,
         cpus_per_worker=config.cpus_per_worker,
@@ -166,14 +225,14 @@ def place_workers(
 
 
 def _room(
-    config: ScanConfig, resources: Mapping[str, float], gpus: float, device: str, model_bytes: int
+    config: ScanConfig, resources: Mapping[str, float], gpus: float, device: str, worker_bytes: int
 ) -> int:
     room = int(resources.get("CPU", 0) // config.cpus_per_worker)
     if gpus > 0:
         room = min(room, int(resources.get("GPU", 0) / gpus))
     if device == "cpu":
         memory = resources.get("memory", psutil.virtual_memory().total) * _MEMORY_SHARE
-        by_memory = int(memory // (_WORKER_BASE_BYTES + 2 * model_bytes))
+        by_memory = int(memory // worker_bytes)
         if by_memory < room:
             logger.info("memory has room for %d workers of %d", max(1, by_memory), room)
             room = by_memory

@@ -1,0 +1,59 @@
+"""Placements through the command line: same scores, resolved once per run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from autoquant_ray.demo import find_demo_model
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((run / "run.json").read_text())["config"]
+    return config
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_scan_offloaded_gives_the_scores_of_a_resident_one(
+    tmp_path: Path, run_command: Any, scan_arguments: Any, family: str
+) -> None:
+    tables = []
+    for placement in ("auto", "offload"):
+        run = tmp_path / placement
+        arguments = scan_arguments(run, "--placement", placement, "--workers", 2, family=family)
+        done = run_command(*arguments)
+        assert done.returncode == 0, done.stderr
+        tables.append(pq.read_table(run / "sensitivity.parquet").to_pydict())
+        if placement == "auto":
+            assert "placement: resident needs" in done.stderr
+            assert config_of(run)["placement"] == "resident"
+    resident, offloaded = tables
+    assert offloaded["group"] == resident["group"]
+    assert offloaded["format"] == resident["format"]
+    assert offloaded["score"] == pytest.approx(resident["score"], rel=1e-6, abs=0)
+
+
+def test_scan_resumed_keeps_the_placement_of_the_run(
+    tmp_path: Path, run_command: Any, scan_arguments: Any
+) -> None:
+    run = tmp_path / "run"
+    first = run_command(*scan_arguments(run, "--placement", "offload"))
+    assert first.returncode == 0, first.stderr
+    again = run_command(*scan_arguments(run, "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert config_of(run)["placement"] == "offload"
+    other = run_command(*scan_arguments(run, "--resume", "--placement", "resident"))
+    assert other.returncode == 2
+    assert "placement: offload -> resident" in other.stderr
+
+
+def test_scan_offloaded_gguf_is_refused_with_the_remedy(tmp_path: Path, run_command: Any) -> None:
+    arguments = ["scan", find_demo_model(), "--data", "pydoc", "--out", tmp_path / "run"]
+    done = run_command(*arguments, "--bits", 6, "--placement", "offload", "--address", "local")
+    assert done.returncode == 2
+    assert "offload needs safetensors" in done.stderr
+    assert "--placement resident" in done.stderr

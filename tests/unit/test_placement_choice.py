@@ -1,0 +1,184 @@
+"""Placement without GPUs: what a worker needs, what ``auto`` takes, how a model is split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import pydantic
+import pytest
+
+from autoquant_ray.calibration import to_maxima
+from autoquant_ray.config import ScanConfig, stage_fingerprints
+from autoquant_ray.distributed.placement import place_workers
+from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.errors import ClusterError, ModelError
+from autoquant_ray.footprint import GIB, Footprint, choose_placement, footprint
+from autoquant_ray.formats import resolve_formats
+from autoquant_ray.layers import decoder_layers
+from autoquant_ray.loading import offload_map, split_map
+from autoquant_ray.models import ModelRef, build_skeleton, find_model
+from autoquant_ray.plan import build_plan
+from autoquant_ray.sensitivity import scored_modules
+
+SEVENTY_GIB = Footprint(
+    weight_bytes=70 * GIB, offloaded_bytes=4 * GIB, work_bytes=5 * GIB
+)  # 76 with the process
+
+
+def make_config(**changes: Any) -> ScanConfig:
+    values = {"model": "m", "data": "d", "out": "o", "bits": 8, "dtype": "float32"}
+    return ScanConfig(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("device_gib", "num_gpus", "can_offload", "placement"),
+    [
+        (85, 1, True, "resident"),
+        (84, 1, True, "offload"),
+        (84, 0, True, "offload"),
+        (84, 2, True, "split"),
+        (85, 2, True, "resident"),
+        (40, 2, True, "offload"),
+        (43, 2, True, "split"),
+        (40, 1, False, "resident"),
+    ],
+)
+def test_auto_takes_what_fits(
+    device_gib: int, num_gpus: int, can_offload: bool, placement: str
+) -> None:
+    chosen, reason = choose_placement(
+        SEVENTY_GIB,
+        device_bytes=device_gib * GIB,
+        num_gpus=num_gpus,
+        can_offload=can_offload,
+    )
+    assert chosen == placement
+    where = "each GPU" if num_gpus else "the host"
+    assert reason == f"resident needs 76.0 GiB, {where} has {device_gib}.0 GiB"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_footprint_counts_the_weights(make_model: Any, family: str, dtype: str, size: int) -> None:
+    model = make_model(family)
+    plan = build_plan(model, resolve_formats(("wint8_aint8",), device="cpu"))
+    memory = footprint(plan, make_config(dtype=dtype))
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    layers = [
+        sum(parameter.numel() for parameter in layer.parameters())
+        for layer in decoder_layers(model).values()
+    ]
+    assert len(layers) == 2
+    assert memory.weight_bytes == num_weights * size
+    # Two layers of two: nothing is left out, so nothing is saved.
+    assert memory.offloaded_bytes == memory.weight_bytes
+
+
+def test_footprint_of_many_layers_holds_two(make_model: Any) -> None:
+    plan = build_plan(make_model("llama"), resolve_formats(("wint8_aint8",), device="cpu"))
+    outside = footprint(plan, make_config()).weight_bytes - 4 * sum(plan.layer_weights)
+    object.__setattr__(plan, "layer_weights", plan.layer_weights[:1] * 2)
+    assert footprint(plan, make_config()).offloaded_bytes == outside + 8 * plan.layer_weights[0]
+
+
+def test_offloaded_workers_are_placed_by_what_they_hold() -> None:
+    resources = {"CPU": 64.0, "memory": 200.0 * GIB}
+    sizes = {
+        placement: place_workers(
+            make_config(placement=placement),
+            resources,
+            device="cpu",
+            worker_bytes=SEVENTY_GIB.worker_bytes(placement),
+        ).num_workers
+        for placement in ("resident", "offload")
+    }
+    assert sizes == {"resident": 2, "offload": 16}
+
+
+def test_split_without_gpus_is_refused() -> None:
+    with pytest.raises(pydantic.ValidationError, match="--gpus-per-worker 2 or more"):
+        make_config(placement="split")
+    with pytest.raises(pydantic.ValidationError, match="device that is not cpu"):
+        make_config(placement="split", gpus_per_worker=2, device="cpu")
+    config = make_config(placement="split", gpus_per_worker=2)
+    with pytest.raises(ClusterError, match="split needs GPUs"):
+        place_workers(config, {"CPU": 2.0}, device="cpu", worker_bytes=1)
+    placed = place_workers(config, {"CPU": 8.0, "GPU": 4.0}, device="cuda", worker_bytes=1)
+    assert (placed.num_workers, placed.gpus_per_worker) == (2, 2)
+
+
+def test_placement_is_part_of_the_scores_fingerprint() -> None:
+    marks = [
+        stage_fingerprints(make_config(placement=placement), model="m", data="d")
+        for placement in ("resident", "offload")
+    ]
+    changed = {stage for stage in marks[0] if marks[0][stage] != marks[1][stage]}
+    assert changed == {"calibrate", "score", "aggregate", "allocate"}
+
+
+def test_offload_map_leaves_only_layers_on_disk(model_folder: Any) -> None:
+    skeleton = build_skeleton(find_model(str(model_folder("qwen3_vl"))))
+    names = list(decoder_layers(skeleton))
+    places = offload_map(skeleton, names, 3)
+    assert {name for name, place in places.items() if place == "disk"} == set(names)
+    assert places["model.visual"] == places["lm_head"] == 3
+    for name, _ in skeleton.named_parameters():
+        assert any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_split_map_uses_every_gpu_and_keeps_layers_whole(
+    make_model: Any, tmp_path: Path, family: str
+) -> None:
+    values = make_model(family).config.to_dict() | {"num_hidden_layers": 8, "layer_types": None}
+    type(make_model(family).config)(**values).save_pretrained(tmp_path)
+    skeleton = build_skeleton(find_model(str(tmp_path)))
+    places = split_map(skeleton, {0: GIB, 1: GIB}, name=family)
+    assert places["model.embed_tokens"] == 0
+    gpus = [places[f"model.layers.{index}"] for index in range(8)]  # a layer is never cut
+    assert gpus == sorted(gpus)
+    assert set(gpus) == {0, 1}
+    assert gpus.count(1) >= 3
+
+
+def test_split_map_never_spills_to_the_host(model_folder: Any) -> None:
+    skeleton = build_skeleton(find_model(str(model_folder("llama"))))
+    with pytest.raises(ModelError, match=r"m does not fit 2 GPUs .*--gpus-per-worker"):
+        split_map(skeleton, {0: 50_000, 1: 50_000}, name="m")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_scores_with_the_hooks_of_a_split_model_are_the_same(
+    make_model: Any, make_samples: Any, family: str
+) -> None:
+    """accelerate wraps every module's forward; ours are put around and inside of that."""
+    results = []
+    for is_hooked in (False, True):
+        model = make_model(family)
+        if is_hooked:
+            names = [*split_map(model, {0: GIB, 1: GIB}, name=family)]
+            accelerate.dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
+            assert "forward" in vars(model.model.layers[0].self_attn.q_proj)
+        plan = build_plan(model, resolve_formats(("wint4_afp16", "wint8_aint8"), device="cpu"))
+        spec = EngineSpec(
+            model=ModelRef(name=family, path="unused"),
+            dtype="float32",
+            device="cpu",
+            num_threads=1,
+            modules=scored_modules(plan),
+            formats=plan.formats,
+            step_tokens=64,
+            labels="model",
+            label_draws=1,
+            seed=0,
+        )
+        engine = Engine(spec, model=model)
+        assert engine.is_layerwise
+        samples = make_samples([24, 17])
+        statistics = engine.calibrate(samples)
+        results.append((statistics, engine.score(samples, 0, to_maxima(statistics)).sums))
+    assert results[0][0] == results[1][0]
+    np.testing.assert_array_equal(results[0][1].elementwise_GF, results[1][1].elementwise_GF)
