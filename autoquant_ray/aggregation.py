@@ -17,6 +17,7 @@ from autoquant_ray.errors import ScoreError
 from autoquant_ray.store import SCHEMAS
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def score_part(shard: int, groups: Sequence[str], formats: Sequence[str], scores: Any) -> pa.Table:
@@ -41,8 +42,14 @@ def score_part(shard: int, groups: Sequence[str], formats: Sequence[str], scores
         "num_tokens": np.full(num_rows, scores.num_tokens),
         "num_samples": np.full(num_rows, scores.num_samples),
         "seconds": np.full(num_rows, scores.seconds),
+        "elementwise_variance": _variances(scores.sums.elementwise_variance_GF, unseen_K),
+        "token_variance": _variances(scores.sums.token_variance_GF, unseen_K),
     }
     return pa.table(columns, schema=SCHEMAS["scores"])
+
+
+def _variances(variance_GF: Floats, unseen_K: Mask) -> pa.Array:
+    return pa.array(np.ravel(variance_GF), mask=unseen_K)
 
 
 def is_complete_part(table: pa.Table, shard: int, keys: Sequence[tuple[str, str]]) -> bool:
@@ -58,7 +65,10 @@ def sensitivity_rows(
     ``score = 1/2 * sum / num_tokens`` in nats per token. ``score_stderr`` is the standard error
     of that ratio from its spread over shards (the usual ratio estimator: with ``e_s`` and
     ``n_s`` of S shards and ``R = sum e / sum n``, the variance is
-    ``S/(S-1) * sum (e_s - R n_s)^2 / (sum n)^2``); null for a single shard. ``modelopt_score``
+    ``S/(S-1) * sum (e_s - R n_s)^2 / (sum n)^2``); null for a single shard. The spread contains
+    the noise of row sampling; where few shards make it look smaller than that noise alone, the
+    noise counts. ``sampling_stderr`` is that noise: the standard error against scoring all rows of
+    the same shards, zero where all were scored. ``modelopt_score``
     is what ``mtq.auto_quantize`` would report if every shard were one of its scoring batches.
 
     The parts are read twice, one at a time, so memory does not grow with their number.
@@ -78,7 +88,13 @@ def sensitivity_rows(
     _require_scores(totals)
     sums_K = totals.elementwise_K if estimator == "elementwise" else totals.token_K
     scores_K = 0.5 * sums_K / totals.num_tokens
+    variances_K = totals.elementwise_variance_K
+    if estimator == "token":
+        variances_K = totals.token_variance_K
+    noise_K = 0.5 * np.sqrt(variances_K) / totals.num_tokens
     errors_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
+    if errors_K is not None:
+        errors_K = np.maximum(errors_K, noise_K)
     return [
         {
             "group": group,
@@ -92,6 +108,7 @@ def sensitivity_rows(
             "num_shards": len(parts),
             "weight_bits": costs[group, format_]["weight_bits"],
             "weight_bytes": costs[group, format_]["weight_bytes"],
+            "sampling_stderr": float(noise_K[index]),
         }
         for index, (group, format_) in enumerate(totals.keys_K)
     ]
@@ -104,8 +121,10 @@ class _Totals:
     keys_K: list[tuple[str, str]]
     elementwise_K: Floats
     token_K: Floats
+    elementwise_variance_K: Floats
+    token_variance_K: Floats
     modelopt_K: Floats
-    is_unseen_K: np.ndarray[Any, np.dtype[np.bool_]]
+    is_unseen_K: Mask
     num_tokens: int = 0
 
 
@@ -115,6 +134,8 @@ def _add_up(parts: Sequence[pa.Table]) -> _Totals:
         keys_K=_keys(parts[0]),
         elementwise_K=np.zeros(num_rows),
         token_K=np.zeros(num_rows),
+        elementwise_variance_K=np.zeros(num_rows),
+        token_variance_K=np.zeros(num_rows),
         modelopt_K=np.zeros(num_rows),
         is_unseen_K=np.ones(num_rows, dtype=np.bool_),
     )
@@ -123,6 +144,8 @@ def _add_up(parts: Sequence[pa.Table]) -> _Totals:
         elementwise_K = _filled(part, "elementwise_sum")
         totals.elementwise_K += elementwise_K
         totals.token_K += _filled(part, "token_sum")
+        totals.elementwise_variance_K += _filled(part, "elementwise_variance")
+        totals.token_variance_K += _filled(part, "token_variance")
         totals.modelopt_K += elementwise_K / float(num_tokens) ** 2
         totals.is_unseen_K &= part.column("elementwise_sum").is_null().to_numpy()
         totals.num_tokens += num_tokens

@@ -169,7 +169,14 @@ class ScanConfig(SearchSpace):
     label_draws: int = Field(
         default=1, ge=1, description="Label draws per token when labels come from the model."
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the label draws.")
+    sample_rows: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of each module's rows (tokens) to score, drawn by importance: unbiased, "
+        "faster, less exact. 1 scores all.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the label draws and of drawn rows.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute type. auto: float32 on CPU, bfloat16 on CUDA."
     )
@@ -179,6 +186,17 @@ class ScanConfig(SearchSpace):
         "layers stay in the safetensors files, one at a time is on the device. split: spread over "
         "the worker's GPUs. auto: resident where it fits, else split with --gpus-per-worker 2 or "
         "more, else offload.",
+    )
+    weight_cache_gib: float | Literal["auto"] = Field(
+        default="auto",
+        description="Memory for quantized weights per worker. auto: what one visit of a layer or "
+        "of the head uses again, 2 GiB at most.",
+    )
+    activation_cache_gib: float = Field(
+        default=1.0,
+        ge=0,
+        description="Memory for layer inputs per worker: half for the steps that visit a layer "
+        "together, half to keep calibrated shards for scoring.",
     )
     workers: int | Literal["auto"] = Field(
         default="auto", description="Number of workers. auto: as many as the cluster has room for."
@@ -214,6 +232,19 @@ class ScanConfig(SearchSpace):
             raise ValueError(f"{value} must be at least 1")
         return int(value)
 
+    @field_validator("weight_cache_gib", mode="before")
+    @classmethod
+    def _parse_weight_cache(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{value!r} is neither 'auto' nor a number of GiB, 0 or more")
+        return number
+
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
         if self.bits is None and self.bytes is None:
@@ -234,7 +265,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": ("model", "formats", "custom_formats", "disable", "device", "trust_remote_code"),
     "shards": ("data", "text_field", "split", "pack", "samples", "seq_len", "shard_samples"),
     "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
-    "score": ("labels", "label_draws", "seed"),
+    "score": ("labels", "label_draws", "sample_rows", "seed"),
     "aggregate": ("estimator",),
     "allocate": ("bits", "bytes", "bits_over", "cost", "max_formats"),
 }

@@ -21,7 +21,7 @@ from autoquant_ray.data import plan_steps
 from autoquant_ray.differences import num_weight_specs
 from autoquant_ray.errors import ModelError, NonFiniteError, one_line
 from autoquant_ray.experts import prepare_experts
-from autoquant_ray.footprint import ACTIVATION_BYTES, LARGEST_CACHE_BYTES
+from autoquant_ray.footprint import GIB, LARGEST_CACHE_BYTES
 from autoquant_ray.formats import Format
 from autoquant_ray.loading import load_placed
 from autoquant_ray.loss import VocabularyLoss
@@ -73,7 +73,7 @@ class EngineSpec:
     seed: int
     row_share: float = 1.0
     weight_cache_bytes: int | None = None
-    activation_bytes: int = ACTIVATION_BYTES
+    activation_bytes: int = GIB
     placement: str = "resident"
 
     def build_engine(self) -> Engine:

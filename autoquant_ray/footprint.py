@@ -16,13 +16,10 @@ _PROCESS_BYTES = GIB
 _MEMORY_SHARE = 0.9
 _LOGITS_BYTES = 2**28
 _WORK_COPIES = 3
-
-ACTIVATION_BYTES = GIB
-"""Layer inputs that a worker keeps between forward and backward passes, and between stages."""
+_LAYERS_HELD = 2
 
 LARGEST_CACHE_BYTES = 2 * GIB
-"""Most bytes of quantized weights that a worker keeps."""
-_LAYERS_HELD = 2
+"""Most bytes of quantized weights that a worker keeps where the user gives no number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +62,18 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
     largest = max(module.num_weights for group in plan.searched for module in group.modules)
     num_specs = len({format_.weight_key for format_ in plan.formats})
     cached = 4 * num_specs * (largest_layer + max(0, searched - sum(layers)))
+    cached = min(LARGEST_CACHE_BYTES, cached)
+    if config.weight_cache_gib != "auto":
+        cached = min(round(config.weight_cache_gib * GIB), 4 * num_specs * searched)
     token_bytes = plan.hidden_size * len(layers) * dtype_bytes
-    kept = min(ACTIVATION_BYTES, config.samples * config.seq_len * token_bytes)
+    kept = min(
+        round(config.activation_cache_gib * GIB), config.samples * config.seq_len * token_bytes
+    )
     inputs = max(config.step_tokens * token_bytes, kept)
     return Footprint(
         weight_bytes=num_weights * dtype_bytes,
         offloaded_bytes=min(held, num_weights) * dtype_bytes,
-        work_bytes=_WORK_COPIES * 4 * largest
-        + min(LARGEST_CACHE_BYTES, cached)
-        + _LOGITS_BYTES
-        + inputs,
+        work_bytes=_WORK_COPIES * 4 * largest + cached + _LOGITS_BYTES + inputs,
     )
 
 

@@ -178,5 +178,10 @@ def _engine_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> EngineSpec:
         labels=config.labels,
         label_draws=config.label_draws,
         seed=config.seed,
+        row_share=config.sample_rows,
+        weight_cache_bytes=(
+            None if config.weight_cache_gib == "auto" else round(config.weight_cache_gib * 2**30)
+        ),
+        activation_bytes=round(config.activation_cache_gib * 2**30),
         placement=config.placement,
     )

@@ -54,6 +54,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             "num_tokens": _INT,
             "num_samples": _INT,
             "seconds": _FLOAT,
+            "elementwise_variance": _FLOAT,
+            "token_variance": _FLOAT,
         }
     ),
     "sensitivity": pa.schema(
@@ -69,6 +71,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "num_shards": _INT,
             "weight_bits": _FLOAT,
             "weight_bytes": _FLOAT,
+            "sampling_stderr": _FLOAT,
         }
     ),
     "manifest": pa.schema(
@@ -83,6 +86,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 """Columns of every Parquet file of a run; part folders use the schema of their name."""
+
+_ADDED = {"elementwise_variance", "token_variance", "sampling_stderr"}
+"""Columns that earlier versions did not write; null where they are missing."""
 
 _OWN_FOLDERS = {SAMPLES, CALIBRATION, SCORES, SOLUTIONS}
 _OWN_FILES = {
@@ -242,8 +248,10 @@ class RunDirectory:
             # Parts are small, and several are read at a time.
             table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
             missing = set(SCHEMAS[kind].names) - set(table.column_names)
-            if missing:
-                raise StoreError(f"{self.path(name)} lacks the columns {sorted(missing)}")
+            if missing - _ADDED:
+                raise StoreError(f"{self.path(name)} lacks the columns {sorted(missing - _ADDED)}")
+            for column in sorted(missing):
+                table = table.append_column(column, pa.nulls(table.num_rows))
             return table.select(SCHEMAS[kind].names).cast(SCHEMAS[kind])
         except (pa.ArrowException, OSError, ValueError) as error:
             raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None

@@ -18,7 +18,9 @@ PLAN = [
 ]
 
 
-def part(shard: int, tokens: int, sums: list[float | None]) -> pa.Table:
+def part(
+    shard: int, tokens: int, sums: list[float | None], variance: float | None = 0.0
+) -> pa.Table:
     rows = [
         {
             "shard": shard,
@@ -29,6 +31,8 @@ def part(shard: int, tokens: int, sums: list[float | None]) -> pa.Table:
             "num_tokens": tokens,
             "num_samples": 1,
             "seconds": 0.1,
+            "elementwise_variance": variance,
+            "token_variance": None if variance is None else 4 * variance,
         }
         for group, value in zip("ab", sums, strict=True)
     ]
@@ -94,3 +98,20 @@ def test_part_of_another_shard_or_menu_is_not_complete() -> None:
     assert not is_complete_part(part(3, 10, [1.0, 1.0]), 4, keys)
     assert not is_complete_part(part(3, 10, [1.0, 1.0]), 3, [("a", "f"), ("a", "g")])
     assert not is_complete_part(part(3, 10, [1.0, math.inf])[:1], 3, keys)
+
+
+def test_stderr_contains_the_noise_of_sampled_rows() -> None:
+    """Two shards that happen to agree: the spread alone would claim certainty."""
+    parts = [part(0, 10, [4.0, 1.0], variance=9.0), part(1, 10, [4.0, 1.0], variance=16.0)]
+    for estimator, noise in (("elementwise", 5.0), ("token", 10.0)):
+        row, _ = sensitivity_rows(parts, PLAN, estimator)
+        assert row["sampling_stderr"] == pytest.approx(0.5 * noise / 20)
+        assert row["score_stderr"] == row["sampling_stderr"]
+
+
+def test_stderr_spread_larger_than_the_noise_of_sampled_rows_stands() -> None:
+    exact = [part(0, 10, [4.0, 1.0]), part(1, 10, [8.0, 1.0])]
+    noisy = [part(0, 10, [4.0, 1.0], variance=1.0), part(1, 10, [8.0, 1.0], variance=1.0)]
+    rows = [sensitivity_rows(parts, PLAN, "elementwise")[0] for parts in (exact, noisy)]
+    assert rows[0]["sampling_stderr"] == 0.0
+    assert rows[1]["score_stderr"] == rows[0]["score_stderr"] > rows[1]["sampling_stderr"] > 0
