@@ -21,7 +21,7 @@ import numpy as np
 
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, ScoreError
 from autoquant_ray.formats import NONE
-from autoquant_ray.knapsack import SLACK, Answer, Problem, frontier_points, relax
+from autoquant_ray.knapsack import SLACK, Answer, Problem, frontier_points, relax, sweep
 from autoquant_ray.knapsack_solve import reachable, solve_problem
 
 _GIB, _MIB = 2**30, 2**20
@@ -175,14 +175,29 @@ def frontier_allocation(choices: Sequence[Choice], resource: str, limit: float) 
         ScoreError: A score or cost is missing, negative or not finite.
         InfeasibleBudgetError: The cheapest allocation exceeds the limit.
     """
+    return frontier_allocations(choices, resource, [limit])[0]
+
+
+def frontier_allocations(
+    choices: Sequence[Choice], resource: str, limits: Sequence[float]
+) -> list[Allocation]:
+    """:func:`frontier_allocation` for many limits at once, from one sweep.
+
+    Raises:
+        As :func:`frontier_allocation`, for the first limit that cannot be met.
+    """
     table = _Table.of(choices, [resource])
-    problem = table.limited([(resource, limit)])
-    relaxed = relax(problem, fill=False)
-    if relaxed is None:
-        named = f"a limit of {limit} on {resource}"
-        budget = Budget(resource=resource, limit=limit, unit_per_bit=None, description=named)
-        raise InfeasibleBudgetError(_infeasible(problem, [budget], None, None))
-    return table.allocation(problem, relaxed[0])
+    steps = sweep(table.everything.scores_GF, table.everything.costs_RGF[0])
+    allocations = []
+    for limit in limits:
+        problem = table.limited([(resource, limit)])
+        relaxed = relax(problem, fill=False, steps=steps)
+        if relaxed is None:
+            named = f"a limit of {limit} on {resource}"
+            budget = Budget(resource=resource, limit=limit, unit_per_bit=None, description=named)
+            raise InfeasibleBudgetError(_infeasible(problem, [budget], None, None))
+        allocations.append(table.allocation(problem, relaxed.answer))
+    return allocations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,14 @@
 
 1. :func:`sweep` orders the steps along the lower convex hulls of all groups. Its prefixes are the
    frontier, and the first step that no longer fits gives the Lagrange multiplier and a bound.
-2. :func:`tighten` drops every choice that cannot be part of a better allocation than the known one.
-3. :func:`search` runs a dynamic programme over the choices left. Its states are (cost, score)
-   pairs; it drops a state that another dominates or whose bound is above the known allocation.
+2. :mod:`autoquant_ray.knapsack_lattice` lowers the limit to the next sum that the costs can form,
+   and fills the room that the greedy prefix leaves.
+3. :func:`tighten` drops every choice that cannot be part of a better allocation than the known one.
+4. :mod:`autoquant_ray.knapsack_search` runs a dynamic programme over the choices left. Its states
+   are (cost, score) pairs; it drops a state that another dominates or whose bound is above the
+   known allocation.
+
+:mod:`autoquant_ray.knapsack_single` puts these together.
 
 A general solver stops at absolute tolerances near 1e-6, above the scores of whole layers. Here
 scores are compared as float64, so layers of 1e-3 and of 1e-12 nats are both decided exactly.
@@ -150,13 +155,22 @@ def reduced(problem: Problem, multipliers_R: Floats) -> Floats:
     return priced
 
 
+def losses(problem: Problem, multipliers_R: Floats) -> Floats:
+    """How far each choice (G, F) is above its group's best at the multipliers, >= 0."""
+    reduced_GF = reduced(problem, multipliers_R)
+    above_GF: Floats = reduced_GF - reduced_GF.min(axis=1)[:, None]
+    return above_GF
+
+
 def tighten(problem: Problem, multipliers_R: Floats, score: float) -> Problem:
     """Drop the choices that are in no allocation with a score below or equal to ``score``."""
-    reduced_GF = reduced(problem, multipliers_R)
-    reduced_GF = reduced_GF - reduced_GF.min(axis=1)[:, None]
     spare = score - bound(problem, multipliers_R)
-    kept = problem.keep(reduced_GF <= spare * (1 + MARGIN))
-    return kept.keep(undominated(kept))
+    kept = problem.keep(losses(problem, multipliers_R) <= spare * (1 + MARGIN))
+    alive_GF = kept.present_GF
+    open_G = np.flatnonzero(alive_GF.sum(axis=1) > 1)
+    part = replace(kept, scores_GF=kept.scores_GF[open_G], costs_RGF=kept.costs_RGF[:, open_G])
+    alive_GF[open_G] = undominated(part)
+    return kept.keep(alive_GF)
 
 
 def undominated(problem: Problem) -> Mask:
@@ -184,40 +198,90 @@ def frontier_points(problem: Problem) -> list[tuple[float, float]]:
     return list(zip(costs.tolist(), scores.tolist(), strict=True))
 
 
-def relax(problem: Problem, *, fill: bool = True) -> tuple[Answer, Floats] | None:
+@dataclass(frozen=True, kw_only=True)
+class Relaxed:
+    """The answer of the greedy method.
+
+    Attributes:
+        answer: The allocation and its Lagrangian bound.
+        multiplier_R: The Lagrange multiplier (1,): gain per cost of the step after the prefix.
+        prefix_G: The allocation (G,) of the hull steps within the limit.
+    """
+
+    answer: Answer
+    multiplier_R: Floats
+    prefix_G: Indices
+
+
+def relax(problem: Problem, *, fill: bool = True, steps: Sweep | None = None) -> Relaxed | None:
     """Greedy allocation, its lower bound and the multiplier, for the problem's one resource.
 
     Args:
         problem: Scores, costs and one limit.
         fill: After the last hull step within the limit, also take later ones that still fit.
+        steps: The sweep of the problem, where it is known.
 
     Returns:
-        The answer and the multiplier (1,), or None where even the cheapest choices exceed the
-        limit.
+        The answer, or None where even the cheapest choices exceed the limit.
     """
-    steps = sweep(problem.scores_GF, problem.costs_RGF[0])
-    if not problem.is_within(steps.start_G):
+    steps = steps or sweep(problem.scores_GF, problem.costs_RGF[0])
+    num_steps = _num_steps_within(problem, steps)
+    if num_steps is None:
         return None
-    spent = problem.costs(steps.start_G)[0] + np.cumsum(steps.costs_N)
-    limit = float(problem.limits_R[0]) * (1 + SLACK / 2)
-    num_steps = int(np.searchsorted(spent, limit, side="right"))
-    while not problem.is_within(steps.prefix(num_steps)):
-        num_steps -= 1
-    columns_G = steps.prefix(num_steps)
+    prefix_G = columns_G = steps.prefix(num_steps)
     if fill:
-        columns_G = _fill(problem, steps, num_steps, limit)
+        columns_G = _fill(problem, steps, num_steps)
     multiplier_R = steps.rates_N[num_steps : num_steps + 1]
     if not multiplier_R.size:
         multiplier_R = np.zeros(1)
     score = problem.score(columns_G)
-    lower = min(score, bound(problem, multiplier_R))
-    return Answer(columns_G=columns_G, score=score, lower=lower), multiplier_R
+    answer = Answer(
+        columns_G=columns_G, score=score, lower=min(score, bound(problem, multiplier_R))
+    )
+    return Relaxed(answer=answer, multiplier_R=multiplier_R, prefix_G=prefix_G)
 
 
-def _fill(problem: Problem, steps: Sweep, num_steps: int, limit: float) -> Indices:
+def frontier_columns(scores_GF: Floats, costs_GF: Floats, limit: float) -> Indices | None:
+    """The last allocation on the frontier within a limit, from arrays alone.
+
+    For callers that solve one problem many times with other scores, such as a bootstrap. Fast,
+    and best at its own cost, but not exact between the points of the frontier.
+
+    Args:
+        scores_GF: Score of each group and format, >= 0; inf where a group lacks a format.
+        costs_GF: Cost of each, >= 0, in the unit of the limit.
+        limit: Most summed cost.
+
+    Returns:
+        One format (column) per group (G,), or None where the cheapest allocation exceeds the limit.
+    """
+    steps = sweep(scores_GF, costs_GF)
+    problem = Problem(
+        scores_GF=scores_GF, costs_RGF=costs_GF[None], limits_R=np.array([limit], dtype=float)
+    )
+    num_steps = _num_steps_within(problem, steps)
+    return None if num_steps is None else steps.prefix(num_steps)
+
+
+def _num_steps_within(problem: Problem, steps: Sweep) -> int | None:
+    """How many hull steps fit within the problem's one limit; None where the start does not."""
+    if not problem.is_within(steps.start_G):
+        return None
+    spent_N = problem.costs(steps.start_G)[0] + np.cumsum(steps.costs_N)
+    num_steps = int(np.searchsorted(spent_N, _limit(problem), side="right"))
+    while not problem.is_within(steps.prefix(num_steps)):
+        num_steps -= 1
+    return num_steps
+
+
+def _limit(problem: Problem) -> float:
+    return float(problem.limits_R[0]) * (1 + SLACK / 2)
+
+
+def _fill(problem: Problem, steps: Sweep, num_steps: int) -> Indices:
     """Take the hull prefix, then every later step that still fits."""
     columns_G = steps.prefix(num_steps)
-    spare = limit - problem.costs(columns_G)[0]
+    spare = _limit(problem) - problem.costs(columns_G)[0]
     blocked: set[int] = set()
     later = slice(num_steps, None)
     fits = np.minimum.accumulate(steps.costs_N[later][::-1])[::-1].tolist()
