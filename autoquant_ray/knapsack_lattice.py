@@ -24,7 +24,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from autoquant_ray.knapsack import MARGIN, SLACK, Answer, Floats, Indices, Problem, bound, losses
+from autoquant_ray.knapsack import (
+    MARGIN,
+    SLACK,
+    Answer,
+    Floats,
+    Indices,
+    Problem,
+    lagrangian,
+    losses,
+)
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _NOISE = 1e-10  # remainders up to this share of the largest cost are rounding
@@ -32,7 +41,7 @@ _FINEST = 1e-7  # least step looked for, as a share of the largest cost
 _CERTAIN = 0.1  # largest share of a step that rounding may amount to, all groups together
 _CLOSE = 1e-11  # distance from the cheapest walk at which to stop, as a share of the score
 _MAX_NODES = 2_000_000
-_MAX_EDGES = 20_000_000  # about a second
+_MAX_EDGES = 5_000_000  # under a second
 _BATCH = 100_000  # edges followed at once
 
 Integers = npt.NDArray[np.int64]
@@ -87,20 +96,29 @@ def find(problem: Problem) -> Lattice | None:
 def common_step(values: Floats) -> float:
     """Greatest common divisor of numbers >= 0, up to rounding; 0.0 where there is none to speak of.
 
-    Euclid's method over the ascending values: each remainder is a multiple of the divisor too, at
-    most half as large as the last, and the small values' remainders are the least rounded.
+    Euclid's method over the ascending values. After each one the divisor is taken afresh from the
+    largest value that it is known to divide, so that rounding does not build up.
     """
     values = np.sort(values[values > 0])
     if not values.size:
         return 0.0
-    step, largest = float(values[0]), float(values[-1])
-    while step > _FINEST * largest:
-        rest = np.abs(values - np.rint(values / step) * step)
-        uneven = np.flatnonzero(rest > _NOISE * largest)
+    step, noise = float(values[0]), _NOISE * float(values[-1])
+    while step > _FINEST * values[-1]:
+        uneven = np.flatnonzero(_remainder(values, step) > noise)
         if not uneven.size:
-            return largest / round(largest / step)
-        step = float(rest[uneven[0]])
+            return float(values[-1] / np.rint(values[-1] / step))
+        value = values[uneven[0]]
+        rest = _remainder(value, step)
+        while rest > noise:
+            step, rest = float(rest), _remainder(np.float64(step), float(rest))
+        step = float(value / np.rint(value / step))
     return 0.0
+
+
+def _remainder(values: Floats | np.float64, step: float) -> Floats:
+    """Distance to the nearest multiple of ``step``."""
+    rest: Floats = np.abs(values - np.rint(values / step) * step)
+    return rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +159,7 @@ def fill(lattice: Lattice, multipliers_R: Floats, prefix_G: Indices, answer: Ans
         answer: An allocation within the limit.
     """
     problem, price = lattice.problem, float(multipliers_R[0])
-    lowest = bound(problem, multipliers_R)
+    lowest = lagrangian(problem, multipliers_R)
     spare = answer.score - lowest
     moves = _Moves.of(lattice, losses(problem, multipliers_R), prefix_G, spare)
     room = lattice.capacity - int(lattice.counts_GF[np.arange(len(prefix_G)), prefix_G].sum())
@@ -150,6 +168,7 @@ def fill(lattice: Lattice, multipliers_R: Floats, prefix_G: Indices, answer: Ans
         return answer
     length = walk.go(_CLOSE * answer.score)
     rounding = MARGIN * len(prefix_G) * length + 2 * price * lattice.error
+    rounding += 2 * price * SLACK * float(problem.limits_R[0])
     columns_G = _deal(moves, prefix_G, walk.taken())
     if columns_G is not None and problem.is_within(columns_G):
         found = (problem.score(columns_G), problem.costs(columns_G))
@@ -189,7 +208,7 @@ class _Walk:
             least = float(self.length_W[open_N[0]])
             if self.best - least <= close or num_edges > _MAX_EDGES:
                 return min(self.best, least)
-            batch = max(1, _BATCH // max(1, len(self.steps_C)))
+            batch = max(1, _BATCH // max(1, len(self.steps_C)), len(open_N) // 4)
             reached_N = self._leave(open_N[:batch])
             num_edges += len(open_N[:batch]) * len(self.steps_C)
             open_N = np.union1d(open_N[batch:], reached_N)
@@ -203,10 +222,10 @@ class _Walk:
         useful_NC[useful_NC] = length_NC[useful_NC] < self.length_W[to_NC[useful_NC]]
         class_N = np.nonzero(useful_NC)[1]
         to_N, length_N = to_NC[useful_NC], length_NC[useful_NC]
-        order = np.lexsort((class_N, length_N, to_N))
-        order = order[np.diff(to_N[order], prepend=-1) != 0]
-        to_N, length_N = to_N[order], length_N[order]
-        self.length_W[to_N], self.class_W[to_N] = length_N, class_N[order]
+        np.minimum.at(self.length_W, to_N, length_N)
+        nearest = np.flatnonzero(length_N == self.length_W[to_N])
+        to_N, length_N = to_N[nearest], length_N[nearest]
+        self.class_W[to_N] = class_N[nearest]
         left_N = self.room - (to_N + self.low)
         total_N = np.where(left_N >= 0, length_N + left_N * self.idle, np.inf)
         if total_N.size and total_N.min() < self.best:

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from autoquant_ray.knapsack import Answer, Floats, Mask, Problem, Relaxed, bound, losses, relax
+from autoquant_ray.knapsack import Answer, Floats, Mask, Problem, bound, losses
+from autoquant_ray.knapsack_greedy import Relaxed, relax
 from autoquant_ray.knapsack_lattice import fill, find
 from autoquant_ray.knapsack_search import WIDTHS, search
 
@@ -22,7 +23,7 @@ _CORE = 100  # moves in the core
 _CORE_ALIKE = 4  # of them with the same cost
 _CORE_SHADES = 1e6  # losses that differ by less than the gap over this count as equal
 _PATIENT_GROUPS = 5_000  # with more groups, wide searches are not worth their seconds below a gap
-_PATIENCE = dict(zip(WIDTHS, (0.0, 1e-9, 1e-7), strict=True))  # width -> that gap
+_PATIENCE = dict(zip(WIDTHS, (0.0, 1e-8, 1e-6), strict=True))  # width -> that gap
 
 
 def solve_single(problem: Problem) -> Answer | None:

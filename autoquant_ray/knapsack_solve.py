@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from autoquant_ray.knapsack import Answer, Floats, Indices, Problem, bound, relax
+from autoquant_ray.knapsack import Answer, Floats, Indices, Problem, bound
+from autoquant_ray.knapsack_greedy import relax
 from autoquant_ray.knapsack_highs import relaxed_multipliers, solve_milp, solve_several
 from autoquant_ray.knapsack_single import solve_single
 
