@@ -1,10 +1,16 @@
 """Exact multiple-choice knapsack on arrays: one format per group, least score, cost within limits.
 
 1. :func:`sweep` orders the steps along the lower convex hulls of all groups. Its prefixes are the
-   frontier, and the first step that no longer fits gives the Lagrange multiplier and a bound.
-2. :func:`tighten` drops every choice that cannot be part of a better allocation than the known one.
-3. :func:`search` runs a dynamic programme over the choices left. Its states are (cost, score)
-   pairs; it drops a state that another dominates or whose bound is above the known allocation.
+   frontier, and the first step that no longer fits gives the Lagrange multiplier and a bound
+   (:mod:`autoquant_ray.knapsack_greedy`).
+2. :mod:`autoquant_ray.knapsack_lattice` lowers the limit to the next sum that the costs can form,
+   and fills the room that the greedy prefix leaves.
+3. :func:`tighten` drops every choice that cannot be part of a better allocation than the known one.
+4. :mod:`autoquant_ray.knapsack_search` runs a dynamic programme over the choices left. Its states
+   are (cost, score) pairs; it drops a state that another dominates or whose bound is above the
+   known allocation.
+
+:mod:`autoquant_ray.knapsack_single` puts these together.
 
 A general solver stops at absolute tolerances near 1e-6, above the scores of whole layers. Here
 scores are compared as float64, so layers of 1e-3 and of 1e-12 nats are both decided exactly.
@@ -137,11 +143,16 @@ def sweep(scores_GF: Floats, costs_GF: Floats) -> Sweep:
 
 
 def bound(problem: Problem, multipliers_R: Floats) -> float:
-    """Lagrangian lower bound of the best score, for any multipliers >= 0, rounded down."""
-    reduced_G = reduced(problem, multipliers_R).min(axis=1)
+    """Lower bound of the best score, for any multipliers >= 0, rounded down."""
+    least = math.fsum(problem.scores_GF.min(axis=1))
+    return max(lagrangian(problem, multipliers_R), least)
+
+
+def lagrangian(problem: Problem, multipliers_R: Floats) -> float:
+    """The Lagrangian at some multipliers >= 0, rounded down."""
     price = float(multipliers_R @ problem.limits_R)
-    total = math.fsum(reduced_G)
-    return max(total - price - MARGIN * (total + price), math.fsum(problem.scores_GF.min(axis=1)))
+    total = math.fsum(reduced(problem, multipliers_R).min(axis=1))
+    return total - price - MARGIN * (total + price)
 
 
 def reduced(problem: Problem, multipliers_R: Floats) -> Floats:
@@ -150,13 +161,22 @@ def reduced(problem: Problem, multipliers_R: Floats) -> Floats:
     return priced
 
 
+def losses(problem: Problem, multipliers_R: Floats) -> Floats:
+    """How far each choice (G, F) is above its group's best at the multipliers, >= 0."""
+    reduced_GF = reduced(problem, multipliers_R)
+    above_GF: Floats = reduced_GF - reduced_GF.min(axis=1)[:, None]
+    return above_GF
+
+
 def tighten(problem: Problem, multipliers_R: Floats, score: float) -> Problem:
     """Drop the choices that are in no allocation with a score below or equal to ``score``."""
-    reduced_GF = reduced(problem, multipliers_R)
-    reduced_GF = reduced_GF - reduced_GF.min(axis=1)[:, None]
     spare = score - bound(problem, multipliers_R)
-    kept = problem.keep(reduced_GF <= spare * (1 + MARGIN))
-    return kept.keep(undominated(kept))
+    kept = problem.keep(losses(problem, multipliers_R) <= spare * (1 + MARGIN))
+    alive_GF = kept.present_GF
+    open_G = np.flatnonzero(alive_GF.sum(axis=1) > 1)
+    part = replace(kept, scores_GF=kept.scores_GF[open_G], costs_RGF=kept.costs_RGF[:, open_G])
+    alive_GF[open_G] = undominated(part)
+    return kept.keep(alive_GF)
 
 
 def undominated(problem: Problem) -> Mask:
@@ -171,65 +191,3 @@ def undominated(problem: Problem) -> Mask:
         beaten_GF = no_worse_GF & (~equal_GF | (later_F > column))
         alive_GF &= ~(beaten_GF & present_GF[:, column, None])
     return alive_GF
-
-
-def frontier_points(problem: Problem) -> list[tuple[float, float]]:
-    """Summed cost and score after every step of the sweep, for the problem's one resource."""
-    steps = sweep(problem.scores_GF, problem.costs_RGF[0])
-    cheapest = problem.costs(steps.start_G)[0]
-    costs = cheapest + np.concatenate(([0.0], np.cumsum(steps.costs_N)))
-    # Summed from the good end: there the scores are smallest and rounding would show most.
-    best = problem.score(steps.prefix(len(steps.costs_N)))
-    scores = best + np.concatenate(([0.0], np.cumsum(steps.gains_N[::-1])))[::-1]
-    return list(zip(costs.tolist(), scores.tolist(), strict=True))
-
-
-def relax(problem: Problem, *, fill: bool = True) -> tuple[Answer, Floats] | None:
-    """Greedy allocation, its lower bound and the multiplier, for the problem's one resource.
-
-    Args:
-        problem: Scores, costs and one limit.
-        fill: After the last hull step within the limit, also take later ones that still fit.
-
-    Returns:
-        The answer and the multiplier (1,), or None where even the cheapest choices exceed the
-        limit.
-    """
-    steps = sweep(problem.scores_GF, problem.costs_RGF[0])
-    if not problem.is_within(steps.start_G):
-        return None
-    spent = problem.costs(steps.start_G)[0] + np.cumsum(steps.costs_N)
-    limit = float(problem.limits_R[0]) * (1 + SLACK / 2)
-    num_steps = int(np.searchsorted(spent, limit, side="right"))
-    while not problem.is_within(steps.prefix(num_steps)):
-        num_steps -= 1
-    columns_G = steps.prefix(num_steps)
-    if fill:
-        columns_G = _fill(problem, steps, num_steps, limit)
-    multiplier_R = steps.rates_N[num_steps : num_steps + 1]
-    if not multiplier_R.size:
-        multiplier_R = np.zeros(1)
-    score = problem.score(columns_G)
-    lower = min(score, bound(problem, multiplier_R))
-    return Answer(columns_G=columns_G, score=score, lower=lower), multiplier_R
-
-
-def _fill(problem: Problem, steps: Sweep, num_steps: int, limit: float) -> Indices:
-    """Take the hull prefix, then every later step that still fits."""
-    columns_G = steps.prefix(num_steps)
-    spare = limit - problem.costs(columns_G)[0]
-    blocked: set[int] = set()
-    later = slice(num_steps, None)
-    fits = np.minimum.accumulate(steps.costs_N[later][::-1])[::-1].tolist()
-    names = (steps.groups_N[later], steps.columns_N[later], steps.costs_N[later])
-    rows = zip(*(values.tolist() for values in names), fits, strict=True)
-    filled_G = columns_G.copy()
-    for group, column, cost, least in rows:
-        if least > spare:
-            break
-        if cost > spare:
-            blocked.add(group)
-        if group not in blocked:
-            filled_G[group] = column
-            spare -= cost
-    return filled_G if problem.is_within(filled_G) else columns_G

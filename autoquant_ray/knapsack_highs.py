@@ -26,7 +26,8 @@ from autoquant_ray.knapsack import (
     tighten,
     undominated,
 )
-from autoquant_ray.knapsack_search import WIDTHS, search, solve_single
+from autoquant_ray.knapsack_search import WIDTHS, search
+from autoquant_ray.knapsack_single import solve_single
 
 _SCALE = 1e6  # objective range given to HiGHS, whose absolute gap is 1e-6
 _ROUGH_GAP = 1e-4

@@ -10,6 +10,7 @@ bounds stay, and the lowest bound that was let go limits what the answer may cla
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,28 +21,15 @@ from autoquant_ray.knapsack import (
     Floats,
     Indices,
     Problem,
-    relax,
     sweep,
     tighten,
 )
 
 WIDTHS = (500, 10_000, 100_000)  # states kept per group in successive searches
 MAX_STATES = 20_000_000  # states kept in one search over all groups, about 320 MB
-MAX_GROUPS = 5_000  # with more groups undecided the greedy answer and its gap stand
+MAX_GROUPS = 5_000  # with more groups undecided the known answer and its gap stand
 NUM_NEIGHBOURS = 16  # states that a state is compared with where there are several resources
 NUM_COMPLETED = 16  # states completed after a group where there are several resources
-
-
-def solve_single(problem: Problem) -> Answer | None:
-    """Solve a problem with one resource; None where the limit cannot be met."""
-    relaxed = relax(problem)
-    if relaxed is None:
-        return None
-    answer, multipliers_R = relaxed
-    for width in WIDTHS:
-        if not answer.is_proven:
-            answer = search(problem, multipliers_R, answer, width)
-    return answer
 
 
 def search(problem: Problem, multipliers_R: Floats, answer: Answer, width: int) -> Answer:
@@ -57,10 +45,12 @@ def search(problem: Problem, multipliers_R: Floats, answer: Answer, width: int) 
         The best allocation found; its bound equals its score unless states were let go.
     """
     kept = tighten(problem, multipliers_R, answer.score)
-    num_open = int((kept.present_GF.sum(axis=1) > 1).sum())
-    if num_open > MAX_GROUPS:
+    if not kept.present_GF.any(axis=1).all():
+        return replace(answer, lower=max(answer.lower, answer.score))  # nothing scores as low
+    num_groups = int((kept.present_GF.sum(axis=1) > 1).sum())
+    if num_groups > MAX_GROUPS:
         return answer
-    run = _Run(kept, multipliers_R, answer, min(width, MAX_STATES // max(num_open, 1)))
+    run = _Run(kept, multipliers_R, answer, min(width, MAX_STATES // max(num_groups, 1)))
     for position in range(len(run.core)):
         run.decide(position)
         if not len(run.score_S):

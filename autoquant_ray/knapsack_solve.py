@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from autoquant_ray.knapsack import Answer, Floats, Indices, Problem, bound, relax
+from autoquant_ray.knapsack import Answer, Floats, Indices, Problem, bound
+from autoquant_ray.knapsack_greedy import relax
 from autoquant_ray.knapsack_highs import relaxed_multipliers, solve_milp, solve_several
-from autoquant_ray.knapsack_search import solve_single
+from autoquant_ray.knapsack_single import solve_single
 
 _MAX_SETS = 20_000  # format sets tried one by one; beyond, HiGHS decides with binary variables
 
@@ -87,7 +88,7 @@ def _multipliers(problem: Problem) -> Floats | None:
     if len(problem.limits_R) > 1:
         return relaxed_multipliers(problem)
     relaxed = relax(problem)
-    return None if relaxed is None else relaxed[1]
+    return None if relaxed is None else relaxed.multiplier_R
 
 
 def _only(problem: Problem, columns: Indices) -> Problem:
@@ -101,7 +102,7 @@ def _is_worse(subset: Problem, score: float) -> bool:
     if len(subset.limits_R) > 1:
         return bound(subset, relaxed_multipliers(subset)) > score
     relaxed = relax(subset)
-    return relaxed is None or relaxed[0].lower > score
+    return relaxed is None or relaxed.answer.lower > score
 
 
 def _ranked_sets(
