@@ -1,0 +1,89 @@
+"""Scores in bfloat16 against float32: the difference of rounded outputs, and what we compute.
+
+Same weights (rounded to bfloat16 once), same labels. *Before* is ``Xq Wq^T - Y`` with all three
+rounded to bfloat16, as a hook on a bfloat16 model sees them; *after* forms the quantization errors
+in float32 and multiplies them apart. Printed per format: quantiles over groups of the score over
+its float32 value.
+
+    python benchmarks/bfloat16_error.py --samples 2 --seq-len 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from kl_prediction import make_spec, read_samples
+from machine import describe_machine
+
+from autoquant_ray import differences
+from autoquant_ray.calibration import to_maxima
+from autoquant_ray.demo import find_demo_model
+from autoquant_ray.engine import Engine
+from autoquant_ray.formats import resolve_formats
+from autoquant_ray.models import build_skeleton, find_model, load_model
+from autoquant_ray.plan import build_plan
+from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
+
+FORMATS = ("wint8_afp16", "wint8_aint8", "wfp8_afp8", "wint4_afp16")
+
+
+def main() -> None:
+    """Score three ways, print the ratios and the summary as the last line of JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=64)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    ref = find_model(str(find_demo_model()))
+    plan = build_plan(build_skeleton(ref), resolve_formats(FORMATS, device="cpu"))
+    samples = read_samples(ref, options.samples, options.seq_len)
+    spec = dataclasses.replace(make_spec(ref, plan, "data"), dtype="bfloat16")
+    model = load_model(ref, dtype="bfloat16", device="cpu")
+    engine = Engine(spec, model=model)
+    maxima = to_maxima(engine.calibrate(samples))
+    after = engine.score(samples, 0, maxima).sums.elementwise_GF
+    original = differences.OutputDifferences.of_linear
+    differences.OutputDifferences.of_linear = of_rounded_outputs  # type: ignore[method-assign]
+    before = engine.score(samples, 0, maxima).sums.elementwise_GF
+    differences.OutputDifferences.of_linear = original  # type: ignore[method-assign]
+    engine = Engine(make_spec(ref, plan, "data"), model=model.float())
+    exact = engine.score(samples, 0, maxima).sums.elementwise_GF
+    summary: dict[str, Any] = {**describe_machine(), "tokens": options.samples * options.seq_len}
+    for column, name in enumerate(FORMATS):
+        for title, sums in (("before", before), ("after", after)):
+            ratios = sums[:, column] / exact[:, column]
+            quantiles = [round(float(q), 3) for q in np.quantile(ratios, (0, 0.5, 1))]
+            print(f"{name:12s} {title:6s} lowest, median, highest ratio: {quantiles}")
+            summary[f"{name} {title}"] = quantiles
+    print(json.dumps(summary))
+
+
+def of_rounded_outputs(
+    self: differences.OutputDifferences,
+    planned: Any,
+    module: Any,
+    maximum: float | None,
+    output_TO: torch.Tensor,
+    input_TI: torch.Tensor,
+) -> Iterator[differences.Difference]:
+    """Both outputs in bfloat16, then their difference."""
+    for formats in self._by_weight:
+        weight_OI = fake_quantize_weight(formats[0][1].weight, module.weight)
+        for index, format_ in formats:
+            quantizer = make_input_quantizer(format_.input, maximum, input_TI)
+            states_TI = input_TI if quantizer is None else quantizer(input_TI)
+            outputs_TO = torch.nn.functional.linear(states_TI, weight_OI, module.bias)
+            yield index, slice(0, len(output_TO)), outputs_TO - output_TO
+
+
+if __name__ == "__main__":
+    main()
