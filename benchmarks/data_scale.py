@@ -103,6 +103,7 @@ def run_stage(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
         shard_samples=arguments.shard_samples,
     )
     ray.init(
+        address="local",
         num_cpus=arguments.cpus,
         include_dashboard=False,
         object_store_memory=150 * 2**20,

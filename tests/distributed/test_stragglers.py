@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -77,15 +78,15 @@ def wait_for_file(path: Path) -> None:
 
 def number_of_call(folder: Path, shard: int) -> int:
     """Which call of this shard this is, from 0."""
-    number = 0
-    while True:
+    own = folder / f"call-of-{os.getpid()}"
+    own.write_text(str(os.getpid()))
+    for number in itertools.count():
         try:
-            (folder / f"call-{shard}-{number}").touch(exist_ok=False)
+            os.link(own, folder / f"call-{shard}-{number}")
         except FileExistsError:
-            number += 1
-        else:
-            (folder / f"call-{shard}-{number}").write_text(str(os.getpid()))
-            return number
+            continue
+        return number
+    raise AssertionError
 
 
 def first_call_of_shard_0_waits(folder: Path, task: ShardTask) -> tuple[int, int]:
@@ -101,6 +102,13 @@ def both_at_once(folder: Path, task: ShardTask) -> int:
     return os.getpid()
 
 
+def process_of_first_call(two_workers: Pool) -> int:
+    """The process that got shard 0 first."""
+    path = two_workers.folder / "call-0-0"
+    wait_for_file(path)
+    return int(path.read_text())
+
+
 def results(outcomes: Iterator[Outcome]) -> list[Any]:
     return sorted(outcome.result for outcome in outcomes)
 
@@ -109,7 +117,7 @@ def test_pool_slow_worker_holds_neither_this_stage_nor_the_next(two_workers: Poo
     first = results(two_workers.run(6, first_call_of_shard_0_waits))
     assert [shard for shard, _ in first] == list(range(6))
     assert two_workers.named("shard_copied") == [{"shard": 0}]
-    slow = int((two_workers.folder / "call-0-0").read_text())
+    slow = process_of_first_call(two_workers)
     assert slow not in {process for _, process in first}
 
     second = results(two_workers.run(6, first_call_of_shard_0_waits))
@@ -123,7 +131,7 @@ def test_pool_slow_worker_holds_neither_this_stage_nor_the_next(two_workers: Poo
 
 def test_pool_loser_that_dies_is_replaced_and_blames_no_shard(two_workers: Pool) -> None:
     results(two_workers.run(6, first_call_of_shard_0_waits))
-    slow = psutil.Process(int((two_workers.folder / "call-0-0").read_text()))
+    slow = psutil.Process(process_of_first_call(two_workers))
     slow.send_signal(signal.SIGKILL)
     assert slow.pid not in results(two_workers.run(2, both_at_once))
     (died,) = two_workers.named("worker_died")
@@ -186,7 +194,7 @@ def test_pool_closed_early_leaves_workers_usable(two_workers: Pool) -> None:
     outcomes = two_workers.run(1000, first_call_of_shard_0_waits)
     assert next(outcomes).task.shard != 0
     outcomes.close()
-    slow = int((two_workers.folder / "call-0-0").read_text())
+    slow = process_of_first_call(two_workers)
     again = results(two_workers.run(6, first_call_of_shard_0_waits))
     assert [shard for shard, _ in again] == list(range(6))
     assert slow not in {process for _, process in again}
@@ -199,6 +207,7 @@ def test_pool_dropped_generator_that_ends_late_does_not_disturb_the_next(
 ) -> None:
     dropped = two_workers.run(1000, first_call_of_shard_0_waits)
     next(dropped)
+    process_of_first_call(two_workers)
     following = two_workers.run(6, first_call_of_shard_0_waits)
     found = [next(following).result]
     dropped.close()
