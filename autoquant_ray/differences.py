@@ -182,7 +182,8 @@ class OutputDifferences:
 def _error(weight_OI: torch.Tensor, attributes: Attributes) -> torch.Tensor:
     """``Wq - W``, formed in float32, in the weight's dtype."""
     original_OI = weight_OI.float()
-    return (fake_quantize_weight(attributes, original_OI) - original_OI).to(weight_OI.dtype)
+    quantized_OI = fake_quantize_weight(attributes, original_OI)
+    return quantized_OI.sub_(original_OI).to(weight_OI.dtype)
 
 
 def _quantized(weight_OI: torch.Tensor, attributes: Attributes) -> torch.Tensor:

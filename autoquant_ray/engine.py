@@ -124,11 +124,13 @@ class Engine:
         self._maxima = ActivationMaxima(self.model, spec.modules)
         self._require_head()
         self._require_linears()
+        self._cache_bytes = self._weight_cache_bytes()
+        self._weights = WeightCache(self._cache_bytes)
         self._scorer = SensitivityScorer(
             self.model,
             spec.modules,
             spec.formats,
-            WeightCache(self._weight_cache_bytes()),
+            self._weights,
             num_draws=self._num_draws,
             row_share=spec.row_share,
         )
@@ -250,6 +252,10 @@ class Engine:
         kept = None if shard is None else self._kept.pop(shard, None)
         with self._scorer.scoring(maxima, seed=(self.spec.seed, first_sample)):
             for number, visit in enumerate(self._visits(samples)):
+                # A visit of one step uses no quantized weight twice, and the next one comes when
+                # all layers have been through the cache.
+                is_reused = len(visit) > 1 or self.spec.weight_cache_bytes is not None
+                self._weights.resize(self._cache_bytes if is_reused else 0)
                 passes = kept[number] if kept else self._forward(samples, visit)
                 gradients = []
                 for one, positions in zip(passes, visit, strict=True):

@@ -19,6 +19,7 @@ from autoquant_ray.distributed.placement import (
     device_bytes,
     gpus_per_worker,
     place_workers,
+    require_resources,
     resolve_device,
 )
 from autoquant_ray.distributed.pool import WorkerPool
@@ -80,6 +81,7 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
     require_target(directory, mode)
     with connected(config) as resources:
         config = _resolve(config, resources)
+        require_resources(config, resources)
         config = _resolve_placement(config, ref, plan, directory if mode == "resume" else None)
         check_device(plan.formats, config.device)
         placement = place_workers(

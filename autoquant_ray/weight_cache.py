@@ -29,9 +29,17 @@ class WeightCache:
             return self._kept[key]
         tensor = make()
         if tensor.nbytes <= self.limit:
-            while self.nbytes + tensor.nbytes > self.limit:
-                _, dropped = self._kept.popitem(last=False)
-                self.nbytes -= dropped.nbytes
+            self._make_room(tensor.nbytes)
             self._kept[key] = tensor
             self.nbytes += tensor.nbytes
         return tensor
+
+    def resize(self, limit: int) -> None:
+        """Set another limit; drops what exceeds it."""
+        self.limit = limit
+        self._make_room(0)
+
+    def _make_room(self, needed: int) -> None:
+        while self.nbytes + needed > self.limit:
+            _, dropped = self._kept.popitem(last=False)
+            self.nbytes -= dropped.nbytes

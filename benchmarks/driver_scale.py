@@ -99,7 +99,7 @@ def main() -> None:
         )
         state = make_run(config, arguments.shards, arguments.samples)
         with cluster(arguments.nodes, arguments.gpus) as resources:
-            placement = place_workers(config, resources, device="cuda", model_bytes=0)
+            placement = place_workers(config, resources, device="cuda", worker_bytes=1)
             spec = WaitingSpec(wait_s=arguments.wait, slow_flag=f"{folder}/slow")
             facts = measure(state, spec, placement, arguments)
         lines = Path(folder, "run", "events.jsonl").read_text().splitlines()

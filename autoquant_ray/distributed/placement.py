@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autoquant_ray.config import ScanConfig
@@ -130,6 +131,33 @@ def gpus_per_worker(config: ScanConfig, device: str) -> float:
     return 1.0 if device == "cuda" else 0.0
 
 
+def require_resources(config: ScanConfig, resources: Mapping[str, float]) -> None:
+    """Check that the cluster has what is asked for, before anything waits for it.
+
+    Args:
+        config: Resolved device.
+        resources: The cluster's totals, as ``ray.cluster_resources()`` gives them.
+
+    Raises:
+        ClusterError: It has not; says what it has.
+    """
+    device = config.device
+    gpus = gpus_per_worker(config, device)
+    if config.placement == "split" and device != "cuda":
+        raise ClusterError("--placement split needs GPUs, but the workers compute on the CPU")
+    if device == "cuda" and gpus == 0:
+        raise ClusterError("--device cuda needs --gpus-per-worker above 0")
+    asked = config.workers if isinstance(config.workers, int) else 1
+    needed = {"CPU": asked * config.cpus_per_worker, "GPU": asked * gpus}
+    for name, amount in needed.items():
+        has = resources.get(name, 0)
+        if amount > has:
+            raise ClusterError(
+                f"{asked} worker(s) need {amount:g} {name}, the cluster has {has:g}; lower "
+                f"--workers, --cpus-per-worker or --gpus-per-worker"
+            )
+
+
 def device_bytes(config: ScanConfig, device: str) -> int:
     """Memory that one worker may use on its device: the least of all nodes that could run it.
 
@@ -155,13 +183,19 @@ def device_bytes(config: ScanConfig, device: str) -> int:
         for node in nodes
         if node["Resources"].get("GPU", 0) >= share
     ]
-    ready, waiting = ray.wait(tasks, num_returns=len(tasks), timeout=_PROBE_TIMEOUT_S)
-    if waiting or not ready:
+    remedy = "give --placement resident, offload or split"
+    if not tasks:
+        raise ClusterError(f"no node has {share:g} GPU that could tell its memory; {remedy}")
+    try:
+        sizes = ray.get(tasks, timeout=_PROBE_TIMEOUT_S)
+    except GetTimeoutError:
         raise ClusterError(
-            f"{len(waiting)} GPU node(s) did not tell their memory within {_PROBE_TIMEOUT_S:g} s; "
-            "give --placement resident, offload or split"
-        )
-    return int(min(ray.get(ready)) * share)
+            f"a GPU node did not tell its memory within {_PROBE_TIMEOUT_S:g} s; {remedy}"
+        ) from None
+    except RayError as error:
+        reason = one_line(error.cause if isinstance(error, RayTaskError) else error)
+        raise ClusterError(f"a GPU node cannot tell its memory: {reason}; {remedy}") from None
+    return int(min(sizes) * share)
 
 
 def _gpu_bytes() -> int:
@@ -194,24 +228,8 @@ def place_workers(
         resources: The cluster's totals, as ``ray.cluster_resources()`` gives them.
         device: ``cpu`` or ``cuda``.
         worker_bytes: Memory of one worker; bounds ``auto`` by the memory of a CPU cluster.
-
-    Raises:
-        ClusterError: More is asked for than the cluster has; says what it has.
     """
     gpus = gpus_per_worker(config, device)
-    if config.placement == "split" and device != "cuda":
-        raise ClusterError("--placement split needs GPUs, but the workers compute on the CPU")
-    if device == "cuda" and gpus == 0:
-        raise ClusterError("--device cuda needs --gpus-per-worker above 0")
-    asked = config.workers if isinstance(config.workers, int) else 1
-    needed = {"CPU": asked * config.cpus_per_worker, "GPU": asked * gpus}
-    for name, amount in needed.items():
-        has = resources.get(name, 0)
-        if amount > has:
-            raise ClusterError(
-                f"{asked} worker(s) need {amount:g} {name}, the cluster has {has:g}; lower "
-                f"--workers, --cpus-per-worker or --gpus-per-worker"
-            )
     if isinstance(config.workers, int):
         num_workers = config.workers
     else:

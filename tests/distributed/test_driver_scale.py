@@ -59,7 +59,7 @@ def test_score_on_two_nodes_with_a_straggler_counts_every_shard_once(
 
     monkeypatch.setattr(state.directory, "append_event", on_event)
     with benchmark.cluster(2, 4) as resources:
-        placement = place_workers(config, resources, device="cuda", model_bytes=0)
+        placement = place_workers(config, resources, device="cuda", worker_bytes=1)
         assert (placement.num_workers, placement.gpus_per_worker) == (NUM_WORKERS, 1)
         with WorkerPool(spec, placement, on_event) as pool:
             stages.score(state, pool, plan, {}, "fingerprint")

@@ -6,10 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
+import torch
 
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.demo import find_demo_model
+from autoquant_ray.distributed.placement import device_bytes
+from autoquant_ray.errors import ClusterError
+from autoquant_ray.footprint import GIB
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -57,3 +64,15 @@ def test_scan_offloaded_gguf_is_refused_with_the_remedy(tmp_path: Path, run_comm
     assert done.returncode == 2
     assert "offload needs safetensors" in done.stderr
     assert "--placement resident" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of the test is made up")
+def test_device_bytes_of_gpus_that_do_not_answer_is_an_error_with_the_remedy() -> None:
+    config = ScanConfig(model="m", data="d", out="o", bits=8)
+    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, object_store_memory=150 * 2**20)
+    try:
+        with pytest.raises(ClusterError, match=r"cannot tell its memory: .*; give --placement"):
+            device_bytes(config, "cuda")
+        assert GIB < device_bytes(config, "cpu") <= psutil.virtual_memory().total
+    finally:
+        ray.shutdown()

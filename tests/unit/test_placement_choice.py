@@ -12,7 +12,7 @@ import pytest
 
 from autoquant_ray.calibration import to_maxima
 from autoquant_ray.config import ScanConfig, stage_fingerprints
-from autoquant_ray.distributed.placement import place_workers
+from autoquant_ray.distributed.placement import place_workers, require_resources
 from autoquant_ray.engine import Engine, EngineSpec
 from autoquant_ray.errors import ClusterError, ModelError
 from autoquant_ray.footprint import GIB, Footprint, choose_placement, footprint
@@ -104,8 +104,9 @@ def test_split_without_gpus_is_refused() -> None:
     with pytest.raises(pydantic.ValidationError, match="device that is not cpu"):
         make_config(placement="split", gpus_per_worker=2, device="cpu")
     config = make_config(placement="split", gpus_per_worker=2)
+    on_cpu = config.model_copy(update={"device": "cpu"})
     with pytest.raises(ClusterError, match="split needs GPUs"):
-        place_workers(config, {"CPU": 2.0}, device="cpu", worker_bytes=1)
+        require_resources(on_cpu, {"CPU": 2.0})
     placed = place_workers(config, {"CPU": 8.0, "GPU": 4.0}, device="cuda", worker_bytes=1)
     assert (placed.num_workers, placed.gpus_per_worker) == (2, 2)
 

@@ -1,0 +1,101 @@
+"""Offloaded layers on one GPU, and a model split over two: the scores of a resident model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from autoquant_ray.calibration import to_maxima
+from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.formats import resolve_formats
+from autoquant_ray.models import build_skeleton, find_model
+from autoquant_ray.plan import build_plan
+from autoquant_ray.sensitivity import scored_modules
+
+NUM_GPUS = torch.cuda.device_count()
+
+pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="needs a CUDA device")
+
+
+def make_engine(folder: Path, placement: str, labels: str = "model") -> Engine:
+    ref = find_model(str(folder))
+    formats = resolve_formats(("wint4_afp16", "wfp8_afp8", "wint8_aint8"), device="cuda")
+    plan = build_plan(build_skeleton(ref), formats)
+    spec = EngineSpec(
+        model=ref,
+        dtype="float32",
+        device="cuda",
+        num_threads=1,
+        modules=scored_modules(plan),
+        formats=plan.formats,
+        step_tokens=64,
+        labels=labels,
+        label_draws=1,
+        seed=0,
+        placement=placement,
+    )
+    return Engine(spec)
+
+
+def elementwise(engine: Engine, samples: Any) -> Any:
+    maxima = to_maxima(engine.calibrate(samples))
+    return engine.score(samples, 0, maxima).sums.elementwise_GF
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_scores_offloaded_on_cuda_equal_resident(
+    model_folder: Any, make_samples: Any, family: str
+) -> None:
+    samples = make_samples([24, 17, 31])
+    resident = elementwise(make_engine(model_folder(family), "resident"), samples)
+    engine = make_engine(model_folder(family), "offload")
+    offloaded = elementwise(engine, samples)
+    np.testing.assert_allclose(offloaded, resident, rtol=1e-6)
+    assert (resident > 0).any()
+
+
+def test_offloaded_model_holds_two_layers_of_many(tmp_path: Path, make_samples: Any) -> None:
+    save_deep_model(tmp_path, hidden_size=512, num_hidden_layers=16)
+    samples = make_samples([24])
+    peaks = {}
+    for placement in ("offload", "resident"):
+        torch.cuda.reset_peak_memory_stats()
+        engine = make_engine(tmp_path, placement)
+        elementwise(engine, samples)
+        peaks[placement] = torch.cuda.max_memory_allocated()
+        layer = sum(p.numel() for p in engine.model.model.layers[0].parameters()) * 4
+        del engine
+    assert peaks["resident"] - peaks["offload"] > 10 * layer
+
+
+@pytest.mark.skipif(NUM_GPUS < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("labels", ["model", "data"])
+def test_scores_of_a_split_model_equal_resident(
+    tmp_path: Path, make_samples: Any, labels: str
+) -> None:
+    save_deep_model(tmp_path, hidden_size=64, num_hidden_layers=8)
+    samples = make_samples([24, 17, 31])
+    resident = elementwise(make_engine(tmp_path, "resident", labels), samples)
+    engine = make_engine(tmp_path, "split", labels)
+    assert engine.is_layerwise
+    assert len({parameter.device for parameter in engine.model.parameters()}) > 1
+    np.testing.assert_allclose(elementwise(engine, samples), resident, rtol=1e-6)
+
+
+def save_deep_model(folder: Path, **sizes: int) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256,
+        intermediate_size=1024,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        **sizes,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
