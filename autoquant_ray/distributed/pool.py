@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -78,8 +78,11 @@ class WorkerPool:
         self._workers.clear()
         self._loading.clear()
 
-    def run(self, tasks: Iterable[ShardTask], submit: Submit) -> Iterator[Outcome]:
+    def run(self, tasks: Iterable[ShardTask], submit: Submit) -> Generator[Outcome, None, None]:
         """Compute every task once.
+
+        May be closed early: the results of the calls in flight are dropped, the workers finish
+        them or are killed when the pool is closed.
 
         Args:
             tasks: Pulled one at a time, when a worker is free.
