@@ -275,6 +275,9 @@ def test_score_too_noisy_to_stop_uses_everything(ray_local: None, made_up_scan: 
     assert [check["shards"] for check in stopping["checks"]] == [8, 12, 18, 27, 40]
     assert stopping["expected_regret"] == stopping["checks"][-1]["expected_regret"] > 1e-9
     assert state.values["used"] == {"num_shards": 40, "num_samples": 80, "num_tokens": 640}
+    state, _ = made_up_scan(IN_ORDER, broken=(3,), share=1e-9)
+    assert state.values["used"] == {"num_shards": 39, "num_samples": 78, "num_tokens": 624}
+    assert state.values["stopping"]["shards_used"] == 39
 
 
 def test_score_resume_decides_on_parts_that_are_there(ray_local: None, made_up_scan: Any) -> None:
