@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoquant_ray.allocation import Allocation, Budget, Choice, restrict, solve
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE
 
@@ -39,6 +40,17 @@ class SolveOptions:
             raise ConfigError("give a budget: --bits B or --bytes N")
         if self.bits is not None and not 0 < self.bits <= UNQUANTIZED_BITS:
             raise ConfigError(f"--bits {self.bits} must be above 0 and at most 16")
+
+
+def solve_options(config: ScanConfig) -> SolveOptions:
+    """The budget of a scan."""
+    return SolveOptions(
+        bits=config.bits,
+        bytes=config.bytes,
+        bits_over=config.bits_over,
+        cost=config.cost,
+        max_formats=config.max_formats,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,8 @@ def _option(name: str, field: FieldInfo) -> Decorator:
         return click.option(flag, name, multiple=True, metavar="PATTERN", help=text)
     if name == "bytes":
         return click.option(flag, name, metavar="BYTES", default=None, help=text)
+    if name == "stop_when_stable":
+        return click.option(flag, name, metavar="SHARE", default=None, help=text)
     return click.option(flag, name, type=_click_type(field), default=None, help=text)
 
 

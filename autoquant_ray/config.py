@@ -42,6 +42,22 @@ def parse_bytes(value: int | str) -> int:
     return number
 
 
+def parse_share(value: float | str) -> float:
+    """Parse a share such as ``0.01`` or ``1%``.
+
+    Raises:
+        ValueError: Not a number, or not between 0 and 1.
+    """
+    text = str(value).strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a share; write for example 0.01 or 1%") from None
+    if not 0 < share < 1:
+        raise ValueError(f"{value!r} must be above 0 and below 1, for example 0.01 or 1%")
+    return share
+
+
 def _check_custom_key(key: str) -> str:
     if key not in ("weight", "input"):
         raise ValueError("unknown key; a custom format has 'weight' and may have 'input'")
@@ -138,6 +154,13 @@ class ScanConfig(SearchSpace):
     shard_samples: int = Field(
         default=8, ge=1, description="Samples per shard, the unit of work that is never lost."
     )
+    stop_when_stable: float | None = Field(
+        default=None,
+        description="Stop scoring once the expected regret is below this share of the predicted "
+        "KL, such as 0.01 or 1%: what the allocation at the scan's budget would lose because its "
+        "scores are estimates. Looked at after 8, 12, 18, 27, ... shards; --max-formats is not "
+        "considered. Calibration still reads all shards. Default: score all shards.",
+    )
     bits: float | None = Field(
         default=None, gt=0, le=16, description="Budget: average stored bits per searched weight."
     )
@@ -221,6 +244,11 @@ class ScanConfig(SearchSpace):
     def _parse_bytes(cls, value: Any) -> Any:
         return None if value is None else parse_bytes(value)
 
+    @field_validator("stop_when_stable", mode="before")
+    @classmethod
+    def _parse_share(cls, value: Any) -> Any:
+        return None if value is None else parse_share(value)
+
     @field_validator("workers", mode="before")
     @classmethod
     def _parse_workers(cls, value: Any) -> Any:
@@ -265,7 +293,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": ("model", "formats", "custom_formats", "disable", "device", "trust_remote_code"),
     "shards": ("data", "text_field", "split", "pack", "samples", "seq_len", "shard_samples"),
     "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
-    "score": ("labels", "label_draws", "sample_rows", "seed"),
+    "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
     "aggregate": ("estimator",),
     "allocate": ("bits", "bytes", "bits_over", "cost", "max_formats"),
 }
@@ -274,6 +302,9 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
 
 def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, str]:
     """Hash each stage's own fields together with the fingerprint of the stage before.
+
+    A scan that stops when it is stable scores shards for its own budget, so that its score stage
+    depends on the fields of the allocation too.
 
     Args:
         config: Resolved config (no ``auto`` left in fields that change numbers).
@@ -290,6 +321,9 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
         own = {name: values[name] for name in fields}
         if stage == "shards":
             own["data_fingerprint"] = data
+        if stage == "score" and config.stop_when_stable is not None:
+            later = (*STAGE_FIELDS["aggregate"], *STAGE_FIELDS["allocate"])
+            own |= {name: values[name] for name in later}
         text = json.dumps([previous, own], sort_keys=True)
         previous = hashlib.sha256(text.encode()).hexdigest()[:16]
         digests[stage] = previous

@@ -66,28 +66,6 @@ def relax(problem: Problem, *, fill: bool = True, steps: Sweep | None = None) ->
     return Relaxed(answer=answer, multiplier_R=multiplier_R, prefix_G=prefix_G)
 
 
-def frontier_columns(scores_GF: Floats, costs_GF: Floats, limit: float) -> Indices | None:
-    """The last allocation on the frontier within a limit, from arrays alone.
-
-    For callers that solve one problem many times with other scores, such as a bootstrap. Fast,
-    and best at its own cost, but not exact between the points of the frontier.
-
-    Args:
-        scores_GF: Score of each group and format, >= 0; inf where a group lacks a format.
-        costs_GF: Cost of each, >= 0, in the unit of the limit.
-        limit: Most summed cost.
-
-    Returns:
-        One format (column) per group (G,), or None where the cheapest allocation exceeds the limit.
-    """
-    steps = sweep(scores_GF, costs_GF)
-    problem = Problem(
-        scores_GF=scores_GF, costs_RGF=costs_GF[None], limits_R=np.array([limit], dtype=float)
-    )
-    num_steps = _num_steps_within(problem, steps)
-    return None if num_steps is None else steps.prefix(num_steps)
-
-
 def _num_steps_within(problem: Problem, steps: Sweep) -> int | None:
     """How many hull steps fit within the problem's one limit; None where the start does not."""
     if not problem.is_within(steps.start_G):

@@ -153,7 +153,8 @@ def build_manifest(
     """Content of ``manifest.json``.
 
     Args:
-        run: Content of ``run.json``.
+        run: Content of ``run.json``. The manifest's ``dataset`` also holds its ``used`` (shards,
+            samples and tokens behind the scores) and ``stopping``, null where it has none.
         options: Budget and constraints that were solved for.
         solution: From :func:`solution_summary`.
         config: From :func:`quantization_config`.
@@ -162,7 +163,7 @@ def build_manifest(
         "schema_version": SCHEMA_VERSION,
         "run_id": run["run_id"],
         "model": run["model"],
-        "dataset": run["dataset"],
+        "dataset": run["dataset"] | {key: run.get(key) for key in ("used", "stopping")},
         "budget": {
             "bits": options.bits,
             "bytes": options.bytes,

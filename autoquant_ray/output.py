@@ -80,6 +80,8 @@ def print_solution(run: str, solution: Solution) -> None:
     else:
         console.print(f"predicted KL: {predicted:.4g} nats per token")
     console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
+    if solution.shards_used is not None:
+        console.print(f"used {solution.shards_used}", soft_wrap=True)
     for group, size in solution.added_bytes.items():
         console.print(
             f"note: {escape(group)} is tied to the embedding; quantized it adds "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray import samples_stage, stages
+from autoquant_ray.budget import solve_options
 from autoquant_ray.config import ScanConfig, stage_fingerprints
 from autoquant_ray.distributed.placement import (
     connected,
@@ -110,7 +111,7 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
                 maxima = stages.calibrate(state, pool, plan, marks["calibrate"])
                 stages.score(state, pool, plan, maxima, marks["score"])
     stages.aggregate(state, config, marks["aggregate"])
-    solution = solve_run(directory, stages.solve_options(config), folder="")
+    solution = solve_run(directory, solve_options(config), folder="")
     directory.append_event("run_done", quarantined=len(state.values["quarantined"]))
     return SearchResult(solution=solution, quarantined=state.values["quarantined"])
 

@@ -23,6 +23,7 @@ from autoquant_ray.manifest import (
 )
 from autoquant_ray.report import write_reports
 from autoquant_ray.state import RunState
+from autoquant_ray.stopping import describe_stopping
 from autoquant_ray.store import SOLUTIONS, RunDirectory
 
 
@@ -36,6 +37,7 @@ class Solution:
         formats: Group -> chosen format, unsearched groups included.
         paths: File kind -> full path.
         added_bytes: Heads tied to the embedding that are quantized -> bytes that this adds.
+        shards_used: How many shards were used and why, for a scan that was asked to stop early.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Solution:
     formats: dict[str, str]
     paths: dict[str, str]
     added_bytes: dict[str, float]
+    shards_used: str | None
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -118,7 +121,14 @@ def solve_run(
         for group in problem.groups.values()
         if group.is_tied and formats[group.name] != NONE
     }
-    return Solution(name=name, summary=summary, formats=formats, paths=paths, added_bytes=added)
+    return Solution(
+        name=name,
+        summary=summary,
+        formats=formats,
+        paths=paths,
+        added_bytes=added,
+        shards_used=describe_stopping(state.values),
+    )
 
 
 def solution_name(options: SolveOptions) -> str:

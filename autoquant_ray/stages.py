@@ -7,11 +7,13 @@ does. A stage's parts (one file per shard) are never recomputed while they are i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
+from autoquant_ray import stopping_stage
 from autoquant_ray.aggregation import is_complete_part, score_part, sensitivity_rows
-from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.budget import Problem, solve_options
 from autoquant_ray.calibration import Statistics, merge_statistics, to_maxima
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
@@ -65,23 +67,28 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
 
 
 def is_scored(state: RunState, plan: Plan, fingerprint: str) -> bool:
-    """Whether every shard that is not quarantined has a whole scores part.
+    """Whether every shard that the result is made of has a whole scores part.
 
     A finished score stage that lost parts is opened again.
     """
     if not state.is_done("score", fingerprint):
         return False
     done = _intact_parts(state, SCORES, _is_complete(plan))
-    if set(done) >= set(range(state.num_shards)) - _quarantined(state):
+    if set(done) >= set(state.used_shards):
         return True
     state.reopen("score", "aggregate")
     return False
 
 
 def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerprint: str) -> None:
-    """Sensitivity sums of every shard -> ``scores/shard-*.parquet``."""
+    """Sensitivity sums of every shard -> ``scores/shard-*.parquet``.
+
+    With ``stop_when_stable``, of the first shards until the allocation is stable. Workers go on
+    with later shards while that is being found out; what they find is dropped.
+    """
     import ray
 
+    rule = stopping_stage.make_rule(state, plan)
     groups = [group.name for group in plan.searched]
     formats = [format_.name for format_ in plan.formats]
 
@@ -94,13 +101,20 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
         part = score_part(shard, groups, formats, outcome.result)
         return state.directory.write_table(part_name(SCORES, shard), "scores", part)
 
+    def is_enough(shard: int) -> bool:
+        return rule is not None and stopping_stage.is_enough(state, rule, shard)
+
+    state.values.pop("stopping", None)
     with state.stage("score", fingerprint):
         shared_maxima = ray.put(maxima)
         done = _intact_parts(state, SCORES, _is_complete(plan))
-        outcomes = pool.run(
-            _tasks(state, done), lambda worker, task: worker.score.remote(task, shared_maxima)
-        )
-        _collect(state, "score", outcomes, len(done), write)
+        if not any(is_enough(shard) for shard in sorted({*done, *state.left_out})):
+            outcomes = pool.run(
+                _tasks(state, done), lambda worker, task: worker.score.remote(task, shared_maxima)
+            )
+            _collect(state, "score", outcomes, len(done), write, is_enough)
+        if rule is not None:
+            stopping_stage.keep_used(state, rule)
 
 
 def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
@@ -110,21 +124,10 @@ def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
     directory = state.directory
     with state.stage("aggregate", fingerprint):
         plan_rows = directory.read_table("plan.parquet", "plan").to_pylist()
-        left_out = _quarantined(state)
-        shards = [s for s in range(state.num_shards) if s not in left_out]
-        rows = sensitivity_rows(Parts(directory, SCORES, shards), plan_rows, config.estimator)
+        parts = Parts(directory, SCORES, state.used_shards)
+        rows = sensitivity_rows(parts, plan_rows, config.estimator)
         directory.write_table("sensitivity.parquet", "sensitivity", rows)
-
-
-def solve_options(config: ScanConfig) -> SolveOptions:
-    """The budget of a scan."""
-    return SolveOptions(
-        bits=config.bits,
-        bytes=config.bytes,
-        bits_over=config.bits_over,
-        cost=config.cost,
-        max_formats=config.max_formats,
-    )
+        state.values["used"] = stopping_stage.used_data(state, state.used_shards)
 
 
 def check_budget(plan: Plan, config: ScanConfig) -> None:
@@ -139,13 +142,14 @@ def check_budget(plan: Plan, config: ScanConfig) -> None:
 def _collect(
     state: RunState,
     stage: str,
-    outcomes: Iterator[Outcome],
+    outcomes: Generator[Outcome, None, None],
     num_done: int,
     write: Callable[[Outcome], str],
+    is_enough: Callable[[int], bool] = lambda _shard: False,
 ) -> None:
-    """Write each shard's part as it arrives; note the quarantined ones."""
-    total = state.num_shards - len(_quarantined(state))
-    with progress(stage, total, num_done) as advance:
+    """Write each shard's part as it arrives, until it is enough; note the quarantined ones."""
+    total = state.num_shards - len(state.left_out)
+    with closing(outcomes), progress(stage, total, num_done) as advance:
         for outcome in outcomes:
             shard = outcome.task.shard
             if outcome.reason is not None:
@@ -155,14 +159,16 @@ def _collect(
                 write(outcome)
                 state.directory.append_event("shard_done", stage=stage, shard=shard)
             advance()
-    if len(_quarantined(state)) == state.num_shards:
+            if is_enough(shard):
+                break
+    if len(state.left_out) == state.num_shards:
         reason = state.values["quarantined"][0]["reason"]
         raise WorkerError(f"every shard failed, the first with: {reason}")
 
 
 def _tasks(state: RunState, done: Sequence[int]) -> Iterator[ShardTask]:
     """Shards still to do, read from disk one at a time when a worker is free."""
-    skip = set(done) | _quarantined(state)
+    skip = set(done) | state.left_out
     for shard in range(state.num_shards):
         if shard in skip:
             continue
@@ -201,10 +207,6 @@ def _intact_parts(
 def _is_complete(plan: Plan) -> Callable[[int, Any], bool]:
     keys = [(group.name, format_.name) for group in plan.searched for format_ in plan.formats]
     return lambda shard, table: is_complete_part(table, shard, keys)
-
-
-def _quarantined(state: RunState) -> set[int]:
-    return {entry["shard"] for entry in state.values["quarantined"]}
 
 
 def _statistics_rows(statistics: Statistics) -> list[dict[str, Any]]:

@@ -116,6 +116,19 @@ class RunState:
         """Number of shards of the run's data, quarantined ones included."""
         return int(self.values["dataset"]["num_shards"])
 
+    @property
+    def left_out(self) -> set[int]:
+        """Quarantined shards."""
+        return {entry["shard"] for entry in self.values["quarantined"]}
+
+    @property
+    def used_shards(self) -> list[int]:
+        """Shards that the result is made of: not left out, nor after the scan was stable."""
+        left_out = self.left_out
+        shards = [shard for shard in range(self.num_shards) if shard not in left_out]
+        stopping = self.values.get("stopping")
+        return shards if stopping is None else shards[: stopping["shards_used"]]
+
     @contextmanager
     def stage(self, name: str, fingerprint: str) -> Iterator[dict[str, Any]]:
         """Run a stage: notes its start, its end, its seconds, and what the body puts in.

@@ -25,7 +25,8 @@ from autoquant_ray.allocation import (
     frontier_allocations,
     solve,
 )
-from autoquant_ray.knapsack_greedy import frontier_columns
+from autoquant_ray.knapsack import Problem
+from autoquant_ray.stability import allocate
 
 Floats = npt.NDArray[np.float64]
 
@@ -86,7 +87,13 @@ def time_frontier(scores_GF: Floats, costs_GF: Floats) -> None:
     noise_BGF = np.random.default_rng(1).lognormal(0.0, 0.2, (200, *scores_GF.shape))
     start = time.perf_counter()
     for noise_GF in noise_BGF:
-        frontier_columns(scores_GF * noise_GF, costs_GF, 6 * unit)
+        allocate(
+            Problem(
+                scores_GF=scores_GF * noise_GF,
+                costs_RGF=costs_GF[None],
+                limits_R=np.array([6 * unit]),
+            )
+        )
     print(f"{name}, 200 resamples at 6.0 bits: {time.perf_counter() - start:.3f} s")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -97,7 +97,7 @@ class WorkerPool:
         self._loading.clear()
         self._calls.clear()
 
-    def run(self, tasks: Iterable[ShardTask], submit: Submit) -> Iterator[Outcome]:
+    def run(self, tasks: Iterable[ShardTask], submit: Submit) -> Generator[Outcome, None, None]:
         """Compute every task once; a slow one may be computed twice, its first result counts.
 
         Calls that are still running at the end, or when the generator is closed early, are left

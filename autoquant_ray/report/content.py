@@ -8,6 +8,7 @@ from typing import Any
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.state import RunState
+from autoquant_ray.stopping import describe_stopping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +106,13 @@ def _layers(
 def _facts(
     run: dict[str, Any], manifest: dict[str, Any], table: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
-    solution, dataset, config = manifest["solution"], run["dataset"], run["config"]
+    solution, config = manifest["solution"], run["config"]
     predicted = solution["predicted_kl_nats"]
     facts = [
         ("Run", run["run_id"]),
         ("Scheme", _scheme(run, table)),
         ("Model", run["model"]["name"]),
-        ("Dataset", _dataset(dataset, table)),
+        ("Dataset", _dataset(run, table)),
         ("Budget", _budget(manifest["budget"])),
         ("Effective bits (searched groups)", f"{solution['effective_bits']:.4f}"),
         ("Effective bits (all quantizable)", f"{solution['effective_bits_all']:.4f}"),
@@ -122,6 +123,9 @@ def _facts(
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
         ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
     ]
+    stopping = describe_stopping(run)
+    if stopping is not None:
+        facts.append(("Shards used", stopping))
     if config:
         facts.append(("Compute", f"{config['dtype']} on {config['device']}"))
     return facts
@@ -152,14 +156,26 @@ def _scheme(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
     return f"{formats}; {config['estimator']} sums, labels from the {config['labels']}{draws}"
 
 
-def _dataset(dataset: dict[str, Any], table: list[dict[str, Any]]) -> str:
+def _dataset(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
+    """What the scores were measured on; where shards were not used, also what there was."""
+    dataset = run["dataset"]
     if "num_samples" not in dataset:
         return str(dataset.get("name", "unknown"))
     counts = dataset["counts"]
     shards = table[0]["num_shards"] if table else 0
+    used = run.get("used", dataset)
+    if used["num_samples"] < dataset["num_samples"]:
+        amount = (
+            f"{used['num_tokens']} of {dataset['num_tokens']} tokens, {used['num_samples']} of "
+            f"{dataset['num_samples']} samples (at most {dataset['max_samples']})"
+        )
+    else:
+        amount = (
+            f"{dataset['num_tokens']} tokens, {dataset['num_samples']} of at most "
+            f"{dataset['max_samples']} samples"
+        )
     text = (
-        f"{dataset['name']}: {dataset['num_tokens']} tokens, {dataset['num_samples']} of at most "
-        f"{dataset['max_samples']} samples, sequence length {dataset['seq_len']}, {shards} of "
+        f"{dataset['name']}: {amount}, sequence length {dataset['seq_len']}, {shards} of "
         f"{dataset['num_shards']} batches (shards)"
     )
     notes = [f"{counts[key]} {key.replace('_', ' ')}" for key in ("cut", "empty", "too_short")]

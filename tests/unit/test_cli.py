@@ -316,6 +316,22 @@ def test_resume_with_overwrite_is_refused(scan: Any) -> None:
     assert "--overwrite" in line
 
 
+@pytest.mark.parametrize("share", ["0", "1", "1.5", "-0.1", "nan", "150%", "0%", "soon", "%"])
+def test_stop_when_stable_that_is_no_share_is_refused(share: str, scan: Any) -> None:
+    line = refusal(scan(**{"stop-when-stable": share}))
+    assert line.startswith("error: --stop-when-stable: ")
+    assert repr(share) in line
+    assert "0.01 or 1%" in line
+
+
+def test_yaml_stop_when_stable_takes_percent_and_refuses_yes(scan_yaml: Any) -> None:
+    assert "stop_when_stable: '0.5.1'" in refusal(scan_yaml("stop_when_stable: 0.5.1\n"))
+    assert "stop_when_stable: True is not a share" in refusal(scan_yaml("stop_when_stable: yes\n"))
+    result = scan_yaml("stop_when_stable: 2%\n")
+    assert result.exit_code == 2
+    assert NO_CLUSTER in result.stderr
+
+
 @pytest.mark.parametrize("workers", ["0", "-1", "many", "1.5"])
 def test_workers_that_are_no_number_are_refused(workers: str, scan: Any) -> None:
     line = refusal(scan(workers=workers))

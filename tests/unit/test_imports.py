@@ -43,7 +43,9 @@ PURE = (
     "planner",
     "quantizers",
     "sensitivity",
+    "stability",
     "state",
+    "stopping*",
     "store",
 )
 """Modules that know nothing of Ray, nor of the layers above them."""
