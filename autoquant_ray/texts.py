@@ -152,9 +152,12 @@ def _read_parquet(path: Path, spec: DataSpec) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Buffering ahead would hold more the longer the file is.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             _require_field(file.schema_arrow.names, spec)
-            batches = file.iter_batches(_PARQUET_BATCH_ROWS, columns=[spec.text_field])
+            batches = file.iter_batches(
+                _PARQUET_BATCH_ROWS, columns=[spec.text_field], use_threads=False
+            )
             values = (
                 value for batch in batches for value in batch.column(spec.text_field).to_pylist()
             )

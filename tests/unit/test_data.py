@@ -236,6 +236,21 @@ def test_read_parquet_reads_only_the_needed_parts(tmp_path: Path) -> None:
         list(reader)
 
 
+def test_read_parquet_holds_one_row_group_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    group = pa.table({"text": [f"{number:07d}" * 100 for number in range(1000)]})
+    with pq.ParquetWriter(path, group.schema, compression="none", use_dictionary=False) as writer:
+        for _ in range(30):
+            writer.write_table(group)
+    before = pa.total_allocated_bytes()
+    most = max(
+        pa.total_allocated_bytes() - before
+        for number, _ in enumerate(read_texts(spec_of(path)))
+        if number % 500 == 0
+    )
+    assert 0 < most < 4 * group.nbytes
+
+
 def test_chunk_texts_reads_no_further_than_asked() -> None:
     consumed: list[int] = []
 
