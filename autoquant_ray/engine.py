@@ -252,10 +252,7 @@ class Engine:
         kept = None if shard is None else self._kept.pop(shard, None)
         with self._scorer.scoring(maxima, seed=(self.spec.seed, first_sample)):
             for number, visit in enumerate(self._visits(samples)):
-                # A visit of one step uses no quantized weight twice, and the next one comes when
-                # all layers have been through the cache.
-                is_reused = len(visit) > 1 or self.spec.weight_cache_bytes is not None
-                self._weights.resize(self._cache_bytes if is_reused else 0)
+                self._weights.resize(self._cache_bytes if self._reuses(samples, visit) else 0)
                 passes = kept[number] if kept else self._forward(samples, visit)
                 gradients = []
                 for one, positions in zip(passes, visit, strict=True):
@@ -327,6 +324,16 @@ class Engine:
             visits[-1].append(positions)
             room -= needed
         return visits
+
+    def _reuses(self, samples: Samples, visit: Visit) -> bool:
+        """Whether a quantized weight is used twice: by several steps, or slices of the head.
+
+        Between visits all layers go through the cache, so that the next visit finds nothing there
+        unless the user gave room for all.
+        """
+        predicted = sum(len(samples[position]) - 1 for position in visit[0])
+        has_slices = predicted > self._loss.slice_tokens
+        return len(visit) > 1 or has_slices or self.spec.weight_cache_bytes is not None
 
     def _layer_input_bytes(self, samples: Samples, positions: list[int]) -> int:
         tokens = len(positions) * max(len(samples[position]) for position in positions)

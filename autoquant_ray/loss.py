@@ -34,7 +34,7 @@ class VocabularyLoss:
         # Some classes call their decoder directly and pass the base model by.
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
         self._bodies = {id(m): m for m in (model.base_model, decoder) if m is not None}.values()
-        self._slice_tokens = max(1, slice_elements // self._head.out_features)
+        self.slice_tokens = max(1, slice_elements // self._head.out_features)
 
     def gradients(
         self,
@@ -56,7 +56,7 @@ class VocabularyLoss:
         num_draws = 1 if uniforms_KN is None else len(uniforms_KN)
         gradients = [torch.empty_like(hidden_NH) for _ in range(num_draws)]
         total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
-        for rows in _slices(len(hidden_NH), self._slice_tokens):
+        for rows in _slices(len(hidden_NH), self.slice_tokens):
             hidden_nH = hidden_NH[rows].detach().requires_grad_(True)
             with torch.enable_grad():
                 logits_nV = self.logits(hidden_nH).float()

@@ -153,7 +153,9 @@ def _scheme(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
     if not config:
         return f"{formats}; imported from {run['imported_from']}"
     draws = f" ({config['label_draws']} draws)" if config["label_draws"] > 1 else ""
-    return f"{formats}; {config['estimator']} sums, labels from the {config['labels']}{draws}"
+    share = config.get("sample_rows", 1)  # runs of earlier versions lack it
+    rows = "" if share == 1 else f", {share:.0%} of the rows"
+    return f"{formats}; {config['estimator']} sums, labels from the {config['labels']}{draws}{rows}"
 
 
 def _dataset(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
