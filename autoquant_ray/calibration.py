@@ -36,6 +36,8 @@ class ActivationMaxima:
         }
         self._maxima: dict[tuple[str, str], torch.Tensor] = {}
         self._real_T: torch.Tensor | None = None
+        # Projections that share an input (q, k and v) are called with the very same tensor.
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def changes_forward(self) -> bool:
@@ -58,6 +60,7 @@ class ActivationMaxima:
                     handle = module.register_forward_pre_hook(self._linear_hook(planned.name))
                     stack.callback(handle.remove)
             yield
+        self._last = None
 
     def set_mask(self, mask_BS: torch.Tensor | None) -> None:
         """Say which tokens of the next batch are real (1); None means all."""
@@ -69,12 +72,18 @@ class ActivationMaxima:
 
     def _linear_hook(self, name: str) -> Callable[..., None]:
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-            states_TI = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-            real_T = self._matching_mask(states_TI)
-            largest_T = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=1)
-            self._update((name, "input_amax"), largest_T if real_T is None else largest_T[real_T])
+            if self._last is None or self._last[0] is not arguments[0]:
+                self._last = (arguments[0], self._row_maxima(arguments[0].detach()))
+            self._update((name, "input_amax"), self._last[1])
 
         return hook
+
+    def _row_maxima(self, states: torch.Tensor) -> torch.Tensor:
+        """Largest absolute value of each real row."""
+        states_TI = states.reshape(-1, states.shape[-1])
+        largest_T = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=1)
+        real_T = self._matching_mask(states_TI)
+        return largest_T if real_T is None else largest_T[real_T]
 
     def _experts_forward(self, name: str) -> Callable[..., torch.Tensor]:
         def forward(*arguments: torch.Tensor, **keywords: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ Shape letters: T rows, C rows of a chunk, I in features, O out features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ Formats = list[tuple[int, Format]]
 Difference = tuple[int, slice, torch.Tensor]
 """Format index, rows, and ``Y_f - Y`` of those rows; the tensor may be overwritten after use."""
 
-_CHUNK_ELEMENTS = {"cpu": 2**19}
+_CHUNK_ELEMENTS = {"cpu": 2**20}
 _CHUNK_ELEMENTS_ELSEWHERE = 2**26
 _MIN_CHUNK_ROWS = 512  # fewer make the product itself slower
 
@@ -45,6 +46,11 @@ class OutputDifferences:
         self._by_weight = _by_weight(formats)
         self._weights = weights
         self._scratch = torch.empty(0)
+        self._inputs = _QuantizedInputs()
+
+    def forget(self) -> None:
+        """Keep nothing of the inputs seen."""
+        self._inputs.clear()
 
     def of_linear(
         self,
@@ -67,7 +73,6 @@ class OutputDifferences:
             output_TO: Its output.
             input_TI: Its input.
         """
-        inputs: dict[str, torch.Tensor] = {}
         chunks = self._chunks(output_TO)
         is_single = input_TI.dtype == torch.float32
         for formats in self._by_weight:
@@ -83,13 +88,14 @@ class OutputDifferences:
                 weight_OI = self._weights.get(
                     (*own, "weight"), partial(_quantized, module.weight, attributes)
                 )
-            for _, format_ in formats:
-                key = format_.input_key
-                if format_.input is not None and key is not None and key not in inputs:
-                    inputs[key] = _quantized_input(
-                        format_.input, maximum, input_TI, chunks, as_error=not is_single
-                    )
             for rows in chunks:
+                inputs = {
+                    format_.input_key: self._inputs.get(
+                        input_TI, rows, maximum, format_, as_error=not is_single
+                    )
+                    for _, format_ in formats
+                    if format_.input is not None
+                }
                 if is_single and weight_OI is not None:
                     yield from self._single(
                         formats, inputs, rows, output_TO, input_TI, weight_OI, module.bias
@@ -125,7 +131,7 @@ class OutputDifferences:
     def _single(
         self,
         formats: Formats,
-        inputs: dict[str, torch.Tensor],
+        inputs: Mapping[str | None, torch.Tensor],
         rows: slice,
         output_TO: torch.Tensor,
         input_TI: torch.Tensor,
@@ -134,15 +140,15 @@ class OutputDifferences:
     ) -> Iterator[Difference]:
         """``Xq Wq^T + b - Y`` in float32."""
         for index, format_ in formats:
-            states_TI = inputs.get(format_.input_key or "", input_TI)
+            states_CI = inputs.get(format_.input_key, input_TI[rows])
             buffer_CO = self._buffer(output_TO[rows])
-            torch.addmm(output_TO[rows], states_TI[rows], weight_OI.T, beta=-1, out=buffer_CO)
+            torch.addmm(output_TO[rows], states_CI, weight_OI.T, beta=-1, out=buffer_CO)
             yield index, rows, buffer_CO if bias_O is None else buffer_CO.add_(bias_O)
 
     def _from_errors(
         self,
         formats: Formats,
-        inputs: dict[str, torch.Tensor],
+        inputs: Mapping[str | None, torch.Tensor],
         rows: slice,
         input_TI: torch.Tensor,
         error_OI: torch.Tensor,
@@ -161,7 +167,7 @@ class OutputDifferences:
                 yield index, rows, by_weight_CO.clone()
                 continue
             assert weight_OI is not None
-            yield index, rows, by_weight_CO + inputs[format_.input_key][rows] @ weight_OI.T
+            yield index, rows, by_weight_CO + inputs[format_.input_key] @ weight_OI.T
 
     def _buffer(self, like: torch.Tensor, width: int | None = None) -> torch.Tensor:
         """Uninitialized memory with as many rows, reused by every product."""
@@ -175,7 +181,8 @@ class OutputDifferences:
     def _chunks(output_TO: torch.Tensor) -> list[slice]:
         num_rows, width = output_TO.shape
         elements = _CHUNK_ELEMENTS.get(output_TO.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-        size = max(_MIN_CHUNK_ROWS, elements // width)
+        num_chunks = math.ceil(num_rows / max(_MIN_CHUNK_ROWS, elements // width))
+        size = math.ceil(num_rows / max(1, num_chunks)) or 1
         return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
@@ -190,23 +197,62 @@ def _quantized(weight_OI: torch.Tensor, attributes: Attributes) -> torch.Tensor:
     return fake_quantize_weight(attributes, weight_OI.float()).to(weight_OI.dtype)
 
 
-def _quantized_input(
-    attributes: Attributes,
-    maximum: float | None,
-    input_TI: torch.Tensor,
-    chunks: list[slice],
-    *,
-    as_error: bool,
-) -> torch.Tensor:
-    """``Xq``, or ``Xq - X``, formed in float32, in the input's dtype."""
-    quantizer = make_input_quantizer(attributes, maximum, torch.empty(0, device=input_TI.device))
-    assert quantizer is not None
-    result_TI = torch.empty_like(input_TI)
-    for rows in chunks:
-        states_CI = input_TI[rows].float()
-        quantized_CI = quantizer(states_CI)
-        result_TI[rows] = quantized_CI - states_CI if as_error else quantized_CI
-    return result_TI
+class _QuantizedInputs:
+    """Quantized chunks of the last input; projections that share an input share them."""
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None  # held, so that its memory is not another's
+        self._version = 0
+        self._kept: dict[Hashable, torch.Tensor] = {}
+        self._quantizers: dict[Hashable, Any] = {}
+
+    def get(
+        self,
+        input_TI: torch.Tensor,
+        rows: slice,
+        maximum: float | None,
+        format_: Format,
+        *,
+        as_error: bool,
+    ) -> torch.Tensor:
+        """``Xq`` of some rows, or ``Xq - X``, formed in float32, in the input's dtype.
+
+        Args:
+            input_TI: Whole input.
+            rows: Which rows.
+            maximum: Calibrated maximum.
+            format_: Its input quantizer.
+            as_error: Give the error.
+        """
+        if not self._is_last(input_TI):
+            self._input, self._version = input_TI, input_TI._version
+            self._kept, self._quantizers = {}, {}
+        how = (format_.input_key, maximum)
+        if how not in self._quantizers:
+            like = torch.empty(0, device=input_TI.device)
+            self._quantizers[how] = make_input_quantizer(format_.input, maximum, like)
+        key = (*how, rows.start, rows.stop, as_error)
+        if key not in self._kept:
+            states_CI = input_TI[rows].float()
+            quantized_CI = self._quantizers[how](states_CI)
+            if as_error:
+                quantized_CI = quantized_CI - states_CI
+            self._kept[key] = quantized_CI.to(input_TI.dtype)
+        return self._kept[key]
+
+    def clear(self) -> None:
+        """Forget the last input."""
+        self._input, self._kept, self._quantizers = None, {}, {}
+
+    def _is_last(self, input_TI: torch.Tensor) -> bool:
+        last = self._input
+        return (
+            last is not None
+            and last.data_ptr() == input_TI.data_ptr()
+            and last.shape == input_TI.shape
+            and last.stride() == input_TI.stride()
+            and self._version == input_TI._version
+        )
 
 
 def _by_weight(formats: Sequence[Format]) -> list[Formats]:

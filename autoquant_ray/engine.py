@@ -8,7 +8,6 @@ the same number of threads on the same kind of device.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +16,19 @@ import torch
 
 from autoquant_ray.backward import Gradients, LayerwiseBackward, Pass, Step
 from autoquant_ray.calibration import ActivationMaxima, Statistics
-from autoquant_ray.data import plan_steps
 from autoquant_ray.differences import num_weight_specs
-from autoquant_ray.errors import ModelError, NonFiniteError, one_line
+from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.experts import prepare_experts
 from autoquant_ray.footprint import GIB, LARGEST_CACHE_BYTES
 from autoquant_ray.formats import Format
 from autoquant_ray.loading import load_placed
 from autoquant_ray.loss import VocabularyLoss
+from autoquant_ray.model_checks import require_head, require_linears
 from autoquant_ray.models import ModelRef
-from autoquant_ray.quantizable import has_plain_forward
 from autoquant_ray.residence import Residence, Resident
 from autoquant_ray.sensitivity import Maxima, ScoredModule, SensitivityScorer, SensitivitySums
+from autoquant_ray.visits import Samples, Visit, VisitPlanner, make_step, predicting_rows
 from autoquant_ray.weight_cache import WeightCache
-
-Samples = Sequence[Sequence[int]]
-"""Token ids of each sample, unpadded."""
-
-Visit = list[list[int]]
-"""Positions of the samples of each step, of the steps that are run layer by layer together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +115,8 @@ class Engine:
         self._backward = LayerwiseBackward(self.model, residence)
         self._loss = VocabularyLoss(self.model)
         self._maxima = ActivationMaxima(self.model, spec.modules)
-        self._require_head()
-        self._require_linears()
+        require_head(self.model, self._loss)
+        require_linears(self.model, spec.modules, self._backward.holding)
         self._cache_bytes = self._weight_cache_bytes()
         self._weights = WeightCache(self._cache_bytes)
         self._scorer = SensitivityScorer(
@@ -134,46 +127,13 @@ class Engine:
             num_draws=self._num_draws,
             row_share=spec.row_share,
         )
+        weight = self.model.get_input_embeddings().weight
+        self._planner = VisitPlanner(
+            spec.step_tokens,
+            token_bytes=weight[0].nbytes * len(self._backward.layers),
+            room=spec.activation_bytes // 2 if self.is_layerwise else 0,
+        )
         self._kept: dict[int, list[list[Pass]]] = {}
-
-    def _require_head(self) -> None:
-        """Check that the model's own forward turns finished hidden states into logits.
-
-        Raises:
-            ModelError: Its forward does something that the slices of the loss do not provide.
-        """
-        weight = self.model.get_output_embeddings().weight
-        hidden_nH = weight.new_zeros(2, weight.shape[1])
-        try:
-            with torch.no_grad():
-                self._loss.logits(hidden_nH)
-        except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
-            raise ModelError(
-                f"{type(self.model).__name__} cannot be scored: its head does not run on the "
-                f"output of its decoder alone ({one_line(error)})"
-            ) from None
-
-    @torch.no_grad()
-    def _require_linears(self) -> None:
-        """Check that linears with a forward of their own compute a linear's product.
-
-        Raises:
-            ModelError: One does not; names it.
-        """
-        for scored in self.spec.modules:
-            module = self.model.get_submodule(scored.planned.name)
-            if scored.planned.kind != "linear" or has_plain_forward(module):
-                continue
-            with self._backward.holding(module):
-                row = torch.linspace(-1, 1, module.in_features).to(module.weight)[None]
-                expected = torch.nn.functional.linear(row, module.weight, module.bias)
-                is_linear = torch.allclose(module(row), expected, rtol=1e-2, atol=1e-4)
-            if not is_linear:
-                name = scored.planned.name
-                raise ModelError(
-                    f"{name} ({type(module).__name__}) is a linear with a forward of its own; "
-                    f"--disable {name}"
-                )
 
     @property
     def is_layerwise(self) -> bool:
@@ -194,22 +154,21 @@ class Engine:
         Raises:
             NonFiniteError: An activation is NaN or infinite.
         """
-        visits = self._visits(samples)
+        visits = self._planner.visits(samples)
         room = self.spec.activation_bytes // 2 - sum(
             one.nbytes for kept in self._kept.values() for visit in kept for one in visit
         )
-        needed = sum(self._layer_input_bytes(samples, positions) for v in visits for positions in v)
         keep = (
             shard is not None
             and self.is_layerwise
             and not self._maxima.changes_forward
-            and needed <= room
+            and self._planner.input_bytes(samples) <= room
         )
         done = []
         with self._maxima.collecting():
             for visit in visits:
                 passes = self._backward.forward(
-                    [self._step(samples, positions) for positions in visit],
+                    self._steps(samples, visit),
                     keep=keep,
                     before_step=lambda step: self._maxima.set_mask(step[1]),
                 )
@@ -251,7 +210,7 @@ class Engine:
         loss, num_tokens = 0.0, 0
         kept = None if shard is None else self._kept.pop(shard, None)
         with self._scorer.scoring(maxima, seed=(self.spec.seed, first_sample)):
-            for number, visit in enumerate(self._visits(samples)):
+            for number, visit in enumerate(self._planner.visits(samples)):
                 self._weights.resize(self._cache_bytes if self._reuses(samples, visit) else 0)
                 passes = kept[number] if kept else self._forward(samples, visit)
                 gradients = []
@@ -276,9 +235,14 @@ class Engine:
         )
 
     def _forward(self, samples: Samples, visit: Visit) -> list[Pass]:
-        steps = [self._step(samples, positions) for positions in visit]
-        passes: list[Pass] = self._backward.forward(steps, keep=True)
+        passes: list[Pass] = self._backward.forward(self._steps(samples, visit), keep=True)
         return passes
+
+    def _steps(self, samples: Samples, visit: Visit) -> list[Step]:
+        return [
+            make_step([samples[position] for position in positions], self._device)
+            for positions in visit
+        ]
 
     def _loss_gradients(
         self, one: Pass, samples: Samples, positions: list[int]
@@ -286,11 +250,8 @@ class Engine:
         """Loss of a step in nats, and its gradients at the final hidden states, one per draw."""
         hidden_BSH = self._backward.finish(one, with_graph=True)
         ids_BS, _ = one.step
-        predicting_BS = torch.zeros(ids_BS.shape, dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            predicting_BS[row, : len(sample) - 1] = True
         device = hidden_BSH.device  # a split model ends on another one than it begins
-        rows_N = predicting_BS.flatten().nonzero()[:, 0].to(device)
+        rows_N = predicting_rows(samples).to(device)
         targets_N, uniforms_KN = None, None
         if self.spec.labels == "data":
             targets_N = ids_BS.roll(-1, dims=1).flatten().to(device)[rows_N]
@@ -312,19 +273,6 @@ class Engine:
             gradients.append(gradient_TH.view_as(hidden_BSH))
         return loss, gradients
 
-    def _visits(self, samples: Samples) -> list[Visit]:
-        """Steps that are visited together: as many as their layer inputs have room for."""
-        visits: list[Visit] = []
-        room = 0
-        for positions in plan_steps([len(sample) for sample in samples], self.spec.step_tokens):
-            needed = self._layer_input_bytes(samples, positions)
-            if not visits or needed > room or not self.is_layerwise:
-                visits.append([])
-                room = self.spec.activation_bytes // 2
-            visits[-1].append(positions)
-            room -= needed
-        return visits
-
     def _reuses(self, samples: Samples, visit: Visit) -> bool:
         """Whether a quantized weight is used twice: by several steps, or slices of the head.
 
@@ -334,11 +282,6 @@ class Engine:
         predicted = sum(len(samples[position]) - 1 for position in visit[0])
         has_slices = predicted > self._loss.slice_tokens
         return len(visit) > 1 or has_slices or self.spec.weight_cache_bytes is not None
-
-    def _layer_input_bytes(self, samples: Samples, positions: list[int]) -> int:
-        tokens = len(positions) * max(len(samples[position]) for position in positions)
-        weight = self.model.get_input_embeddings().weight
-        return tokens * int(weight.shape[1] * weight.element_size()) * len(self._backward.layers)
 
     def _weight_cache_bytes(self) -> int:
         """Room for the quantized weights of the head and of the largest layer."""
@@ -356,18 +299,6 @@ class Engine:
         element = 4 if self.spec.dtype == "float32" else 2 * 2
         needed = sizes.pop(-1, 0) + max(sizes.values(), default=0)
         return min(LARGEST_CACHE_BYTES, needed * element * num_weight_specs(self.spec.formats))
-
-    def _step(self, samples: Samples, positions: list[int]) -> Step:
-        """Token ids ``(B, S)`` padded on the right, and the mask (None without padding)."""
-        chosen = [samples[position] for position in positions]
-        longest = max(len(sample) for sample in chosen)
-        ids_BS = torch.zeros(len(chosen), longest, dtype=torch.long)
-        mask_BS = torch.zeros(len(chosen), longest, dtype=torch.long)
-        for row, sample in enumerate(chosen):
-            ids_BS[row, : len(sample)] = torch.as_tensor(sample, dtype=torch.long)
-            mask_BS[row, : len(sample)] = 1
-        is_padded = any(len(sample) != longest for sample in chosen)
-        return ids_BS.to(self._device), mask_BS.to(self._device) if is_padded else None
 
 
 def draw_uniforms(

@@ -10,7 +10,7 @@ Shape letters: N predicted tokens, n tokens of a slice, V vocabulary, H hidden, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -69,11 +69,14 @@ class VocabularyLoss:
             losses_Kn = _token_losses(logits_nV.detach(), probabilities_nV, labels_Kn)
             total += losses_Kn.mean(0).sum().to(total.device)
             for draw, labels_n in enumerate(labels_Kn):
-                with _as_gradient(probabilities_nV, labels_n[:, None]) as gradient_nV:
-                    keep = draw < num_draws - 1
-                    (pulled_nH,) = torch.autograd.grad(
-                        logits_nV, hidden_nH, gradient_nV, retain_graph=keep
-                    )
+                is_last = draw == num_draws - 1
+                # Hooks on the head may hold a gradient until they have seen those of all draws.
+                gradient_nV = probabilities_nV if is_last else probabilities_nV.clone()
+                own_n1 = gradient_nV.gather(1, labels_n[:, None])
+                gradient_nV.scatter_(1, labels_n[:, None], own_n1 - 1)  # p - onehot
+                (pulled_nH,) = torch.autograd.grad(
+                    logits_nV, hidden_nH, gradient_nV, retain_graph=not is_last
+                )
                 gradients[draw][rows] = pulled_nH
             del logits_nV, probabilities_nV, gradient_nV
         return gradients, total
@@ -85,7 +88,7 @@ class VocabularyLoss:
             for module in self._bodies:
                 stack.enter_context(replaced_forward(module, lambda *_, **__: output))
             logits: torch.Tensor = self._model(input_ids=None, use_cache=False).logits
-        return logits[0]
+        return logits.flatten(0, 1)  # not [0]: its backward would copy the gradient into zeros
 
     @torch.no_grad()
     def feed_head(self, hidden_NH: torch.Tensor) -> None:
@@ -105,14 +108,6 @@ class _BaseOutput:
 
     def __getattr__(self, name: str) -> None:
         return None
-
-
-@contextmanager
-def _as_gradient(probabilities_nV: torch.Tensor, labels_n1: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Gradient of the summed cross-entropy at the logits, ``p - onehot``, in place for a while."""
-    own_n1 = probabilities_nV.gather(1, labels_n1)
-    yield probabilities_nV.scatter_(1, labels_n1, own_n1 - 1)
-    probabilities_nV.scatter_(1, labels_n1, own_n1)
 
 
 def _token_losses(

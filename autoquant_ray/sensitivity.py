@@ -42,6 +42,9 @@ Maxima = dict[str, dict[str, float]]
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
+_FIRST_COLUMNS = 16
+_WORTH_COPYING = 0.95  # share of rows with a gradient below which the others are left out
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredModule:
@@ -152,6 +155,7 @@ class SensitivityScorer:
         finally:
             for handle in handles:
                 handle.remove()
+            self._differences.forget()
 
     def _forward_hook(self, scored: ScoredModule) -> Callable[..., None]:
         name, num_calls = scored.planned.name, 0
@@ -174,19 +178,19 @@ class SensitivityScorer:
                 gradients.append(_rows(gradient))
                 if len(gradients) < self._num_draws:
                     return
-                live_T, drawn = self._choose(name, num_calls, gradients, inputs[0])
+                rows = self._choose(name, num_calls, gradients, inputs[0])
                 num_calls += 1
-                chosen = [_select(rows, live_T) for rows in (output_TO, *inputs, *gradients)]
+                chosen = [rows.of(states) for states in (output_TO, *inputs, *gradients)]
                 gradients.clear()
                 output, *chosen_inputs = chosen[: 1 + len(inputs)]
-                self._num_rows_G[scored.group] += len(output)
+                self._num_rows_G[scored.group] += rows.num_live
                 now = [tensor._version for tensor in (output_TO, *inputs)]
                 with torch.no_grad():
                     if now != versions:
                         _require_same_inputs(name, versions[1:], now[1:])
                         output = self._output_again(scored.planned, module, chosen_inputs)
                     differences = self._of(scored.planned, module, output, chosen_inputs)
-                    self._add(scored.group, differences, chosen[1 + len(inputs) :], drawn)
+                    self._add(scored.group, differences, chosen[1 + len(inputs) :], rows)
 
             output.register_hook(on_gradient)
 
@@ -194,13 +198,13 @@ class SensitivityScorer:
 
     def _choose(
         self, name: str, number: int, gradients: list[torch.Tensor], input_TI: torch.Tensor
-    ) -> tuple[torch.Tensor | None, DrawnRows | None]:
+    ) -> _ChosenRows:
         """Rows to score: all with a gradient, or a draw of them."""
         if self._row_share == 1:
-            return _live_rows(gradients), None
+            return _live_rows(gradients)
         seed = (*self._seed, name_seed(name), number)
         drawn = draw_rows(gradients, input_TI, self._row_share, seed)
-        return drawn.indices_U, drawn
+        return _ChosenRows(indices=drawn.indices_U, num_live=len(drawn.indices_U), drawn=drawn)
 
     def _of(
         self, planned: PlannedModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]
@@ -227,24 +231,25 @@ class SensitivityScorer:
         group: int,
         differences: Iterable[Difference],
         gradients_TO: list[torch.Tensor],
-        drawn: DrawnRows | None,
+        chosen: _ChosenRows,
     ) -> None:
-        num_rows = len(gradients_TO[0])
         sampled_F2T: dict[int, torch.Tensor] = {}
         for index, rows, difference_CO in differences:
             values_2C = self._row_values(difference_CO, [g[rows] for g in gradients_TO])
-            if drawn is None:
-                # A split model's modules are on several devices, the sums are on one.
-                self._sums_4GF[:2, group, index] += values_2C.sum(dim=1).to(self._sums_4GF.device)
+            if chosen.drawn is not None:
+                if index not in sampled_F2T:
+                    sampled_F2T[index] = values_2C.new_zeros(2, len(gradients_TO[0]))
+                sampled_F2T[index][:, rows] = values_2C
                 continue
-            if index not in sampled_F2T:
-                sampled_F2T[index] = values_2C.new_zeros(2, num_rows)
-            sampled_F2T[index][:, rows] = values_2C
-        if drawn is not None:
-            for index, values_2T in sampled_F2T.items():
-                pairs = [drawn.estimate(values_T) for values_T in values_2T]
-                estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
-                self._sums_4GF[:, group, index] += torch.stack(estimates).to(self._sums_4GF.device)
+            if chosen.dead_T is not None:
+                values_2C.masked_fill_(chosen.dead_T[rows], 0.0)
+            # A split model's modules are on several devices, the sums are on one.
+            self._sums_4GF[:2, group, index] += values_2C.sum(dim=1).to(self._sums_4GF.device)
+        for index, values_2T in sampled_F2T.items():
+            assert chosen.drawn is not None
+            pairs = [chosen.drawn.estimate(values_T) for values_T in values_2T]
+            estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+            self._sums_4GF[:, group, index] += torch.stack(estimates).to(self._sums_4GF.device)
 
     def _row_values(
         self, difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]
@@ -273,16 +278,41 @@ def _rows(states: torch.Tensor) -> torch.Tensor:
     return states.reshape(-1, states.shape[-1])
 
 
-def _live_rows(gradients_TO: list[torch.Tensor]) -> torch.Tensor | None:
-    """Indices of rows where any gradient is not zero (NaN counts); None if all rows are."""
-    live_T = torch.stack([_largest(gradient) != 0 for gradient in gradients_TO]).any(dim=0)
-    indices = live_T.nonzero()[:, 0]
-    return None if len(indices) == len(live_T) else indices
+@dataclass(frozen=True, kw_only=True)
+class _ChosenRows:
+    """Rows of a module that are scored.
+
+    Attributes:
+        indices: Rows to select; None takes all.
+        num_live: Rows with a gradient among them.
+        dead_T: Rows among them whose values do not count; None if all do.
+        drawn: How they were drawn; None without sampling.
+    """
+
+    indices: torch.Tensor | None
+    num_live: int
+    dead_T: torch.Tensor | None = None
+    drawn: DrawnRows | None = None
+
+    def of(self, states_TN: torch.Tensor) -> torch.Tensor:
+        """The chosen rows of a tensor."""
+        return states_TN if self.indices is None else states_TN.index_select(0, self.indices)
 
 
-def _largest(gradient_TO: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(gradient_TO, ord=float("inf"), dim=1)
+def _live_rows(gradients_TO: list[torch.Tensor]) -> _ChosenRows:
+    """Rows where any gradient is not zero (NaN counts).
 
-
-def _select(rows: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
-    return rows if indices is None else rows.index_select(0, indices)
+    A few dead rows are cheaper to compute along, and to leave out of the sums, than to copy all
+    others: every sample's last token is dead.
+    """
+    # Nearly every live row shows in any few columns; only the others are looked at whole.
+    live_T = torch.stack([g[:, :_FIRST_COLUMNS].ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)
+    unclear_U = (~live_T).nonzero()[:, 0]
+    for gradient_TO in gradients_TO:
+        live_T[unclear_U] |= gradient_TO[unclear_U].ne(0).any(dim=1)
+    num_live = int(live_T.sum())
+    if num_live == len(live_T):
+        return _ChosenRows(indices=None, num_live=num_live)
+    if num_live >= _WORTH_COPYING * len(live_T):
+        return _ChosenRows(indices=None, num_live=num_live, dead_T=~live_T)
+    return _ChosenRows(indices=live_T.nonzero()[:, 0], num_live=num_live)

@@ -29,6 +29,7 @@ from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import ModelRef, build_skeleton, find_model, load_model
 from autoquant_ray.plan import build_plan
 from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.store import RunDirectory
 from autoquant_ray.texts import DataSpec, read_texts
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
 
@@ -116,9 +117,11 @@ def _own_peak_gib() -> float:
 
 
 def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
-    """Our scoring core in this process; every batch is a shard."""
+    """Our scoring core in this process; shards of several batches of as many tokens each."""
     ref, formats = _model(options), CASES[options.case].formats
-    batches = _batches(options, _samples(options, ref))
+    samples = _samples(options, ref)
+    size = options.shard_samples
+    shards = [samples[i : i + size] for i in range(0, len(samples), size)]
     plan = build_plan(build_skeleton(ref), resolve_formats(formats, device="cpu"))
     spec = EngineSpec(
         model=ref,
@@ -135,12 +138,13 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
     )
     engine = Engine(spec)
     start = time.perf_counter()
-    parts = [engine.calibrate(batch, number) for number, batch in enumerate(batches)]
+    parts = [engine.calibrate(shard, number) for number, shard in enumerate(shards)]
     maxima = to_maxima(merge_statistics(parts))
     total: Any = 0.0
-    for number, batch in enumerate(batches):
-        result = engine.score(batch, number * options.batch, maxima, number)
-        total = total + result.sums.elementwise_GF / result.num_tokens**2
+    for number, shard in enumerate(shards):
+        result = engine.score(shard, number * options.shard_samples, maxima, number)
+        per_batch = result.num_tokens * options.batch / len(shard)
+        total = total + result.sums.elementwise_GF / per_batch**2
     seconds = time.perf_counter() - start
     scores = {
         group.name: dict(zip(formats, map(float, total[index]), strict=True))
@@ -152,7 +156,6 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
 def _run_ray(options: argparse.Namespace, share: float) -> dict[str, Any]:
     """Our whole scan with one worker; seconds of its calibration and scoring stages."""
     from autoquant_ray import ScanConfig, run_search
-    from autoquant_ray.store import RunDirectory
 
     with tempfile.TemporaryDirectory() as folder:
         data: dict[str, Any] = {"data": "pydoc", "pack": True, "seq_len": options.seq_len}
@@ -165,7 +168,7 @@ def _run_ray(options: argparse.Namespace, share: float) -> dict[str, Any]:
             out=f"{folder}/run",
             formats=CASES[options.case].formats,
             samples=options.samples,
-            shard_samples=options.batch,
+            shard_samples=options.shard_samples,
             step_tokens=options.step_tokens,
             labels="data",
             sample_rows=share,
@@ -180,29 +183,24 @@ def _run_ray(options: argparse.Namespace, share: float) -> dict[str, Any]:
         with _watching_workers() as peak:
             run_search(config)
         directory = RunDirectory(config.out)
-        stages = json.loads(directory.read_bytes("run.json"))["stages"]
-        seconds = _scoring_seconds(directory) or sum(
-            stages[name]["seconds"] for name in ("calibrate", "score")
-        )
+        seconds = scoring_seconds(directory)
         scores: dict[str, dict[str, float]] = {}
         for row in directory.read_table("sensitivity.parquet", "sensitivity").to_pylist():
-            scores.setdefault(row["group"], {})[row["format"]] = row["modelopt_score"]
+            # Per shard in the file; a batch is one of several equal parts of a shard.
+            score = row["modelopt_score"] * (options.shard_samples / options.batch) ** 2
+            scores.setdefault(row["group"], {})[row["format"]] = score
     return _result(seconds, peak[0], scores)
 
 
-def _scoring_seconds(directory: Any) -> float | None:
+def scoring_seconds(directory: RunDirectory) -> float:
     """From the moment that the last worker was ready to the last finished shard."""
     text = directory.read_bytes("events.jsonl").decode()
     events = [json.loads(line) for line in text.splitlines()]
-    times = {
-        kind: [e["time"] for e in events if e["event"] == kind]
-        for kind in ("worker_ready", "shard_done")
-    }
-    if not all(times.values()) or not all(
-        isinstance(t, float) for ts in times.values() for t in ts
-    ):
-        return None
-    return float(max(times["shard_done"]) - max(times["worker_ready"]))
+    times: dict[str, list[float]] = {"worker_ready": [], "shard_done": []}
+    for event in events:
+        if event["event"] in times:
+            times[event["event"]].append(event["time"])
+    return max(times["shard_done"]) - max(times["worker_ready"])
 
 
 @contextmanager

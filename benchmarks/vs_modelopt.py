@@ -33,6 +33,17 @@ import torch
 from machine import describe_machine
 from sides import CASES, side
 
+OPTIONS = (
+    "case",
+    "samples",
+    "batch",
+    "shard_samples",
+    "seq_len",
+    "step_tokens",
+    "threads",
+    "workers",
+)
+
 
 def main() -> None:
     """Alternate the sides and print each round and the summary as the last line of JSON."""
@@ -50,7 +61,9 @@ def main() -> None:
     summary = {
         **describe_machine(),
         "case": options.case,
-        "model": "random Qwen3" if options.random_model else options.model or "SmolLM2-135M",
+        "model": "random Qwen3 of 2 layers"
+        if options.random_model
+        else options.model or "SmolLM2-135M",
         "formats": len(CASES[options.case].formats),
         "threads": options.threads,
         "samples": options.samples,
@@ -70,26 +83,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", default="core", help="Ours, separated by commas.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4, help="Samples per batch or shard.")
+    parser.add_argument("--batch", type=int, default=4, help="Samples per batch.")
+    parser.add_argument(
+        "--shard-samples", type=int, default=8, help="Ours: a shard is one or more batches."
+    )
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--step-tokens", type=int, default=2048)
+    parser.add_argument("--step-tokens", type=int, default=1024, help="Ours, per step.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1, help="Of the ray side.")
     parser.add_argument("--model", help="Default: the demo model, SmolLM2-135M.")
-    parser.add_argument("--random-model", action="store_true", help="A random Qwen3, 4 layers.")
+    parser.add_argument("--random-model", action="store_true", help="A random Qwen3, 2 layers.")
     parser.add_argument("--side", help="Run one side only.")
     return parser.parse_args()
 
 
 def save_random_model(folder: str) -> None:
-    """A random Qwen3 as wide as the demo model, with its vocabulary; 4 layers."""
+    """A random Qwen3 as wide as the demo model, with its vocabulary; 2 layers."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3Config(
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=9,
         num_key_value_heads=3,
         head_dim=64,
@@ -110,7 +126,7 @@ def run_round(number: int, options: argparse.Namespace) -> dict[str, Any]:
 def run_side(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one side in a new process."""
     arguments = [sys.executable, __file__, "--side", name]
-    for option in ("case", "samples", "batch", "seq_len", "step_tokens", "threads", "workers"):
+    for option in OPTIONS:
         arguments += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
     if options.model:
         arguments += ["--model", options.model]
