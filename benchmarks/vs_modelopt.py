@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
 
 
 def save_random_model(folder: str) -> None:
-    """A random Qwen3 as wide as the demo model, with its vocabulary; 2 layers."""
+    """A random Qwen3 as wide as the demo model; 2 layers, 8,192 tokens."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def save_random_model(folder: str) -> None:
         num_attention_heads=9,
         num_key_value_heads=3,
         head_dim=64,
-        vocab_size=49152,
+        vocab_size=8192,
         tie_word_embeddings=True,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
