@@ -96,7 +96,7 @@ def _samples(options: argparse.Namespace, ref: ModelRef) -> list[list[int]]:
 
 
 def _tokenizer_model(options: argparse.Namespace, ref: ModelRef) -> ModelRef:
-    """A random model made for this benchmark borrows the demo model's tokenizer, modulo its size."""
+    """A random model borrows the demo model's tokenizer; ids are taken modulo its vocabulary."""
     return find_model(str(find_demo_model())) if options.model else ref
 
 
