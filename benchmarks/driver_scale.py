@@ -83,6 +83,8 @@ class WaitingEngine:
             num_rows_G=np.full(NUM_GROUPS, 100),
             elementwise_GF=generator.random((NUM_GROUPS, NUM_FORMATS)),
             token_GF=generator.random((NUM_GROUPS, NUM_FORMATS)),
+            elementwise_variance_GF=np.zeros((NUM_GROUPS, NUM_FORMATS)),
+            token_variance_GF=np.zeros((NUM_GROUPS, NUM_FORMATS)),
         )
         num_tokens = sum(len(sample) - 1 for sample in samples)
         return SimpleNamespace(

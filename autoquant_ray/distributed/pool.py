@@ -116,7 +116,8 @@ class WorkerPool:
         self._policy.kills.clear()
         for call in self._calls.values():
             call.task = None  # left by a generator that was dropped and not closed yet
-        queue = ShardQueue(tasks, self._owners, window=2 * self._placement.num_workers)
+        window = 2 * self._placement.num_workers if self._owners else 1
+        queue = ShardQueue(tasks, self._owners, window)
         try:
             while True:
                 self._feed(queue, submit)
@@ -234,7 +235,8 @@ class WorkerPool:
     def _on_death(self, worker: Any, task: ShardTask | None, error: RayError) -> Decision:
         shard = None if task is None else task.shard
         self._workers.pop(worker, None)
-        self._owners = {s: owner for s, owner in self._owners.items() if owner != worker}
+        for shard_kept in [s for s, owner in self._owners.items() if owner == worker]:
+            del self._owners[shard_kept]  # in place: the running queue looks here too
         ray.kill(worker)
         decision = self._policy.on_worker_death(shard)
         reason = one_line(error)

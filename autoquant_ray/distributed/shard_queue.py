@@ -52,7 +52,7 @@ class ShardQueue:
         window: int = 1,
     ) -> None:
         self._fresh = iter(tasks)
-        self._owners = owners or {}
+        self._owners = {} if owners is None else owners
         self._window = window
         self._next: list[ShardTask] = []
         self._lost: deque[ShardTask] = deque()

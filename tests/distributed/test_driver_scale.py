@@ -81,7 +81,7 @@ def in_one_process(benchmark: Any, plan: Any) -> list[Any]:
     engine = benchmark.WaitingEngine(0.0)
     samples = [range(512)] * 2
     return [
-        score_part(shard, groups, formats, engine.score(samples, 2 * shard, {}))
+        score_part(shard, groups, formats, engine.score(samples, 2 * shard, {}, shard))
         for shard in range(NUM_SHARDS)
     ]
 
