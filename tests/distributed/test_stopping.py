@@ -189,6 +189,8 @@ class Arrivals:
         sums = SensitivitySums(
             elementwise_GF=sums_GF,
             token_GF=2 * sums_GF,
+            elementwise_variance_GF=np.zeros_like(sums_GF),
+            token_variance_GF=np.zeros_like(sums_GF),
             num_rows_G=np.full(num_groups, 9),
         )
         scores = ShardScores(
