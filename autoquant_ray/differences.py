@@ -261,8 +261,3 @@ def _by_weight(formats: Sequence[Format]) -> list[Formats]:
     for index, format_ in enumerate(formats):
         groups.setdefault(format_.weight_key, []).append((index, format_))
     return list(groups.values())
-
-
-def num_weight_specs(formats: Sequence[Format]) -> int:
-    """Distinct weight quantizers of a menu."""
-    return len(_by_weight(formats))

@@ -16,10 +16,9 @@ import torch
 
 from autoquant_ray.backward import Gradients, LayerwiseBackward, Pass, Step
 from autoquant_ray.calibration import ActivationMaxima, Statistics
-from autoquant_ray.differences import num_weight_specs
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.experts import prepare_experts
-from autoquant_ray.footprint import GIB, LARGEST_CACHE_BYTES
+from autoquant_ray.footprint import GIB, LARGEST_CACHE_BYTES, quantized_bytes
 from autoquant_ray.formats import Format
 from autoquant_ray.loading import load_placed
 from autoquant_ray.loss import VocabularyLoss
@@ -296,9 +295,8 @@ class Engine:
         for scored in self.spec.modules:
             number = inside.get(self.model.get_submodule(scored.planned.name), -1)
             sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
-        element = 4 if self.spec.dtype == "float32" else 2 * 2
-        needed = sizes.pop(-1, 0) + max(sizes.values(), default=0)
-        return min(LARGEST_CACHE_BYTES, needed * element * num_weight_specs(self.spec.formats))
+        visited = sizes.pop(-1, 0) + max(sizes.values(), default=0)
+        return min(LARGEST_CACHE_BYTES, quantized_bytes(visited, self.spec.formats))
 
 
 def draw_uniforms(

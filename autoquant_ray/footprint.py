@@ -6,9 +6,11 @@ its largest parts. They size the pool and pick a placement; no number depends on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.formats import Format
 from autoquant_ray.plan import UNQUANTIZED_BITS, Plan
 
 GIB = 2**30
@@ -17,6 +19,7 @@ _MEMORY_SHARE = 0.9
 _LOGITS_BYTES = 2**28
 _WORK_COPIES = 3
 _LAYERS_HELD = 2
+_KEPT_BYTES = 4  # per weight and quantizer: float32, or weight and error in 16 bits
 
 LARGEST_CACHE_BYTES = 2 * GIB
 """Most bytes of quantized weights that a worker keeps where the user gives no number."""
@@ -60,11 +63,12 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
     largest_layer = max(layers, default=0)
     held = num_weights - sum(layers) + _LAYERS_HELD * largest_layer
     largest = max(module.num_weights for group in plan.searched for module in group.modules)
-    num_specs = len({format_.weight_key for format_ in plan.formats})
-    cached = 4 * num_specs * (largest_layer + max(0, searched - sum(layers)))
-    cached = min(LARGEST_CACHE_BYTES, cached)
-    if config.weight_cache_gib != "auto":
-        cached = min(round(config.weight_cache_gib * GIB), 4 * num_specs * searched)
+    if config.weight_cache_gib == "auto":
+        visited = largest_layer + max(0, searched - sum(layers))
+        cached = min(LARGEST_CACHE_BYTES, quantized_bytes(visited, plan.formats))
+    else:
+        room = round(config.weight_cache_gib * GIB)
+        cached = min(room, quantized_bytes(searched, plan.formats))
     token_bytes = plan.hidden_size * len(layers) * dtype_bytes
     kept = min(
         round(config.activation_cache_gib * GIB), config.samples * config.seq_len * token_bytes
@@ -75,6 +79,12 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
         offloaded_bytes=min(held, num_weights) * dtype_bytes,
         work_bytes=_WORK_COPIES * 4 * largest + cached + _LOGITS_BYTES + inputs,
     )
+
+
+def quantized_bytes(num_weights: int, formats: Sequence[Format]) -> int:
+    """Bytes of weights quantized in every way of a menu, as the weight cache holds them."""
+    num_specs = len({format_.weight_key for format_ in formats})
+    return _KEPT_BYTES * num_specs * num_weights
 
 
 def choose_placement(
