@@ -52,6 +52,9 @@ class Pass:
         calls: Arguments of each decoder layer beside the hidden states.
         inputs: Input of each layer, ``(B, S, H)``, where they are kept.
         hidden_BSH: Output of the last layer that ran.
+        leaf: The same with a gradient, between :meth:`LayerwiseBackward.finish` and the backward
+            pass.
+        output: Final hidden states with their graph, for as long.
     """
 
     step: Step

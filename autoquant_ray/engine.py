@@ -21,7 +21,7 @@ from autoquant_ray.experts import prepare_experts
 from autoquant_ray.footprint import GIB, LARGEST_CACHE_BYTES, quantized_bytes
 from autoquant_ray.formats import Format
 from autoquant_ray.loading import load_placed
-from autoquant_ray.loss import VocabularyLoss
+from autoquant_ray.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.model_checks import require_head, require_linears
 from autoquant_ray.models import ModelRef
 from autoquant_ray.residence import Residence, Resident
@@ -297,17 +297,3 @@ class Engine:
             sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
         visited = sizes.pop(-1, 0) + max(sizes.values(), default=0)
         return min(LARGEST_CACHE_BYTES, quantized_bytes(visited, self.spec.formats))
-
-
-def draw_uniforms(
-    seed: int, position: int, num_draws: int, num_tokens: int
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """``(draws, tokens)`` numbers in [0, 1) that belong to one sample alone.
-
-    Args:
-        seed: Seed of the scan.
-        position: The sample's position in the data set.
-        num_draws: Label draws.
-        num_tokens: Predicted tokens of the sample.
-    """
-    return np.random.default_rng([seed, position]).random((num_draws, num_tokens))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 
 from autoquant_ray.backward import replaced_forward
@@ -117,6 +118,20 @@ def _token_losses(
     labels_nK = labels_Kn.T
     behind_nK = logits_nV.amax(dim=-1).double()[:, None] - logits_nV.gather(1, labels_nK).double()
     return (behind_nK - probabilities_nV.amax(dim=-1).double().log()[:, None]).T
+
+
+def draw_uniforms(
+    seed: int, position: int, num_draws: int, num_tokens: int
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """``(draws, tokens)`` numbers in [0, 1) that belong to one sample alone.
+
+    Args:
+        seed: Seed of the scan.
+        position: The sample's position in the data set.
+        num_draws: Label draws.
+        num_tokens: Predicted tokens of the sample.
+    """
+    return np.random.default_rng([seed, position]).random((num_draws, num_tokens))
 
 
 def sample_labels(probabilities_nV: torch.Tensor, uniforms_Kn: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
 from autoquant_ray.plan import Plan
 from autoquant_ray.quantizable import PlannedModule
-from autoquant_ray.row_sampling import DrawnRows, draw_rows, name_seed
+from autoquant_ray.row_choice import ChosenRows, choose_rows
+from autoquant_ray.row_sampling import name_seed
 from autoquant_ray.weight_cache import WeightCache
 
 Maxima = dict[str, dict[str, float]]
@@ -41,9 +42,6 @@ Maxima = dict[str, dict[str, float]]
 
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-_FIRST_COLUMNS = 16
-_WORTH_COPYING = 0.95  # share of rows with a gradient below which the others are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +176,8 @@ class SensitivityScorer:
                 gradients.append(_rows(gradient))
                 if len(gradients) < self._num_draws:
                     return
-                rows = self._choose(name, num_calls, gradients, inputs[0])
+                seed = (*self._seed, name_seed(name), num_calls)
+                rows = choose_rows(gradients, inputs[0], self._row_share, seed)
                 num_calls += 1
                 chosen = [rows.of(states) for states in (output_TO, *inputs, *gradients)]
                 gradients.clear()
@@ -195,16 +194,6 @@ class SensitivityScorer:
             output.register_hook(on_gradient)
 
         return hook
-
-    def _choose(
-        self, name: str, number: int, gradients: list[torch.Tensor], input_TI: torch.Tensor
-    ) -> _ChosenRows:
-        """Rows to score: all with a gradient, or a draw of them."""
-        if self._row_share == 1:
-            return _live_rows(gradients)
-        seed = (*self._seed, name_seed(name), number)
-        drawn = draw_rows(gradients, input_TI, self._row_share, seed)
-        return _ChosenRows(indices=drawn.indices_U, num_live=len(drawn.indices_U), drawn=drawn)
 
     def _of(
         self, planned: PlannedModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]
@@ -231,7 +220,7 @@ class SensitivityScorer:
         group: int,
         differences: Iterable[Difference],
         gradients_TO: list[torch.Tensor],
-        chosen: _ChosenRows,
+        chosen: ChosenRows,
     ) -> None:
         sampled_F2T: dict[int, torch.Tensor] = {}
         for index, rows, difference_CO in differences:
@@ -276,43 +265,3 @@ def _require_same_inputs(name: str, before: list[int], now: list[int]) -> None:
 
 def _rows(states: torch.Tensor) -> torch.Tensor:
     return states.reshape(-1, states.shape[-1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ChosenRows:
-    """Rows of a module that are scored.
-
-    Attributes:
-        indices: Rows to select; None takes all.
-        num_live: Rows with a gradient among them.
-        dead_T: Rows among them whose values do not count; None if all do.
-        drawn: How they were drawn; None without sampling.
-    """
-
-    indices: torch.Tensor | None
-    num_live: int
-    dead_T: torch.Tensor | None = None
-    drawn: DrawnRows | None = None
-
-    def of(self, states_TN: torch.Tensor) -> torch.Tensor:
-        """The chosen rows of a tensor."""
-        return states_TN if self.indices is None else states_TN.index_select(0, self.indices)
-
-
-def _live_rows(gradients_TO: list[torch.Tensor]) -> _ChosenRows:
-    """Rows where any gradient is not zero (NaN counts).
-
-    A few dead rows are cheaper to compute along, and to leave out of the sums, than to copy all
-    others: every sample's last token is dead.
-    """
-    # Nearly every live row shows in any few columns; only the others are looked at whole.
-    live_T = torch.stack([g[:, :_FIRST_COLUMNS].ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)
-    unclear_U = (~live_T).nonzero()[:, 0]
-    for gradient_TO in gradients_TO:
-        live_T[unclear_U] |= gradient_TO[unclear_U].ne(0).any(dim=1)
-    num_live = int(live_T.sum())
-    if num_live == len(live_T):
-        return _ChosenRows(indices=None, num_live=num_live)
-    if num_live >= _WORTH_COPYING * len(live_T):
-        return _ChosenRows(indices=None, num_live=num_live, dead_T=~live_T)
-    return _ChosenRows(indices=live_T.nonzero()[:, 0], num_live=num_live)

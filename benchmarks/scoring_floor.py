@@ -14,6 +14,7 @@ the time is listed by kind of operation.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -22,13 +23,13 @@ from collections import Counter
 from typing import Any
 
 import torch
-from kl_prediction import read_samples
+from kl_prediction import make_spec, read_samples
 from machine import describe_machine
 from sides import CASES
 
 from autoquant_ray.calibration import to_maxima
 from autoquant_ray.demo import find_demo_model
-from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.engine import Engine
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import build_skeleton, find_model
 from autoquant_ray.plan import Plan, build_plan
@@ -61,20 +62,7 @@ def main() -> None:
     formats = resolve_formats(CASES["unpadded"].formats, device="cpu")
     plan = build_plan(build_skeleton(ref), formats)
     samples = read_samples(ref, options.samples, options.seq_len)
-    engine = Engine(
-        EngineSpec(
-            model=ref,
-            dtype="float32",
-            device="cpu",
-            num_threads=options.threads,
-            modules=scored_modules(plan),
-            formats=plan.formats,
-            step_tokens=2048,
-            labels="model",
-            label_draws=1,
-            seed=0,
-        )
-    )
+    engine = Engine(dataclasses.replace(make_spec(ref, plan, "model"), step_tokens=2048))
     shares = []
     for number in range(options.rounds):
         before = floor_seconds(engine, plan, options)

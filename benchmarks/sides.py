@@ -8,6 +8,7 @@ ModelOpt's scale.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import tempfile
@@ -20,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kl_prediction import read_samples
+from kl_prediction import make_spec, read_samples
 
 from autoquant_ray.calibration import merge_statistics, to_maxima
 from autoquant_ray.demo import find_demo_model
-from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.engine import Engine
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import ModelRef, build_skeleton, find_model, load_model
 from autoquant_ray.plan import build_plan
-from autoquant_ray.sensitivity import scored_modules
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.texts import DataSpec, read_texts
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
@@ -124,18 +124,8 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
     size = options.shard_samples
     shards = [samples[i : i + size] for i in range(0, len(samples), size)]
     plan = build_plan(build_skeleton(ref), resolve_formats(formats, device="cpu"))
-    spec = EngineSpec(
-        model=ref,
-        dtype="float32",
-        device="cpu",
-        num_threads=options.threads,
-        modules=scored_modules(plan),
-        formats=plan.formats,
-        step_tokens=options.step_tokens,
-        labels="data",
-        label_draws=1,
-        seed=0,
-        row_share=share,
+    spec = dataclasses.replace(
+        make_spec(ref, plan, "data"), step_tokens=options.step_tokens, row_share=share
     )
     engine = Engine(spec)
     start = time.perf_counter()

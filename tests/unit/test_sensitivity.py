@@ -12,7 +12,7 @@ from autoquant_ray import engine as engine_module
 from autoquant_ray.calibration import merge_statistics, to_maxima
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.loss import sample_labels
-from autoquant_ray.sensitivity import _live_rows
+from autoquant_ray.row_choice import live_rows
 
 FAMILIES = ["llama", "qwen3", "qwen3_moe", "qwen3_vl"]
 FORMATS = (
@@ -287,7 +287,7 @@ def test_live_rows_finds_a_gradient_in_any_column_and_any_draw() -> None:
     gradients[0][:57, 0] = 1.0
     gradients[1][58, 39] = -1e-30
     gradients[1][59, 20] = torch.nan
-    chosen = _live_rows(gradients)
+    chosen = live_rows(gradients)
     assert chosen.num_live == 59
     assert chosen.indices is None  # one dead row is not worth a copy of the others
     assert chosen.dead_T is not None
@@ -297,7 +297,7 @@ def test_live_rows_finds_a_gradient_in_any_column_and_any_draw() -> None:
 def test_live_rows_selects_where_many_are_dead() -> None:
     gradient = torch.zeros(60, 40)
     gradient[[3, 30], 39] = 1.0
-    chosen = _live_rows([gradient])
+    chosen = live_rows([gradient])
     assert chosen.indices is not None
     assert chosen.indices.tolist() == [3, 30]
     assert chosen.dead_T is None
