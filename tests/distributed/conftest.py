@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -78,3 +81,62 @@ def scan_arguments(model_folder: Any, text_file: Path) -> Any:
         ]
 
     return build
+
+
+class ScanWatch:
+    """What a run directory tells while its scan goes on, and scans that lose a process."""
+
+    @staticmethod
+    def events(run: Path, name: str) -> list[dict[str, Any]]:
+        """The events of one kind so far."""
+        path = run / "events.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        return [event for event in found if event["event"] == name]
+
+    def scored(self, run: Path) -> list[int]:
+        """Shards scored so far, in the order in which they ended."""
+        return [e["shard"] for e in self.events(run, "shard_done") if e["stage"] == "score"]
+
+    @staticmethod
+    def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+        """Poll until the condition holds; fails if the process ends first."""
+        for _ in range(6000):
+            if condition():
+                return
+            try:
+                process.wait(timeout=0.02)
+            except subprocess.TimeoutExpired:
+                continue
+            pytest.fail("the scan ended before the condition held")
+        pytest.fail("the condition never held")
+
+    def kill_worker(self, run: Path, arguments: list[str], after: int) -> None:
+        """Run a scan to its end; its first worker is killed once so many shards are scored."""
+        with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as scan:
+            self.wait_for(lambda: len(self.scored(run)) >= after, scan)
+            os.kill(self.events(run, "worker_ready")[0]["pid"], signal.SIGKILL)
+            _, stderr = scan.communicate(timeout=240)
+        assert scan.returncode == 0, stderr
+        assert len(self.events(run, "worker_died")) == 1
+
+    def kill_driver(self, run: Path, arguments: list[str], after: int) -> dict[str, int]:
+        """Start a scan and kill it once so many shards are scored; its parts and their times."""
+        with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as scan:
+            self.wait_for(lambda: len(self.scored(run)) >= after, scan)
+            children = psutil.Process(scan.pid).children(recursive=True)
+            scan.send_signal(signal.SIGKILL)
+            scan.wait(timeout=60)
+        psutil.wait_procs(children, timeout=30)
+        return self.part_times(run)
+
+    @staticmethod
+    def part_times(run: Path) -> dict[str, int]:
+        """Score parts -> when they were written, in nanoseconds."""
+        return {path.name: path.stat().st_mtime_ns for path in (run / "scores").glob("shard-*")}
+
+
+@pytest.fixture(scope="session")
+def watch() -> ScanWatch:
+    """Watch and disturb scans."""
+    return ScanWatch()

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from autoquant_ray import stages
@@ -33,35 +29,11 @@ STOPPING = ("--shard-samples", "1", "--label-draws", "12", "--bits", "7.5")
 STOPPING += ("--stop-when-stable", "90%")
 
 
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    path = run / "events.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("}")]
-    return [event for event in found if event["event"] == name]
-
-
-def scored(run: Path) -> list[int]:
-    return [e["shard"] for e in events(run, "shard_done") if e["stage"] == "score"]
-
-
 def result_of(run: Path) -> tuple[bytes, list[str], Any]:
     """What must be the same: the scores, the parts that are left, the decision."""
     values = json.loads((run / "run.json").read_text())
     parts = sorted(path.name for path in (run / "scores").iterdir())
     return (run / "sensitivity.parquet").read_bytes(), parts, values["stopping"]
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Poll until the condition holds; fails if the process ends first."""
-    for _ in range(6000):
-        if condition():
-            return
-        try:
-            process.wait(timeout=0.02)
-        except subprocess.TimeoutExpired:
-            continue
-        pytest.fail("the scan ended before the condition held")
-    pytest.fail("the condition never held")
 
 
 @pytest.fixture(scope="module")
@@ -131,36 +103,28 @@ def test_stopped_scan_with_three_workers_is_identical(
 
 
 def test_stopped_scan_with_a_killed_worker_is_identical(
-    undisturbed: Path, tmp_path: Path, command: Any, scan_arguments: Any
+    undisturbed: Path, tmp_path: Path, command: Any, scan_arguments: Any, watch: Any
 ) -> None:
     run = tmp_path / "run"
-    arguments = command(*scan_arguments(run, *STOPPING, "--workers", "2"))
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as scan:
-        wait_for(lambda: len(scored(run)) >= 2, scan)
-        os.kill(events(run, "worker_ready")[0]["pid"], signal.SIGKILL)
-        _, stderr = scan.communicate(timeout=240)
-    assert scan.returncode == 0, stderr
-    assert len(events(run, "worker_died")) == 1
+    watch.kill_worker(run, command(*scan_arguments(run, *STOPPING, "--workers", "2")), after=2)
     assert result_of(run) == result_of(undisturbed)
 
 
 def test_stopped_scan_with_a_killed_driver_resumes_to_the_same(
-    undisturbed: Path, tmp_path: Path, command: Any, run_command: Any, scan_arguments: Any
+    undisturbed: Path,
+    tmp_path: Path,
+    command: Any,
+    run_command: Any,
+    scan_arguments: Any,
+    watch: Any,
 ) -> None:
     run = tmp_path / "run"
     arguments = command(*scan_arguments(run, *STOPPING, "--workers", "1"))
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as scan:
-        wait_for(lambda: len(scored(run)) >= 3, scan)
-        children = psutil.Process(scan.pid).children(recursive=True)
-        scan.send_signal(signal.SIGKILL)
-        scan.wait(timeout=60)
-    psutil.wait_procs(children, timeout=30)
-    kept = {path.name: path.stat().st_mtime_ns for path in (run / "scores").glob("shard-*")}
+    kept = watch.kill_driver(run, arguments, after=3)
     assert 3 <= len(kept) < 8
     resumed = run_command(*scan_arguments(run, *STOPPING, "--workers", "1", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
-    for name, modified in kept.items():
-        assert (run / "scores" / name).stat().st_mtime_ns == modified
+    assert kept.items() <= watch.part_times(run).items()
     assert result_of(run) == result_of(undisturbed)
 
 

@@ -39,14 +39,12 @@ class Prepared:
 
 
 @pytest.fixture(scope="session")
-def make_engine(make_model: Any) -> Any:
-    """Build an engine; keywords replace fields of the default spec."""
+def make_spec() -> Any:
+    """Spec of an engine for a plan; keywords replace fields."""
 
-    def build(family: str, formats: tuple[str, ...] = PRESETS, **changes: Any) -> Prepared:
-        model = make_model(family)
-        plan = build_plan(model, resolve_formats(formats, device="cpu"))
+    def build(plan: Plan, **changes: Any) -> EngineSpec:
         spec = EngineSpec(
-            model=ModelRef(name=family, path="unused"),
+            model=ModelRef(name="in memory", path="unused"),
             dtype="float32",
             device="cpu",
             num_threads=1,
@@ -57,7 +55,19 @@ def make_engine(make_model: Any) -> Any:
             label_draws=1,
             seed=0,
         )
-        engine = Engine(dataclasses.replace(spec, **changes), model=model)
+        return dataclasses.replace(spec, **changes)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_engine(make_model: Any, make_spec: Any) -> Any:
+    """Build an engine; keywords replace fields of the default spec."""
+
+    def build(family: str, formats: tuple[str, ...] = PRESETS, **changes: Any) -> Prepared:
+        model = make_model(family)
+        plan = build_plan(model, resolve_formats(formats, device="cpu"))
+        engine = Engine(make_spec(plan, **changes), model=model)
         return Prepared(model, plan, engine, [group.name for group in plan.searched])
 
     return build

@@ -13,15 +13,14 @@ import pytest
 from autoquant_ray.calibration import to_maxima
 from autoquant_ray.config import ScanConfig, stage_fingerprints
 from autoquant_ray.distributed.placement import place_workers, require_resources
-from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.engine import Engine
 from autoquant_ray.errors import ClusterError, ModelError
 from autoquant_ray.footprint import GIB, Footprint, choose_placement, footprint
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.layers import decoder_layers
 from autoquant_ray.loading import offload_map, split_map
-from autoquant_ray.models import ModelRef, build_skeleton, find_model
+from autoquant_ray.models import build_skeleton, find_model
 from autoquant_ray.plan import build_plan
-from autoquant_ray.sensitivity import scored_modules
 
 SEVENTY_GIB = Footprint(
     weight_bytes=70 * GIB, offloaded_bytes=4 * GIB, work_bytes=5 * GIB
@@ -153,7 +152,7 @@ def test_split_map_never_spills_to_the_host(model_folder: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_scores_with_the_hooks_of_a_split_model_are_the_same(
-    make_model: Any, make_samples: Any, family: str
+    make_model: Any, make_spec: Any, make_samples: Any, family: str
 ) -> None:
     """accelerate wraps every module's forward; ours are put around and inside of that."""
     results = []
@@ -164,18 +163,7 @@ def test_scores_with_the_hooks_of_a_split_model_are_the_same(
             accelerate.dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
             assert "forward" in vars(model.model.layers[0].self_attn.q_proj)
         plan = build_plan(model, resolve_formats(("wint4_afp16", "wint8_aint8"), device="cpu"))
-        spec = EngineSpec(
-            model=ModelRef(name=family, path="unused"),
-            dtype="float32",
-            device="cpu",
-            num_threads=1,
-            modules=scored_modules(plan),
-            formats=plan.formats,
-            step_tokens=64,
-            labels="model",
-            label_draws=1,
-            seed=0,
-        )
+        spec = make_spec(plan, step_tokens=64, labels="model")
         engine = Engine(spec, model=model)
         assert engine.is_layerwise
         samples = make_samples([24, 17])

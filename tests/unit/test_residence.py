@@ -23,27 +23,28 @@ from autoquant_ray.layers import decoder_layers
 from autoquant_ray.loading import load_placed
 from autoquant_ray.models import ModelRef, build_skeleton, find_model
 from autoquant_ray.plan import build_plan
-from autoquant_ray.sensitivity import scored_modules
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 
 
-def make_spec(folder: Path, placement: str, dtype: str) -> EngineSpec:
-    ref = find_model(str(folder))
-    plan = build_plan(build_skeleton(ref), resolve_formats(FORMATS, device="cpu"))
-    return EngineSpec(
-        model=ref,
-        dtype=dtype,
-        device="cpu",
-        num_threads=1,
-        modules=scored_modules(plan),
-        formats=plan.formats,
-        step_tokens=64,
-        labels="model",
-        label_draws=2,
-        seed=0,
-        placement=placement,
-    )
+@pytest.fixture
+def placed_spec(make_spec: Any) -> Any:
+    """Spec of a model in a folder under a placement."""
+
+    def build(folder: Path, placement: str, dtype: str) -> EngineSpec:
+        ref = find_model(str(folder))
+        plan = build_plan(build_skeleton(ref), resolve_formats(FORMATS, device="cpu"))
+        return make_spec(
+            plan,
+            model=ref,
+            placement=placement,
+            dtype=dtype,
+            step_tokens=64,
+            labels="model",
+            label_draws=2,
+        )
+
+    return build
 
 
 def run(engine: Engine, samples: Any) -> Any:
@@ -61,11 +62,11 @@ def bfloat16_folder(make_model: Any, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "falcon"])
 def test_scores_offloaded_equal_resident(
-    model_folder: Any, make_samples: Any, family: str, dtype: str
+    model_folder: Any, make_samples: Any, family: str, dtype: str, placed_spec: Any
 ) -> None:
     samples = make_samples([24, 17, 31])
-    resident = run(Engine(make_spec(model_folder(family), "resident", dtype)), samples)
-    engine = Engine(make_spec(model_folder(family), "offload", dtype))
+    resident = run(Engine(placed_spec(model_folder(family), "resident", dtype)), samples)
+    engine = Engine(placed_spec(model_folder(family), "offload", dtype))
     offloaded = run(engine, samples)
     assert offloaded[0] == resident[0]
     assert offloaded[1].loss == resident[1].loss
@@ -75,8 +76,10 @@ def test_scores_offloaded_equal_resident(
         assert (theirs > 0).any()
 
 
-def test_parameters_outside_visits_are_on_meta(model_folder: Any, make_samples: Any) -> None:
-    engine = Engine(make_spec(model_folder("qwen3_moe"), "offload", "float32"))
+def test_parameters_outside_visits_are_on_meta(
+    model_folder: Any, make_samples: Any, placed_spec: Any
+) -> None:
+    engine = Engine(placed_spec(model_folder("qwen3_moe"), "offload", "float32"))
     run(engine, make_samples([9]))
     layers = decoder_layers(engine.model).values()
     inside = {parameter for layer in layers for parameter in layer.parameters()}
@@ -129,9 +132,9 @@ def test_probe_and_passes_hold_one_visited_layer(bfloat16_folder: Path, make_sam
 
 
 def test_calibration_and_scoring_of_experts_hold_one_visited_layer(
-    bfloat16_folder: Path, make_samples: Any
+    bfloat16_folder: Path, make_samples: Any, placed_spec: Any
 ) -> None:
-    engine = Engine(make_spec(bfloat16_folder, "offload", "float32"))
+    engine = Engine(placed_spec(bfloat16_folder, "offload", "float32"))
     alive: list[int] = []
     count_layers_alive(engine.model, alive)
     run(engine, make_samples([24, 17]))
@@ -161,9 +164,9 @@ def test_visit_after_another_was_read_ahead_gives_the_right_weights(model_folder
                 assert torch.equal(ours.get_parameter(name), parameter)
 
 
-def test_reading_thread_ends_with_the_engine(model_folder: Any) -> None:
+def test_reading_thread_ends_with_the_engine(model_folder: Any, placed_spec: Any) -> None:
     before = set(threading.enumerate())
-    engine = Engine(make_spec(model_folder("llama"), "offload", "float32"))
+    engine = Engine(placed_spec(model_folder("llama"), "offload", "float32"))
     (reader,) = (t for t in set(threading.enumerate()) - before if t.name.startswith("read-ahead"))
     del engine
     gc.collect()
@@ -172,10 +175,14 @@ def test_reading_thread_ends_with_the_engine(model_folder: Any) -> None:
 
 
 def test_converted_experts_leave_no_files_behind(
-    model_folder: Any, make_samples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Any,
+    make_samples: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    placed_spec: Any,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    engine = Engine(make_spec(model_folder("qwen3_moe"), "offload", "float32"))
+    engine = Engine(placed_spec(model_folder("qwen3_moe"), "offload", "float32"))
     assert list(tmp_path.iterdir()) == []
     assert (run(engine, make_samples([9]))[1].sums.elementwise_GF > 0).all()
 
@@ -186,6 +193,6 @@ def test_offload_gguf_is_refused(tmp_path: Path) -> None:
         load_placed(ref, dtype="float32", device="cpu", placement="offload")
 
 
-def test_offload_model_that_is_no_chain_is_refused(model_folder: Any) -> None:
+def test_offload_model_that_is_no_chain_is_refused(model_folder: Any, placed_spec: Any) -> None:
     with pytest.raises(ModelError, match=r"Gemma3n.* cannot be offloaded.*--placement resident"):
-        Engine(make_spec(model_folder("gemma3n"), "offload", "float32"))
+        Engine(placed_spec(model_folder("gemma3n"), "offload", "float32"))
