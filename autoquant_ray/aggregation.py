@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from autoquant_ray.errors import ScoreError
-from autoquant_ray.store import SCHEMAS
+from autoquant_ray.schemas import SCHEMAS
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]

@@ -19,8 +19,9 @@ from autoquant_ray.cli_edge import (
     set_up_logging,
 )
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
-from autoquant_ray.config import ScanConfig, SearchSpace, parse_bytes
+from autoquant_ray.config import ScanConfig, SearchSpace
 from autoquant_ray.config_file import load_config
+from autoquant_ray.config_values import parse_bytes
 from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK, ConfigError
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -22,40 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-_BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BYTE_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_BYTES = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
-
-
-def parse_bytes(value: int | str) -> int:
-    """Parse a byte count such as ``1500000``, ``2.5GiB`` or ``800MB``.
-
-    Raises:
-        ValueError: The text is not a positive byte count.
-    """
-    match = _BYTES.match(str(value))
-    if match is None:
-        raise ValueError(f"{value!r} is not a byte count; write for example 2.5GiB or 800MB")
-    number = round(float(match[1]) * _BYTE_UNITS[(match[2] or "").lower()])
-    if number <= 0:
-        raise ValueError(f"{value!r} must be more than 0 bytes")
-    return number
-
-
-def parse_share(value: float | str) -> float:
-    """Parse a share such as ``0.01`` or ``1%``.
-
-    Raises:
-        ValueError: Not a number, or not between 0 and 1.
-    """
-    text = str(value).strip()
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise ValueError(f"{value!r} is not a share; write for example 0.01 or 1%") from None
-    if not 0 < share < 1:
-        raise ValueError(f"{value!r} must be above 0 and below 1, for example 0.01 or 1%")
-    return share
+from autoquant_ray.config_values import parse_bytes, parse_gib, parse_share, parse_workers
 
 
 def _check_custom_key(key: str) -> str:
@@ -252,26 +218,12 @@ class ScanConfig(SearchSpace):
     @field_validator("workers", mode="before")
     @classmethod
     def _parse_workers(cls, value: Any) -> Any:
-        if value == "auto":
-            return value
-        if not str(value).isdecimal():
-            raise ValueError(f"{value!r} is neither 'auto' nor a number of workers")
-        if int(value) < 1:
-            raise ValueError(f"{value} must be at least 1")
-        return int(value)
+        return parse_workers(value)
 
     @field_validator("weight_cache_gib", mode="before")
     @classmethod
     def _parse_weight_cache(cls, value: Any) -> Any:
-        if value == "auto":
-            return value
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = -1.0
-        if not 0 <= number < float("inf"):
-            raise ValueError(f"{value!r} is neither 'auto' nor a number of GiB, 0 or more")
-        return number
+        return parse_gib(value)
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:

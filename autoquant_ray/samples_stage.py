@@ -16,8 +16,9 @@ from autoquant_ray.config import ScanConfig
 from autoquant_ray.data import SampleAssembler, chunk_texts, require_usable
 from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
 from autoquant_ray.parts import map_ahead
+from autoquant_ray.schemas import SCHEMAS
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SAMPLES, SCHEMAS, RunDirectory, part_name
+from autoquant_ray.store import SAMPLES, RunDirectory, part_name
 from autoquant_ray.texts import DataSpec, read_texts
 from autoquant_ray.tokenizer import TokenizerRef
 

@@ -1,4 +1,4 @@
-"""The run directory: file names, Parquet schemas, atomic writes, reading back.
+"""The run directory: file names, atomic writes, reading back.
 
 Any path that pyarrow's file systems open works. On a local disk a file is written under a
 temporary name and renamed; an object store makes a finished upload visible at once. Nothing is
@@ -20,6 +20,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from autoquant_ray.errors import StoreError, one_line
+from autoquant_ray.schemas import ADDED_COLUMNS, SCHEMAS
 
 SCHEMA_VERSION = 1
 _FLUSH_S = 10.0
@@ -27,68 +28,6 @@ RUN_FILE = "run.json"
 SOLUTIONS = "solutions"
 SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
 """Folders that hold one part per shard."""
-
-_STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
-SCHEMAS: dict[str, pa.Schema] = {
-    "plan": pa.schema(
-        {
-            "group": _STRING,
-            "format": _STRING,
-            "module_names": pa.list_(_STRING),
-            "num_weights": _INT,
-            "weight_bits": _FLOAT,
-            "weight_bytes": _FLOAT,
-            "modelopt_cost": _FLOAT,
-            "is_searched": pa.bool_(),
-        }
-    ),
-    "samples": pa.schema({"sample": _INT, "tokens": pa.list_(pa.int32())}),
-    "calibration": pa.schema({"module": _STRING, "statistic": _STRING, "value": _FLOAT}),
-    "scores": pa.schema(
-        {
-            "shard": _INT,
-            "group": _STRING,
-            "format": _STRING,
-            "elementwise_sum": _FLOAT,
-            "token_sum": _FLOAT,
-            "num_tokens": _INT,
-            "num_samples": _INT,
-            "seconds": _FLOAT,
-            "elementwise_variance": _FLOAT,
-            "token_variance": _FLOAT,
-        }
-    ),
-    "sensitivity": pa.schema(
-        {
-            "group": _STRING,
-            "format": _STRING,
-            "score": _FLOAT,
-            "score_stderr": _FLOAT,
-            "elementwise": _FLOAT,
-            "token": _FLOAT,
-            "modelopt_score": _FLOAT,
-            "num_tokens": _INT,
-            "num_shards": _INT,
-            "weight_bits": _FLOAT,
-            "weight_bytes": _FLOAT,
-            "sampling_stderr": _FLOAT,
-        }
-    ),
-    "manifest": pa.schema(
-        {
-            "module": _STRING,
-            "group": _STRING,
-            "format": _STRING,
-            "weight_bits": _FLOAT,
-            "weight_bytes": _FLOAT,
-            "score": _FLOAT,
-        }
-    ),
-}
-"""Columns of every Parquet file of a run; part folders use the schema of their name."""
-
-_ADDED = {"elementwise_variance", "token_variance", "sampling_stderr"}
-"""Columns that earlier versions did not write; null where they are missing."""
 
 _OWN_FOLDERS = {SAMPLES, CALIBRATION, SCORES, SOLUTIONS}
 _OWN_FILES = {
@@ -248,8 +187,10 @@ class RunDirectory:
             # Parts are small, and several are read at a time.
             table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
             missing = set(SCHEMAS[kind].names) - set(table.column_names)
-            if missing - _ADDED:
-                raise StoreError(f"{self.path(name)} lacks the columns {sorted(missing - _ADDED)}")
+            if missing - ADDED_COLUMNS:
+                raise StoreError(
+                    f"{self.path(name)} lacks the columns {sorted(missing - ADDED_COLUMNS)}"
+                )
             for column in sorted(missing):
                 table = table.append_column(column, pa.nulls(table.num_rows))
             return table.select(SCHEMAS[kind].names).cast(SCHEMAS[kind])

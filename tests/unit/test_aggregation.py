@@ -10,7 +10,7 @@ import pytest
 
 from autoquant_ray.aggregation import is_complete_part, sensitivity_rows
 from autoquant_ray.errors import ScoreError
-from autoquant_ray.store import SCHEMAS
+from autoquant_ray.schemas import SCHEMAS
 
 PLAN = [
     {"group": "a", "format": "f", "weight_bits": 8.0, "weight_bytes": 80.0, "is_searched": True},

@@ -25,7 +25,8 @@ from click.testing import CliRunner, Result
 
 from autoquant_ray.cli import main
 from autoquant_ray.config import ScanConfig, SearchSpace
-from autoquant_ray.store import SCHEMAS, RunDirectory
+from autoquant_ray.schemas import SCHEMAS
+from autoquant_ray.store import RunDirectory
 
 NO_CLUSTER = "ray://127.0.0.1:9"
 COMMANDS = ("plan", "scan", "solve", "report", "import", "demo")

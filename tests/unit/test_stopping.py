@@ -11,10 +11,12 @@ import pytest
 
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.config import STAGE_FIELDS, ScanConfig, parse_share, stage_fingerprints
+from autoquant_ray.config import STAGE_FIELDS, ScanConfig, stage_fingerprints
+from autoquant_ray.config_values import parse_share
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.manifest import solution_summary
 from autoquant_ray.plan import build_plan
+from autoquant_ray.schemas import SCHEMAS
 from autoquant_ray.stability import assess
 from autoquant_ray.stopping import (
     StoppingRule,
@@ -23,7 +25,6 @@ from autoquant_ray.stopping import (
     describe_stopping,
     part_sums,
 )
-from autoquant_ray.store import SCHEMAS
 
 FORMATS = ("wint4_afp16", "wint8_aint8")
 
