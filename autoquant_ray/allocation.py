@@ -20,13 +20,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autoquant_ray.allocation_texts import infeasible_text
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, ScoreError
 from autoquant_ray.formats import NONE
-from autoquant_ray.knapsack import SLACK, Answer, Problem, sweep
+from autoquant_ray.knapsack import Answer, Problem, sweep
 from autoquant_ray.knapsack_greedy import frontier_points, relax
-from autoquant_ray.knapsack_solve import reachable, solve_problem
-
-_GIB, _MIB = 2**30, 2**20
+from autoquant_ray.knapsack_solve import solve_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +150,7 @@ def solve(
     free = table.formats.index(NONE) if NONE in table.formats else None
     answer = solve_problem(problem, max_formats, free)
     if answer is None:
-        raise InfeasibleBudgetError(_infeasible(problem, budgets, max_formats, free))
+        raise InfeasibleBudgetError(infeasible_text(problem, budgets, max_formats, free))
     return table.allocation(problem, answer)
 
 
@@ -197,7 +196,7 @@ def frontier_allocations(
         if relaxed is None:
             named = f"a limit of {limit} on {resource}"
             budget = Budget(resource=resource, limit=limit, unit_per_bit=None, description=named)
-            raise InfeasibleBudgetError(_infeasible(problem, [budget], None, None))
+            raise InfeasibleBudgetError(infeasible_text(problem, [budget], None, None))
         allocations.append(table.allocation(problem, relaxed.answer))
     return allocations
 
@@ -282,29 +281,3 @@ def _unknown(problem: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
     return f"{problem}; closest: {', '.join(close)}"
-
-
-def _infeasible(
-    problem: Problem, budgets: Sequence[Budget], max_formats: int | None, free: int | None
-) -> str:
-    """Say which budget cannot be met, and the range that can be reached."""
-    formats = "" if max_formats is None else f" with at most {max_formats} formats"
-    ranges = reachable(problem, max_formats, free)
-    if ranges is None:
-        return f"no {max_formats} formats cover every group; allow more formats"
-    texts = []
-    for budget, (low, high) in zip(budgets, ranges, strict=True):
-        text = f"{_worded(budget, low + budget.fixed)} to {_worded(budget, high + budget.fixed)}"
-        text += "" if budget.unit_per_bit is None else " average bits"
-        if low > budget.limit * (1 + SLACK):
-            return f"{budget.description} cannot be met: reachable is {text}{formats}"
-        texts.append(f"{budget.description} (reachable alone: {text})")
-    return f"{' and '.join(texts)} cannot be met together{formats}; raise one of them"
-
-
-def _worded(budget: Budget, cost: float) -> str:
-    """A cost in average bits, rounded up so that it can be asked for, or in bytes."""
-    if budget.unit_per_bit is not None:
-        return f"{math.ceil(cost / budget.unit_per_bit * 100 - 1e-6) / 100:.2f}"
-    unit, name = (_GIB, "GiB") if cost >= _GIB else (_MIB, "MiB")
-    return f"{cost / unit:.2f} {name} ({math.ceil(cost)} bytes)"

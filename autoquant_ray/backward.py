@@ -9,9 +9,8 @@ weights above all) is prepared once for all of them.
 
 This is exact only for a plain chain: layer i+1 takes layer i's output unchanged, nothing else
 carries a gradient from layer to layer (shared keys and values, per-layer inputs), and no linear
-runs outside the layers. A probe of a few tokens checks that, comparing the gradients at every
-layer's input with those of one ordinary graph; any other model is run with one ordinary graph:
-same numbers, more memory.
+runs outside the layers. :mod:`autoquant_ray.chain_probe` checks that; any other model is run with
+one ordinary graph: same numbers, more memory.
 
 Shape letters: B samples, S positions, H hidden.
 """
@@ -26,14 +25,17 @@ from typing import Any
 
 import torch
 
+from autoquant_ray.chain_probe import chain_links, gradients_agree
 from autoquant_ray.errors import ModelError
-from autoquant_ray.layers import decoder_layers
+from autoquant_ray.layers import (
+    decoder_layers,
+    first_output,
+    replaced_forward,
+    require_gradient,
+)
 from autoquant_ray.residence import Residence, Resident
 
 logger = logging.getLogger(__name__)
-
-_PROBE_TOKENS = 6
-_PROBE_TOLERANCE = 0.02
 
 Step = tuple[torch.Tensor, torch.Tensor | None]
 """Token ids ``(B, S)``, int64, and the mask: 1 for real tokens, 0 for padding on the right; None
@@ -82,15 +84,16 @@ class LayerwiseBackward:
     """
 
     def __init__(self, model: Any, residence: Residence | None = None) -> None:
-        self._base = model.base_model
-        self._embedding = model.get_input_embeddings()
-        self._residence = residence or Resident()
+        self.base = model.base_model
+        self.embedding = model.get_input_embeddings()
+        self.residence = residence or Resident()
         self.layers = list(decoder_layers(model).values())
-        self._num_extra_outputs: list[int | None] = []
-        self.is_layerwise = len(self.layers) > 0 and self._is_chain()
+        links = chain_links(self)
+        self._num_extra_outputs: list[int | None] = links or []
+        self.is_layerwise = bool(links)
         if self.is_layerwise:
-            self.is_layerwise = self._gradients_agree()
-        if not self.is_layerwise and self._residence.is_offloaded:
+            self.is_layerwise = gradients_agree(self)
+        if not self.is_layerwise and self.residence.is_offloaded:
             raise ModelError(
                 f"{type(model).__name__} is not a plain chain of decoder layers and cannot be "
                 "offloaded; give --placement resident"
@@ -131,7 +134,7 @@ class LayerwiseBackward:
                     if keep:
                         one.inputs.append(one.hidden_BSH)
                     arguments, keywords = one.calls[number]
-                    one.hidden_BSH = _first(layer(one.hidden_BSH, *arguments, **keywords))
+                    one.hidden_BSH = first_output(layer(one.hidden_BSH, *arguments, **keywords))
         return passes
 
     @contextmanager
@@ -139,17 +142,17 @@ class LayerwiseBackward:
         """While open, the weights of one module are on the device."""
         for number, layer in enumerate(self.layers):
             if any(module is part for part in layer.modules()):
-                with self._residence.visit(number, None):
+                with self.residence.visit(number, None):
                     yield
                 return
         yield
 
     def _visit_forward(self, number: int) -> AbstractContextManager[None]:
         # The layer after the last one is the last one again: the backward pass starts there.
-        return self._residence.visit(number, min(number + 1, len(self.layers) - 1))
+        return self.residence.visit(number, min(number + 1, len(self.layers) - 1))
 
     @contextmanager
-    def _visiting(self) -> Iterator[None]:
+    def visiting(self) -> Iterator[None]:
         """Let each layer's forward pass be a visit of its own."""
         with ExitStack() as stack:
             for number, layer in enumerate(self.layers):
@@ -180,9 +183,9 @@ class LayerwiseBackward:
                         replaced_forward(layer, self._returning(one.leaf, number, []))
                     )
             elif with_graph:
-                handle = self._embedding.register_forward_hook(_require_gradient)
+                handle = self.embedding.register_forward_hook(require_gradient)
                 stack.callback(handle.remove)
-            output = self._call_base(one.step)
+            output = self.call_base(one.step)
         one.output = output if with_graph else None
         return output.detach()
 
@@ -195,10 +198,10 @@ class LayerwiseBackward:
             passes: Finished with a graph, their layer inputs kept.
             gradients: Of each pass.
         """
-        for _ in self._pull_layers(passes, gradients):
+        for _ in self.pull_layers(passes, gradients):
             pass
 
-    def _pull_layers(
+    def pull_layers(
         self, passes: Sequence[Pass], gradients: Sequence[Gradients]
     ) -> Iterator[list[Gradients]]:
         """Visit the layers from last to first; yields the gradients at each one's inputs."""
@@ -210,19 +213,20 @@ class LayerwiseBackward:
         if not self.is_layerwise:
             return
         for number in reversed(range(len(self.layers))):
-            with self._residence.visit(number, max(number - 1, 0)):
+            with self.residence.visit(number, max(number - 1, 0)):
                 for index, one in enumerate(passes):
                     hidden_BSH = one.inputs.pop().detach().requires_grad_(True)
                     arguments, keywords = one.calls.pop()
                     with torch.enable_grad():
                         output = self.layers[number](hidden_BSH, *arguments, **keywords)
-                    flowing[index] = _pull(_first(output), flowing[index], [hidden_BSH])
+                    flowing[index] = _pull(first_output(output), flowing[index], [hidden_BSH])
                     del output, hidden_BSH
             yield flowing
 
-    def _call_base(self, step: Step) -> torch.Tensor:
+    def call_base(self, step: Step) -> torch.Tensor:
+        """Run the whole base model; its final hidden states ``(B, S, H)``."""
         ids_BS, mask_BS = step
-        output = self._base(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
+        output = self.base(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         hidden: torch.Tensor = output[0]
         return hidden
 
@@ -234,7 +238,7 @@ class LayerwiseBackward:
                 stack.enter_context(
                     replaced_forward(layer, self._returning(None, number, one.calls, one))
                 )
-            self._call_base(step)
+            self.call_base(step)
         return one
 
     def _returning(
@@ -255,102 +259,6 @@ class LayerwiseBackward:
             return output if extra is None else (output, *[None] * extra)
 
         return forward
-
-    def _is_chain(self) -> bool:
-        """Whether each layer takes the very output of the one before, and no linear runs first."""
-        outputs: list[Any] = []
-        inputs: list[torch.Tensor] = []
-        outside: list[torch.nn.Module] = []
-        inside = {module for layer in self.layers for module in layer.modules()}
-
-        def before(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            inputs.append(arguments[0] if arguments else keywords["hidden_states"])
-
-        with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(self._visiting())
-            for layer in self.layers:
-                handle = layer.register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(handle.remove)
-                handle = layer.register_forward_hook(lambda _, __, out: outputs.append(out))
-                stack.callback(handle.remove)
-            for module in self._base.modules():
-                if isinstance(module, torch.nn.Linear) and module not in inside:
-                    handle = module.register_forward_hook(lambda m, _, __: outside.append(m))
-                    stack.callback(handle.remove)
-            self._call_base(self._probe())
-        if len(outputs) != len(self.layers) or outside:
-            return False
-        self._num_extra_outputs = [
-            len(out) - 1 if isinstance(out, tuple) else None for out in outputs
-        ]
-        links = zip(outputs[:-1], inputs[1:], strict=True)
-        return all(_first(out) is into for out, into in links)
-
-    def _gradients_agree(self) -> bool:
-        """Whether layer by layer and one ordinary graph give the same gradients on a probe."""
-        generator = torch.Generator().manual_seed(0)
-        try:
-            (one,) = self.forward([self._probe()], keep=True)
-            shape = self.finish(one, with_graph=True)
-            gradient = torch.randn(shape.shape, generator=generator).to(shape)
-            flowing = self._pull_layers([one], [[gradient]])
-            layerwise = [gradients[0][0] for gradients in flowing][::-1]
-        except (RuntimeError, TypeError, ValueError, AttributeError):
-            # A layer run again found what an earlier run had changed, or needs an extra output.
-            return False
-        whole = self._whole_graph_gradients(gradient)
-        return len(whole) == len(layerwise) and all(
-            _is_close(ours, theirs) for ours, theirs in zip(layerwise, whole, strict=True)
-        )
-
-    def _whole_graph_gradients(self, gradient_BSH: torch.Tensor) -> list[torch.Tensor]:
-        inputs: list[torch.Tensor] = []
-
-        def before(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            inputs.append(arguments[0] if arguments else keywords["hidden_states"])
-            inputs[-1].retain_grad()
-
-        with ExitStack() as stack, torch.enable_grad():
-            stack.callback(self._embedding.register_forward_hook(_require_gradient).remove)
-            for layer in self.layers:
-                handle = layer.register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(handle.remove)
-            stack.enter_context(self._visiting())
-            stack.enter_context(self._residence.saving_names())
-            self._call_base(self._probe()).backward(gradient_BSH)
-        return [hidden.grad for hidden in inputs if hidden.grad is not None]
-
-    def _probe(self) -> Step:
-        count = min(_PROBE_TOKENS, self._embedding.weight.shape[0])
-        return torch.arange(count, device=self._embedding.weight.device)[None], None
-
-
-@contextmanager
-def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run another ``forward`` while the context is open."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-def _is_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    difference = torch.linalg.vector_norm((ours - theirs).float())
-    return bool(difference <= _PROBE_TOLERANCE * torch.linalg.vector_norm(theirs.float()))
-
-
-def _first(output: Any) -> torch.Tensor:
-    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
-
-
-def _require_gradient(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.detach().requires_grad_(True)
 
 
 def _pull(

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from autoquant_ray.backward import replaced_forward
 from autoquant_ray.experts import FusedExperts
+from autoquant_ray.layers import replaced_forward
 from autoquant_ray.sensitivity import Maxima, ScoredModule
 
 Statistics = dict[tuple[str, str], float]

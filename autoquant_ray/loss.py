@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoquant_ray.backward import replaced_forward
+from autoquant_ray.layers import replaced_forward
 
 _BLOCK = 256  # of the vocabulary, where labels are drawn
 
