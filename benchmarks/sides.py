@@ -27,6 +27,7 @@ from autoquant_ray.calibration import merge_statistics, to_maxima
 from autoquant_ray.demo import find_demo_model
 from autoquant_ray.engine import Engine
 from autoquant_ray.formats import resolve_formats
+from autoquant_ray.host_memory import reuse_freed_memory
 from autoquant_ray.models import ModelRef, build_skeleton, find_model, load_model
 from autoquant_ray.plan import build_plan
 from autoquant_ray.store import RunDirectory
@@ -127,6 +128,7 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
     spec = dataclasses.replace(
         make_spec(ref, plan, "data"), step_tokens=options.step_tokens, row_share=share
     )
+    reuse_freed_memory()
     engine = Engine(spec)
     start = time.perf_counter()
     parts = [engine.calibrate(shard, number) for number, shard in enumerate(shards)]
@@ -251,7 +253,7 @@ def _run_modelopt(options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     scores = {
         name.removesuffix(".quant_recipe"): {
-            str(recipe).partition("(")[0]: float(score)
+            _format_name(recipe, case): float(score)
             for recipe, score in zip(stats["formats"], stats["scores"], strict=True)
         }
         for name, stats in state["candidate_stats"].items()
@@ -276,7 +278,7 @@ def _padded(batch: list[list[int]], case: Case) -> dict[str, Any]:
 
 
 def _modelopt_format(name: str) -> Any:
-    """A preset of ModelOpt, or a pair of the menu as a named config with the same quantizers."""
+    """A preset of ModelOpt, or a pair of the menu as a config with the same quantizers."""
     import modelopt.torch.quantization as mtq
 
     if hasattr(mtq, name):
@@ -288,4 +290,11 @@ def _modelopt_format(name: str) -> Any:
     ]
     if format_.input is not None:
         entries.append({"quantizer_name": "*input_quantizer", "cfg": format_.input, "enable": True})
-    return {"quant_cfg": entries, "algorithm": "max"}, name
+    return {"quant_cfg": entries, "algorithm": "max"}
+
+
+def _format_name(recipe: Any, case: Case) -> str:
+    """Our name of a recipe; ModelOpt names a config that is none of its presets by position."""
+    name = str(recipe).partition("(")[0]
+    position = name.removeprefix("CUSTOM_")
+    return case.formats[int(position)] if position.isdecimal() else name

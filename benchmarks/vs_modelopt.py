@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,8 @@ import scipy.stats
 import torch
 from machine import describe_machine
 from sides import CASES, side
+
+from autoquant_ray.host_memory import ENVIRONMENT
 
 OPTIONS = (
     "case",
@@ -130,7 +133,8 @@ def run_side(name: str, options: argparse.Namespace) -> dict[str, Any]:
         arguments += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
     if options.model:
         arguments += ["--model", options.model]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **(ENVIRONMENT if name.startswith("core") else {})}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -31,12 +31,18 @@ _PROBE_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How many workers, and what each reserves."""
+    """How many workers, what each reserves, and how it holds memory.
+
+    Attributes:
+        reuses_memory: The process keeps freed host memory for the next tensor
+            (:func:`~autoquant_ray.host_memory.reuse_freed_memory`).
+    """
 
     num_workers: int
     cpus_per_worker: int
     gpus_per_worker: float
     device: str
+    reuses_memory: bool = False
 
     def at_most(self, num_shards: int) -> Placement:
         """The same with no more workers than shards; more would idle."""
@@ -239,6 +245,7 @@ def place_workers(
         cpus_per_worker=config.cpus_per_worker,
         gpus_per_worker=gpus,
         device=device,
+        reuses_memory=device == "cpu" and config.placement == "resident",
     )
 
 

@@ -136,7 +136,7 @@ class WorkerPool:
                     call.task = None
 
     def _start(self) -> None:
-        worker = start_worker(self._placement.cpus_per_worker, self._placement.gpus_per_worker)
+        worker = start_worker(self._placement)
         self._num_started += 1
         self._loading[worker.load.remote(self._spec)] = worker
 

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import ray
 
+from autoquant_ray.distributed.placement import Placement
 from autoquant_ray.errors import AutoQuantError, WorkerError, one_line
+from autoquant_ray.host_memory import reuse_freed_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,9 @@ class ShardTask:
 class ShardWorker:
     """Computes shards, one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, reuses_memory: bool) -> None:
+        if reuses_memory:
+            reuse_freed_memory()  # the spec, and with it torch, arrives with ``load``
         self._engine: Any = None
 
     def load(self, spec: Any) -> int:
@@ -80,11 +84,16 @@ def _is_device_lost(error: Exception) -> bool:
     return torch is not None and isinstance(error, torch.AcceleratorError)
 
 
-def start_worker(num_cpus: int, num_gpus: float) -> Any:
+def start_worker(placement: Placement) -> Any:
     """Start one actor; Ray itself never restarts it or repeats a call: the pool decides."""
     remote: Callable[..., Any] = (
         ray.remote(ShardWorker)
-        .options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0, max_task_retries=0)
+        .options(
+            num_cpus=placement.cpus_per_worker,
+            num_gpus=placement.gpus_per_worker,
+            max_restarts=0,
+            max_task_retries=0,
+        )
         .remote
     )
-    return remote()
+    return remote(placement.reuses_memory)
