@@ -62,6 +62,10 @@ class StoreError(AutoQuantError):
     exit_code = EXIT_USAGE
 
 
+class HeldError(StoreError):
+    """Another process is at work there."""
+
+
 class ScoreError(AutoQuantError):
     """Scores are missing or wrong where they must not be."""
 

@@ -16,6 +16,7 @@ from autoquant_ray import samples_stage, stages
 from autoquant_ray.budget import solve_options
 from autoquant_ray.config import ScanConfig, stage_fingerprints
 from autoquant_ray.distributed.placement import (
+    Placement,
     connected,
     device_bytes,
     gpus_per_worker,
@@ -28,6 +29,7 @@ from autoquant_ray.engine import EngineSpec
 from autoquant_ray.fingerprint import fingerprint_source
 from autoquant_ray.footprint import choose_placement, footprint
 from autoquant_ray.formats import check_device
+from autoquant_ray.lease import lease
 from autoquant_ray.models import (
     ModelRef,
     find_model,
@@ -92,28 +94,38 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
             worker_bytes=footprint(plan, config).worker_bytes(config.placement),
         )
         identity = _identity(config, ref)
-        marks = stage_fingerprints(config, **identity["fingerprints"])
-        state = RunState.start(directory, config, mode, identity)
+        with lease(directory) as held:
+            state = RunState.start(directory, config, mode, identity, held)
+            solution = _run_stages(state, config, ref, plan, placement)
+    return SearchResult(solution=solution, quarantined=state.values["quarantined"])
 
-        if not samples_stage.has_samples(state, marks["shards"]):
-            with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
-                scratch = RunDirectory(folder)
-                facts = samples_stage.read_samples(config, _tokenizer(ref, identity), scratch)
-                state.begin()
-                samples_stage.keep_samples(state, scratch, facts, marks["shards"])
-        stages.write_plan(state, plan, marks["plan"])
-        state.release_quarantine()
-        if not stages.is_scored(state, plan, marks["score"]):
-            spec = _engine_spec(config, ref, plan)
-            placement = placement.at_most(state.num_shards)
-            logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
-            with WorkerPool(spec, placement, directory.append_event) as pool:
-                maxima = stages.calibrate(state, pool, plan, marks["calibrate"])
-                stages.score(state, pool, plan, maxima, marks["score"])
+
+def _run_stages(
+    state: RunState, config: ScanConfig, ref: ModelRef, plan: Plan, placement: Placement
+) -> Solution:
+    """Every stage that is not up to date, in order."""
+    directory, fingerprints = state.directory, state.values["fingerprints"]
+    marks = stage_fingerprints(config, **fingerprints)
+    if not samples_stage.has_samples(state, marks["shards"]):
+        tokenizer = _tokenizer(ref, fingerprints["model"])
+        with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
+            scratch = RunDirectory(folder)
+            facts = samples_stage.read_samples(config, tokenizer, scratch)
+            state.begin()
+            samples_stage.keep_samples(state, scratch, facts, marks["shards"])
+    stages.write_plan(state, plan, marks["plan"])
+    state.release_quarantine()
+    if not stages.is_scored(state, plan, marks["score"]):
+        spec = _engine_spec(config, ref, plan)
+        placement = placement.at_most(state.num_shards)
+        logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
+        with WorkerPool(spec, placement, directory.append_event) as pool:
+            maxima = stages.calibrate(state, pool, plan, marks["calibrate"])
+            stages.score(state, pool, plan, maxima, marks["score"])
     stages.aggregate(state, config, marks["aggregate"])
     solution = solve_run(directory, solve_options(config), folder="")
     directory.append_event("run_done", quarantined=len(state.values["quarantined"]))
-    return SearchResult(solution=solution, quarantined=state.values["quarantined"])
+    return solution
 
 
 def _resolve(config: ScanConfig, resources: Mapping[str, float]) -> ScanConfig:
@@ -160,12 +172,12 @@ def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
     }
 
 
-def _tokenizer(ref: ModelRef, identity: Mapping[str, Any]) -> TokenizerRef:
+def _tokenizer(ref: ModelRef, fingerprint: str) -> TokenizerRef:
     return TokenizerRef(
         model=ref.path,
         gguf_file=ref.gguf_file,
         trust_remote_code=ref.trust_remote_code,
-        fingerprint=identity["fingerprints"]["model"],
+        fingerprint=fingerprint,
     )
 
 

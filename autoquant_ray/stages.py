@@ -156,6 +156,7 @@ def _collect(
                 logger.warning("shard %d is quarantined: %s", shard, outcome.reason)
                 state.quarantine(shard, stage, outcome.reason)
             else:
+                state.require_lease()
                 write(outcome)
                 state.directory.append_event("shard_done", stage=stage, shard=shard)
             advance()

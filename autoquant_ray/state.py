@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from autoquant_ray.config import ScanConfig, changed_fields
 from autoquant_ray.errors import StoreError
+from autoquant_ray.lease import Lease
 from autoquant_ray.store import RUN_FILE, SCHEMA_VERSION, RunDirectory
 
 Mode = Literal["new", "resume", "overwrite"]
@@ -34,15 +35,19 @@ class RunState:
     Args:
         directory: Where the run lives.
         values: Content of ``run.json``.
+        lease: Held by whoever writes; None for readers.
     """
 
-    def __init__(self, directory: RunDirectory, values: dict[str, Any]) -> None:
+    def __init__(
+        self, directory: RunDirectory, values: dict[str, Any], lease: Lease | None = None
+    ) -> None:
         self.directory = directory
         self.values = values
+        self._lease = lease
         self._replaces_a_run = False
 
     @classmethod
-    def open(cls, directory: RunDirectory) -> RunState:
+    def open(cls, directory: RunDirectory, lease: Lease | None = None) -> RunState:
         """Open an existing run.
 
         Raises:
@@ -58,11 +63,16 @@ class RunState:
         missing = sorted(_REQUIRED_KEYS - set(values))
         if missing:
             raise StoreError(f"{directory.path(RUN_FILE)} is damaged: it lacks {missing}")
-        return cls(directory, values)
+        return cls(directory, values, lease)
 
     @classmethod
     def start(
-        cls, directory: RunDirectory, config: ScanConfig, mode: Mode, identity: dict[str, Any]
+        cls,
+        directory: RunDirectory,
+        config: ScanConfig,
+        mode: Mode,
+        identity: dict[str, Any],
+        lease: Lease | None = None,
     ) -> RunState:
         """Prepare a new run, or go on with one. Nothing is written or deleted before
         :meth:`begin`, so that an error in between loses nothing.
@@ -72,6 +82,7 @@ class RunState:
             config: Resolved config.
             mode: What to do with an existing run.
             identity: ``model``, ``dataset`` and ``fingerprints`` entries of ``run.json``.
+            lease: Of the directory, held while the run is written.
 
         Raises:
             StoreError: The run exists and neither resume nor overwrite was asked for, or it was
@@ -79,11 +90,11 @@ class RunState:
         """
         require_target(directory, mode)
         if mode == "resume" and directory.exists():
-            state = cls.open(directory)
+            state = cls.open(directory, lease)
             state._require_same(config, identity)
             return state
         values = new_run_values(directory.uri) | {"config": config.model_dump(mode="json")}
-        state = cls(directory, values | identity)
+        state = cls(directory, values | identity, lease)
         state._replaces_a_run = directory.exists()
         return state
 
@@ -93,6 +104,15 @@ class RunState:
             self.directory.clear()
             self._replaces_a_run = False
         self.save()
+
+    def require_lease(self) -> None:
+        """Check that no other process may have taken the run over.
+
+        Raises:
+            HeldError: One may have.
+        """
+        if self._lease is not None:
+            self._lease.require()
 
     def save(self) -> None:
         """Write ``run.json``."""

@@ -12,6 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ RUN_FILE = "run.json"
 SOLUTIONS = "solutions"
 SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
 """Folders that hold one part per shard."""
+LOCK = ".lock"
+"""Folder of the claims of whoever works on the run; it is not part of the run."""
 
 _OWN_FOLDERS = {SAMPLES, CALIBRATION, SCORES, SOLUTIONS}
 _OWN_FILES = {
@@ -84,7 +87,7 @@ class RunDirectory:
         if name:
             info = self._base.get_file_info(f"{self._root}/{name}")
             return bool(info.type != pa.fs.FileType.NotFound)
-        return len(self._list("")) > 0
+        return any(info.base_name != LOCK for info in self._list(""))
 
     def require_run(self) -> None:
         """Check that the directory holds a run of ours.
@@ -121,14 +124,10 @@ class RunDirectory:
                 with self._base.open_output_stream(target) as stream:
                     stream.write(content)
                 return self.path(name)
-            folder, _, file = target.rpartition("/")
-            os.makedirs(folder, exist_ok=True)
-            temporary = Path(f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp")
             try:
-                temporary.write_bytes(content)
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+                _write_and_rename(target, content)
+            except FileNotFoundError:  # another process has just deleted the empty folder
+                _write_and_rename(target, content)
         except OSError as error:
             raise StoreError(f"cannot write {self.path(name)}: {error}") from None
         return self.path(name)
@@ -213,6 +212,17 @@ class RunDirectory:
         found = self._list(folder)
         return sorted(i.base_name for i in found if i.type == pa.fs.FileType.Directory)
 
+    def list_files(self, folder: str) -> list[str]:
+        """Names of the files inside a folder, sorted."""
+        found = self._list(folder)
+        return sorted(i.base_name for i in found if i.type == pa.fs.FileType.File)
+
+    def delete_if_empty(self, folder: str) -> None:
+        """Delete a folder that holds nothing; object stores have no folders of their own."""
+        if self._is_local:
+            with suppress(OSError):
+                os.rmdir(f"{self._root}/{folder}".rstrip("/"))
+
     def append_event(self, event: str, **details: Any) -> None:
         """Add one line to ``events.jsonl``.
 
@@ -245,3 +255,14 @@ class RunDirectory:
             return list(self._base.get_file_info(selector))
         except OSError as error:
             raise StoreError(f"cannot list {root}: {error}") from None
+
+
+def _write_and_rename(target: str, content: bytes) -> None:
+    folder, _, file = target.rpartition("/")
+    os.makedirs(folder, exist_ok=True)
+    temporary = Path(f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
