@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,25 @@ def load_config(
     values: dict[str, Any] = {}
     if path is not None:
         others = set(ScanConfig.model_fields) - set(model_class.model_fields)
-        values = {key: value for key, value in _read_yaml(path).items() if key not in others}
+        values = {key: value for key, value in read_yaml(path).items() if key not in others}
     values.update(flags)
+
+    def place(name: str, root: str) -> str:
+        from_file = path is not None and root in values and root not in flags
+        return f"{path}: {name}" if from_file else f"--{name.replace('_', '-')}"
+
     try:
         return model_class.model_validate(values)
     except ValidationError as error:
-        known = list(model_class.model_fields)
-        raise ConfigError(_first_problem(error, path, flags, values, known)) from None
+        raise ConfigError(first_problem(error, place, list(model_class.model_fields))) from None
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read the keys of a YAML file.
+
+    Raises:
+        ConfigError: Missing, unreadable, or not a mapping; one line with the path.
+    """
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -54,26 +64,27 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return {str(key): value for key, value in loaded.items()}
 
 
-def _first_problem(
-    error: ValidationError,
-    path: str | None,
-    flags: dict[str, Any],
-    values: dict[str, Any],
-    known: list[str],
+def first_problem(
+    error: ValidationError, place: Callable[[str, str], str], known: Sequence[str]
 ) -> str:
+    """The first of pydantic's errors as one line.
+
+    Args:
+        error: What pydantic raised.
+        place: Names where a key stands, from its dotted name and that name's first part.
+        known: Keys that exist, for a hint.
+    """
     first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
     name = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    root = str(first["loc"][0]) if first["loc"] else ""
-    from_file = path is not None and root in values and root not in flags
-    where = f"{path}: {name}" if from_file else f"--{name.replace('_', '-')}"
+    where = place(name, str(first["loc"][0]))
     if first["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"closest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     if first["type"] == "missing":
-        return f"--{name.replace('_', '-')} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
+        return f"{where} is missing"
     shown = first["input"]
     return f"{where}: {message}" if str(shown) in message else f"{where}: {message} (got {shown!r})"
