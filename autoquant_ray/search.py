@@ -15,6 +15,7 @@ from typing import Any
 from autoquant_ray import samples_stage, stages
 from autoquant_ray.budget import solve_options
 from autoquant_ray.config import ScanConfig, stage_fingerprints
+from autoquant_ray.distributed.metrics import metrics_of
 from autoquant_ray.distributed.placement import (
     Placement,
     connected,
@@ -96,7 +97,8 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
         identity = _identity(config, ref)
         with lease(directory) as held:
             state = RunState.start(directory, config, mode, identity, held)
-            solution = _run_stages(state, config, ref, plan, placement)
+            with metrics_of(directory, state.values["run_id"]):
+                solution = _run_stages(state, config, ref, plan, placement)
     return SearchResult(solution=solution, quarantined=state.values["quarantined"])
 
 
@@ -122,6 +124,7 @@ def _run_stages(
         with WorkerPool(spec, placement, directory.append_event) as pool:
             maxima = stages.calibrate(state, pool, plan, marks["calibrate"])
             stages.score(state, pool, plan, maxima, marks["score"])
+        directory.append_event("workers_stopped")
     stages.aggregate(state, config, marks["aggregate"])
     solution = solve_run(directory, solve_options(config), folder="")
     directory.append_event("run_done", quarantined=len(state.values["quarantined"]))

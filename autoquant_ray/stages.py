@@ -17,7 +17,7 @@ from autoquant_ray.budget import Problem, solve_options
 from autoquant_ray.calibration import Statistics, merge_statistics, to_maxima
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
-from autoquant_ray.distributed.progress import progress
+from autoquant_ray.distributed.progress import Throughput, progress
 from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.errors import StoreError, WorkerError
 from autoquant_ray.parts import Parts, map_ahead
@@ -149,17 +149,26 @@ def _collect(
 ) -> None:
     """Write each shard's part as it arrives, until it is enough; note the quarantined ones."""
     total = state.num_shards - len(state.left_out)
+    throughput = Throughput()
     with closing(outcomes), progress(stage, total, num_done) as advance:
         for outcome in outcomes:
-            shard = outcome.task.shard
+            shard, num_tokens = outcome.task.shard, 0
             if outcome.reason is not None:
                 logger.warning("shard %d is quarantined: %s", shard, outcome.reason)
                 state.quarantine(shard, stage, outcome.reason)
             else:
                 state.require_lease()
                 write(outcome)
-                state.directory.append_event("shard_done", stage=stage, shard=shard)
-            advance()
+                num_tokens = sum(map(len, outcome.task.samples))
+                state.directory.append_event(
+                    "shard_done",
+                    stage=stage,
+                    shard=shard,
+                    num_tokens=num_tokens,
+                    seconds=round(outcome.seconds, 3),
+                    pid=outcome.process_id,
+                )
+            advance(f"{throughput.add(num_tokens):,.0f} tokens/s, {outcome.num_workers} worker(s)")
             if is_enough(shard):
                 break
     if len(state.left_out) == state.num_shards:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,9 @@ class RunDirectory:
     Args:
         uri: Local path, ``s3://`` or ``gs://``.
 
+    Attributes:
+        listener: Called with every event after it is written; None for nobody.
+
     Raises:
         StoreError: The path cannot be understood or reached.
     """
@@ -75,6 +78,7 @@ class RunDirectory:
         self._is_local = isinstance(base, pa.fs.LocalFileSystem)
         self._root = root
         self._base = base
+        self.listener: Callable[..., None] | None = None
         self._late_events: list[str] = []
         self._next_flush_s = 0.0
 
@@ -224,11 +228,20 @@ class RunDirectory:
                 os.rmdir(f"{self._root}/{folder}".rstrip("/"))
 
     def append_event(self, event: str, **details: Any) -> None:
-        """Add one line to ``events.jsonl``.
+        """Add one line to ``events.jsonl`` and tell the listener. Every event of a run passes here.
+
+        Args:
+            event: One of the kinds in :mod:`autoquant_ray.events`.
+            details: The fields of that kind.
 
         An object store cannot append, so there the file is written anew: at most every 10
         seconds for the frequent ``shard_done``, which a killed driver may therefore lose.
         """
+        self._write_event(event, details)
+        if self.listener is not None:
+            self.listener(event, **details)
+
+    def _write_event(self, event: str, details: Mapping[str, Any]) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **details}) + "\n"
         if not self._is_local:
             self._late_events.append(line)

@@ -43,11 +43,17 @@ class Outcome:
         task: The shard.
         result: What the worker returned; None if quarantined.
         reason: Why it was quarantined; None if it was not.
+        seconds: From the call to its result.
+        process_id: The worker that computed it.
+        num_workers: Workers alive when it ended.
     """
 
     task: ShardTask
     result: Any = None
     reason: str | None = None
+    seconds: float = 0.0
+    process_id: int = 0
+    num_workers: int = 0
 
 
 @dataclass(kw_only=True)
@@ -188,7 +194,7 @@ class WorkerPool:
             self._on_death(worker, None, error)
         else:
             self._workers[worker] = process_id
-            self._on_event("worker_ready", pid=process_id)
+            self._on_event("worker_ready", pid=process_id, num_workers=len(self._workers))
 
     def _discard(self, reference: Any, worker: Any) -> None:
         """End a call whose result is not wanted: only the worker's death matters."""
@@ -207,7 +213,11 @@ class WorkerPool:
             result = ray.get(reference)
         except RayTaskError as error:
             own = _own_error(error)
-            if self._policy.on_error(own) is Decision.FAIL:
+            decision = self._policy.on_error(own)
+            self._on_event(
+                "shard_failed", shard=task.shard, decision=decision.value, reason=one_line(own)
+            )
+            if decision is Decision.FAIL:
                 raise own from None
             return self._quarantine(task, str(own), queue)
         except RayError as error:  # the worker, its node, or its result is gone
@@ -216,16 +226,23 @@ class WorkerPool:
                 return None
             reason = f"killed {self._policy.max_kills_per_shard} workers"
             return self._quarantine(task, reason, queue)
-        queue.finish(task.shard, call.start_s, time.monotonic())
+        now_s = time.monotonic()
+        queue.finish(task.shard, call.start_s, now_s)
         self._ignore_copies(task.shard)
         self._owners[task.shard] = call.worker
-        return Outcome(task=task, result=result)
+        return Outcome(
+            task=task,
+            result=result,
+            seconds=now_s - call.start_s,
+            process_id=self._workers[call.worker],
+            num_workers=len(self._workers),
+        )
 
     def _quarantine(self, task: ShardTask, reason: str, queue: ShardQueue) -> Outcome:
         queue.give_up(task.shard)
         self._ignore_copies(task.shard)
         self._on_event("shard_quarantined", shard=task.shard, reason=reason)
-        return Outcome(task=task, reason=reason)
+        return Outcome(task=task, reason=reason, num_workers=len(self._workers))
 
     def _ignore_copies(self, shard: int) -> None:
         for call in self._calls.values():
@@ -241,7 +258,13 @@ class WorkerPool:
         decision = self._policy.on_worker_death(shard)
         reason = one_line(error)
         logger.warning("a worker died (shard %s): %s", shard, reason)
-        self._on_event("worker_died", shard=shard, decision=decision.value, reason=reason)
+        self._on_event(
+            "worker_died",
+            shard=shard,
+            decision=decision.value,
+            reason=reason,
+            num_workers=len(self._workers),
+        )
         if self._policy.take_replacement():
             self._start()
         return decision

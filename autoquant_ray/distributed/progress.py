@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
 _PLAIN_STEPS = 10
+
+
+class Throughput:
+    """Units per second since it was made.
+
+    Args:
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start_s = clock()
+        self._num_units = 0
+
+    def add(self, num_units: int) -> float:
+        """Count units; returns the units per second so far."""
+        self._num_units += num_units
+        return self._num_units / max(self._clock() - self._start_s, 1e-9)
 
 
 class Advance(Protocol):
@@ -47,13 +66,31 @@ def _bar(title: str, total: int, done: int) -> Iterator[Advance]:
         Remaining(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    stderr = sys.stderr
+    with Progress(*columns, console=Console(stderr=True)) as bar, _logging_moved(stderr):
         task = bar.add_task(title, total=total, completed=done, note="")
 
         def advance(note: str = "") -> None:
             bar.update(task, advance=1, note=note)
 
         yield advance
+
+
+@contextmanager
+def _logging_moved(stderr: Any) -> Iterator[None]:
+    """Let log lines pass through rich, which puts them above the bar; else they tear it apart."""
+    handlers = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is stderr
+    ]
+    for handler in handlers:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.setStream(stderr)
 
 
 def _lines(title: str, total: int, done: int) -> Advance:
@@ -64,6 +101,6 @@ def _lines(title: str, total: int, done: int) -> Advance:
         count += 1
         step = max(1, total // _PLAIN_STEPS)
         if count % step == 0 or count == total:
-            logger.info("%s: %d of %d shards%s", title, count, total, f" {note}" if note else "")
+            logger.info("%s: %d of %d shards%s", title, count, total, f", {note}" if note else "")
 
     return advance

@@ -31,6 +31,7 @@ PURE = (
     "data",
     "engine",
     "errors",
+    "events",
     "experts",
     "fingerprint",
     "formats",
