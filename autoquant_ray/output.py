@@ -91,6 +91,24 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(escape(_short(path)), soft_wrap=True)
 
 
+def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
+    """The solution beside its rivals, what it means, and the written files."""
+    from autoquant_ray.report.measured import HEADS, measured_sections
+
+    console = _console()
+    (section,) = measured_sections(rows, rows[0]["solution"])
+    table = Table(box=box.SIMPLE)
+    for number, head in enumerate(HEADS):
+        table.add_column(head, justify="right" if number else "left")
+    for row in section.rows:
+        table.add_row(*map(escape, row))
+    console.print(escape(section.title), soft_wrap=True)
+    console.print(table)
+    console.print(escape(section.verdict), soft_wrap=True)
+    for path in paths.values():
+        console.print(escape(_short(path)), soft_wrap=True)
+
+
 def _short(path: str) -> str:
     """A path below the working directory as people type it."""
     here = f"{Path.cwd()}/"

@@ -7,8 +7,10 @@ from typing import Any
 
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
+from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
+from autoquant_ray.store import SOLUTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class ReportContent:
         scores: Group -> format -> (score, standard error or None).
         unit: Unit of the scores.
         warnings: Sentences that the reader must see.
+        measured: What evaluations of this solution found.
     """
 
     title: str
@@ -50,6 +53,7 @@ class ReportContent:
     scores: dict[str, dict[str, tuple[float, float | None]]]
     unit: str
     warnings: list[str]
+    measured: list[MeasuredData]
 
 
 def collect_content(state: RunState, start: str) -> ReportContent:
@@ -80,7 +84,15 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         scores=scores,
         unit="no unit (imported)" if "imported_from" in run else "nats per token",
         warnings=_warnings(run, rows),
+        measured=_measured(state, start),
     )
+
+
+def _measured(state: RunState, start: str) -> list[MeasuredData]:
+    if not state.directory.exists("evaluation.parquet"):
+        return []
+    rows = state.directory.read_table("evaluation.parquet", "evaluation").to_pylist()
+    return measured_sections(rows, start.removeprefix(f"{SOLUTIONS}/").rstrip("/"))
 
 
 def _layers(
