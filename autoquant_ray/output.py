@@ -79,6 +79,14 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"total score: {summary['score']:.4g} (imported, no unit)")
     else:
         console.print(f"predicted KL: {predicted:.4g} nats per token")
+    if solution.certainty is not None:
+        sure = solution.certainty
+        console.print(
+            f"decisions: {sure.num_certain} of {len(sure.kept)} certain, {len(sure.coin_tosses)} "
+            f"coin tosses; expected regret {sure.expected_regret:.2%}"
+        )
+        if sure.null_score is not None:
+            console.print(f"shuffled scores would lose: {sure.null_score:.4g} nats per token")
     console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
     if solution.shards_used is not None:
         console.print(f"used {solution.shards_used}", soft_wrap=True)

@@ -83,6 +83,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "num_samples": _INT,
         }
     ),
+    "resampling": pa.schema({"bucket": _INT, "group": _STRING, "format": _STRING, "sum": _FLOAT}),
     "manifest": pa.schema(
         {
             "module": _STRING,

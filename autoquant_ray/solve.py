@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.certainty import Certainty, assess_solution
 from autoquant_ray.errors import ScoreError, StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import (
@@ -38,6 +39,7 @@ class Solution:
         paths: File kind -> full path.
         added_bytes: Heads tied to the embedding that are quantized -> bytes that this adds.
         shards_used: How many shards were used and why, for a scan that was asked to stop early.
+        certainty: How sure it is; None where there are no shards to resample.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Solution:
     paths: dict[str, str]
     added_bytes: dict[str, float]
     shards_used: str | None
+    certainty: Certainty | None
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -106,7 +109,8 @@ def solve_run(
     is_imported = "imported_from" in state.values
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
     config = quantization_config(problem, formats, plan)
-    manifest = build_manifest(state.values, options, summary, config)
+    certainty = _certainty(directory, problem, scores, options, formats)
+    manifest = build_manifest(state.values, options, summary, config, certainty)
     name = solution_name(options) if folder is None else ""
     start = f"{SOLUTIONS}/{name}/" if folder is None else folder
     paths = {
@@ -128,7 +132,22 @@ def solve_run(
         paths=paths,
         added_bytes=added,
         shards_used=describe_stopping(state.values),
+        certainty=certainty,
     )
+
+
+def _certainty(
+    directory: RunDirectory,
+    problem: Problem,
+    scores: dict[tuple[str, str], float],
+    options: SolveOptions,
+    formats: dict[str, str],
+) -> Certainty | None:
+    """None for an imported run and for one of an earlier version: no shards to resample."""
+    if not directory.exists("resampling.parquet"):
+        return None
+    buckets = directory.read_table("resampling.parquet", "resampling")
+    return assess_solution(problem, scores, options, formats, buckets)
 
 
 def solution_name(options: SolveOptions) -> str:

@@ -40,6 +40,7 @@ _OWN_FILES = {
     "plan.parquet",
     "calibration.parquet",
     "sensitivity.parquet",
+    "resampling.parquet",
     "evaluation.parquet",
     "manifest.parquet",
     "manifest.json",

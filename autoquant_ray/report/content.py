@@ -12,6 +12,8 @@ from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
 from autoquant_ray.store import SOLUTIONS
 
+_MAX_NAMED = 5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -135,11 +137,33 @@ def _facts(
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
         ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
     ]
+    if manifest.get("stability"):
+        facts += _stability_facts(manifest["stability"])
     stopping = describe_stopping(run)
     if stopping is not None:
         facts.append(("Shards used", stopping))
     if config:
         facts.append(("Compute", f"{config['dtype']} on {config['device']}"))
+    return facts
+
+
+def _stability_facts(stability: dict[str, Any]) -> list[tuple[str, str]]:
+    """How sure the plan is, in words."""
+    tosses = stability["coin_tosses"]
+    named = ", ".join(tosses[:_MAX_NAMED]) + (", ..." if len(tosses) > _MAX_NAMED else "")
+    facts = [
+        (
+            "Decisions",
+            f"{stability['num_certain']} of {stability['num_groups']} groups certain (same format "
+            f"in 95% of {stability['num_resamples']} resamples of the shards), {len(tosses)} coin "
+            f"tosses{': ' + named if tosses else ''}",
+        ),
+        ("Expected regret", f"{stability['expected_regret']:.2%} of the predicted KL"),
+    ]
+    if stability["null_score"] is not None:
+        facts.append(
+            ("Null", f"{stability['null_score']:.4g} would be lost by plans from shuffled scores")
+        )
     return facts
 
 
