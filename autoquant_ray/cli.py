@@ -19,6 +19,7 @@ from autoquant_ray.cli_edge import (
     set_up_logging,
 )
 from autoquant_ray.cli_evaluate import evaluate
+from autoquant_ray.cli_frontier import frontier
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
 from autoquant_ray.config import ScanConfig, SearchSpace
 from autoquant_ray.config_file import load_config
@@ -253,3 +254,4 @@ def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -
 
 
 main.add_command(evaluate)
+main.add_command(frontier)

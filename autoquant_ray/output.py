@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from autoquant_ray.frontier import Point
 from autoquant_ray.plan import Plan
 from autoquant_ray.solve import Solution
 
@@ -115,6 +117,23 @@ def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
     console.print(escape(section.verdict), soft_wrap=True)
     for path in paths.values():
         console.print(escape(_short(path)), soft_wrap=True)
+
+
+def print_frontier(run: str, points: Sequence[Point]) -> None:
+    """One line per size, the knee marked."""
+    console = _console()
+    table = Table(title=f"Predicted KL of {escape(run)}", box=box.SIMPLE)
+    for head in ("Bits", "MiB", "Predicted KL (nats per token)", ""):
+        table.add_column(head, justify="right")
+    for point in points:
+        table.add_row(
+            f"{point.effective_bits:.3f}",
+            f"{point.weight_bytes / 2**20:,.1f}",
+            f"{point.predicted_kl:.4g}",
+            "knee" if point.is_knee else "",
+        )
+    console.print(table)
+    console.print(escape(_short(f"{run.rstrip('/')}/frontier.parquet")), soft_wrap=True)
 
 
 def _short(path: str) -> str:

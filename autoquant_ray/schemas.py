@@ -84,6 +84,14 @@ SCHEMAS: dict[str, pa.Schema] = {
         }
     ),
     "resampling": pa.schema({"bucket": _INT, "group": _STRING, "format": _STRING, "sum": _FLOAT}),
+    "frontier": pa.schema(
+        {
+            "effective_bits": _FLOAT,
+            "weight_bytes": _FLOAT,
+            "predicted_kl": _FLOAT,
+            "is_knee": pa.bool_(),
+        }
+    ),
     "manifest": pa.schema(
         {
             "module": _STRING,

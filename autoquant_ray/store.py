@@ -42,6 +42,7 @@ _OWN_FILES = {
     "sensitivity.parquet",
     "resampling.parquet",
     "evaluation.parquet",
+    "frontier.parquet",
     "manifest.parquet",
     "manifest.json",
     "report.md",
