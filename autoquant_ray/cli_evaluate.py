@@ -44,6 +44,6 @@ def evaluate(run: str, as_json: bool, verbose: bool, **flags: Any) -> None:
         print_json({"rows": result.rows, "paths": result.paths})
     else:
         print_evaluation(result.rows, result.paths)
-    for entry in result.quarantined:
-        click.echo(f"shard {entry['shard']} was left out: {entry['reason']}", err=True)
-    raise click.exceptions.Exit(EXIT_NEEDS_A_LOOK if result.quarantined else EXIT_DONE)
+    for shard, reason in result.left_out.items():
+        click.echo(f"shard {shard} was left out: {reason}", err=True)
+    raise click.exceptions.Exit(EXIT_NEEDS_A_LOOK if result.left_out else EXIT_DONE)
