@@ -18,7 +18,7 @@ from autoquant_ray.cli_edge import (
     print_json,
     set_up_logging,
 )
-from autoquant_ray.cli_evaluate import evaluate
+from autoquant_ray.cli_evaluate import evaluate, refine
 from autoquant_ray.cli_frontier import frontier
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
 from autoquant_ray.config import ScanConfig, SearchSpace
@@ -255,3 +255,4 @@ def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -
 
 main.add_command(evaluate)
 main.add_command(frontier)
+main.add_command(refine)

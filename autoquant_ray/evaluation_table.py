@@ -84,6 +84,23 @@ def evaluation_rows(
     ]
 
 
+def mean_kl(one: Measured) -> float:
+    """Mean KL(P || Q) in nats per token."""
+    return math.fsum(one.kl_S) / len(one.kl_N)
+
+
+def paired_difference(one: Measured, other: Measured | None) -> tuple[float, float | None]:
+    """How much more an allocation loses than another on the same samples, and its error.
+
+    Args:
+        one: In nats per token.
+        other: None stands for the model itself, which loses nothing.
+    """
+    difference_S = one.kl_S if other is None else one.kl_S - other.kl_S
+    error = ratio_stderr(difference_S, one.tokens_S)
+    return math.fsum(difference_S) / len(one.kl_N), error
+
+
 def ratio_stderr(sums_S: Floats, tokens_S: Floats) -> float | None:
     """Standard error of ``sum(sums) / sum(tokens)`` over samples; None for a single one."""
     count = len(sums_S)
@@ -102,7 +119,7 @@ def _row(candidate: Candidate, one: Measured) -> dict[str, Any]:
         "effective_bits": candidate.effective_bits,
         "weight_bytes": candidate.weight_bytes,
         "predicted_kl": candidate.predicted_kl,
-        "kl_mean": math.fsum(one.kl_S) / num_tokens,
+        "kl_mean": mean_kl(one),
         "kl_stderr": ratio_stderr(one.kl_S, one.tokens_S),
         **{name: float(np.quantile(one.kl_N, q)) for name, q in QUANTILES.items()},
         "perplexity": math.exp(one.loss / num_tokens),
@@ -115,11 +132,8 @@ def _row(candidate: Candidate, one: Measured) -> dict[str, Any]:
 
 def _difference(one: Measured, own: Measured) -> dict[str, Any]:
     """How much more an allocation loses than the solution, paired by sample."""
-    difference_S = one.kl_S - own.kl_S
-    return {
-        "kl_above_solution": math.fsum(difference_S) / len(one.kl_N),
-        "kl_above_solution_stderr": ratio_stderr(difference_S, one.tokens_S),
-    }
+    difference, error = paired_difference(one, own)
+    return {"kl_above_solution": difference, "kl_above_solution_stderr": error}
 
 
 def _sum(scalar: Any) -> float:

@@ -119,6 +119,22 @@ def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
         console.print(escape(_short(path)), soft_wrap=True)
 
 
+def print_refinement(run: str, refined: Any) -> None:
+    """What the search found, measured on data that played no part in it."""
+    console = _console()
+
+    def text(value: tuple[float, float | None]) -> str:
+        mean, error = value
+        return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {error:.1g}"
+
+    console.print(
+        f"measured KL on data that the search has not seen: {text(refined.before)} before, "
+        f"{text(refined.after)} after, difference {text(refined.difference)} nats per token"
+    )
+    console.print(f"{refined.num_trials} plans tried, {refined.num_accepted} improvements taken")
+    print_solution(run, refined.solution)
+
+
 def print_frontier(run: str, points: Sequence[Point]) -> None:
     """One line per size, the knee marked."""
     console = _console()

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.certainty import Certainty, assess_solution
 from autoquant_ray.errors import ScoreError, StoreError
@@ -104,6 +105,29 @@ def solve_run(
     state = RunState.open(directory)
     problem, scores = load_problem(state)
     allocation = problem.solve(scores, options)
+    name = solution_name(options) if folder is None else folder.rstrip("/")
+    return write_solution(state, problem, scores, options, allocation, name)
+
+
+def write_solution(
+    state: RunState,
+    problem: Problem,
+    scores: dict[tuple[str, str], float],
+    options: SolveOptions,
+    allocation: Allocation,
+    name: str,
+) -> Solution:
+    """Write an allocation's manifests and reports.
+
+    Args:
+        state: The run.
+        problem: Its groups with their costs.
+        scores: (group, format) -> nats per token.
+        options: Budget and constraints that the allocation meets.
+        allocation: What to write.
+        name: Folder below ``solutions/``; '' for the run's own folder.
+    """
+    directory = state.directory
     formats = chosen_formats(problem, allocation)
     plan = state.values["plan"]
     is_imported = "imported_from" in state.values
@@ -111,8 +135,7 @@ def solve_run(
     config = quantization_config(problem, formats, plan)
     certainty = _certainty(directory, problem, scores, options, formats)
     manifest = build_manifest(state.values, options, summary, config, certainty)
-    name = solution_name(options) if folder is None else ""
-    start = f"{SOLUTIONS}/{name}/" if folder is None else folder
+    start = f"{SOLUTIONS}/{name}/" if name else ""
     paths = {
         "manifest.parquet": directory.write_table(
             f"{start}manifest.parquet", "manifest", manifest_rows(problem, formats, scores, plan)
