@@ -125,7 +125,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
                 problem,
                 scores,
                 options,
-                _allocation(problem, scores, options, winner),
+                _allocation(search, options, winner),
                 f"{name}-refined",
             ),
             before=(mean_kl(before), paired_difference(before, None)[1]),
@@ -234,18 +234,12 @@ def _racing(search: _Search, own: Candidate) -> list[Candidate]:
     return [own, *better[:_RACING]]
 
 
-def _allocation(
-    problem: Problem,
-    scores: Mapping[tuple[str, str], float],
-    options: SolveOptions,
-    plan: Candidate,
-) -> Allocation:
+def _allocation(search: _Search, options: SolveOptions, plan: Candidate) -> Allocation:
     """The winner as an allocation; its gap is that of its predicted, not of its measured loss."""
-    best = problem.solve(scores, options)
-    gap = (plan.predicted_kl - best.score) / plan.predicted_kl if plan.predicted_kl else 0.0
-    return replace(
-        best, formats=plan.formats, score=plan.predicted_kl, optimality_gap=max(0.0, gap)
-    )
+    best = search.problem.solve(search.scores, options)
+    predicted = plan.predicted_kl
+    gap = max(0.0, predicted - best.score) / predicted if predicted else 0.0
+    return replace(best, formats=plan.formats, score=predicted, optimality_gap=gap)
 
 
 def _note(state: RunState, refined: Refinement) -> None:

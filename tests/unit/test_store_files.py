@@ -572,4 +572,4 @@ def test_read_columns_that_an_earlier_version_did_not_write_are_null(make_run: A
     directory.write_bytes(name, sink.getvalue().to_pybytes())
     read = directory.read_table(name, "sensitivity")
     assert read.column("sampling_stderr").null_count == table.num_rows > 0
-    assert solve_run(directory, SolveOptions(bits=6), folder="solutions/bits-6.00")
+    assert solve_run(directory, SolveOptions(bits=6))
