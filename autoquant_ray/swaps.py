@@ -14,6 +14,7 @@ import numpy as np
 
 from autoquant_ray.allocation import restrict
 from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.knapsack import Floats
 
 Formats = Mapping[str, str]
 Change = tuple[tuple[str, str], ...]
@@ -43,11 +44,12 @@ class Swaps:
         }
         self._max_formats = options.max_formats
 
-    def room(self, formats: Formats) -> np.ndarray:
+    def room(self, formats: Formats) -> Floats:
         """What an allocation leaves of each budget ``(R)``."""
         used = np.sum([self._costs[choice] for choice in formats.items()], axis=0)
         limits = np.array([float(budget.limit) for budget in self._budgets])
-        return limits * (1 + _SLACK) - used
+        room_R: Floats = limits * (1 + _SLACK) - used
+        return room_R
 
     def fits(self, formats: Formats) -> bool:
         """Whether an allocation keeps the budgets and the number of formats."""

@@ -69,7 +69,7 @@ def merge_random(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     others = [row for row in rows if not row["name"].startswith("random ")]
     if not random:
         return others
-    merged = {
+    merged: dict[str, Any] = {
         key: math.fsum(row[key] for row in random) / len(random)
         for key, value in random[0].items()
         if isinstance(value, float)
