@@ -177,6 +177,6 @@ def build_manifest(
             "allow": {pattern: list(formats) for pattern, formats in options.allow.items()},
         },
         "solution": dict(solution),
-        "stability": None if certainty is None else certainty.to_json(),
         "quantization_config": config,
+        "stability": None if certainty is None else certainty.to_json(),
     }

@@ -21,7 +21,7 @@ from autoquant_ray.swaps import Swaps, combine
     [
         SolveOptions(bits=6.0),
         SolveOptions(bits=7.0, max_formats=2),
-        SolveOptions(bits=6.0, allow={"*.mlp.*": ("wint8_aint8", "none")}),
+        SolveOptions(bits=8.0, allow={"*.mlp.*": ("wint8_aint8", "none")}),
     ],
 )
 def test_proposals_are_all_changes_that_fit(options: SolveOptions, make_run: Any) -> None:
