@@ -71,10 +71,8 @@ def collect_candidates(
             raise ConfigError(f"--against {kind!r} is unknown; known: {', '.join(KINDS)}")
     problem, scores = load_problem(state)
     options = solution_options(state, start)
-    rows = state.directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
-    chosen = {row["group"]: row["format"] for row in rows}
-    searched = {group.name: chosen[group.name] for group in problem.searched}
-    found = [make_candidate(problem, scores, SOLUTION, searched)]
+    chosen = solution_formats(state, start, problem)
+    found = [make_candidate(problem, scores, SOLUTION, chosen)]
     if "uniform" in against:
         found += _uniform(problem, scores, options)
     if "modelopt" in against:
@@ -109,6 +107,13 @@ def make_candidate(
         weight_bytes=problem.other_bytes + unsearched + own,
         effective_bits=8 * stored / sum(group.num_weights for group in problem.searched),
     )
+
+
+def solution_formats(state: RunState, start: str, problem: Problem) -> dict[str, str]:
+    """Searched group -> format of a solution."""
+    rows = state.directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
+    chosen = {row["group"]: row["format"] for row in rows}
+    return {group.name: chosen[group.name] for group in problem.searched}
 
 
 def solution_options(state: RunState, start: str) -> SolveOptions:

@@ -28,6 +28,9 @@ from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
 from autoquant_ray.store import SOLUTIONS, RunDirectory
 
+Scores = dict[tuple[str, str], float]
+"""(group, format) -> nats per token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
@@ -61,7 +64,7 @@ class Solution:
         }
 
 
-def load_problem(state: RunState) -> tuple[Problem, dict[tuple[str, str], float]]:
+def load_problem(state: RunState) -> tuple[Problem, Scores]:
     """Groups with their costs, and the measured scores, of a run.
 
     Raises:
@@ -112,7 +115,7 @@ def solve_run(
 def write_solution(
     state: RunState,
     problem: Problem,
-    scores: dict[tuple[str, str], float],
+    scores: Scores,
     options: SolveOptions,
     allocation: Allocation,
     name: str,
@@ -162,7 +165,7 @@ def write_solution(
 def _certainty(
     directory: RunDirectory,
     problem: Problem,
-    scores: dict[tuple[str, str], float],
+    scores: Scores,
     options: SolveOptions,
     formats: dict[str, str],
 ) -> Certainty | None:

@@ -25,7 +25,7 @@ from autoquant_ray.demo import find_demo_model
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import evaluation_rows, mean_kl
 from autoquant_ray.measurement import measuring
-from autoquant_ray.refinement import split_shards
+from autoquant_ray.plan_search import split_shards
 from autoquant_ray.solve import solution_name
 from autoquant_ray.state import RunState
 from autoquant_ray.store import SOLUTIONS, RunDirectory
@@ -95,7 +95,8 @@ def compare(
         error = row["kl_above_solution_stderr"]
         print(
             f"{bits:4g} bits {row['name']:20s} {row['effective_bits']:.3f} predicted "
-            f"{row['predicted_kl']:.4f} measured {mean_kl(result):.4f} ± {row['kl_stderr'] or 0:.4f}"
+            f"{row['predicted_kl']:.4f} measured {mean_kl(result):.4f} ± "
+            f"{row['kl_stderr'] or 0:.4f}"
             f" above ours {row['kl_above_solution']:+.4f} ± {error or 0:.4f}",
             flush=True,
         )

@@ -10,7 +10,7 @@ import pytest
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.errors import DataError
 from autoquant_ray.formats import NONE
-from autoquant_ray.refinement import split_shards
+from autoquant_ray.plan_search import split_shards
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
 from autoquant_ray.swaps import Swaps, combine
