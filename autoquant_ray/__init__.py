@@ -10,19 +10,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from autoquant_ray.api import Run, search
     from autoquant_ray.config import ScanConfig
     from autoquant_ray.manifest import load_quantization_config
     from autoquant_ray.search import run_search
     from autoquant_ray.solve import solve_run
 
 _LAZY = {
+    "Run": "autoquant_ray.api",
+    "search": "autoquant_ray.api",
     "ScanConfig": "autoquant_ray.config",
     "run_search": "autoquant_ray.search",
     "solve_run": "autoquant_ray.solve",
     "load_quantization_config": "autoquant_ray.manifest",
 }
 
-__all__ = ["ScanConfig", "__version__", "load_quantization_config", "run_search", "solve_run"]
+__all__ = [
+    "Run",
+    "ScanConfig",
+    "__version__",
+    "load_quantization_config",
+    "run_search",
+    "search",
+    "solve_run",
+]
 
 
 def __getattr__(name: str) -> Any:

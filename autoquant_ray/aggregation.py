@@ -17,6 +17,8 @@ from autoquant_ray.errors import ScoreError
 from autoquant_ray.schemas import SCHEMAS
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+NUM_BUCKETS = 64
+
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
@@ -57,10 +59,25 @@ def is_complete_part(table: pa.Table, shard: int, keys: Sequence[tuple[str, str]
     return _keys(table) == list(keys) and set(table.column("shard").to_pylist()) == {shard}
 
 
-def sensitivity_rows(
+@dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """What all shards say together.
+
+    Attributes:
+        rows: Of ``sensitivity.parquet``.
+        buckets: Content of ``resampling.parquet``: the sums behind the scores in at most 64
+            buckets of successive shards, from which a solution's certainty is found without
+            reading the shards again.
+    """
+
+    rows: list[dict[str, Any]]
+    buckets: pa.Table
+
+
+def aggregate_parts(
     parts: Sequence[pa.Table], plan_rows: Sequence[Mapping[str, Any]], estimator: str
-) -> list[dict[str, Any]]:
-    """Rows of ``sensitivity.parquet``.
+) -> Aggregate:
+    """Rows of ``sensitivity.parquet``, and the sums that can be resampled.
 
     ``score = 1/2 * sum / num_tokens`` in nats per token. ``score_stderr`` is the standard error
     of that ratio from its spread over shards (the usual ratio estimator: with ``e_s`` and
@@ -84,7 +101,8 @@ def sensitivity_rows(
     if not len(parts):
         raise ScoreError("no shard was scored; see the quarantined shards in run.json")
     costs = {(row["group"], row["format"]): row for row in plan_rows if row["is_searched"]}
-    totals = _add_up(parts)
+    buckets_BK = np.zeros((min(len(parts), NUM_BUCKETS), parts[0].num_rows))
+    totals = _add_up(parts, f"{estimator}_sum", buckets_BK)
     _require_scores(totals)
     sums_K = totals.elementwise_K if estimator == "elementwise" else totals.token_K
     scores_K = 0.5 * sums_K / totals.num_tokens
@@ -95,7 +113,7 @@ def sensitivity_rows(
     errors_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
     if errors_K is not None:
         errors_K = np.maximum(errors_K, noise_K)
-    return [
+    rows = [
         {
             "group": group,
             "format": format_,
@@ -112,6 +130,18 @@ def sensitivity_rows(
         }
         for index, (group, format_) in enumerate(totals.keys_K)
     ]
+    return Aggregate(rows=rows, buckets=_bucket_table(totals.keys_K, buckets_BK))
+
+
+def _bucket_table(keys_K: Sequence[tuple[str, str]], buckets_BK: Floats) -> pa.Table:
+    count = len(buckets_BK)
+    columns = {
+        "bucket": np.repeat(np.arange(count), len(keys_K)),
+        "group": [group for group, _ in keys_K] * count,
+        "format": [format_ for _, format_ in keys_K] * count,
+        "sum": buckets_BK.ravel(),
+    }
+    return pa.table(columns, schema=SCHEMAS["resampling"])
 
 
 @dataclass
@@ -128,7 +158,8 @@ class _Totals:
     num_tokens: int = 0
 
 
-def _add_up(parts: Sequence[pa.Table]) -> _Totals:
+def _add_up(parts: Sequence[pa.Table], column: str, buckets_BK: Floats) -> _Totals:
+    """Totals over all parts; also adds a column into buckets of successive parts."""
     num_rows = parts[0].num_rows
     totals = _Totals(
         keys_K=_keys(parts[0]),
@@ -139,8 +170,9 @@ def _add_up(parts: Sequence[pa.Table]) -> _Totals:
         modelopt_K=np.zeros(num_rows),
         is_unseen_K=np.ones(num_rows, dtype=np.bool_),
     )
-    for part in parts:
+    for number, part in enumerate(parts):
         num_tokens = _num_tokens(part)
+        buckets_BK[number * len(buckets_BK) // len(parts)] += _filled(part, column)
         elementwise_K = _filled(part, "elementwise_sum")
         totals.elementwise_K += elementwise_K
         totals.token_K += _filled(part, "token_sum")

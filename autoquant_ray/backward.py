@@ -124,9 +124,9 @@ class LayerwiseBackward:
         """
         if not self.is_layerwise:
             return [Pass(step) for step in steps]
-        passes = [self._enter(step) for step in steps]
+        passes = [self.enter(step) for step in steps]
         for number, layer in enumerate(self.layers):
-            with self._visit_forward(number):
+            with self.visit_forward(number):
                 for one in passes:
                     if before_step is not None:
                         before_step(one.step)
@@ -147,7 +147,8 @@ class LayerwiseBackward:
                 return
         yield
 
-    def _visit_forward(self, number: int) -> AbstractContextManager[None]:
+    def visit_forward(self, number: int) -> AbstractContextManager[None]:
+        """A visit of a layer on the way forward, with the next one read ahead."""
         # The layer after the last one is the last one again: the backward pass starts there.
         return self.residence.visit(number, min(number + 1, len(self.layers) - 1))
 
@@ -162,7 +163,7 @@ class LayerwiseBackward:
 
     def _visitor(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def visit(*arguments: Any, **keywords: Any) -> Any:
-            with self._visit_forward(number):
+            with self.visit_forward(number):
                 return original(*arguments, **keywords)
 
         return visit
@@ -230,7 +231,7 @@ class LayerwiseBackward:
         hidden: torch.Tensor = output[0]
         return hidden
 
-    def _enter(self, step: Step) -> Pass:
+    def enter(self, step: Step) -> Pass:
         """Run what precedes the layers, and note the arguments of each layer's call."""
         one = Pass(step)
         with ExitStack() as stack:

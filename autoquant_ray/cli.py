@@ -18,6 +18,8 @@ from autoquant_ray.cli_edge import (
     print_json,
     set_up_logging,
 )
+from autoquant_ray.cli_evaluate import evaluate, refine
+from autoquant_ray.cli_frontier import frontier
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
 from autoquant_ray.config import ScanConfig, SearchSpace
 from autoquant_ray.config_file import load_config
@@ -249,3 +251,8 @@ def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -
     from autoquant_ray.demo import demo_config
 
     _run_scan(demo_config(out, bits), "overwrite" if overwrite else "resume", as_json)
+
+
+main.add_command(evaluate)
+main.add_command(frontier)
+main.add_command(refine)

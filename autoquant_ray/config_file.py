@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from autoquant_ray.config import ScanConfig, SearchSpace
 from autoquant_ray.errors import ConfigError, one_line
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(
@@ -32,6 +34,26 @@ def load_config(
         others = set(ScanConfig.model_fields) - set(model_class.model_fields)
         values = {key: value for key, value in read_yaml(path).items() if key not in others}
     values.update(flags)
+    return validate(model_class, values, path, flags)
+
+
+def validate(
+    model_class: type[Model],
+    values: dict[str, Any],
+    path: str | None = None,
+    flags: Container[str] = (),
+) -> Model:
+    """Validate a config.
+
+    Args:
+        model_class: Its class.
+        values: All fields that are given.
+        path: The YAML file that some of them come from; None if all are flags.
+        flags: Those that are flags.
+
+    Raises:
+        ConfigError: Unknown key or a wrong value; one line that says where it stands.
+    """
 
     def place(name: str, root: str) -> str:
         from_file = path is not None and root in values and root not in flags

@@ -11,6 +11,7 @@ from typing import Any
 
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import BITS_PER_BYTE, Problem, SolveOptions
+from autoquant_ray.certainty import Certainty
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.store import SCHEMA_VERSION
 from autoquant_ray.stored_size import stored_bits
@@ -149,6 +150,7 @@ def build_manifest(
     options: SolveOptions,
     solution: Mapping[str, Any],
     config: Mapping[str, Any] | None,
+    certainty: Certainty | None,
 ) -> dict[str, Any]:
     """Content of ``manifest.json``.
 
@@ -158,6 +160,7 @@ def build_manifest(
         options: Budget and constraints that were solved for.
         solution: From :func:`solution_summary`.
         config: From :func:`quantization_config`.
+        certainty: The ``stability`` object; null where it is None.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -175,4 +178,5 @@ def build_manifest(
         },
         "solution": dict(solution),
         "quantization_config": config,
+        "stability": None if certainty is None else certainty.to_json(),
     }

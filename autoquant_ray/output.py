@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from autoquant_ray.frontier import Point
 from autoquant_ray.plan import Plan
 from autoquant_ray.solve import Solution
 
@@ -79,6 +81,14 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"total score: {summary['score']:.4g} (imported, no unit)")
     else:
         console.print(f"predicted KL: {predicted:.4g} nats per token")
+    if solution.certainty is not None:
+        sure = solution.certainty
+        console.print(
+            f"decisions: {sure.num_certain} of {len(sure.kept)} certain, {len(sure.coin_tosses)} "
+            f"coin tosses; expected regret {sure.expected_regret:.2%}"
+        )
+        if sure.null_score is not None:
+            console.print(f"shuffled scores would lose: {sure.null_score:.4g} nats per token")
     console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
     if solution.shards_used is not None:
         console.print(f"used {solution.shards_used}", soft_wrap=True)
@@ -89,6 +99,57 @@ def print_solution(run: str, solution: Solution) -> None:
         )
     for path in solution.paths.values():
         console.print(escape(_short(path)), soft_wrap=True)
+
+
+def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
+    """The solution beside its rivals, what it means, and the written files."""
+    from autoquant_ray.report.measured import HEADS, measured_sections
+
+    console = _console()
+    (section,) = measured_sections(rows, rows[0]["solution"])
+    table = Table(box=box.SIMPLE)
+    for number, head in enumerate(HEADS):
+        table.add_column(head, justify="right" if number else "left")
+    for row in section.rows:
+        table.add_row(*map(escape, row))
+    console.print(escape(section.title), soft_wrap=True)
+    console.print(table)
+    console.print(escape(section.verdict), soft_wrap=True)
+    for path in paths.values():
+        console.print(escape(_short(path)), soft_wrap=True)
+
+
+def print_refinement(run: str, refined: Any) -> None:
+    """What the search found, measured on data that played no part in it."""
+    console = _console()
+
+    def text(value: tuple[float, float | None]) -> str:
+        mean, error = value
+        return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {error:.1g}"
+
+    console.print(
+        f"measured KL on data that the search has not seen: {text(refined.before)} before, "
+        f"{text(refined.after)} after, difference {text(refined.difference)} nats per token"
+    )
+    console.print(f"{refined.num_trials} plans tried, {refined.num_accepted} improvements taken")
+    print_solution(run, refined.solution)
+
+
+def print_frontier(run: str, points: Sequence[Point]) -> None:
+    """One line per size, the knee marked."""
+    console = _console()
+    table = Table(title=f"Predicted KL of {escape(run)}", box=box.SIMPLE)
+    for head in ("Bits", "MiB", "Predicted KL (nats per token)", ""):
+        table.add_column(head, justify="right")
+    for point in points:
+        table.add_row(
+            f"{point.effective_bits:.3f}",
+            f"{point.weight_bytes / 2**20:,.1f}",
+            f"{point.predicted_kl:.4g}",
+            "knee" if point.is_knee else "",
+        )
+    console.print(table)
+    console.print(escape(_short(f"{run.rstrip('/')}/frontier.parquet")), soft_wrap=True)
 
 
 def _short(path: str) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.data import SampleAssembler, chunk_texts, require_usable
 from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
+from autoquant_ray.errors import DataError
 from autoquant_ray.parts import map_ahead
 from autoquant_ray.schemas import SCHEMAS
 from autoquant_ray.state import RunState
@@ -35,9 +37,15 @@ def has_samples(state: RunState, fingerprint: str) -> bool:
 
 
 def read_samples(
-    config: ScanConfig, tokenizer: TokenizerRef, scratch: RunDirectory
+    config: ScanConfig, tokenizer: TokenizerRef, scratch: RunDirectory, *, skip: int = 0
 ) -> dict[str, Any]:
     """Read, tokenize and cut the data into ``samples/shard-*.parquet`` of a scratch directory.
+
+    Args:
+        config: Data, number and length of samples, shard size.
+        tokenizer: Of the model.
+        scratch: Where the shards are written.
+        skip: Leave out as many samples at the start: those that calibration used.
 
     Returns:
         Facts about the data for ``run.json``.
@@ -46,10 +54,12 @@ def read_samples(
         DataError: The data cannot be read or holds no usable sample.
     """
     spec = _data_spec(config)
+    spec = replace(spec, num_samples=spec.num_samples + skip)
     digest = hashlib.sha256()
     assembler: SampleAssembler[array[int]] = SampleAssembler(spec)
     num_shards, num_samples, num_tokens = 0, 0, 0
-    for shard in _batched(_samples(assembler, spec, tokenizer), config.shard_samples):
+    samples = itertools.islice(_samples(assembler, spec, tokenizer), skip, None)
+    for shard in _batched(samples, config.shard_samples):
         lengths_N = np.fromiter(map(len, shard), dtype=np.int32)
         tokens_T = np.frombuffer(b"".join(shard), dtype=np.int32)
         table = _sample_part(num_samples, lengths_N, tokens_T)
@@ -58,6 +68,11 @@ def read_samples(
         num_tokens += len(tokens_T)
         num_shards, num_samples = num_shards + 1, num_samples + len(shard)
     require_usable(assembler.counts, config.data)
+    if not num_samples:
+        raise DataError(
+            f"{config.data} holds no samples after the {skip} that calibration used; give other "
+            "data with --data, or a larger source"
+        )
     return {
         "counts": dict(vars(assembler.counts)),
         "num_samples": num_samples,

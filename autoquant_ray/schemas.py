@@ -50,6 +50,48 @@ SCHEMAS: dict[str, pa.Schema] = {
             "sampling_stderr": _FLOAT,
         }
     ),
+    "divergences": pa.schema(
+        {
+            "sample": _INT,
+            "kl": pa.list_(pa.float32()),
+            "loss": pa.list_(pa.float32()),
+            "reference_loss": pa.list_(pa.float32()),
+            "agrees": pa.list_(pa.bool_()),
+        }
+    ),
+    "evaluation": pa.schema(
+        {
+            "solution": _STRING,
+            "dataset": _STRING,
+            "data_key": _STRING,
+            "name": _STRING,
+            "allocation": _STRING,
+            "effective_bits": _FLOAT,
+            "weight_bytes": _FLOAT,
+            "predicted_kl": _FLOAT,
+            "kl_mean": _FLOAT,
+            "kl_stderr": _FLOAT,
+            "kl_p50": _FLOAT,
+            "kl_p95": _FLOAT,
+            "kl_p99": _FLOAT,
+            "perplexity": _FLOAT,
+            "reference_perplexity": _FLOAT,
+            "top1_agreement": _FLOAT,
+            "kl_above_solution": _FLOAT,
+            "kl_above_solution_stderr": _FLOAT,
+            "num_tokens": _INT,
+            "num_samples": _INT,
+        }
+    ),
+    "resampling": pa.schema({"bucket": _INT, "group": _STRING, "format": _STRING, "sum": _FLOAT}),
+    "frontier": pa.schema(
+        {
+            "effective_bits": _FLOAT,
+            "weight_bytes": _FLOAT,
+            "predicted_kl": _FLOAT,
+            "is_knee": pa.bool_(),
+        }
+    ),
     "manifest": pa.schema(
         {
             "module": _STRING,

@@ -11,7 +11,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.certainty import Certainty, assess_solution
 from autoquant_ray.errors import ScoreError, StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import (
@@ -26,6 +28,9 @@ from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
 from autoquant_ray.store import SOLUTIONS, RunDirectory
 
+Scores = dict[tuple[str, str], float]
+"""(group, format) -> nats per token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
@@ -38,6 +43,7 @@ class Solution:
         paths: File kind -> full path.
         added_bytes: Heads tied to the embedding that are quantized -> bytes that this adds.
         shards_used: How many shards were used and why, for a scan that was asked to stop early.
+        certainty: How sure it is; None where there are no shards to resample.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Solution:
     paths: dict[str, str]
     added_bytes: dict[str, float]
     shards_used: str | None
+    certainty: Certainty | None
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -57,7 +64,7 @@ class Solution:
         }
 
 
-def load_problem(state: RunState) -> tuple[Problem, dict[tuple[str, str], float]]:
+def load_problem(state: RunState) -> tuple[Problem, Scores]:
     """Groups with their costs, and the measured scores, of a run.
 
     Raises:
@@ -101,14 +108,37 @@ def solve_run(
     state = RunState.open(directory)
     problem, scores = load_problem(state)
     allocation = problem.solve(scores, options)
+    name = solution_name(options) if folder is None else folder.rstrip("/")
+    return write_solution(state, problem, scores, options, allocation, name)
+
+
+def write_solution(
+    state: RunState,
+    problem: Problem,
+    scores: Scores,
+    options: SolveOptions,
+    allocation: Allocation,
+    name: str,
+) -> Solution:
+    """Write an allocation's manifests and reports.
+
+    Args:
+        state: The run.
+        problem: Its groups with their costs.
+        scores: (group, format) -> nats per token.
+        options: Budget and constraints that the allocation meets.
+        allocation: What to write.
+        name: Folder below ``solutions/``; '' for the run's own folder.
+    """
+    directory = state.directory
     formats = chosen_formats(problem, allocation)
     plan = state.values["plan"]
     is_imported = "imported_from" in state.values
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
     config = quantization_config(problem, formats, plan)
-    manifest = build_manifest(state.values, options, summary, config)
-    name = solution_name(options) if folder is None else ""
-    start = f"{SOLUTIONS}/{name}/" if folder is None else folder
+    certainty = _certainty(directory, problem, scores, options, formats)
+    manifest = build_manifest(state.values, options, summary, config, certainty)
+    start = f"{SOLUTIONS}/{name}/" if name else ""
     paths = {
         "manifest.parquet": directory.write_table(
             f"{start}manifest.parquet", "manifest", manifest_rows(problem, formats, scores, plan)
@@ -128,7 +158,22 @@ def solve_run(
         paths=paths,
         added_bytes=added,
         shards_used=describe_stopping(state.values),
+        certainty=certainty,
     )
+
+
+def _certainty(
+    directory: RunDirectory,
+    problem: Problem,
+    scores: Scores,
+    options: SolveOptions,
+    formats: dict[str, str],
+) -> Certainty | None:
+    """None for an imported run and for one of an earlier version: no shards to resample."""
+    if not directory.exists("resampling.parquet"):
+        return None
+    buckets = directory.read_table("resampling.parquet", "resampling")
+    return assess_solution(problem, scores, options, formats, buckets)
 
 
 def solution_name(options: SolveOptions) -> str:

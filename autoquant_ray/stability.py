@@ -43,12 +43,22 @@ class Stability:
     Attributes:
         columns_G: The allocation: format (column) per group.
         expected_regret: Share of the allocation's own score, >= 0; 0 where that score is 0.
-        kept_G: Share of the resamples in which a group keeps its format, 0 to 1.
+        share_GF: Share of the resamples in which a group takes a format, 0 to 1.
     """
 
     columns_G: Indices
     expected_regret: float
-    kept_G: Floats
+    share_GF: Floats
+
+    def share_of(self, columns_G: Indices) -> Floats:
+        """Share of the resamples in which each group takes a given format (column)."""
+        share_G: Floats = self.share_GF[np.arange(len(columns_G)), columns_G]
+        return share_G
+
+    @property
+    def kept_G(self) -> Floats:
+        """Share of the resamples in which a group keeps its format, 0 to 1."""
+        return self.share_of(self.columns_G)
 
 
 def assess(
@@ -78,19 +88,20 @@ def assess(
     columns_G, price = own
     score = truth.score(columns_G)
     losses = []
-    kept_G = np.zeros(len(columns_G))
+    share_GF = np.zeros_like(truth.scores_GF)
+    groups_G = np.arange(len(columns_G))
     for totals_GF in _resampled(sums_SGF, seed, num_resamples):
         resample = replace(problem, scores_GF=problem.scores_GF + totals_GF)
         other = allocate(resample, price)
         if other is None:
             return None
         losses.append(max(0.0, truth.score(other[0]) - score))
-        kept_G += other[0] == columns_G
+        share_GF[groups_G, other[0]] += 1
     mean = math.fsum(losses) / num_resamples
     return Stability(
         columns_G=columns_G,
         expected_regret=mean / score if score > 0 else 0.0,
-        kept_G=kept_G / num_resamples,
+        share_GF=share_GF / num_resamples,
     )
 
 

@@ -12,7 +12,7 @@ from contextlib import closing
 from typing import Any
 
 from autoquant_ray import stopping_stage
-from autoquant_ray.aggregation import is_complete_part, score_part, sensitivity_rows
+from autoquant_ray.aggregation import aggregate_parts, is_complete_part, score_part
 from autoquant_ray.budget import Problem, solve_options
 from autoquant_ray.calibration import Statistics, merge_statistics, to_maxima
 from autoquant_ray.config import ScanConfig
@@ -125,8 +125,9 @@ def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
     with state.stage("aggregate", fingerprint):
         plan_rows = directory.read_table("plan.parquet", "plan").to_pylist()
         parts = Parts(directory, SCORES, state.used_shards)
-        rows = sensitivity_rows(parts, plan_rows, config.estimator)
-        directory.write_table("sensitivity.parquet", "sensitivity", rows)
+        result = aggregate_parts(parts, plan_rows, config.estimator)
+        directory.write_table("resampling.parquet", "resampling", result.buckets)
+        directory.write_table("sensitivity.parquet", "sensitivity", result.rows)
         state.values["used"] = stopping_stage.used_data(state, state.used_shards)
 
 

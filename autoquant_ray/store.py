@@ -29,15 +29,20 @@ RUN_FILE = "run.json"
 SOLUTIONS = "solutions"
 SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
 """Folders that hold one part per shard."""
+EVALUATION = "evaluation"
+"""Folder of what was measured: per data set, per allocation, one part per shard."""
 LOCK = ".lock"
 """Folder of the claims of whoever works on the run; it is not part of the run."""
 
-_OWN_FOLDERS = {SAMPLES, CALIBRATION, SCORES, SOLUTIONS}
+_OWN_FOLDERS = {SAMPLES, CALIBRATION, SCORES, SOLUTIONS, EVALUATION}
 _OWN_FILES = {
     RUN_FILE,
     "plan.parquet",
     "calibration.parquet",
     "sensitivity.parquet",
+    "resampling.parquet",
+    "evaluation.parquet",
+    "frontier.parquet",
     "manifest.parquet",
     "manifest.json",
     "report.md",

@@ -63,6 +63,11 @@ class ShardWorker:
         with _own_errors(f"scoring shard {task.shard}"):
             return self._engine.score(task.samples, task.first_sample, maxima, task.shard)
 
+    def evaluate(self, task: ShardTask, choices: list[tuple[int, ...]]) -> Any:
+        """Divergences of a shard under allocations."""
+        with _own_errors(f"evaluating shard {task.shard}"):
+            return self._engine.evaluate(task.samples, choices)
+
 
 @contextmanager
 def _own_errors(doing: str) -> Iterator[None]:

@@ -7,8 +7,12 @@ from typing import Any
 
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
+from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
+from autoquant_ray.store import SOLUTIONS
+
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class ReportContent:
         scores: Group -> format -> (score, standard error or None).
         unit: Unit of the scores.
         warnings: Sentences that the reader must see.
+        measured: What evaluations of this solution found.
     """
 
     title: str
@@ -50,6 +55,7 @@ class ReportContent:
     scores: dict[str, dict[str, tuple[float, float | None]]]
     unit: str
     warnings: list[str]
+    measured: list[MeasuredData]
 
 
 def collect_content(state: RunState, start: str) -> ReportContent:
@@ -80,7 +86,15 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         scores=scores,
         unit="no unit (imported)" if "imported_from" in run else "nats per token",
         warnings=_warnings(run, rows),
+        measured=_measured(state, start),
     )
+
+
+def _measured(state: RunState, start: str) -> list[MeasuredData]:
+    if not state.directory.exists("evaluation.parquet"):
+        return []
+    rows = state.directory.read_table("evaluation.parquet", "evaluation").to_pylist()
+    return measured_sections(rows, start.removeprefix(f"{SOLUTIONS}/").rstrip("/"))
 
 
 def _layers(
@@ -123,11 +137,33 @@ def _facts(
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
         ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
     ]
+    if manifest.get("stability"):
+        facts += _stability_facts(manifest["stability"])
     stopping = describe_stopping(run)
     if stopping is not None:
         facts.append(("Shards used", stopping))
     if config:
         facts.append(("Compute", f"{config['dtype']} on {config['device']}"))
+    return facts
+
+
+def _stability_facts(stability: dict[str, Any]) -> list[tuple[str, str]]:
+    """How sure the plan is, in words."""
+    tosses = stability["coin_tosses"]
+    named = ", ".join(tosses[:_MAX_NAMED]) + (", ..." if len(tosses) > _MAX_NAMED else "")
+    facts = [
+        (
+            "Decisions",
+            f"{stability['num_certain']} of {stability['num_groups']} groups certain (same format "
+            f"in 95% of {stability['num_resamples']} resamples of the shards), {len(tosses)} coin "
+            f"tosses{': ' + named if tosses else ''}",
+        ),
+        ("Expected regret", f"{stability['expected_regret']:.2%} of the predicted KL"),
+    ]
+    if stability["null_score"] is not None:
+        facts.append(
+            ("Null", f"{stability['null_score']:.4g} would be lost by plans from shuffled scores")
+        )
     return facts
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from html import escape
 
 from autoquant_ray.report.content import ReportContent, format_score
+from autoquant_ray.report.measured import HEADS
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -39,12 +40,18 @@ def render_html(content: ReportContent) -> str:
         (group, *(format_score(s.get(name)) for name in content.formats))
         for group, s in content.scores.items()
     )
+    measured = "".join(
+        f"<h2>Predicted against measured</h2><p>{escape(section.title)}.</p>"
+        f"<p>{escape(section.verdict)}</p>{_table(HEADS, section.rows)}"
+        for section in content.measured
+    )
     title = escape(content.title)
     heads = ("Layer", "Num Bits", "Sensitivity", "Size Cost", "Chosen")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head><body><main><h1>{title}</h1><dl>{facts}</dl>{notes}"
+        f"{measured}"
         f"<h2>Layers</h2>{_table(heads, layers)}"
         f"<h2>Scores by group and format ({escape(content.unit)})</h2>"
         f"{_table(('Group', *content.formats), scores)}</main></body></html>\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autoquant_ray.report.content import ReportContent, format_score
+from autoquant_ray.report.measured import HEADS
 
 _EXPLANATION = (
     "Sensitivity is the largest score of the layer's group over the menu: what its harshest "
@@ -18,6 +19,10 @@ def render_markdown(content: ReportContent) -> str:
     if content.warnings:
         lines += ["", "## To know", ""]
         lines += [f"- {_text(warning)}" for warning in content.warnings]
+    for section in content.measured:
+        lines += ["", "## Predicted against measured", "", _text(section.title) + ".", ""]
+        lines += [_text(section.verdict), "", f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+        lines += [f"| {' | '.join(_text(cell) for cell in row)} |" for row in section.rows]
     lines += ["", "## Layers", "", _EXPLANATION, ""]
     lines += ["| Layer | Num Bits | Sensitivity | Size Cost | Chosen |", "|---|---|---|---|---|"]
     for layer in content.layers:

@@ -14,7 +14,7 @@ import pytest
 from ray import cloudpickle
 
 from autoquant_ray import stages
-from autoquant_ray.aggregation import score_part, sensitivity_rows
+from autoquant_ray.aggregation import aggregate_parts, score_part
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.placement import place_workers
 from autoquant_ray.distributed.pool import WorkerPool
@@ -90,4 +90,5 @@ def totals(parts: Any) -> list[dict[str, Any]]:
     """What the aggregation makes of parts; compared exactly."""
     keys = zip(*(parts[0].column(name).to_pylist() for name in ("group", "format")), strict=True)
     costs = {"is_searched": True, "weight_bits": 4.0, "weight_bytes": 1.0}
-    return sensitivity_rows(parts, [{"group": g, "format": f} | costs for g, f in keys], "token")
+    plan_rows = [{"group": g, "format": f} | costs for g, f in keys]
+    return aggregate_parts(parts, plan_rows, "token").rows

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from autoquant_ray.aggregation import is_complete_part, sensitivity_rows
+from autoquant_ray.aggregation import aggregate_parts, is_complete_part
 from autoquant_ray.errors import ScoreError
 from autoquant_ray.schemas import SCHEMAS
 
@@ -16,6 +17,10 @@ PLAN = [
     {"group": "a", "format": "f", "weight_bits": 8.0, "weight_bytes": 80.0, "is_searched": True},
     {"group": "b", "format": "f", "weight_bits": 8.0, "weight_bytes": 40.0, "is_searched": True},
 ]
+
+
+def sensitivity_rows(parts: Any, plan_rows: Any, estimator: str) -> list[dict[str, Any]]:
+    return aggregate_parts(parts, plan_rows, estimator).rows
 
 
 def part(

@@ -37,6 +37,7 @@ COLUMNS = {
     "num_samples, seconds, elementwise_variance, token_variance",
     "sensitivity.parquet": "group, format, score, score_stderr, elementwise, token, "
     "modelopt_score, num_tokens, num_shards, weight_bits, weight_bytes, sampling_stderr",
+    "resampling.parquet": "bucket, group, format, sum",
     "manifest.parquet": "module, group, format, weight_bits, weight_bytes, score",
     "solutions/bits-6.00/manifest.parquet": "module, group, format, weight_bits, weight_bytes, "
     "score",
@@ -161,6 +162,7 @@ def test_manifest_json_has_the_keys_of_the_contract(start: str, finished: RunDir
         "budget",
         "solution",
         "quantization_config",
+        "stability",
     ]
     assert manifest["schema_version"] == 1
     assert manifest["run_id"] == read_json(finished, "run.json")["run_id"]
@@ -572,4 +574,4 @@ def test_read_columns_that_an_earlier_version_did_not_write_are_null(make_run: A
     directory.write_bytes(name, sink.getvalue().to_pybytes())
     read = directory.read_table(name, "sensitivity")
     assert read.column("sampling_stderr").null_count == table.num_rows > 0
-    assert solve_run(directory, SolveOptions(bits=6), folder="solutions/bits-6.00")
+    assert solve_run(directory, SolveOptions(bits=6))

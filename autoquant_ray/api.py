@@ -1,0 +1,173 @@
+"""What Python users and notebooks see: a run as an object.
+
+    import autoquant_ray
+
+    run = autoquant_ray.search(model="./Qwen3-4B", data="text.jsonl", out="runs/qwen3", bits=5)
+    run.sensitivity.to_pandas()
+    run.solve(bits=4.5)
+    run.evaluate(samples=64)
+
+Importing this module imports neither torch nor Ray; ``search``, ``evaluate`` and ``refine`` do.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.config import ScanConfig
+from autoquant_ray.config_file import validate
+from autoquant_ray.config_values import parse_bytes
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.evaluation_config import EvaluationConfig
+from autoquant_ray.frontier import Point, frontier_of, smallest_within
+from autoquant_ray.manifest import load_quantization_config
+from autoquant_ray.report.content import collect_content
+from autoquant_ray.solve import Solution, solve_run
+from autoquant_ray.state import Mode, RunState
+from autoquant_ray.store import SOLUTIONS, RunDirectory
+
+if TYPE_CHECKING:
+    from autoquant_ray.evaluation import Evaluation
+    from autoquant_ray.refinement import Refinement
+
+
+class Run:
+    """A finished scan.
+
+    Args:
+        directory: Its run directory; :meth:`open` takes a path.
+
+    Raises:
+        StoreError: It is not a run.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory = directory
+        RunState.open(directory)
+
+    @classmethod
+    def open(cls, path: str) -> Run:
+        """Open a run directory: local path, ``s3://`` or ``gs://``.
+
+        Raises:
+            StoreError: It is not a run.
+        """
+        return cls(RunDirectory(path))
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+        return self._directory.uri
+
+    @property
+    def sensitivity(self) -> pa.Table:
+        """Scores of every group and format, ``score`` in nats per token; ``to_pandas()`` it."""
+        return self._directory.read_table("sensitivity.parquet", "sensitivity")
+
+    @property
+    def plan(self) -> pa.Table:
+        """Groups x formats x costs."""
+        return self._directory.read_table("plan.parquet", "plan")
+
+    @property
+    def solutions(self) -> list[str]:
+        """Names of the solutions beside the scan's own, whose name is ''."""
+        return self._directory.list_folders(SOLUTIONS)
+
+    def manifest(self, solution: str = "") -> dict[str, Any]:
+        """Content of a solution's ``manifest.json``.
+
+        Raises:
+            StoreError: There is no such solution.
+        """
+        found: dict[str, Any] = self._directory.read_json(f"{self._start(solution)}manifest.json")
+        return found
+
+    def quantization_config(self, solution: str = "") -> dict[str, Any]:
+        """What ``mtq.quantize`` takes to quantize the model as a solution says."""
+        return load_quantization_config(self.manifest(solution))
+
+    def solve(self, *, bytes: int | str | None = None, **options: Any) -> Solution:
+        """Solve another budget.
+
+        Args:
+            bytes: Of the whole model, such as ``"2.5GiB"``.
+            options: Fields of :class:`~autoquant_ray.budget.SolveOptions`: ``bits``, ``pins``,
+                ``allow``, ``max_formats``, ...
+
+        Raises:
+            ConfigError: An unknown or a wrong option.
+            InfeasibleBudgetError: With the reachable range.
+        """
+        try:
+            size = parse_bytes(bytes) if isinstance(bytes, str) else bytes
+            given = SolveOptions(bytes=size, **options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from None
+        return solve_run(self._directory, given)
+
+    def solve_within(self, largest_kl: float) -> Solution:
+        """Solve the smallest size that is predicted to lose at most so many nats per token."""
+        return solve_run(self._directory, smallest_within(self._directory, largest_kl))
+
+    def frontier(self, num_points: int = 64) -> list[Point]:
+        """Predicted loss at every size."""
+        return frontier_of(self._directory, num_points)
+
+    def evaluate(self, **fields: Any) -> Evaluation:
+        """Measure a solution on data that the scan has not seen.
+
+        Args:
+            fields: Of :class:`~autoquant_ray.evaluation_config.EvaluationConfig`.
+        """
+        from autoquant_ray.evaluation import evaluate_run
+
+        return evaluate_run(self._evaluation_config(fields))
+
+    def refine(self, num_trials: int = 200, *, seed: int = 0, **fields: Any) -> Refinement:
+        """Search around a solution by measured KL; fields as in :meth:`evaluate`."""
+        from autoquant_ray.refinement import refine_run
+
+        return refine_run(self._evaluation_config(fields), num_trials, seed)
+
+    def _repr_html_(self) -> str:
+        content = collect_content(RunState.open(self._directory), "")
+        rows = "".join(
+            f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>"
+            for label, value in content.facts
+        )
+        return f"<strong>{escape(content.title)}</strong><table>{rows}</table>"
+
+    def __repr__(self) -> str:
+        return f"Run.open({self.path!r})"
+
+    def _evaluation_config(self, fields: dict[str, Any]) -> EvaluationConfig:
+        return validate(EvaluationConfig, fields | {"run": self.path})
+
+    @staticmethod
+    def _start(solution: str) -> str:
+        return f"{SOLUTIONS}/{solution}/" if solution else ""
+
+
+def search(config: ScanConfig | None = None, *, mode: Mode = "new", **fields: Any) -> Run:
+    """Scan a model; the Python form of ``autoquant-ray scan``.
+
+    Args:
+        config: What to do; or its fields as keywords.
+        mode: ``new``, ``resume`` or ``overwrite``.
+        fields: Fields of :class:`~autoquant_ray.config.ScanConfig`.
+
+    Raises:
+        AutoQuantError: One of its subclasses; the run directory stays resumable.
+    """
+    from autoquant_ray.search import run_search
+
+    if (config is None) == (not fields):
+        raise ConfigError("give a ScanConfig or its fields, one of both")
+    chosen = config or validate(ScanConfig, fields)
+    run_search(chosen, mode)
+    return Run.open(chosen.out)

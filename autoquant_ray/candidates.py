@@ -1,0 +1,187 @@
+"""Allocations to measure: a run's solution, and what it is compared with under the same budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.errors import ConfigError, StoreError
+from autoquant_ray.formats import NONE
+from autoquant_ray.solve import load_problem
+from autoquant_ray.state import RunState
+
+KINDS = ("uniform", "modelopt", "random")
+NUM_RANDOM = 20
+SOLUTION = "solution"
+
+Scores = Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An allocation with a name.
+
+    Attributes:
+        name: ``solution``, ``uniform FORMAT``, ``modelopt`` or ``random NUMBER``.
+        formats: Searched group -> format.
+        predicted_kl: Summed score in nats per token.
+        weight_bytes: Of the whole model.
+        effective_bits: Average stored bits over the searched groups.
+    """
+
+    name: str
+    formats: dict[str, str]
+    predicted_kl: float
+    weight_bytes: float
+    effective_bits: float
+
+    @property
+    def key(self) -> str:
+        """Digest of the formats: equal allocations are measured once."""
+        text = json.dumps(sorted(self.formats.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def collect_candidates(
+    state: RunState, start: str, against: Sequence[str], *, num_random: int = NUM_RANDOM
+) -> list[Candidate]:
+    """A solution and its rivals.
+
+    Args:
+        state: A finished run.
+        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+        against: Of ``KINDS``. ``uniform``: every format of the menu that fits the budget when all
+            groups take it (a group that lacks it stays in 16 bits). ``modelopt``: solved with the
+            scores as ModelOpt makes them of this run's sums: per batch, clamped along its sorted
+            formats. ``random``: solved with the groups' scores shuffled, the null.
+        num_random: Number of shuffles.
+
+    Raises:
+        ConfigError: An unknown kind.
+        StoreError: The solution does not exist.
+    """
+    for kind in against:
+        if kind not in KINDS:
+            raise ConfigError(f"--against {kind!r} is unknown; known: {', '.join(KINDS)}")
+    problem, scores = load_problem(state)
+    options = solution_options(state, start)
+    chosen = solution_formats(state, start, problem)
+    found = [make_candidate(problem, scores, SOLUTION, chosen)]
+    if "uniform" in against:
+        found += _uniform(problem, scores, options)
+    if "modelopt" in against:
+        theirs = _modelopt_scores(state)
+        found.append(make_candidate(problem, scores, "modelopt", _solve(problem, theirs, options)))
+    if "random" in against:
+        for number in range(num_random):
+            shuffled = shuffle_scores(problem, scores, number)
+            formats = _solve(problem, shuffled, options)
+            found.append(make_candidate(problem, scores, f"random {number + 1}", formats))
+    return found
+
+
+def make_candidate(
+    problem: Problem, scores: Scores, name: str, formats: Mapping[str, str]
+) -> Candidate:
+    """Name an allocation and state what it costs and is predicted to lose.
+
+    Args:
+        problem: Groups with their costs.
+        scores: (group, format) -> nats per token.
+        name: Its name.
+        formats: Searched group -> format.
+    """
+    stored = math.fsum(group.cost(formats[group.name], "storage") for group in problem.searched)
+    unsearched = math.fsum(group.cost(NONE, "model") for group in problem.unsearched)
+    own = math.fsum(group.cost(formats[group.name], "model") for group in problem.searched)
+    return Candidate(
+        name=name,
+        formats=dict(formats),
+        predicted_kl=math.fsum(scores[g, f] for g, f in formats.items() if f != NONE),
+        weight_bytes=problem.other_bytes + unsearched + own,
+        effective_bits=8 * stored / sum(group.num_weights for group in problem.searched),
+    )
+
+
+def solution_formats(state: RunState, start: str, problem: Problem) -> dict[str, str]:
+    """Searched group -> format of a solution."""
+    rows = state.directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
+    chosen = {row["group"]: row["format"] for row in rows}
+    return {group.name: chosen[group.name] for group in problem.searched}
+
+
+def solution_options(state: RunState, start: str) -> SolveOptions:
+    """Budget and constraints that a solution was solved for.
+
+    Raises:
+        StoreError: There is no such solution.
+    """
+    if not state.directory.exists(f"{start}manifest.json"):
+        names = ", ".join(state.directory.list_folders("solutions")) or "none"
+        raise StoreError(
+            f"{state.directory.path(start)} is not a solution; solutions of the run: {names}"
+        )
+    budget = state.directory.read_json(f"{start}manifest.json")["budget"]
+    return SolveOptions(**budget)
+
+
+def shuffle_scores(problem: Problem, scores: Scores, seed: int) -> dict[tuple[str, str], float]:
+    """Give each group the scores of another one: keeps how much formats differ, forgets where.
+
+    A format that the other group lacks takes its largest score.
+    """
+    groups = problem.searched
+    order = np.random.default_rng([seed, len(groups)]).permutation(len(groups))
+    shuffled = {}
+    for group, index in zip(groups, order, strict=True):
+        other = groups[index]
+        known = [scores[other.name, f] for f in other.rows if f != NONE]
+        for format_ in group.rows:
+            if format_ != NONE:
+                shuffled[group.name, format_] = scores.get((other.name, format_), max(known))
+    return shuffled
+
+
+def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> dict[str, str]:
+    return problem.solve(scores, options).formats
+
+
+def _uniform(problem: Problem, scores: Scores, options: SolveOptions) -> list[Candidate]:
+    budgets = problem.budgets(options)
+    names = dict.fromkeys(f for group in problem.searched for f in group.rows if f != NONE)
+    fitting = []
+    for name in names:
+        formats = {g.name: name if name in g.rows else NONE for g in problem.searched}
+        costs = {
+            budget.resource: math.fsum(
+                group.cost(formats[group.name], budget.resource) for group in problem.searched
+            )
+            for budget in budgets
+        }
+        if all(costs[budget.resource] <= budget.limit * (1 + 1e-12) for budget in budgets):
+            fitting.append(make_candidate(problem, scores, f"uniform {name}", formats))
+    return fitting
+
+
+def _modelopt_scores(state: RunState) -> dict[tuple[str, str], float]:
+    """ModelOpt's scores: each at most that of the coarser format before it in ModelOpt's order."""
+    compressions = {
+        entry["name"]: entry["modelopt_compression"]
+        for entry in state.values["plan"]["formats"]
+        if entry.get("weight")
+    }
+    table = state.directory.read_table("sensitivity.parquet", "sensitivity")
+    rows = table.select(["group", "format", "modelopt_score"]).to_pylist()
+    scores: dict[tuple[str, str], float] = {}
+    lowest: dict[str, float] = {}
+    for row in sorted(rows, key=lambda row: compressions[row["format"]]):
+        group = row["group"]
+        lowest[group] = min(row["modelopt_score"], lowest.get(group, math.inf))
+        scores[group, row["format"]] = lowest[group]
+    return scores

@@ -1,0 +1,212 @@
+"""Search for a plan by measurement: swaps, a race, and a figure on data that chose nothing.
+
+The shards are cut in three. On the first part swaps are tried (every plan on the same tokens, so
+that differences are paired), and taken if they are better by more than their standard error. The
+best plans then race on the second part. What is said about the winner is measured on the third.
+
+Knows nothing of files, workers or Ray: who measures is handed in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.candidates import Candidate, make_candidate
+from autoquant_ray.errors import DataError
+from autoquant_ray.evaluation_table import Measured, mean_kl, paired_difference
+from autoquant_ray.swaps import Change, Swaps, combine
+
+logger = logging.getLogger(__name__)
+
+Measure = Callable[[Sequence[Candidate], Sequence[int]], list[Measured]]
+"""Measures plans on the same shards."""
+
+_BATCH = 12  # plans per round
+_POOL = 4  # proposals per plan that is drawn from them
+_IDLE_ROUNDS = 2  # without an improvement, then the search ends
+_RACING = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        start: The plan that it began with.
+        winner: The plan that it ends with; the start itself where nothing was better.
+        before: The start on the third part.
+        after: The winner on the third part.
+        num_trials: Plans measured on the first part, the start not counted.
+        num_accepted: Swaps taken.
+    """
+
+    start: Candidate
+    winner: Candidate
+    before: Measured
+    after: Measured
+    num_trials: int
+    num_accepted: int
+
+
+@dataclass
+class _Search:
+    """The state of the search: every plan measured so far on the first part."""
+
+    run: Measure
+    problem: Problem
+    scores: Mapping[tuple[str, str], float]
+    shards: Sequence[int]
+    seen: dict[str, tuple[Candidate, Measured]] = field(default_factory=dict)
+
+    def plan(self, name: str, formats: Mapping[str, str]) -> Candidate:
+        return make_candidate(self.problem, self.scores, name, formats)
+
+    def measure(self, plans: list[Candidate]) -> list[Measured]:
+        results = self.run(plans, self.shards)
+        self.seen |= {p.key: (p, one) for p, one in zip(plans, results, strict=True)}
+        return results
+
+
+def search_plans(
+    measure: Measure,
+    num_shards: int,
+    problem: Problem,
+    scores: Mapping[tuple[str, str], float],
+    options: SolveOptions,
+    formats: Mapping[str, str],
+    *,
+    num_trials: int,
+    seed: int = 0,
+) -> Found:
+    """Search around a plan. Deterministic; on the first part never worse than its start.
+
+    Args:
+        measure: Who measures.
+        num_shards: Shards of the data.
+        problem: Groups with their costs.
+        scores: (group, format) -> predicted loss; they order what is tried.
+        options: Budgets and constraints that hold for every plan.
+        formats: The start: searched group -> format.
+        num_trials: Plans to measure on the first part at most.
+        seed: Of the choice among proposals.
+
+    Raises:
+        DataError: There are fewer than three shards.
+    """
+    first, second, third = split_shards(num_shards)
+    search = _Search(measure, problem, scores, first)
+    own = search.plan("solution", formats)
+    num_tried, num_accepted = _climb(search, own, options, num_trials, seed)
+    racing = _racing(search, own)
+    times = zip(racing, measure(racing, second), strict=True)
+    winner = min(times, key=lambda pair: mean_kl(pair[1]))[0]
+    before, after = measure([own, winner], third)
+    return Found(
+        start=own,
+        winner=winner,
+        before=before,
+        after=after,
+        num_trials=num_tried,
+        num_accepted=num_accepted,
+    )
+
+
+def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
+    """Half of the shards for the search, a quarter each for the race and the final figure.
+
+    Raises:
+        DataError: There are fewer than three.
+    """
+    if num_shards < 3:
+        raise DataError(
+            f"refining needs three shards of data or more, one each to search, to race and to "
+            f"tell the result; this data makes {num_shards}; give more with --samples or --data"
+        )
+    quarter = max(1, num_shards // 4)
+    shards = list(range(num_shards))
+    half = num_shards - 2 * quarter
+    return shards[:half], shards[half : half + quarter], shards[half + quarter :]
+
+
+def _climb(
+    search: _Search, own: Candidate, options: SolveOptions, num_trials: int, seed: int
+) -> tuple[int, int]:
+    """Take swaps that are better by more than their error; returns trials and swaps taken."""
+    swaps = Swaps(search.problem, search.scores, options)
+    rng = np.random.default_rng(seed)
+    (current,) = search.measure([own])
+    plan, num_tried, num_accepted, idle = own, 0, 0, 0
+    while num_tried < num_trials and idle < _IDLE_ROUNDS:
+        changes = _draw(search, swaps, plan, min(_BATCH, num_trials - num_tried), rng)
+        if not changes:
+            break
+        plans = [search.plan("swap", {**plan.formats, **dict(change)}) for change in changes]
+        results = search.measure(plans)
+        num_tried += len(plans)
+        better = _better(changes, plans, results, current)
+        together = _together(search, swaps, plan, [change for change, _, _ in better])
+        if together is not None and num_tried < num_trials:
+            (result,) = search.measure([together])
+            num_tried += 1
+            better += _better([()], [together], [result], current)
+        if not better:
+            idle += 1
+            continue
+        _, plan, current = min(better, key=lambda one: mean_kl(one[2]))
+        idle, num_accepted = 0, num_accepted + 1
+        logger.info("refine: %d plans tried, KL %.4g", num_tried, mean_kl(current))
+    return num_tried, num_accepted
+
+
+def _draw(
+    search: _Search, swaps: Swaps, plan: Candidate, count: int, rng: np.random.Generator
+) -> list[Change]:
+    """Some of the changes that the scores like best and that were not measured yet."""
+    untried = (
+        change
+        for change in swaps.proposals(plan.formats)
+        if search.plan("swap", {**plan.formats, **dict(change)}).key not in search.seen
+    )
+    liked = list(itertools.islice(untried, _POOL * count))
+    drawn = rng.permutation(len(liked))[:count]
+    return [liked[index] for index in sorted(drawn)]
+
+
+def _better(
+    changes: list[Change], plans: list[Candidate], results: list[Measured], current: Measured
+) -> list[tuple[Change, Candidate, Measured]]:
+    """Plans that are better than the current one by more than the paired standard error."""
+    found = []
+    for change, plan, result in zip(changes, plans, results, strict=True):
+        difference, error = paired_difference(result, current)
+        if difference + (error or 0.0) < 0:
+            found.append((change, plan, result))
+    return sorted(found, key=lambda one: mean_kl(one[2]))
+
+
+def _together(
+    search: _Search, swaps: Swaps, plan: Candidate, changes: list[Change]
+) -> Candidate | None:
+    """All improvements of a round that touch different groups, as far as they fit together."""
+    formats = dict(plan.formats)
+    taken = 0
+    for change in combine(changes):
+        merged = {**formats, **dict(change)}
+        if swaps.fits(merged):
+            formats, taken = merged, taken + 1
+    together = search.plan("swap", formats)
+    return together if taken > 1 and together.key not in search.seen else None
+
+
+def _racing(search: _Search, own: Candidate) -> list[Candidate]:
+    """The start, and the best plans of the first part that are better there."""
+    limit = mean_kl(search.seen[own.key][1])
+    ranked = sorted(search.seen.values(), key=lambda pair: mean_kl(pair[1]))
+    better = [plan for plan, result in ranked if mean_kl(result) < limit]
+    return [own, *better[:_RACING]]

@@ -1,0 +1,108 @@
+"""Runs a model's modules under chosen formats: what ``mtq.quantize`` would make of them.
+
+Weights and inputs pass through ModelOpt's own quantizers, in the model's own dtype. Nothing in the
+model is changed: while a context is open, the modules of one layer run another ``forward``.
+
+Shape letters: T tokens, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from autoquant_ray.experts import FusedExperts
+from autoquant_ray.formats import Format
+from autoquant_ray.layers import replaced_forward
+from autoquant_ray.quantizable import PlannedModule
+from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
+from autoquant_ray.sensitivity import Maxima, ScoredModule
+from autoquant_ray.weight_cache import WeightCache
+
+Choice = tuple[int, ...]
+"""Index of the format per searched group; -1 where the group stays in 16 bits."""
+
+UNQUANTIZED = -1
+
+
+class QuantizedLayers:
+    """Lets the modules of a layer run under the formats of a choice.
+
+    Args:
+        model: The model; ``prepare_experts`` must have run.
+        layers: Its decoder layers in order.
+        modules: All modules that may be quantized.
+        formats: The menu that choices point into.
+        maxima: Calibrated input maxima.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[torch.nn.Module],
+        modules: Sequence[ScoredModule],
+        formats: Sequence[Format],
+        maxima: Maxima,
+    ) -> None:
+        self._formats = formats
+        self._maxima = maxima
+        number_of = {m: number for number, layer in enumerate(layers) for m in layer.modules()}
+        self._by_layer: dict[int, list[tuple[ScoredModule, Any]]] = {}
+        self._experts: dict[str, FusedExperts] = {}
+        for scored in modules:
+            module = model.get_submodule(scored.planned.name)
+            number = number_of.get(module, len(layers))
+            self._by_layer.setdefault(number, []).append((scored, module))
+            if scored.planned.kind == "experts":
+                self._experts[scored.planned.name] = FusedExperts(module, scored.planned)
+
+    def signature(self, number: int, choice: Choice) -> Choice:
+        """The part of a choice that matters in a layer; the head counts as the layer after all."""
+        return tuple(choice[scored.group] for scored, _ in self._by_layer.get(number, []))
+
+    @contextmanager
+    def quantized(self, number: int, choice: Choice, weights: WeightCache) -> Iterator[None]:
+        """While open, the modules of a layer run under the formats of a choice.
+
+        Args:
+            number: The layer; the number of layers stands for what is outside them (the head).
+            choice: Formats of all groups.
+            weights: Keeps quantized weights between calls.
+        """
+        with ExitStack() as stack:
+            for scored, module in self._by_layer.get(number, []):
+                index = choice[scored.group]
+                if index != UNQUANTIZED:
+                    forward = self._forward(scored.planned, module, self._formats[index], weights)
+                    stack.enter_context(replaced_forward(module, forward))
+            yield
+
+    def _forward(
+        self, planned: PlannedModule, module: Any, format_: Format, weights: WeightCache
+    ) -> Callable[..., torch.Tensor]:
+        maxima = self._maxima.get(planned.name, {})
+        if planned.kind == "experts":
+            experts = self._experts[planned.name]
+            kept = {
+                name: weights.get(
+                    (planned.name, format_.weight_key, name),
+                    partial(experts.quantized_weight, name, format_.weight),
+                )
+                for name in experts.parameters
+            }
+            return lambda *inputs: experts.run(format_, kept, maxima, inputs)
+        weight_OI = weights.get(
+            (planned.name, format_.weight_key),
+            partial(fake_quantize_weight, format_.weight, module.weight),
+        )
+        quantizer = make_input_quantizer(format_.input, maxima.get("input_amax"), module.weight[:0])
+
+        def forward(states: torch.Tensor) -> torch.Tensor:
+            quantized = states if quantizer is None else quantizer(states)
+            return torch.nn.functional.linear(quantized, weight_OI, module.bias)
+
+        return forward

@@ -1,0 +1,124 @@
+"""The story of a refinement: search around a solution by measured KL, where prediction ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoquant_ray.allocation import Allocation
+from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.candidates import Candidate, solution_formats, solution_options
+from autoquant_ray.evaluation import record
+from autoquant_ray.evaluation_config import EvaluationConfig
+from autoquant_ray.evaluation_table import mean_kl, paired_difference
+from autoquant_ray.measurement import measuring
+from autoquant_ray.plan_search import Found, search_plans
+from autoquant_ray.solve import Scores, Solution, load_problem, write_solution
+from autoquant_ray.state import RunState
+from autoquant_ray.store import SOLUTIONS, RunDirectory
+
+Estimate = tuple[float, float | None]
+"""Mean in nats per token, and its standard error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """What a refinement found; measured on data that played no part in the search.
+
+    Attributes:
+        solution: The winner, written beside the solution that it came from.
+        before: Mean measured KL of the start.
+        after: The same of the winner.
+        difference: Winner minus start, paired by sample.
+        num_trials: Plans tried.
+        num_accepted: Swaps taken.
+    """
+
+    solution: Solution
+    before: Estimate
+    after: Estimate
+    difference: Estimate
+    num_trials: int
+    num_accepted: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``refinement`` object of ``manifest.json``."""
+        return {
+            "num_trials": self.num_trials,
+            "num_accepted": self.num_accepted,
+            "kl_before": self.before[0],
+            "kl_before_stderr": self.before[1],
+            "kl_after": self.after[0],
+            "kl_after_stderr": self.after[1],
+            "kl_difference": self.difference[0],
+            "kl_difference_stderr": self.difference[1],
+        }
+
+
+def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refinement:
+    """Search around a solution by measured KL.
+
+    Args:
+        config: Run, solution, data and workers.
+        num_trials: Plans to measure at most.
+        seed: Of the choice among proposals.
+
+    Raises:
+        DataError: The data makes fewer than three shards.
+        AutoQuantError: One of its subclasses; finished measurements are kept.
+    """
+    state = RunState.open(RunDirectory(config.run))
+    start = f"{SOLUTIONS}/{config.solution}/" if config.solution else ""
+    problem, scores = load_problem(state)
+    options = solution_options(state, start)
+    formats = solution_formats(state, start, problem)
+    with measuring(state, config) as measurement:
+        found = search_plans(
+            measurement.measure,
+            measurement.facts["num_shards"],
+            problem,
+            scores,
+            options,
+            formats,
+            num_trials=num_trials,
+            seed=seed,
+        )
+        name = f"{config.solution or 'scan'}-refined"
+        allocation = _allocation(problem, scores, options, found.winner)
+        solution = write_solution(state, problem, scores, options, allocation, name)
+        refined = _refinement(solution, found)
+        _note(state, refined)
+        plans = [replace(found.winner, name="solution"), replace(found.start, name="unrefined")]
+        record(measurement, f"{SOLUTIONS}/{name}/", plans, [found.after, found.before])
+    return refined
+
+
+def _refinement(solution: Solution, found: Found) -> Refinement:
+    def mean(one: Any) -> Estimate:
+        return mean_kl(one), paired_difference(one, None)[1]
+
+    return Refinement(
+        solution=solution,
+        before=mean(found.before),
+        after=mean(found.after),
+        difference=paired_difference(found.after, found.before),
+        num_trials=found.num_trials,
+        num_accepted=found.num_accepted,
+    )
+
+
+def _allocation(
+    problem: Problem, scores: Scores, options: SolveOptions, plan: Candidate
+) -> Allocation:
+    """The winner as an allocation; its gap is that of its predicted, not of its measured loss."""
+    best = problem.solve(scores, options)
+    predicted = plan.predicted_kl
+    gap = max(0.0, predicted - best.score) / predicted if predicted else 0.0
+    return replace(best, formats=plan.formats, score=predicted, optimality_gap=gap)
+
+
+def _note(state: RunState, refined: Refinement) -> None:
+    """Add the ``refinement`` object to the winner's manifest."""
+    name = f"{SOLUTIONS}/{refined.solution.name}/manifest.json"
+    manifest = state.directory.read_json(name)
+    state.directory.write_json(name, manifest | {"refinement": refined.to_json()})

@@ -1,0 +1,168 @@
+"""``evaluate``: against the model that ``mtq.quantize`` makes of the manifest; and its resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+
+from autoquant_ray import load_quantization_config
+
+NUM_CALIBRATION = 6
+RIVALS = ("--num-random", "3", "--address", "local", "--workers")
+
+
+@pytest.fixture(scope="module")
+def scanned(
+    tmp_path_factory: pytest.TempPathFactory, run_command: Any, scan_arguments: Any
+) -> Path:
+    run: Path = tmp_path_factory.mktemp("scanned") / "run"
+    extra = ("--samples", NUM_CALIBRATION, "--shard-samples", "1", "--workers", "1")
+    done = run_command(*scan_arguments(run, *extra))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def evaluated(scanned: Path, run_command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(scanned, run)
+    done = run_command("evaluate", run, *RIVALS, "1")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def rows_of(run: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in pq.read_table(run / "evaluation.parquet").to_pylist()}
+
+
+@torch.no_grad()
+def measure(
+    folder: Path, run: Path, samples: list[list[int]], calibration: Any
+) -> dict[str, float]:
+    """Mean KL and both perplexities, by transformers and ``mtq.quantize`` alone."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = load_quantization_config(json.loads((run / "manifest.json").read_text()))
+
+    def forward_loop(quantized: Any) -> None:
+        for sample in calibration:
+            quantized(input_ids=torch.tensor([sample]), use_cache=False)
+
+    def log_probabilities(sample: list[int]) -> torch.Tensor:
+        logits = model(input_ids=torch.tensor([sample]), use_cache=False).logits[0, :-1]
+        return torch.log_softmax(logits.double(), dim=-1)
+
+    before = [log_probabilities(sample) for sample in samples]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mtq.quantize(model, config, forward_loop)
+    after = [log_probabilities(sample) for sample in samples]
+    targets = torch.cat([torch.tensor(sample[1:]) for sample in samples])[:, None]
+    log_p, log_q = torch.cat(before), torch.cat(after)
+    return {
+        "kl_mean": float((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean()),
+        "perplexity": float(torch.exp(-log_q.gather(1, targets).mean())),
+        "reference_perplexity": float(torch.exp(-log_p.gather(1, targets).mean())),
+    }
+
+
+def test_solution_equals_the_manifest_quantized_by_modelopt(
+    evaluated: Path, model_folder: Any
+) -> None:
+    """The manifest tells ``mtq.quantize`` everything; the data is what the scan has not seen."""
+    (held_out,) = (evaluated / "evaluation").glob("*/samples")
+    tables = [pq.read_table(path) for path in sorted(held_out.iterdir())]
+    samples = [tokens for table in tables for tokens in table["tokens"].to_pylist()]
+    used = [
+        tokens
+        for path in sorted((evaluated / "samples").iterdir())
+        for tokens in pq.read_table(path)["tokens"].to_pylist()
+    ]
+    assert len(samples) == 6
+    assert not {tuple(one) for one in samples} & {tuple(one) for one in used}
+    expected = measure(model_folder("llama"), evaluated, samples, used)
+    row = rows_of(evaluated)["solution"]
+    assert expected["kl_mean"] > 0
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, rel=1e-3), name
+    assert row["num_tokens"] == sum(len(sample) - 1 for sample in samples)
+    assert row["num_samples"] == 6
+
+
+def test_rivals_keep_the_budget(evaluated: Path) -> None:
+    rows = rows_of(evaluated)
+    assert {"solution", "modelopt", "random 1", "random 2", "random 3"} <= set(rows)
+    assert "uniform wint4_afp16" in rows
+    for row in rows.values():
+        assert row["effective_bits"] <= 8 + 1e-9
+        assert row["kl_p50"] <= row["kl_p95"] <= row["kl_p99"]
+        assert 0 <= row["top1_agreement"] <= 1
+    assert rows["solution"]["kl_above_solution"] == 0
+
+
+def test_report_shows_it(evaluated: Path) -> None:
+    for name in ("report.md", "report.html"):
+        text = (evaluated / name).read_text()
+        assert "Predicted against measured" in text
+        assert f"{rows_of(evaluated)['solution']['kl_mean']:.4g}" in text
+        assert "shuffled scores, mean of 3" in text
+
+
+def test_two_workers_give_the_same_bytes(
+    scanned: Path, evaluated: Path, run_command: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(scanned, tmp_path / "run")
+    done = run_command("evaluate", tmp_path / "run", *RIVALS, "2")
+    assert done.returncode == 0, done.stderr
+    expected = (evaluated / "evaluation.parquet").read_bytes()
+    assert (tmp_path / "run" / "evaluation.parquet").read_bytes() == expected
+
+
+def test_killed_evaluation_goes_on(
+    scanned: Path, evaluated: Path, command: Any, run_command: Any, watch: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scanned, run)
+
+    def parts() -> dict[str, int]:
+        found = (run / "evaluation").glob("*/*/shard-*.parquet")
+        return {str(p): p.stat().st_mtime_ns for p in found if p.parent.name != "samples"}
+
+    arguments = command("evaluate", run, *RIVALS, "1")
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        watch.wait_for(lambda: len(parts()) > 0, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+    before = parts()
+    done = run_command("evaluate", run, *RIVALS, "1")
+    assert done.returncode == 0, done.stderr
+    after = parts()
+    assert {name: after[name] for name in before} == before
+    expected = (evaluated / "evaluation.parquet").read_bytes()
+    assert (run / "evaluation.parquet").read_bytes() == expected
+
+
+def test_changed_model_and_wrong_names_are_refused(
+    evaluated: Path, run_command: Any, tmp_path: Path, model_folder: Any
+) -> None:
+    done = run_command("evaluate", evaluated, "--solution", "bits-4.00")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "bits-4.00" in done.stderr
+    done = run_command("evaluate", evaluated, "--against", "best")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "'best' is unknown; known: uniform, modelopt, random" in done.stderr
+    done = run_command("evaluate", evaluated, "--data", tmp_path / "none.txt")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "none.txt" in done.stderr

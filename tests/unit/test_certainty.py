@@ -1,0 +1,83 @@
+"""How sure a solution is: resampled shards under their groups' names, and the null."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.certainty import assess_solution
+from autoquant_ray.solve import load_problem, solve_run
+from autoquant_ray.state import RunState
+
+
+def test_solution_states_its_certainty(make_run: Any) -> None:
+    directory = make_run()
+    solution = solve_run(directory, SolveOptions(bits=6.0))
+    stability = directory.read_json("solutions/bits-6.00/manifest.json")["stability"]
+    assert solution.certainty is not None
+    assert stability["expected_regret"] == solution.certainty.expected_regret >= 0
+    assert set(stability["kept"]) == {g for g, f in solution.formats.items() if g != "lm_head"}
+    assert stability["num_buckets"] == 2
+    assert "Decisions" in directory.read_bytes("solutions/bits-6.00/report.md").decode()
+
+
+def buckets_of(directory: Any, noise: float, count: int = 12) -> Any:
+    """Buckets around the run's own sums: every shard alike, or with noise of its own."""
+    table = directory.read_table("resampling.parquet", "resampling").to_pandas()
+    total = table.groupby(["group", "format"], sort=False)["sum"].sum().reset_index()
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "bucket": bucket,
+            "group": row.group,
+            "format": row.format,
+            "sum": row.sum_ * np.exp(noise * rng.normal()),
+        }
+        for bucket in range(count)
+        for row in total.rename(columns={"sum": "sum_"}).itertuples()
+    ]
+    directory.write_table("resampling.parquet", "resampling", rows)
+    return directory.read_table("resampling.parquet", "resampling")
+
+
+@pytest.mark.parametrize(("noise", "is_certain"), [(0.0, True), (3.0, False)])
+def test_alike_shards_decide_and_noisy_ones_do_not(
+    noise: float, is_certain: bool, make_run: Any
+) -> None:
+    directory = make_run()
+    problem, scores = load_problem(RunState.open(directory))
+    buckets = buckets_of(directory, noise)
+    options = SolveOptions(bits=6.0)
+    formats = problem.solve(scores, options).formats
+    found = assess_solution(problem, scores, options, formats, buckets)
+    assert found is not None
+    if is_certain:
+        assert found.num_certain >= len(problem.searched) - 1  # exact and fast may differ in one
+        assert found.expected_regret == 0
+    else:
+        assert found.num_certain < len(problem.searched)
+        assert found.expected_regret > 0
+        assert set(found.coin_tosses) <= set(formats)
+
+
+def test_constraints_hold_in_the_resamples(make_run: Any) -> None:
+    directory = make_run()
+    problem, scores = load_problem(RunState.open(directory))
+    buckets = buckets_of(directory, 3.0)
+    group = problem.searched[0].name
+    options = SolveOptions(bits=6.0, pins={group: "wint8_aint8"})
+    formats = problem.solve(scores, options).formats
+    found = assess_solution(problem, scores, options, formats, buckets)
+    assert found is not None
+    assert found.kept[group] == 1.0
+
+
+def test_null_is_worse_than_the_solution(make_run: Any) -> None:
+    directory = make_run()
+    solution = solve_run(directory, SolveOptions(bits=6.0))
+    assert solution.certainty is not None
+    assert solution.certainty.null_score is not None
+    assert solution.certainty.null_score > solution.summary["score"]

@@ -1,0 +1,131 @@
+"""The evaluation engine against models that ``mtq.quantize`` made, run by transformers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import numpy as np
+import pytest
+import torch
+
+from autoquant_ray.calibration import to_maxima
+from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec, ShardEvaluation
+from autoquant_ray.manifest import quantizer_entries
+from autoquant_ray.models import ModelRef
+from autoquant_ray.quantized_layers import UNQUANTIZED, Choice
+
+FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
+LENGTHS = [24, 17, 9, 24]
+
+
+def make_evaluation(prepared: Any, samples: list[list[int]], **changes: Any) -> EvaluationEngine:
+    """An evaluation engine on the model of a scoring engine, calibrated on the samples."""
+    spec = prepared.engine.spec
+    fields: dict[str, Any] = {
+        "model": ModelRef(name="in memory", path="unused"),
+        "dtype": "float32",
+        "device": "cpu",
+        "num_threads": 1,
+        "modules": spec.modules,
+        "formats": spec.formats,
+        "maxima": to_maxima(prepared.engine.calibrate(samples)),
+        "step_tokens": 60,
+    }
+    return EvaluationEngine(EvaluationSpec(**(fields | changes)), model=prepared.model)
+
+
+def random_choices(num_groups: int, number: int, seed: int = 0) -> list[Choice]:
+    """Allocations with every format and 16 bits in them."""
+    drawn = np.random.default_rng(seed).integers(UNQUANTIZED, len(FORMATS), (number, num_groups))
+    return [tuple(int(index) for index in row) for row in drawn]
+
+
+def quantize(prepared: Any, choice: Choice, samples: list[list[int]]) -> Any:
+    """The model as ``mtq.quantize`` makes it, calibrated by itself on the samples."""
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for group, index in zip(prepared.plan.searched, choice, strict=True):
+        if index == UNQUANTIZED:
+            continue
+        for module in group.modules:
+            for prefix in module.quantizer_prefixes:
+                name = f"{module.name}.{prefix}"
+                entries += quantizer_entries(name, prepared.plan.formats[index])
+
+    def forward_loop(model: Any) -> None:
+        for sample in samples:
+            model(input_ids=torch.tensor([sample]), use_cache=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return mtq.quantize(
+            copy.deepcopy(prepared.model), {"quant_cfg": entries, "algorithm": "max"}, forward_loop
+        )
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, sample: list[int]) -> torch.Tensor:
+    logits = model(input_ids=torch.tensor([sample]), use_cache=False).logits[0, :-1]
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "qwen3_vl"])
+def test_equals_mtq_quantize(family: str, make_engine: Any, make_samples: Any) -> None:
+    prepared = make_engine(family, FORMATS)
+    samples = make_samples(LENGTHS, seed=3)
+    engine = make_evaluation(prepared, samples)
+    choices = random_choices(len(prepared.plan.searched), 2)
+    result = engine.evaluate(samples, choices)
+    for choice, ours in zip(choices, result.divergences, strict=True):
+        quantized = quantize(prepared, choice, samples)
+        for sample, loss_N, one in zip(samples, result.reference, ours, strict=True):
+            log_p, log_q = (log_probabilities(m, sample) for m in (prepared.model, quantized))
+            targets = torch.tensor(sample[1:])[:, None]
+            kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+            np.testing.assert_allclose(one.kl_N, kl, rtol=2e-3, atol=2e-6)
+            np.testing.assert_allclose(one.loss_N, -log_q.gather(1, targets)[:, 0], rtol=1e-4)
+            np.testing.assert_allclose(loss_N, -log_p.gather(1, targets)[:, 0], rtol=1e-4)
+            agrees = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
+            assert (one.agrees_N == agrees.numpy()).mean() > 0.95
+
+
+def test_model_does_not_diverge_from_itself(make_engine: Any, make_samples: Any) -> None:
+    prepared = make_engine("llama", FORMATS)
+    samples = make_samples(LENGTHS)
+    engine = make_evaluation(prepared, samples)
+    result = engine.evaluate(samples, [(UNQUANTIZED,) * len(prepared.plan.searched)])
+    for loss_N, one in zip(result.reference, result.divergences[0], strict=True):
+        assert not one.kl_N.any()
+        assert one.agrees_N.all()
+        assert (one.loss_N == loss_N).all()
+
+
+def flatten(result: ShardEvaluation, index: int) -> np.ndarray[Any, Any]:
+    return np.concatenate([one.kl_N for one in result.divergences[index]])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_allocations_share_work_but_not_results(
+    family: str, make_engine: Any, make_samples: Any
+) -> None:
+    prepared = make_engine(family, FORMATS)
+    samples = make_samples(LENGTHS)
+    engine = make_evaluation(prepared, samples)
+    first, second = random_choices(len(prepared.plan.searched), 2, seed=1)
+    swapped = (*first[:-1], (first[-1] + 2) % len(FORMATS))
+    together = engine.evaluate(samples, [first, swapped, second, first])
+    for index, choice in enumerate([first, swapped, second, first]):
+        alone = engine.evaluate(samples, [choice])
+        assert flatten(together, index).tobytes() == flatten(alone, 0).tobytes()
+    assert flatten(together, 0).tobytes() != flatten(together, 1).tobytes()
+
+
+def test_model_itself_stays_as_it_was(make_engine: Any, make_samples: Any) -> None:
+    prepared = make_engine("qwen3_moe", FORMATS)
+    samples = make_samples(LENGTHS)
+    before = log_probabilities(prepared.model, samples[0])
+    engine = make_evaluation(prepared, samples)
+    engine.evaluate(samples, random_choices(len(prepared.plan.searched), 2))
+    assert torch.equal(log_probabilities(prepared.model, samples[0]), before)

@@ -1,0 +1,90 @@
+"""The frontier of a run against single solves and brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.cli import main
+from autoquant_ray.errors import InfeasibleBudgetError
+from autoquant_ray.formats import NONE
+from autoquant_ray.frontier import Point, find_knee, frontier_of, smallest_within
+from autoquant_ray.solve import load_problem, solve_run
+from autoquant_ray.state import RunState
+
+
+def all_allocations(directory: Any) -> list[tuple[float, float]]:
+    """(bits, loss) of every allocation there is."""
+    problem, scores = load_problem(RunState.open(directory))
+    weights = sum(group.num_weights for group in problem.searched)
+    rows = [
+        [
+            (8 * g.cost(f, "storage") / weights, 0.0 if f == NONE else scores[g.name, f])
+            for f in g.rows
+        ]
+        for g in problem.searched
+    ]
+    return [
+        (math.fsum(b for b, _ in combination), math.fsum(s for _, s in combination))
+        for combination in itertools.product(*rows)
+    ]
+
+
+def test_points_are_the_best_at_their_size(make_run: Any) -> None:
+    directory = make_run(formats=("wint4_afp16", "wint8_aint8"))
+    points = frontier_of(directory)
+    assert len(points) >= 20
+    everything = all_allocations(directory)
+    for point in points:
+        best = min(s for bits, s in everything if bits <= point.effective_bits * (1 + 1e-9))
+        assert point.predicted_kl == pytest.approx(best, rel=1e-9, abs=1e-15)
+    sizes = [point.weight_bytes for point in points]
+    assert sizes == sorted(sizes)
+    assert sum(point.is_knee for point in points) == 1
+    table = directory.read_table("frontier.parquet", "frontier").to_pylist()
+    assert table == [vars(point) for point in points]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0, 2.0])
+def test_smallest_size_within_a_loss(share: float, make_run: Any) -> None:
+    directory = make_run(formats=("wint4_afp16", "wint8_aint8"))
+    everything = all_allocations(directory)
+    target = share * max(s for _, s in everything)
+    solution = solve_run(directory, smallest_within(directory, target))
+    smallest = min(bits for bits, s in everything if s <= target)
+    assert solution.summary["predicted_kl_nats"] <= target
+    assert solution.summary["effective_bits"] == pytest.approx(smallest, rel=1e-9)
+
+
+def test_no_size_is_within_a_negative_loss(make_run: Any) -> None:
+    with pytest.raises(InfeasibleBudgetError, match="16 bits lose 0"):
+        smallest_within(make_run(), -1.0)
+
+
+def test_knee_is_where_the_curve_bends() -> None:
+    losses = [1e0, 1e-1, 1e-2, 0.9e-2, 0.8e-2, 0.7e-2]
+    points = [
+        Point(effective_bits=n + 4.0, weight_bytes=100.0 * n, predicted_kl=loss)
+        for n, loss in enumerate(losses)
+    ]
+    assert find_knee(points) == 2
+
+
+def test_command_prints_sizes_and_solves_targets(make_run: Any) -> None:
+    directory = make_run()
+    done = CliRunner().invoke(main, ["frontier", directory.uri, "--points", "9"])
+    assert done.exit_code == 0
+    assert "knee" in done.output
+    total = solve_run(directory, SolveOptions(bits=16)).summary
+    assert total["predicted_kl_nats"] == 0
+    done = CliRunner().invoke(main, ["frontier", directory.uri, "--target-ppl-increase", "x"])
+    assert done.exit_code == 2
+    done = CliRunner().invoke(
+        main, ["frontier", directory.uri, "--target-kl", "1", "--target-ppl-increase", "1%"]
+    )
+    assert (done.exit_code, "exclude each other" in done.output) == (2, True)

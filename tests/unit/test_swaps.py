@@ -1,0 +1,76 @@
+"""Swaps keep the budgets, are complete, and come in the order of the scores."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.errors import DataError
+from autoquant_ray.formats import NONE
+from autoquant_ray.plan_search import split_shards
+from autoquant_ray.solve import load_problem
+from autoquant_ray.state import RunState
+from autoquant_ray.swaps import Swaps, combine
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SolveOptions(bits=6.0),
+        SolveOptions(bits=7.0, max_formats=2),
+        SolveOptions(bits=8.0, allow={"*.mlp.*": ("wint8_aint8", "none")}),
+    ],
+)
+def test_proposals_are_all_changes_that_fit(options: SolveOptions, make_run: Any) -> None:
+    problem, scores = load_problem(RunState.open(make_run()))
+    formats = problem.solve(scores, options).formats
+    swaps = Swaps(problem, scores, options)
+    (budget,) = problem.budgets(options)
+
+    def cost(plan: dict[str, str]) -> float:
+        return sum(g.cost(plan[g.name], budget.resource) for g in problem.searched)
+
+    def loss(plan: dict[str, str]) -> float:
+        return sum(0.0 if f == NONE else scores[g, f] for g, f in plan.items())
+
+    allowed = {c.group: [] for c in problem.choices(scores)}
+    for choice in problem.choices(scores):
+        is_mlp = ".mlp." in choice.group
+        if not (options.allow and is_mlp and choice.format not in ("wint8_aint8", NONE)):
+            allowed[choice.group].append(choice.format)
+    expected = set()
+    for first, second in itertools.combinations(allowed, 2):
+        for one, two in itertools.product(allowed[first], allowed[second]):
+            plan = {**formats, first: one, second: two}
+            few = options.max_formats or 99
+            if cost(plan) <= budget.limit and len(set(plan.values()) - {NONE}) <= few:
+                expected.add(tuple(plan.values()))
+    expected.discard(tuple(formats.values()))
+
+    proposals = list(swaps.proposals(formats))
+    plans = [{**formats, **dict(change)} for change in proposals]
+    assert {tuple(plan.values()) for plan in plans} == expected
+    assert len(plans) == len(expected) > 0
+    losses = [loss(plan) for plan in plans]
+    assert losses == pytest.approx(sorted(losses))
+    assert all(swaps.fits(plan) for plan in plans)
+
+
+def test_combined_changes_touch_different_groups() -> None:
+    changes = [(("a", "x"), ("b", "y")), (("b", "z"),), (("c", "x"),), (("c", "y"), ("d", "x"))]
+    assert combine(changes) == [changes[0], changes[2]]
+
+
+@pytest.mark.parametrize("count", [3, 4, 7, 8, 40])
+def test_split_uses_every_shard_once(count: int) -> None:
+    first, second, third = split_shards(count)
+    assert sorted(first + second + third) == list(range(count))
+    assert len(first) >= len(second) == len(third) > 0
+
+
+def test_split_needs_three_shards() -> None:
+    with pytest.raises(DataError, match="this data makes 2"):
+        split_shards(2)
