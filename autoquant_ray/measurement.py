@@ -135,8 +135,16 @@ class Measurement:
                     self.left_out[shard] = outcome.reason
                 else:
                     _write_parts(directory, self.folder, outcome, missing[shard])
-                    directory.append_event("shard_done", stage="evaluate", shard=shard)
-                advance()
+                    num_tokens = sum(map(len, outcome.task.samples))
+                    directory.append_event(
+                        "shard_done",
+                        stage="evaluate",
+                        shard=shard,
+                        num_tokens=num_tokens,
+                        seconds=round(outcome.seconds, 3),
+                        pid=outcome.process_id,
+                    )
+                advance(f"{outcome.num_workers} worker(s)")
 
 
 @contextmanager
