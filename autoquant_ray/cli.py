@@ -18,6 +18,7 @@ from autoquant_ray.cli_edge import (
     print_json,
     set_up_logging,
 )
+from autoquant_ray.cli_nightly import compare, nightly
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
 from autoquant_ray.config import ScanConfig, SearchSpace
 from autoquant_ray.config_file import load_config
@@ -31,8 +32,8 @@ def main() -> None:
     """Choose a quantization format for every layer of a model, with the work spread over Ray.
 
     \b
-    Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 finished but a shard was quarantined,
-    4 budget infeasible, 130 interrupted (go on with --resume).
+    Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 finished but needs a look (a shard was
+    quarantined, or drift), 4 budget infeasible, 130 interrupted (go on with --resume).
     """
 
 
@@ -249,3 +250,7 @@ def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -
     from autoquant_ray.demo import demo_config
 
     _run_scan(demo_config(out, bits), "overwrite" if overwrite else "resume", as_json)
+
+
+main.add_command(compare)
+main.add_command(nightly)
