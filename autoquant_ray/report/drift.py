@@ -54,7 +54,8 @@ def render_drift(comparison: Comparison, notes: Sequence[str] = (), subject: str
 def render_baseline(facts: dict[str, Any], notes: Sequence[str], subject: str) -> str:
     """The same for a first run, which has nothing to be compared with."""
     lines = [f"# baseline: {plain_text(subject)}", ""]
-    lines += ["There is nothing to compare it with: it is the job's first good run, or its baseline.", ""]
+    reason = "it is the job's first good run, or its baseline"
+    lines += [f"There is nothing to compare it with: {reason}.", ""]
     lines += ["**What to do:** Nothing; the next night is compared with a good one.", ""]
     return "\n".join([*lines, *_notes(notes), *_facts(facts)]).rstrip() + "\n"
 
