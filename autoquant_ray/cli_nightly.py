@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from autoquant_ray.cli_edge import (
@@ -11,6 +13,10 @@ from autoquant_ray.cli_edge import (
     set_up_logging,
 )
 from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK, ConfigError
+
+if TYPE_CHECKING:
+    from autoquant_ray.config import ScanConfig
+    from autoquant_ray.state import Mode
 
 
 @click.command()
@@ -76,12 +82,18 @@ def nightly(
         raise ConfigError(f"{job_file}: kind: nightly runs a nightly job, this is a {job.kind} job")
 
     from autoquant_ray.nightly import run_night
-    from autoquant_ray.search import run_search
 
     with only_ours_on_stdout():
-        night = run_night(job, runs, run_search, keep=keep, date=date)
+        night = run_night(job, runs, _scan, keep=keep, date=date)
     if as_json:
         print_json(night.document)
     else:
         click.echo("\n".join(night.lines))
     raise click.exceptions.Exit(night.exit_code)
+
+
+def _scan(config: ScanConfig, mode: Mode) -> object:
+    """Scan; a night that is held or finished never gets here and starts without torch and Ray."""
+    from autoquant_ray.search import run_search
+
+    return run_search(config, mode)

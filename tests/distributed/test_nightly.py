@@ -101,7 +101,8 @@ def test_killed_night_goes_on_and_overlapping_tick_leaves(
 ) -> None:
     run_folder = tmp_path / "runs" / RUNS[0]
     with subprocess.Popen(night(1), stderr=subprocess.PIPE, text=True) as at_work:
-        watch.wait_for(lambda: len(watch.scored(run_folder)) >= 1, at_work)
+        locks = tmp_path / "runs" / ".locks" / "tiny"
+        watch.wait_for(lambda: any(locks.glob("*.json")), at_work)
         overlapping = run(night(1))
         at_work.communicate(timeout=240)
     assert overlapping.returncode == 0, overlapping.stderr
