@@ -15,6 +15,7 @@ import numpy as np
 from autoquant_ray.budget import Problem
 from autoquant_ray.comparison import MIN_CHANGE, Comparison, MovedGroup, Test, judged
 from autoquant_ray.errors import StoreError
+from autoquant_ray.maxima_noise import has_integer_input, log_deviations
 from autoquant_ray.moved_scores import (
     Floats,
     Moves,
@@ -25,10 +26,10 @@ from autoquant_ray.moved_scores import (
 )
 from autoquant_ray.parts import Parts
 from autoquant_ray.plan_changes import format_changes, regret
-from autoquant_ray.run_changes import find_changes, same_tokens
+from autoquant_ray.run_changes import changed_weights, find_changes, same_tokens
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SCORES, RunDirectory
+from autoquant_ray.store import CALIBRATION, SCORES, RunDirectory
 
 Key = tuple[str, str]
 
@@ -50,13 +51,16 @@ def compare_runs(
     changes = find_changes(first.values, second.values)
     keys = [key for key in second.rows if key in first.rows]
     moves, test = _moves(first, second, keys, significance)
+    weights = changed_weights(first.values, second.values)
     moved = _moved_groups(first, second, keys, moves)
+    moved.sort(key=lambda group: group.group not in (weights or ()))  # stable: then by size
     comparison = Comparison(
         verdict="noise",
         reasons=[],
         before=first.facts(),
         after=second.facts(),
         changes=changes,
+        changed_weights=weights,
         spearman=_rank_correlations(first, second, keys),
         test=test,
         significance=significance,
@@ -128,7 +132,26 @@ class _Side:
             score_K=np.array([row["score"] for row in rows], dtype=np.float64),
             stderr_K=np.array([math.nan if e is None else e for e in stderrs], dtype=np.float64),
             num_shards=self.num_shards,
+            maxima_K=self._maxima_deviations(keys),
         )
+
+    def _maxima_deviations(self, keys: Sequence[Key]) -> Floats:
+        """Standard deviation over shards of the logarithm of each pair's input maximum."""
+        formats = self.values["plan"]["formats"]
+        static = {f["name"] for f in formats if has_integer_input(f)}
+        groups = {group for group, format_ in keys if format_ in static}
+        if not groups or not self._has(CALIBRATION):
+            return np.zeros(len(keys))
+        parts = Parts(self.directory, CALIBRATION, self.state.used_shards)
+        by_module = log_deviations(parts)
+        by_group = {
+            name: max(
+                (by_module.get(module, 0.0) for module in self.problem.groups[name].module_names),
+                default=0.0,
+            )
+            for name in groups
+        }
+        return np.array([by_group[g] if f in static else 0.0 for g, f in keys], dtype=np.float64)
 
     def half_sums(self, keys: Sequence[Key]) -> Iterator[tuple[Floats, int]]:
         """Half the sums and the predicted tokens of each shard, in the order of the shards."""
@@ -139,11 +162,14 @@ class _Side:
             yield 0.5 * sums_K[index_K], int(part.column("num_tokens")[0].as_py())
 
     @property
-    def has_parts(self) -> bool:
-        """Whether every used shard's part is still there."""
+    def has_scores(self) -> bool:
+        """Whether every used shard's scores are still there."""
+        return self._has(SCORES)
+
+    def _has(self, folder: str) -> bool:
         if self.values["config"] is None:
             return False
-        return set(self.state.used_shards) <= set(self.directory.list_parts(SCORES))
+        return set(self.state.used_shards) <= set(self.directory.list_parts(folder))
 
 
 def _moves(
@@ -158,7 +184,7 @@ def _moves(
     moves = find_moves(before, after, significance, stderr_K)
     if np.isnan(moves.p_K).all():
         return moves, "none"
-    return moves, "paired" if moves.is_paired else "welch"
+    return moves, "paired" if moves.is_paired else "unpaired"
 
 
 def _is_paired(first: _Side, second: _Side) -> bool:
@@ -167,8 +193,8 @@ def _is_paired(first: _Side, second: _Side) -> bool:
         and first.state.num_shards == second.state.num_shards
         and first.state.used_shards == second.state.used_shards
         and len(first.state.used_shards) > 1
-        and first.has_parts
-        and second.has_parts
+        and first.has_scores
+        and second.has_scores
     )
 
 

@@ -18,7 +18,7 @@ from autoquant_ray.plan_changes import FormatChange, Regret
 from autoquant_ray.run_changes import Change
 
 Verdict = Literal["same", "noise", "drift"]
-Test = Literal["paired", "welch", "none"]
+Test = Literal["paired", "unpaired", "none"]
 
 MIN_CHANGE = 0.1
 """A score that moved by less than this share, up or down, is no drift, however sure the move."""
@@ -61,11 +61,12 @@ class Comparison:
         before: Facts about the first run: run_id, uri, predicted_kl_nats, and so on.
         after: Facts about the second run.
         changes: What the runs were made from, where it differs.
+        changed_weights: Groups whose weights differ; None where the runs do not tell.
         spearman: Format -> rank correlation of the groups' scores; None where undefined.
-        test: ``paired`` by shards, ``welch``, or ``none`` where a run has no error bars.
+        test: ``paired`` by shards, ``unpaired``, or ``none`` where a run has no error bars.
         significance: False discovery rate of the moved groups.
         num_tested: (group, format) pairs that were tested.
-        moved: Groups that moved, the largest change first.
+        moved: Groups that moved; those whose weights changed first, then by size of the change.
         only_before: Searched groups that the second run lacks.
         only_after: Searched groups that the first run lacks.
         format_changes: Groups that would get another format.
@@ -77,6 +78,7 @@ class Comparison:
     before: dict[str, Any]
     after: dict[str, Any]
     changes: list[Change]
+    changed_weights: list[str] | None
     spearman: dict[str, float | None]
     test: Test
     significance: float
@@ -113,7 +115,8 @@ def judged(comparison: Comparison, *, is_equal: bool) -> Comparison:
         return replace(
             comparison, verdict="same", reasons=["All scores are equal to the last bit."]
         )
-    return replace(comparison, verdict="noise", reasons=_no_alarm(comparison, is_equal))
+    reasons = [*_no_alarm(comparison, is_equal), *_weights(comparison)]
+    return replace(comparison, verdict="noise", reasons=reasons)
 
 
 def describe_changes(changes: Sequence[Change]) -> str:
@@ -132,12 +135,24 @@ def _moves(comparison: Comparison) -> list[str]:
     moved = comparison.moved
     if not moved:
         return []
-    shown = ", ".join(group.group for group in moved[:3]) + (", ..." if len(moved) > 3 else "")
     verb = "group" if len(moved) == 1 else "groups"
     return [
         f"The score of {len(moved)} {verb} moved by {MIN_CHANGE:.0%} or more and by more than "
-        f"error bars explain, the most first: {shown}."
+        f"error bars explain: {_first([group.group for group in moved])}.",
+        *_weights(comparison),
     ]
+
+
+def _weights(comparison: Comparison) -> list[str]:
+    """Whose weights changed, as a sentence; nothing where none did, or the runs do not tell."""
+    names = comparison.changed_weights
+    if not names:
+        return []
+    return [f"The weights of {len(names)} group(s) changed: {_first(names)}."]
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _groups(comparison: Comparison) -> list[str]:
@@ -146,8 +161,7 @@ def _groups(comparison: Comparison) -> list[str]:
         return []
     named = (("are gone", comparison.only_before), ("are new", comparison.only_after))
     return [
-        f"{len(groups)} searched group(s) {what}: {', '.join(groups[:3])}"
-        + (", ..." if len(groups) > 3 else ".")
+        f"{len(groups)} searched group(s) {what}: {_first(groups)}."
         for what, groups in named
         if groups
     ]
@@ -156,7 +170,8 @@ def _groups(comparison: Comparison) -> list[str]:
 def _plans(comparison: Comparison, is_equal: bool) -> list[str]:
     """Equal scores and an equal budget must not give a plan that is worth another."""
     loss = comparison.regret
-    if not is_equal or loss is None or _has_changed(comparison, "allocate"):
+    is_other_problem = _has_changed(comparison, "plan") or _has_changed(comparison, "allocate")
+    if not is_equal or loss is None or is_other_problem:
         return []
     if abs(loss.relative or 0.0) < MIN_REGRET:
         return []

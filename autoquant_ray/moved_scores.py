@@ -2,9 +2,17 @@
 
 Two runs on the same samples are compared shard by shard, because the same text's share of the
 noise is in both and cancels. Runs on different samples are compared by their standard errors.
-Either way a standard error of S shards is itself uncertain, so that a score's move is held against
-Student's t distribution, not the normal one: with 4 shards and 100 scores the normal one finds a
-drift where there is none more often than not.
+Neither is taken at its word, because a false alarm every other night is worse than none:
+
+- A standard error of S shards is itself uncertain. A move is held against Student's t distribution
+  with S - 1 degrees of freedom (of the run with fewer shards), not the normal one.
+- With few shards some of many standard errors are small by luck. One that is, relative to its
+  score, below the median of its run counts as the median (the idea of Tusher et al., 2001).
+- On different samples, calibration finds other input maxima, which the spread over the shards of
+  one run does not contain: all of them use the same maxima. The step of a static integer format
+  grows with the maximum, its error with the square of that. If the logarithms of the shards' maxima
+  follow a Gumbel distribution, then that of their maximum has the same standard deviation, so that
+  it adds twice this deviation to the score's relative error.
 
 Benjamini-Hochberg is applied across all (group, format) pairs, not across groups: each pair is a
 number that the allocation reads, and the scores of one group, or of one shard, move together,
@@ -35,11 +43,20 @@ class Scores:
         score_K: Scores.
         stderr_K: Their standard errors over shards; NaN where a single shard gives none.
         num_shards: Shards that they are made of.
+        maxima_K: Standard deviation of the logarithm of the input maximum that a pair's format
+            depends on; 0 where it depends on none.
     """
 
     score_K: Floats
     stderr_K: Floats
     num_shards: int
+    maxima_K: Floats
+
+    def cautious_stderr(self) -> Floats:
+        """Standard errors that no luck made small, with the noise of the maxima."""
+        stderr_K = _not_by_luck(self.stderr_K, self.score_K)
+        errors_K: Floats = np.hypot(stderr_K, 2 * self.maxima_K * self.score_K)
+        return errors_K
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +64,10 @@ class Moves:
     """How scores moved from a run to another.
 
     Attributes:
-        z_K: Difference over the root of the summed squares of both standard errors; 0 where
-            nothing changed, NaN where there are no error bars.
-        p_K: Two-sided probability of such a difference without a cause; NaN where untested.
+        z_K: Difference over the root of the summed squares of both standard errors, taken at
+            their word; 0 where nothing changed, NaN where there are no error bars.
+        p_K: Two-sided probability of such a difference without a cause, with all the caution
+            above; NaN where untested.
         is_significant_K: Whether the pair is among the discoveries.
         is_paired: Whether the runs were compared shard by shard.
     """
@@ -70,18 +88,17 @@ def find_moves(
         after: Scores of the second run, of the same pairs.
         significance: False discovery rate.
         paired_stderr_K: Standard errors of the differences, where both runs scored the same
-            shards; else Welch's test is made of the runs' own standard errors.
+            shards; else the runs' own standard errors are used.
     """
     difference_K = after.score_K - before.score_K
-    stderr_K = np.hypot(before.stderr_K, after.stderr_K)
     if paired_stderr_K is None:
-        freedom_K = _welch_freedom(before, after)
-        p_K = _two_sided(difference_K, stderr_K, freedom_K)
+        stderr_K = np.hypot(before.cautious_stderr(), after.cautious_stderr())
     else:
-        freedom_K = np.full(len(difference_K), float(after.num_shards - 1))
-        p_K = _two_sided(difference_K, paired_stderr_K, freedom_K)
+        stderr_K = _not_by_luck(paired_stderr_K, np.maximum(before.score_K, after.score_K))
+    freedom = max(min(before.num_shards, after.num_shards) - 1, 1)
+    p_K = 2 * stats.t.sf(_ratio(np.abs(difference_K), stderr_K), freedom)
     return Moves(
-        z_K=_ratio(difference_K, stderr_K),
+        z_K=_ratio(difference_K, np.hypot(before.stderr_K, after.stderr_K)),
         p_K=p_K,
         is_significant_K=benjamini_hochberg(p_K, significance),
         is_paired=paired_stderr_K is not None,
@@ -128,21 +145,13 @@ def rank_correlation(before: Sequence[float], after: Sequence[float]) -> float |
     return float(stats.spearmanr(before, after).statistic)
 
 
-def _welch_freedom(before: Scores, after: Scores) -> Floats:
-    """Degrees of freedom of the difference (Welch and Satterthwaite), at least 1."""
-    before_K, after_K = np.square(before.stderr_K), np.square(after.stderr_K)
-    largest_K = np.maximum(np.maximum(before_K, after_K), 1e-300)  # of any scale, without underflow
-    before_K, after_K = before_K / largest_K, after_K / largest_K
-    parts_K = np.square(before_K) / max(before.num_shards - 1, 1)
-    parts_K = parts_K + np.square(after_K) / max(after.num_shards - 1, 1)
-    freedom_K: Floats = np.maximum(_ratio(np.square(before_K + after_K), parts_K), 1.0)
-    return freedom_K
-
-
-def _two_sided(difference_K: Floats, stderr_K: Floats, freedom_K: Floats) -> Floats:
-    t_K = _ratio(np.abs(difference_K), stderr_K)
-    p_K: Floats = 2 * stats.t.sf(t_K, freedom_K)
-    return p_K
+def _not_by_luck(stderr_K: Floats, score_K: Floats) -> Floats:
+    """Standard errors of at least their median share of the scores; NaN stays."""
+    shares_K = _ratio(stderr_K, score_K)
+    known_K = shares_K[np.isfinite(shares_K)]
+    median = float(np.median(known_K)) if len(known_K) else 0.0
+    errors_K: Floats = np.where(np.isnan(stderr_K), np.nan, np.fmax(stderr_K, median * score_K))
+    return errors_K
 
 
 def _ratio(above_K: Floats, below_K: Floats) -> Floats:

@@ -285,12 +285,12 @@ def _parse_date(date: str | None) -> str:
     if date is None:
         return time.strftime("%Y-%m-%d", time.gmtime())
     try:
-        parsed = datetime.datetime.strptime(date, "%Y-%m-%d").date().isoformat()
+        day = datetime.datetime.strptime(date, "%Y-%m-%d").strftime("%Y-%m-%d")
     except ValueError:
-        parsed = ""
-    if parsed != date:
+        day = None
+    if day != date:
         raise ConfigError(f"--date {date!r} is not a day of the form YYYY-MM-DD")
-    return parsed
+    return date
 
 
 def _utc_now() -> str:

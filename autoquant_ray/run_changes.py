@@ -50,6 +50,14 @@ def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Ch
     ]
 
 
+def changed_weights(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str] | None:
+    """Groups whose weights differ, in the model's order; None where a run has no hashes."""
+    old, new = before.get("weights"), after.get("weights")
+    if not old or not new:
+        return None
+    return [name for name in new if name in old and old[name] != new[name]]
+
+
 def same_tokens(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
     """Whether both runs scored the very same samples."""
     hashes = [run["dataset"].get("tokens_sha256") for run in (before, after)]

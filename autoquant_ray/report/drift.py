@@ -113,16 +113,18 @@ def _moved(comparison: Comparison) -> list[str]:
         return []
     how = {
         "paired": "shard by shard (both runs scored the same samples)",
-        "welch": "by the standard errors of both runs (Welch's t test)",
+        "unpaired": "by the standard errors of both runs (t test)",
     }[comparison.test]
     text = (
         f"{comparison.num_tested} scores were compared {how}; false discovery rate "
         f"{comparison.significance:g} (Benjamini-Hochberg). Shown is the format that moved most. A "
-        "layer that changed moves the scores of its neighbours too; it is usually the first."
+        "layer that changed moves the scores of its neighbours too: groups whose own weights "
+        "changed come first."
     )
     rows = [
         (
             group.group,
+            _has_changed(comparison, group.group),
             "-" if group.change is None else f"{group.change:+.0%}",
             group.format,
             f"{group.before:.3e}",
@@ -133,8 +135,14 @@ def _moved(comparison: Comparison) -> list[str]:
         )
         for group in comparison.moved
     ]
-    heads = ("Group", "Change", "Format", "Before", "After", "z", "p", "Formats moved")
+    heads = ("Group", "Weights", "Change", "Format", "Before", "After", "z", "p", "Formats moved")
     return ["## Groups that moved", "", text, "", *_table(heads, rows)]
+
+
+def _has_changed(comparison: Comparison, group: str) -> str:
+    if comparison.changed_weights is None:
+        return "unknown"
+    return "changed" if group in comparison.changed_weights else "as before"
 
 
 def _plan(comparison: Comparison) -> list[str]:

@@ -86,12 +86,13 @@ def write_run() -> Any:
         identity: dict[str, Any],
         scores: list[ShardScores],
         mode: Mode = "new",
+        weights: Path | None = None,
     ) -> RunDirectory:
         marks = stage_fingerprints(config, **identity["fingerprints"])
         directory = RunDirectory(config.out)
         state = RunState.start(directory, config, mode, identity)
         state.begin()
-        write_plan(state, plan, marks["plan"])
+        write_plan(state, plan, marks["plan"], weights)
         groups = [group.name for group in plan.searched]
         formats = [format_.name for format_ in plan.formats]
         for shard, of_shard in enumerate(scores):

@@ -43,6 +43,7 @@ PURE = (
     "knapsack*",
     "loss",
     "manifest",
+    "maxima_noise",
     "models",
     "moved_scores",
     "nightly",
@@ -59,6 +60,7 @@ PURE = (
     "state",
     "stopping*",
     "store",
+    "weight_hashes",
 )
 """Modules that know nothing of Ray, nor of the layers above them."""
 UPPER = (

@@ -64,7 +64,7 @@ class Scans:
         self.modes.append(mode)
         config = config.model_copy(update={"device": "cpu", "dtype": "float32"})
         plan = build_plan(
-            self._make_model("llama"), resolve_formats(config.formats, "cpu"), config.disable
+            self._make_model("llama"), resolve_formats(config.formats, device="cpu"), config.disable
         )
         draw = np.random.default_rng(seed)
         scale_G = np.array([(factors or {}).get(g.name, 1.0) for g in plan.searched])
@@ -202,7 +202,7 @@ def test_moved_group_is_drift_and_named(night: Any, scans: Scans, tmp_path: Path
     text = markdown(tmp_path, 2)
     assert text.startswith("# drift: demo, 2026-11-02 against demo-2026-11-01\n")
     assert "The score of 1 group moved by 10% or more and by more than error bars explain" in text
-    assert f"| {MOVED} | +200% |" in text
+    assert f"| {MOVED} | unknown | +200% |" in text
     assert "Changed: the model." in text
     document = json.loads((tmp_path / "runs" / "demo-2026-11-02" / "drift.json").read_text())
     assert document == second.document
@@ -421,11 +421,13 @@ def test_only_runs_of_the_job_are_deleted(night: Any, scans: Scans, tmp_path: Pa
     (runs / "demo-2026-10-01" / "notes.txt").write_text("mine")
     (runs / "demo-2026-11-01" / "notes.txt").write_text("mine")
     night(2, keep=1)
+    night(3, keep=1)
     assert folders(tmp_path) == [
         "demo-2026-10-01",
         "demo-2026-11-01",
         "demo-2026-11-01-copy",
         "demo-2026-11-02",
+        "demo-2026-11-03",
         "demo-two-2026-11-01",
     ]
     assert [path.name for path in (runs / "demo-2026-11-01").iterdir()] == ["notes.txt"]
@@ -435,7 +437,8 @@ def test_run_in_use_is_not_deleted(night: Any, tmp_path: Path) -> None:
     night(1)
     with lease(RunDirectory(str(tmp_path / "runs" / "demo-2026-11-01"))):
         night(2, keep=1)
-    assert folders(tmp_path) == ["demo-2026-11-01", "demo-2026-11-02"]
+        night(3, keep=1)
+    assert folders(tmp_path) == ["demo-2026-11-01", "demo-2026-11-02", "demo-2026-11-03"]
 
 
 # ---- wrong input -------------------------------------------------------------------------------
