@@ -67,7 +67,7 @@ def test_paired_probability_is_that_of_the_paired_test() -> None:
 
 def test_paired_finds_a_small_move_that_the_error_bars_hide() -> None:
     draw = np.random.default_rng(0)
-    before_SK = draw.lognormal(size=(6, 30))
+    before_SK = draw.lognormal(0, 0.3, size=(6, 30))
     after_SK = before_SK * 1.2
     before, after = scores_of(before_SK), scores_of(after_SK)
     stderr_K = paired_stderr(
@@ -109,23 +109,26 @@ def test_untested_pairs_do_not_weaken_the_others() -> None:
     assert not benjamini_hochberg(np.full(3, np.nan), 0.05).any()
 
 
+def plain(scores: list[float], stderr: float, num_shards: int) -> Scores:
+    """Scores that all have the same error bar."""
+    size = len(scores)
+    return Scores(
+        score_K=np.array(scores),
+        stderr_K=np.full(size, stderr),
+        num_shards=num_shards,
+        maxima_K=np.zeros(size),
+    )
+
+
 def test_equal_and_errorless_scores() -> None:
     """No change is never a move, not even without error bars' width; a change without one is."""
-    before = Scores(
-        score_K=np.array([1.0, 1.0]), stderr_K=np.zeros(2), num_shards=4, maxima_K=np.zeros(2)
-    )
-    after = Scores(
-        score_K=np.array([1.0, 2.0]), stderr_K=np.zeros(2), num_shards=4, maxima_K=np.zeros(2)
-    )
-    moves = find_moves(before, after, 0.05)
+    moves = find_moves(plain([1.0, 1.0], 0.0, 4), plain([1.0, 2.0], 0.0, 4), 0.05)
     assert moves.z_K.tolist() == [0.0, np.inf]
     assert moves.p_K.tolist() == [1.0, 0.0]
 
 
 def test_no_error_bars_is_untested() -> None:
-    one = Scores(
-        score_K=np.ones(2), stderr_K=np.full(2, np.nan), num_shards=1, maxima_K=np.zeros(2)
-    )
+    one = plain([1.0, 1.0], np.nan, 1)
     moves = find_moves(one, one, 0.05)
     assert np.isnan(moves.p_K).all()
     assert not moves.is_significant_K.any()
