@@ -20,6 +20,7 @@ from autoquant_ray.cli_edge import (
 )
 from autoquant_ray.cli_evaluate import evaluate, refine
 from autoquant_ray.cli_frontier import frontier
+from autoquant_ray.cli_nightly import compare, nightly
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
 from autoquant_ray.config import ScanConfig, SearchSpace
 from autoquant_ray.config_file import load_config
@@ -33,8 +34,8 @@ def main() -> None:
     """Choose a quantization format for every layer of a model, with the work spread over Ray.
 
     \b
-    Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 finished but a shard was quarantined,
-    4 budget infeasible, 130 interrupted (go on with --resume).
+    Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 finished but needs a look (a shard was
+    quarantined, or drift), 4 budget infeasible, 130 interrupted (go on with --resume).
     """
 
 
@@ -256,3 +257,5 @@ def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -
 main.add_command(evaluate)
 main.add_command(frontier)
 main.add_command(refine)
+main.add_command(compare)
+main.add_command(nightly)

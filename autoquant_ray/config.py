@@ -113,6 +113,12 @@ class ScanConfig(SearchSpace):
         default=False, description="Chop the text into windows of seq-len instead of samples."
     )
     samples: int = Field(default=128, ge=1, description="Number of samples to use at most.")
+    data_seed: int | None = Field(
+        default=None,
+        ge=0,
+        description="Shuffle the texts with this seed, through a buffer of 10,000, so that another "
+        "subset of them is used. Default: the first ones, in the data's own order.",
+    )
     seq_len: int = Field(default=512, ge=2, description="Longest sample, in tokens.")
     step_tokens: int = Field(
         default=2048, ge=2, description="Tokens (padding included) per forward and backward step."
@@ -243,13 +249,25 @@ class ScanConfig(SearchSpace):
 
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": ("model", "formats", "custom_formats", "disable", "device", "trust_remote_code"),
-    "shards": ("data", "text_field", "split", "pack", "samples", "seq_len", "shard_samples"),
+    "shards": (
+        "data",
+        "text_field",
+        "split",
+        "pack",
+        "samples",
+        "seq_len",
+        "shard_samples",
+        "data_seed",
+    ),
     "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
     "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
     "aggregate": ("estimator",),
     "allocate": ("bits", "bytes", "bits_over", "cost", "max_formats"),
 }
 """Fields that each stage's result depends on, in the order of the stages."""
+
+ADDED_FIELDS = ("data_seed",)
+"""Fields that earlier versions did not have; None means what those versions did."""
 
 
 def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, str]:
@@ -270,7 +288,11 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
     digests: dict[str, str] = {}
     previous = model
     for stage, fields in STAGE_FIELDS.items():
-        own = {name: values[name] for name in fields}
+        own = {
+            name: values[name]
+            for name in fields
+            if name not in ADDED_FIELDS or values[name] is not None
+        }
         if stage == "shards":
             own["data_fingerprint"] = data
         if stage == "score" and config.stop_when_stable is not None:
@@ -289,5 +311,5 @@ def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
     return [
         f"{name}: {before.get(name)} -> {values[name]}"
         for name in names
-        if name in before and before[name] != values[name]
+        if (name in before or name in ADDED_FIELDS) and before.get(name) != values[name]
     ]

@@ -3,7 +3,7 @@
 That depends on the data and the :class:`~autoquant_ray.texts.DataSpec` alone, never on how texts
 were chunked or where they were tokenized.
 
-Not here: shuffling, chat templates, images, and the distribution of the tokenization over a
+Not here: chat templates, images, and the distribution of the tokenization over a
 cluster (:mod:`autoquant_ray.distributed.tokenization`).
 """
 

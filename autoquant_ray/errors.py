@@ -62,6 +62,10 @@ class StoreError(AutoQuantError):
     exit_code = EXIT_USAGE
 
 
+class ChangedError(StoreError):
+    """An unfinished run cannot go on: its config, model, data or packages are others now."""
+
+
 class HeldError(StoreError):
     """Another process is at work there."""
 

@@ -45,6 +45,12 @@ class ModelRef:
     trust_remote_code: bool = False
 
     @property
+    def weights_folder(self) -> Path | None:
+        """Folder of the safetensors files; None for GGUF and for a hub id."""
+        folder = Path(self.path)
+        return folder if self.gguf_file is None and folder.is_dir() else None
+
+    @property
     def load_arguments(self) -> dict[str, Any]:
         """Arguments common to all ``from_pretrained`` calls."""
         arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}

@@ -106,6 +106,7 @@ def _data_spec(config: ScanConfig) -> DataSpec:
         num_samples=config.samples,
         seq_len=config.seq_len,
         pack=config.pack,
+        shuffle_seed=config.data_seed,
     )
 
 

@@ -115,7 +115,7 @@ def _run_stages(
             facts = samples_stage.read_samples(config, tokenizer, scratch)
             state.begin()
             samples_stage.keep_samples(state, scratch, facts, marks["shards"])
-    stages.write_plan(state, plan, marks["plan"])
+    stages.write_plan(state, plan, marks["plan"], ref.weights_folder)
     state.release_quarantine()
     if not stages.is_scored(state, plan, marks["score"]):
         spec = _engine_spec(config, ref, plan)

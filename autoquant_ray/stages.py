@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from autoquant_ray import stopping_stage
@@ -25,16 +26,27 @@ from autoquant_ray.plan import Plan
 from autoquant_ray.sensitivity import Maxima
 from autoquant_ray.state import RunState
 from autoquant_ray.store import CALIBRATION, SAMPLES, SCORES, part_name
+from autoquant_ray.weight_hashes import hash_groups
 
 logger = logging.getLogger(__name__)
 
 
-def write_plan(state: RunState, plan: Plan, fingerprint: str) -> None:
-    """``plan.parquet``, and the summary that later commands need instead of the model."""
+def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | None = None) -> None:
+    """``plan.parquet``, and what later commands need instead of the model: summary, hashes.
+
+    Args:
+        state: The run.
+        plan: What to write.
+        fingerprint: Of the stage.
+        weights: Folder of the model's safetensors files, if it has any.
+    """
     if state.is_done("plan", fingerprint):
         return
     with state.stage("plan", fingerprint):
         state.values["plan"] = plan.summary()
+        if weights is not None:
+            modules = {group.name: [m.name for m in group.modules] for group in plan.groups}
+            state.values["weights"] = hash_groups(weights, modules)
         state.directory.write_table("plan.parquet", "plan", plan.rows())
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from autoquant_ray.config import ScanConfig, changed_fields
-from autoquant_ray.errors import StoreError
+from autoquant_ray.errors import ChangedError, StoreError
 from autoquant_ray.lease import Lease
 from autoquant_ray.store import RUN_FILE, SCHEMA_VERSION, RunDirectory
 
@@ -195,14 +195,14 @@ class RunState:
             raise StoreError(f"{self.directory.uri} was imported and cannot be resumed")
         changes = changed_fields(self.values["config"], config)
         if changes:
-            raise StoreError(
+            raise ChangedError(
                 f"{self.directory.uri} was made with another config ({changes[0]}); use the same "
                 "values, 'solve' for a new budget, or --overwrite"
             )
         self._require_same_versions()
         for kind, value in identity["fingerprints"].items():
             if self.values["fingerprints"].get(kind) != value:
-                raise StoreError(
+                raise ChangedError(
                     f"the {kind} changed since {self.directory.uri} was started; give another "
                     "--out or --overwrite"
                 )
@@ -214,7 +214,7 @@ class RunState:
         for name, now in _versions().items():
             before = self.values["versions"].get(name)
             if name in _NUMERIC_PACKAGES and before != now:
-                raise StoreError(
+                raise ChangedError(
                     f"{self.directory.uri} was started with {name} {before}, this is {now}; go on "
                     "with the same version, or --overwrite"
                 )

@@ -34,6 +34,9 @@ EVALUATION = "evaluation"
 LOCK = ".lock"
 """Folder of the claims of whoever works on the run; it is not part of the run."""
 
+DRIFT_JSON, DRIFT_MARKDOWN = "drift.json", "drift.md"
+"""What a nightly run found against its baseline."""
+
 _OWN_FOLDERS = {SAMPLES, CALIBRATION, SCORES, SOLUTIONS, EVALUATION}
 _OWN_FILES = {
     RUN_FILE,
@@ -48,6 +51,8 @@ _OWN_FILES = {
     "report.md",
     "report.html",
     "events.jsonl",
+    DRIFT_JSON,
+    DRIFT_MARKDOWN,
 }
 
 Rows = Sequence[Mapping[str, Any]]
@@ -113,13 +118,15 @@ class RunDirectory:
     def clear(self) -> None:
         """Delete the run's own files and folders; anything else in the directory stays.
 
+        ``run.json`` goes last, so that what is left of an interrupted call is still a run.
+
         Raises:
             StoreError: The directory holds something else than a run.
         """
         if not self.exists():
             return
         self.require_run()
-        for info in self._list(""):
+        for info in sorted(self._list(""), key=lambda info: info.base_name == RUN_FILE):
             if info.base_name in _OWN_FOLDERS:
                 self._base.delete_dir(f"{self._root}/{info.base_name}")
             elif info.base_name in _OWN_FILES:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant_ray.errors import DataError, one_line
+from autoquant_ray.shuffling import shuffled
 
 PYDOC_SOURCE = "pydoc"
 """Name of the text that comes with every CPython: the topics of its ``help()``."""
@@ -36,6 +37,7 @@ class DataSpec:
         seq_len: Longest sample, in tokens.
         pack: Chop the running text into windows of ``seq_len`` tokens instead of taking every
             text as a sample.
+        shuffle_seed: Seed of the texts' order; None keeps the source's own.
     """
 
     source: str
@@ -44,18 +46,20 @@ class DataSpec:
     num_samples: int
     seq_len: int
     pack: bool = False
+    shuffle_seed: int | None = None
 
 
 def read_texts(spec: DataSpec) -> Iterator[str]:
-    """Read the texts of a source, in its own order, empty ones included.
+    """Read the texts of a source, in its own order or shuffled, empty ones included.
 
     Memory is bounded by the longest text, except for a ``.json`` file that holds one array, which
     is read whole. With ``pack``, the texts joined are the text to chop: lines of a text file keep
     their line end, other documents are separated by an empty line.
 
     Raises:
-        DataError: At once for a source that does not exist or is of an unknown kind; while
-            iterating for a missing ``text_field``, or a row that cannot be read or holds no text.
+        DataError: At once for a source that does not exist or is of an unknown kind, or a packed
+            text file that is to be shuffled: its lines are one running text; while iterating for
+            a missing ``text_field``, or a row that cannot be read or holds no text.
     """
     require_source(spec.source)
     path = Path(spec.source).expanduser()
@@ -64,10 +68,12 @@ def read_texts(spec: DataSpec) -> Iterator[str]:
     elif path.is_file():
         reader = _READERS.get(path.suffix.lower())
         if reader is None:
-            return _read_text_lines(path, keep_line_ends=spec.pack)
+            _require_separate_lines(spec)
+            return shuffled(_read_text_lines(path, keep_line_ends=spec.pack), spec.shuffle_seed)
         documents = reader(path, spec)
     else:
         documents = _read_dataset(path, spec)
+    documents = shuffled(documents, spec.shuffle_seed)
     return _separated(documents) if spec.pack else documents
 
 
@@ -81,6 +87,14 @@ def require_source(source: str) -> None:
         raise DataError(
             f"data source {source} does not exist; give a text, JSONL or Parquet file, a "
             f"dataset folder, a hub id or {PYDOC_SOURCE!r}"
+        )
+
+
+def _require_separate_lines(spec: DataSpec) -> None:
+    if spec.pack and spec.shuffle_seed is not None:
+        raise DataError(
+            f"data source {spec.source} is one running text with --pack, --data-seed would shuffle "
+            "its lines; give JSONL or Parquet with one document per row, or leave out one of both"
         )
 
 

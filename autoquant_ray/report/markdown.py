@@ -14,15 +14,20 @@ _EXPLANATION = (
 
 def render_markdown(content: ReportContent) -> str:
     """Lay the content out as GitHub-flavoured Markdown."""
-    lines = [f"# {_text(content.title)}", ""]
-    lines += [f"- **{label}:** {_text(value)}" for label, value in content.facts]
+    lines = [f"# {plain_text(content.title)}", ""]
+    lines += [f"- **{label}:** {plain_text(value)}" for label, value in content.facts]
     if content.warnings:
         lines += ["", "## To know", ""]
-        lines += [f"- {_text(warning)}" for warning in content.warnings]
+        lines += [f"- {plain_text(warning)}" for warning in content.warnings]
     for section in content.measured:
-        lines += ["", "## Predicted against measured", "", _text(section.title) + ".", ""]
-        lines += [_text(section.verdict), "", f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
-        lines += [f"| {' | '.join(_text(cell) for cell in row)} |" for row in section.rows]
+        lines += ["", "## Predicted against measured", "", plain_text(section.title) + ".", ""]
+        lines += [
+            plain_text(section.verdict),
+            "",
+            f"| {' | '.join(HEADS)} |",
+            "|---" * len(HEADS) + "|",
+        ]
+        lines += [f"| {' | '.join(plain_text(cell) for cell in row)} |" for row in section.rows]
     lines += ["", "## Layers", "", _EXPLANATION, ""]
     lines += ["| Layer | Num Bits | Sensitivity | Size Cost | Chosen |", "|---|---|---|---|---|"]
     for layer in content.layers:
@@ -30,17 +35,17 @@ def render_markdown(content: ReportContent) -> str:
         chosen = layer.chosen if layer.note is None else f"{layer.chosen} ({layer.note})"
         size = f"{layer.size_bytes / 2**20:.3f} MiB"
         cells = (layer.name, f"{layer.num_bits:.3f}", sensitivity, size, chosen)
-        lines.append(f"| {' | '.join(_text(cell) for cell in cells)} |")
+        lines.append(f"| {' | '.join(plain_text(cell) for cell in cells)} |")
     lines += ["", f"## Scores by group and format ({content.unit})", ""]
-    lines += [f"| Group | {' | '.join(_text(name) for name in content.formats)} |"]
+    lines += [f"| Group | {' | '.join(plain_text(name) for name in content.formats)} |"]
     lines += ["|---" * (1 + len(content.formats)) + "|"]
     for group, scores in content.scores.items():
         cells_of_group = [format_score(scores.get(format_)) for format_ in content.formats]
-        lines.append(f"| {_text(group)} | {' | '.join(cells_of_group)} |")
+        lines.append(f"| {plain_text(group)} | {' | '.join(cells_of_group)} |")
     return "\n".join(lines) + "\n"
 
 
-def _text(value: str) -> str:
+def plain_text(value: str) -> str:
     """Keep names from the model or the data from being read as markup."""
     escaped = value.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
     return " ".join(escaped.split())

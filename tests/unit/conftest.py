@@ -17,7 +17,7 @@ from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import Plan, build_plan
 from autoquant_ray.sensitivity import SensitivitySums, scored_modules
 from autoquant_ray.stages import aggregate, write_plan
-from autoquant_ray.state import RunState
+from autoquant_ray.state import Mode, RunState
 from autoquant_ray.store import SCORES, RunDirectory, part_name
 
 PRESETS = (
@@ -76,8 +76,36 @@ def make_engine(make_model: Any, make_spec: Any) -> Any:
 RUN_FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 
 
+@pytest.fixture(scope="session")
+def write_run() -> Any:
+    """Write a scored run directory without Ray, as the stages of a scan do."""
+
+    def build(
+        config: ScanConfig,
+        plan: Plan,
+        identity: dict[str, Any],
+        scores: list[ShardScores],
+        mode: Mode = "new",
+        weights: Path | None = None,
+    ) -> RunDirectory:
+        marks = stage_fingerprints(config, **identity["fingerprints"])
+        directory = RunDirectory(config.out)
+        state = RunState.start(directory, config, mode, identity)
+        state.begin()
+        write_plan(state, plan, marks["plan"], weights)
+        groups = [group.name for group in plan.searched]
+        formats = [format_.name for format_ in plan.formats]
+        for shard, of_shard in enumerate(scores):
+            part = score_part(shard, groups, formats, of_shard)
+            directory.write_table(part_name(SCORES, shard), "scores", part)
+        aggregate(state, config, marks["aggregate"])
+        return directory
+
+    return build
+
+
 @pytest.fixture
-def make_run(make_model: Any, tmp_path: Path) -> Any:
+def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
     """A scored run directory without Ray: made-up sums in two shards, aggregated for real.
 
     The finer a format, the smaller its score; every group has its own scale.
@@ -111,18 +139,8 @@ def make_run(make_model: Any, tmp_path: Path) -> Any:
             "dataset": {"name": "made-up.txt", "max_samples": 128, "seq_len": 512} | facts,
             "fingerprints": {"model": "model", "data": "data"},
         }
-        marks = stage_fingerprints(config, model="model", data="data")
-        directory = RunDirectory(config.out)
-        state = RunState.start(directory, config, "new", identity)
-        state.begin()
-        write_plan(state, plan, marks["plan"])
-        for shard in range(2):
-            scores = _made_up_scores(plan, shard)
-            names = [group.name for group in plan.searched]
-            part = score_part(shard, names, formats, scores)
-            directory.write_table(part_name(SCORES, shard), "scores", part)
-        aggregate(state, config, marks["aggregate"])
-        return directory
+        scores = [_made_up_scores(plan, shard) for shard in range(2)]
+        return write_run(config, plan, identity, scores)
 
     return build
 

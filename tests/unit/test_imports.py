@@ -14,7 +14,10 @@ import pytest
 
 import autoquant_ray
 from autoquant_ray.budget import SolveOptions
+from autoquant_ray.history import LOCKS
+from autoquant_ray.lease import lease
 from autoquant_ray.solve import solve_run
+from autoquant_ray.store import RunDirectory
 
 PACKAGE = Path(autoquant_ray.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -27,6 +30,8 @@ PURE = (
     "backward",
     "budget",
     "calibration",
+    "compare",
+    "comparison",
     "config",
     "data",
     "engine",
@@ -35,22 +40,41 @@ PURE = (
     "experts",
     "fingerprint",
     "formats",
+    "history",
     "knapsack*",
     "loss",
     "manifest",
+    "maxima_noise",
     "models",
+    "moved_scores",
+    "nightly",
+    "nights",
     "parts",
     "plan",
+    "plan_changes",
     "planner",
     "quantizers",
+    "run_changes",
     "sensitivity",
+    "shuffling",
     "stability",
     "state",
     "stopping*",
     "store",
+    "weight_hashes",
 )
 """Modules that know nothing of Ray, nor of the layers above them."""
-UPPER = ("distributed", "stages", "search", "cli", "cli_edge", "cli_options", "output", "jobs")
+UPPER = (
+    "distributed",
+    "stages",
+    "search",
+    "cli",
+    "cli_edge",
+    "cli_options",
+    "cli_nightly",
+    "output",
+    "jobs",
+)
 
 LIST_MODULES = """
 import json, sys
@@ -115,7 +139,10 @@ def test_public_names_all_exist() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [("--help",), ("--version",)]
-    + [(name, "--help") for name in ("plan", "scan", "solve", "report", "import", "demo")],
+    + [
+        (name, "--help")
+        for name in ("plan", "scan", "solve", "report", "import", "demo", "compare", "nightly")
+    ],
 )
 def test_help_is_light(arguments: tuple[str, ...], modules_after: Any) -> None:
     modules, output = modules_after(command(*arguments))
@@ -134,6 +161,24 @@ def test_report_is_light(make_run: Any, modules_after: Any) -> None:
     solve_run(directory, SolveOptions(bits=8), folder="")
     modules, output = modules_after(command("report", directory.uri))
     assert output.splitlines() == [directory.path("report.md"), directory.path("report.html")]
+    assert not modules & HEAVY
+
+
+def test_compare_is_light(make_run: Any, modules_after: Any) -> None:
+    runs = [make_run(name=name) for name in ("monday", "tuesday")]
+    for directory in runs:
+        solve_run(directory, SolveOptions(bits=8), folder="")
+    modules, output = modules_after(command("compare", *(directory.uri for directory in runs)))
+    assert output.startswith("# same: ")
+    assert not modules & HEAVY
+
+
+def test_nightly_that_is_held_is_light(tmp_path: Path, modules_after: Any) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("{kind: nightly, name: demo, model: m, data: d.txt, bits: 6}")
+    with lease(RunDirectory(str(tmp_path / "runs")), f"{LOCKS}/demo"):
+        modules, output = modules_after(command("nightly", job, "--runs", tmp_path / "runs"))
+    assert "is at work elsewhere" in output
     assert not modules & HEAVY
 
 
