@@ -29,7 +29,19 @@ from autoquant_ray.schemas import SCHEMAS
 from autoquant_ray.store import RunDirectory
 
 NO_CLUSTER = "ray://127.0.0.1:9"
-COMMANDS = ("plan", "scan", "solve", "report", "import", "demo", "compare", "nightly")
+COMMANDS = (
+    "plan",
+    "scan",
+    "solve",
+    "report",
+    "import",
+    "demo",
+    "compare",
+    "nightly",
+    "evaluate",
+    "frontier",
+    "refine",
+)
 
 
 def run(*arguments: Any) -> Result:

@@ -45,7 +45,7 @@ COLUMNS = {
 """The contract, and after it what was added; written out here so that a renamed column fails."""
 
 STRINGS = {"group", "format", "module", "statistic"}
-INTEGERS = {"num_weights", "shard", "num_tokens", "num_samples", "num_shards"}
+INTEGERS = {"bucket", "num_weights", "shard", "num_tokens", "num_samples", "num_shards"}
 OTHER_TYPES = {"module_names": pa.list_(pa.string()), "is_searched": pa.bool_()}
 
 
