@@ -34,6 +34,8 @@ PURE = (
     "experts",
     "fingerprint",
     "formats",
+    "job",
+    "job_package",
     "knapsack*",
     "loss",
     "manifest",
@@ -50,6 +52,7 @@ PURE = (
 )
 """Modules that know nothing of Ray, nor of the layers above them."""
 UPPER = ("distributed", "stages", "search", "cli", "cli_edge", "cli_options", "output", "jobs")
+UPPER += ("cli_jobs", "cli_run", "job_server", "sweep")
 
 LIST_MODULES = """
 import json, sys
@@ -114,7 +117,8 @@ def test_public_names_all_exist() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [("--help",), ("--version",)]
-    + [(name, "--help") for name in ("plan", "scan", "solve", "report", "import", "demo")],
+    + [(name, "--help") for name in ("plan", "scan", "solve", "report", "import", "demo", "run")]
+    + [("submit", "--help"), ("jobs", "--help"), ("jobs", "stop", "--help")],
 )
 def test_help_is_light(arguments: tuple[str, ...], modules_after: Any) -> None:
     modules, output = modules_after(command(*arguments))
