@@ -100,9 +100,9 @@ def _require_token_file() -> None:
 
 def _token_problem(address: str, text: str) -> str:
     where = "RAY_AUTH_TOKEN or ~/.ray/auth_token; 'ray get-auth-token' on the cluster prints it"
-    if "required" in text:
-        return f"{address} wants a token: set RAY_AUTH_MODE=token, and the token in {where}"
-    return f"{address} refused the token; give the cluster's in {where}"
+    if "Authentication failed" in text:
+        return f"{address} refused the token; give the cluster's in {where}"
+    return f"{address} wants a token: set RAY_AUTH_MODE=token, and the token in {where}"
 
 
 @contextmanager

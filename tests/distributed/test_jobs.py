@@ -253,8 +253,14 @@ def test_address_of_the_command_wins_over_the_environment(head: Head) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_sweep_goes_on_after_a_failed_model(
-    head: Head, job: Any, job_file: Any, tmp_path: Path, model_folder: Any, expected: bytes
+def test_sweep_goes_on_after_a_failed_model_and_is_shown_in_place(
+    head: Head,
+    job: Any,
+    job_file: Any,
+    tmp_path: Path,
+    model_folder: Any,
+    expected: bytes,
+    run_command: Any,
 ) -> None:
     values = {key: value for key, value in job().items() if key not in ("model", "bits")}
     models = [str(tmp_path / "missing"), str(model_folder("llama"))]
@@ -263,33 +269,21 @@ def test_sweep_goes_on_after_a_failed_model(
     done = head.run("submit", path, "--follow")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "does not exist" in done.stdout
+    assert "bits 6" in done.stdout
     run = next((tmp_path / "run").iterdir())
     assert (run / "sensitivity.parquet").read_bytes() == expected
     assert json.loads((run / "run.json").read_text())["run_id"] == f"{run_id}-{run.name}"
     found = sorted(folder.name for folder in (run / "solutions").iterdir())
     assert found == ["bits-6.00", "bytes-1000000"]
-
-
-def test_run_of_a_sweep_shows_every_budget_and_again(
-    run_command: Any, job: Any, job_file: Any, model_folder: Any, expected: bytes, tmp_path: Path
-) -> None:
-    values = {key: value for key, value in job().items() if key not in ("model", "bits")}
-    models = [str(model_folder("llama"))]
-    path = job_file(values | {"kind": "sweep", "models": models, "budgets": [1, 8, 6]})
-    first = run_command("run", path, "--address", "local", "--run-id", "mine", "--json")
-    assert first.returncode == 4, first.stderr
-    rows = json.loads(first.stdout)["rows"]
-    assert [row["exit_code"] for row in rows] == [4, 0, 0]
-    assert rows[0]["manifest"] is None
-    for row, bits in zip(rows[1:], (8, 6), strict=True):
-        assert row["effective_bits"] <= bits
-        assert json.loads(Path(row["manifest"]).read_text())["budget"]["bits"] == bits
-    run = Path(rows[0]["run"])
-    assert (run / "sensitivity.parquet").read_bytes() == expected
     written = (run / "sensitivity.parquet").stat().st_mtime_ns
 
-    again = run_command("run", path, "--address", "local")
-    assert again.returncode == 4, again.stderr
-    assert "bits 6" in again.stdout
+    again = run_command("run", path, "--address", "local", "--json")
+    assert again.returncode == 2, again.stderr
+    shown = json.loads(again.stdout)
+    assert shown["run_id"] == run_id
+    assert [row["exit_code"] for row in shown["rows"]] == [2, 2, 2, 2, 4, 0, 0, 0]
+    for row, bits in zip(shown["rows"][5:7], (8, 6), strict=True):
+        assert row["effective_bits"] <= bits
+        assert json.loads(Path(row["manifest"]).read_text())["budget"]["bits"] == bits
+    assert shown["rows"][7]["weight_bytes"] <= 10**6
     assert (run / "sensitivity.parquet").stat().st_mtime_ns == written
-    assert json.loads((run / "run.json").read_text())["run_id"] == f"mine-{run.name}"
