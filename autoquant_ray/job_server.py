@@ -24,6 +24,7 @@ _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.authentication.http_token_authentication",
+    "ray._private.runtime_env.packaging",
 )
 
 

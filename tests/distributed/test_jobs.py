@@ -147,6 +147,7 @@ def test_submit_gives_the_bytes_of_a_scan_and_interprets_nothing(
     done = head.run("submit", path, "--follow", "--env", "COLOUR=blue green")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "effective bits" in done.stdout
+    assert done.stderr == f"{run_id}: submitted\n"
     assert (out / "sensitivity.parquet").read_bytes() == expected
     assert not (tmp_path / "pwned").exists()
     noted = json.loads((out / "run.json").read_text())
