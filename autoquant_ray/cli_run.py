@@ -47,8 +47,9 @@ def run(
       autoquant-ray run jobs/scan.yaml
     """
     set_up_logging(verbose)
-    job = load_job(job_file).at(address)
+    job = load_job(job_file)
     run_id = job.run_id if run_id is None else check_run_id(run_id)
+    job = job.at(address)
     job.require_secrets(os.environ)
     if isinstance(job, NightlyJob):
         raise ConfigError(

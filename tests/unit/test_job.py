@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,16 @@ def test_run_refuses_a_job_file_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_run_refuses_an_unknown_key(job_file: Any) -> None:
     assert "bist: unknown key" in one_line(run("run", job_file(SCAN | {"bist": 1})))
+
+
+def test_run_of_a_sweep_names_every_model_that_failed_and_keeps_its_id(
+    job_file: Any, tmp_path: Path
+) -> None:
+    models = [str(tmp_path / "none"), str(tmp_path / "neither")]
+    values = SWEEP | {"models": models, "out": str(tmp_path / "runs")}
+    result = run("run", job_file(values), "--address", "local", "--json")
+    assert result.exit_code == 2
+    shown = json.loads(result.stdout)
+    assert shown["run_id"] == make_job(values, "job.yaml").run_id
+    assert [row["model"] for row in shown["rows"]] == [models[0]] * 3 + [models[1]] * 3
+    assert all("does not exist" in row["error"] for row in shown["rows"])
