@@ -20,12 +20,14 @@ from autoquant_ray.cli_edge import (
 )
 from autoquant_ray.cli_evaluate import evaluate, refine
 from autoquant_ray.cli_frontier import frontier
+from autoquant_ray.cli_jobs import jobs, submit
 from autoquant_ray.cli_nightly import compare, nightly
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
+from autoquant_ray.cli_run import run, scan_and_show
 from autoquant_ray.config import ScanConfig, SearchSpace
 from autoquant_ray.config_file import load_config
 from autoquant_ray.config_values import parse_bytes
-from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK, ConfigError
+from autoquant_ray.errors import ConfigError
 
 
 @click.group(cls=Commands, context_settings={"max_content_width": 100})
@@ -105,22 +107,7 @@ def scan(
     config = load_config(ScanConfig, config_file, given)
     assert isinstance(config, ScanConfig)
     mode = "resume" if resume else "overwrite" if overwrite else "new"
-    _run_scan(config, mode, as_json)
-
-
-def _run_scan(config: ScanConfig, mode: Any, as_json: bool) -> None:
-    from autoquant_ray.output import print_solution
-    from autoquant_ray.search import run_search
-
-    with only_ours_on_stdout():
-        result = run_search(config, mode)
-    if as_json:
-        print_json(result.solution.to_json())
-    else:
-        print_solution(config.out, result.solution)
-    for entry in result.quarantined:
-        click.echo(f"shard {entry['shard']} was left out: {entry['reason']}", err=True)
-    raise click.exceptions.Exit(EXIT_NEEDS_A_LOOK if result.quarantined else EXIT_DONE)
+    scan_and_show(config, mode, as_json)
 
 
 @main.command()
@@ -251,9 +238,12 @@ def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -
     set_up_logging(verbose)
     from autoquant_ray.demo import demo_config
 
-    _run_scan(demo_config(out, bits), "overwrite" if overwrite else "resume", as_json)
+    scan_and_show(demo_config(out, bits), "overwrite" if overwrite else "resume", as_json)
 
 
+main.add_command(run)
+main.add_command(submit)
+main.add_command(jobs)
 main.add_command(evaluate)
 main.add_command(frontier)
 main.add_command(refine)

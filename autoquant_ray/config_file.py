@@ -87,7 +87,10 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def first_problem(
-    error: ValidationError, place: Callable[[str, str], str], known: Sequence[str]
+    error: ValidationError,
+    place: Callable[[str, str], str],
+    known: Sequence[str],
+    not_shown: Sequence[str] = (),
 ) -> str:
     """The first of pydantic's errors as one line.
 
@@ -95,6 +98,7 @@ def first_problem(
         error: What pydantic raised.
         place: Names where a key stands, from its dotted name and that name's first part.
         known: Keys that exist, for a hint.
+        not_shown: Keys whose value is not repeated.
     """
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
@@ -109,4 +113,6 @@ def first_problem(
     if first["type"] == "missing":
         return f"{where} is missing"
     shown = first["input"]
-    return f"{where}: {message}" if str(shown) in message else f"{where}: {message} (got {shown!r})"
+    if first["loc"][0] in not_shown or str(shown) in message:
+        return f"{where}: {message}"
+    return f"{where}: {message} (got {shown!r})"

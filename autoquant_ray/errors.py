@@ -50,6 +50,12 @@ class ClusterError(AutoQuantError):
     exit_code = EXIT_USAGE
 
 
+class TokenError(ClusterError):
+    """The Ray cluster wants a token, or another one."""
+
+    exit_code = EXIT_FAILED
+
+
 class InfeasibleBudgetError(AutoQuantError):
     """No allocation meets the budget and the constraints."""
 

@@ -7,10 +7,12 @@ job's own are a scan's, validated by :class:`~autoquant_ray.config.ScanConfig`; 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -21,6 +23,9 @@ from autoquant_ray.errors import ConfigError
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NOT_SHOWN = ("secrets",)
+"""Keys whose values no message repeats: one may be a secret, written there by mistake."""
 
 
 class _Job(BaseModel):
@@ -52,13 +57,41 @@ class _Job(BaseModel):
     @field_validator("secrets")
     @classmethod
     def _check_secrets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if not _VARIABLE.fullmatch(name):
-                raise ValueError(
-                    f"{name.partition('=')[0]!r} is not the name of an environment variable; a "
-                    "secret's value never stands in a job file"
-                )
+        for number, text in enumerate(value, start=1):
+            if is_variable(text):
+                continue
+            name, equals, _ = text.partition("=")
+            what = f"{name}=..." if equals and is_variable(name) else f"entry {number}"
+            raise ValueError(
+                f"{what} is not the name of an environment variable; a secret's value never "
+                "stands in a job file"
+            )
         return value
+
+    @property
+    def run_id(self) -> str:
+        """Name of the job and a digest of its content: the same job gives the same id anywhere."""
+        content = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+    def at(self, address: str | None) -> Self:
+        """The job on another Ray cluster than the file's; None leaves the file's."""
+        if address is None:
+            return self
+        return self.model_copy(update={"scan": self.scan | {"address": address}})
+
+    def require_secrets(self, environment: Mapping[str, str]) -> None:
+        """Check that the variables that the job needs are set, and not empty.
+
+        Raises:
+            ConfigError: Names those that are not.
+        """
+        missing = [name for name in self.secrets if not environment.get(name)]
+        if missing:
+            raise ConfigError(
+                f"job {self.name} needs the environment variable {', '.join(missing)}, which is "
+                "not set here; set it where the job runs"
+            )
 
     def _scan_config(self, **values: Any) -> ScanConfig:
         return ScanConfig.model_validate(self.scan | values)
@@ -85,17 +118,18 @@ class SweepJob(_Job):
         min_length=1,
         description="Budgets: a number is average stored bits, a text such as 2.5GiB is bytes.",
     )
-    out: str = Field(description="Folder of the runs, one per model.")
+    out: str = Field(min_length=1, description="Folder of the runs, one per model.")
 
     @field_validator("budgets", mode="before")
     @classmethod
     def _parse_budgets(cls, value: Any) -> Any:
-        """Bits stay floats; texts become bytes, an int."""
+        """Bits become floats; texts become bytes, an int."""
         if not isinstance(value, list | tuple):
             return value
-        if any(isinstance(one, bool) for one in value):
-            raise ValueError("must not be yes, no, true or false")
-        return tuple(parse_bytes(one) if isinstance(one, str) else float(one) for one in value)
+        budgets = tuple(_parse_budget(one) for one in value)
+        if len(set(budgets)) < len(budgets):
+            raise ValueError("a budget is named twice")
+        return budgets
 
     @field_validator("models")
     @classmethod
@@ -105,14 +139,14 @@ class SweepJob(_Job):
             raise ValueError("two models have the same last part, the name of their run")
         return value
 
-    def configs(self) -> list[ScanConfig]:
-        """One scan per model, each with the first budget."""
-        return [
-            self._scan_config(
-                model=model, out=f"{self.out.rstrip('/')}/{slug(model)}", **self.budget_fields()[0]
-            )
-            for model in self.models
-        ]
+    def config(self, model: str, budget: Mapping[str, Any]) -> ScanConfig:
+        """The scan of one model.
+
+        Args:
+            model: One of the models.
+            budget: One of :meth:`budget_fields`.
+        """
+        return self._scan_config(model=model, out=f"{self.out.rstrip('/')}/{slug(model)}", **budget)
 
     def budget_fields(self) -> list[dict[str, Any]]:
         """Each budget as a scan's ``bits`` or ``bytes``."""
@@ -153,6 +187,21 @@ Job = ScanJob | SweepJob | NightlyJob
 _KINDS: dict[str, type[Job]] = {"scan": ScanJob, "sweep": SweepJob, "nightly": NightlyJob}
 
 
+def _parse_budget(value: Any) -> float | int:
+    """Average bits, a float, or bytes, an int."""
+    if isinstance(value, str):
+        if re.fullmatch(r"\s*[0-9.]+\s*", value):
+            raise ValueError(f"{value!r} has no unit; write bits without quotes, bytes as 2.5GiB")
+        return parse_bytes(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is neither a number of bits nor a text such as 2.5GiB")
+    if not 0 < value <= 16:
+        raise ValueError(
+            f"{value} is not above 0 and at most 16 bits; bytes have a unit, such as 2.5GiB"
+        )
+    return float(value)
+
+
 def load_job(path: str) -> Job:
     """Read and validate a job file, the scans in it included.
 
@@ -174,7 +223,7 @@ def make_job(values: dict[str, Any], path: str) -> Job:
         ConfigError: As :func:`load_job`.
     """
     kind = values.get("kind", "scan")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"{path}: kind: {kind!r} is unknown; known: {', '.join(_KINDS)}")
     job_class = _KINDS[kind]
     own_fields = set(job_class.model_fields) - {"scan"}
@@ -183,8 +232,8 @@ def make_job(values: dict[str, Any], path: str) -> Job:
     clash = sorted(job_class.LEFT_OUT & set(scan))
     if clash:
         raise ConfigError(f"{path}: {clash[0]}: a {kind} job sets it itself; leave it out")
-    if kind == "scan" and "name" not in own and isinstance(scan.get("out"), str):
-        own["name"] = slug(scan["out"])
+    if kind == "scan" and "name" not in own:
+        own["name"] = slug(str(scan.get("out")))
     with _one_line(path, sorted(own_fields | (set(ScanConfig.model_fields) - job_class.LEFT_OUT))):
         job = job_class.model_validate({**own, "scan": scan})
         _validate_scans(job)
@@ -196,7 +245,7 @@ def _one_line(path: str, known: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        line = first_problem(error, lambda name, _root: f"{path}: {name}", known)
+        line = first_problem(error, lambda name, _root: f"{path}: {name}", known, _NOT_SHOWN)
         raise ConfigError(line if line.startswith(path) else f"{path}: {line}") from None
 
 
@@ -204,7 +253,8 @@ def _validate_scans(job: Job) -> None:
     if isinstance(job, ScanJob):
         job.config()
     elif isinstance(job, SweepJob):
-        job.configs()
+        for budget in job.budget_fields():
+            job.config(job.models[0], budget)
     else:
         job.config(out="runs")
 
@@ -213,3 +263,21 @@ def slug(text: str) -> str:
     """The last part of a path or id in lower case letters, digits and hyphens, 40 at most."""
     last = re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower()
     return re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:40].strip("-") or "run"
+
+
+def is_variable(text: str) -> bool:
+    """Whether a text can be the name of an environment variable."""
+    return bool(_VARIABLE.fullmatch(text))
+
+
+def check_run_id(text: str) -> str:
+    """A run id as it was given.
+
+    Raises:
+        ConfigError: It could name a path, or has other characters than run ids have.
+    """
+    if not _RUN_ID.fullmatch(text) or ".." in text:
+        raise ConfigError(
+            f"{text!r} is not a run id: letters, digits, '-', '_' and single dots, 100 at most"
+        )
+    return text

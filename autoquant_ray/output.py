@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -15,8 +16,13 @@ from autoquant_ray.frontier import Point
 from autoquant_ray.plan import Plan
 from autoquant_ray.solve import Solution
 
+if TYPE_CHECKING:
+    from autoquant_ray.jobs import JobView
+    from autoquant_ray.sweep import SweepRow
+
 _TOP_GROUPS = 10
 _FILE_WIDTH = 200
+_TIME = "%Y-%m-%d %H:%M:%S"
 
 
 def _console() -> Console:
@@ -150,6 +156,45 @@ def print_frontier(run: str, points: Sequence[Point]) -> None:
         )
     console.print(table)
     console.print(escape(_short(f"{run.rstrip('/')}/frontier.parquet")), soft_wrap=True)
+
+
+def print_sweep(rows: Sequence[SweepRow]) -> None:
+    """One line per model and budget, with what each solution gives or why there is none."""
+    table = Table(title="Sweep", box=box.SIMPLE)
+    table.add_column("Model", overflow="fold")
+    for name in ("Budget", "Effective bits", "Predicted KL", "MiB"):
+        table.add_column(name, justify="right")
+    table.add_column("Exit", justify="right")
+    table.add_column("Solution", overflow="fold")
+    for row in rows:
+        bits, kl, size = row.effective_bits, row.predicted_kl_nats, row.weight_bytes
+        where = _short(row.manifest) if row.manifest else ""
+        table.add_row(
+            escape(row.model),
+            row.budget,
+            "-" if bits is None else f"{bits:.4f}",
+            "-" if kl is None else f"{kl:.4g}",
+            "-" if size is None else f"{size / 2**20:,.1f}",
+            str(row.exit_code),
+            escape(": ".join(text for text in (where, row.error) if text)),
+        )
+    _console().print(table)
+
+
+def print_jobs(jobs: Sequence[JobView]) -> None:
+    """One line per job."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("Run id", no_wrap=True)
+    table.add_column("State")
+    table.add_column("Exit", justify="right")
+    table.add_column("Started (UTC)")
+    table.add_column("Seconds", justify="right")
+    for job in jobs:
+        started = "" if job.started is None else time.strftime(_TIME, time.gmtime(job.started))
+        seconds = "" if job.seconds is None else f"{job.seconds:,.0f}"
+        code = "" if job.exit_code is None else str(job.exit_code)
+        table.add_row(escape(job.run_id), job.state, code, started, seconds)
+    _console().print(table)
 
 
 def _short(path: str) -> str:

@@ -63,13 +63,14 @@ class SearchResult:
     quarantined: list[dict[str, Any]]
 
 
-def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
+def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None) -> SearchResult:
     """Scan a model and choose a format for every group.
 
     Args:
         config: What to do.
         mode: ``new`` refuses an existing run directory, ``resume`` goes on with it, ``overwrite``
             deletes it first.
+        run_id: Of a run that is started; default: folder and time. A resumed run keeps its own.
 
     Raises:
         AutoQuantError: One of its subclasses; the run directory stays resumable.
@@ -94,7 +95,7 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
             device=config.device,
             worker_bytes=footprint(plan, config).worker_bytes(config.placement),
         )
-        identity = _identity(config, ref)
+        identity = _identity(config, ref) | ({} if run_id is None else {"run_id": run_id})
         with lease(directory) as held:
             state = RunState.start(directory, config, mode, identity, held)
             with metrics_of(directory, state.values["run_id"]):

@@ -81,7 +81,8 @@ class RunState:
             directory: Where the run lives.
             config: Resolved config.
             mode: What to do with an existing run.
-            identity: ``model``, ``dataset`` and ``fingerprints`` entries of ``run.json``.
+            identity: ``model``, ``dataset`` and ``fingerprints`` entries of ``run.json``, and
+                ``run_id`` where it is given.
             lease: Of the directory, held while the run is written.
 
         Raises:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 
 VOCABULARY = 256
 DECODER = {
@@ -137,6 +138,18 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab=vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Any:
+    """Write a job file."""
+
+    def write(values: dict[str, Any], name: str = "job.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -36,12 +36,16 @@ COMMANDS = (
     "report",
     "import",
     "demo",
+    "run",
+    "submit",
+    "jobs",
     "compare",
     "nightly",
     "evaluate",
     "frontier",
     "refine",
 )
+JOBS_COMMANDS = ("jobs list", "jobs status", "jobs logs", "jobs stop")
 
 
 def run(*arguments: Any) -> Result:
@@ -663,8 +667,12 @@ def test_import_into_existing_run_without_flag_keeps_it(make_run: Any) -> None:
 
 
 def options_of(name: str) -> list[click.Option]:
-    """Options of a command, as click knows them."""
-    return [p for p in main.commands[name].params if isinstance(p, click.Option)]
+    """Options of a command, as click knows them; a group's command has two words."""
+    command: click.Command = main
+    for word in name.split():
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    return [p for p in command.params if isinstance(p, click.Option)]
 
 
 def flags_of(option: click.Option) -> list[str]:
@@ -672,9 +680,9 @@ def flags_of(option: click.Option) -> list[str]:
     return [flag for flag in (*option.opts, *option.secondary_opts) if flag.startswith("--")]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *JOBS_COMMANDS])
 def test_help_shows_an_example_and_every_option(name: str) -> None:
-    result = run(name, "--help")
+    result = run(*name.split(), "--help")
     assert result.exit_code == 0
     assert re.search(rf"Example:\n +autoquant-ray {name}\b", result.stdout)
     for option in options_of(name):
@@ -713,11 +721,12 @@ def test_help_lists_every_command_and_exit_code() -> None:
         assert code in shown
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo"])
+@pytest.mark.parametrize("name", [*COMMANDS, *JOBS_COMMANDS])
 def test_help_examples_name_only_real_options(name: str) -> None:
-    example = run(name, "--help").stdout.partition("Example:")[2].partition("Options:")[0]
+    example = run(*name.split(), "--help").stdout.partition("Example:")[2].partition("Options:")[0]
     for line in re.split(r"\n\s*autoquant-ray ", example)[1:]:
-        command = line.split()[0]
+        command, second, *_ = [*line.split(), ""]
+        command = f"{command} {second}" if command == "jobs" else command
         used = re.findall(r"--[a-z-]+", line)
         known = {flag for option in options_of(command) for flag in flags_of(option)}
         assert set(used) <= known, line

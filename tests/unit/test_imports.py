@@ -41,6 +41,8 @@ PURE = (
     "fingerprint",
     "formats",
     "history",
+    "job",
+    "job_package",
     "knapsack*",
     "loss",
     "manifest",
@@ -75,6 +77,7 @@ UPPER = (
     "output",
     "jobs",
 )
+UPPER += ("cli_jobs", "cli_run", "job_server", "sweep")
 
 LIST_MODULES = """
 import json, sys
@@ -142,7 +145,9 @@ def test_public_names_all_exist() -> None:
     + [
         (name, "--help")
         for name in ("plan", "scan", "solve", "report", "import", "demo", "compare", "nightly")
-    ],
+    ]
+    + [(name, "--help") for name in ("run", "submit", "jobs", "evaluate", "refine", "frontier")]
+    + [("jobs", "stop", "--help")],
 )
 def test_help_is_light(arguments: tuple[str, ...], modules_after: Any) -> None:
     modules, output = modules_after(command(*arguments))

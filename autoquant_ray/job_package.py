@@ -1,0 +1,145 @@
+"""What travels to a cluster with a job, and what must not.
+
+The job file, validated here, travels alone in a working directory of the job; with a wheel, the
+package inside it travels too. Weights and secrets never do: models are read where the workers are,
+and secrets are looked up by name in the environment of the cluster. What a user wrote never
+reaches a shell: the command line of the driver holds a fixed file name and a checked run id.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autoquant_ray.config import ScanConfig
+from autoquant_ray.errors import ConfigError, one_line
+from autoquant_ray.job import NightlyJob, ScanJob, SweepJob, make_job
+
+logger = logging.getLogger(__name__)
+
+_JOB_FILE = "job.yaml"
+_PASSWORD = re.compile(r"[\w+.-]+://[^/@]*:[^/@]*@")
+_SOUNDS_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY", re.IGNORECASE)
+_OF_THE_PACKAGE = re.compile(r"autoquant_ray(/|-[^/]*\.dist-info/)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A job that may be sent to a cluster; :func:`make_package` makes one.
+
+    Attributes:
+        job: Validated.
+        values: Content of its file.
+        env: Environment variables of the driver and the workers, shown by Ray's dashboard.
+        wheel: Wheel of this package to run; None takes what is installed on the cluster.
+    """
+
+    job: ScanJob | SweepJob
+    values: dict[str, Any]
+    env: dict[str, str]
+    wheel: str | None
+
+    def unpack(self, folder: Path) -> None:
+        """Write the job's working directory: the job file and, from a wheel, the package.
+
+        The package is unpacked rather than installed: Ray would let pip install the wheel's
+        dependencies beside it, torch and Ray among them.
+        """
+        text = yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
+        (folder / _JOB_FILE).write_text(text, encoding="utf-8")
+        if self.wheel is not None:
+            with zipfile.ZipFile(self.wheel) as archive:
+                archive.extractall(folder, _package_files(archive))
+
+
+def make_package(
+    values: dict[str, Any], path: str, *, env: Mapping[str, str], wheel: str | None
+) -> Package:
+    """Check that a job can run on a cluster, and that nothing secret would travel with it.
+
+    Args:
+        values: Content of the job file.
+        path: Of the file, for messages.
+        env: See :class:`Package`.
+        wheel: See :class:`Package`.
+
+    Raises:
+        ConfigError: Not a valid job, a path that means something else on the cluster, a password
+            in an address, a secret in ``env``, or not a wheel of this package.
+    """
+    job = make_job(values, path)
+    if isinstance(job, NightlyJob):
+        raise ConfigError(
+            f"{path} is a nightly job, which a scheduler starts on the cluster's side: use "
+            "'autoquant-ray nightly JOB.yaml --runs DIR'"
+        )
+    _require_portable(job, path)
+    _require_no_secret(job.secrets, env)
+    if wheel is not None:
+        _require_wheel(wheel)
+    return Package(job=job, values=values, env=dict(env), wheel=wheel)
+
+
+def entrypoint(run_id: str) -> str:
+    """The driver's command line, for the shell that Ray starts it with."""
+    words = ["python", "-m", "autoquant_ray", "run", _JOB_FILE]
+    return shlex.join([*words, "--run-id", run_id, "--address", "auto"])
+
+
+def _require_portable(job: ScanJob | SweepJob, path: str) -> None:
+    for config in _configs(job):
+        for key, value in (("model", config.model), ("data", config.data), ("out", config.out)):
+            if _PASSWORD.match(value):
+                raise ConfigError(
+                    f"{path}: {key} holds a password; set the credentials in the cluster's "
+                    "environment and name them under secrets"
+                )
+            is_local = key == "out" or value.startswith((".", "~")) or Path(value).exists()
+            if is_local and "://" not in value and not Path(value).is_absolute():
+                raise ConfigError(
+                    f"{path}: {key}: {value} would be looked for on the cluster; give an absolute "
+                    "path that its nodes share, or s3:// or gs://"
+                )
+
+
+def _configs(job: ScanJob | SweepJob) -> list[ScanConfig]:
+    if isinstance(job, SweepJob):
+        return [job.config(model, job.budget_fields()[0]) for model in job.models]
+    return [job.config()]
+
+
+def _require_no_secret(secrets: tuple[str, ...], env: Mapping[str, str]) -> None:
+    for name in env:
+        if name in secrets:
+            raise ConfigError(
+                f"--env {name}: it is a secret of the job, and Ray's dashboard shows what --env "
+                "sets; set it in the cluster's environment"
+            )
+        if _SOUNDS_SECRET.search(name):
+            logger.warning(
+                "--env %s: Ray's dashboard shows its value; a secret belongs into the cluster's "
+                "environment, its name under secrets",
+                name,
+            )
+
+
+def _require_wheel(path: str) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = _package_files(archive)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"--wheel {path} cannot be read: {one_line(error)}") from None
+    if "autoquant_ray/__main__.py" not in names:
+        raise ConfigError(f"--wheel {path} is not a wheel of autoquant-ray")
+
+
+def _package_files(archive: zipfile.ZipFile) -> list[str]:
+    return [name for name in archive.namelist() if _OF_THE_PACKAGE.match(name)]
