@@ -53,6 +53,7 @@ def _parse_env(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) ->
     metavar="FILE",
     help="Wheel of autoquant-ray to run. Default: what is installed on the cluster.",
 )
+@click.option("--runs", metavar="DIR", help="Folder of the runs of a nightly job, on the cluster.")
 @common_options
 def submit(
     job_file: str,
@@ -60,14 +61,15 @@ def submit(
     follow: bool,
     env: dict[str, str],
     wheel: str | None,
+    runs: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Submit the scan or the sweep of JOB.yaml to a Ray cluster, or find it there.
+    """Submit the scan, the sweep or tonight's run of JOB.yaml to a Ray cluster, or find it there.
 
-    The same job has the same id. Submitted again, a running one is followed and a finished one is
-    shown; one that failed or was stopped goes on where it ended. Paths in JOB.yaml must be
-    absolute, and the same on all nodes.
+    The same job has the same id, a nightly job one for each date. Submitted again, a running one
+    is followed and a finished one is shown; one that failed or was stopped goes on where it ended.
+    Paths in JOB.yaml must be absolute, and the same on all nodes.
 
     The token of a cluster with token authentication is read as Ray reads it: RAY_AUTH_MODE=token,
     and RAY_AUTH_TOKEN or ~/.ray/auth_token.
@@ -80,7 +82,7 @@ def submit(
     from autoquant_ray.config_file import read_yaml
     from autoquant_ray.job_package import make_package
 
-    package = make_package(read_yaml(job_file), job_file, env=env, wheel=wheel)
+    package = make_package(read_yaml(job_file), job_file, env=env, wheel=wheel, runs=runs)
     from autoquant_ray.jobs import Jobs
 
     jobs_there = Jobs(address)

@@ -16,6 +16,7 @@ from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK, ConfigError
 
 if TYPE_CHECKING:
     from autoquant_ray.config import ScanConfig
+    from autoquant_ray.job import NightlyJob
     from autoquant_ray.state import Mode
 
 
@@ -59,9 +60,16 @@ def compare(before: str, after: str, significance: float, as_json: bool, verbose
 @click.option("--runs", required=True, help="Folder of the runs and of history.parquet.")
 @click.option("--keep", type=click.IntRange(min=1), help="Runs to keep, instead of the job's.")
 @click.option("--date", metavar="YYYY-MM-DD", help="Night to run. [default: today in UTC]")
+@click.option("--address", help="Ray cluster, instead of the job file's: see scan --address.")
 @common_options
 def nightly(
-    job_file: str, runs: str, keep: int | None, date: str | None, as_json: bool, verbose: bool
+    job_file: str,
+    runs: str,
+    keep: int | None,
+    date: str | None,
+    address: str | None,
+    as_json: bool,
+    verbose: bool,
 ) -> None:
     """Scan tonight's run of the nightly job JOB.yaml and compare it with the last good one.
 
@@ -80,7 +88,13 @@ def nightly(
     job = load_job(job_file)
     if not isinstance(job, NightlyJob):
         raise ConfigError(f"{job_file}: kind: nightly runs a nightly job, this is a {job.kind} job")
+    run_and_show(job.at(address), runs, keep=keep, date=date, as_json=as_json)
 
+
+def run_and_show(
+    job: NightlyJob, runs: str, *, keep: int | None, date: str | None, as_json: bool
+) -> None:
+    """Run a night, print what came of it, and end with its exit code."""
     from autoquant_ray.nightly import run_night
 
     with only_ours_on_stdout():

@@ -1,4 +1,4 @@
-"""The command that runs a job file in this process: a scan, or a sweep of several."""
+"""The command that runs a job file in this process: a scan, a sweep of several, or a night."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from typing import Any
 import click
 
 from autoquant_ray.cli_edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.cli_nightly import run_and_show
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_A_LOOK, ConfigError
-from autoquant_ray.job import NightlyJob, SweepJob, check_run_id, load_job
+from autoquant_ray.job import (
+    NightlyJob,
+    ScanJob,
+    SweepJob,
+    check_run_id,
+    load_job,
+    require_runs,
+)
 
 
 def scan_and_show(config: ScanConfig, mode: Any, as_json: bool, run_id: str | None = None) -> None:
@@ -32,12 +40,18 @@ def scan_and_show(config: ScanConfig, mode: Any, as_json: bool, run_id: str | No
 @click.command()
 @click.argument("job_file", metavar="JOB.yaml")
 @click.option("--run-id", help="Id of the run, in run.json. Default: the job's name and digest.")
+@click.option("--runs", help="Folder of the runs of a nightly job, which needs it.")
 @click.option("--address", help="Ray cluster, instead of the job file's: see scan --address.")
 @common_options
 def run(
-    job_file: str, run_id: str | None, address: str | None, as_json: bool, verbose: bool
+    job_file: str,
+    run_id: str | None,
+    runs: str | None,
+    address: str | None,
+    as_json: bool,
+    verbose: bool,
 ) -> None:
-    """Run the scan or the sweep that JOB.yaml describes, here, or go on with it.
+    """Run the scan, the sweep or the night that JOB.yaml describes, here, or go on with it.
 
     Run again, a finished job is shown and an unfinished one goes on, so that a retry is always
     safe.
@@ -48,17 +62,18 @@ def run(
     """
     set_up_logging(verbose)
     job = load_job(job_file)
+    require_runs(job, runs, job_file)
+    if isinstance(job, NightlyJob) and runs is not None:
+        if run_id is not None:
+            raise ConfigError("--run-id does not go with a nightly job: its date names the run")
+        run_and_show(job.at(address), runs, keep=None, date=None, as_json=as_json)
     run_id = job.run_id if run_id is None else check_run_id(run_id)
     job = job.at(address)
     job.require_secrets(os.environ)
-    if isinstance(job, NightlyJob):
-        raise ConfigError(
-            f"{job_file} is a nightly job: use 'autoquant-ray nightly {job_file} --runs DIR'"
-        )
     try:
         if isinstance(job, SweepJob):
             _sweep_and_show(job, run_id, as_json)
-        else:
+        elif isinstance(job, ScanJob):
             scan_and_show(job.config(), "resume", as_json, run_id)
     except KeyboardInterrupt:
         click.echo("interrupted; finished shards are kept, run the job again to go on", err=True)

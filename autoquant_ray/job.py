@@ -281,3 +281,22 @@ def check_run_id(text: str) -> str:
             f"{text!r} is not a run id: letters, digits, '-', '_' and single dots, 100 at most"
         )
     return text
+
+
+def require_runs(job: Job, runs: str | None, path: str) -> None:
+    """Check that a folder of runs is given for a nightly job, and for no other.
+
+    Args:
+        job: Any job.
+        runs: The folder.
+        path: The job's file, for messages.
+
+    Raises:
+        ConfigError: It is missing, or does not belong there.
+    """
+    if isinstance(job, NightlyJob) and runs is None:
+        raise ConfigError(f"{path} is a nightly job; give the folder of its runs with --runs DIR")
+    if not isinstance(job, NightlyJob) and runs is not None:
+        raise ConfigError(
+            f"--runs is for nightly jobs; {path} is a {job.kind} job with its own out"
+        )

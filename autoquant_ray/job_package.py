@@ -3,7 +3,7 @@
 The job file, validated here, travels alone in a working directory of the job; with a wheel, the
 package inside it travels too. Weights and secrets never do: models are read where the workers are,
 and secrets are looked up by name in the environment of the cluster. What a user wrote never
-reaches a shell: the command line of the driver holds a fixed file name and a checked run id.
+reaches a shell: the command line of the driver is made of quoted words.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 import shlex
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import yaml
 
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ConfigError, one_line
-from autoquant_ray.job import NightlyJob, ScanJob, SweepJob, make_job
+from autoquant_ray.job import Job, NightlyJob, SweepJob, make_job, require_runs
+from autoquant_ray.nights import parse_date
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +38,16 @@ class Package:
 
     Attributes:
         job: Validated.
+        run_id: Of the run, and of Ray's submission: a night's is its job's name and date.
+        command: Words of the driver's command line after the program's name.
         values: Content of its file.
         env: Environment variables of the driver and the workers, shown by Ray's dashboard.
         wheel: Wheel of this package to run; None takes what is installed on the cluster.
     """
 
-    job: ScanJob | SweepJob
+    job: Job
+    run_id: str
+    command: tuple[str, ...]
     values: dict[str, Any]
     env: dict[str, str]
     wheel: str | None
@@ -61,7 +66,12 @@ class Package:
 
 
 def make_package(
-    values: dict[str, Any], path: str, *, env: Mapping[str, str], wheel: str | None
+    values: dict[str, Any],
+    path: str,
+    *,
+    env: Mapping[str, str],
+    wheel: str | None,
+    runs: str | None = None,
 ) -> Package:
     """Check that a job can run on a cluster, and that nothing secret would travel with it.
 
@@ -70,47 +80,59 @@ def make_package(
         path: Of the file, for messages.
         env: See :class:`Package`.
         wheel: See :class:`Package`.
+        runs: Folder of the runs of a nightly job.
 
     Raises:
         ConfigError: Not a valid job, a path that means something else on the cluster, a password
             in an address, a secret in ``env``, or not a wheel of this package.
     """
     job = make_job(values, path)
-    if isinstance(job, NightlyJob):
-        raise ConfigError(
-            f"{path} is a nightly job, which a scheduler starts on the cluster's side: use "
-            "'autoquant-ray nightly JOB.yaml --runs DIR'"
-        )
-    _require_portable(job, path)
+    require_runs(job, runs, path)
+    _require_portable(job, path, runs)
     _require_no_secret(job.secrets, env)
     if wheel is not None:
         _require_wheel(wheel)
-    return Package(job=job, values=values, env=dict(env), wheel=wheel)
+    command: tuple[str, ...]
+    run_id, command = job.run_id, ("run", _JOB_FILE, "--run-id", job.run_id)
+    if runs is not None:
+        date = parse_date(None)
+        run_id, command = f"{job.name}-{date}", ("nightly", _JOB_FILE, "--date", date)
+        command = (*command, "--runs", runs)
+    return Package(
+        job=job,
+        run_id=run_id,
+        command=(*command, "--address", "auto"),
+        values=values,
+        env=dict(env),
+        wheel=wheel,
+    )
 
 
-def entrypoint(run_id: str) -> str:
+def entrypoint(command: Sequence[str]) -> str:
     """The driver's command line, for the shell that Ray starts it with."""
-    words = ["python", "-m", "autoquant_ray", "run", _JOB_FILE]
-    return shlex.join([*words, "--run-id", run_id, "--address", "auto"])
+    return shlex.join(["python", "-m", "autoquant_ray", *command])
 
 
-def _require_portable(job: ScanJob | SweepJob, path: str) -> None:
-    for config in _configs(job):
+def _require_portable(job: Job, path: str, runs: str | None) -> None:
+    for config in _configs(job, runs):
         for key, value in (("model", config.model), ("data", config.data), ("out", config.out)):
+            where = "--runs" if runs is not None and key == "out" else f"{path}: {key}"
             if _PASSWORD.match(value):
                 raise ConfigError(
-                    f"{path}: {key} holds a password; set the credentials in the cluster's "
+                    f"{where} holds a password; set the credentials in the cluster's "
                     "environment and name them under secrets"
                 )
             is_local = key == "out" or value.startswith((".", "~")) or Path(value).exists()
             if is_local and "://" not in value and not Path(value).is_absolute():
                 raise ConfigError(
-                    f"{path}: {key}: {value} would be looked for on the cluster; give an absolute "
+                    f"{where}: {value} would be looked for on the cluster; give an absolute "
                     "path that its nodes share, or s3:// or gs://"
                 )
 
 
-def _configs(job: ScanJob | SweepJob) -> list[ScanConfig]:
+def _configs(job: Job, runs: str | None) -> list[ScanConfig]:
+    if isinstance(job, NightlyJob):
+        return [job.config(out=str(runs))]
     if isinstance(job, SweepJob):
         return [job.config(model, job.budget_fields()[0]) for model in job.models]
     return [job.config()]

@@ -115,7 +115,7 @@ class Jobs:
 
     def submit(self, package: Package) -> Submission:
         """Start a job, unless the same one runs or has succeeded."""
-        run_id = package.job.run_id
+        run_id = package.run_id
         earlier = self.find(run_id)
         if earlier is not None and earlier.state not in ("FAILED", "STOPPED"):
             return Submission(run_id=run_id, outcome="finished" if earlier.is_over else "running")
@@ -244,8 +244,8 @@ class Jobs:
 def _request(package: Package, folder: str) -> dict[str, Any]:
     """Arguments of Ray's ``submit_job``. The driver reserves nothing: it only hands out work."""
     return {
-        "submission_id": package.job.run_id,
-        "entrypoint": entrypoint(package.job.run_id),
+        "submission_id": package.run_id,
+        "entrypoint": entrypoint(package.command),
         "entrypoint_num_cpus": 0,
         "entrypoint_num_gpus": 0,
         "metadata": {_OURS: autoquant_ray.__version__, "kind": package.job.kind},

@@ -9,7 +9,6 @@ Who scans is the caller's choice, so that this module needs neither torch nor Ra
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import time
@@ -27,7 +26,6 @@ from autoquant_ray.errors import (
     EXIT_NEEDS_A_LOOK,
     AutoQuantError,
     ChangedError,
-    ConfigError,
     HeldError,
     InfeasibleBudgetError,
     one_line,
@@ -35,7 +33,7 @@ from autoquant_ray.errors import (
 from autoquant_ray.history import LOCKS, put_row, read_history, require_runs_folder, run_folder
 from autoquant_ray.job import NightlyJob
 from autoquant_ray.lease import Lease, lease
-from autoquant_ray.nights import Nights, is_finished, is_good
+from autoquant_ray.nights import Nights, is_finished, is_good, parse_date
 from autoquant_ray.report.drift import render_baseline, render_drift
 from autoquant_ray.state import Mode, RunState
 from autoquant_ray.store import DRIFT_JSON, DRIFT_MARKDOWN, RunDirectory
@@ -97,8 +95,8 @@ def run_night(
     Raises:
         AutoQuantError: The scan's own, noted in the history too; wrong input.
     """
-    day = _parse_date(date)
-    _require_secrets(job)
+    day = parse_date(date)
+    job.require_secrets(os.environ)
     folder = RunDirectory(runs)
     require_runs_folder(folder)
     nights = Nights(folder, job.name)
@@ -271,26 +269,6 @@ def _note_unfinished(tonight: _Tonight) -> None:
                 job=tonight.job, date=date, folder=tonight.folder, nights=tonight.nights
             )
             put_row(tonight.folder, _row(earlier, "failed", EXIT_FAILED, "never finished"))
-
-
-def _require_secrets(job: NightlyJob) -> None:
-    for name in job.secrets:
-        if not os.environ.get(name):
-            raise ConfigError(
-                f"job {job.name} needs the environment variable {name}, which is not set"
-            )
-
-
-def _parse_date(date: str | None) -> str:
-    if date is None:
-        return time.strftime("%Y-%m-%d", time.gmtime())
-    try:
-        day = datetime.datetime.strptime(date, "%Y-%m-%d").strftime("%Y-%m-%d")
-    except ValueError:
-        day = None
-    if day != date:
-        raise ConfigError(f"--date {date!r} is not a day of the form YYYY-MM-DD")
-    return date
 
 
 def _utc_now() -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import re
+import time
 
 from autoquant_ray.errors import ConfigError, HeldError, StoreError
 from autoquant_ray.history import is_run, run_folder
@@ -113,3 +115,20 @@ def is_finished(directory: RunDirectory) -> bool:
 def is_good(directory: RunDirectory) -> bool:
     """Whether a run is finished and no shard was left out."""
     return is_finished(directory) and not RunState.open(directory).values["quarantined"]
+
+
+def parse_date(date: str | None) -> str:
+    """A day of a nightly job as ``YYYY-MM-DD``; None gives today's UTC date.
+
+    Raises:
+        ConfigError: Not such a day.
+    """
+    if date is None:
+        return time.strftime("%Y-%m-%d", time.gmtime())
+    try:
+        day = datetime.datetime.strptime(date, "%Y-%m-%d").strftime("%Y-%m-%d")
+    except ValueError:
+        day = None
+    if day != date:
+        raise ConfigError(f"--date {date!r} is not a day of the form YYYY-MM-DD")
+    return date

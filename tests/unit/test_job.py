@@ -174,9 +174,9 @@ def test_run_refuses_a_missing_or_empty_secret_before_anything(
     assert "environment variable EMPTY, UNSET, which is not set here" in line
 
 
-def test_run_points_a_nightly_job_to_its_command(job_file: Any) -> None:
+def test_run_of_a_nightly_job_needs_the_folder_of_its_runs(job_file: Any) -> None:
     path = job_file(NIGHTLY)
-    assert f"use 'autoquant-ray nightly {path} --runs DIR'" in one_line(run("run", path))
+    assert "give the folder of its runs with --runs DIR" in one_line(run("run", path))
 
 
 def test_run_refuses_a_run_id_that_is_a_path(job_file: Any) -> None:

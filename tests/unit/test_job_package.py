@@ -6,6 +6,7 @@ import http.server
 import shlex
 import socket
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,10 +108,33 @@ def test_package_refuses_a_relative_path_that_exists_here(
         package(SCAN | {"model": "org/model"})
 
 
-def test_package_refuses_a_nightly_job() -> None:
-    nightly = {key: value for key, value in SCAN.items() if key != "out"} | {"kind": "nightly"}
-    with pytest.raises(ConfigError, match="autoquant-ray nightly"):
-        package(nightly)
+NIGHTLY = {key: value for key, value in SCAN.items() if key != "out"} | {"kind": "nightly"}
+
+
+def test_night_is_named_by_its_date_and_read_back_by_our_own_command_line() -> None:
+    runs = "/runs; touch /tmp/x"
+    made = make_package(NIGHTLY, "job.yaml", env={}, wheel=None, runs=runs)
+    command, job_file, *rest = shlex.split(entrypoint(made.command))[3:]
+    parsed = main.commands[command].make_context(command, [job_file, *rest])
+    assert (command, job_file) == ("nightly", "job.yaml")
+    assert parsed.params["runs"] == runs
+    assert made.run_id == f"{NIGHTLY['name']}-{parsed.params['date']}"
+    assert parsed.params["date"] == time.strftime("%Y-%m-%d", time.gmtime())
+
+
+@pytest.mark.parametrize(
+    ("values", "runs", "message"),
+    [
+        (NIGHTLY, None, "give the folder of its runs with --runs DIR"),
+        (NIGHTLY, "runs", "--runs: runs would be looked for on the cluster"),
+        (SCAN, "/runs", "--runs is for nightly jobs"),
+    ],
+)
+def test_folder_of_runs_belongs_to_nightly_jobs(
+    values: dict[str, Any], runs: str | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_package(values, "job.yaml", env={}, wheel=None, runs=runs)
 
 
 def test_package_never_holds_a_secret(caplog: pytest.LogCaptureFixture) -> None:
@@ -150,10 +174,10 @@ def test_package_refuses_what_is_no_wheel_of_ours(tmp_path: Path, content: Any) 
 
 
 def test_entrypoint_is_read_back_by_our_own_command_line() -> None:
-    python, dash_m, module, command, *rest = shlex.split(entrypoint("a-scan-01234567"))
+    python, dash_m, module, command, *rest = shlex.split(entrypoint(package(SCAN).command))
     assert (python, dash_m, module) == ("python", "-m", "autoquant_ray")
     parsed = main.commands[command].make_context(command, rest)
-    assert parsed.params["run_id"] == "a-scan-01234567"
+    assert parsed.params["run_id"] == package(SCAN).run_id
     assert (parsed.params["job_file"], parsed.params["address"]) == ("job.yaml", "auto")
 
 
