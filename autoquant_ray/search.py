@@ -72,6 +72,7 @@ def run_search(config: ScanConfig, mode: Mode = "new") -> SearchResult:
 
     Raises:
         AutoQuantError: One of its subclasses; the run directory stays resumable.
+        Interrupted: SIGTERM or Ctrl-C while workers computed; the same.
     """
     ref = find_model(config.model, trust_remote_code=config.trust_remote_code)
     plan = make_plan(config, ref, device="cuda" if config.device == "auto" else config.device)
@@ -119,7 +120,7 @@ def _run_stages(
         spec = _engine_spec(config, ref, plan)
         placement = placement.at_most(state.num_shards)
         logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
-        with WorkerPool(spec, placement, directory.append_event) as pool:
+        with WorkerPool(spec, placement, directory.append_event, config.grace_s) as pool:
             maxima = stages.calibrate(state, pool, plan, marks["calibrate"])
             stages.score(state, pool, plan, maxima, marks["score"])
     stages.aggregate(state, config, marks["aggregate"])

@@ -34,6 +34,7 @@ PURE = (
     "experts",
     "fingerprint",
     "formats",
+    "interrupts",
     "knapsack*",
     "loss",
     "manifest",
