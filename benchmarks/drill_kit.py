@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,12 @@ class Drill:
         self.fault_time = time.time()
         return Held(self._folder, int(process), node)
 
+    def end_wait(self) -> None:
+        """Let whoever waits for the held shard, or is held, go on."""
+        (self._folder / "release").touch()
+        with suppress(FileExistsError), open(self._folder / "held", "x") as stream:
+            stream.write("score -1 0 none\n")
+
 
 def wait_until(condition: Callable[[], Any]) -> None:
     """Poll; gives up with an error after two minutes."""
@@ -189,26 +195,31 @@ def paced(pacing: Pacing) -> Iterator[None]:
 
 
 def disturb(config: ScanConfig, pacing: Pacing, fault: Callable[[Drill, Held], Any]) -> Drill:
-    """Go on with a scan in this process; the fault happens once the shard is held.
+    """Go on with a scan in a thread of this process; the fault happens once the shard is held.
+
+    Ray starts nodes in the main thread only, so the fault has it.
 
     Raises:
         BaseException: What the scan or the fault raised.
     """
     drill, errors = Drill(Path(config.out), pacing), []
 
-    def watch() -> None:
+    def scan() -> None:
         try:
-            drill.notes.append(fault(drill, drill.wait_for_held()))
+            with paced(pacing):
+                search.run_search(config, "resume")
         except BaseException as error:  # noqa: BLE001 - raised again below
             errors.append(error)
-            (Path(pacing.folder) / "release").touch()
+            drill.end_wait()
 
-    thread = threading.Thread(target=watch, name="fault")
+    thread = threading.Thread(target=scan, name="scan")
     thread.start()
     try:
-        with paced(pacing):
-            search.run_search(config, "resume")
+        held = drill.wait_for_held()
+        if not errors:
+            drill.notes.append(fault(drill, held))
     finally:
+        drill.end_wait()
         thread.join()
     if errors:
         raise errors[0]

@@ -283,6 +283,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory(prefix="drills-") as folder, setting(Path(folder)) as shared:
         for name in names:
+            start = time.perf_counter()
             try:
                 drill = DRILLS[name](shared)
             except PermissionError as error:
@@ -293,6 +294,7 @@ def main() -> None:
             lost_s = drill.lost_shard_s() if drill.pacing.shard >= 0 else None
             row = {"fault": name, "next_shard_s": round(drill.next_shard_s(), 1)}
             row["lost_shard_s"] = None if lost_s is None else round(lost_s, 1)
+            row["whole_drill_s"] = round(time.perf_counter() - start, 1)
             rows.append(row)
             print(row, flush=True)
     print(json.dumps({"drills": rows} | describe_machine()))
