@@ -218,8 +218,10 @@ def disturb(config: ScanConfig, pacing: Pacing, fault: Callable[[Drill, Held], A
         held = drill.wait_for_held()
         if not errors:
             drill.notes.append(fault(drill, held))
-    finally:
+    except BaseException:
         drill.end_wait()
+        raise
+    finally:
         thread.join()
     if errors:
         raise errors[0]

@@ -80,9 +80,9 @@ def test_scan_asked_to_stop_keeps_the_shard_in_flight(
     assert scan.returncode == 130, stderr
     (request,) = watch.events(run, "stop_requested")
     scored = watch.scored(run)
-    assert len(request["shards"]) == 1
     assert set(request["shards"]) <= set(scored)
     assert watch.events(run, "worker_died") == []
+    # The second was in flight when the first was noted, and the signal came after that.
     assert 2 <= len(scored) < NUM_SHARDS
     last = stderr.splitlines()[-1]
     assert f"{len(scored)} of {NUM_SHARDS} shards" in last
