@@ -36,10 +36,9 @@ class Commands(click.Group):
             return super().invoke(context)
         except AutoQuantError as error:
             self._stop(f"error: {error}", error.exit_code)
-        except KeyboardInterrupt:
-            self._stop(
-                "interrupted; finished shards are kept, go on with --resume", EXIT_INTERRUPTED
-            )
+        except KeyboardInterrupt as error:
+            line = str(error) or "interrupted; finished shards are kept, go on with --resume"
+            self._stop(line, EXIT_INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # noqa: BLE001 - the edge of the program

@@ -205,6 +205,12 @@ class ScanConfig(SearchSpace):
         description="CPUs each worker reserves and computes with. Part of the result: another "
         "number of threads may change the last bits of a sum.",
     )
+    grace_s: float = Field(
+        default=20.0,
+        ge=0,
+        description="On SIGTERM or Ctrl-C, seconds to wait for shards in flight; a second signal "
+        "stops at once. Keep it below Kubernetes' terminationGracePeriodSeconds.",
+    )
     address: str = Field(
         default="auto",
         description="Ray cluster: auto (a running one, else local), local, or an address such as "

@@ -72,6 +72,12 @@ class ChangedError(StoreError):
     """An unfinished run cannot go on: its config, model, data or packages are others now."""
 
 
+class StoreLostError(StoreError):
+    """A run directory that was written before cannot be written any more: full, or read-only."""
+
+    exit_code = EXIT_FAILED
+
+
 class HeldError(StoreError):
     """Another process is at work there."""
 
@@ -86,6 +92,10 @@ class WorkerError(AutoQuantError):
 
 class NonFiniteError(WorkerError):
     """A shard produced a NaN or an infinity; the same shard would do so on any worker."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The program was asked to stop and stopped in order; the message says what is kept."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -121,6 +121,20 @@ class ShardQuarantined(_Line):
     reason: Reason
 
 
+class PoolGrew(_Line):
+    """The cluster has become larger, and more workers are started (`--workers auto`)."""
+
+    event: Literal["pool_grew"]
+    num_wanted: int = Field(ge=1, description="Workers from now on.")
+
+
+class StopRequested(_Line):
+    """SIGTERM or Ctrl-C: no more shards are handed out."""
+
+    event: Literal["stop_requested"]
+    shards: list[int] = Field(description="In flight; they get the grace period to end.")
+
+
 class PartDamaged(_Line):
     """A part that an earlier attempt wrote is unreadable or incomplete; it is done again."""
 
@@ -163,6 +177,8 @@ Event = (
     | ShardCopied
     | ShardFailed
     | ShardQuarantined
+    | PoolGrew
+    | StopRequested
     | PartDamaged
     | StabilityChecked
     | RunDone

@@ -106,7 +106,10 @@ class Lease:
         """Give it back."""
         self._stopped.set()
         self._thread.join()
-        self._directory.delete(_file(self._folder, self._claim.id))
+        try:
+            self._directory.delete(_file(self._folder, self._claim.id))
+        except StoreError as error:  # it ends with this process, or expires
+            logger.warning("the lease could not be given back: %s", error)
         self._directory.delete_if_empty(self._folder)
         self._directory.delete_if_empty("")
 

@@ -74,6 +74,7 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
 
     Raises:
         AutoQuantError: One of its subclasses; the run directory stays resumable.
+        Interrupted: SIGTERM or Ctrl-C while workers computed; the same.
     """
     ref = find_model(config.model, trust_remote_code=config.trust_remote_code)
     plan = make_plan(config, ref, device="cuda" if config.device == "auto" else config.device)
@@ -122,7 +123,7 @@ def _run_stages(
         spec = _engine_spec(config, ref, plan)
         placement = placement.at_most(state.num_shards)
         logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
-        with WorkerPool(spec, placement, directory.append_event) as pool:
+        with WorkerPool(spec, placement, directory.append_event, config.grace_s) as pool:
             maxima = stages.calibrate(state, pool, plan, marks["calibrate"])
             stages.score(state, pool, plan, maxima, marks["score"])
         directory.append_event("workers_stopped")

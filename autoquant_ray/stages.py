@@ -7,8 +7,9 @@ does. A stage's parts (one file per shard) are never recomputed while they are i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from autoquant_ray.aggregation import aggregate_parts, is_complete_part, score_p
 from autoquant_ray.budget import Problem, solve_options
 from autoquant_ray.calibration import Statistics, merge_statistics, to_maxima
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.distributed.pool import Outcome, WorkerPool
+from autoquant_ray.distributed.pool import Outcome, Submit, WorkerPool
 from autoquant_ray.distributed.progress import Throughput, progress
 from autoquant_ray.distributed.worker import ShardTask
-from autoquant_ray.errors import StoreError, WorkerError
+from autoquant_ray.errors import Interrupted, StoreError, WorkerError
+from autoquant_ray.interrupts import stop_on_signal
 from autoquant_ray.parts import Parts, map_ahead
 from autoquant_ray.plan import Plan
 from autoquant_ray.sensitivity import Maxima
@@ -29,6 +31,27 @@ from autoquant_ray.store import CALIBRATION, SAMPLES, SCORES, part_name
 from autoquant_ray.weight_hashes import hash_groups
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What a stage gives to the pool.
+
+    Attributes:
+        stage: Its name.
+        tasks: Shards to do.
+        submit: How to start one on a worker.
+        num_done: Shards that were done before.
+        write: Writes a shard's part.
+        is_enough: Whether the stage may end after this shard; asked once per shard.
+    """
+
+    stage: str
+    tasks: Iterator[ShardTask]
+    submit: Submit
+    num_done: int
+    write: Callable[[Outcome], str]
+    is_enough: Callable[[int], bool] = lambda _shard: False
 
 
 def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | None = None) -> None:
@@ -68,9 +91,14 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
                 )
 
             done = _intact_parts(state, CALIBRATION, lambda _shard, table: table.num_rows > 0)
-            tasks = _tasks(state, done)
-            outcomes = pool.run(tasks, lambda worker, task: worker.calibrate.remote(task))
-            _collect(state, "calibrate", outcomes, len(done), write)
+            work = _Work(
+                stage="calibrate",
+                tasks=_tasks(state, done),
+                submit=lambda worker, task: worker.calibrate.remote(task),
+                num_done=len(done),
+                write=write,
+            )
+            _collect(state, pool, work)
             shards = _intact_parts(state, CALIBRATION, lambda _shard, table: table.num_rows > 0)
             parts = map(_statistics, Parts(directory, CALIBRATION, shards))
             merged = _statistics_rows(merge_statistics(parts))
@@ -121,10 +149,15 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
         shared_maxima = ray.put(maxima)
         done = _intact_parts(state, SCORES, _is_complete(plan))
         if not any(is_enough(shard) for shard in sorted({*done, *state.left_out})):
-            outcomes = pool.run(
-                _tasks(state, done), lambda worker, task: worker.score.remote(task, shared_maxima)
+            work = _Work(
+                stage="score",
+                tasks=_tasks(state, done),
+                submit=lambda worker, task: worker.score.remote(task, shared_maxima),
+                num_done=len(done),
+                write=write,
+                is_enough=is_enough,
             )
-            _collect(state, "score", outcomes, len(done), write, is_enough)
+            _collect(state, pool, work)
         if rule is not None:
             stopping_stage.keep_used(state, rule)
 
@@ -152,38 +185,46 @@ def check_budget(plan: Plan, config: ScanConfig) -> None:
     Problem(plan.rows(), plan.summary()).check_feasible(solve_options(config))
 
 
-def _collect(
-    state: RunState,
-    stage: str,
-    outcomes: Generator[Outcome, None, None],
-    num_done: int,
-    write: Callable[[Outcome], str],
-    is_enough: Callable[[int], bool] = lambda _shard: False,
-) -> None:
-    """Write each shard's part as it arrives, until it is enough; note the quarantined ones."""
-    total = state.num_shards - len(state.left_out)
+def _collect(state: RunState, pool: WorkerPool, work: _Work) -> None:
+    """Write each shard's part as it arrives, until it is enough; note the quarantined ones.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C; what was in flight has been written, as far as it ended
+            within the grace period.
+    """
     throughput = Throughput()
-    with closing(outcomes), progress(stage, total, num_done) as advance:
+    total, num_kept = state.num_shards - len(state.left_out), work.num_done
+    with (
+        stop_on_signal(pool.grace_s) as stop,
+        closing(pool.run(work.tasks, work.submit, stop)) as outcomes,
+        progress(work.stage, total, work.num_done) as advance,
+    ):
         for outcome in outcomes:
             shard, num_tokens = outcome.task.shard, 0
             if outcome.reason is not None:
                 logger.warning("shard %d is quarantined: %s", shard, outcome.reason)
-                state.quarantine(shard, stage, outcome.reason)
+                state.quarantine(shard, work.stage, outcome.reason)
             else:
                 state.require_lease()
-                write(outcome)
+                work.write(outcome)
                 num_tokens = sum(map(len, outcome.task.samples))
                 state.directory.append_event(
                     "shard_done",
-                    stage=stage,
+                    stage=work.stage,
                     shard=shard,
                     num_tokens=num_tokens,
                     seconds=round(outcome.seconds, 3),
                     pid=outcome.process_id,
                 )
+                num_kept += 1
             advance(f"{throughput.add(num_tokens):,.0f} tokens/s, {outcome.num_workers} worker(s)")
-            if is_enough(shard):
+            if work.is_enough(shard):
                 break
+    if stop.is_made:
+        raise Interrupted(
+            f"interrupted: stage {work.stage} has {num_kept} of {total} shards, all kept; go on "
+            "with --resume"
+        )
     if len(state.left_out) == state.num_shards:
         reason = state.values["quarantined"][0]["reason"]
         raise WorkerError(f"every shard failed, the first with: {reason}")

@@ -10,11 +10,11 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from autoquant_ray.config import ScanConfig, changed_fields
-from autoquant_ray.errors import ChangedError, StoreError
+from autoquant_ray.errors import ChangedError, Interrupted, StoreError
 from autoquant_ray.lease import Lease
 from autoquant_ray.store import RUN_FILE, SCHEMA_VERSION, RunDirectory
 
@@ -165,8 +165,11 @@ class RunState:
         try:
             yield entry
         except BaseException as error:
-            kind = type(error).__name__
-            self.directory.append_event("stage_stopped", stage=name, error=kind)
+            with suppress(StoreError):  # the store may be what failed
+                self.directory.append_event("stage_stopped", stage=name, error=type(error).__name__)
+                if isinstance(error, Interrupted):
+                    entry["state"] = "stopped"
+                    self.save()
             raise
         entry["state"] = "done"
         entry["seconds"] = round(time.perf_counter() - start, 3)

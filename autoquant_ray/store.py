@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from autoquant_ray.errors import StoreError, one_line
+from autoquant_ray.errors import StoreError, StoreLostError, one_line
 from autoquant_ray.schemas import ADDED_COLUMNS, SCHEMAS
 
 SCHEMA_VERSION = 1
@@ -89,6 +89,7 @@ class RunDirectory:
         self._root = root
         self._base = base
         self.listener: Callable[..., None] | None = None
+        self._was_written = False
         self._late_events: list[str] = []
         self._next_flush_s = 0.0
 
@@ -139,13 +140,14 @@ class RunDirectory:
             if not self._is_local:
                 with self._base.open_output_stream(target) as stream:
                     stream.write(content)
-                return self.path(name)
-            try:
-                _write_and_rename(target, content)
-            except FileNotFoundError:  # another process has just deleted the empty folder
-                _write_and_rename(target, content)
+            else:
+                try:
+                    _write_and_rename(target, content)
+                except FileNotFoundError:  # another process has just deleted the empty folder
+                    _write_and_rename(target, content)
         except OSError as error:
-            raise StoreError(f"cannot write {self.path(name)}: {error}") from None
+            raise self._write_error(name, error) from None
+        self._was_written = True
         return self.path(name)
 
     def read_bytes(self, name: str) -> bytes:
@@ -221,7 +223,10 @@ class RunDirectory:
     def delete(self, name: str) -> None:
         """Delete one file if it is there."""
         if self.exists(name):
-            self._base.delete_file(f"{self._root}/{name}")
+            try:
+                self._base.delete_file(f"{self._root}/{name}")
+            except OSError as error:
+                raise StoreError(f"cannot delete {self.path(name)}: {one_line(error)}") from None
 
     def list_folders(self, folder: str) -> list[str]:
         """Names of the folders inside a folder, sorted."""
@@ -260,18 +265,32 @@ class RunDirectory:
             if event != "shard_done" or time.monotonic() >= self._next_flush_s:
                 self._flush_events()
             return
+        end = None
         try:
             os.makedirs(self._root, exist_ok=True)
-            with open(f"{self._root}/events.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(line)
+            with open(f"{self._root}/events.jsonl", "ab") as stream:
+                end = stream.tell()
+                stream.write(line.encode())
         except OSError as error:
-            raise StoreError(f"cannot write {self.path('events.jsonl')}: {error}") from None
+            if end is not None:
+                with suppress(OSError):
+                    os.truncate(f"{self._root}/events.jsonl", end)  # no half line on a full disk
+            raise self._write_error("events.jsonl", error) from None
 
     def _flush_events(self) -> None:
         before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
         self.write_bytes("events.jsonl", before + "".join(self._late_events).encode())
         self._late_events.clear()
         self._next_flush_s = time.monotonic() + _FLUSH_S
+
+    def _write_error(self, name: str, error: OSError) -> StoreError:
+        text = f"cannot write {self.path(name)}: {error}"
+        if not self._was_written:
+            return StoreError(text)
+        return StoreLostError(
+            f"{text}; what was written before is kept: free space or make it writable again, then "
+            "go on with --resume"
+        )
 
     def _list(self, folder: str) -> list[Any]:
         root = f"{self._root}/{folder}".rstrip("/")

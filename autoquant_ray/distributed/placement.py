@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -34,19 +35,44 @@ class Placement:
     """How many workers, what each reserves, and how it holds memory.
 
     Attributes:
+        num_workers: To start with.
+        max_workers: What the pool may grow to when the cluster does; 0 never grows.
+        worker_bytes: Memory of one worker; bounds their number on a CPU cluster.
         reuses_memory: The process keeps freed host memory for the next tensor
             (:func:`~autoquant_ray.host_memory.reuse_freed_memory`).
     """
 
     num_workers: int
+    max_workers: int = 0
     cpus_per_worker: int
     gpus_per_worker: float
     device: str
+    worker_bytes: int = 1
     reuses_memory: bool = False
 
     def at_most(self, num_shards: int) -> Placement:
         """The same with no more workers than shards; more would idle."""
-        return replace(self, num_workers=max(1, min(self.num_workers, num_shards)))
+        return replace(
+            self,
+            num_workers=max(1, min(self.num_workers, num_shards)),
+            max_workers=min(self.max_workers, num_shards),
+        )
+
+    def room(self, resources: Mapping[str, float]) -> int:
+        """How many such workers a cluster of these total resources holds, at least 1."""
+        return max(1, min(self._room_by_units(resources), self._room_by_memory(resources)))
+
+    def _room_by_units(self, resources: Mapping[str, float]) -> int:
+        room = int(resources.get("CPU", 0) // self.cpus_per_worker)
+        if self.gpus_per_worker > 0:
+            room = min(room, int(resources.get("GPU", 0) / self.gpus_per_worker))
+        return room
+
+    def _room_by_memory(self, resources: Mapping[str, float]) -> int:
+        if self.device != "cpu":
+            return sys.maxsize
+        memory = resources.get("memory", psutil.virtual_memory().total) * _MEMORY_SHARE
+        return int(memory // self.worker_bytes)
 
 
 @contextmanager
@@ -227,7 +253,7 @@ def place_workers(
     device: str,
     worker_bytes: int,
 ) -> Placement:
-    """Size the pool to the cluster.
+    """Size the pool to the cluster; ``auto`` grows with it later.
 
     Args:
         config: What was asked for.
@@ -235,30 +261,18 @@ def place_workers(
         device: ``cpu`` or ``cuda``.
         worker_bytes: Memory of one worker; bounds ``auto`` by the memory of a CPU cluster.
     """
-    gpus = gpus_per_worker(config, device)
-    if isinstance(config.workers, int):
-        num_workers = config.workers
-    else:
-        num_workers = _room(config, resources, gpus, device, worker_bytes)
-    return Placement(
-        num_workers=num_workers,
+    placement = Placement(
+        num_workers=1,
         cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=gpus,
+        gpus_per_worker=gpus_per_worker(config, device),
         device=device,
+        worker_bytes=worker_bytes,
         reuses_memory=device == "cpu" and config.placement == "resident",
     )
-
-
-def _room(
-    config: ScanConfig, resources: Mapping[str, float], gpus: float, device: str, worker_bytes: int
-) -> int:
-    room = int(resources.get("CPU", 0) // config.cpus_per_worker)
-    if gpus > 0:
-        room = min(room, int(resources.get("GPU", 0) / gpus))
-    if device == "cpu":
-        memory = resources.get("memory", psutil.virtual_memory().total) * _MEMORY_SHARE
-        by_memory = int(memory // worker_bytes)
-        if by_memory < room:
-            logger.info("memory has room for %d workers of %d", max(1, by_memory), room)
-            room = by_memory
-    return max(1, room)
+    if isinstance(config.workers, int):
+        return replace(placement, num_workers=config.workers, max_workers=config.workers)
+    num_workers = placement.room(resources)
+    by_units = replace(placement, worker_bytes=1).room(resources)
+    if num_workers < by_units:
+        logger.info("memory has room for %d workers of %d", num_workers, by_units)
+    return replace(placement, num_workers=num_workers, max_workers=sys.maxsize)

@@ -1,5 +1,5 @@
 """A pool of workers that pull shards: reassigns lost shards, replaces dead workers, lets no slow
-worker hold the end of a stage.
+worker hold the end of a stage, ends in order when it is asked to stop.
 
 Calls are never cancelled (``ray.cancel`` can abort the driver, Ray 2.60). A worker that still
 computes a copy nobody needs stays out of the next stage until its call ends; killing it would cost
@@ -20,19 +20,21 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from autoquant_ray.distributed.failure import Decision, FailurePolicy
+from autoquant_ray.distributed.crew import Crew, OnEvent, own_error
+from autoquant_ray.distributed.failure import Decision
 from autoquant_ray.distributed.placement import Placement
 from autoquant_ray.distributed.shard_queue import ShardQueue
-from autoquant_ray.distributed.worker import ShardTask, start_worker
-from autoquant_ray.errors import AutoQuantError, ClusterError, WorkerError, one_line
+from autoquant_ray.distributed.worker import ShardTask
+from autoquant_ray.errors import one_line
+from autoquant_ray.interrupts import StopRequest
 
 logger = logging.getLogger(__name__)
 
 Submit = Callable[[Any, ShardTask], Any]
 """Calls an actor's method with a task and returns the reference of its result."""
-OnEvent = Callable[..., None]
 
-_START_TIMEOUT_S = 300.0
+_POLL_S = 0.5
+"""Longest wait before the pool looks for a request to stop, and for a larger cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,22 +75,21 @@ class WorkerPool:
         spec: Engine spec, sent to every worker.
         placement: How many workers, and what each reserves.
         on_event: Called with an event name and details at every state change.
+        grace_s: Seconds that shards in flight get when the caller of :meth:`run` asks to stop.
     """
 
-    def __init__(self, spec: Any, placement: Placement, on_event: OnEvent) -> None:
-        self._spec = spec
+    def __init__(
+        self, spec: Any, placement: Placement, on_event: OnEvent, grace_s: float = 0.0
+    ) -> None:
+        self.grace_s = grace_s
         self._placement = placement
         self._on_event = on_event
-        self._policy = FailurePolicy(max_replacements=10 + 3 * placement.num_workers)
-        self._workers: dict[Any, int] = {}
-        self._loading: dict[Any, Any] = {}
+        self._crew = Crew(spec, placement, on_event)
         self._calls: dict[Any, _Call] = {}
         self._owners: dict[int, Any] = {}
-        self._num_started = 0
 
     def __enter__(self) -> Self:
-        for _ in range(self._placement.num_workers):
-            self._start()
+        self._crew.start(self._placement.num_workers)
         return self
 
     def __exit__(
@@ -97,13 +98,15 @@ class WorkerPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for worker in [*self._workers, *self._loading.values()]:
-            ray.kill(worker)
-        self._workers.clear()
-        self._loading.clear()
+        self._crew.close()
         self._calls.clear()
 
-    def run(self, tasks: Iterable[ShardTask], submit: Submit) -> Generator[Outcome, None, None]:
+    def run(
+        self,
+        tasks: Iterable[ShardTask],
+        submit: Submit,
+        stop: StopRequest | None = None,
+    ) -> Generator[Outcome, None, None]:
         """Compute every task once; a slow one may be computed twice, its first result counts.
 
         Calls that are still running at the end, or when the generator is closed early, are left
@@ -113,38 +116,63 @@ class WorkerPool:
             tasks: Pulled a few ahead of the workers. A worker gets by preference a shard that it
                 finished in an earlier stage.
             submit: How to start a task on a worker.
+            stop: Once it is made, no task is started, those in flight are waited for as long as
+                it allows, and the generator ends with tasks left: the caller must look at it.
 
         Raises:
             AutoQuantError: An error that would repeat on other workers; finished tasks were
                 yielded before.
             WorkerError: All workers are gone and the replacement budget is spent.
+            ClusterError: No worker has found a place in the cluster for too long.
         """
-        self._policy.kills.clear()
+        stop = StopRequest(self.grace_s) if stop is None else stop
+        self._crew.policy.kills.clear()
         for call in self._calls.values():
             call.task = None  # left by a generator that was dropped and not closed yet
         window = 2 * self._placement.num_workers if self._owners else 1
         queue = ShardQueue(tasks, self._owners, window)
         try:
-            while True:
+            while not stop.is_made:
                 self._feed(queue, submit)
                 queue.read_ahead()
                 if queue.is_done:
                     return
-                self._require_workers()
+                if queue.has_fresh:
+                    self._crew.grow()
+                self._crew.require_workers()
                 for reference in self._wait(queue):
                     outcome = self._receive(reference, queue)
                     if outcome is not None:
-                        self._feed(queue, submit)  # before the caller writes the result
+                        if not stop.is_made:
+                            self._feed(queue, submit)  # before the caller writes the result
                         yield outcome
+            yield from self._drain(queue, stop)
         finally:
             for call in self._calls.values():
                 if call.queue is queue:
                     call.task = None
 
-    def _start(self) -> None:
-        worker = start_worker(self._placement)
-        self._num_started += 1
-        self._loading[worker.load.remote(self._spec)] = worker
+    def _drain(self, queue: ShardQueue, stop: StopRequest) -> Generator[Outcome, None, None]:
+        """Take what is in flight while the stop allows; start nothing, not even a worker."""
+        self._crew.is_replacing = False
+        shards = sorted(call.task.shard for call in self._wanted(queue).values() if call.task)
+        self._on_event("stop_requested", shards=shards)
+        logger.warning(
+            "stopping: waiting up to %g s for %d shard(s) in flight; a second signal stops at once",
+            stop.seconds_left(),
+            len(shards),
+        )
+        while (wanted := self._wanted(queue)) and stop.seconds_left() > 0:
+            timeout = min(_POLL_S, stop.seconds_left())
+            ready, _ = ray.wait([*wanted], num_returns=1, timeout=timeout)
+            for reference in ready:
+                outcome = self._receive(reference, queue)
+                if outcome is not None:
+                    yield outcome
+
+    def _wanted(self, queue: ShardQueue) -> dict[Any, _Call]:
+        """Calls in flight whose result counts."""
+        return {r: c for r, c in self._calls.items() if c.queue is queue and c.task is not None}
 
     def _feed(self, queue: ShardQueue, submit: Submit) -> None:
         for worker in self._free_workers():
@@ -159,42 +187,26 @@ class WorkerPool:
 
     def _free_workers(self) -> list[Any]:
         busy = {call.worker for call in self._calls.values()}
-        return [worker for worker in self._workers if worker not in busy]
+        return [worker for worker in self._crew.ready if worker not in busy]
 
     def _wait(self, queue: ShardQueue) -> list[Any]:
-        timeout: float | None = _START_TIMEOUT_S
-        if self._workers:
-            timeout = queue.seconds_to_copy(time.monotonic()) if self._free_workers() else None
-        ready, _ = ray.wait([*self._calls, *self._loading], num_returns=1, timeout=timeout)
-        if not ready and not self._workers:
-            raise ClusterError(
-                f"no worker started within {_START_TIMEOUT_S:g} s; the cluster has "
-                f"{ray.cluster_resources()}"
-            )
+        timeout = _POLL_S
+        if self._free_workers():
+            to_copy_s = queue.seconds_to_copy(time.monotonic())
+            timeout = timeout if to_copy_s is None else min(timeout, to_copy_s)
+        ready, _ = ray.wait([*self._calls, *self._crew.loading], num_returns=1, timeout=timeout)
         return list(ready)
 
     def _receive(self, reference: Any, queue: ShardQueue) -> Outcome | None:
         """Take what has arrived: a loaded worker, an unwanted copy, or the end of a shard."""
-        if reference in self._loading:
-            self._finish_loading(reference)
+        if reference in self._crew.loading:
+            self._crew.finish_loading(reference)
             return None
         call = self._calls.pop(reference)
         if call.task is None:
             self._discard(reference, call.worker)
             return None
         return self._settle(reference, call, call.task, queue)
-
-    def _finish_loading(self, reference: Any) -> None:
-        worker = self._loading.pop(reference)
-        try:
-            process_id = ray.get(reference)
-        except RayTaskError as error:
-            raise _own_error(error) from None
-        except RayError as error:
-            self._on_death(worker, None, error)
-        else:
-            self._workers[worker] = process_id
-            self._on_event("worker_ready", pid=process_id, num_workers=len(self._workers))
 
     def _discard(self, reference: Any, worker: Any) -> None:
         """End a call whose result is not wanted: only the worker's death matters."""
@@ -212,8 +224,8 @@ class WorkerPool:
         try:
             result = ray.get(reference)
         except RayTaskError as error:
-            own = _own_error(error)
-            decision = self._policy.on_error(own)
+            own = own_error(error)
+            decision = self._crew.policy.on_error(own)
             self._on_event(
                 "shard_failed", shard=task.shard, decision=decision.value, reason=one_line(own)
             )
@@ -224,7 +236,7 @@ class WorkerPool:
             if self._on_death(call.worker, task, error) is Decision.RETRY:
                 queue.lose(task.shard, call.start_s)
                 return None
-            reason = f"killed {self._policy.max_kills_per_shard} workers"
+            reason = f"killed {self._crew.policy.max_kills_per_shard} workers"
             return self._quarantine(task, reason, queue)
         now_s = time.monotonic()
         queue.finish(task.shard, call.start_s, now_s)
@@ -234,15 +246,15 @@ class WorkerPool:
             task=task,
             result=result,
             seconds=now_s - call.start_s,
-            process_id=self._workers[call.worker],
-            num_workers=len(self._workers),
+            process_id=self._crew.ready[call.worker],
+            num_workers=len(self._crew.ready),
         )
 
     def _quarantine(self, task: ShardTask, reason: str, queue: ShardQueue) -> Outcome:
         queue.give_up(task.shard)
         self._ignore_copies(task.shard)
         self._on_event("shard_quarantined", shard=task.shard, reason=reason)
-        return Outcome(task=task, reason=reason, num_workers=len(self._workers))
+        return Outcome(task=task, reason=reason, num_workers=len(self._crew.ready))
 
     def _ignore_copies(self, shard: int) -> None:
         for call in self._calls.values():
@@ -250,35 +262,6 @@ class WorkerPool:
                 call.task = None
 
     def _on_death(self, worker: Any, task: ShardTask | None, error: RayError) -> Decision:
-        shard = None if task is None else task.shard
-        self._workers.pop(worker, None)
-        for shard_kept in [s for s, owner in self._owners.items() if owner == worker]:
-            del self._owners[shard_kept]  # in place: the running queue looks here too
-        ray.kill(worker)
-        decision = self._policy.on_worker_death(shard)
-        reason = one_line(error)
-        logger.warning("a worker died (shard %s): %s", shard, reason)
-        self._on_event(
-            "worker_died",
-            shard=shard,
-            decision=decision.value,
-            reason=reason,
-            num_workers=len(self._workers),
-        )
-        if self._policy.take_replacement():
-            self._start()
-        return decision
-
-    def _require_workers(self) -> None:
-        if not self._workers and not self._loading:
-            raise WorkerError(
-                f"all workers died ({self._num_started} were started); finished shards are kept, "
-                "start again with --resume"
-            )
-
-
-def _own_error(error: RayTaskError) -> AutoQuantError:
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, AutoQuantError):
-        return cause
-    return WorkerError(one_line(error, limit=500))
+        for shard in [s for s, owner in self._owners.items() if owner == worker]:
+            del self._owners[shard]  # in place: the running queue looks here too
+        return self._crew.bury(worker, None if task is None else task.shard, error)

@@ -69,6 +69,11 @@ class ShardQueue:
         """Whether nothing is running or waiting; reliable after :meth:`read_ahead`."""
         return not (self._running or self._lost or self._next)
 
+    @property
+    def has_fresh(self) -> bool:
+        """Whether a shard waits for its first worker; reliable after :meth:`read_ahead`."""
+        return bool(self._next)
+
     def take(self, now_s: float, worker: Hashable = None) -> ShardTask | None:
         """The shard for a worker that is free now; None if there is nothing useful to do."""
         if self._lost:

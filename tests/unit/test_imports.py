@@ -41,6 +41,7 @@ PURE = (
     "fingerprint",
     "formats",
     "history",
+    "interrupts",
     "job",
     "job_package",
     "knapsack*",

@@ -97,6 +97,20 @@ def test_offloaded_workers_are_placed_by_what_they_hold() -> None:
     assert sizes == {"resident": 2, "offload": 16}
 
 
+def test_auto_grows_with_the_cluster_and_a_number_does_not() -> None:
+    small, large = {"CPU": 2.0, "GPU": 2.0}, {"CPU": 64.0, "GPU": 6.0}
+    placed = {
+        workers: place_workers(
+            make_config(workers=workers), small, device="cuda", worker_bytes=1
+        ).at_most(5)
+        for workers in ("auto", 2)
+    }
+    assert {workers: p.num_workers for workers, p in placed.items()} == {"auto": 2, 2: 2}
+    assert {workers: p.max_workers for workers, p in placed.items()} == {"auto": 5, 2: 2}
+    assert placed["auto"].room(large) == 6
+    assert placed["auto"].room({"CPU": 4.0}) == 1
+
+
 def test_split_without_gpus_is_refused() -> None:
     with pytest.raises(pydantic.ValidationError, match="--gpus-per-worker 2 or more"):
         make_config(placement="split")

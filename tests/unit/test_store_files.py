@@ -321,6 +321,39 @@ def test_write_that_stops_midway_leaves_the_old_file_or_none(
     assert left == ({} if before is None else {"plan.parquet": before})
 
 
+EVENTS_ON_A_FULL_DISK = """
+import resource, sys
+from autoquant_ray.errors import StoreError
+from autoquant_ray.store import RunDirectory
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+directory = RunDirectory(sys.argv[1])
+directory.write_text("run.json", "{}")
+try:
+    while True:
+        directory.append_event("shard_done", stage="score", shard=7)
+except StoreError as error:
+    print(error.exit_code, error)
+"""
+
+
+def test_events_on_a_full_disk_are_whole_lines_and_the_error_is_no_usage_error(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EVENTS_ON_A_FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"1 cannot write {tmp_path}/events.jsonl")
+    assert "--resume" in line
+    text = (tmp_path / "events.jsonl").read_text()
+    assert 900 < len(text) <= 1000
+    assert {json.loads(event)["shard"] for event in text.splitlines()} == {7}
+    assert text.endswith("}\n")
+
+
 def test_write_replaces_a_file_whole(tmp_path: Path) -> None:
     directory = RunDirectory(str(tmp_path))
     directory.write_bytes("a/b.bin", b"long content")

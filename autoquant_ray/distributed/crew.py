@@ -1,0 +1,152 @@
+"""The workers of a pool: started, loaded, replaced when they die, more when the cluster grows."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from autoquant_ray.distributed.failure import Decision, FailurePolicy
+from autoquant_ray.distributed.placement import Placement
+from autoquant_ray.distributed.worker import start_worker
+from autoquant_ray.errors import AutoQuantError, ClusterError, WorkerError, one_line
+
+logger = logging.getLogger(__name__)
+
+OnEvent = Callable[..., None]
+
+_START_TIMEOUT_S = 300.0
+_LOOK_S = 2.0
+
+
+class Crew:
+    """Workers by state; a pool gives the ready ones work.
+
+    Args:
+        spec: Engine spec, sent to every worker.
+        placement: How many workers, and what each reserves.
+        on_event: Called with an event name and details at every state change.
+
+    Attributes:
+        ready: Worker -> process id, of those that have the model.
+        loading: Reference of the end of loading -> worker; also of those that wait for a place.
+        policy: Budgets of failures.
+        is_replacing: Whether dead workers are replaced.
+    """
+
+    def __init__(self, spec: Any, placement: Placement, on_event: OnEvent) -> None:
+        self.ready: dict[Any, int] = {}
+        self.loading: dict[Any, Any] = {}
+        self.policy = FailurePolicy(max_replacements=10 + 3 * placement.num_workers)
+        self.is_replacing = True
+        self._spec = spec
+        self._placement = placement
+        self._on_event = on_event
+        self._num_started = 0
+        self._room = placement.num_workers
+        self._next_look_s = 0.0
+        self._none_ready_since_s: float | None = None
+
+    def start(self, count: int) -> None:
+        """Start workers; each waits in ``loading`` until the cluster has a place for it."""
+        for _ in range(count):
+            worker = start_worker(self._placement)
+            self._num_started += 1
+            self.loading[worker.load.remote(self._spec)] = worker
+
+    def close(self) -> None:
+        """Kill all workers."""
+        for worker in [*self.ready, *self.loading.values()]:
+            ray.kill(worker)
+        self.ready.clear()
+        self.loading.clear()
+
+    def finish_loading(self, reference: Any) -> None:
+        """A worker of ``loading`` is ready or dead.
+
+        Raises:
+            AutoQuantError: It cannot load the model; others could not either.
+        """
+        worker = self.loading.pop(reference)
+        try:
+            process_id = ray.get(reference)
+        except RayTaskError as error:
+            raise own_error(error) from None
+        except RayError as error:
+            self.bury(worker, None, error)
+        else:
+            self.ready[worker] = process_id
+            self._on_event("worker_ready", pid=process_id, num_workers=len(self.ready))
+
+    def bury(self, worker: Any, shard: int | None, error: RayError) -> Decision:
+        """Drop a dead worker and start another within the budget; what happens to its shard."""
+        self.ready.pop(worker, None)
+        ray.kill(worker)
+        decision = self.policy.on_worker_death(shard)
+        reason = one_line(error)
+        logger.warning("a worker died (shard %s): %s", shard, reason)
+        self._on_event(
+            "worker_died",
+            shard=shard,
+            decision=decision.value,
+            reason=reason,
+            num_workers=len(self.ready),
+        )
+        if self.is_replacing and self.policy.take_replacement():
+            self.start(1)
+        return decision
+
+    def grow(self) -> None:
+        """Start workers where the cluster has become larger, up to what was asked for.
+
+        Room that it had before is not filled again here: workers that died there are replaced
+        within their budget, and a replacement waits for a place where there is none.
+        """
+        now_s = time.monotonic()
+        if now_s < self._next_look_s:
+            return
+        self._next_look_s = now_s + _LOOK_S
+        room = min(self._placement.room(ray.cluster_resources()), self._placement.max_workers)
+        size = len(self.ready) + len(self.loading)
+        count = min(room - self._room, room - size)
+        self._room = room
+        if count > 0:
+            logger.info("the cluster has grown: %d more worker(s)", count)
+            self._on_event("pool_grew", num_wanted=size + count)
+            self.start(count)
+
+    def require_workers(self) -> None:
+        """Check that there is somebody to wait for.
+
+        Raises:
+            WorkerError: All workers are gone and the replacement budget is spent.
+            ClusterError: None has been ready for too long.
+        """
+        if self.ready:
+            self._none_ready_since_s = None
+            return
+        if not self.loading:
+            raise WorkerError(
+                f"all workers died ({self._num_started} were started); finished shards are kept, "
+                "start again with --resume"
+            )
+        now_s = time.monotonic()
+        if self._none_ready_since_s is None:
+            self._none_ready_since_s = now_s
+        if now_s - self._none_ready_since_s > _START_TIMEOUT_S:
+            raise ClusterError(
+                f"no worker started within {_START_TIMEOUT_S:g} s; the cluster has "
+                f"{ray.cluster_resources()}; finished shards are kept, start again with --resume"
+            )
+
+
+def own_error(error: RayTaskError) -> AutoQuantError:
+    """The error of this package that a worker raised, or what it raised as a WorkerError."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, AutoQuantError):
+        return cause
+    return WorkerError(one_line(error, limit=500))

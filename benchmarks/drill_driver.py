@@ -1,0 +1,93 @@
+"""The command line in a process of its own, with slow engines, and disturbed from within.
+
+    python benchmarks/drill_driver.py PACING.json DISTURBANCE scan --config SCAN.yaml --resume
+
+``none`` disturbs nothing. ``die-before-noting:N`` kills the process when N shards are scored and
+the N-th part is written but not noted. ``loaded-workers`` lets workers load the model while they
+are created, so that the first calls that this process makes of them are shards: with Ray's
+``RAY_testing_rpc_failure`` in its environment those are the ones that fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import drill_kit
+import ray
+from ray import cloudpickle
+
+from autoquant_ray import cli, search
+from autoquant_ray.distributed import crew
+from autoquant_ray.distributed.worker import ShardWorker
+from autoquant_ray.store import RunDirectory
+
+cloudpickle.register_pickle_by_value(drill_kit)  # workers cannot import it
+
+
+def die_before_noting(number: int) -> Any:
+    """Patch: the process ends before it notes the N-th scored shard."""
+    append_event = RunDirectory.append_event
+    num_scored = 0
+
+    def append_or_die(self: RunDirectory, event: str, **details: Any) -> None:
+        nonlocal num_scored
+        num_scored += event == "shard_done" and details["stage"] == "score"
+        if num_scored == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append_event(self, event, **details)
+
+    return mock.patch.object(RunDirectory, "append_event", append_or_die)
+
+
+def loaded_workers() -> Any:
+    """Patch: workers load the model while they are created, not in a call of this process."""
+    specs: list[Any] = []
+    make_spec = search._engine_spec
+
+    def keep_spec(*arguments: Any) -> Any:
+        specs.append(make_spec(*arguments))
+        return specs[-1]
+
+    class LoadedWorker(ShardWorker):
+        def __init__(self, spec: Any) -> None:
+            super().__init__(reuses_memory=False)
+            self.load(spec)
+
+    def start_loaded(placement: Any) -> Any:
+        options = {"num_cpus": placement.cpus_per_worker, "max_restarts": 0}
+        worker = ray.remote(LoadedWorker).options(**options).remote(specs[-1])
+        worker.load = SimpleNamespace(remote=lambda _spec: ray.put(0))
+        return worker
+
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(search, "_engine_spec", keep_spec))
+    stack.enter_context(mock.patch.object(crew, "start_worker", start_loaded))
+    return stack
+
+
+def main() -> None:
+    """Run the command line."""
+    pacing_file, disturbance, *arguments = sys.argv[1:]
+    pacing = drill_kit.Pacing(**json.loads(Path(pacing_file).read_text()))
+    name, _, number = disturbance.partition(":")
+    with ExitStack() as stack:
+        stack.enter_context(drill_kit.paced(pacing))
+        if name == "die-before-noting":
+            stack.enter_context(die_before_noting(int(number)))
+        elif name == "loaded-workers":
+            stack.enter_context(loaded_workers())
+        elif name != "none":
+            sys.exit(f"unknown disturbance {disturbance!r}")
+        cli.main(arguments)
+
+
+if __name__ == "__main__":
+    main()
