@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from autoquant_ray.config import STAGE_FIELDS
 from autoquant_ray.plan_changes import FormatChange, Regret
 from autoquant_ray.run_changes import Change
+from autoquant_ray.stage_fingerprints import STAGE_FIELDS
 
 Verdict = Literal["same", "noise", "drift"]
 Test = Literal["paired", "unpaired", "none"]

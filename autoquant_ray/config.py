@@ -2,13 +2,11 @@
 
 A field is written once, here: the command line builds its options from these fields, a YAML file
 uses the same names, and ``run.json`` holds the resolved values. Which stage a field belongs to
-stands in :data:`STAGE_FIELDS`; stages are skipped on resume only while those fields are unchanged.
+stands in :mod:`autoquant_ray.stage_fingerprints`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -251,71 +249,3 @@ class ScanConfig(SearchSpace):
                 "--gpus-per-worker 2 or more and a device that is not cpu"
             )
         return self
-
-
-STAGE_FIELDS: dict[str, tuple[str, ...]] = {
-    "plan": ("model", "formats", "custom_formats", "disable", "device", "trust_remote_code"),
-    "shards": (
-        "data",
-        "text_field",
-        "split",
-        "pack",
-        "samples",
-        "seq_len",
-        "shard_samples",
-        "data_seed",
-    ),
-    "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
-    "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
-    "aggregate": ("estimator",),
-    "allocate": ("bits", "bytes", "bits_over", "cost", "max_formats"),
-}
-"""Fields that each stage's result depends on, in the order of the stages."""
-
-ADDED_FIELDS = ("data_seed",)
-"""Fields that earlier versions did not have; None means what those versions did."""
-
-
-def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, str]:
-    """Hash each stage's own fields together with the fingerprint of the stage before.
-
-    A scan that stops when it is stable scores shards for its own budget, so that its score stage
-    depends on the fields of the allocation too.
-
-    Args:
-        config: Resolved config (no ``auto`` left in fields that change numbers).
-        model: Fingerprint of the model's files.
-        data: Fingerprint of the token shards, or of the source before they exist.
-
-    Returns:
-        Stage name -> hexadecimal digest of 16 characters.
-    """
-    values = config.model_dump(mode="json")
-    digests: dict[str, str] = {}
-    previous = model
-    for stage, fields in STAGE_FIELDS.items():
-        own = {
-            name: values[name]
-            for name in fields
-            if name not in ADDED_FIELDS or values[name] is not None
-        }
-        if stage == "shards":
-            own["data_fingerprint"] = data
-        if stage == "score" and config.stop_when_stable is not None:
-            later = (*STAGE_FIELDS["aggregate"], *STAGE_FIELDS["allocate"])
-            own |= {name: values[name] for name in later}
-        text = json.dumps([previous, own], sort_keys=True)
-        previous = hashlib.sha256(text.encode()).hexdigest()[:16]
-        digests[stage] = previous
-    return digests
-
-
-def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
-    """Name the result-changing fields in which two configs differ, as ``name: old -> new``."""
-    values = after.model_dump(mode="json")
-    names = [name for fields in STAGE_FIELDS.values() for name in fields]
-    return [
-        f"{name}: {before.get(name)} -> {values[name]}"
-        for name in names
-        if (name in before or name in ADDED_FIELDS) and before.get(name) != values[name]
-    ]

@@ -17,7 +17,7 @@ from typing import Any
 from autoquant_ray import samples_stage
 from autoquant_ray.calibration import to_maxima
 from autoquant_ray.candidates import Candidate
-from autoquant_ray.config import ScanConfig, stage_fingerprints
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.placement import connected, place_workers, require_resources
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.distributed.progress import progress
@@ -35,6 +35,7 @@ from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
 from autoquant_ray.quantized_layers import UNQUANTIZED, Choice
 from autoquant_ray.sensitivity import Maxima, scored_modules
+from autoquant_ray.stage_fingerprints import stage_fingerprints
 from autoquant_ray.state import RunState
 from autoquant_ray.store import EVALUATION, SAMPLES, RunDirectory, part_name
 from autoquant_ray.tokenizer import TokenizerRef

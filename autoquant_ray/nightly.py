@@ -19,7 +19,7 @@ from typing import Any
 
 from autoquant_ray.compare import compare_runs, run_facts
 from autoquant_ray.comparison import Comparison
-from autoquant_ray.config import ScanConfig, changed_fields
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -35,6 +35,7 @@ from autoquant_ray.job import NightlyJob
 from autoquant_ray.lease import Lease, lease
 from autoquant_ray.nights import Nights, is_finished, is_good, parse_date
 from autoquant_ray.report.drift import render_baseline, render_drift
+from autoquant_ray.stage_fingerprints import changed_fields
 from autoquant_ray.state import Mode, RunState
 from autoquant_ray.store import DRIFT_JSON, DRIFT_MARKDOWN, RunDirectory
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from autoquant_ray.config import STAGE_FIELDS
+from autoquant_ray.stage_fingerprints import STAGE_FIELDS
 
 Kind = Literal["model", "data", "formats", "config", "versions"]
 _SHOWN_ELSEWHERE = {"model", "data", "formats"}

@@ -14,7 +14,7 @@ from typing import Any
 
 from autoquant_ray import samples_stage, stages
 from autoquant_ray.budget import solve_options
-from autoquant_ray.config import ScanConfig, stage_fingerprints
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.metrics import metrics_of
 from autoquant_ray.distributed.placement import (
     Placement,
@@ -42,6 +42,7 @@ from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
 from autoquant_ray.sensitivity import scored_modules
 from autoquant_ray.solve import Solution, solve_run
+from autoquant_ray.stage_fingerprints import stage_fingerprints
 from autoquant_ray.state import Mode, RunState, require_target
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.texts import require_source

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
-from autoquant_ray.config import ScanConfig, changed_fields
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ChangedError, Interrupted, StoreError
 from autoquant_ray.lease import Lease
+from autoquant_ray.stage_fingerprints import changed_fields
 from autoquant_ray.store import RUN_FILE, SCHEMA_VERSION, RunDirectory
 
 Mode = Literal["new", "resume", "overwrite"]

@@ -33,6 +33,7 @@ PURE = (
     "compare",
     "comparison",
     "config",
+    "stage_fingerprints",
     "data",
     "engine",
     "errors",

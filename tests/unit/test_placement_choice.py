@@ -11,7 +11,7 @@ import pydantic
 import pytest
 
 from autoquant_ray.calibration import to_maxima
-from autoquant_ray.config import ScanConfig, stage_fingerprints
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.placement import place_workers, require_resources
 from autoquant_ray.engine import Engine
 from autoquant_ray.errors import ClusterError, ModelError
@@ -21,6 +21,7 @@ from autoquant_ray.layers import decoder_layers
 from autoquant_ray.loading import offload_map, split_map
 from autoquant_ray.models import build_skeleton, find_model
 from autoquant_ray.plan import build_plan
+from autoquant_ray.stage_fingerprints import stage_fingerprints
 
 SEVENTY_GIB = Footprint(
     weight_bytes=70 * GIB, offloaded_bytes=4 * GIB, work_bytes=5 * GIB

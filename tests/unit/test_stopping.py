@@ -11,13 +11,14 @@ import pytest
 
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.config import STAGE_FIELDS, ScanConfig, stage_fingerprints
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.config_values import parse_share
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.manifest import solution_summary
 from autoquant_ray.plan import build_plan
 from autoquant_ray.schemas import SCHEMAS
 from autoquant_ray.stability import assess
+from autoquant_ray.stage_fingerprints import STAGE_FIELDS, stage_fingerprints
 from autoquant_ray.stopping import (
     StoppingRule,
     budget_problem,
