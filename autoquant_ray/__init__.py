@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from autoquant_ray.api import Run, search
     from autoquant_ray.config import ScanConfig
     from autoquant_ray.manifest import load_quantization_config
-    from autoquant_ray.search import run_search
+    from autoquant_ray.scan import run_search
     from autoquant_ray.solve import solve_run
 
 _LAZY = {
     "Run": "autoquant_ray.api",
     "search": "autoquant_ray.api",
     "ScanConfig": "autoquant_ray.config",
-    "run_search": "autoquant_ray.search",
+    "run_search": "autoquant_ray.scan",
     "solve_run": "autoquant_ray.solve",
     "load_quantization_config": "autoquant_ray.manifest",
 }

@@ -164,7 +164,7 @@ def search(config: ScanConfig | None = None, *, mode: Mode = "new", **fields: An
     Raises:
         AutoQuantError: One of its subclasses; the run directory stays resumable.
     """
-    from autoquant_ray.search import run_search
+    from autoquant_ray.scan import run_search
 
     if (config is None) == (not fields):
         raise ConfigError("give a ScanConfig or its fields, one of both")

@@ -108,6 +108,6 @@ def run_and_show(
 
 def _scan(config: ScanConfig, mode: Mode) -> object:
     """Scan; a night that is held or finished never gets here and starts without torch and Ray."""
-    from autoquant_ray.search import run_search
+    from autoquant_ray.scan import run_search
 
     return run_search(config, mode)

@@ -24,7 +24,7 @@ from autoquant_ray.job import (
 def scan_and_show(config: ScanConfig, mode: Any, as_json: bool, run_id: str | None = None) -> None:
     """Run a scan, print its solution, and end with the scan's exit code."""
     from autoquant_ray.output import print_solution
-    from autoquant_ray.search import run_search
+    from autoquant_ray.scan import run_search
 
     with only_ours_on_stdout():
         result = run_search(config, mode, run_id)

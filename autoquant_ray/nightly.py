@@ -89,7 +89,7 @@ def run_night(
     Args:
         job: What to scan, and with what to compare it.
         runs: Folder of the runs.
-        scan: :func:`~autoquant_ray.search.run_search`.
+        scan: :func:`~autoquant_ray.scan.run_search`.
         keep: Runs to keep instead of the job's own number.
         date: ``YYYY-MM-DD`` instead of today's UTC date.
 

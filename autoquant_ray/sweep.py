@@ -25,7 +25,7 @@ from autoquant_ray.errors import (
     one_line,
 )
 from autoquant_ray.job import SweepJob, slug
-from autoquant_ray.search import run_search
+from autoquant_ray.scan import run_search
 from autoquant_ray.solve import Solution, solve_run
 from autoquant_ray.store import RunDirectory
 

@@ -38,7 +38,7 @@ from machine import describe_machine
 from ray import cloudpickle
 
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.search import run_search
+from autoquant_ray.scan import run_search
 
 DRIVER = Path(__file__).with_name("drill_driver.py")
 CPU_NODE = {"num_cpus": 1}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ClusterError, DataError, StoreError
-from autoquant_ray.search import run_search
+from autoquant_ray.scan import run_search
 
 
 @pytest.fixture

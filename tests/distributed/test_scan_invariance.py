@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.search import run_search
+from autoquant_ray.scan import run_search
 
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
 SLOW = ("--shard-samples", "1", "--label-draws", "12")

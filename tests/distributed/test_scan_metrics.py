@@ -19,7 +19,7 @@ import ray
 
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.events import ShardDone, WorkerDied, parse_event
-from autoquant_ray.search import run_search
+from autoquant_ray.scan import run_search
 from autoquant_ray.store import RunDirectory
 
 SAMPLE = re.compile(r"^(ray_autoquant_\w+)\{(.*)\} (\S+)$", re.MULTILINE)

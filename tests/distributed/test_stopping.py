@@ -18,7 +18,7 @@ from autoquant_ray.distributed.pool import Outcome
 from autoquant_ray.engine import ShardScores
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.plan import build_plan
-from autoquant_ray.search import run_search
+from autoquant_ray.scan import run_search
 from autoquant_ray.sensitivity import SensitivitySums
 from autoquant_ray.solve import solve_run
 from autoquant_ray.state import RunState

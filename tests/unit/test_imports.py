@@ -71,7 +71,7 @@ PURE = (
 UPPER = (
     "distributed",
     "stages",
-    "search",
+    "scan",
     "cli",
     "cli_edge",
     "cli_options",
