@@ -24,7 +24,8 @@ import drill_kit
 import ray
 from ray import cloudpickle
 
-from autoquant_ray import cli, search
+from autoquant_ray import cli
+from autoquant_ray import scan as scan_module
 from autoquant_ray.distributed import crew
 from autoquant_ray.distributed.worker import ShardWorker
 from autoquant_ray.store import RunDirectory
@@ -50,7 +51,7 @@ def die_before_noting(number: int) -> Any:
 def loaded_workers() -> Any:
     """Patch: workers load the model while they are created, not in a call of this process."""
     specs: list[Any] = []
-    make_spec = search._engine_spec
+    make_spec = scan_module._engine_spec
 
     def keep_spec(*arguments: Any) -> Any:
         specs.append(make_spec(*arguments))
@@ -68,7 +69,7 @@ def loaded_workers() -> Any:
         return worker
 
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(search, "_engine_spec", keep_spec))
+    stack.enter_context(mock.patch.object(scan_module, "_engine_spec", keep_spec))
     stack.enter_context(mock.patch.object(crew, "start_worker", start_loaded))
     return stack
 

@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import ray
 
-from autoquant_ray import search
+from autoquant_ray import scan as scan_module
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.store import CALIBRATION, SAMPLES
 
@@ -185,12 +185,12 @@ def wait_until(condition: Callable[[], Any]) -> None:
 @contextmanager
 def paced(pacing: Pacing) -> Iterator[None]:
     """Scans that start in this process get engines that are slowed down."""
-    make = search._engine_spec
+    make = scan_module._engine_spec
 
     def make_paced(*arguments: Any) -> PacedSpec:
         return PacedSpec(spec=make(*arguments), pacing=pacing)
 
-    with mock.patch.object(search, "_engine_spec", make_paced):
+    with mock.patch.object(scan_module, "_engine_spec", make_paced):
         yield
 
 
@@ -207,7 +207,7 @@ def disturb(config: ScanConfig, pacing: Pacing, fault: Callable[[Drill, Held], A
     def scan() -> None:
         try:
             with paced(pacing):
-                search.run_search(config, "resume")
+                scan_module.run_search(config, "resume")
         except BaseException as error:  # noqa: BLE001 - raised again below
             errors.append(error)
             drill.end_wait()
