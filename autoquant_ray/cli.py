@@ -19,6 +19,7 @@ from autoquant_ray.cli_edge import (
     set_up_logging,
 )
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
+from autoquant_ray.cli_site import site
 from autoquant_ray.config import ScanConfig, SearchSpace
 from autoquant_ray.config_file import load_config
 from autoquant_ray.config_values import parse_bytes
@@ -249,3 +250,6 @@ def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -
     from autoquant_ray.demo import demo_config
 
     _run_scan(demo_config(out, bits), "overwrite" if overwrite else "resume", as_json)
+
+
+main.add_command(site)

@@ -62,6 +62,12 @@ class StoreError(AutoQuantError):
     exit_code = EXIT_USAGE
 
 
+class StoreLostError(StoreError):
+    """A run directory that was written before cannot be written any more: full, or read-only."""
+
+    exit_code = EXIT_FAILED
+
+
 class HeldError(StoreError):
     """Another process is at work there."""
 

@@ -60,8 +60,32 @@ SCHEMAS: dict[str, pa.Schema] = {
             "score": _FLOAT,
         }
     ),
+    "history": pa.schema(
+        {
+            "job": _STRING,
+            "run": _STRING,
+            "run_id": _STRING,
+            "date": _STRING,
+            "started": _STRING,
+            "finished": _STRING,
+            "status": _STRING,
+            "verdict": _STRING,
+            "baseline": _STRING,
+            "predicted_kl_nats": _FLOAT,
+            "effective_bits": _FLOAT,
+            "weight_bytes": _INT,
+            "num_changed": pa.int32(),
+            "num_moved": pa.int32(),
+            "min_spearman": _FLOAT,
+            "num_shards": pa.int32(),
+            "seconds": _FLOAT,
+            "exit_code": pa.int32(),
+            "error": _STRING,
+        }
+    ),
 }
-"""Columns of every Parquet file of a run; part folders use the schema of their name."""
+"""Columns of every Parquet file of a run, and of the history of a folder of runs; part folders use
+the schema of their name."""
 
 ADDED_COLUMNS = {"elementwise_variance", "token_variance", "sampling_stderr"}
 """Columns that earlier versions did not write; null where they are missing."""
