@@ -14,7 +14,8 @@ from dataclasses import dataclass
 HEIGHT = 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 16, 34
 _NUM_TICKS = 4
-_LABEL_WIDTH = 86
+_LABEL_WIDTH = 78
+_MIN_SPAN = 0.04
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,6 @@ class Tick:
 
     place: float
     label: str
-    anchor: str = "middle"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +115,14 @@ def make_chart(points: Sequence[Point], *, width: int, is_share: bool) -> Chart:
 
 def _range(values: list[float], is_share: bool) -> tuple[float, float, float]:
     """Low end, high end and distance of ticks, round numbers around the values."""
-    high = max(values, default=1.0)
+    high = max(values, default=0.0)
     low = 0.0 if is_share else min(values, default=0.0)
     if is_share:
         high = max(high, 0.05)
     if low < high / 2:
         low = min(low, 0.0)
-    elif high == low:
-        low, high = low - abs(low) * 0.05, high + abs(high) * 0.05
+    elif high - low < _MIN_SPAN * high:  # what is below is nothing to look at
+        low, high = low - _MIN_SPAN / 2 * high, high + _MIN_SPAN / 2 * high
     if high <= low:
         high = low + 1.0
     rough = (high - low) / _NUM_TICKS
@@ -134,24 +134,24 @@ def _range(values: list[float], is_share: bool) -> tuple[float, float, float]:
 def _tick_label(value: float, step: float, is_share: bool) -> str:
     if is_share:
         return f"{value * 100:.{max(0, _decimals(step * 100))}f}%"
-    if 0 < step < 1e-4:
-        return f"{value:.2g}"
-    return f"{value:.{_decimals(step)}f}"
+    return f"{value:.2e}" if 0 < step < 1e-5 else f"{value:.{_decimals(step)}f}"
 
 
 def _decimals(step: float) -> int:
     """Decimals that tell multiples of a step apart."""
-    return next((n for n in range(6) if abs(round(step, n) - step) < step * 1e-6), 6)
+    return next((n for n in range(7) if abs(round(step, n) - step) < step * 1e-6), 7)
 
 
 def _x_ticks(points: Sequence[Point], marks: Sequence[Mark], width: float) -> list[Tick]:
-    """Labels of the newest point and of as many before it as fit."""
-    every = max(1, math.ceil(len(points) / max(1, width // _LABEL_WIDTH)))
-    chosen = range(len(points) - 1, -1, -every)
-    ends = {0: "start", len(points) - 1: "end"} if len(points) > 1 else {}
-    return [
-        Tick(place=marks[i].x, label=points[i].label, anchor=ends.get(i, "middle")) for i in chosen
-    ]
+    """Labels of the newest point and of as many before it as fit, none beyond the drawing."""
+    every = max(1, math.ceil(_LABEL_WIDTH * len(points) / width))
+    end = _LEFT + width + _RIGHT - _LABEL_WIDTH / 2
+    ticks: list[Tick] = []
+    for i in range(len(points) - 1, -1, -every):
+        place = min(marks[i].x, end)
+        if not ticks or ticks[-1].place - place >= _LABEL_WIDTH:
+            ticks.append(Tick(place=round(place, 1), label=points[i].label))
+    return ticks
 
 
 def _lines(points: Sequence[Point], marks: Sequence[Mark]) -> list[str]:
