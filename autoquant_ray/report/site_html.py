@@ -145,7 +145,7 @@ def _job(job: Job, number: int, link: Callable[[str], str | None]) -> dict[str, 
                 "id": f"job-{number}-kl",
                 "title": "Predicted KL",
                 "unit": "nats per token, lower is better",
-                "summary": _summary([row.predicted_kl_nats for row in rows], "{:.4g} nats"),
+                "summary": _summary([row.predicted_kl_nats for row in rows], "{:#.4g} nats"),
                 "sizes": _sizes(rows, _kl_point, is_share=False),
             },
             {
@@ -164,8 +164,8 @@ def _row(row: RunRow, link: Callable[[str], str | None]) -> dict[str, Any]:
     return {
         "run": row,
         "link": None if row.report is None else link(row.report),
-        "started": row.started.replace("T", " ").removesuffix("Z") or "unknown",
-        "kl": _shown(row.predicted_kl_nats, "{:.4g}"),
+        "started": row.started.replace("T", " ")[:16] or "unknown",
+        "kl": _shown(row.predicted_kl_nats, "{:#.4g}"),
         "churn": _shown_churn(row),
         "bits": _shown(row.effective_bits, "{:.3f}"),
         "bytes": _NO_VALUE if row.weight_bytes is None else _size(row.weight_bytes),
@@ -184,7 +184,7 @@ def _sizes(
 
 def _kl_point(row: RunRow) -> Point:
     value = row.predicted_kl_nats
-    shown = _STATUS_TEXT[row.status].lower() if value is None else f"{value:.4g} nats"
+    shown = _STATUS_TEXT[row.status].lower() if value is None else f"{value:#.4g} nats"
     return Point(label=_day(row), value=value, shown=shown, mark=_mark(row))
 
 
@@ -217,11 +217,11 @@ def _summary(values: list[float | None], form: str) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "No run has this number yet."
+    if len(values) == 1:
+        return f"One run: {form.format(known[0])}."
     ends = f"from {form.format(known[0])} to {form.format(known[-1])}"
     span = f"lowest {form.format(min(known))}, highest {form.format(max(known))}"
-    missing = len(values) - len(known)
-    without = f"; {missing} without this number" if missing else ""
-    return f"{len(known)} runs, {ends}; {span}{without}. The table below has every number."
+    return f"{len(known)} of {len(values)} runs: {ends}; {span}. The table below has every number."
 
 
 def _shown(value: float | None, form: str) -> str:

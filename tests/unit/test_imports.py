@@ -32,6 +32,7 @@ PURE = (
     "engine",
     "errors",
     "experts",
+    "filesystems",
     "fingerprint",
     "formats",
     "knapsack*",
@@ -43,13 +44,24 @@ PURE = (
     "planner",
     "quantizers",
     "sensitivity",
+    "site",
     "stability",
     "state",
     "stopping*",
     "store",
 )
 """Modules that know nothing of Ray, nor of the layers above them."""
-UPPER = ("distributed", "stages", "search", "cli", "cli_edge", "cli_options", "output", "jobs")
+UPPER = (
+    "distributed",
+    "stages",
+    "search",
+    "cli",
+    "cli_edge",
+    "cli_options",
+    "cli_site",
+    "output",
+    "jobs",
+)
 
 LIST_MODULES = """
 import json, sys
@@ -114,7 +126,7 @@ def test_public_names_all_exist() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [("--help",), ("--version",)]
-    + [(name, "--help") for name in ("plan", "scan", "solve", "report", "import", "demo")],
+    + [(name, "--help") for name in ("plan", "scan", "solve", "report", "import", "demo", "site")],
 )
 def test_help_is_light(arguments: tuple[str, ...], modules_after: Any) -> None:
     modules, output = modules_after(command(*arguments))
@@ -133,6 +145,13 @@ def test_report_is_light(make_run: Any, modules_after: Any) -> None:
     solve_run(directory, SolveOptions(bits=8), folder="")
     modules, output = modules_after(command("report", directory.uri))
     assert output.splitlines() == [directory.path("report.md"), directory.path("report.html")]
+    assert not modules & HEAVY
+
+
+def test_site_is_light(make_run: Any, modules_after: Any) -> None:
+    folder = Path(make_run().uri).parent
+    modules, output = modules_after(command("site", folder))
+    assert output.strip() == str(folder / "index.html")
     assert not modules & HEAVY
 
 
