@@ -90,7 +90,7 @@ class RunDirectory:
     def exists(self, name: str = "") -> bool:
         """Whether a file (or, without a name, the directory with anything in it) is there."""
         if name:
-            with self._reaching("look for", name):
+            with self._reaching("check", name):
                 info = self._base.get_file_info(f"{self._root}/{name}")
             return bool(info.type != pa.fs.FileType.NotFound)
         return any(info.base_name != LOCK for info in self._list(""))

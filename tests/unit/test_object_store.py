@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,12 +16,14 @@ import pyarrow.fs
 import pytest
 from click.testing import CliRunner
 from object_store import BUCKET, KEYS, ObjectStore
+from runs_folder import put_everything
 
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.cli import main
 from autoquant_ray.errors import EXIT_USAGE, HeldError, StoreError, StoreLostError
 from autoquant_ray.filesystems import child_uri, open_place
 from autoquant_ray.lease import Claim, lease
+from autoquant_ray.report.site_html import write_site
 from autoquant_ray.solve import solve_run
 from autoquant_ray.state import require_target
 from autoquant_ray.store import LOCK, SCORES, RunDirectory, part_name
@@ -131,38 +135,31 @@ def test_broken_upload_leaves_the_earlier_file(store: ObjectStore, broken: str) 
     assert store.content("multipart/a") == b"x" * 25 * MIB
 
 
-def test_upload_that_an_exception_ends_is_whole_or_absent(
-    store: ObjectStore,
-) -> None:
-    """A signal's exception in the main thread while the upload is under way."""
-    directory = RunDirectory(store.uri("interrupted"))
-    arrived, may_go_on = threading.Event(), threading.Event()
+class Interrupting:
+    """A file system on which a signal always comes between opening a file and writing to it."""
 
-    def hold(method: str, path: str) -> None:
-        if method == "PUT" and path.endswith("interrupted/a"):
-            arrived.set()
-            may_go_on.wait(5)
+    def __init__(self, filesystem: Any) -> None:
+        self._filesystem = filesystem
 
-    store.gateway.fault = hold
+    def open_output_stream(self, *arguments: Any, **options: Any) -> Any:
+        stream = self._filesystem.open_output_stream(*arguments, **options)
+        signal.raise_signal(signal.SIGUSR1)
+        return stream
 
-    def on_alarm(*_: Any) -> None:
-        may_go_on.set()
+
+def test_interrupted_upload_is_whole(store: ObjectStore) -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGUSR1, on_alarm)
-    main_thread = threading.main_thread().ident
-    assert main_thread is not None
-    sender = threading.Thread(
-        target=lambda: (arrived.wait(10), signal.pthread_kill(main_thread, signal.SIGUSR1))
-    )
-    sender.start()
+    place = open_place(store.uri("interrupted"))
+    interrupting = dataclasses.replace(place, filesystem=Interrupting(place.filesystem))
+    previous = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            directory.write_bytes("a", b"whole" * 1000)
+            interrupting.write("a", b"whole")
     finally:
-        sender.join()
         signal.signal(signal.SIGUSR1, previous)
-    assert store.content("interrupted/a") == b"whole" * 1000
+    assert store.content("interrupted/a") == b"whole"
 
 
 # --- Listings
@@ -247,6 +244,20 @@ def test_expired_claim_of_a_dead_machine_is_taken_over(store: ObjectStore) -> No
     assert store.keys(f"lease/expired/{LOCK}/") == []
 
 
+def test_lease_whose_renewal_hangs_is_lost(store: ObjectStore) -> None:
+    directory = RunDirectory(store.uri("lease/hangs"))
+    may_answer = threading.Event()
+    with lease(directory, ttl_s=0.6) as held:
+        store.gateway.fault = lambda _method, _path: 503 if may_answer.wait(60) else 400
+        end = time.time() + 0.7
+        while time.time() < end:
+            may_answer.wait(0.05)
+        with pytest.raises(HeldError, match="another process may have taken over"):
+            held.require()
+        store.gateway.fault = lambda _method, _path: None
+        may_answer.set()
+
+
 # --- Errors
 
 
@@ -314,6 +325,20 @@ def test_server_that_fails_later_leaves_a_resumable_run(store: ObjectStore) -> N
 
 
 # --- Commands
+
+
+def test_site_of_runs_in_a_bucket_is_the_local_one(store: ObjectStore, tmp_path: Path) -> None:
+    local, remote = tmp_path / "runs", RunDirectory(store.uri("site/runs"))
+    put_everything(local)
+    for path in local.rglob("*"):
+        if path.is_file():
+            remote.write_bytes(str(path.relative_to(local)), path.read_bytes())
+    page = Path(write_site(RunDirectory(str(local)))).read_bytes()
+    for out in (None, store.uri("site/runs/index.html")):
+        assert write_site(remote, out) == remote.path("index.html")
+        assert remote.read_bytes("index.html") == page
+    write_site(remote, str(tmp_path / "elsewhere.html"))
+    assert "report.html" not in (tmp_path / "elsewhere.html").read_text(), "no link could work"
 
 
 def test_overwrite_deletes_only_the_run(store: ObjectStore) -> None:
