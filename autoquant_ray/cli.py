@@ -24,6 +24,7 @@ from autoquant_ray.cli_jobs import jobs, submit
 from autoquant_ray.cli_nightly import compare, nightly
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
 from autoquant_ray.cli_run import run, scan_and_show
+from autoquant_ray.cli_site import site
 from autoquant_ray.config import ScanConfig, SearchSpace
 from autoquant_ray.config_file import load_config
 from autoquant_ray.config_values import parse_bytes
@@ -249,3 +250,4 @@ main.add_command(frontier)
 main.add_command(refine)
 main.add_command(compare)
 main.add_command(nightly)
+main.add_command(site)

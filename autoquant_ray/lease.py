@@ -96,7 +96,7 @@ class Lease:
         Raises:
             HeldError: It could not be renewed in time, so that another may have taken over.
         """
-        if self._is_lost:
+        if self._is_lost or time.time() >= self._claim.expires:  # a renewal may hang
             raise HeldError(
                 f"{self._directory.uri}: the lease was lost (it could not be renewed within "
                 f"{self._ttl_s:g} s), another process may have taken over"

@@ -230,8 +230,9 @@ def require_target(directory: RunDirectory, mode: Mode) -> None:
 
     Raises:
         StoreError: It holds something else, or a run and neither resume nor overwrite was asked
-            for.
+            for; or its bucket is not there.
     """
+    directory.require_bucket()
     if directory.exists():
         directory.require_run()
         if mode == "new":
@@ -251,7 +252,7 @@ def new_run_values(uri: str) -> dict[str, Any]:
 
 
 def _run_id(uri: str) -> str:
-    name = uri.rstrip("/").rpartition("/")[2] or "run"
+    name = uri.partition("?")[0].rstrip("/").rpartition("/")[2] or "run"
     return f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
 
 

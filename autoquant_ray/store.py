@@ -1,8 +1,16 @@
 """The run directory: file names, atomic writes, reading back.
 
-Any path that pyarrow's file systems open works. On a local disk a file is written under a
-temporary name and renamed; an object store makes a finished upload visible at once. Nothing is
-ever unpickled.
+Any path that pyarrow's file systems open works (:mod:`autoquant_ray.filesystems`). Nothing is ever
+unpickled.
+
+A part is its own completion marker: it is there whole, or not at all. On a local disk a file is
+written under a temporary name and renamed. An object store has no atomic rename and needs none: an
+object appears when its upload ends, with all its bytes, and a driver that dies before that leaves
+the object that was there before, or none. S3 (since 2020), GCS, MinIO and Ceph list and read an
+object from then on, which resume and the lease rely on. A killed multipart upload (a file over 10
+MiB) leaves its pieces in the bucket, invisible and charged for, until a lifecycle rule
+(``AbortIncompleteMultipartUpload``) removes them. An object store cannot append either, so
+``events.jsonl`` is replaced as a whole; no result needs its lines.
 """
 
 from __future__ import annotations
@@ -10,10 +18,8 @@ from __future__ import annotations
 import json
 import os
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +27,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from autoquant_ray.errors import StoreError, StoreLostError, one_line
+from autoquant_ray.filesystems import child_uri, explain, open_place
 from autoquant_ray.schemas import ADDED_COLUMNS, SCHEMAS
 
 SCHEMA_VERSION = 1
@@ -78,16 +85,9 @@ class RunDirectory:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        try:
-            if "://" in uri:
-                base, root = pa.fs.FileSystem.from_uri(uri)
-            else:
-                base, root = pa.fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise StoreError(f"run directory {uri} cannot be opened: {error}") from None
-        self._is_local = isinstance(base, pa.fs.LocalFileSystem)
-        self._root = root
-        self._base = base
+        self._place = open_place(uri)
+        self._is_local, self._root = self._place.is_local, self._place.root
+        self._base = self._place.filesystem
         self.listener: Callable[..., None] | None = None
         self._was_written = False
         self._late_events: list[str] = []
@@ -95,14 +95,28 @@ class RunDirectory:
 
     def path(self, name: str) -> str:
         """Full path of a file, for people."""
-        return f"{self._root}/{name}" if self._is_local else f"{self.uri.rstrip('/')}/{name}"
+        return f"{self._root}/{name}" if self._is_local else child_uri(self.uri, name)
+
+    def child(self, name: str) -> RunDirectory:
+        """A folder inside this one."""
+        return RunDirectory(child_uri(self.uri, name))
 
     def exists(self, name: str = "") -> bool:
         """Whether a file (or, without a name, the directory with anything in it) is there."""
         if name:
-            info = self._base.get_file_info(f"{self._root}/{name}")
+            with self._reaching("check", name):
+                info = self._base.get_file_info(f"{self._root}/{name}")
             return bool(info.type != pa.fs.FileType.NotFound)
         return any(info.base_name != LOCK for info in self._list(""))
+
+    def require_bucket(self) -> None:
+        """Check that the bucket of an object store is there and may be looked into.
+
+        Raises:
+            StoreError: It is not.
+        """
+        with self._reaching("open", ""):
+            self._place.require_bucket()
 
     def require_run(self) -> None:
         """Check that the directory holds a run of ours.
@@ -111,6 +125,7 @@ class RunDirectory:
             StoreError: It does not.
         """
         if not self.exists(RUN_FILE):
+            self.require_bucket()
             raise StoreError(f"{self.uri} is not a run directory: it has no {RUN_FILE}")
         values = self.read_json(RUN_FILE)
         if not isinstance(values, dict) or "schema_version" not in values:
@@ -129,24 +144,15 @@ class RunDirectory:
         self.require_run()
         for info in sorted(self._list(""), key=lambda info: info.base_name == RUN_FILE):
             if info.base_name in _OWN_FOLDERS:
-                self._base.delete_dir(f"{self._root}/{info.base_name}")
+                with self._reaching("delete", info.base_name):
+                    self._base.delete_dir(f"{self._root}/{info.base_name}")
             elif info.base_name in _OWN_FILES:
-                self._base.delete_file(f"{self._root}/{info.base_name}")
+                self.delete(info.base_name)
 
     def write_bytes(self, name: str, content: bytes) -> str:
         """Write a file so that readers see all of it or nothing; returns its full path."""
-        target = f"{self._root}/{name}"
-        try:
-            if not self._is_local:
-                with self._base.open_output_stream(target) as stream:
-                    stream.write(content)
-            else:
-                try:
-                    _write_and_rename(target, content)
-                except FileNotFoundError:  # another process has just deleted the empty folder
-                    _write_and_rename(target, content)
-        except OSError as error:
-            raise self._write_error(name, error) from None
+        with self._reaching("write", name):
+            self._place.write(name, content)
         self._was_written = True
         return self.path(name)
 
@@ -156,13 +162,10 @@ class RunDirectory:
         Raises:
             StoreError: Missing or unreadable.
         """
-        try:
-            with self._base.open_input_stream(f"{self._root}/{name}", compression=None) as stream:
-                content: bytes = stream.read()
-        except FileNotFoundError:
-            raise StoreError(f"{self.path(name)} does not exist") from None
-        except OSError as error:
-            raise StoreError(f"cannot read {self.path(name)}: {error}") from None
+        with self._reaching("read", name):
+            content = self._place.read(name)
+        if content is None:
+            raise StoreError(f"{self.path(name)} does not exist")
         return content
 
     def write_text(self, name: str, text: str) -> str:
@@ -223,10 +226,8 @@ class RunDirectory:
     def delete(self, name: str) -> None:
         """Delete one file if it is there."""
         if self.exists(name):
-            try:
+            with self._reaching("delete", name):
                 self._base.delete_file(f"{self._root}/{name}")
-            except OSError as error:
-                raise StoreError(f"cannot delete {self.path(name)}: {one_line(error)}") from None
 
     def list_folders(self, folder: str) -> list[str]:
         """Names of the folders inside a folder, sorted."""
@@ -265,17 +266,9 @@ class RunDirectory:
             if event != "shard_done" or time.monotonic() >= self._next_flush_s:
                 self._flush_events()
             return
-        end = None
-        try:
+        with self._reaching("write", "events.jsonl"):
             os.makedirs(self._root, exist_ok=True)
-            with open(f"{self._root}/events.jsonl", "ab") as stream:
-                end = stream.tell()
-                stream.write(line.encode())
-        except OSError as error:
-            if end is not None:
-                with suppress(OSError):
-                    os.truncate(f"{self._root}/events.jsonl", end)  # no half line on a full disk
-            raise self._write_error("events.jsonl", error) from None
+            _append_whole(f"{self._root}/events.jsonl", line.encode())
 
     def _flush_events(self) -> None:
         before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
@@ -283,30 +276,40 @@ class RunDirectory:
         self._late_events.clear()
         self._next_flush_s = time.monotonic() + _FLUSH_S
 
-    def _write_error(self, name: str, error: OSError) -> StoreError:
-        text = f"cannot write {self.path(name)}: {error}"
-        if not self._was_written:
-            return StoreError(text)
-        return StoreLostError(
-            f"{text}; what was written before is kept: free space or make it writable again, then "
-            "go on with --resume"
-        )
-
     def _list(self, folder: str) -> list[Any]:
         root = f"{self._root}/{folder}".rstrip("/")
+        with self._reaching("list", folder):
+            found = self._base.get_file_info(pa.fs.FileSelector(root, allow_not_found=True))
+        return list(found)
+
+    @contextmanager
+    def _reaching(self, verb: str, name: str) -> Iterator[None]:
+        """Turn errors of the file system into ours, which name the file and the remedy.
+
+        Raises:
+            StoreLostError: This process wrote here before, so that a run stopped in the middle.
+        """
+        path = self.path(name) if name else self.uri
         try:
-            selector = pa.fs.FileSelector(root, allow_not_found=True)
-            return list(self._base.get_file_info(selector))
+            yield
         except OSError as error:
-            raise StoreError(f"cannot list {root}: {error}") from None
+            text = f"cannot {verb} {path}: {explain(error)}"
+            if not self._was_written:
+                raise StoreError(text) from None
+            raise StoreLostError(
+                f"{text}; what was written before is kept: when this is in order, go on with "
+                "--resume"
+            ) from None
 
 
-def _write_and_rename(target: str, content: bytes) -> None:
-    folder, _, file = target.rpartition("/")
-    os.makedirs(folder, exist_ok=True)
-    temporary = Path(f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _append_whole(path: str, line: bytes) -> None:
+    """Add a line to a file, or leave the file as it was."""
+    with open(path, "ab") as stream:
+        end = stream.tell()
+        try:
+            stream.write(line)
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, end)  # no half line on a full disk
+            raise

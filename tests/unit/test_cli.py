@@ -44,6 +44,7 @@ COMMANDS = (
     "evaluate",
     "frontier",
     "refine",
+    "site",
 )
 JOBS_COMMANDS = ("jobs list", "jobs status", "jobs logs", "jobs stop")
 

@@ -39,6 +39,7 @@ PURE = (
     "errors",
     "events",
     "experts",
+    "filesystems",
     "fingerprint",
     "formats",
     "history",
@@ -61,6 +62,7 @@ PURE = (
     "run_changes",
     "sensitivity",
     "shuffling",
+    "site",
     "stability",
     "state",
     "stopping*",
@@ -79,7 +81,7 @@ UPPER = (
     "output",
     "jobs",
 )
-UPPER += ("cli_jobs", "cli_run", "job_server", "sweep")
+UPPER += ("cli_jobs", "cli_run", "cli_site", "job_server", "sweep")
 
 LIST_MODULES = """
 import json, sys
@@ -149,7 +151,7 @@ def test_public_names_all_exist() -> None:
         for name in ("plan", "scan", "solve", "report", "import", "demo", "compare", "nightly")
     ]
     + [(name, "--help") for name in ("run", "submit", "jobs", "evaluate", "refine", "frontier")]
-    + [("jobs", "stop", "--help")],
+    + [("jobs", "stop", "--help"), ("site", "--help")],
 )
 def test_help_is_light(arguments: tuple[str, ...], modules_after: Any) -> None:
     modules, output = modules_after(command(*arguments))
@@ -186,6 +188,13 @@ def test_nightly_that_is_held_is_light(tmp_path: Path, modules_after: Any) -> No
     with lease(RunDirectory(str(tmp_path / "runs")), f"{LOCKS}/demo"):
         modules, output = modules_after(command("nightly", job, "--runs", tmp_path / "runs"))
     assert "is at work elsewhere" in output
+    assert not modules & HEAVY
+
+
+def test_site_is_light(make_run: Any, modules_after: Any) -> None:
+    folder = Path(make_run().uri).parent
+    modules, output = modules_after(command("site", folder))
+    assert output.strip() == str(folder / "index.html")
     assert not modules & HEAVY
 
 

@@ -1,0 +1,210 @@
+"""From a URI to pyarrow's file system, with what object stores need: where the server is, timeouts
+that end, an upload that is whole or not there, and errors that say what to do.
+
+pyarrow reads S3 credentials from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
+``AWS_SESSION_TOKEN``), ``~/.aws`` or the machine's role; a URI that holds them is refused, since
+URIs are printed and written to ``run.json``. MinIO, Ceph and the like are found by
+``?endpoint_override=http://HOST:PORT`` or by ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+import pyarrow as pa
+import pyarrow.fs
+
+from autoquant_ray.errors import StoreError, one_line
+
+_CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 10.0, 5
+"""Of one request to S3: a refused connection is given up after about ten seconds, a server that
+never answers after about one minute."""
+_GS_RETRY_S = 60
+_S3_OPTIONS = ("endpoint_override", "scheme", "region", "tls_ca_file_path")
+
+_REMEDIES = (
+    (("No space left on device", "Disk quota exceeded"), "free space there"),
+    (("Read-only file system", "Permission denied"), "make it writable"),
+    (("NO_SUCH_BUCKET", "NoSuchBucket"), "create the bucket, or correct its name"),
+    (
+        ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "InvalidAccessKey", "SIGNATURE", "TOKEN", "403"),
+        "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN) and "
+        "what they may do in this bucket",
+    ),
+    (
+        ("NETWORK_CONNECTION", "curlCode", "CURL error"),
+        "check that the server runs and its address (AWS_ENDPOINT_URL, or ?endpoint_override= in "
+        "the URI)",
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A folder of a file system.
+
+    Attributes:
+        filesystem: pyarrow's.
+        root: Path of the folder inside it.
+        is_local: Whether it is a disk of this machine, with rename and append.
+        bucket: Bucket of an object store, '' elsewhere.
+    """
+
+    filesystem: Any
+    root: str
+    is_local: bool
+    bucket: str
+
+    def require_bucket(self) -> None:
+        """Check that the bucket is there: a listing of a missing one is just empty.
+
+        Raises:
+            OSError: It is not, or it cannot be reached.
+        """
+        if not self.bucket:
+            return
+        if self.filesystem.get_file_info(self.bucket).type == pa.fs.FileType.NotFound:
+            raise OSError(f"NO_SUCH_BUCKET: there is no bucket {self.bucket!r}")
+
+    def read(self, name: str) -> bytes | None:
+        """A whole file; None where there is none.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        try:
+            with self.filesystem.open_input_stream(f"{self.root}/{name}", compression=None) as file:
+                content: bytes = file.read()
+        except FileNotFoundError:
+            return None
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file so that readers see all of it, or what was there before.
+
+        Raises:
+            OSError: It cannot be written. After a lost answer of an object store either content
+                may be there.
+        """
+        target = f"{self.root}/{name}"
+        if not self.is_local:
+            _put_object(self.filesystem, target, content)
+            return
+        try:
+            _write_and_rename(target, content)
+        except FileNotFoundError:  # another process has just deleted the empty folder
+            _write_and_rename(target, content)
+
+
+def open_place(uri: str) -> Place:
+    """Open a local path, ``s3://BUCKET/PATH``, ``gs://BUCKET/PATH``, or what else pyarrow knows.
+
+    Raises:
+        StoreError: The URI cannot be understood, holds credentials, or its server not be reached.
+    """
+    if "://" not in uri:
+        root = str(Path(uri).expanduser().absolute())
+        return Place(filesystem=pa.fs.LocalFileSystem(), root=root, is_local=True, bucket="")
+    try:
+        parts = urlsplit(uri)
+        if parts.password is not None:
+            shown = uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "...@")
+            raise StoreError(
+                f"{shown} holds credentials; give them as AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY in the environment"
+            )
+        if parts.scheme == "s3":
+            return _open_s3(uri)
+        if parts.scheme in ("gs", "gcs"):
+            uri = _with_default(uri, "retry_limit_seconds", str(_GS_RETRY_S))
+        filesystem, root = pa.fs.FileSystem.from_uri(uri)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise StoreError(f"run directory {uri} cannot be opened: {explain(error)}") from None
+    is_local = isinstance(filesystem, pa.fs.LocalFileSystem)
+    bucket = root.partition("/")[0] if parts.scheme in ("gs", "gcs") else ""
+    return Place(filesystem=filesystem, root=root, is_local=is_local, bucket=bucket)
+
+
+def _open_s3(uri: str) -> Place:
+    parts = urlsplit(uri)
+    options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+    unknown = sorted(set(options) - set(_S3_OPTIONS))
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; there are {', '.join(_S3_OPTIONS)}")
+    bucket = parts.netloc
+    if not bucket:
+        raise ValueError("it names no bucket; write s3://BUCKET/PATH")
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if os.environ.get(name):
+            options.setdefault("endpoint_override", os.environ[name])
+    if "region" not in options:
+        at_home = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        is_aws = "endpoint_override" not in options
+        options["region"] = pa.fs.resolve_s3_region(bucket) if is_aws else at_home or "us-east-1"
+    filesystem = pa.fs.S3FileSystem(
+        **options,
+        connect_timeout=_CONNECT_TIMEOUT_S,
+        request_timeout=_REQUEST_TIMEOUT_S,
+        retry_strategy=pa.fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+        background_writes=True,
+        allow_delayed_open=True,
+    )
+    root = f"{bucket}/{unquote(parts.path).strip('/')}".rstrip("/")
+    return Place(filesystem=filesystem, root=root, is_local=False, bucket=bucket)
+
+
+def child_uri(uri: str, name: str) -> str:
+    """URI of something below a folder; options after ``?`` stay at the end."""
+    base, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{base.rstrip('/')}/{name}{mark}{options}"
+
+
+def explain(error: BaseException) -> str:
+    """An error of a file system on one line, with the remedy where it is known."""
+    text = one_line(error, limit=220)
+    for marks, remedy in _REMEDIES:
+        if any(mark in str(error) for mark in marks):
+            return f"{text.rstrip('.')}; {remedy}"
+    return text
+
+
+def _put_object(filesystem: Any, target: str, content: bytes) -> None:
+    """Upload an object in one go.
+
+    ``with`` would not do: leaving it by an exception closes the stream, and closing completes the
+    upload of what was written so far; so does the end of a stream that nobody closed. The whole
+    content is therefore given at once, by a thread that no signal can interrupt. Up to 10 MiB are
+    one PUT (``allow_delayed_open``). More are a multipart upload, which a failed part leaves
+    incomplete only with ``background_writes``; without them, what was uploaded becomes the object.
+    """
+
+    def upload() -> None:
+        stream = filesystem.open_output_stream(target, compression=None)
+        stream.write(content)
+        stream.close()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(upload).result()
+
+
+def _write_and_rename(target: str, content: bytes) -> None:
+    folder, _, file = target.rpartition("/")
+    os.makedirs(folder, exist_ok=True)
+    temporary = Path(f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _with_default(uri: str, option: str, value: str) -> str:
+    parts = urlsplit(uri)
+    options = dict(parse_qsl(parts.query))
+    return urlunsplit(parts._replace(query=urlencode({option: value} | options)))
