@@ -53,7 +53,7 @@ def put_row(folder: RunDirectory, row: Mapping[str, Any]) -> None:
 
 def run_folder(folder: RunDirectory, name: str) -> RunDirectory:
     """The run of that name inside the folder."""
-    return RunDirectory(f"{folder.uri.rstrip('/')}/{name}")
+    return folder.child(name)
 
 
 def is_run(directory: RunDirectory) -> bool:

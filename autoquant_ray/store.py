@@ -269,6 +269,7 @@ class RunDirectory:
         with self._reaching("write", "events.jsonl"):
             os.makedirs(self._root, exist_ok=True)
             _append_whole(f"{self._root}/events.jsonl", line.encode())
+        self._was_written = True
 
     def _flush_events(self) -> None:
         before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""

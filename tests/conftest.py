@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # files that run at the same time must not meet in Ray
+    os.environ["RAY_TMPDIR"] = f"/tmp/autoquant-{os.environ['PYTEST_XDIST_WORKER']}"
+    os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["HOME"] = tempfile.mkdtemp(prefix="autoquant-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"

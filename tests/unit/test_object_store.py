@@ -355,7 +355,7 @@ def test_overwrite_deletes_only_the_run(store: ObjectStore) -> None:
 def test_solve_and_report_write_what_they_write_locally(store: ObjectStore, make_run: Any) -> None:
     local = make_run()
     remote = RunDirectory(store.uri("commands/run"))
-    for name in ("run.json", "plan.parquet", "sensitivity.parquet"):
+    for name in ("run.json", "plan.parquet", "resampling.parquet", "sensitivity.parquet"):
         remote.write_bytes(name, local.read_bytes(name))
     for directory in (local, remote):
         solve_run(directory, SolveOptions(bits=6))
