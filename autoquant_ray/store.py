@@ -305,12 +305,13 @@ class RunDirectory:
 
 def _append_whole(path: str, line: bytes) -> None:
     """Add a line to a file, or leave the file as it was."""
-    with open(path, "ab") as stream:
-        end = stream.tell()
-        try:
+    end = None
+    try:
+        with open(path, "ab") as stream:
+            end = stream.tell()
             stream.write(line)
-            stream.flush()
-        except OSError:
+    except OSError:
+        if end is not None:
             with suppress(OSError):
                 os.truncate(path, end)  # no half line on a full disk
-            raise
+        raise
