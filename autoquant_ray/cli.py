@@ -18,7 +18,7 @@ from autoquant_ray.cli_edge import (
     print_json,
     set_up_logging,
 )
-from autoquant_ray.cli_evaluate import evaluate, refine
+from autoquant_ray.cli_evaluate import evaluate, refine, refine_and_show
 from autoquant_ray.cli_frontier import frontier
 from autoquant_ray.cli_jobs import jobs, submit
 from autoquant_ray.cli_nightly import compare, nightly
@@ -132,6 +132,13 @@ def scan(
 @mapping_option("--pin", "GROUP=FORMAT", "Fix a group's format. May be repeated.")
 @mapping_option("--allow", "PATTERN=F1,F2", "Formats that groups may take. May be repeated.")
 @click.option("--max-formats", type=click.IntRange(min=1), help="Most distinct formats.")
+@click.option(
+    "--refine",
+    "num_trials",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Then search around the solution by measured KL, as 'refine' does, with N plans.",
+)
 @common_options
 def solve(
     run: str,
@@ -139,11 +146,14 @@ def solve(
     max_bytes: str | None,
     pin: dict[str, str],
     allow: dict[str, str],
+    num_trials: int | None,
     as_json: bool,
     verbose: bool,
     **options: Any,
 ) -> None:
     """Solve the finished scan RUN for another budget, in seconds, without model, torch or Ray.
+
+    With --refine it needs all three, and takes longer.
 
     \b
     Example:
@@ -168,6 +178,9 @@ def solve(
     )
     with only_ours_on_stdout():
         solution = solve_run(RunDirectory(run), solve_options)
+    if num_trials is not None:
+        refine_and_show({"run": run, "solution": solution.name}, num_trials, 0, as_json)
+        return
     if as_json:
         print_json(solution.to_json())
     else:

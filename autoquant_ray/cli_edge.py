@@ -37,7 +37,10 @@ class Commands(click.Group):
         except AutoQuantError as error:
             self._stop(f"error: {error}", error.exit_code)
         except KeyboardInterrupt as error:
-            line = str(error) or "interrupted; finished shards are kept, go on with --resume"
+            line = str(error) or (
+                "interrupted; finished shards are kept, go on with --resume (other commands: start "
+                "again)"
+            )
             self._stop(line, EXIT_INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise

@@ -69,13 +69,25 @@ def refine(run: str, trials: int, seed: int, as_json: bool, verbose: bool, **fla
       autoquant-ray refine runs/qwen3 --trials 200 --samples 64
     """
     set_up_logging(verbose)
+    refine_and_show(given_fields(flags) | {"run": run}, trials, seed, as_json)
+
+
+def refine_and_show(fields: dict[str, Any], trials: int, seed: int, as_json: bool) -> None:
+    """Refine a solution and print what the search found.
+
+    Args:
+        fields: Of :class:`EvaluationConfig`.
+        trials: Plans to try.
+        seed: Of the choice of swaps.
+        as_json: Print JSON.
+    """
     from autoquant_ray.output import print_refinement
     from autoquant_ray.refinement import refine_run
 
-    config = validate(EvaluationConfig, given_fields(flags) | {"run": run})
+    config = validate(EvaluationConfig, fields)
     with only_ours_on_stdout():
         result = refine_run(config, trials, seed)
     if as_json:
         print_json(result.solution.to_json() | {"refinement": result.to_json()})
     else:
-        print_refinement(run, result)
+        print_refinement(config.run, result)

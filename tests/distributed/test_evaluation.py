@@ -166,3 +166,24 @@ def test_changed_model_and_wrong_names_are_refused(
     done = run_command("evaluate", evaluated, "--data", tmp_path / "none.txt")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "none.txt" in done.stderr
+
+
+def test_solve_refines_within_the_budget(scanned: Path, run_command: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scanned, run)
+    arguments = ("solve", run, "--bits", "7", "--refine", "8", "--json")
+    done = run_command(*arguments)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["name"] == "bits-7.00-refined"
+    assert found["effective_bits"] <= 7 * (1 + 1e-9)
+    assert 0 < found["refinement"]["num_trials"] <= 8
+    folder = run / "solutions" / found["name"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["refinement"] == found["refinement"]
+    rows = {row["name"]: row for row in pq.read_table(run / "evaluation.parquet").to_pylist()}
+    assert rows["solution"]["solution"] == "bits-7.00-refined"
+    assert rows["solution"]["kl_mean"] == found["refinement"]["kl_after"]
+    assert rows["unrefined"]["kl_mean"] == found["refinement"]["kl_before"]
+    again = run_command(*arguments)
+    assert json.loads(again.stdout) == found
