@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import numpy as np
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import ConfigError, StoreError
 from autoquant_ray.formats import NONE
+from autoquant_ray.manifest import allocation_key
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
 
@@ -44,8 +43,7 @@ class Candidate:
     @property
     def key(self) -> str:
         """Digest of the formats: equal allocations are measured once."""
-        text = json.dumps(sorted(self.formats.items()))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return allocation_key(self.formats)
 
 
 def collect_candidates(

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray.candidates import Candidate, collect_candidates
+from autoquant_ray.candidates import SOLUTION, Candidate, collect_candidates
+from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import Measured, evaluation_rows
 from autoquant_ray.measurement import Measurement, measuring
+from autoquant_ray.plan_search import split_shards
 from autoquant_ray.report import write_reports
 from autoquant_ray.state import RunState
 from autoquant_ray.store import SOLUTIONS, RunDirectory
@@ -46,8 +48,30 @@ def evaluate_run(config: EvaluationConfig) -> Evaluation:
     start = f"{SOLUTIONS}/{config.solution}/" if config.solution else ""
     candidates = collect_candidates(state, start, config.against, num_random=config.num_random)
     with measuring(state, config) as measurement:
-        measured = measurement.measure(candidates)
+        measured = measurement.measure(candidates, untouched_shards(measurement, start))
         return record(measurement, start, candidates, measured)
+
+
+def untouched_shards(measurement: Measurement, start: str) -> list[int] | None:
+    """Shards that played no part in choosing a refined solution; None for all.
+
+    Args:
+        measurement: The data.
+        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+
+    Raises:
+        ConfigError: It was refined on another part of the same data, so that this cannot be told.
+    """
+    refinement = measurement.state.directory.read_json(f"{start}manifest.json").get("refinement")
+    if refinement is None or refinement["source"] != measurement.facts["source"]:
+        return None
+    if refinement["data_key"] != measurement.data_key:
+        raise ConfigError(
+            f"{start.rstrip('/')} was refined on this data cut in another way; use the --samples "
+            "and --seq-len of its refinement, so that only what chose nothing is measured, or "
+            "other data with --data"
+        )
+    return split_shards(measurement.facts["num_shards"])[2]
 
 
 def record(
@@ -58,7 +82,8 @@ def record(
 ) -> Evaluation:
     """Write ``evaluation.parquet`` and the solution's reports.
 
-    Rows of this solution on this data are replaced, others stay.
+    Rows of this solution on this data are replaced, and those of another allocation that had its
+    name; others stay.
 
     Args:
         measurement: What measured.
@@ -67,6 +92,7 @@ def record(
         measured: The same, measured.
     """
     directory = measurement.state.directory
+    measurement.require_lease()
     labels = {
         "solution": start.removeprefix(f"{SOLUTIONS}/").rstrip("/"),
         "dataset": measurement.facts["name"],
@@ -76,7 +102,13 @@ def record(
     before = []
     if directory.exists(EVALUATION_FILE):
         before = directory.read_table(EVALUATION_FILE, "evaluation").to_pylist()
-    kept = [r for r in before if any(r[k] != labels[k] for k in ("solution", "data_key"))]
+    stale = {
+        row["data_key"]
+        for row in before
+        if (row["solution"], row["name"]) == (labels["solution"], SOLUTION)
+        and row["allocation"] != rows[0]["allocation"]
+    } | {labels["data_key"]}
+    kept = [r for r in before if r["solution"] != labels["solution"] or r["data_key"] not in stale]
     path = directory.write_table(EVALUATION_FILE, "evaluation", [*kept, *rows])
     paths = {EVALUATION_FILE: path} | write_reports(measurement.state, start)
     return Evaluation(rows=rows, left_out=dict(measurement.left_out), paths=paths)

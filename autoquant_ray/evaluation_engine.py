@@ -9,6 +9,7 @@ Shape letters: B samples, S positions, H hidden, N predicted tokens.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from autoquant_ray.backward import LayerwiseBackward, Pass, Step
 from autoquant_ray.divergence import TokenDivergence, compare
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.experts import prepare_experts
+from autoquant_ray.footprint import GIB
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import first_output
 from autoquant_ray.loading import load_placed
@@ -57,6 +59,7 @@ class EvaluationSpec:
         maxima: Calibrated input maxima.
         step_tokens: Tokens, padding included, per step.
         placement: ``resident``, ``offload`` or ``split``.
+        activation_bytes: For hidden states inside the layers.
     """
 
     model: ModelRef
@@ -68,6 +71,7 @@ class EvaluationSpec:
     maxima: Maxima
     step_tokens: int
     placement: str = "resident"
+    activation_bytes: int = GIB
 
     def build_engine(self) -> EvaluationEngine:
         """Load the model; called in the worker process."""
@@ -139,14 +143,19 @@ class EvaluationEngine:
             choices: Allocations.
 
         Raises:
-            NonFiniteError: A quantized model's prediction is NaN or infinite.
+            NonFiniteError: The unquantized model's prediction is NaN or infinite. Where a
+                quantized model's is, its divergence there is infinite.
         """
         start = time.perf_counter()
         own: Choice = (UNQUANTIZED,) * (1 + max(m.group for m in self.spec.modules))
         positions = [position for visit in self._planner.visits(samples) for position in visit]
         steps = [make_step([samples[p] for p in chosen], self._device) for chosen in positions]
         distinct = list(dict.fromkeys([own, *choices]))
-        hidden = dict(zip(distinct, self._final_states(steps, distinct), strict=True))
+        hidden: dict[Choice, list[torch.Tensor]] = {}
+        at_once = self._num_at_once(steps)
+        for first in range(0, len(distinct), at_once):
+            chunk = distinct[first : first + at_once]
+            hidden |= zip(chunk, self._final_states(steps, chunk), strict=True)
         reference: list[Any] = [None] * len(samples)
         divergences: list[list[Any]] = [[None] * len(samples) for _ in choices]
         head_weights = WeightCache(_UNBOUNDED)
@@ -167,6 +176,8 @@ class EvaluationEngine:
                 ],
                 targets_N,
             )
+            if not loss_N.isfinite().all():
+                raise NonFiniteError("a prediction of the unquantized model is NaN or infinite")
             lengths = [len(sample) - 1 for sample in step_samples]
             for position, own_loss in zip(chosen, loss_N.split(lengths), strict=True):
                 reference[position] = own_loss.numpy()
@@ -176,6 +187,12 @@ class EvaluationEngine:
         return ShardEvaluation(
             reference=reference, divergences=divergences, seconds=time.perf_counter() - start
         )
+
+    def _num_at_once(self, steps: Sequence[Step]) -> int:
+        """Allocations whose hidden states, of two layers at a time, have room."""
+        width = self.model.get_input_embeddings().weight[0].nbytes
+        each = 2 * sum(ids_BS.numel() for ids_BS, _ in steps) * width
+        return max(1, int(self.spec.activation_bytes // each))
 
     def _final_states(
         self, steps: Sequence[Step], choices: Sequence[Choice]
@@ -228,16 +245,10 @@ def _run_layer(
 
 
 def _split(result: TokenDivergence, lengths: list[int]) -> list[SampleDivergence]:
-    """Per sample of a step.
-
-    Raises:
-        NonFiniteError: A number is NaN or infinite.
-    """
-    if not (result.kl_N.isfinite().all() and result.loss_N.isfinite().all()):
-        raise NonFiniteError("a prediction of the quantized model is NaN or infinite")
+    """Per sample of a step; a prediction that is not a number has lost everything: infinity."""
     parts = zip(
-        result.kl_N.split(lengths),
-        result.loss_N.split(lengths),
+        result.kl_N.nan_to_num(nan=math.inf, posinf=math.inf).split(lengths),
+        result.loss_N.nan_to_num(nan=math.inf, posinf=math.inf).split(lengths),
         result.agrees_N.split(lengths),
         strict=True,
     )

@@ -96,15 +96,18 @@ def paired_difference(one: Measured, other: Measured | None) -> tuple[float, flo
         one: In nats per token.
         other: None stands for the model itself, which loses nothing.
     """
+    if not np.isfinite(one.kl_S).all():
+        return math.inf, None
     difference_S = one.kl_S if other is None else one.kl_S - other.kl_S
     error = ratio_stderr(difference_S, one.tokens_S)
     return math.fsum(difference_S) / len(one.kl_N), error
 
 
 def ratio_stderr(sums_S: Floats, tokens_S: Floats) -> float | None:
-    """Standard error of ``sum(sums) / sum(tokens)`` over samples; None for a single one."""
+    """Standard error of ``sum(sums) / sum(tokens)`` over samples; None for a single one, and where
+    a sum is infinite."""
     count = len(sums_S)
-    if count < 2:
+    if count < 2 or not np.isfinite(sums_S).all():
         return None
     ratio = math.fsum(sums_S) / math.fsum(tokens_S)
     spread = math.fsum((sums_S - ratio * tokens_S) ** 2)
@@ -121,7 +124,7 @@ def _row(candidate: Candidate, one: Measured) -> dict[str, Any]:
         "predicted_kl": candidate.predicted_kl,
         "kl_mean": mean_kl(one),
         "kl_stderr": ratio_stderr(one.kl_S, one.tokens_S),
-        **{name: float(np.quantile(one.kl_N, q)) for name, q in QUANTILES.items()},
+        **{name: float(np.quantile(one.kl_N, q, method="higher")) for name, q in QUANTILES.items()},
         "perplexity": math.exp(one.loss / num_tokens),
         "reference_perplexity": math.exp(one.reference_loss / num_tokens),
         "top1_agreement": one.num_agreeing / num_tokens,

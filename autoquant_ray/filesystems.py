@@ -125,7 +125,8 @@ def open_place(uri: str) -> Place:
             uri = _with_default(uri, "retry_limit_seconds", str(_GS_RETRY_S))
         filesystem, root = pa.fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StoreError(f"run directory {uri} cannot be opened: {explain(error)}") from None
+        shown = uri.partition("?")[0]
+        raise StoreError(f"run directory {shown} cannot be opened: {explain(error)}") from None
     is_local = isinstance(filesystem, pa.fs.LocalFileSystem)
     bucket = root.partition("/")[0] if parts.scheme in ("gs", "gcs") else ""
     return Place(filesystem=filesystem, root=root, is_local=is_local, bucket=bucket)

@@ -83,6 +83,8 @@ def require_runs_folder(folder: RunDirectory) -> None:
                 "another folder"
             ) from None
         return
+    # A night that ended before it wrote anything has left an empty folder, or its lock.
+    folders = [name for name in folders if run_folder(folder, name).exists()]
     names = [name for name in [*files, *folders] if not name.startswith(".")]
     if names and not any(is_run(run_folder(folder, name)) for name in folders):
         raise StoreError(

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,11 @@ class Lease:
             renewed = replace(self._claim, expires=now + self._ttl_s)
             try:
                 self._directory.write_json(_file(self._folder, renewed.id), asdict(renewed))
+                if (
+                    time.time() >= self._claim.expires
+                ):  # the write hung; another may have taken over
+                    self._is_lost = True
+                    return
                 self._claim = renewed
             except StoreError as error:
                 logger.warning("the lease could not be renewed: %s", error)
@@ -168,8 +173,13 @@ def _claim(directory: RunDirectory, folder: str, ttl_s: float) -> Claim:
             since=now,
             expires=now + ttl_s,
         )
-        directory.write_json(_file(folder, own.id), asdict(own))
-        others = _live_claims(directory, folder, own.id)
+        try:
+            directory.write_json(_file(folder, own.id), asdict(own))
+            others = _live_claims(directory, folder, own.id)
+        except BaseException:
+            with suppress(StoreError):
+                directory.delete(_file(folder, own.id))
+            raise
         if not others:
             return own
         directory.delete(_file(folder, own.id))

@@ -5,6 +5,8 @@ Needs neither torch nor the model: everything stands in the run directory.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +24,12 @@ Scores = Mapping[tuple[str, str], float]
 def chosen_formats(problem: Problem, allocation: Allocation) -> dict[str, str]:
     """Format of every group, unsearched ones included, in the model's order."""
     return {name: allocation.formats.get(name, NONE) for name in problem.groups}
+
+
+def allocation_key(formats: Mapping[str, str]) -> str:
+    """Digest of searched group -> format: equal allocations have equal keys."""
+    text = json.dumps(sorted(formats.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def solution_summary(

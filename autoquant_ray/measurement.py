@@ -6,15 +6,11 @@ measured before costs nothing, and a killed measurement goes on where it stopped
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-from autoquant_ray import samples_stage
 from autoquant_ray.calibration import to_maxima
 from autoquant_ray.candidates import Candidate
 from autoquant_ray.config import ScanConfig
@@ -26,21 +22,23 @@ from autoquant_ray.errors import StoreError, WorkerError
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_engine import EvaluationSpec
 from autoquant_ray.evaluation_table import Measured, collect
-from autoquant_ray.fingerprint import fingerprint_source
-from autoquant_ray.footprint import footprint
+from autoquant_ray.footprint import GIB, footprint
 from autoquant_ray.formats import NONE
-from autoquant_ray.lease import lease
-from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
+from autoquant_ray.held_out import data_key, held_out_samples, num_seen, require_model
+from autoquant_ray.lease import Lease, lease
+from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
 from autoquant_ray.quantized_layers import UNQUANTIZED, Choice
 from autoquant_ray.sensitivity import Maxima, scored_modules
-from autoquant_ray.stage_fingerprints import stage_fingerprints
 from autoquant_ray.state import RunState
 from autoquant_ray.store import EVALUATION, SAMPLES, RunDirectory, part_name
-from autoquant_ray.tokenizer import TokenizerRef
 
 logger = logging.getLogger(__name__)
+
+
+class _DamagedPartError(Exception):
+    """A part was unreadable and is deleted."""
 
 
 class Measurement:
@@ -52,6 +50,7 @@ class Measurement:
         folder: Where samples and parts are, below the run.
         facts: About the data: ``name``, ``num_shards``, ...
         start_pool: Starts the workers, when the first part is missing.
+        held: The lease of the run.
 
     Attributes:
         left_out: Shards that could not be measured -> reason.
@@ -64,6 +63,7 @@ class Measurement:
         folder: str,
         facts: Mapping[str, Any],
         start_pool: Callable[[], WorkerPool],
+        held: Lease,
     ) -> None:
         self.state = state
         self.folder = folder
@@ -71,6 +71,7 @@ class Measurement:
         self.left_out: dict[int, str] = {}
         self._plan = plan
         self._start_pool = start_pool
+        self._lease = held
         self._pool: WorkerPool | None = None
 
     @property
@@ -99,14 +100,30 @@ class Measurement:
         used = [shard for shard in wanted if shard not in self.left_out]
         if not used:
             raise WorkerError(f"every shard failed, the first with: {self.left_out[wanted[0]]}")
+        try:
+            return [collect(self._parts(one, used)) for one in candidates]
+        except _DamagedPartError:
+            return self.measure(candidates, shards)
+
+    def _parts(self, candidate: Candidate, shards: Sequence[int]) -> Iterator[Any]:
         directory = self.state.directory
-        return [
-            collect(
-                directory.read_table(part_name(f"{self.folder}/{one.key}", shard), "divergences")
-                for shard in used
-            )
-            for one in candidates
-        ]
+        for shard in shards:
+            name = part_name(f"{self.folder}/{candidate.key}", shard)
+            try:
+                yield directory.read_table(name, "divergences")
+            except StoreError as error:
+                logger.warning("%s is damaged and measured again: %s", name, error)
+                directory.append_event("part_damaged", part=name)
+                directory.delete(name)
+                raise _DamagedPartError from None
+
+    def require_lease(self) -> None:
+        """Check that no other process may have taken the run over.
+
+        Raises:
+            HeldError: One may have.
+        """
+        self._lease.require()
 
     def _missing(
         self, candidates: Sequence[Candidate], shards: Sequence[int]
@@ -135,6 +152,7 @@ class Measurement:
                     logger.warning("shard %d is left out: %s", shard, outcome.reason)
                     self.left_out[shard] = outcome.reason
                 else:
+                    self.require_lease()
                     _write_parts(directory, self.folder, outcome, missing[shard])
                     num_tokens = sum(map(len, outcome.task.samples))
                     directory.append_event(
@@ -160,14 +178,16 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
         AutoQuantError: One of its subclasses; finished parts are kept.
     """
     directory = state.directory
+    if state.values["config"] is None:
+        raise StoreError(f"{directory.uri} was imported: there is no model to measure")
     scan = config.scan_config(state.values["config"])
-    ref = _require_model(state, scan)
+    ref = require_model(state, scan)
     plan = make_plan(scan, ref, device=scan.device)
-    skip = state.values["dataset"]["num_samples"] if config.data is None else 0
-    folder = f"{EVALUATION}/{_data_key(state, scan, skip)}"
-    with connected(scan) as resources, lease(directory), ExitStack() as stack:
+    skip = num_seen(state, scan, is_given=config.data is not None)
+    folder = f"{EVALUATION}/{data_key(state, scan, skip)}"
+    with connected(scan) as resources, lease(directory) as held, ExitStack() as stack:
         require_resources(scan, resources)
-        facts = _samples(directory, folder, scan, ref, skip, state)
+        facts = held_out_samples(directory, folder, scan, ref, skip, state)
         placement = place_workers(
             scan,
             resources,
@@ -179,56 +199,7 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
             spec = _engine_spec(scan, ref, plan, _maxima(directory))
             return stack.enter_context(WorkerPool(spec, placement, directory.append_event))
 
-        yield Measurement(state, plan, folder, facts, start_pool)
-
-
-def _require_model(state: RunState, scan: ScanConfig) -> ModelRef:
-    ref = find_model(scan.model, trust_remote_code=scan.trust_remote_code)
-    require_weights(ref)
-    if fingerprint_model(ref) != state.values["fingerprints"]["model"]:
-        raise StoreError(
-            f"model {scan.model} changed since {state.directory.uri} was made; scan it again"
-        )
-    return ref
-
-
-def _data_key(state: RunState, scan: ScanConfig, skip: int) -> str:
-    """Digest of everything that the measured numbers depend on, but the allocation."""
-    prints = state.values["fingerprints"]
-    marks = stage_fingerprints(scan, prints["model"], fingerprint_source(scan.data))
-    own = stage_fingerprints(
-        ScanConfig.model_validate(state.values["config"]), prints["model"], prints["data"]
-    )
-    text = json.dumps([marks["shards"], own["calibrate"], skip])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _samples(
-    directory: RunDirectory,
-    folder: str,
-    scan: ScanConfig,
-    ref: ModelRef,
-    skip: int,
-    state: RunState,
-) -> dict[str, Any]:
-    """Held-out samples as shards below the evaluation's folder; read once."""
-    marker = f"{folder}/data.json"
-    if not directory.exists(marker):
-        tokenizer = TokenizerRef(
-            model=ref.path,
-            gguf_file=ref.gguf_file,
-            trust_remote_code=ref.trust_remote_code,
-            fingerprint=state.values["fingerprints"]["model"],
-        )
-        with tempfile.TemporaryDirectory(prefix="autoquant-") as name:
-            scratch = RunDirectory(name)
-            facts = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip)
-            for shard in scratch.list_parts(SAMPLES):
-                content = scratch.read_bytes(part_name(SAMPLES, shard))
-                directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)
-        directory.write_json(marker, facts | {"name": scan.data, "skipped": skip})
-    found: dict[str, Any] = directory.read_json(marker)
-    return found
+        yield Measurement(state, plan, folder, facts, start_pool, held)
 
 
 def _maxima(directory: RunDirectory) -> Maxima:
@@ -249,6 +220,7 @@ def _engine_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima) ->
         maxima=maxima,
         step_tokens=scan.step_tokens,
         placement=scan.placement,
+        activation_bytes=round(scan.activation_cache_gib * GIB),
     )
 
 

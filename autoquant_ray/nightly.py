@@ -109,9 +109,9 @@ def run_night(
             line = f"{job.name} of {day} is at work elsewhere, nothing to do: {error}"
             return Night(exit_code=EXIT_DONE, document=document, lines=[line])
         tonight = _Tonight(job=job, date=day, folder=folder, nights=nights)
-        tonight.baseline = nights.baseline(job.baseline, day)
         night = _spend(tonight, scan, held)
         protected = {name for name in (job.baseline, tonight.baseline, tonight.name) if name}
+        protected |= _baselines_of_others(folder, job.name)
         deleted = nights.retire(keep or job.keep, protected)
         night.lines.extend(
             f"deleted {name}, beyond the {keep or job.keep} kept" for name in deleted
@@ -120,9 +120,16 @@ def run_night(
     return night
 
 
+def _baselines_of_others(folder: RunDirectory, job: str) -> set[str]:
+    """Runs with which the last nights of other jobs were compared: a job may name any run."""
+    last = {row["job"]: row["baseline"] for row in read_history(folder) if row["job"] != job}
+    return {name for name in last.values() if name}
+
+
 def _spend(tonight: _Tonight, scan: Scan, held: Lease) -> Night:
     """Scan, compare, and write down what came of it."""
     with _failures_noted(tonight):
+        tonight.baseline = tonight.nights.baseline(tonight.job.baseline, tonight.date)
         _note_unfinished(tonight)
         _scan(tonight, scan)
         held.require()
@@ -151,6 +158,8 @@ def _scan(tonight: _Tonight, scan: Scan) -> None:
     try:
         scan(config, "resume")
     except ChangedError as error:
+        if tonight.date != parse_date(None) or is_finished(directory):
+            raise  # an old or a finished night is not replaced by what the job is now
         logger.warning("%s is started again from nothing: %s", tonight.name, error)
         tonight.notes.append(
             f"An unfinished run of this night was deleted and started again from nothing: {error}."

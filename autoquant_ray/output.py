@@ -112,7 +112,7 @@ def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
     from autoquant_ray.report.measured import HEADS, measured_sections
 
     console = _console()
-    (section,) = measured_sections(rows, rows[0]["solution"])
+    (section,) = measured_sections(rows, rows[0]["solution"], rows[0]["allocation"])
     table = Table(box=box.SIMPLE)
     for number, head in enumerate(HEADS):
         table.add_column(head, justify="right" if number else "left")

@@ -68,9 +68,18 @@ class _Search:
         return make_candidate(self.problem, self.scores, name, formats)
 
     def measure(self, plans: list[Candidate]) -> list[Measured]:
+        """Measure plans; where a shard is left out from now on, the earlier ones once more."""
         results = self.run(plans, self.shards)
+        earlier = [plan for plan, _ in self.seen.values()]
+        if earlier and len(results[0].kl_S) != len(next(iter(self.seen.values()))[1].kl_S):
+            again = self.run(earlier, self.shards)
+            self.seen = {p.key: (p, one) for p, one in zip(earlier, again, strict=True)}
         self.seen |= {p.key: (p, one) for p, one in zip(plans, results, strict=True)}
         return results
+
+    def result(self, plan: Candidate) -> Measured:
+        """What was measured of a plan."""
+        return self.seen[plan.key][1]
 
 
 def search_plans(
@@ -140,7 +149,7 @@ def _climb(
     """Take swaps that are better by more than their error; returns trials and swaps taken."""
     swaps = Swaps(search.problem, search.scores, options)
     rng = np.random.default_rng(seed)
-    (current,) = search.measure([own])
+    search.measure([own])
     plan, num_tried, num_accepted, idle = own, 0, 0, 0
     while num_tried < num_trials and idle < _IDLE_ROUNDS:
         changes = _draw(search, swaps, plan, min(_BATCH, num_trials - num_tried), rng)
@@ -149,18 +158,18 @@ def _climb(
         plans = [search.plan("swap", {**plan.formats, **dict(change)}) for change in changes]
         results = search.measure(plans)
         num_tried += len(plans)
-        better = _better(changes, plans, results, current)
+        better = _better(changes, plans, results, search.result(plan))
         together = _together(search, swaps, plan, [change for change, _, _ in better])
         if together is not None and num_tried < num_trials:
             (result,) = search.measure([together])
             num_tried += 1
-            better += _better([()], [together], [result], current)
+            better += _better([()], [together], [result], search.result(plan))
         if not better:
             idle += 1
             continue
-        _, plan, current = min(better, key=lambda one: mean_kl(one[2]))
+        plan = min((one[1] for one in better), key=lambda one: mean_kl(search.result(one)))
         idle, num_accepted = 0, num_accepted + 1
-        logger.info("refine: %d plans tried, KL %.4g", num_tried, mean_kl(current))
+        logger.info("refine: %d plans tried, KL %.4g", num_tried, mean_kl(search.result(plan)))
     return num_tried, num_accepted
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.candidates import Candidate, solution_formats, solution_options
-from autoquant_ray.evaluation import record
+from autoquant_ray.evaluation import record, untouched_shards
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import mean_kl, paired_difference
-from autoquant_ray.measurement import measuring
+from autoquant_ray.measurement import Measurement, measuring
 from autoquant_ray.plan_search import Found, search_plans
 from autoquant_ray.solve import Scores, Solution, load_problem, write_solution
 from autoquant_ray.state import RunState
@@ -73,6 +73,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
     options = solution_options(state, start)
     formats = solution_formats(state, start, problem)
     with measuring(state, config) as measurement:
+        untouched_shards(measurement, start)
         found = search_plans(
             measurement.measure,
             measurement.facts["num_shards"],
@@ -87,7 +88,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
         allocation = _allocation(problem, scores, options, found.winner)
         solution = write_solution(state, problem, scores, options, allocation, name)
         refined = _refinement(solution, found)
-        _note(state, refined)
+        _note(measurement, refined)
         plans = [replace(found.winner, name="solution"), replace(found.start, name="unrefined")]
         record(measurement, f"{SOLUTIONS}/{name}/", plans, [found.after, found.before])
     return refined
@@ -117,8 +118,10 @@ def _allocation(
     return replace(best, formats=plan.formats, score=predicted, optimality_gap=gap)
 
 
-def _note(state: RunState, refined: Refinement) -> None:
-    """Add the ``refinement`` object to the winner's manifest."""
+def _note(measurement: Measurement, refined: Refinement) -> None:
+    """Add the ``refinement`` object to the winner's manifest, with the data that chose it."""
+    directory = measurement.state.directory
     name = f"{SOLUTIONS}/{refined.solution.name}/manifest.json"
-    manifest = state.directory.read_json(name)
-    state.directory.write_json(name, manifest | {"refinement": refined.to_json()})
+    manifest = directory.read_json(name)
+    told = {"data_key": measurement.data_key, "source": measurement.facts["source"]}
+    directory.write_json(name, manifest | {"refinement": refined.to_json() | told})

@@ -131,7 +131,8 @@ class RunState:
         """Forget that stages are done, and delete scores that no longer hold."""
         for stage in stages:
             self.values["stages"].pop(stage, None)
-        self.directory.delete("sensitivity.parquet")
+        for name in ("sensitivity.parquet", "manifest.json", "manifest.parquet"):
+            self.directory.delete(name)
 
     @property
     def num_shards(self) -> int:
@@ -214,7 +215,8 @@ class RunState:
 
     def _require_same_versions(self) -> None:
         """Parts of two versions must not be mixed; a finished run is only read."""
-        if self.values["stages"].get("aggregate", {}).get("state") == "done":
+        is_done = self.values["stages"].get("aggregate", {}).get("state") == "done"
+        if is_done and not self.values["quarantined"]:
             return
         for name, now in _versions().items():
             before = self.values["versions"].get(name)
@@ -254,6 +256,11 @@ def new_run_values(uri: str) -> dict[str, Any]:
 def _run_id(uri: str) -> str:
     name = uri.partition("?")[0].rstrip("/").rpartition("/")[2] or "run"
     return f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+
+
+def numeric_versions() -> dict[str, str]:
+    """Versions, now, of the packages that numbers depend on."""
+    return {name: version for name, version in _versions().items() if name in _NUMERIC_PACKAGES}
 
 
 def _utc_now() -> str:

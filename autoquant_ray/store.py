@@ -226,7 +226,7 @@ class RunDirectory:
     def delete(self, name: str) -> None:
         """Delete one file if it is there."""
         if self.exists(name):
-            with self._reaching("delete", name):
+            with self._reaching("delete", name), suppress(FileNotFoundError):
                 self._base.delete_file(f"{self._root}/{name}")
 
     def list_folders(self, folder: str) -> list[str]:

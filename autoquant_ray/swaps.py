@@ -21,6 +21,7 @@ Change = tuple[tuple[str, str], ...]
 """(group, format) of one or two moves."""
 
 _SLACK = 1e-12
+_MAX_MOVES = 1000  # pairs are their square
 
 
 class Swaps:
@@ -68,6 +69,10 @@ class Swaps:
             ]
         )
         room_R = self.room(formats)
+        if len(moves) > _MAX_MOVES:
+            best = _most_useful(gains_M, costs_MR[:, 0])
+            moves = [moves[m] for m in best]
+            gains_M, costs_MR = gains_M[best], costs_MR[best]
         groups = {group: number for number, group in enumerate(formats)}
         group_M = np.array([groups[group] for group, _ in moves])
         fits_MM = (costs_MR[:, None] + costs_MR[None] <= room_R).all(axis=2)
@@ -86,6 +91,17 @@ class Swaps:
         if self._max_formats is None:
             return True
         return len(set(formats.values()) - {"none"}) <= self._max_formats
+
+
+def _most_useful(gains_M: Floats, costs_M: Floats) -> list[int]:
+    """The moves that gain most per cost, and those that save most per loss, half of each."""
+    rates_M = gains_M / np.where(costs_M == 0, np.inf, np.abs(costs_M))
+    chosen: set[int] = set()
+    for side in (costs_M > 0, costs_M <= 0):
+        of_side = np.flatnonzero(side)
+        order = of_side[np.argsort(rates_M[of_side], kind="stable")]
+        chosen |= set(order[: _MAX_MOVES // 2].tolist())
+    return sorted(chosen)
 
 
 def combine(changes: Sequence[Change]) -> list[Change]:

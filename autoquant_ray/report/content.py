@@ -7,6 +7,7 @@ from typing import Any
 
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
+from autoquant_ray.manifest import allocation_key
 from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
@@ -86,15 +87,20 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         scores=scores,
         unit="no unit (imported)" if "imported_from" in run else "nats per token",
         warnings=_warnings(run, rows),
-        measured=_measured(state, start),
+        measured=_measured(state, start, rows),
     )
 
 
-def _measured(state: RunState, start: str) -> list[MeasuredData]:
+def _measured(
+    state: RunState, start: str, manifest_rows: list[dict[str, Any]]
+) -> list[MeasuredData]:
     if not state.directory.exists("evaluation.parquet"):
         return []
     rows = state.directory.read_table("evaluation.parquet", "evaluation").to_pylist()
-    return measured_sections(rows, start.removeprefix(f"{SOLUTIONS}/").rstrip("/"))
+    unsearched = state.values["plan"]["unsearched"]
+    formats = {r["group"]: r["format"] for r in manifest_rows if r["group"] not in unsearched}
+    name = start.removeprefix(f"{SOLUTIONS}/").rstrip("/")
+    return measured_sections(rows, name, allocation_key(formats))
 
 
 def _layers(

@@ -37,18 +37,23 @@ class MeasuredData:
     rows: list[tuple[str, ...]]
 
 
-def measured_sections(rows: Sequence[dict[str, Any]], solution: str) -> list[MeasuredData]:
+def measured_sections(
+    rows: Sequence[dict[str, Any]], solution: str, allocation: str
+) -> list[MeasuredData]:
     """Lay out a solution's rows of ``evaluation.parquet``, one section per data set.
 
     Args:
         rows: All rows of the file.
         solution: Name of the solution; '' for the run's own.
+        allocation: Digest of its formats now; measurements of what it was before are not shown.
     """
     by_data: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["solution"] == solution:
             by_data.setdefault(row["data_key"], []).append(row)
-    return [_section(of_data) for of_data in by_data.values()]
+    return [
+        _section(of_data) for of_data in by_data.values() if of_data[0]["allocation"] == allocation
+    ]
 
 
 def _section(rows: list[dict[str, Any]]) -> MeasuredData:

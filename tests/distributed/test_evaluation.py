@@ -187,3 +187,35 @@ def test_solve_refines_within_the_budget(scanned: Path, run_command: Any, tmp_pa
     assert rows["unrefined"]["kl_mean"] == found["refinement"]["kl_before"]
     again = run_command(*arguments)
     assert json.loads(again.stdout) == found
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> str:
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    return done.stderr
+
+
+def test_calibration_text_is_never_measured_as_unseen(
+    scanned: Path, run_command: Any, tmp_path: Path, text_file: Path
+) -> None:
+    """The run's own data, given by name, is still what the scan has seen."""
+    run = tmp_path / "run"
+    shutil.copytree(scanned, run)
+    done = run_command("evaluate", run, "--data", text_file, "--against", "none")
+    assert done.returncode == 0, done.stderr
+    assert rows_of(run)["solution"]["num_samples"] == 12 - NUM_CALIBRATION
+    assert "--pack and --seq-len must be" in refusal(run_command("evaluate", run, "--pack"))
+
+
+def test_refined_plan_is_measured_on_what_chose_nothing(
+    scanned: Path, run_command: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scanned, run)
+    done = run_command("refine", run, "--trials", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["refinement"]["kl_after"]
+    done = run_command("evaluate", run, "--solution", "scan-refined", "--against", "none")
+    assert done.returncode == 0, done.stderr
+    assert rows_of(run)["solution"]["kl_mean"] == told
+    other = run_command("evaluate", run, "--solution", "scan-refined", "--samples", "5")
+    assert "was refined on this data cut in another way" in refusal(other)

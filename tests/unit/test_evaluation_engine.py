@@ -129,3 +129,32 @@ def test_model_itself_stays_as_it_was(make_engine: Any, make_samples: Any) -> No
     engine = make_evaluation(prepared, samples)
     engine.evaluate(samples, random_choices(len(prepared.plan.searched), 2))
     assert torch.equal(log_probabilities(prepared.model, samples[0]), before)
+
+
+def test_allocation_that_breaks_leaves_the_others_alone(
+    make_engine: Any, make_samples: Any
+) -> None:
+    prepared = make_engine("llama", FORMATS)
+    samples = make_samples(LENGTHS)
+    maxima = to_maxima(prepared.engine.calibrate(samples))
+    broken = prepared.plan.searched[0].modules[0].name
+    maxima[broken]["input_amax"] = float("nan")
+    engine = make_evaluation(prepared, samples, maxima=maxima)
+    groups = len(prepared.plan.searched)
+    fine: Choice = (0,) * groups  # weights only
+    bad: Choice = (2, *(0,) * (groups - 1))
+    together = engine.evaluate(samples, [bad, fine])
+    assert np.isinf(flatten(together, 0)).any()
+    assert flatten(together, 1).tobytes() == flatten(engine.evaluate(samples, [fine]), 0).tobytes()
+
+
+def test_little_room_gives_the_same_numbers(make_engine: Any, make_samples: Any) -> None:
+    prepared = make_engine("qwen3_moe", FORMATS)
+    samples = make_samples(LENGTHS)
+    choices = random_choices(len(prepared.plan.searched), 3)
+    wide, narrow = (
+        make_evaluation(prepared, samples, activation_bytes=room).evaluate(samples, choices)
+        for room in (2**30, 1)
+    )
+    for index in range(3):
+        assert flatten(wide, index).tobytes() == flatten(narrow, index).tobytes()

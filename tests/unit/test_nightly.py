@@ -19,6 +19,7 @@ from autoquant_ray.cli import main
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.engine import ShardScores
 from autoquant_ray.errors import (
+    ChangedError,
     ConfigError,
     InfeasibleBudgetError,
     StoreError,
@@ -282,18 +283,36 @@ def test_killed_night_goes_on(night: Any, scans: Scans, tmp_path: Path) -> None:
     assert [row["status"] for row in rows(tmp_path)] == ["done"]
 
 
-def test_killed_night_of_other_packages_starts_again_and_says_so(
-    night: Any, scans: Scans, tmp_path: Path
-) -> None:
-    def killed_then(config: ScanConfig, mode: Mode) -> None:
-        leave_partial(config, torch="1.0")
-        raise KeyboardInterrupt
+def killed_with_other_packages(config: ScanConfig, _mode: Mode) -> None:
+    leave_partial(config, torch="1.0")
+    raise KeyboardInterrupt
 
+
+def test_killed_night_of_other_packages_starts_again_and_says_so(
+    night: Any, scans: Scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoquant_ray.nightly.parse_date", lambda date: date or "2026-11-01")
     with pytest.raises(KeyboardInterrupt):
-        night(1, killed_then)
+        night(1, killed_with_other_packages)
     assert night(1).exit_code == 0
     assert scans.modes == ["resume", "overwrite"]
     assert "was started with torch 1.0" in markdown(tmp_path, 1)
+
+
+def test_old_night_of_other_packages_is_not_replaced(
+    night: Any, scans: Scans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoquant_ray.nightly.parse_date", lambda date: date or "2026-11-05")
+    with pytest.raises(KeyboardInterrupt):
+        night(1, killed_with_other_packages)
+    with pytest.raises(ChangedError, match=r"was started with torch 1\.0"):
+        night(1)
+    assert scans.modes == ["resume"]
+
+
+def test_folder_that_a_killed_first_night_left_empty_is_ours(night: Any, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "demo-2026-11-01" / ".lock").mkdir(parents=True)
+    assert night(2).exit_code == 0
 
 
 def test_earlier_killed_night_is_told_and_is_no_baseline(night: Any, tmp_path: Path) -> None:

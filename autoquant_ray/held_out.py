@@ -1,0 +1,101 @@
+"""Data that a scan has not seen, and the model that it was made with: what a measurement needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from typing import Any
+
+from autoquant_ray import samples_stage
+from autoquant_ray.config import ScanConfig
+from autoquant_ray.errors import ConfigError, StoreError
+from autoquant_ray.fingerprint import fingerprint_source
+from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
+from autoquant_ray.stage_fingerprints import stage_fingerprints
+from autoquant_ray.state import RunState, numeric_versions
+from autoquant_ray.store import SAMPLES, RunDirectory, part_name
+from autoquant_ray.tokenizer import TokenizerRef
+
+
+def require_model(state: RunState, scan: ScanConfig) -> ModelRef:
+    """The run's model, which must be as it was.
+
+    Raises:
+        StoreError: It changed.
+    """
+    ref = find_model(scan.model, trust_remote_code=scan.trust_remote_code)
+    require_weights(ref)
+    if fingerprint_model(ref) != state.values["fingerprints"]["model"]:
+        raise StoreError(
+            f"model {scan.model} changed since {state.directory.uri} was made; scan it again"
+        )
+    return ref
+
+
+def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> int:
+    """Samples at the start of the data that the scan has calibrated on.
+
+    Raises:
+        StoreError: The data is the run's own and was changed.
+        ConfigError: It is cut into samples in another way, so that the rest cannot be told.
+    """
+    own = ScanConfig.model_validate(state.values["config"])
+    is_own = fingerprint_source(scan.data) == state.values["fingerprints"]["data"]
+    if not is_own:
+        if not is_given:
+            raise StoreError(
+                f"data {scan.data} changed since {state.directory.uri} was made, so that what the "
+                "scan has not seen cannot be told; give other data with --data"
+            )
+        return 0
+    if (scan.text_field, scan.split) != (own.text_field, own.split):
+        return 0
+    is_cut_alike = (scan.pack, scan.seq_len) == (own.pack, own.seq_len)
+    if not is_cut_alike and (scan.pack or own.pack):
+        raise ConfigError(
+            f"--pack and --seq-len must be those of the scan (pack {own.pack}, {own.seq_len}) on "
+            "its own data, or calibration text would be measured; give other data with --data"
+        )
+    return int(state.values["dataset"]["num_samples"])
+
+
+def data_key(state: RunState, scan: ScanConfig, skip: int) -> str:
+    """Digest of everything that the measured numbers depend on, but the allocation."""
+    prints = state.values["fingerprints"]
+    marks = stage_fingerprints(scan, prints["model"], fingerprint_source(scan.data))
+    own = stage_fingerprints(
+        ScanConfig.model_validate(state.values["config"]), prints["model"], prints["data"]
+    )
+    text = json.dumps([marks["shards"], own["calibrate"], skip, numeric_versions()])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def held_out_samples(
+    directory: RunDirectory,
+    folder: str,
+    scan: ScanConfig,
+    ref: ModelRef,
+    skip: int,
+    state: RunState,
+) -> dict[str, Any]:
+    """Held-out samples as shards below the evaluation's folder; read once."""
+    marker = f"{folder}/data.json"
+    if not directory.exists(marker):
+        tokenizer = TokenizerRef(
+            model=ref.path,
+            gguf_file=ref.gguf_file,
+            trust_remote_code=ref.trust_remote_code,
+            fingerprint=state.values["fingerprints"]["model"],
+        )
+        with tempfile.TemporaryDirectory(prefix="autoquant-") as name:
+            scratch = RunDirectory(name)
+            facts = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip)
+            for shard in scratch.list_parts(SAMPLES):
+                content = scratch.read_bytes(part_name(SAMPLES, shard))
+                directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)
+        source = [fingerprint_source(scan.data), scan.text_field, scan.split]
+        told = {"name": scan.data, "source": source, "skipped": skip}
+        directory.write_json(marker, facts | told)
+    found: dict[str, Any] = directory.read_json(marker)
+    return found
