@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # files that run at the same time must not meet in Ray
     os.environ["RAY_TMPDIR"] = f"/tmp/autoquant-{os.environ['PYTEST_XDIST_WORKER']}"
     os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
+with contextlib.suppress(ValueError):  # a shell's background job ignores Ctrl-C, and so would ours
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["HOME"] = tempfile.mkdtemp(prefix="autoquant-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -131,13 +131,15 @@ def test_stopped_scan_with_a_killed_driver_resumes_to_the_same(
 class Arrivals:
     """A pool whose results come in a given order; made-up sums that depend on the shard alone."""
 
+    grace_s = 0.0
+
     def __init__(self, plan: Any, order: list[int], broken: tuple[int, ...] = ()) -> None:
         self._plan = plan
         self._order = order
         self._broken = broken
         self.yielded: list[int] = []
 
-    def run(self, tasks: Any, submit: Any) -> Iterator[Outcome]:
+    def run(self, tasks: Any, submit: Any, stop: Any) -> Iterator[Outcome]:
         waiting = {task.shard: task for task in tasks}
         for shard in self._order:
             if shard in waiting:
