@@ -11,7 +11,7 @@ import numpy as np
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import ConfigError, StoreError
 from autoquant_ray.formats import NONE
-from autoquant_ray.manifest import allocation_key
+from autoquant_ray.manifest import allocation_key, average_bits, model_bytes
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
 
@@ -95,15 +95,12 @@ def make_candidate(
         name: Its name.
         formats: Searched group -> format.
     """
-    stored = math.fsum(group.cost(formats[group.name], "storage") for group in problem.searched)
-    unsearched = math.fsum(group.cost(NONE, "model") for group in problem.unsearched)
-    own = math.fsum(group.cost(formats[group.name], "model") for group in problem.searched)
     return Candidate(
         name=name,
         formats=dict(formats),
         predicted_kl=math.fsum(scores[g, f] for g, f in formats.items() if f != NONE),
-        weight_bytes=problem.other_bytes + unsearched + own,
-        effective_bits=8 * stored / sum(group.num_weights for group in problem.searched),
+        weight_bytes=model_bytes(problem, formats),
+        effective_bits=average_bits(problem.searched, formats),
     )
 
 

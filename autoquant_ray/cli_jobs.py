@@ -10,7 +10,7 @@ import click
 
 from autoquant_ray.cli_edge import common_options, print_json, set_up_logging
 from autoquant_ray.errors import EXIT_DONE, EXIT_INTERRUPTED
-from autoquant_ray.job import check_run_id, is_variable
+from autoquant_ray.job_names import check_run_id, is_variable
 
 if TYPE_CHECKING:
     from autoquant_ray.jobs import Jobs, JobView

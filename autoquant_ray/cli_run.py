@@ -15,10 +15,10 @@ from autoquant_ray.job import (
     NightlyJob,
     ScanJob,
     SweepJob,
-    check_run_id,
     load_job,
     require_runs,
 )
+from autoquant_ray.job_names import check_run_id
 
 
 def scan_and_show(config: ScanConfig, mode: Any, as_json: bool, run_id: str | None = None) -> None:

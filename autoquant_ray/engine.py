@@ -17,14 +17,12 @@ import torch
 from autoquant_ray.backward import Gradients, LayerwiseBackward, Pass, Step
 from autoquant_ray.calibration import ActivationMaxima, Statistics
 from autoquant_ray.errors import NonFiniteError
-from autoquant_ray.experts import prepare_experts
 from autoquant_ray.footprint import GIB, LARGEST_CACHE_BYTES, quantized_bytes
 from autoquant_ray.formats import Format
-from autoquant_ray.loading import load_placed
+from autoquant_ray.loading import load_for_engine
 from autoquant_ray.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.model_checks import require_head, require_linears
 from autoquant_ray.models import ModelRef
-from autoquant_ray.residence import Residence, Resident
 from autoquant_ray.sensitivity import Maxima, ScoredModule, SensitivityScorer, SensitivitySums
 from autoquant_ray.visits import Samples, Visit, VisitPlanner, make_step, predicting_rows
 from autoquant_ray.weight_cache import WeightCache
@@ -101,15 +99,8 @@ class Engine:
     """
 
     def __init__(self, spec: EngineSpec, model: Any = None) -> None:
-        torch.set_num_threads(spec.num_threads)
         self.spec = spec
-        residence: Residence = Resident()
-        if model is None:
-            model, residence = load_placed(
-                spec.model, dtype=spec.dtype, device=spec.device, placement=spec.placement
-            )
-        self.model: Any = model
-        prepare_experts(self.model)
+        self.model, residence = load_for_engine(spec, model)
         self._device = self.model.get_input_embeddings().weight.device
         self._backward = LayerwiseBackward(self.model, residence)
         self._loss = VocabularyLoss(self.model)

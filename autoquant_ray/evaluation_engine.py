@@ -23,15 +23,13 @@ import torch
 from autoquant_ray.backward import LayerwiseBackward, Pass, Step
 from autoquant_ray.divergence import TokenDivergence, compare
 from autoquant_ray.errors import NonFiniteError
-from autoquant_ray.experts import prepare_experts
 from autoquant_ray.footprint import GIB
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import first_output
-from autoquant_ray.loading import load_placed
+from autoquant_ray.loading import load_for_engine
 from autoquant_ray.loss import VocabularyLoss
 from autoquant_ray.models import ModelRef
 from autoquant_ray.quantized_layers import UNQUANTIZED, Choice, QuantizedLayers
-from autoquant_ray.residence import Residence, Resident
 from autoquant_ray.sensitivity import Maxima, ScoredModule
 from autoquant_ray.visits import Samples, VisitPlanner, make_step, predicting_rows
 from autoquant_ray.weight_cache import WeightCache
@@ -117,15 +115,8 @@ class EvaluationEngine:
     """
 
     def __init__(self, spec: EvaluationSpec, model: Any = None) -> None:
-        torch.set_num_threads(spec.num_threads)
         self.spec = spec
-        residence: Residence = Resident()
-        if model is None:
-            model, residence = load_placed(
-                spec.model, dtype=spec.dtype, device=spec.device, placement=spec.placement
-            )
-        self.model: Any = model
-        prepare_experts(self.model)
+        self.model, residence = load_for_engine(spec, model)
         self._device = self.model.get_input_embeddings().weight.device
         self._runner = LayerwiseBackward(self.model, residence)
         self._head = VocabularyLoss(self.model)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,29 @@ class Place:
             _write_and_rename(target, content)
         except FileNotFoundError:  # another process has just deleted the empty folder
             _write_and_rename(target, content)
+
+    def append(self, name: str, line: bytes) -> None:
+        """Add a line to a file of a local disk, or leave the file as it was.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        os.makedirs(self.root, exist_ok=True)
+        path, end = f"{self.root}/{name}", None
+        try:
+            with open(path, "ab") as stream:
+                end = stream.tell()
+                stream.write(line)
+        except OSError:
+            if end is not None:
+                with suppress(OSError):
+                    os.truncate(path, end)  # no half line on a full disk
+            raise
+
+    def remove_if_empty(self, folder: str) -> None:
+        """Delete a folder of a local disk that holds nothing."""
+        with suppress(OSError):
+            os.rmdir(f"{self.root}/{folder}".rstrip("/"))
 
 
 def open_place(uri: str) -> Place:

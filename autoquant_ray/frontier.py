@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,15 +63,7 @@ def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[P
     ]
     points = _distinct(points)
     knee = find_knee(points)
-    points = [
-        Point(
-            effective_bits=point.effective_bits,
-            weight_bytes=point.weight_bytes,
-            predicted_kl=point.predicted_kl,
-            is_knee=number == knee,
-        )
-        for number, point in enumerate(points)
-    ]
+    points = [replace(point, is_knee=number == knee) for number, point in enumerate(points)]
     directory.write_table(FRONTIER_FILE, "frontier", [vars(point) for point in points])
     return points
 

@@ -82,12 +82,7 @@ def held_out_samples(
     """Held-out samples as shards below the evaluation's folder; read once."""
     marker = f"{folder}/data.json"
     if not directory.exists(marker):
-        tokenizer = TokenizerRef(
-            model=ref.path,
-            gguf_file=ref.gguf_file,
-            trust_remote_code=ref.trust_remote_code,
-            fingerprint=state.values["fingerprints"]["model"],
-        )
+        tokenizer = TokenizerRef.of(ref, state.values["fingerprints"]["model"])
         with tempfile.TemporaryDirectory(prefix="autoquant-") as name:
             scratch = RunDirectory(name)
             facts = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip)

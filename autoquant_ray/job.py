@@ -20,10 +20,9 @@ from autoquant_ray.config import ScanConfig
 from autoquant_ray.config_file import first_problem, read_yaml
 from autoquant_ray.config_values import parse_bytes
 from autoquant_ray.errors import ConfigError
+from autoquant_ray.job_names import is_variable, slug
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NOT_SHOWN = ("secrets",)
 """Keys whose values no message repeats: one may be a secret, written there by mistake."""
 
@@ -257,30 +256,6 @@ def _validate_scans(job: Job) -> None:
             job.config(job.models[0], budget)
     else:
         job.config(out="runs")
-
-
-def slug(text: str) -> str:
-    """The last part of a path or id in lower case letters, digits and hyphens, 40 at most."""
-    last = re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower()
-    return re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:40].strip("-") or "run"
-
-
-def is_variable(text: str) -> bool:
-    """Whether a text can be the name of an environment variable."""
-    return bool(_VARIABLE.fullmatch(text))
-
-
-def check_run_id(text: str) -> str:
-    """A run id as it was given.
-
-    Raises:
-        ConfigError: It could name a path, or has other characters than run ids have.
-    """
-    if not _RUN_ID.fullmatch(text) or ".." in text:
-        raise ConfigError(
-            f"{text!r} is not a run id: letters, digits, '-', '_' and single dots, 100 at most"
-        )
-    return text
 
 
 def require_runs(job: Job, runs: str | None, path: str) -> None:

@@ -30,7 +30,7 @@ from autoquant_ray.errors import (
     TokenError,
     one_line,
 )
-from autoquant_ray.job import check_run_id
+from autoquant_ray.job_names import check_run_id
 from autoquant_ray.job_package import Package, entrypoint
 from autoquant_ray.job_server import connect
 

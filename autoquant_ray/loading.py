@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from accelerate import infer_auto_device_map
@@ -17,12 +18,62 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import get_balanced_memory
 
 from autoquant_ray.errors import ModelError
+from autoquant_ray.experts import prepare_experts
 from autoquant_ray.layers import decoder_layers
 from autoquant_ray.models import ModelRef, build_skeleton, load_model, require_mappable
 from autoquant_ray.residence import Offloaded, Residence, Resident, StoredTensor
 
 SPLIT_SHARE = 0.8
 """Share of each GPU's free memory that a split model's weights may fill; the rest is for work."""
+
+
+class PlacedSpec(Protocol):
+    """What an engine's spec says about its model."""
+
+    @property
+    def model(self) -> ModelRef:
+        """The model to load."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """``float32`` or ``bfloat16``."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        ...
+
+    @property
+    def placement(self) -> str:
+        """``resident``, ``offload`` or ``split``."""
+        ...
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of CPU kernels."""
+        ...
+
+
+def load_for_engine(spec: PlacedSpec, model: Any = None) -> tuple[Any, Residence]:
+    """Set this process up for an engine: its threads, and its model with experts that can be run.
+
+    Args:
+        spec: The engine's.
+        model: Use this loaded model instead of loading the spec's.
+
+    Raises:
+        ModelError: As :func:`load_placed`.
+    """
+    torch.set_num_threads(spec.num_threads)
+    residence: Residence = Resident()
+    if model is None:
+        model, residence = load_placed(
+            spec.model, dtype=spec.dtype, device=spec.device, placement=spec.placement
+        )
+    prepare_experts(model)
+    return model, residence
 
 
 def load_placed(

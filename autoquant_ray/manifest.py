@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoquant_ray.allocation import Allocation
-from autoquant_ray.budget import BITS_PER_BYTE, Problem, SolveOptions
+from autoquant_ray.budget import BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
 from autoquant_ray.certainty import Certainty
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.store import SCHEMA_VERSION
@@ -32,6 +32,24 @@ def allocation_key(formats: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def average_bits(
+    groups: Sequence[GroupChoices],
+    formats: Mapping[str, str],
+    resource: str = "storage",
+    bits_per_unit: float = BITS_PER_BYTE,
+) -> float:
+    """Average bits per weight of groups under the given formats, by one of the costs."""
+    cost = math.fsum(group.cost(formats[group.name], resource) for group in groups)
+    return cost * bits_per_unit / float(sum(group.num_weights for group in groups))
+
+
+def model_bytes(problem: Problem, formats: Mapping[str, str]) -> float:
+    """Bytes of the whole model's weights; groups without a format stay in 16 bits."""
+    return problem.other_bytes + math.fsum(
+        group.cost(formats.get(group.name, NONE), "model") for group in problem.groups.values()
+    )
+
+
 def solution_summary(
     problem: Problem, allocation: Allocation, scores_are_nats: bool
 ) -> dict[str, Any]:
@@ -42,18 +60,12 @@ def solution_summary(
     null where the scores have no unit (an imported ModelOpt manifest).
     """
     formats = chosen_formats(problem, allocation)
-
-    def average_bits(groups: list[Any], resource: str, unit: float) -> float:
-        cost = math.fsum(group.cost(formats[group.name], resource) for group in groups)
-        return cost * unit / float(sum(group.num_weights for group in groups))
-
     everything = list(problem.groups.values())
-    model_bytes = math.fsum(group.cost(formats[group.name], "model") for group in everything)
     return {
-        "effective_bits": average_bits(problem.searched, "storage", BITS_PER_BYTE),
-        "effective_bits_all": average_bits(everything, "storage", BITS_PER_BYTE),
-        "modelopt_effective_bits": average_bits(everything, "modelopt", 16),
-        "weight_bytes": problem.other_bytes + model_bytes,
+        "effective_bits": average_bits(problem.searched, formats),
+        "effective_bits_all": average_bits(everything, formats),
+        "modelopt_effective_bits": average_bits(everything, formats, "modelopt", 16),
+        "weight_bytes": model_bytes(problem, formats),
         "score": allocation.score,
         "predicted_kl_nats": allocation.score if scores_are_nats else None,
         "is_satisfied": allocation.is_satisfied,

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-from autoquant_ray.calibration import to_maxima
 from autoquant_ray.candidates import Candidate
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.placement import connected, place_workers, require_resources
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.distributed.progress import progress
-from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.errors import StoreError, WorkerError
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_engine import EvaluationSpec
@@ -30,7 +28,9 @@ from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
 from autoquant_ray.quantized_layers import UNQUANTIZED, Choice
+from autoquant_ray.samples_stage import read_tasks
 from autoquant_ray.sensitivity import Maxima, scored_modules
+from autoquant_ray.stages import note_done, read_maxima
 from autoquant_ray.state import RunState
 from autoquant_ray.store import EVALUATION, SAMPLES, RunDirectory, part_name
 
@@ -140,7 +140,7 @@ class Measurement:
     def _run(self, pool: WorkerPool, missing: Mapping[int, list[Candidate]]) -> None:
         directory = self.state.directory
         outcomes = pool.run(
-            _tasks(directory, self.folder, missing),
+            read_tasks(directory, f"{self.folder}/{SAMPLES}", missing),
             lambda worker, task: worker.evaluate.remote(
                 task, [_choice(self._plan, candidate) for candidate in missing[task.shard]]
             ),
@@ -154,15 +154,7 @@ class Measurement:
                 else:
                     self.require_lease()
                     _write_parts(directory, self.folder, outcome, missing[shard])
-                    num_tokens = sum(map(len, outcome.task.samples))
-                    directory.append_event(
-                        "shard_done",
-                        stage="evaluate",
-                        shard=shard,
-                        num_tokens=num_tokens,
-                        seconds=round(outcome.seconds, 3),
-                        pid=outcome.process_id,
-                    )
+                    note_done(directory, "evaluate", outcome)
                 advance(f"{outcome.num_workers} worker(s)")
 
 
@@ -196,17 +188,12 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
         ).at_most(facts["num_shards"])
 
         def start_pool() -> WorkerPool:
-            spec = _engine_spec(scan, ref, plan, _maxima(directory))
+            is_calibrated = directory.exists("calibration.parquet")
+            maxima = read_maxima(directory) if is_calibrated else {}
+            spec = _engine_spec(scan, ref, plan, maxima)
             return stack.enter_context(WorkerPool(spec, placement, directory.append_event))
 
         yield Measurement(state, plan, folder, facts, start_pool, held)
-
-
-def _maxima(directory: RunDirectory) -> Maxima:
-    if not directory.exists("calibration.parquet"):
-        return {}
-    rows = directory.read_table("calibration.parquet", "calibration").to_pylist()
-    return to_maxima({(row["module"], row["statistic"]): row["value"] for row in rows})
 
 
 def _engine_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima) -> EvaluationSpec:
@@ -222,16 +209,6 @@ def _engine_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima) ->
         placement=scan.placement,
         activation_bytes=round(scan.activation_cache_gib * GIB),
     )
-
-
-def _tasks(directory: RunDirectory, folder: str, shards: Mapping[int, Any]) -> Iterator[ShardTask]:
-    for shard in shards:
-        table = directory.read_table(part_name(f"{folder}/{SAMPLES}", shard), "samples")
-        yield ShardTask(
-            shard=shard,
-            first_sample=table.column("sample")[0].as_py(),
-            samples=[row.values.to_numpy() for row in table.column("tokens")],
-        )
 
 
 def _choice(plan: Plan, candidate: Candidate) -> Choice:

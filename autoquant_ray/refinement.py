@@ -32,6 +32,8 @@ class Refinement:
         difference: Winner minus start, paired by sample.
         num_trials: Plans tried.
         num_accepted: Swaps taken.
+        data_key: Data on which plans were tried, so that it is never measured on as unseen.
+        source: Identity of that data, however it is cut.
     """
 
     solution: Solution
@@ -40,6 +42,8 @@ class Refinement:
     difference: Estimate
     num_trials: int
     num_accepted: int
+    data_key: str
+    source: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """The ``refinement`` object of ``manifest.json``."""
@@ -52,6 +56,8 @@ class Refinement:
             "kl_after_stderr": self.after[1],
             "kl_difference": self.difference[0],
             "kl_difference_stderr": self.difference[1],
+            "data_key": self.data_key,
+            "source": self.source,
         }
 
 
@@ -87,14 +93,14 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
         name = f"{config.solution or 'scan'}-refined"
         allocation = _allocation(problem, scores, options, found.winner)
         solution = write_solution(state, problem, scores, options, allocation, name)
-        refined = _refinement(solution, found)
-        _note(measurement, refined)
+        refined = _refinement(solution, found, measurement)
+        _note(state.directory, refined)
         plans = [replace(found.winner, name="solution"), replace(found.start, name="unrefined")]
         record(measurement, f"{SOLUTIONS}/{name}/", plans, [found.after, found.before])
     return refined
 
 
-def _refinement(solution: Solution, found: Found) -> Refinement:
+def _refinement(solution: Solution, found: Found, measurement: Measurement) -> Refinement:
     def mean(one: Any) -> Estimate:
         return mean_kl(one), paired_difference(one, None)[1]
 
@@ -105,6 +111,8 @@ def _refinement(solution: Solution, found: Found) -> Refinement:
         difference=paired_difference(found.after, found.before),
         num_trials=found.num_trials,
         num_accepted=found.num_accepted,
+        data_key=measurement.data_key,
+        source=measurement.facts["source"],
     )
 
 
@@ -118,10 +126,7 @@ def _allocation(
     return replace(best, formats=plan.formats, score=predicted, optimality_gap=gap)
 
 
-def _note(measurement: Measurement, refined: Refinement) -> None:
-    """Add the ``refinement`` object to the winner's manifest, with the data that chose it."""
-    directory = measurement.state.directory
+def _note(directory: RunDirectory, refined: Refinement) -> None:
+    """Add the ``refinement`` object to the winner's manifest."""
     name = f"{SOLUTIONS}/{refined.solution.name}/manifest.json"
-    manifest = directory.read_json(name)
-    told = {"data_key": measurement.data_key, "source": measurement.facts["source"]}
-    directory.write_json(name, manifest | {"refinement": refined.to_json() | told})
+    directory.write_json(name, directory.read_json(name) | {"refinement": refined.to_json()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.data import SampleAssembler, chunk_texts, require_usable
 from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
+from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.errors import DataError
 from autoquant_ray.parts import map_ahead
 from autoquant_ray.schemas import SCHEMAS
@@ -95,6 +96,23 @@ def keep_samples(
         for _ in map_ahead(keep, scratch.list_parts(SAMPLES)):
             pass
         state.values["dataset"] |= facts
+
+
+def read_tasks(directory: RunDirectory, folder: str, shards: Iterable[int]) -> Iterator[ShardTask]:
+    """Shards as workers take them, read one at a time when the next one is wanted.
+
+    Args:
+        directory: The run.
+        folder: Folder of the sample parts.
+        shards: Their numbers.
+    """
+    for shard in shards:
+        table = directory.read_table(part_name(folder, shard), "samples")
+        yield ShardTask(
+            shard=shard,
+            first_sample=table.column("sample")[0].as_py(),
+            samples=[row.values.to_numpy() for row in table.column("tokens")],
+        )
 
 
 def _data_spec(config: ScanConfig) -> DataSpec:

@@ -28,7 +28,7 @@ from autoquant_ray.distributed.placement import (
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.engine import EngineSpec
 from autoquant_ray.fingerprint import fingerprint_source
-from autoquant_ray.footprint import choose_placement, footprint
+from autoquant_ray.footprint import GIB, choose_placement, footprint
 from autoquant_ray.formats import check_device
 from autoquant_ray.lease import lease
 from autoquant_ray.models import (
@@ -112,7 +112,7 @@ def _run_stages(
     directory, fingerprints = state.directory, state.values["fingerprints"]
     marks = stage_fingerprints(config, **fingerprints)
     if not samples_stage.has_samples(state, marks["shards"]):
-        tokenizer = _tokenizer(ref, fingerprints["model"])
+        tokenizer = TokenizerRef.of(ref, fingerprints["model"])
         with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
             scratch = RunDirectory(folder)
             facts = samples_stage.read_samples(config, tokenizer, scratch)
@@ -178,15 +178,6 @@ def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
     }
 
 
-def _tokenizer(ref: ModelRef, fingerprint: str) -> TokenizerRef:
-    return TokenizerRef(
-        model=ref.path,
-        gguf_file=ref.gguf_file,
-        trust_remote_code=ref.trust_remote_code,
-        fingerprint=fingerprint,
-    )
-
-
 def _engine_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> EngineSpec:
     return EngineSpec(
         model=ref,
@@ -201,8 +192,8 @@ def _engine_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> EngineSpec:
         seed=config.seed,
         row_share=config.sample_rows,
         weight_cache_bytes=(
-            None if config.weight_cache_gib == "auto" else round(config.weight_cache_gib * 2**30)
+            None if config.weight_cache_gib == "auto" else round(config.weight_cache_gib * GIB)
         ),
-        activation_bytes=round(config.activation_cache_gib * 2**30),
+        activation_bytes=round(config.activation_cache_gib * GIB),
         placement=config.placement,
     )

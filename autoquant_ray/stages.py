@@ -25,9 +25,10 @@ from autoquant_ray.errors import Interrupted, StoreError, WorkerError
 from autoquant_ray.interrupts import stop_on_signal
 from autoquant_ray.parts import Parts, map_ahead
 from autoquant_ray.plan import Plan
+from autoquant_ray.samples_stage import read_tasks
 from autoquant_ray.sensitivity import Maxima
 from autoquant_ray.state import RunState
-from autoquant_ray.store import CALIBRATION, SAMPLES, SCORES, part_name
+from autoquant_ray.store import CALIBRATION, SAMPLES, SCORES, RunDirectory, part_name
 from autoquant_ray.weight_hashes import hash_groups
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,15 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
             parts = map(_statistics, Parts(directory, CALIBRATION, shards))
             merged = _statistics_rows(merge_statistics(parts))
             directory.write_table("calibration.parquet", "calibration", merged)
+    return read_maxima(directory)
+
+
+def read_maxima(directory: RunDirectory) -> Maxima:
+    """Merged activation maxima of a calibrated run.
+
+    Raises:
+        StoreError: ``calibration.parquet`` is missing or damaged.
+    """
     return to_maxima(_statistics(directory.read_table("calibration.parquet", "calibration")))
 
 
@@ -207,15 +217,7 @@ def _collect(state: RunState, pool: WorkerPool, work: _Work) -> None:
             else:
                 state.require_lease()
                 work.write(outcome)
-                num_tokens = sum(map(len, outcome.task.samples))
-                state.directory.append_event(
-                    "shard_done",
-                    stage=work.stage,
-                    shard=shard,
-                    num_tokens=num_tokens,
-                    seconds=round(outcome.seconds, 3),
-                    pid=outcome.process_id,
-                )
+                num_tokens = note_done(state.directory, work.stage, outcome)
                 num_kept += 1
             advance(f"{throughput.add(num_tokens):,.0f} tokens/s, {outcome.num_workers} worker(s)")
             if work.is_enough(shard):
@@ -230,18 +232,25 @@ def _collect(state: RunState, pool: WorkerPool, work: _Work) -> None:
         raise WorkerError(f"every shard failed, the first with: {reason}")
 
 
+def note_done(directory: RunDirectory, stage: str, outcome: Outcome) -> int:
+    """Write the event of a shard whose part is written; returns its number of tokens."""
+    num_tokens = sum(map(len, outcome.task.samples))
+    directory.append_event(
+        "shard_done",
+        stage=stage,
+        shard=outcome.task.shard,
+        num_tokens=num_tokens,
+        seconds=round(outcome.seconds, 3),
+        pid=outcome.process_id,
+    )
+    return num_tokens
+
+
 def _tasks(state: RunState, done: Sequence[int]) -> Iterator[ShardTask]:
-    """Shards still to do, read from disk one at a time when a worker is free."""
+    """Shards still to do."""
     skip = set(done) | state.left_out
-    for shard in range(state.num_shards):
-        if shard in skip:
-            continue
-        table = state.directory.read_table(part_name(SAMPLES, shard), "samples")
-        yield ShardTask(
-            shard=shard,
-            first_sample=table.column("sample")[0].as_py(),
-            samples=[row.values.to_numpy() for row in table.column("tokens")],
-        )
+    shards = (shard for shard in range(state.num_shards) if shard not in skip)
+    return read_tasks(state.directory, SAMPLES, shards)
 
 
 def _intact_parts(

@@ -16,7 +16,6 @@ MiB) leaves its pieces in the bucket, invisible and charged for, until a lifecyc
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -242,8 +241,7 @@ class RunDirectory:
     def delete_if_empty(self, folder: str) -> None:
         """Delete a folder that holds nothing; object stores have no folders of their own."""
         if self._is_local:
-            with suppress(OSError):
-                os.rmdir(f"{self._root}/{folder}".rstrip("/"))
+            self._place.remove_if_empty(folder)
 
     def append_event(self, event: str, **details: Any) -> None:
         """Add one line to ``events.jsonl`` and tell the listener. Every event of a run passes here.
@@ -267,8 +265,7 @@ class RunDirectory:
                 self._flush_events()
             return
         with self._reaching("write", "events.jsonl"):
-            os.makedirs(self._root, exist_ok=True)
-            _append_whole(f"{self._root}/events.jsonl", line.encode())
+            self._place.append("events.jsonl", line.encode())
         self._was_written = True
 
     def _flush_events(self) -> None:
@@ -301,17 +298,3 @@ class RunDirectory:
                 f"{text}; what was written before is kept: when this is in order, go on with "
                 "--resume"
             ) from None
-
-
-def _append_whole(path: str, line: bytes) -> None:
-    """Add a line to a file, or leave the file as it was."""
-    end = None
-    try:
-        with open(path, "ab") as stream:
-            end = stream.tell()
-            stream.write(line)
-    except OSError:
-        if end is not None:
-            with suppress(OSError):
-                os.truncate(path, end)  # no half line on a full disk
-        raise

@@ -24,7 +24,8 @@ from autoquant_ray.errors import (
     InfeasibleBudgetError,
     one_line,
 )
-from autoquant_ray.job import SweepJob, slug
+from autoquant_ray.job import SweepJob
+from autoquant_ray.job_names import slug
 from autoquant_ray.scan import run_search
 from autoquant_ray.solve import Solution, solve_run
 from autoquant_ray.store import RunDirectory

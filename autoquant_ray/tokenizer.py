@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ModelError, one_line
+
+if TYPE_CHECKING:
+    from autoquant_ray.models import ModelRef
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,16 @@ class TokenizerRef:
     gguf_file: str | None = None
     trust_remote_code: bool = False
     fingerprint: str = ""
+
+    @classmethod
+    def of(cls, ref: ModelRef, fingerprint: str) -> TokenizerRef:
+        """The tokenizer that belongs to a model with this fingerprint."""
+        return cls(
+            model=ref.path,
+            gguf_file=ref.gguf_file,
+            trust_remote_code=ref.trust_remote_code,
+            fingerprint=fingerprint,
+        )
 
 
 def load_tokenizer(ref: TokenizerRef) -> Any:

@@ -45,6 +45,7 @@ PURE = (
     "history",
     "interrupts",
     "job",
+    "job_names",
     "job_package",
     "knapsack*",
     "loss",

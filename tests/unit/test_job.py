@@ -11,7 +11,8 @@ from click.testing import CliRunner, Result
 
 from autoquant_ray.cli import main
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.job import NightlyJob, ScanJob, SweepJob, check_run_id, load_job, make_job
+from autoquant_ray.job import NightlyJob, ScanJob, SweepJob, load_job, make_job
+from autoquant_ray.job_names import check_run_id
 
 SCAN = {"model": "m", "data": "d.txt", "out": "runs/My Model", "bits": 6}
 SWEEP = {
