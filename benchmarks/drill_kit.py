@@ -146,10 +146,10 @@ class Drill:
         """Seconds from the fault to the next finished shard."""
         return min(e["time"] - self.fault_time for e in self._done_after_fault())
 
-    def lost_shard_s(self) -> float:
-        """Seconds from the fault to the end of the shard that it hit."""
-        shard = self.pacing.shard
-        return min(e["time"] - self.fault_time for e in self._done_after_fault(shard))
+    def lost_shard_s(self) -> float | None:
+        """Seconds from the fault to the end of the shard that it hit; None if it hit none."""
+        done = self._done_after_fault(self.pacing.shard)
+        return min((e["time"] - self.fault_time for e in done), default=None)
 
     def _done_after_fault(self, shard: int | None = None) -> list[dict[str, Any]]:
         done = [e for e in self.events("shard_done") if e["time"] >= self.fault_time]

@@ -291,7 +291,7 @@ def main() -> None:
                 continue
             if not shared.is_unharmed(drill.run):
                 sys.exit(f"{name}: the scores changed")
-            lost_s = drill.lost_shard_s() if drill.pacing.shard >= 0 else None
+            lost_s = drill.lost_shard_s()
             row = {"fault": name, "next_shard_s": round(drill.next_shard_s(), 1)}
             row["lost_shard_s"] = None if lost_s is None else round(lost_s, 1)
             row["whole_drill_s"] = round(time.perf_counter() - start, 1)
