@@ -136,7 +136,7 @@ def write_solution(
     is_imported = "imported_from" in state.values
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
     config = quantization_config(problem, formats, plan)
-    certainty = _certainty(directory, problem, scores, options, formats)
+    certainty = certainty_of(directory, problem, scores, options, formats)
     manifest = build_manifest(state.values, options, summary, config, certainty)
     start = f"{SOLUTIONS}/{name}/" if name else ""
     paths = {
@@ -162,14 +162,17 @@ def write_solution(
     )
 
 
-def _certainty(
+def certainty_of(
     directory: RunDirectory,
     problem: Problem,
     scores: Scores,
     options: SolveOptions,
     formats: dict[str, str],
 ) -> Certainty | None:
-    """None for an imported run and for one of an earlier version: no shards to resample."""
+    """How sure an allocation is, from the sums that the run keeps for it.
+
+    None for an imported run and for one of an earlier version: no shards to resample.
+    """
     if not directory.exists("resampling.parquet"):
         return None
     buckets = directory.read_table("resampling.parquet", "resampling")

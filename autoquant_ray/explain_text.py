@@ -1,0 +1,130 @@
+"""An explanation in words: head, table and notes, the same for a terminal and a notebook."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from autoquant_ray.certainty import CERTAIN, COIN_TOSS
+
+if TYPE_CHECKING:
+    from autoquant_ray.explain import Alternative, Explanation
+
+HEADS = ("Format", "Bits", "MiB", "Score", "Resamples", "Price of the flip", "Others change")
+_MAX_NAMED = 5
+_NUM_SHARDS = 3
+
+
+def head_lines(told: Explanation) -> list[str]:
+    """What the group is, what it got, and what bound the choice."""
+    modules = _few(told.module_names)
+    lines = [f"group: {told.group}", f"modules: {modules}; {told.num_weights:,} weights"]
+    if told.reason is not None:
+        size = f"{told.weight_bytes / 2**20:,.2f} MiB"
+        return [*lines, f"not searched, stays in 16 bits ({size}): {told.reason}"]
+    name = f"solution {told.solution}" if told.solution else "the scan's own solution"
+    lines.append(f"{name}: {told.budget}, loses {told.plan_score:.4g} ({told.unit})")
+    lines.append(f"chosen: {told.chosen}{_why_sure(told)}")
+    lines += [f"--allow {p}={','.join(names)} applies" for p, names in told.allow.items()]
+    if told.is_refined:
+        lines.append("refined by measured KL; prices are of plans that the scores alone choose")
+    if told.is_tied:
+        lines.append("tied to the embedding: in 16 bits it adds nothing to the model's bytes")
+    return lines
+
+
+def _why_sure(told: Explanation) -> str:
+    if told.pin is not None:
+        return ", fixed by --pin"
+    share = next((a.resampled_share for a in told.formats if a.is_chosen), None)
+    if share is None:
+        return ""
+    verdict = " (certain)" if share >= CERTAIN else " (a coin toss)" if share < COIN_TOSS else ""
+    return f", in {share:.0%} of {told.num_resamples} resamples of the shards{verdict}"
+
+
+def table_rows(told: Explanation) -> list[tuple[str, ...]]:
+    """One row per format, under ``HEADS``."""
+    return [
+        (
+            f"{one.format} *" if one.is_chosen else one.format,
+            f"{one.weight_bits:.3f}",
+            f"{one.weight_bytes / 2**20:,.2f}",
+            f"{one.score:.3e}" + ("" if one.score_stderr is None else f" ± {one.score_stderr:.0e}"),
+            "-" if one.resampled_share is None else f"{one.resampled_share:.0%}",
+            _price(one, told),
+            str(len(one.flip.others)) if one.flip.reason is None else "-",
+        )
+        for one in told.formats
+    ]
+
+
+def _price(one: Alternative, told: Explanation) -> str:
+    change = one.flip.change
+    if change is None:
+        return "not possible"
+    if one.is_chosen and change == 0:
+        return "-"
+    relative = f" ({change / told.plan_score:+.1%})" if told.plan_score else ""
+    return f"{change:+.2e}{relative}"
+
+
+def note_lines(told: Explanation) -> list[str]:
+    """What does not fit a table: groups that change with a flip, and where the scores come from."""
+    if told.reason is not None:
+        return []
+    lines = [
+        "* chosen. Price of the flip: change of the whole plan's predicted loss when the budget is "
+        "solved again with that format"
+    ]
+    for one in told.formats:
+        lines += _flip_lines(one)
+    if told.no_shards is not None:
+        return [*lines, f"shards: {told.no_shards}"]
+    lines += [
+        f"{one.format}: {_shares(one)}, of {told.num_shards}" for one in told.formats if one.shards
+    ]
+    for shard, format_ in told.without_shard.items():
+        if format_ is None:
+            effect = "some group has no score"
+        else:
+            effect = f"the group {'keeps' if format_ == told.chosen else 'gets'} {format_}"
+        lines.append(f"without shard {shard} {effect}")
+    return lines
+
+
+def _flip_lines(one: Alternative) -> list[str]:
+    if one.flip.reason is not None:
+        return [f"{one.format}: not possible: {one.flip.reason}"]
+    if not one.flip.others:
+        return []
+    changes = [f"{g} {before} -> {after}" for g, (before, after) in one.flip.others.items()]
+    return [f"{one.format}: also changes {_few(changes)}"]
+
+
+def _few(texts: list[str]) -> str:
+    more = len(texts) - _MAX_NAMED
+    return ", ".join(texts[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shares(one: Alternative) -> str:
+    parts = [
+        f"{s.share:.1%} from shard {s.shard} ({s.token_share:.1%} of the tokens)"
+        for s in one.shards[:_NUM_SHARDS]
+    ]
+    return ", ".join(parts)
+
+
+def explanation_html(told: Explanation) -> str:
+    """The same for a notebook; every string is escaped."""
+
+    def listed(lines: list[str]) -> str:
+        return "".join(f"<div>{escape(line)}</div>" for line in lines)
+
+    heads = "".join(f"<th>{escape(head)}</th>" for head in HEADS)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in table_rows(told)
+    )
+    table = f"<table><tr>{heads}</tr>{rows}</table>" if rows else ""
+    return f"{listed(head_lines(told))}{table}{listed(note_lines(told))}"
