@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
 from autoquant_ray.certainty import CERTAIN, COIN_TOSS
+from autoquant_ray.notebook import lines_html, table_html
 
 if TYPE_CHECKING:
     from autoquant_ray.explain import Alternative, Explanation
@@ -116,15 +116,6 @@ def _shares(one: Alternative) -> str:
 
 
 def explanation_html(told: Explanation) -> str:
-    """The same for a notebook; every string is escaped."""
-
-    def listed(lines: list[str]) -> str:
-        return "".join(f"<div>{escape(line)}</div>" for line in lines)
-
-    heads = "".join(f"<th>{escape(head)}</th>" for head in HEADS)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in table_rows(told)
-    )
-    table = f"<table><tr>{heads}</tr>{rows}</table>" if rows else ""
-    return f"{listed(head_lines(told))}{table}{listed(note_lines(told))}"
+    """The same for a notebook."""
+    table = table_html(HEADS, table_rows(told)) if told.formats else ""
+    return f"{lines_html(head_lines(told))}{table}{lines_html(note_lines(told))}"

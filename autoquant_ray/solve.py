@@ -23,6 +23,7 @@ from autoquant_ray.manifest import (
     quantization_config,
     solution_summary,
 )
+from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
@@ -62,6 +63,16 @@ class Solution:
             "formats": self.formats,
             "paths": self.paths,
         }
+
+    def _repr_html_(self) -> str:
+        kl = self.summary["predicted_kl_nats"]
+        facts = [
+            ("Effective bits", f"{self.summary['effective_bits']:.4f}"),
+            ("Weights of the whole model", f"{self.summary['weight_bytes'] / 2**20:,.1f} MiB"),
+            ("Predicted KL", "unknown" if kl is None else f"{kl:.4g} nats per token"),
+            *((kind, path) for kind, path in self.paths.items()),
+        ]
+        return facts_html(f"Solution {self.name}" if self.name else "The scan's solution", facts)
 
 
 def load_problem(state: RunState) -> tuple[Problem, Scores]:

@@ -128,7 +128,9 @@ def test_import_of_package_is_light(modules_after: Any) -> None:
     assert not modules & (HEAVY | {"numpy", "pydantic", "pyarrow"})
 
 
-@pytest.mark.parametrize("name", ["ScanConfig", "solve_run", "load_quantization_config"])
+@pytest.mark.parametrize(
+    "name", ["Run", "search", "ScanConfig", "solve_run", "load_quantization_config"]
+)
 def test_import_of_public_name_is_light(name: str, modules_after: Any) -> None:
     modules, output = modules_after(f"from autoquant_ray import {name}; print({name}.__name__)")
     assert output.strip() == name
