@@ -125,10 +125,15 @@ def test_progress_in_a_notebook_is_not_sent_for_every_shard(
     cell = Cell(KERNEL_SHELL)
     for name, module in cell.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(KeyboardInterrupt), progress("score", 10**5) as advance:
-        for _ in range(10**4):
-            advance()
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with progress("score", 10**5) as advance:
+            for _ in range(10**4):
+                advance()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     (shown,) = cell.outputs
     assert len(shown) < 100
     assert shown[-1]["text/plain"] == "score: 10000 of 100000 shards"
