@@ -82,15 +82,21 @@ def note_lines(told: Explanation) -> list[str]:
     if told.no_shards is not None:
         return [*lines, f"shards: {told.no_shards}"]
     lines += [
-        f"{one.format}: {_shares(one)}, of {told.num_shards}" for one in told.formats if one.shards
+        f"{one.format}: share of the score (and of the tokens) of the largest of {told.num_shards} "
+        f"shards: {_shares(one)}"
+        for one in told.formats
+        if one.shards
     ]
+    return lines + _without_lines(told)
+
+
+def _without_lines(told: Explanation) -> list[str]:
+    shards: dict[str, list[str]] = {}
     for shard, format_ in told.without_shard.items():
-        if format_ is None:
-            effect = "some group has no score"
-        else:
-            effect = f"the group {'keeps' if format_ == told.chosen else 'gets'} {format_}"
-        lines.append(f"without shard {shard} {effect}")
-    return lines
+        effect = f"the group {'keeps' if format_ == told.chosen else 'gets'} {format_}"
+        text = "some group has no score" if format_ is None else effect
+        shards.setdefault(text, []).append(str(shard))
+    return [f"without shard {' or '.join(names)} {text}" for text, names in shards.items()]
 
 
 def _flip_lines(one: Alternative) -> list[str]:
@@ -109,8 +115,7 @@ def _few(texts: list[str]) -> str:
 
 def _shares(one: Alternative) -> str:
     parts = [
-        f"{s.share:.1%} from shard {s.shard} ({s.token_share:.1%} of the tokens)"
-        for s in one.shards[:_NUM_SHARDS]
+        f"shard {s.shard} {s.share:.1%} ({s.token_share:.1%})" for s in one.shards[:_NUM_SHARDS]
     ]
     return ", ".join(parts)
 
