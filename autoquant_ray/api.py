@@ -5,28 +5,34 @@
     run = autoquant_ray.search(model="./Qwen3-4B", data="text.jsonl", out="runs/qwen3", bits=5)
     run.sensitivity.to_pandas()
     run.solve(bits=4.5)
+    run.explain("lm_head", solution="bits-4.50")
     run.evaluate(samples=64)
 
-Importing this module imports neither torch nor Ray; ``search``, ``evaluate`` and ``refine`` do.
+``docs/python-api.md`` has a session and all names. Importing this module imports neither torch nor
+Ray; ``search``, ``evaluate`` and ``refine`` do.
 """
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from autoquant_ray.budget import SolveOptions
+from autoquant_ray.compare import compare_runs
+from autoquant_ray.comparison import Comparison
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.config_file import validate
 from autoquant_ray.config_values import parse_bytes
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluation_config import EvaluationConfig
+from autoquant_ray.explain import Explanation, explain_group
 from autoquant_ray.frontier import Point, frontier_of, smallest_within
 from autoquant_ray.manifest import load_quantization_config
+from autoquant_ray.modelopt_manifest import import_manifest
+from autoquant_ray.notebook import facts_html
 from autoquant_ray.report.content import collect_content
-from autoquant_ray.solve import Solution, solve_run
+from autoquant_ray.solve import Solution, rewrite_reports, solve_run
 from autoquant_ray.state import Mode, RunState
 from autoquant_ray.store import SOLUTIONS, RunDirectory
 
@@ -58,6 +64,22 @@ class Run:
         """
         return cls(RunDirectory(path))
 
+    @classmethod
+    def import_manifest(cls, manifest: str, out: str, *, overwrite: bool = False) -> Run:
+        """Turn a ModelOpt AutoQuant JSON manifest into a run.
+
+        Args:
+            manifest: The JSON file.
+            out: Run directory to write.
+            overwrite: Delete the run in ``out`` first.
+
+        Raises:
+            DataError: It is not such a manifest.
+            StoreError: ``out`` holds a run.
+        """
+        import_manifest(manifest, RunDirectory(out), overwrite=overwrite)
+        return cls.open(out)
+
     @property
     def path(self) -> str:
         """Where it is."""
@@ -72,6 +94,15 @@ class Run:
     def plan(self) -> pa.Table:
         """Groups x formats x costs."""
         return self._directory.read_table("plan.parquet", "plan")
+
+    @property
+    def quarantined(self) -> list[dict[str, Any]]:
+        """Shards that were left out, each with its stage and the reason.
+
+        Where there are any, the scores lack a part of the data; the commands exit with 3.
+        """
+        found: list[dict[str, Any]] = RunState.open(self._directory).values["quarantined"]
+        return found
 
     @property
     def solutions(self) -> list[str]:
@@ -96,8 +127,8 @@ class Run:
 
         Args:
             bytes: Of the whole model, such as ``"2.5GiB"``.
-            options: Fields of :class:`~autoquant_ray.budget.SolveOptions`: ``bits``, ``pins``,
-                ``allow``, ``max_formats``, ...
+            options: Fields of :class:`~autoquant_ray.budget.SolveOptions`: ``bits``, ``pins``
+                (group -> format), ``allow`` (pattern -> list of formats), ``max_formats``, ...
 
         Raises:
             ConfigError: An unknown or a wrong option.
@@ -118,6 +149,32 @@ class Run:
         """Predicted loss at every size."""
         return frontier_of(self._directory, num_points)
 
+    def explain(self, group: str, solution: str = "") -> Explanation:
+        """Why a group got its format, and what another one would cost.
+
+        Args:
+            group: Name of a group or of one of its layers, or a part that fits no other group.
+            solution: One of :attr:`solutions`; '' for the scan's own.
+
+        Raises:
+            ConfigError: No group, or more than one, fits.
+            StoreError: There is no such solution.
+        """
+        return explain_group(self._directory, group, solution)
+
+    def compare(self, before: Run | str) -> Comparison:
+        """What changed since an earlier run, and whether that is more than noise.
+
+        Args:
+            before: The earlier run, or its path.
+        """
+        path = before if isinstance(before, str) else before.path
+        return compare_runs(RunDirectory(path), self._directory)
+
+    def report(self) -> list[str]:
+        """Write the reports of the run and of its solutions again; returns their paths."""
+        return rewrite_reports(self._directory)
+
     def evaluate(self, **fields: Any) -> Evaluation:
         """Measure a solution on data that the scan has not seen.
 
@@ -135,12 +192,13 @@ class Run:
         return refine_run(self._evaluation_config(fields), num_trials, seed)
 
     def _repr_html_(self) -> str:
-        content = collect_content(RunState.open(self._directory), "")
-        rows = "".join(
-            f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>"
-            for label, value in content.facts
-        )
-        return f"<strong>{escape(content.title)}</strong><table>{rows}</table>"
+        state = RunState.open(self._directory)
+        if not self._directory.exists("manifest.json"):
+            stages = ", ".join(f"{name} {e['state']}" for name, e in state.values["stages"].items())
+            facts = [("Model", state.values["model"]["name"]), ("Stages", stages or "none yet")]
+            return facts_html(f"Unfinished run {self.path}", facts)
+        content = collect_content(state, "")
+        return facts_html(content.title, content.facts)
 
     def __repr__(self) -> str:
         return f"Run.open({self.path!r})"

@@ -40,12 +40,14 @@ class Certainty:
         expected_regret: Share of its predicted KL that the allocation is expected to lose because
             its scores are estimates.
         kept: Group -> share of the resamples in which it keeps its format.
+        shares: Group -> format -> share of the resamples in which it takes that one.
         null_score: Mean score of allocations from shuffled scores; None if none was found.
     """
 
     num_buckets: int
     expected_regret: float
     kept: dict[str, float]
+    shares: dict[str, dict[str, float]]
     null_score: float | None
 
     @property
@@ -116,6 +118,10 @@ def assess_solution(
         num_buckets=num_buckets,
         expected_regret=found.expected_regret,
         kept={g.name: float(share) for g, share in zip(groups, kept_G, strict=True)},
+        shares={
+            group.name: {name: share_F[columns.index(name)] for name in group.rows}
+            for group, share_F in zip(groups, found.share_GF.tolist(), strict=True)
+        },
         null_score=_null_score(replace(costs, scores_GF=costs.scores_GF + scores_GF)),
     )
 

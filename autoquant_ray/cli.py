@@ -19,6 +19,7 @@ from autoquant_ray.cli_edge import (
     set_up_logging,
 )
 from autoquant_ray.cli_evaluate import evaluate, refine, refine_and_show
+from autoquant_ray.cli_explain import explain
 from autoquant_ray.cli_frontier import frontier
 from autoquant_ray.cli_jobs import jobs, submit
 from autoquant_ray.cli_nightly import compare, nightly
@@ -260,6 +261,7 @@ main.add_command(submit)
 main.add_command(jobs)
 main.add_command(evaluate)
 main.add_command(frontier)
+main.add_command(explain)
 main.add_command(refine)
 main.add_command(compare)
 main.add_command(nightly)

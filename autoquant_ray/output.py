@@ -17,6 +17,7 @@ from autoquant_ray.plan import Plan
 from autoquant_ray.solve import Solution
 
 if TYPE_CHECKING:
+    from autoquant_ray.explain import Explanation
     from autoquant_ray.jobs import JobView
     from autoquant_ray.sweep import SweepRow
 
@@ -156,6 +157,24 @@ def print_frontier(run: str, points: Sequence[Point]) -> None:
         )
     console.print(table)
     console.print(escape(_short(f"{run.rstrip('/')}/frontier.parquet")), soft_wrap=True)
+
+
+def print_explanation(told: Explanation) -> None:
+    """What the group got and why, one line per format, and what does not fit a table."""
+    from autoquant_ray.explain_text import HEADS, head_lines, note_lines, table_rows
+
+    console = _console()
+    for line in head_lines(told):
+        console.print(escape(line), soft_wrap=True)
+    if told.formats:
+        table = Table(box=box.SIMPLE)
+        for number, head in enumerate(HEADS):
+            table.add_column(head, justify="right" if number else "left")
+        for row in table_rows(told):
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for line in note_lines(told):
+        console.print(escape(line), soft_wrap=True)
 
 
 def print_sweep(rows: Sequence[SweepRow]) -> None:

@@ -23,6 +23,7 @@ from autoquant_ray.manifest import (
     quantization_config,
     solution_summary,
 )
+from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
@@ -62,6 +63,16 @@ class Solution:
             "formats": self.formats,
             "paths": self.paths,
         }
+
+    def _repr_html_(self) -> str:
+        kl = self.summary["predicted_kl_nats"]
+        facts = [
+            ("Effective bits", f"{self.summary['effective_bits']:.4f}"),
+            ("Weights of the whole model", f"{self.summary['weight_bytes'] / 2**20:,.1f} MiB"),
+            ("Predicted KL", "unknown" if kl is None else f"{kl:.4g} nats per token"),
+            *((kind, path) for kind, path in self.paths.items()),
+        ]
+        return facts_html(f"Solution {self.name}" if self.name else "The scan's solution", facts)
 
 
 def load_problem(state: RunState) -> tuple[Problem, Scores]:
@@ -136,7 +147,7 @@ def write_solution(
     is_imported = "imported_from" in state.values
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
     config = quantization_config(problem, formats, plan)
-    certainty = _certainty(directory, problem, scores, options, formats)
+    certainty = certainty_of(directory, problem, scores, options, formats)
     manifest = build_manifest(state.values, options, summary, config, certainty)
     start = f"{SOLUTIONS}/{name}/" if name else ""
     paths = {
@@ -162,14 +173,17 @@ def write_solution(
     )
 
 
-def _certainty(
+def certainty_of(
     directory: RunDirectory,
     problem: Problem,
     scores: Scores,
     options: SolveOptions,
     formats: dict[str, str],
 ) -> Certainty | None:
-    """None for an imported run and for one of an earlier version: no shards to resample."""
+    """How sure an allocation is, from the sums that the run keeps for it.
+
+    None for an imported run and for one of an earlier version: no shards to resample.
+    """
     if not directory.exists("resampling.parquet"):
         return None
     buckets = directory.read_table("resampling.parquet", "resampling")

@@ -1,4 +1,8 @@
-"""Progress of the driver: one bar on a terminal, plain lines elsewhere. Always on stderr."""
+"""Progress of the driver: a bar on a terminal or in a notebook, plain lines elsewhere.
+
+Bar and lines go to stderr. A notebook's bar is one output of its cell that is replaced, so that it
+needs no widgets, which rich's own bar does.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from html import escape
 from typing import Any, Protocol
+
+from autoquant_ray.notebook import notebook_display
 
 logger = logging.getLogger(__name__)
 
 _PLAIN_STEPS = 10
+_REFRESH_S = 0.2
 
 
 class Throughput:
@@ -46,7 +54,11 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     Yields:
         A function to call after each unit.
     """
-    if sys.stderr.isatty():
+    display = notebook_display()
+    if display is not None:
+        with _cell_output(display, title, total, done) as advance:
+            yield advance
+    elif sys.stderr.isatty():
         with _bar(title, total, done) as advance:
             yield advance
     else:
@@ -74,6 +86,30 @@ def _bar(title: str, total: int, done: int) -> Iterator[Advance]:
             bar.update(task, advance=1, note=note)
 
         yield advance
+
+
+@contextmanager
+def _cell_output(display: Any, title: str, total: int, done: int) -> Iterator[Advance]:
+    count, text, next_s = done, "", 0.0
+
+    def content() -> dict[str, str]:
+        line = f"{title}: {count} of {total} shards{f', {text}' if text else ''}"
+        bar = f'<progress value="{count}" max="{total}"></progress>'
+        return {"text/plain": line, "text/html": f"{bar} {escape(line)}"}
+
+    handle = display.display(content(), raw=True, display_id=True)
+
+    def advance(note: str = "") -> None:
+        nonlocal count, text, next_s
+        count, text = count + 1, note
+        if time.monotonic() >= next_s:
+            next_s = time.monotonic() + _REFRESH_S
+            handle.update(content(), raw=True)
+
+    try:
+        yield advance
+    finally:
+        handle.update(content(), raw=True)
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def write_run() -> Any:
 
 @pytest.fixture
 def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
-    """A scored run directory without Ray: made-up sums in two shards, aggregated for real.
+    """A scored run directory without Ray: made-up sums in a few shards, aggregated for real.
 
     The finer a format, the smaller its score; every group has its own scale.
     """
@@ -117,6 +117,7 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
         formats: tuple[str, ...] = RUN_FORMATS,
         disable: tuple[str, ...] = ("lm_head",),
         name: str = "run",
+        num_shards: int = 2,
     ) -> RunDirectory:
         plan = build_plan(make_model(family), resolve_formats(formats, device="cpu"), disable)
         config = ScanConfig(
@@ -133,14 +134,14 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
             "counts": {"read": 8, "used": 8, "empty": 0, "too_short": 0, "cut": 0},
             "num_samples": 8,
             "num_tokens": 108,
-            "num_shards": 2,
+            "num_shards": num_shards,
         }
         identity = {
             "model": {"name": family, "fingerprint": "model"},
             "dataset": {"name": "made-up.txt", "max_samples": 128, "seq_len": 512} | facts,
             "fingerprints": {"model": "model", "data": "data"},
         }
-        scores = [_made_up_scores(plan, shard) for shard in range(2)]
+        scores = [_made_up_scores(plan, shard) for shard in range(num_shards)]
         return write_run(config, plan, identity, scores)
 
     return build

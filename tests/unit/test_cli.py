@@ -43,6 +43,7 @@ COMMANDS = (
     "nightly",
     "evaluate",
     "frontier",
+    "explain",
     "refine",
     "site",
 )

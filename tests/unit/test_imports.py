@@ -39,9 +39,12 @@ PURE = (
     "errors",
     "events",
     "experts",
+    "explain*",
     "filesystems",
     "fingerprint",
+    "flips",
     "formats",
+    "group_names",
     "history",
     "interrupts",
     "job",
@@ -62,6 +65,7 @@ PURE = (
     "quantizers",
     "run_changes",
     "sensitivity",
+    "shard_shares",
     "shuffling",
     "site",
     "stability",
@@ -82,7 +86,7 @@ UPPER = (
     "output",
     "jobs",
 )
-UPPER += ("cli_jobs", "cli_run", "cli_site", "job_server", "sweep")
+UPPER += ("cli_explain", "cli_jobs", "cli_run", "cli_site", "job_server", "sweep")
 
 LIST_MODULES = """
 import json, sys
@@ -124,7 +128,9 @@ def test_import_of_package_is_light(modules_after: Any) -> None:
     assert not modules & (HEAVY | {"numpy", "pydantic", "pyarrow"})
 
 
-@pytest.mark.parametrize("name", ["ScanConfig", "solve_run", "load_quantization_config"])
+@pytest.mark.parametrize(
+    "name", ["Run", "search", "ScanConfig", "solve_run", "load_quantization_config"]
+)
 def test_import_of_public_name_is_light(name: str, modules_after: Any) -> None:
     modules, output = modules_after(f"from autoquant_ray import {name}; print({name}.__name__)")
     assert output.strip() == name
@@ -151,7 +157,10 @@ def test_public_names_all_exist() -> None:
         (name, "--help")
         for name in ("plan", "scan", "solve", "report", "import", "demo", "compare", "nightly")
     ]
-    + [(name, "--help") for name in ("run", "submit", "jobs", "evaluate", "refine", "frontier")]
+    + [
+        (name, "--help")
+        for name in ("run", "submit", "jobs", "evaluate", "refine", "frontier", "explain")
+    ]
     + [("jobs", "stop", "--help"), ("site", "--help")],
 )
 def test_help_is_light(arguments: tuple[str, ...], modules_after: Any) -> None:
@@ -163,6 +172,14 @@ def test_help_is_light(arguments: tuple[str, ...], modules_after: Any) -> None:
 def test_solve_is_light(make_run: Any, modules_after: Any) -> None:
     modules, output = modules_after(command("solve", make_run().uri, "--bits", 6))
     assert "effective bits" in output
+    assert not modules & HEAVY
+
+
+def test_explain_is_light(make_run: Any, modules_after: Any) -> None:
+    directory = make_run()
+    solve_run(directory, SolveOptions(bits=8), folder="")
+    modules, output = modules_after(command("explain", directory.uri, "1.mlp.down_proj"))
+    assert output.startswith("group: model.layers.1.mlp.down_proj\n")
     assert not modules & HEAVY
 
 

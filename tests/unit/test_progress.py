@@ -1,4 +1,4 @@
-"""Progress: one bar on a terminal, plain lines elsewhere."""
+"""Progress: a bar on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +79,77 @@ def test_progress_elsewhere_is_plain_lines(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.messages == [
         f"score: {count} of 30 shards, 480 tokens/s" for count in (15, 18, 21, 24, 27, 30)
     ]
+
+
+class Cell:
+    """What a notebook's cell shows, fed as IPython's ``display`` function feeds it."""
+
+    def __init__(self, shell: object) -> None:
+        self.outputs: list[list[dict[str, str]]] = []
+        self.modules = {
+            "IPython": SimpleNamespace(get_ipython=lambda: shell),
+            "IPython.display": SimpleNamespace(display=self._display),
+        }
+
+    def _display(self, content: dict[str, str], *, raw: bool, display_id: bool) -> SimpleNamespace:
+        assert raw
+        assert display_id
+        shown = [content]
+        self.outputs.append(shown)
+        return SimpleNamespace(update=lambda content, raw: shown.append(content))
+
+
+KERNEL_SHELL = SimpleNamespace(kernel=object())
+
+
+def test_progress_in_a_notebook_is_one_output_that_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cell = Cell(KERNEL_SHELL)
+    for name, module in cell.modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with progress("score", 5, done=2) as advance:
+        advance("480 tokens/s")
+        advance("<b>500</b> tokens/s")
+    (shown,) = cell.outputs
+    assert shown[0]["text/plain"] == "score: 2 of 5 shards"
+    assert shown[1]["text/plain"] == "score: 3 of 5 shards, 480 tokens/s"
+    assert shown[-1]["text/plain"] == "score: 4 of 5 shards, <b>500</b> tokens/s"
+    assert '<progress value="4" max="5">' in shown[-1]["text/html"]
+    assert "&lt;b&gt;500&lt;/b&gt; tokens/s" in shown[-1]["text/html"]
+
+
+def test_progress_in_a_notebook_is_not_sent_for_every_shard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cell = Cell(KERNEL_SHELL)
+    for name, module in cell.modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def interrupted() -> None:
+        with progress("score", 10**5) as advance:
+            for _ in range(10**4):
+                advance()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    (shown,) = cell.outputs
+    assert len(shown) < 100
+    assert shown[-1]["text/plain"] == "score: 10000 of 100000 shards"
+
+
+def test_progress_in_a_terminals_ipython_is_not_that_of_a_notebook(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for shell in (None, SimpleNamespace()):
+        cell = Cell(shell)
+        for name, module in cell.modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        with caplog.at_level(logging.INFO), progress("score", 1) as advance:
+            advance()
+        assert cell.outputs == []
+    assert caplog.messages == ["score: 1 of 1 shards"] * 2
 
 
 def test_throughput_is_units_over_time_since_it_was_made() -> None:

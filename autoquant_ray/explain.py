@@ -1,0 +1,260 @@
+"""Why a group got its format: what each format costs and loses, and what changing it would cost.
+
+Beside the loss stands the price of a flip (:mod:`~autoquant_ray.flips`), how often the resampled
+shards chose each format (:mod:`~autoquant_ray.certainty`), and the shards that the scores come from
+(:mod:`~autoquant_ray.shard_shares`). Read from a run's files, which stay as they are; needs neither
+the model, torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from autoquant_ray.budget import (
+    BITS_PER_BYTE,
+    UNQUANTIZED_BITS,
+    GroupChoices,
+    Problem,
+    SolveOptions,
+)
+from autoquant_ray.candidates import make_candidate, solution_formats, solution_options
+from autoquant_ray.certainty import Certainty
+from autoquant_ray.explain_text import explanation_html
+from autoquant_ray.flips import Flip, Flips
+from autoquant_ray.formats import NONE
+from autoquant_ray.group_names import find_group
+from autoquant_ray.shard_shares import ShardShare, find_shards
+from autoquant_ray.solve import Scores, certainty_of, load_problem
+from autoquant_ray.stability import NUM_RESAMPLES
+from autoquant_ray.state import RunState
+from autoquant_ray.store import SOLUTIONS, RunDirectory
+
+_NO_QUANTIZER = "ModelOpt has no quantizer for this module"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """One format of the group.
+
+    Attributes:
+        score: Predicted loss in the explanation's unit; 0 for 16 bits, by definition.
+        score_stderr: Its standard error; None where it is unknown, and for 16 bits.
+        weight_bits: Average stored bits, scales included.
+        weight_bytes: Stored bytes of the group.
+        model_bytes: What the format adds to the whole model; 0 for a tied head in 16 bits.
+        resampled_share: Share of the resamples of the shards that chose it; None where there are
+            none.
+        flip: What the whole plan becomes with it.
+        shards: Shards with the largest shares of the score, largest first.
+    """
+
+    format: str
+    is_chosen: bool
+    score: float
+    score_stderr: float | None
+    weight_bits: float
+    weight_bytes: float
+    model_bytes: float
+    resampled_share: float | None
+    flip: Flip
+    shards: list[ShardShare]
+
+    def to_json(self) -> dict[str, Any]:
+        """One of the ``formats`` of ``explain --json``."""
+        shards = [asdict(shard) for shard in self.shards]
+        return vars(self) | {"flip": self.flip.to_json(), "shards": shards}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What a run's files say about one group of one solution.
+
+    Attributes:
+        solution: Folder below ``solutions/``; '' for the scan's own.
+        reason: Why the group is not searched; None where it is. The fields after ``weight_bytes``
+            are then empty.
+        chosen: Its format.
+        weight_bytes: Its stored bytes under it.
+        budget: Budget of the solution as a user writes it.
+        unit: Of all scores.
+        plan_score: Predicted loss of the whole solution.
+        pin: Format that the user fixed for it; None for no pin.
+        allow: Patterns of the user that match it -> formats allowed.
+        is_tied: It is a head that shares the embedding's bytes in 16 bits.
+        is_refined: The solution was refined by measured KL, so it is not what the scores alone
+            would choose.
+        num_resamples: Of the shards; None where there were none to resample.
+        num_shards: Shards behind the scores; None where their parts are not there.
+        no_shards: Why they are not; None where they are.
+        without_shard: Shard -> format that the group gets when the budget is solved without it;
+            None where some group was seen in that shard alone.
+        formats: All formats of the group, 16 bits included, in the order of the menu.
+    """
+
+    run: str
+    solution: str
+    group: str
+    module_names: list[str]
+    num_weights: int
+    reason: str | None
+    chosen: str
+    weight_bytes: float
+    budget: str = ""
+    unit: str = ""
+    plan_score: float | None = None
+    pin: str | None = None
+    allow: dict[str, list[str]] = field(default_factory=dict)
+    is_tied: bool = False
+    is_refined: bool = False
+    num_resamples: int | None = None
+    num_shards: int | None = None
+    no_shards: str | None = None
+    without_shard: dict[int, str | None] = field(default_factory=dict)
+    formats: list[Alternative] = field(default_factory=list)
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether a format was chosen for the group."""
+        return self.reason is None
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``explain --json`` prints."""
+        without = [{"shard": s, "format": f} for s, f in self.without_shard.items()]
+        formats = [alternative.to_json() for alternative in self.formats]
+        values = vars(self) | {"without_shard": without, "formats": formats}
+        return {"is_searched": self.is_searched, **values}
+
+    def _repr_html_(self) -> str:
+        return explanation_html(self)
+
+
+def explain_group(directory: RunDirectory, name: str, solution: str = "") -> Explanation:
+    """Collect why a group got its format.
+
+    Args:
+        directory: A run whose scores are complete.
+        name: The group's name, that of one of its modules, or a fragment that fits one group only.
+        solution: Folder below ``solutions/``; '' for the scan's own.
+
+    Raises:
+        ConfigError: No group, or more than one, fits the name.
+        StoreError: Not a run, no such solution, or files are damaged.
+    """
+    state = RunState.open(directory)
+    problem, scores = load_problem(state)
+    start = f"{SOLUTIONS}/{solution}/" if solution else ""
+    options = solution_options(state, start)
+    others: dict[str, int] = state.values["plan"]["other_modules"]
+    known = {group.name: group.module_names for group in problem.groups.values()}
+    found = find_group(name, {other: [other] for other in others} | known)
+    group = problem.groups.get(found)
+    if group is None or not group.is_searched:
+        return _unsearched(state, solution, group, found)
+    return _Story(state, problem, scores, options, start).explain(group)
+
+
+def _unsearched(
+    state: RunState, solution: str, group: GroupChoices | None, module: str
+) -> Explanation:
+    """A group that stays in 16 bits; without one, a module that ModelOpt cannot quantize."""
+    plan = state.values["plan"]
+    weights = plan["other_modules"][module] if group is None else group.num_weights
+    return Explanation(
+        run=state.directory.uri,
+        solution=solution,
+        group=module,
+        module_names=[module] if group is None else group.module_names,
+        num_weights=weights,
+        reason=_NO_QUANTIZER if group is None else plan["unsearched"][module],
+        chosen=NONE,
+        weight_bytes=weights * UNQUANTIZED_BITS / BITS_PER_BYTE,
+        is_tied=group is not None and group.is_tied,
+    )
+
+
+class _Story:
+    """One solution of a run, about whose groups can be told."""
+
+    def __init__(
+        self, state: RunState, problem: Problem, scores: Scores, options: SolveOptions, start: str
+    ) -> None:
+        self._state = state
+        self._problem = problem
+        self._scores = scores
+        self._options = options
+        self._start = start
+        self._formats = solution_formats(state, start, problem)
+        self._plan_score = make_candidate(problem, scores, "", self._formats).predicted_kl
+
+    def explain(self, group: GroupChoices) -> Explanation:
+        """Everything about a searched group."""
+        directory = self._state.directory
+        arguments = (self._problem, self._scores, self._options, self._formats)
+        certainty = certainty_of(directory, *arguments)
+        shards = find_shards(self._state, group.name, self._problem, self._options)
+        chosen = self._formats[group.name]
+        is_imported = "imported_from" in self._state.values
+        return Explanation(
+            run=directory.uri,
+            solution=self._start.removeprefix(f"{SOLUTIONS}/").rstrip("/"),
+            group=group.name,
+            module_names=group.module_names,
+            num_weights=group.num_weights,
+            reason=None,
+            chosen=chosen,
+            weight_bytes=group.cost(chosen, "storage"),
+            budget=self._budget(),
+            unit="no unit (imported)" if is_imported else "nats per token",
+            plan_score=self._plan_score,
+            pin=self._options.pins.get(group.name),
+            allow={
+                pattern: list(names)
+                for pattern, names in self._options.allow.items()
+                if fnmatch.fnmatch(group.name, pattern)
+            },
+            is_tied=group.is_tied,
+            is_refined="refinement" in directory.read_json(f"{self._start}manifest.json"),
+            num_resamples=None if certainty is None else NUM_RESAMPLES,
+            num_shards=shards.num_shards,
+            no_shards=shards.reason,
+            without_shard=shards.without,
+            formats=self._alternatives(group, certainty, shards.largest),
+        )
+
+    def _alternatives(
+        self,
+        group: GroupChoices,
+        certainty: Certainty | None,
+        largest: Mapping[str, list[ShardShare]],
+    ) -> list[Alternative]:
+        flips = Flips(self._problem, self._scores, self._options, self._formats, self._plan_score)
+        errors = self._standard_errors(group.name)
+        shares = {} if certainty is None else certainty.shares[group.name]
+        return [
+            Alternative(
+                format=format_,
+                is_chosen=format_ == self._formats[group.name],
+                score=0.0 if format_ == NONE else self._scores[group.name, format_],
+                score_stderr=errors.get(format_),
+                weight_bits=row["weight_bits"],
+                weight_bytes=row["weight_bytes"],
+                model_bytes=group.cost(format_, "model"),
+                resampled_share=shares.get(format_),
+                flip=flips.price(group.name, format_),
+                shards=largest.get(format_, []),
+            )
+            for format_, row in group.rows.items()
+        ]
+
+    def _standard_errors(self, group: str) -> dict[str, float | None]:
+        table = self._state.directory.read_table("sensitivity.parquet", "sensitivity")
+        columns = (table.column(name).to_pylist() for name in ("group", "format", "score_stderr"))
+        return {f: error for name, f, error in zip(*columns, strict=True) if name == group}
+
+    def _budget(self) -> str:
+        text = " and ".join(b.description for b in self._problem.budgets(self._options))
+        limit = self._options.max_formats
+        return text if limit is None else f"{text} with at most {limit} formats"

@@ -1,0 +1,126 @@
+"""An explanation in words: head, table and notes, the same for a terminal and a notebook."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from autoquant_ray.certainty import CERTAIN, COIN_TOSS
+from autoquant_ray.notebook import lines_html, table_html
+
+if TYPE_CHECKING:
+    from autoquant_ray.explain import Alternative, Explanation
+
+HEADS = ("Format", "Bits", "MiB", "Score", "Resamples", "Price of the flip", "Others change")
+_MAX_NAMED = 5
+_NUM_SHARDS = 3
+
+
+def head_lines(told: Explanation) -> list[str]:
+    """What the group is, what it got, and what bound the choice."""
+    modules = _few(told.module_names)
+    lines = [f"group: {told.group}", f"modules: {modules}; {told.num_weights:,} weights"]
+    if told.reason is not None:
+        size = f"{told.weight_bytes / 2**20:,.2f} MiB"
+        return [*lines, f"not searched, stays in 16 bits ({size}): {told.reason}"]
+    name = f"solution {told.solution}" if told.solution else "the scan's own solution"
+    lines.append(f"{name}: {told.budget}, loses {told.plan_score:.4g} ({told.unit})")
+    lines.append(f"chosen: {told.chosen}{_why_sure(told)}")
+    lines += [f"--allow {p}={','.join(names)} applies" for p, names in told.allow.items()]
+    if told.is_refined:
+        lines.append("refined by measured KL; prices are of plans that the scores alone choose")
+    if told.is_tied:
+        lines.append("tied to the embedding: in 16 bits it adds nothing to the model's bytes")
+    return lines
+
+
+def _why_sure(told: Explanation) -> str:
+    if told.pin is not None:
+        return ", fixed by --pin"
+    share = next((a.resampled_share for a in told.formats if a.is_chosen), None)
+    if share is None:
+        return ""
+    verdict = " (certain)" if share >= CERTAIN else " (a coin toss)" if share < COIN_TOSS else ""
+    return f", in {share:.0%} of {told.num_resamples} resamples of the shards{verdict}"
+
+
+def table_rows(told: Explanation) -> list[tuple[str, ...]]:
+    """One row per format, under ``HEADS``."""
+    return [
+        (
+            f"{one.format} *" if one.is_chosen else one.format,
+            f"{one.weight_bits:.3f}",
+            f"{one.weight_bytes / 2**20:,.2f}",
+            f"{one.score:.3e}" + ("" if one.score_stderr is None else f" ± {one.score_stderr:.0e}"),
+            "-" if one.resampled_share is None else f"{one.resampled_share:.0%}",
+            _price(one, told),
+            str(len(one.flip.others)) if one.flip.reason is None else "-",
+        )
+        for one in told.formats
+    ]
+
+
+def _price(one: Alternative, told: Explanation) -> str:
+    change = one.flip.change
+    if change is None:
+        return "not possible"
+    if one.is_chosen and change == 0:
+        return "-"
+    relative = f" ({change / told.plan_score:+.1%})" if told.plan_score else ""
+    return f"{change:+.2e}{relative}"
+
+
+def note_lines(told: Explanation) -> list[str]:
+    """What does not fit a table: groups that change with a flip, and where the scores come from."""
+    if told.reason is not None:
+        return []
+    lines = [
+        "* chosen. Price of the flip: change of the whole plan's predicted loss when the budget is "
+        "solved again with that format"
+    ]
+    for one in told.formats:
+        lines += _flip_lines(one)
+    if told.no_shards is not None:
+        return [*lines, f"shards: {told.no_shards}"]
+    lines += [
+        f"{one.format}: share of the score (and of the tokens) of the largest of {told.num_shards} "
+        f"shards: {_shares(one)}"
+        for one in told.formats
+        if one.shards
+    ]
+    return lines + _without_lines(told)
+
+
+def _without_lines(told: Explanation) -> list[str]:
+    shards: dict[str, list[str]] = {}
+    for shard, format_ in told.without_shard.items():
+        effect = f"the group {'keeps' if format_ == told.chosen else 'gets'} {format_}"
+        text = "some group has no score" if format_ is None else effect
+        shards.setdefault(text, []).append(str(shard))
+    return [f"without shard {' or '.join(names)} {text}" for text, names in shards.items()]
+
+
+def _flip_lines(one: Alternative) -> list[str]:
+    if one.flip.reason is not None:
+        return [f"{one.format}: not possible: {one.flip.reason}"]
+    if not one.flip.others:
+        return []
+    changes = [f"{g} {before} -> {after}" for g, (before, after) in one.flip.others.items()]
+    return [f"{one.format}: also changes {_few(changes)}"]
+
+
+def _few(texts: list[str]) -> str:
+    more = len(texts) - _MAX_NAMED
+    return ", ".join(texts[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shares(one: Alternative) -> str:
+    parts = [
+        f"shard {s.shard} {s.share:.1%} ({s.token_share:.1%})" for s in one.shards[:_NUM_SHARDS]
+    ]
+    return ", ".join(parts)
+
+
+def explanation_html(told: Explanation) -> str:
+    """The same for a notebook."""
+    table = table_html(HEADS, table_rows(told)) if told.formats else ""
+    return f"{lines_html(head_lines(told))}{table}{lines_html(note_lines(told))}"

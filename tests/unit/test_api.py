@@ -1,0 +1,158 @@
+"""The run as a Python object: the same as the commands, and what a notebook shows of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+
+import autoquant_ray
+from autoquant_ray import Run
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, StoreError
+from autoquant_ray.solve import solve_run
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "python-api.md"
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def solved(make_run: Any) -> Run:
+    """A run with a solution of its own at 7 bits."""
+    directory = make_run()
+    solve_run(directory, SolveOptions(bits=7.0), folder="")
+    return Run.open(directory.uri)
+
+
+def test_tables_are_those_of_the_files(solved: Run) -> None:
+    for name, table in (("sensitivity", solved.sensitivity), ("plan", solved.plan)):
+        path = Path(solved.path) / f"{name}.parquet"
+        pandas.testing.assert_frame_equal(
+            table.to_pandas(), pandas.read_parquet(path, engine="pyarrow")
+        )
+
+
+def test_solving_writes_what_the_command_would(solved: Run) -> None:
+    group = solved.plan.column("group")[0].as_py()
+    found = solved.solve(bits=6.5, pins={group: "none"}, allow={"*o_proj": ["wfp8_afp8"]})
+    assert solved.solutions == [found.name]
+    assert found.formats[group] == "none"
+    assert {f for g, f in found.formats.items() if g.endswith("o_proj")} == {"wfp8_afp8"}
+    assert solved.manifest(found.name)["budget"]["pins"] == {group: "none"}
+    size = int(found.summary["weight_bytes"])
+    assert solved.solve(bytes=f"{size + 1}").summary["weight_bytes"] <= size + 1
+
+
+def test_wrong_options_of_solving_are_refused(solved: Run) -> None:
+    with pytest.raises(ConfigError, match="bitz"):
+        solved.solve(bitz=4)
+    with pytest.raises(ConfigError, match="lots"):
+        solved.solve(bytes="lots")
+    with pytest.raises(InfeasibleBudgetError, match="reachable is"):
+        solved.solve(bits=1)
+
+
+def test_loss_and_size_find_each_other(solved: Run) -> None:
+    points = solved.frontier(9)
+    losing = [point for point in points if point.predicted_kl > 0]
+    found = solved.solve_within(losing[-1].predicted_kl)
+    assert found.summary["effective_bits"] <= losing[-1].effective_bits * (1 + 1e-9)
+    assert list(pandas.DataFrame(points).columns) == [
+        "effective_bits",
+        "weight_bytes",
+        "predicted_kl",
+        "is_knee",
+    ]
+
+
+def test_explanation_is_that_of_a_solution(solved: Run) -> None:
+    name = solved.solve(bits=5).name
+    groups = dict.fromkeys(solved.sensitivity.column("group").to_pylist())
+    own = {group: solved.explain(group).chosen for group in groups}
+    other = {group: solved.explain(group, name).chosen for group in groups}
+    assert own != other
+    assert solved.explain("1.mlp.down_proj").group == "model.layers.1.mlp.down_proj"
+    with pytest.raises(StoreError, match="is not a solution"):
+        solved.explain("lm_head", "bits-9.00")
+
+
+def test_comparison_with_an_earlier_run(make_run: Any, solved: Run) -> None:
+    earlier = make_run(name="earlier")
+    solve_run(earlier, SolveOptions(bits=7.0), folder="")
+    assert solved.compare(earlier.uri).verdict == "same"
+    assert solved.compare(Run.open(earlier.uri)).before["uri"] == earlier.uri
+
+
+def test_reports_are_written_again(solved: Run) -> None:
+    path = Path(solved.path) / "report.md"
+    text = path.read_text()
+    path.unlink()
+    assert str(path) in solved.report()
+    assert path.read_text() == text
+
+
+def test_left_out_shards_are_told(solved: Run) -> None:
+    assert solved.quarantined == []
+    path = Path(solved.path) / "run.json"
+    entry = {"shard": 1, "stage": "score", "reason": "a NaN in the loss"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quarantined": [entry]}))
+    assert solved.quarantined == [entry]
+
+
+def test_imported_manifest_is_a_run(tmp_path: Path) -> None:
+    names = ["FP8(effective-bits: 8.0)", "NONE(effective-bits: 16.0)"]
+    layers = {"a.quant_recipe": {"formats": names, "scores": [0.5, 0], "costs": [8, 16]}}
+    manifest = {"scheme": {"auto_quantize_bits": 8}, "layer_sensitivity": layers}
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest))
+    run = Run.import_manifest(str(path), str(tmp_path / "run"))
+    assert run.explain("a").chosen == "FP8"
+    with pytest.raises(StoreError, match="--overwrite"):
+        Run.import_manifest(str(path), str(tmp_path / "run"))
+
+
+def test_search_wants_a_config_or_fields() -> None:
+    for arguments in ({}, {"mode": "resume"}):
+        with pytest.raises(ConfigError, match="one of both"):
+            autoquant_ray.search(**arguments)
+    with pytest.raises(ConfigError, match="--bitz"):
+        autoquant_ray.search(model="m", data="d", out="o", bitz=4)
+
+
+def test_notebook_shows_runs_and_solutions_escaped(solved: Run) -> None:
+    path = Path(solved.path) / "run.json"
+    values = json.loads(path.read_text())
+    values["model"]["name"] = values["run_id"] = EVIL
+    path.write_text(json.dumps(values))
+    page = solved._repr_html_()
+    assert "Predicted KL" in page
+    (Path(solved.path) / "manifest.json").unlink()
+    unfinished = solved._repr_html_()
+    assert "Unfinished run" in unfinished
+    assert "aggregate done" in unfinished
+    solution = dataclasses.replace(solved.solve(bits=6), name=EVIL)
+    for shown in (page, unfinished, solution._repr_html_()):
+        assert EVIL not in shown
+        assert escape(EVIL) in shown
+
+
+def test_document_names_everything_that_a_run_can_do() -> None:
+    text = DOCUMENT.read_text()
+    names = set(re.findall(r"`(?:run|Run)\.(\w+)", text))
+    public = {name for name in vars(Run) if not name.startswith("_")}
+    assert names == public
+    for name, member in inspect.getmembers(Run, inspect.isfunction):
+        if not name.startswith("_"):
+            called = re.search(rf"`run\.{name}\((.*?)\)`", text)
+            assert called is not None, name
+            known = {p for p in inspect.signature(member).parameters if p != "self"}
+            given = [part.strip() for part in called[1].split(",")]
+            plain = {part for part in given if part and "=" not in part and part != "..."}
+            assert plain <= known, name
