@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,12 +41,14 @@ class Certainty:
             its scores are estimates.
         kept: Group -> share of the resamples in which it keeps its format.
         null_score: Mean score of allocations from shuffled scores; None if none was found.
+        shares: (group, format) -> share of the resamples in which the group takes the format.
     """
 
     num_buckets: int
     expected_regret: float
     kept: dict[str, float]
     null_score: float | None
+    shares: dict[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def coin_tosses(self) -> list[str]:
@@ -117,6 +119,11 @@ def assess_solution(
         expected_regret=found.expected_regret,
         kept={g.name: float(share) for g, share in zip(groups, kept_G, strict=True)},
         null_score=_null_score(replace(costs, scores_GF=costs.scores_GF + scores_GF)),
+        shares={
+            (group.name, name): float(share)
+            for group, share_F in zip(groups, found.share_GF, strict=True)
+            for name, share in zip(columns, share_F, strict=True)
+        },
     )
 
 

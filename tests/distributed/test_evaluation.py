@@ -218,4 +218,4 @@ def test_refined_plan_is_measured_on_what_chose_nothing(
     assert done.returncode == 0, done.stderr
     assert rows_of(run)["solution"]["kl_mean"] == told
     other = run_command("evaluate", run, "--solution", "scan-refined", "--samples", "5")
-    assert "was refined on this data cut in another way" in refusal(other)
+    assert "was chosen on this data cut in another way" in refusal(other)
