@@ -35,7 +35,8 @@ class Refinement:
         after: The same of the winner.
         difference: Winner minus start, paired by sample.
         num_trials: Plans tried.
-        num_accepted: Swaps taken.
+        num_flips: Those of them that scored the start's neighbours again.
+        num_accepted: Changes taken.
         data_key: Data on which plans were tried, so that it is never measured on as unseen.
         source: Identity of that data, however it is cut.
     """
@@ -45,6 +46,7 @@ class Refinement:
     after: Estimate
     difference: Estimate
     num_trials: int
+    num_flips: int
     num_accepted: int
     data_key: str
     source: list[str]
@@ -53,6 +55,7 @@ class Refinement:
         """The ``refinement`` object of ``manifest.json``."""
         return {
             "num_trials": self.num_trials,
+            "num_flips": self.num_flips,
             "num_accepted": self.num_accepted,
             "kl_before": self.before[0],
             "kl_before_stderr": self.before[1],
@@ -114,6 +117,7 @@ def _refinement(solution: Solution, found: Found, measurement: Measurement) -> R
         after=mean(found.after),
         difference=paired_difference(found.after, found.before),
         num_trials=found.num_trials,
+        num_flips=found.num_flips,
         num_accepted=found.num_accepted,
         data_key=measurement.data_key,
         source=measurement.facts["source"],
