@@ -10,7 +10,7 @@ and how measurements and predictions are brought to one scale: :mod:`autoquant_r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.audit_pairs import (
     AuditedPair,
@@ -34,11 +34,13 @@ from autoquant_ray.certainty import assess_solution
 from autoquant_ray.chosen_on import chosen_also_on
 from autoquant_ray.evaluation_table import mean_kl, ratio_stderr
 from autoquant_ray.formats import NONE
-from autoquant_ray.measurement import Measurement
 from autoquant_ray.plan_search import split_shards
 from autoquant_ray.solve import Scores, Solution, load_problem, write_solution
 from autoquant_ray.state import RunState
 from autoquant_ray.store import SOLUTIONS
+
+if TYPE_CHECKING:
+    from autoquant_ray.measurement import Measurement
 
 
 @dataclass(frozen=True, kw_only=True)
