@@ -1,4 +1,4 @@
-"""The pass of new scores around a plan, against brute force and against a world without surprises."""
+"""The pass of new scores around a plan: against brute force, and where losses simply add up."""
 
 from __future__ import annotations
 
