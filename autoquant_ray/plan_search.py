@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,14 +24,16 @@ from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.candidates import Candidate, make_candidate
 from autoquant_ray.errors import DataError
 from autoquant_ray.evaluation_table import Measured, mean_kl, paired_difference
-from autoquant_ray.formats import NONE
-from autoquant_ray.rescoring import Flip, choose_flips, solve_flips
+from autoquant_ray.rescoring import Flip, choose_flips, scores_around, solve_flips
 from autoquant_ray.swaps import Change, Swaps, combine
 
 logger = logging.getLogger(__name__)
 
 Measure = Callable[[Sequence[Candidate], Sequence[int]], list[Measured]]
 """Measures plans on the same shards."""
+
+Rescore = Callable[[Candidate, Sequence[int]], Mapping[Flip, float]]
+"""Predicts what flips of a plan lose more than the plan, on some shards."""
 
 _BATCH = 12  # plans per round
 _POOL = 4  # proposals per plan that is drawn from them
@@ -102,6 +103,7 @@ def search_plans(
     *,
     num_trials: int,
     seed: int = 0,
+    rescore: Rescore | None = None,
 ) -> Found:
     """Search around a plan. Deterministic; on the first part never worse than its start.
 
@@ -114,6 +116,7 @@ def search_plans(
         formats: The start: searched group -> format.
         num_trials: Plans to measure on the first part at most.
         seed: Of the choice among proposals.
+        rescore: Who scores the start's neighbours by gradients; None to leave that out.
 
     Raises:
         DataError: There are fewer than three shards.
@@ -122,14 +125,9 @@ def search_plans(
     search = _Search(measure, problem, scores, first)
     own = search.plan("solution", formats)
     search.measure([own])
-    swaps = Swaps(problem, scores, options)
-    begin, differences = _rescore(search, swaps, own, options, num_trials // _FLIPS)
-    rescored = {
-        (group, other): scores.get((group, formats[group]), 0.0) + loss
-        for (group, other), loss in differences.items()
-        if other != NONE and loss > -math.inf  # all is better than a start that breaks
-    }
-    swaps = Swaps(problem, {**scores, **rescored}, options)
+    around = dict(rescore(own, first)) if rescore is not None else {}
+    begin, measured = _rescore(search, own, options, around, num_trials)
+    swaps = Swaps(problem, scores_around(scores, formats, around | measured), options)
     left = num_trials - (len(search.seen) - 1)
     num_accepted = int(begin is not own) + _climb(search, swaps, begin, left, seed)
     racing = _racing(search, swaps, own)
@@ -142,7 +140,7 @@ def search_plans(
         before=before,
         after=after,
         num_trials=len(search.seen) - 1,
-        num_flips=len(differences),
+        num_flips=len(measured),
         num_accepted=num_accepted,
     )
 
@@ -165,36 +163,49 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
 
 
 def _rescore(
-    search: _Search, swaps: Swaps, own: Candidate, options: SolveOptions, count: int
+    search: _Search,
+    own: Candidate,
+    options: SolveOptions,
+    around: Mapping[Flip, float],
+    num_trials: int,
 ) -> tuple[Candidate, dict[Flip, float]]:
-    """Measure flips of the start and solve again with them.
+    """Score the neighbours of the start, and solve again with what comes out.
+
+    Args:
+        search: The start is measured.
+        own: The start.
+        options: Budgets and constraints.
+        around: What flips lose more by the gradients; may be empty.
+        num_trials: Plans of the whole search; a quarter of them are flips.
 
     Returns:
-        The start, or what is better than it by more than its error: the plan that the new scores
-        lead to, or a flip that keeps the budget. And what each flip loses more than the start,
-        in nats per token, one standard error added: it is taken for what it is at least worth.
+        The start, or what is better than it by more than its error: a plan that the new scores
+        lead to, or a flip that keeps the budget. And what each measured flip loses more than the
+        start, in nats per token, one standard error added: it is taken for what it is at least
+        worth.
     """
-    flips = choose_flips(swaps, own.formats, count)
-    if not flips:
+    problem, formats = search.problem, own.formats
+    swaps = Swaps(problem, scores_around(search.scores, formats, around), options)
+    tried = [search.plan("rescored", solve_flips(problem, options, formats, around))]
+    flips = choose_flips(swaps, formats, num_trials // _FLIPS)
+    if len(flips) + 2 > num_trials:
         return own, {}
-    plans = [search.plan("flip", {**own.formats, group: other}) for group, other in flips]
-    results = search.measure(plans)
-    current = search.result(own)
-    told = [paired_difference(result, current) for result in results]
-    differences = {
+    plans = [search.plan("flip", {**formats, group: other}) for group, other in flips]
+    results = search.measure([*plans, *tried])
+    told = [paired_difference(one, search.result(own)) for one in results]
+    measured = {
         flip: difference + (error or 0.0)
-        for flip, (difference, error) in zip(flips, told, strict=True)
+        for flip, (difference, error) in zip(flips, told, strict=False)
     }
-    again = search.plan("rescored", solve_flips(search.problem, options, own.formats, differences))
-    if again.key not in search.seen:
-        search.measure([again])
-    tried = [plan for plan in [again, *plans] if swaps.fits(plan.formats)]
-    better = _better(search, [((), plan) for plan in tried], own)
+    tried.append(search.plan("rescored", solve_flips(problem, options, formats, measured)))
+    if tried[-1].key not in search.seen:
+        search.measure(tried[-1:])
+    fitting = [plan for plan in [*tried, *plans] if swaps.fits(plan.formats)]
+    better = _better(search, [((), plan) for plan in fitting], own)
     if not better:
-        return own, differences
-    plan = better[0][1]
-    logger.info("refine: %d flips scored, KL %.4g", len(flips), mean_kl(search.result(plan)))
-    return plan, differences
+        return own, measured
+    logger.info("refine: %d flips, KL %.4g", len(flips), mean_kl(search.result(better[0][1])))
+    return better[0][1], measured
 
 
 def _climb(search: _Search, swaps: Swaps, plan: Candidate, num_trials: int, seed: int) -> int:

@@ -94,7 +94,16 @@ class QuantizedLayers:
                 )
                 for name in experts.parameters
             }
-            return lambda *inputs: experts.run(format_, kept, maxima, inputs)
+            exact = module.forward
+
+            def run(*inputs: torch.Tensor) -> torch.Tensor:
+                quantized = experts.run(format_, kept, maxima, inputs)
+                if not torch.is_grad_enabled():
+                    return quantized
+                output: torch.Tensor = exact(*inputs)  # gradients pass as if it were exact
+                return output + (quantized - output).detach()
+
+            return run
         weight_OI = weights.get(
             (planned.name, format_.weight_key),
             partial(fake_quantize_weight, format_.weight, module.weight),

@@ -39,11 +39,11 @@ from autoquant_ray.engine import Engine, EngineSpec
 from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
 from autoquant_ray.evaluation_table import Measured, mean_kl, ratio_stderr
 from autoquant_ray.formats import NONE, resolve_formats
-from autoquant_ray.manifest import average_bits
 from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import build_plan
 from autoquant_ray.plan_search import search_plans, split_shards
 from autoquant_ray.quantized_layers import UNQUANTIZED
+from autoquant_ray.rescoring import Flip, flip_rows, flip_scores
 from autoquant_ray.sensitivity import scored_modules
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
@@ -91,7 +91,6 @@ class World:
         model = random_model(seed)
         self.seed = seed
         self.rng = np.random.default_rng(seed)
-        self.shards: list[list[list[int]]] = []
         plan = build_plan(model, resolve_formats(FORMATS, device="cpu"), ("lm_head",))
         self.names = [group.name for group in plan.searched]
         self.problem = Problem(plan.rows(), plan.summary())
@@ -175,6 +174,16 @@ class World:
                     self.known[shard, plan.key] = [one.kl_N for one in samples]
         return [self.together(plan, shards) for plan in plans]
 
+    def score_flips(self, plan: Candidate, shards: Sequence[int]) -> dict[Flip, float]:
+        """What changes of one group would do to a plan, by gradients around it."""
+        choice = tuple(FORMATS.index(plan.formats[name]) for name in self.names)
+        parts = [
+            self.engine.score_flips(self.shards[shard], shard * NUM_SAMPLES, choice)
+            for shard in shards
+        ]
+        rows = [flip_rows(self.names, FORMATS, part) for part in parts]
+        return flip_scores(pa.Table.from_pylist(of_shard) for of_shard in rows)
+
     def together(self, plan: Candidate, shards: Sequence[int]) -> Measured:
         """What is known of a plan on some shards; only its KL."""
         samples = [one for shard in shards for one in self.known[shard, plan.key]]
@@ -206,6 +215,7 @@ class World:
             options,
             solved,
             num_trials=num_trials,
+            rescore=self.score_flips,
         )
         plans = [
             self.plan("solved", solved),
@@ -216,16 +226,11 @@ class World:
             self.problem.solve(shuffle_scores(self.problem, self.scores, number), options).formats
             for number in range(NUM_SHUFFLES)
         ]
-        fitting = np.sort(
-            [
-                loss
-                for loss, size in zip(self.losses, sizes, strict=True)
-                if size <= bits * (1 + 1e-9)
-            ]
-        )
+        fits = np.array(sizes) <= bits * (1 + 1e-9)
+        fitting = np.sort(np.array(self.losses)[fits])
         rows = [self.row([plan], bits, fitting) for plan in plans]
         rows.append(self.row([self.plan("shuffled", one) for one in shuffled], bits, fitting))
-        best = self.plans[int(np.argmin(np.where(np.array(sizes) <= bits, self.losses, np.inf)))]
+        best = self.plans[int(np.argmin(np.where(fits, self.losses, np.inf)))]
         return [*rows, self.row([self.plan("best", best.formats)], bits, fitting)]
 
     def audit(self, options: SolveOptions, solved: dict[str, str]) -> dict[str, str]:
@@ -263,7 +268,6 @@ class World:
             "model": self.seed,
             "bits": bits,
             "plan": plans[0].name,
-            "plan_bits": average_bits(self.problem.searched, plans[0].formats),
             "predicted": float(np.mean([plan.predicted_kl for plan in plans])),
             "measured": float(np.mean(losses)),
             "rank": float(np.mean(ranks)) + 1,
