@@ -63,8 +63,9 @@ def evaluate(run: str, as_json: bool, verbose: bool, **flags: Any) -> None:
 def refine(run: str, trials: int, seed: int, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Search around RUN's allocation by measured KL, within the same budget.
 
-    Swaps are tried on half of the unseen data, the best plans race on a quarter, and what is
-    said about the winner is measured on the rest. Writes solutions/NAME-refined. May be killed
+    On half of the unseen data the plan's neighbours are scored again, around the quantized model,
+    and swaps are tried; the best plans race on a quarter, and what is said about the winner is
+    measured on the rest. Writes solutions/NAME-refined. May be killed
     and started again.
 
     \b

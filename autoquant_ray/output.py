@@ -155,7 +155,10 @@ def print_refinement(run: str, refined: Any) -> None:
         f"measured KL on data that the search has not seen: {text(refined.before)} before, "
         f"{text(refined.after)} after, difference {text(refined.difference)} nats per token"
     )
-    console.print(f"{refined.num_trials} plans tried, {refined.num_accepted} improvements taken")
+    console.print(
+        f"{refined.num_trials} plans tried, {refined.num_flips} of them to score the plan's "
+        f"neighbours again; {refined.num_accepted} improvements taken"
+    )
     print_solution(run, refined.solution)
 
 

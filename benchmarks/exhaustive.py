@@ -177,12 +177,9 @@ class World:
     def score_flips(self, plan: Candidate, shards: Sequence[int]) -> dict[Flip, float]:
         """What changes of one group would do to a plan, by gradients around it."""
         choice = tuple(FORMATS.index(plan.formats[name]) for name in self.names)
-        parts = [
-            self.engine.score_flips(self.shards[shard], shard * NUM_SAMPLES, choice)
-            for shard in shards
-        ]
-        rows = [flip_rows(self.names, FORMATS, part) for part in parts]
-        return flip_scores(pa.Table.from_pylist(of_shard) for of_shard in rows)
+        parts = [self.engine.score_flips(self.shards[s], s * NUM_SAMPLES, choice) for s in shards]
+        rows = (flip_rows(self.names, FORMATS, part) for part in parts)
+        return flip_scores(map(pa.Table.from_pylist, rows))
 
     def together(self, plan: Candidate, shards: Sequence[int]) -> Measured:
         """What is known of a plan on some shards; only its KL."""
@@ -254,8 +251,7 @@ class World:
             )
             for (group, format_), one in zip(chosen, results, strict=True)
         ]
-        ratios = sorted(pair.ratio or 0.0 for pair in pairs)
-        print(f"audit: median ratio {median_ratio(pairs):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
+        print(f"audit: median of measured / predicted {median_ratio(pairs):.2f}")
         return solve_again(self.problem, self.scores, pairs, options, solved)
 
     def row(
