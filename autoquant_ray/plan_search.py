@@ -153,7 +153,7 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
     """
     if num_shards < 3:
         raise DataError(
-            f"refining needs three shards of data or more, one each to search, to race and to "
+            "refining and auditing need three shards of data or more, to choose, to race and to "
             f"tell the result; this data makes {num_shards}; give more with --samples or --data"
         )
     quarter = max(1, num_shards // 4)

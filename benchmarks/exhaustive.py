@@ -80,11 +80,7 @@ def main() -> None:
 
 
 class World:
-    """A model, its scores, and every allocation measured.
-
-    Args:
-        seed: Of the model and of all its data.
-    """
+    """A model with its scores and data, by seed; and every allocation measured."""
 
     def __init__(self, seed: int) -> None:
         start = time.perf_counter()
