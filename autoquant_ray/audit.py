@@ -16,7 +16,6 @@ from autoquant_ray.audit_pairs import (
     AuditedPair,
     Pair,
     choose_pairs,
-    count_changes,
     median_ratio,
     most_wrong,
     solve_again,
@@ -113,7 +112,7 @@ def audit_solution(measurement: Measurement, start: str, count: int) -> Audit:
     audited = make_candidate(
         problem, scores, name, solve_again(problem, scores, pairs, options, formats)
     )
-    num_changed = count_changes(formats, audited.formats)
+    num_changed = sum(formats[group] != audited.formats[group] for group in formats)
     measurement.require_lease()
     path = write_pairs(state.directory, name, measurement.data_key, pairs)
     notes = {

@@ -23,8 +23,6 @@ import torch
 from autoquant_ray.backward import LayerwiseBackward, Pass, Step
 from autoquant_ray.divergence import TokenDivergence, compare
 from autoquant_ray.errors import NonFiniteError
-from autoquant_ray.flip_engine import FlipEngine
-from autoquant_ray.flip_gradients import FlipScorer, FlipSums
 from autoquant_ray.footprint import GIB
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import first_output
@@ -126,7 +124,6 @@ class EvaluationEngine:
             self.model, self._runner.layers, spec.modules, spec.formats, spec.maxima
         )
         self._planner = VisitPlanner(spec.step_tokens, token_bytes=0, room=0)
-        self._flips: FlipEngine | None = None
 
     @torch.no_grad()
     def evaluate(self, samples: Samples, choices: Sequence[Choice]) -> ShardEvaluation:
@@ -181,31 +178,6 @@ class EvaluationEngine:
         return ShardEvaluation(
             reference=reference, divergences=divergences, seconds=time.perf_counter() - start
         )
-
-    def score_flips(self, samples: Samples, first_sample: int, choice: Choice) -> FlipSums:
-        """Score the neighbours of a plan by gradients around it.
-
-        Args:
-            samples: The shard's samples.
-            first_sample: Position of the first of them in the data.
-            choice: The plan. Where it breaks the model, the sums are not finite.
-        """
-        if self._flips is None:
-            spec = self.spec
-            width = self.model.get_input_embeddings().weight[0].nbytes
-            self._flips = FlipEngine(
-                self._runner,
-                self._head,
-                self._quantized,
-                FlipScorer(self.model, spec.modules, spec.formats, spec.maxima),
-                VisitPlanner(
-                    spec.step_tokens,
-                    token_bytes=width * len(self._runner.layers),
-                    room=spec.activation_bytes if self._runner.is_layerwise else 0,
-                ),
-                self._device,
-            )
-        return self._flips.score(samples, first_sample, choice)
 
     def _num_at_once(self, steps: Sequence[Step]) -> int:
         """Allocations whose hidden states, of two layers at a time, have room."""

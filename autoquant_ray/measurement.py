@@ -7,14 +7,14 @@ measured before costs nothing, and a killed measurement goes on where it stopped
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from autoquant_ray.candidates import Candidate
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.placement import connected, place_workers, require_resources
-from autoquant_ray.distributed.pool import Outcome, Submit, WorkerPool
+from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.distributed.progress import progress
 from autoquant_ray.errors import StoreError, WorkerError
 from autoquant_ray.evaluation_config import EvaluationConfig
@@ -28,7 +28,6 @@ from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
 from autoquant_ray.quantized_layers import UNQUANTIZED, Choice
-from autoquant_ray.rescoring import Flip, flip_rows, flip_scores
 from autoquant_ray.samples_stage import read_tasks
 from autoquant_ray.sensitivity import Maxima, scored_modules
 from autoquant_ray.stages import note_done, read_maxima
@@ -94,72 +93,29 @@ class Measurement:
         """
         wanted = range(self.facts["num_shards"]) if shards is None else shards
         missing = self._missing(candidates, wanted)
-        self._run(
-            missing,
-            lambda worker, task: worker.evaluate.remote(
-                task, [_choice(self._plan, candidate) for candidate in missing[task.shard]]
-            ),
-            lambda outcome: _write_parts(
-                self.state.directory, self.folder, outcome, missing[outcome.task.shard]
-            ),
-        )
-        used = self._used(wanted)
-        try:
-            return [collect(self._parts(one.key, "divergences", used)) for one in candidates]
-        except _DamagedPartError:
-            return self.measure(candidates, shards)
-
-    def score_flips(self, plan: Candidate, shards: Sequence[int]) -> dict[Flip, float]:
-        """What changes of one group would do to a plan, by gradients around it.
-
-        Args:
-            plan: The plan.
-            shards: On which shards.
-
-        Returns:
-            (group, format) -> predicted change of its KL in nats per token; empty where the plan
-            breaks the model.
-
-        Raises:
-            WorkerError: Every shard failed.
-        """
-        folder = f"{plan.key}-flips"
-        there = set(self.state.directory.list_parts(f"{self.folder}/{folder}"))
-        choice = _choice(self._plan, plan)
-        self._run(
-            [shard for shard in shards if shard not in there and shard not in self.left_out],
-            lambda worker, task: worker.score_flips.remote(task, choice),
-            lambda outcome: self._write_flips(folder, outcome),
-        )
-        try:
-            return flip_scores(self._parts(folder, "flips", self._used(shards)))
-        except _DamagedPartError:
-            return self.score_flips(plan, shards)
-
-    def _used(self, wanted: Sequence[int]) -> list[int]:
+        if missing:
+            if self._pool is None:
+                self._pool = self._start_pool()
+            self._run(self._pool, missing)
         used = [shard for shard in wanted if shard not in self.left_out]
         if not used:
             raise WorkerError(f"every shard failed, the first with: {self.left_out[wanted[0]]}")
-        return used
+        try:
+            return [collect(self._parts(one, used)) for one in candidates]
+        except _DamagedPartError:
+            return self.measure(candidates, shards)
 
-    def _parts(self, folder: str, schema: str, shards: Sequence[int]) -> Iterator[Any]:
+    def _parts(self, candidate: Candidate, shards: Sequence[int]) -> Iterator[Any]:
         directory = self.state.directory
         for shard in shards:
-            name = part_name(f"{self.folder}/{folder}", shard)
+            name = part_name(f"{self.folder}/{candidate.key}", shard)
             try:
-                yield directory.read_table(name, schema)
+                yield directory.read_table(name, "divergences")
             except StoreError as error:
                 logger.warning("%s is damaged and measured again: %s", name, error)
                 directory.append_event("part_damaged", part=name)
                 directory.delete(name)
                 raise _DamagedPartError from None
-
-    def _write_flips(self, folder: str, outcome: Outcome) -> None:
-        names = [group.name for group in self._plan.searched]
-        formats = [format_.name for format_ in self._plan.formats]
-        rows = flip_rows(names, formats, outcome.result)
-        name = part_name(f"{self.folder}/{folder}", outcome.task.shard)
-        self.state.directory.write_table(name, "flips", rows)
 
     def require_lease(self) -> None:
         """Check that no other process may have taken the run over.
@@ -181,16 +137,14 @@ class Measurement:
                     missing.setdefault(shard, []).append(candidate)
         return dict(sorted(missing.items()))
 
-    def _run(self, shards: Iterable[int], submit: Submit, write: Callable[[Outcome], None]) -> None:
-        """Compute what is missing of these shards and write it."""
-        missing = list(shards)
-        if not missing:
-            return
-        if self._pool is None:
-            self._pool = self._start_pool()
+    def _run(self, pool: WorkerPool, missing: Mapping[int, list[Candidate]]) -> None:
         directory = self.state.directory
-        tasks = read_tasks(directory, f"{self.folder}/{SAMPLES}", missing)
-        outcomes = self._pool.run(tasks, submit)
+        outcomes = pool.run(
+            read_tasks(directory, f"{self.folder}/{SAMPLES}", missing),
+            lambda worker, task: worker.evaluate.remote(
+                task, [_choice(self._plan, candidate) for candidate in missing[task.shard]]
+            ),
+        )
         with closing(outcomes), progress("evaluate", len(missing)) as advance:
             for outcome in outcomes:
                 shard = outcome.task.shard
@@ -199,7 +153,7 @@ class Measurement:
                     self.left_out[shard] = outcome.reason
                 else:
                     self.require_lease()
-                    write(outcome)
+                    _write_parts(directory, self.folder, outcome, missing[shard])
                     note_done(directory, "evaluate", outcome)
                 advance(f"{outcome.num_workers} worker(s)")
 

@@ -32,9 +32,6 @@ logger = logging.getLogger(__name__)
 Measure = Callable[[Sequence[Candidate], Sequence[int]], list[Measured]]
 """Measures plans on the same shards."""
 
-Rescore = Callable[[Candidate, Sequence[int]], Mapping[Flip, float]]
-"""Predicts what flips of a plan lose more than the plan, on some shards."""
-
 _BATCH = 12  # plans per round
 _POOL = 4  # proposals per plan that is drawn from them
 _IDLE_ROUNDS = 2  # without an improvement, then the search ends
@@ -103,7 +100,6 @@ def search_plans(
     *,
     num_trials: int,
     seed: int = 0,
-    rescore: Rescore | None = None,
 ) -> Found:
     """Search around a plan. Deterministic; on the first part never worse than its start.
 
@@ -116,7 +112,6 @@ def search_plans(
         formats: The start: searched group -> format.
         num_trials: Plans to measure on the first part at most.
         seed: Of the choice among proposals.
-        rescore: Who scores the start's neighbours by gradients; None to leave that out.
 
     Raises:
         DataError: There are fewer than three shards.
@@ -125,9 +120,8 @@ def search_plans(
     search = _Search(measure, problem, scores, first)
     own = search.plan("solution", formats)
     search.measure([own])
-    around = dict(rescore(own, first)) if rescore is not None else {}
-    begin, measured = _rescore(search, own, options, around, num_trials)
-    swaps = Swaps(problem, scores_around(scores, formats, around | measured), options)
+    begin, measured = _rescore(search, own, options, num_trials // _FLIPS)
+    swaps = Swaps(problem, scores_around(scores, formats, measured), options)
     left = num_trials - (len(search.seen) - 1)
     num_accepted = int(begin is not own) + _climb(search, swaps, begin, left, seed)
     racing = _racing(search, swaps, own)
@@ -163,44 +157,37 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
 
 
 def _rescore(
-    search: _Search,
-    own: Candidate,
-    options: SolveOptions,
-    around: Mapping[Flip, float],
-    num_trials: int,
+    search: _Search, own: Candidate, options: SolveOptions, count: int
 ) -> tuple[Candidate, dict[Flip, float]]:
-    """Score the neighbours of the start, and solve again with what comes out.
+    """Measure flips of the start, and solve again with what they lose.
 
     Args:
         search: The start is measured.
         own: The start.
         options: Budgets and constraints.
-        around: What flips lose more by the gradients; may be empty.
-        num_trials: Plans of the whole search; a quarter of them are flips.
+        count: How many flips.
 
     Returns:
-        The start, or what is better than it by more than its error: a plan that the new scores
-        lead to, or a flip that keeps the budget. And what each measured flip loses more than the
-        start, in nats per token, one standard error added: it is taken for what it is at least
-        worth.
+        The start, or what is better than it by more than its error: the plan that the new scores
+        lead to, or a flip that keeps the budget. And what each flip loses more than the start, in
+        nats per token, one standard error added: it is taken for what it is at least worth.
     """
     problem, formats = search.problem, own.formats
-    swaps = Swaps(problem, scores_around(search.scores, formats, around), options)
-    tried = [search.plan("rescored", solve_flips(problem, options, formats, around))]
-    flips = choose_flips(swaps, formats, num_trials // _FLIPS)
-    if len(flips) + 2 > num_trials:
+    swaps = Swaps(problem, search.scores, options)
+    flips = choose_flips(swaps, formats, count)
+    if not flips:
         return own, {}
     plans = [search.plan("flip", {**formats, group: other}) for group, other in flips]
-    results = search.measure([*plans, *tried])
+    results = search.measure(plans)
     told = [paired_difference(one, search.result(own)) for one in results]
     measured = {
         flip: difference + (error or 0.0)
-        for flip, (difference, error) in zip(flips, told, strict=False)
+        for flip, (difference, error) in zip(flips, told, strict=True)
     }
-    tried.append(search.plan("rescored", solve_flips(problem, options, formats, measured)))
-    if tried[-1].key not in search.seen:
-        search.measure(tried[-1:])
-    fitting = [plan for plan in [*tried, *plans] if swaps.fits(plan.formats)]
+    again = search.plan("rescored", solve_flips(problem, options, formats, measured))
+    if again.key not in search.seen:
+        search.measure([again])
+    fitting = [plan for plan in [again, *plans] if swaps.fits(plan.formats)]
     better = _better(search, [((), plan) for plan in fitting], own)
     if not better:
         return own, measured

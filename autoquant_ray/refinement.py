@@ -96,7 +96,6 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
             formats,
             num_trials=num_trials,
             seed=seed,
-            rescore=measurement.score_flips,
         )
         name = f"{config.solution or 'scan'}-refined"
         allocation = as_allocation(problem, scores, options, found.winner)

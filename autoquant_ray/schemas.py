@@ -83,15 +83,6 @@ SCHEMAS: dict[str, pa.Schema] = {
             "num_samples": _INT,
         }
     ),
-    "flips": pa.schema(
-        {
-            "group": _STRING,
-            "format": _STRING,
-            "slope": _FLOAT,
-            "squares": _FLOAT,
-            "num_tokens": _INT,
-        }
-    ),
     "audit": pa.schema(
         {
             "solution": _STRING,

@@ -140,7 +140,7 @@ def write_solution(
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
     config = quantization_config(problem, formats, plan)
     certainty = _certainty(directory, problem, scores, options, formats)
-    manifest = build_manifest(state.values, options, summary, config, certainty) | (notes or {})
+    manifest = build_manifest(state.values, options, summary, config, certainty) | dict(notes or {})
     start = f"{SOLUTIONS}/{name}/" if name else ""
     paths = {
         "manifest.parquet": directory.write_table(

@@ -43,7 +43,6 @@ from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import build_plan
 from autoquant_ray.plan_search import search_plans, split_shards
 from autoquant_ray.quantized_layers import UNQUANTIZED
-from autoquant_ray.rescoring import Flip, flip_rows, flip_scores
 from autoquant_ray.sensitivity import scored_modules
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
@@ -170,13 +169,6 @@ class World:
                     self.known[shard, plan.key] = [one.kl_N for one in samples]
         return [self.together(plan, shards) for plan in plans]
 
-    def score_flips(self, plan: Candidate, shards: Sequence[int]) -> dict[Flip, float]:
-        """What changes of one group would do to a plan, by gradients around it."""
-        choice = tuple(FORMATS.index(plan.formats[name]) for name in self.names)
-        parts = [self.engine.score_flips(self.shards[s], s * NUM_SAMPLES, choice) for s in shards]
-        rows = (flip_rows(self.names, FORMATS, part) for part in parts)
-        return flip_scores(map(pa.Table.from_pylist, rows))
-
     def together(self, plan: Candidate, shards: Sequence[int]) -> Measured:
         """What is known of a plan on some shards; only its KL."""
         samples = [one for shard in shards for one in self.known[shard, plan.key]]
@@ -208,7 +200,6 @@ class World:
             options,
             solved,
             num_trials=num_trials,
-            rescore=self.score_flips,
         )
         plans = [
             self.plan("solved", solved),

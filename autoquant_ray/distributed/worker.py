@@ -68,11 +68,6 @@ class ShardWorker:
         with _own_errors(f"evaluating shard {task.shard}"):
             return self._engine.evaluate(task.samples, choices)
 
-    def score_flips(self, task: ShardTask, choice: tuple[int, ...]) -> Any:
-        """Sums of a shard around a plan."""
-        with _own_errors(f"scoring shard {task.shard} around a plan"):
-            return self._engine.score_flips(task.samples, task.first_sample, choice)
-
 
 @contextmanager
 def _own_errors(doing: str) -> Iterator[None]:

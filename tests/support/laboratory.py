@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from autoquant_ray.budget import Problem
 from autoquant_ray.calibration import to_maxima
@@ -16,7 +15,6 @@ from autoquant_ray.evaluation_table import Measured
 from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import average_bits
 from autoquant_ray.quantized_layers import Choice
-from autoquant_ray.rescoring import Flip, flip_rows, flip_scores
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
 NUM_SHARDS, LENGTHS = 4, [24, 24, 24]
@@ -87,12 +85,3 @@ class Laboratory:
                 )
             )
         return results
-
-    def score_flips(self, plan: Candidate, shards: Sequence[int]) -> dict[Flip, float]:
-        """Predicted change by every flip of a plan."""
-        choice = self.choice(plan.formats)
-        parts = []
-        for shard in shards:
-            sums = self.engine.score_flips(self.shards[shard], shard * len(LENGTHS), choice)
-            parts.append(pa.Table.from_pylist(flip_rows(self.names, FORMATS, sums)))
-        return flip_scores(parts)

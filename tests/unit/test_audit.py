@@ -28,7 +28,7 @@ from autoquant_ray.evaluation_table import mean_kl
 from autoquant_ray.formats import NONE
 from autoquant_ray.plan_search import split_shards
 from autoquant_ray.report.audit import audit_section
-from autoquant_ray.solve import load_problem
+from autoquant_ray.solve import load_problem, solve_run
 from autoquant_ray.state import RunState
 
 OPTIONS = SolveOptions(bits=6.0)
@@ -192,6 +192,7 @@ def make_measurement(directory: Any, key: str, source: str = "text") -> Any:
 
 def test_what_chose_a_plan_is_never_measured_as_unseen(make_run: Any) -> None:
     directory = make_run()
+    solve_run(directory, OPTIONS, folder="")
     manifest = directory.read_json("manifest.json")
     own, other = make_measurement(directory, "a"), make_measurement(directory, "b", "chat")
 

@@ -59,7 +59,6 @@ def test_refined_plan_is_among_the_best_of_all(
         options,
         formats,
         num_trials=150,
-        rescore=laboratory.score_flips,
     )
     assert laboratory.bits(found.winner.formats) <= budget * (1 + 1e-9)
     fitting = sorted(kl for size, kl in everything if size <= budget * (1 + 1e-9))
@@ -85,7 +84,6 @@ def test_same_seed_finds_the_same(laboratory: Laboratory) -> None:
             formats,
             num_trials=24,
             seed=seed,
-            rescore=laboratory.score_flips,
         )
         for seed in (3, 3)
     ]
