@@ -7,8 +7,9 @@ after an audit of 12 of the 24 scores (audited), after a refinement (refined), a
 with shuffled scores (mean of 20).
 
 Weights are Gaussian with standard deviation 0.2, and the input channels of every linear are
-multiplied by log-normal factors whose spread differs from linear to linear (0 to 1): a model with
-equal layers would lose nearly the same wherever a format is put, and every plan would be as good.
+multiplied by log-normal factors whose spread differs from linear to linear (0 to --outliers): a
+model with equal layers would lose nearly the same wherever a format is put, and every plan would be
+as good. With --outliers 0 all linears are alike, and only their place in the model differs.
 "spread" is the largest over the smallest loss of a single group in the coarsest format. Tokens are
 random; "losses" are KL(P || Q) in nats per token.
 
@@ -60,12 +61,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", type=int, default=2, help="Random models, by seed.")
+    parser.add_argument("--outliers", type=float, default=1.0, help="Spread of input channels.")
     parser.add_argument("--trials", type=int, default=100, help="Of each refinement.")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for seed in range(options.models):
-        world = World(seed)
+        world = World(seed, options.outliers)
         for share in SHARES:
             rows += world.compare(share, options.trials)
             for row in rows[-5:]:
@@ -81,9 +83,9 @@ def main() -> None:
 class World:
     """A model with its scores and data, by seed; and every allocation measured."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, outliers: float) -> None:
         start = time.perf_counter()
-        model = random_model(seed)
+        model = random_model(seed, outliers)
         self.seed = seed
         self.rng = np.random.default_rng(seed)
         plan = build_plan(model, resolve_formats(FORMATS, device="cpu"), ("lm_head",))
@@ -260,7 +262,7 @@ class World:
         }
 
 
-def random_model(seed: int) -> Any:
+def random_model(seed: int, outliers: float) -> Any:
     """A Llama of two layers, with input channels of different scale."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -279,7 +281,7 @@ def random_model(seed: int) -> Any:
     model = model.eval().requires_grad_(False)
     for module in model.base_model.modules():
         if isinstance(module, torch.nn.Linear):
-            factors_I = torch.exp(torch.rand(()) * torch.randn(module.in_features))
+            factors_I = torch.exp(outliers * torch.rand(()) * torch.randn(module.in_features))
             module.weight.mul_(factors_I / factors_I.square().mean().sqrt())
     return model
 
