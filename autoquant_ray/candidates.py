@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import ConfigError, StoreError
 from autoquant_ray.formats import NONE
@@ -102,6 +103,16 @@ def make_candidate(
         weight_bytes=model_bytes(problem, formats),
         effective_bits=average_bits(problem.searched, formats),
     )
+
+
+def as_allocation(
+    problem: Problem, scores: Scores, options: SolveOptions, plan: Candidate
+) -> Allocation:
+    """A plan that measurement chose, as an allocation; its gap is that of its predicted loss."""
+    best = problem.solve(scores, options)
+    predicted = plan.predicted_kl
+    gap = max(0.0, predicted - best.score) / predicted if predicted else 0.0
+    return replace(best, formats=plan.formats, score=predicted, optimality_gap=gap)
 
 
 def solution_formats(state: RunState, start: str, problem: Problem) -> dict[str, str]:

@@ -32,17 +32,20 @@ def evaluate(run: str, as_json: bool, verbose: bool, **flags: Any) -> None:
     Example:
       autoquant-ray evaluate runs/qwen3 --samples 64
       autoquant-ray evaluate runs/qwen3 --solution bits-4.50 --data chat.jsonl --against uniform
+      autoquant-ray evaluate runs/qwen3 --audit 32
     """
     set_up_logging(verbose)
     from autoquant_ray.evaluation import evaluate_run
-    from autoquant_ray.output import print_evaluation
+    from autoquant_ray.output import print_audit, print_evaluation
 
     config = validate(EvaluationConfig, given_fields(flags) | {"run": run})
     with only_ours_on_stdout():
         result = evaluate_run(config)
     if as_json:
-        print_json({"rows": result.rows, "paths": result.paths})
+        print_json(result.to_json())
     else:
+        if result.audit is not None:
+            print_audit(result.audit)
         print_evaluation(result.rows, result.paths)
     for shard, reason in result.left_out.items():
         click.echo(f"shard {shard} was left out: {reason}", err=True)
@@ -55,13 +58,14 @@ def evaluate(run: str, as_json: bool, verbose: bool, **flags: Any) -> None:
     "--trials", type=click.IntRange(min=1), default=200, show_default=True, help="Plans to try."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of swaps.")
-@config_options(EvaluationConfig, exclude=("run", "against", "num_random"))
+@config_options(EvaluationConfig, exclude=("run", "against", "num_random", "audit"))
 @common_options
 def refine(run: str, trials: int, seed: int, as_json: bool, verbose: bool, **flags: Any) -> None:
     """Search around RUN's allocation by measured KL, within the same budget.
 
-    Swaps are tried on half of the unseen data, the best plans race on a quarter, and what is
-    said about the winner is measured on the rest. Writes solutions/NAME-refined. May be killed
+    On half of the unseen data the plan's neighbours are scored again, around the quantized model,
+    and swaps are tried; the best plans race on a quarter, and what is said about the winner is
+    measured on the rest. Writes solutions/NAME-refined. May be killed
     and started again.
 
     \b

@@ -7,15 +7,16 @@ them; here they are chosen, and what came out is written down.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from autoquant_ray.audit import Audit, audit_solution
+from autoquant_ray.audit_pairs import AUDIT_FILE
 from autoquant_ray.candidates import SOLUTION, Candidate, collect_candidates
-from autoquant_ray.errors import ConfigError
+from autoquant_ray.chosen_on import untouched_shards
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import Measured, evaluation_rows
 from autoquant_ray.measurement import Measurement, measuring
-from autoquant_ray.plan_search import split_shards
 from autoquant_ray.report import write_reports
 from autoquant_ray.state import RunState
 from autoquant_ray.store import SOLUTIONS, RunDirectory
@@ -31,15 +32,25 @@ class Evaluation:
         rows: Of ``evaluation.parquet``, the solution first.
         left_out: Shards left out -> reason.
         paths: Files written.
+        audit: What an audit found before; the solution is then the audited one.
     """
 
     rows: list[dict[str, Any]]
     left_out: dict[int, str]
     paths: dict[str, str]
+    audit: Audit | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        audit = {} if self.audit is None else {"audit": self.audit.to_json()}
+        return {"rows": self.rows, "paths": self.paths} | audit
 
 
 def evaluate_run(config: EvaluationConfig) -> Evaluation:
     """Measure a solution of a run, and what it is compared with.
+
+    With ``config.audit`` the solution is audited first; measured are then the audited plan, the
+    plan as it was, and their rivals, on data that has not chosen the audited one.
 
     Raises:
         AutoQuantError: One of its subclasses; finished parts are kept.
@@ -48,30 +59,16 @@ def evaluate_run(config: EvaluationConfig) -> Evaluation:
     start = f"{SOLUTIONS}/{config.solution}/" if config.solution else ""
     candidates = collect_candidates(state, start, config.against, num_random=config.num_random)
     with measuring(state, config) as measurement:
-        measured = measurement.measure(candidates, untouched_shards(measurement, start))
-        return record(measurement, start, candidates, measured)
-
-
-def untouched_shards(measurement: Measurement, start: str) -> list[int] | None:
-    """Shards that played no part in choosing a refined solution; None for all.
-
-    Args:
-        measurement: The data.
-        start: Folder of the solution with a trailing slash, or '' for the scan's own.
-
-    Raises:
-        ConfigError: It was refined on another part of the same data, so that this cannot be told.
-    """
-    refinement = measurement.state.directory.read_json(f"{start}manifest.json").get("refinement")
-    if refinement is None or refinement["source"] != measurement.facts["source"]:
-        return None
-    if refinement["data_key"] != measurement.data_key:
-        raise ConfigError(
-            f"{start.rstrip('/')} was refined on this data cut in another way; use the --samples "
-            "and --seq-len of its refinement, so that only what chose nothing is measured, or "
-            "other data with --data"
-        )
-    return split_shards(measurement.facts["num_shards"])[2]
+        if config.audit is None:
+            measured = measurement.measure(candidates, untouched_shards(measurement, start))
+            return record(measurement, start, candidates, measured)
+        untouched_shards(measurement, start)
+        audit = audit_solution(measurement, start, config.audit)
+        plans = collect_candidates(state, audit.start, config.against, num_random=config.num_random)
+        plans.insert(1, audit.before)
+        measured = measurement.measure(plans, untouched_shards(measurement, audit.start))
+        found = record(measurement, audit.start, plans, measured)
+        return replace(found, audit=audit, paths={AUDIT_FILE: audit.path} | found.paths)
 
 
 def record(

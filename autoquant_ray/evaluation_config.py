@@ -42,6 +42,13 @@ class EvaluationConfig(BaseModel):
     num_random: int = Field(
         default=20, ge=1, description="Allocations from shuffled scores, whose mean is the null."
     )
+    audit: int | None = Field(
+        default=None,
+        ge=1,
+        description="Before that, measure this many scores, of the pairs (group, format) that "
+        "matter most to the plan, each alone on half of the data, and solve the budget again with "
+        "them. Writes audit.parquet and solutions/NAME-audited.",
+    )
     workers: int | str | None = Field(default=None, description="Number of workers, or auto.")
     cpus_per_worker: int | None = Field(default=None, ge=1, description="Threads per worker.")
     gpus_per_worker: float | None = Field(default=None, gt=0, description="GPUs per worker.")

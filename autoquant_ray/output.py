@@ -17,6 +17,7 @@ from autoquant_ray.plan import Plan
 from autoquant_ray.solve import Solution
 
 if TYPE_CHECKING:
+    from autoquant_ray.audit import Audit
     from autoquant_ray.explain import Explanation
     from autoquant_ray.jobs import JobView
     from autoquant_ray.sweep import SweepRow
@@ -126,6 +127,23 @@ def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
         console.print(escape(_short(path)), soft_wrap=True)
 
 
+def print_audit(audit: Audit) -> None:
+    """How far scores and measurements are apart, and what it changed."""
+    from autoquant_ray.report.audit import HEADS, audit_section
+
+    console = _console()
+    section = audit_section(audit.pairs, audit.to_json())
+    table = Table(box=box.SIMPLE)
+    for number, head in enumerate(HEADS):
+        table.add_column(head, justify="right" if number > 1 else "left")
+    for row in section.rows:
+        table.add_row(*map(escape, row))
+    console.print(escape(section.title), soft_wrap=True)
+    console.print(table)
+    console.print(escape(section.verdict), soft_wrap=True)
+    console.print(f"audited plan: {escape(audit.start.rstrip('/'))}", soft_wrap=True)
+
+
 def print_refinement(run: str, refined: Any) -> None:
     """What the search found, measured on data that played no part in it."""
     console = _console()
@@ -138,7 +156,10 @@ def print_refinement(run: str, refined: Any) -> None:
         f"measured KL on data that the search has not seen: {text(refined.before)} before, "
         f"{text(refined.after)} after, difference {text(refined.difference)} nats per token"
     )
-    console.print(f"{refined.num_trials} plans tried, {refined.num_accepted} improvements taken")
+    console.print(
+        f"{refined.num_trials} plans tried, {refined.num_flips} of them to score the plan's "
+        f"neighbours again; {refined.num_accepted} improvements taken"
+    )
     print_solution(run, refined.solution)
 
 

@@ -1,8 +1,12 @@
 """Search for a plan by measurement: swaps, a race, and a figure on data that chose nothing.
 
-The shards are cut in three. On the first part swaps are tried (every plan on the same tokens, so
-that differences are paired), and taken if they are better by more than their standard error. The
-best plans then race on the second part. What is said about the winner is measured on the third.
+The shards are cut in three. On the first part the plan's neighbours are scored again
+(:mod:`autoquant_ray.rescoring`), then swaps are tried (every plan on the same tokens, so that
+differences are paired), and taken if they are better by more than their standard error. The best
+plans then race on the second part. What is said about the winner is measured on the third.
+
+The workers share a part by its shards. All plans of a round run on one shard in one worker: they
+have most of their quantized weights and many of their hidden states in common.
 
 Knows nothing of files, workers or Ray: who measures is handed in.
 """
@@ -20,6 +24,7 @@ from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.candidates import Candidate, make_candidate
 from autoquant_ray.errors import DataError
 from autoquant_ray.evaluation_table import Measured, mean_kl, paired_difference
+from autoquant_ray.rescoring import Flip, choose_flips, scores_around, solve_flips
 from autoquant_ray.swaps import Change, Swaps, combine
 
 logger = logging.getLogger(__name__)
@@ -31,6 +36,7 @@ _BATCH = 12  # plans per round
 _POOL = 4  # proposals per plan that is drawn from them
 _IDLE_ROUNDS = 2  # without an improvement, then the search ends
 _RACING = 4
+_FLIPS = 4  # one trial of so many scores the start's neighbours again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +49,8 @@ class Found:
         before: The start on the third part.
         after: The winner on the third part.
         num_trials: Plans measured on the first part, the start not counted.
-        num_accepted: Swaps taken.
+        num_flips: Those of them that scored the start's neighbours again.
+        num_accepted: Changes taken.
     """
 
     start: Candidate
@@ -51,6 +58,7 @@ class Found:
     before: Measured
     after: Measured
     num_trials: int
+    num_flips: int
     num_accepted: int
 
 
@@ -111,8 +119,12 @@ def search_plans(
     first, second, third = split_shards(num_shards)
     search = _Search(measure, problem, scores, first)
     own = search.plan("solution", formats)
-    num_tried, num_accepted = _climb(search, own, options, num_trials, seed)
-    racing = _racing(search, own)
+    search.measure([own])
+    begin, measured = _rescore(search, own, options, num_trials // _FLIPS)
+    swaps = Swaps(problem, scores_around(scores, formats, measured), options)
+    left = num_trials - (len(search.seen) - 1)
+    num_accepted = int(begin is not own) + _climb(search, swaps, begin, left, seed)
+    racing = _racing(search, swaps, own)
     times = zip(racing, measure(racing, second), strict=True)
     winner = min(times, key=lambda pair: mean_kl(pair[1]))[0]
     before, after = measure([own, winner], third)
@@ -121,7 +133,8 @@ def search_plans(
         winner=winner,
         before=before,
         after=after,
-        num_trials=num_tried,
+        num_trials=len(search.seen) - 1,
+        num_flips=len(measured),
         num_accepted=num_accepted,
     )
 
@@ -134,7 +147,7 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
     """
     if num_shards < 3:
         raise DataError(
-            f"refining needs three shards of data or more, one each to search, to race and to "
+            "refining and auditing need three shards of data or more, to choose, to race and to "
             f"tell the result; this data makes {num_shards}; give more with --samples or --data"
         )
     quarter = max(1, num_shards // 4)
@@ -143,34 +156,69 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
     return shards[:half], shards[half : half + quarter], shards[half + quarter :]
 
 
-def _climb(
-    search: _Search, own: Candidate, options: SolveOptions, num_trials: int, seed: int
-) -> tuple[int, int]:
-    """Take swaps that are better by more than their error; returns trials and swaps taken."""
-    swaps = Swaps(search.problem, search.scores, options)
+def _rescore(
+    search: _Search, own: Candidate, options: SolveOptions, count: int
+) -> tuple[Candidate, dict[Flip, float]]:
+    """Measure flips of the start, and solve again with what they lose.
+
+    Args:
+        search: The start is measured.
+        own: The start.
+        options: Budgets and constraints.
+        count: How many flips.
+
+    Returns:
+        The start, or what is better than it by more than its error: the plan that the new scores
+        lead to, or a flip that keeps the budget. And what each flip loses more than the start, in
+        nats per token, one standard error added: it is taken for what it is at least worth.
+    """
+    problem, formats = search.problem, own.formats
+    swaps = Swaps(problem, search.scores, options)
+    flips = choose_flips(swaps, formats, count)
+    if not flips:
+        return own, {}
+    plans = [search.plan("flip", {**formats, group: other}) for group, other in flips]
+    results = search.measure(plans)
+    told = [paired_difference(one, search.result(own)) for one in results]
+    measured = {
+        flip: difference + (error or 0.0)
+        for flip, (difference, error) in zip(flips, told, strict=True)
+    }
+    again = search.plan("rescored", solve_flips(problem, options, formats, measured))
+    if again.key not in search.seen:
+        search.measure([again])
+    fitting = [plan for plan in [again, *plans] if swaps.fits(plan.formats)]
+    better = _better(search, [((), plan) for plan in fitting], own)
+    if not better:
+        return own, measured
+    logger.info("refine: %d flips, KL %.4g", len(flips), mean_kl(search.result(better[0][1])))
+    return better[0][1], measured
+
+
+def _climb(search: _Search, swaps: Swaps, plan: Candidate, num_trials: int, seed: int) -> int:
+    """Take swaps that are better by more than their error; returns how many times."""
     rng = np.random.default_rng(seed)
-    search.measure([own])
-    plan, num_tried, num_accepted, idle = own, 0, 0, 0
+    num_tried, num_accepted, idle = 0, 0, 0
     while num_tried < num_trials and idle < _IDLE_ROUNDS:
         changes = _draw(search, swaps, plan, min(_BATCH, num_trials - num_tried), rng)
         if not changes:
             break
         plans = [search.plan("swap", {**plan.formats, **dict(change)}) for change in changes]
-        results = search.measure(plans)
+        search.measure(plans)
         num_tried += len(plans)
-        better = _better(changes, plans, results, search.result(plan))
-        together = _together(search, swaps, plan, [change for change, _, _ in better])
+        better = _better(search, list(zip(changes, plans, strict=True)), plan)
+        together = _together(search, swaps, plan, [change for change, _ in better])
         if together is not None and num_tried < num_trials:
-            (result,) = search.measure([together])
+            search.measure([together])
             num_tried += 1
-            better += _better([()], [together], [result], search.result(plan))
+            better += _better(search, [((), together)], plan)
         if not better:
             idle += 1
             continue
-        plan = min((one[1] for one in better), key=lambda one: mean_kl(search.result(one)))
+        plan = min((one for _, one in better), key=lambda one: mean_kl(search.result(one)))
         idle, num_accepted = 0, num_accepted + 1
         logger.info("refine: %d plans tried, KL %.4g", num_tried, mean_kl(search.result(plan)))
-    return num_tried, num_accepted
+    return num_accepted
 
 
 def _draw(
@@ -188,15 +236,16 @@ def _draw(
 
 
 def _better(
-    changes: list[Change], plans: list[Candidate], results: list[Measured], current: Measured
-) -> list[tuple[Change, Candidate, Measured]]:
-    """Plans that are better than the current one by more than the paired standard error."""
+    search: _Search, tried: Sequence[tuple[Change, Candidate]], current: Candidate
+) -> list[tuple[Change, Candidate]]:
+    """Changes whose plans are better than the current one by more than the paired standard error,
+    best first."""
     found = []
-    for change, plan, result in zip(changes, plans, results, strict=True):
-        difference, error = paired_difference(result, current)
+    for change, plan in tried:
+        difference, error = paired_difference(search.result(plan), search.result(current))
         if difference + (error or 0.0) < 0:
-            found.append((change, plan, result))
-    return sorted(found, key=lambda one: mean_kl(one[2]))
+            found.append((change, plan))
+    return sorted(found, key=lambda one: mean_kl(search.result(one[1])))
 
 
 def _together(
@@ -213,9 +262,13 @@ def _together(
     return together if taken > 1 and together.key not in search.seen else None
 
 
-def _racing(search: _Search, own: Candidate) -> list[Candidate]:
+def _racing(search: _Search, swaps: Swaps, own: Candidate) -> list[Candidate]:
     """The start, and the best plans of the first part that are better there."""
-    limit = mean_kl(search.seen[own.key][1])
+    limit = mean_kl(search.result(own))
     ranked = sorted(search.seen.values(), key=lambda pair: mean_kl(pair[1]))
-    better = [plan for plan, result in ranked if mean_kl(result) < limit]
+    better = [
+        plan
+        for plan, result in ranked
+        if mean_kl(result) < limit and swaps.fits(plan.formats)  # a flip alone may not fit
+    ]
     return [own, *better[:_RACING]]

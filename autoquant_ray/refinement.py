@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoquant_ray.allocation import Allocation
-from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.candidates import Candidate, solution_formats, solution_options
-from autoquant_ray.evaluation import record, untouched_shards
+from autoquant_ray.candidates import (
+    SOLUTION,
+    as_allocation,
+    solution_formats,
+    solution_options,
+)
+from autoquant_ray.chosen_on import chosen_also_on, untouched_shards
+from autoquant_ray.evaluation import record
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import mean_kl, paired_difference
 from autoquant_ray.measurement import Measurement, measuring
 from autoquant_ray.plan_search import Found, search_plans
-from autoquant_ray.solve import Scores, Solution, load_problem, write_solution
+from autoquant_ray.solve import Solution, load_problem, write_solution
 from autoquant_ray.state import RunState
 from autoquant_ray.store import SOLUTIONS, RunDirectory
 
@@ -31,7 +35,8 @@ class Refinement:
         after: The same of the winner.
         difference: Winner minus start, paired by sample.
         num_trials: Plans tried.
-        num_accepted: Swaps taken.
+        num_flips: Those of them that scored the start's neighbours again.
+        num_accepted: Changes taken.
         data_key: Data on which plans were tried, so that it is never measured on as unseen.
         source: Identity of that data, however it is cut.
     """
@@ -41,6 +46,7 @@ class Refinement:
     after: Estimate
     difference: Estimate
     num_trials: int
+    num_flips: int
     num_accepted: int
     data_key: str
     source: list[str]
@@ -49,6 +55,7 @@ class Refinement:
         """The ``refinement`` object of ``manifest.json``."""
         return {
             "num_trials": self.num_trials,
+            "num_flips": self.num_flips,
             "num_accepted": self.num_accepted,
             "kl_before": self.before[0],
             "kl_before_stderr": self.before[1],
@@ -91,11 +98,11 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
             seed=seed,
         )
         name = f"{config.solution or 'scan'}-refined"
-        allocation = _allocation(problem, scores, options, found.winner)
+        allocation = as_allocation(problem, scores, options, found.winner)
         solution = write_solution(state, problem, scores, options, allocation, name)
         refined = _refinement(solution, found, measurement)
-        _note(state.directory, refined)
-        plans = [replace(found.winner, name="solution"), replace(found.start, name="unrefined")]
+        _note(measurement, start, refined)
+        plans = [replace(found.winner, name=SOLUTION), replace(found.start, name="unrefined")]
         record(measurement, f"{SOLUTIONS}/{name}/", plans, [found.after, found.before])
     return refined
 
@@ -110,23 +117,17 @@ def _refinement(solution: Solution, found: Found, measurement: Measurement) -> R
         after=mean(found.after),
         difference=paired_difference(found.after, found.before),
         num_trials=found.num_trials,
+        num_flips=found.num_flips,
         num_accepted=found.num_accepted,
         data_key=measurement.data_key,
         source=measurement.facts["source"],
     )
 
 
-def _allocation(
-    problem: Problem, scores: Scores, options: SolveOptions, plan: Candidate
-) -> Allocation:
-    """The winner as an allocation; its gap is that of its predicted, not of its measured loss."""
-    best = problem.solve(scores, options)
-    predicted = plan.predicted_kl
-    gap = max(0.0, predicted - best.score) / predicted if predicted else 0.0
-    return replace(best, formats=plan.formats, score=predicted, optimality_gap=gap)
-
-
-def _note(directory: RunDirectory, refined: Refinement) -> None:
-    """Add the ``refinement`` object to the winner's manifest."""
+def _note(measurement: Measurement, start: str, refined: Refinement) -> None:
+    """Add to the winner's manifest what was found, and what has chosen it."""
+    directory = measurement.state.directory
     name = f"{SOLUTIONS}/{refined.solution.name}/manifest.json"
-    directory.write_json(name, directory.read_json(name) | {"refinement": refined.to_json()})
+    marks = chosen_also_on(directory.read_json(f"{start}manifest.json"), measurement, num_parts=2)
+    notes = {"refinement": refined.to_json(), "chosen_on": marks}
+    directory.write_json(name, directory.read_json(name) | notes)

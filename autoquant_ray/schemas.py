@@ -83,6 +83,20 @@ SCHEMAS: dict[str, pa.Schema] = {
             "num_samples": _INT,
         }
     ),
+    "audit": pa.schema(
+        {
+            "solution": _STRING,
+            "group": _STRING,
+            "format": _STRING,
+            "predicted": _FLOAT,
+            "predicted_stderr": _FLOAT,
+            "measured": _FLOAT,
+            "measured_stderr": _FLOAT,
+            "ratio": _FLOAT,
+            "num_samples": _INT,
+            "data_key": _STRING,
+        }
+    ),
     "resampling": pa.schema({"bucket": _INT, "group": _STRING, "format": _STRING, "sum": _FLOAT}),
     "frontier": pa.schema(
         {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,7 @@ def write_solution(
     options: SolveOptions,
     allocation: Allocation,
     name: str,
+    notes: Mapping[str, Any] | None = None,
 ) -> Solution:
     """Write an allocation's manifests and reports.
 
@@ -140,6 +142,7 @@ def write_solution(
         options: Budget and constraints that the allocation meets.
         allocation: What to write.
         name: Folder below ``solutions/``; '' for the run's own folder.
+        notes: More keys of ``manifest.json``: how the allocation was chosen.
     """
     directory = state.directory
     formats = chosen_formats(problem, allocation)
@@ -148,7 +151,7 @@ def write_solution(
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
     config = quantization_config(problem, formats, plan)
     certainty = certainty_of(directory, problem, scores, options, formats)
-    manifest = build_manifest(state.values, options, summary, config, certainty)
+    manifest = build_manifest(state.values, options, summary, config, certainty) | dict(notes or {})
     start = f"{SOLUTIONS}/{name}/" if name else ""
     paths = {
         "manifest.parquet": directory.write_table(

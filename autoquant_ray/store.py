@@ -51,6 +51,7 @@ _OWN_FILES = {
     "sensitivity.parquet",
     "resampling.parquet",
     "evaluation.parquet",
+    "audit.parquet",
     "frontier.parquet",
     "manifest.parquet",
     "manifest.json",

@@ -56,9 +56,13 @@ class Swaps:
         """Whether an allocation keeps the budgets and the number of formats."""
         return bool((self.room(formats) >= 0).all()) and self._has_few_formats(formats)
 
+    def moves(self, formats: Formats) -> list[tuple[str, str]]:
+        """Every allowed (group, format) that an allocation does not have."""
+        return [(group, other) for (group, other) in self._scores if other != formats[group]]
+
     def proposals(self, formats: Formats) -> Iterator[Change]:
         """Changes of an allocation that fit, those that the scores like best first."""
-        moves = [(group, other) for (group, other) in self._scores if other != formats[group]]
+        moves = self.moves(formats)
         if not moves:
             return
         gains_M = np.array([self._scores[m] - self._scores[m[0], formats[m[0]]] for m in moves])

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from autoquant_ray.audit_pairs import AUDIT_FILE, read_pairs
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import allocation_key
+from autoquant_ray.report.audit import AuditData, audit_section
 from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
@@ -47,6 +49,7 @@ class ReportContent:
         unit: Unit of the scores.
         warnings: Sentences that the reader must see.
         measured: What evaluations of this solution found.
+        audit: Of a solution that an audit made: which scores were measured.
     """
 
     title: str
@@ -57,6 +60,7 @@ class ReportContent:
     unit: str
     warnings: list[str]
     measured: list[MeasuredData]
+    audit: AuditData | None
 
 
 def collect_content(state: RunState, start: str) -> ReportContent:
@@ -88,7 +92,16 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         unit="no unit (imported)" if "imported_from" in run else "nats per token",
         warnings=_warnings(run, rows),
         measured=_measured(state, start, rows),
+        audit=_audit(state, start, manifest.get("audit")),
     )
+
+
+def _audit(state: RunState, start: str, summary: dict[str, Any] | None) -> AuditData | None:
+    if summary is None or not state.directory.exists(AUDIT_FILE):
+        return None
+    name = start.removeprefix(f"{SOLUTIONS}/").rstrip("/")
+    pairs = read_pairs(state.directory, name)
+    return audit_section(pairs, summary) if pairs else None
 
 
 def _measured(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
 from autoquant_ray.report.content import ReportContent, format_score
 from autoquant_ray.report.measured import HEADS
 
@@ -45,6 +46,10 @@ def render_html(content: ReportContent) -> str:
         f"<p>{escape(section.verdict)}</p>{_table(HEADS, section.rows)}"
         for section in content.measured
     )
+    if content.audit is not None:
+        found = content.audit
+        measured += f"<h2>Scores against measured</h2><p>{escape(found.title)}.</p>"
+        measured += f"<p>{escape(found.verdict)}</p>{_table(AUDIT_HEADS, found.rows)}"
     title = escape(content.title)
     heads = ("Layer", "Num Bits", "Sensitivity", "Size Cost", "Chosen")
     return (

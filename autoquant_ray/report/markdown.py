@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
+from autoquant_ray.report.audit import AuditData
 from autoquant_ray.report.content import ReportContent, format_score
-from autoquant_ray.report.measured import HEADS
+from autoquant_ray.report.measured import HEADS, MeasuredData
 
 _EXPLANATION = (
     "Sensitivity is the largest score of the layer's group over the menu: what its harshest "
@@ -20,14 +22,9 @@ def render_markdown(content: ReportContent) -> str:
         lines += ["", "## To know", ""]
         lines += [f"- {plain_text(warning)}" for warning in content.warnings]
     for section in content.measured:
-        lines += ["", "## Predicted against measured", "", plain_text(section.title) + ".", ""]
-        lines += [
-            plain_text(section.verdict),
-            "",
-            f"| {' | '.join(HEADS)} |",
-            "|---" * len(HEADS) + "|",
-        ]
-        lines += [f"| {' | '.join(plain_text(cell) for cell in row)} |" for row in section.rows]
+        lines += _section("Predicted against measured", HEADS, section)
+    if content.audit is not None:
+        lines += _section("Scores against measured", AUDIT_HEADS, content.audit)
     lines += ["", "## Layers", "", _EXPLANATION, ""]
     lines += ["| Layer | Num Bits | Sensitivity | Size Cost | Chosen |", "|---|---|---|---|---|"]
     for layer in content.layers:
@@ -43,6 +40,18 @@ def render_markdown(content: ReportContent) -> str:
         cells_of_group = [format_score(scores.get(format_)) for format_ in content.formats]
         lines.append(f"| {plain_text(group)} | {' | '.join(cells_of_group)} |")
     return "\n".join(lines) + "\n"
+
+
+def _section(title: str, heads: tuple[str, ...], section: MeasuredData | AuditData) -> list[str]:
+    """What was measured: a title, a verdict and a table."""
+    lines = ["", f"## {title}", "", plain_text(section.title) + ".", ""]
+    lines += [
+        plain_text(section.verdict),
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    return lines + [f"| {' | '.join(plain_text(cell) for cell in row)} |" for row in section.rows]
 
 
 def plain_text(value: str) -> str:

@@ -218,4 +218,40 @@ def test_refined_plan_is_measured_on_what_chose_nothing(
     assert done.returncode == 0, done.stderr
     assert rows_of(run)["solution"]["kl_mean"] == told
     other = run_command("evaluate", run, "--solution", "scan-refined", "--samples", "5")
-    assert "was refined on this data cut in another way" in refusal(other)
+    assert "was chosen on this data cut in another way" in refusal(other)
+
+
+def test_audit_measures_pairs_and_solves_again(
+    scanned: Path, run_command: Any, tmp_path: Path
+) -> None:
+    """The first shard chooses, the other two tell; two workers give the same bytes."""
+    arguments = ("--audit", "4", "--against", "none", "--address", "local", "--json", "--workers")
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run, workers in zip(runs, ("1", "2"), strict=True):
+        shutil.copytree(scanned, run)
+        done = run_command("evaluate", run, *arguments, workers)
+        assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    for name in ("audit.parquet", "evaluation.parquet", "solutions/scan-audited/manifest.parquet"):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+    pairs = pq.read_table(runs[1] / "audit.parquet").to_pylist()
+    scores = {
+        (row["group"], row["format"]): row["score"]
+        for row in pq.read_table(runs[1] / "sensitivity.parquet").to_pylist()
+    }
+    assert len({(pair["group"], pair["format"]) for pair in pairs}) == 4
+    for pair in pairs:
+        assert pair["predicted"] == scores[pair["group"], pair["format"]]
+        assert 0.3 < pair["ratio"] < 3
+        assert pair["num_samples"] == 2
+    folder = runs[1] / "solutions" / "scan-audited"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["audit"] == told["audit"]
+    assert told["audit"]["num_pairs"] == 4
+    for report in ("report.md", "report.html"):
+        assert "Scores against measured" in (folder / report).read_text()
+    rows = {row["name"]: row for row in told["rows"]}
+    assert list(rows) == ["solution", "unaudited"]
+    assert rows["solution"]["num_samples"] == 4
+    other = run_command("evaluate", runs[1], "--solution", "scan-audited", "--samples", "5")
+    assert "was chosen on this data cut in another way" in refusal(other)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from laboratory import FORMATS as LABORATORY_FORMATS
+from laboratory import Laboratory
 
 from autoquant_ray.aggregation import score_part
 from autoquant_ray.config import ScanConfig
@@ -72,6 +74,12 @@ def make_engine(make_model: Any, make_spec: Any) -> Any:
         return Prepared(model, plan, engine, [group.name for group in plan.searched])
 
     return build
+
+
+@pytest.fixture(scope="session")
+def laboratory(make_engine: Any, make_samples: Any) -> Laboratory:
+    """A tiny Llama whose plans can be measured."""
+    return Laboratory(make_engine("llama", LABORATORY_FORMATS, labels="model"), make_samples)
 
 
 RUN_FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")

@@ -1,0 +1,290 @@
+"""How good is a plan, of all plans that there are? Tiny random models, every allocation measured.
+
+Two Llama layers make 8 groups (the head stays in 16 bits); with 3 formats there are 6,561
+allocations. Each is measured by the evaluation engine on data that nothing below has seen. At three
+budgets the rank among all that fit is told for: the plan that the scores give (solved), the same
+after an audit of 12 of the 24 scores (audited), after a refinement (refined), and for comparison
+with shuffled scores (mean of 20).
+
+Weights are Gaussian with standard deviation 0.2, and the input channels of every linear are
+multiplied by log-normal factors whose spread differs from linear to linear (0 to --outliers): a
+model with equal layers would lose nearly the same wherever a format is put, and every plan would be
+as good. With --outliers 0 all linears are alike, and only their place in the model differs.
+"spread" is the largest over the smallest loss of a single group in the coarsest format. Tokens are
+random; "losses" are KL(P || Q) in nats per token.
+
+    python benchmarks/exhaustive.py --models 2 --trials 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+from machine import describe_machine
+
+from autoquant_ray.audit_pairs import AuditedPair, choose_pairs, median_ratio, solve_again
+from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.calibration import to_maxima
+from autoquant_ray.candidates import Candidate, make_candidate, shuffle_scores
+from autoquant_ray.certainty import assess_solution
+from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluation_table import Measured, mean_kl, ratio_stderr
+from autoquant_ray.formats import NONE, resolve_formats
+from autoquant_ray.models import ModelRef
+from autoquant_ray.plan import build_plan
+from autoquant_ray.plan_search import search_plans, split_shards
+from autoquant_ray.quantized_layers import UNQUANTIZED
+from autoquant_ray.sensitivity import scored_modules
+
+FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
+VOCABULARY, NUM_TOKENS, NUM_SAMPLES = 256, 32, 8
+NUM_CALIBRATION, NUM_CHOOSING, NUM_UNSEEN = 8, 8, 4
+"""Shards of ``NUM_SAMPLES`` samples for the scores, for audit and refinement, and for the ranks."""
+SHARES = (0.25, 0.5, 0.75)
+"""Budgets, between the smallest and the largest plan."""
+NUM_AUDITED, NUM_SHUFFLES = 12, 20
+
+
+def main() -> None:
+    """Measure everything, print the table; the last line is JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", type=int, default=2, help="Random models, by seed.")
+    parser.add_argument("--outliers", type=float, default=1.0, help="Spread of input channels.")
+    parser.add_argument("--trials", type=int, default=100, help="Of each refinement.")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for seed in range(options.models):
+        world = World(seed, options.outliers)
+        for share in SHARES:
+            rows += world.compare(share, options.trials)
+            for row in rows[-5:]:
+                print(
+                    "model {model} {bits:.3f} bits {plan:9s} predicted {predicted:.4f} measured "
+                    "{measured:.4f} rank {rank:6.1f} of {num_fitting} ({percent:.2f}%), "
+                    "{above_best:.3f} of the best".format(**row),
+                    flush=True,
+                )
+    print(json.dumps({**describe_machine(), "options": vars(options), "rows": rows}))
+
+
+class World:
+    """A model with its scores and data, by seed; and every allocation measured."""
+
+    def __init__(self, seed: int, outliers: float) -> None:
+        start = time.perf_counter()
+        model = random_model(seed, outliers)
+        self.seed = seed
+        self.rng = np.random.default_rng(seed)
+        plan = build_plan(model, resolve_formats(FORMATS, device="cpu"), ("lm_head",))
+        self.names = [group.name for group in plan.searched]
+        self.problem = Problem(plan.rows(), plan.summary())
+        fields: dict[str, Any] = {
+            "model": ModelRef(name="in memory", path="unused"),
+            "dtype": "float32",
+            "device": "cpu",
+            "num_threads": 1,
+            "modules": scored_modules(plan),
+            "formats": plan.formats,
+            "step_tokens": 10_000,
+        }
+        maxima = self.score(
+            Engine(EngineSpec(**fields, labels="model", label_draws=1, seed=seed), model=model)
+        )
+        self.engine = EvaluationEngine(EvaluationSpec(**fields, maxima=maxima), model=model)
+        self.shards = [self.draw() for _ in range(NUM_CHOOSING + NUM_UNSEEN)]
+        self.known: dict[tuple[int, str], list[np.ndarray[Any, Any]]] = {}
+        self.plans = [
+            self.plan("one of all", dict(zip(self.names, formats, strict=True)))
+            for formats in itertools.product(FORMATS, repeat=len(self.names))
+        ]
+        self.unseen = range(NUM_CHOOSING, NUM_CHOOSING + NUM_UNSEEN)
+        self.losses = [mean_kl(one) for one in self.measure(self.plans, self.unseen)]
+        alone = [self.alone(name, FORMATS[0]) for name in self.names]
+        single = [mean_kl(one) for one in self.measure(alone, self.unseen)]
+        print(
+            f"model {seed}: {len(self.plans)} allocations of {len(self.names)} groups measured in "
+            f"{time.perf_counter() - start:.0f} s; losses {min(self.losses):.4f} to "
+            f"{max(self.losses):.4f}, spread {max(single) / min(single):.1f}",
+            flush=True,
+        )
+
+    def draw(self) -> list[list[int]]:
+        """A shard of random samples."""
+        ids = self.rng.integers(0, VOCABULARY, size=(NUM_SAMPLES, NUM_TOKENS))
+        return [[int(token) for token in sample] for sample in ids]
+
+    def score(self, engine: Engine) -> Any:
+        """Scores of all pairs, with their errors and their shards; returns the input maxima."""
+        calibration = [self.draw() for _ in range(NUM_CALIBRATION)]
+        samples = [sample for shard in calibration for sample in shard]
+        maxima = to_maxima(engine.calibrate(samples))
+        results = [
+            engine.score(shard, number * NUM_SAMPLES, maxima)
+            for number, shard in enumerate(calibration)
+        ]
+        sums_SGF = np.stack([result.sums.elementwise_GF for result in results])
+        scores_SGF = 0.5 * sums_SGF / results[0].num_tokens  # shards of one size
+        errors_GF = scores_SGF.std(axis=0, ddof=1) / np.sqrt(len(results))
+        pairs = list(itertools.product(self.names, FORMATS))
+        self.scores = dict(zip(pairs, scores_SGF.mean(axis=0).flatten().tolist(), strict=True))
+        self.errors: dict[tuple[str, str], float | None] = dict(
+            zip(pairs, errors_GF.flatten().tolist(), strict=True)
+        )
+        rows = itertools.product(range(len(results)), self.names, FORMATS)
+        buckets, groups, formats = zip(*rows, strict=True)
+        self.buckets = pa.table(
+            {"bucket": buckets, "group": groups, "format": formats, "sum": sums_SGF.flatten()}
+        )
+        return maxima
+
+    def plan(self, name: str, formats: dict[str, str]) -> Candidate:
+        """Name an allocation."""
+        return make_candidate(self.problem, self.scores, name, formats)
+
+    def alone(self, group: str, format_: str) -> Candidate:
+        """One group quantized, everything else in 16 bits."""
+        return self.plan("alone", dict.fromkeys(self.names, NONE) | {group: format_})
+
+    def measure(self, plans: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
+        """Measure plans on shards; each (plan, shard) once."""
+        index = {NONE: UNQUANTIZED} | {name: number for number, name in enumerate(FORMATS)}
+        for shard in shards:
+            new = list({p.key: p for p in plans if (shard, p.key) not in self.known}.values())
+            for start in range(0, len(new), 729):  # neighbours share their first groups
+                some = new[start : start + 729]
+                choices = [tuple(index[p.formats[name]] for name in self.names) for p in some]
+                found = self.engine.evaluate(self.shards[shard], choices)
+                for plan, samples in zip(some, found.divergences, strict=True):
+                    self.known[shard, plan.key] = [one.kl_N for one in samples]
+        return [self.together(plan, shards) for plan in plans]
+
+    def together(self, plan: Candidate, shards: Sequence[int]) -> Measured:
+        """What is known of a plan on some shards; only its KL."""
+        samples = [one for shard in shards for one in self.known[shard, plan.key]]
+        return Measured(
+            kl_N=np.concatenate(samples).astype(np.float64),
+            kl_S=np.array([one.sum(dtype=np.float64) for one in samples]),
+            loss=0.0,
+            reference_loss=0.0,
+            num_agreeing=0,
+            tokens_S=np.array([float(len(one)) for one in samples]),
+        )
+
+    def compare(self, share: float, num_trials: int) -> list[dict[str, Any]]:
+        """Rows of one budget.
+
+        Args:
+            share: Where it is between the smallest and the largest plan.
+            num_trials: Of the refinement.
+        """
+        sizes = [plan.effective_bits for plan in self.plans]
+        bits = min(sizes) + share * (max(sizes) - min(sizes))
+        options = SolveOptions(bits=bits, allow={name: FORMATS for name in self.names})
+        solved = self.problem.solve(self.scores, options).formats
+        found = search_plans(
+            self.measure,
+            NUM_CHOOSING,
+            self.problem,
+            self.scores,
+            options,
+            solved,
+            num_trials=num_trials,
+        )
+        plans = [
+            self.plan("solved", solved),
+            self.plan("audited", self.audit(options, solved)),
+            self.plan("refined", found.winner.formats),
+        ]
+        shuffled = [
+            self.problem.solve(shuffle_scores(self.problem, self.scores, number), options).formats
+            for number in range(NUM_SHUFFLES)
+        ]
+        fits = np.array(sizes) <= bits * (1 + 1e-9)
+        fitting = np.sort(np.array(self.losses)[fits])
+        rows = [self.row([plan], bits, fitting) for plan in plans]
+        rows.append(self.row([self.plan("shuffled", one) for one in shuffled], bits, fitting))
+        best = self.plans[int(np.argmin(np.where(fits, self.losses, np.inf)))]
+        return [*rows, self.row([self.plan("best", best.formats)], bits, fitting)]
+
+    def audit(self, options: SolveOptions, solved: dict[str, str]) -> dict[str, str]:
+        """The plan after an audit, on the first part of the shards as ``evaluate --audit`` does."""
+        sure = assess_solution(self.problem, self.scores, options, solved, self.buckets)
+        shares = {} if sure is None else sure.shares
+        chosen = choose_pairs(
+            self.problem, self.scores, self.errors, shares, options, solved, NUM_AUDITED
+        )
+        first, _, _ = split_shards(NUM_CHOOSING)
+        results = self.measure([self.alone(*pair) for pair in chosen], first)
+        pairs = [
+            AuditedPair(
+                group=group,
+                format=format_,
+                predicted=self.scores[group, format_],
+                predicted_stderr=self.errors[group, format_],
+                measured=mean_kl(one),
+                measured_stderr=ratio_stderr(one.kl_S, one.tokens_S),
+                num_samples=len(one.kl_S),
+            )
+            for (group, format_), one in zip(chosen, results, strict=True)
+        ]
+        print(f"audit: median of measured / predicted {median_ratio(pairs):.2f}")
+        return solve_again(self.problem, self.scores, pairs, options, solved)
+
+    def row(
+        self, plans: Sequence[Candidate], bits: float, fitting: np.ndarray[Any, Any]
+    ) -> dict[str, Any]:
+        """Mean over plans: what they lose, and how many of those that fit lose less."""
+        losses = [mean_kl(one) for one in self.measure(plans, self.unseen)]
+        ranks = [int((fitting < loss * (1 - 1e-9)).sum()) for loss in losses]
+        return {
+            "model": self.seed,
+            "bits": bits,
+            "plan": plans[0].name,
+            "predicted": float(np.mean([plan.predicted_kl for plan in plans])),
+            "measured": float(np.mean(losses)),
+            "rank": float(np.mean(ranks)) + 1,
+            "num_fitting": len(fitting),
+            "percent": 100 * (float(np.mean(ranks)) + 1) / len(fitting),
+            "above_best": float(np.mean(losses)) / float(fitting[0]),
+        }
+
+
+def random_model(seed: int, outliers: float) -> Any:
+    """A Llama of two layers, with input channels of different scale."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = model.eval().requires_grad_(False)
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            factors_I = torch.exp(outliers * torch.rand(()) * torch.randn(module.in_features))
+            module.weight.mul_(factors_I / factors_I.square().mean().sqrt())
+    return model
+
+
+if __name__ == "__main__":
+    main()

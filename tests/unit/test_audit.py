@@ -1,0 +1,218 @@
+"""An audit: which scores it measures, on what scale, and what it does to the plan."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from laboratory import FORMATS, NUM_SHARDS, Laboratory
+
+from autoquant_ray.allocation import restrict
+from autoquant_ray.audit import measure_pairs
+from autoquant_ray.audit_pairs import (
+    AuditedPair,
+    audited_scores,
+    choose_pairs,
+    median_ratio,
+    most_wrong,
+    read_pairs,
+    solve_again,
+    write_pairs,
+)
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.chosen_on import chosen_also_on, untouched_shards
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.evaluation_table import mean_kl
+from autoquant_ray.formats import NONE
+from autoquant_ray.plan_search import split_shards
+from autoquant_ray.report.audit import audit_section
+from autoquant_ray.solve import load_problem, solve_run
+from autoquant_ray.state import RunState
+
+OPTIONS = SolveOptions(bits=6.0)
+
+
+@pytest.fixture
+def solved(make_run: Any) -> Any:
+    """A problem with its scores, and the plan at 6 bits."""
+    problem, scores = load_problem(RunState.open(make_run()))
+    return SimpleNamespace(
+        problem=problem, scores=scores, formats=problem.solve(scores, OPTIONS).formats
+    )
+
+
+def audited(scores: dict[Any, float], factors: dict[Any, float]) -> list[AuditedPair]:
+    """Pairs that were measured so many times what was predicted."""
+    return [
+        AuditedPair(
+            group=pair[0],
+            format=pair[1],
+            predicted=scores[pair],
+            predicted_stderr=None,
+            measured=factor * scores[pair],
+            measured_stderr=None,
+            num_samples=4,
+        )
+        for pair, factor in factors.items()
+    ]
+
+
+def test_pairs_come_from_both_lists_in_turn(solved: Any) -> None:
+    """Undecided pairs with the widest error, and the plan's own with the largest loss."""
+    scores, formats = solved.scores, solved.formats
+    errors = dict.fromkeys(scores, 1.0)
+    names = [group.name for group in solved.problem.searched]
+    undecided = [(names[1], "wfp8_afp8"), (names[2], "wint8_aint8"), (names[0], "wint4_afp16")]
+    shares = dict.fromkeys(scores, 1.0) | dict(zip(undecided, (0.3, 0.5, 0.9), strict=True))
+    errors[undecided[0]] = 4.0  # 1.2 at stake, then 0.5 and 0.1
+    own = [(group, format_) for group, format_ in formats.items() if format_ != NONE]
+    costly = sorted(own, key=scores.__getitem__, reverse=True)
+    expected = [undecided[0], costly[0], undecided[1], costly[1], undecided[2], costly[2]]
+    assert len(set(expected)) == 6
+
+    def choose(count: int, options: SolveOptions = OPTIONS) -> list[tuple[str, str]]:
+        return choose_pairs(solved.problem, scores, errors, shares, options, formats, count)
+
+    assert choose(6) == expected
+    assert choose(3) == expected[:3]
+    everything = choose(1000)
+    assert sorted(everything) == sorted(scores)
+    assert everything[:6] == expected
+    pinned = SolveOptions(bits=6.0, pins={names[1]: "wint8_aint8"})
+    assert [f for g, f in choose(1000, pinned) if g == names[1]] == ["wint8_aint8"]
+
+
+def test_pairs_without_errors_are_the_costly_ones(solved: Any) -> None:
+    """A single shard has neither errors nor resamples."""
+    errors = dict.fromkeys(solved.scores, None)
+    chosen = choose_pairs(solved.problem, solved.scores, errors, {}, OPTIONS, solved.formats, 4)
+    losses = [solved.scores[pair] for pair in chosen]
+    own = [solved.scores[pair] for pair in solved.formats.items() if pair[1] != NONE]
+    assert losses == sorted(own, reverse=True)[:4]
+
+
+def test_common_factor_changes_no_plan(solved: Any) -> None:
+    """Everything that was measured is 3 times its prediction: the scale, not the pairs."""
+    pairs = audited(solved.scores, {pair: 3.0 for pair in solved.formats.items()})
+    again = solve_again(solved.problem, solved.scores, pairs, OPTIONS, solved.formats)
+    assert again == solved.formats
+    raw = solved.scores | {(pair.group, pair.format): pair.measured for pair in pairs}
+    assert solved.problem.solve(raw, OPTIONS).formats != solved.formats
+    rescaled = audited_scores(solved.scores, pairs)
+    assert rescaled == pytest.approx({pair: 3 * score for pair, score in solved.scores.items()})
+
+
+def test_pair_that_loses_more_leaves_the_plan(solved: Any) -> None:
+    own = [pair for pair in solved.formats.items() if pair[1] != NONE]
+    worst = max(own, key=solved.scores.__getitem__)
+    pairs = audited(solved.scores, dict.fromkeys(own, 1.0) | {worst: 40.0})
+    again = solve_again(solved.problem, solved.scores, pairs, OPTIONS, solved.formats)
+    assert again[worst[0]] != worst[1]
+    (budget,) = solved.problem.budgets(OPTIONS)
+    cost = sum(g.cost(again[g.name], budget.resource) for g in solved.problem.searched)
+    assert cost <= budget.limit * (1 + 1e-12)
+    assert median_ratio(pairs) == pytest.approx(1.0)
+    assert most_wrong(pairs, 1.0)[0] == next(p for p in pairs if (p.group, p.format) == worst)
+
+
+def test_pair_that_breaks_the_model_is_a_last_resort(solved: Any) -> None:
+    group, format_ = next(pair for pair in solved.formats.items() if pair[1] == "wint4_afp16")
+    pairs = audited(solved.scores, {(group, format_): math.inf})
+    again = solve_again(solved.problem, solved.scores, pairs, OPTIONS, solved.formats)
+    assert again[group] != format_
+    assert median_ratio(pairs) is None
+    pinned = SolveOptions(bits=6.0, pins={group: format_})
+    formats = solved.problem.solve(solved.scores, pinned).formats
+    again = solve_again(solved.problem, solved.scores, pairs, pinned, formats)
+    assert again[group] == format_
+
+
+def test_table_keeps_what_others_found(solved: Any, make_run: Any) -> None:
+    directory = make_run(name="other")
+    first = audited(solved.scores, {pair: 2.0 for pair in list(solved.scores)[:3]})
+    second = audited(solved.scores, {pair: math.inf for pair in list(solved.scores)[3:5]})
+    write_pairs(directory, "scan-audited", "data", first)
+    write_pairs(directory, "bits-5.00-audited", "data", first)
+    write_pairs(directory, "scan-audited", "data", second)
+    assert read_pairs(directory, "bits-5.00-audited") == first
+    assert read_pairs(directory, "scan-audited") == second
+    rows = directory.read_table("audit.parquet", "audit").to_pylist()
+    assert [row["ratio"] for row in rows] == [pytest.approx(2.0)] * 3 + [None] * 2
+
+
+def test_section_names_the_worst(solved: Any) -> None:
+    chosen = list(solved.scores)[:12]
+    pairs = audited(solved.scores, dict.fromkeys(chosen, 1.5) | {chosen[7]: 6.0})
+    worst = {"group": chosen[7][0], "format": chosen[7][1], "ratio": 6.0}
+    summary = {"num_samples": 4, "median_ratio": 1.5, "worst": worst, "num_changed": 2}
+    section = audit_section(pairs, summary)
+    assert section.rows[0][:2] == chosen[7]
+    assert len(section.rows) == 10
+    assert section.verdict == (
+        f"Measured is 1.50 of the predicted in the median; furthest from that is {chosen[7][0]} in "
+        f"{chosen[7][1]}: 6.00. 2 groups changed format."
+    )
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_audited_plan_is_no_worse(share: float, laboratory: Laboratory) -> None:
+    """All scores of a tiny model measured; told on shards that the audit has not seen."""
+    problem, scores = laboratory.problem, laboratory.scores
+    head = laboratory.names[-1]
+    lowest, highest = (
+        laboratory.bits(dict.fromkeys(laboratory.names[:-1], name) | {head: NONE})
+        for name in ("wint4_aint4", "wint8_aint8")
+    )
+    options = SolveOptions(
+        bits=lowest + share * (highest - lowest),
+        pins={head: NONE},
+        allow={name: FORMATS for name in laboratory.names[:-1]},
+    )
+    formats = problem.solve(scores, options).formats
+    kept = restrict(problem.choices(scores), options.pins, options.allow)
+    chosen = [(c.group, c.format) for c in kept if c.format != NONE]
+    measurement: Any = SimpleNamespace(facts={"num_shards": NUM_SHARDS}, measure=laboratory.measure)
+    pairs = measure_pairs(measurement, problem, scores, dict.fromkeys(chosen), chosen)
+    ratios = sorted(pair.ratio or 0.0 for pair in pairs)
+    assert 0.5 < ratios[0] <= ratios[-1] < 2  # the score has a unit
+    again = solve_again(problem, scores, pairs, options, formats)
+    assert laboratory.bits(again) <= options.bits * (1 + 1e-9)
+    plans = [SimpleNamespace(formats=one) for one in (formats, again)]
+    _, second, third = split_shards(NUM_SHARDS)
+    before, after = (mean_kl(one) for one in laboratory.measure(plans, second + third))
+    assert after <= 1.02 * before
+
+
+def make_measurement(directory: Any, key: str, source: str = "text") -> Any:
+    facts = {"source": [source, None, None], "num_shards": 8}
+    return SimpleNamespace(state=SimpleNamespace(directory=directory), data_key=key, facts=facts)
+
+
+def test_what_chose_a_plan_is_never_measured_as_unseen(make_run: Any) -> None:
+    directory = make_run()
+    solve_run(directory, OPTIONS, folder="")
+    manifest = directory.read_json("manifest.json")
+    own, other = make_measurement(directory, "a"), make_measurement(directory, "b", "chat")
+
+    def note(marks: list[dict[str, Any]]) -> None:
+        directory.write_json("solutions/x/manifest.json", manifest | {"chosen_on": marks})
+
+    assert untouched_shards(own, "") is None
+    by_audit = chosen_also_on(manifest, own, 1)
+    note(by_audit)
+    assert untouched_shards(own, "solutions/x/") == [4, 5, 6, 7]
+    assert untouched_shards(other, "solutions/x/") is None
+    # Refined on other data, then audited there: the list of what has chosen goes along.
+    refined = chosen_also_on({"chosen_on": by_audit}, other, 2)
+    again = chosen_also_on({"chosen_on": refined}, other, 1)
+    note(again)
+    assert untouched_shards(own, "solutions/x/") == [4, 5, 6, 7]
+    assert untouched_shards(other, "solutions/x/") == [6, 7]
+    with pytest.raises(ConfigError, match="chosen on this data cut in another way"):
+        untouched_shards(make_measurement(directory, "c"), "solutions/x/")
+    # Of a version that noted refinements only.
+    earlier = {"refinement": {"data_key": "a", "source": ["text", None, None]}}
+    directory.write_json("solutions/x/manifest.json", manifest | earlier)
+    assert untouched_shards(own, "solutions/x/") == [6, 7]

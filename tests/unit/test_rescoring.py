@@ -1,0 +1,114 @@
+"""The pass of new scores around a plan: against brute force, and where losses simply add up."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.candidates import Candidate
+from autoquant_ray.evaluation_table import Measured
+from autoquant_ray.formats import NONE
+from autoquant_ray.plan_search import search_plans
+from autoquant_ray.rescoring import choose_flips, solve_flips
+from autoquant_ray.solve import load_problem
+from autoquant_ray.state import RunState
+from autoquant_ray.swaps import Swaps
+
+OPTIONS = SolveOptions(bits=6.0)
+
+
+@pytest.fixture
+def problem(make_run: Any) -> tuple[Problem, dict[tuple[str, str], float]]:
+    return load_problem(RunState.open(make_run()))
+
+
+def test_flips_are_the_moves_that_the_scores_like_best(problem: Any) -> None:
+    groups, scores = problem
+    formats = groups.solve(scores, OPTIONS).formats
+    swaps = Swaps(groups, scores, OPTIONS)
+    first, second = itertools.islice(swaps.proposals(formats), 2)
+    flips = choose_flips(swaps, formats, 1000)
+    assert flips[: len(first)] == list(first)
+    assert set(second) <= set(flips[: len(first) + len(second)])
+    assert len(set(flips)) == len(flips)
+    assert sorted(flips) == sorted((g, f) for g, f in [*scores, *_none(formats)] if formats[g] != f)
+    assert choose_flips(swaps, formats, 5) == flips[:5]
+
+
+def _none(formats: dict[str, str]) -> list[tuple[str, str]]:
+    return [(group, NONE) for group in formats]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_plan_from_flips_is_the_best_that_was_measured(problem: Any, seed: int) -> None:
+    groups, scores = problem
+    formats = groups.solve(scores, OPTIONS).formats
+    rng = np.random.default_rng(seed)
+    flips = choose_flips(Swaps(groups, scores, OPTIONS), formats, 9)
+    differences = dict(zip(flips, rng.normal(size=len(flips)).tolist(), strict=True))
+    differences[flips[0]] = math.inf
+    (budget,) = groups.budgets(OPTIONS)
+    menus = {name: [own] for name, own in formats.items()}
+    for group, other in flips[1:]:
+        menus[group].append(other)
+    best = math.inf
+    for plan in itertools.product(*menus.values()):
+        chosen = dict(zip(menus, plan, strict=True))
+        cost = sum(g.cost(chosen[g.name], budget.resource) for g in groups.searched)
+        loss = sum(differences.get(pair, 0.0) for pair in chosen.items())
+        if cost <= budget.limit and loss < best:
+            best = loss
+    found = solve_flips(groups, OPTIONS, formats, differences)
+    assert best < 0
+    assert sum(differences.get(pair, 0.0) for pair in found.items()) == pytest.approx(best)
+    assert all(other in menus[group] for group, other in found.items())
+
+
+def test_flips_that_gain_nothing_leave_the_plan(problem: Any) -> None:
+    groups, scores = problem
+    formats = groups.solve(scores, OPTIONS).formats
+    flips = choose_flips(Swaps(groups, scores, OPTIONS), formats, 9)
+    assert solve_flips(groups, OPTIONS, formats, dict.fromkeys(flips, 0.5)) == formats
+    assert solve_flips(groups, OPTIONS, formats, {}) == formats
+
+
+def test_one_pass_finds_the_best_where_losses_add_up(problem: Any) -> None:
+    """The scores are wrong, the measurement is exact: no climbing is needed, or possible."""
+    groups, scores = problem
+    factors = np.exp(np.random.default_rng(0).normal(size=len(scores)))
+    truth = {pair: s * factor for (pair, s), factor in zip(scores.items(), factors, strict=True)}
+
+    def loss(formats: dict[str, str]) -> float:
+        return math.fsum(truth[g, f] for g, f in formats.items() if f != NONE)
+
+    def measure(plans: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
+        return [
+            Measured(
+                kl_N=np.full(8, loss(plan.formats)),
+                kl_S=np.full(4, 2 * loss(plan.formats)),
+                loss=0.0,
+                reference_loss=0.0,
+                num_agreeing=0,
+                tokens_S=np.full(4, 2.0),
+            )
+            for plan in plans
+        ]
+
+    start = groups.solve(scores, OPTIONS).formats
+    best = groups.solve(truth, OPTIONS).formats
+    num_flips = len(Swaps(groups, scores, OPTIONS).moves(start))
+    assert loss(best) < loss(start)
+    found = search_plans(
+        measure, 4, groups, scores, OPTIONS, start, num_trials=4 * num_flips, seed=1
+    )
+    assert found.num_flips == num_flips
+    assert loss(found.winner.formats) == pytest.approx(loss(best))
+    few = search_plans(measure, 4, groups, scores, OPTIONS, start, num_trials=3)
+    assert few.num_flips == 0
+    assert few.num_trials == 3
