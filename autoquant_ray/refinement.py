@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from autoquant_ray.plan_search import Found, search_plans
 from autoquant_ray.solve import Scores, Solution, load_problem, write_solution
 from autoquant_ray.state import RunState
 from autoquant_ray.store import SOLUTIONS, RunDirectory
+
+logger = logging.getLogger(__name__)
 
 Estimate = tuple[float, float | None]
 """Mean in nats per token, and its standard error."""
@@ -76,7 +79,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
     state = RunState.open(RunDirectory(config.run))
     start = f"{SOLUTIONS}/{config.solution}/" if config.solution else ""
     problem, scores = load_problem(state)
-    options = solution_options(state, start)
+    options = _without_domains(solution_options(state, start))
     formats = solution_formats(state, start, problem)
     with measuring(state, config) as measurement:
         untouched_shards(measurement, start)
@@ -98,6 +101,16 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
         plans = [replace(found.winner, name="solution"), replace(found.start, name="unrefined")]
         record(measurement, f"{SOLUTIONS}/{name}/", plans, [found.after, found.before])
     return refined
+
+
+def _without_domains(options: SolveOptions) -> SolveOptions:
+    """What is measured is the loss on all of the data; domains have no say in that."""
+    if options.domains or options.worst_domain:
+        logger.warning(
+            "refine lowers the measured KL of the data as a whole, not by the domains that the "
+            "solution was solved for; it may give some of their gain back"
+        )
+    return replace(options, domains={}, worst_domain=False)
 
 
 def _refinement(solution: Solution, found: Found, measurement: Measurement) -> Refinement:

@@ -8,6 +8,7 @@ from typing import Any
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import allocation_key
+from autoquant_ray.report.domains import DomainSection, describe_domains, domain_section
 from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
@@ -47,6 +48,7 @@ class ReportContent:
         unit: Unit of the scores.
         warnings: Sentences that the reader must see.
         measured: What evaluations of this solution found.
+        domains: What it loses in each domain; None where the data has none.
     """
 
     title: str
@@ -57,6 +59,7 @@ class ReportContent:
     unit: str
     warnings: list[str]
     measured: list[MeasuredData]
+    domains: DomainSection | None = None
 
 
 def collect_content(state: RunState, start: str) -> ReportContent:
@@ -88,6 +91,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         unit="no unit (imported)" if "imported_from" in run else "nats per token",
         warnings=_warnings(run, rows),
         measured=_measured(state, start, rows),
+        domains=domain_section(manifest),
     )
 
 
@@ -238,7 +242,7 @@ def _budget(budget: dict[str, Any]) -> str:
         parts.append(f"at most {budget['max_formats']} formats")
     parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
     parts.extend(f"{pattern} in {', '.join(f)}" for pattern, f in budget["allow"].items())
-    return "; ".join(parts)
+    return "; ".join([*parts, *describe_domains(budget)])
 
 
 def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from html import escape
 
 from autoquant_ray.report.content import ReportContent, format_score
+from autoquant_ray.report.domains import DOMAIN_HEADS
 from autoquant_ray.report.measured import HEADS
 
 _STYLE = """
@@ -45,6 +46,9 @@ def render_html(content: ReportContent) -> str:
         f"<p>{escape(section.verdict)}</p>{_table(HEADS, section.rows)}"
         for section in content.measured
     )
+    if content.domains is not None:
+        table = _table(DOMAIN_HEADS, content.domains.rows)
+        measured = f"<h2>Who pays</h2><p>{escape(content.domains.text)}</p>{table}{measured}"
     title = escape(content.title)
     heads = ("Layer", "Num Bits", "Sensitivity", "Size Cost", "Chosen")
     return (

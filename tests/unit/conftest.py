@@ -88,6 +88,7 @@ def write_run() -> Any:
         scores: list[ShardScores],
         mode: Mode = "new",
         weights: Path | None = None,
+        domains: tuple[str, ...] = (),
     ) -> RunDirectory:
         marks = stage_fingerprints(config, **identity["fingerprints"])
         directory = RunDirectory(config.out)
@@ -99,6 +100,10 @@ def write_run() -> Any:
         for shard, of_shard in enumerate(scores):
             part = score_part(shard, groups, formats, of_shard)
             directory.write_table(part_name(SCORES, shard), "scores", part)
+        if domains:
+            sizes = {"num_samples": 4, "num_tokens": 54}
+            rows = [{"shard": s, "domain": name} | sizes for s, name in enumerate(domains)]
+            directory.write_table("domains.parquet", "domains", rows)
         aggregate(state, config, marks["aggregate"])
         return directory
 
@@ -107,7 +112,7 @@ def write_run() -> Any:
 
 @pytest.fixture
 def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
-    """A scored run directory without Ray: made-up sums in two shards, aggregated for real.
+    """A scored run directory without Ray: made-up sums in some shards, aggregated for real.
 
     The finer a format, the smaller its score; every group has its own scale.
     """
@@ -117,6 +122,8 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
         formats: tuple[str, ...] = RUN_FORMATS,
         disable: tuple[str, ...] = ("lm_head",),
         name: str = "run",
+        domains: tuple[str, ...] = (),
+        num_shards: int = 2,
     ) -> RunDirectory:
         plan = build_plan(make_model(family), resolve_formats(formats, device="cpu"), disable)
         config = ScanConfig(
@@ -129,19 +136,21 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
             dtype="float32",
             bits=8,
         )
+        num_samples = 4 * num_shards
         facts = {
-            "counts": {"read": 8, "used": 8, "empty": 0, "too_short": 0, "cut": 0},
-            "num_samples": 8,
-            "num_tokens": 108,
-            "num_shards": 2,
+            "counts": {"read": num_samples, "used": num_samples}
+            | dict.fromkeys(("empty", "too_short", "cut"), 0),
+            "num_samples": num_samples,
+            "num_tokens": 54 * num_shards,
+            "num_shards": num_shards,
         }
         identity = {
             "model": {"name": family, "fingerprint": "model"},
             "dataset": {"name": "made-up.txt", "max_samples": 128, "seq_len": 512} | facts,
             "fingerprints": {"model": "model", "data": "data"},
         }
-        scores = [_made_up_scores(plan, shard) for shard in range(2)]
-        return write_run(config, plan, identity, scores)
+        scores = [_made_up_scores(plan, shard) for shard in range(num_shards)]
+        return write_run(config, plan, identity, scores, domains=domains)
 
     return build
 
