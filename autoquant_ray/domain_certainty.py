@@ -75,4 +75,5 @@ def _resampled_scores(sums_SGF: Floats, tokens_S: Floats, seed: int) -> Floats:
     for counts_B, sums_GF in zip(counts_BS.T, sums_SGF, strict=True):
         sums_BGF += counts_B[:, None, None] * sums_GF
     tokens_B = (counts_BS * tokens_S).sum(axis=1)
-    return 0.5 * sums_BGF / tokens_B[:, None, None]
+    scores_BGF: Floats = 0.5 * sums_BGF / tokens_B[:, None, None]
+    return scores_BGF

@@ -103,8 +103,8 @@ def write_domain_scores(
     if not directory.exists(DOMAINS_FILE):
         return
     shards = _shards_of(directory.read_table(DOMAINS_FILE, "domains"), state.used_shards)
-    rows: list[dict[str, Any]] = []
-    buckets = [SCHEMAS["domain_resampling"].empty_table()]
+    schema = SCHEMAS["domain_sensitivity"]
+    tables, buckets = [schema.empty_table()], [SCHEMAS["domain_resampling"].empty_table()]
     num_buckets = max(_MIN_BUCKETS, NUM_BUCKETS // len(shards))
     for domain, of_domain in shards.items():
         parts = Parts(directory, SCORES, of_domain)
@@ -113,10 +113,11 @@ def write_domain_scores(
         except ScoreError as error:
             logger.warning("domain %s has no scores of its own: %s", domain, error)
             continue
-        rows += [row | {"domain": domain} for row in result.rows]
+        rows = [row | {"domain": domain} for row in result.rows]
+        tables.append(pa.Table.from_pylist(rows, schema=schema))
         buckets.append(_bucket_table(domain, result))
     directory.write_table(RESAMPLING_FILE, "domain_resampling", pa.concat_tables(buckets))
-    directory.write_table(SCORES_FILE, "domain_sensitivity", rows)
+    directory.write_table(SCORES_FILE, "domain_sensitivity", pa.concat_tables(tables))
 
 
 def read_domain_scores(state: RunState) -> DomainScores | None:
