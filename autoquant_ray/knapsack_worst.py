@@ -2,9 +2,11 @@
 
 For any weights on the domains that sum to 1, the weighted loss of an allocation is at most its
 largest one, so the exact best weighted allocation bounds the answer from below and is a first one.
-The best such weights are the multipliers of the linear relaxation. HiGHS then closes what is left
-(:mod:`autoquant_ray.knapsack_highs` says what its tolerances need), with a bound of its own; where
-it ends early, ``gap`` says how far from proven the answer is.
+The best such weights are the multipliers of the linear relaxation; by them most choices are shown
+to be in no better allocation and are dropped. HiGHS then looks at what is left
+(:mod:`autoquant_ray.knapsack_highs` says what its tolerances need), with a bound of its own. It may
+leave a gap of 1e-4, far below what a score is exact to, and more where it ends early; ``gap`` says
+how far from proven the answer is.
 
 Shapes: D domains, and those of :mod:`autoquant_ray.knapsack`.
 """
@@ -18,14 +20,24 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
-from autoquant_ray.knapsack import MARGIN, Answer, Floats, Indices, Mask, Problem, undominated
+from autoquant_ray.knapsack import (
+    MARGIN,
+    Answer,
+    Floats,
+    Indices,
+    Mask,
+    Problem,
+    bound,
+    losses,
+    undominated,
+)
 from autoquant_ray.knapsack_highs import TIGHTER, LinearModel
 from autoquant_ray.knapsack_solve import solve_problem
 
 _SCALE = 1e4  # of the loss that is known to be reached, in HiGHS' rows
 _TOLERANCE = 1e-5  # of that scale, taken off HiGHS' bound
-_OPTIONS = {"mip_rel_gap": 1e-7, "node_limit": 5_000}
-_PROVEN = 1e-9  # relative gap below which HiGHS has nothing to find
+_ROUNDS = ((1e-3, 20), (1e-4, 200))  # relative gap that HiGHS may leave, and its nodes
+_EXACT, _FEW = 1e-7, 200  # gap where there are at most so many choices beside one per group
 
 
 def largest_loss(scores_DGF: Floats, columns_G: Indices) -> float:
@@ -46,12 +58,25 @@ def solve_worst(
         free: The format (column) that ``max_formats`` does not count, or None.
     """
     num_domains = len(scores_DGF)
-    best = _weighted(problem, scores_DGF, np.full(num_domains, 1 / num_domains), max_formats, free)
-    if best is None:
-        return None
-    for solve in (_at_multipliers, _by_highs):
-        if best.gap > _PROVEN:
-            best = _better(best, solve(problem, scores_DGF, best, max_formats, free))
+    equal_D = np.full(num_domains, 1 / num_domains)
+    best = _weighted(problem, scores_DGF, equal_D, max_formats, free)
+    if best is None or best.is_proven:
+        return best
+    found = _WorstModel(problem, scores_DGF, best, None, free).multipliers()
+    if found is None:
+        found = equal_D, np.zeros(len(problem.limits_R))
+    weights_D, multipliers_R = found
+    best = _better(best, _weighted(problem, scores_DGF, weights_D, max_formats, free))
+    mixed = _mixed(problem, scores_DGF, weights_D)
+    for gap, num_nodes in _ROUNDS:
+        if best.gap <= _EXACT:
+            break
+        spare = best.score - bound(mixed, multipliers_R)
+        kept = problem.keep(losses(mixed, multipliers_R) <= spare + MARGIN * best.score)
+        if kept.present_GF.sum() - len(kept.scores_GF) <= _FEW:
+            gap = _EXACT
+        model = _WorstModel(kept, scores_DGF, best, max_formats, free)
+        best = _better(best, _by_highs(model, problem, scores_DGF, gap, num_nodes))
     return best
 
 
@@ -63,6 +88,14 @@ def _better(best: Answer, other: Answer | None) -> Answer:
     return replace(least, lower=min(least.score, max(best.lower, other.lower)))
 
 
+def _mixed(problem: Problem, scores_DGF: Floats, weights_D: Floats) -> Problem:
+    """The problem with the weighted scores."""
+    mixed_GF = np.where(problem.present_GF, 0.0, np.inf)
+    for weight, scores_GF in zip(weights_D.tolist(), scores_DGF, strict=True):
+        mixed_GF += weight * np.where(problem.present_GF, scores_GF, 0.0)
+    return replace(problem, scores_GF=mixed_GF)
+
+
 def _weighted(
     problem: Problem,
     scores_DGF: Floats,
@@ -71,10 +104,7 @@ def _weighted(
     free: int | None,
 ) -> Answer | None:
     """The best allocation of a weighted loss, and what it says of the largest loss."""
-    mixed_GF = np.where(problem.present_GF, 0.0, np.inf)
-    for weight, scores_GF in zip(weights_D.tolist(), scores_DGF, strict=True):
-        mixed_GF += weight * np.where(problem.present_GF, scores_GF, 0.0)
-    answer = solve_problem(replace(problem, scores_GF=mixed_GF), max_formats, free)
+    answer = solve_problem(_mixed(problem, scores_DGF, weights_D), max_formats, free)
     if answer is None:
         return None
     score = largest_loss(scores_DGF, answer.columns_G)
@@ -83,40 +113,20 @@ def _weighted(
     return Answer(columns_G=answer.columns_G, score=score, lower=min(score, lower))
 
 
-def _at_multipliers(
-    problem: Problem,
-    scores_DGF: Floats,
-    best: Answer,
-    max_formats: int | None,
-    free: int | None,
-) -> Answer | None:
-    """The weighted problem at the multipliers of the linear relaxation."""
-    model = _WorstModel(problem, scores_DGF, best, None, free)
-    weights_D = model.relaxed_weights()
-    if weights_D is None:
-        return None
-    return _weighted(problem, scores_DGF, weights_D, max_formats, free)
-
-
 def _by_highs(
-    problem: Problem,
-    scores_DGF: Floats,
-    best: Answer,
-    max_formats: int | None,
-    free: int | None,
+    model: _WorstModel, problem: Problem, scores_DGF: Floats, gap: float, num_nodes: int
 ) -> Answer | None:
-    """The mixed-integer programme. None where HiGHS found nothing better than is known."""
-    model = _WorstModel(problem, scores_DGF, best, max_formats, free)
+    """The mixed-integer programme; None where HiGHS found no allocation within the limits."""
     lower: float | None = None
     for cut in TIGHTER:
-        columns_G, proven = model.solve(cut)
+        columns_G, proven = model.solve(cut, gap, num_nodes)
         lower = proven if lower is None else lower  # only the uncut limits prove something
         if columns_G is None:
             break
         if problem.is_within(columns_G):
             score = largest_loss(scores_DGF, columns_G)
             return Answer(columns_G=columns_G, score=score, lower=min(score, lower))
-    return replace(best, lower=min(best.score, max(best.lower, lower or 0.0)))
+    return None
 
 
 class _WorstModel:
@@ -150,8 +160,8 @@ class _WorstModel:
         self._objective = np.zeros(self._losses.shape[1])
         self._objective[-1] = 1.0
 
-    def relaxed_weights(self) -> Floats | None:
-        """Multipliers (D,) of the domains' rows in the relaxation, which sum to 1."""
+    def multipliers(self) -> tuple[Floats, Floats] | None:
+        """Multipliers of the relaxation: (D,) of the domains, summing to 1, and (R,) of costs."""
         model = self._model
         none = sparse.csr_array((len(model.room_R), 1))
         one = sparse.csr_array((model.choose_one.shape[0], 1))
@@ -166,12 +176,21 @@ class _WorstModel:
         )
         if found.status != 0:
             return None
-        weights_D = np.maximum(0.0, -np.asarray(found.ineqlin.marginals)[: self._num_domains])
+        all_N = np.maximum(0.0, -np.asarray(found.ineqlin.marginals, dtype=np.float64))
+        weights_D, prices_R = all_N[: self._num_domains], all_N[self._num_domains :]
         total = float(weights_D.sum())
-        return weights_D / total if total > 0 else None
+        if total <= 0:
+            return None
+        return weights_D / total, prices_R * model.cost_scale_R / (total * self._scale)
 
-    def solve(self, cut: float) -> tuple[Indices | None, float]:
-        """Columns (G,), or None, and HiGHS' lower bound."""
+    def solve(self, cut: float, gap: float, num_nodes: int) -> tuple[Indices | None, float]:
+        """Columns (G,), or None, and HiGHS' lower bound.
+
+        Args:
+            cut: Share by which the limits are lowered.
+            gap: Relative gap that may be left.
+            num_nodes: Nodes of the search at most.
+        """
         rows = [
             LinearConstraint(
                 sparse.hstack([row.A, sparse.csr_array((row.A.shape[0], 1))]), row.lb, row.ub
@@ -186,7 +205,7 @@ class _WorstModel:
             constraints=rows,
             integrality=is_choice,
             bounds=Bounds(0, np.where(is_choice > 0, 1.0, np.inf)),
-            options=_OPTIONS,
+            options={"mip_rel_gap": gap, "node_limit": num_nodes},
         )
         bound = found.mip_dual_bound
         lower = 0.0 if bound is None else max(0.0, (float(bound) - _TOLERANCE) / self._scale)

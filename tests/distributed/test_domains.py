@@ -74,28 +74,26 @@ def scores_of(path: Path, domain: str | None = None) -> dict[tuple[str, str], fl
     }
 
 
-@pytest.mark.parametrize("domain", list(LENGTHS))
 def test_domain_scores_are_those_of_a_scan_of_the_domain_alone(
-    domain: str, scanned: Path, make_config: Any, sources: dict[str, Path]
+    scanned: Path, make_config: Any, sources: dict[str, Path]
 ) -> None:
-    config = make_config(str(sources[domain]), samples=4)
+    config = make_config(str(sources["code"]), samples=4)
     run_search(config)
     alone = scores_of(Path(config.out) / "sensitivity.parquet")
-    found = scores_of(scanned / "domain_sensitivity.parquet", domain)
-    assert found == pytest.approx(alone, rel=1e-6)
+    assert scores_of(scanned / "domain_sensitivity.parquet", "code") == pytest.approx(
+        alone, rel=1e-6
+    )
     assert not (Path(config.out) / "domain_sensitivity.parquet").exists()
 
 
-def test_tagged_rows_and_one_worker_give_the_scores_of_named_sources_and_two(
-    scanned: Path, make_config: Any, sources: dict[str, Path]
-) -> None:
-    """The tagged file holds the domains in turn, as shards of equal shares come too."""
-    config = make_config(str(sources["all"]), domain_field="kind")
-    run_search(config)
-    for name in ("domain_sensitivity.parquet", "domains.parquet", "sensitivity.parquet"):
-        assert (Path(config.out) / name).read_bytes() == (scanned / name).read_bytes()
+def test_domain_scores_add_up_to_the_whole_by_their_tokens(scanned: Path) -> None:
     told = json.loads((scanned / "manifest.json").read_text())["solution"]["domains"]
-    assert set(told) == set(LENGTHS)
+    tokens = {name: told[name]["num_tokens"] for name in LENGTHS}
+    parts = {name: scores_of(scanned / "domain_sensitivity.parquet", name) for name in LENGTHS}
+    for key, score in scores_of(scanned / "sensitivity.parquet").items():
+        mixed = sum(tokens[name] * parts[name][key] for name in LENGTHS) / sum(tokens.values())
+        assert score == pytest.approx(mixed, rel=1e-12)
+        assert parts["chat"][key] != parts["code"][key]
 
 
 def read(config: ScanConfig, folder: Path, **options: Any) -> tuple[dict[str, Any], list[bytes]]:
@@ -103,6 +101,16 @@ def read(config: ScanConfig, folder: Path, **options: Any) -> tuple[dict[str, An
     scratch = RunDirectory(str(folder))
     facts = read_samples(config, TokenizerRef(model=config.model), scratch, **options)
     return facts, [path.read_bytes() for path in sorted((folder / "samples").iterdir())]
+
+
+def test_tagged_rows_in_turn_give_the_shards_of_named_sources(
+    make_config: Any, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    named = make_config({name: str(sources[name]) for name in LENGTHS})
+    tagged = make_config(str(sources["all"]), domain_field="kind")
+    assert read(named, tmp_path / "named") == read(tagged, tmp_path / "tagged")
+    told = [(tmp_path / name / "domains.parquet").read_bytes() for name in ("named", "tagged")]
+    assert told[0] == told[1]
 
 
 def samples_in(folder: Path) -> list[list[tuple[int, ...]]]:
