@@ -68,14 +68,19 @@ class Aggregate:
         buckets: Content of ``resampling.parquet``: the sums behind the scores in at most 64
             buckets of successive shards, from which a solution's certainty is found without
             reading the shards again.
+        bucket_tokens: Predicted tokens of each bucket.
     """
 
     rows: list[dict[str, Any]]
     buckets: pa.Table
+    bucket_tokens: list[int]
 
 
 def aggregate_parts(
-    parts: Sequence[pa.Table], plan_rows: Sequence[Mapping[str, Any]], estimator: str
+    parts: Sequence[pa.Table],
+    plan_rows: Sequence[Mapping[str, Any]],
+    estimator: str,
+    num_buckets: int = NUM_BUCKETS,
 ) -> Aggregate:
     """Rows of ``sensitivity.parquet``, and the sums that can be resampled.
 
@@ -94,6 +99,7 @@ def aggregate_parts(
         parts: Scores parts in shard order, all with the same rows.
         plan_rows: Rows of ``plan.parquet``.
         estimator: ``elementwise`` or ``token``.
+        num_buckets: Buckets at most.
 
     Raises:
         ScoreError: No part, or a searched group without a score.
@@ -101,7 +107,7 @@ def aggregate_parts(
     if not len(parts):
         raise ScoreError("no shard was scored; see the quarantined shards in run.json")
     costs = {(row["group"], row["format"]): row for row in plan_rows if row["is_searched"]}
-    buckets_BK = np.zeros((min(len(parts), NUM_BUCKETS), parts[0].num_rows))
+    buckets_BK = np.zeros((min(len(parts), num_buckets), parts[0].num_rows))
     totals = _add_up(parts, f"{estimator}_sum", buckets_BK)
     _require_scores(totals)
     sums_K = totals.elementwise_K if estimator == "elementwise" else totals.token_K
@@ -130,7 +136,11 @@ def aggregate_parts(
         }
         for index, (group, format_) in enumerate(totals.keys_K)
     ]
-    return Aggregate(rows=rows, buckets=_bucket_table(totals.keys_K, buckets_BK))
+    return Aggregate(
+        rows=rows,
+        buckets=_bucket_table(totals.keys_K, buckets_BK),
+        bucket_tokens=totals.bucket_tokens,
+    )
 
 
 def _bucket_table(keys_K: Sequence[tuple[str, str]], buckets_BK: Floats) -> pa.Table:
@@ -155,6 +165,7 @@ class _Totals:
     token_variance_K: Floats
     modelopt_K: Floats
     is_unseen_K: Mask
+    bucket_tokens: list[int]
     num_tokens: int = 0
 
 
@@ -169,10 +180,13 @@ def _add_up(parts: Sequence[pa.Table], column: str, buckets_BK: Floats) -> _Tota
         token_variance_K=np.zeros(num_rows),
         modelopt_K=np.zeros(num_rows),
         is_unseen_K=np.ones(num_rows, dtype=np.bool_),
+        bucket_tokens=[0] * len(buckets_BK),
     )
     for number, part in enumerate(parts):
         num_tokens = _num_tokens(part)
-        buckets_BK[number * len(buckets_BK) // len(parts)] += _filled(part, column)
+        bucket = number * len(buckets_BK) // len(parts)
+        buckets_BK[bucket] += _filled(part, column)
+        totals.bucket_tokens[bucket] += num_tokens
         elementwise_K = _filled(part, "elementwise_sum")
         totals.elementwise_K += elementwise_K
         totals.token_K += _filled(part, "token_sum")

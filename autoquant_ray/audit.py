@@ -28,6 +28,7 @@ from autoquant_ray.candidates import (
     make_candidate,
     solution_formats,
     solution_options,
+    without_domains,
 )
 from autoquant_ray.chosen_on import chosen_also_on
 from autoquant_ray.evaluation_table import mean_kl, ratio_stderr
@@ -101,7 +102,7 @@ def audit_solution(measurement: Measurement, start: str, count: int) -> Audit:
     """
     state = measurement.state
     problem, scores = load_problem(state)
-    options = solution_options(state, start)
+    options = without_domains(solution_options(state, start))
     formats = solution_formats(state, start, problem)
     stderrs = _stderrs(state)
     shares = _shares(state, problem, scores, options, formats)
@@ -180,6 +181,6 @@ def _shares(
     formats: dict[str, str],
 ) -> dict[Pair, float]:
     """Share of the resamples that choose a pair; empty where there are no shards to resample."""
-    certainty = certainty_of(state.directory, problem, scores, options, formats)
+    certainty = certainty_of(state, problem, scores, options, formats)
     nested = {} if certainty is None else certainty.shares
     return {(group, f): share for group, of in nested.items() for f, share in of.items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 from autoquant_ray.allocation import Allocation, Budget, Choice, restrict, solve
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.domain_weights import check_objective, normalised
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE
 
@@ -25,7 +26,11 @@ RESOURCES = {"storage": "weight_bytes", "modelopt": "modelopt_cost"}
 
 @dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """Budget and constraints of one solution; all given ones hold together."""
+    """Budget and constraints of one solution; all given ones hold together.
+
+    What is least is the loss on all tokens, unless ``domains`` weighs the losses of domains (the
+    weights are made to sum to 1) or ``worst_domain`` asks for the least loss of the worst one.
+    """
 
     bits: float | None = None
     bytes: int | None = None
@@ -34,8 +39,12 @@ class SolveOptions:
     max_formats: int | None = None
     pins: Mapping[str, str] = field(default_factory=dict)
     allow: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    domains: Mapping[str, float] = field(default_factory=dict)
+    worst_domain: bool = False
 
     def __post_init__(self) -> None:
+        check_objective(self.domains, self.worst_domain)
+        object.__setattr__(self, "domains", normalised(self.domains))
         if self.bits is None and self.bytes is None:
             raise ConfigError("give a budget: --bits B or --bytes N")
         if self.bits is not None and not 0 < self.bits <= UNQUANTIZED_BITS:

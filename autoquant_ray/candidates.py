@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import allocation_key, average_bits, model_bytes
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("uniform", "modelopt", "random")
 NUM_RANDOM = 20
@@ -103,6 +106,16 @@ def make_candidate(
         weight_bytes=model_bytes(problem, formats),
         effective_bits=average_bits(problem.searched, formats),
     )
+
+
+def without_domains(options: SolveOptions) -> SolveOptions:
+    """What is measured is the loss on all of the data; domains have no say in that."""
+    if options.domains or options.worst_domain:
+        logger.warning(
+            "measurements lower the KL of the data as a whole, not by the domains that the "
+            "solution was solved for; the new plan may give some of their gain back"
+        )
+    return replace(options, domains={}, worst_domain=False)
 
 
 def as_allocation(

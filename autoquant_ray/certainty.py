@@ -9,18 +9,19 @@ that is not clearly better has learned nothing from its scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from autoquant_ray import knapsack
 from autoquant_ray.allocation import restrict
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.formats import NONE
 from autoquant_ray.knapsack import Floats
-from autoquant_ray.stability import NUM_RESAMPLES, allocate, assess
+from autoquant_ray.stability import NUM_RESAMPLES, Stability, allocate, assess
 from autoquant_ray.stopping import budget_problem
 
 CERTAIN = 0.95
@@ -28,7 +29,7 @@ CERTAIN = 0.95
 COIN_TOSS = 0.6
 """One that keeps it in less than this share might as well be drawn."""
 NUM_SHUFFLES = 20
-_MAX_CHOICES = 100_000  # groups times formats; beyond, the resamples would take longer than a solve
+MAX_CHOICES = 100_000  # groups times formats; beyond, the resamples would take longer than a solve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,24 +97,69 @@ def assess_solution(
         finds no allocation.
     """
     menu = list(dict.fromkeys(buckets.column("format").to_pylist()))
-    groups = problem.searched
-    columns = [*menu, NONE]
-    num_buckets = buckets.num_rows // (len(groups) * len(menu))
-    if num_buckets < 2 or len(groups) * len(columns) > _MAX_CHOICES:
+    sums_SGF = bucket_sums(buckets, len(problem.searched), len(menu))
+    num_buckets = len(sums_SGF)
+    if num_buckets < 2 or sums_SGF[0].size > MAX_CHOICES:
         return None
-    sums_SGF = buckets.column("sum").to_numpy().reshape(num_buckets, len(groups), len(menu))
-    sums_SGF = np.pad(sums_SGF, ((0, 0), (0, 0), (0, 1)))
+    costs, truth = as_arrays(problem, scores, options, formats, menu)
+    found = assess(costs, sums_SGF, (0, num_buckets))
+    return (
+        None
+        if found is None
+        else found_certainty(problem, formats, menu, truth, found, num_buckets)
+    )
+
+
+def bucket_sums(buckets: pa.Table, num_groups: int, num_formats: int) -> Floats:
+    """Sums of the buckets (S, G, F), with a column of zeros for 16 bits at the end."""
+    sums_SGF = buckets.column("sum").to_numpy().reshape(-1, num_groups, num_formats)
+    return np.pad(sums_SGF, ((0, 0), (0, 0), (0, 1)))
+
+
+def as_arrays(
+    problem: Problem,
+    scores: Mapping[tuple[str, str], float],
+    options: SolveOptions,
+    formats: Mapping[str, str],
+    menu: Sequence[str],
+) -> tuple[knapsack.Problem, knapsack.Problem]:
+    """Costs and limits of the choices that the options leave, without scores and with them.
+
+    Args:
+        problem, scores, options, formats: As in :func:`assess_solution`.
+        menu: Formats in the order of the buckets; 16 bits becomes the last column.
+    """
+    groups, columns = problem.searched, [*menu, NONE]
     allowed = _allowed(problem, scores, options, formats)
     mask_GF = np.array([[(g.name, name) in allowed for name in columns] for g in groups])
     costs = budget_problem(problem, options, menu).keep(mask_GF)
-    found = assess(costs, sums_SGF, (0, num_buckets))
-    if found is None:
-        return None
-    own_G = np.array([columns.index(formats[group.name]) for group in groups])
-    kept_G = found.share_of(own_G)
     scores_GF = np.array(
         [[0.0 if f == NONE else scores.get((g.name, f), 0.0) for f in columns] for g in groups]
     )
+    return costs, replace(costs, scores_GF=costs.scores_GF + scores_GF)
+
+
+def found_certainty(
+    problem: Problem,
+    formats: Mapping[str, str],
+    menu: Sequence[str],
+    truth: knapsack.Problem,
+    found: Stability,
+    num_buckets: int,
+) -> Certainty:
+    """Give what resampling found the groups' names, and add the null.
+
+    Args:
+        problem: Groups with their costs.
+        formats: The allocation.
+        menu: Formats in the order of the columns; 16 bits is the last one.
+        truth: The problem with the full sample's scores.
+        found: What resampling found.
+        num_buckets: Shards, or sets of shards, that were resampled.
+    """
+    groups, columns = problem.searched, [*menu, NONE]
+    own_G = np.array([columns.index(formats[group.name]) for group in groups])
+    kept_G = found.share_of(own_G)
     return Certainty(
         num_buckets=num_buckets,
         expected_regret=found.expected_regret,
@@ -122,7 +168,7 @@ def assess_solution(
             group.name: {name: share_F[columns.index(name)] for name in group.rows}
             for group, share_F in zip(groups, found.share_GF.tolist(), strict=True)
         },
-        null_score=_null_score(replace(costs, scores_GF=costs.scores_GF + scores_GF)),
+        null_score=_null_score(truth),
     )
 
 

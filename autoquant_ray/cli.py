@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 import autoquant_ray
+from autoquant_ray.cli_domains import domain_options
 from autoquant_ray.cli_edge import (
     Commands,
     common_options,
@@ -133,6 +134,7 @@ def scan(
 @mapping_option("--pin", "GROUP=FORMAT", "Fix a group's format. May be repeated.")
 @mapping_option("--allow", "PATTERN=F1,F2", "Formats that groups may take. May be repeated.")
 @click.option("--max-formats", type=click.IntRange(min=1), help="Most distinct formats.")
+@domain_options
 @click.option(
     "--refine",
     "num_trials",

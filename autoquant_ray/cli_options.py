@@ -11,6 +11,8 @@ import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from autoquant_ray.data_sources import Data
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -60,6 +62,8 @@ def _option(name: str, field: FieldInfo) -> Decorator:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     if name == "disable":
         return click.option(flag, name, multiple=True, metavar="PATTERN", help=text)
+    if field.annotation == Data:
+        return click.option(flag, name, multiple=True, metavar="[NAME=]SOURCE", help=text)
     if name == "bytes":
         return click.option(flag, name, metavar="BYTES", default=None, help=text)
     if name == "stop_when_stable":

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from autoquant_ray.config_values import parse_bytes, parse_gib, parse_share, parse_workers
+from autoquant_ray.data_sources import Data, parse_data
 
 
 def _check_custom_key(key: str) -> str:
@@ -100,9 +101,15 @@ class SearchSpace(BaseModel):
 class ScanConfig(SearchSpace):
     """Everything that one scan needs, from the data to the budget and the workers."""
 
-    data: str = Field(
+    data: Data = Field(
         description="Calibration data: text file, JSONL, Parquet, dataset folder, hub id, or "
-        "'pydoc' (English text that comes with Python)."
+        "'pydoc' (English text that comes with Python). Several, each given as NAME=SOURCE, are "
+        "domains with scores of their own; an existing path with '=' in it is a path."
+    )
+    domain_field: str | None = Field(
+        default=None,
+        description="Column that holds the domain of each text. Scores are kept per domain, so "
+        "that solve can weigh them.",
     )
     out: str = Field(description="Run directory to write: local path, s3:// or gs://.")
     text_field: str = Field(default="text", description="Column that holds the text.")
@@ -110,7 +117,12 @@ class ScanConfig(SearchSpace):
     pack: bool = Field(
         default=False, description="Chop the text into windows of seq-len instead of samples."
     )
-    samples: int = Field(default=128, ge=1, description="Number of samples to use at most.")
+    samples: int = Field(
+        default=128,
+        ge=1,
+        description="Number of samples to use at most: the first ones, whatever their domain-field "
+        "says; of several sources an equal share each, which others do not fill up.",
+    )
     data_seed: int | None = Field(
         default=None,
         ge=0,
@@ -215,6 +227,13 @@ class ScanConfig(SearchSpace):
         "ray://HOST:10001.",
     )
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _parse_data(cls, value: Any) -> Any:
+        if not isinstance(value, str | list | tuple | dict):
+            raise ValueError("must be a source, or several as name: source")
+        return parse_data(value)
+
     @field_validator("bytes", mode="before")
     @classmethod
     def _parse_bytes(cls, value: Any) -> Any:
@@ -239,6 +258,22 @@ class ScanConfig(SearchSpace):
     def _check_budget(self) -> Self:
         if self.bits is None and self.bytes is None:
             raise ValueError("give a budget: bits (average stored bits) or bytes (whole model)")
+        return self
+
+    @model_validator(mode="after")
+    def _check_domains(self) -> Self:
+        if isinstance(self.data, str):
+            return self
+        if self.domain_field is not None:
+            raise ValueError(
+                "domain_field and named sources both name domains; give one source without a "
+                "name, or leave out domain_field"
+            )
+        if self.samples < len(self.data):
+            raise ValueError(
+                f"samples {self.samples} is less than one for each of {len(self.data)} sources; "
+                "give more samples"
+            )
         return self
 
     @model_validator(mode="after")

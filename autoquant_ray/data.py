@@ -96,13 +96,14 @@ class SampleAssembler(Generic[Tokens]):
 
     Args:
         spec: The rules: number and length of samples, packed or not.
+        counts: Where to count, shared with other assemblers; None for counts of its own.
 
     Attributes:
         counts: What happened to the input so far.
     """
 
-    def __init__(self, spec: DataSpec) -> None:
-        self.counts = DataCounts()
+    def __init__(self, spec: DataSpec, counts: DataCounts | None = None) -> None:
+        self.counts = DataCounts() if counts is None else counts
         self._spec = spec
         self._window: Tokens | None = None
 

@@ -70,9 +70,13 @@ class EvaluationConfig(BaseModel):
     def scan_config(self, scan: dict[str, Any]) -> ScanConfig:
         """The run's scan with this data and these workers.
 
+        Other data need not say its domains: all of it is measured together.
+
         Args:
             scan: ``config`` of ``run.json``.
         """
         own = set(ScanConfig.model_fields) & set(type(self).model_fields)
         given = {name: getattr(self, name) for name in own if getattr(self, name) is not None}
+        if given.get("data", scan["data"]) != scan["data"]:
+            given["domain_field"] = None
         return ScanConfig.model_validate(scan | given)

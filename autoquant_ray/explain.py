@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import (
     BITS_PER_BYTE,
     UNQUANTIZED_BITS,
@@ -22,6 +23,8 @@ from autoquant_ray.budget import (
 )
 from autoquant_ray.candidates import make_candidate, solution_formats, solution_options
 from autoquant_ray.certainty import Certainty
+from autoquant_ray.domain_plans import solve_domains
+from autoquant_ray.domain_scores import read_domain_scores
 from autoquant_ray.explain_text import explanation_html
 from autoquant_ray.flips import Flip, Flips
 from autoquant_ray.formats import NONE
@@ -183,17 +186,23 @@ class _Story:
     ) -> None:
         self._state = state
         self._problem = problem
-        self._scores = scores
+        self._total_scores = scores
+        domains = read_domain_scores(state) if options.domains else None
+        self._scores = scores if domains is None else domains.weighted(options.domains)
         self._options = options
         self._start = start
         self._formats = solution_formats(state, start, problem)
-        self._plan_score = make_candidate(problem, scores, "", self._formats).predicted_kl
+        self._plan_score = make_candidate(problem, self._scores, "", self._formats).predicted_kl
+        if options.worst_domain:
+            self._plan_score = state.directory.read_json(f"{start}manifest.json")["solution"][
+                "score"
+            ]
 
     def explain(self, group: GroupChoices) -> Explanation:
         """Everything about a searched group."""
         directory = self._state.directory
         arguments = (self._problem, self._scores, self._options, self._formats)
-        certainty = certainty_of(directory, *arguments)
+        certainty = certainty_of(self._state, *arguments)
         shards = find_shards(self._state, group.name, self._problem, self._options)
         chosen = self._formats[group.name]
         is_imported = "imported_from" in self._state.values
@@ -230,7 +239,10 @@ class _Story:
         certainty: Certainty | None,
         largest: Mapping[str, list[ShardShare]],
     ) -> list[Alternative]:
-        flips = Flips(self._problem, self._scores, self._options, self._formats, self._plan_score)
+        def solve(options: SolveOptions) -> Allocation:
+            return solve_domains(self._state, self._problem, self._total_scores, options)
+
+        flips = Flips(solve, self._options, self._formats, self._plan_score)
         errors = self._standard_errors(group.name)
         shares = {} if certainty is None else certainty.shares[group.name]
         return [
@@ -250,11 +262,17 @@ class _Story:
         ]
 
     def _standard_errors(self, group: str) -> dict[str, float | None]:
+        if self._options.domains:
+            return {}  # the columns are of all tokens alike
         table = self._state.directory.read_table("sensitivity.parquet", "sensitivity")
         columns = (table.column(name).to_pylist() for name in ("group", "format", "score_stderr"))
         return {f: error for name, f, error in zip(*columns, strict=True) if name == group}
 
     def _budget(self) -> str:
         text = " and ".join(b.description for b in self._problem.budgets(self._options))
+        if self._options.domains:
+            text += f" for {', '.join(f'{d}={w:g}' for d, w in self._options.domains.items())}"
+        if self._options.worst_domain:
+            text += " for the worst domain"
         limit = self._options.max_formats
         return text if limit is None else f"{text} with at most {limit} formats"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from autoquant_ray.data_sources import Data
 from autoquant_ray.texts import PYDOC_SOURCE, read_pydoc
 
 _WHOLE_LIMIT_BYTES = 8 * 2**30
@@ -43,3 +45,12 @@ def fingerprint_source(source: str) -> str:
         text = "\0".join(read_pydoc())
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return f"name:{source}"
+
+
+def fingerprint_data(data: Data) -> str:
+    """Hash all sources of a scan's data, with the names of those that have one."""
+    if isinstance(data, str):
+        return fingerprint_source(data)
+    named = {name: fingerprint_source(source) for name, source in data.items()}
+    text = json.dumps(named, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

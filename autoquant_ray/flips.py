@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.allocation import Allocation
+from autoquant_ray.budget import SolveOptions
 from autoquant_ray.errors import InfeasibleBudgetError
-
-Scores = Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +50,7 @@ class Flips:
     """Flips of groups of one solution.
 
     Args:
-        problem: Groups with their costs.
-        scores: (group, format) -> predicted loss.
+        solve: Finds the best allocation for given options.
         options: Budget and constraints of the solution.
         formats: The solution: searched group -> format.
         score: Its summed score.
@@ -60,14 +58,12 @@ class Flips:
 
     def __init__(
         self,
-        problem: Problem,
-        scores: Scores,
+        solve: Callable[[SolveOptions], Allocation],
         options: SolveOptions,
         formats: Mapping[str, str],
         score: float,
     ) -> None:
-        self._problem = problem
-        self._scores = scores
+        self._solve = solve
         self._options = options
         self._formats = formats
         self._score = score
@@ -79,7 +75,7 @@ class Flips:
                 return Flip(others={}, reason=f"--allow {pattern}={','.join(names)} leaves it out")
         options = replace(self._options, pins={**self._options.pins, group: format_})
         try:
-            found = self._problem.solve(self._scores, options)
+            found = self._solve(options)
         except InfeasibleBudgetError as error:
             return Flip(others={}, reason=str(error))
         is_same = format_ == self._formats[group] and found.score >= self._score

@@ -9,8 +9,9 @@ from typing import Any
 
 from autoquant_ray import samples_stage
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.data_sources import data_name
 from autoquant_ray.errors import ConfigError, StoreError
-from autoquant_ray.fingerprint import fingerprint_source
+from autoquant_ray.fingerprint import fingerprint_data, fingerprint_source
 from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
 from autoquant_ray.stage_fingerprints import stage_fingerprints
 from autoquant_ray.state import RunState, numeric_versions
@@ -33,37 +34,56 @@ def require_model(state: RunState, scan: ScanConfig) -> ModelRef:
     return ref
 
 
-def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> int:
-    """Samples at the start of the data that the scan has calibrated on.
+def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> samples_stage.Skip:
+    """Samples at the start of the data, or of each of its sources, that calibration used.
 
     Raises:
         StoreError: The data is the run's own and was changed.
-        ConfigError: It is cut into samples in another way, so that the rest cannot be told.
+        ConfigError: It is cut into samples in another way, so that the rest cannot be told; or it
+            is one of the run's several sources.
     """
     own = ScanConfig.model_validate(state.values["config"])
-    is_own = fingerprint_source(scan.data) == state.values["fingerprints"]["data"]
+    is_own = fingerprint_data(scan.data) == state.values["fingerprints"]["data"]
     if not is_own:
         if not is_given:
             raise StoreError(
-                f"data {scan.data} changed since {state.directory.uri} was made, so that what the "
-                "scan has not seen cannot be told; give other data with --data"
+                f"data {data_name(scan.data)} changed since {state.directory.uri} was made, so "
+                "that what the scan has not seen cannot be told; give other data with --data"
             )
+        _require_not_among(own, scan)
         return 0
     if (scan.text_field, scan.split) != (own.text_field, own.split):
         return 0
-    is_cut_alike = (scan.pack, scan.seq_len) == (own.pack, own.seq_len)
+    cuts = [(one.pack, one.seq_len, one.domain_field) for one in (scan, own)]
+    is_cut_alike = cuts[0] == cuts[1]
     if not is_cut_alike and (scan.pack or own.pack):
         raise ConfigError(
             f"--pack and --seq-len must be those of the scan (pack {own.pack}, {own.seq_len}) on "
             "its own data, or calibration text would be measured; give other data with --data"
         )
-    return int(state.values["dataset"]["num_samples"])
+    dataset = state.values["dataset"]
+    if isinstance(scan.data, str):
+        return int(dataset["num_samples"])
+    return {name: facts["num_samples"] for name, facts in dataset["domains"].items()}
 
 
-def data_key(state: RunState, scan: ScanConfig, skip: int) -> str:
+def _require_not_among(own: ScanConfig, scan: ScanConfig) -> None:
+    if isinstance(own.data, str) or not isinstance(scan.data, str):
+        return
+    given = fingerprint_source(scan.data)
+    for name, source in own.data.items():
+        if fingerprint_source(source) == given:
+            raise ConfigError(
+                f"{scan.data} is the domain {name} of the scan, which calibrated on a part of it; "
+                "leave out --data to measure on what the scan has not seen of all its domains, or "
+                "give other data"
+            )
+
+
+def data_key(state: RunState, scan: ScanConfig, skip: samples_stage.Skip) -> str:
     """Digest of everything that the measured numbers depend on, but the allocation."""
     prints = state.values["fingerprints"]
-    marks = stage_fingerprints(scan, prints["model"], fingerprint_source(scan.data))
+    marks = stage_fingerprints(scan, prints["model"], fingerprint_data(scan.data))
     own = stage_fingerprints(
         ScanConfig.model_validate(state.values["config"]), prints["model"], prints["data"]
     )
@@ -76,7 +96,7 @@ def held_out_samples(
     folder: str,
     scan: ScanConfig,
     ref: ModelRef,
-    skip: int,
+    skip: samples_stage.Skip,
     state: RunState,
 ) -> dict[str, Any]:
     """Held-out samples as shards below the evaluation's folder; read once."""
@@ -89,8 +109,8 @@ def held_out_samples(
             for shard in scratch.list_parts(SAMPLES):
                 content = scratch.read_bytes(part_name(SAMPLES, shard))
                 directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)
-        source = [fingerprint_source(scan.data), scan.text_field, scan.split]
-        told = {"name": scan.data, "source": source, "skipped": skip}
+        source = [fingerprint_data(scan.data), scan.text_field, scan.split]
+        told = {"name": data_name(scan.data), "source": source, "skipped": skip}
         directory.write_json(marker, facts | told)
     found: dict[str, Any] = directory.read_json(marker)
     return found

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.data_sources import sources_of
 from autoquant_ray.errors import ConfigError, one_line
 from autoquant_ray.job import Job, NightlyJob, SweepJob, make_job, require_runs
 from autoquant_ray.nights import parse_date
@@ -115,7 +116,8 @@ def entrypoint(command: Sequence[str]) -> str:
 
 def _require_portable(job: Job, path: str, runs: str | None) -> None:
     for config in _configs(job, runs):
-        for key, value in (("model", config.model), ("data", config.data), ("out", config.out)):
+        sources = (("data", source) for source in sources_of(config.data).values())
+        for key, value in (("model", config.model), *sources, ("out", config.out)):
             where = "--runs" if runs is not None and key == "out" else f"{path}: {key}"
             if _PASSWORD.match(value):
                 raise ConfigError(

@@ -32,7 +32,7 @@ from autoquant_ray.knapsack_single import solve_single
 _SCALE = 1e6  # objective range given to HiGHS, whose absolute gap is 1e-6
 _ROUGH_GAP = 1e-4
 _EXACT = {"mip_rel_gap": 0.0, "node_limit": 5_000}
-_TIGHTER = (0.0, 1e-9, 1e-8, 1e-7, 1e-6)  # relative cuts of the limits after rounding broke one
+TIGHTER = (0.0, 1e-9, 1e-8, 1e-7, 1e-6)  # relative cuts of the limits after rounding broke one
 
 
 def solve_several(problem: Problem) -> Answer | None:
@@ -107,11 +107,11 @@ def solve_milp(
         The best allocation found with HiGHS' own bound, or None where HiGHS found none. Where
         only rounding keeps HiGHS' allocation within the limits, it has a score above all others.
     """
-    model = _Model(problem, max_formats, free)
+    model = LinearModel(problem, max_formats, free)
     first = model.solve(0.0, rough)
     if first is None:
         return None
-    for cut in _TIGHTER:
+    for cut in TIGHTER:
         found = model.solve(cut, rough) if cut else first
         if found is not None and problem.is_within(found[0]):
             score = problem.score(found[0])
@@ -123,7 +123,7 @@ def solve_milp(
 
 def relaxed_multipliers(problem: Problem) -> Floats:
     """Multipliers (R,) of the linear relaxation: score lost per cost, >= 0."""
-    model = _Model(problem, None, None)
+    model = LinearModel(problem, None, None)
     found = linprog(
         model.objective,
         A_ub=model.usage,
@@ -139,7 +139,7 @@ def relaxed_multipliers(problem: Problem) -> Floats:
     return scaled_R * model.cost_scale_R / model.score_scale
 
 
-class _Model:
+class LinearModel:
     """The scaled linear model; one binary variable per choice, then one per counted format."""
 
     def __init__(self, problem: Problem, max_formats: int | None, free: int | None) -> None:
@@ -164,7 +164,8 @@ class _Model:
         self.max_formats = max_formats
         self.counted = np.array([f for f in range(self.shape[1]) if f != free], dtype=np.intp)
 
-    def _constraints(self, cut: float) -> list[LinearConstraint]:
+    def constraints(self, cut: float) -> list[LinearConstraint]:
+        """Rows: one choice per group, the limits lowered by a relative cut, the formats."""
         extra = 0 if self.max_formats is None else len(self.counted)
         pad = sparse.csr_array((self.shape[0], extra))
         pad_usage = sparse.csr_array((len(self.room_R), extra))
@@ -190,7 +191,7 @@ class _Model:
         extra = 0 if self.max_formats is None else len(self.counted)
         found = milp(
             np.concatenate((self.objective, np.zeros(extra))),
-            constraints=self._constraints(cut),
+            constraints=self.constraints(cut),
             integrality=np.ones(len(self.objective) + extra),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": _ROUGH_GAP} if rough else _EXACT,

@@ -195,6 +195,8 @@ def build_manifest(
             "max_formats": options.max_formats,
             "pins": dict(options.pins),
             "allow": {pattern: list(formats) for pattern, formats in options.allow.items()},
+            "domains": dict(options.domains),
+            "worst_domain": options.worst_domain,
         },
         "solution": dict(solution),
         "quantization_config": config,

@@ -89,6 +89,11 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"total score: {summary['score']:.4g} (imported, no unit)")
     else:
         console.print(f"predicted KL: {predicted:.4g} nats per token")
+    for name, one in summary.get("domains", {}).items():
+        console.print(
+            f"  in {escape(name)}: {one['predicted_kl_nats']:.4g} ({one['equal_kl_nats']:.4g} if "
+            "all domains counted alike)"
+        )
     if solution.certainty is not None:
         sure = solution.certainty
         console.print(

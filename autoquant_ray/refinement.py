@@ -10,6 +10,7 @@ from autoquant_ray.candidates import (
     as_allocation,
     solution_formats,
     solution_options,
+    without_domains,
 )
 from autoquant_ray.chosen_on import chosen_also_on, untouched_shards
 from autoquant_ray.evaluation import record
@@ -83,7 +84,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
     state = RunState.open(RunDirectory(config.run))
     start = f"{SOLUTIONS}/{config.solution}/" if config.solution else ""
     problem, scores = load_problem(state)
-    options = solution_options(state, start)
+    options = without_domains(solution_options(state, start))
     formats = solution_formats(state, start, problem)
     with measuring(state, config) as measurement:
         untouched_shards(measurement, start)

@@ -15,6 +15,7 @@ from typing import Any
 from autoquant_ray import samples_stage, stages
 from autoquant_ray.budget import solve_options
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.data_sources import data_name, sources_of
 from autoquant_ray.distributed.metrics import metrics_of
 from autoquant_ray.distributed.placement import (
     Placement,
@@ -27,7 +28,7 @@ from autoquant_ray.distributed.placement import (
 )
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.engine import EngineSpec
-from autoquant_ray.fingerprint import fingerprint_source
+from autoquant_ray.fingerprint import fingerprint_data
 from autoquant_ray.footprint import GIB, choose_placement, footprint
 from autoquant_ray.formats import check_device
 from autoquant_ray.lease import lease
@@ -80,7 +81,8 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     ref = find_model(config.model, trust_remote_code=config.trust_remote_code)
     plan = make_plan(config, ref, device="cuda" if config.device == "auto" else config.device)
     stages.check_budget(plan, config)
-    require_source(config.data)
+    for source in sources_of(config.data).values():
+        require_source(source)
     require_weights(ref)
     if config.placement == "offload":
         require_mappable(ref)
@@ -165,11 +167,11 @@ def _resolve_placement(
 
 
 def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
-    model, data = fingerprint_model(ref), fingerprint_source(config.data)
+    model, data = fingerprint_model(ref), fingerprint_data(config.data)
     return {
         "model": {"name": ref.name, "fingerprint": model},
         "dataset": {
-            "name": config.data,
+            "name": data_name(config.data),
             "max_samples": config.samples,
             "seq_len": config.seq_len,
             "source_fingerprint": data,

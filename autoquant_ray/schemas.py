@@ -5,6 +5,20 @@ from __future__ import annotations
 import pyarrow as pa
 
 _STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
+_SENSITIVITY = {
+    "group": _STRING,
+    "format": _STRING,
+    "score": _FLOAT,
+    "score_stderr": _FLOAT,
+    "elementwise": _FLOAT,
+    "token": _FLOAT,
+    "modelopt_score": _FLOAT,
+    "num_tokens": _INT,
+    "num_shards": _INT,
+    "weight_bits": _FLOAT,
+    "weight_bytes": _FLOAT,
+    "sampling_stderr": _FLOAT,
+}
 SCHEMAS: dict[str, pa.Schema] = {
     "plan": pa.schema(
         {
@@ -34,21 +48,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             "token_variance": _FLOAT,
         }
     ),
-    "sensitivity": pa.schema(
-        {
-            "group": _STRING,
-            "format": _STRING,
-            "score": _FLOAT,
-            "score_stderr": _FLOAT,
-            "elementwise": _FLOAT,
-            "token": _FLOAT,
-            "modelopt_score": _FLOAT,
-            "num_tokens": _INT,
-            "num_shards": _INT,
-            "weight_bits": _FLOAT,
-            "weight_bytes": _FLOAT,
-            "sampling_stderr": _FLOAT,
-        }
+    "sensitivity": pa.schema(_SENSITIVITY),
+    "domain_sensitivity": pa.schema(_SENSITIVITY | {"domain": _STRING}),
+    "domains": pa.schema(
+        {"shard": _INT, "domain": _STRING, "num_samples": _INT, "num_tokens": _INT}
     ),
     "divergences": pa.schema(
         {
@@ -98,6 +101,16 @@ SCHEMAS: dict[str, pa.Schema] = {
         }
     ),
     "resampling": pa.schema({"bucket": _INT, "group": _STRING, "format": _STRING, "sum": _FLOAT}),
+    "domain_resampling": pa.schema(
+        {
+            "domain": _STRING,
+            "bucket": _INT,
+            "num_tokens": _INT,
+            "group": _STRING,
+            "format": _STRING,
+            "sum": _FLOAT,
+        }
+    ),
     "frontier": pa.schema(
         {
             "effective_bits": _FLOAT,
@@ -145,3 +158,6 @@ the schema of their name."""
 
 ADDED_COLUMNS = {"elementwise_variance", "token_variance", "sampling_stderr"}
 """Columns that earlier versions did not write; null where they are missing."""
+
+DOMAIN_FILES = ("domains.parquet", "domain_sensitivity.parquet", "domain_resampling.parquet")
+"""Of a run with several domains: each shard's domain; each domain's scores; what is resampled."""

@@ -124,7 +124,7 @@ class ShardFindings:
         largest: Format -> shards with the largest shares of its score, largest first.
         without: Shard -> format that the group gets when the budget is solved without it; None
             where some group was seen in that shard alone. For the largest shard of every format,
-            if its share is at least 5%.
+            if its share is at least 5%. Empty for a plan made by domains, which needs all of them.
     """
 
     num_shards: int | None = None
@@ -168,7 +168,7 @@ def _formats_without(
 ) -> dict[int, str | None]:
     first = (shares[0] for shares in largest.values() if shares)
     tried = sorted({one.shard for one in first if one.share >= MIN_SHARE})
-    if group in options.pins or len(parts) < 2:
+    if group in options.pins or len(parts) < 2 or options.domains or options.worst_domain:
         return {}
     scores = parts.scores_without(tried) if tried else {}
     return {

@@ -15,6 +15,8 @@ from typing import Any
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.certainty import Certainty, assess_solution
+from autoquant_ray.domain_certainty import assess_weighted
+from autoquant_ray.domain_plans import domain_summary, solve_domains
 from autoquant_ray.errors import ScoreError, StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import (
@@ -119,7 +121,7 @@ def solve_run(
     """
     state = RunState.open(directory)
     problem, scores = load_problem(state)
-    allocation = problem.solve(scores, options)
+    allocation = solve_domains(state, problem, scores, options)
     name = solution_name(options) if folder is None else folder.rstrip("/")
     return write_solution(state, problem, scores, options, allocation, name)
 
@@ -149,8 +151,9 @@ def write_solution(
     plan = state.values["plan"]
     is_imported = "imported_from" in state.values
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
+    summary |= domain_summary(state, problem, scores, options, formats)
     config = quantization_config(problem, formats, plan)
-    certainty = certainty_of(directory, problem, scores, options, formats)
+    certainty = certainty_of(state, problem, scores, options, formats)
     manifest = build_manifest(state.values, options, summary, config, certainty) | dict(notes or {})
     start = f"{SOLUTIONS}/{name}/" if name else ""
     paths = {
@@ -177,7 +180,7 @@ def write_solution(
 
 
 def certainty_of(
-    directory: RunDirectory,
+    state: RunState,
     problem: Problem,
     scores: Scores,
     options: SolveOptions,
@@ -185,11 +188,14 @@ def certainty_of(
 ) -> Certainty | None:
     """How sure an allocation is, from the sums that the run keeps for it.
 
-    None for an imported run and for one of an earlier version: no shards to resample.
+    None for an imported run and for one of an earlier version: no shards to resample. None for the
+    least loss of the worst domain too: no fast solver solves its resamples.
     """
-    if not directory.exists("resampling.parquet"):
+    if options.worst_domain or not state.directory.exists("resampling.parquet"):
         return None
-    buckets = directory.read_table("resampling.parquet", "resampling")
+    if options.domains:
+        return assess_weighted(state, problem, options, formats)
+    buckets = state.directory.read_table("resampling.parquet", "resampling")
     return assess_solution(problem, scores, options, formats, buckets)
 
 
@@ -208,6 +214,10 @@ def solution_name(options: SolveOptions) -> str:
         "pins": sorted(options.pins.items()),
         "allow": sorted((pattern, list(formats)) for pattern, formats in options.allow.items()),
     }
+    if options.worst_domain:
+        parts.append("worst-domain")
+    if options.domains:
+        rest["domains"] = sorted((name, f"{w:.9g}") for name, w in options.domains.items())
     if rest != {
         "bits_over": "searched",
         "cost": "storage",

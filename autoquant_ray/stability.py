@@ -82,6 +82,20 @@ def assess(
         The comparison, or None where an allocation within the limits was not found.
     """
     truth = replace(problem, scores_GF=problem.scores_GF + sums_SGF.cumsum(axis=0)[-1])
+    return compare_resamples(problem, truth, _resampled(sums_SGF, seed, num_resamples))
+
+
+def compare_resamples(problem: Problem, truth: Problem, totals_BGF: Floats) -> Stability | None:
+    """Solve every resample and compare its allocation with that of the full sample.
+
+    Args:
+        problem: Costs and limits; its scores are 0, and inf where a group lacks a format.
+        truth: The same with the full sample's scores.
+        totals_BGF: The resamples' scores.
+
+    Returns:
+        The comparison, or None where an allocation within the limits was not found.
+    """
     own = allocate(truth)
     if own is None:
         return None
@@ -90,7 +104,8 @@ def assess(
     losses = []
     share_GF = np.zeros_like(truth.scores_GF)
     groups_G = np.arange(len(columns_G))
-    for totals_GF in _resampled(sums_SGF, seed, num_resamples):
+    num_resamples = len(totals_BGF)
+    for totals_GF in totals_BGF:
         resample = replace(problem, scores_GF=problem.scores_GF + totals_GF)
         other = allocate(resample, price)
         if other is None:
@@ -157,11 +172,15 @@ def _first_price(problem: Problem) -> float:
     return 1e-6 * scores / float(problem.costs_RGF[1].sum()) if scores > 0 else 1e-300
 
 
+def drawn_counts(num_shards: int, seed: Sequence[int], num_resamples: int) -> Indices:
+    """How often each shard is in each resample (B, S) of as many shards as there are."""
+    drawn_BS = np.random.default_rng(seed).integers(num_shards, size=(num_resamples, num_shards))
+    return np.stack([np.bincount(drawn_S, minlength=num_shards) for drawn_S in drawn_BS])
+
+
 def _resampled(sums_SGF: Floats, seed: Sequence[int], num_resamples: int) -> Floats:
     """Totals (B, G, F) of as many shards as there are, drawn with replacement."""
-    num_shards = len(sums_SGF)
-    drawn_BS = np.random.default_rng(seed).integers(num_shards, size=(num_resamples, num_shards))
-    counts_BS = np.stack([np.bincount(drawn_S, minlength=num_shards) for drawn_S in drawn_BS])
+    counts_BS = drawn_counts(len(sums_SGF), seed, num_resamples)
     totals_BGF = np.zeros((num_resamples, *sums_SGF.shape[1:]))
     for counts_B, sums_GF in zip(counts_BS.T, sums_SGF, strict=True):
         totals_BGF += counts_B[:, None, None] * sums_GF

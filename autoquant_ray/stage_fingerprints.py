@@ -19,6 +19,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "seq_len",
         "shard_samples",
         "data_seed",
+        "domain_field",
     ),
     "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
     "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
@@ -27,7 +28,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields that each stage's result depends on, in the order of the stages."""
 
-ADDED_FIELDS = ("data_seed",)
+ADDED_FIELDS = ("data_seed", "domain_field")
 """Fields that earlier versions did not have; None means what those versions did."""
 
 

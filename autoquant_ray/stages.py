@@ -21,6 +21,7 @@ from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.pool import Outcome, Submit, WorkerPool
 from autoquant_ray.distributed.progress import Throughput, progress
 from autoquant_ray.distributed.worker import ShardTask
+from autoquant_ray.domain_scores import write_domain_scores
 from autoquant_ray.errors import Interrupted, StoreError, WorkerError
 from autoquant_ray.interrupts import stop_on_signal
 from autoquant_ray.parts import Parts, map_ahead
@@ -182,6 +183,7 @@ def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
         parts = Parts(directory, SCORES, state.used_shards)
         result = aggregate_parts(parts, plan_rows, config.estimator)
         directory.write_table("resampling.parquet", "resampling", result.buckets)
+        write_domain_scores(state, plan_rows, config.estimator)
         directory.write_table("sensitivity.parquet", "sensitivity", result.rows)
         state.values["used"] = stopping_stage.used_data(state, state.used_shards)
 

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from autoquant_ray.errors import StoreError, StoreLostError, one_line
 from autoquant_ray.filesystems import child_uri, explain, open_place
-from autoquant_ray.schemas import ADDED_COLUMNS, SCHEMAS
+from autoquant_ray.schemas import ADDED_COLUMNS, DOMAIN_FILES, SCHEMAS
 
 SCHEMA_VERSION = 1
 _FLUSH_S = 10.0
@@ -39,7 +39,6 @@ EVALUATION = "evaluation"
 """Folder of what was measured: per data set, per allocation, one part per shard."""
 LOCK = ".lock"
 """Folder of the claims of whoever works on the run; it is not part of the run."""
-
 DRIFT_JSON, DRIFT_MARKDOWN = "drift.json", "drift.md"
 """What a nightly run found against its baseline."""
 
@@ -48,6 +47,7 @@ _OWN_FILES = {
     RUN_FILE,
     "plan.parquet",
     "calibration.parquet",
+    *DOMAIN_FILES,
     "sensitivity.parquet",
     "resampling.parquet",
     "evaluation.parquet",

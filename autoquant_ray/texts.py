@@ -8,6 +8,7 @@ little. Which tokens form a sample is decided in :mod:`autoquant_ray.data`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ PYDOC_SOURCE = "pydoc"
 _FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _DOCUMENT_SEPARATOR = "\n\n"
 _PARQUET_BATCH_ROWS = 1024
+_DOMAIN = re.compile(r"[^,\x00-\x1f]+")
+_MAX_DOMAIN_LENGTH = 64
+
+Row = tuple[str, str]
+"""A text and its domain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,7 @@ class DataSpec:
         pack: Chop the running text into windows of ``seq_len`` tokens instead of taking every
             text as a sample.
         shuffle_seed: Seed of the texts' order; None keeps the source's own.
+        domain_field: Column that holds each text's domain; None where the source is one.
     """
 
     source: str
@@ -47,34 +54,50 @@ class DataSpec:
     seq_len: int
     pack: bool = False
     shuffle_seed: int | None = None
+    domain_field: str | None = None
 
 
 def read_texts(spec: DataSpec) -> Iterator[str]:
+    """The texts of :func:`read_rows` alone."""
+    return (text for text, _ in read_rows(spec))
+
+
+def read_rows(spec: DataSpec) -> Iterator[Row]:
     """Read the texts of a source, in its own order or shuffled, empty ones included.
 
     Memory is bounded by the longest text, except for a ``.json`` file that holds one array, which
     is read whole. With ``pack``, the texts joined are the text to chop: lines of a text file keep
-    their line end, other documents are separated by an empty line.
+    their line end, other documents are separated by an empty line, within each domain.
+
+    Yields:
+        Each text with its domain, '' without a ``domain_field``.
 
     Raises:
-        DataError: At once for a source that does not exist or is of an unknown kind, or a packed
-            text file that is to be shuffled: its lines are one running text; while iterating for
-            a missing ``text_field``, or a row that cannot be read or holds no text.
+        DataError: At once for a source that does not exist, is of an unknown kind or has no
+            columns for ``domain_field``, or a packed text file that is to be shuffled: its lines
+            are one running text; while iterating for a missing ``text_field``, or a row that
+            cannot be read or holds no text or domain.
     """
     require_source(spec.source)
     path = Path(spec.source).expanduser()
     if spec.source == PYDOC_SOURCE:
-        documents = read_pydoc()
+        _require_columns(spec)
+        documents: Iterator[Row] = ((text, "") for text in read_pydoc())
     elif path.is_file():
         reader = _READERS.get(path.suffix.lower())
         if reader is None:
+            _require_columns(spec)
             _require_separate_lines(spec)
-            return shuffled(_read_text_lines(path, keep_line_ends=spec.pack), spec.shuffle_seed)
+            return _shuffled(_read_text_lines(path, keep_line_ends=spec.pack), spec)
         documents = reader(path, spec)
     else:
         documents = _read_dataset(path, spec)
-    documents = shuffled(documents, spec.shuffle_seed)
+    documents = _shuffled(documents, spec)
     return _separated(documents) if spec.pack else documents
+
+
+def _shuffled(rows: Iterable[Row], spec: DataSpec) -> Iterator[Row]:
+    return shuffled(rows, spec.shuffle_seed, length=lambda row: len(row[0]))
 
 
 def require_source(source: str) -> None:
@@ -98,19 +121,27 @@ def _require_separate_lines(spec: DataSpec) -> None:
         )
 
 
+def _require_columns(spec: DataSpec) -> None:
+    if spec.domain_field is not None:
+        raise DataError(
+            f"data source {spec.source} has no field {spec.domain_field!r}: it has no columns; "
+            "give JSONL or Parquet, or name the domains with --data NAME=SOURCE"
+        )
+
+
 def _looks_like_path(source: str) -> bool:
     is_rooted = "/" in source and source.startswith((".", "/", "~"))
     return is_rooted or source.lower().endswith(_FILE_SUFFIXES)
 
 
-def _separated(documents: Iterable[str]) -> Iterator[str]:
-    separator = ""
-    for document in documents:
+def _separated(documents: Iterable[Row]) -> Iterator[Row]:
+    started: set[str] = set()
+    for document, domain in documents:
         if document.strip():
-            yield separator + document
-            separator = _DOCUMENT_SEPARATOR
+            yield (_DOCUMENT_SEPARATOR if domain in started else "") + document, domain
+            started.add(domain)
         else:
-            yield ""
+            yield "", domain
 
 
 def read_pydoc() -> Iterator[str]:
@@ -120,9 +151,9 @@ def read_pydoc() -> Iterator[str]:
     return (topics[name] for name in sorted(topics))
 
 
-def _read_text_lines(path: Path, *, keep_line_ends: bool) -> Iterator[str]:
+def _read_text_lines(path: Path, *, keep_line_ends: bool) -> Iterator[Row]:
     for _, line in _decoded_lines(path):
-        yield line if keep_line_ends else line.removesuffix("\n")
+        yield line if keep_line_ends else line.removesuffix("\n"), ""
 
 
 def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -138,20 +169,20 @@ def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from None
 
 
-def _read_json(path: Path, spec: DataSpec) -> Iterator[str]:
+def _read_json(path: Path, spec: DataSpec) -> Iterator[Row]:
     first_lines = (line.strip() for _, line in _decoded_lines(path))
     is_array = next((line for line in first_lines if line), "").startswith("[")
     if not is_array:
         return _read_json_lines(path, spec)
     rows = _parse_json("".join(line for _, line in _decoded_lines(path)), str(path))
-    return (_text_of(row, spec, f"row {number}") for number, row in enumerate(rows, start=1))
+    return (_row_of(row, spec, f"row {number}") for number, row in enumerate(rows, start=1))
 
 
-def _read_json_lines(path: Path, spec: DataSpec) -> Iterator[str]:
+def _read_json_lines(path: Path, spec: DataSpec) -> Iterator[Row]:
     for number, line in _decoded_lines(path):
         if line.strip():
             row = _parse_json(line, f"{path} line {number}")
-            yield _text_of(row, spec, f"line {number}")
+            yield _row_of(row, spec, f"line {number}")
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -161,49 +192,44 @@ def _parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where} is not valid JSON: {one_line(error)}") from None
 
 
-def _read_parquet(path: Path, spec: DataSpec) -> Iterator[str]:
+def _read_parquet(path: Path, spec: DataSpec) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         # Buffering ahead would hold more the longer the file is.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-            _require_field(file.schema_arrow.names, spec)
-            batches = file.iter_batches(
-                _PARQUET_BATCH_ROWS, columns=[spec.text_field], use_threads=False
-            )
-            values = (
-                value for batch in batches for value in batch.column(spec.text_field).to_pylist()
-            )
-            for number, value in enumerate(values, start=1):
-                yield _checked_text(value, spec, f"row {number}")
+            columns = _columns(file.schema_arrow.names, spec)
+            batches = file.iter_batches(_PARQUET_BATCH_ROWS, columns=columns, use_threads=False)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield _row_of(row, spec, f"row {number}")
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet: {one_line(error)}") from None
 
 
-def _read_dataset(path: Path, spec: DataSpec) -> Iterator[str]:
+def _read_dataset(path: Path, spec: DataSpec) -> Iterator[Row]:
     import datasets
 
     failures = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError)
     try:
         dataset = _open_dataset(path, spec)
         if dataset.column_names is not None:
-            _require_field(dataset.column_names, spec)
-            dataset = dataset.select_columns([spec.text_field])
+            dataset = dataset.select_columns(_columns(dataset.column_names, spec))
     except (*failures, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"data source {spec.source} cannot be loaded as a dataset folder or hub id: "
             f"{one_line(error)}"
         ) from None
 
-    def texts() -> Iterator[str]:
+    def rows() -> Iterator[Row]:
         try:
             for number, row in enumerate(dataset, start=1):
-                yield _text_of(row, spec, f"row {number}")
+                yield _row_of(row, spec, f"row {number}")
         except (*failures, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"data source {spec.source}: {one_line(error)}") from None
 
-    return texts()
+    return rows()
 
 
 def _open_dataset(path: Path, spec: DataSpec) -> Any:
@@ -220,33 +246,47 @@ def _open_dataset(path: Path, spec: DataSpec) -> Any:
     return datasets.load_dataset(name, split=spec.split, streaming=True)
 
 
-def _text_of(row: Any, spec: DataSpec, where: str) -> str:
+def _row_of(row: Any, spec: DataSpec, where: str) -> Row:
     if not isinstance(row, dict):
         kind = type(row).__name__
         raise DataError(f"data source {spec.source} {where} is not an object but {kind}")
-    _require_field(row, spec, where)
-    return _checked_text(row[spec.text_field], spec, where)
-
-
-def _require_field(columns: Iterable[str], spec: DataSpec, where: str = "") -> None:
-    if spec.text_field not in columns:
-        place = f"{spec.source} {where}".strip()
+    _columns(row, spec, where)
+    text = _checked_text(row[spec.text_field], spec.text_field, spec, where)
+    if spec.domain_field is None:
+        return text, ""
+    domain = _checked_text(row[spec.domain_field], spec.domain_field, spec, where).strip()
+    if not domain or len(domain) > _MAX_DOMAIN_LENGTH or not _DOMAIN.fullmatch(domain):
         raise DataError(
-            f"data source {place} has no field {spec.text_field!r}; it has: "
-            f"{', '.join(columns) or 'none'}; name one with --text-field"
+            f"data source {spec.source} {where}: field {spec.domain_field!r} holds "
+            f"{domain[:80]!r}, which is no domain: give 1 to {_MAX_DOMAIN_LENGTH} characters "
+            "without commas"
         )
+    return text, domain
 
 
-def _checked_text(value: Any, spec: DataSpec, where: str) -> str:
+def _columns(columns: Iterable[str], spec: DataSpec, where: str = "") -> list[str]:
+    """The columns that are read; checks that they are there."""
+    wanted = {"--text-field": spec.text_field, "--domain-field": spec.domain_field}
+    for flag, field in wanted.items():
+        if field is not None and field not in columns:
+            place = f"{spec.source} {where}".strip()
+            raise DataError(
+                f"data source {place} has no field {field!r}; it has: "
+                f"{', '.join(columns) or 'none'}; name one with {flag}"
+            )
+    return list(dict.fromkeys(field for field in wanted.values() if field is not None))
+
+
+def _checked_text(value: Any, field: str, spec: DataSpec, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(
-            f"data source {spec.source} {where}: field {spec.text_field!r} holds "
+            f"data source {spec.source} {where}: field {field!r} holds "
             f"{type(value).__name__}, not text"
         )
     return value
 
 
-_READERS: dict[str, Callable[[Path, DataSpec], Iterator[str]]] = {
+_READERS: dict[str, Callable[[Path, DataSpec], Iterator[Row]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,

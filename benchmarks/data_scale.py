@@ -88,7 +88,7 @@ def run_stage(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
 
     from autoquant_ray import samples_stage
     from autoquant_ray.config import ScanConfig
-    from autoquant_ray.fingerprint import fingerprint_source
+    from autoquant_ray.fingerprint import fingerprint_data
     from autoquant_ray.state import RunState
     from autoquant_ray.store import RunDirectory
     from autoquant_ray.tokenizer import TokenizerRef
@@ -112,7 +112,7 @@ def run_stage(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     )
     start_mib = peak_mib()
     start, cpu_s = time.time(), time.process_time()
-    data = fingerprint_source(config.data)
+    data = fingerprint_data(config.data)
     fingerprint_s = time.time() - start
     scratch = RunDirectory(str(folder / "scratch"))
     facts = samples_stage.read_samples(config, TokenizerRef(model=str(folder)), scratch)

@@ -10,6 +10,7 @@ from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import allocation_key
 from autoquant_ray.report.audit import AuditData, audit_section
+from autoquant_ray.report.domains import DomainSection, describe_domains, domain_section
 from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
@@ -50,6 +51,7 @@ class ReportContent:
         warnings: Sentences that the reader must see.
         measured: What evaluations of this solution found.
         audit: Of a solution that an audit made: which scores were measured.
+        domains: What it loses in each domain; None where the data has none.
     """
 
     title: str
@@ -60,7 +62,8 @@ class ReportContent:
     unit: str
     warnings: list[str]
     measured: list[MeasuredData]
-    audit: AuditData | None
+    audit: AuditData | None = None
+    domains: DomainSection | None = None
 
 
 def collect_content(state: RunState, start: str) -> ReportContent:
@@ -93,6 +96,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         warnings=_warnings(run, rows),
         measured=_measured(state, start, rows),
         audit=_audit(state, start, manifest.get("audit")),
+        domains=domain_section(manifest),
     )
 
 
@@ -251,7 +255,7 @@ def _budget(budget: dict[str, Any]) -> str:
         parts.append(f"at most {budget['max_formats']} formats")
     parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
     parts.extend(f"{pattern} in {', '.join(f)}" for pattern, f in budget["allow"].items())
-    return "; ".join(parts)
+    return "; ".join([*parts, *describe_domains(budget)])
 
 
 def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ from html import escape
 
 from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
 from autoquant_ray.report.content import ReportContent, format_score
+from autoquant_ray.report.domains import DOMAIN_HEADS
 from autoquant_ray.report.measured import HEADS
 
 _STYLE = """
@@ -50,6 +51,9 @@ def render_html(content: ReportContent) -> str:
         found = content.audit
         measured += f"<h2>Scores against measured</h2><p>{escape(found.title)}.</p>"
         measured += f"<p>{escape(found.verdict)}</p>{_table(AUDIT_HEADS, found.rows)}"
+    if content.domains is not None:
+        table = _table(DOMAIN_HEADS, content.domains.rows)
+        measured = f"<h2>Who pays</h2><p>{escape(content.domains.text)}</p>{table}{measured}"
     title = escape(content.title)
     heads = ("Layer", "Num Bits", "Sensitivity", "Size Cost", "Chosen")
     return (

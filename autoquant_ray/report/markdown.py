@@ -5,6 +5,7 @@ from __future__ import annotations
 from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
 from autoquant_ray.report.audit import AuditData
 from autoquant_ray.report.content import ReportContent, format_score
+from autoquant_ray.report.domains import DOMAIN_HEADS
 from autoquant_ray.report.measured import HEADS, MeasuredData
 
 _EXPLANATION = (
@@ -21,6 +22,11 @@ def render_markdown(content: ReportContent) -> str:
     if content.warnings:
         lines += ["", "## To know", ""]
         lines += [f"- {plain_text(warning)}" for warning in content.warnings]
+    if content.domains is not None:
+        lines += ["", "## Who pays", "", plain_text(content.domains.text), ""]
+        lines += [f"| {' | '.join(DOMAIN_HEADS)} |", "|---" * len(DOMAIN_HEADS) + "|"]
+        for cells in content.domains.rows:
+            lines.append(f"| {' | '.join(plain_text(cell) for cell in cells)} |")
     for section in content.measured:
         lines += _section("Predicted against measured", HEADS, section)
     if content.audit is not None:

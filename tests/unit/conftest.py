@@ -96,6 +96,7 @@ def write_run() -> Any:
         scores: list[ShardScores],
         mode: Mode = "new",
         weights: Path | None = None,
+        domains: tuple[str, ...] = (),
     ) -> RunDirectory:
         marks = stage_fingerprints(config, **identity["fingerprints"])
         directory = RunDirectory(config.out)
@@ -107,6 +108,10 @@ def write_run() -> Any:
         for shard, of_shard in enumerate(scores):
             part = score_part(shard, groups, formats, of_shard)
             directory.write_table(part_name(SCORES, shard), "scores", part)
+        if domains:
+            sizes = {"num_samples": 4, "num_tokens": 54}
+            rows = [{"shard": s, "domain": name} | sizes for s, name in enumerate(domains)]
+            directory.write_table("domains.parquet", "domains", rows)
         aggregate(state, config, marks["aggregate"])
         return directory
 
@@ -115,7 +120,7 @@ def write_run() -> Any:
 
 @pytest.fixture
 def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
-    """A scored run directory without Ray: made-up sums in a few shards, aggregated for real.
+    """A scored run directory without Ray: made-up sums in some shards, aggregated for real.
 
     The finer a format, the smaller its score; every group has its own scale.
     """
@@ -125,6 +130,7 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
         formats: tuple[str, ...] = RUN_FORMATS,
         disable: tuple[str, ...] = ("lm_head",),
         name: str = "run",
+        domains: tuple[str, ...] = (),
         num_shards: int = 2,
     ) -> RunDirectory:
         plan = build_plan(make_model(family), resolve_formats(formats, device="cpu"), disable)
@@ -138,10 +144,12 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
             dtype="float32",
             bits=8,
         )
+        num_samples = 4 * num_shards
         facts = {
-            "counts": {"read": 8, "used": 8, "empty": 0, "too_short": 0, "cut": 0},
-            "num_samples": 8,
-            "num_tokens": 108,
+            "counts": {"read": num_samples, "used": num_samples}
+            | dict.fromkeys(("empty", "too_short", "cut"), 0),
+            "num_samples": num_samples,
+            "num_tokens": 54 * num_shards,
             "num_shards": num_shards,
         }
         identity = {
@@ -150,7 +158,7 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
             "fingerprints": {"model": "model", "data": "data"},
         }
         scores = [_made_up_scores(plan, shard) for shard in range(num_shards)]
-        return write_run(config, plan, identity, scores)
+        return write_run(config, plan, identity, scores, domains=domains)
 
     return build
 

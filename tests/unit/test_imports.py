@@ -35,6 +35,8 @@ PURE = (
     "config",
     "stage_fingerprints",
     "data",
+    "data_sources",
+    "domain_*",
     "engine",
     "errors",
     "events",

@@ -1,0 +1,139 @@
+"""Solving by domains, and who pays for an allocation.
+
+With ``KL_d(x)`` the predicted loss of allocation x in nats per token of domain d, ``--domains``
+minimises ``sum_d w_d * KL_d(x)``: a knapsack like any other, with weighted scores.
+``--worst-domain`` minimises ``max_d KL_d(x)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from autoquant_ray import allocation as allocations
+from autoquant_ray import knapsack
+from autoquant_ray.allocation import Allocation, Choice, restrict
+from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.domain_scores import DomainScores, read_domain_scores
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.formats import NONE
+from autoquant_ray.knapsack_worst import solve_worst
+from autoquant_ray.state import RunState
+
+Scores = Mapping[tuple[str, str], float]
+
+
+def solve_domains(
+    state: RunState, problem: Problem, scores: Scores, options: SolveOptions
+) -> Allocation:
+    """Choose formats for the least of what the options ask for.
+
+    Args:
+        state: The run.
+        problem: Its groups with their costs.
+        scores: (group, format) -> nats per token of the whole data.
+        options: Budget, constraints and domains.
+
+    Returns:
+        The allocation; its score is what was made least.
+
+    Raises:
+        InfeasibleBudgetError: With the reachable range.
+        ConfigError: The run has no such domain, or none at all; or as ``Problem.solve``.
+    """
+    if not options.domains and not options.worst_domain:
+        return problem.solve(scores, options)
+    domains = read_domain_scores(state)
+    if domains is None:
+        raise ConfigError(
+            f"{state.directory.uri} has no scores by domain; scan with --domain-field FIELD, or "
+            "with two --data NAME=SOURCE or more"
+        )
+    if options.domains:
+        return problem.solve(domains.weighted(options.domains), options)
+    return _solve_worst(problem, domains, options)
+
+
+def domain_summary(
+    state: RunState,
+    problem: Problem,
+    scores: Scores,
+    options: SolveOptions,
+    formats: Mapping[str, str],
+) -> dict[str, Any]:
+    """What ``solution`` in ``manifest.json`` says about domains; nothing where there are none.
+
+    ``domains``: name -> ``num_tokens``, ``weight`` (null unless the plan was solved for weights),
+    ``predicted_kl_nats``, and ``equal_kl_nats``: the same of the plan that weighs all domains alike
+    under the same budget and constraints. ``predicted_kl_nats`` stays that of all tokens, whatever
+    was made least; ``score`` is what was.
+
+    Args:
+        state: The run.
+        problem: Its groups with their costs.
+        scores: (group, format) -> nats per token of the whole data.
+        options: What the plan was solved for.
+        formats: The plan: group -> format.
+    """
+    domains = read_domain_scores(state)
+    if domains is None:
+        return {}
+    equal = problem.solve(domains.weighted(domains.equal_weights), options).formats
+    own_losses, equal_losses = domains.losses(formats), domains.losses(equal)
+    told = {
+        name: {
+            "num_tokens": domains.num_tokens[name],
+            "weight": options.domains.get(name, 0.0) if options.domains else None,
+            "predicted_kl_nats": own_losses[name],
+            "equal_kl_nats": equal_losses[name],
+        }
+        for name in domains.scores
+    }
+    chosen = ((g, f) for g, f in formats.items() if f != NONE)
+    return {"domains": told, "predicted_kl_nats": math.fsum(scores[key] for key in chosen)}
+
+
+def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions) -> Allocation:
+    equal = domains.weighted(domains.equal_weights)
+    choices = restrict(problem.choices(equal), options.pins, options.allow)
+    budgets = problem.budgets(options)
+    groups = list(dict.fromkeys(choice.group for choice in choices))
+    formats = list(dict.fromkeys(choice.format for choice in choices))
+    table = {(choice.group, choice.format): choice for choice in choices}
+
+    def array(value: Any, missing: float) -> knapsack.Floats:
+        keys = [[(group, name) for name in formats] for group in groups]
+        rows = [[value(table[key]) if key in table else missing for key in row] for row in keys]
+        return np.array(rows, dtype=np.float64)
+
+    resources = [budget.resource for budget in budgets]
+    costs_RGF = np.stack([array(lambda c, name=name: c.costs[name], 0.0) for name in resources])
+    scores_DGF = np.stack(
+        [array(lambda c, own=own: _score(c, own), np.inf) for own in domains.scores.values()]
+    )
+    answer = solve_worst(
+        knapsack.Problem(
+            scores_GF=np.where(np.isfinite(scores_DGF[0]), 0.0, np.inf),
+            costs_RGF=costs_RGF,
+            limits_R=np.array([float(budget.limit) for budget in budgets]),
+        ),
+        scores_DGF,
+        options.max_formats,
+        formats.index(NONE) if NONE in formats else None,
+    )
+    if answer is None:
+        return problem.solve(equal, options)  # raises, with the reachable range
+    chosen = [
+        table[group, formats[column]]
+        for group, column in zip(groups, answer.columns_G, strict=True)
+    ]
+    found = allocations.solve(chosen, budgets)
+    return replace(found, score=answer.score, optimality_gap=answer.gap)
+
+
+def _score(choice: Choice, scores: Scores) -> float:
+    return 0.0 if choice.format == NONE else scores[choice.group, choice.format]
