@@ -23,7 +23,8 @@ from autoquant_ray.config_file import validate
 from autoquant_ray.config_values import parse_bytes
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluation_config import EvaluationConfig
-from autoquant_ray.frontier import Point, frontier_of, smallest_within
+from autoquant_ray.frontier import frontier_of, smallest_within
+from autoquant_ray.frontier_curve import Point
 from autoquant_ray.manifest import load_quantization_config
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.solve import Solution, solve_run

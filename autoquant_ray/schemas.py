@@ -83,7 +83,15 @@ SCHEMAS: dict[str, pa.Schema] = {
             "num_samples": _INT,
         }
     ),
-    "resampling": pa.schema({"bucket": _INT, "group": _STRING, "format": _STRING, "sum": _FLOAT}),
+    "resampling": pa.schema(
+        {
+            "bucket": _INT,
+            "group": _STRING,
+            "format": _STRING,
+            "sum": _FLOAT,
+            "bucket_tokens": _INT,
+        }
+    ),
     "frontier": pa.schema(
         {
             "effective_bits": _FLOAT,
@@ -129,5 +137,5 @@ SCHEMAS: dict[str, pa.Schema] = {
 """Columns of every Parquet file of a run, and of the history of a folder of runs; part folders use
 the schema of their name."""
 
-ADDED_COLUMNS = {"elementwise_variance", "token_variance", "sampling_stderr"}
+ADDED_COLUMNS = {"elementwise_variance", "token_variance", "sampling_stderr", "bucket_tokens"}
 """Columns that earlier versions did not write; null where they are missing."""
