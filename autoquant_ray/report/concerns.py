@@ -56,8 +56,8 @@ class Evidence:
         num_shards: Shards behind the scores; None for imported scores.
         quarantined: Entries of ``run.json``.
         labels: ``model``, ``data``, or None for imported scores.
-        measured: (data set, the solution's row of ``evaluation.parquet``, its rivals' rows) for
-            every data set that it was evaluated on; shuffled plans merged into one row.
+        measured: Rows of ``evaluation.parquet``, a list per data set: the solution's, then its
+            rivals', shuffled plans merged into one.
         coin_tosses: Groups whose format is not decided.
         expected_regret: Share of the predicted KL; None where unknown.
         null: Loss of plans from shuffled scores; None where unknown.

@@ -10,6 +10,7 @@ and 84 MB installed, Matplotlib 0.3 s to import, in a ``solve`` that takes one s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from autoquant_ray.report.site_charts import Tick
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 40, 46
 _CHARACTER, _LINE = 7.0, 15.0
 _MAX_DECADES = 5
+_STEP = 5.0
 _TICK_WIDTH = 48
 _LABELLED = ("plan", "knee", "uniform")
 
@@ -142,7 +144,11 @@ def draw_frontier(dots: Sequence[Dot], *, width: int, height: int) -> Drawing | 
         size_ticks=_size_ticks(curve, x_ticks, x_of),
         line="M" + "L".join(f"{x_of(dot.bits)} {y_of(dot.loss)}" for dot in curve),
         marks=sorted(marks, key=lambda mark: _ORDER.index(mark.kind)),
-        labels=_labels(list(zip(shown, marks, strict=True)), (_LEFT, _TOP, right, base)),
+        labels=_labels(
+            list(zip(shown, marks, strict=True)),
+            _along([(x_of(dot.bits), y_of(dot.loss)) for dot in curve]),
+            (_LEFT, _TOP, right, base),
+        ),
     )
 
 
@@ -223,9 +229,20 @@ def _size_ticks(
     return ticks
 
 
-def _labels(points: Sequence[tuple[Dot, Mark]], frame: Box) -> list[Label]:
+def _along(corners: Sequence[tuple[float, float]]) -> list[Box]:
+    """Small boxes along a line, which names must not cover."""
+    boxes = []
+    for (x, y), (to_x, to_y) in itertools.pairwise(corners):
+        count = max(1, math.ceil(math.hypot(to_x - x, to_y - y) / _STEP))
+        for n in range(count):
+            at_x, at_y = x + (to_x - x) * n / count, y + (to_y - y) * n / count
+            boxes.append((at_x - 2, at_y - 2, at_x + 2, at_y + 2))
+    return boxes
+
+
+def _labels(points: Sequence[tuple[Dot, Mark]], line: Sequence[Box], frame: Box) -> list[Label]:
     """Names beside points where there is room; the most important ones first."""
-    taken = [(m.x - 5, m.y - 5, m.x + 5, m.y + 5) for d, m in points if d.kind != "curve"]
+    taken = [*line, *_around(points)]
     labels = []
     for kind in _LABELLED:
         for dot, mark in points:
@@ -237,16 +254,20 @@ def _labels(points: Sequence[tuple[Dot, Mark]], frame: Box) -> list[Label]:
     return labels
 
 
+def _around(points: Sequence[tuple[Dot, Mark]]) -> list[Box]:
+    return [(m.x - 5, m.y - 5, m.x + 5, m.y + 5) for d, m in points if d.kind != "curve"]
+
+
 def _place(text: str, mark: Mark, taken: Sequence[Box], frame: Box) -> tuple[Label, Box] | None:
     """The first free place around a point: right, left, above, below."""
     wide = _CHARACTER * len(text)
     candidates = (
         (mark.x + 10, mark.y + 4, "start", 0.0),
+        (mark.x + 7, mark.y - 9, "start", 0.0),
         (mark.x - 10, mark.y + 4, "end", -wide),
-        (mark.x, mark.y - 11, "middle", -wide / 2),
-        (mark.x, mark.y + 20, "middle", -wide / 2),
-        (mark.x + 8, mark.y - 10, "start", 0.0),
-        (mark.x + 8, mark.y + 19, "start", 0.0),
+        (mark.x, mark.y - 12, "middle", -wide / 2),
+        (mark.x - 7, mark.y + 19, "end", -wide),
+        (mark.x, mark.y + 21, "middle", -wide / 2),
     )
     for x, y, anchor, shift in candidates:
         box = (x + shift, y - _LINE + 3, x + shift + wide, y + 3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from autoquant_ray.budget import GroupChoices
 
@@ -119,12 +118,3 @@ def format_mix(rows: Sequence[GroupRow]) -> list[MixRow]:
         for name, of_format in by_format.items()
     ]
     return sorted(mix, key=lambda row: -row.share)
-
-
-def chosen_scores(rows: Sequence[GroupRow]) -> dict[str, Any]:
-    """Group -> (format, score, standard error) of the groups that lose something."""
-    return {
-        row.name: (row.chosen, *row.scores[row.chosen])
-        for row in rows
-        if row.chosen in row.scores and row.scores[row.chosen][0] > 0
-    }

@@ -57,6 +57,13 @@ def headline(sources: Sources) -> list[Number]:
         ),
         Number(label="Budget", value=_budget_value(budget), note=budget_text(budget)),
     ]
+    stability = sources.manifest.get("stability")
+    if stability:
+        value = f"{stability['num_certain']} of {stability['num_groups']}"
+        note = (
+            f"groups are certain of their format, {len(stability['coin_tosses'])} are coin tosses"
+        )
+        numbers.append(Number(label="Decisions", value=value, note=note))
     return numbers
 
 

@@ -119,7 +119,9 @@ def _heat_map(
     layers = list(dict.fromkeys(layer for layer, _ in cells))
     return HeatMap(
         stack=stack,
-        kinds=[(kind.rpartition(".")[0], modules[stack, kind]) for kind in kinds],
+        kinds=[("", ["format"])]
+        if stack == _ALONE
+        else [(kind.rpartition(".")[0], modules[stack, kind]) for kind in kinds],
         rows=[(layer, [cells.get((layer, kind)) for kind in kinds]) for layer in layers],
     )
 

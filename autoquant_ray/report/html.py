@@ -46,6 +46,7 @@ def render_html(content: ReportContent) -> str:
         rows=content.groups[:num_rows],
         num_left_out=max(0, len(content.groups) - num_rows),
         num_resamples=NUM_RESAMPLES,
+        has_certainty=any(row.kept is not None for row in content.groups),
         certainty=_certainty,
         format_name=_format_name,
         score_text=format_score,

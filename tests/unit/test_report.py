@@ -64,7 +64,7 @@ def test_concerns_come_before_the_plan(tmp_path: Path) -> None:
     for title in ("Below the range of the prediction", "Labels from the data", "Few shards"):
         assert f"**{title}.**" in concerns
         assert title in text_of(directory, "report.html")
-    assert "At 4.50 bits" in concerns or "At 4.49 bits" in concerns
+    assert re.search(r"At 4\.4\d bits \(below 5\)", concerns)
 
 
 def test_run_without_shards_has_a_bound_for_its_error(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_run_without_shards_has_a_bound_for_its_error(tmp_path: Path) -> None:
     directory.delete("resampling.parquet")
     solve_run(directory, SolveOptions(bits=6), folder="")
     assert "(one standard error, at most; the sum of the scores' own)" in text_of(directory)
-    assert "Certainty" in text_of(directory, "report.html")
+    assert "Certainty" not in text_of(directory, "report.html")
 
 
 def test_names_from_model_and_data_are_escaped(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_heat_map_has_layers_down_and_kinds_across() -> None:
     levels = [[None if cell is None else cell.level for cell in cells] for _, cells in layers.rows]
     assert levels == [[3, 6], [None, None]]
     assert layers.rows[1][1][1] is None, "no such module there"
-    assert alone.rows[0][0] == "lm_head"
+    assert (alone.kinds, alone.rows[0][0]) == ([("", ["format"])], "lm_head")
     assert alone.rows[0][1][0] is not None
     assert alone.rows[0][1][0].level == 0
     assert heat.steps[0] == pytest.approx(1e-6)

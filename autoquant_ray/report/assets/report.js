@@ -13,7 +13,7 @@
       const name = row.cells[0].textContent.toLowerCase();
       const fits = words.every((word) => name.includes(word))
         && (!format.value || row.dataset.format === format.value)
-        && (!certainty.value || row.dataset.certainty === certainty.value);
+        && (!certainty?.value || row.dataset.certainty === certainty.value);
       row.hidden = !fits;
       shown += fits;
     }
