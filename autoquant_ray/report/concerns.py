@@ -161,7 +161,7 @@ def _measured(known: Evidence) -> Iterator[Concern]:
 
 
 def _low_bits(known: Evidence) -> Iterator[Concern]:
-    if known.effective_bits < FEWEST_BITS and not known.measured:
+    if round(known.effective_bits, 1) < FEWEST_BITS and not known.measured:
         yield _look(
             "Below the range of the prediction",
             f"At {known.effective_bits:.2f} bits (below {FEWEST_BITS:g}) layers interact, and the "

@@ -225,7 +225,8 @@ def _size_ticks(
     ticks = []
     for at in inside[::every]:
         value = float(np.interp(at, places, sizes)) / unit
-        ticks.append(Tick(place=x_of(at), label=f"{value:.3g} {name}"))
+        decimals = 2 if value < 10 else 1 if value < 100 else 0
+        ticks.append(Tick(place=x_of(at), label=f"{value:,.{decimals}f} {name}"))
     return ticks
 
 

@@ -10,8 +10,8 @@ from autoquant_ray.report.measured import HEADS
 from autoquant_ray.report.page import render_page
 from autoquant_ray.stability import NUM_RESAMPLES
 
-_SIZES = {"wide": (1100, 430), "narrow": (350, 340)}
-"""Width and height of the chart in pixels on a screen and on a phone; text has one size."""
+_SIZES = {"wide": (1100, 430), "middle": (680, 400), "narrow": (350, 340)}
+"""Width and height of the chart in pixels, from a screen to a phone; text has one size."""
 _LEGEND = {
     "plan": "this plan, ± one standard error",
     "curve": "best plan of its size, predicted",
@@ -58,7 +58,7 @@ def _chosen(content: ReportContent) -> str:
     """The plan in a sentence."""
     parts = [
         f"{_format_name(row.format)} for {row.num_groups} group{'s' * (row.num_groups != 1)} "
-        f"({row.share:.0%} of the weights)"
+        f"({_percent(row.share)} of the weights)"
         for row in content.mix
     ]
     return f"Chosen: {', '.join(parts)}."
@@ -96,6 +96,10 @@ def _dot_row(dot: Dot) -> tuple[str, str, str, str]:
 
 def _format_name(name: str) -> str:
     return "16 bits" if name == NONE else name
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
 
 
 def _certainty(kept: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def test_measured_plans_are_in_the_head_the_concerns_and_the_chart(tmp_path: Pat
         "measured, solution bits-4.50 on held-out.jsonl": other["kl_mean"],
     }
     assert [n.label for n in content.numbers][:2] == ["Predicted KL", "Measured KL"]
-    assert [c.title for c in content.concerns] == ["The prediction does not hold"]
+    assert content.concerns[0].title == "The prediction does not hold"
     assert f"**Measured KL:** {own['kl_mean']:.4g} ± {own['kl_stderr']:.1g}" in text_of(directory)
 
 
@@ -180,7 +181,7 @@ def test_axis_is_logarithmic_and_leaves_out_what_loses_nothing() -> None:
     assert all(chart.top <= y <= chart.base for y in ys)
     assert {"0.01", "0.1", "1"} <= {tick.label for tick in chart.y_ticks}
     assert all(chart.left <= mark.x <= chart.right for mark in chart.marks)
-    assert chart.size_ticks[0].label.startswith("4 MiB")
+    assert chart.size_ticks[0].label == "4.00 MiB"
 
 
 def test_sizes_are_not_shown_where_more_bits_are_not_more_bytes() -> None:
@@ -250,14 +251,14 @@ def test_scores_of_one_size_have_one_colour_and_none_no_map() -> None:
     assert heat_maps([row("a.0.b", None)], ["a.0.b"]) is None
 
 
-def test_page_of_a_large_run_stays_below_its_limit(tmp_path: Path) -> None:
-    directory = put_scored_run(tmp_path / "run", num_layers=700, num_shards=2)
-    solve_run(directory, SolveOptions(bits=6), folder="")
-    page = text_of(directory, "report.html")
+def test_page_of_a_large_run_stays_below_its_limit(run: RunDirectory) -> None:
+    content = collect_content(RunState.open(run), "")
+    rows = content.groups * 200
+    page = render_html(replace(content, groups=rows))
     assert len(page.encode()) < 5_000_000
     left_out = re.search(r"The (\d+) least sensitive groups are left out here", page)
     assert left_out is not None
-    assert int(left_out[1]) + page.count('<tr data-format="') == 4 * 700 + 2
+    assert int(left_out[1]) + page.count('<tr data-format="') == len(rows)
 
 
 # --- Make it again
@@ -295,7 +296,7 @@ def test_config_of_the_page_is_a_file_for_scan(tmp_path: Path) -> None:
 
 def test_another_budget_has_its_command(run: RunDirectory) -> None:
     options = SolveOptions(
-        bits=5.5,
+        bits=9.5,
         max_formats=4,
         pins={"lm_head": "none"},
         allow={"*.down_proj": ("wint8_afp16", "none")},
@@ -303,7 +304,7 @@ def test_another_budget_has_its_command(run: RunDirectory) -> None:
     solution = solve_run(run, options)
     text = text_of(run, f"solutions/{solution.name}/report.md")
     assert (
-        "$ autoquant-ray solve runs/some-run --bits 5.5 --max-formats 4 --pin lm_head=none "
+        "$ autoquant-ray solve runs/some-run --bits 9.5 --max-formats 4 --pin lm_head=none "
         "--allow '*.down_proj=wint8_afp16,none'" in text
     )
     assert "3f" * 16 in text
