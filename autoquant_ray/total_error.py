@@ -1,13 +1,14 @@
 """The error bar of a solution's predicted KL.
 
 A shard of harder text raises the scores of most groups at once, so their errors must not be added
-up as if they were independent. Where the shards are known (``resampling.parquet``), the summed
-score of the chosen formats is one number per bucket of shards, and its standard error is that of
-a ratio, as for a single score: with the sum ``e_b`` and the tokens ``n_b`` of B buckets and
-``R = sum e / sum n``, the variance is ``B/(B-1) * sum (e_b - R n_b)^2 / (sum n)^2`` (Cochran 1977,
-"Sampling Techniques", chapter 6). It takes in all correlations between groups and assumes that
-the buckets are independent of each other. Where the shards are not known, the standard errors of
-the scores are added, which bounds that of the total whatever the correlations are.
+up as if they were independent: on SmolLM2-135M (8 shards, 6 bits) that would give a quarter of the
+error below. Where the shards are known (``resampling.parquet``), the summed score of the chosen
+formats is one number per bucket of shards, and its standard error is that of a ratio, as for a
+single score: with the sum ``e_b`` and the tokens ``n_b`` of B buckets and ``R = sum e / sum n``,
+the variance is ``B/(B-1) * sum (e_b - R n_b)^2 / (sum n)^2`` (Cochran 1977, "Sampling Techniques",
+chapter 6). It takes in all correlations between groups and assumes that the buckets are
+independent of each other. Where the shards are not known, the standard errors of the scores are
+added, which bounds that of the total whatever the correlations are.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ stand here as constants; where one comes from a measurement, it says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,6 +149,13 @@ def _null(known: Evidence) -> Iterator[Concern]:
 
 def _measured(known: Evidence) -> Iterator[Concern]:
     for own, *_ in known.measured:
+        if not math.isfinite(own["kl_mean"]):
+            yield _grave(
+                "The plan breaks the model",
+                f"Measured on {own['dataset']}, its KL is not finite: a format overflows. Leave "
+                "formats out with --allow, or give a larger budget.",
+            )
+            continue
         if not (own["kl_mean"] > 0 and own["predicted_kl"] > 0):
             continue
         ratio = own["kl_mean"] / own["predicted_kl"]

@@ -62,8 +62,8 @@ class Mark:
     """A point in pixels.
 
     Attributes:
-        low: Lower and
-        high: upper end of its error bar; None without one.
+        low: Where its error bar begins; None without one.
+        high: Where it ends.
     """
 
     kind: str
@@ -106,8 +106,8 @@ def draw_frontier(dots: Sequence[Dot], *, width: int, height: int) -> Drawing | 
     """Lay the points out.
 
     Args:
-        dots: In any order; what loses nothing has no place on a log axis and is left out, as is
-            what loses less than a hundred-thousandth of the most.
+        dots: In any order. What loses nothing has no place on a log axis and is left out, as is
+            what loses less than a hundred-thousandth of the most, or breaks the model.
         width: Pixels.
         height: Pixels.
 
@@ -157,8 +157,9 @@ _ORDER = ("curve", "uniform", "knee", "measured", "plan")
 
 def visible(dots: Sequence[Dot]) -> list[Dot]:
     """Points that have a place on the log axis."""
-    most = max((dot.loss for dot in dots), default=0.0)
-    return [dot for dot in dots if dot.loss > 0 and dot.loss >= most * 10.0**-_MAX_DECADES]
+    losing = [dot for dot in dots if 0 < dot.loss < math.inf]
+    most = max((dot.loss for dot in losing), default=0.0)
+    return [dot for dot in losing if dot.loss >= most * 10.0**-_MAX_DECADES]
 
 
 def _mark(dot: Dot, x: float, y_of: Callable[[float], float]) -> Mark:

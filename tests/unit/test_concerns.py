@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -122,6 +123,11 @@ def test_measured_beyond_the_range_is_told(kl: float, shown: str | None) -> None
 
 def test_nothing_measured_has_no_ratio() -> None:
     assert find_concerns(evidence(measured=measured(0.0))) == []
+
+
+def test_plan_that_breaks_the_model_is_grave() -> None:
+    (concern,) = find_concerns(evidence(measured=measured(math.inf)))
+    assert (concern.title, concern.is_grave) == ("The plan breaks the model", True)
 
 
 def test_rival_that_is_surely_better_is_grave() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -173,7 +174,7 @@ def dots_of(*losses: float) -> list[Dot]:
 
 
 def test_axis_is_logarithmic_and_leaves_out_what_loses_nothing() -> None:
-    chart = draw_frontier(dots_of(1.0, 0.1, 0.01, 0.0, 1e-9), width=600, height=300)
+    chart = draw_frontier(dots_of(1.0, 0.1, 0.01, 0.0, 1e-9, math.inf), width=600, height=300)
     assert chart is not None
     ys = [mark.y for mark in chart.marks]
     assert len(ys) == 3
