@@ -17,6 +17,7 @@ from autoquant_ray.errors import ScoreError
 from autoquant_ray.schemas import SCHEMAS
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 NUM_BUCKETS = 64
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -66,14 +67,12 @@ class Aggregate:
     Attributes:
         rows: Of ``sensitivity.parquet``.
         buckets: Content of ``resampling.parquet``: the sums behind the scores in at most 64
-            buckets of successive shards, from which a solution's certainty is found without
-            reading the shards again.
-        bucket_tokens: Predicted tokens of each bucket.
+            buckets of successive shards with their tokens, from which a solution's certainty and
+            the error of its total are found without reading the shards again.
     """
 
     rows: list[dict[str, Any]]
     buckets: pa.Table
-    bucket_tokens: list[int]
 
 
 def aggregate_parts(
@@ -108,7 +107,8 @@ def aggregate_parts(
         raise ScoreError("no shard was scored; see the quarantined shards in run.json")
     costs = {(row["group"], row["format"]): row for row in plan_rows if row["is_searched"]}
     buckets_BK = np.zeros((min(len(parts), num_buckets), parts[0].num_rows))
-    totals = _add_up(parts, f"{estimator}_sum", buckets_BK)
+    tokens_B = np.zeros(len(buckets_BK), dtype=np.int64)
+    totals = _add_up(parts, f"{estimator}_sum", buckets_BK, tokens_B)
     _require_scores(totals)
     sums_K = totals.elementwise_K if estimator == "elementwise" else totals.token_K
     scores_K = 0.5 * sums_K / totals.num_tokens
@@ -136,20 +136,19 @@ def aggregate_parts(
         }
         for index, (group, format_) in enumerate(totals.keys_K)
     ]
-    return Aggregate(
-        rows=rows,
-        buckets=_bucket_table(totals.keys_K, buckets_BK),
-        bucket_tokens=totals.bucket_tokens,
-    )
+    return Aggregate(rows=rows, buckets=_bucket_table(totals.keys_K, buckets_BK, tokens_B))
 
 
-def _bucket_table(keys_K: Sequence[tuple[str, str]], buckets_BK: Floats) -> pa.Table:
+def _bucket_table(
+    keys_K: Sequence[tuple[str, str]], buckets_BK: Floats, tokens_B: Integers
+) -> pa.Table:
     count = len(buckets_BK)
     columns = {
         "bucket": np.repeat(np.arange(count), len(keys_K)),
         "group": [group for group, _ in keys_K] * count,
         "format": [format_ for _, format_ in keys_K] * count,
         "sum": buckets_BK.ravel(),
+        "bucket_tokens": np.repeat(tokens_B, len(keys_K)),
     }
     return pa.table(columns, schema=SCHEMAS["resampling"])
 
@@ -165,12 +164,13 @@ class _Totals:
     token_variance_K: Floats
     modelopt_K: Floats
     is_unseen_K: Mask
-    bucket_tokens: list[int]
     num_tokens: int = 0
 
 
-def _add_up(parts: Sequence[pa.Table], column: str, buckets_BK: Floats) -> _Totals:
-    """Totals over all parts; also adds a column into buckets of successive parts."""
+def _add_up(
+    parts: Sequence[pa.Table], column: str, buckets_BK: Floats, tokens_B: Integers
+) -> _Totals:
+    """Totals over all parts; also adds a column, and tokens, into buckets of successive parts."""
     num_rows = parts[0].num_rows
     totals = _Totals(
         keys_K=_keys(parts[0]),
@@ -180,13 +180,12 @@ def _add_up(parts: Sequence[pa.Table], column: str, buckets_BK: Floats) -> _Tota
         token_variance_K=np.zeros(num_rows),
         modelopt_K=np.zeros(num_rows),
         is_unseen_K=np.ones(num_rows, dtype=np.bool_),
-        bucket_tokens=[0] * len(buckets_BK),
     )
     for number, part in enumerate(parts):
         num_tokens = _num_tokens(part)
         bucket = number * len(buckets_BK) // len(parts)
         buckets_BK[bucket] += _filled(part, column)
-        totals.bucket_tokens[bucket] += num_tokens
+        tokens_B[bucket] += num_tokens
         elementwise_K = _filled(part, "elementwise_sum")
         totals.elementwise_K += elementwise_K
         totals.token_K += _filled(part, "token_sum")

@@ -27,7 +27,8 @@ from autoquant_ray.config_values import parse_bytes
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.explain import Explanation, explain_group
-from autoquant_ray.frontier import Point, frontier_of, smallest_within
+from autoquant_ray.frontier import frontier_of, smallest_within
+from autoquant_ray.frontier_curve import Point
 from autoquant_ray.manifest import load_quantization_config
 from autoquant_ray.modelopt_manifest import import_manifest
 from autoquant_ray.notebook import facts_html

@@ -55,7 +55,7 @@ def assess_weighted(
     for number, (name, weight) in enumerate(options.domains.items()):
         own = buckets.filter(pc.equal(buckets.column("domain"), name))
         sums_SGF = bucket_sums(own, num_groups, len(menu))
-        tokens_S = own.column("num_tokens").to_numpy()[:: num_groups * len(menu)]
+        tokens_S = own.column("bucket_tokens").to_numpy()[:: num_groups * len(menu)]
         if len(tokens_S) < 2:
             return None
         totals_BGF += weight * _resampled_scores(sums_SGF, tokens_S, number)

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from autoquant_ray.aggregation import NUM_BUCKETS, Aggregate, aggregate_parts
+from autoquant_ray.aggregation import NUM_BUCKETS, aggregate_parts
 from autoquant_ray.errors import ConfigError, ScoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.parts import Parts
@@ -115,7 +114,7 @@ def write_domain_scores(
             continue
         rows = [row | {"domain": domain} for row in result.rows]
         tables.append(pa.Table.from_pylist(rows, schema=schema))
-        buckets.append(_bucket_table(domain, result))
+        buckets.append(_bucket_table(domain, result.buckets))
     directory.write_table(RESAMPLING_FILE, "domain_resampling", pa.concat_tables(buckets))
     directory.write_table(SCORES_FILE, "domain_sensitivity", pa.concat_tables(tables))
 
@@ -147,12 +146,8 @@ def _shards_of(table: pa.Table, used: Sequence[int]) -> dict[str, list[int]]:
     return shards
 
 
-def _bucket_table(domain: str, result: Aggregate) -> pa.Table:
+def _bucket_table(domain: str, buckets: pa.Table) -> pa.Table:
     """A domain's rows of ``domain_resampling.parquet``."""
-    table = result.buckets
-    per_bucket = table.num_rows // len(result.bucket_tokens)
-    tokens = np.repeat(np.array(result.bucket_tokens, dtype=np.int64), per_bucket)
-    table = table.append_column("num_tokens", pa.array(tokens))
-    table = table.append_column("domain", pa.array([domain] * table.num_rows))
+    table = buckets.append_column("domain", pa.array([domain] * buckets.num_rows))
     schema = SCHEMAS["domain_resampling"]
     return table.select(schema.names).cast(schema)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from autoquant_ray.frontier import Point
+from autoquant_ray.frontier_curve import Point
 from autoquant_ray.plan import Plan
 from autoquant_ray.solve import Solution
 

@@ -19,6 +19,14 @@ _SENSITIVITY = {
     "weight_bytes": _FLOAT,
     "sampling_stderr": _FLOAT,
 }
+_BUCKET = {
+    "bucket": _INT,
+    "group": _STRING,
+    "format": _STRING,
+    "sum": _FLOAT,
+    "bucket_tokens": _INT,
+}
+
 SCHEMAS: dict[str, pa.Schema] = {
     "plan": pa.schema(
         {
@@ -100,17 +108,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             "data_key": _STRING,
         }
     ),
-    "resampling": pa.schema({"bucket": _INT, "group": _STRING, "format": _STRING, "sum": _FLOAT}),
-    "domain_resampling": pa.schema(
-        {
-            "domain": _STRING,
-            "bucket": _INT,
-            "num_tokens": _INT,
-            "group": _STRING,
-            "format": _STRING,
-            "sum": _FLOAT,
-        }
-    ),
+    "resampling": pa.schema(_BUCKET),
+    "domain_resampling": pa.schema({"domain": _STRING} | _BUCKET),
     "frontier": pa.schema(
         {
             "effective_bits": _FLOAT,
@@ -156,7 +155,7 @@ SCHEMAS: dict[str, pa.Schema] = {
 """Columns of every Parquet file of a run, and of the history of a folder of runs; part folders use
 the schema of their name."""
 
-ADDED_COLUMNS = {"elementwise_variance", "token_variance", "sampling_stderr"}
+ADDED_COLUMNS = {"elementwise_variance", "token_variance", "sampling_stderr", "bucket_tokens"}
 """Columns that earlier versions did not write; null where they are missing."""
 
 DOMAIN_FILES = ("domains.parquet", "domain_sensitivity.parquet", "domain_resampling.parquet")

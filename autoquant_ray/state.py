@@ -17,7 +17,7 @@ from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ChangedError, Interrupted, StoreError
 from autoquant_ray.lease import Lease
 from autoquant_ray.stage_fingerprints import changed_fields
-from autoquant_ray.store import RUN_FILE, SCHEMA_VERSION, RunDirectory
+from autoquant_ray.store import FRONTIER_FILE, RUN_FILE, SCHEMA_VERSION, RunDirectory
 
 Mode = Literal["new", "resume", "overwrite"]
 _REQUIRED_KEYS = {"run_id", "config", "model", "dataset", "fingerprints", "stages", "quarantined"}
@@ -131,7 +131,7 @@ class RunState:
         """Forget that stages are done, and delete scores that no longer hold."""
         for stage in stages:
             self.values["stages"].pop(stage, None)
-        for name in ("sensitivity.parquet", "manifest.json", "manifest.parquet"):
+        for name in ("sensitivity.parquet", FRONTIER_FILE, "manifest.json", "manifest.parquet"):
             self.directory.delete(name)
 
     @property

@@ -37,6 +37,8 @@ SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
 """Folders that hold one part per shard."""
 EVALUATION = "evaluation"
 """Folder of what was measured: per data set, per allocation, one part per shard."""
+FRONTIER_FILE = "frontier.parquet"
+"""Sizes and losses that ``frontier`` found."""
 LOCK = ".lock"
 """Folder of the claims of whoever works on the run; it is not part of the run."""
 DRIFT_JSON, DRIFT_MARKDOWN = "drift.json", "drift.md"
@@ -52,7 +54,7 @@ _OWN_FILES = {
     "resampling.parquet",
     "evaluation.parquet",
     "audit.parquet",
-    "frontier.parquet",
+    FRONTIER_FILE,
     "manifest.parquet",
     "manifest.json",
     "report.md",

@@ -6,15 +6,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.audit_pairs import AUDIT_FILE, read_pairs
-from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
-from autoquant_ray.manifest import allocation_key
 from autoquant_ray.report.audit import AuditData, audit_section
-from autoquant_ray.report.domains import DomainSection, describe_domains, domain_section
-from autoquant_ray.report.measured import MeasuredData, measured_sections
+from autoquant_ray.report.concerns import Concern, find_concerns
+from autoquant_ray.report.domains import DomainSection, domain_section
+from autoquant_ray.report.frontier_chart import Dot
+from autoquant_ray.report.frontier_dots import frontier_dots
+from autoquant_ray.report.groups import GroupRow, MixRow, format_mix, group_rows
+from autoquant_ray.report.headline import Number, budget_text, headline
+from autoquant_ray.report.heat import Heat, heat_maps
+from autoquant_ray.report.measured import MeasuredData, measured_sections, with_error
+from autoquant_ray.report.origin import dataset, scheme
+from autoquant_ray.report.reproduce import Reproduction, reproduction
+from autoquant_ray.report.sources import Scores, Sources, gather_evidence, read_sources
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
-from autoquant_ray.store import SOLUTIONS
 
 _MAX_NAMED = 5
 
@@ -40,28 +46,42 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportContent:
-    """Everything a report shows.
+    """Everything a report shows. A section more is a field more here, and a part of each layout.
 
     Attributes:
+        numbers: The head.
+        concerns: Reasons to doubt the plan, the gravest first.
         facts: (label, value) lines of the head.
+        mix: How much of the model each format holds.
         layers: Sorted by sensitivity, unsearched ones last.
+        groups: The same for groups.
+        heat: Layers by kinds of modules; None for a model that is too large for it.
+        dots: Points of the frontier.
         formats: The menu.
         scores: Group -> format -> (score, standard error or None).
         unit: Unit of the scores.
         warnings: Sentences that the reader must see.
         measured: What evaluations of this solution found.
+        reproduction: How to make it again.
         audit: Of a solution that an audit made: which scores were measured.
         domains: What it loses in each domain; None where the data has none.
     """
 
     title: str
+    numbers: list[Number]
+    concerns: list[Concern]
     facts: list[tuple[str, str]]
+    mix: list[MixRow]
     layers: list[Layer]
+    groups: list[GroupRow]
+    heat: Heat | None
+    dots: list[Dot]
     formats: list[str]
-    scores: dict[str, dict[str, tuple[float, float | None]]]
+    scores: Scores
     unit: str
     warnings: list[str]
     measured: list[MeasuredData]
+    reproduction: Reproduction
     audit: AuditData | None = None
     domains: DomainSection | None = None
 
@@ -76,48 +96,55 @@ def collect_content(state: RunState, start: str) -> ReportContent:
     Raises:
         StoreError: A file is missing or damaged.
     """
-    directory, run = state.directory, state.values
-    manifest = directory.read_json(f"{start}manifest.json")
-    if not isinstance(manifest, dict) or not {"solution", "budget"} <= set(manifest):
-        name = directory.path(f"{start}manifest.json")
-        raise StoreError(f"{name} is damaged: it lacks solution or budget; solve the budget again")
-    rows = directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
-    table = directory.read_table("sensitivity.parquet", "sensitivity").to_pylist()
-    scores: dict[str, dict[str, tuple[float, float | None]]] = {}
-    for row in table:
-        scores.setdefault(row["group"], {})[row["format"]] = (row["score"], row["score_stderr"])
+    sources = read_sources(state, start)
+    run, problem = sources.run, sources.problem
+    groups = list(problem.groups.values())
+    unsearched = run["plan"]["unsearched"]
+    kept = (sources.manifest.get("stability") or {}).get("kept", {})
+    formats = dict.fromkeys(unsearched, NONE) | sources.formats
+    rows = group_rows(groups, formats, sources.scores, kept, unsearched)
     return ReportContent(
         title=f"Quantization plan for {run['model']['name'].rstrip('/').rpartition('/')[2]}",
-        facts=_facts(run, manifest, table),
-        layers=_layers(rows, scores, run["plan"]["unsearched"]),
-        formats=list(dict.fromkeys(row["format"] for row in table)),
-        scores=scores,
+        numbers=headline(sources),
+        concerns=find_concerns(gather_evidence(sources)),
+        facts=_facts(sources),
+        mix=format_mix(rows),
+        layers=_layers(sources.rows, sources.scores, unsearched),
+        groups=rows,
+        heat=heat_maps(rows, list(problem.groups)),
+        dots=_dots(sources),
+        formats=list(dict.fromkeys(row["format"] for row in sources.table)),
+        scores=sources.scores,
         unit="no unit (imported)" if "imported_from" in run else "nats per token",
-        warnings=_warnings(run, rows),
-        measured=_measured(state, start, rows),
-        audit=_audit(state, start, manifest.get("audit")),
-        domains=domain_section(manifest),
+        warnings=_warnings(run, sources.rows),
+        measured=measured_sections(sources.evaluations, sources.name, sources.key),
+        reproduction=reproduction(run, sources.manifest, sources.name),
+        audit=_audit(sources),
+        domains=domain_section(sources.manifest),
     )
 
 
-def _audit(state: RunState, start: str, summary: dict[str, Any] | None) -> AuditData | None:
-    if summary is None or not state.directory.exists(AUDIT_FILE):
+def _audit(sources: Sources) -> AuditData | None:
+    summary, directory = sources.manifest.get("audit"), sources.state.directory
+    if summary is None or not directory.exists(AUDIT_FILE):
         return None
-    name = start.removeprefix(f"{SOLUTIONS}/").rstrip("/")
-    pairs = read_pairs(state.directory, name)
+    pairs = read_pairs(directory, sources.name)
     return audit_section(pairs, summary) if pairs else None
 
 
-def _measured(
-    state: RunState, start: str, manifest_rows: list[dict[str, Any]]
-) -> list[MeasuredData]:
-    if not state.directory.exists("evaluation.parquet"):
-        return []
-    rows = state.directory.read_table("evaluation.parquet", "evaluation").to_pylist()
-    unsearched = state.values["plan"]["unsearched"]
-    formats = {r["group"]: r["format"] for r in manifest_rows if r["group"] not in unsearched}
-    name = start.removeprefix(f"{SOLUTIONS}/").rstrip("/")
-    return measured_sections(rows, name, allocation_key(formats))
+def _dots(sources: Sources) -> list[Dot]:
+    solution = sources.manifest["solution"]
+    plan = Dot(
+        kind="plan",
+        name="this plan",
+        bits=solution["effective_bits"],
+        num_bytes=solution["weight_bytes"],
+        loss=sources.predicted,
+        stderr=None if sources.error is None else sources.error.stderr,
+    )
+    scores = {(g, f): s for g, of in sources.scores.items() for f, (s, _) in of.items()}
+    evaluations = sources.evaluations
+    return frontier_dots(sources.state.directory, sources.problem, scores, plan, evaluations)
 
 
 def _layers(
@@ -140,26 +167,27 @@ def _layers(
     return sorted(layers, key=lambda x: (x.sensitivity is None, -(x.sensitivity or 0.0)))
 
 
-def _facts(
-    run: dict[str, Any], manifest: dict[str, Any], table: list[dict[str, Any]]
-) -> list[tuple[str, str]]:
+def _facts(sources: Sources) -> list[tuple[str, str]]:
+    run, manifest, table = sources.run, sources.manifest, sources.table
     solution, config = manifest["solution"], run["config"]
-    predicted = solution["predicted_kl_nats"]
     facts = [
         ("Run", run["run_id"]),
-        ("Scheme", _scheme(run, table)),
+        ("Scheme", scheme(run, table)),
         ("Model", run["model"]["name"]),
-        ("Dataset", _dataset(run, table)),
-        ("Budget", _budget(manifest["budget"])),
+        ("Dataset", dataset(run, table)),
+        ("Budget", budget_text(manifest["budget"])),
         ("Effective bits (searched groups)", f"{solution['effective_bits']:.4f}"),
         ("Effective bits (all quantizable)", f"{solution['effective_bits_all']:.4f}"),
         ("Effective bits (ModelOpt's cost)", f"{solution['modelopt_effective_bits']:.4f}"),
         ("Weights of the whole model", f"{solution['weight_bytes'] / 2**20:,.1f} MiB"),
         ("Total score", f"{solution['score']:.6g}"),
-        ("Predicted KL", _predicted(predicted, config)),
+        ("Predicted KL", _predicted(sources)),
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
         ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
     ]
+    for own, *_ in sources.measured:
+        value = with_error(own["kl_mean"], own["kl_stderr"])
+        facts.append(("Measured KL", f"{value} nats per token on {own['dataset']}"))
     if manifest.get("stability"):
         facts += _stability_facts(manifest["stability"])
     stopping = describe_stopping(run)
@@ -190,12 +218,16 @@ def _stability_facts(stability: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _predicted(predicted: float | None, config: dict[str, Any] | None) -> str:
+def _predicted(sources: Sources) -> str:
+    predicted, error = sources.manifest["solution"]["predicted_kl_nats"], sources.error
     if predicted is None:
         return "unknown"
-    is_biased = config is not None and config["labels"] == "data"
-    note = " (labels from the data: biased, see the README)" if is_biased else ""
-    return f"{predicted:.6g} nats per token{note}"
+    if error is None:
+        return f"{predicted:.6g} nats per token"
+    how = "from the spread of the plan's own total over the shards"
+    if error.is_bound:
+        how = "at most; the sum of the scores' own"
+    return f"{predicted:.6g} ± {error.stderr:.2g} nats per token (one standard error, {how})"
 
 
 def format_score(entry: tuple[float, float | None] | None) -> str:
@@ -206,63 +238,8 @@ def format_score(entry: tuple[float, float | None] | None) -> str:
     return f"{score:.4e}" if error is None else f"{score:.4e} ± {error:.1e}"
 
 
-def _scheme(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
-    formats = ", ".join(dict.fromkeys(row["format"] for row in table))
-    config = run["config"]
-    if not config:
-        return f"{formats}; imported from {run['imported_from']}"
-    draws = f" ({config['label_draws']} draws)" if config["label_draws"] > 1 else ""
-    share = config.get("sample_rows", 1)  # runs of earlier versions lack it
-    rows = "" if share == 1 else f", {share:.0%} of the rows"
-    return f"{formats}; {config['estimator']} sums, labels from the {config['labels']}{draws}{rows}"
-
-
-def _dataset(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
-    """What the scores were measured on; where shards were not used, also what there was."""
-    dataset = run["dataset"]
-    if "num_samples" not in dataset:
-        return str(dataset.get("name", "unknown"))
-    counts = dataset["counts"]
-    shards = table[0]["num_shards"] if table else 0
-    used = run.get("used", dataset)
-    if used["num_samples"] < dataset["num_samples"]:
-        amount = (
-            f"{used['num_tokens']} of {dataset['num_tokens']} tokens, {used['num_samples']} of "
-            f"{dataset['num_samples']} samples (at most {dataset['max_samples']})"
-        )
-    else:
-        amount = (
-            f"{dataset['num_tokens']} tokens, {dataset['num_samples']} of at most "
-            f"{dataset['max_samples']} samples"
-        )
-    text = (
-        f"{dataset['name']}: {amount}, sequence length {dataset['seq_len']}, {shards} of "
-        f"{dataset['num_shards']} batches (shards)"
-    )
-    notes = [f"{counts[key]} {key.replace('_', ' ')}" for key in ("cut", "empty", "too_short")]
-    return f"{text}; {', '.join(notes)}"
-
-
-def _budget(budget: dict[str, Any]) -> str:
-    parts = []
-    if budget["bits"] is not None:
-        over = "searched groups" if budget["bits_over"] == "searched" else "all quantizable weights"
-        cost = "stored bits" if budget["cost"] == "storage" else "bits by ModelOpt's cost"
-        parts.append(f"{budget['bits']:g} {cost} over {over}")
-    if budget["bytes"] is not None:
-        parts.append(f"{budget['bytes']} bytes for the whole model")
-    if budget["max_formats"] is not None:
-        parts.append(f"at most {budget['max_formats']} formats")
-    parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
-    parts.extend(f"{pattern} in {', '.join(f)}" for pattern, f in budget["allow"].items())
-    return "; ".join([*parts, *describe_domains(budget)])
-
-
 def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    warnings = [
-        f"Shard {entry['shard']} was left out while {entry['stage']}: {entry['reason']}"
-        for entry in run["quarantined"]
-    ]
+    warnings = []
     chosen = {row["group"]: row["format"] for row in rows}
     for group in run["plan"]["tied_groups"]:
         if chosen.get(group, NONE) == NONE:

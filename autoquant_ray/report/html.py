@@ -1,79 +1,117 @@
-"""``report.html``: the same content as one self-contained page, no script, no network."""
+"""``report.html``: one self-contained page, no network, complete without JavaScript."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from html import escape
-
+from autoquant_ray.certainty import CERTAIN, COIN_TOSS
+from autoquant_ray.formats import NONE
 from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
 from autoquant_ray.report.content import ReportContent, format_score
 from autoquant_ray.report.domains import DOMAIN_HEADS
+from autoquant_ray.report.frontier_chart import Dot, draw_frontier, visible
 from autoquant_ray.report.measured import HEADS
+from autoquant_ray.report.page import render_page
+from autoquant_ray.stability import NUM_RESAMPLES
 
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { border-bottom: 1px solid #8884; padding: .25rem .6rem; text-align: left; }
-td.number { font-variant-numeric: tabular-nums; text-align: right; }
-thead th { background: Canvas; position: sticky; top: 0; }
-dl { display: grid; gap: .2rem 1rem; grid-template-columns: max-content 1fr; }
-dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-.wrap { overflow-x: auto; }
-"""
+_SIZES = {"wide": (1100, 430), "middle": (680, 400), "narrow": (350, 340)}
+"""Width and height of the chart in pixels, from a screen to a phone; text has one size."""
+_LEGEND = {
+    "plan": "this plan, ± one standard error",
+    "curve": "best plan of its size, predicted",
+    "knee": "knee: beyond it bytes buy less",
+    "uniform": "one format everywhere, predicted",
+    "measured": "measured, ± one standard error",
+}
+_MAX_CELLS = 30_000
+"""Cells of the table of groups; more would make a page that browsers open slowly."""
 
 
 def render_html(content: ReportContent) -> str:
     """Lay the content out as HTML; every string is escaped."""
-    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in content.facts)
-    warnings = "".join(f"<li>{escape(warning)}</li>" for warning in content.warnings)
-    notes = f"<h2>To know</h2><ul>{warnings}</ul>" if warnings else ""
-    layers = (
-        (
-            layer.name,
-            f"{layer.num_bits:.3f}",
-            "-" if layer.sensitivity is None else f"{layer.sensitivity:.4e}",
-            f"{layer.size_bytes / 2**20:.3f} MiB",
-            layer.chosen if layer.note is None else f"{layer.chosen} ({layer.note})",
-        )
-        for layer in content.layers
-    )
-    scores = (
-        (group, *(format_score(s.get(name)) for name in content.formats))
-        for group, s in content.scores.items()
-    )
-    measured = "".join(
-        f"<h2>Predicted against measured</h2><p>{escape(section.title)}.</p>"
-        f"<p>{escape(section.verdict)}</p>{_table(HEADS, section.rows)}"
-        for section in content.measured
-    )
-    if content.audit is not None:
-        found = content.audit
-        measured += f"<h2>Scores against measured</h2><p>{escape(found.title)}.</p>"
-        measured += f"<p>{escape(found.verdict)}</p>{_table(AUDIT_HEADS, found.rows)}"
-    if content.domains is not None:
-        table = _table(DOMAIN_HEADS, content.domains.rows)
-        measured = f"<h2>Who pays</h2><p>{escape(content.domains.text)}</p>{table}{measured}"
-    title = escape(content.title)
-    heads = ("Layer", "Num Bits", "Sensitivity", "Size Cost", "Chosen")
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main><h1>{title}</h1><dl>{facts}</dl>{notes}"
-        f"{measured}"
-        f"<h2>Layers</h2>{_table(heads, layers)}"
-        f"<h2>Scores by group and format ({escape(content.unit)})</h2>"
-        f"{_table(('Group', *content.formats), scores)}</main></body></html>\n"
+    charts = {
+        name: draw_frontier(content.dots, width=width, height=height)
+        for name, (width, height) in _SIZES.items()
+    }
+    shown = visible(content.dots)
+    kinds = {dot.kind for dot in shown}
+    num_rows = max(1, _MAX_CELLS // (8 + len(content.formats)))
+    return render_page(
+        "report.html.j2",
+        ["shared.css", "report.css"],
+        ["sort.js", "report.js"],
+        content=content,
+        chosen=_chosen(content),
+        charts=charts if all(charts.values()) else None,
+        summary=_summary(content, shown),
+        legend=[(kind, text) for kind, text in _LEGEND.items() if kind in kinds],
+        dots=[_dot_row(dot) for dot in sorted(content.dots, key=lambda d: (d.bits, d.kind))],
+        measured_heads=HEADS,
+        audit_heads=AUDIT_HEADS,
+        domain_heads=DOMAIN_HEADS,
+        rows=content.groups[:num_rows],
+        num_left_out=max(0, len(content.groups) - num_rows),
+        num_resamples=NUM_RESAMPLES,
+        has_certainty=any(row.kept is not None for row in content.groups),
+        certainty=_certainty,
+        format_name=_format_name,
+        score_text=format_score,
+        size=_size,
     )
 
 
-def _table(heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wrap">{table}</div>'
+def _chosen(content: ReportContent) -> str:
+    """The plan in a sentence."""
+    parts = [
+        f"{_format_name(row.format)} for {row.num_groups} group{'s' * (row.num_groups != 1)} "
+        f"({_percent(row.share)} of the weights)"
+        for row in content.mix
+    ]
+    return f"Chosen: {', '.join(parts)}."
+
+
+def _summary(content: ReportContent, shown: list[Dot]) -> str:
+    """The chart in words, for those who do not see it."""
+    curve = sorted((d for d in shown if d.kind in ("curve", "knee")), key=lambda d: d.bits)
+    if not curve:
+        return ""
+    first, last = curve[0], curve[-1]
+    texts = [
+        f"From {first.bits:.2f} bits with a predicted KL of {first.loss:#.3g} to {last.bits:.2f} "
+        f"bits with {last.loss:#.3g}.",
+        *(
+            f"The knee is at {dot.bits:.2f} bits ({dot.loss:#.3g})."
+            for dot in curve
+            if dot.kind == "knee"
+        ),
+        *(
+            f"This plan: {dot.bits:.2f} bits, {dot.loss:#.3g}."
+            for dot in shown
+            if dot.kind == "plan"
+        ),
+    ]
+    if len(shown) < len(content.dots):
+        texts.append("What loses nothing, or next to nothing, is not drawn.")
+    return " ".join(texts)
+
+
+def _dot_row(dot: Dot) -> tuple[str, str, str, str]:
+    error = "" if dot.stderr is None else f" ± {dot.stderr:.2g}"
+    return (dot.name, f"{dot.bits:.3f}", _size(dot.num_bytes), f"{dot.loss:#.4g}{error}")
+
+
+def _format_name(name: str) -> str:
+    return "16 bits" if name == NONE else name
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else f"{share:.1%}"
+
+
+def _certainty(kept: float | None) -> str:
+    if kept is None:
+        return ""
+    return "certain" if kept >= CERTAIN else "toss" if kept < COIN_TOSS else "between"
+
+
+def _size(num_bytes: float) -> str:
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:,.2f} {name}"

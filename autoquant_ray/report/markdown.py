@@ -18,6 +18,7 @@ _EXPLANATION = (
 def render_markdown(content: ReportContent) -> str:
     """Lay the content out as GitHub-flavoured Markdown."""
     lines = [f"# {plain_text(content.title)}", ""]
+    lines += [_concerns(content), ""]
     lines += [f"- **{label}:** {plain_text(value)}" for label, value in content.facts]
     if content.warnings:
         lines += ["", "## To know", ""]
@@ -45,6 +46,7 @@ def render_markdown(content: ReportContent) -> str:
     for group, scores in content.scores.items():
         cells_of_group = [format_score(scores.get(format_)) for format_ in content.formats]
         lines.append(f"| {plain_text(group)} | {' | '.join(cells_of_group)} |")
+    lines += _reproduction(content)
     return "\n".join(lines) + "\n"
 
 
@@ -58,6 +60,30 @@ def _section(title: str, heads: tuple[str, ...], section: MeasuredData | AuditDa
         "|---" * len(heads) + "|",
     ]
     return lines + [f"| {' | '.join(plain_text(cell) for cell in row)} |" for row in section.rows]
+
+
+def _reproduction(content: ReportContent) -> list[str]:
+    again = content.reproduction
+    lines = ["", "## Make it again", ""]
+    if again.commands:
+        lines += [
+            "```console",
+            *(" ".join(f"$ {command}".split("\n")) for command in again.commands),
+        ]
+        lines += ["```", ""]
+    return lines + [f"- **{label}:** {plain_text(value)}" for label, value in again.facts]
+
+
+def _concerns(content: ReportContent) -> str:
+    """Reasons to doubt the plan, before anything else."""
+    if not content.concerns:
+        return "No reason for concern was found."
+    lines = [
+        f"- **{plain_text(concern.title)}{' (grave)' if concern.is_grave else ''}.** "
+        f"{plain_text(concern.text)}"
+        for concern in content.concerns
+    ]
+    return "\n".join(["## Reasons for concern", "", *lines, "", "## The plan"])
 
 
 def plain_text(value: str) -> str:

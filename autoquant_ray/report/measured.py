@@ -47,18 +47,32 @@ def measured_sections(
         solution: Name of the solution; '' for the run's own.
         allocation: Digest of its formats now; measurements of what it was before are not shown.
     """
+    return [_section(shown) for shown in measured_rows(rows, solution, allocation)]
+
+
+def measured_rows(
+    rows: Sequence[dict[str, Any]], solution: str, allocation: str
+) -> list[list[dict[str, Any]]]:
+    """A solution's row and its rivals' per data set, shuffled scores merged into one row; last.
+
+    Args:
+        rows: All rows of ``evaluation.parquet``.
+        solution: Name of the solution; '' for the run's own.
+        allocation: Digest of its formats now.
+    """
     by_data: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["solution"] == solution:
             by_data.setdefault(row["data_key"], []).append(row)
     return [
-        _section(of_data) for of_data in by_data.values() if of_data[0]["allocation"] == allocation
+        merge_random(of_data)
+        for of_data in by_data.values()
+        if of_data[0]["allocation"] == allocation
     ]
 
 
-def _section(rows: list[dict[str, Any]]) -> MeasuredData:
-    own = rows[0]
-    shown = merge_random(rows)
+def _section(shown: list[dict[str, Any]]) -> MeasuredData:
+    own = shown[0]
     perplexity = f"{own['reference_perplexity']:.4g}"
     return MeasuredData(
         title=f"{own['num_tokens']:,} tokens of {own['num_samples']} samples of {own['dataset']}; "
@@ -120,10 +134,10 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["name"],
         f"{row['effective_bits']:.3f}",
         f"{row['predicted_kl']:.4g}",
-        _with_error(row["kl_mean"], row["kl_stderr"]),
+        with_error(row["kl_mean"], row["kl_stderr"]),
         ""
         if row["name"] == "solution"
-        else _with_error(row["kl_above_solution"], row["kl_above_solution_stderr"], signed=True),
+        else with_error(row["kl_above_solution"], row["kl_above_solution_stderr"], signed=True),
         f"{row['kl_p95']:.3g}",
         f"{row['kl_p99']:.3g}",
         f"{row['perplexity']:.4g}",
@@ -131,6 +145,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _with_error(value: float, error: float | None, *, signed: bool = False) -> str:
+def with_error(value: float, error: float | None, *, signed: bool = False) -> str:
+    """A number with its standard error where it has one."""
     text = f"{value:+.3g}" if signed else f"{value:.4g}"
     return text if error is None else f"{text} ± {error:.1g}"

@@ -1,23 +1,14 @@
-"""The history page: one HTML file that asks for nothing else, readable without JavaScript.
-
-Jinja2 escapes every name. The page's own style and script are named by their hash in a content
-security policy that forbids everything else, so that no text of a model, a job or an error could
-run even if it got through.
-"""
+"""The history page: the runs of all jobs, their trends, and what needs a look."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
-
 from autoquant_ray.errors import StoreError
+from autoquant_ray.report.page import render_page
 from autoquant_ray.report.site_charts import Chart, Point, make_chart
 from autoquant_ray.site import Job, RunRow, collect_jobs
 from autoquant_ray.store import RunDirectory
@@ -68,24 +59,12 @@ def render_site(jobs: list[Job], title: str, link: Callable[[str], str | None]) 
         title: Name of the folder of runs.
         link: From a report's name below that folder to where the page finds it, or None.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "site"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style, script = (_asset(name) for name in ("site.css", "site.js"))
-    policy = (
-        f"default-src 'none'; style-src 'sha256-{_hash(style)}'; "
-        f"script-src 'sha256-{_hash(script)}'; img-src data:; base-uri 'none'; form-action 'none'"
-    )
-    page = environment.get_template("site.html.j2").render(
+    return render_page(
+        "site.html.j2",
+        ["shared.css", "site.css"],
+        ["sort.js"],
         title=title,
-        policy=policy,
         marker=_MARKER,
-        style=style,
-        script=script,
         jobs=[_job(job, number, link) for number, job in enumerate(jobs, start=1)],
         looks=[
             (job, number, row) for number, job in enumerate(jobs, start=1) for row in _looks(job)
@@ -94,15 +73,6 @@ def render_site(jobs: list[Job], title: str, link: Callable[[str], str | None]) 
         status_text=_STATUS_TEXT,
         day=_day,
     )
-    return f"{page}\n"
-
-
-def _asset(name: str) -> str:
-    return (Path(__file__).parent / "site" / name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _linker(folder: RunDirectory, place: RunDirectory) -> Callable[[str], str | None]:

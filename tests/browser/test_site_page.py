@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from page_checks import CONTRAST, OUTSIDE
+from playwright.sync_api import Page, expect
 from runs_folder import EVIL, put_everything
 
 from autoquant_ray.report.site_html import write_site
 from autoquant_ray.store import RunDirectory
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -35,35 +20,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("runs")
     put_everything(folder)
     return Path(write_site(RunDirectory(str(folder)))).as_uri()
-
-
-@dataclass
-class Opened:
-    """A page, what it complained about, and what it asked for."""
-
-    page: Page
-    complaints: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-
-@pytest.fixture
-def open_page(browser: Browser, address: str) -> Iterator[Any]:
-    """Open the page; keywords are those of a browser context."""
-    contexts = []
-
-    def build(**options: Any) -> Opened:
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
-        contexts.append(context)
-        opened = Opened(context.new_page())
-        opened.page.on("console", lambda message: opened.complaints.append(message.text))
-        opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))
-        opened.page.on("request", lambda request: opened.requests.append(request.url))
-        opened.page.goto(address)
-        return opened
-
-    yield build
-    for context in contexts:
-        context.close()
 
 
 def first_cells(page: Page, column: int) -> list[str]:
@@ -152,28 +108,6 @@ def test_first_tab_skips_to_the_runs_and_focus_is_seen(open_page: Any) -> None:
     assert link.evaluate("e => parseFloat(getComputedStyle(e).outlineWidth)") >= 2
 
 
-CONTRAST = """() => {
-    const channel = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-    const light = (rgb) => rgb.match(/[\\d.]+/g).slice(0, 3).map(Number).map(channel)
-        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-    const back = (e) => {
-        for (; e; e = e.parentElement) {
-            const color = getComputedStyle(e).backgroundColor;
-            if (!/, 0\\)$/.test(color)) return color;
-        }
-    };
-    const found = {};
-    for (const e of document.querySelectorAll("p, a, h1, h2, h3, td, th, small, span, dd, dt")) {
-        if (!e.innerText || !e.innerText.trim()) continue;
-        const [x, y] = [light(getComputedStyle(e).color), light(back(e))].sort((a, b) => b - a);
-        const ratio = (x + 0.05) / (y + 0.05);
-        const name = `${e.tagName} ${e.className}`;
-        found[name] = Math.min(found[name] ?? 99, ratio);
-    }
-    return found;
-}"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_in_both_schemes(scheme: str, open_page: Any) -> None:
     page = open_page(color_scheme=scheme).page
@@ -197,13 +131,7 @@ def test_dark_scheme_is_dark(open_page: Any) -> None:
 def test_nothing_sticks_out(width: int, open_page: Any) -> None:
     page = open_page(viewport={"width": width, "height": 844}).page
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
-    outside = page.evaluate(
-        """() => [...document.querySelectorAll("body *")].filter((e) => {
-            const box = e.getBoundingClientRect();
-            const isHidden = e.closest(".scroll table, .skip, .sr") || !box.width;
-            return !isHidden && (box.right > innerWidth + 0.5 || box.left < -0.5);
-        }).map((e) => e.outerHTML.slice(0, 80))"""
-    )
+    outside = page.evaluate(OUTSIDE)
     assert outside == []
     tick = page.locator("figure svg:visible .tick").first
     box = tick.bounding_box()

@@ -13,7 +13,8 @@ from autoquant_ray.budget import SolveOptions
 from autoquant_ray.cli import main
 from autoquant_ray.errors import InfeasibleBudgetError
 from autoquant_ray.formats import NONE
-from autoquant_ray.frontier import Point, find_knee, frontier_of, smallest_within
+from autoquant_ray.frontier import frontier_of, smallest_within
+from autoquant_ray.frontier_curve import Point, find_knee, sweep_points, uniform_points
 from autoquant_ray.solve import load_problem, solve_run
 from autoquant_ray.state import RunState
 
@@ -88,3 +89,27 @@ def test_command_prints_sizes_and_solves_targets(make_run: Any) -> None:
         main, ["frontier", directory.uri, "--target-kl", "1", "--target-ppl-increase", "1%"]
     )
     assert (done.exit_code, "exclude each other" in done.output) == (2, True)
+
+
+def test_sweep_stays_near_the_exact_points_and_writes_nothing(make_run: Any) -> None:
+    directory = make_run(formats=("wint4_afp16", "wint8_aint8"))
+    problem, scores = load_problem(RunState.open(directory))
+    swept = sweep_points(problem, scores)
+    assert not directory.exists("frontier.parquet")
+    everything = all_allocations(directory)
+    assert len(swept) >= 10
+    for point in swept:
+        # On the hull, an allocation is the best one of its own size.
+        best = min(s for bits, s in everything if bits <= point.effective_bits * (1 + 1e-9))
+        assert point.predicted_kl == pytest.approx(best, rel=1e-9, abs=1e-15)
+    assert sum(point.is_knee for point in swept) == 1
+
+
+def test_uniform_format_loses_the_sum_of_its_scores(make_run: Any) -> None:
+    problem, scores = load_problem(RunState.open(make_run()))
+    points = uniform_points(problem, scores)
+    assert set(points) == {format_ for _, format_ in scores}
+    for name, point in points.items():
+        expected = math.fsum(score for (_, format_), score in scores.items() if format_ == name)
+        assert point.predicted_kl == pytest.approx(expected)
+    assert points["wint8_aint8"].weight_bytes > points["wint4_afp16"].weight_bytes

@@ -37,7 +37,7 @@ COLUMNS = {
     "num_samples, seconds, elementwise_variance, token_variance",
     "sensitivity.parquet": "group, format, score, score_stderr, elementwise, token, "
     "modelopt_score, num_tokens, num_shards, weight_bits, weight_bytes, sampling_stderr",
-    "resampling.parquet": "bucket, group, format, sum",
+    "resampling.parquet": "bucket, group, format, sum, bucket_tokens",
     "manifest.parquet": "module, group, format, weight_bits, weight_bytes, score",
     "solutions/bits-6.00/manifest.parquet": "module, group, format, weight_bits, weight_bytes, "
     "score",
@@ -45,7 +45,15 @@ COLUMNS = {
 """The contract, and after it what was added; written out here so that a renamed column fails."""
 
 STRINGS = {"group", "format", "module", "statistic"}
-INTEGERS = {"bucket", "num_weights", "shard", "num_tokens", "num_samples", "num_shards"}
+INTEGERS = {
+    "bucket",
+    "bucket_tokens",
+    "num_weights",
+    "shard",
+    "num_tokens",
+    "num_samples",
+    "num_shards",
+}
 OTHER_TYPES = {"module_names": pa.list_(pa.string()), "is_searched": pa.bool_()}
 
 

@@ -1,6 +1,6 @@
 "use strict";
 // Column heads become buttons that sort; without JavaScript they stay plain heads.
-for (const table of document.querySelectorAll("table")) {
+for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {

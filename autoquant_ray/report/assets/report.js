@@ -1,0 +1,27 @@
+// Rows of the table of groups are shown by name and format; without JavaScript all are there.
+{
+  const table = document.querySelector("#groups table");
+  const form = document.querySelector(".filters");
+  const [text, format, certainty] = ["text", "format", "certainty"].map(
+    (name) => form.elements.namedItem(name));
+  const count = form.querySelector("output");
+  const rows = [...table.tBodies[0].rows];
+  const show = () => {
+    const words = text.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    for (const row of rows) {
+      const name = row.cells[0].textContent.toLowerCase();
+      const fits = words.every((word) => name.includes(word))
+        && (!format.value || row.dataset.format === format.value)
+        && (!certainty?.value || row.dataset.certainty === certainty.value);
+      row.hidden = !fits;
+      shown += fits;
+    }
+    count.textContent = `${shown} of ${rows.length} groups shown`;
+  };
+  form.hidden = false;
+  form.addEventListener("input", show);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.addEventListener("reset", () => setTimeout(show));
+  show();
+}

@@ -1,0 +1,69 @@
+"""The points of a report's frontier: all sizes, this plan, uniform formats, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from autoquant_ray.budget import Problem
+from autoquant_ray.frontier_curve import Point, sweep_points, uniform_points
+from autoquant_ray.report.frontier_chart import Dot
+from autoquant_ray.store import FRONTIER_FILE, RunDirectory
+
+
+def frontier_dots(
+    directory: RunDirectory,
+    problem: Problem,
+    scores: Mapping[tuple[str, str], float],
+    plan: Dot,
+    evaluations: Sequence[Mapping[str, Any]],
+) -> list[Dot]:
+    """Collect the points.
+
+    Args:
+        directory: The run; ``frontier.parquet`` is read where ``frontier`` wrote it.
+        problem: Groups with their costs.
+        scores: (group, format) -> nats per token.
+        plan: The solution that the report is about.
+        evaluations: Rows of ``evaluation.parquet``. Plans from shuffled scores are not shown.
+    """
+    if directory.exists(FRONTIER_FILE):
+        rows = directory.read_table(FRONTIER_FILE, "frontier").to_pylist()
+        curve = [Point(**row) for row in rows]
+    else:
+        curve = sweep_points(problem, scores)
+    dots = [
+        _dot("knee" if p.is_knee else "curve", "knee" if p.is_knee else "best plan", p)
+        for p in curve
+    ]
+    uniform = uniform_points(problem, scores)
+    dots += [_dot("uniform", f"all {name}", point) for name, point in uniform.items()]
+    measured: dict[tuple[str, str], Dot] = {}
+    for row in evaluations:
+        if not row["name"].startswith("random "):
+            measured.setdefault((row["data_key"], row["allocation"]), _measured(row))
+    return [*dots, *measured.values(), plan]
+
+
+def _dot(kind: str, name: str, point: Point) -> Dot:
+    return Dot(
+        kind=kind,
+        name=name,
+        bits=point.effective_bits,
+        num_bytes=point.weight_bytes,
+        loss=point.predicted_kl,
+    )
+
+
+def _measured(row: Mapping[str, Any]) -> Dot:
+    name = row["name"]
+    if name == "solution":
+        name = f"solution {row['solution']}" if row["solution"] else "the scan's own solution"
+    return Dot(
+        kind="measured",
+        name=f"measured, {name} on {row['dataset']}",
+        bits=row["effective_bits"],
+        num_bytes=row["weight_bytes"],
+        loss=row["kl_mean"],
+        stderr=row["kl_stderr"],
+    )

@@ -1,0 +1,137 @@
+"""Everything that a report is made from, read once from a run's files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant_ray.budget import Problem
+from autoquant_ray.errors import StoreError
+from autoquant_ray.manifest import allocation_key
+from autoquant_ray.report.concerns import Choice, Evidence
+from autoquant_ray.report.measured import measured_rows
+from autoquant_ray.state import RunState
+from autoquant_ray.store import SOLUTIONS
+from autoquant_ray.total_error import TotalError, total_error
+
+Scores = dict[str, dict[str, tuple[float, float | None]]]
+"""Group -> format -> (score, standard error or None)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """One solution with the run that it belongs to.
+
+    Attributes:
+        state: The run.
+        name: Of the solution; '' for the scan's own.
+        manifest: Content of its ``manifest.json``.
+        rows: Rows of its ``manifest.parquet``.
+        table: Rows of ``sensitivity.parquet``.
+        scores: The same by group and format.
+        problem: Groups with their costs.
+        formats: Searched group -> chosen format.
+        error: Of the predicted KL; None where unknown.
+        evaluations: Rows of ``evaluation.parquet``, of all solutions.
+    """
+
+    state: RunState
+    name: str
+    manifest: dict[str, Any]
+    rows: list[dict[str, Any]]
+    table: list[dict[str, Any]]
+    scores: Scores
+    problem: Problem
+    formats: dict[str, str]
+    error: TotalError | None
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Content of ``run.json``."""
+        return self.state.values
+
+    @property
+    def predicted(self) -> float:
+        """Loss over all tokens, whatever was made least; without a unit if it was imported."""
+        solution = self.manifest["solution"]
+        nats = solution["predicted_kl_nats"]
+        return float(solution["score"] if nats is None else nats)
+
+    @property
+    def key(self) -> str:
+        """Digest of the formats; measurements of others do not count."""
+        return allocation_key(self.formats)
+
+    @property
+    def measured(self) -> list[list[dict[str, Any]]]:
+        """This solution's row and its rivals' rows, per data set that it was measured on."""
+        return measured_rows(self.evaluations, self.name, self.key)
+
+
+def read_sources(state: RunState, start: str) -> Sources:
+    """Read a solution and its run.
+
+    Args:
+        state: The run.
+        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+
+    Raises:
+        StoreError: A file is missing or damaged.
+    """
+    directory = state.directory
+    manifest = directory.read_json(f"{start}manifest.json")
+    if not isinstance(manifest, dict) or not {"solution", "budget"} <= set(manifest):
+        name = directory.path(f"{start}manifest.json")
+        raise StoreError(f"{name} is damaged: it lacks solution or budget; solve the budget again")
+    rows = directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
+    table = directory.read_table("sensitivity.parquet", "sensitivity").to_pylist()
+    scores: Scores = {}
+    for row in table:
+        scores.setdefault(row["group"], {})[row["format"]] = (row["score"], row["score_stderr"])
+    plan = directory.read_table("plan.parquet", "plan").to_pylist()
+    unsearched = state.values["plan"]["unsearched"]
+    formats = {row["group"]: row["format"] for row in rows if row["group"] not in unsearched}
+
+    def optional(name: str, kind: str) -> Any:
+        return directory.read_table(name, kind) if directory.exists(name) else None
+
+    evaluations = optional("evaluation.parquet", "evaluation")
+    return Sources(
+        state=state,
+        name=start.removeprefix(f"{SOLUTIONS}/").rstrip("/"),
+        manifest=manifest,
+        rows=rows,
+        table=table,
+        scores=scores,
+        problem=Problem(plan, state.values["plan"]),
+        formats=formats,
+        error=total_error(formats, table, optional("resampling.parquet", "resampling")),
+        evaluations=[] if evaluations is None else evaluations.to_pylist(),
+    )
+
+
+def gather_evidence(sources: Sources) -> Evidence:
+    """What is known for and against the plan."""
+    solution = sources.manifest["solution"]
+    stability = sources.manifest.get("stability") or {}
+    config = sources.run["config"]
+    found = (
+        Choice(group=group, format=format_, score=entry[0], stderr=entry[1])
+        for group, format_ in sources.formats.items()
+        if (entry := sources.scores.get(group, {}).get(format_)) is not None
+    )
+    return Evidence(
+        predicted=sources.predicted,
+        stderr=None if sources.error is None else sources.error.stderr,
+        effective_bits=solution["effective_bits"],
+        choices=[choice for choice in found if choice.score > 0],
+        is_satisfied=solution["is_satisfied"],
+        num_shards=sources.table[0]["num_shards"] if config and sources.table else None,
+        quarantined=sources.run["quarantined"],
+        labels=config["labels"] if config else None,
+        measured=sources.measured,
+        coin_tosses=stability.get("coin_tosses", ()),
+        expected_regret=stability.get("expected_regret"),
+        null=stability.get("null_score"),
+    )

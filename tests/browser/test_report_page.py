@@ -1,0 +1,209 @@
+"""A solution's page in headless Chromium: what a person sees, sorts, filters and reads out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import fastparquet
+import pytest
+from page_checks import CONTRAST, OUTSIDE
+from playwright.sync_api import Page, expect
+from runs_folder import EVIL
+from scored_run import put_scored_run
+
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.solve import solve_run
+
+NUM_LAYERS = 6
+NUM_GROUPS = 4 * NUM_LAYERS + 2
+MODEL = "<img src=x onerror=\"document.title='hacked'\">"
+FIRST = "model</script><!--<script>document.title='hacked'</script>.layers"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hostile names of model and modules, data that was left out, and a budget that is met."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    left_out = [{"shard": 3, "stage": "score", "reason": EVIL}]
+    directory = put_scored_run(
+        folder, num_layers=NUM_LAYERS, model=MODEL, first_layer=FIRST, quarantined=left_out
+    )
+    solve_run(directory, SolveOptions(bits=4.8), folder="")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(run: Path) -> str:
+    return (run / "report.html").as_uri()
+
+
+def table_of(page: Page) -> Any:
+    return page.get_by_role("table", name="Groups, most sensitive first")
+
+
+def shown_names(page: Page) -> list[str]:
+    """Names of the groups that are shown, top to bottom."""
+    heads = table_of(page).locator("tbody tr:visible > th")
+    return [str(head.get_attribute("data-key")) for head in heads.all()]
+
+
+def column_of(page: Page, name: str) -> int:
+    heads = table_of(page).locator("thead th").all_inner_texts()
+    return [head.strip() for head in heads].index(name)
+
+
+def numbers_of(page: Page, column: int) -> dict[str, float]:
+    """Group -> the number behind the cell of a column."""
+    found = (
+        table_of(page)
+        .locator("tbody")
+        .evaluate(
+            """(body, column) => [...body.rows].map(
+            (row) => [row.cells[0].dataset.key, row.cells[column].dataset.number])""",
+            column,
+        )
+    )
+    return {name: float(number) for name, number in found if number}
+
+
+def test_page_opens_offline_without_a_request_or_complaint(open_page: Any, address: str) -> None:
+    opened = open_page(offline=True)
+    for title in ("Reasons for concern", "Loss against size", "All groups", "Make it again"):
+        expect(opened.page.get_by_role("heading", name=title)).to_be_visible()
+    expect(opened.page.get_by_role("img", name="Loss against size")).to_be_visible()
+    assert opened.complaints == []
+    assert opened.requests == [address]
+
+
+def test_numbers_are_those_of_the_files(open_page: Any, run: Path) -> None:
+    page = open_page().page
+    scores = fastparquet.ParquetFile(str(run / "sensitivity.parquet")).to_pandas()
+    for name in ("wint4_afp16", "wint8_aint8"):
+        expected = scores[scores["format"] == name].set_index("group")["score"].to_dict()
+        assert numbers_of(page, column_of(page, name)) == expected
+    manifest = fastparquet.ParquetFile(str(run / "manifest.parquet")).to_pandas()
+    total = manifest.drop_duplicates("group")["score"].sum()
+    shown = page.locator(".numbers > div", has_text="Predicted KL").locator(".value").inner_text()
+    value, _, error = shown.partition(" ± ")
+    assert float(value) == pytest.approx(total, rel=5e-4)
+    assert 0 < float(error) < float(value)
+    chosen = manifest.drop_duplicates("group").set_index("group")["format"].to_dict()
+    rows = table_of(page).locator("tbody tr")
+    marked = rows.evaluate_all("rows => rows.map(r => [r.cells[0].dataset.key, r.dataset.format])")
+    assert dict(marked) == chosen
+
+
+def test_hostile_names_are_text(open_page: Any) -> None:
+    opened = open_page()
+    expect(opened.page.get_by_role("heading", level=1)).to_contain_text(MODEL)
+    expect(opened.page.get_by_text(f"Shard 3 was left out while score: {EVIL}")).to_be_visible()
+    assert any(name.startswith(FIRST) for name in shown_names(opened.page))
+    assert opened.page.evaluate("document.title") != "hacked"
+    assert opened.page.locator("script").count() == 1
+    assert opened.complaints == []
+
+
+def test_columns_sort_by_keyboard(open_page: Any) -> None:
+    page = open_page().page
+    column = column_of(page, "Share of the loss")
+    head = table_of(page).locator("thead th").nth(column)
+    head.get_by_role("button").focus()
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    numbers = list(numbers_of(page, column).values())
+    assert len(numbers) == NUM_GROUPS - 1
+    assert numbers == sorted(numbers)
+    page.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "descending"
+    assert shown_names(page)[-1] == "visual.blocks.0.attn.qkv", "without a number: last"
+    assert table_of(page).locator("[aria-sort]").count() == 1
+    said = page.locator("#sorted").inner_text()
+    assert said == "Groups: sorted by Share of the loss, descending"
+
+
+def test_rows_are_filtered_and_counted(open_page: Any) -> None:
+    opened = open_page()
+    page = opened.page
+    status = page.locator(".filters").get_by_role("status")
+    expect(status).to_have_text(f"{NUM_GROUPS} of {NUM_GROUPS} groups shown")
+    page.get_by_label("Names contain").fill("K_PROJ layers.2")
+    expect(status).to_have_text(f"1 of {NUM_GROUPS} groups shown")
+    assert shown_names(page) == [f"{FIRST}.2.self_attn.q_proj"], "found by the name of a layer"
+    page.get_by_label("Names contain").fill("no such layer")
+    expect(status).to_have_text(f"0 of {NUM_GROUPS} groups shown")
+    page.get_by_role("button", name="Show all").click()
+    expect(status).to_have_text(f"{NUM_GROUPS} of {NUM_GROUPS} groups shown")
+    page.get_by_label("Chosen format").select_option("none")
+    unsearched = shown_names(page)
+    assert "visual.blocks.0.attn.qkv" in unsearched
+    expect(status).to_have_text(f"{len(unsearched)} of {NUM_GROUPS} groups shown")
+    page.get_by_role("button", name="Show all").click()
+    page.get_by_label("Decision").select_option("certain")
+    assert 0 < len(shown_names(page)) < NUM_GROUPS
+    assert opened.complaints == []
+
+
+def test_chart_and_heat_map_have_words(open_page: Any) -> None:
+    page = open_page().page
+    chart = page.get_by_role("img", name="Loss against size")
+    assert re.search(
+        r"This plan: 4\.\d+ bits",
+        chart.get_attribute("aria-labelledby") and page.locator("#frontier-summary").inner_text(),
+    )
+    page.get_by_text("The numbers of this chart").click()
+    points = page.get_by_role("table", name="Points of the chart")
+    expect(points.get_by_role("row", name="this plan")).to_be_visible()
+    expect(points.get_by_role("row", name="all wint4_afp16")).to_be_visible()
+    layers = page.get_by_role("region", name=f"{FIRST}")
+    expect(layers.get_by_role("row").nth(NUM_LAYERS)).to_be_visible()
+    off = page.get_by_role("region", name="visual.blocks").locator("td.off")
+    assert "not searched" in str(off.get_attribute("title"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read_in_both_schemes(scheme: str, open_page: Any) -> None:
+    page = open_page(color_scheme=scheme).page
+    ratios = page.evaluate(CONTRAST)
+    assert {f"TD l{level}" for level in (0, 6)} <= set(ratios)
+    assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
+    background = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    darkest = min(int(part) for part in re.findall(r"\d+", background))
+    assert (darkest > 200) is (scheme == "light")
+
+
+@pytest.mark.parametrize("width", [320, 375, 768, 1280])
+def test_nothing_sticks_out(width: int, open_page: Any) -> None:
+    page = open_page(viewport={"width": width, "height": 844}).page
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+    assert page.evaluate(OUTSIDE) == []
+    tick = page.locator("figure svg:visible .tick").first.bounding_box()
+    assert tick is not None
+    assert tick["height"] >= 11, "labels stay readable"
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_texts_of_the_chart_do_not_overlap(width: int, open_page: Any) -> None:
+    page = open_page(viewport={"width": width, "height": 900}).page
+    overlapping = page.locator("figure svg:visible").evaluate(
+        """(svg) => {
+            const texts = [...svg.querySelectorAll("text")];
+            const boxes = texts.map((e) => e.getBoundingClientRect());
+            const frame = svg.getBoundingClientRect();
+            const out = texts.filter((e, i) => boxes[i].left < frame.left - 1
+                || boxes[i].right > frame.right + 1 || boxes[i].top < frame.top - 1);
+            const over = texts.filter((e, i) => boxes.some((b, j) => j < i
+                && boxes[i].left < b.right && b.left < boxes[i].right
+                && boxes[i].top + 2 < b.bottom && b.top + 2 < boxes[i].bottom));
+            return [...out, ...over].map((e) => e.textContent);
+        }"""
+    )
+    assert overlapping == []
+
+
+def test_page_without_javascript_has_all_rows_and_no_dead_controls(open_page: Any) -> None:
+    page = open_page(java_script_enabled=False).page
+    assert len(shown_names(page)) == NUM_GROUPS
+    expect(page.get_by_label("Names contain")).to_be_hidden()
+    assert page.locator("th button").count() == 0

@@ -1,0 +1,187 @@
+"""Every sentence of doubt: said where it holds, with its numbers, and only there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from autoquant_ray.report.concerns import Choice, Evidence, find_concerns
+
+LOSSES = {"a": 0.020, "b": 0.018, "c": 0.016, "d": 0.015, "e": 0.031}
+
+
+def evidence(**changes: Any) -> Evidence:
+    """A plan that nothing is wrong with, unless something is changed."""
+    values: dict[str, Any] = {
+        "predicted": 0.1,
+        "stderr": 0.004,
+        "effective_bits": 5.5,
+        "choices": [
+            Choice(group=name, format="wint4_afp16", score=loss, stderr=0.1 * loss)
+            for name, loss in LOSSES.items()
+        ],
+        "num_shards": 16,
+        "labels": "model",
+        "expected_regret": 0.001,
+        "null": 0.3,
+    }
+    values["choices"] = [c for c in values["choices"] if c.score < 0.025]
+    return Evidence(**(values | changes))
+
+
+def measured(kl: float, predicted: float = 0.1, **rivals: tuple[float, float | None]) -> Any:
+    """Rows of one data set: the solution, and rivals with what they lose more and its error."""
+    own = {"name": "solution", "dataset": "held-out", "kl_mean": kl, "predicted_kl": predicted}
+    others = [
+        {
+            "name": name.replace("_", " "),
+            "kl_mean": kl + more,
+            "kl_above_solution": more,
+            "kl_above_solution_stderr": error,
+        }
+        for name, (more, error) in rivals.items()
+    ]
+    return [[own, *others]]
+
+
+def titles(known: Evidence) -> list[str]:
+    return [concern.title for concern in find_concerns(known)]
+
+
+def only(known: Evidence) -> str:
+    """The text of the one concern there is."""
+    (concern,) = find_concerns(known)
+    return concern.text
+
+
+def test_sound_plan_has_none() -> None:
+    assert find_concerns(evidence()) == []
+    assert find_concerns(evidence(measured=measured(0.12, uniform_x=(0.1, 0.01)))) == []
+
+
+def test_unmet_budget_is_grave() -> None:
+    (concern,) = find_concerns(evidence(is_satisfied=False))
+    assert (concern.title, concern.is_grave) == ("The budget is not met", True)
+
+
+def test_large_group_is_named_with_its_share() -> None:
+    choices = [
+        Choice(group="model.layers.1.mlp.down_proj", format="wfp8_afp8", score=0.06, stderr=None),
+        Choice(group="b", format="wint4_afp16", score=0.04, stderr=None),
+    ]
+    known = evidence(choices=choices)
+    assert titles(known) == ["One group takes most of the loss"]
+    assert "model.layers.1.mlp.down_proj in wfp8_afp8 takes 60%" in only(known)
+    assert "--pin model.layers.1.mlp.down_proj=none" in only(known)
+
+
+def test_group_of_a_quarter_takes_much_and_less_is_not_named() -> None:
+    def with_largest(score: float) -> Evidence:
+        rest = Choice(group="rest", format="f", score=0.01, stderr=None)
+        large = Choice(group="large", format="f", score=score, stderr=None)
+        return evidence(choices=[rest, large])
+
+    assert titles(with_largest(0.025)) == ["One group takes much of the loss"]
+    assert titles(with_largest(0.024)) == []
+
+
+def test_wide_error_bar_says_how_wide() -> None:
+    assert "0.1 ± 0.012: an error of 12%" in only(evidence(stderr=0.012))
+    assert titles(evidence(stderr=0.0099)) == []
+    assert titles(evidence(stderr=None)) == []
+
+
+def test_scores_within_their_error_are_named_with_their_share() -> None:
+    choices = [
+        Choice(group=f"g{n}", format="wfp8_afp8", score=0.001, stderr=0.001) for n in range(4)
+    ]
+    choices.append(Choice(group="sure", format="wfp8_afp8", score=0.001, stderr=0.0009))
+    text = only(evidence(choices=choices))
+    assert text.startswith("4 chosen formats with a score no larger than its standard error")
+    assert "4.0% of the predicted loss: g0 (wfp8_afp8), g1 (wfp8_afp8), g2 (wfp8_afp8)" in text
+    assert "and 1 more" in text
+    assert "sure" not in text
+
+
+def test_few_bits_are_doubted_until_they_are_measured() -> None:
+    assert "At 4.90 bits (below 5)" in only(evidence(effective_bits=4.9))
+    assert titles(evidence(effective_bits=4.9999)) == [], "a budget of 5 bits, nearly used up"
+    assert titles(evidence(effective_bits=4.0, measured=measured(0.11))) == []
+
+
+@pytest.mark.parametrize(("kl", "shown"), [(0.16, "1.6 times"), (0.05, "0.5 times"), (0.14, None)])
+def test_measured_beyond_the_range_is_told(kl: float, shown: str | None) -> None:
+    known = evidence(measured=measured(kl))
+    if shown is None:
+        assert find_concerns(known) == []
+    else:
+        assert titles(known) == ["The prediction does not hold"]
+        assert f"Measured on held-out, the plan loses {shown} what was predicted" in only(known)
+
+
+def test_nothing_measured_has_no_ratio() -> None:
+    assert find_concerns(evidence(measured=measured(0.0))) == []
+
+
+def test_plan_that_breaks_the_model_is_grave() -> None:
+    (concern,) = find_concerns(evidence(measured=measured(math.inf)))
+    assert (concern.title, concern.is_grave) == ("The plan breaks the model", True)
+
+
+def test_rival_that_is_surely_better_is_grave() -> None:
+    rivals = measured(0.1, uniform_wfp8_afp8=(-0.03, 0.01), modelopt=(-0.01, 0.002))
+    (concern,) = find_concerns(evidence(measured=rivals))
+    assert concern.is_grave
+    assert "uniform wfp8 afp8 loses 0.07 nats per token, this plan 0.1" in concern.text
+    assert find_concerns(evidence(measured=measured(0.1, modelopt=(-0.01, 0.006)))) == []
+
+
+def test_coin_tosses_matter_only_with_regret() -> None:
+    known = evidence(coin_tosses=["a", "b"], expected_regret=0.02)
+    assert titles(known) == ["Coin tosses that matter"]
+    text = only(known)
+    assert "2 groups with an undecided format, together 38.0% of the predicted loss: a, b." in text
+    assert "expected to lose 2.0%" in text
+    assert titles(evidence(coin_tosses=["a", "b"], expected_regret=0.005)) == []
+    assert titles(evidence(expected_regret=0.02)) == []
+
+
+def test_plan_near_the_null_is_grave() -> None:
+    (concern,) = find_concerns(evidence(null=0.105))
+    assert concern.is_grave
+    assert "would lose 0.105, this one 0.1" in concern.text
+    assert find_concerns(evidence(null=0.12)) == []
+
+
+def test_each_shard_left_out_is_named() -> None:
+    left_out = [{"shard": n, "stage": "score", "reason": "a NaN in the loss"} for n in (3, 7)]
+    found = find_concerns(evidence(quarantined=left_out))
+    assert [c.title for c in found] == ["Data was left out"] * 2
+    assert "Shard 3 was left out while score: a NaN in the loss." in found[0].text
+
+
+def test_labels_of_the_data_are_biased() -> None:
+    assert "--labels model" in only(evidence(labels="data"))
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "shown"),
+    [(1, "a single shard"), (7, "from 7 shards; fewer than 8"), (8, None), (None, None)],
+)
+def test_few_shards_are_told(num_shards: int | None, shown: str | None) -> None:
+    found = find_concerns(evidence(num_shards=num_shards))
+    assert [shown in concern.text for concern in found if shown] == [True] * (shown is not None)
+    assert len(found) == (shown is not None)
+
+
+def test_grave_ones_come_first() -> None:
+    known = evidence(labels="data", is_satisfied=False, num_shards=2)
+    assert [c.is_grave for c in find_concerns(known)] == [True, False, False]
+
+
+def test_plan_that_loses_nothing_has_none() -> None:
+    known = evidence(predicted=0.0, stderr=0.0, choices=[], null=None, effective_bits=16.0)
+    assert find_concerns(known) == []
+    assert find_concerns(evidence(predicted=0.0, stderr=0.0, choices=[], null=0.0)) == []

@@ -1,0 +1,319 @@
+"""Reports of a solution: what they say, what they show, and that it can be made again."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs_folder import EVIL
+from scored_run import FORMATS, put_scored_run
+
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.cli import main
+from autoquant_ray.cli_options import given_fields
+from autoquant_ray.config import ScanConfig
+from autoquant_ray.config_file import load_config
+from autoquant_ray.frontier import frontier_of
+from autoquant_ray.report.content import collect_content
+from autoquant_ray.report.frontier_chart import Dot, draw_frontier
+from autoquant_ray.report.groups import GroupRow
+from autoquant_ray.report.heat import heat_maps
+from autoquant_ray.report.html import render_html
+from autoquant_ray.report.reproduce import scan_command
+from autoquant_ray.report.sources import read_sources
+from autoquant_ray.schemas import SCHEMAS
+from autoquant_ray.solve import rewrite_reports, solve_run
+from autoquant_ray.state import RunState
+from autoquant_ray.store import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    directory = put_scored_run(tmp_path_factory.mktemp("runs") / "run")
+    solve_run(directory, SolveOptions(bits=6), folder="")
+    return directory
+
+
+def text_of(directory: RunDirectory, name: str = "report.md") -> str:
+    return directory.read_bytes(name).decode()
+
+
+# --- What is said
+
+
+def test_predicted_loss_has_its_error_in_both_reports(run: RunDirectory) -> None:
+    solution = run.read_json("manifest.json")["solution"]
+    for name in ("report.md", "report.html"):
+        found = re.search(
+            r"(0\.\d+) ± (\S+) nats per token \(one standard error", text_of(run, name)
+        )
+        assert found is not None
+        assert float(found[1]) == pytest.approx(solution["predicted_kl_nats"], rel=1e-5)
+        assert 0 < float(found[2]) < float(found[1])
+
+
+def test_concerns_come_before_the_plan(tmp_path: Path) -> None:
+    directory = put_scored_run(tmp_path / "run", num_shards=4, config={"labels": "data"})
+    solve_run(directory, SolveOptions(bits=4.5), folder="")
+    text = text_of(directory)
+    concerns = text[: text.index("## The plan")]
+    for title in ("Below the range of the prediction", "Labels from the data", "Few shards"):
+        assert f"**{title}.**" in concerns
+        assert title in text_of(directory, "report.html")
+    assert re.search(r"At 4\.4\d bits \(below 5\)", concerns)
+
+
+def test_run_without_shards_has_a_bound_for_its_error(tmp_path: Path) -> None:
+    directory = put_scored_run(tmp_path / "run")
+    directory.delete("resampling.parquet")
+    solve_run(directory, SolveOptions(bits=6), folder="")
+    assert "(one standard error, at most; the sum of the scores' own)" in text_of(directory)
+    assert "Certainty" not in text_of(directory, "report.html")
+
+
+def test_names_from_model_and_data_are_escaped(tmp_path: Path) -> None:
+    changes = {"dataset": {"name": f"{EVIL}</script><!--"}}
+    directory = put_scored_run(tmp_path / "run", model=EVIL, first_layer=f"{EVIL}.x", **changes)
+    solve_run(directory, SolveOptions(bits=6), folder="")
+
+    class Scripts(HTMLParser):
+        count = 0
+
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            self.count += tag == "script"
+
+    page = text_of(directory, "report.html")
+    parser = Scripts()
+    parser.feed(page)
+    assert parser.count == 1
+    assert EVIL not in page
+    assert "<script>" not in text_of(directory).partition("## Make it again")[0]
+
+
+# --- Frontier
+
+
+def test_page_shows_the_points_of_the_file_where_there_is_one(tmp_path: Path) -> None:
+    directory = put_scored_run(tmp_path / "run", num_layers=2)
+    solve_run(directory, SolveOptions(bits=6), folder="")
+
+    def curve() -> list[tuple[float, float]]:
+        dots = collect_content(RunState.open(directory), "").dots
+        return [(dot.bits, dot.loss) for dot in dots if dot.kind in ("curve", "knee")]
+
+    swept = dict(curve())
+    assert not directory.exists("frontier.parquet")
+    exact = frontier_of(directory, 16)
+    assert curve() == [(point.effective_bits, point.predicted_kl) for point in exact]
+    for bits, loss in swept.items():
+        best = min(p.predicted_kl for p in exact if p.effective_bits <= bits)
+        assert loss <= best * 1.5 + 1e-12, "near the exact one"
+
+
+def evaluation_row(directory: RunDirectory, **changes: Any) -> dict[str, Any]:
+    """What ``evaluate`` would have written of the run's own solution."""
+    sources = read_sources(RunState.open(directory), "")
+    solution = sources.manifest["solution"]
+    row = dict.fromkeys(SCHEMAS["evaluation"].names, 0.0) | {
+        "solution": "",
+        "dataset": "held-out.jsonl",
+        "data_key": "d",
+        "name": "solution",
+        "allocation": sources.key,
+        "effective_bits": solution["effective_bits"],
+        "weight_bytes": solution["weight_bytes"],
+        "predicted_kl": solution["score"],
+        "kl_mean": 2 * solution["score"],
+        "kl_stderr": 0.1 * solution["score"],
+        "num_tokens": 4096,
+        "num_samples": 8,
+    }
+    return row | changes
+
+
+def test_measured_plans_are_in_the_head_the_concerns_and_the_chart(tmp_path: Path) -> None:
+    directory = put_scored_run(tmp_path / "run", num_layers=2)
+    solve_run(directory, SolveOptions(bits=6), folder="")
+    own = evaluation_row(directory)
+    rival = evaluation_row(
+        directory, name="uniform wint4_afp16", allocation="u", effective_bits=4.1, kl_mean=9.0
+    )
+    shuffled = evaluation_row(directory, name="random 1", allocation="r", kl_mean=5.0)
+    other = evaluation_row(directory, solution="bits-4.50", allocation="o", data_key="e")
+    directory.write_table("evaluation.parquet", "evaluation", [own, rival, shuffled, other])
+    rewrite_reports(directory)
+    content = collect_content(RunState.open(directory), "")
+    measured = {dot.name: dot.loss for dot in content.dots if dot.kind == "measured"}
+    assert measured == {
+        "measured, the scan's own solution on held-out.jsonl": own["kl_mean"],
+        "measured, uniform wint4_afp16 on held-out.jsonl": 9.0,
+        "measured, solution bits-4.50 on held-out.jsonl": other["kl_mean"],
+    }
+    assert [n.label for n in content.numbers][:2] == ["Predicted KL", "Measured KL"]
+    assert content.concerns[0].title == "The prediction does not hold"
+    assert f"**Measured KL:** {own['kl_mean']:.4g} ± {own['kl_stderr']:.1g}" in text_of(directory)
+
+
+def test_without_measurements_there_are_four_kinds_of_points(run: RunDirectory) -> None:
+    dots = collect_content(RunState.open(run), "").dots
+    assert {dot.kind for dot in dots} == {"curve", "knee", "plan", "uniform"}
+    assert {dot.name for dot in dots if dot.kind == "uniform"} == {f"all {f}" for f in FORMATS}
+
+
+def dots_of(*losses: float) -> list[Dot]:
+    return [
+        Dot(kind="curve", name="p", bits=4.0 + n, num_bytes=2.0**20 * (4 + n), loss=loss)
+        for n, loss in enumerate(losses)
+    ]
+
+
+def test_axis_is_logarithmic_and_leaves_out_what_loses_nothing() -> None:
+    chart = draw_frontier(dots_of(1.0, 0.1, 0.01, 0.0, 1e-9, math.inf), width=600, height=300)
+    assert chart is not None
+    ys = [mark.y for mark in chart.marks]
+    assert len(ys) == 3
+    assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1], abs=0.2)
+    assert all(chart.top <= y <= chart.base for y in ys)
+    assert {"0.01", "0.1", "1"} <= {tick.label for tick in chart.y_ticks}
+    assert all(chart.left <= mark.x <= chart.right for mark in chart.marks)
+    assert chart.size_ticks[0].label == "4.00 MiB"
+
+
+def test_sizes_are_not_shown_where_more_bits_are_not_more_bytes() -> None:
+    dots = [*dots_of(1.0, 0.1), Dot(kind="curve", name="p", bits=6, num_bytes=1.0, loss=0.01)]
+    chart = draw_frontier(dots, width=600, height=300)
+    assert chart is not None
+    assert chart.size_ticks == []
+
+
+def test_curve_of_one_point_has_no_chart() -> None:
+    assert draw_frontier(dots_of(0.1), width=600, height=300) is None
+    assert draw_frontier(dots_of(0.0, 0.0), width=600, height=300) is None
+
+
+def test_page_of_a_plan_that_loses_nothing(tmp_path: Path) -> None:
+    directory = put_scored_run(tmp_path / "run", num_layers=1)
+    solve_run(directory, SolveOptions(bits=16), folder="")
+    assert "All groups" in text_of(directory, "report.html")
+
+
+# --- Heat map and table
+
+
+def row(name: str, sensitivity: float | None, modules: tuple[str, ...] = ()) -> GroupRow:
+    return GroupRow(
+        name=name,
+        modules=list(modules or (name,)),
+        num_weights=1,
+        chosen="wint4_afp16",
+        num_bytes=1,
+        num_bits=4,
+        share=0.0,
+        sensitivity=sensitivity,
+        scores={},
+        kept=None,
+        note=None if sensitivity else "disabled",
+    )
+
+
+def test_heat_map_has_layers_down_and_kinds_across() -> None:
+    rows = [
+        row("m.layers.0.attn.q", 1e-3, ("m.layers.0.attn.q", "m.layers.0.attn.k")),
+        row("m.layers.0.mlp.experts", 1.0),
+        row("m.layers.1.attn.q", None),
+        row("lm_head", 1e-6),
+    ]
+    heat = heat_maps(rows, [r.name for r in rows])
+    assert heat is not None
+    layers, alone = heat.maps
+    assert layers.stack == "m.layers"
+    assert layers.kinds == [("attn", ["q", "k"]), ("mlp", ["experts"])]
+    assert [name for name, _ in layers.rows] == ["0", "1"]
+    levels = [[None if cell is None else cell.level for cell in cells] for _, cells in layers.rows]
+    assert levels == [[3, 6], [None, None]]
+    assert layers.rows[1][1][1] is None, "no such module there"
+    assert (alone.kinds, alone.rows[0][0]) == ([("", ["format"])], "lm_head")
+    assert alone.rows[0][1][0] is not None
+    assert alone.rows[0][1][0].level == 0
+    assert heat.steps[0] == pytest.approx(1e-6)
+    assert len(heat.steps) == 7
+
+
+def test_scores_of_one_size_have_one_colour_and_none_no_map() -> None:
+    heat = heat_maps([row("a.0.b", 0.5), row("a.1.b", 0.5)], ["a.0.b", "a.1.b"])
+    assert heat is not None
+    assert {cell.level for _, cells in heat.maps[0].rows for cell in cells if cell} == {0}
+    assert heat_maps([row("a.0.b", None)], ["a.0.b"]) is None
+
+
+def test_page_of_a_large_run_stays_below_its_limit(run: RunDirectory) -> None:
+    content = collect_content(RunState.open(run), "")
+    rows = content.groups * 200
+    page = render_html(replace(content, groups=rows))
+    assert len(page.encode()) < 5_000_000
+    left_out = re.search(r"The (\d+) least sensitive groups are left out here", page)
+    assert left_out is not None
+    assert int(left_out[1]) + page.count('<tr data-format="') == len(rows)
+
+
+# --- Make it again
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"disable": ["*.0.mlp.*", "lm_head"], "pack": True, "bits": None, "bytes": 123456789},
+        {"model": "/a folder/it's", "stop_when_stable": 0.01, "workers": 3, "sample_rows": 0.25},
+    ],
+)
+def test_command_gives_the_same_config(changes: dict[str, Any], run: RunDirectory) -> None:
+    config = run.read_json("run.json")["config"] | changes
+    words = shlex.split(scan_command(config))
+    assert words[:2] == ["autoquant-ray", "scan"]
+    flags = main.commands["scan"].make_context("scan", words[2:]).params  # type: ignore[attr-defined]
+    fields = {k: v for k, v in flags.items() if k in ScanConfig.model_fields}
+    assert load_config(ScanConfig, None, given_fields(fields)) == ScanConfig(**config)
+
+
+def test_config_of_the_page_is_a_file_for_scan(tmp_path: Path) -> None:
+    custom = {"mine": {"weight": {"num_bits": 4, "block_sizes": {"-1": 64}}, "input": None}}
+    directory = put_scored_run(tmp_path / "run")
+    solve_run(directory, SolveOptions(bits=6), folder="")
+    state = RunState.open(directory)
+    state.values["config"] |= {"custom_formats": custom, "formats": ["mine", "wint8_aint8"]}
+    made = collect_content(state, "").reproduction
+    assert made.commands == ["autoquant-ray scan --config scan.yaml"]
+    file = tmp_path / "scan.yaml"
+    file.write_text(made.config)
+    assert load_config(ScanConfig, str(file), {}) == ScanConfig(**state.values["config"])
+
+
+def test_another_budget_has_its_command(run: RunDirectory) -> None:
+    options = SolveOptions(
+        bits=9.5,
+        max_formats=4,
+        pins={"lm_head": "none"},
+        allow={"*.down_proj": ("wint8_afp16", "none")},
+    )
+    solution = solve_run(run, options)
+    text = text_of(run, f"solutions/{solution.name}/report.md")
+    assert (
+        "$ autoquant-ray solve runs/some-run --bits 9.5 --max-formats 4 --pin lm_head=none "
+        "--allow '*.down_proj=wint8_afp16,none'" in text
+    )
+    assert "3f" * 16 in text
+    assert "torch 2.13.0" in text
+
+
+def test_report_again_gives_the_same_bytes(run: RunDirectory) -> None:
+    before = {name: text_of(run, name) for name in ("report.md", "report.html")}
+    rewrite_reports(run)
+    assert {name: text_of(run, name) for name in before} == before
+    assert render_html(collect_content(RunState.open(run), "")) == before["report.html"]
