@@ -3,8 +3,8 @@
 Two Llama layers make 8 groups (the head stays in 16 bits); with 3 formats there are 6,561
 allocations. Each is measured by the evaluation engine on data that nothing below has seen. At three
 budgets the rank among all that fit is told for: the plan that the scores give (solved), the same
-after an audit of 12 of the 24 scores (audited), after a refinement (refined), and for comparison
-with shuffled scores (mean of 20).
+after an audit of 12 of the 24 scores (audited), after a refinement (refined); and for comparison
+plans from shuffled scores (mean of 20), and a refinement with only such scores to go by (blind).
 
 Weights are Gaussian with standard deviation 0.2, and the input channels of every linear are
 multiplied by log-normal factors whose spread differs from linear to linear (0 to --outliers): a
@@ -70,7 +70,7 @@ def main() -> None:
         world = World(seed, options.outliers)
         for share in SHARES:
             rows += world.compare(share, options.trials)
-            for row in rows[-5:]:
+            for row in rows[-6:]:
                 print(
                     "model {model} {bits:.3f} bits {plan:9s} predicted {predicted:.4f} measured "
                     "{measured:.4f} rank {rank:6.1f} of {num_fitting} ({percent:.2f}%), "
@@ -194,23 +194,13 @@ class World:
         bits = min(sizes) + share * (max(sizes) - min(sizes))
         options = SolveOptions(bits=bits, allow={name: FORMATS for name in self.names})
         solved = self.problem.solve(self.scores, options).formats
-        found = search_plans(
-            self.measure,
-            NUM_CHOOSING,
-            self.problem,
-            self.scores,
-            options,
-            solved,
-            num_trials=num_trials,
-        )
+        nothing = [shuffle_scores(self.problem, self.scores, n) for n in range(NUM_SHUFFLES)]
+        shuffled = [self.problem.solve(scores, options).formats for scores in nothing]
         plans = [
             self.plan("solved", solved),
             self.plan("audited", self.audit(options, solved)),
-            self.plan("refined", found.winner.formats),
-        ]
-        shuffled = [
-            self.problem.solve(shuffle_scores(self.problem, self.scores, number), options).formats
-            for number in range(NUM_SHUFFLES)
+            self.plan("refined", self.refine(options, solved, self.scores, num_trials)),
+            self.plan("blind", self.refine(options, shuffled[0], nothing[0], num_trials)),
         ]
         fits = np.array(sizes) <= bits * (1 + 1e-9)
         fitting = np.sort(np.array(self.losses)[fits])
@@ -218,6 +208,25 @@ class World:
         rows.append(self.row([self.plan("shuffled", one) for one in shuffled], bits, fitting))
         best = self.plans[int(np.argmin(np.where(fits, self.losses, np.inf)))]
         return [*rows, self.row([self.plan("best", best.formats)], bits, fitting)]
+
+    def refine(
+        self,
+        options: SolveOptions,
+        formats: dict[str, str],
+        scores: dict[tuple[str, str], float],
+        num_trials: int,
+    ) -> dict[str, str]:
+        """The plan after a refinement."""
+        found = search_plans(
+            self.measure,
+            NUM_CHOOSING,
+            self.problem,
+            scores,
+            options,
+            formats,
+            num_trials=num_trials,
+        )
+        return found.winner.formats
 
     def audit(self, options: SolveOptions, solved: dict[str, str]) -> dict[str, str]:
         """The plan after an audit, on the first part of the shards as ``evaluate --audit`` does."""

@@ -10,7 +10,7 @@ import pytest
 from laboratory import FORMATS, NUM_SHARDS, Laboratory
 
 from autoquant_ray.allocation import restrict
-from autoquant_ray.audit import measure_pairs
+from autoquant_ray.audit import audit_json, measure_pairs
 from autoquant_ray.audit_pairs import (
     AuditedPair,
     audited_scores,
@@ -26,6 +26,7 @@ from autoquant_ray.chosen_on import chosen_also_on, untouched_shards
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluation_table import mean_kl
 from autoquant_ray.formats import NONE
+from autoquant_ray.output import print_audit
 from autoquant_ray.plan_search import split_shards
 from autoquant_ray.report.audit import audit_section
 from autoquant_ray.solve import load_problem, solve_run
@@ -154,6 +155,22 @@ def test_section_names_the_worst(solved: Any) -> None:
         f"Measured is 1.50 of the predicted in the median; furthest from that is {chosen[7][0]} in "
         f"{chosen[7][1]}: 6.00. 2 groups changed format."
     )
+
+
+def test_what_is_printed_names_pairs_and_plan(
+    solved: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = audited(solved.scores, dict.fromkeys(list(solved.scores)[:3], 2.0))
+    summary = audit_json(pairs, 0)
+    found: Any = SimpleNamespace(
+        pairs=pairs, start="solutions/scan-audited/", to_json=lambda: summary
+    )
+    print_audit(found)
+    printed = capsys.readouterr().out
+    assert all(pair.group in printed for pair in pairs)
+    assert "Measured is 2.00 of the predicted in the median" in printed
+    assert "The plan stays as it is." in printed
+    assert "audited plan: solutions/scan-audited" in printed
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
