@@ -121,13 +121,15 @@ def draw_frontier(dots: Sequence[Dot], *, width: int, height: int) -> Drawing | 
     low, high = _log_range(shown)
     first, last, step = _bits_range(shown, width)
     right, base = width - _RIGHT, height - _BOTTOM
+    has_sizes = _is_growing(curve)
+    top = _TOP if has_sizes else _RIGHT
 
     def x_of(bits: float) -> float:
         return round(_LEFT + (bits - first) / (last - first) * (right - _LEFT), 1)
 
     def y_of(loss: float) -> float:
         at = (math.log10(max(loss, 10**low)) - low) / (high - low)
-        return round(base - at * (base - _TOP), 1)
+        return round(base - at * (base - top), 1)
 
     marks = [_mark(dot, x_of(dot.bits), y_of) for dot in shown]
     num_steps = round((last - first) / step)
@@ -137,22 +139,23 @@ def draw_frontier(dots: Sequence[Dot], *, width: int, height: int) -> Drawing | 
         height=height,
         left=_LEFT,
         right=right,
-        top=_TOP,
+        top=top,
         base=base,
         y_ticks=[Tick(place=y_of(value), label=f"{value:g}") for value in _log_ticks(low, high)],
         x_ticks=[Tick(place=x_of(bits), label=f"{bits:g}") for bits in x_ticks],
-        size_ticks=_size_ticks(curve, x_ticks, x_of),
+        size_ticks=_size_ticks(curve, x_ticks, x_of) if has_sizes else [],
         line="M" + "L".join(f"{x_of(dot.bits)} {y_of(dot.loss)}" for dot in curve),
         marks=sorted(marks, key=lambda mark: _ORDER.index(mark.kind)),
         labels=_labels(
             list(zip(shown, marks, strict=True)),
             _along([(x_of(dot.bits), y_of(dot.loss)) for dot in curve]),
-            (_LEFT, _TOP, right, base),
+            (_LEFT, top, right, base),
         ),
     )
 
 
-_ORDER = ("curve", "uniform", "knee", "measured", "plan")
+_ORDER = ("curve", "uniform", "knee", "plan", "measured")
+"""What is drawn first; a ring around a star is still seen, a star on a ring hides it."""
 
 
 def visible(dots: Sequence[Dot]) -> list[Dot]:
@@ -211,15 +214,16 @@ def _bits_range(dots: Sequence[Dot], width: int) -> tuple[float, float, float]:
     return first, max(last, first + step), step
 
 
+def _is_growing(curve: Sequence[Dot]) -> bool:
+    """Whether more bits are more bytes; not so with a head that shares the embedding's."""
+    return all(one.num_bytes < other.num_bytes for one, other in itertools.pairwise(curve))
+
+
 def _size_ticks(
     curve: Sequence[Dot], bits: Sequence[float], x_of: Callable[[float], float]
 ) -> list[Tick]:
-    """Sizes above the drawing where the curve has that many bits; none where more bits are not more
-    bytes, as with a head that shares the embedding's."""
-    places = np.array([dot.bits for dot in curve])
-    sizes = np.array([dot.num_bytes for dot in curve])
-    if (np.diff(sizes) <= 0).any():
-        return []
+    """Sizes above the drawing, where the curve has that many bits."""
+    places, sizes = [dot.bits for dot in curve], [dot.num_bytes for dot in curve]
     unit, name = (2**30, "GiB") if sizes[-1] >= 2**30 else (2**20, "MiB")
     inside = [b for b in bits if places[0] <= b <= places[-1]]
     every = 2 if len(bits) > 1 and (x_of(bits[1]) - x_of(bits[0])) < 1.6 * _TICK_WIDTH else 1

@@ -177,7 +177,7 @@ def test_few_shards_are_told(num_shards: int | None, shown: str | None) -> None:
 
 
 def test_grave_ones_come_first() -> None:
-    known = evidence(labels="data", is_satisfied=False, num_shards=2)
+    known = evidence(measured=[*measured(0.3), *measured(math.inf)], labels="data")
     assert [c.is_grave for c in find_concerns(known)] == [True, False, False]
 
 
