@@ -155,14 +155,17 @@ def test_flip_that_no_budget_allows_names_the_reachable_range(make_run: Any) -> 
 def test_pins_of_the_solution_hold_and_its_own_pin_gives_way(make_run: Any) -> None:
     directory = make_run(formats=FORMATS)
     first, second = Everything.of(directory).groups[:2]
-    pins = {first: "none", second: "wint8_aint8"}
+    pins = {first: "none", second: "wint4_afp16"}
     name = solve_run(directory, SolveOptions(bits=8.5, pins=pins)).name
     everything = Everything.of(directory)
     found = explained(directory, first, "--solution", name)
     assert (found["pin"], found["chosen"]) == ("none", "none")
     for format_, entry in by_format(found).items():
-        best = everything.best(8.5, **{first: format_, second: "wint8_aint8"})
+        best = everything.best(8.5, **{first: format_, second: "wint4_afp16"})
+        free = everything.best(8.5, **{first: format_})
         assert best is not None
+        assert free is not None
+        assert free[1] < 0.99 * best[1]  # the other pin binds
         assert entry["flip"]["plan_score"] == pytest.approx(best[1], rel=1e-9)
     shown = run("explain", directory.uri, first, "--solution", name).output
     assert "chosen: none, fixed by --pin" in shown
