@@ -224,7 +224,7 @@ def test_refined_plan_is_measured_on_what_chose_nothing(
 def test_audit_measures_pairs_and_solves_again(
     scanned: Path, run_command: Any, tmp_path: Path
 ) -> None:
-    """The first shard chooses, the other two tell; two workers give the same bytes."""
+    """Four of six shards choose, the others tell; two workers give the same bytes."""
     arguments = ("--audit", "4", "--against", "none", "--address", "local", "--json", "--workers")
     runs = [tmp_path / name for name in ("one", "two")]
     for run, workers in zip(runs, ("1", "2"), strict=True):
@@ -243,7 +243,7 @@ def test_audit_measures_pairs_and_solves_again(
     for pair in pairs:
         assert pair["predicted"] == scores[pair["group"], pair["format"]]
         assert 0.3 < pair["ratio"] < 3
-        assert pair["num_samples"] == 2
+        assert pair["num_samples"] == 4
     folder = runs[1] / "solutions" / "scan-audited"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["audit"] == told["audit"]
@@ -252,6 +252,4 @@ def test_audit_measures_pairs_and_solves_again(
         assert "Scores against measured" in (folder / report).read_text()
     rows = {row["name"]: row for row in told["rows"]}
     assert list(rows) == ["solution", "unaudited"]
-    assert rows["solution"]["num_samples"] == 4
-    other = run_command("evaluate", runs[1], "--solution", "scan-audited", "--samples", "5")
-    assert "was chosen on this data cut in another way" in refusal(other)
+    assert rows["solution"]["num_samples"] == 2
