@@ -23,6 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 40, 46
 _CHARACTER, _LINE = 7.0, 15.0
 _MAX_DECADES = 5
 _STEP = 5.0
+_SMALLEST_BAR = 20.0
 _TICK_WIDTH = 48
 _LABELLED = ("plan", "knee", "uniform")
 
@@ -62,7 +63,7 @@ class Mark:
     """A point in pixels.
 
     Attributes:
-        low: Where its error bar begins; None without one.
+        low: Where its error bar begins; None without one that is longer than the mark.
         high: Where it ends.
     """
 
@@ -166,15 +167,16 @@ def visible(dots: Sequence[Dot]) -> list[Dot]:
 
 
 def _mark(dot: Dot, x: float, y_of: Callable[[float], float]) -> Mark:
-    has_bar = dot.stderr is not None and dot.kind in ("plan", "measured")
     error = dot.stderr or 0.0
+    low, high = y_of(dot.loss - error), y_of(dot.loss + error)
+    has_bar = dot.kind in ("plan", "measured") and low - high > _SMALLEST_BAR
     return Mark(
         kind=dot.kind,
         x=x,
         y=y_of(dot.loss),
         title=dot.title,
-        low=y_of(dot.loss - error) if has_bar else None,
-        high=y_of(dot.loss + error) if has_bar else None,
+        low=low if has_bar else None,
+        high=high if has_bar else None,
     )
 
 

@@ -15,11 +15,11 @@ from autoquant_ray.stability import NUM_RESAMPLES
 _SIZES = {"wide": (1100, 430), "middle": (680, 400), "narrow": (350, 340)}
 """Width and height of the chart in pixels, from a screen to a phone; text has one size."""
 _LEGEND = {
-    "plan": "this plan, ± one standard error",
+    "plan": "this plan, predicted",
     "curve": "best plan of its size, predicted",
     "knee": "knee: beyond it bytes buy less",
     "uniform": "one format everywhere, predicted",
-    "measured": "measured, ± one standard error",
+    "measured": "measured",
 }
 _MAX_CELLS = 30_000
 """Cells of the table of groups; more would make a page that browsers open slowly."""
@@ -88,6 +88,8 @@ def _summary(content: ReportContent, shown: list[Dot]) -> str:
             if dot.kind == "plan"
         ),
     ]
+    if any(dot.stderr is not None for dot in shown):
+        texts.append("Bars are one standard error, where they are longer than the mark.")
     if len(shown) < len(content.dots):
         texts.append("What loses nothing, or next to nothing, is not drawn.")
     return " ".join(texts)

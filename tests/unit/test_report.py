@@ -185,6 +185,20 @@ def test_axis_is_logarithmic_and_leaves_out_what_loses_nothing() -> None:
     assert chart.size_ticks[0].label == "4.00 MiB"
 
 
+@pytest.mark.parametrize(("error", "has_bar"), [(0.5, True), (0.01, False), (None, False)])
+def test_error_is_a_bar_where_it_is_longer_than_the_mark(
+    error: float | None, has_bar: bool
+) -> None:
+    dots = dots_of(1.0, 0.1)
+    plan = Dot(kind="plan", name="this plan", bits=4.5, num_bytes=1.0, loss=0.6, stderr=error)
+    chart = draw_frontier([*dots, plan], width=600, height=300)
+    assert chart is not None
+    (mark,) = (mark for mark in chart.marks if mark.kind == "plan")
+    assert (mark.low is not None) is has_bar
+    if mark.low is not None and mark.high is not None:
+        assert mark.high < mark.y < mark.low <= chart.base
+
+
 def test_sizes_are_not_shown_where_more_bits_are_not_more_bytes() -> None:
     dots = [*dots_of(1.0, 0.1), Dot(kind="curve", name="p", bits=6, num_bytes=1.0, loss=0.01)]
     chart = draw_frontier(dots, width=600, height=300)
