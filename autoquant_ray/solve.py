@@ -107,6 +107,7 @@ def solve_run(
     """
     state = RunState.open(directory)
     problem, scores = load_problem(state)
+    problem = problem.timed(options.latency)
     allocation = problem.solve(scores, options)
     name = solution_name(options) if folder is None else folder.rstrip("/")
     return write_solution(state, problem, scores, options, allocation, name)
@@ -191,6 +192,9 @@ def solution_name(options: SolveOptions) -> str:
         "pins": sorted(options.pins.items()),
         "allow": sorted((pattern, list(formats)) for pattern, formats in options.allow.items()),
     }
+    if options.latency is not None:
+        parts += options.latency.name_parts
+        rest["latency"] = options.latency.to_json()
     if rest != {
         "bits_over": "searched",
         "cost": "storage",

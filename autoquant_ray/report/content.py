@@ -7,6 +7,7 @@ from typing import Any
 
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
+from autoquant_ray.latency import LATENCY, describe_prediction
 from autoquant_ray.manifest import allocation_key
 from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.state import RunState
@@ -14,6 +15,11 @@ from autoquant_ray.stopping import describe_stopping
 from autoquant_ray.store import SOLUTIONS
 
 _MAX_NAMED = 5
+_COSTS = {
+    "storage": "stored bits",
+    "modelopt": "bits by ModelOpt's cost",
+    "active_moe": "bits by ModelOpt's active_moe cost",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +149,8 @@ def _facts(
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
         ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
     ]
+    if LATENCY in solution:
+        facts.append(("Predicted decode speed", describe_prediction(solution[LATENCY])))
     if manifest.get("stability"):
         facts += _stability_facts(manifest["stability"])
     stopping = describe_stopping(run)
@@ -230,15 +238,30 @@ def _budget(budget: dict[str, Any]) -> str:
     parts = []
     if budget["bits"] is not None:
         over = "searched groups" if budget["bits_over"] == "searched" else "all quantizable weights"
-        cost = "stored bits" if budget["cost"] == "storage" else "bits by ModelOpt's cost"
+        cost = _COSTS[budget["cost"]]
         parts.append(f"{budget['bits']:g} {cost} over {over}")
     if budget["bytes"] is not None:
         parts.append(f"{budget['bytes']} bytes for the whole model")
+    if budget.get("latency"):
+        parts += _speed(budget["latency"])
     if budget["max_formats"] is not None:
         parts.append(f"at most {budget['max_formats']} formats")
     parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
     parts.extend(f"{pattern} in {', '.join(f)}" for pattern, f in budget["allow"].items())
     return "; ".join(parts)
+
+
+def _speed(latency: dict[str, Any]) -> list[str]:
+    """The speed asked for; empty where only a prediction was."""
+    limits = {
+        "ms_per_token": "at most {:g} ms per token",
+        "tokens_per_second": "at least {:g} tokens/s",
+    }
+    return [
+        f"{text.format(latency[key])} on {latency['hardware']['name']}"
+        for key, text in limits.items()
+        if latency[key] is not None
+    ]
 
 
 def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
