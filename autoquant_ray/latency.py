@@ -49,7 +49,7 @@ def numeric_class(attributes: Attributes | None) -> str:
     """
     if attributes is None:
         return SIXTEEN
-    bits = attributes["num_bits"]
+    bits = attributes.get("num_bits", 8)
     return f"int{bits}" if isinstance(bits, int) else f"fp{1 + sum(bits)}"
 
 

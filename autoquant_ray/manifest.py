@@ -69,7 +69,7 @@ def solution_summary(
         more["active_moe_effective_bits"] = average_bits(everything, formats, ACTIVE_MOE, 16)
     if problem.step is not None:
         more[LATENCY] = problem.step.prediction(everything, formats)
-    return more | {
+    return {
         "effective_bits": average_bits(problem.searched, formats),
         "effective_bits_all": average_bits(everything, formats),
         "modelopt_effective_bits": average_bits(everything, formats, "modelopt", 16),
@@ -78,7 +78,7 @@ def solution_summary(
         "predicted_kl_nats": allocation.score if scores_are_nats else None,
         "is_satisfied": allocation.is_satisfied,
         "optimality_gap": allocation.optimality_gap,
-    }
+    } | more
 
 
 def manifest_rows(

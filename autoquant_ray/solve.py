@@ -185,7 +185,7 @@ def solution_name(options: SolveOptions) -> str:
         parts.append(f"bits-{text if float(text) == options.bits else repr(options.bits)}")
     if options.bytes is not None:
         parts.append(f"bytes-{options.bytes}")
-    rest = {
+    rest: dict[str, Any] = {
         "bits_over": options.bits_over if options.bits is not None else "searched",
         "cost": options.cost if options.bits is not None else "storage",
         "max_formats": options.max_formats,

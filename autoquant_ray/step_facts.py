@@ -47,9 +47,9 @@ def step_facts(
         ``infer_active_moe_expert_ratio``; None where the config names none), ``other_bytes`` and
         ``other_expert_bytes`` (16-bit bytes outside the groups that a step reads; embeddings, of
         which it reads a row per token, are left out), ``head`` (the output head's name), and
-        ``attention``: layers of one kind with ``layers`` (their number), ``kv_bytes`` (kept per
-        token by each), ``width`` (of its attended values) and ``window`` (most tokens that it
-        looks back; None: all).
+        ``attention``: layers of one kind with ``layers`` (their number), ``kv_bytes`` (read per
+        cached token by each), ``width`` (of its attended values) and ``window`` (most tokens that
+        it looks back; None: all).
     """
     import torch
     from modelopt.torch.quantization._auto_quantize_cost import infer_active_moe_expert_ratio
@@ -62,12 +62,12 @@ def step_facts(
     for name, parameter in model.named_parameters():
         if name not in planned and id(parameter) not in embeddings and not is_idle(name):
             sizes[is_routed_expert(name)] += parameter.numel()
-    heads = (n for n, module in model.named_modules() if module is model.get_output_embeddings())
+    head = model.get_output_embeddings()
     return {
         "active_expert_ratio": infer_active_moe_expert_ratio(model),
         "other_bytes": sizes[False] * _BYTES,
         "other_expert_bytes": sizes[True] * _BYTES,
-        "head": next(heads, None),
+        "head": next((n for n, module in model.named_modules() if module is head), None),
         "attention": _attention(model),
     }
 
@@ -76,30 +76,37 @@ def _attention(model: Any) -> list[dict[str, Any]]:
     config = model.config.get_text_config()
     kinds: Counter[tuple[int, int, int | None]] = Counter()
     for number, layer in enumerate(decoder_layers(model).values()):
-        outputs = _projections(layer, "k_proj", "v_proj")
-        if len(outputs) == 2:
-            width = sum(linear.in_features for linear in _projections(layer, "o_proj", "out_proj"))
-            kept = _BYTES * sum(linear.out_features for linear in outputs)
-            kinds[kept, width or outputs[1].out_features, _window(config, number)] += 1
+        kept = [shape[0] for shape in _projections(layer, "k_proj", "v_proj")]
+        window = _window(config, number)
+        width = sum(shape[1] for shape in _projections(layer, "o_proj", "out_proj"))
+        shared = [kind for kind in kinds if kind[1:] == (width, window)]
+        if len(kept) == 2:
+            kinds[_BYTES * sum(kept), width or kept[1], window] += 1
+        elif _projections(layer, "q_proj") and shared:  # reads what an earlier layer keeps
+            kinds[shared[-1]] += 1
     return [
         {"layers": count, "kv_bytes": kept, "width": width, "window": window}
         for (kept, width, window), count in kinds.items()
     ]
 
 
-def _projections(layer: torch.nn.Module, *names: str) -> list[Any]:
-    """Linears of a layer's self-attention with the given last names."""
+def _projections(layer: torch.nn.Module, *names: str) -> list[tuple[int, int]]:
+    """Weight shapes ``(out, in)`` of a layer's self-attention projections with such last names."""
     return [
-        module
+        tuple(module.weight.shape)
         for name, module in layer.named_modules()
-        if name.rpartition(".")[2] in names and "cross" not in name and "linear_attn" not in name
+        if name.rpartition(".")[2] in names
+        and "cross" not in name
+        and "linear_attn" not in name
+        and getattr(module, "weight", None) is not None
+        and module.weight.dim() == 2
     ]
 
 
 def _window(config: Any, number: int) -> int | None:
     """Most tokens that a layer looks back, as transformers' configs say it."""
     types = getattr(config, "layer_types", None)
-    if types:
+    if types and number < len(types):
         name = _WINDOWS.get(types[number])
         return None if name is None else getattr(config, name, None)
     is_used = getattr(config, "use_sliding_window", True)
