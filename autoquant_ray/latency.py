@@ -32,13 +32,14 @@ from typing import TYPE_CHECKING, Any
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE, Attributes
 from autoquant_ray.hardware_file import SIXTEEN
-from autoquant_ray.latency_target import Latency
+from autoquant_ray.latency_target import Latency, four_digits
 
 if TYPE_CHECKING:
     from autoquant_ray.budget import GroupChoices
 
 LATENCY = "latency"
 """Name of the cost: milliseconds of one decode step."""
+_IN_16_BITS = (SIXTEEN, SIXTEEN)
 
 
 def numeric_class(attributes: Attributes | None) -> str:
@@ -72,7 +73,7 @@ class StepTime:
             )
         self.latency = latency
         self._facts = plan["step"]
-        self._classes = {NONE: (SIXTEEN, SIXTEEN)} | {
+        self._classes = {NONE: _IN_16_BITS} | {
             entry["name"]: (numeric_class(entry["weight"]), numeric_class(entry["input"]))
             for entry in plan["formats"]
         }
@@ -119,7 +120,8 @@ class StepTime:
                     if not card.has_units(*self._classes[formats[group.name]])
                 }
             ),
-            "counts_attention": bool(self._facts["attention"]),
+            "uncounted_layers": self._facts["layers"]
+            - sum(kind["layers"] for kind in self._facts["attention"]),
         }
 
     def _prefill_ms(self, groups: Iterable[GroupChoices], formats: Mapping[str, str]) -> float:
@@ -145,17 +147,15 @@ class StepTime:
                 "which the model's config does not name; such a model has no prediction"
             )
         weight_bytes = float(group.rows[format_]["weight_bytes"])
-        return self._matmul_ms(
-            weight_bytes, group.num_weights, tokens, group.active_share, *self._classes[format_]
-        )
+        pair = self._classes[format_]
+        return self._matmul_ms(weight_bytes, group.num_weights, tokens, group.active_share, pair)
 
     def _others_ms(self, tokens: int) -> float:
         """Weights outside the groups, in 16 bits."""
         plain, experts = self._facts["other_bytes"], self._facts["other_expert_bytes"]
         ratio = self._facts["active_expert_ratio"] or 1.0
-        sixteen = (SIXTEEN, SIXTEEN)
-        return self._matmul_ms(plain, plain / 2, tokens, 1.0, *sixteen) + self._matmul_ms(
-            experts, experts / 2, tokens, ratio, *sixteen
+        return self._matmul_ms(plain, plain / 2, tokens) + self._matmul_ms(
+            experts, experts / 2, tokens, ratio
         )
 
     def _matmul_ms(
@@ -163,20 +163,17 @@ class StepTime:
         weight_bytes: float,
         num_weights: float,
         tokens: int,
-        share: float,
-        weight: str,
-        activation: str,
+        share: float = 1.0,
+        pair: tuple[str, str] = _IN_16_BITS,
     ) -> float:
         touched = touched_share(share, tokens)
-        operations = 2 * num_weights * tokens * share
-        return self._ms(weight_bytes * touched, operations, weight, activation)
+        return self._ms(weight_bytes * touched, 2 * num_weights * tokens * share, pair)
 
     def _ms(
-        self, num_bytes: float, operations: float, weight: str = SIXTEEN, activation: str = SIXTEEN
+        self, num_bytes: float, operations: float, pair: tuple[str, str] = _IN_16_BITS
     ) -> float:
         """The roofline."""
         card = self.latency.hardware
-        pair = (weight, activation) if activation != SIXTEEN else (SIXTEEN, SIXTEEN)
         return 1000 * max(num_bytes / card.bytes_per_second, operations / card.rate(*pair))
 
 
@@ -196,12 +193,17 @@ def describe_prediction(prediction: Mapping[str, Any]) -> str:
     Args:
         prediction: From :meth:`StepTime.prediction`.
     """
+    step, speed, prefill = (
+        four_digits(prediction[key]) for key in ("ms_per_token", "tokens_per_second", "prefill_ms")
+    )
     text = (
-        f"{prediction['ms_per_token']:.4g} ms per token, {prediction['tokens_per_second']:.4g} "
-        f"tokens/s on {prediction['hardware']} (batch {prediction['batch']}, context "
-        f"{prediction['context']}); prefill {prediction['prefill_ms']:.4g} ms; {prediction['kind']}"
+        f"{step} ms per token, {speed} tokens/s on {prediction['hardware']} (batch "
+        f"{prediction['batch']}, context {prediction['context']}); prefill {prefill} ms; "
+        f"{prediction['kind']}"
     )
     if prediction["formats_without_units"]:
         names = ", ".join(prediction["formats_without_units"])
         text += f"; the card has no units for {names}: multiplied in 16 bits"
-    return text if prediction["counts_attention"] else f"{text}; attention is not counted"
+    if prediction["uncounted_layers"]:
+        text += f"; attention of {prediction['uncounted_layers']} layers is not counted"
+    return text

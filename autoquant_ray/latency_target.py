@@ -65,9 +65,10 @@ class Latency:
     def reachable(self, low_ms: float, high_ms: float) -> str:
         """A range of step times in the user's unit; its fastest end, as rounded, can be met."""
         if self.tokens_per_second is None:
-            return f"{_rounded(low_ms, math.ceil)} to {_rounded(high_ms, math.ceil)} ms per token"
-        slow, fast = (1000 * self.batch / ms for ms in (high_ms, low_ms))
-        return f"{_rounded(slow, math.floor)} to {_rounded(fast, math.floor)} tokens per second"
+            low, high = (four_digits(ms, math.ceil) for ms in (low_ms, high_ms))
+            return f"{low} to {high} ms per token"
+        slow, fast = (four_digits(1000 * self.batch / ms, math.floor) for ms in (high_ms, low_ms))
+        return f"{slow} to {fast} tokens per second"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the card's figures among them; :meth:`from_json` is the inverse."""
@@ -94,7 +95,12 @@ def latency_of(card: str, **options: Any) -> Latency:
     return Latency(hardware=load_hardware(card), **options)
 
 
-def _rounded(value: float, direction: Callable[[float], int]) -> str:
-    """Four digits, rounded up or down."""
+def four_digits(value: float, direction: Callable[[float], int] = round) -> str:
+    """A number above 0 with four digits, without an exponent.
+
+    Args:
+        value: The number.
+        direction: How the digits are rounded: ``math.ceil``, ``math.floor`` or to the nearest.
+    """
     digits = 3 - math.floor(math.log10(value))
     return f"{direction(value * 10**digits) / 10**digits:.{max(digits, 0)}f}"

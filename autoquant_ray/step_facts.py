@@ -46,7 +46,8 @@ def step_facts(
         ``active_expert_ratio`` (share of the routed experts that a token visits, ModelOpt's own
         ``infer_active_moe_expert_ratio``; None where the config names none), ``other_bytes`` and
         ``other_expert_bytes`` (16-bit bytes outside the groups that a step reads; embeddings, of
-        which it reads a row per token, are left out), ``head`` (the output head's name), and
+        which it reads a row per token, are left out), ``head`` (the output head's name),
+        ``layers`` (number of decoder layers), and
         ``attention``: layers of one kind with ``layers`` (their number), ``kv_bytes`` (read per
         cached token by each), ``width`` (of its attended values) and ``window`` (most tokens that
         it looks back; None: all).
@@ -68,6 +69,7 @@ def step_facts(
         "other_bytes": sizes[False] * _BYTES,
         "other_expert_bytes": sizes[True] * _BYTES,
         "head": next((n for n, module in model.named_modules() if module is head), None),
+        "layers": len(decoder_layers(model)),
         "attention": _attention(model),
     }
 
