@@ -15,7 +15,7 @@ import difflib
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,6 +54,8 @@ class Budget:
         description: How the user wrote it, such as ``--bits 3.5``.
         fixed: Cost outside the choices that the user's own number includes; added to the
             reachable range in error texts.
+        reachable: Words a reachable range (lowest, highest cost) in the user's unit; None: bits or
+            bytes.
     """
 
     resource: str
@@ -61,6 +63,7 @@ class Budget:
     unit_per_bit: float | None
     description: str
     fixed: float = 0.0
+    reachable: Callable[[float, float], str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

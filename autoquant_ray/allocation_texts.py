@@ -32,12 +32,18 @@ def infeasible_text(
         return f"no {max_formats} formats cover every group; allow more formats"
     texts = []
     for budget, (low, high) in zip(budgets, ranges, strict=True):
-        text = f"{_worded(budget, low + budget.fixed)} to {_worded(budget, high + budget.fixed)}"
-        text += "" if budget.unit_per_bit is None else " average bits"
+        text = _range(budget, low + budget.fixed, high + budget.fixed)
         if low > budget.limit * (1 + SLACK):
             return f"{budget.description} cannot be met: reachable is {text}{formats}"
         texts.append(f"{budget.description} (reachable alone: {text})")
     return f"{' and '.join(texts)} cannot be met together{formats}; raise one of them"
+
+
+def _range(budget: Budget, low: float, high: float) -> str:
+    if budget.reachable is not None:
+        return budget.reachable(low, high)
+    unit = "" if budget.unit_per_bit is None else " average bits"
+    return f"{_worded(budget, low)} to {_worded(budget, high)}{unit}"
 
 
 def _worded(budget: Budget, cost: float) -> str:

@@ -129,7 +129,8 @@ class Run:
         Args:
             bytes: Of the whole model, such as ``"2.5GiB"``.
             options: Fields of :class:`~autoquant_ray.budget.SolveOptions`: ``bits``, ``pins``
-                (group -> format), ``allow`` (pattern -> list of formats), ``max_formats``, ...
+                (group -> format), ``allow`` (pattern -> list of formats), ``max_formats``,
+                ``latency`` (:func:`~autoquant_ray.latency_target.latency_of`), ...
 
         Raises:
             ConfigError: An unknown or a wrong option.

@@ -103,6 +103,7 @@ def audit_solution(measurement: Measurement, start: str, count: int) -> Audit:
     state = measurement.state
     problem, scores = load_problem(state)
     options = without_domains(solution_options(state, start))
+    problem = problem.timed(options.latency)
     formats = solution_formats(state, start, problem)
     stderrs = _stderrs(state)
     shares = _shares(state, problem, scores, options, formats)

@@ -1,15 +1,18 @@
 """Budgets in users' words -> choices and limits of the allocation.
 
-Three costs stand side by side for each (group, format): ``storage`` (stored bytes of the group),
-``modelopt`` (ModelOpt's number) and ``model`` (what the choice adds to the whole model's bytes).
-They differ for a head that is tied to the embedding: in 16 bits it shares the embedding's bytes
-and adds nothing, quantized it is stored beside the embedding.
+These costs stand side by side for each (group, format): ``storage`` (stored bytes of the group),
+``modelopt`` (ModelOpt's number), ``active_moe`` (the same, of routed experts only the share that a
+token visits: ModelOpt's cost model of that name), ``model`` (what the choice adds to the whole
+model's bytes) and, where a card is given, ``latency`` (:mod:`autoquant_ray.latency`).
+``storage`` and ``model`` differ for a head that is tied to the embedding: in 16 bits it shares the
+embedding's bytes and adds nothing, quantized it is stored beside the embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoquant_ray.allocation import Allocation, Budget, Choice, restrict, solve
@@ -17,11 +20,15 @@ from autoquant_ray.config import ScanConfig
 from autoquant_ray.domain_weights import check_objective, normalised
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE
+from autoquant_ray.latency import LATENCY, StepTime
+from autoquant_ray.latency_target import Latency
+from autoquant_ray.step_facts import is_routed_expert
 
 BITS_PER_BYTE = 8
 UNQUANTIZED_BITS = 16
 RESOURCES = {"storage": "weight_bytes", "modelopt": "modelopt_cost"}
 """Cost name of the command line -> column of ``plan.parquet``."""
+ACTIVE_MOE = "active_moe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +48,17 @@ class SolveOptions:
     allow: Mapping[str, Sequence[str]] = field(default_factory=dict)
     domains: Mapping[str, float] = field(default_factory=dict)
     worst_domain: bool = False
+    latency: Latency | None = None
 
     def __post_init__(self) -> None:
         check_objective(self.domains, self.worst_domain)
         object.__setattr__(self, "domains", normalised(self.domains))
-        if self.bits is None and self.bytes is None:
-            raise ConfigError("give a budget: --bits B or --bytes N")
+        limit_ms = None if self.latency is None else self.latency.limit_ms
+        if self.bits is None and self.bytes is None and limit_ms is None:
+            raise ConfigError(
+                "give a budget: --bits B, --bytes N, or --latency HARDWARE with "
+                "--tokens-per-second X or --ms-per-token Y"
+            )
         if self.bits is not None and not 0 < self.bits <= UNQUANTIZED_BITS:
             raise ConfigError(f"--bits {self.bits} must be above 0 and at most 16")
 
@@ -64,21 +76,37 @@ def solve_options(config: ScanConfig) -> SolveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupChoices:
-    """One group of the plan with the rows of its choices, keyed by format."""
+    """One group of the plan with the rows of its choices, keyed by format.
+
+    Attributes:
+        is_idle: Not run while text is decoded (a vision tower).
+        active_share: Share of its weights that a token visits: below 1 for routed experts; None
+            where the run does not tell.
+    """
 
     name: str
     module_names: list[str]
     num_weights: int
     is_searched: bool
     is_tied: bool
+    is_idle: bool
+    active_share: float | None
     rows: dict[str, dict[str, Any]]
 
     def cost(self, format_: str, resource: str) -> float:
-        """Cost of a choice: bytes, or ModelOpt's 16-bit weight equivalents."""
+        """Cost of a choice: bytes, ModelOpt's 16-bit weight equivalents, or milliseconds."""
+        row = self.rows[format_]
         if resource == "model":
             shares_embedding = self.is_tied and format_ == NONE
-            return 0.0 if shares_embedding else float(self.rows[format_]["weight_bytes"])
-        return float(self.rows[format_][RESOURCES[resource]])
+            return 0.0 if shares_embedding else float(row["weight_bytes"])
+        if resource == ACTIVE_MOE:
+            return float(row["modelopt_cost"]) * (self.active_share or 0.0)
+        return float(row[RESOURCES.get(resource, resource)])
+
+    def weights(self, resource: str) -> float:
+        """Number of weights over which a cost is averaged."""
+        share = (self.active_share or 0.0) if resource == ACTIVE_MOE else 1.0
+        return self.num_weights * share
 
 
 class Problem:
@@ -91,7 +119,12 @@ class Problem:
 
     def __init__(self, plan_rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
         tied = set(summary["tied_groups"])
+        idle = set(summary.get("idle_groups", ()))
+        ratio: float | None = summary.get("step", {}).get("active_expert_ratio")
         self.other_bytes: int = summary["other_bytes"]
+        self.has_active_moe = ratio is not None
+        self.step: StepTime | None = None
+        self._summary = summary
         groups: dict[str, GroupChoices] = {}
         for row in plan_rows:
             name = row["group"]
@@ -102,10 +135,40 @@ class Problem:
                     num_weights=row["num_weights"],
                     is_searched=row["is_searched"],
                     is_tied=name in tied,
+                    is_idle=name in idle,
+                    active_share=ratio if any(map(is_routed_expert, row["module_names"])) else 1.0,
                     rows={},
                 )
             groups[name].rows[row["format"]] = dict(row)
         self.groups = groups
+
+    def timed(self, latency: Latency | None) -> Problem:
+        """The same problem with the time of a decode step among its costs, where a card is given.
+
+        Raises:
+            ConfigError: The run does not hold what the prediction needs.
+        """
+        if latency is None:
+            return self
+        timed = copy(self)
+        timed.step = step = StepTime(latency, self._summary)
+        timed.groups = {
+            name: replace(
+                group,
+                rows={
+                    f: {**row, LATENCY: step.group_ms(group, f)} for f, row in group.rows.items()
+                },
+            )
+            for name, group in self.groups.items()
+        }
+        return timed
+
+    @property
+    def resources(self) -> list[str]:
+        """Names of the costs that every choice has."""
+        names = [*RESOURCES, "model"]
+        names += [ACTIVE_MOE] if self.has_active_moe else []
+        return names if self.step is None else [*names, LATENCY]
 
     @property
     def searched(self) -> list[GroupChoices]:
@@ -128,14 +191,17 @@ class Problem:
                 group=group.name,
                 format=format_,
                 score=0.0 if format_ == NONE else scores[group.name, format_],
-                costs={name: group.cost(format_, name) for name in (*RESOURCES, "model")},
+                costs={name: group.cost(format_, name) for name in self.resources},
             )
             for group in self.searched
             for format_ in group.rows
         ]
 
     def budgets(self, options: SolveOptions) -> list[Budget]:
-        """Limits on the searched groups' costs that the options ask for."""
+        """Limits on the searched groups' costs that the options ask for.
+
+        A limit on the time of a decode step needs a problem that is :meth:`timed`.
+        """
         budgets = []
         if options.bits is not None:
             budgets.append(self._bits_budget(options.bits, options))
@@ -150,16 +216,35 @@ class Problem:
                     fixed=fixed,
                 )
             )
+        if options.latency is not None and options.latency.limit_ms is not None:
+            budgets.append(self._latency_budget(options.latency, options.latency.limit_ms))
         return budgets
 
+    def _latency_budget(self, latency: Latency, limit_ms: float) -> Budget:
+        assert self.step is not None, "the problem is not timed"
+        fixed = self.step.other_ms + sum(g.cost(NONE, LATENCY) for g in self.unsearched)
+        return Budget(
+            resource=LATENCY,
+            limit=limit_ms - fixed,
+            unit_per_bit=None,
+            description=latency.target,
+            fixed=fixed,
+            reachable=latency.reachable,
+        )
+
     def _bits_budget(self, bits: float, options: SolveOptions) -> Budget:
-        weights = sum(group.num_weights for group in self.searched)
+        if options.cost == ACTIVE_MOE and not self.has_active_moe:
+            raise ConfigError(
+                "--cost active_moe needs the share of the experts that a token visits; this run "
+                "names none (no experts, imported, or made by an earlier version)"
+            )
+        weights = sum(group.weights(options.cost) for group in self.searched)
         per_bit = 1 / BITS_PER_BYTE if options.cost == "storage" else 1 / UNQUANTIZED_BITS
         limit, note = bits * weights * per_bit, ""
         if options.bits_over == "all":
-            outside = sum(group.num_weights for group in self.unsearched)
+            outside = sum(group.weights(options.cost) for group in self.unsearched)
             limit += (bits - UNQUANTIZED_BITS) * outside * per_bit
-            note = f" over all weights, {outside} of them in 16 bits" if outside else ""
+            note = f" over all weights, {outside:.0f} of them in 16 bits" if outside else ""
         return Budget(
             resource=options.cost,
             limit=limit,
@@ -174,8 +259,9 @@ class Problem:
             InfeasibleBudgetError: With the reachable range.
             ConfigError: A pin or an allow pattern names something that does not exist.
         """
-        choices = restrict(self.choices(scores), options.pins, options.allow)
-        return solve(choices, self.budgets(options), max_formats=options.max_formats)
+        timed = self.timed(options.latency)
+        choices = restrict(timed.choices(scores), options.pins, options.allow)
+        return solve(choices, timed.budgets(options), max_formats=options.max_formats)
 
     def check_feasible(self, options: SolveOptions) -> None:
         """Raise now, before any scoring, what :meth:`solve` would raise later."""

@@ -13,6 +13,7 @@ from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import ConfigError, StoreError
 from autoquant_ray.formats import NONE
+from autoquant_ray.latency_target import Latency
 from autoquant_ray.manifest import allocation_key, average_bits, model_bytes
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
@@ -73,6 +74,7 @@ def collect_candidates(
             raise ConfigError(f"--against {kind!r} is unknown; known: {', '.join(KINDS)}")
     problem, scores = load_problem(state)
     options = solution_options(state, start)
+    problem = problem.timed(options.latency)
     chosen = solution_formats(state, start, problem)
     found = [make_candidate(problem, scores, SOLUTION, chosen)]
     if "uniform" in against:
@@ -147,7 +149,7 @@ def solution_options(state: RunState, start: str) -> SolveOptions:
             f"{state.directory.path(start)} is not a solution; solutions of the run: {names}"
         )
     budget = state.directory.read_json(f"{start}manifest.json")["budget"]
-    return SolveOptions(**budget)
+    return SolveOptions(**budget | {"latency": Latency.from_json(budget.get("latency"))})
 
 
 def shuffle_scores(problem: Problem, scores: Scores, seed: int) -> dict[tuple[str, str], float]:

@@ -23,6 +23,7 @@ from autoquant_ray.cli_evaluate import evaluate, refine, refine_and_show
 from autoquant_ray.cli_explain import explain
 from autoquant_ray.cli_frontier import frontier
 from autoquant_ray.cli_jobs import jobs, submit
+from autoquant_ray.cli_latency import latency_options, take_latency
 from autoquant_ray.cli_nightly import compare, nightly
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
 from autoquant_ray.cli_run import run, scan_and_show
@@ -126,11 +127,13 @@ def scan(
 )
 @click.option(
     "--cost",
-    type=click.Choice(["storage", "modelopt"]),
+    type=click.Choice(["storage", "modelopt", "active_moe"]),
     default="storage",
     show_default=True,
-    help="Cost that --bits counts: stored bytes with scales, or ModelOpt's number.",
+    help="Cost that --bits counts: stored bytes with scales, or ModelOpt's number; active_moe: of "
+    "routed experts only the share that a token visits.",
 )
+@latency_options
 @mapping_option("--pin", "GROUP=FORMAT", "Fix a group's format. May be repeated.")
 @mapping_option("--allow", "PATTERN=F1,F2", "Formats that groups may take. May be repeated.")
 @click.option("--max-formats", type=click.IntRange(min=1), help="Most distinct formats.")
@@ -161,6 +164,7 @@ def solve(
     \b
     Example:
       autoquant-ray solve runs/qwen3 --bits 4.5 --pin lm_head=none --allow '*.o_proj=wfp8_afp8,none'
+      autoquant-ray solve runs/qwen3 --latency h100 --batch 8 --tokens-per-second 1500
     """
     set_up_logging(verbose)
     from autoquant_ray.budget import SolveOptions
@@ -177,6 +181,7 @@ def solve(
         bytes=num_bytes,
         pins=pin,
         allow={pattern: tuple(names.split(",")) for pattern, names in allow.items()},
+        latency=take_latency(options),
         **options,
     )
     with only_ours_on_stdout():

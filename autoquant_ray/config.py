@@ -154,9 +154,10 @@ class ScanConfig(SearchSpace):
         description="Weights that --bits averages over: searched groups, or all quantizable ones "
         "as ModelOpt does.",
     )
-    cost: Literal["storage", "modelopt"] = Field(
+    cost: Literal["storage", "modelopt", "active_moe"] = Field(
         default="storage",
-        description="Cost that --bits counts: stored bytes with scales, or ModelOpt's number.",
+        description="Cost that --bits counts: stored bytes with scales, or ModelOpt's number; "
+        "active_moe: of routed experts only the share that a token visits.",
     )
     max_formats: int | None = Field(
         default=None, ge=1, description="At most this many distinct formats, 16 bits not counted."

@@ -156,7 +156,8 @@ def explain_group(directory: RunDirectory, name: str, solution: str = "") -> Exp
     group = problem.groups.get(found)
     if group is None or not group.is_searched:
         return _unsearched(state, solution, group, found)
-    return _Story(state, problem, scores, options, start).explain(group)
+    timed = problem.timed(options.latency)
+    return _Story(state, timed, scores, options, start).explain(timed.groups[found])
 
 
 def _unsearched(

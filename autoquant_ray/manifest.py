@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoquant_ray.allocation import Allocation
-from autoquant_ray.budget import BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
+from autoquant_ray.budget import ACTIVE_MOE, BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
 from autoquant_ray.certainty import Certainty
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
+from autoquant_ray.latency import LATENCY
 from autoquant_ray.store import SCHEMA_VERSION
 from autoquant_ray.stored_size import stored_bits
 
@@ -40,7 +41,7 @@ def average_bits(
 ) -> float:
     """Average bits per weight of groups under the given formats, by one of the costs."""
     cost = math.fsum(group.cost(formats[group.name], resource) for group in groups)
-    return cost * bits_per_unit / float(sum(group.num_weights for group in groups))
+    return cost * bits_per_unit / float(sum(group.weights(resource) for group in groups))
 
 
 def model_bytes(problem: Problem, formats: Mapping[str, str]) -> float:
@@ -57,10 +58,17 @@ def solution_summary(
 
     ``effective_bits`` averages stored bits over the searched groups, ``effective_bits_all`` over
     all quantizable ones; ``weight_bytes`` is the whole model's weights. ``predicted_kl_nats`` is
-    null where the scores have no unit (an imported ModelOpt manifest).
+    null where the scores have no unit (an imported ModelOpt manifest). With routed experts it has
+    ``active_moe_effective_bits``; with a card given, ``latency``
+    (:meth:`~autoquant_ray.latency.StepTime.prediction`).
     """
     formats = chosen_formats(problem, allocation)
     everything = list(problem.groups.values())
+    more: dict[str, Any] = {}
+    if problem.has_active_moe:
+        more["active_moe_effective_bits"] = average_bits(everything, formats, ACTIVE_MOE, 16)
+    if problem.step is not None:
+        more[LATENCY] = problem.step.prediction(everything, formats)
     return {
         "effective_bits": average_bits(problem.searched, formats),
         "effective_bits_all": average_bits(everything, formats),
@@ -70,7 +78,7 @@ def solution_summary(
         "predicted_kl_nats": allocation.score if scores_are_nats else None,
         "is_satisfied": allocation.is_satisfied,
         "optimality_gap": allocation.optimality_gap,
-    }
+    } | more
 
 
 def manifest_rows(
@@ -197,6 +205,7 @@ def build_manifest(
             "allow": {pattern: list(formats) for pattern, formats in options.allow.items()},
             "domains": dict(options.domains),
             "worst_domain": options.worst_domain,
+            "latency": None if options.latency is None else options.latency.to_json(),
         },
         "solution": dict(solution),
         "quantization_config": config,

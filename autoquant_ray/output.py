@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from autoquant_ray.frontier_curve import Point
+from autoquant_ray.latency import LATENCY, describe_prediction
 from autoquant_ray.plan import Plan
 from autoquant_ray.solve import Solution
 
@@ -103,6 +104,8 @@ def print_solution(run: str, solution: Solution) -> None:
         if sure.null_score is not None:
             console.print(f"shuffled scores would lose: {sure.null_score:.4g} nats per token")
     console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
+    if LATENCY in summary:
+        console.print(f"predicted: {escape(describe_prediction(summary[LATENCY]))}", soft_wrap=True)
     if solution.shards_used is not None:
         console.print(f"used {solution.shards_used}", soft_wrap=True)
     for group, size in solution.added_bytes.items():

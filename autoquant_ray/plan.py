@@ -16,6 +16,7 @@ from autoquant_ray.errors import ConfigError, ModelError
 from autoquant_ray.formats import NONE, Format
 from autoquant_ray.layers import decoder_layers
 from autoquant_ray.quantizable import PlannedModule, other_modules, quantizable_modules
+from autoquant_ray.step_facts import step_facts
 from autoquant_ray.stored_size import stored_bits
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Plan:
         flops_per_token: Estimated floating-point operations of the scan per token.
         layer_weights: Elements of all parameters of each decoder layer.
         hidden_size: Width of the states between them.
+        step: What a decode step reads besides the groups, see :mod:`autoquant_ray.step_facts`.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -95,6 +97,7 @@ class Plan:
     flops_per_token: int
     layer_weights: tuple[int, ...]
     hidden_size: int
+    step: dict[str, Any]
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -146,6 +149,8 @@ class Plan:
             "other_bytes": self.other_bytes,
             "other_modules": self.other_modules,
             "flops_per_token": self.flops_per_token,
+            "step": self.step,
+            "idle_groups": [group.name for group in self.groups if _is_idle(group.name)],
         }
 
 
@@ -181,6 +186,7 @@ def build_plan(model: Any, formats: Sequence[Format], disable: Sequence[str] = (
             for layer in decoder_layers(model).values()
         ),
         hidden_size=model.get_input_embeddings().weight.shape[1],
+        step=step_facts(model, modules, _is_idle),
     )
     if not plan.searched:
         raise ConfigError("every layer is disabled; nothing is left to search")
@@ -227,12 +233,16 @@ def _reason_unsearched(group: list[PlannedModule], disable: Sequence[str]) -> st
         for pattern in disable:
             if fnmatch.fnmatch(module.name, pattern):
                 return f"disabled by {pattern!r}"
-        for pattern in VISION_PATTERNS:
-            if fnmatch.fnmatch(module.name, pattern):
-                return "vision or audio tower: the calibration data holds no images or sound"
+        if _is_idle(module.name):
+            return "vision or audio tower: the calibration data holds no images or sound"
         if module.kind == "convolution":
             return "convolution: not searched"
     return None
+
+
+def _is_idle(name: str) -> bool:
+    """Whether a module or parameter is not run on text: part of a vision or audio tower."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in VISION_PATTERNS)
 
 
 def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:

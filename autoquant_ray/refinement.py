@@ -85,6 +85,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
     start = f"{SOLUTIONS}/{config.solution}/" if config.solution else ""
     problem, scores = load_problem(state)
     options = without_domains(solution_options(state, start))
+    problem = problem.timed(options.latency)
     formats = solution_formats(state, start, problem)
     with measuring(state, config) as measurement:
         untouched_shards(measurement, start)

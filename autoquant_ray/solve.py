@@ -121,6 +121,7 @@ def solve_run(
     """
     state = RunState.open(directory)
     problem, scores = load_problem(state)
+    problem = problem.timed(options.latency)
     allocation = solve_domains(state, problem, scores, options)
     name = solution_name(options) if folder is None else folder.rstrip("/")
     return write_solution(state, problem, scores, options, allocation, name)
@@ -207,7 +208,7 @@ def solution_name(options: SolveOptions) -> str:
         parts.append(f"bits-{text if float(text) == options.bits else repr(options.bits)}")
     if options.bytes is not None:
         parts.append(f"bytes-{options.bytes}")
-    rest = {
+    rest: dict[str, Any] = {
         "bits_over": options.bits_over if options.bits is not None else "searched",
         "cost": options.cost if options.bits is not None else "storage",
         "max_formats": options.max_formats,
@@ -218,6 +219,9 @@ def solution_name(options: SolveOptions) -> str:
         parts.append("worst-domain")
     if options.domains:
         rest["domains"] = sorted((name, f"{w:.9g}") for name, w in options.domains.items())
+    if options.latency is not None:
+        parts += options.latency.name_parts
+        rest["latency"] = options.latency.to_json()
     if rest != {
         "bits_over": "searched",
         "cost": "storage",

@@ -7,6 +7,7 @@ from typing import Any
 
 from autoquant_ray.audit_pairs import AUDIT_FILE, read_pairs
 from autoquant_ray.formats import NONE
+from autoquant_ray.latency import LATENCY, describe_prediction
 from autoquant_ray.report.audit import AuditData, audit_section
 from autoquant_ray.report.concerns import Concern, find_concerns
 from autoquant_ray.report.domains import DomainSection, domain_section
@@ -188,6 +189,8 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
     for own, *_ in sources.measured:
         value = with_error(own["kl_mean"], own["kl_stderr"])
         facts.append(("Measured KL", f"{value} nats per token on {own['dataset']}"))
+    if LATENCY in solution:
+        facts.append(("Predicted decode speed", describe_prediction(solution[LATENCY])))
     if manifest.get("stability"):
         facts += _stability_facts(manifest["stability"])
     stopping = describe_stopping(run)

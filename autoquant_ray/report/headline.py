@@ -11,6 +11,12 @@ from autoquant_ray.report.domains import describe_domains
 from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.sources import Sources
 
+_COSTS = {
+    "storage": "stored bits",
+    "modelopt": "bits by ModelOpt's cost",
+    "active_moe": "bits by ModelOpt's active_moe cost",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
@@ -72,7 +78,21 @@ def _budget_value(budget: dict[str, Any]) -> str:
     parts = [] if budget["bits"] is None else [f"{budget['bits']:g} bits"]
     if budget["bytes"] is not None:
         parts.append(f"{budget['bytes'] / 2**20:,.1f} MiB")
-    return ", ".join(parts)
+    return ", ".join([*parts, *_speed(budget)])
+
+
+def _speed(budget: dict[str, Any]) -> list[str]:
+    """The speed asked for; empty where only a prediction was, or nothing."""
+    latency = budget.get("latency") or {}
+    limits = {
+        "ms_per_token": "at most {:g} ms per token",
+        "tokens_per_second": "at least {:g} tokens/s",
+    }
+    return [
+        f"{text.format(latency[key])} on {latency['hardware']['name']}"
+        for key, text in limits.items()
+        if latency.get(key) is not None
+    ]
 
 
 def budget_text(budget: dict[str, Any]) -> str:
@@ -80,10 +100,10 @@ def budget_text(budget: dict[str, Any]) -> str:
     parts = []
     if budget["bits"] is not None:
         over = "searched groups" if budget["bits_over"] == "searched" else "all quantizable weights"
-        cost = "stored bits" if budget["cost"] == "storage" else "bits by ModelOpt's cost"
-        parts.append(f"{budget['bits']:g} {cost} over {over}")
+        parts.append(f"{budget['bits']:g} {_COSTS[budget['cost']]} over {over}")
     if budget["bytes"] is not None:
         parts.append(f"{budget['bytes']} bytes for the whole model")
+    parts.extend(_speed(budget))
     if budget["max_formats"] is not None:
         parts.append(f"at most {budget['max_formats']} formats")
     parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
