@@ -1,9 +1,15 @@
 """Importance sampling of rows: score a share of the tokens, unbiased, with a known error.
 
 A module's sum over rows ``sum_t e_t`` is estimated from M rows drawn with replacement with
-probability ``p_t`` proportional to ``|g_t|^2 |x_t|^2``, an upper estimate of ``e_t``:
+probability ``p_t``:
 
     estimate = 1/M sum_m e_{t_m} / p_{t_m}
+
+Half of ``p_t`` is proportional to ``|g_t|^2 |x_t|^2``, an upper estimate of ``e_t``. The other
+half is proportional to ``|g_t|^2``: where one token's input is a thousand times larger than all
+others, as at the start of a text, it alone would be drawn, and an input quantizer whose scale it
+sets errs on all the others. Such a mixture keeps ``e/p`` bounded (Hesterberg 1995, "Weighted
+average importance sampling and defensive mixture distributions").
 
 Its variance is estimated by ``s^2 / M`` with ``s^2`` the sample variance of ``e/p`` (Hansen and
 Hurwitz 1943, "On the theory of sampling from finite populations").
@@ -66,10 +72,9 @@ def draw_rows(
     squares_T = torch.linalg.vector_norm(input_TI, dim=1, dtype=torch.float32).double().square()
     norms_KT = [torch.linalg.vector_norm(g, dim=1, dtype=torch.float32) for g in gradients_TO]
     gradient_T = torch.stack(norms_KT).double().square().sum(dim=0)
-    # A row of zeros may still have an output error (an input quantizer with an offset would
-    # give one): it keeps a small chance, so that no row with a gradient is left out.
-    floor = 1e-6 * squares_T.mean()
-    mass_T = gradient_T * (squares_T + floor)
+    by_input_T = gradient_T * squares_T
+    scale = by_input_T.sum() / gradient_T.sum()
+    mass_T = by_input_T + gradient_T * torch.where(scale > 0, scale, torch.ones_like(scale))
     cumulative_T = mass_T.cumsum(0)
     num_live = int((mass_T != 0).sum())  # NaN counts, and makes the estimate NaN
     if num_live == 0:

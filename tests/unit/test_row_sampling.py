@@ -107,11 +107,26 @@ def test_draw_rows_without_any_gradient_gives_zero() -> None:
 
 
 def test_draw_rows_reproduces_known_probabilities() -> None:
-    """Frequencies over many draws follow ``|g|^2 |x|^2``."""
+    """Frequencies over many draws follow ``|g|^2 |x|^2``, mixed half and half with ``|g|^2``."""
     gradients_TO = torch.tensor([[1.0], [2.0], [0.0], [1.0]])
     input_TI = torch.tensor([[2.0], [1.0], [5.0], [1.0]])
     counts_T = np.zeros(4)
     for seed in range(4000):
         drawn = draw_rows([gradients_TO], input_TI, 1.0, (seed,))
         counts_T[drawn.indices_U.numpy()] += drawn.counts_U.numpy()
-    assert counts_T / counts_T.sum() == pytest.approx(np.array([4, 4, 0, 1]) / 9, abs=0.02)
+    expected_T = np.array([4, 4, 0, 1]) / 9 / 2 + np.array([1, 4, 0, 1]) / 6 / 2
+    assert counts_T / counts_T.sum() == pytest.approx(expected_T, abs=0.02)
+
+
+def test_one_huge_input_does_not_hide_the_other_rows() -> None:
+    """A scale set by one token errs on all others; drawn by |g|^2 |x|^2 alone, few would be seen."""
+    gradients_TO = torch.ones(1000, 1)
+    input_TI = torch.ones(1000, 1)
+    input_TI[0] = 1000.0
+    errors_T = torch.ones(1000, dtype=torch.float64)
+    estimates = []
+    for seed in range(50):
+        drawn = draw_rows([gradients_TO], input_TI, 0.1, (seed,))
+        estimates.append(float(drawn.estimate(errors_T[drawn.indices_U])[0]))
+    assert np.std(estimates) < 150
+    assert np.mean(estimates) == pytest.approx(1000, abs=4 * 150 / np.sqrt(50))
