@@ -10,7 +10,7 @@ from autoquant_ray.report.concerns import Concern, find_concerns
 from autoquant_ray.report.frontier_chart import Dot
 from autoquant_ray.report.frontier_dots import frontier_dots
 from autoquant_ray.report.groups import GroupRow, MixRow, format_mix, group_rows
-from autoquant_ray.report.headline import Number, budget_text, headline
+from autoquant_ray.report.headline import Number, headline
 from autoquant_ray.report.heat import Heat, heat_maps
 from autoquant_ray.report.measured import MeasuredData, measured_sections, with_error
 from autoquant_ray.report.origin import dataset, scheme
@@ -98,7 +98,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
     rows = group_rows(groups, formats, sources.scores, kept, unsearched)
     return ReportContent(
         title=f"Quantization plan for {run['model']['name'].rstrip('/').rpartition('/')[2]}",
-        numbers=headline(sources),
+        numbers=headline(sources, _budget(sources.manifest["budget"])),
         concerns=find_concerns(gather_evidence(sources)),
         facts=_facts(sources),
         mix=format_mix(rows),
@@ -158,7 +158,7 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
         ("Scheme", scheme(run, table)),
         ("Model", run["model"]["name"]),
         ("Dataset", dataset(run, table)),
-        ("Budget", budget_text(manifest["budget"])),
+        ("Budget", _budget(manifest["budget"])),
         ("Effective bits (searched groups)", f"{solution['effective_bits']:.4f}"),
         ("Effective bits (all quantizable)", f"{solution['effective_bits_all']:.4f}"),
         ("Effective bits (ModelOpt's cost)", f"{solution['modelopt_effective_bits']:.4f}"),
@@ -219,6 +219,21 @@ def format_score(entry: tuple[float, float | None] | None) -> str:
         return "-"
     score, error = entry
     return f"{score:.4e}" if error is None else f"{score:.4e} ± {error:.1e}"
+
+
+def _budget(budget: dict[str, Any]) -> str:
+    parts = []
+    if budget["bits"] is not None:
+        over = "searched groups" if budget["bits_over"] == "searched" else "all quantizable weights"
+        cost = "stored bits" if budget["cost"] == "storage" else "bits by ModelOpt's cost"
+        parts.append(f"{budget['bits']:g} {cost} over {over}")
+    if budget["bytes"] is not None:
+        parts.append(f"{budget['bytes']} bytes for the whole model")
+    if budget["max_formats"] is not None:
+        parts.append(f"at most {budget['max_formats']} formats")
+    parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
+    parts.extend(f"{pattern} in {', '.join(f)}" for pattern, f in budget["allow"].items())
+    return "; ".join(parts)
 
 
 def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:

@@ -24,8 +24,13 @@ class Number:
     note: str
 
 
-def headline(sources: Sources) -> list[Number]:
-    """Predicted and measured loss, size and budget."""
+def headline(sources: Sources, asked: str) -> list[Number]:
+    """Predicted and measured loss, size and budget.
+
+    Args:
+        sources: The solution.
+        asked: Budget and constraints in words.
+    """
     solution, budget = sources.manifest["solution"], sources.manifest["budget"]
     error = None if sources.error is None else sources.error.stderr
     imported = solution["predicted_kl_nats"] is None
@@ -55,7 +60,7 @@ def headline(sources: Sources) -> list[Number]:
             value=f"{solution['weight_bytes'] / 2**20:,.1f} MiB",
             note=f"all weights, {share:.0%} of the model in {UNQUANTIZED_BITS} bits",
         ),
-        Number(label="Budget", value=_budget_value(budget), note=budget_text(budget)),
+        Number(label="Budget", value=_budget_value(budget), note=asked),
     ]
     stability = sources.manifest.get("stability")
     if stability:
@@ -71,20 +76,4 @@ def _budget_value(budget: dict[str, Any]) -> str:
     parts = [] if budget["bits"] is None else [f"{budget['bits']:g} bits"]
     if budget["bytes"] is not None:
         parts.append(f"{budget['bytes'] / 2**20:,.1f} MiB")
-    return ", ".join(parts)
-
-
-def budget_text(budget: dict[str, Any]) -> str:
-    """Budget and constraints in words."""
-    parts = []
-    if budget["bits"] is not None:
-        over = "searched groups" if budget["bits_over"] == "searched" else "all quantizable weights"
-        cost = "stored bits" if budget["cost"] == "storage" else "bits by ModelOpt's cost"
-        parts.append(f"{budget['bits']:g} {cost} over {over}")
-    if budget["bytes"] is not None:
-        parts.append(f"{budget['bytes']} bytes for the whole model")
-    if budget["max_formats"] is not None:
-        parts.append(f"at most {budget['max_formats']} formats")
-    parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
-    parts.extend(f"{pattern} in {', '.join(f)}" for pattern, f in budget["allow"].items())
-    return "; ".join(parts)
+    return ", ".join(parts) or "-"
