@@ -78,7 +78,7 @@ def _budget_value(budget: dict[str, Any]) -> str:
     parts = [] if budget["bits"] is None else [f"{budget['bits']:g} bits"]
     if budget["bytes"] is not None:
         parts.append(f"{budget['bytes'] / 2**20:,.1f} MiB")
-    return ", ".join([*parts, *_speed(budget)])
+    return ", ".join([*parts, *_speed(budget)]) or "-"
 
 
 def _speed(budget: dict[str, Any]) -> list[str]:

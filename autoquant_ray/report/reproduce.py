@@ -59,7 +59,7 @@ def scan_command(config: Mapping[str, Any]) -> str:
         config: Resolved config, JSON values.
     """
     words = ["autoquant-ray", "scan"]
-    if config["custom_formats"]:
+    if config.get("custom_formats"):
         return shlex.join([*words, "--config", _CONFIG_FILE])
     words.append(config["model"])
     for name, field in ScanConfig.model_fields.items():
@@ -113,7 +113,8 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     config, dataset = run["config"], run["dataset"]
     facts = [("Created", run["created"])] if "created" in run else []
     if config:
-        seed = "none, the data's own order" if config["data_seed"] is None else config["data_seed"]
+        order = config.get("data_seed")  # runs of earlier versions lack it
+        seed = "none, the data's own order" if order is None else order
         facts += [("Seed", str(config["seed"])), ("Seed of the data's order", str(seed))]
     facts += [(f"Hash of the {kind}", str(mark)) for kind, mark in run["fingerprints"].items()]
     if "tokens_sha256" in dataset:
