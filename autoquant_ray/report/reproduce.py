@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.hardware_file import Hardware, load_hardware, shipped_cards
 
 _CONFIG_FILE = "scan.yaml"
+_CARD_FILE = "hardware.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ def reproduction(run: Mapping[str, Any], manifest: Mapping[str, Any], name: str)
         commands.append(scan_command(config))
         if name.endswith("-refined"):
             commands.append(_refine_command(config["out"], name))
+        elif "audit" in manifest:
+            commands.append(_audit_command(config["out"], name, manifest["audit"]["num_pairs"]))
         elif name:
             commands.append(solve_command(config["out"], manifest["budget"]))
     return Reproduction(
@@ -71,6 +75,8 @@ def scan_command(config: Mapping[str, Any]) -> str:
             words.append(flag if value else f"--no-{flag[2:]}")
         elif name == "disable":
             words += [word for pattern in value for word in (flag, pattern)]
+        elif isinstance(value, dict):
+            words += [word for key, of in value.items() for word in (flag, f"{key}={of}")]
         else:
             words += [flag, ",".join(value) if isinstance(value, list) else str(value)]
     return shlex.join(words)
@@ -91,6 +97,12 @@ def solve_command(run: str, budget: Mapping[str, Any]) -> str:
         words += ["--bits-over", budget["bits_over"]]
     if budget["cost"] != "storage":
         words += ["--cost", budget["cost"]]
+    words += _latency_words(budget.get("latency"))
+    domains = budget.get("domains") or {}
+    if domains:
+        words += ["--domains", ",".join(f"{name}={weight}" for name, weight in domains.items())]
+    if budget.get("worst_domain"):
+        words.append("--worst-domain")
     for group, format_ in budget["pins"].items():
         words += ["--pin", f"{group}={format_}"]
     for pattern, formats in budget["allow"].items():
@@ -98,10 +110,31 @@ def solve_command(run: str, budget: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
+def _latency_words(latency: Mapping[str, Any] | None) -> list[str]:
+    if latency is None:
+        return []
+    card = Hardware.model_validate(latency["hardware"])
+    shipped = (name for name in shipped_cards() if load_hardware(name) == card)
+    words = ["--latency", next(shipped, _CARD_FILE)]
+    for name in ("batch", "context", "tokens_per_second", "ms_per_token"):
+        if latency[name] is not None:
+            words += [f"--{name.replace('_', '-')}", str(latency[name])]
+    return words
+
+
 def _refine_command(run: str, name: str) -> str:
-    start = name.removesuffix("-refined")
-    solution = [] if start == "scan" else ["--solution", start]
-    return shlex.join(["autoquant-ray", "refine", run, *solution])
+    return shlex.join(["autoquant-ray", "refine", run, *_start(name, "-refined")])
+
+
+def _audit_command(run: str, name: str, count: int) -> str:
+    start = _start(name, "-audited")
+    return shlex.join(["autoquant-ray", "evaluate", run, *start, "--audit", str(count)])
+
+
+def _start(name: str, ending: str) -> list[str]:
+    """The solution that a search started from; the scan's own needs no word."""
+    start = name.removesuffix(ending)
+    return [] if start == "scan" else ["--solution", start]
 
 
 def _plain(default: Any) -> Any:

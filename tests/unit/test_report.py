@@ -20,12 +20,13 @@ from autoquant_ray.cli_options import given_fields
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.config_file import load_config
 from autoquant_ray.frontier import frontier_of
+from autoquant_ray.latency_target import latency_of
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.report.frontier_chart import Dot, draw_frontier
 from autoquant_ray.report.groups import GroupRow
 from autoquant_ray.report.heat import heat_maps
 from autoquant_ray.report.html import render_html
-from autoquant_ray.report.reproduce import scan_command
+from autoquant_ray.report.reproduce import scan_command, solve_command
 from autoquant_ray.report.sources import read_sources
 from autoquant_ray.schemas import SCHEMAS
 from autoquant_ray.solve import rewrite_reports, solve_run
@@ -307,6 +308,30 @@ def test_config_of_the_page_is_a_file_for_scan(tmp_path: Path) -> None:
     file = tmp_path / "scan.yaml"
     file.write_text(made.config)
     assert load_config(ScanConfig, str(file), {}) == ScanConfig(**state.values["config"])
+
+
+def test_command_of_a_speed_and_of_domains() -> None:
+    options = SolveOptions(
+        latency=latency_of("h100", batch=8, tokens_per_second=1500.0),
+        domains={"code": 0.75, "chat": 0.25},
+        cost="active_moe",
+    )
+    budget = {"bits": None, "bytes": None, "max_formats": None} | {
+        name: getattr(options, name) for name in ("bits_over", "cost", "pins", "allow", "domains")
+    }
+    assert options.latency is not None
+    budget["latency"] = options.latency.to_json()
+    text = solve_command("runs/a", budget)
+    assert text == (
+        "autoquant-ray solve runs/a --cost active_moe --latency h100 --batch 8 --context 1024 "
+        "--tokens-per-second 1500.0 --domains chat=0.25,code=0.75"
+    )
+    context = main.commands["solve"].make_context("solve", shlex.split(text)[2:])  # type: ignore[attr-defined]
+    assert (context.params["latency"], context.params["batch"]) == ("h100", 8)
+    assert context.params["domains"] == options.domains
+    own = options.latency.to_json()
+    own["hardware"]["name"] = "a card of our own"
+    assert "--latency hardware.yaml" in solve_command("runs/a", budget | {"latency": own})
 
 
 def test_another_budget_has_its_command(run: RunDirectory) -> None:

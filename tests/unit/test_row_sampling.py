@@ -119,7 +119,7 @@ def test_draw_rows_reproduces_known_probabilities() -> None:
 
 
 def test_one_huge_input_does_not_hide_the_other_rows() -> None:
-    """A scale set by one token errs on all others; drawn by |g|^2 |x|^2 alone, few would be seen."""
+    """Drawn by ``|g|^2 |x|^2`` alone, the other rows would hardly ever be seen."""
     gradients_TO = torch.ones(1000, 1)
     input_TI = torch.ones(1000, 1)
     input_TI[0] = 1000.0
