@@ -279,9 +279,10 @@ class RunDirectory:
 
     def _list(self, folder: str) -> list[Any]:
         root = f"{self._root}/{folder}".rstrip("/")
-        with self._reaching("list", folder):
+        found: list[Any] = []
+        with self._reaching("list", folder), suppress(FileNotFoundError):  # deleted meanwhile
             found = self._base.get_file_info(pa.fs.FileSelector(root, allow_not_found=True))
-        return list(found)
+        return found
 
     @contextmanager
     def _reaching(self, verb: str, name: str) -> Iterator[None]:
