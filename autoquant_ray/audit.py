@@ -30,7 +30,9 @@ from autoquant_ray.candidates import (
     solution_options,
     without_domains,
 )
-from autoquant_ray.chosen_on import chosen_also_on
+from autoquant_ray.chosen_on import chosen_also_on, made_from
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import mean_kl, ratio_stderr
 from autoquant_ray.formats import NONE
 from autoquant_ray.plan_search import split_shards
@@ -86,7 +88,7 @@ def audit_json(pairs: list[AuditedPair], num_changed: int) -> dict[str, Any]:
     }
 
 
-def audit_solution(measurement: Measurement, start: str, count: int) -> Audit:
+def audit_solution(measurement: Measurement, start: str, config: EvaluationConfig) -> Audit:
     """Measure the pairs that matter most to a solution and solve its budget again.
 
     Writes ``audit.parquet`` and the solution ``<name>-audited``.
@@ -94,7 +96,7 @@ def audit_solution(measurement: Measurement, start: str, count: int) -> Audit:
     Args:
         measurement: The data; its first part is used.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
-        count: How many pairs.
+        config: Says how many pairs.
 
     Raises:
         DataError: The data makes fewer than three shards.
@@ -107,7 +109,12 @@ def audit_solution(measurement: Measurement, start: str, count: int) -> Audit:
     formats = solution_formats(state, start, problem)
     stderrs = _stderrs(state)
     shares = _shares(state, problem, scores, options, formats)
-    chosen = choose_pairs(problem, scores, stderrs, shares, options, formats, count)
+    chosen = choose_pairs(problem, scores, stderrs, shares, options, formats, config.audit or 0)
+    if not chosen:
+        raise ConfigError(
+            "--audit: the constraints leave every group in 16 bits, so that there is no score to "
+            "measure; audit another solution"
+        )
     pairs = measure_pairs(measurement, problem, scores, stderrs, chosen)
     name = f"{start.removeprefix(f'{SOLUTIONS}/').rstrip('/') or 'scan'}-audited"
     audited = make_candidate(
@@ -118,6 +125,7 @@ def audit_solution(measurement: Measurement, start: str, count: int) -> Audit:
     path = write_pairs(state.directory, name, measurement.data_key, pairs)
     notes = {
         "audit": audit_json(pairs, num_changed),
+        "made_from": made_from("evaluate", config),
         "chosen_on": chosen_also_on(
             state.directory.read_json(f"{start}manifest.json"), measurement, num_parts=1
         ),

@@ -53,6 +53,8 @@ class SolveOptions:
     def __post_init__(self) -> None:
         check_objective(self.domains, self.worst_domain)
         object.__setattr__(self, "domains", normalised(self.domains))
+        if not isinstance(self.latency, Latency | None):
+            raise ConfigError(f"latency {self.latency!r}: use latency_of({self.latency!r}, ...)")
         limit_ms = None if self.latency is None else self.latency.limit_ms
         if self.bits is None and self.bytes is None and limit_ms is None:
             raise ConfigError(

@@ -15,6 +15,7 @@ from autoquant_ray.errors import ConfigError
 from autoquant_ray.plan_search import split_shards
 
 if TYPE_CHECKING:
+    from autoquant_ray.evaluation_config import EvaluationConfig
     from autoquant_ray.measurement import Measurement
 
 
@@ -46,6 +47,20 @@ def chosen_also_on(
         "num_parts": max(before, num_parts),
     }
     return list(marks.values())
+
+
+def made_from(command: str, config: EvaluationConfig, **options: Any) -> dict[str, Any]:
+    """The ``made_from`` object of a solution that measurements made: what makes it again.
+
+    Args:
+        command: ``refine`` or ``evaluate``.
+        config: As it was given.
+        options: Further ones of the command.
+    """
+    left_out = {"run", "against", "num_random", "workers", "address"}
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
+    given.pop("solution", None)
+    return {"command": command, "solution": config.solution, "options": given | options}
 
 
 def untouched_shards(measurement: Measurement, start: str) -> list[int] | None:

@@ -18,7 +18,7 @@ from autoquant_ray import allocation as allocations
 from autoquant_ray import knapsack
 from autoquant_ray.allocation import Allocation, Choice, restrict
 from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.domain_scores import DomainScores, read_domain_scores
+from autoquant_ray.domain_scores import DOMAINS_FILE, DomainScores, read_domain_scores
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE
 from autoquant_ray.knapsack_worst import solve_worst
@@ -48,6 +48,11 @@ def solve_domains(
     if not options.domains and not options.worst_domain:
         return problem.solve(scores, options)
     domains = read_domain_scores(state)
+    if domains is None and state.directory.exists(DOMAINS_FILE):
+        raise ConfigError(
+            f"{state.directory.uri} has scores of fewer than two domains: of the others no shard "
+            "was scored, or no gradient was seen; score more samples"
+        )
     if domains is None:
         raise ConfigError(
             f"{state.directory.uri} has no scores by domain; scan with --domain-field FIELD, or "

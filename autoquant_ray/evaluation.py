@@ -63,7 +63,7 @@ def evaluate_run(config: EvaluationConfig) -> Evaluation:
             measured = measurement.measure(candidates, untouched_shards(measurement, start))
             return record(measurement, start, candidates, measured)
         untouched_shards(measurement, start)
-        audit = audit_solution(measurement, start, config.audit)
+        audit = audit_solution(measurement, start, config)
         plans = collect_candidates(state, audit.start, config.against, num_random=config.num_random)
         plans.insert(1, audit.before)
         measured = measurement.measure(plans, untouched_shards(measurement, audit.start))

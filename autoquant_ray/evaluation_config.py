@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.config_file import validate
 from autoquant_ray.config_values import parse_workers
 
 
@@ -79,4 +80,4 @@ class EvaluationConfig(BaseModel):
         given = {name: getattr(self, name) for name in own if getattr(self, name) is not None}
         if given.get("data", scan["data"]) != scan["data"]:
             given["domain_field"] = None
-        return ScanConfig.model_validate(scan | given)
+        return validate(ScanConfig, scan | given)

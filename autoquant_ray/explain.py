@@ -29,6 +29,7 @@ from autoquant_ray.explain_text import explanation_html
 from autoquant_ray.flips import Flip, Flips
 from autoquant_ray.formats import NONE
 from autoquant_ray.group_names import find_group
+from autoquant_ray.manifest import is_chosen_by_measurement
 from autoquant_ray.shard_shares import ShardShare, find_shards
 from autoquant_ray.solve import Scores, certainty_of, load_problem
 from autoquant_ray.stability import NUM_RESAMPLES
@@ -87,8 +88,8 @@ class Explanation:
         pin: Format that the user fixed for it; None for no pin.
         allow: Patterns of the user that match it -> formats allowed.
         is_tied: It is a head that shares the embedding's bytes in 16 bits.
-        is_refined: The solution was refined by measured KL, so it is not what the scores alone
-            would choose.
+        is_refined: Measured KL chose the solution (refine, --audit), so it is not what the scores
+            alone would choose.
         num_resamples: Of the shards; None where there were none to resample.
         num_shards: Shards behind the scores; None where their parts are not there.
         no_shards: Why they are not; None where they are.
@@ -226,7 +227,7 @@ class _Story:
                 if fnmatch.fnmatch(group.name, pattern)
             },
             is_tied=group.is_tied,
-            is_refined="refinement" in directory.read_json(f"{self._start}manifest.json"),
+            is_refined=is_chosen_by_measurement(directory.read_json(f"{self._start}manifest.json")),
             num_resamples=None if certainty is None else NUM_RESAMPLES,
             num_shards=shards.num_shards,
             no_shards=shards.reason,

@@ -27,7 +27,7 @@ def head_lines(told: Explanation) -> list[str]:
     lines.append(f"chosen: {told.chosen}{_why_sure(told)}")
     lines += [f"--allow {p}={','.join(names)} applies" for p, names in told.allow.items()]
     if told.is_refined:
-        lines.append("refined by measured KL; prices are of plans that the scores alone choose")
+        lines.append("chosen by measured KL; prices are of plans that the scores alone choose")
     if told.is_tied:
         lines.append("tied to the embedding: in 16 bits it adds nothing to the model's bytes")
     return lines

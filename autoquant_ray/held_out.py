@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 from autoquant_ray import samples_stage
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.data_sources import data_name
-from autoquant_ray.errors import ConfigError, StoreError
+from autoquant_ray.errors import ConfigError, DataError, StoreError
 from autoquant_ray.fingerprint import fingerprint_data, fingerprint_source
 from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
 from autoquant_ray.stage_fingerprints import stage_fingerprints
@@ -58,8 +59,9 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> samples_st
     is_cut_alike = cuts[0] == cuts[1]
     if not is_cut_alike and (scan.pack or own.pack):
         raise ConfigError(
-            f"--pack and --seq-len must be those of the scan (pack {own.pack}, {own.seq_len}) on "
-            "its own data, or calibration text would be measured; give other data with --data"
+            f"--pack and --seq-len must be those of the scan (pack {own.pack}, {own.seq_len}), and "
+            f"--data written as there, on its own data ({data_name(own.data)}), or text that it "
+            "calibrated on would be measured; give other data with --data"
         )
     dataset = state.values["dataset"]
     if isinstance(scan.data, str):
@@ -68,9 +70,18 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> samples_st
 
 
 def _require_not_among(own: ScanConfig, scan: ScanConfig) -> None:
-    if isinstance(own.data, str) or not isinstance(scan.data, str):
+    """What the scan calibrated on is not unseen: one of its sources, or its file, changed."""
+    if not isinstance(scan.data, str):
         return
     given = fingerprint_source(scan.data)
+    if isinstance(own.data, str):
+        with suppress(DataError):  # it may be gone
+            if fingerprint_source(own.data) == given:
+                raise ConfigError(
+                    f"{scan.data} changed since the scan, which calibrated on a part of it, so "
+                    "that what it has not seen cannot be told; give other data"
+                )
+        return
     for name, source in own.data.items():
         if fingerprint_source(source) == given:
             raise ConfigError(

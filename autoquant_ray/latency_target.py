@@ -40,6 +40,8 @@ class Latency:
             speed = getattr(self, flag)
             if speed is not None and not 0 < speed < math.inf:
                 raise ConfigError(f"--{flag.replace('_', '-')} {speed} must be a number above 0")
+            if speed is not None:
+                object.__setattr__(self, flag, float(speed))  # 10 and 10.0 are one solution
 
     @property
     def limit_ms(self) -> float | None:

@@ -211,3 +211,8 @@ def build_manifest(
         "quantization_config": config,
         "stability": None if certainty is None else certainty.to_json(),
     }
+
+
+def is_chosen_by_measurement(manifest: Mapping[str, Any]) -> bool:
+    """Whether measured losses chose a solution, so that it is not what the scores would choose."""
+    return not {"chosen_on", "refinement"}.isdisjoint(manifest)

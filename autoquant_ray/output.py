@@ -102,7 +102,9 @@ def print_solution(run: str, solution: Solution) -> None:
             f"coin tosses; expected regret {sure.expected_regret:.2%}"
         )
         if sure.null_score is not None:
-            console.print(f"shuffled scores would lose: {sure.null_score:.4g} nats per token")
+            is_weighted = any(one["weight"] for one in summary.get("domains", {}).values())
+            what = ", domains as weighted" if is_weighted else ""
+            console.print(f"shuffled scores would lose: {sure.null_score:.4g} nats per token{what}")
     console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
     if LATENCY in summary:
         console.print(f"predicted: {escape(describe_prediction(summary[LATENCY]))}", soft_wrap=True)

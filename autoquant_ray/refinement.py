@@ -12,7 +12,7 @@ from autoquant_ray.candidates import (
     solution_options,
     without_domains,
 )
-from autoquant_ray.chosen_on import chosen_also_on, untouched_shards
+from autoquant_ray.chosen_on import chosen_also_on, made_from, untouched_shards
 from autoquant_ray.evaluation import record
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import mean_kl, paired_difference
@@ -27,11 +27,10 @@ Estimate = tuple[float, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refinement:
+class Figures:
     """What a refinement found; measured on data that played no part in the search.
 
     Attributes:
-        solution: The winner, written beside the solution that it came from.
         before: Mean measured KL of the start.
         after: The same of the winner.
         difference: Winner minus start, paired by sample.
@@ -42,7 +41,6 @@ class Refinement:
         source: Identity of that data, however it is cut.
     """
 
-    solution: Solution
     before: Estimate
     after: Estimate
     difference: Estimate
@@ -67,6 +65,17 @@ class Refinement:
             "data_key": self.data_key,
             "source": self.source,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement(Figures):
+    """A refinement.
+
+    Attributes:
+        solution: The winner, written beside the solution that it came from.
+    """
+
+    solution: Solution
 
 
 def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refinement:
@@ -101,20 +110,25 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
         )
         name = f"{config.solution or 'scan'}-refined"
         allocation = as_allocation(problem, scores, options, found.winner)
-        solution = write_solution(state, problem, scores, options, allocation, name)
-        refined = _refinement(solution, found, measurement)
-        _note(measurement, start, refined)
+        figures = _figures(found, measurement)
+        notes = {
+            "refinement": figures.to_json(),
+            "made_from": made_from("refine", config, trials=num_trials, seed=seed),
+            "chosen_on": chosen_also_on(
+                state.directory.read_json(f"{start}manifest.json"), measurement, num_parts=2
+            ),
+        }
+        solution = write_solution(state, problem, scores, options, allocation, name, notes)
         plans = [replace(found.winner, name=SOLUTION), replace(found.start, name="unrefined")]
         record(measurement, f"{SOLUTIONS}/{name}/", plans, [found.after, found.before])
-    return refined
+    return Refinement(solution=solution, **vars(figures))
 
 
-def _refinement(solution: Solution, found: Found, measurement: Measurement) -> Refinement:
+def _figures(found: Found, measurement: Measurement) -> Figures:
     def mean(one: Any) -> Estimate:
         return mean_kl(one), paired_difference(one, None)[1]
 
-    return Refinement(
-        solution=solution,
+    return Figures(
         before=mean(found.before),
         after=mean(found.after),
         difference=paired_difference(found.after, found.before),
@@ -124,12 +138,3 @@ def _refinement(solution: Solution, found: Found, measurement: Measurement) -> R
         data_key=measurement.data_key,
         source=measurement.facts["source"],
     )
-
-
-def _note(measurement: Measurement, start: str, refined: Refinement) -> None:
-    """Add to the winner's manifest what was found, and what has chosen it."""
-    directory = measurement.state.directory
-    name = f"{SOLUTIONS}/{refined.solution.name}/manifest.json"
-    marks = chosen_also_on(directory.read_json(f"{start}manifest.json"), measurement, num_parts=2)
-    notes = {"refinement": refined.to_json(), "chosen_on": marks}
-    directory.write_json(name, directory.read_json(name) | notes)

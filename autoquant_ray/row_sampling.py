@@ -27,7 +27,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-
 _DEFENSIVE = 0.2  # share of the probability that does not look at the input
 
 

@@ -124,7 +124,8 @@ class ShardFindings:
         largest: Format -> shards with the largest shares of its score, largest first.
         without: Shard -> format that the group gets when the budget is solved without it; None
             where some group was seen in that shard alone. For the largest shard of every format,
-            if its share is at least 5%. Empty for a plan made by domains, which needs all of them.
+            if its share is at least 5%. Empty for a plan for the
+            worst domain, which needs all shards.
     """
 
     num_shards: int | None = None
@@ -144,6 +145,8 @@ def find_shards(
         problem: Groups with their costs.
         options: Budget and constraints of the solution.
     """
+    if options.domains:
+        return ShardFindings(reason="the plan weighs domains, shards are of all tokens alike")
     if "imported_from" in state.values:
         return ShardFindings(reason="imported scores have no shards")
     missing = sorted(set(state.used_shards) - set(state.directory.list_parts(SCORES)))
@@ -168,7 +171,7 @@ def _formats_without(
 ) -> dict[int, str | None]:
     first = (shares[0] for shares in largest.values() if shares)
     tried = sorted({one.shard for one in first if one.share >= MIN_SHARE})
-    if group in options.pins or len(parts) < 2 or options.domains or options.worst_domain:
+    if group in options.pins or len(parts) < 2 or options.worst_domain:
         return {}
     scores = parts.scores_without(tried) if tried else {}
     return {

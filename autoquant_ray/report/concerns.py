@@ -62,6 +62,10 @@ class Evidence:
         coin_tosses: Groups whose format is not decided.
         expected_regret: Share of the predicted KL; None where unknown.
         null: Loss of plans from shuffled scores; None where unknown.
+        objective: What a plan for weighted domains made least, which its null is of; None where it
+            is the predicted loss.
+        by_domain: It was made for domains; rivals that weigh all tokens alike say nothing of it.
+        by_measurement: Measured losses chose it: it is not what the scores alone would choose.
     """
 
     predicted: float
@@ -76,6 +80,9 @@ class Evidence:
     coin_tosses: Sequence[str] = field(default_factory=tuple)
     expected_regret: float | None = None
     null: float | None = None
+    objective: float | None = None
+    by_domain: bool = False
+    by_measurement: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +127,8 @@ def _unsatisfied(known: Evidence) -> Iterator[Concern]:
 
 def _rivals(known: Evidence) -> Iterator[Concern]:
     """A rival that loses less within the same budget, measured."""
+    if known.by_domain:
+        return
     for own, *rivals in known.measured:
         better = [row for row in rivals if _is_surely_better(row)]
         if better:
@@ -138,11 +147,12 @@ def _is_surely_better(rival: Mapping[str, Any]) -> bool:
 
 
 def _null(known: Evidence) -> Iterator[Concern]:
-    if known.null is not None and known.predicted > NO_BETTER * known.null:
+    own = known.predicted if known.objective is None else known.objective
+    if known.null is not None and own > NO_BETTER * known.null and not known.by_measurement:
         yield _grave(
             "Hardly better than shuffled scores",
             f"Plans from shuffled scores would lose {known.null:.4g}, this one "
-            f"{known.predicted:.4g}: at this budget the choice of groups matters little, or the "
+            f"{own:.4g}: at this budget the choice of groups matters little, or the "
             "scores say little.",
         )
 
@@ -169,7 +179,8 @@ def _measured(known: Evidence) -> Iterator[Concern]:
 
 
 def _low_bits(known: Evidence) -> Iterator[Concern]:
-    if round(known.effective_bits, 1) < FEWEST_BITS and not known.measured:
+    is_low = round(known.effective_bits, 1) < FEWEST_BITS
+    if is_low and not known.measured and known.labels is not None:
         yield _look(
             "Below the range of the prediction",
             f"At {known.effective_bits:.2f} bits (below {FEWEST_BITS:g}) layers interact, and the "
@@ -230,6 +241,8 @@ def _wide_choices(known: Evidence) -> Iterator[Concern]:
 
 
 def _tosses(known: Evidence) -> Iterator[Concern]:
+    if known.by_measurement:
+        return
     if known.coin_tosses and (known.expected_regret or 0.0) >= REGRET:
         tossed = [c for c in known.choices if c.group in set(known.coin_tosses)]
         yield _look(

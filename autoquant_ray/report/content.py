@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from autoquant_ray.audit_pairs import AUDIT_FILE, read_pairs
@@ -22,6 +23,7 @@ from autoquant_ray.report.reproduce import Reproduction, reproduction
 from autoquant_ray.report.sources import Scores, Sources, gather_evidence, read_sources
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
+from autoquant_ray.store import SOLUTIONS
 
 _MAX_NAMED = 5
 
@@ -118,10 +120,20 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         scores=sources.scores,
         unit="no unit (imported)" if "imported_from" in run else "nats per token",
         warnings=_warnings(run, sources.rows),
-        measured=measured_sections(sources.evaluations, sources.name, sources.key),
-        reproduction=reproduction(run, sources.manifest, sources.name),
+        measured=measured_sections(
+            sources.evaluations, sources.name, sources.key, sources.is_by_domain
+        ),
+        reproduction=reproduction(
+            run, sources.manifest, sources.name, partial(_manifest_of, state)
+        ),
         audit=_audit(sources),
         domains=domain_section(sources.manifest),
+    )
+
+
+def _manifest_of(state: RunState, name: str) -> dict[str, Any]:
+    return dict(
+        state.directory.read_json(f"{SOLUTIONS}/{name}/manifest.json" if name else "manifest.json")
     )
 
 
@@ -191,8 +203,9 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
         facts.append(("Measured KL", f"{value} nats per token on {own['dataset']}"))
     if LATENCY in solution:
         facts.append(("Predicted decode speed", describe_prediction(solution[LATENCY])))
-    if manifest.get("stability"):
-        facts += _stability_facts(manifest["stability"])
+    if manifest.get("stability") and not sources.is_by_measurement:
+        what = "weighted loss of the domains" if sources.is_by_domain else "predicted KL"
+        facts += _stability_facts(manifest["stability"], what)
     stopping = describe_stopping(run)
     if stopping is not None:
         facts.append(("Shards used", stopping))
@@ -201,8 +214,13 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
     return facts
 
 
-def _stability_facts(stability: dict[str, Any]) -> list[tuple[str, str]]:
-    """How sure the plan is, in words."""
+def _stability_facts(stability: dict[str, Any], what: str) -> list[tuple[str, str]]:
+    """How sure the plan is, in words.
+
+    Args:
+        stability: Of ``manifest.json``.
+        what: What the plan made least.
+    """
     tosses = stability["coin_tosses"]
     named = ", ".join(tosses[:_MAX_NAMED]) + (", ..." if len(tosses) > _MAX_NAMED else "")
     facts = [
@@ -212,11 +230,11 @@ def _stability_facts(stability: dict[str, Any]) -> list[tuple[str, str]]:
             f"in 95% of {stability['num_resamples']} resamples of the shards), {len(tosses)} coin "
             f"tosses{': ' + named if tosses else ''}",
         ),
-        ("Expected regret", f"{stability['expected_regret']:.2%} of the predicted KL"),
+        ("Expected regret", f"{stability['expected_regret']:.2%} of the {what}"),
     ]
     if stability["null_score"] is not None:
         facts.append(
-            ("Null", f"{stability['null_score']:.4g} would be lost by plans from shuffled scores")
+            ("Null", f"{stability['null_score']:.4g}: {what} of plans from shuffled scores")
         )
     return facts
 

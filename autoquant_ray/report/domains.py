@@ -57,6 +57,15 @@ def domain_section(manifest: Mapping[str, Any]) -> DomainSection | None:
     )
 
 
+def is_by_domain(budget: Mapping[str, Any]) -> bool:
+    """Whether a plan was made for domains rather than for all tokens alike.
+
+    Args:
+        budget: The ``budget`` object of ``manifest.json``; those of earlier versions lack domains.
+    """
+    return bool(budget.get("domains") or budget.get("worst_domain"))
+
+
 def describe_domains(budget: Mapping[str, Any]) -> list[str]:
     """What a budget says about domains, in words; nothing where it says nothing.
 

@@ -35,12 +35,14 @@ def headline(sources: Sources) -> list[Number]:
     """Predicted and measured loss, size and budget."""
     solution, budget = sources.manifest["solution"], sources.manifest["budget"]
     error = None if sources.error is None else sources.error.stderr
+    is_bound = sources.error is not None and sources.error.is_bound
     imported = solution["predicted_kl_nats"] is None
+    unit = f"nats per token, ± {'at most ' if is_bound else ''}one standard error"
     numbers = [
         Number(
             label="Total score" if imported else "Predicted KL",
             value=with_error(sources.predicted, error),
-            note="imported, no unit" if imported else "nats per token, ± one standard error",
+            note="imported, no unit" if imported else unit,
         )
     ]
     for own, *_ in sources.measured:
@@ -65,7 +67,7 @@ def headline(sources: Sources) -> list[Number]:
         Number(label="Budget", value=_budget_value(budget), note=budget_text(budget)),
     ]
     stability = sources.manifest.get("stability")
-    if stability:
+    if stability and not sources.is_by_measurement:
         value = f"{stability['num_certain']} of {stability['num_groups']}"
         note = (
             f"groups are certain of their format, {len(stability['coin_tosses'])} are coin tosses"

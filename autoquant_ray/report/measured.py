@@ -38,7 +38,7 @@ class MeasuredData:
 
 
 def measured_sections(
-    rows: Sequence[dict[str, Any]], solution: str, allocation: str
+    rows: Sequence[dict[str, Any]], solution: str, allocation: str, is_by_domain: bool = False
 ) -> list[MeasuredData]:
     """Lay out a solution's rows of ``evaluation.parquet``, one section per data set.
 
@@ -46,8 +46,9 @@ def measured_sections(
         rows: All rows of the file.
         solution: Name of the solution; '' for the run's own.
         allocation: Digest of its formats now; measurements of what it was before are not shown.
+        is_by_domain: It was made for domains rather than for all tokens alike.
     """
-    return [_section(shown) for shown in measured_rows(rows, solution, allocation)]
+    return [_section(shown, is_by_domain) for shown in measured_rows(rows, solution, allocation)]
 
 
 def measured_rows(
@@ -71,13 +72,13 @@ def measured_rows(
     ]
 
 
-def _section(shown: list[dict[str, Any]]) -> MeasuredData:
+def _section(shown: list[dict[str, Any]], is_by_domain: bool) -> MeasuredData:
     own = shown[0]
     perplexity = f"{own['reference_perplexity']:.4g}"
     return MeasuredData(
         title=f"{own['num_tokens']:,} tokens of {own['num_samples']} samples of {own['dataset']}; "
         f"perplexity of the model itself {perplexity}",
-        verdict=verdict(shown),
+        verdict=verdict(shown, is_by_domain),
         rows=[cells(row) for row in shown],
     )
 
@@ -89,12 +90,12 @@ def merge_random(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if not random:
         return others
     merged: dict[str, Any] = {
-        key: math.fsum(row[key] for row in random) / len(random)
+        key: sum(row[key] for row in random) / len(random)  # infinite ones may give NaN
         for key, value in random[0].items()
         if isinstance(value, float)
     }
     kls = [row["kl_mean"] for row in random]
-    spread = math.fsum((kl - merged["kl_mean"]) ** 2 for kl in kls)
+    spread = sum((kl - merged["kl_mean"]) ** 2 for kl in kls)
     merged["kl_stderr"] = (
         math.sqrt(spread / (len(kls) - 1) / len(kls)) if len(kls) > 1 else random[0]["kl_stderr"]
     )
@@ -103,10 +104,18 @@ def merge_random(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*others, random[0] | merged | {"name": name}]
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """How the solution fares: against its prediction, and against its rivals."""
+def verdict(rows: Sequence[dict[str, Any]], is_by_domain: bool = False) -> str:
+    """How the solution fares: against its prediction, and against its rivals.
+
+    Args:
+        rows: The solution's and its rivals'.
+        is_by_domain: The solution was made for domains; rivals that are not say nothing of it.
+    """
     own = rows[0]
     texts = [_prediction(own)]
+    if is_by_domain:
+        texts.append("All tokens count alike here, which is not what the plan was made for.")
+        return " ".join(texts)
     for row in rows[1:]:
         if row["name"].startswith("uniform") and row["kl_mean"] < own["kl_mean"]:
             texts.append(f"{row['name']} loses less at no more bytes: do not use this plan.")

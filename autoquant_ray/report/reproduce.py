@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,28 +31,34 @@ class Reproduction:
     facts: list[tuple[str, str]]
 
 
-def reproduction(run: Mapping[str, Any], manifest: Mapping[str, Any], name: str) -> Reproduction:
+def reproduction(
+    run: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    name: str,
+    read_manifest: Callable[[str], Mapping[str, Any]],
+) -> Reproduction:
     """Collect it.
 
     Args:
         run: Content of ``run.json``.
         manifest: Content of the solution's ``manifest.json``.
         name: Of the solution; '' for the scan's own.
+        read_manifest: Gives the manifest of another solution that this one was made from.
     """
     config = run["config"]
-    commands = []
+    commands: list[str] = []
     if config:
-        commands.append(scan_command(config))
-        if name.endswith("-refined"):
-            commands.append(_refine_command(config["out"], name))
-        elif "audit" in manifest:
-            commands.append(_audit_command(config["out"], name, manifest["audit"]["num_pairs"]))
-        elif name:
-            commands.append(solve_command(config["out"], manifest["budget"]))
+        while "made_from" in manifest:
+            made = manifest["made_from"]
+            commands.insert(0, _measured_command(config["out"], made))
+            name, manifest = made["solution"], read_manifest(made["solution"])
+        if name:
+            commands.insert(0, solve_command(config["out"], manifest["budget"]))
+        commands.insert(0, scan_command(config))
     return Reproduction(
         commands=commands,
         config=yaml.safe_dump(dict(config), sort_keys=False) if config else "",
-        facts=_facts(run),
+        facts=[*_facts(run), *_card(commands)],
     )
 
 
@@ -122,19 +128,21 @@ def _latency_words(latency: Mapping[str, Any] | None) -> list[str]:
     return words
 
 
-def _refine_command(run: str, name: str) -> str:
-    return shlex.join(["autoquant-ray", "refine", run, *_start(name, "-refined")])
+def _measured_command(run: str, made: Mapping[str, Any]) -> str:
+    """The command that made a solution from another one by measurement."""
+    words = ["autoquant-ray", made["command"], run]
+    if made["solution"]:
+        words += ["--solution", made["solution"]]
+    for name, value in made["options"].items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
-def _audit_command(run: str, name: str, count: int) -> str:
-    start = _start(name, "-audited")
-    return shlex.join(["autoquant-ray", "evaluate", run, *start, "--audit", str(count)])
-
-
-def _start(name: str, ending: str) -> list[str]:
-    """The solution that a search started from; the scan's own needs no word."""
-    start = name.removesuffix(ending)
-    return [] if start == "scan" else ["--solution", start]
+def _card(commands: Sequence[str]) -> list[tuple[str, str]]:
+    """Where the figures of a card of one's own are."""
+    if not any(_CARD_FILE in command for command in commands):
+        return []
+    return [(_CARD_FILE, "the card's figures, in manifest.json under budget, latency, hardware")]
 
 
 def _plain(default: Any) -> Any:

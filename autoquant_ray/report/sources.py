@@ -7,8 +7,9 @@ from typing import Any
 
 from autoquant_ray.budget import Problem
 from autoquant_ray.errors import StoreError
-from autoquant_ray.manifest import allocation_key
+from autoquant_ray.manifest import allocation_key, is_chosen_by_measurement
 from autoquant_ray.report.concerns import Choice, Evidence
+from autoquant_ray.report.domains import is_by_domain
 from autoquant_ray.report.measured import measured_rows
 from autoquant_ray.state import RunState
 from autoquant_ray.store import SOLUTIONS
@@ -57,6 +58,16 @@ class Sources:
         solution = self.manifest["solution"]
         nats = solution["predicted_kl_nats"]
         return float(solution["score"] if nats is None else nats)
+
+    @property
+    def is_by_domain(self) -> bool:
+        """Whether it was made for domains rather than for all tokens alike."""
+        return is_by_domain(self.manifest["budget"])
+
+    @property
+    def is_by_measurement(self) -> bool:
+        """Whether measured losses chose it."""
+        return is_chosen_by_measurement(self.manifest)
 
     @property
     def key(self) -> str:
@@ -121,9 +132,10 @@ def gather_evidence(sources: Sources) -> Evidence:
         for group, format_ in sources.formats.items()
         if (entry := sources.scores.get(group, {}).get(format_)) is not None
     )
+    error = sources.error
     return Evidence(
         predicted=sources.predicted,
-        stderr=None if sources.error is None else sources.error.stderr,
+        stderr=None if error is None or error.is_bound else error.stderr,
         effective_bits=solution["effective_bits"],
         choices=[choice for choice in found if choice.score > 0],
         is_satisfied=solution["is_satisfied"],
@@ -134,4 +146,7 @@ def gather_evidence(sources: Sources) -> Evidence:
         coin_tosses=stability.get("coin_tosses", ()),
         expected_regret=stability.get("expected_regret"),
         null=stability.get("null_score"),
+        objective=solution["score"] if sources.is_by_domain else None,
+        by_domain=sources.is_by_domain,
+        by_measurement=sources.is_by_measurement,
     )

@@ -185,3 +185,22 @@ def test_plan_that_loses_nothing_has_none() -> None:
     known = evidence(predicted=0.0, stderr=0.0, choices=[], null=None, effective_bits=16.0)
     assert find_concerns(known) == []
     assert find_concerns(evidence(predicted=0.0, stderr=0.0, choices=[], null=0.0)) == []
+
+
+def test_plan_for_domains_is_not_held_against_plans_for_all_tokens() -> None:
+    better = measured(0.1, modelopt=(-0.05, 0.001))
+    assert "Another plan loses less" in titles(evidence(measured=better))
+    assert titles(evidence(measured=better, by_domain=True)) == []
+    assert titles(evidence(null=0.01, objective=0.001)) == []
+    assert "this one 0.02" in only(evidence(null=0.01, objective=0.02))
+
+
+def test_plan_that_measurements_chose_is_not_held_against_its_scores() -> None:
+    doubts = {"coin_tosses": ["a"], "expected_regret": 0.5, "null": 0.01}
+    assert len(titles(evidence(**doubts))) == 2
+    assert titles(evidence(**doubts, by_measurement=True)) == []
+
+
+def test_imported_plan_at_few_bits_is_not_sent_to_evaluate() -> None:
+    assert titles(evidence(effective_bits=4.0)) == ["Below the range of the prediction"]
+    assert titles(evidence(effective_bits=4.0, labels=None)) == []

@@ -295,3 +295,23 @@ def test_own_data_packed_without_its_domains_is_refused(tagged: Path, tmp_path: 
     same = measured(state).model_copy(update={"domain_field": None})
     with pytest.raises(AutoQuantError, match="must be those of the scan"):
         num_seen(state, same, is_given=True)
+
+
+def test_calibration_file_that_grew_is_not_unseen(make_run: Any, tmp_path: Path) -> None:
+    state = RunState.open(make_run())
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "x"}\n')
+    state.values["config"]["data"] = str(file)
+    state.values["fingerprints"]["data"] = fingerprint_data(str(file))
+    scan = EvaluationConfig(run="run", data=str(file)).scan_config(state.values["config"])
+    assert num_seen(state, scan, is_given=True) == 8
+    file.write_text('{"text": "x"}\n{"text": "y"}\n')
+    with pytest.raises(ConfigError, match="changed since the scan"):
+        num_seen(state, scan, is_given=True)
+
+
+def test_wrong_field_of_an_evaluation_is_one_line(make_run: Any) -> None:
+    config = RunState.open(make_run()).values["config"]
+    config["data"] = {"a": "a.jsonl", "b": "b.jsonl"}
+    with pytest.raises(ConfigError):
+        EvaluationConfig(run="run", samples=1).scan_config(config)

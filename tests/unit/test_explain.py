@@ -361,7 +361,7 @@ def test_refined_solution_is_compared_with_itself(make_run: Any) -> None:
     assert back["change"] == pytest.approx(best.score - score)
     assert back["other_groups"] == []
     shown = run("explain", directory.uri, group, "--solution", "scan-refined").output
-    assert "refined by measured KL" in shown
+    assert "chosen by measured KL" in shown
 
 
 def test_imported_run_has_prices_but_no_shards(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from autoquant_ray.hardware_file import Hardware
 from autoquant_ray.latency import StepTime, numeric_class, touched_share
 from autoquant_ray.latency_target import Latency, four_digits, latency_of
 from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.solve import load_problem, solve_run
+from autoquant_ray.solve import load_problem, solution_name, solve_run
 from autoquant_ray.state import RunState
 from autoquant_ray.swaps import Swaps
 
@@ -619,3 +619,15 @@ def test_unreachable_speed_exits_4(make_run: Any) -> None:
     assert len(done.stderr.splitlines()) == 1
     assert "ms per token" in done.stderr
     assert directory.list_folders("solutions") == []
+
+
+def test_a_speed_has_one_name_however_it_is_written() -> None:
+    whole = SolveOptions(latency=latency_of("h100", tokens_per_second=10))
+    assert solution_name(whole) == solution_name(
+        SolveOptions(latency=latency_of("h100", tokens_per_second=10.0))
+    )
+
+
+def test_card_without_a_load_is_refused() -> None:
+    with pytest.raises(ConfigError, match="latency_of"):
+        SolveOptions(bits=6, latency="h100")  # type: ignore[arg-type]

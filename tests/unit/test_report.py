@@ -26,7 +26,8 @@ from autoquant_ray.report.frontier_chart import Dot, draw_frontier
 from autoquant_ray.report.groups import GroupRow
 from autoquant_ray.report.heat import heat_maps
 from autoquant_ray.report.html import render_html
-from autoquant_ray.report.reproduce import scan_command, solve_command
+from autoquant_ray.report.measured import merge_random
+from autoquant_ray.report.reproduce import reproduction, scan_command, solve_command
 from autoquant_ray.report.sources import read_sources
 from autoquant_ray.schemas import SCHEMAS
 from autoquant_ray.solve import rewrite_reports, solve_run
@@ -356,3 +357,46 @@ def test_report_again_gives_the_same_bytes(run: RunDirectory) -> None:
     rewrite_reports(run)
     assert {name: text_of(run, name) for name in before} == before
     assert render_html(collect_content(RunState.open(run), "")) == before["report.html"]
+
+
+def test_commands_of_a_plan_made_in_steps(tmp_path: Path) -> None:
+    """Scan, solve, audit, refine: each with what it was given."""
+    budget = {
+        "bits": 6.0,
+        "bytes": None,
+        "bits_over": "searched",
+        "cost": "storage",
+        "max_formats": None,
+        "pins": {},
+        "allow": {},
+    }
+    audited = {
+        "budget": budget | {"max_formats": 9},
+        "made_from": {"command": "evaluate", "solution": "bits-6.00", "options": {"audit": 4}},
+    }
+    refined = {
+        "budget": budget | {"max_formats": 9},
+        "made_from": {
+            "command": "refine",
+            "solution": "bits-6.00-audited",
+            "options": {"samples": 32, "trials": 20, "seed": 3},
+        },
+    }
+    known = {"bits-6.00": {"budget": budget}, "bits-6.00-audited": audited}
+    run = RunState.open(put_scored_run(tmp_path / "run")).values
+    made = reproduction(run, refined, "bits-6.00-audited-refined", known.__getitem__)
+    assert made.commands[1:] == [
+        "autoquant-ray solve runs/some-run --bits 6.0",
+        "autoquant-ray evaluate runs/some-run --solution bits-6.00 --audit 4",
+        "autoquant-ray refine runs/some-run --solution bits-6.00-audited --samples 32 --trials 20 "
+        "--seed 3",
+    ]
+
+
+def test_rivals_of_a_broken_plan_may_break_too() -> None:
+    rows = [
+        {"name": "solution", "kl_mean": math.inf, "kl_above_solution": 0.0, "kl_stderr": None},
+        {"name": "random 1", "kl_mean": math.inf, "kl_above_solution": math.inf, "kl_stderr": None},
+        {"name": "random 2", "kl_mean": 0.5, "kl_above_solution": -math.inf, "kl_stderr": None},
+    ]
+    assert math.isnan(merge_random(rows)[-1]["kl_above_solution"])
