@@ -5,7 +5,7 @@ probability ``p_t``:
 
     estimate = 1/M sum_m e_{t_m} / p_{t_m}
 
-Four fifths of ``p_t`` are proportional to ``|g_t|^2 |x_t|^2``, an upper estimate of ``e_t``. The
+Nine tenths of ``p_t`` are proportional to ``|g_t|^2 |x_t|^2``, an upper estimate of ``e_t``. The
 rest is proportional to ``|g_t|^2``: where one token's input is a thousand times larger than all
 others, as at the start of a text, it alone would be drawn, and an input quantizer whose scale it
 sets errs on all the others. Such a mixture keeps ``e/p`` bounded (Hesterberg 1995, "Weighted
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-_DEFENSIVE = 0.2  # share of the probability that does not look at the input
+_DEFENSIVE = 0.1  # share of the probability that does not look at the input
 
 
 @dataclass(frozen=True, kw_only=True)

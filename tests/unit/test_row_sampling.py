@@ -107,14 +107,14 @@ def test_draw_rows_without_any_gradient_gives_zero() -> None:
 
 
 def test_draw_rows_reproduces_known_probabilities() -> None:
-    """Frequencies over many draws follow ``|g|^2 |x|^2``, a fifth of them ``|g|^2``."""
+    """Frequencies over many draws follow ``|g|^2 |x|^2``, a tenth of them ``|g|^2``."""
     gradients_TO = torch.tensor([[1.0], [2.0], [0.0], [1.0]])
     input_TI = torch.tensor([[2.0], [1.0], [5.0], [1.0]])
     counts_T = np.zeros(4)
     for seed in range(4000):
         drawn = draw_rows([gradients_TO], input_TI, 1.0, (seed,))
         counts_T[drawn.indices_U.numpy()] += drawn.counts_U.numpy()
-    expected_T = 0.8 * np.array([4, 4, 0, 1]) / 9 + 0.2 * np.array([1, 4, 0, 1]) / 6
+    expected_T = 0.9 * np.array([4, 4, 0, 1]) / 9 + 0.1 * np.array([1, 4, 0, 1]) / 6
     assert counts_T / counts_T.sum() == pytest.approx(expected_T, abs=0.02)
 
 
@@ -128,5 +128,5 @@ def test_one_huge_input_does_not_hide_the_other_rows() -> None:
     for seed in range(50):
         drawn = draw_rows([gradients_TO], input_TI, 0.1, (seed,))
         estimates.append(float(drawn.estimate(errors_T[drawn.indices_U])[0]))
-    assert np.std(estimates) < 300
-    assert np.mean(estimates) == pytest.approx(1000, abs=4 * 200 / np.sqrt(50))
+    assert np.std(estimates) < 450
+    assert np.mean(estimates) == pytest.approx(1000, abs=4 * 300 / np.sqrt(50))
