@@ -171,8 +171,7 @@ def test_changed_model_and_wrong_names_are_refused(
 def test_solve_refines_within_the_budget(scanned: Path, run_command: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(scanned, run)
-    arguments = ("solve", run, "--bits", "7", "--refine", "8", "--json")
-    done = run_command(*arguments)
+    done = run_command("solve", run, "--bits", "7", "--refine", "8", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["name"] == "bits-7.00-refined"
@@ -185,8 +184,6 @@ def test_solve_refines_within_the_budget(scanned: Path, run_command: Any, tmp_pa
     assert rows["solution"]["solution"] == "bits-7.00-refined"
     assert rows["solution"]["kl_mean"] == found["refinement"]["kl_after"]
     assert rows["unrefined"]["kl_mean"] == found["refinement"]["kl_before"]
-    again = run_command(*arguments)
-    assert json.loads(again.stdout) == found
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
