@@ -144,7 +144,7 @@ class Run:
         return solve_run(self._directory, given)
 
     def solve_within(self, largest_kl: float) -> Solution:
-        """Solve the smallest size that is predicted to lose at most so many nats per token."""
+        """Solve the fewest bits that are predicted to lose at most so many nats per token."""
         return solve_run(self._directory, smallest_within(self._directory, largest_kl))
 
     def frontier(self, num_points: int = 64) -> list[Point]:

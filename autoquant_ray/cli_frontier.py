@@ -21,7 +21,7 @@ from autoquant_ray.errors import ConfigError
     "--points", type=click.IntRange(min=2), default=64, show_default=True, help="Budgets to solve."
 )
 @click.option(
-    "--target-kl", type=float, help="Solve the smallest model within this KL, in nats per token."
+    "--target-kl", type=float, help="Solve the fewest bits within this KL, in nats per token."
 )
 @click.option(
     "--target-ppl-increase",
@@ -38,7 +38,7 @@ def frontier(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Predicted KL of RUN at every size, or the smallest size within a loss.
+    """Predicted KL of RUN at every size, or the fewest bits within a loss.
 
     \b
     Example:

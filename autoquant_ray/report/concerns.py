@@ -261,8 +261,8 @@ def _largest(known: Evidence) -> Iterator[Concern]:
     share = largest.score / known.predicted
     yield _look(
         f"One group takes {'most' if share > 0.5 else 'much'} of the loss",
-        f"{largest.group} in {largest.format} takes {share:.0%} of the predicted loss. See what "
-        f"16 bits for it would cost elsewhere: 'solve' with --pin {largest.group}=none.",
+        f"{largest.group} in {largest.format} takes {share:.0%} of the predicted loss. "
+        f"'explain' with {largest.group} tells what 16 bits for it would cost elsewhere.",
     )
 
 

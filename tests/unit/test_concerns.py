@@ -74,7 +74,7 @@ def test_large_group_is_named_with_its_share() -> None:
     known = evidence(choices=choices)
     assert titles(known) == ["One group takes most of the loss"]
     assert "model.layers.1.mlp.down_proj in wfp8_afp8 takes 60%" in only(known)
-    assert "--pin model.layers.1.mlp.down_proj=none" in only(known)
+    assert "'explain' with model.layers.1.mlp.down_proj tells" in only(known)
 
 
 def test_group_of_a_quarter_takes_much_and_less_is_not_named() -> None:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from autoquant_ray.cli import main
+from autoquant_ray.config_file import read_yaml
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.job import NightlyJob, ScanJob, SweepJob, load_job, make_job
 from autoquant_ray.job_names import check_run_id
@@ -204,3 +205,11 @@ def test_run_of_a_sweep_names_every_model_that_failed_and_keeps_its_id(
     assert shown["run_id"] == make_job(values, "job.yaml").run_id
     assert [row["model"] for row in shown["rows"]] == [models[0]] * 3 + [models[1]] * 3
     assert all("does not exist" in row["error"] for row in shown["rows"])
+
+
+def test_key_given_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("bits: 6\nbits: 5\n")
+    with pytest.raises(ConfigError, match="'bits' is given twice") as refused:
+        read_yaml(str(file))
+    assert "\n" not in str(refused.value)
