@@ -33,9 +33,10 @@ from autoquant_ray.manifest import load_quantization_config
 from autoquant_ray.modelopt_manifest import import_manifest
 from autoquant_ray.notebook import facts_html
 from autoquant_ray.report.content import collect_content
+from autoquant_ray.run_files import SOLUTIONS, solution_folder
 from autoquant_ray.solve import Solution, rewrite_reports, solve_run
 from autoquant_ray.state import Mode, RunState
-from autoquant_ray.store import SOLUTIONS, RunDirectory
+from autoquant_ray.store import RunDirectory
 
 if TYPE_CHECKING:
     from autoquant_ray.evaluation import Evaluation
@@ -210,7 +211,7 @@ class Run:
 
     @staticmethod
     def _start(solution: str) -> str:
-        return f"{SOLUTIONS}/{solution}/" if solution else ""
+        return solution_folder(solution)
 
 
 def search(config: ScanConfig | None = None, *, mode: Mode = "new", **fields: Any) -> Run:

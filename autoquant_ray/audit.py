@@ -33,12 +33,20 @@ from autoquant_ray.candidates import (
 from autoquant_ray.chosen_on import chosen_also_on, made_from
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluation_config import EvaluationConfig
-from autoquant_ray.evaluation_table import mean_kl, ratio_stderr
+from autoquant_ray.evaluation_table import mean_kl
 from autoquant_ray.formats import NONE
 from autoquant_ray.plan_search import split_shards
-from autoquant_ray.solve import Scores, Solution, certainty_of, load_problem, write_solution
+from autoquant_ray.run_files import solution_folder, solution_of
+from autoquant_ray.solve import (
+    Scores,
+    Solution,
+    certainty_of,
+    load_problem,
+    score_errors,
+    write_solution,
+)
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SOLUTIONS
+from autoquant_ray.total_error import ratio_stderr
 
 if TYPE_CHECKING:
     from autoquant_ray.measurement import Measurement
@@ -65,7 +73,7 @@ class Audit:
     @property
     def start(self) -> str:
         """Folder of the audited plan with a trailing slash."""
-        return f"{SOLUTIONS}/{self.solution.name}/"
+        return solution_folder(self.solution.name)
 
     def to_json(self) -> dict[str, Any]:
         """The ``audit`` object of ``manifest.json``."""
@@ -107,7 +115,7 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
     options = without_domains(solution_options(state, start))
     problem = problem.timed(options.latency)
     formats = solution_formats(state, start, problem)
-    stderrs = _stderrs(state)
+    stderrs = score_errors(state.directory)
     shares = _shares(state, problem, scores, options, formats)
     chosen = choose_pairs(problem, scores, stderrs, shares, options, formats, config.audit or 0)
     if not chosen:
@@ -116,7 +124,7 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
             "measure; audit another solution"
         )
     pairs = measure_pairs(measurement, problem, scores, stderrs, chosen)
-    name = f"{start.removeprefix(f'{SOLUTIONS}/').rstrip('/') or 'scan'}-audited"
+    name = f"{solution_of(start) or 'scan'}-audited"
     audited = make_candidate(
         problem, scores, name, solve_again(problem, scores, pairs, options, formats)
     )
@@ -174,12 +182,6 @@ def measure_pairs(
         )
         for (group, format_), one in zip(chosen, measurement.measure(plans, first), strict=True)
     ]
-
-
-def _stderrs(state: RunState) -> dict[Pair, float | None]:
-    table = state.directory.read_table("sensitivity.parquet", "sensitivity")
-    rows = table.select(["group", "format", "score_stderr"]).to_pylist()
-    return {(row["group"], row["format"]): row["score_stderr"] for row in rows}
 
 
 def _shares(

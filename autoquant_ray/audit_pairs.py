@@ -36,9 +36,8 @@ import numpy as np
 from autoquant_ray.allocation import restrict, solve
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.formats import NONE
+from autoquant_ray.run_files import AUDIT_FILE
 from autoquant_ray.store import RunDirectory
-
-AUDIT_FILE = "audit.parquet"
 
 Pair = tuple[str, str]
 """(group, format)."""

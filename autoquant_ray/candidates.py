@@ -14,7 +14,7 @@ from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import ConfigError, StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.latency_target import Latency
-from autoquant_ray.manifest import allocation_key, average_bits, model_bytes
+from autoquant_ray.manifest import allocation_key, average_bits, model_bytes, predicted_loss
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
 
@@ -104,7 +104,7 @@ def make_candidate(
     return Candidate(
         name=name,
         formats=dict(formats),
-        predicted_kl=math.fsum(scores[g, f] for g, f in formats.items() if f != NONE),
+        predicted_kl=predicted_loss(scores, formats),
         weight_bytes=model_bytes(problem, formats),
         effective_bits=average_bits(problem.searched, formats),
     )

@@ -27,9 +27,10 @@ from autoquant_ray.moved_scores import (
 from autoquant_ray.parts import Parts
 from autoquant_ray.plan_changes import format_changes, regret
 from autoquant_ray.run_changes import changed_weights, find_changes, same_tokens
+from autoquant_ray.run_files import CALIBRATION, SCORES
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
-from autoquant_ray.store import CALIBRATION, SCORES, RunDirectory
+from autoquant_ray.store import RunDirectory
 
 Key = tuple[str, str]
 

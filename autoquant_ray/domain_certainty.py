@@ -21,8 +21,9 @@ from autoquant_ray.certainty import (
     bucket_sums,
     found_certainty,
 )
-from autoquant_ray.domain_scores import RESAMPLING_FILE, read_domain_scores
+from autoquant_ray.domain_scores import read_domain_scores
 from autoquant_ray.knapsack import Floats
+from autoquant_ray.run_files import DOMAIN_RESAMPLING_FILE
 from autoquant_ray.stability import NUM_RESAMPLES, compare_resamples, drawn_counts
 from autoquant_ray.state import RunState
 
@@ -45,7 +46,7 @@ def assess_weighted(
     domains = read_domain_scores(state)
     if domains is None:
         return None
-    buckets = state.directory.read_table(RESAMPLING_FILE, "domain_resampling")
+    buckets = state.directory.read_table(DOMAIN_RESAMPLING_FILE, "domain_resampling")
     menu = list(dict.fromkeys(buckets.column("format").to_pylist()))
     num_groups = len(problem.searched)
     if num_groups * (len(menu) + 1) > MAX_CHOICES:

@@ -7,7 +7,6 @@ minimises ``sum_d w_d * KL_d(x)``: a knapsack like any other, with weighted scor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,10 +17,12 @@ from autoquant_ray import allocation as allocations
 from autoquant_ray import knapsack
 from autoquant_ray.allocation import Allocation, Choice, restrict
 from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.domain_scores import DOMAINS_FILE, DomainScores, read_domain_scores
+from autoquant_ray.domain_scores import DomainScores, read_domain_scores
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE
 from autoquant_ray.knapsack_worst import solve_worst
+from autoquant_ray.manifest import predicted_loss
+from autoquant_ray.run_files import DOMAINS_FILE
 from autoquant_ray.state import RunState
 
 Scores = Mapping[tuple[str, str], float]
@@ -47,6 +48,15 @@ def solve_domains(
     """
     if not options.domains and not options.worst_domain:
         return problem.solve(scores, options)
+    return solve_for(wanted_domains(state), problem, options)
+
+
+def wanted_domains(state: RunState) -> DomainScores:
+    """The scores of a run's domains, which a plan is made for.
+
+    Raises:
+        ConfigError: The run has none.
+    """
     domains = read_domain_scores(state)
     if domains is None and state.directory.exists(DOMAINS_FILE):
         raise ConfigError(
@@ -58,6 +68,15 @@ def solve_domains(
             f"{state.directory.uri} has no scores by domain; scan with --domain-field FIELD, or "
             "with two --data NAME=SOURCE or more"
         )
+    return domains
+
+
+def solve_for(domains: DomainScores, problem: Problem, options: SolveOptions) -> Allocation:
+    """The same with scores at hand, for options that name domains or the worst one.
+
+    Raises:
+        InfeasibleBudgetError, ConfigError: As :func:`solve_domains`.
+    """
     if options.domains:
         return problem.solve(domains.weighted(options.domains), options)
     return _solve_worst(problem, domains, options)
@@ -98,8 +117,7 @@ def domain_summary(
         }
         for name in domains.scores
     }
-    chosen = ((g, f) for g, f in formats.items() if f != NONE)
-    return {"domains": told, "predicted_kl_nats": math.fsum(scores[key] for key in chosen)}
+    return {"domains": told, "predicted_kl_nats": predicted_loss(scores, formats)}
 
 
 def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions) -> Allocation:

@@ -16,15 +16,14 @@ import pyarrow as pa
 
 from autoquant_ray.aggregation import NUM_BUCKETS, aggregate_parts
 from autoquant_ray.errors import ConfigError, ScoreError
-from autoquant_ray.formats import NONE
+from autoquant_ray.manifest import predicted_loss
 from autoquant_ray.parts import Parts
-from autoquant_ray.schemas import DOMAIN_FILES, SCHEMAS
+from autoquant_ray.run_files import DOMAIN_RESAMPLING_FILE, DOMAIN_SCORES_FILE, DOMAINS_FILE, SCORES
+from autoquant_ray.schemas import SCHEMAS
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SCORES
 
 logger = logging.getLogger(__name__)
 
-DOMAINS_FILE, SCORES_FILE, RESAMPLING_FILE = DOMAIN_FILES
 _MIN_BUCKETS = 8  # of a domain: fewer would not show its spread
 
 Scores = dict[tuple[str, str], float]
@@ -70,11 +69,7 @@ class DomainScores:
         Args:
             formats: Searched group -> format; further groups in 16 bits may be there too.
         """
-        chosen = [(group, name) for group, name in formats.items() if name != NONE]
-        return {
-            domain: math.fsum(scores[key] for key in chosen)
-            for domain, scores in self.scores.items()
-        }
+        return {domain: predicted_loss(scores, formats) for domain, scores in self.scores.items()}
 
     def require(self, names: Mapping[str, float]) -> None:
         """Check that domains exist.
@@ -115,8 +110,8 @@ def write_domain_scores(
         rows = [row | {"domain": domain} for row in result.rows]
         tables.append(pa.Table.from_pylist(rows, schema=schema))
         buckets.append(_bucket_table(domain, result.buckets))
-    directory.write_table(RESAMPLING_FILE, "domain_resampling", pa.concat_tables(buckets))
-    directory.write_table(SCORES_FILE, "domain_sensitivity", pa.concat_tables(tables))
+    directory.write_table(DOMAIN_RESAMPLING_FILE, "domain_resampling", pa.concat_tables(buckets))
+    directory.write_table(DOMAIN_SCORES_FILE, "domain_sensitivity", pa.concat_tables(tables))
 
 
 def read_domain_scores(state: RunState) -> DomainScores | None:
@@ -125,9 +120,9 @@ def read_domain_scores(state: RunState) -> DomainScores | None:
     Raises:
         StoreError: A file is damaged.
     """
-    if not state.directory.exists(SCORES_FILE):
+    if not state.directory.exists(DOMAIN_SCORES_FILE):
         return None
-    table = state.directory.read_table(SCORES_FILE, "domain_sensitivity")
+    table = state.directory.read_table(DOMAIN_SCORES_FILE, "domain_sensitivity")
     scores: dict[str, Scores] = {}
     num_tokens: dict[str, int] = {}
     for row in table.select(["domain", "group", "format", "score", "num_tokens"]).to_pylist():

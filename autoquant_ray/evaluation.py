@@ -11,17 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant_ray.audit import Audit, audit_solution
-from autoquant_ray.audit_pairs import AUDIT_FILE
 from autoquant_ray.candidates import SOLUTION, Candidate, collect_candidates
 from autoquant_ray.chosen_on import untouched_shards
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import Measured, evaluation_rows
 from autoquant_ray.measurement import Measurement, measuring
 from autoquant_ray.report import write_reports
+from autoquant_ray.run_files import (
+    AUDIT_FILE,
+    EVALUATION_FILE,
+    solution_folder,
+    solution_of,
+)
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SOLUTIONS, RunDirectory
-
-EVALUATION_FILE = "evaluation.parquet"
+from autoquant_ray.store import RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ def evaluate_run(config: EvaluationConfig) -> Evaluation:
         AutoQuantError: One of its subclasses; finished parts are kept.
     """
     state = RunState.open(RunDirectory(config.run))
-    start = f"{SOLUTIONS}/{config.solution}/" if config.solution else ""
+    start = solution_folder(config.solution)
     candidates = collect_candidates(state, start, config.against, num_random=config.num_random)
     with measuring(state, config) as measurement:
         if config.audit is None:
@@ -91,7 +94,7 @@ def record(
     directory = measurement.state.directory
     measurement.require_lease()
     labels = {
-        "solution": start.removeprefix(f"{SOLUTIONS}/").rstrip("/"),
+        "solution": solution_of(start),
         "dataset": measurement.facts["name"],
         "data_key": measurement.data_key,
     }

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from autoquant_ray.candidates import Candidate
+from autoquant_ray.total_error import ratio_stderr
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -101,17 +102,6 @@ def paired_difference(one: Measured, other: Measured | None) -> tuple[float, flo
     difference_S = one.kl_S if other is None else one.kl_S - other.kl_S
     error = ratio_stderr(difference_S, one.tokens_S)
     return math.fsum(difference_S) / len(one.kl_N), error
-
-
-def ratio_stderr(sums_S: Floats, tokens_S: Floats) -> float | None:
-    """Standard error of ``sum(sums) / sum(tokens)`` over samples; None for a single one, and where
-    a sum is infinite."""
-    count = len(sums_S)
-    if count < 2 or not np.isfinite(sums_S).all():
-        return None
-    ratio = math.fsum(sums_S) / math.fsum(tokens_S)
-    spread = math.fsum((sums_S - ratio * tokens_S) ** 2)
-    return math.sqrt(count / (count - 1) * spread) / math.fsum(tokens_S)
 
 
 def _row(candidate: Candidate, one: Measured) -> dict[str, Any]:

@@ -23,18 +23,18 @@ from autoquant_ray.budget import (
 )
 from autoquant_ray.candidates import make_candidate, solution_formats, solution_options
 from autoquant_ray.certainty import Certainty
-from autoquant_ray.domain_plans import solve_domains
-from autoquant_ray.domain_scores import read_domain_scores
+from autoquant_ray.domain_plans import solve_for, wanted_domains
 from autoquant_ray.explain_text import explanation_html
 from autoquant_ray.flips import Flip, Flips
 from autoquant_ray.formats import NONE
 from autoquant_ray.group_names import find_group
 from autoquant_ray.manifest import is_chosen_by_measurement
+from autoquant_ray.run_files import solution_folder, solution_of
 from autoquant_ray.shard_shares import ShardShare, find_shards
-from autoquant_ray.solve import Scores, certainty_of, load_problem
+from autoquant_ray.solve import Scores, certainty_of, load_problem, score_errors
 from autoquant_ray.stability import NUM_RESAMPLES
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SOLUTIONS, RunDirectory
+from autoquant_ray.store import RunDirectory
 
 _NO_QUANTIZER = "ModelOpt has no quantizer for this module"
 
@@ -149,7 +149,7 @@ def explain_group(directory: RunDirectory, name: str, solution: str = "") -> Exp
     """
     state = RunState.open(directory)
     problem, scores = load_problem(state)
-    start = f"{SOLUTIONS}/{solution}/" if solution else ""
+    start = solution_folder(solution)
     options = solution_options(state, start)
     others: dict[str, int] = state.values["plan"]["other_modules"]
     known = {group.name: group.module_names for group in problem.groups.values()}
@@ -188,9 +188,11 @@ class _Story:
     ) -> None:
         self._state = state
         self._problem = problem
-        self._total_scores = scores
-        domains = read_domain_scores(state) if options.domains else None
-        self._scores = scores if domains is None else domains.weighted(options.domains)
+        is_by_domain = bool(options.domains) or options.worst_domain
+        self._domains = wanted_domains(state) if is_by_domain else None
+        self._scores = scores
+        if self._domains is not None and options.domains:
+            self._scores = self._domains.weighted(options.domains)
         self._options = options
         self._start = start
         self._formats = solution_formats(state, start, problem)
@@ -210,7 +212,7 @@ class _Story:
         is_imported = "imported_from" in self._state.values
         return Explanation(
             run=directory.uri,
-            solution=self._start.removeprefix(f"{SOLUTIONS}/").rstrip("/"),
+            solution=solution_of(self._start),
             group=group.name,
             module_names=group.module_names,
             num_weights=group.num_weights,
@@ -241,18 +243,16 @@ class _Story:
         certainty: Certainty | None,
         largest: Mapping[str, list[ShardShare]],
     ) -> list[Alternative]:
-        def solve(options: SolveOptions) -> Allocation:
-            return solve_domains(self._state, self._problem, self._total_scores, options)
-
-        flips = Flips(solve, self._options, self._formats, self._plan_score)
-        errors = self._standard_errors(group.name)
+        flips = Flips(self._solve, self._options, self._formats, self._plan_score)
+        by_domain = self._options.domains  # the errors are of all tokens alike
+        errors = {} if by_domain else score_errors(self._state.directory)
         shares = {} if certainty is None else certainty.shares[group.name]
         return [
             Alternative(
                 format=format_,
                 is_chosen=format_ == self._formats[group.name],
                 score=0.0 if format_ == NONE else self._scores[group.name, format_],
-                score_stderr=errors.get(format_),
+                score_stderr=errors.get((group.name, format_)),
                 weight_bits=row["weight_bits"],
                 weight_bytes=row["weight_bytes"],
                 model_bytes=group.cost(format_, "model"),
@@ -263,12 +263,10 @@ class _Story:
             for format_, row in group.rows.items()
         ]
 
-    def _standard_errors(self, group: str) -> dict[str, float | None]:
-        if self._options.domains:
-            return {}  # the columns are of all tokens alike
-        table = self._state.directory.read_table("sensitivity.parquet", "sensitivity")
-        columns = (table.column(name).to_pylist() for name in ("group", "format", "score_stderr"))
-        return {f: error for name, f, error in zip(*columns, strict=True) if name == group}
+    def _solve(self, options: SolveOptions) -> Allocation:
+        if self._domains is None:
+            return self._problem.solve(self._scores, options)
+        return solve_for(self._domains, self._problem, options)
 
     def _budget(self) -> str:
         text = " and ".join(b.description for b in self._problem.budgets(self._options))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from autoquant_ray.certainty import CERTAIN, COIN_TOSS
 from autoquant_ray.notebook import lines_html, table_html
+from autoquant_ray.wording import few
 
 if TYPE_CHECKING:
     from autoquant_ray.explain import Alternative, Explanation
@@ -17,7 +18,7 @@ _NUM_SHARDS = 3
 
 def head_lines(told: Explanation) -> list[str]:
     """What the group is, what it got, and what bound the choice."""
-    modules = _few(told.module_names)
+    modules = few(told.module_names, _MAX_NAMED)
     lines = [f"group: {told.group}", f"modules: {modules}; {told.num_weights:,} weights"]
     if told.reason is not None:
         size = f"{told.weight_bytes / 2**20:,.2f} MiB"
@@ -105,12 +106,7 @@ def _flip_lines(one: Alternative) -> list[str]:
     if not one.flip.others:
         return []
     changes = [f"{g} {before} -> {after}" for g, (before, after) in one.flip.others.items()]
-    return [f"{one.format}: also changes {_few(changes)}"]
-
-
-def _few(texts: list[str]) -> str:
-    more = len(texts) - _MAX_NAMED
-    return ", ".join(texts[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return [f"{one.format}: also changes {few(changes, _MAX_NAMED)}"]
 
 
 def _shares(one: Alternative) -> str:

@@ -18,9 +18,10 @@ from autoquant_ray.frontier_curve import (
     reachable_bits,
     rounded_up,
 )
+from autoquant_ray.run_files import FRONTIER_FILE
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
-from autoquant_ray.store import FRONTIER_FILE, RunDirectory
+from autoquant_ray.store import RunDirectory
 
 _NUM_HALVINGS = 50
 

@@ -16,7 +16,7 @@ import numpy as np
 from autoquant_ray.allocation import frontier_allocations
 from autoquant_ray.budget import BITS_PER_BYTE, Problem
 from autoquant_ray.formats import NONE
-from autoquant_ray.manifest import average_bits, model_bytes
+from autoquant_ray.manifest import average_bits, model_bytes, predicted_loss
 
 NUM_POINTS = 64
 
@@ -77,7 +77,7 @@ def point_of(problem: Problem, scores: Scores, formats: Mapping[str, str]) -> Po
     return Point(
         effective_bits=average_bits(problem.searched, formats),
         weight_bytes=model_bytes(problem, formats),
-        predicted_kl=math.fsum(scores[g, f] for g, f in formats.items() if f != NONE),
+        predicted_kl=predicted_loss(scores, formats),
     )
 
 

@@ -14,9 +14,10 @@ from autoquant_ray.data_sources import data_name
 from autoquant_ray.errors import ConfigError, DataError, StoreError
 from autoquant_ray.fingerprint import fingerprint_data, fingerprint_source
 from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
+from autoquant_ray.run_files import SAMPLES, part_name
 from autoquant_ray.stage_fingerprints import stage_fingerprints
 from autoquant_ray.state import RunState, numeric_versions
-from autoquant_ray.store import SAMPLES, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 from autoquant_ray.tokenizer import TokenizerRef
 
 

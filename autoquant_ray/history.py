@@ -8,7 +8,8 @@ from typing import Any
 
 from autoquant_ray.errors import HeldError, StoreError
 from autoquant_ray.lease import lease
-from autoquant_ray.store import RUN_FILE, RunDirectory
+from autoquant_ray.run_files import RUN_FILE
+from autoquant_ray.store import RunDirectory
 
 HISTORY = "history.parquet"
 LOCKS = ".locks"

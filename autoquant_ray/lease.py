@@ -26,7 +26,8 @@ from typing import Any
 import psutil
 
 from autoquant_ray.errors import HeldError, StoreError
-from autoquant_ray.store import LOCK, RunDirectory
+from autoquant_ray.run_files import LOCK
+from autoquant_ray.store import RunDirectory
 
 logger = logging.getLogger(__name__)
 

@@ -44,6 +44,16 @@ def average_bits(
     return cost * bits_per_unit / float(sum(group.weights(resource) for group in groups))
 
 
+def predicted_loss(scores: Mapping[tuple[str, str], float], formats: Mapping[str, str]) -> float:
+    """Summed scores of the formats; 16 bits lose nothing.
+
+    Args:
+        scores: (group, format) -> nats per token.
+        formats: Group -> format; groups without a score may be there in 16 bits.
+    """
+    return math.fsum(scores[group, name] for group, name in formats.items() if name != NONE)
+
+
 def model_bytes(problem: Problem, formats: Mapping[str, str]) -> float:
     """Bytes of the whole model's weights; groups without a format stay in 16 bits."""
     return problem.other_bytes + math.fsum(

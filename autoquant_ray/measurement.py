@@ -28,11 +28,12 @@ from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
 from autoquant_ray.quantized_layers import UNQUANTIZED, Choice
+from autoquant_ray.run_files import EVALUATION, SAMPLES, part_name
 from autoquant_ray.samples_stage import read_tasks
 from autoquant_ray.sensitivity import Maxima, scored_modules
 from autoquant_ray.stages import note_done, read_maxima
 from autoquant_ray.state import RunState
-from autoquant_ray.store import EVALUATION, SAMPLES, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 
 logger = logging.getLogger(__name__)
 

@@ -35,9 +35,10 @@ from autoquant_ray.job import NightlyJob
 from autoquant_ray.lease import Lease, lease
 from autoquant_ray.nights import Nights, is_finished, is_good, parse_date
 from autoquant_ray.report.drift import render_baseline, render_drift
+from autoquant_ray.run_files import DRIFT_JSON, DRIFT_MARKDOWN
 from autoquant_ray.stage_fingerprints import changed_fields
 from autoquant_ray.state import Mode, RunState
-from autoquant_ray.store import DRIFT_JSON, DRIFT_MARKDOWN, RunDirectory
+from autoquant_ray.store import RunDirectory
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from autoquant_ray.store import RunDirectory, part_name
+from autoquant_ray.run_files import part_name
+from autoquant_ray.store import RunDirectory
 
 _THREADS = 8
 _AHEAD = 2 * _THREADS

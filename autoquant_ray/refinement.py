@@ -18,9 +18,10 @@ from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import mean_kl, paired_difference
 from autoquant_ray.measurement import Measurement, measuring
 from autoquant_ray.plan_search import Found, search_plans
+from autoquant_ray.run_files import solution_folder
 from autoquant_ray.solve import Solution, load_problem, write_solution
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SOLUTIONS, RunDirectory
+from autoquant_ray.store import RunDirectory
 
 Estimate = tuple[float, float | None]
 """Mean in nats per token, and its standard error."""
@@ -91,7 +92,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
         AutoQuantError: One of its subclasses; finished measurements are kept.
     """
     state = RunState.open(RunDirectory(config.run))
-    start = f"{SOLUTIONS}/{config.solution}/" if config.solution else ""
+    start = solution_folder(config.solution)
     problem, scores = load_problem(state)
     options = without_domains(solution_options(state, start))
     problem = problem.timed(options.latency)
@@ -120,7 +121,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
         }
         solution = write_solution(state, problem, scores, options, allocation, name, notes)
         plans = [replace(found.winner, name=SOLUTION), replace(found.start, name="unrefined")]
-        record(measurement, f"{SOLUTIONS}/{name}/", plans, [found.after, found.before])
+        record(measurement, solution_folder(name), plans, [found.after, found.before])
     return Refinement(solution=solution, **vars(figures))
 
 

@@ -23,9 +23,10 @@ from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.domain_shards import DomainAssembler, in_turn, shards_by_domain
 from autoquant_ray.errors import DataError
 from autoquant_ray.parts import map_ahead
-from autoquant_ray.schemas import DOMAIN_FILES, SCHEMAS
+from autoquant_ray.run_files import DOMAINS_FILE, SAMPLES, part_name
+from autoquant_ray.schemas import SCHEMAS
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SAMPLES, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 from autoquant_ray.texts import DataSpec, read_rows
 from autoquant_ray.tokenizer import TokenizerRef
 
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 Skip = int | Mapping[str, int]
 """Samples left out at the start of the data, or of each of several sources, by name."""
-
-DOMAINS_FILE = DOMAIN_FILES[0]
 
 Int32s = npt.NDArray[np.int32]
 

@@ -157,6 +157,3 @@ the schema of their name."""
 
 ADDED_COLUMNS = {"elementwise_variance", "token_variance", "sampling_stderr", "bucket_tokens"}
 """Columns that earlier versions did not write; null where they are missing."""
-
-DOMAIN_FILES = ("domains.parquet", "domain_sensitivity.parquet", "domain_resampling.parquet")
-"""Of a run with several domains: each shard's domain; each domain's scores; what is resampled."""

@@ -18,8 +18,8 @@ from autoquant_ray.aggregation import Floats
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import StoreError
 from autoquant_ray.parts import Parts
+from autoquant_ray.run_files import SCORES
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SCORES
 
 NUM_LARGEST = 5
 """Shards named per format."""

@@ -14,7 +14,8 @@ from typing import Any
 
 from autoquant_ray.errors import StoreError, one_line
 from autoquant_ray.parts import map_ahead
-from autoquant_ray.store import RUN_FILE, RunDirectory
+from autoquant_ray.run_files import RUN_FILE
+from autoquant_ray.store import RunDirectory
 
 HISTORY = "history.parquet"
 _DEPTH = 3

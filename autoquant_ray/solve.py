@@ -28,9 +28,10 @@ from autoquant_ray.manifest import (
 )
 from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
+from autoquant_ray.run_files import SOLUTIONS, solution_folder
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
-from autoquant_ray.store import SOLUTIONS, RunDirectory
+from autoquant_ray.store import RunDirectory
 
 Scores = dict[tuple[str, str], float]
 """(group, format) -> nats per token."""
@@ -104,6 +105,13 @@ def load_problem(state: RunState) -> tuple[Problem, Scores]:
     return problem, scores
 
 
+def score_errors(directory: RunDirectory) -> dict[tuple[str, str], float | None]:
+    """(group, format) -> standard error of its score; None where there is no spread."""
+    table = directory.read_table("sensitivity.parquet", "sensitivity")
+    rows = table.select(["group", "format", "score_stderr"]).to_pylist()
+    return {(row["group"], row["format"]): row["score_stderr"] for row in rows}
+
+
 def solve_run(
     directory: RunDirectory, options: SolveOptions, folder: str | None = None
 ) -> Solution:
@@ -156,7 +164,7 @@ def write_solution(
     config = quantization_config(problem, formats, plan)
     certainty = certainty_of(state, problem, scores, options, formats)
     manifest = build_manifest(state.values, options, summary, config, certainty) | dict(notes or {})
-    start = f"{SOLUTIONS}/{name}/" if name else ""
+    start = solution_folder(name)
     paths = {
         "manifest.parquet": directory.write_table(
             f"{start}manifest.parquet", "manifest", manifest_rows(problem, formats, scores, plan)
@@ -249,7 +257,7 @@ def rewrite_reports(directory: RunDirectory) -> list[str]:
         StoreError: Not a run, or its files are damaged.
     """
     state = RunState.open(directory)
-    starts = [f"{SOLUTIONS}/{name}/" for name in directory.list_folders(SOLUTIONS)]
+    starts = [solution_folder(name) for name in directory.list_folders(SOLUTIONS)]
     paths: list[str] = []
     for start in ["", *starts]:
         if directory.exists(f"{start}manifest.json"):

@@ -26,10 +26,11 @@ from autoquant_ray.errors import Interrupted, StoreError, WorkerError
 from autoquant_ray.interrupts import stop_on_signal
 from autoquant_ray.parts import Parts, map_ahead
 from autoquant_ray.plan import Plan
+from autoquant_ray.run_files import CALIBRATION, SAMPLES, SCORES, part_name
 from autoquant_ray.samples_stage import read_tasks
 from autoquant_ray.sensitivity import Maxima
 from autoquant_ray.state import RunState
-from autoquant_ray.store import CALIBRATION, SAMPLES, SCORES, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 from autoquant_ray.weight_hashes import hash_groups
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ from typing import Any, Literal
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ChangedError, Interrupted, StoreError
 from autoquant_ray.lease import Lease
+from autoquant_ray.run_files import FRONTIER_FILE, RUN_FILE
 from autoquant_ray.stage_fingerprints import changed_fields
-from autoquant_ray.store import FRONTIER_FILE, RUN_FILE, SCHEMA_VERSION, RunDirectory
+from autoquant_ray.store import SCHEMA_VERSION, RunDirectory
 
 Mode = Literal["new", "resume", "overwrite"]
 _REQUIRED_KEYS = {"run_id", "config", "model", "dataset", "fingerprints", "stages", "quarantined"}

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 from autoquant_ray.budget import Problem, solve_options
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.plan import Plan
+from autoquant_ray.run_files import SAMPLES, SCORES, part_name
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import MIN_SHARDS, StoppingRule, budget_problem, part_sums
-from autoquant_ray.store import SAMPLES, SCORES, part_name
 
 logger = logging.getLogger(__name__)
 

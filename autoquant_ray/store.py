@@ -27,49 +27,12 @@ import pyarrow.parquet as pq
 
 from autoquant_ray.errors import StoreError, StoreLostError, one_line
 from autoquant_ray.filesystems import child_uri, explain, open_place
-from autoquant_ray.schemas import ADDED_COLUMNS, DOMAIN_FILES, SCHEMAS
+from autoquant_ray.run_files import LOCK, OWN_FILES, OWN_FOLDERS, RUN_FILE, part_name
+from autoquant_ray.schemas import ADDED_COLUMNS, SCHEMAS
 
 SCHEMA_VERSION = 1
 _FLUSH_S = 10.0
-RUN_FILE = "run.json"
-SOLUTIONS = "solutions"
-SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
-"""Folders that hold one part per shard."""
-EVALUATION = "evaluation"
-"""Folder of what was measured: per data set, per allocation, one part per shard."""
-FRONTIER_FILE = "frontier.parquet"
-"""Sizes and losses that ``frontier`` found."""
-LOCK = ".lock"
-"""Folder of the claims of whoever works on the run; it is not part of the run."""
-DRIFT_JSON, DRIFT_MARKDOWN = "drift.json", "drift.md"
-"""What a nightly run found against its baseline."""
-
-_OWN_FOLDERS = {SAMPLES, CALIBRATION, SCORES, SOLUTIONS, EVALUATION}
-_OWN_FILES = {
-    RUN_FILE,
-    "plan.parquet",
-    "calibration.parquet",
-    *DOMAIN_FILES,
-    "sensitivity.parquet",
-    "resampling.parquet",
-    "evaluation.parquet",
-    "audit.parquet",
-    FRONTIER_FILE,
-    "manifest.parquet",
-    "manifest.json",
-    "report.md",
-    "report.html",
-    "events.jsonl",
-    DRIFT_JSON,
-    DRIFT_MARKDOWN,
-}
-
 Rows = Sequence[Mapping[str, Any]]
-
-
-def part_name(folder: str, shard: int) -> str:
-    """Name of one shard's part, for example ``scores/shard-000012.parquet``."""
-    return f"{folder}/shard-{shard:06d}.parquet"
 
 
 class RunDirectory:
@@ -145,10 +108,10 @@ class RunDirectory:
             return
         self.require_run()
         for info in sorted(self._list(""), key=lambda info: info.base_name == RUN_FILE):
-            if info.base_name in _OWN_FOLDERS:
+            if info.base_name in OWN_FOLDERS:
                 with self._reaching("delete", info.base_name):
                     self._base.delete_dir(f"{self._root}/{info.base_name}")
-            elif info.base_name in _OWN_FILES:
+            elif info.base_name in OWN_FILES:
                 self.delete(info.base_name)
 
     def write_bytes(self, name: str, content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""The error bar of a solution's predicted KL.
+"""The error bar of a solution's predicted KL, and of any ratio of sums.
 
 A shard of harder text raises the scores of most groups at once, so their errors must not be added
 up as if they were independent: on SmolLM2-135M (8 shards, 6 bits) that would give a quarter of the
@@ -74,15 +74,28 @@ def _spread(formats: Mapping[str, str], buckets: pa.Table) -> float | None:
     if tokens.null_count:
         return None
     count = int(buckets.column("bucket").to_numpy().max()) + 1
-    if count < 2:
-        return None
     num_keys = buckets.num_rows // count
     keys = buckets.slice(0, num_keys)
     names = (keys.column(name).to_pylist() for name in ("group", "format"))
     is_chosen_K = np.array([formats.get(g, NONE) == f for g, f in zip(*names, strict=True)])
     sums_BK = buckets.column("sum").to_numpy().reshape(count, num_keys)
     sums_B: Floats = 0.5 * sums_BK[:, is_chosen_K].sum(axis=1)
-    tokens_B = tokens.to_numpy()[::num_keys].astype(np.float64)
-    total = float(tokens_B.sum())
-    residuals_B = sums_B - sums_B.sum() / total * tokens_B
-    return math.sqrt(count / (count - 1) * float(np.square(residuals_B).sum())) / total
+    return ratio_stderr(sums_B, tokens.to_numpy()[::num_keys].astype(np.float64))
+
+
+def ratio_stderr(sums_S: Floats, tokens_S: Floats) -> float | None:
+    """Standard error of ``sum(sums) / sum(tokens)``, by the formula above, from independent parts.
+
+    Args:
+        sums_S: Of each sample or bucket.
+        tokens_S: Its tokens.
+
+    Returns:
+        None for a single one, and where a sum is infinite.
+    """
+    count = len(sums_S)
+    if count < 2 or not np.isfinite(sums_S).all():
+        return None
+    ratio = math.fsum(sums_S) / math.fsum(tokens_S)
+    spread = math.fsum((sums_S - ratio * tokens_S) ** 2)
+    return math.sqrt(count / (count - 1) * spread) / math.fsum(tokens_S)

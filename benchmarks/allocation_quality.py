@@ -26,9 +26,10 @@ from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.evaluation_table import evaluation_rows, mean_kl
 from autoquant_ray.measurement import measuring
 from autoquant_ray.plan_search import split_shards
+from autoquant_ray.run_files import SOLUTIONS
 from autoquant_ray.solve import solution_name
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SOLUTIONS, RunDirectory
+from autoquant_ray.store import RunDirectory
 
 FORMATS = ("wint4_afp16", "wint8_afp16", "wfp8_afp16")
 

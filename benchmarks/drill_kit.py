@@ -21,7 +21,7 @@ import ray
 
 from autoquant_ray import scan as scan_module
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.store import CALIBRATION, SAMPLES
+from autoquant_ray.run_files import CALIBRATION, SAMPLES
 
 NUM_SHARDS = 12
 _LIMIT_S = 120.0

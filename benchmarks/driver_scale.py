@@ -38,8 +38,9 @@ from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.placement import Placement, place_workers
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.distributed.worker import ShardTask
+from autoquant_ray.run_files import SAMPLES, part_name
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SAMPLES, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 
 SLOWDOWN = 5.0
 NUM_GROUPS, NUM_FORMATS = 250, 4

@@ -38,13 +38,14 @@ from autoquant_ray.candidates import Candidate, make_candidate, shuffle_scores
 from autoquant_ray.certainty import assess_solution
 from autoquant_ray.engine import Engine, EngineSpec
 from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.evaluation_table import Measured, mean_kl, ratio_stderr
+from autoquant_ray.evaluation_table import Measured, mean_kl
 from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import build_plan
 from autoquant_ray.plan_search import search_plans, split_shards
 from autoquant_ray.quantized_layers import UNQUANTIZED
 from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.total_error import ratio_stderr
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
 VOCABULARY, NUM_TOKENS, NUM_SAMPLES = 256, 32, 8

@@ -13,6 +13,7 @@ from typing import Any
 
 from autoquant_ray.report.measured import IN_RANGE
 from autoquant_ray.stopping import MIN_SHARDS
+from autoquant_ray.wording import few
 
 MOST = 0.25
 """Share of the predicted loss from which a single group is named."""
@@ -231,7 +232,7 @@ def _wide_total(known: Evidence) -> Iterator[Concern]:
 def _wide_choices(known: Evidence) -> Iterator[Concern]:
     unsure = [c for c in known.choices if c.stderr is not None and c.stderr >= c.score]
     if unsure:
-        named = _names([f"{c.group} ({c.format})" for c in unsure])
+        named = few([f"{c.group} ({c.format})" for c in unsure], _MAX_NAMED)
         share = _share(unsure, known)
         yield _look(
             "Scores within their own error",
@@ -248,9 +249,9 @@ def _tosses(known: Evidence) -> Iterator[Concern]:
         yield _look(
             "Coin tosses that matter",
             f"{_count(len(known.coin_tosses), 'group')} with an undecided format, together "
-            f"{_share(tossed, known)} of the predicted loss: {_names(known.coin_tosses)}. The plan "
-            f"is expected to lose {known.expected_regret:.1%} because its scores are estimates. "
-            "Score more samples.",
+            f"{_share(tossed, known)} of the predicted loss: {few(known.coin_tosses, _MAX_NAMED)}. "
+            f"The plan is expected to lose {known.expected_regret:.1%} because its scores are "
+            "estimates. Score more samples.",
         )
 
 
@@ -280,8 +281,3 @@ def _share(choices: Sequence[Choice], known: Evidence) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _names(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

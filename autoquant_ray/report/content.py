@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from autoquant_ray.audit_pairs import AUDIT_FILE, read_pairs
+from autoquant_ray.audit_pairs import read_pairs
 from autoquant_ray.formats import NONE
 from autoquant_ray.latency import LATENCY, describe_prediction
 from autoquant_ray.report.audit import AuditData, audit_section
@@ -21,9 +21,9 @@ from autoquant_ray.report.measured import MeasuredData, measured_sections, with_
 from autoquant_ray.report.origin import dataset, scheme
 from autoquant_ray.report.reproduce import Reproduction, reproduction
 from autoquant_ray.report.sources import Scores, Sources, gather_evidence, read_sources
+from autoquant_ray.run_files import AUDIT_FILE, solution_folder
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
-from autoquant_ray.store import SOLUTIONS
 
 _MAX_NAMED = 5
 
@@ -132,9 +132,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
 
 
 def _manifest_of(state: RunState, name: str) -> dict[str, Any]:
-    return dict(
-        state.directory.read_json(f"{SOLUTIONS}/{name}/manifest.json" if name else "manifest.json")
-    )
+    return dict(state.directory.read_json(f"{solution_folder(name)}manifest.json"))
 
 
 def _audit(sources: Sources) -> AuditData | None:

@@ -8,7 +8,8 @@ from typing import Any
 from autoquant_ray.budget import Problem
 from autoquant_ray.frontier_curve import Point, sweep_points, uniform_points
 from autoquant_ray.report.frontier_chart import Dot
-from autoquant_ray.store import FRONTIER_FILE, RunDirectory
+from autoquant_ray.run_files import FRONTIER_FILE
+from autoquant_ray.store import RunDirectory
 
 
 def frontier_dots(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
 from autoquant_ray.report.audit import AuditData
 from autoquant_ray.report.content import ReportContent, format_score
@@ -25,9 +27,7 @@ def render_markdown(content: ReportContent) -> str:
         lines += [f"- {plain_text(warning)}" for warning in content.warnings]
     if content.domains is not None:
         lines += ["", "## Who pays", "", plain_text(content.domains.text), ""]
-        lines += [f"| {' | '.join(DOMAIN_HEADS)} |", "|---" * len(DOMAIN_HEADS) + "|"]
-        for cells in content.domains.rows:
-            lines.append(f"| {' | '.join(plain_text(cell) for cell in cells)} |")
+        lines += _table(DOMAIN_HEADS, content.domains.rows)
     for section in content.measured:
         lines += _section("Predicted against measured", HEADS, section)
     if content.audit is not None:
@@ -53,13 +53,12 @@ def render_markdown(content: ReportContent) -> str:
 def _section(title: str, heads: tuple[str, ...], section: MeasuredData | AuditData) -> list[str]:
     """What was measured: a title, a verdict and a table."""
     lines = ["", f"## {title}", "", plain_text(section.title) + ".", ""]
-    lines += [
-        plain_text(section.verdict),
-        "",
-        f"| {' | '.join(heads)} |",
-        "|---" * len(heads) + "|",
-    ]
-    return lines + [f"| {' | '.join(plain_text(cell) for cell in row)} |" for row in section.rows]
+    return [*lines, plain_text(section.verdict), "", *_table(heads, section.rows)]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(plain_text(cell) for cell in row)} |" for row in (heads, *rows)]
+    return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
 
 
 def _reproduction(content: ReportContent) -> list[str]:

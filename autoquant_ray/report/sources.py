@@ -11,8 +11,8 @@ from autoquant_ray.manifest import allocation_key, is_chosen_by_measurement
 from autoquant_ray.report.concerns import Choice, Evidence
 from autoquant_ray.report.domains import is_by_domain
 from autoquant_ray.report.measured import measured_rows
+from autoquant_ray.run_files import solution_of
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SOLUTIONS
 from autoquant_ray.total_error import TotalError, total_error
 
 Scores = dict[str, dict[str, tuple[float, float | None]]]
@@ -110,7 +110,7 @@ def read_sources(state: RunState, start: str) -> Sources:
     evaluations = optional("evaluation.parquet", "evaluation")
     return Sources(
         state=state,
-        name=start.removeprefix(f"{SOLUTIONS}/").rstrip("/"),
+        name=solution_of(start),
         manifest=manifest,
         rows=rows,
         table=table,

@@ -20,7 +20,7 @@ from autoquant_ray.distributed.placement import place_workers
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.parts import Parts
-from autoquant_ray.store import SCORES
+from autoquant_ray.run_files import SCORES
 
 NUM_SHARDS, NUM_WORKERS = 200, 8
 

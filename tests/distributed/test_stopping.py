@@ -18,11 +18,12 @@ from autoquant_ray.distributed.pool import Outcome
 from autoquant_ray.engine import ShardScores
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.plan import build_plan
+from autoquant_ray.run_files import SAMPLES, part_name
 from autoquant_ray.scan import run_search
 from autoquant_ray.sensitivity import SensitivitySums
 from autoquant_ray.solve import solve_run
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SAMPLES, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
 STOPPING = ("--shard-samples", "1", "--label-draws", "12", "--bits", "7.5")

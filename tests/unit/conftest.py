@@ -17,11 +17,12 @@ from autoquant_ray.engine import Engine, EngineSpec, ShardScores
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import ModelRef
 from autoquant_ray.plan import Plan, build_plan
+from autoquant_ray.run_files import SCORES, part_name
 from autoquant_ray.sensitivity import SensitivitySums, scored_modules
 from autoquant_ray.stage_fingerprints import stage_fingerprints
 from autoquant_ray.stages import aggregate, write_plan
 from autoquant_ray.state import Mode, RunState
-from autoquant_ray.store import SCORES, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 
 PRESETS = (
     "INT8_DEFAULT_CFG",

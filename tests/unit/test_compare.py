@@ -24,8 +24,9 @@ from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.plan import build_plan
 from autoquant_ray.report.drift import render_drift
+from autoquant_ray.run_files import CALIBRATION, part_name
 from autoquant_ray.solve import solve_run
-from autoquant_ray.store import CALIBRATION, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 from autoquant_ray.texts import DataSpec, read_texts
 
 FORMATS = ("wint4_afp16", "wint8_aint8")

@@ -24,9 +24,10 @@ from autoquant_ray.errors import ConfigError
 from autoquant_ray.explain import Explanation, explain_group
 from autoquant_ray.group_names import find_group
 from autoquant_ray.parts import Parts
+from autoquant_ray.run_files import SCORES, part_name
 from autoquant_ray.solve import load_problem, solve_run, write_solution
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SCORES, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 
 FORMATS = ("wint4_afp16", "wint8_aint8")
 EVIL = "<b>evil</b>"

@@ -68,6 +68,7 @@ PURE = (
     "planner",
     "quantizers",
     "run_changes",
+    "run_files",
     "sensitivity",
     "shard_shares",
     "shuffling",
@@ -77,7 +78,9 @@ PURE = (
     "step_facts",
     "stopping*",
     "store",
+    "total_error",
     "weight_hashes",
+    "wording",
 )
 """Modules that know nothing of Ray, nor of the layers above them."""
 UPPER = (

@@ -15,7 +15,8 @@ import pytest
 
 from autoquant_ray.errors import HeldError
 from autoquant_ray.lease import Claim, lease
-from autoquant_ray.store import LOCK, RunDirectory
+from autoquant_ray.run_files import LOCK
+from autoquant_ray.store import RunDirectory
 
 
 def foreign_claim(directory: RunDirectory, *, expires: float) -> str:

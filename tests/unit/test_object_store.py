@@ -24,9 +24,10 @@ from autoquant_ray.errors import EXIT_USAGE, HeldError, StoreError, StoreLostErr
 from autoquant_ray.filesystems import child_uri, open_place
 from autoquant_ray.lease import Claim, lease
 from autoquant_ray.report.site_html import write_site
+from autoquant_ray.run_files import LOCK, SCORES, part_name
 from autoquant_ray.solve import solve_run
 from autoquant_ray.state import require_target
-from autoquant_ray.store import LOCK, SCORES, RunDirectory, part_name
+from autoquant_ray.store import RunDirectory
 
 MIB = 2**20
 

@@ -9,7 +9,8 @@ import pytest
 
 from autoquant_ray.errors import StoreError
 from autoquant_ray.parts import Parts, map_ahead
-from autoquant_ray.store import RunDirectory, part_name
+from autoquant_ray.run_files import part_name
+from autoquant_ray.store import RunDirectory
 
 
 @pytest.fixture

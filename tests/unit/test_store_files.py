@@ -23,9 +23,10 @@ from autoquant_ray import load_quantization_config
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.cli import main
 from autoquant_ray.errors import StoreError
+from autoquant_ray.run_files import part_name
 from autoquant_ray.solve import solve_run
 from autoquant_ray.state import RunState
-from autoquant_ray.store import SCHEMA_VERSION, RunDirectory, part_name
+from autoquant_ray.store import SCHEMA_VERSION, RunDirectory
 
 COLUMNS = {
     "plan.parquet": "group, format, module_names, num_weights, weight_bits, weight_bytes, "
