@@ -8,11 +8,11 @@ import signal
 import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # files that run at the same time must not meet in Ray
-    os.environ["RAY_TMPDIR"] = f"/tmp/autoquant-{os.environ['PYTEST_XDIST_WORKER']}"
-    os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="aq", dir="/tmp")  # a socket's path is short
 with contextlib.suppress(ValueError):  # a shell's background job ignores Ctrl-C, and so would ours
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ.pop("RAY_ADDRESS", None)
 os.environ["HOME"] = tempfile.mkdtemp(prefix="autoquant-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -20,6 +20,7 @@ import ray
 def ray_local() -> Iterator[None]:
     """Four CPUs (whatever the machine has), small object store, no dashboard."""
     ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=150 * 2**20,

@@ -29,6 +29,7 @@ SAMPLE = re.compile(r"^(ray_autoquant_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 def endpoint() -> Iterator[str]:
     """A cluster that reports its metrics often; yields their address."""
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=150 * 2**20,

@@ -69,7 +69,13 @@ def test_scan_offloaded_gguf_is_refused_with_the_remedy(tmp_path: Path, run_comm
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of the test is made up")
 def test_device_bytes_of_gpus_that_do_not_answer_is_an_error_with_the_remedy() -> None:
     config = ScanConfig(model="m", data="d", out="o", bits=8)
-    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, object_store_memory=150 * 2**20)
+    ray.init(
+        address="local",
+        num_cpus=1,
+        num_gpus=1,
+        include_dashboard=False,
+        object_store_memory=150 * 2**20,
+    )
     try:
         with pytest.raises(ClusterError, match=r"cannot tell its memory: .*; give --placement"):
             device_bytes(config, "cuda")
