@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from autoquant_ray.api import Run, search
     from autoquant_ray.config import ScanConfig
+    from autoquant_ray.latency_target import latency_of
     from autoquant_ray.manifest import load_quantization_config
     from autoquant_ray.scan import run_search
     from autoquant_ray.solve import solve_run
@@ -20,6 +21,7 @@ _LAZY = {
     "Run": "autoquant_ray.api",
     "search": "autoquant_ray.api",
     "ScanConfig": "autoquant_ray.config",
+    "latency_of": "autoquant_ray.latency_target",
     "run_search": "autoquant_ray.scan",
     "solve_run": "autoquant_ray.solve",
     "load_quantization_config": "autoquant_ray.manifest",
@@ -29,6 +31,7 @@ __all__ = [
     "Run",
     "ScanConfig",
     "__version__",
+    "latency_of",
     "load_quantization_config",
     "run_search",
     "search",

@@ -131,7 +131,7 @@ class Run:
             bytes: Of the whole model, such as ``"2.5GiB"``.
             options: Fields of :class:`~autoquant_ray.budget.SolveOptions`: ``bits``, ``pins``
                 (group -> format), ``allow`` (pattern -> list of formats), ``max_formats``,
-                ``latency`` (:func:`~autoquant_ray.latency_target.latency_of`), ...
+                ``latency`` (:func:`autoquant_ray.latency_of`), ...
 
         Raises:
             ConfigError: An unknown or a wrong option.
@@ -139,17 +139,20 @@ class Run:
         """
         try:
             size = parse_bytes(bytes) if isinstance(bytes, str) else bytes
-            given = SolveOptions(bytes=size, **options)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(str(error)) from None
-        return solve_run(self._directory, given)
+        return solve_run(self._directory, SolveOptions.checked({"bytes": size, **options}))
 
     def solve_within(self, largest_kl: float) -> Solution:
         """Solve the fewest bits that are predicted to lose at most so many nats per token."""
         return solve_run(self._directory, smallest_within(self._directory, largest_kl))
 
     def frontier(self, num_points: int = 64) -> list[Point]:
-        """Predicted loss at every size."""
+        """Predicted loss at every size.
+
+        Raises:
+            ConfigError: Fewer than two points.
+        """
         return frontier_of(self._directory, num_points)
 
     def explain(self, group: str, solution: str = "") -> Explanation:

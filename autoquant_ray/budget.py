@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, SkipValidation, TypeAdapter, ValidationError
 
 from autoquant_ray.allocation import Allocation, Budget, Choice, restrict, solve
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.config_file import first_problem
 from autoquant_ray.domain_weights import check_objective, normalised
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE
@@ -37,18 +40,34 @@ class SolveOptions:
 
     What is least is the loss on all tokens, unless ``domains`` weighs the losses of domains (the
     weights are made to sum to 1) or ``worst_domain`` asks for the least loss of the worst one.
+    Values of unknown types go through :meth:`checked`.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     bits: float | None = None
     bytes: int | None = None
-    bits_over: str = "searched"
-    cost: str = "storage"
+    bits_over: Literal["searched", "all"] = "searched"
+    cost: Literal["storage", "modelopt", "active_moe"] = "storage"
     max_formats: int | None = None
     pins: Mapping[str, str] = field(default_factory=dict)
     allow: Mapping[str, Sequence[str]] = field(default_factory=dict)
     domains: Mapping[str, float] = field(default_factory=dict)
     worst_domain: bool = False
-    latency: Latency | None = None
+    latency: SkipValidation[Latency | None] = None
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> SolveOptions:
+        """Options of values that may be of any type.
+
+        Raises:
+            ConfigError: An unknown name, or a value that its field cannot take.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            known = [one.name for one in fields(cls)]
+            raise ConfigError(first_problem(error, lambda name, _: name, known)) from None
 
     def __post_init__(self) -> None:
         check_objective(self.domains, self.worst_domain)

@@ -122,7 +122,7 @@ def first_problem(
         return message
     name = ".".join(str(part) for part in first["loc"] if part != "[key]")
     where = place(name, str(first["loc"][0]))
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"closest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"

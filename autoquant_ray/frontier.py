@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.errors import InfeasibleBudgetError
+from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.frontier_curve import (
     NUM_POINTS,
     Point,
@@ -35,7 +35,10 @@ def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[P
 
     Raises:
         StoreError: Not a run, or its files are damaged.
+        ConfigError: Fewer than two points.
     """
+    if num_points < 2:
+        raise ConfigError(f"a frontier of {num_points} points: give 2 or more")
     problem, scores = load_problem(RunState.open(directory))
     low, high = reachable_bits(problem)
     points = [

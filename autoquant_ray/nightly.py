@@ -103,6 +103,7 @@ def run_night(
     require_runs_folder(folder)
     nights = Nights(folder, job.name)
     with ExitStack() as stack:
+        stack.callback(folder.delete_if_empty, LOCKS)
         try:
             held = stack.enter_context(lease(folder, f"{LOCKS}/{job.name}"))
         except HeldError as error:
@@ -117,7 +118,6 @@ def run_night(
         night.lines.extend(
             f"deleted {name}, beyond the {keep or job.keep} kept" for name in deleted
         )
-    folder.delete_if_empty(LOCKS)
     return night
 
 

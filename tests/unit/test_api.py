@@ -50,9 +50,29 @@ def test_solving_writes_what_the_command_would(solved: Run) -> None:
     assert solved.solve(bytes=f"{size + 1}").summary["weight_bytes"] <= size + 1
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bitz": 4}, "^bitz: unknown key; closest: bits"),
+        ({"bits": "five"}, "^bits: .*'five'"),
+        ({"bits": 5, "pins": ["lm_head"]}, r"^pins: .*dictionary \(got \['lm_head'\]\)"),
+        ({"bits": 5, "allow": {"*": "none"}}, "^allow.*: "),
+        ({"bits": 5, "bits_over": "some"}, "^bits_over: .*'searched' or 'all'"),
+        ({"bits": 5, "latency": "h100"}, "latency_of"),
+        ({}, "give a budget"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_named(
+    solved: Run, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        solved.solve(**options)
+
+
 def test_wrong_options_of_solving_are_refused(solved: Run) -> None:
-    with pytest.raises(ConfigError, match="bitz"):
-        solved.solve(bitz=4)
+    assert solved.solve(bits="6").formats == solved.solve(bits=6).formats
+    with pytest.raises(ConfigError, match="0 points"):
+        solved.frontier(0)
     with pytest.raises(ConfigError, match="lots"):
         solved.solve(bytes="lots")
     with pytest.raises(InfeasibleBudgetError, match="reachable is"):

@@ -389,6 +389,9 @@ def test_another_job_is_not_held(night: Any, tmp_path: Path) -> None:
 def test_nights_leave_no_locks(night: Any, tmp_path: Path) -> None:
     night(1)
     assert not (tmp_path / "runs" / LOCKS).exists()
+    with pytest.raises(ConfigError, match="nobody"):
+        night(2, baseline="nobody")
+    assert not (tmp_path / "runs" / LOCKS).exists()
 
 
 def test_rows_of_two_jobs_at_once_are_both_kept(tmp_path: Path) -> None:
