@@ -23,6 +23,7 @@ from autoquant_ray.config_file import first_problem
 from autoquant_ray.domain_weights import check_objective, normalised
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE
+from autoquant_ray.group_names import refuse_parts
 from autoquant_ray.latency import LATENCY, StepTime
 from autoquant_ray.latency_target import Latency
 from autoquant_ray.step_facts import is_routed_expert
@@ -280,6 +281,7 @@ class Problem:
             InfeasibleBudgetError: With the reachable range.
             ConfigError: A pin or an allow pattern names something that does not exist.
         """
+        refuse_parts(options.pins, {g.name: g.module_names for g in self.groups.values()})
         timed = self.timed(options.latency)
         choices = restrict(timed.choices(scores), options.pins, options.allow)
         return solve(choices, timed.budgets(options), max_formats=options.max_formats)

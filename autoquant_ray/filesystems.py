@@ -26,7 +26,7 @@ from autoquant_ray.errors import StoreError, one_line
 _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 10.0, 5
 """Of one request to S3: a refused connection is given up after about ten seconds, a server that
 never answers after about one minute."""
-_GS_RETRY_S = 60
+_GS_RETRY_S = 20
 _S3_OPTIONS = ("endpoint_override", "scheme", "region", "tls_ca_file_path")
 
 _REMEDIES = (
@@ -38,6 +38,13 @@ _REMEDIES = (
         "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN) and "
         "what they may do in this bucket",
     ),
+    (
+        ("OAuth2 access token",),
+        "give Google's credentials (GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth "
+        "application-default login), or gs://anonymous@BUCKET for a public bucket",
+    ),
+    (("Unrecognized filesystem",), "use a local path, s3://BUCKET/PATH or gs://BUCKET/PATH"),
+    (("Not a directory",), "give a folder"),
     (
         ("NETWORK_CONNECTION", "curlCode", "CURL error"),
         "check that the server runs and its address (AWS_ENDPOINT_URL, or ?endpoint_override= in "

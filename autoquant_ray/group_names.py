@@ -45,6 +45,22 @@ def find_group(name: str, groups: Mapping[str, Sequence[str]]) -> str:
     raise ConfigError(f"no group or module is named {name!r}; closest: {_few(close or everything)}")
 
 
+def refuse_parts(names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> None:
+    """Say of a name that should be a group's, and is one of its other modules', which group.
+
+    Args:
+        names: What should be names of groups.
+        groups: Group -> names of its modules.
+
+    Raises:
+        ConfigError: For the first such name.
+    """
+    owners = {module: group for group, modules in groups.items() for module in modules}
+    for name in names:
+        if name not in groups and name in owners:
+            raise ConfigError(f"{name} shares its format with {owners[name]}; name that group")
+
+
 def _few(names: Iterable[str]) -> str:
     listed = list(names)
     more = f", ... ({len(listed)} in all)" if len(listed) > _MAX_NAMED else ""

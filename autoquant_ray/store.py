@@ -32,6 +32,7 @@ from autoquant_ray.schemas import ADDED_COLUMNS, SCHEMAS
 
 SCHEMA_VERSION = 1
 _FLUSH_S = 10.0
+_MADE_BY = "give a folder that `autoquant-ray scan` or `import` has made"
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -91,7 +92,7 @@ class RunDirectory:
         """
         if not self.exists(RUN_FILE):
             self.require_bucket()
-            raise StoreError(f"{self.uri} is not a run directory: it has no {RUN_FILE}")
+            raise StoreError(f"{self.uri} is not a run directory: it has no {RUN_FILE}; {_MADE_BY}")
         values = self.read_json(RUN_FILE)
         if not isinstance(values, dict) or "schema_version" not in values:
             raise StoreError(f"{self.uri} is not a run directory: its {RUN_FILE} is not ours")

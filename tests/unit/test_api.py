@@ -60,6 +60,10 @@ def test_solving_writes_what_the_command_would(solved: Run) -> None:
         ({"bits": 5, "bits_over": "some"}, "^bits_over: .*'searched' or 'all'"),
         ({"bits": 5, "latency": "h100"}, "latency_of"),
         ({}, "give a budget"),
+        (
+            {"bits": 5, "pins": {"model.layers.0.self_attn.k_proj": "none"}},
+            "k_proj shares its format with model.layers.0.self_attn.q_proj; name that group",
+        ),
     ],
 )
 def test_options_of_the_wrong_kind_are_named(
