@@ -124,11 +124,18 @@ def _require_portable(job: Job, path: str, runs: str | None) -> None:
                     f"{where} holds a password; set the credentials in the cluster's "
                     "environment and name them under secrets"
                 )
+            is_remote = "://" in value
+            if is_remote and key != "out":
+                raise ConfigError(
+                    f"{where}: {value} cannot be read from there; give an absolute path that the "
+                    "cluster's nodes share, or a hub id"
+                )
             is_local = key == "out" or value.startswith((".", "~")) or Path(value).exists()
-            if is_local and "://" not in value and not Path(value).is_absolute():
+            if is_local and not is_remote and not Path(value).is_absolute():
+                other = "s3:// or gs://" if key == "out" else "a hub id"
                 raise ConfigError(
                     f"{where}: {value} would be looked for on the cluster; give an absolute "
-                    "path that its nodes share, or s3:// or gs://"
+                    f"path that its nodes share, or {other}"
                 )
 
 

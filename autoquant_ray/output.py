@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ def print_plan(plan: Plan) -> None:
     console.print(table)
     low, high = plan.bits_range()
     console.print(f"{len(plan.searched)} of {len(plan.groups)} groups searched")
+    low, high = math.ceil(low * 1000 - 1e-6) / 1000, math.floor(high * 1000 + 1e-6) / 1000
     console.print(f"reachable average bits: {low:.3f} to {high:.3f}")
     console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")

@@ -76,7 +76,13 @@ def package(values: dict[str, Any], env: Any = (), wheel: str | None = None) -> 
     [
         (SCAN | {"out": "runs/r"}, "out: runs/r would be looked for on the cluster"),
         (SCAN | {"out": "~/r"}, "out: ~/r would be"),
-        (SCAN | {"model": "./m"}, "model: ./m would be"),
+        (
+            SCAN | {"model": "./m"},
+            "model: ./m would be looked for on the cluster; give an absolute path that its "
+            "nodes share, or a hub id",
+        ),
+        (SCAN | {"model": "s3://b/m"}, "model: s3://b/m cannot be read from there"),
+        (SCAN | {"data": "gs://b/d"}, "data: gs://b/d cannot be read from there"),
         (SCAN | {"data": "../d.txt"}, "data: ../d.txt would be"),
         (SCAN | {"out": f"s3://key:{SECRET}@bucket/r"}, "out holds a password"),
         (SCAN | {"nmae": "x"}, "nmae: unknown key; closest: name"),
