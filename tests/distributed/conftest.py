@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from warm_commands import run_warm
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +43,12 @@ def command() -> Any:
 
 
 @pytest.fixture(scope="session")
-def run_command(command: Any) -> Any:
+def run_command() -> Any:
     """Run the command line to its end."""
 
     def run(*arguments: Any, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*arguments),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        )
+        words = [str(argument) for argument in arguments]
+        return run_warm(words, os.environ | {"RAY_AUTH_MODE": "disabled"}, timeout)
 
     return run
 
