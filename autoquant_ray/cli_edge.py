@@ -90,6 +90,7 @@ def set_up_logging(verbose: bool) -> None:
         logging.getLogger().setLevel(logging.DEBUG)
     else:
         warnings.simplefilter("ignore")
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not each try of an absent hub
 
 
 @contextmanager
