@@ -10,6 +10,7 @@ Shape letters: N blocks, B values of a block.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
     register_quant_backend,
 )
 
-from autoquant_ray.number_formats import E2M1, E4M3, Blocks, Number, blocks_of
+from autoquant_ray.number_formats import E2M1, E4M3, Blocks, Number, blocks_of, is_scaled_by_block
 
 BACKEND = "autoquant_ray_blocks"
 """Value of a quantizer's ``backend`` attribute."""
@@ -26,6 +27,29 @@ BACKEND = "autoquant_ray_blocks"
 _EXPONENT_BITS = 0x7F800000
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 _SMALLEST_NVFP4_SCALE = 1e-5
+
+
+def for_cpu(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ModelOpt quantization config that also runs on CPU; the given one stays as it is.
+
+    Args:
+        config: What ``mtq.quantize`` takes, such as ``mtq.NVFP4_DEFAULT_CFG``.
+
+    Returns:
+        A copy whose NVFP4 and MX quantizers name :data:`BACKEND`.
+    """
+
+    def named(attributes: Any) -> Any:
+        if isinstance(attributes, list):
+            return [named(one) for one in attributes]
+        runs_by_kernel = bool(attributes) and is_scaled_by_block(attributes)
+        return attributes | {"backend": BACKEND} if runs_by_kernel else attributes
+
+    entries = [
+        entry | ({"cfg": named(entry["cfg"])} if "cfg" in entry else {})
+        for entry in config["quant_cfg"]
+    ]
+    return {**config, "quant_cfg": entries}
 
 
 @torch.no_grad()

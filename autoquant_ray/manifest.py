@@ -189,13 +189,13 @@ def load_quantization_config(
         entry | ({"cfg": attributes_from_json(entry["cfg"])} if "cfg" in entry else {})
         for entry in config["quant_cfg"]
     ]
-    by_block = [entry for entry in entries if "cfg" in entry and is_scaled_by_block(entry["cfg"])]
-    if by_block and _is_on_cpu(device):
-        from autoquant_ray.block_formats import BACKEND
+    restored = {"quant_cfg": entries, "algorithm": config["algorithm"]}
+    by_block = any(is_scaled_by_block(entry.get("cfg") or {}) for entry in entries)
+    if not (by_block and _is_on_cpu(device)):
+        return restored
+    from autoquant_ray.block_formats import for_cpu
 
-        for entry in by_block:
-            entry["cfg"]["backend"] = BACKEND
-    return {"quant_cfg": entries, "algorithm": config["algorithm"]}
+    return for_cpu(restored)
 
 
 def _is_on_cpu(device: str) -> bool:

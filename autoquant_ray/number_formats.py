@@ -89,7 +89,9 @@ def blocks_of(attributes: Mapping[str, Any]) -> Blocks:
     if num_bits not in NUMBERS or (scale == E4M3_SCALE and num_bits != (2, 1)):
         known = [(2, 1)] if scale == E4M3_SCALE else list(NUMBERS)
         names = ", ".join(str(one) for one in known)
-        raise ValueError(f"num_bits {num_bits} with scale_bits {scale}: only {names} is known there")
+        raise ValueError(
+            f"num_bits {num_bits} with scale_bits {scale}: only {names} is known there"
+        )
     axes = [key for key in sizes if isinstance(key, int)]
     if axes != [-1] or size not in BLOCK_SIZES:
         shown = {key: sizes[key] for key in axes}

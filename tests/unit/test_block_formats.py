@@ -1,4 +1,4 @@
-"""NVFP4 and MX numbers against ``ml_dtypes``, value by value, and against ModelOpt's own tensors."""
+"""NVFP4 and MX numbers, value by value, against ``ml_dtypes`` and ModelOpt's own tensors."""
 
 from __future__ import annotations
 
