@@ -14,7 +14,7 @@ Ray; ``search``, ``evaluate`` and ``refine`` do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -120,9 +120,15 @@ class Run:
         found: dict[str, Any] = self._directory.read_json(f"{self._start(solution)}manifest.json")
         return found
 
-    def quantization_config(self, solution: str = "") -> dict[str, Any]:
-        """What ``mtq.quantize`` takes to quantize the model as a solution says."""
-        return load_quantization_config(self.manifest(solution))
+    def quantization_config(
+        self, solution: str = "", *, device: Literal["auto", "cpu", "cuda"] = "auto"
+    ) -> dict[str, Any]:
+        """What ``mtq.quantize`` takes to quantize the model as a solution says.
+
+        ``device`` is where the model is, see
+        :func:`~autoquant_ray.manifest.load_quantization_config`.
+        """
+        return load_quantization_config(self.manifest(solution), device=device)
 
     def solve(self, *, bytes: int | str | None = None, **options: Any) -> Solution:
         """Solve another budget.

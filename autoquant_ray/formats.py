@@ -11,13 +11,14 @@ bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*l
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.errors import FormatError, one_line
+from autoquant_ray.format_names import closest_formats
+from autoquant_ray.number_formats import blocks_of, is_scaled_by_block
 
 Attributes = dict[str, Any]
 """Fields of ModelOpt's ``QuantizerAttributeConfig``."""
@@ -190,8 +191,7 @@ def _preset_attributes(name: str, known: list[str]) -> tuple[Attributes, Attribu
     import modelopt.torch.quantization as mtq
 
     if name not in mtq.config.choices:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-        hint = ", ".join(close) if close else ", ".join(known[:4])
+        hint = ", ".join(closest_formats(name, known) or known[:4])
         raise FormatError(f"unknown format {name!r}; closest: {hint}")
     preset = getattr(mtq.config, name)
     algorithm = preset.get("algorithm")
@@ -250,19 +250,17 @@ def check_device(formats: Sequence[Format], device: str) -> None:
     Raises:
         FormatError: Names the format and the device.
     """
-    for format_ in formats:
+    for format_ in formats if device == "cpu" else ():
         for attributes in (format_.weight, format_.input):
-            if device == "cpu" and attributes is not None and _needs_cuda(attributes):
+            if attributes is None or not is_scaled_by_block(attributes):
+                continue
+            try:
+                blocks_of(attributes)
+            except ValueError as error:
                 raise FormatError(
-                    f"format {format_.name} cannot run on cpu: ModelOpt's fp4 and MX quantizers "
-                    "are CUDA kernels; scan on a GPU (--device cuda) or choose another format"
-                )
-
-
-def _needs_cuda(attributes: Attributes) -> bool:
-    blocks = attributes.get("block_sizes") or {}
-    dynamic_blocks = blocks.get("type") == "dynamic" and blocks.get("scale_bits") is not None
-    return attributes.get("num_bits") == (2, 1) or dynamic_blocks
+                    f"format {format_.name} cannot run on cpu: {error}; scan on a GPU "
+                    "(--device cuda) or choose another format"
+                ) from None
 
 
 def _check_quantizers(format_: Format) -> None:

@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import ACTIVE_MOE, BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
 from autoquant_ray.certainty import Certainty
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.latency import LATENCY
+from autoquant_ray.number_formats import is_scaled_by_block
 from autoquant_ray.store import SCHEMA_VERSION
 from autoquant_ray.stored_size import stored_bits
 
@@ -161,11 +162,19 @@ def quantizer_entries(start: str, format_: Format) -> list[dict[str, Any]]:
     return entries
 
 
-def load_quantization_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def load_quantization_config(
+    manifest: Mapping[str, Any], *, device: Literal["auto", "cpu", "cuda"] = "auto"
+) -> dict[str, Any]:
     """Give a manifest's ``quantization_config`` the Python types that ``mtq.quantize`` checks.
+
+    ModelOpt runs NVFP4 and the MX formats by CUDA kernels only. For a model on CPU their
+    quantizers name the ``backend`` that this package registers with ModelOpt
+    (:mod:`autoquant_ray.block_formats`); on CUDA such a quantizer still runs ModelOpt's kernels.
 
     Args:
         manifest: Content of ``manifest.json``.
+        device: Where the model is. ``cuda`` never names the backend, so that what is saved
+            needs ModelOpt alone. ``auto``: ``cpu`` where this machine has no CUDA device.
 
     Returns:
         ``{"quant_cfg": [...], "algorithm": "max"}`` with integer block axes and tuples.
@@ -180,7 +189,19 @@ def load_quantization_config(manifest: Mapping[str, Any]) -> dict[str, Any]:
         entry | ({"cfg": attributes_from_json(entry["cfg"])} if "cfg" in entry else {})
         for entry in config["quant_cfg"]
     ]
-    return {"quant_cfg": entries, "algorithm": config["algorithm"]}
+    restored = {"quant_cfg": entries, "algorithm": config["algorithm"]}
+    by_block = any(is_scaled_by_block(entry.get("cfg") or {}) for entry in entries)
+    if not (by_block and _is_on_cpu(device)):
+        return restored
+    from autoquant_ray.block_formats import for_cpu
+
+    return for_cpu(restored)
+
+
+def _is_on_cpu(device: str) -> bool:
+    import torch
+
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 def build_manifest(

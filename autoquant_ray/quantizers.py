@@ -1,7 +1,9 @@
 """Fake quantization of weights and inputs through ModelOpt's own quantizer modules.
 
 Nothing here rounds a number by itself: a :class:`Format`'s attributes configure ModelOpt's
-``TensorQuantizer``, calibrated by maximum as ``mtq.calibrate(algorithm="max")`` does it.
+``TensorQuantizer``, calibrated by maximum as ``mtq.calibrate(algorithm="max")`` does it. Where
+that needs a CUDA kernel and the values are on CPU, :mod:`autoquant_ray.block_formats` steps in
+through ModelOpt's hook for such a case.
 """
 
 from __future__ import annotations
@@ -12,13 +14,17 @@ import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 
+from autoquant_ray.block_formats import BACKEND
 from autoquant_ray.formats import Attributes
+from autoquant_ray.number_formats import is_scaled_by_block
 
 
-def make_quantizer(attributes: Attributes) -> TensorQuantizer:
-    """Build an enabled, uncalibrated quantizer."""
+def make_quantizer(attributes: Attributes, device: torch.device) -> TensorQuantizer:
+    """Build an enabled, uncalibrated quantizer for values on a device."""
     quantizer = TensorQuantizer()
     quantizer.set_from_attribute_config(QuantizerAttributeConfig(**attributes, enable=True))
+    if device.type == "cpu" and is_scaled_by_block(attributes):
+        quantizer.backend = BACKEND
     return quantizer
 
 
@@ -40,7 +46,7 @@ def fake_quantize_weight(attributes: Attributes, weight_OI: torch.Tensor) -> tor
     Returns:
         Tensor like ``weight_OI``.
     """
-    quantizer = make_quantizer(attributes)
+    quantizer = make_quantizer(attributes, weight_OI.device)
     if needs_static_maximum(quantizer):
         quantizer.disable_quant()
         quantizer.enable_calib()
@@ -68,7 +74,7 @@ def make_input_quantizer(
     """
     if attributes is None:
         return None
-    quantizer = make_quantizer(attributes)
+    quantizer = make_quantizer(attributes, like.device)
     if needs_static_maximum(quantizer):
         if maximum is None:
             raise KeyError("no calibrated maximum for a static input quantizer")

@@ -278,11 +278,16 @@ def _padded(batch: list[list[int]], case: Case) -> dict[str, Any]:
 
 
 def _modelopt_format(name: str) -> Any:
-    """A preset of ModelOpt, or a pair of the menu as a config with the same quantizers."""
+    """A preset of ModelOpt, or a pair of the menu as a config with the same quantizers.
+
+    fp4 and MX quantizers name our backend; ModelOpt has none for them on CPU.
+    """
     import modelopt.torch.quantization as mtq
 
+    from autoquant_ray.block_formats import for_cpu
+
     if hasattr(mtq, name):
-        return getattr(mtq, name)
+        return for_cpu(getattr(mtq, name))
     (format_,) = resolve_formats([name], device="cpu")
     entries: list[dict[str, Any]] = [
         {"quantizer_name": "*", "enable": False},
@@ -290,7 +295,7 @@ def _modelopt_format(name: str) -> Any:
     ]
     if format_.input is not None:
         entries.append({"quantizer_name": "*input_quantizer", "cfg": format_.input, "enable": True})
-    return {"quant_cfg": entries, "algorithm": "max"}
+    return for_cpu({"quant_cfg": entries, "algorithm": "max"})
 
 
 def _format_name(recipe: Any, case: Case) -> str:

@@ -1,6 +1,6 @@
-"""Writes the tables of ``metrics-and-events.md`` from the code: ``python docs/update.py``.
+"""Writes the tables of the pages beside it from the code: ``python docs/update.py``.
 
-A test fails when the page and the code differ.
+A test fails when a page and the code differ.
 """
 
 from __future__ import annotations
@@ -13,16 +13,24 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from autoquant_ray.distributed.metrics import METRICS
+from autoquant_ray.errors import FormatError
 from autoquant_ray.events import Event
+from autoquant_ray.formats import Format, known_formats, resolve_formats
+from autoquant_ray.number_formats import describe, is_scaled_by_block
+from autoquant_ray.stored_size import stored_bits
 
 PAGE = Path(__file__).parent / "metrics-and-events.md"
+FORMATS_PAGE = PAGE.with_name("formats.md")
 _JSON_TYPES = {int: "integer", float: "number", str: "string", types.NoneType: "null"}
 
 
 def update(page: str) -> str:
     """The page with its generated parts made anew; the text around them stays."""
-    for name, table in (("metrics", metrics_table()), ("events", events_table())):
+    for name, make_table in TABLES.items():
         start, end = f"<!-- {name}: made by docs/update.py -->\n", f"<!-- end of {name} -->\n"
+        if start not in page:
+            continue
+        table = make_table()
         before, _, rest = page.partition(start)
         after = rest.partition(end)[2]
         page = f"{before}{start}{table}{end}{after}"
@@ -60,5 +68,55 @@ def _type_text(info: FieldInfo) -> str:
     return text(info.annotation)
 
 
+def formats_table() -> str:
+    """One row per format that can be scanned."""
+    rows = ["| format | weights | inputs | bits per weight | on CPU |", "|---|---|---|---|---|"]
+    for name in known_formats():
+        format_ = _scanned(name)
+        if isinstance(format_, Format):
+            bits = stored_bits(format_.weight, MATRIX) / (MATRIX[0] * MATRIX[1])
+            shown = f"{bits:.3f}".rstrip("0").rstrip(".")
+            quantizers = f"{describe(format_.weight)} | {describe(format_.input)}"
+            rows.append(f"| `{name}` | {quantizers} | {shown} | {_on_cpu(format_)} |")
+    return "\n".join([*rows, ""])
+
+
+def refused_table() -> str:
+    """One row per reason for which presets cannot be scanned."""
+    presets: dict[str, list[str]] = {}
+    for name in known_formats():
+        error = _scanned(name)
+        if not isinstance(error, Format):
+            presets.setdefault(error.removeprefix(f"format {name} "), []).append(f"`{name}`")
+    rows = [f"| {', '.join(names)} | {reason} |" for reason, names in sorted(presets.items())]
+    return "\n".join(["| presets | reason |", "|---|---|", *rows, ""])
+
+
+def _scanned(name: str) -> Format | str:
+    """The format, or why it cannot be scanned anywhere."""
+    try:
+        return resolve_formats((name,), device="cuda")[0]
+    except FormatError as error:
+        return str(error)
+
+
+def _on_cpu(format_: Format) -> str:
+    try:
+        resolve_formats((format_.name,), device="cpu")
+    except FormatError:
+        return "no"
+    parts = (format_.weight, format_.input or {})
+    return "here" if any(map(is_scaled_by_block, parts)) else "ModelOpt"
+
+
+MATRIX = (4096, 4096)
+TABLES = {
+    "metrics": metrics_table,
+    "events": events_table,
+    "formats": formats_table,
+    "refused": refused_table,
+}
+
 if __name__ == "__main__":
-    PAGE.write_text(update(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (PAGE, FORMATS_PAGE):
+        path.write_text(update(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -12,8 +12,9 @@ import pytest
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.scan import run_search
 
+FORMATS = ("wint4_afp16", "wint8_aint8", "NVFP4_DEFAULT_CFG", "MXFP6_DEFAULT_CFG")
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
-SLOW = ("--shard-samples", "1", "--label-draws", "12")
+SLOW = ("--shard-samples", "1", "--label-draws", "8", "--formats", ",".join(FORMATS))
 
 
 def sensitivity(run: Path) -> bytes:
@@ -44,10 +45,10 @@ def test_scan_any_number_of_workers_gives_identical_bytes(
         model=str(model_folder("llama")),
         data=str(text_file),
         out=str(tmp_path / "run"),
-        formats=("wint4_afp16", "wint8_aint8"),
+        formats=FORMATS,
         bits=8,
         shard_samples=1,
-        label_draws=12,
+        label_draws=8,
         workers=workers,
     )
     result = run_search(config)

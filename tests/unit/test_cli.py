@@ -18,7 +18,6 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 import pytest
-import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
@@ -208,23 +207,31 @@ def test_format_with_other_calibration_is_refused(
 
 
 @pytest.mark.parametrize(
-    "name", ["wfp4_afp16", "wfp4_aint8", "NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG"]
+    ("name", "suggested"),
+    [
+        ("nvfp4_default_cfg", "closest: NVFP4_DEFAULT_CFG,"),
+        ("nvfp4", "closest: NVFP4_DEFAULT_CFG,"),
+        ("MXFP6", "closest: MXFP6_DEFAULT_CFG,"),
+        ("wFP8_aFP8", "closest: wfp8_afp8,"),
+    ],
 )
-def test_format_that_needs_cuda_is_refused_on_cpu(name: str, scan: Any) -> None:
-    line = refusal(scan(formats=f"wint8_aint8,{name}", device="cpu"))
-    assert f"{name} cannot run on cpu" in line
+def test_format_in_other_case_or_without_its_ending_names_the_right_one(
+    name: str, suggested: str, scan: Any
+) -> None:
+    assert suggested in refusal(scan(formats=name))
+
+
+def test_format_that_needs_cuda_is_refused_on_cpu(scan_yaml: Any) -> None:
+    text = "custom_formats: {mine: {weight: {num_bits: [2, 1], block_sizes: {-1: 16}}}}\n"
+    line = refusal(scan_yaml(text, formats="wint8_aint8,mine", device="cpu"))
+    assert "mine cannot run on cpu: fp4 needs block_sizes with 'type: dynamic'" in line
     assert "choose another format" in line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for this machine's GPU")
-def test_plan_fp4_without_a_gpu_here_is_refused(model_folder: Any) -> None:
-    result = run("plan", model_folder("llama"), "--formats", "wfp4_afp16")
-    assert result.exit_code == 2
-    assert "cannot run on cpu" in result.stderr
-
-
-def test_format_that_needs_cuda_is_planned_for_cuda(model_folder: Any) -> None:
-    result = run("plan", model_folder("llama"), "--formats", "wfp4_afp16", "--device", "cuda")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fp4_and_mx_are_planned_for_either_device(device: str, model_folder: Any) -> None:
+    formats = "wfp4_afp16,NVFP4_DEFAULT_CFG,MXFP8_DEFAULT_CFG"
+    result = run("plan", model_folder("llama"), "--formats", formats, "--device", device)
     assert result.exit_code == 0, result.output
 
 
