@@ -14,7 +14,7 @@ from autoquant_ray.scan import run_search
 
 FORMATS = ("wint4_afp16", "wint8_aint8", "NVFP4_DEFAULT_CFG", "MXFP6_DEFAULT_CFG")
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
-SLOW = ("--shard-samples", "1", "--label-draws", "8", "--formats", ",".join(FORMATS))
+SLOW = ("--shard-samples", "1", "--label-draws", "12", "--formats", ",".join(FORMATS))
 
 
 def sensitivity(run: Path) -> bytes:
@@ -48,7 +48,7 @@ def test_scan_any_number_of_workers_gives_identical_bytes(
         formats=FORMATS,
         bits=8,
         shard_samples=1,
-        label_draws=8,
+        label_draws=12,
         workers=workers,
     )
     result = run_search(config)

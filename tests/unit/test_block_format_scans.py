@@ -206,6 +206,7 @@ def test_config_for_cuda_names_no_backend() -> None:
     assert on_cuda["quant_cfg"][0]["cfg"] == {"num_bits": (2, 1), "block_sizes": {-1: 16}}
     on_cpu = load_quantization_config(manifest, device="cpu")
     assert on_cpu["quant_cfg"][0]["cfg"]["backend"] == BACKEND
+    assert load_quantization_config(manifest) == (on_cuda if torch.cuda.is_available() else on_cpu)
 
 
 def test_for_cpu_leaves_other_quantizers_and_the_given_config_alone() -> None:

@@ -123,7 +123,8 @@ def test_mx_maximum_at_a_power_of_two_of_the_largest_value(num_bits: Any, expone
 @pytest.mark.parametrize("maximum_over_largest", [1.0, 0.5, 4.0])
 def test_nvfp4_all_magnitudes_equal_ml_dtypes(maximum_over_largest: float) -> None:
     """The calibrated maximum may lie above or below the largest value."""
-    for seed, (low, high) in enumerate([(-30, 0), (-3, 3), (0, 30), (60, 100), (-140, -100)]):
+    magnitudes = [(-30, 0), (-3, 3), (0, 30), (60, 100), (-140, -100), (-24, -10), (-20, -12)]
+    for seed, (low, high) in enumerate(magnitudes):
         values = sweep(600, 16, low, high, seed)
         maximum = float(np.abs(values).max() * maximum_over_largest)
         quantizer = make_input_quantizer(NVFP4, maximum, torch.empty(0))
