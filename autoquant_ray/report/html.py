@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page, no network, complete without JavaScript, but for the chart."""
+"""``report.html``: one self-contained page, no network; without JavaScript all but its chart."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@
   plot.axis.axis_label_text_font_style = "normal";
   plot.axis.minor_tick_line_color = null;
 
-  const source = new Bokeh.ColumnDataSource({ data: points });
+  const source = new Bokeh.ColumnDataSource({ data: points, name: "points" });
   const at = { x: { field: "bits" }, y: { field: "loss" } };
   const only = (isTaken) => new Bokeh.CDSView({
     filter: new Bokeh.BooleanFilter({ booleans: indices.map(isTaken) }) });
@@ -106,14 +106,17 @@
     if (["plan", "measured"].includes(kind)) {
       bars[kind] = new Bokeh.Whisker({
         base: { field: "bits" }, lower: { field: "low" }, upper: { field: "high" },
-        source: new Bokeh.ColumnDataSource({ data: rows(isOne) }), level: "glyph", line_width: 2,
+        source: new Bokeh.ColumnDataSource({ data: rows(isOne) }), name: `${kind} errors`,
+        level: "glyph", line_width: 2,
         line_color: colour,
         lower_head: new Bokeh.TeeHead({ size: 8, line_width: 2, line_color: colour }),
         upper_head: new Bokeh.TeeHead({ size: 8, line_width: 2, line_color: colour }),
       });
       plot.add_layout(bars[kind]);
     }
-    marks[kind] = plot.scatter({ ...at, source, view: only(isOne), marker, size, line_width });
+    marks[kind] = plot.scatter({
+      ...at, source, view: only(isOne), name: kind, marker, size, line_width,
+    });
   }
   const pointed = plot.scatter({
     ...at, source, view: only(() => true), size: 16, fill_color: null, line_color: null });
