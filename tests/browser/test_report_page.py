@@ -180,6 +180,6 @@ def test_page_without_javascript_has_all_rows_and_no_dead_controls(open_page: An
     assert len(shown_names(page)) == NUM_GROUPS
     expect(page.get_by_label("Names contain")).to_be_hidden()
     expect(page.locator("#frontier")).to_be_hidden()
-    expect(page.get_by_text("The chart is drawn by JavaScript")).to_be_visible()
+    expect(page.get_by_text("The chart needs JavaScript")).to_be_visible()
     expect(page.get_by_text("This plan: 4.")).to_be_visible()
     assert page.locator("th button").count() == 0

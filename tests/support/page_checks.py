@@ -36,12 +36,15 @@ OUTSIDE = """() => [...document.querySelectorAll("body *")].filter((e) => {
         }).map((e) => e.outerHTML.slice(0, 80))"""
 """Elements that stick out of the window, other than what scrolls inside its own box."""
 
+CHART_TEXT = "#frontier text:not([fill=none])"
+"""Each text in the SVG of a report's chart; the library draws an outline in no colour besides."""
+
 TEXTS = """(place) => {
     const texts = [];
     const search = (root) => {
         for (const e of root.querySelectorAll("*")) {
             if (e.shadowRoot) search(e.shadowRoot);
-            if (!e.matches("text, .bk-label") || !e.textContent.trim()) continue;
+            if (!e.matches("text:not([fill=none]), .bk-label") || !e.textContent.trim()) continue;
             const { left, right, top, bottom } = e.getBoundingClientRect();
             texts.push({ text: e.textContent, box: [left, top, right, bottom] });
         }
@@ -65,4 +68,4 @@ SPOT = """(kind) => {
 def wait_for_chart(page: Page) -> None:
     """Until the library has drawn it, with the names beside its points."""
     page.wait_for_function("() => Bokeh.documents[0]?.is_idle")
-    page.locator("#frontier text", has_text="this plan").wait_for()
+    page.locator(CHART_TEXT, has_text="this plan").wait_for()

@@ -140,6 +140,7 @@
     glyph_width: 34, glyph_height: 34, label_standoff: 0, margin: 0, padding: 0,
     stylesheets: [`
       .bk-grid { display: flex; flex-wrap: wrap; gap: 0 10px; padding-top: 8px; width: auto; }
+      .bk-label { white-space: normal; }
       .bk-item svg { height: 34px; margin: -4px 0; width: 34px; }`], // unsized: 300 x 150 each
   });
   plot.add_layout(keys, "below");
@@ -231,6 +232,7 @@
   });
   addEventListener("afterprint", () => place.removeAttribute("style"));
   place.hidden = false;
+  document.getElementById("frontier-missing").hidden = true;
   fit();
   paint();
   Bokeh.Plotting.show(plot, place);
