@@ -19,7 +19,7 @@ def write_reports(state: RunState, start: str) -> dict[str, str]:
         File name -> full path.
     """
     content = collect_content(state, start)
+    texts = {"report.md": render_markdown(content), "report.html": render_html(content)}
     return {
-        "report.md": state.directory.write_text(f"{start}report.md", render_markdown(content)),
-        "report.html": state.directory.write_text(f"{start}report.html", render_html(content)),
+        name: state.directory.write_text(f"{start}{name}", text) for name, text in texts.items()
     }

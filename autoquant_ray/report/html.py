@@ -1,49 +1,36 @@
-"""``report.html``: one self-contained page, no network, complete without JavaScript."""
+"""``report.html``: one self-contained page, no network; without JavaScript all but its chart."""
 
 from __future__ import annotations
 
 from autoquant_ray.certainty import CERTAIN, COIN_TOSS
 from autoquant_ray.formats import NONE
 from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
+from autoquant_ray.report.bokeh_js import bokeh_scripts
 from autoquant_ray.report.content import ReportContent, format_score
 from autoquant_ray.report.domains import DOMAIN_HEADS
-from autoquant_ray.report.frontier_chart import Dot, draw_frontier, visible
+from autoquant_ray.report.frontier_chart import Dot, chart_data, size_text, visible
 from autoquant_ray.report.measured import HEADS
 from autoquant_ray.report.page import render_page
 from autoquant_ray.stability import NUM_RESAMPLES
 
-_SIZES = {"wide": (1100, 430), "middle": (680, 400), "narrow": (350, 340)}
-"""Width and height of the chart in pixels, from a screen to a phone; text has one size."""
-_LEGEND = {
-    "plan": "this plan, predicted",
-    "curve": "best plan of its size, predicted",
-    "knee": "knee: beyond it bytes buy less",
-    "uniform": "one format everywhere, predicted",
-    "measured": "measured",
-}
 _MAX_CELLS = 30_000
 """Cells of the table of groups; more would make a page that browsers open slowly."""
 
 
 def render_html(content: ReportContent) -> str:
     """Lay the content out as HTML; every string is escaped."""
-    charts = {
-        name: draw_frontier(content.dots, width=width, height=height)
-        for name, (width, height) in _SIZES.items()
-    }
-    shown = visible(content.dots)
-    kinds = {dot.kind for dot in shown}
+    chart = chart_data(content.dots)
     num_rows = max(1, _MAX_CELLS // (8 + len(content.formats)))
     return render_page(
         "report.html.j2",
         ["shared.css", "report.css"],
-        ["sort.js", "report.js"],
+        ["sort.js", "report.js", *(["frontier.js"] if chart else [])],
+        libraries=bokeh_scripts() if chart else (),
         content=content,
         chosen=_chosen(content),
-        charts=charts if all(charts.values()) else None,
-        summary=_summary(content, shown),
-        legend=[(kind, text) for kind, text in _LEGEND.items() if kind in kinds],
-        dots=[_dot_row(dot) for dot in sorted(content.dots, key=lambda d: (d.bits, d.kind))],
+        chart=chart,
+        summary=_summary(content, visible(content.dots)),
+        dots=[dot.texts for dot in sorted(content.dots, key=lambda d: (d.bits, d.kind))],
         measured_heads=HEADS,
         audit_heads=AUDIT_HEADS,
         domain_heads=DOMAIN_HEADS,
@@ -54,7 +41,7 @@ def render_html(content: ReportContent) -> str:
         certainty=_certainty,
         format_name=_format_name,
         score_text=format_score,
-        size=_size,
+        size=size_text,
     )
 
 
@@ -89,15 +76,10 @@ def _summary(content: ReportContent, shown: list[Dot]) -> str:
         ),
     ]
     if any(dot.stderr is not None for dot in shown):
-        texts.append("Bars are one standard error, where they are longer than the mark.")
+        texts.append("Bars are one standard error.")
     if len(shown) < len(content.dots):
         texts.append("What loses nothing, or next to nothing, is not drawn.")
     return " ".join(texts)
-
-
-def _dot_row(dot: Dot) -> tuple[str, str, str, str]:
-    error = "" if dot.stderr is None else f" ± {dot.stderr:.2g}"
-    return (dot.name, f"{dot.bits:.3f}", _size(dot.num_bytes), f"{dot.loss:#.4g}{error}")
 
 
 def _format_name(name: str) -> str:
@@ -112,8 +94,3 @@ def _certainty(kept: float | None) -> str:
     if kept is None:
         return ""
     return "certain" if kept >= CERTAIN else "toss" if kept < COIN_TOSS else "between"
-
-
-def _size(num_bytes: float) -> str:
-    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
-    return f"{num_bytes / unit:,.2f} {name}"

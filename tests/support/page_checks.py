@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
 CONTRAST = """() => {
     const channel = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
     const light = (rgb) => rgb.match(/[\\d.]+/g).slice(0, 3).map(Number).map(channel)
@@ -30,3 +35,37 @@ OUTSIDE = """() => [...document.querySelectorAll("body *")].filter((e) => {
             return !isHidden && (box.right > innerWidth + 0.5 || box.left < -0.5);
         }).map((e) => e.outerHTML.slice(0, 80))"""
 """Elements that stick out of the window, other than what scrolls inside its own box."""
+
+CHART_TEXT = "#frontier text:not([fill=none])"
+"""Each text in the SVG of a report's chart; the library draws an outline in no colour besides."""
+
+TEXTS = """(place) => {
+    const texts = [];
+    const search = (root) => {
+        for (const e of root.querySelectorAll("*")) {
+            if (e.shadowRoot) search(e.shadowRoot);
+            if (!e.matches("text:not([fill=none]), .bk-label") || !e.textContent.trim()) continue;
+            const { left, right, top, bottom } = e.getBoundingClientRect();
+            texts.push({ text: e.textContent, box: [left, top, right, bottom] });
+        }
+    };
+    search(place);
+    return texts;
+}"""
+"""Texts of a chart, which stand in shadow roots, and their places: left, top, right, bottom."""
+
+SPOT = """(kind) => {
+    const view = [...Bokeh.index][0];
+    const { data } = view.model.document.get_model_by_name("points");
+    const { left, top } = view.el.getBoundingClientRect();
+    const i = data.kind.indexOf(kind);
+    return [left + view.frame.x_scale.compute(data.bits[i]),
+            top + view.frame.y_scale.compute(data.loss[i])];
+}"""
+"""Where the first point of a kind is in the window."""
+
+
+def wait_for_chart(page: Page) -> None:
+    """Until the library has drawn it, with the names beside its points."""
+    page.wait_for_function("() => Bokeh.documents[0]?.is_idle")
+    page.locator(CHART_TEXT, has_text="this plan").wait_for()

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from autoquant_ray.formats import NONE, resolve_formats
+from autoquant_ray.report.sources import read_sources
+from autoquant_ray.schemas import SCHEMAS
+from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.stored_size import stored_bits
 
@@ -101,6 +104,27 @@ def put_scored_run(
     }
     directory.write_json("run.json", values | changes)
     return directory
+
+
+def evaluation_row(directory: RunDirectory, **changes: Any) -> dict[str, Any]:
+    """What ``evaluate`` would have written of the run's own solution."""
+    sources = read_sources(RunState.open(directory), "")
+    solution = sources.manifest["solution"]
+    row = dict.fromkeys(SCHEMAS["evaluation"].names, 0.0) | {
+        "solution": "",
+        "dataset": "held-out.jsonl",
+        "data_key": "d",
+        "name": "solution",
+        "allocation": sources.key,
+        "effective_bits": solution["effective_bits"],
+        "weight_bytes": solution["weight_bytes"],
+        "predicted_kl": solution["score"],
+        "kl_mean": 2 * solution["score"],
+        "kl_stderr": 0.1 * solution["score"],
+        "num_tokens": 4096,
+        "num_samples": 8,
+    }
+    return row | changes
 
 
 def _plan_rows(name: str, modules: Modules, menu: Any) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from autoquant_ray.store import RunDirectory
 
 PACKAGE = Path(autoquant_ray.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-HEAVY = {"torch", "ray", "transformers", "modelopt", "datasets"}
+HEAVY = {"torch", "ray", "transformers", "modelopt", "datasets", "bokeh"}
 MAX_LINES = 400
 
 PURE = (

@@ -1,0 +1,239 @@
+// The chart "Loss against size": BokehJS draws the points that the page carries as JSON.
+{
+  const place = document.getElementById("frontier");
+  const { points, legend, bits, loss, sizes } =
+    JSON.parse(document.getElementById("frontier-data").textContent);
+  // In the order in which they are drawn: a ring around a star is seen, a star on a ring hides it.
+  // Each kind has its own shape; colours are the names of the page's variables.
+  const KINDS = {
+    curve: { marker: "circle", size: 6, fill: "good", line: "good", line_width: 1 },
+    uniform: { marker: "square", size: 9, fill: "panel", line: "look", line_width: 2 },
+    knee: { marker: "diamond", size: 16, fill: "panel", line: "good", line_width: 2.5 },
+    plan: { marker: "star", size: 20, fill: "ink", line: "panel", line_width: 1 },
+    measured: { marker: "circle", size: 17, fill: null, line: "bad", line_width: 2.5 },
+  };
+  const NAMED = ["plan", "knee", "uniform"]; // most important first: there may be no room for all
+  const kinds = Object.keys(KINDS).filter((kind) => points.kind.includes(kind));
+  const indices = points.kind.map((_, i) => i);
+  const rows = (isTaken) => Object.fromEntries(Object.entries(points).map(
+    ([name, column]) => [name, column.filter((_, i) => isTaken(i))]));
+  const isCurve = (i) => ["curve", "knee"].includes(points.kind[i]);
+  Bokeh.logger.set_level("warn");
+
+  // --- Axes
+
+  const short = (value) => {
+    const number = Number(value.toPrecision(3));
+    return number < 1e-3 ? number.toExponential() : `${number}`;
+  };
+  class NumberFormatter extends Bokeh.TickFormatter {
+    static __name__ = "NumberFormatter";
+    doFormat(ticks) {
+      return ticks.map(short);
+    }
+  }
+  class SizeFormatter extends Bokeh.TickFormatter {
+    static __name__ = "SizeFormatter";
+    doFormat(ticks) {
+      const [unit, name] = sizes.bytes.at(-1) >= 2 ** 30 ? [2 ** 30, "GiB"] : [2 ** 20, "MiB"];
+      return ticks.map((tick) => {
+        const next = sizes.bits.findIndex((value) => value >= tick);
+        if (next < 1) return ""; // beyond the curve
+        const [from, to] = [sizes.bits[next - 1], sizes.bits[next]];
+        const [least, most] = [sizes.bytes[next - 1], sizes.bytes[next]];
+        return `${short((least + (most - least) * (tick - from) / (to - from)) / unit)} ${name}`;
+      });
+    }
+  }
+  class LossTicker extends Bokeh.LogTicker {
+    static __name__ = "LossTicker";
+    get_ticks_no_defaults(low, high, cross, most) {
+      const inside = (steps) => {
+        const major = [];
+        for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+          major.push(...steps.map((step) => Number(`${step}e${power}`)));
+        }
+        return major.filter((value) => low <= value && value <= high);
+      };
+      const major = [[1, 2, 5], [1, 3], [1]].map(inside).find((ticks) => ticks.length <= most);
+      return major?.length > 2 ? { major, minor: [] }
+        : super.get_ticks_no_defaults(low, high, cross, most);
+    }
+  }
+
+  // --- The figure
+
+  const boxZoom = new Bokeh.BoxZoomTool();
+  const plot = Bokeh.Plotting.figure({
+    x_range: bits, y_range: loss, y_axis_type: "log", sizing_mode: "stretch_width", height: 500,
+    output_backend: "svg", toolbar_inner: true,
+    tools: [boxZoom, new Bokeh.PanTool(), new Bokeh.WheelZoomTool(), new Bokeh.ResetTool()],
+    active_drag: matchMedia("(pointer: coarse)").matches ? null : boxZoom, active_scroll: null,
+    background_fill_color: null, border_fill_color: null, outline_line_color: null,
+    x_axis_label: "stored bits per searched weight",
+  });
+  plot.toolbar.setv({ logo: null, autohide: true, stylesheets: [`
+    :host(.bk-inner) { background: none; height: max-content; opacity: 1; }
+    @media print { :host { display: none; } }`] });
+  const lossTicker = new LossTicker();
+  plot.yaxis.ticker = lossTicker;
+  plot.yaxis.formatter = new NumberFormatter();
+  const bitsTicker = plot.xaxes[0].ticker;
+  if (sizes) {
+    plot.add_layout(new Bokeh.LinearAxis({
+      axis_label: "size of the whole model", formatter: new SizeFormatter(),
+      ticker: bitsTicker,
+      major_label_policy: new Bokeh.NoOverlap(),
+    }), "above");
+  }
+  const font = getComputedStyle(place).fontFamily;
+  plot.axis.major_label_text_font = plot.axis.axis_label_text_font = font;
+  plot.axis.major_label_text_font_size = plot.axis.axis_label_text_font_size = "12px";
+  plot.axis.axis_label_text_font_style = "normal";
+  plot.axis.minor_tick_line_color = null;
+
+  const source = new Bokeh.ColumnDataSource({ data: points, name: "points" });
+  const at = { x: { field: "bits" }, y: { field: "loss" } };
+  const only = (isTaken) => new Bokeh.CDSView({
+    filter: new Bokeh.BooleanFilter({ booleans: indices.map(isTaken) }) });
+  const curve = plot.line({
+    ...at, source: new Bokeh.ColumnDataSource({ data: rows(isCurve) }), line_width: 2 });
+  const colour = { field: "colour" }; // of error bars, whose ends follow their data alone
+  const bars = {}, marks = {};
+  for (const kind of kinds) {
+    const { marker, size, line_width } = KINDS[kind];
+    const isOne = (i) => points.kind[i] === kind;
+    if (["plan", "measured"].includes(kind)) {
+      bars[kind] = new Bokeh.Whisker({
+        base: { field: "bits" }, lower: { field: "low" }, upper: { field: "high" },
+        source: new Bokeh.ColumnDataSource({ data: rows(isOne) }), name: `${kind} errors`,
+        level: "glyph", line_width: 2,
+        line_color: colour,
+        lower_head: new Bokeh.TeeHead({ size: 8, line_width: 2, line_color: colour }),
+        upper_head: new Bokeh.TeeHead({ size: 8, line_width: 2, line_color: colour }),
+      });
+      plot.add_layout(bars[kind]);
+    }
+    marks[kind] = plot.scatter({
+      ...at, source, view: only(isOne), name: kind, marker, size, line_width,
+    });
+  }
+  const pointed = plot.scatter({
+    ...at, source, view: only(() => true), size: 16, fill_color: null, line_color: null });
+  plot.add_tools(new Bokeh.HoverTool({
+    renderers: [pointed], limit: 4, visible: false,
+    tooltips: "<p style='margin: 2px 0 4px'><b>@name</b><br>@loss_text<br>"
+      + "@bits_text bits, @size_text</p>",
+  }));
+  for (const renderer of plot.renderers) renderer.hover_glyph = null;
+  const names = new Bokeh.LabelSet({
+    source: new Bokeh.ColumnDataSource({ data: {} }), text_font: font, text_font_size: "12px",
+    x_offset: { field: "right" }, y_offset: { field: "up" }, text_align: { field: "align" },
+    text_font_style: { field: "style" }, text_baseline: "middle",
+  });
+  plot.add_layout(names);
+  const keys = new Bokeh.Legend({
+    items: legend.map(([kind, text]) => new Bokeh.LegendItem({
+      label: text, renderers: kind === "curve" ? [curve, marks[kind]] : [marks[kind]] })),
+    orientation: "horizontal", location: "left", click_policy: "hide", border_line_color: null,
+    background_fill_color: null, label_text_font: font, label_text_font_size: "13px",
+    glyph_width: 34, glyph_height: 34, label_standoff: 0, margin: 0, padding: 0,
+    stylesheets: [`
+      .bk-grid { display: flex; flex-wrap: wrap; gap: 0 10px; padding-top: 8px; width: auto; }
+      .bk-label { white-space: normal; }
+      .bk-item svg { height: 34px; margin: -4px 0; width: 34px; }`], // unsized: 300 x 150 each
+  });
+  plot.add_layout(keys, "below");
+
+  // --- What changes with the window, the view and the kinds that are shown
+
+  const pen = document.createElement("canvas").getContext("2d");
+  const overlap = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+  const around = (x, y, room) => [x - room, y - room, x + room, y + room];
+  const placeNames = () => {
+    const { x_range, y_range, inner_width: width, inner_height: height } = plot;
+    const across = (value) => (value - x_range.start) / (x_range.end - x_range.start) * width;
+    const down = (value) =>
+      Math.log(y_range.end / value) / Math.log(y_range.end / y_range.start) * height;
+    const spots = indices.map((i) => [across(points.bits[i]), down(points.loss[i])]);
+    const shown = indices.filter((i) => marks[points.kind[i]].visible);
+    const taken = shown.map((i) => around(...spots[i], isCurve(i) ? 3 : 6));
+    const line = curve.visible ? spots.filter((_, i) => isCurve(i)) : [];
+    line.slice(1).forEach(([toX, toY], n) => {
+      const [x, y] = line[n];
+      const steps = Math.ceil(Math.hypot(toX - x, toY - y) / 5);
+      for (let k = 0; k < Math.min(steps, 500); k++) {
+        taken.push(around(x + (toX - x) * k / steps, y + (toY - y) * k / steps, 2));
+      }
+    });
+    const data = { x: [], y: [], text: [], right: [], up: [], align: [], style: [] };
+    for (const i of NAMED.flatMap((kind) => shown.filter((k) => points.kind[k] === kind))) {
+      const style = points.kind[i] === "plan" ? "bold" : "normal";
+      pen.font = `${style} 12px ${font}`;
+      const wide = pen.measureText(points.name[i]).width;
+      for (const [right, up, align] of [[11, 0, "left"], [8, 14, "left"], [-11, 0, "right"],
+        [0, 16, "center"], [-8, -14, "right"], [0, -17, "center"]]) {
+        const [x, y] = [spots[i][0] + right, spots[i][1] - up];
+        const left = { left: x, center: x - wide / 2, right: x - wide }[align];
+        const box = [left, y - 7, left + wide, y + 7];
+        const isInside = box[0] >= 0 && box[2] <= width && box[1] >= 0 && box[3] <= height;
+        if (isInside && !taken.some((other) => overlap(box, other))) {
+          taken.push(box);
+          for (const [name, value] of Object.entries({
+            x: points.bits[i], y: points.loss[i], text: points.name[i], right, up, align, style,
+          })) data[name].push(value);
+          break;
+        }
+      }
+    }
+    names.source.data = data;
+  };
+  const narrow = matchMedia("(max-width: 34rem)");
+  const fit = () => {
+    bitsTicker.desired_num_ticks = narrow.matches ? 5 : 10;
+    lossTicker.desired_num_ticks = narrow.matches ? 10 : 16;
+  };
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const paint = () => {
+    const style = getComputedStyle(document.documentElement);
+    const colour = (name) => name && style.getPropertyValue(`--${name}`).trim();
+    const [soft, ink] = [colour("soft"), colour("ink")];
+    plot.axis.axis_line_color = plot.axis.major_tick_line_color = soft;
+    plot.axis.major_label_text_color = plot.axis.axis_label_text_color = soft;
+    plot.grid.grid_line_color = colour("line");
+    curve.glyph.line_color = colour("good");
+    for (const kind of kinds) {
+      const [fill, line] = [colour(KINDS[kind].fill), colour(KINDS[kind].line)];
+      marks[kind].glyph.setv({ fill_color: fill, line_color: line });
+      if (kind in bars) {
+        const { data } = bars[kind].source;
+        bars[kind].source.data = { ...data, colour: data.kind.map(() => fill ?? line) };
+      }
+    }
+    names.text_color = ink;
+    keys.label_text_color = soft;
+    keys.inactive_fill_color = colour("panel");
+  };
+  for (const kind of kinds) {
+    marks[kind].properties.visible.change.connect(() => {
+      if (kind in bars) bars[kind].visible = marks[kind].visible;
+      pointed.view = only((i) => marks[points.kind[i]].visible);
+      placeNames();
+    });
+  }
+  for (const changed of [plot.properties.inner_width.change, plot.properties.inner_height.change,
+    plot.x_range.change, plot.y_range.change]) changed.connect(placeNames);
+  narrow.addEventListener("change", fit);
+  dark.addEventListener("change", paint);
+  // Paper is white, and may be narrower than the window.
+  addEventListener("beforeprint", () => {
+    place.style.zoom = Math.min(1, 900 / place.clientWidth);
+    place.style.filter = dark.matches ? "invert(1) hue-rotate(180deg)" : "none";
+  });
+  addEventListener("afterprint", () => place.removeAttribute("style"));
+  place.hidden = false;
+  document.getElementById("frontier-missing").hidden = true;
+  fit();
+  paint();
+  Bokeh.Plotting.show(plot, place);
+}
