@@ -1,8 +1,8 @@
 """Fused mixture-of-experts modules: calibrate and re-run them with a format switched on.
 
 Current transformers keep the experts of a layer as 3-D parameters of one module. ModelOpt wraps
-that module and quantizes each expert's slice and the two shared inputs. GPT-OSS stores its experts
-transposed; there ModelOpt quantizes all of a projection as one tensor. Here a *shadow* of the module
+that module and quantizes each expert's slice and the two shared inputs; GPT-OSS stores its experts
+transposed, and there all of a projection is quantized as one tensor. Here a *shadow* of the module
 carries ModelOpt's wrapper, so the model itself stays as it was loaded.
 
 Shape letters: T tokens, H hidden, E experts, O out features, I in features.

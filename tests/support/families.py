@@ -153,16 +153,79 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         _HEADS | {"rope_parameters": _MROPE},
         _VISION | {"deepstack_visual_indexes": [0]},
     ),
+    "Qwen3-VL-MoE": lambda: _with_vision(
+        "Qwen3VLMoeConfig",
+        _HEADS | _EXPERTS | {"rope_parameters": _MROPE},
+        _VISION | {"deepstack_visual_indexes": [0]},
+    ),
+    "Llama-4": lambda: _with_vision(
+        "Llama4Config",
+        _HEADS
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 96,
+            "interleave_moe_layer_step": 1,
+        },
+        _SIGLIP | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    ),
+    "Mistral-3": lambda: _with_vision(
+        "Mistral3Config", _HEADS | {"model_type": "mistral"}, _SIGLIP | {"model_type": "pixtral"}
+    ),
+    "GLM-4.5": lambda: _decoder(
+        "Glm4MoeConfig",
+        **_HEADS,
+        **_ROUTED,
+        **_UNGROUPED,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
+    "MiniMax-M2": lambda: _decoder(
+        "MiniMaxM2Config", **_HEADS, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "Granite-4": lambda: _decoder(
+        "GraniteMoeHybridConfig",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=48,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=4,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_chunk_size=16,
+    ),
+    "Gemma-3n": lambda: transformers.Gemma3nTextConfig(
+        **(_DECODER | _HEADS | {"num_hidden_layers": 4, "intermediate_size": [96] * 4}),
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=16,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "Falcon": lambda: transformers.FalconConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
 }
 """Name of the family -> its config."""
 
 
 def family_model(family: str) -> Any:
-    """A random model of a family in float32, evaluation mode."""
+    """A random model of a family in float32, evaluation mode; nothing in it is all zeros."""
     config = FAMILIES[family]()
     auto = transformers.AutoModelForCausalLM
     if hasattr(config, "vision_config"):
         auto = transformers.AutoModelForImageTextToText
     torch.manual_seed(0)
-    model = auto.from_config(config, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
+    model = auto.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if not parameter.any():  # biases, and scales that would hide a module from the loss
+            parameter.normal_(std=0.2)
+    return model

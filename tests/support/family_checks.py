@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import fnmatch
 import re
 import tempfile
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
+from autograd_scores import autograd_scores
 from families import VOCABULARY, family_model
-from modelopt_scores import modelopt_scores, next_token_loss
+from modelopt_scores import modelopt_scores, quantized_by_modelopt
 
 from autoquant_ray.budget import Problem
 from autoquant_ray.calibration import merge_statistics, to_maxima
 from autoquant_ray.engine import Engine, EngineSpec
 from autoquant_ray.errors import one_line
 from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.formats import NONE, Format, resolve_formats
-from autoquant_ray.manifest import load_quantization_config, quantization_config, quantizer_entries
+from autoquant_ray.formats import NONE, resolve_formats
+from autoquant_ray.manifest import load_quantization_config, quantization_config
 from autoquant_ray.models import build_skeleton, find_model
-from autoquant_ray.plan import Plan, PlannedGroup, build_plan
+from autoquant_ray.plan import VISION_PATTERNS, Plan, build_plan
 from autoquant_ray.quantized_layers import UNQUANTIZED
 from autoquant_ray.sensitivity import scored_modules
 
@@ -34,7 +33,9 @@ PRESETS = ("INT8_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
 SHARDS = ((20, 20), (13,))
 """Lengths of the samples of each shard, in tokens."""
 
-COLUMNS = ("family", "plan", "scan", "scores as ModelOpt's", "`mtq.quantize`", "export", "notes")
+PAGE = Path(__file__).parents[2] / "docs" / "model-families.md"
+START, END = "<!-- families: made by docs/update_families.py -->\n", "<!-- end of families -->\n"
+COLUMNS = ("family", "plan", "scan", "parity with ModelOpt", "`mtq.quantize`", "export", "notes")
 
 
 @dataclasses.dataclass
@@ -82,16 +83,24 @@ def family_row(name: str) -> str:
     return table_row([name, *cells, "not checked", "; ".join(family.notes)])
 
 
-def table_row(cells: list[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
     """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
+
+
+def update(page: str, rows: Sequence[str]) -> str:
+    """The page with other rows; the text around the table stays."""
+    before, _, rest = page.partition(START)
+    table = "\n".join([table_row(COLUMNS), "|---" * len(COLUMNS) + "|", *rows, ""])
+    return f"{before}{START}{table}{END}{rest.partition(END)[2]}"
 
 
 def _try(step: Callable[[Family], str], family: Family) -> str:
     try:
         return step(family)
-    except Exception as error:  # whatever stops a family is what its row says
-        return f"no: {type(error).__name__}: {one_line(error)}".replace("|", "/")
+    except Exception as error:  # noqa: BLE001  whatever stops a family is what its row says
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        return f"no: {kind}{one_line(error)}".replace("|", "/")
 
 
 def try_plan(family: Family) -> str:
@@ -110,20 +119,23 @@ def try_plan(family: Family) -> str:
 
 
 def _unsearched(plan: Plan) -> list[str]:
-    """What a plan leaves in 16 bits, with the reason; layers taken together."""
-    by_reason: dict[str, list[str]] = {}
+    """What a plan leaves in 16 bits; layers taken together."""
+    names = {}
     for group in plan.groups:
-        if group.reason is not None:
-            reason, _, _ = group.reason.partition(":")
-            kinds = [re.sub(r"\.\d+\.", ".N.", module.name) for module in group.modules]
-            is_tower = "tower" in reason
-            by_reason.setdefault(reason, []).extend(["the whole tower"] if is_tower else kinds)
+        if group.reason is not None and "tower" in group.reason:
+            names["vision tower"] = None
+        elif group.reason is not None:
+            kind, _, _ = group.reason.partition(":")
+            names |= {f"`{_in_layer(module.name)}` ({kind})": None for module in group.modules}
     for name in plan.other_modules:
-        by_reason.setdefault("no linear", []).append(re.sub(r"\.\d+\.", ".N.", name))
-    return [
-        f"16 bits ({reason}): {', '.join(f'`{kind}`' for kind in dict.fromkeys(kinds))}"
-        for reason, kinds in by_reason.items()
-    ]
+        owner, _, kind = name.partition(" ")
+        is_tower = any(fnmatch.fnmatch(owner, pattern) for pattern in VISION_PATTERNS)
+        names["vision tower" if is_tower else f"`{_in_layer(owner)}` {kind}"] = None
+    return [f"16 bits: {', '.join(names)}"] if names else []
+
+
+def _in_layer(name: str) -> str:
+    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def try_scan(family: Family) -> str:
@@ -162,82 +174,44 @@ def try_scan(family: Family) -> str:
 
 def try_parity(family: Family) -> str:
     """Scores against ModelOpt's, and where it has none, against plain autograd."""
-    theirs = modelopt_scores(family.model, family.batches, PRESETS)
+    assert family.scores_GF is not None, "not scanned"
+    theirs: dict[str, dict[str, float]] = {}
+    try:
+        theirs = modelopt_scores(family.model, family.batches, PRESETS)
+    except RuntimeError as error:
+        family.notes.append(f"ModelOpt stops: {type(error).__name__}, {_short(error)}")
     searched = {group.name: group for group in family.plan.searched}
     listed = {group.name for group in family.plan.groups}
     assert set(theirs) <= listed, f"ModelOpt searches {set(theirs) - listed} too"
-    by_hand = sorted(set(searched) - set(theirs))
-    for name in by_hand:
-        theirs[name] = {
-            format_.name: _autograd_score(family, searched[name], format_)
-            for format_ in family.plan.formats
-        }
+    more = set(theirs) - set(searched)
+    alone = set(searched) - set(theirs)
+    if alone:
+        groups = [searched[name] for name in alone]
+        theirs |= autograd_scores(family.model, family.batches, groups, family.plan.formats)
     for name, scores_F in zip(searched, family.scores_GF, strict=True):
         tolerance = 1e-3 if name.endswith("experts") else 1e-4
         expected = [theirs[name][preset] for preset in PRESETS]
         assert scores_F == pytest.approx(expected, rel=tolerance), name
-    family.notes += [f"ModelOpt also searches {_last(set(theirs) - set(searched))}"][
-        : len(theirs) - len(searched)
-    ]
-    return f"yes; {_last(by_hand)}, which it does not search: as autograd's" if by_hand else "yes"
+    if more:
+        family.notes.append(f"ModelOpt also searches {_last(more)}")
+    if not alone:
+        return "yes"
+    return f"yes; autograd's: {'all' if alone == set(searched) else _last(alone)}"
+
+
+def _short(error: RuntimeError) -> str:
+    """The first sentence of an error's cause."""
+    cause = one_line(error.__cause__ or error)
+    return cause.partition(". ")[0]
 
 
 def _last(names: Any) -> str:
     return ", ".join(f"`{name}`" for name in sorted({n.rpartition(".")[2] for n in names}))
 
 
-def _autograd_score(family: Family, group: PlannedGroup, format_: Format) -> float:
-    """The score of one group by its definition: ``mtq.quantize`` of it alone, plain autograd."""
-    entries = [
-        entry
-        for module in group.modules
-        for prefix in module.quantizer_prefixes
-        for entry in quantizer_entries(f"{module.name}.{prefix}", format_)
-    ]
-    quantized = _quantize(family, [{"quantizer_name": "*", "enable": False}, *entries])
-    total = 0.0
-    for ids_BS in family.batches:
-        for module in group.modules:
-            exact, gradient = _output_and_gradient(family.model, module.name, ids_BS)
-            changed, _ = _output_and_gradient(quantized, module.name, ids_BS)
-            total += float(((changed - exact) * gradient).double().square().sum())
-    return total
-
-
-def _output_and_gradient(
-    model: Any, name: str, ids_BS: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs: list[torch.Tensor] = []
-
-    def keep(_: Any, __: Any, output: torch.Tensor) -> None:
-        output.retain_grad()
-        outputs.append(output)
-
-    embedding = model.get_input_embeddings()
-    start = embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True))
-    handle = model.get_submodule(name).register_forward_hook(keep)
-    with torch.enable_grad():
-        next_token_loss(model, ids_BS).backward()
-    handle.remove()
-    start.remove()
-    (output,) = outputs
-    assert output.grad is not None
-    return output.detach(), output.grad
-
-
-def _quantize(family: Family, entries: list[dict[str, Any]]) -> Any:
-    def run(model: Any) -> None:
-        for ids_BS in family.batches:
-            model(input_ids=ids_BS, use_cache=False)
-
-    config = {"quant_cfg": entries, "algorithm": "max"}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        return mtq.quantize(copy.deepcopy(family.model), config, run).requires_grad_(False)
-
-
 def try_quantize(family: Family) -> str:
     """A manifest's config makes ``mtq.quantize`` run the model that ``evaluate`` measures."""
+    assert family.scores_GF is not None, "not scanned"
     plan = family.plan
     menu = [format_.name for format_ in plan.formats]
     choice = tuple([*range(len(menu)), UNQUANTIZED][i % 3] for i in range(len(plan.searched)))
@@ -249,7 +223,7 @@ def try_quantize(family: Family) -> str:
     }
     config = quantization_config(Problem(plan.rows(), plan.summary()), formats, plan.summary())
     entries = load_quantization_config({"quantization_config": config})["quant_cfg"]
-    quantized = _quantize(family, entries)
+    quantized = quantized_by_modelopt(family.model, family.batches, entries)
     spec = family.engine.spec
     evaluation = EvaluationSpec(
         model=spec.model,

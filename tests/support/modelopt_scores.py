@@ -1,14 +1,20 @@
-"""Scores of ModelOpt's ``mtq.auto_quantize``, as it measures them, before it clamps them."""
+"""What ModelOpt itself gives: scores of ``mtq.auto_quantize``, models of ``mtq.quantize``."""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.opt.utils import named_hparams
+
+from autoquant_ray.plan import VISION_PATTERNS
+
+NOTHING = [{"quantizer_name": "*", "enable": False}]
+"""Entries of a configuration that quantizes nothing; more may follow."""
 
 
 def next_token_loss(model: Any, ids_BS: torch.Tensor) -> torch.Tensor:
@@ -18,7 +24,7 @@ def next_token_loss(model: Any, ids_BS: torch.Tensor) -> torch.Tensor:
 
 
 def modelopt_scores(
-    model: Any, batches: list[torch.Tensor], presets: tuple[str, ...]
+    model: Any, batches: Sequence[torch.Tensor], presets: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Group -> preset -> score, of one search over all presets.
 
@@ -35,7 +41,7 @@ def modelopt_scores(
             loss_func=lambda loss, _: loss,
             num_calib_steps=len(batches),
             num_score_steps=len(batches),
-            disabled_layers=["*visual*", "*vision_tower*"],
+            disabled_layers=list(VISION_PATTERNS),
             verbose=False,
         )
     return {
@@ -48,3 +54,24 @@ def modelopt_scores(
         for name, hparam in named_hparams(searched, unique=True)
         if name.endswith(".quant_recipe") and len(hparam.choices) > 1
     }
+
+
+def quantized_by_modelopt(
+    model: Any, batches: Sequence[torch.Tensor], entries: Sequence[dict[str, Any]]
+) -> Any:
+    """A copy of the model, quantized and calibrated on the batches.
+
+    Args:
+        model: Stays as it is.
+        batches: Token ids ``(B, S)``.
+        entries: The configuration's ``quant_cfg``.
+    """
+
+    def run(copied: Any) -> None:
+        for ids_BS in batches:
+            copied(input_ids=ids_BS, use_cache=False)
+
+    config = {"quant_cfg": list(entries), "algorithm": "max"}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return mtq.quantize(copy.deepcopy(model), config, run).requires_grad_(False)
