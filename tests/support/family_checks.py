@@ -159,6 +159,8 @@ def try_scan(family: Family) -> str:
     scored = [engine.score(shard, 0, family.maxima) for shard in shards]
     family.scores_GF = sum(one.sums.elementwise_GF / one.num_tokens**2 for one in scored)
     assert (family.scores_GF > 0).all(), "a group has no score"
+    experts = {m.planned.name for m in spec.modules if m.planned.kind == "experts"}
+    assert all(set(one.sums.expert_tokens) == experts for one in scored), "no routed tokens"
     samples = [sample for shard in shards for sample in shard]
     padded = Engine(dataclasses.replace(spec), model=engine.model)
     assert merge_statistics([padded.calibrate(samples)]) == pytest.approx(statistics, rel=1e-5)
