@@ -71,10 +71,10 @@ def experts_with_few_tokens(rows: Iterable[Mapping[str, Any]], min_tokens: int) 
         rows: Rows of ``sensitivity.parquet``.
         min_tokens: Fewer are too few.
     """
-    counts = {row["group"]: row.get("expert_tokens") for row in rows}
+    counts = {row["group"]: row.get("expert_tokens") or [] for row in rows}
     found = []
     for group, tokens in counts.items():
-        few = tuple(number for number, count in enumerate(tokens or ()) if count < min_tokens)
+        few = tuple(number for number, count in enumerate(tokens) if count < min_tokens)
         if few:
             found.append(
                 FewTokens(group=group, experts=few, fewest=min(tokens), num_experts=len(tokens))
