@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from autoquant_ray.errors import ScoreError
+from autoquant_ray.expert_tokens import Counts, add_counts
 from autoquant_ray.schemas import SCHEMAS
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -47,6 +48,15 @@ def score_part(shard: int, groups: Sequence[str], formats: Sequence[str], scores
         "seconds": np.full(num_rows, scores.seconds),
         "elementwise_variance": _variances(scores.sums.elementwise_variance_GF, unseen_K),
         "token_variance": _variances(scores.sums.token_variance_GF, unseen_K),
+        # The same for all formats of a group: kept with the first.
+        "expert_tokens": pa.array(
+            [
+                None if number else scores.sums.expert_tokens.get(group)
+                for group in groups
+                for number in range(len(formats))
+            ],
+            type=pa.list_(pa.int64()),
+        ),
     }
     return pa.table(columns, schema=SCHEMAS["scores"])
 
@@ -91,6 +101,8 @@ def aggregate_parts(
     noise counts. ``sampling_stderr`` is that noise: the standard error against scoring all rows of
     the same shards, zero where all were scored. ``modelopt_score``
     is what ``mtq.auto_quantize`` would report if every shard were one of its scoring batches.
+    ``expert_tokens`` are the tokens that each expert of a group of fused experts saw; null for
+    other groups, and where a shard's part does not say.
 
     The parts are read twice, one at a time, so memory does not grow with their number.
 
@@ -119,6 +131,8 @@ def aggregate_parts(
     errors_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
     if errors_K is not None:
         errors_K = np.maximum(errors_K, noise_K)
+    groups = dict.fromkeys(group for group, _ in totals.keys_K)
+    expert_tokens = dict(zip(groups, totals.expert_tokens_G or (), strict=True))
     rows = [
         {
             "group": group,
@@ -133,6 +147,7 @@ def aggregate_parts(
             "weight_bits": costs[group, format_]["weight_bits"],
             "weight_bytes": costs[group, format_]["weight_bytes"],
             "sampling_stderr": float(noise_K[index]),
+            "expert_tokens": expert_tokens[group],
         }
         for index, (group, format_) in enumerate(totals.keys_K)
     ]
@@ -165,6 +180,7 @@ class _Totals:
     modelopt_K: Floats
     is_unseen_K: Mask
     num_tokens: int = 0
+    expert_tokens_G: list[Counts | None] | None = None
 
 
 def _add_up(
@@ -194,7 +210,18 @@ def _add_up(
         totals.modelopt_K += elementwise_K / float(num_tokens) ** 2
         totals.is_unseen_K &= part.column("elementwise_sum").is_null().to_numpy()
         totals.num_tokens += num_tokens
+        counts_G = _expert_tokens(part)
+        before_G = totals.expert_tokens_G
+        totals.expert_tokens_G = counts_G if before_G is None else add_counts(before_G, counts_G)
     return totals
+
+
+def _expert_tokens(part: pa.Table) -> list[Counts | None]:
+    """Counts of each group, from its first row."""
+    groups = part.column("group").to_pylist()
+    firsts = [n for n, group in enumerate(groups) if n == 0 or groups[n - 1] != group]
+    counts: list[Counts | None] = part.column("expert_tokens").take(firsts).to_pylist()
+    return counts
 
 
 def _keys(part: pa.Table) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ import torch
 from autoquant_ray.chain_probe import chain_links, gradients_agree
 from autoquant_ray.errors import ModelError
 from autoquant_ray.layers import (
+    base_model,
     decoder_layers,
     first_output,
     replaced_forward,
@@ -84,7 +85,7 @@ class LayerwiseBackward:
     """
 
     def __init__(self, model: Any, residence: Residence | None = None) -> None:
-        self.base = model.base_model
+        self.base = base_model(model)
         self.embedding = model.get_input_embeddings()
         self.residence = residence or Resident()
         self.layers = list(decoder_layers(model).values())

@@ -182,6 +182,12 @@ class ScanConfig(SearchSpace):
         description="Share of each module's rows (tokens) to score, drawn by importance: unbiased, "
         "faster, less exact. 1 scores all.",
     )
+    min_expert_tokens: int = Field(
+        default=32,
+        ge=0,
+        description="Tokens below which the report names a routed expert: its share of the scores "
+        "rests on few tokens, or on none.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the label draws and of drawn rows.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute type. auto: float32 on CPU, bfloat16 on CUDA."

@@ -1,8 +1,9 @@
 """Fused mixture-of-experts modules: calibrate and re-run them with a format switched on.
 
 Current transformers keep the experts of a layer as 3-D parameters of one module. ModelOpt wraps
-that module and quantizes each expert's slice and the two shared inputs. Here a *shadow* of the
-module carries ModelOpt's wrapper, so the model itself stays as it was loaded.
+that module and quantizes each expert's slice and the two shared inputs; GPT-OSS stores its experts
+transposed, and there all of a projection is quantized as one tensor. Here a *shadow* of the module
+carries ModelOpt's wrapper, so the model itself stays as it was loaded.
 
 Shape letters: T tokens, H hidden, E experts, O out features, I in features.
 """
@@ -10,6 +11,7 @@ Shape letters: T tokens, H hidden, E experts, O out features, I in features.
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,19 +46,29 @@ class FusedExperts:
 
     def __init__(self, module: torch.nn.Module, planned: PlannedModule) -> None:
         self.parameters = planned.parameters
+        self._is_transposed = planned.is_transposed
         self._module = module
         self._shadow: Any = _shadow(module)
         self._resting = dict(self._shadow._parameters)
         for name in self.parameters:
             setattr(self._shadow, f"{name}_input_quantizer", disabled_quantizer())
-            quantizers = getattr(self._shadow, f"{name}_weight_quantizers")
-            for quantizer in quantizers:
+        if self._is_transposed:  # its weights come quantized: spares two copies in every run
+            self._shadow.__dict__["quantize_weight"] = nullcontext
+            return
+        for name in self.parameters:
+            for quantizer in getattr(self._shadow, f"{name}_weight_quantizers"):
                 quantizer.disable()
 
     @torch.no_grad()
     def quantized_weight(self, name: str, attributes: Attributes) -> torch.Tensor:
-        """Fake-quantize every expert's slice of a parameter by itself: ``(E, O, I)``."""
+        """Fake-quantize a parameter, every expert's slice ``(O, I)`` by itself or all as one.
+
+        Returns:
+            ``(E, O, I)``, transposed where the module stores it so.
+        """
         slices = getattr(self._module, name)
+        if self._is_transposed:
+            return fake_quantize_weight(attributes, slices.mT.contiguous()).mT
         return torch.stack([fake_quantize_weight(attributes, weight_OI) for weight_OI in slices])
 
     @torch.no_grad()

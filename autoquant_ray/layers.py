@@ -18,13 +18,36 @@ def decoder_layers(model: Any) -> dict[str, torch.nn.Module]:
     """
     import torch
 
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    decoder = text_decoder(model)
     for name in ("layers", "h", "blocks"):
         layers = getattr(decoder, name, None)
         if isinstance(layers, torch.nn.ModuleList):
             names = {id(module): full for full, module in model.named_modules()}
             return {names[id(layer)]: layer for layer in layers}
     return {}
+
+
+def base_model(model: Any) -> Any:
+    """What runs before the head; where the class names no such part (Llama 4), what embeds."""
+    owner = head_owner(model)
+    if owner.base_model is not owner:
+        return owner.base_model
+    embedding = model.get_input_embeddings()
+    return next(part for part in owner.children() if embedding in set(part.modules()))
+
+
+def text_decoder(model: Any) -> Any:
+    """What runs text in the base model; some classes call it and pass the base model by."""
+    owner = head_owner(model)
+    decoder = owner.get_decoder() if hasattr(owner, "get_decoder") else owner
+    return base_model(model) if decoder is owner else decoder
+
+
+def head_owner(model: Any) -> Any:
+    """The innermost module that runs the head: the model, or a language model inside it."""
+    head = model.get_output_embeddings()
+    owners = [m for m in model.modules() if hasattr(m, "get_output_embeddings")]
+    return [owner for owner in owners if owner.get_output_embeddings() is head][-1]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoquant_ray.layers import replaced_forward
+from autoquant_ray.layers import base_model, head_owner, replaced_forward, text_decoder
 
 _BLOCK = 256  # of the vocabulary, where labels are drawn
 
@@ -30,11 +30,11 @@ class VocabularyLoss:
     """
 
     def __init__(self, model: Any, slice_elements: int = 2**24) -> None:
-        self._model = model
+        self._model = head_owner(model)
         self._head: torch.nn.Linear = model.get_output_embeddings()
-        # Some classes call their decoder directly and pass the base model by.
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        self._bodies = {id(m): m for m in (model.base_model, decoder) if m is not None}.values()
+        self._bodies = {
+            id(body): body for body in (base_model(model), text_decoder(model))
+        }.values()
         self.slice_tokens = max(1, slice_elements // self._head.out_features)
 
     def gradients(

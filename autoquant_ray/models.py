@@ -224,9 +224,14 @@ def _model_class(config: Any, ref: ModelRef) -> Any:
     if is_masked and getattr(config, "is_decoder", True) is False:
         raise ModelError(f"model {ref.name} is an encoder, not a decoder-only language model")
     remote = ref.trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if remote or type(config) in transformers.AutoModelForCausalLM._model_mapping:
+    with_images = transformers.AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    # Some families have a class without the vision tower for the same config (Qwen3.5, Llama 4);
+    # the checkpoint names its own.
+    is_whole = with_images is not None and with_images.__name__ in (config.architectures or ())
+    has_causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
+    if remote or (has_causal and not is_whole):
         return transformers.AutoModelForCausalLM
-    if type(config) in transformers.AutoModelForImageTextToText._model_mapping:
+    if with_images is not None:
         return transformers.AutoModelForImageTextToText
     raise ModelError(
         f"model {ref.name} has type {config.model_type!r}, which is not a language model that "

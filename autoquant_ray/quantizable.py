@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +20,15 @@ class PlannedModule:
         kind: ``linear``, ``experts`` (fused 3-D parameters) or ``convolution``.
         parameters: Weight parameter names inside the module, in forward order.
         shapes: Their shapes, as ``(..., out, in)``.
+        is_transposed: Whether experts are stored as ``(experts, in, out)`` (GPT-OSS). ModelOpt
+            quantizes such a parameter as one tensor, not expert by expert.
     """
 
     name: str
     kind: str
     parameters: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    is_transposed: bool = False
 
     @property
     def num_weights(self) -> int:
@@ -45,16 +48,23 @@ def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     for name, module in model.named_modules():
         parameters: tuple[str, ...] = ("weight",)
+        is_transposed = False
         if _is_linear(module):
             kind = "linear"
         elif isinstance(module, convolutions):
             kind = "convolution"
-        elif (wrapper := _experts_wrapper(module)) is not None:
-            kind, parameters = "experts", (wrapper._first_proj_attr, "down_proj")
+        elif (layout := _experts_layout(module)) is not None:
+            kind, (parameters, is_transposed) = "experts", layout
         else:
             continue
-        shapes = tuple(tuple(getattr(module, parameter).shape) for parameter in parameters)
-        yield PlannedModule(name=name, kind=kind, parameters=parameters, shapes=shapes)
+        weights = [getattr(module, parameter) for parameter in parameters]
+        yield PlannedModule(
+            name=name,
+            kind=kind,
+            parameters=parameters,
+            shapes=tuple(tuple((w.mT if is_transposed else w).shape) for w in weights),
+            is_transposed=is_transposed,
+        )
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -77,15 +87,17 @@ def has_plain_forward(module: torch.nn.Module) -> bool:
     return type(module).forward is torch.nn.Linear.forward
 
 
-def _experts_wrapper(module: torch.nn.Module) -> Any:
-    """ModelOpt's wrapper of fused experts, None for layouts that AutoQuantize does not search."""
+def _experts_layout(module: torch.nn.Module) -> tuple[tuple[str, str], bool] | None:
+    """Parameters of fused experts, and whether they are transposed; None for unknown layouts."""
     from modelopt.torch.quantization.nn import QuantModuleRegistry
     from modelopt.torch.quantization.plugins import huggingface
 
     wrapper = huggingface._fused_experts_wrapper_class(module)
     registered = QuantModuleRegistry.get(type(module))
+    if registered is not None and issubclass(registered, huggingface._QuantGptOssExperts):
+        return ("gate_up_proj", "down_proj"), True
     is_other = registered is not None and not issubclass(registered, huggingface._QuantFusedExperts)
-    return None if is_other else wrapper
+    return None if is_other or wrapper is None else ((wrapper._first_proj_attr, "down_proj"), False)
 
 
 def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[str, int]:

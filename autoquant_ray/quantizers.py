@@ -37,11 +37,12 @@ def disabled_quantizer() -> TensorQuantizer:
 
 @torch.no_grad()
 def fake_quantize_weight(attributes: Attributes, weight_OI: torch.Tensor) -> torch.Tensor:
-    """Quantize and dequantize one weight matrix, calibrated by its own maximum.
+    """Quantize and dequantize one weight tensor, calibrated by its own maximum.
 
     Args:
         attributes: Weight quantizer attributes.
-        weight_OI: ``(out, in)``, any float dtype and device.
+        weight_OI: ``(out, in)``, or ``(experts, out, in)`` for experts that share a quantizer; any
+            float dtype and device.
 
     Returns:
         Tensor like ``weight_OI``.

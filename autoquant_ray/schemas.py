@@ -18,6 +18,7 @@ _SENSITIVITY = {
     "weight_bits": _FLOAT,
     "weight_bytes": _FLOAT,
     "sampling_stderr": _FLOAT,
+    "expert_tokens": pa.list_(_INT),
 }
 _BUCKET = {
     "bucket": _INT,
@@ -54,6 +55,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "seconds": _FLOAT,
             "elementwise_variance": _FLOAT,
             "token_variance": _FLOAT,
+            "expert_tokens": pa.list_(_INT),
         }
     ),
     "sensitivity": pa.schema(_SENSITIVITY),
@@ -155,5 +157,11 @@ SCHEMAS: dict[str, pa.Schema] = {
 """Columns of every Parquet file of a run, and of the history of a folder of runs; part folders use
 the schema of their name."""
 
-ADDED_COLUMNS = {"elementwise_variance", "token_variance", "sampling_stderr", "bucket_tokens"}
+ADDED_COLUMNS = {
+    "elementwise_variance",
+    "token_variance",
+    "sampling_stderr",
+    "bucket_tokens",
+    "expert_tokens",
+}
 """Columns that earlier versions did not write; null where they are missing."""

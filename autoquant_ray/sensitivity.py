@@ -19,9 +19,9 @@ Shape letters: T rows (tokens) with a gradient, C rows of a chunk, I in features
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ import torch
 
 from autoquant_ray.differences import Difference, OutputDifferences
 from autoquant_ray.errors import WorkerError
+from autoquant_ray.expert_tokens import routed_tokens
 from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
 from autoquant_ray.plan import Plan
@@ -72,6 +73,7 @@ class SensitivitySums:
             fourth; zero where all rows were scored.
         token_variance_GF: The same of ``token_GF``.
         num_rows_G: Rows with a gradient seen by each group, summed over its modules.
+        expert_tokens: Fused experts module -> such rows routed to each of its experts.
     """
 
     elementwise_GF: Floats
@@ -79,6 +81,7 @@ class SensitivitySums:
     elementwise_variance_GF: Floats
     token_variance_GF: Floats
     num_rows_G: np.ndarray[Any, np.dtype[np.int64]]
+    expert_tokens: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 class SensitivityScorer:
@@ -119,6 +122,7 @@ class SensitivityScorer:
             4, num_groups, len(formats), dtype=torch.float64, device=device
         )
         self._num_rows_G = [0] * num_groups
+        self._expert_tokens: dict[str, torch.Tensor] = {}
         self._maxima: Maxima = {}
         self._seed: tuple[int, ...] = ()
 
@@ -131,6 +135,7 @@ class SensitivityScorer:
             elementwise_variance_GF=variances[0],
             token_variance_GF=variances[1],
             num_rows_G=np.array(self._num_rows_G, dtype=np.int64),
+            expert_tokens={name: counts.tolist() for name, counts in self._expert_tokens.items()},
         )
 
     @contextmanager
@@ -143,6 +148,7 @@ class SensitivityScorer:
         """
         self._sums_4GF.zero_()
         self._num_rows_G = [0] * len(self._num_rows_G)
+        self._expert_tokens = {}
         self._maxima, self._seed = maxima, seed
         handles = [
             module.register_forward_hook(self._forward_hook(scored), with_kwargs=True)
@@ -179,6 +185,8 @@ class SensitivityScorer:
                 seed = (*self._seed, name_seed(name), num_calls)
                 rows = choose_rows(gradients, inputs[0], self._row_share, seed)
                 num_calls += 1
+                if name in self._experts:
+                    self._count_tokens(scored.planned, inputs, gradients)
                 chosen = [rows.of(states) for states in (output_TO, *inputs, *gradients)]
                 gradients.clear()
                 output, *chosen_inputs = chosen[: 1 + len(inputs)]
@@ -194,6 +202,18 @@ class SensitivityScorer:
             output.register_hook(on_gradient)
 
         return hook
+
+    def _count_tokens(
+        self,
+        planned: PlannedModule,
+        inputs: Sequence[torch.Tensor],
+        gradients_TO: Sequence[torch.Tensor],
+    ) -> None:
+        live_T = torch.stack([g.ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)
+        counts = routed_tokens(inputs, live_T, planned.shapes[0][0])
+        if counts is not None:
+            before = self._expert_tokens.get(planned.name)
+            self._expert_tokens[planned.name] = counts if before is None else before + counts
 
     def _of(
         self, planned: PlannedModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]

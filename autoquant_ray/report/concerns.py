@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from autoquant_ray.expert_tokens import FewTokens
 from autoquant_ray.report.measured import IN_RANGE
 from autoquant_ray.stopping import MIN_SHARDS
 from autoquant_ray.wording import few
@@ -67,6 +68,7 @@ class Evidence:
             is the predicted loss.
         by_domain: It was made for domains; rivals that weigh all tokens alike say nothing of it.
         by_measurement: Measured losses chose it: it is not what the scores alone would choose.
+        few_tokens: Experts that saw fewer than ``min_expert_tokens``.
     """
 
     predicted: float
@@ -84,6 +86,8 @@ class Evidence:
     objective: float | None = None
     by_domain: bool = False
     by_measurement: bool = False
+    few_tokens: Sequence[FewTokens] = ()
+    min_expert_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,7 @@ def find_concerns(evidence: Evidence) -> list[Concern]:
         _measured,
         _low_bits,
         _quarantined,
+        _experts,
         _labels,
         _shards,
         _wide_total,
@@ -195,6 +200,18 @@ def _quarantined(known: Evidence) -> Iterator[Concern]:
             "Data was left out",
             f"Shard {entry['shard']} was left out while {entry['stage']}: {entry['reason']}. The "
             "plan knows nothing of its samples.",
+        )
+
+
+def _experts(known: Evidence) -> Iterator[Concern]:
+    if known.few_tokens:
+        number = sum(len(one.experts) for one in known.few_tokens)
+        least = min(known.few_tokens, key=lambda one: one.fewest)
+        yield _look(
+            "Experts that saw few tokens",
+            f"{_count(number, 'routed expert')} of {_count(len(known.few_tokens), 'group')} saw "
+            f"fewer than {known.min_expert_tokens} tokens, the fewest {least.fewest} in "
+            f"{least.group}: the scores say little of them. Use more --samples.",
         )
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.budget import Problem
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import StoreError
+from autoquant_ray.expert_tokens import experts_with_few_tokens
 from autoquant_ray.manifest import allocation_key, is_chosen_by_measurement
 from autoquant_ray.report.concerns import Choice, Evidence
 from autoquant_ray.report.domains import is_by_domain
@@ -133,6 +135,8 @@ def gather_evidence(sources: Sources) -> Evidence:
         if (entry := sources.scores.get(group, {}).get(format_)) is not None
     )
     error = sources.error
+    default = ScanConfig.model_fields["min_expert_tokens"].default
+    min_tokens = (config or {}).get("min_expert_tokens", default)
     return Evidence(
         predicted=sources.predicted,
         stderr=None if error is None or error.is_bound else error.stderr,
@@ -149,4 +153,6 @@ def gather_evidence(sources: Sources) -> Evidence:
         objective=solution["score"] if sources.is_by_domain else None,
         by_domain=sources.is_by_domain,
         by_measurement=sources.is_by_measurement,
+        few_tokens=experts_with_few_tokens(sources.table, min_tokens),
+        min_expert_tokens=min_tokens,
     )

@@ -14,7 +14,8 @@ from autoquant_ray.scan import run_search
 
 FORMATS = ("wint4_afp16", "wint8_aint8", "NVFP4_DEFAULT_CFG", "MXFP6_DEFAULT_CFG")
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
-SLOW = ("--shard-samples", "1", "--label-draws", "12", "--formats", ",".join(FORMATS))
+FAMILY = "qwen3_moe"  # linears and routed experts
+SLOW = ("--shard-samples", "1", "--label-draws", "8", "--formats", ",".join(FORMATS))
 
 
 def sensitivity(run: Path) -> bytes:
@@ -26,7 +27,7 @@ def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, run_command: Any, scan_arguments: Any
 ) -> Path:
     run: Path = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run_command(*scan_arguments(run, *SLOW, "--workers", "1"))
+    done = run_command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY))
     assert done.returncode == 0, done.stderr
     return run
 
@@ -42,13 +43,13 @@ def test_scan_any_number_of_workers_gives_identical_bytes(
     watch: Any,
 ) -> None:
     config = ScanConfig(
-        model=str(model_folder("llama")),
+        model=str(model_folder(FAMILY)),
         data=str(text_file),
         out=str(tmp_path / "run"),
         formats=FORMATS,
         bits=8,
         shard_samples=1,
-        label_draws=12,
+        label_draws=8,
         workers=workers,
     )
     result = run_search(config)
@@ -62,7 +63,9 @@ def test_scan_killed_worker_gives_identical_bytes(
     undisturbed: Path, tmp_path: Path, command: Any, scan_arguments: Any, watch: Any
 ) -> None:
     run = tmp_path / "run"
-    watch.kill_worker(run, command(*scan_arguments(run, *SLOW, "--workers", "2")), after=2)
+    watch.kill_worker(
+        run, command(*scan_arguments(run, *SLOW, "--workers", "2", family=FAMILY)), after=2
+    )
     assert sorted(watch.scored(run)) == list(range(12))
     assert sensitivity(run) == sensitivity(undisturbed)
 
@@ -76,13 +79,13 @@ def test_scan_killed_driver_resumes_without_repeating_finished_shards(
     watch: Any,
 ) -> None:
     run = tmp_path / "run"
-    arguments = command(*scan_arguments(run, *SLOW, "--workers", "1"))
+    arguments = command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY))
     finished = watch.kill_driver(run, arguments, after=3)
     assert 3 <= len(finished) < 12
     assert not (run / "sensitivity.parquet").exists()
 
     before = len(watch.scored(run))
-    resumed = run_command(*scan_arguments(run, *SLOW, "--workers", "1", "--resume"))
+    resumed = run_command(*scan_arguments(run, *SLOW, "--workers", "1", "--resume", family=FAMILY))
     assert resumed.returncode == 0, resumed.stderr
     again = watch.scored(run)[before:]
     assert sorted(again) == [s for s in range(12) if f"shard-{s:06d}.parquet" not in finished]
@@ -99,12 +102,12 @@ def test_scan_interrupted_by_sigterm_exits_130_and_resumes(
     watch: Any,
 ) -> None:
     run = tmp_path / "run"
-    arguments = command(*scan_arguments(run, *SLOW, "--workers", "1"))
+    arguments = command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY))
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as scan:
         watch.wait_for(lambda: len(watch.scored(run)) >= 1, scan)
         scan.send_signal(signal.SIGTERM)
         _, stderr = scan.communicate(timeout=120)
     assert scan.returncode == 130
     assert "--resume" in stderr.splitlines()[-1]
-    assert run_command(*scan_arguments(run, *SLOW, "--resume")).returncode == 0
+    assert run_command(*scan_arguments(run, *SLOW, "--resume", family=FAMILY)).returncode == 0
     assert sensitivity(run) == sensitivity(undisturbed)

@@ -33,11 +33,12 @@ COLUMNS = {
     "modelopt_cost, is_searched",
     "calibration.parquet": "module, statistic, value",
     "scores/shard-000000.parquet": "shard, group, format, elementwise_sum, token_sum, num_tokens, "
-    "num_samples, seconds, elementwise_variance, token_variance",
+    "num_samples, seconds, elementwise_variance, token_variance, expert_tokens",
     "scores/shard-000001.parquet": "shard, group, format, elementwise_sum, token_sum, num_tokens, "
-    "num_samples, seconds, elementwise_variance, token_variance",
+    "num_samples, seconds, elementwise_variance, token_variance, expert_tokens",
     "sensitivity.parquet": "group, format, score, score_stderr, elementwise, token, "
-    "modelopt_score, num_tokens, num_shards, weight_bits, weight_bytes, sampling_stderr",
+    "modelopt_score, num_tokens, num_shards, weight_bits, weight_bytes, sampling_stderr, "
+    "expert_tokens",
     "resampling.parquet": "bucket, group, format, sum, bucket_tokens",
     "manifest.parquet": "module, group, format, weight_bits, weight_bytes, score",
     "solutions/bits-6.00/manifest.parquet": "module, group, format, weight_bits, weight_bytes, "
@@ -55,7 +56,11 @@ INTEGERS = {
     "num_samples",
     "num_shards",
 }
-OTHER_TYPES = {"module_names": pa.list_(pa.string()), "is_searched": pa.bool_()}
+OTHER_TYPES = {
+    "module_names": pa.list_(pa.string()),
+    "is_searched": pa.bool_(),
+    "expert_tokens": pa.list_(pa.int64()),
+}
 
 
 @pytest.fixture

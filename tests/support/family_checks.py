@@ -1,0 +1,256 @@
+"""What works for a family of models, tried out: one row of the table in docs/model-families.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from autograd_scores import autograd_scores
+from families import VOCABULARY, family_model
+from modelopt_scores import modelopt_scores, quantized_by_modelopt
+
+from autoquant_ray.budget import Problem
+from autoquant_ray.calibration import merge_statistics, to_maxima
+from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.errors import one_line
+from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.formats import NONE, resolve_formats
+from autoquant_ray.manifest import load_quantization_config, quantization_config
+from autoquant_ray.models import build_skeleton, find_model
+from autoquant_ray.plan import VISION_PATTERNS, Plan, build_plan
+from autoquant_ray.quantized_layers import UNQUANTIZED
+from autoquant_ray.sensitivity import scored_modules
+
+PRESETS = ("INT8_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
+SHARDS = ((20, 20), (13,))
+"""Lengths of the samples of each shard, in tokens."""
+
+PAGE = Path(__file__).parents[2] / "docs" / "model-families.md"
+START, END = "<!-- families: made by docs/update_families.py -->\n", "<!-- end of families -->\n"
+COLUMNS = ("family", "plan", "scan", "parity with ModelOpt", "`mtq.quantize`", "export", "notes")
+
+
+@dataclasses.dataclass
+class Family:
+    """A family while it is tried.
+
+    Attributes:
+        model: As it was made, saved in ``folder``.
+        engine: Loaded from the folder.
+        scores_GF: ``elementwise / T^2`` summed over shards, as ModelOpt sums it.
+    """
+
+    name: str
+    folder: Path
+    model: Any
+    plan: Any = None
+    engine: Any = None
+    maxima: Any = None
+    scores_GF: Any = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def shards(self) -> list[list[list[int]]]:
+        """Random token ids."""
+        generator = np.random.default_rng(0)
+        return [
+            [generator.integers(0, VOCABULARY, size=length).tolist() for length in lengths]
+            for lengths in SHARDS
+        ]
+
+    @property
+    def batches(self) -> list[torch.Tensor]:
+        """The shards as tensors ``(B, S)``."""
+        return [torch.tensor(shard) for shard in self.shards]
+
+
+def family_row(name: str) -> str:
+    """Try a family; its row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = family_model(name)
+        model.save_pretrained(folder)
+        family = Family(name, Path(folder), model)
+        steps = (try_plan, try_scan, try_parity, try_quantize)
+        cells = [_try(step, family) for step in steps]
+    return table_row([name, *cells, "not checked", "; ".join(family.notes)])
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def update(page: str, rows: Sequence[str]) -> str:
+    """The page with other rows; the text around the table stays."""
+    before, _, rest = page.partition(START)
+    table = "\n".join([table_row(COLUMNS), "|---" * len(COLUMNS) + "|", *rows, ""])
+    return f"{before}{START}{table}{END}{rest.partition(END)[2]}"
+
+
+def _try(step: Callable[[Family], str], family: Family) -> str:
+    try:
+        return step(family)
+    except Exception as error:  # noqa: BLE001  whatever stops a family is what its row says
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        return f"no: {kind}{one_line(error)}".replace("|", "/")
+
+
+def try_plan(family: Family) -> str:
+    """The plan from the config alone: that of the model itself, with every matrix in it."""
+    formats = resolve_formats(PRESETS, device="cpu")
+    family.plan = build_plan(build_skeleton(find_model(str(family.folder))), formats)
+    assert family.plan == build_plan(family.model, formats), "differs from the loaded model's plan"
+    covered = {module.name for group in family.plan.groups for module in group.modules}
+    covered |= {name.split(" ")[0] for name in family.plan.other_modules}
+    for name, module in family.model.named_modules():
+        if name not in covered and not isinstance(module, torch.nn.Embedding):
+            left_out = [n for n, p in module.named_parameters(recurse=False) if p.dim() >= 2]
+            assert not left_out, f"{name} is neither searched nor listed"
+    family.notes += _unsearched(family.plan)
+    return "yes"
+
+
+def _unsearched(plan: Plan) -> list[str]:
+    """What a plan leaves in 16 bits; layers taken together."""
+    names = {}
+    for group in plan.groups:
+        if group.reason is not None and "tower" in group.reason:
+            names["vision tower"] = None
+        elif group.reason is not None:
+            kind, _, _ = group.reason.partition(":")
+            names |= {f"`{_in_layer(module.name)}` ({kind})": None for module in group.modules}
+    for name in plan.other_modules:
+        owner, _, kind = name.partition(" ")
+        is_tower = any(fnmatch.fnmatch(owner, pattern) for pattern in VISION_PATTERNS)
+        names["vision tower" if is_tower else f"`{_in_layer(owner)}` {kind}"] = None
+    return [f"16 bits: {', '.join(names)}"] if names else []
+
+
+def _in_layer(name: str) -> str:
+    return re.sub(r"^.*?\.\d+\.", "", name)
+
+
+def try_scan(family: Family) -> str:
+    """Every group gets a score; samples that are padded together score as they do alone."""
+    spec = EngineSpec(
+        model=find_model(str(family.folder)),
+        dtype="float32",
+        device="cpu",
+        num_threads=1,
+        modules=scored_modules(family.plan),
+        formats=family.plan.formats,
+        step_tokens=100_000,
+        labels="data",
+        label_draws=1,
+        seed=0,
+    )
+    engine = family.engine = Engine(spec)
+    shards = family.shards
+    statistics = merge_statistics(engine.calibrate(shard) for shard in shards)
+    family.maxima = to_maxima(statistics)
+    scored = [engine.score(shard, 0, family.maxima) for shard in shards]
+    family.scores_GF = sum(one.sums.elementwise_GF / one.num_tokens**2 for one in scored)
+    assert (family.scores_GF > 0).all(), "a group has no score"
+    experts = {m.planned.name for m in spec.modules if m.planned.kind == "experts"}
+    assert all(set(one.sums.expert_tokens) == experts for one in scored), "no routed tokens"
+    samples = [sample for shard in shards for sample in shard]
+    padded = Engine(dataclasses.replace(spec), model=engine.model)
+    assert merge_statistics([padded.calibrate(samples)]) == pytest.approx(statistics, rel=1e-5)
+    together_GF = padded.score(samples, 0, family.maxima).sums.elementwise_GF
+    apart_GF = sum(one.sums.elementwise_GF for one in scored)
+    for index, format_ in enumerate(family.plan.formats):
+        # The last bits differ, and may move an input over the edge to its next quantized value.
+        tolerance = 1e-4 if format_.input is None else 0.05
+        expected_G = pytest.approx(apart_GF[:, index], rel=tolerance)
+        assert together_GF[:, index] == expected_G, "padding changes the scores"
+    return "yes" if engine.is_layerwise else "yes, as one graph"
+
+
+def try_parity(family: Family) -> str:
+    """Scores against ModelOpt's, and where it has none, against plain autograd."""
+    assert family.scores_GF is not None, "not scanned"
+    theirs: dict[str, dict[str, float]] = {}
+    try:
+        theirs = modelopt_scores(family.model, family.batches, PRESETS)
+    except RuntimeError as error:
+        family.notes.append(f"ModelOpt stops: {type(error).__name__}, {_short(error)}")
+    searched = {group.name: group for group in family.plan.searched}
+    listed = {group.name for group in family.plan.groups}
+    assert set(theirs) <= listed, f"ModelOpt searches {set(theirs) - listed} too"
+    more = set(theirs) - set(searched)
+    alone = set(searched) - set(theirs)
+    if alone:
+        groups = [searched[name] for name in alone]
+        theirs |= autograd_scores(family.model, family.batches, groups, family.plan.formats)
+    for name, scores_F in zip(searched, family.scores_GF, strict=True):
+        tolerance = 1e-3 if name.endswith("experts") else 1e-4
+        expected = [theirs[name][preset] for preset in PRESETS]
+        assert scores_F == pytest.approx(expected, rel=tolerance), name
+    if more:
+        family.notes.append(f"ModelOpt also searches {_last(more)}")
+    if not alone:
+        return "yes"
+    return f"yes; autograd's: {'all' if alone == set(searched) else _last(alone)}"
+
+
+def _short(error: RuntimeError) -> str:
+    """The first sentence of an error's cause."""
+    cause = one_line(error.__cause__ or error)
+    return cause.partition(". ")[0]
+
+
+def _last(names: Any) -> str:
+    return ", ".join(f"`{name}`" for name in sorted({n.rpartition(".")[2] for n in names}))
+
+
+def try_quantize(family: Family) -> str:
+    """A manifest's config makes ``mtq.quantize`` run the model that ``evaluate`` measures."""
+    assert family.scores_GF is not None, "not scanned"
+    plan = family.plan
+    menu = [format_.name for format_ in plan.formats]
+    choice = tuple([*range(len(menu)), UNQUANTIZED][i % 3] for i in range(len(plan.searched)))
+    formats = {group.name: NONE for group in plan.groups}
+    formats |= {
+        group.name: menu[index]
+        for group, index in zip(plan.searched, choice, strict=True)
+        if index != UNQUANTIZED
+    }
+    config = quantization_config(Problem(plan.rows(), plan.summary()), formats, plan.summary())
+    entries = load_quantization_config({"quantization_config": config})["quant_cfg"]
+    quantized = quantized_by_modelopt(family.model, family.batches, entries)
+    spec = family.engine.spec
+    evaluation = EvaluationSpec(
+        model=spec.model,
+        dtype="float32",
+        device="cpu",
+        num_threads=1,
+        modules=spec.modules,
+        formats=spec.formats,
+        maxima=family.maxima,
+        step_tokens=100_000,
+    )
+    engine = EvaluationEngine(evaluation, model=family.engine.model)
+    for shard, ids_BS in zip(family.shards, family.batches, strict=True):
+        (ours,) = engine.evaluate(shard, [choice]).divergences
+        theirs_BN = _divergence(family.model, quantized, ids_BS)
+        for one, theirs_N in zip(ours, theirs_BN, strict=True):
+            assert one.kl_N == pytest.approx(theirs_N.numpy(), rel=1e-2, abs=1e-5)
+    return "yes"
+
+
+@torch.no_grad()
+def _divergence(model: Any, quantized: Any, ids_BS: torch.Tensor) -> torch.Tensor:
+    """KL divergence ``(B, N)`` of every prediction in nats."""
+    exact, changed = (
+        one(input_ids=ids_BS, use_cache=False).logits[:, :-1].double().log_softmax(dim=-1)
+        for one in (model, quantized)
+    )
+    return (exact.exp() * (exact - changed)).sum(dim=-1)
