@@ -24,6 +24,7 @@ __all__ = [
     "describe_violations",
     "layer_algo",
     "servable_formats",
+    "target_problem",
     "violations",
 ]
 Layers = Mapping[str, LayerAlgo | None]
@@ -49,25 +50,37 @@ class Violation:
     remedy: str
 
 
-def check_target(engine: str, gpu: str | None) -> str | None:
-    """The generation of a GPU, for an engine of the table.
+def target_problem(engine: str | None, gpu: str | None) -> str | None:
+    """What is wrong with an engine and a GPU that a user names; None if they are known.
 
     Args:
-        engine: One of ``ENGINES``.
+        engine: One of ``ENGINES``, or None.
         gpu: A generation, a card such as ``h100``, or None: any GPU.
+    """
+    if engine is not None and engine not in ENGINES:
+        return f"--engine {engine!r} is unknown; known: {', '.join(ENGINES)}"
+    if gpu is not None and generation_of(gpu) not in GENERATIONS:
+        return f"--gpu {gpu!r} is unknown; known: {', '.join([*GENERATIONS, *CARDS])}"
+    if engine is None and gpu is not None:
+        return f"--gpu {gpu} needs an engine; give --engine {', '.join(ENGINES)}"
+    return None
+
+
+def generation_of(gpu: str) -> str:
+    """``hopper`` for ``h100`` and ``hopper``; other texts in lower case."""
+    return CARDS.get(gpu.lower(), gpu.lower())
+
+
+def check_target(engine: str | None, gpu: str | None) -> str | None:
+    """The generation of a GPU, for an engine of the table or for none.
 
     Raises:
-        ConfigError: An unknown engine or GPU.
+        ConfigError: An unknown engine or GPU, or a GPU without an engine.
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"--engine {engine!r} is unknown; known: {', '.join(ENGINES)}")
-    if gpu is None:
-        return None
-    generation = CARDS.get(gpu.lower(), gpu.lower())
-    if generation not in GENERATIONS:
-        known = ", ".join([*GENERATIONS, *CARDS])
-        raise ConfigError(f"--gpu {gpu!r} is unknown; known: {known}")
-    return generation
+    problem = target_problem(engine, gpu)
+    if problem is not None:
+        raise ConfigError(problem)
+    return None if gpu is None else generation_of(gpu)
 
 
 def unserved_reason(
