@@ -130,7 +130,7 @@ def require_served(
 
     Args:
         groups: All groups with their modules.
-        chosen: Group -> format.
+        chosen: Group -> format; others stay in 16 bits.
         formats: The menu of the search.
         engine: One of ``ENGINES``.
         gpu: A generation or a card; None: any.
@@ -138,8 +138,14 @@ def require_served(
     Raises:
         NotServedError: Names groups, reasons and remedies.
     """
-    algos: dict[str, LayerAlgo | None] = {f.name: layer_algo(f) for f in formats} | {NONE: None}
-    layers = {name: algos[chosen[group]] for group, own in groups.items() for name in own}
+    algos = {format_.name: layer_algo(format_) for format_ in formats}
+    nameless = sorted({n for n in chosen.values() if n != NONE and algos[n] is None})
+    if nameless:
+        reason = unserved_reason(None, engine, None, mixed=True)
+        raise NotServedError(f"{engine} cannot serve {', '.join(nameless)}: {reason}")
+    layers = {
+        name: algos.get(chosen.get(group, NONE)) for group, own in groups.items() for name in own
+    }
     group_of = {name: group for group, own in groups.items() for name in own}
     found = violations(layers, engine, gpu, group_of)
     if found:
@@ -218,7 +224,7 @@ def _permitted(
 
 def _joined(sets: Sequence[Sequence[str]], searched: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Sets that overlap as one, in the order of the groups; those of one group are left out."""
-    root = {group: group for one in sets for group in one}
+    root = {group: group for one in (*sets, searched) for group in one}
 
     def find(group: str) -> str:
         while root[group] != group:
