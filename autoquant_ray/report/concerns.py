@@ -131,7 +131,7 @@ def _rivals(known: Evidence) -> Iterator[Concern]:
     if known.by_domain:
         return
     for own, *rivals in known.measured:
-        better = [row for row in rivals if _is_surely_better(row)]
+        better = [row for row in rivals if _is_surely_better(row) and _is_no_larger(row, own)]
         if better:
             best = min(better, key=lambda row: float(row["kl_mean"]))
             yield _grave(
@@ -145,6 +145,12 @@ def _rivals(known: Evidence) -> Iterator[Concern]:
 def _is_surely_better(rival: Mapping[str, Any]) -> bool:
     """By two standard errors of the difference, where they are known."""
     return bool(rival["kl_above_solution"] + 2 * (rival["kl_above_solution_stderr"] or 0.0) < 0)
+
+
+def _is_no_larger(rival: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Rivals from elsewhere have their own size; all others were made for the same budget."""
+    is_foreign = str(rival["name"]).startswith(("file ", "solution "))
+    return not is_foreign or bool(rival["weight_bytes"] <= own["weight_bytes"])
 
 
 def _null(known: Evidence) -> Iterator[Concern]:
