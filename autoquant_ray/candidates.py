@@ -62,10 +62,11 @@ def collect_candidates(
         state: A finished run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
         against: Of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
-            (:mod:`autoquant_ray.foreign_plans`).
-            ``uniform``: every format of the menu that fits the budget when all groups take it (a group that lacks it stays in 16 bits). ``modelopt``: solved with the
-            scores as ModelOpt makes them of this run's sums: per batch, clamped along its sorted
-            formats. ``random``: solved with the groups' scores shuffled, the null.
+            (:mod:`autoquant_ray.foreign_plans`). ``uniform``: every format of the menu that fits
+            the budget when all groups take it (a group that lacks it stays in 16 bits).
+            ``modelopt``: solved with the scores as ModelOpt makes them of this run's sums: per
+            batch, clamped along its sorted formats. ``random``: solved with the groups' scores
+            shuffled, the null.
         num_random: Number of shuffles.
 
     Raises:
