@@ -67,6 +67,8 @@ class Evidence:
             is the predicted loss.
         by_domain: It was made for domains; rivals that weigh all tokens alike say nothing of it.
         by_measurement: Measured losses chose it: it is not what the scores alone would choose.
+        unserved: Why the engine that it is for, or every engine known, cannot serve it; None where
+            one can.
     """
 
     predicted: float
@@ -84,6 +86,7 @@ class Evidence:
     objective: float | None = None
     by_domain: bool = False
     by_measurement: bool = False
+    unserved: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,7 @@ def find_concerns(evidence: Evidence) -> list[Concern]:
         _rivals,
         _null,
         _measured,
+        _unserved,
         _low_bits,
         _quarantined,
         _labels,
@@ -183,6 +187,11 @@ def _measured(known: Evidence) -> Iterator[Concern]:
                 f"predicted, more than a factor of {IN_RANGE:g} apart. Trust the measured number; "
                 "'refine' searches by it.",
             )
+
+
+def _unserved(known: Evidence) -> Iterator[Concern]:
+    if known.unserved is not None:
+        yield _look("No engine serves it as it is", known.unserved)
 
 
 def _low_bits(known: Evidence) -> Iterator[Concern]:
