@@ -13,14 +13,17 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from autoquant_ray.distributed.metrics import METRICS
+from autoquant_ray.engine_formats import layer_algo
+from autoquant_ray.engine_table import FUSED, TABLE
 from autoquant_ray.errors import FormatError
 from autoquant_ray.events import Event
-from autoquant_ray.formats import Format, known_formats, resolve_formats
+from autoquant_ray.formats import PAIRS, Format, known_formats, resolve_formats
 from autoquant_ray.number_formats import describe, is_scaled_by_block
 from autoquant_ray.stored_size import stored_bits
+from autoquant_ray.tool_formats import COUNTERPARTS
 
 PAGE = Path(__file__).parent / "metrics-and-events.md"
-FORMATS_PAGE = PAGE.with_name("formats.md")
+FORMATS_PAGE, ENGINES_PAGE = PAGE.with_name("formats.md"), PAGE.with_name("engines.md")
 _JSON_TYPES = {int: "integer", float: "number", str: "string", types.NoneType: "null"}
 
 
@@ -43,6 +46,58 @@ def metrics_table() -> str:
         f"| `{m.exported_name}` | {m.kind} | {', '.join(m.tags)} | {m.meaning} |" for m in METRICS
     ]
     return "\n".join(["| metric | kind | labels | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def engines_table() -> str:
+    """One row per engine and algorithm."""
+    rows = [
+        "| engine | quant_algo | mixed | alone | elsewhere | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for engine, entries in TABLE.items():
+        rows += [
+            f"| {engine} | `{row.algo}` | {', '.join(row.mixed) or '-'} | "
+            f"{', '.join(row.single) or '-'} | {row.note or '-'} | {row.source} |"
+            for row in entries
+        ]
+    return "\n".join([*rows, ""])
+
+
+def fused_table() -> str:
+    """One row per fused module."""
+    rows = ["| the engine's module | holds | engines |", "|---|---|---|"]
+    engines: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for engine, fused in FUSED.items():
+        for entry in fused:
+            engines.setdefault(entry, []).append(engine)
+    rows += [
+        f"| `{name}` | {', '.join(f'`{shard}`' for shard in shards)} | {', '.join(of)} |"
+        for (name, shards), of in engines.items()
+    ]
+    return "\n".join([*rows, "| `experts` | all routed experts of a layer | all |", ""])
+
+
+def tools_table() -> str:
+    """One row per pair of weights and inputs."""
+    rows = ["| format | quant_algo | " + " | ".join(COUNTERPARTS) + " |"]
+    rows.append("|---|---|" + "---|" * len(COUNTERPARTS))
+    for name, (weight, inputs) in PAIRS.items():
+        format_ = Format(name=name, weight=weight, input=inputs, modelopt_compression=1.0)
+        algo = layer_algo(format_)
+        cells = [_tool_text(of(format_)) for of in COUNTERPARTS.values()]
+        own = "-" if algo is None else f"`{algo.algo}`"
+        rows.append(f"| `{name}` | {own} | {' | '.join(cells)} |")
+    return "\n".join([*rows, ""])
+
+
+def _tool_text(found: Any) -> str:
+    if found is None:
+        return "-"
+    if isinstance(found, str):
+        return f"`{found}`"
+    shown = {k: v for k, v in found.items() if k in ("bits", "group_size", "mode", "data_type")}
+    shown |= {k: v for k, v in found.items() if k == "act_bits" and v < 16}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def events_table() -> str:
@@ -115,8 +170,11 @@ TABLES = {
     "events": events_table,
     "formats": formats_table,
     "refused": refused_table,
+    "engines": engines_table,
+    "fused": fused_table,
+    "tools": tools_table,
 }
 
 if __name__ == "__main__":
-    for path in (PAGE, FORMATS_PAGE):
+    for path in (PAGE, FORMATS_PAGE, ENGINES_PAGE):
         path.write_text(update(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -69,6 +69,8 @@ class Evidence:
         by_domain: It was made for domains; rivals that weigh all tokens alike say nothing of it.
         by_measurement: Measured losses chose it: it is not what the scores alone would choose.
         few_tokens: Experts that saw fewer than ``min_expert_tokens``.
+        unserved: Why the engine that it is for, or every engine known, cannot serve it; None where
+            one can.
     """
 
     predicted: float
@@ -88,6 +90,7 @@ class Evidence:
     by_measurement: bool = False
     few_tokens: Sequence[FewTokens] = ()
     min_expert_tokens: int = 0
+    unserved: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,7 @@ def find_concerns(evidence: Evidence) -> list[Concern]:
         _rivals,
         _null,
         _measured,
+        _unserved,
         _low_bits,
         _quarantined,
         _experts,
@@ -136,7 +140,7 @@ def _rivals(known: Evidence) -> Iterator[Concern]:
     if known.by_domain:
         return
     for own, *rivals in known.measured:
-        better = [row for row in rivals if _is_surely_better(row)]
+        better = [row for row in rivals if _is_surely_better(row) and _is_no_larger(row, own)]
         if better:
             best = min(better, key=lambda row: float(row["kl_mean"]))
             yield _grave(
@@ -150,6 +154,12 @@ def _rivals(known: Evidence) -> Iterator[Concern]:
 def _is_surely_better(rival: Mapping[str, Any]) -> bool:
     """By two standard errors of the difference, where they are known."""
     return bool(rival["kl_above_solution"] + 2 * (rival["kl_above_solution_stderr"] or 0.0) < 0)
+
+
+def _is_no_larger(rival: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Rivals from elsewhere have their own size; all others were made for the same budget."""
+    is_foreign = str(rival["name"]).startswith(("file ", "solution "))
+    return not is_foreign or bool(rival["weight_bytes"] <= own["weight_bytes"])
 
 
 def _null(known: Evidence) -> Iterator[Concern]:
@@ -182,6 +192,11 @@ def _measured(known: Evidence) -> Iterator[Concern]:
                 f"predicted, more than a factor of {IN_RANGE:g} apart. Trust the measured number; "
                 "'refine' searches by it.",
             )
+
+
+def _unserved(known: Evidence) -> Iterator[Concern]:
+    if known.unserved is not None:
+        yield _look("No engine serves it as it is", known.unserved)
 
 
 def _low_bits(known: Evidence) -> Iterator[Concern]:

@@ -43,6 +43,7 @@ COMMANDS = (
     "evaluate",
     "frontier",
     "explain",
+    "export",
     "refine",
     "site",
 )
