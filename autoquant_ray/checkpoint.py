@@ -1,0 +1,109 @@
+"""Exports a solution as a folder that serving engines load, in order: check, pack, check, rename.
+
+The model is loaded whole, in the type that the run computed in, so it must fit the memory of the
+machine. No data is needed: weights are calibrated by themselves, and the maxima of inputs are the
+run's. The folder is written beside its place and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.checkpoint_check import check_checkpoint
+from autoquant_ray.checkpoint_formats import MODELOPT, stored_as
+from autoquant_ray.checkpoint_source import (
+    Source,
+    read_source,
+    require_new_folder,
+    require_packable,
+)
+from autoquant_ray.errors import StoreError, one_line
+from autoquant_ray.store import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A written checkpoint.
+
+    Attributes:
+        path: The folder.
+        layout: ``modelopt`` or ``compressed-tensors``.
+        weight_bytes: Of the whole model, as the manifest counts them.
+        bytes_on_disk: Of all tensors in the folder.
+        layers: What layers are called -> how many of them.
+    """
+
+    path: str
+    layout: str
+    weight_bytes: float
+    bytes_on_disk: int
+    layers: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def export_run(
+    directory: RunDirectory, out: str, *, solution: str = "", layout: str = MODELOPT
+) -> Checkpoint:
+    """Write a solution as a checkpoint.
+
+    Args:
+        directory: A finished run.
+        out: Folder to write; new or empty.
+        solution: One of the run's solutions; '' for the scan's own.
+        layout: ``modelopt`` or ``compressed-tensors``.
+
+    Raises:
+        AutoQuantError: Nothing was written.
+    """
+    source = read_source(directory, solution)
+    target = require_new_folder(out)
+    require_packable(source, layout)
+    with _written_beside(target) as folder:
+        _write(source, folder, layout)
+        stored = check_checkpoint(folder, source, layout)
+    names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
+    return Checkpoint(
+        path=str(target),
+        layout=layout,
+        weight_bytes=source.weight_bytes,
+        bytes_on_disk=stored.total,
+        layers=dict(names),
+    )
+
+
+def _write(source: Source, folder: Path, layout: str) -> None:
+    from autoquant_ray.checkpoint_model import finish_folder, load_for_export
+    from autoquant_ray.checkpoint_modelopt import write_modelopt
+    from autoquant_ray.stages import read_maxima
+
+    directory = source.state.directory
+    maxima = read_maxima(directory) if directory.exists("calibration.parquet") else {}
+    model, ref, dtype = load_for_export(source)
+    write_modelopt(model, source, maxima, folder, dtype)
+    finish_folder(folder, ref, dtype)
+
+
+@contextmanager
+def _written_beside(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes its place when the context ends well, else goes."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise StoreError(f"--out {target} cannot be written: {one_line(error)}") from None
+    try:
+        yield folder
+        folder.chmod(target.parent.stat().st_mode & 0o777)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

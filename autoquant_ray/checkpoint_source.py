@@ -1,0 +1,142 @@
+"""What a checkpoint is made of: a solution of a run, and the reasons why it cannot be exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.checkpoint_formats import LAYOUTS, MODELOPT, shape_problem, stored_as
+from autoquant_ray.errors import ConfigError, FormatError, StoreError
+from autoquant_ray.formats import NONE, Format
+from autoquant_ray.run_files import SOLUTIONS, solution_folder
+from autoquant_ray.state import RunState
+from autoquant_ray.store import RunDirectory
+from autoquant_ray.wording import few
+
+_MOST_NAMES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A solution whose layers are to be packed.
+
+    Attributes:
+        state: The run.
+        manifest: Content of the solution's ``manifest.json``.
+        formats: Quantized module -> its format.
+        groups: Every quantizable module -> its group.
+        modules: Every quantizable module -> ``shapes`` and ``prefixes``, as in ``run.json``.
+    """
+
+    state: RunState
+    manifest: Mapping[str, Any]
+    formats: Mapping[str, Format]
+    groups: Mapping[str, str]
+    modules: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of the whole model's weights, as the manifest counts them."""
+        return float(self.manifest["solution"]["weight_bytes"])
+
+    def is_experts(self, module: str) -> bool:
+        """Whether a module holds fused experts."""
+        return list(self.modules[module]["prefixes"]) != [""]
+
+
+def read_source(directory: RunDirectory, solution: str = "") -> Source:
+    """Read a solution.
+
+    Args:
+        directory: A finished run.
+        solution: Name of a folder below ``solutions/``; '' for the scan's own.
+
+    Raises:
+        StoreError: It is no run, or has no such solution, or was imported without a model.
+        ConfigError: The solution quantizes nothing.
+    """
+    state = RunState.open(directory)
+    start = solution_folder(solution)
+    if state.values["config"] is None:
+        raise StoreError(f"{directory.uri} was imported: there is no model to export")
+    if not directory.exists(f"{start}manifest.json"):
+        names = ", ".join(directory.list_folders(SOLUTIONS)) or "none"
+        raise StoreError(
+            f"{directory.path(start)} is not a solution; solutions of the run: {names}"
+        )
+    rows = directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
+    menu = {
+        entry["name"]: Format.from_json(entry)
+        for entry in state.values["plan"]["formats"]
+        if entry.get("weight")
+    }
+    formats = {row["module"]: menu[row["format"]] for row in rows if row["format"] != NONE}
+    if not formats:
+        raise ConfigError(
+            f"{directory.path(start)} leaves every layer in 16 bits; there is nothing to export"
+        )
+    return Source(
+        state=state,
+        manifest=directory.read_json(f"{start}manifest.json"),
+        formats=formats,
+        groups={row["module"]: row["group"] for row in rows},
+        modules=state.values["plan"]["modules"],
+    )
+
+
+def require_new_folder(path: str) -> Path:
+    """The folder to write, which must be new or empty.
+
+    Raises:
+        ConfigError: It holds something, is a file, or is no local path.
+    """
+    if "://" in path:
+        raise ConfigError(f"--out {path}: a checkpoint is written to a local folder; copy it then")
+    folder = Path(path).expanduser().absolute()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"--out {path} is not empty; give a new folder")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {path} is a file; give a new folder")
+    return folder
+
+
+def require_packable(source: Source, layout: str) -> None:
+    """Check that a checkpoint of this layout can hold every layer.
+
+    Args:
+        source: What is exported.
+        layout: Of ``LAYOUTS``.
+
+    Raises:
+        FormatError: It cannot; names the groups, their formats and the remedy.
+    """
+    problems: dict[str, list[str]] = {}
+    for module, format_ in source.formats.items():
+        for problem in _problems(source, module, format_, layout):
+            groups = problems.setdefault(problem, [])
+            if source.groups[module] not in groups:
+                groups.append(source.groups[module])
+    if problems:
+        told = "; ".join(
+            f"{problem} ({few(groups, _MOST_NAMES)})" for problem, groups in problems.items()
+        )
+        others = [one for one in LAYOUTS if one != layout]
+        raise FormatError(
+            f"--format {layout} cannot hold this solution: {told}. Solve again with other formats "
+            f"for these groups (solve --allow 'PATTERN=FORMATS'), or try --format {others[0]}"
+        )
+
+
+def _problems(source: Source, module: str, format_: Format, layout: str) -> Iterator[str]:
+    if stored_as(format_, layout) is None:
+        yield f"{format_.name} has no packed form"
+        return
+    if source.is_experts(module) and layout != MODELOPT:
+        yield "fused experts cannot be packed"
+    for shape in source.modules[module]["shapes"]:
+        reason = shape_problem(format_, shape)
+        if reason is not None:
+            yield f"{format_.name}: {reason}"
+            return

@@ -1,0 +1,97 @@
+"""Exported checkpoints: read back from their files, compared with what the scan measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import CUSTOM, FORMATS, calibrated, fake_weight, load_folder, unpack_modelopt
+
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.checkpoint import export_run
+from autoquant_ray.errors import ConfigError, FormatError, StoreError
+from autoquant_ray.formats import resolve_formats
+from autoquant_ray.solve import solve_run
+
+MIXED = {
+    "*self_attn.q_proj": "wint8_aint8",
+    "*self_attn.o_proj": "int4_g32",
+    "model.layers.0.mlp.*": "wfp8_afp8",
+    "model.layers.1.mlp.gate_proj": "none",
+    "model.layers.1.mlp.down_proj": "wint8_afp16",
+    "lm_head": "wfp8_afp8",
+}
+ALGORITHMS = {
+    "wint8_aint8": "W8A8_SQ_PER_CHANNEL",
+    "int4_g32": "W4A16_AWQ",
+    "wfp8_afp8": "FP8",
+    "wint8_afp16": "W8A16",
+}
+
+
+@pytest.fixture
+def solved_run(make_run: Any, model_folder: Any) -> Any:
+    """A calibrated run of a small model with one solution, its format given per group."""
+
+    def build(family: str, choice: dict[str, str], formats: tuple[str, ...] = FORMATS) -> Any:
+        folder = model_folder(family)
+        custom = {name: entry for name, entry in CUSTOM.items() if name in formats}
+        directory = make_run(family, formats, disable=(), folder=folder, custom=custom)
+        maxima = calibrated(directory, folder, formats)
+        allow = {pattern: (name,) for pattern, name in choice.items()}
+        solve_run(directory, SolveOptions(bits=16, allow=allow), folder="")
+        return directory, folder, maxima
+
+    return build
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_modelopt_folder_holds_the_weights_that_were_measured(
+    family: str, solved_run: Any, tmp_path: Path
+) -> None:
+    directory, folder, maxima = solved_run(family, MIXED)
+    out = tmp_path / "out"
+    written = export_run(directory, str(out))
+    tensors = load_folder(out)
+    config = json.loads((out / "config.json").read_text())
+    quantized = config["quantization_config"]
+    assert quantized["quant_algo"] == "MIXED_PRECISION"
+    assert quantized == quantized | {"quant_method": "modelopt", "ignore": []}
+    layers = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert layers["quantized_layers"] == quantized["quantized_layers"]
+    menu = {f.name: f for f in resolve_formats(FORMATS, device="cpu", custom=CUSTOM)}
+    rows = directory.read_table("manifest.parquet", "manifest").to_pylist()
+    source = load_folder(folder)
+    for row in rows:
+        name, format_ = row["module"], menu.get(row["format"])
+        if format_ is None:
+            assert name not in quantized["quantized_layers"]
+            expected = source[f"{name}.weight"].bfloat16()
+            assert torch.equal(tensors[f"{name}.weight"], expected)
+            continue
+        algo = ALGORITHMS[format_.name]
+        assert quantized["quantized_layers"][name]["quant_algo"] == algo
+        unpacked = unpack_modelopt(tensors, name, algo)
+        tolerance = 2**-8 if algo == "W4A16_AWQ" else 1e-6  # its scales are stored in 16 bits
+        head = "model.embed_tokens" if family == "qwen3" and name == "lm_head" else name
+        torch.testing.assert_close(
+            unpacked, fake_weight(folder, head, format_), rtol=tolerance, atol=1e-7
+        )
+        if format_.input is not None:
+            largest = 448 if algo == "FP8" else 127
+            scale = tensors[f"{name}.input_scale"]
+            assert scale.item() == pytest.approx(maxima[name] / largest, rel=1e-6)
+    assert torch.equal(
+        tensors["model.embed_tokens.weight"], source["model.embed_tokens.weight"].bfloat16()
+    )
+    on_disk = sum(tensor.nbytes for tensor in tensors.values())
+    assert written.bytes_on_disk == on_disk
+    assert on_disk == pytest.approx(written.weight_bytes, rel=0.01)
+    assert config["dtype"] == "bfloat16"
+    assert config["tie_word_embeddings"] is False
+    assert (out / "generation_config.json").exists()
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
