@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant_ray.checkpoint_check import check_checkpoint
-from autoquant_ray.checkpoint_formats import MODELOPT, stored_as
+from autoquant_ray.checkpoint_formats import COMPRESSED_TENSORS, MODELOPT, stored_as
 from autoquant_ray.checkpoint_source import (
     Source,
     read_source,
@@ -83,13 +83,16 @@ def export_run(
 
 def _write(source: Source, folder: Path, layout: str) -> None:
     from autoquant_ray.checkpoint_model import finish_folder, load_for_export
-    from autoquant_ray.checkpoint_modelopt import write_modelopt
     from autoquant_ray.stages import read_maxima
 
     directory = source.state.directory
     maxima = read_maxima(directory) if directory.exists("calibration.parquet") else {}
     model, ref, dtype = load_for_export(source)
-    write_modelopt(model, source, maxima, folder, dtype)
+    if layout == COMPRESSED_TENSORS:
+        from autoquant_ray.checkpoint_compressed import write_compressed as write
+    else:
+        from autoquant_ray.checkpoint_modelopt import write_modelopt as write
+    write(model, source, maxima, folder, dtype)
     finish_folder(folder, ref, dtype)
 
 

@@ -16,26 +16,27 @@ MODELOPT, COMPRESSED_TENSORS = "modelopt", "compressed-tensors"
 LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
 """How a checkpoint is written."""
 
-_16_BITS = "16 bits"
+SIXTEEN_BITS = "16 bits"
+"""Kind of a quantizer that is not there."""
 _ALGORITHMS: dict[tuple[str, str], str] = {
     ("fp8 tensor", "fp8 tensor"): "FP8",
     ("fp8 channel", "fp8 token"): "FP8_PER_CHANNEL_PER_TOKEN",
-    ("int8 channel", _16_BITS): "W8A16",
+    ("int8 channel", SIXTEEN_BITS): "W8A16",
     ("int8 channel", "int8 tensor"): "W8A8_SQ_PER_CHANNEL",
-    ("int4 block", _16_BITS): "W4A16_AWQ",
+    ("int4 block", SIXTEEN_BITS): "W4A16_AWQ",
     ("nvfp4", "nvfp4"): "NVFP4",
-    ("nvfp4", _16_BITS): "W4A16_NVFP4",
+    ("nvfp4", SIXTEEN_BITS): "W4A16_NVFP4",
     ("mxfp8", "mxfp8"): "MXFP8",
 }
 """(weight, input) -> per-layer algorithm that ModelOpt 0.47 writes and whose tensors hold all of
 it (``modelopt/torch/export/quant_utils.py``, ``get_quantization_format``)."""
 _COMPRESSED: Mapping[tuple[str, str], str] = {
     ("fp8 tensor", "fp8 tensor"): "float-quantized",
-    ("fp8 tensor", _16_BITS): "naive-quantized",
+    ("fp8 tensor", SIXTEEN_BITS): "naive-quantized",
     ("fp8 channel", "fp8 token"): "float-quantized",
-    ("int8 channel", _16_BITS): "pack-quantized",
+    ("int8 channel", SIXTEEN_BITS): "pack-quantized",
     ("int8 channel", "int8 tensor"): "int-quantized",
-    ("int4 block", _16_BITS): "pack-quantized",
+    ("int4 block", SIXTEEN_BITS): "pack-quantized",
 }
 """(weight, input) -> format of a group in compressed-tensors 0.20 (``compressors/format.py``)."""
 _NO_MATTER = frozenset({"effective_bits", "trt_high_precision_dtype", "calibrator", "enable"})
@@ -50,7 +51,13 @@ def stored_as(format_: Format, layout: str) -> str | None:
             its formats).
     """
     table = _ALGORITHMS if layout == MODELOPT else _COMPRESSED
-    return table.get((_grid(format_.weight), _grid(format_.input)))
+    return table.get(grids(format_))
+
+
+def grids(format_: Format) -> tuple[str, str]:
+    """The kinds of a format's quantizers, weight and input, such as ``("fp8 tensor", "16 bits")``:
+    the numbers, and what shares a scale."""
+    return _grid(format_.weight), _grid(format_.input)
 
 
 def block_size(format_: Format) -> int:
@@ -74,9 +81,9 @@ def shape_problem(format_: Format, shape: Sequence[int]) -> str | None:
 
 
 def _grid(attributes: Attributes | None) -> str:
-    """The numbers of a quantizer and what shares a scale; unknown kinds give their attributes."""
+    """The kind of a quantizer; unknown ones give their attributes."""
     if attributes is None:
-        return _16_BITS
+        return SIXTEEN_BITS
     rest = {key: value for key, value in attributes.items() if key not in _NO_MATTER and value}
     bits, blocks = rest.pop("num_bits", 8), dict(rest.pop("block_sizes", None) or {})
     axis, kind = attributes.get("axis"), rest.pop("type", "static")

@@ -39,6 +39,7 @@ def write_modelopt(
 
     mtq.quantize(model, load_quantization_config(source.manifest))
     _set_input_maxima(model, source, maxima)
+    _quantize_weights(model, source)
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
     export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
@@ -54,6 +55,21 @@ def _set_input_maxima(model: Any, source: Source, maxima: Maxima) -> None:
             if not quantizer.is_enabled or not needs_static_maximum(quantizer):
                 continue
             quantizer.amax = torch.tensor(maxima[name][f"{prefix}input_amax"])
+
+
+@torch.no_grad()
+def _quantize_weights(model: Any, source: Source) -> None:
+    """Put weights on their grid as the scan did, so that packing does not round a tie otherwise.
+
+    Formats whose scales are made anew from the weights are left to the exporter.
+    """
+    for name in source.formats:
+        quantizer = getattr(model.get_submodule(name), "weight_quantizer", None)
+        if quantizer is None or not needs_static_maximum(quantizer):
+            continue
+        if quantizer.num_bits != (2, 1):
+            weight = model.get_submodule(name).weight
+            weight.copy_(quantizer(weight))
 
 
 def _round_to_16_bits(folder: Path, source: Source, dtype: torch.dtype) -> None:

@@ -13,11 +13,16 @@ import torch
 from safetensors.torch import load_file
 
 from autoquant_ray.calibration import ActivationMaxima
+from autoquant_ray.checkpoint_source import read_source
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import find_model, load_model
 from autoquant_ray.plan import build_plan
+from autoquant_ray.quantized_layers import UNQUANTIZED, QuantizedLayers
 from autoquant_ray.quantizers import fake_quantize_weight
 from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.stages import read_maxima
+from autoquant_ray.weight_cache import WeightCache
 
 CUSTOM = {
     "int4_g32": {
@@ -25,7 +30,7 @@ CUSTOM = {
         "input": None,
     }
 }
-FORMATS = ("int4_g32", "wfp8_afp8", "wint8_aint8", "wint8_afp16")
+FORMATS = ("int4_g32", "wfp8_afp8", "wint8_aint8", "wint8_afp16", "wfp8_afp16")
 
 
 def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS) -> Any:
@@ -70,3 +75,22 @@ def unpack_modelopt(tensors: Mapping[str, torch.Tensor], module: str, algo: str)
     nibbles = torch.stack([pairs & 15, pairs >> 4], dim=1).reshape(-1, weight.shape[1])
     numbers = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
     return numbers * scale.repeat_interleave(numbers.shape[1] // scale.shape[1], dim=1)
+
+
+def logits_of_plan(directory: Any, solution: str, ids_BS: torch.Tensor) -> torch.Tensor:
+    """Logits of the run's model under a solution, as ``evaluate`` quantizes it."""
+    source = read_source(directory, solution)
+    scan = ScanConfig.model_validate(source.state.values["config"])
+    model = load_model(find_model(scan.model), dtype="float32", device="cpu")
+    menu = resolve_formats(scan.formats, device="cpu", custom=scan.custom_formats)
+    modules = scored_modules(build_plan(model, menu, scan.disable))
+    index = {format_.name: number for number, format_ in enumerate(menu)}
+    groups = {scored.group: scored.planned.name for scored in modules}
+    choice = tuple(
+        index[source.formats[groups[g]].name] if groups[g] in source.formats else UNQUANTIZED
+        for g in sorted(groups)
+    )
+    quantized = QuantizedLayers(model, [], modules, menu, read_maxima(directory))
+    with quantized.quantized(0, choice, WeightCache(2**40)), torch.no_grad():
+        logits: torch.Tensor = model(ids_BS).logits
+    return logits

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import CUSTOM, FORMATS, calibrated, fake_weight, load_folder, unpack_modelopt
+import transformers
+from checkpoints import (
+    CUSTOM,
+    FORMATS,
+    calibrated,
+    fake_weight,
+    load_folder,
+    logits_of_plan,
+    unpack_modelopt,
+)
 
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.checkpoint import export_run
-from autoquant_ray.errors import ConfigError, FormatError, StoreError
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.solve import solve_run
 
@@ -22,6 +31,18 @@ MIXED = {
     "model.layers.0.mlp.*": "wfp8_afp8",
     "model.layers.1.mlp.gate_proj": "none",
     "model.layers.1.mlp.down_proj": "wint8_afp16",
+    "lm_head": "wfp8_afp8",
+}
+MIXED_WEIGHTS = {
+    "*self_attn.*": "int4_g32",
+    "*mlp.down_proj": "wint8_afp16",
+    "model.layers.0.mlp.gate_proj": "none",
+    "model.layers.1.mlp.gate_proj": "wfp8_afp16",
+    "lm_head": "none",
+}
+MIXED_INPUTS = {
+    "*self_attn.*": "wint8_aint8",
+    "*mlp.*": "wfp8_afp8",
     "lm_head": "wfp8_afp8",
 }
 ALGORITHMS = {
@@ -36,8 +57,13 @@ ALGORITHMS = {
 def solved_run(make_run: Any, model_folder: Any) -> Any:
     """A calibrated run of a small model with one solution, its format given per group."""
 
-    def build(family: str, choice: dict[str, str], formats: tuple[str, ...] = FORMATS) -> Any:
-        folder = model_folder(family)
+    def build(
+        family: str,
+        choice: dict[str, str],
+        formats: tuple[str, ...] = FORMATS,
+        folder: Path | None = None,
+    ) -> Any:
+        folder = folder or model_folder(family)
         custom = {name: entry for name, entry in CUSTOM.items() if name in formats}
         directory = make_run(family, formats, disable=(), folder=folder, custom=custom)
         maxima = calibrated(directory, folder, formats)
@@ -95,3 +121,44 @@ def test_modelopt_folder_holds_the_weights_that_were_measured(
     assert (out / "generation_config.json").exists()
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.fixture
+def folder_16_bits(make_model: Any, model_folder: Any, tmp_path: Path) -> Any:
+    """Save a small model as most checkpoints are: in 16 bits."""
+
+    def save(family: str) -> Path:
+        folder = tmp_path / f"{family}-16"
+        shutil.copytree(model_folder(family), folder)
+        make_model(family).to(torch.float16).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("choice", [MIXED_WEIGHTS, MIXED_INPUTS], ids=["weights", "inputs"])
+def test_compressed_tensors_folder_is_read_by_transformers_alone(
+    choice: dict[str, str], family: str, solved_run: Any, folder_16_bits: Any, tmp_path: Path
+) -> None:
+    """The reader is transformers with compressed-tensors. A random model is chaotic: where inputs
+    are rounded, a last bit that differs spreads to all later positions, so samples are short."""
+    directory, _, _ = solved_run(family, choice, folder=folder_16_bits(family))
+    out = tmp_path / "out"
+    written = export_run(directory, str(out), layout="compressed-tensors")
+    assert written.bytes_on_disk == pytest.approx(written.weight_bytes, rel=0.01)
+    ids = torch.randint(0, 256, (250, 8), generator=torch.Generator().manual_seed(1))
+    expected = logits_of_plan(directory, "", ids)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        found = model(ids).logits
+    print((expected.argmax(-1) == found.argmax(-1)).float().mean(), (expected - found).abs().mean())
+    assert (expected.argmax(-1) == found.argmax(-1)).float().mean() >= 0.99
+    assert (expected - found).abs().mean() < 0.002 * expected.std()
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    targets = [name for group in config["config_groups"].values() for name in group["targets"]]
+    assert len(targets) == len(set(targets))
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(targets) | set(config["ignore"]) == linears
+    assert not set(targets) & set(config["ignore"])
