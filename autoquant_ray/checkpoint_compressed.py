@@ -11,6 +11,7 @@ Shape letters: O out features, I in features.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def write_compressed(
             parts = _pack(module.weight, format_, scheme, maxima.get(name, {}), dtype)
             packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             module.weight = None  # the packed one takes its place
-    rest = {name: _rounded(tensor, dtype) for name, tensor in model.state_dict().items()}
+    rest = {name: _rounded(tensor, dtype) for name, tensor in _distinct(model)}
     model.save_pretrained(folder, state_dict=rest | packed)
     linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     config = QuantizationConfig(
@@ -137,6 +138,15 @@ def _pack(
         largest = make_quantizer(format_.input or {}).maxbound
         packed["input_scale"] = torch.tensor([maxima["input_amax"] / largest])
     return {name: tensor.contiguous() for name, tensor in packed.items()}
+
+
+def _distinct(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers; of those that share their memory the first."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
