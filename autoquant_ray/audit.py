@@ -37,6 +37,7 @@ from autoquant_ray.evaluation_table import mean_kl
 from autoquant_ray.formats import NONE
 from autoquant_ray.plan_search import split_shards
 from autoquant_ray.run_files import solution_folder, solution_of
+from autoquant_ray.served_search import served_problem
 from autoquant_ray.solve import (
     Scores,
     Solution,
@@ -115,6 +116,7 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
     options = without_domains(solution_options(state, start))
     problem = problem.timed(options.latency)
     formats = solution_formats(state, start, problem)
+    problem = served_problem(problem, options, formats)
     stderrs = score_errors(state.directory)
     shares = _shares(state, problem, scores, options, formats)
     chosen = choose_pairs(problem, scores, stderrs, shares, options, formats, config.audit or 0)

@@ -33,11 +33,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from autoquant_ray.allocation import restrict, solve
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.formats import NONE
 from autoquant_ray.run_files import AUDIT_FILE
+from autoquant_ray.served_search import allowed_choices, ties_of
 from autoquant_ray.store import RunDirectory
+from autoquant_ray.ties import solve_tied
 
 Pair = tuple[str, str]
 """(group, format)."""
@@ -95,7 +96,7 @@ def choose_pairs(
     """
     allowed = [
         (choice.group, choice.format)
-        for choice in restrict(problem.choices(scores), options.pins, options.allow)
+        for choice in allowed_choices(problem, scores, options)
         if choice.format != NONE
     ]
 
@@ -188,8 +189,8 @@ def solve_again(
         Searched group -> format.
     """
     audited = audited_scores(scores, pairs)
-    choices = restrict(problem.choices(audited), options.pins, options.allow)
-    found = solve(choices, problem.budgets(options), max_formats=options.max_formats)
+    choices, budgets = allowed_choices(problem, audited, options), problem.budgets(options)
+    found = solve_tied(choices, budgets, ties_of(problem), max_formats=options.max_formats)
     own = math.fsum(audited[g, f] for g, f in formats.items() if f != NONE)
     return dict(formats) if own <= found.score else found.formats
 

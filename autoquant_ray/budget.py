@@ -15,13 +15,16 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autoquant_ray.allocation import Allocation, Budget, Choice, restrict, solve
+from autoquant_ray.allocation import Allocation, Budget, Choice
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.domain_weights import check_objective, normalised
+from autoquant_ray.engine_choices import Served
+from autoquant_ray.engines import check_target
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE
 from autoquant_ray.latency import LATENCY, StepTime
 from autoquant_ray.latency_target import Latency
+from autoquant_ray.served_search import solve_served
 from autoquant_ray.step_facts import is_routed_expert
 
 BITS_PER_BYTE = 8
@@ -37,6 +40,7 @@ class SolveOptions:
 
     What is least is the loss on all tokens, unless ``domains`` weighs the losses of domains (the
     weights are made to sum to 1) or ``worst_domain`` asks for the least loss of the worst one.
+    With an ``engine`` only plans count that it can serve, on the ``gpu`` if one is given.
     """
 
     bits: float | None = None
@@ -49,12 +53,15 @@ class SolveOptions:
     domains: Mapping[str, float] = field(default_factory=dict)
     worst_domain: bool = False
     latency: Latency | None = None
+    engine: str | None = None
+    gpu: str | None = None
 
     def __post_init__(self) -> None:
         check_objective(self.domains, self.worst_domain)
         object.__setattr__(self, "domains", normalised(self.domains))
         if not isinstance(self.latency, Latency | None):
             raise ConfigError(f"latency {self.latency!r}: use latency_of({self.latency!r}, ...)")
+        object.__setattr__(self, "gpu", check_target(self.engine, self.gpu))
         limit_ms = None if self.latency is None else self.latency.limit_ms
         if self.bits is None and self.bytes is None and limit_ms is None:
             raise ConfigError(
@@ -73,6 +80,8 @@ def solve_options(config: ScanConfig) -> SolveOptions:
         bits_over=config.bits_over,
         cost=config.cost,
         max_formats=config.max_formats,
+        engine=config.engine,
+        gpu=config.gpu,
     )
 
 
@@ -126,7 +135,8 @@ class Problem:
         self.other_bytes: int = summary["other_bytes"]
         self.has_active_moe = ratio is not None
         self.step: StepTime | None = None
-        self._summary = summary
+        self.served: Served | None = None
+        self.summary = summary
         groups: dict[str, GroupChoices] = {}
         for row in plan_rows:
             name = row["group"]
@@ -153,7 +163,7 @@ class Problem:
         if latency is None:
             return self
         timed = copy(self)
-        timed.step = step = StepTime(latency, self._summary)
+        timed.step = step = StepTime(latency, self.summary)
         timed.groups = {
             name: replace(
                 group,
@@ -261,9 +271,7 @@ class Problem:
             InfeasibleBudgetError: With the reachable range.
             ConfigError: A pin or an allow pattern names something that does not exist.
         """
-        timed = self.timed(options.latency)
-        choices = restrict(timed.choices(scores), options.pins, options.allow)
-        return solve(choices, timed.budgets(options), max_formats=options.max_formats)
+        return solve_served(self.timed(options.latency), scores, options)
 
     def check_feasible(self, options: SolveOptions) -> None:
         """Raise now, before any scoring, what :meth:`solve` would raise later."""

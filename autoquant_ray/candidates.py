@@ -15,6 +15,7 @@ from autoquant_ray.errors import ConfigError, StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.latency_target import Latency
 from autoquant_ray.manifest import allocation_key, average_bits, model_bytes, predicted_loss
+from autoquant_ray.served_search import served_problems
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
 
@@ -178,7 +179,9 @@ def _uniform(problem: Problem, scores: Scores, options: SolveOptions) -> list[Ca
     names = dict.fromkeys(f for group in problem.searched for f in group.rows if f != NONE)
     fitting = []
     for name in names:
-        formats = {g.name: name if name in g.rows else NONE for g in problem.searched}
+        formats = _everywhere(problem, options, name)
+        if formats is None:
+            continue
         costs = {
             budget.resource: math.fsum(
                 group.cost(formats[group.name], budget.resource) for group in problem.searched
@@ -188,6 +191,21 @@ def _uniform(problem: Problem, scores: Scores, options: SolveOptions) -> list[Ca
         if all(costs[budget.resource] <= budget.limit * (1 + 1e-12) for budget in budgets):
             fitting.append(make_candidate(problem, scores, f"uniform {name}", formats))
     return fitting
+
+
+def _everywhere(problem: Problem, options: SolveOptions, name: str) -> dict[str, str] | None:
+    """The plan with a format wherever it can be; None where the engine would not serve that."""
+    for one in served_problems(problem, options):
+        permitted = None if one.served is None else one.served.permitted
+        formats = {
+            g.name: name if name in (g.rows if permitted is None else permitted[g.name]) else NONE
+            for g in problem.searched
+        }
+        if one.served is None:
+            return formats
+        if name in one.served.menu and one.served.permits(formats):
+            return formats
+    return None
 
 
 def _modelopt_scores(state: RunState) -> dict[tuple[str, str], float]:

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from autoquant_ray import knapsack
-from autoquant_ray.allocation import restrict
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.formats import NONE
 from autoquant_ray.knapsack import Floats
+from autoquant_ray.served_search import allowed_choices
 from autoquant_ray.stability import NUM_RESAMPLES, Stability, allocate, assess
 from autoquant_ray.stopping import budget_problem
 
@@ -178,7 +178,7 @@ def _allowed(
     options: SolveOptions,
     formats: Mapping[str, str],
 ) -> set[tuple[str, str]]:
-    choices = restrict(problem.choices(scores), options.pins, options.allow)
+    choices = allowed_choices(problem, scores, options)
     used = {NONE, *formats.values()}
     return {
         (choice.group, choice.format)

@@ -19,6 +19,7 @@ from autoquant_ray.cli_edge import (
     print_json,
     set_up_logging,
 )
+from autoquant_ray.cli_engine import engine_options
 from autoquant_ray.cli_evaluate import evaluate, refine, refine_and_show
 from autoquant_ray.cli_explain import explain
 from autoquant_ray.cli_frontier import frontier
@@ -134,6 +135,7 @@ def scan(
     "routed experts only the share that a token visits.",
 )
 @latency_options
+@engine_options
 @mapping_option("--pin", "GROUP=FORMAT", "Fix a group's format. May be repeated.")
 @mapping_option("--allow", "PATTERN=F1,F2", "Formats that groups may take. May be repeated.")
 @click.option("--max-formats", type=click.IntRange(min=1), help="Most distinct formats.")
@@ -165,6 +167,7 @@ def solve(
     Example:
       autoquant-ray solve runs/qwen3 --bits 4.5 --pin lm_head=none --allow '*.o_proj=wfp8_afp8,none'
       autoquant-ray solve runs/qwen3 --latency h100 --batch 8 --tokens-per-second 1500
+      autoquant-ray solve runs/qwen3 --bits 6 --engine vllm --gpu hopper
     """
     set_up_logging(verbose)
     from autoquant_ray.budget import SolveOptions

@@ -21,6 +21,7 @@ from pydantic import (
 
 from autoquant_ray.config_values import parse_bytes, parse_gib, parse_share, parse_workers
 from autoquant_ray.data_sources import Data, parse_data
+from autoquant_ray.engines import target_problem
 
 
 def _check_custom_key(key: str) -> str:
@@ -162,6 +163,12 @@ class ScanConfig(SearchSpace):
     max_formats: int | None = Field(
         default=None, ge=1, description="At most this many distinct formats, 16 bits not counted."
     )
+    engine: str | None = Field(
+        default=None, description="Only plans that this can serve: vllm, sglang or trtllm."
+    )
+    gpu: str | None = Field(
+        default=None, description="On ampere, ada, hopper, blackwell, or a card such as h100."
+    )
     estimator: Literal["elementwise", "token"] = Field(
         default="elementwise",
         description="Sum behind the score: per output element (diagonal Fisher), or per token "
@@ -259,6 +266,8 @@ class ScanConfig(SearchSpace):
     def _check_budget(self) -> Self:
         if self.bits is None and self.bytes is None:
             raise ValueError("give a budget: bits (average stored bits) or bytes (whole model)")
+        if (problem := target_problem(self.engine, self.gpu)) is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ import numpy as np
 
 from autoquant_ray import allocation as allocations
 from autoquant_ray import knapsack
-from autoquant_ray.allocation import Allocation, Choice, restrict
+from autoquant_ray.allocation import Allocation, Choice
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.domain_scores import DomainScores, read_domain_scores
 from autoquant_ray.errors import ConfigError
@@ -23,6 +23,7 @@ from autoquant_ray.formats import NONE
 from autoquant_ray.knapsack_worst import solve_worst
 from autoquant_ray.manifest import predicted_loss
 from autoquant_ray.run_files import DOMAINS_FILE
+from autoquant_ray.served_search import allowed_choices, best_served, ties_of
 from autoquant_ray.state import RunState
 
 Scores = Mapping[tuple[str, str], float]
@@ -79,7 +80,7 @@ def solve_for(domains: DomainScores, problem: Problem, options: SolveOptions) ->
     """
     if options.domains:
         return problem.solve(domains.weighted(options.domains), options)
-    return _solve_worst(problem, domains, options)
+    return best_served(problem, options, lambda one: _solve_worst(one, domains, options))
 
 
 def domain_summary(
@@ -122,7 +123,12 @@ def domain_summary(
 
 def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions) -> Allocation:
     equal = domains.weighted(domains.equal_weights)
-    choices = restrict(problem.choices(equal), options.pins, options.allow)
+    if ties := ties_of(problem):
+        raise ConfigError(
+            f"--worst-domain cannot be solved for {options.engine}, which needs one format for "
+            f"{' and '.join(ties[0])}; weigh the domains with --domains"
+        )
+    choices = allowed_choices(problem, equal, options)
     budgets = problem.budgets(options)
     groups = list(dict.fromkeys(choice.group for choice in choices))
     formats = list(dict.fromkeys(choice.format for choice in choices))

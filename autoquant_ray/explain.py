@@ -30,6 +30,7 @@ from autoquant_ray.formats import NONE
 from autoquant_ray.group_names import find_group
 from autoquant_ray.manifest import is_chosen_by_measurement
 from autoquant_ray.run_files import solution_folder, solution_of
+from autoquant_ray.served_search import served_problem
 from autoquant_ray.shard_shares import ShardShare, find_shards
 from autoquant_ray.solve import Scores, certainty_of, load_problem, score_errors
 from autoquant_ray.stability import NUM_RESAMPLES
@@ -196,6 +197,7 @@ class _Story:
         self._options = options
         self._start = start
         self._formats = solution_formats(state, start, problem)
+        self._served = served_problem(problem, options, self._formats)
         self._plan_score = make_candidate(problem, self._scores, "", self._formats).predicted_kl
         if options.worst_domain:
             self._plan_score = state.directory.read_json(f"{start}manifest.json")["solution"][
@@ -205,7 +207,7 @@ class _Story:
     def explain(self, group: GroupChoices) -> Explanation:
         """Everything about a searched group."""
         directory = self._state.directory
-        arguments = (self._problem, self._scores, self._options, self._formats)
+        arguments = (self._served, self._scores, self._options, self._formats)
         certainty = certainty_of(self._state, *arguments)
         shards = find_shards(self._state, group.name, self._problem, self._options)
         chosen = self._formats[group.name]

@@ -9,6 +9,7 @@ from typing import Any
 
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import SolveOptions
+from autoquant_ray.engine_choices import NotServedError
 from autoquant_ray.errors import InfeasibleBudgetError
 
 
@@ -76,7 +77,7 @@ class Flips:
         options = replace(self._options, pins={**self._options.pins, group: format_})
         try:
             found = self._solve(options)
-        except InfeasibleBudgetError as error:
+        except (InfeasibleBudgetError, NotServedError) as error:
             return Flip(others={}, reason=str(error))
         is_same = format_ == self._formats[group] and found.score >= self._score
         formats = self._formats if is_same else found.formats

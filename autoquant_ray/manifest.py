@@ -216,6 +216,8 @@ def build_manifest(
             "domains": dict(options.domains),
             "worst_domain": options.worst_domain,
             "latency": None if options.latency is None else options.latency.to_json(),
+            "engine": options.engine,
+            "gpu": options.gpu,
         },
         "solution": dict(solution),
         "quantization_config": config,

@@ -19,6 +19,7 @@ from autoquant_ray.evaluation_table import mean_kl, paired_difference
 from autoquant_ray.measurement import Measurement, measuring
 from autoquant_ray.plan_search import Found, search_plans
 from autoquant_ray.run_files import solution_folder
+from autoquant_ray.served_search import served_problem
 from autoquant_ray.solve import Solution, load_problem, write_solution
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -97,6 +98,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
     options = without_domains(solution_options(state, start))
     problem = problem.timed(options.latency)
     formats = solution_formats(state, start, problem)
+    problem = served_problem(problem, options, formats)
     with measuring(state, config) as measurement:
         untouched_shards(measurement, start)
         found = search_plans(

@@ -24,10 +24,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from autoquant_ray.allocation import restrict, solve
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.formats import NONE
+from autoquant_ray.served_search import allowed_choices, ties_of
 from autoquant_ray.swaps import Formats, Swaps
+from autoquant_ray.ties import solve_tied
 
 Flip = tuple[str, str]
 """(group, its new format)."""
@@ -95,9 +96,10 @@ def solve_flips(
     choices = [
         # The solver takes losses from 0; a constant per group changes no choice.
         replace(choice, score=losses[choice.group, choice.format] - lowest[choice.group])
-        for choice in restrict(problem.choices(nothing), options.pins, options.allow)
+        for choice in allowed_choices(problem, nothing, options)
         if (choice.group, choice.format) in losses
     ]
-    found = solve(choices, problem.budgets(options), max_formats=options.max_formats)
+    budgets, most = problem.budgets(options), options.max_formats
+    found = solve_tied(choices, budgets, ties_of(problem), max_formats=most)
     own = -math.fsum(lowest.values())
     return dict(formats) if own <= found.score else found.formats

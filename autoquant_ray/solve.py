@@ -29,6 +29,7 @@ from autoquant_ray.manifest import (
 from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
 from autoquant_ray.run_files import SOLUTIONS, solution_folder
+from autoquant_ray.served_search import served_problem, ties_of
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import describe_stopping
 from autoquant_ray.store import RunDirectory
@@ -157,6 +158,7 @@ def write_solution(
     """
     directory = state.directory
     formats = chosen_formats(problem, allocation)
+    problem = served_problem(problem, options, formats)
     plan = state.values["plan"]
     is_imported = "imported_from" in state.values
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
@@ -198,9 +200,10 @@ def certainty_of(
     """How sure an allocation is, from the sums that the run keeps for it.
 
     None for an imported run and for one of an earlier version: no shards to resample. None for the
-    least loss of the worst domain too: no fast solver solves its resamples.
+    least loss of the worst domain, and where an engine needs one format for several groups, too: no
+    fast solver solves their resamples.
     """
-    if options.worst_domain or not state.directory.exists("resampling.parquet"):
+    if options.worst_domain or ties_of(problem) or not state.directory.exists("resampling.parquet"):
         return None
     if options.domains:
         return assess_weighted(state, problem, options, formats)
@@ -230,6 +233,7 @@ def solution_name(options: SolveOptions) -> str:
     if options.latency is not None:
         parts += options.latency.name_parts
         rest["latency"] = options.latency.to_json()
+    parts += [name for name in (options.engine, options.gpu) if name is not None]
     if rest != {
         "bits_over": "searched",
         "cost": "storage",

@@ -24,11 +24,11 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
     "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
     "aggregate": ("estimator",),
-    "allocate": ("bits", "bytes", "bits_over", "cost", "max_formats"),
+    "allocate": ("bits", "bytes", "bits_over", "cost", "max_formats", "engine", "gpu"),
 }
 """Fields that each stage's result depends on, in the order of the stages."""
 
-ADDED_FIELDS = ("data_seed", "domain_field")
+ADDED_FIELDS = ("data_seed", "domain_field", "engine", "gpu")
 """Fields that earlier versions did not have; None means what those versions did."""
 
 
@@ -59,7 +59,11 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
             own["data_fingerprint"] = data
         if stage == "score" and config.stop_when_stable is not None:
             later = (*STAGE_FIELDS["aggregate"], *STAGE_FIELDS["allocate"])
-            own |= {name: values[name] for name in later}
+            own |= {
+                name: values[name]
+                for name in later
+                if name not in ADDED_FIELDS or values[name] is not None
+            }
         text = json.dumps([previous, own], sort_keys=True)
         previous = hashlib.sha256(text.encode()).hexdigest()[:16]
         digests[stage] = previous

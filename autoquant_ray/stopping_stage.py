@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow.compute as pc
 
 from autoquant_ray.budget import Problem, solve_options
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.formats import NONE
 from autoquant_ray.plan import Plan
 from autoquant_ray.run_files import SAMPLES, SCORES, part_name
+from autoquant_ray.served_search import served_problems
 from autoquant_ray.state import RunState
 from autoquant_ray.stopping import MIN_SHARDS, StoppingRule, budget_problem, part_sums
 
@@ -31,10 +34,15 @@ def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
         )
     if config.max_formats is not None:
         logger.warning("--stop-when-stable does not consider --max-formats")
-    problem = Problem(plan.rows(), plan.summary())
+    problem, options = Problem(plan.rows(), plan.summary()), solve_options(config)
     formats = [format_.name for format_ in plan.formats]
+    served = served_problems(problem, options)[0].served
+    costs = budget_problem(problem, options, formats)
+    if served is not None:
+        permitted = [served.permitted[group.name] for group in problem.searched]
+        costs = costs.keep(np.array([[f in own for f in (*formats, NONE)] for own in permitted]))
     return StoppingRule(
-        budget_problem(problem, solve_options(config), formats),
+        costs,
         threshold=config.stop_when_stable,
         num_shards=state.num_shards,
         seed=config.seed,

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from autoquant_ray.allocation import restrict
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.knapsack import Floats
+from autoquant_ray.served_search import allowed_choices, ties_of
 
 Formats = Mapping[str, str]
 Change = tuple[tuple[str, str], ...]
@@ -37,12 +37,13 @@ class Swaps:
         self, problem: Problem, scores: Mapping[tuple[str, str], float], options: SolveOptions
     ) -> None:
         self._budgets = problem.budgets(options)
-        choices = restrict(problem.choices(scores), options.pins, options.allow)
+        choices = allowed_choices(problem, scores, options)
         self._scores = {(c.group, c.format): c.score for c in choices}
         self._costs = {
             (c.group, c.format): [c.costs[budget.resource] for budget in self._budgets]
             for c in choices
         }
+        self._tied = {group for tie in ties_of(problem) for group in tie}
         self._max_formats = options.max_formats
 
     def room(self, formats: Formats) -> Floats:
@@ -57,8 +58,12 @@ class Swaps:
         return bool((self.room(formats) >= 0).all()) and self._has_few_formats(formats)
 
     def moves(self, formats: Formats) -> list[tuple[str, str]]:
-        """Every allowed (group, format) that an allocation does not have."""
-        return [(group, other) for (group, other) in self._scores if other != formats[group]]
+        """Every allowed (group, format) that an allocation does not have; none of tied groups."""
+        return [
+            (group, other)
+            for (group, other) in self._scores
+            if other != formats[group] and group not in self._tied
+        ]
 
     def proposals(self, formats: Formats) -> Iterator[Change]:
         """Changes of an allocation that fit, those that the scores like best first."""

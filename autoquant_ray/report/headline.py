@@ -106,6 +106,9 @@ def budget_text(budget: dict[str, Any]) -> str:
     if budget["bytes"] is not None:
         parts.append(f"{budget['bytes']} bytes for the whole model")
     parts.extend(_speed(budget))
+    if budget.get("engine") is not None:
+        where = f" on {budget['gpu']}" if budget["gpu"] is not None else ""
+        parts.append(f"served by {budget['engine']}{where}")
     if budget["max_formats"] is not None:
         parts.append(f"at most {budget['max_formats']} formats")
     parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())

@@ -104,6 +104,8 @@ def solve_command(run: str, budget: Mapping[str, Any]) -> str:
     if budget["cost"] != "storage":
         words += ["--cost", budget["cost"]]
     words += _latency_words(budget.get("latency"))
+    for name in ("engine", "gpu"):
+        words += [] if budget.get(name) is None else [f"--{name}", budget[name]]
     domains = budget.get("domains") or {}
     if domains:
         words += ["--domains", ",".join(f"{name}={weight}" for name, weight in domains.items())]

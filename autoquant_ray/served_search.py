@@ -1,0 +1,130 @@
+"""The search of a budget under what an engine serves: each of its menus, the best plan of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from typing import TYPE_CHECKING
+
+from autoquant_ray.allocation import Allocation, Choice, restrict
+from autoquant_ray.engine_choices import NotServedError, formats_of, require_served, served_sets
+from autoquant_ray.errors import AutoQuantError, InfeasibleBudgetError
+from autoquant_ray.ties import Ties, solve_tied
+
+if TYPE_CHECKING:
+    from autoquant_ray.budget import Problem, SolveOptions
+
+Scores = Mapping[tuple[str, str], float]
+"""(group, format) -> nats per token."""
+
+
+def solve_served(problem: Problem, scores: Scores, options: SolveOptions) -> Allocation:
+    """Choose a format for every searched group.
+
+    Raises:
+        InfeasibleBudgetError: With the reachable range.
+        ConfigError: A pin or an allow pattern names something that does not exist, or the engine
+            serves nothing of what is left.
+    """
+
+    def solve(one: Problem) -> Allocation:
+        choices, budgets = allowed_choices(one, scores, options), one.budgets(options)
+        return solve_tied(choices, budgets, ties_of(one), max_formats=options.max_formats)
+
+    return best_served(problem, options, solve)
+
+
+def best_served(
+    problem: Problem, options: SolveOptions, solve: Callable[[Problem], Allocation]
+) -> Allocation:
+    """The best allocation over everything that the engine serves together.
+
+    Args:
+        problem: Groups with their costs.
+        options: Budget, constraints, engine.
+        solve: Finds the best allocation of a problem under one menu.
+    """
+    found: list[Allocation] = []
+    refused: list[AutoQuantError] = []
+    for one in served_problems(problem, options):
+        try:
+            found.append(solve(one))
+        except NotServedError as error:
+            refused.append(error)
+        except InfeasibleBudgetError as error:
+            if one.served is None:
+                raise
+            menu = ", ".join(one.served.menu)
+            text = f"{error}; formats that {one.served.target} serves together: {menu}"
+            refused.append(InfeasibleBudgetError(text))
+    if not found:
+        raise refused[0]
+    return min(found, key=lambda allocation: allocation.score)
+
+
+def served_problems(problem: Problem, options: SolveOptions) -> list[Problem]:
+    """The problem once per set of formats that the engine serves together; itself without one.
+
+    Raises:
+        ConfigError: The engine serves nothing of the menu, or the run does not tell what it is.
+    """
+    if options.engine is None or problem.served is not None:
+        return [problem]
+    groups = {name: group.module_names for name, group in problem.groups.items()}
+    searched = [group.name for group in problem.searched]
+    problems = []
+    for served in served_sets(
+        groups, searched, formats_of(problem.summary), options.engine, options.gpu
+    ):
+        problems.append(copy(problem))
+        problems[-1].served = served
+    return problems
+
+
+def served_problem(problem: Problem, options: SolveOptions, formats: Mapping[str, str]) -> Problem:
+    """The problem restricted as a plan is that the engine serves.
+
+    Args:
+        problem: Groups with their costs.
+        options: Budget, constraints, engine.
+        formats: The plan: searched group -> format; others may be there in 16 bits.
+
+    Raises:
+        NotServedError: The engine cannot serve the plan; names groups and reasons.
+    """
+    if options.engine is None:
+        return problem
+    own = {group.name: formats[group.name] for group in problem.searched}
+    groups = {name: group.module_names for name, group in problem.groups.items()}
+    require_served(groups, own, formats_of(problem.summary), options.engine, options.gpu)
+    for one in served_problems(problem, options):
+        if one.served is not None and one.served.permits(own):
+            return one
+    raise NotServedError(f"the plan uses formats that {options.engine} does not serve together")
+
+
+def allowed_choices(problem: Problem, scores: Scores, options: SolveOptions) -> list[Choice]:
+    """The choices that pins, allowed formats and the engine leave.
+
+    Raises:
+        ConfigError: A constraint names something that does not exist, or nothing is left.
+    """
+    choices = restrict(problem.choices(scores), options.pins, options.allow)
+    if problem.served is None:
+        return choices
+    permitted = problem.served.permitted
+    kept = [choice for choice in choices if choice.format in permitted[choice.group]]
+    left = {choice.group for choice in kept}
+    for choice in choices:
+        if choice.group not in left:
+            asked = ", ".join(one.format for one in choices if one.group == choice.group)
+            raise NotServedError(
+                f"group {choice.group!r} is to take {asked}, and {problem.served.target} serves "
+                f"there {', '.join(sorted(permitted[choice.group]))}; see docs/engines.md"
+            )
+    return kept
+
+
+def ties_of(problem: Problem) -> Ties:
+    """Groups that must share a format; none without an engine."""
+    return () if problem.served is None else problem.served.ties
