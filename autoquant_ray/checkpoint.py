@@ -7,6 +7,7 @@ run's. The folder is written beside its place and renamed at the end.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 from collections import Counter
@@ -17,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from autoquant_ray.checkpoint_check import check_checkpoint
-from autoquant_ray.checkpoint_formats import COMPRESSED_TENSORS, MODELOPT, stored_as
+from autoquant_ray.checkpoint_formats import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, stored_as
 from autoquant_ray.checkpoint_source import (
     Source,
     read_source,
+    require_engine,
     require_new_folder,
     require_packable,
 )
-from autoquant_ray.errors import StoreError, one_line
+from autoquant_ray.errors import ConfigError, StoreError, one_line
 from autoquant_ray.store import RunDirectory
 
 
@@ -52,7 +54,13 @@ class Checkpoint:
 
 
 def export_run(
-    directory: RunDirectory, out: str, *, solution: str = "", layout: str = MODELOPT
+    directory: RunDirectory,
+    out: str,
+    *,
+    solution: str = "",
+    layout: str = MODELOPT,
+    engine: str | None = None,
+    gpu: str | None = None,
 ) -> Checkpoint:
     """Write a solution as a checkpoint.
 
@@ -61,13 +69,19 @@ def export_run(
         out: Folder to write; new or empty.
         solution: One of the run's solutions; '' for the scan's own.
         layout: ``modelopt`` or ``compressed-tensors``.
+        engine: Check that this one serves it: ``vllm``, ``sglang`` or ``trtllm``.
+        gpu: On this generation or card.
 
     Raises:
-        AutoQuantError: Nothing was written.
+        AutoQuantError: One of its subclasses; nothing is left at ``out``.
     """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"--format {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
     source = read_source(directory, solution)
     target = require_new_folder(out)
     require_packable(source, layout)
+    require_engine(source, layout, engine, gpu)
+    _require_package(layout)
     with _written_beside(target) as folder:
         _write(source, folder, layout)
         stored = check_checkpoint(folder, source, layout)
@@ -79,6 +93,14 @@ def export_run(
         bytes_on_disk=stored.total,
         layers=dict(names),
     )
+
+
+def _require_package(layout: str) -> None:
+    if layout == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
+        raise ConfigError(
+            f"--format {layout} needs the package compressed-tensors: pip install "
+            "'autoquant-ray[export]'"
+        )
 
 
 def _write(source: Source, folder: Path, layout: str) -> None:

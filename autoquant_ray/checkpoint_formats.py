@@ -1,15 +1,14 @@
 """Which formats a checkpoint can hold, and under which name.
 
-ModelOpt's exporter takes a layer's algorithm from the weight quantizer and little else: a layer
-with 4-bit weights and 4-bit inputs comes out as ``W4A16_AWQ``, and nothing says that its inputs
-should be quantized. So a format is looked up here by both of its quantizers, and what is not in
-the table is refused.
+A format is known by both of its quantizers; what no name says all of is refused, because an engine
+would compute something else than what was measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from autoquant_ray.engine_formats import layer_algo
 from autoquant_ray.formats import Attributes, Format
 
 MODELOPT, COMPRESSED_TENSORS = "modelopt", "compressed-tensors"
@@ -18,18 +17,20 @@ LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
 
 SIXTEEN_BITS = "16 bits"
 """Kind of a quantizer that is not there."""
-_ALGORITHMS: dict[tuple[str, str], str] = {
-    ("fp8 tensor", "fp8 tensor"): "FP8",
-    ("fp8 channel", "fp8 token"): "FP8_PER_CHANNEL_PER_TOKEN",
-    ("int8 channel", SIXTEEN_BITS): "W8A16",
-    ("int8 channel", "int8 tensor"): "W8A8_SQ_PER_CHANNEL",
-    ("int4 block", SIXTEEN_BITS): "W4A16_AWQ",
-    ("nvfp4", "nvfp4"): "NVFP4",
-    ("nvfp4", SIXTEEN_BITS): "W4A16_NVFP4",
-    ("mxfp8", "mxfp8"): "MXFP8",
-}
-"""(weight, input) -> per-layer algorithm that ModelOpt 0.47 writes and whose tensors hold all of
-it (``modelopt/torch/export/quant_utils.py``, ``get_quantization_format``)."""
+_PACKED_BY_MODELOPT = frozenset(
+    {
+        "FP8",
+        "FP8_PER_CHANNEL_PER_TOKEN",
+        "W8A16",
+        "W8A8_SQ_PER_CHANNEL",
+        "W4A16_AWQ",
+        "NVFP4",
+        "W4A16_NVFP4",
+        "MXFP8",
+    }
+)
+"""Algorithms whose tensors, as ModelOpt 0.47 packs them, hold all of a format
+(``modelopt/torch/export/quant_utils.py``)."""
 _COMPRESSED: Mapping[tuple[str, str], str] = {
     ("fp8 tensor", "fp8 tensor"): "float-quantized",
     ("fp8 tensor", SIXTEEN_BITS): "naive-quantized",
@@ -50,8 +51,10 @@ def stored_as(format_: Format, layout: str) -> str | None:
         layout: ``modelopt`` (a name of ModelOpt's algorithms) or ``compressed-tensors`` (one of
             its formats).
     """
-    table = _ALGORITHMS if layout == MODELOPT else _COMPRESSED
-    return table.get(grids(format_))
+    if layout == COMPRESSED_TENSORS:
+        return _COMPRESSED.get(grids(format_))
+    found = layer_algo(format_)
+    return found.algo if found is not None and found.algo in _PACKED_BY_MODELOPT else None
 
 
 def grids(format_: Format) -> tuple[str, str]:
@@ -75,7 +78,7 @@ def shape_problem(format_: Format, shape: Sequence[int]) -> str | None:
     block = block_size(format_)
     if block and shape[-1] % block:
         return f"rows of {shape[-1]} weights are no whole number of blocks of {block}"
-    if _grid(format_.weight) == "int4 block" and shape[-2] % 2:
+    if format_.weight.get("num_bits") == 4 and shape[-2] % 2:
         return f"{shape[-2]} rows are odd, and two are packed into one"
     return None
 
@@ -88,7 +91,7 @@ def _grid(attributes: Attributes | None) -> str:
     bits, blocks = rest.pop("num_bits", 8), dict(rest.pop("block_sizes", None) or {})
     axis, kind = attributes.get("axis"), rest.pop("type", "static")
     rest.pop("axis", None)
-    number = {8: "int8", 4: "int4", (4, 3): "fp8", (2, 1): "fp4"}.get(bits, str(bits))
+    number = {8: "int8", 4: "int4", (4, 3): "fp8"}.get(bits, str(bits))
     scales = {key: blocks.pop(key) for key in ("type", "scale_bits") if key in blocks}
     if rest:
         return str(attributes)
@@ -96,10 +99,6 @@ def _grid(attributes: Attributes | None) -> str:
         if kind == "dynamic":
             return f"{number} token" if -1 in blocks else str(attributes)
         return f"{number} {'tensor' if axis is None else 'channel' if axis == 0 else axis}"
-    if set(blocks) != {-1} or axis is not None:
-        return str(attributes)
-    if scales.get("scale_bits") == (4, 3) and number == "fp4" and blocks[-1] == 16:
-        return "nvfp4"
-    if scales.get("scale_bits") == (8, 0) and blocks[-1] == 32:
-        return f"mx{number}"
-    return f"{number} block" if scales.get("type", "static") == "static" else str(attributes)
+    is_plain = set(blocks) == {-1} and axis is None and not scales.get("scale_bits")
+    is_static = scales.get("type", "static") == "static"
+    return f"{number} block" if is_plain and is_static else str(attributes)

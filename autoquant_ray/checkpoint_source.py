@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoquant_ray.checkpoint_formats import LAYOUTS, MODELOPT, shape_problem, stored_as
+from autoquant_ray.checkpoint_formats import (
+    COMPRESSED_TENSORS,
+    LAYOUTS,
+    MODELOPT,
+    shape_problem,
+    stored_as,
+)
+from autoquant_ray.engine_choices import formats_of, require_served
+from autoquant_ray.engine_names import engine_modules
+from autoquant_ray.engines import check_target
 from autoquant_ray.errors import ConfigError, FormatError, StoreError
 from autoquant_ray.formats import NONE, Format
 from autoquant_ray.run_files import SOLUTIONS, solution_folder
@@ -127,6 +136,43 @@ def require_packable(source: Source, layout: str) -> None:
             f"--format {layout} cannot hold this solution: {told}. Solve again with other formats "
             f"for these groups (solve --allow 'PATTERN=FORMATS'), or try --format {others[0]}"
         )
+
+
+def require_engine(source: Source, layout: str, engine: str | None, gpu: str | None) -> None:
+    """Check that an engine serves the checkpoint as planned.
+
+    Args:
+        source: What is exported.
+        layout: Of ``LAYOUTS``. What GPUs can do is known for ``modelopt`` only.
+        engine: One of ``ENGINES``; None: any.
+        gpu: A generation or a card; None: any.
+
+    Raises:
+        ConfigError: It does not, or is unknown; names groups, reasons and remedies.
+    """
+    check_target(engine, gpu)
+    if engine is None:
+        return
+    chosen = {source.groups[module]: one.name for module, one in source.formats.items()}
+    if layout == MODELOPT:
+        groups: dict[str, list[str]] = {}
+        for module, group in source.groups.items():
+            groups.setdefault(group, []).append(module)
+        require_served(groups, chosen, formats_of(source.state.values["plan"]), engine, gpu)
+        return
+    if engine != "vllm" and len(set(chosen.values())) > 1:
+        raise ConfigError(
+            f"{engine} reads {COMPRESSED_TENSORS} with one format only, and this solution has "
+            f"{', '.join(sorted(set(chosen.values())))}; give --format {MODELOPT}, or solve with "
+            "--max-formats 1"
+        )
+    for module in engine_modules(source.modules, engine):
+        own = {source.groups[member]: None for member in module.members}
+        if len({chosen.get(group) for group in own}) > 1:
+            raise ConfigError(
+                f"{engine} fuses {few(list(own), _MOST_NAMES)} into one module, which has one "
+                "format; give them the same (solve --pin)"
+            )
 
 
 def _problems(source: Source, module: str, format_: Format, layout: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 from pathlib import Path
@@ -20,8 +21,18 @@ from checkpoints import (
     unpack_modelopt,
 )
 
+from autoquant_ray import Run
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.checkpoint import export_run
+from autoquant_ray.checkpoint_check import check_checkpoint
+from autoquant_ray.checkpoint_source import read_source
+from autoquant_ray.errors import (
+    AutoQuantError,
+    CheckpointError,
+    ConfigError,
+    FormatError,
+    StoreError,
+)
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.solve import solve_run
 
@@ -55,7 +66,10 @@ ALGORITHMS = {
 
 @pytest.fixture
 def solved_run(make_run: Any, model_folder: Any) -> Any:
-    """A calibrated run of a small model with one solution, its format given per group."""
+    """A calibrated run of a small model with one solution: pattern -> format, the last one counts.
+
+    Groups that no pattern names take what loses least.
+    """
 
     def build(
         family: str,
@@ -67,8 +81,9 @@ def solved_run(make_run: Any, model_folder: Any) -> Any:
         custom = {name: entry for name, entry in CUSTOM.items() if name in formats}
         directory = make_run(family, formats, disable=(), folder=folder, custom=custom)
         maxima = calibrated(directory, folder, formats)
-        allow = {pattern: (name,) for pattern, name in choice.items()}
-        solve_run(directory, SolveOptions(bits=16, allow=allow), folder="")
+        groups = directory.read_table("plan.parquet", "plan").column("group").to_pylist()
+        pins = {g: name for p, name in choice.items() for g in groups if fnmatch.fnmatch(g, p)}
+        solve_run(directory, SolveOptions(bits=16, pins=pins), folder="")
         return directory, folder, maxima
 
     return build
@@ -152,7 +167,6 @@ def test_compressed_tensors_folder_is_read_by_transformers_alone(
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
         found = model(ids).logits
-    print((expected.argmax(-1) == found.argmax(-1)).float().mean(), (expected - found).abs().mean())
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() >= 0.99
     assert (expected - found).abs().mean() < 0.002 * expected.std()
     config = json.loads((out / "config.json").read_text())["quantization_config"]
@@ -162,3 +176,118 @@ def test_compressed_tensors_folder_is_read_by_transformers_alone(
     linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert set(targets) | set(config["ignore"]) == linears
     assert not set(targets) & set(config["ignore"])
+
+
+def test_one_format_is_stated_once_and_the_rest_is_ignored(solved_run: Any, tmp_path: Path) -> None:
+    choice = {"model.layers.0.*": "wfp8_afp8", "model.layers.1.*": "none", "lm_head": "none"}
+    directory, _, _ = solved_run("qwen3", choice)
+    export_run(directory, str(tmp_path / "out"), engine="vllm", gpu="h100")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_algo"] == "FP8"
+    assert "model.layers.1*" in config["quantization_config"]["ignore"]
+    assert config["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_layer_that_a_reader_would_take_for_another_is_found(
+    layout: str, solved_run: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = solved_run("llama", MIXED)
+    out = tmp_path / "out"
+    export_run(directory, str(out), layout=layout)
+    source = read_source(directory)
+    file = out / "config.json"
+    config = json.loads(file.read_text())
+    quantized = config["quantization_config"]
+    if layout == "modelopt":
+        del quantized["quantized_layers"]["model.layers.0.mlp.up_proj"]
+    else:
+        quantized["config_groups"]["group_0"]["targets"].remove("model.layers.0.self_attn.k_proj")
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.\S+ as 16 bits instead of"):
+        check_checkpoint(out, source, layout)
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_folder_of_another_size_than_the_manifest_says_is_not_kept(
+    layout: str, solved_run: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = solved_run("llama", MIXED)
+    file = Path(directory.path("manifest.json"))
+    manifest = json.loads(file.read_text())
+    manifest["solution"]["weight_bytes"] *= 1.02
+    file.write_text(json.dumps(manifest))
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"bytes of weights, -\d\.\d+% from the") as caught:
+        export_run(directory, str(tmp_path / "out"), layout=layout)
+    assert caught.value.exit_code == 1
+    assert set(tmp_path.rglob("*")) == before
+
+
+REFUSED = ("wint4_aint4", "wfp8_afp8", "wint8_aint8", "wint4_afp16", "wfp8_afp16")
+
+
+@pytest.mark.parametrize(
+    ("choice", "options", "error", "text"),
+    [
+        (
+            {"*o_proj": "wint4_aint4"},
+            {},
+            FormatError,
+            r"wint4_aint4 has no packed form.*0\.self_att",
+        ),
+        ({"*o_proj": "wint4_afp16"}, {}, FormatError, r"rows of 64 weights.*blocks of 128.*o_proj"),
+        ({"*o_proj": "wfp8_afp16"}, {}, FormatError, r"wfp8_afp16 has no .*compressed-tensors"),
+        ({"*": "wfp8_afp8"}, {"solution": "none-such"}, StoreError, r"none-such.*not a solution"),
+        ({"*": "wfp8_afp8"}, {"out": "full"}, ConfigError, r"full is not empty"),
+        ({"*": "wfp8_afp8"}, {"out": "full/file"}, ConfigError, r"is a file"),
+        ({"*": "wfp8_afp8"}, {"out": "s3://bucket/x"}, ConfigError, r"local folder"),
+        ({"*": "wfp8_afp8"}, {"layout": "gguf"}, ConfigError, r"'gguf' is unknown.*modelopt"),
+        ({"*": "wfp8_afp8"}, {"engine": "vlm"}, ConfigError, r"'vlm' is unknown"),
+        ({"*": "none"}, {}, ConfigError, r"every layer in 16 bits"),
+        (
+            {"*mlp*": "wint8_aint8", "*attn*": "wfp8_afp8"},
+            {"engine": "vllm"},
+            ConfigError,
+            r"layers\.0\.mlp\.gate_proj.*W8A8_SQ_PER_CHANNEL",
+        ),
+        (
+            {"*mlp*": "wint8_aint8", "*attn*": "wfp8_afp8"},
+            {"engine": "sglang", "layout": "compressed-tensors"},
+            ConfigError,
+            r"one format only.*wfp8_afp8, wint8_aint8",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+    choice: dict[str, str],
+    options: dict[str, str],
+    error: type[AutoQuantError],
+    text: str,
+    solved_run: Any,
+    tmp_path: Path,
+) -> None:
+    directory, _, _ = solved_run("llama", {"*": "none"} | choice, REFUSED)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    out = options.get("out", "new/out")
+    target = out if "://" in out else str(tmp_path / out)
+    rest = {name: value for name, value in options.items() if name != "out"}
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(error, match=text) as caught:
+        export_run(directory, target, **rest)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_model_that_changed_since_the_run_is_refused(
+    solved_run: Any, folder_16_bits: Any, tmp_path: Path
+) -> None:
+    folder = folder_16_bits("llama")
+    directory, _, _ = solved_run("llama", MIXED, folder=folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(StoreError, match="changed since"):
+        Run.open(directory.uri).export(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
