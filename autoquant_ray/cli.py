@@ -22,6 +22,7 @@ from autoquant_ray.cli_edge import (
 from autoquant_ray.cli_engine import engine_options
 from autoquant_ray.cli_evaluate import evaluate, refine, refine_and_show
 from autoquant_ray.cli_explain import explain
+from autoquant_ray.cli_export import export
 from autoquant_ray.cli_frontier import frontier
 from autoquant_ray.cli_jobs import jobs, submit
 from autoquant_ray.cli_latency import latency_options, take_latency
@@ -272,6 +273,7 @@ main.add_command(jobs)
 main.add_command(evaluate)
 main.add_command(frontier)
 main.add_command(explain)
+main.add_command(export)
 main.add_command(refine)
 main.add_command(compare)
 main.add_command(nightly)

@@ -14,7 +14,7 @@ from typing import Any
 
 from autoquant_ray.formats import Format
 
-_E4M3, _E2M1, _E8M0 = (4, 3), (2, 1), (8, 0)
+E4M3, E2M1, E8M0 = (4, 3), (2, 1), (8, 0)
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LayerAlgo:
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class Numbers:
     """The attributes of a quantizer that the names go by.
 
     Attributes:
@@ -48,7 +48,7 @@ class _Numbers:
     is_dynamic: bool
 
     @classmethod
-    def of(cls, attributes: Mapping[str, Any]) -> _Numbers:
+    def of(cls, attributes: Mapping[str, Any]) -> Numbers:
         """Read them."""
         blocks = attributes.get("block_sizes") or {}
         return cls(
@@ -68,11 +68,11 @@ class _Numbers:
 
 def layer_algo(format_: Format) -> LayerAlgo | None:
     """The name of a format in ModelOpt's checkpoints; None where no name says all of it."""
-    weight = _Numbers.of(format_.weight)
-    inputs = None if format_.input is None else _Numbers.of(format_.input)
-    if weight.bits == _E2M1 and weight.block and weight.is_flat:
+    weight = Numbers.of(format_.weight)
+    inputs = None if format_.input is None else Numbers.of(format_.input)
+    if weight.bits == E2M1 and weight.block and weight.is_flat:
         return _fp4(weight, inputs)
-    if weight.bits == _E4M3:
+    if weight.bits == E4M3:
         return _fp8(weight, inputs)
     if weight.bits == 4 and weight.block and weight.is_flat and weight.scale is None:
         return LayerAlgo("W4A16_AWQ", weight.block) if inputs is None else None
@@ -83,40 +83,40 @@ def layer_algo(format_: Format) -> LayerAlgo | None:
     return None
 
 
-def _fp4(weight: _Numbers, inputs: _Numbers | None) -> LayerAlgo | None:
-    is_nvfp4, is_mxfp4 = weight.scale == _E4M3, weight.scale == _E8M0
+def _fp4(weight: Numbers, inputs: Numbers | None) -> LayerAlgo | None:
+    is_nvfp4, is_mxfp4 = weight.scale == E4M3, weight.scale == E8M0
     if inputs is None:
         return LayerAlgo("W4A16_NVFP4", weight.block) if is_nvfp4 else None
-    if _is_static(inputs, _E4M3) and weight.is_dynamic and (is_nvfp4 or is_mxfp4):
+    if _is_static(inputs, E4M3) and weight.is_dynamic and (is_nvfp4 or is_mxfp4):
         return LayerAlgo("W4A8_NVFP4_FP8" if is_nvfp4 else "W4A8_MXFP4_FP8", weight.block)
-    is_same = (inputs.bits, inputs.block, inputs.scale) == (_E2M1, weight.block, weight.scale)
+    is_same = (inputs.bits, inputs.block, inputs.scale) == (E2M1, weight.block, weight.scale)
     if is_same and (is_nvfp4 or is_mxfp4):
         return LayerAlgo("NVFP4" if is_nvfp4 else "MXFP4", weight.block)
     return None
 
 
-def _fp8(weight: _Numbers, inputs: _Numbers | None) -> LayerAlgo | None:
-    if weight.block and weight.scale == _E8M0:
+def _fp8(weight: Numbers, inputs: Numbers | None) -> LayerAlgo | None:
+    if weight.block and weight.scale == E8M0:
         is_same = inputs is not None and (inputs.bits, inputs.block, inputs.scale) == (
-            (_E4M3, weight.block, _E8M0)
+            (E4M3, weight.block, E8M0)
         )
         return LayerAlgo("MXFP8", weight.block) if is_same and weight.is_dynamic else None
     if weight.block:
         is_square = not weight.is_flat and weight.scale is None
         return LayerAlgo("FP8_PB_WO", weight.block) if is_square and inputs is None else None
-    if inputs is None or inputs.bits != _E4M3 or inputs.block:
+    if inputs is None or inputs.bits != E4M3 or inputs.block:
         return None
     if weight.axis == 0:
         return LayerAlgo("FP8_PER_CHANNEL_PER_TOKEN") if inputs.is_dynamic else None
     return LayerAlgo("FP8") if inputs.is_per_tensor else None
 
 
-def _is_static(inputs: _Numbers, bits: Any) -> bool:
+def _is_static(inputs: Numbers, bits: Any) -> bool:
     return bool(inputs.bits == bits) and inputs.is_per_tensor
 
 
 def _plain(bits: Any) -> Any:
     """Exponent and mantissa bits as a tuple, whether they were a list, a tuple or a text."""
     if isinstance(bits, str):
-        return {"e4m3": _E4M3, "e2m1": _E2M1, "e8m0": _E8M0}.get(bits.lower(), bits)
+        return {"e4m3": E4M3, "e2m1": E2M1, "e8m0": E8M0}.get(bits.lower(), bits)
     return tuple(bits) if isinstance(bits, list | tuple) else bits

@@ -1,0 +1,60 @@
+"""A solution as exports see it: the format of every module, and what the formats are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoquant_ray.errors import StoreError
+from autoquant_ray.formats import Format
+from autoquant_ray.run_files import SOLUTIONS, solution_folder
+from autoquant_ray.state import RunState
+from autoquant_ray.store import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedPlan:
+    """What a solution says.
+
+    Attributes:
+        state: Its run.
+        chosen: Module -> name of its format, ``none`` in 16 bits; in the model's order.
+        group_of: Module -> its group.
+        formats: The run's menu.
+    """
+
+    state: RunState
+    chosen: dict[str, str]
+    group_of: dict[str, str]
+    formats: list[Format]
+
+
+def read_plan(run: str, solution: str) -> ExportedPlan:
+    """Read a solution of a run.
+
+    Args:
+        run: Run directory.
+        solution: Folder below ``solutions/``; '' for the scan's own.
+
+    Raises:
+        StoreError: Not a run, no such solution, or an imported run, which only names its formats.
+    """
+    state = RunState.open(RunDirectory(run))
+    name = f"{solution_folder(solution)}manifest.parquet"
+    if not state.directory.exists(name):
+        known = ", ".join(state.directory.list_folders(SOLUTIONS)) or "none"
+        raise StoreError(
+            f"{state.directory.path(name)} does not exist; solutions of the run: {known}"
+        )
+    entries = state.values["plan"]["formats"]
+    if any(not entry.get("weight") for entry in entries):
+        raise StoreError(
+            f"{state.directory.uri} was imported and only names its formats; scan the model to "
+            "export a plan"
+        )
+    rows = state.directory.read_table(name, "manifest").to_pylist()
+    return ExportedPlan(
+        state=state,
+        chosen={row["module"]: row["format"] for row in rows},
+        group_of={row["module"]: row["group"] for row in rows},
+        formats=[Format.from_json(entry) for entry in entries],
+    )

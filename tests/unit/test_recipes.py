@@ -1,0 +1,177 @@
+"""Recipes for other tools: names against real files and maps, formats against the tools' own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from autoquant_ray.api import Run
+from autoquant_ray.cli import main
+from autoquant_ray.demo import demo_config
+from autoquant_ray.errors import AutoQuantError, ConfigError, FormatError
+from autoquant_ray.formats import NONE, PAIRS, Format
+from autoquant_ray.recipes import make_recipe
+from autoquant_ray.tool_formats import COUNTERPARTS
+from tests.support.scored_run import put_scored_run
+
+_FP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
+FORMATS = [
+    Format(name=name, weight=weight, input=inputs, modelopt_compression=0.5)
+    for name, (weight, inputs) in (PAIRS | {"nvfp4": (_FP4, _FP4)}).items()
+]
+BY_NAME = {format_.name: format_ for format_ in FORMATS}
+SMOLLM = [
+    f"model.layers.{layer}.{part}_proj"
+    for layer in range(30)
+    for part in (*(f"self_attn.{p}" for p in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
+]
+
+
+def options(recipe: str) -> list[tuple[str, str]]:
+    """Pattern and type of each line, as llama-quantize splits them."""
+    lines = [line.split(" ") for line in recipe.splitlines()]
+    assert {flag for flag, _ in lines} == {"--tensor-type"}
+    return [tuple(pair.rsplit("=", 1)) for _, pair in lines]  # type: ignore[misc]
+
+
+def test_patterns_fit_exactly_the_tensors_of_a_real_file() -> None:
+    gguf = pytest.importorskip("gguf")
+    try:
+        path = demo_config("runs", 6.0).model
+    except AutoQuantError:
+        pytest.skip("the demo's model is not installed")
+    tensors = [tensor.name for tensor in gguf.GGUFReader(path).tensors]
+    chosen = {m: "wint8_afp16" if "down" in m else "wint4_afp16" for m in SMOLLM}
+    chosen["model.layers.3.mlp.up_proj"] = NONE
+    pairs = options(make_recipe(chosen, FORMATS, "llama.cpp"))
+    types = {}
+    for pattern, type_ in pairs:
+        (tensor,) = [name for name in tensors if re.search(pattern, name)]
+        types[tensor] = type_
+    assert len(types) == len(SMOLLM) == 210
+    assert types["blk.7.ffn_down.weight"] == "q8_0"
+    assert types["blk.7.attn_q.weight"] == "q4_0"
+    assert types["blk.3.ffn_up.weight"] == "bf16"
+
+
+def test_tensors_of_experts_and_of_wrapped_models() -> None:
+    start = "model.language_model.layers.0."
+    chosen = {f"{start}mlp.experts": "wint4_afp16", f"{start}self_attn.q_proj": NONE}
+    pairs = options(
+        make_recipe(chosen | {"model.visual.blocks.0.attn.qkv": NONE}, FORMATS, "llama.cpp")
+    )
+    assert [pattern for pattern, _ in pairs] == [
+        *(rf"^blk\.0\.ffn_{part}_exps\.weight$" for part in ("gate", "up", "down")),
+        r"^blk\.0\.attn_q\.weight$",
+    ]
+    apart = {f"model.layers.0.mlp.experts.{e}.up_proj": "wint4_afp16" for e in range(2)}
+    assert len(options(make_recipe(apart, FORMATS, "llama.cpp"))) == 1
+    with pytest.raises(ConfigError, match=r"blk.0.ffn_up_exps in one type.* q4_0 and q8_0"):
+        make_recipe(
+            apart | {"model.layers.0.mlp.experts.1.up_proj": "wint8_afp16"}, FORMATS, "llama.cpp"
+        )
+    with pytest.raises(ConfigError, match=r"no tensor for model\.visual\.blocks"):
+        make_recipe({"model.visual.blocks.0.attn.qkv": "wint4_afp16"}, FORMATS, "llama.cpp")
+
+
+def test_layer_config_of_autoround_says_bits_groups_and_inputs() -> None:
+    chosen = {"a": "wint4_afp16", "b": "wfp8_afp8", "c": NONE, "d": "wint8_aint8", "e": "nvfp4"}
+    layers = json.loads(make_recipe(chosen, FORMATS, "auto-round"))
+    assert layers["a"] == {
+        "bits": 4, "group_size": 128, "sym": True, "data_type": "int", "act_bits": 16,
+    }  # fmt: skip
+    assert (layers["b"]["data_type"], layers["b"]["act_bits"], layers["b"]["group_size"]) == (
+        "fp",
+        8,
+        0,
+    )
+    assert layers["c"] == {"bits": 16}
+    assert (layers["d"]["group_size"], layers["d"]["act_group_size"]) == (-1, 0)
+    assert (layers["e"]["data_type"], layers["e"]["act_bits"]) == ("nv_fp", 4)
+
+
+def test_dictionary_of_mlx_has_defaults_and_every_layer() -> None:
+    chosen = {
+        "model.layers.0.mlp.down_proj": "wint4_afp16",
+        "model.layers.0.mlp.experts": "wint8_afp16",
+        "model.language_model.layers.1.self_attn.o_proj": "wfp4_afp16",
+        "lm_head": NONE,
+    }
+    found = json.loads(make_recipe(chosen, FORMATS, "mlx-lm"))
+    assert (found["group_size"], found["bits"], found["mode"]) == (128, 4, "affine")
+    assert found["model.layers.0.mlp.switch_mlp.up_proj"]["bits"] == 8
+    assert found["language_model.model.layers.1.self_attn.o_proj"]["mode"] == "nvfp4"
+    assert found["lm_head"] is False
+
+
+@pytest.mark.parametrize(
+    ("tool", "refused"),
+    [
+        ("llama.cpp", {n for n in BY_NAME if "_afp16" not in n} | {"wfp8_afp16"}),
+        ("mlx-lm", {n for n in BY_NAME if "_afp16" not in n} | {"wfp8_afp16"}),
+        (
+            "auto-round",
+            {f"wint4_a{a}" for a in ("fp8", "int8", "int4")}
+            | {f"wfp4_a{a}" for a in ("fp16", "fp8", "int8", "int4")}
+            | {"wint8_afp8", "wint8_aint4", "wfp8_aint8", "wfp8_aint4"},
+        ),
+    ],
+)
+def test_formats_without_counterpart_are_named(tool: str, refused: set[str]) -> None:
+    found = {name for name, format_ in BY_NAME.items() if COUNTERPARTS[tool](format_) is None}
+    assert found == refused
+    with pytest.raises(FormatError, match=f"{tool} has no counterpart of {min(refused)}; of this"):
+        make_recipe({"a": min(refused), "b": "wint4_afp16"}, FORMATS, tool)
+
+
+def invoke(*words: str) -> Any:
+    """Run the command line."""
+    return CliRunner().invoke(main, ["export", *words])
+
+
+def test_export_writes_a_solutions_recipe_once(tmp_path: Path) -> None:
+    run = put_scored_run(tmp_path / "run", num_layers=1, formats=("wint4_afp16", "wint8_afp16"))
+    Run.open(run.uri).solve(bits=6.0)
+    out = str(tmp_path / "new" / "recipe.txt")
+    words = (run.uri, "--format", "recipe", "--tool", "llama.cpp", "--solution", "bits-6.00")
+    result = invoke(*words, "--out", out)
+    assert result.exit_code == 0, result.output
+    text = Path(out).read_text()
+    assert {type_ for _, type_ in options(text)} <= {"q4_0", "q8_0", "bf16"}
+    rows = run.read_table("solutions/bits-6.00/manifest.parquet", "manifest").to_pylist()
+    assert len(options(text)) == len(rows) - 1  # all but the vision tower's
+    result = invoke(*words, "--out", out)
+    assert (result.exit_code, "exists; give another name" in result.output) == (2, True)
+    assert invoke(*words, "--out", out, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--out", "x"), "--format recipe needs --tool llama.cpp, auto-round, mlx-lm"),
+        (
+            ("--out", "x", "--tool", "mlx-lm", "--solution", "no"),
+            "does not exist; solutions of the run: bits",
+        ),
+        (
+            ("--out", "x", "--tool", "mlx-lm", "--solution", "bits-9.00"),
+            "mlx-lm has no counterpart of wfp8",
+        ),
+    ],
+)
+def test_wrong_export_is_one_line_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], line: str
+) -> None:
+    run = put_scored_run(tmp_path / "run", num_layers=1, formats=("wint4_afp16", "wfp8_afp8"))
+    Run.open(run.uri).solve(bits=9.0)
+    monkeypatch.chdir(tmp_path)
+    result = invoke(run.uri, *words)
+    assert result.exit_code == 2
+    assert line in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not Path("x").exists()
