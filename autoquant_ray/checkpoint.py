@@ -26,6 +26,7 @@ from autoquant_ray.checkpoint_source import (
     require_new_folder,
     require_packable,
 )
+from autoquant_ray.engines import check_target
 from autoquant_ray.errors import ConfigError, StoreError, one_line
 from autoquant_ray.store import RunDirectory
 
@@ -52,6 +53,17 @@ class Checkpoint:
         """Plain values."""
         return asdict(self)
 
+    def lines(self) -> list[str]:
+        """What people are told."""
+        layers = ", ".join(f"{count} {name}" for name, count in self.layers.items())
+        off = self.bytes_on_disk / self.weight_bytes - 1
+        return [
+            f"quantized layers: {layers}",
+            f"weights on disk: {self.bytes_on_disk:,} bytes; the manifest says "
+            f"{self.weight_bytes:,.0f} ({off:+.2%})",
+            self.path,
+        ]
+
 
 def export_run(
     directory: RunDirectory,
@@ -77,6 +89,7 @@ def export_run(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"--format {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+    check_target(engine, gpu)
     source = read_source(directory, solution)
     target = require_new_folder(out)
     require_packable(source, layout)

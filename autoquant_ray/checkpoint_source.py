@@ -16,10 +16,10 @@ from autoquant_ray.checkpoint_formats import (
 )
 from autoquant_ray.engine_choices import formats_of, require_served
 from autoquant_ray.engine_names import engine_modules
-from autoquant_ray.engines import check_target
-from autoquant_ray.errors import ConfigError, FormatError, StoreError
+from autoquant_ray.errors import ConfigError, FormatError
+from autoquant_ray.exported_plan import read_plan
 from autoquant_ray.formats import NONE, Format
-from autoquant_ray.run_files import SOLUTIONS, solution_folder
+from autoquant_ray.run_files import solution_folder
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.wording import few
@@ -66,32 +66,20 @@ def read_source(directory: RunDirectory, solution: str = "") -> Source:
         StoreError: It is no run, or has no such solution, or was imported without a model.
         ConfigError: The solution quantizes nothing.
     """
-    state = RunState.open(directory)
+    plan = read_plan(directory.uri, solution)
+    menu = {format_.name: format_ for format_ in plan.formats}
+    formats = {module: menu[name] for module, name in plan.chosen.items() if name != NONE}
     start = solution_folder(solution)
-    if state.values["config"] is None:
-        raise StoreError(f"{directory.uri} was imported: there is no model to export")
-    if not directory.exists(f"{start}manifest.json"):
-        names = ", ".join(directory.list_folders(SOLUTIONS)) or "none"
-        raise StoreError(
-            f"{directory.path(start)} is not a solution; solutions of the run: {names}"
-        )
-    rows = directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
-    menu = {
-        entry["name"]: Format.from_json(entry)
-        for entry in state.values["plan"]["formats"]
-        if entry.get("weight")
-    }
-    formats = {row["module"]: menu[row["format"]] for row in rows if row["format"] != NONE}
     if not formats:
         raise ConfigError(
             f"{directory.path(start)} leaves every layer in 16 bits; there is nothing to export"
         )
     return Source(
-        state=state,
-        manifest=directory.read_json(f"{start}manifest.json"),
+        state=plan.state,
+        manifest=plan.state.directory.read_json(f"{start}manifest.json"),
         formats=formats,
-        groups={row["module"]: row["group"] for row in rows},
-        modules=state.values["plan"]["modules"],
+        groups=plan.group_of,
+        modules=plan.state.values["plan"]["modules"],
     )
 
 
@@ -148,9 +136,8 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
         gpu: A generation or a card; None: any.
 
     Raises:
-        ConfigError: It does not, or is unknown; names groups, reasons and remedies.
+        ConfigError: It does not; names groups, reasons and remedies.
     """
-    check_target(engine, gpu)
     if engine is None:
         return
     chosen = {source.groups[module]: one.name for module, one in source.formats.items()}

@@ -20,12 +20,14 @@ from checkpoints import (
     logits_of_plan,
     unpack_modelopt,
 )
+from click.testing import CliRunner
 
 from autoquant_ray import Run
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.checkpoint import export_run
 from autoquant_ray.checkpoint_check import check_checkpoint
 from autoquant_ray.checkpoint_source import read_source
+from autoquant_ray.cli import main
 from autoquant_ray.errors import (
     AutoQuantError,
     CheckpointError,
@@ -239,7 +241,12 @@ REFUSED = ("wint4_aint4", "wfp8_afp8", "wint8_aint8", "wint4_afp16", "wfp8_afp16
         ),
         ({"*o_proj": "wint4_afp16"}, {}, FormatError, r"rows of 64 weights.*blocks of 128.*o_proj"),
         ({"*o_proj": "wfp8_afp16"}, {}, FormatError, r"wfp8_afp16 has no .*compressed-tensors"),
-        ({"*": "wfp8_afp8"}, {"solution": "none-such"}, StoreError, r"none-such.*not a solution"),
+        (
+            {"*": "wfp8_afp8"},
+            {"solution": "none-such"},
+            StoreError,
+            r"none-such.*does not exist; solutions",
+        ),
         ({"*": "wfp8_afp8"}, {"out": "full"}, ConfigError, r"full is not empty"),
         ({"*": "wfp8_afp8"}, {"out": "full/file"}, ConfigError, r"is a file"),
         ({"*": "wfp8_afp8"}, {"out": "s3://bucket/x"}, ConfigError, r"local folder"),
@@ -291,3 +298,40 @@ def test_model_that_changed_since_the_run_is_refused(
     with pytest.raises(StoreError, match="changed since"):
         Run.open(directory.uri).export(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_command_writes_the_folder_and_says_how_large_it_is(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = solved_run("llama", {"*": "wfp8_afp8", "lm_head": "none"})
+    out = tmp_path / "out"
+    arguments = ["export", directory.uri, "--out", str(out), "--engine", "vllm", "--gpu", "h100"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "quantized layers: 14 FP8" in result.stdout
+    on_disk = sum(tensor.nbytes for tensor in load_folder(out).values())
+    assert f"weights on disk: {on_disk:,} bytes; the manifest says" in result.stdout
+    assert result.stdout.splitlines()[-1] == str(out)
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 2
+    assert again.stderr == f"error: --out {out} is not empty; give a new folder\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--tool", "mlx-lm"], "--tool and --overwrite are for --format recipe"),
+        (["--format", "recipe", "--engine", "vllm"], "--engine and --gpu are for a checkpoint"),
+        (["--gpu", "h100"], "--gpu h100 needs an engine"),
+    ],
+)
+def test_command_refuses_options_of_the_other_kind(
+    options: list[str], text: str, make_run: Any, tmp_path: Path
+) -> None:
+    directory = make_run()
+    solve_run(directory, SolveOptions(bits=8), folder="")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main, ["export", directory.uri, "--out", str(out), *options])
+    assert result.exit_code == 2
+    assert text in result.stderr
+    assert not out.exists()

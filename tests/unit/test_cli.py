@@ -44,6 +44,7 @@ COMMANDS = (
     "evaluate",
     "frontier",
     "explain",
+    "export",
     "refine",
     "site",
 )
