@@ -87,11 +87,11 @@ def check_checkpoint(folder: Path, source: Source, layout: str) -> StoredTensors
     if wrong:
         raise CheckpointError(f"the exporter wrote layers in other formats: {_few(wrong)}")
     missing = [
-        f"{module}.{part}"
+        f"{place}.{part}"
         for module, format_ in source.formats.items()
-        if not source.is_experts(module)
+        for place in _places(source, module, stored)
         for part in _TENSORS[stored_as(format_, layout) or ""]
-        if f"{module}.{part}" not in stored.nbytes
+        if f"{place}.{part}" not in stored.nbytes
     ]
     if missing:
         raise CheckpointError(f"the exporter left tensors out: {_few(missing)}")
@@ -102,6 +102,18 @@ def check_checkpoint(folder: Path, source: Source, layout: str) -> StoredTensors
             f"{source.weight_bytes:,.0f} of the manifest"
         )
     return stored
+
+
+def _places(source: Source, module: str, stored: StoredTensors) -> list[str]:
+    """What must have tensors: a linear itself, or the linears of each of its experts."""
+    if not source.is_experts(module):
+        return [module]
+    places = []
+    for expert in range(source.modules[module]["shapes"][0][0]):
+        start = f"{module}.{expert}."
+        inside = {name.rpartition(".")[0] for name in stored.nbytes if name.startswith(start)}
+        places += sorted(inside) or [f"{start}*"]
+    return places
 
 
 def _few(names: list[str]) -> str:

@@ -95,11 +95,10 @@ def _round_to_16_bits(folder: Path, source: Source, dtype: torch.dtype) -> None:
 def _is_rounded(name: str, tensor: torch.Tensor, source: Source) -> bool:
     if tensor.dtype != torch.float32:
         return False
-    module, _, kind = name.rpartition(".")
-    format_ = source.formats.get(module)
-    if format_ is None or kind == "bias":
+    kind, module = name.rpartition(".")[2], source.owner(name)
+    if module is None or kind == "bias":
         return True
-    return kind == "weight_scale" and block_size(format_) > 0
+    return kind == "weight_scale" and block_size(source.formats[module]) > 0
 
 
 def _correct_configs(folder: Path) -> None:

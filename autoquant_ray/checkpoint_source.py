@@ -54,6 +54,15 @@ class Source:
         """Whether a module holds fused experts."""
         return list(self.modules[module]["prefixes"]) != [""]
 
+    def owner(self, tensor: str) -> str | None:
+        """The quantized module that a stored tensor belongs to; None where there is none."""
+        name = tensor
+        while "." in name:
+            name = name.rpartition(".")[0]
+            if name in self.formats:
+                return name
+        return None
+
 
 def read_source(directory: RunDirectory, solution: str = "") -> Source:
     """Read a solution.

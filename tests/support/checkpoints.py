@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from autoquant_ray.calibration import ActivationMaxima
 from autoquant_ray.checkpoint_source import read_source
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.experts import prepare_experts
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import find_model, load_model
 from autoquant_ray.plan import build_plan
@@ -36,6 +37,7 @@ FORMATS = ("int4_g32", "wfp8_afp8", "wint8_aint8", "wint8_afp16", "wfp8_afp16")
 def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS) -> Any:
     """Write the ``calibration.parquet`` of a run of a small model; returns its maxima by module."""
     model = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    prepare_experts(model)
     plan = build_plan(model, resolve_formats(formats, device="cpu", custom=CUSTOM))
     collector = ActivationMaxima(model, scored_modules(plan))
     generator = torch.Generator().manual_seed(7)

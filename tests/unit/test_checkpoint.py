@@ -36,6 +36,7 @@ from autoquant_ray.errors import (
     StoreError,
 )
 from autoquant_ray.formats import resolve_formats
+from autoquant_ray.quantizers import fake_quantize_weight
 from autoquant_ray.solve import solve_run
 
 MIXED = {
@@ -138,6 +139,27 @@ def test_modelopt_folder_holds_the_weights_that_were_measured(
     assert (out / "generation_config.json").exists()
     assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_every_expert_is_packed_by_itself(solved_run: Any, tmp_path: Path) -> None:
+    choice = {"*": "none", "*experts": "wfp8_afp8"}
+    directory, folder, _ = solved_run("qwen3_moe", choice, ("wfp8_afp8",))
+    export_run(directory, str(tmp_path / "out"))
+    tensors, source = load_folder(tmp_path / "out"), load_folder(folder)
+    (format_,) = resolve_formats(("wfp8_afp8",), device="cpu")
+    names = [name.removesuffix(".weight") for name in source if ".experts." in name]
+    assert len(names) == 2 * 8 * 3
+    for name in names:
+        unpacked = unpack_modelopt(tensors, name, "FP8")
+        # gate and up of one expert are one matrix in the model, quantized under one scale
+        pair = [name.replace(a, b) for a, b in (("up_proj", "gate_proj"), ("gate_proj", "up_proj"))]
+        together = torch.cat([source[f"{one}.weight"] for one in dict.fromkeys([name, *pair])])
+        expected = fake_quantize_weight(format_.weight, together)[: len(unpacked)]
+        torch.testing.assert_close(unpacked, expected, rtol=1e-6, atol=1e-7)
+        assert tensors[f"{name}.weight_scale"].dtype == torch.float32
+        assert tensors[f"{name}.input_scale"] > 0
+    with pytest.raises(FormatError, match=r"fused experts cannot be packed.*mlp\.experts"):
+        export_run(directory, str(tmp_path / "other"), layout="compressed-tensors")
 
 
 @pytest.fixture
@@ -245,7 +267,7 @@ REFUSED = ("wint4_aint4", "wfp8_afp8", "wint8_aint8", "wint4_afp16", "wfp8_afp16
             {"*": "wfp8_afp8"},
             {"solution": "none-such"},
             StoreError,
-            r"none-such.*does not exist; solutions",
+            r"none-such.*solutions of the run",
         ),
         ({"*": "wfp8_afp8"}, {"out": "full"}, ConfigError, r"full is not empty"),
         ({"*": "wfp8_afp8"}, {"out": "full/file"}, ConfigError, r"is a file"),
