@@ -27,6 +27,7 @@ from autoquant_ray.config_values import parse_bytes
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.explain import Explanation, explain_group
+from autoquant_ray.foreign_plans import import_allocation
 from autoquant_ray.frontier import frontier_of, smallest_within
 from autoquant_ray.frontier_curve import Point
 from autoquant_ray.manifest import load_quantization_config
@@ -132,7 +133,8 @@ class Run:
             bytes: Of the whole model, such as ``"2.5GiB"``.
             options: Fields of :class:`~autoquant_ray.budget.SolveOptions`: ``bits``, ``pins``
                 (group -> format), ``allow`` (pattern -> list of formats), ``max_formats``,
-                ``latency`` (:func:`~autoquant_ray.latency_target.latency_of`), ...
+                ``latency`` (:func:`~autoquant_ray.latency_target.latency_of`), ``engine``,
+                ``gpu``, ...
 
         Raises:
             ConfigError: An unknown or a wrong option.
@@ -144,6 +146,18 @@ class Run:
         except (TypeError, ValueError) as error:
             raise ConfigError(str(error)) from None
         return solve_run(self._directory, given)
+
+    def import_allocation(self, file: str, name: str | None = None) -> Solution:
+        """Make a solution of what AutoRound or mlx-lm chose.
+
+        Args:
+            file: AutoRound's ``layer_config``, or mlx-lm's quantization or sensitivities.
+            name: Of the solution; default: the file's.
+
+        Raises:
+            DataError: It is no such file, or does not fit the run.
+        """
+        return import_allocation(file, self._directory, name)
 
     def solve_within(self, largest_kl: float) -> Solution:
         """Solve the fewest bits that are predicted to lose at most so many nats per token."""

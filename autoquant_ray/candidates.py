@@ -11,7 +11,7 @@ import numpy as np
 
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.errors import ConfigError, StoreError
+from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
 from autoquant_ray.latency_target import Latency
 from autoquant_ray.manifest import allocation_key, average_bits, model_bytes, predicted_loss
@@ -33,7 +33,8 @@ class Candidate:
     """An allocation with a name.
 
     Attributes:
-        name: ``solution``, ``uniform FORMAT``, ``modelopt`` or ``random NUMBER``.
+        name: ``solution``, ``uniform FORMAT``, ``modelopt``, ``random NUMBER``, ``solution NAME``
+            or ``file NAME``.
         formats: Searched group -> format.
         predicted_kl: Summed score in nats per token.
         weight_bytes: Of the whole model.
@@ -60,24 +61,28 @@ def collect_candidates(
     Args:
         state: A finished run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
-        against: Of ``KINDS``. ``uniform``: every format of the menu that fits the budget when all
-            groups take it (a group that lacks it stays in 16 bits). ``modelopt``: solved with the
-            scores as ModelOpt makes them of this run's sums: per batch, clamped along its sorted
-            formats. ``random``: solved with the groups' scores shuffled, the null.
+        against: Of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
+            (:mod:`autoquant_ray.foreign_plans`). ``uniform``: every format of the menu that fits
+            the budget when all groups take it (a group that lacks it stays in 16 bits).
+            ``modelopt``: solved with the scores as ModelOpt makes them of this run's sums: per
+            batch, clamped along its sorted formats. ``random``: solved with the groups' scores
+            shuffled, the null.
         num_random: Number of shuffles.
 
     Raises:
         ConfigError: An unknown kind.
+        DataError: A file is not an allocation of this model.
         StoreError: The solution does not exist.
     """
-    for kind in against:
-        if kind not in KINDS:
-            raise ConfigError(f"--against {kind!r} is unknown; known: {', '.join(KINDS)}")
+    from autoquant_ray.foreign_plans import rival_plan
+
     problem, scores = load_problem(state)
     options = solution_options(state, start)
     problem = problem.timed(options.latency)
     chosen = solution_formats(state, start, problem)
     found = [make_candidate(problem, scores, SOLUTION, chosen)]
+    rivals = [rival_plan(state, n, problem, options) for n in against if n not in KINDS]
+    found += [make_candidate(problem, scores, name, formats) for name, formats in rivals]
     if "uniform" in against:
         found += _uniform(problem, scores, options)
     if "modelopt" in against:

@@ -24,6 +24,7 @@ from autoquant_ray.cli_evaluate import evaluate, refine, refine_and_show
 from autoquant_ray.cli_explain import explain
 from autoquant_ray.cli_export import export
 from autoquant_ray.cli_frontier import frontier
+from autoquant_ray.cli_import import import_
 from autoquant_ray.cli_jobs import jobs, submit
 from autoquant_ray.cli_latency import latency_options, take_latency
 from autoquant_ray.cli_nightly import compare, nightly
@@ -221,32 +222,6 @@ def report(run: str, as_json: bool, verbose: bool) -> None:
             click.echo(path)
 
 
-@main.command(name="import")
-@click.argument("manifest")
-@click.option("--out", required=True, help="Run directory to write.")
-@click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
-@common_options
-def import_(manifest: str, out: str, overwrite: bool, as_json: bool, verbose: bool) -> None:
-    """Turn a ModelOpt AutoQuant JSON MANIFEST into a run that 'solve' and 'report' work on.
-
-    \b
-    Example:
-      autoquant-ray import autoquant.json --out runs/imported
-      autoquant-ray solve runs/imported --bits 6 --bits-over all --cost modelopt
-    """
-    set_up_logging(verbose)
-    from autoquant_ray.modelopt_manifest import import_manifest
-    from autoquant_ray.output import print_solution
-    from autoquant_ray.store import RunDirectory
-
-    with only_ours_on_stdout():
-        solution = import_manifest(manifest, RunDirectory(out), overwrite=overwrite)
-    if as_json:
-        print_json(solution.to_json())
-    else:
-        print_solution(out, solution)
-
-
 @main.command()
 @click.option("--out", default="runs/demo", show_default=True, help="Run directory to write.")
 @click.option("--bits", type=float, default=6.0, show_default=True, help="Budget.")
@@ -274,6 +249,7 @@ main.add_command(evaluate)
 main.add_command(frontier)
 main.add_command(explain)
 main.add_command(export)
+main.add_command(import_)
 main.add_command(refine)
 main.add_command(compare)
 main.add_command(nightly)

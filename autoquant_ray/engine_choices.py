@@ -13,7 +13,7 @@ from typing import Any
 
 from autoquant_ray.engine_formats import LayerAlgo, layer_algo
 from autoquant_ray.engine_names import EngineModule, engine_modules, is_kept_whole, served_algo
-from autoquant_ray.engine_table import FP4_FAMILY
+from autoquant_ray.engine_table import ENGINES, FP4_FAMILY
 from autoquant_ray.engines import (
     check_target,
     describe_violations,
@@ -150,6 +150,39 @@ def require_served(
     found = violations(layers, engine, gpu, group_of)
     if found:
         raise NotServedError(describe_violations(found, engine, gpu))
+
+
+def why_unserved(
+    groups: Groups,
+    chosen: Mapping[str, str],
+    formats: Sequence[Format],
+    engine: str | None,
+    gpu: str | None,
+) -> str | None:
+    """Why an engine cannot serve a plan; without an engine, why none can. None where one can.
+
+    Args:
+        groups, chosen, formats, gpu: As in :func:`require_served`.
+        engine: One of ``ENGINES``; None: any of them.
+    """
+    if engine is not None:
+        try:
+            require_served(groups, chosen, formats, engine, gpu)
+        except NotServedError as error:
+            return f"{error}. Solve it again with --engine {engine}."
+        return None
+    used = [format_ for format_ in formats if format_.name in set(chosen.values())]
+    mixed = len({layer_algo(format_) for format_ in used}) > 1
+    served = {e: servable_formats(used, e, None, mixed=mixed) for e in ENGINES}
+    if any(all(reason is None for reason in reasons.values()) for reasons in served.values()):
+        return None
+    nowhere = [f.name for f in used if all(reasons[f.name] for reasons in served.values())]
+    what = " or ".join(nowhere) if nowhere else " and ".join(f.name for f in used) + " together"
+    kind = " in a checkpoint of several formats" if mixed and nowhere else ""
+    return (
+        f"None of {', '.join(ENGINES)} serves {what}{kind}, by ModelOpt's checkpoints "
+        "(docs/engines.md). 'solve' with --engine takes only what one serves."
+    )
 
 
 def formats_of(plan: Mapping[str, Any]) -> list[Format]:

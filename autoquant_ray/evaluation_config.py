@@ -38,7 +38,8 @@ class EvaluationConfig(BaseModel):
     against: tuple[str, ...] = Field(
         default=("uniform", "modelopt", "random"),
         description="What to measure beside it under the same budget, separated by commas: "
-        "uniform, modelopt, random, or none.",
+        "uniform, modelopt, random, or none. Or, at its own size, another solution of the run, or "
+        "a file: AutoRound's layer_config, mlx-lm's quantization or sensitivities.",
     )
     num_random: int = Field(
         default=20, ge=1, description="Allocations from shuffled scores, whose mean is the null."

@@ -62,7 +62,10 @@ def _read(path: str) -> dict[str, Any]:
         raise DataError(f"manifest {path} is not readable JSON: {error}") from None
     layers = manifest.get("layer_sensitivity") if isinstance(manifest, dict) else None
     if not isinstance(layers, dict) or not layers:
-        raise DataError(f"manifest {path} has no 'layer_sensitivity' mapping of layers")
+        raise DataError(
+            f"manifest {path} has no 'layer_sensitivity' mapping of layers; a file of AutoRound or "
+            "mlx-lm goes into a scanned run: --into RUN"
+        )
     for section in ("scheme", "model", "dataset", "autoquant_state"):
         if not isinstance(manifest.get(section) or {}, dict):
             raise DataError(f"manifest {path}: {section} must be a mapping")

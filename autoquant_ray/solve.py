@@ -164,7 +164,8 @@ def write_solution(
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
     summary |= domain_summary(state, problem, scores, options, formats)
     config = quantization_config(problem, formats, plan)
-    certainty = certainty_of(state, problem, scores, options, formats)
+    is_foreign = "imported_from" in (notes or {})
+    certainty = None if is_foreign else certainty_of(state, problem, scores, options, formats)
     manifest = build_manifest(state.values, options, summary, config, certainty) | dict(notes or {})
     start = solution_folder(name)
     paths = {

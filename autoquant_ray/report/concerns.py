@@ -67,6 +67,8 @@ class Evidence:
             is the predicted loss.
         by_domain: It was made for domains; rivals that weigh all tokens alike say nothing of it.
         by_measurement: Measured losses chose it: it is not what the scores alone would choose.
+        unserved: Why the engine that it is for, or every engine known, cannot serve it; None where
+            one can.
     """
 
     predicted: float
@@ -84,6 +86,7 @@ class Evidence:
     objective: float | None = None
     by_domain: bool = False
     by_measurement: bool = False
+    unserved: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,7 @@ def find_concerns(evidence: Evidence) -> list[Concern]:
         _rivals,
         _null,
         _measured,
+        _unserved,
         _low_bits,
         _quarantined,
         _labels,
@@ -131,7 +135,7 @@ def _rivals(known: Evidence) -> Iterator[Concern]:
     if known.by_domain:
         return
     for own, *rivals in known.measured:
-        better = [row for row in rivals if _is_surely_better(row)]
+        better = [row for row in rivals if _is_surely_better(row) and _is_no_larger(row, own)]
         if better:
             best = min(better, key=lambda row: float(row["kl_mean"]))
             yield _grave(
@@ -145,6 +149,12 @@ def _rivals(known: Evidence) -> Iterator[Concern]:
 def _is_surely_better(rival: Mapping[str, Any]) -> bool:
     """By two standard errors of the difference, where they are known."""
     return bool(rival["kl_above_solution"] + 2 * (rival["kl_above_solution_stderr"] or 0.0) < 0)
+
+
+def _is_no_larger(rival: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Rivals from elsewhere have their own size; all others were made for the same budget."""
+    is_foreign = str(rival["name"]).startswith(("file ", "solution "))
+    return not is_foreign or bool(rival["weight_bytes"] <= own["weight_bytes"])
 
 
 def _null(known: Evidence) -> Iterator[Concern]:
@@ -177,6 +187,11 @@ def _measured(known: Evidence) -> Iterator[Concern]:
                 f"predicted, more than a factor of {IN_RANGE:g} apart. Trust the measured number; "
                 "'refine' searches by it.",
             )
+
+
+def _unserved(known: Evidence) -> Iterator[Concern]:
+    if known.unserved is not None:
+        yield _look("No engine serves it as it is", known.unserved)
 
 
 def _low_bits(known: Evidence) -> Iterator[Concern]:

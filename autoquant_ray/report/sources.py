@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.budget import Problem
+from autoquant_ray.engine_choices import formats_of, why_unserved
 from autoquant_ray.errors import StoreError
 from autoquant_ray.manifest import allocation_key, is_chosen_by_measurement
 from autoquant_ray.report.concerns import Choice, Evidence
@@ -122,6 +123,16 @@ def read_sources(state: RunState, start: str) -> Sources:
     )
 
 
+def _unserved(sources: Sources) -> str | None:
+    """Why no engine serves the plan; None too where the formats are only names (imported)."""
+    plan, budget = sources.run["plan"], sources.manifest["budget"]
+    if any(not entry.get("weight") for entry in plan["formats"]):
+        return None
+    groups = {name: group.module_names for name, group in sources.problem.groups.items()}
+    engine, gpu = budget.get("engine"), budget.get("gpu")
+    return why_unserved(groups, sources.formats, formats_of(plan), engine, gpu)
+
+
 def gather_evidence(sources: Sources) -> Evidence:
     """What is known for and against the plan."""
     solution = sources.manifest["solution"]
@@ -148,5 +159,6 @@ def gather_evidence(sources: Sources) -> Evidence:
         null=stability.get("null_score"),
         objective=solution["score"] if sources.is_by_domain else None,
         by_domain=sources.is_by_domain,
+        unserved=_unserved(sources),
         by_measurement=sources.is_by_measurement,
     )

@@ -16,9 +16,11 @@ from autoquant_ray.api import Run
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.candidates import collect_candidates, solution_options
 from autoquant_ray.cli import main
+from autoquant_ray.engine_choices import why_unserved
 from autoquant_ray.engines import layer_algo, violations
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats import NONE, PAIRS, Format
+from autoquant_ray.report.concerns import Evidence, find_concerns
 from autoquant_ray.served_search import served_problem
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -250,3 +252,26 @@ def test_budget_below_what_the_engine_serves_names_its_formats(run: RunDirectory
     result = invoke("solve", run.uri, "--bits", "5", "--engine", "vllm", "--gpu", "hopper")
     assert result.exit_code == 4
     assert "formats that vllm on hopper serves together: wfp8_afp8" in result.output
+
+
+@pytest.mark.parametrize(
+    ("chosen", "engine", "told"),
+    [
+        ({"o": "fp8", "down": "int4"}, None, None),  # trtllm
+        ({"o": "fp8", "down": "int8"}, None, "serves int8 in a checkpoint of several formats"),
+        ({"o": "int8"}, None, "serves int8, by ModelOpt"),
+        ({"o": "int4", "down": "w4a16_nvfp4"}, None, "serves int4 and w4a16_nvfp4 together"),
+        ({"o": "fp8", "down": "int4"}, "vllm", "down: vllm does not know W4A16_AWQ"),
+        ({"o": "fp8", "down": NONE}, "vllm", None),
+    ],
+)
+def test_report_says_what_no_engine_serves(
+    chosen: dict[str, str], engine: str | None, told: str | None
+) -> None:
+    modules = {"q": DENSE["q"], "o": ["model.layers.0.self_attn.o_proj"], "down": DENSE["down"]}
+    found = why_unserved(modules, chosen, list(FORMATS.values()), engine, None)
+    assert (found is None) == (told is None)
+    assert told is None or told in (found or "")
+    known = Evidence(predicted=1.0, stderr=None, effective_bits=8, choices=[], unserved=found)
+    titles = [concern.title for concern in find_concerns(known)]
+    assert titles == ([] if told is None else ["No engine serves it as it is"])

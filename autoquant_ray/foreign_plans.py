@@ -1,0 +1,125 @@
+"""Other tools' allocations as plans of a run: rivals of an evaluation, or its solutions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from autoquant_ray.allocation_files import read_allocation, read_json, sensitivities
+from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.candidates import (
+    Scores,
+    as_allocation,
+    make_candidate,
+    solution_formats,
+    solution_options,
+)
+from autoquant_ray.engine_choices import formats_of
+from autoquant_ray.errors import ConfigError, DataError
+from autoquant_ray.job_names import slug
+from autoquant_ray.manifest import average_bits, model_bytes
+from autoquant_ray.run_files import SOLUTIONS, solution_folder
+from autoquant_ray.solve import Solution, load_problem, write_solution
+from autoquant_ray.state import RunState
+from autoquant_ray.store import RunDirectory
+from autoquant_ray.tool_formats import mlx_config
+
+
+def foreign_plan(path: str, problem: Problem, options: SolveOptions) -> dict[str, str]:
+    """Searched group -> format, from a file of AutoRound or mlx-lm.
+
+    Sensitivities are no plan yet: as in ``mlx_lm.dynamic_quant``, groups above a threshold take
+    more bits, as many of them as the budget allows; of the run's formats the smallest and the
+    largest that MLX has count.
+
+    Args:
+        path: The file.
+        problem: Groups with their costs.
+        options: The budget, which only sensitivities need.
+
+    Raises:
+        DataError: Not such a file, an unknown layer, or bits without a counterpart.
+        ConfigError: An imported run, or sensitivities that no budget fits.
+    """
+    content = read_json(path)
+    groups = {group.name: group.module_names for group in problem.searched}
+    formats = formats_of(problem.summary)
+    values = sensitivities(path, content, groups)
+    if values is None:
+        return read_allocation(path, content, groups, formats)
+    names = [format_.name for format_ in formats if mlx_config(format_) is not None]
+    sizes = {
+        name: average_bits(problem.searched, dict.fromkeys(groups, name))
+        for name in names
+        if all(name in group.rows for group in problem.searched)
+    }
+    if len(sizes) < 2:
+        raise DataError(
+            f"{path}: sensitivities need two weight-only formats in the run, one with more bits, "
+            f"such as wint4_afp16 and wint8_afp16; it has {', '.join(sizes) or 'none'}"
+        )
+    low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    plan = dict.fromkeys(groups, low)
+    if not _fits(problem, options, plan):
+        raise ConfigError(f"{path}: {low} everywhere does not fit the budget; give a larger one")
+    for group in sorted(groups, key=lambda name: -values[name]):
+        if not _fits(problem, options, plan | {group: high}):
+            break
+        plan[group] = high
+    return plan
+
+
+def _fits(problem: Problem, options: SolveOptions, plan: dict[str, str]) -> bool:
+    return all(
+        math.fsum(group.cost(plan[group.name], budget.resource) for group in problem.searched)
+        <= budget.limit * (1 + 1e-12)
+        for budget in problem.budgets(options)
+    )
+
+
+def rival_plan(
+    state: RunState, against: str, problem: Problem, options: SolveOptions
+) -> tuple[str, dict[str, str]]:
+    """Name and formats of a rival that is another solution of the run, or a file.
+
+    Raises:
+        ConfigError: Neither.
+        DataError: The file cannot be read as an allocation.
+    """
+    solutions = state.directory.list_folders(SOLUTIONS)
+    if against in solutions:
+        return f"solution {against}", solution_formats(state, solution_folder(against), problem)
+    if Path(against).is_file():
+        return f"file {Path(against).name}", foreign_plan(against, problem, options)
+    raise ConfigError(
+        f"--against {against!r} is unknown; known: uniform, modelopt, random, a solution of the "
+        f"run ({', '.join(solutions) or 'none yet'}), or a file of AutoRound or mlx-lm"
+    )
+
+
+def import_allocation(path: str, directory: RunDirectory, name: str | None = None) -> Solution:
+    """Write a tool's allocation as a solution of a run.
+
+    Args:
+        path: The file.
+        directory: A run whose scores are complete.
+        name: Of the solution; default: the file's.
+
+    Raises:
+        DataError, ConfigError: As :func:`foreign_plan`.
+        StoreError: Not a run.
+    """
+    state = RunState.open(directory)
+    problem, scores = load_problem(state)
+    plan = foreign_plan(path, problem, solution_options(state, ""))
+    return _write(state, problem, scores, plan, name or slug(Path(path).stem), path)
+
+
+def _write(
+    state: RunState, problem: Problem, scores: Scores, plan: dict[str, str], name: str, path: str
+) -> Solution:
+    options = SolveOptions(bytes=math.ceil(model_bytes(problem, plan)))
+    candidate = make_candidate(problem, scores, name, plan)
+    allocation = as_allocation(problem, scores, options, candidate)
+    notes = {"imported_from": Path(path).name}
+    return write_solution(state, problem, dict(scores), options, allocation, name, notes)

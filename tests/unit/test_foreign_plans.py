@@ -1,0 +1,182 @@
+"""Other tools' allocations: read back from our own recipes, by hand, and refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from autoquant_ray.api import Run
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.candidates import collect_candidates, solution_formats
+from autoquant_ray.cli import main
+from autoquant_ray.exported_plan import read_plan
+from autoquant_ray.recipes import make_recipe
+from autoquant_ray.report.concerns import Evidence, find_concerns
+from autoquant_ray.solve import load_problem, solve_run
+from autoquant_ray.state import RunState
+from autoquant_ray.store import RunDirectory
+from tests.support.scored_run import put_scored_run
+
+MENU = ("wint4_afp16", "wint8_afp16", "wfp8_afp8")
+LAYER = "model.layers.0."
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A scored run with two weight-only formats, solved for 7 bits without fp8."""
+    folder = tmp_path_factory.mktemp("foreign") / "run"
+    directory = put_scored_run(folder, formats=MENU, num_layers=2)
+    Run.open(directory.uri).solve(bits=7.0, allow={"*": ["wint4_afp16", "wint8_afp16", "none"]})
+    solve_run(directory, SolveOptions(bits=6.0), folder="")
+    return directory
+
+
+def put(folder: Path, content: Any) -> str:
+    """Write a file of a tool."""
+    path = folder / "Their Plan.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def rival(run: RunDirectory, path: str) -> dict[str, str]:
+    """The formats of a file as a rival of the scan's own solution."""
+    _, found = collect_candidates(RunState.open(run), "", (path,))
+    assert found.name == f"file {Path(path).name}"
+    return found.formats
+
+
+@pytest.mark.parametrize("tool", ["auto-round", "mlx-lm"])
+def test_plan_comes_back_from_its_own_recipe(run: RunDirectory, tmp_path: Path, tool: str) -> None:
+    (name,) = Run.open(run.uri).solutions[:1]
+    plan = read_plan(run.uri, name)
+    chosen = {m: f for m, f in plan.chosen.items() if "visual" not in m}
+    path = put(tmp_path, make_recipe(chosen, plan.formats, tool))
+    state = RunState.open(run)
+    problem, _ = load_problem(state)
+    assert rival(run, path) == solution_formats(state, f"solutions/{name}/", problem)
+    assert {"wint4_afp16", "wint8_afp16"} <= set(rival(run, path).values())
+
+
+def test_quantization_config_of_autoround_has_defaults_and_patterns(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    config = {
+        "quant_method": "auto-round", "bits": 4, "group_size": 128, "data_type": "int", "sym": True,
+        "extra_config": {
+            r".*mlp\.down_proj.*": {"bits": 8},
+            f"{LAYER}self_attn.o_proj": {"bits": 16, "data_type": "fp"},
+        },
+    }  # fmt: skip
+    found = rival(run, put(tmp_path, {"model_type": "llama", "quantization_config": config}))
+    assert found[f"{LAYER}mlp.down_proj"] == found["model.layers.1.mlp.down_proj"] == "wint8_afp16"
+    assert found[f"{LAYER}self_attn.o_proj"] == found["lm_head"] == "none"
+    assert found["model.layers.1.self_attn.o_proj"] == "wint4_afp16"
+    assert found[f"{LAYER}mlp.gate_proj"] == "wint4_afp16"
+
+
+def test_layers_of_a_group_share_the_widest(
+    run: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = {f"{LAYER}self_attn.{p}_proj": "W4A16" for p in "qk"}
+    plan[f"{LAYER}self_attn.v_proj"] = {"bits": 8, "group_size": 128}
+    with caplog.at_level(logging.WARNING):
+        found = rival(run, put(tmp_path, plan))
+    assert found[f"{LAYER}self_attn.q_proj"] == "wint8_afp16"
+    assert "1 group(s) different bits" in caplog.text
+
+
+def test_sensitivities_of_mlx_become_as_many_larger_groups_as_fit(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    state = RunState.open(run)
+    problem, _ = load_problem(state)
+    modules = [m for group in problem.searched for m in group.module_names]
+    values = {name: float(number) for number, name in enumerate(reversed(modules))}
+    rows = [["model.embed_tokens", 1e3], *([k, v] for k, v in values.items())]
+    found = rival(run, put(tmp_path, rows))
+    assert set(found.values()) == {"wint4_afp16", "wint8_afp16"}
+    order = [group.name for group in problem.searched]  # most sensitive first
+    larger = [found[name] == "wint8_afp16" for name in order]
+    assert larger == sorted(larger, reverse=True)
+    bits = sum(g.cost(found[g.name], "storage") for g in problem.searched) * 8
+    weights = sum(g.num_weights for g in problem.searched)
+    assert bits / weights <= 6.0
+    following = order[larger.index(False)]
+    more = found | {following: "wint8_afp16"}
+    assert sum(g.cost(more[g.name], "storage") for g in problem.searched) * 8 / weights > 6.0
+
+
+def test_imported_allocation_is_a_solution_and_a_rival(run: RunDirectory, tmp_path: Path) -> None:
+    path = put(tmp_path, {"bits": 8, "group_size": 64, "mode": "affine", "lm_head": False})
+    words = ["import", path, "--into", run.uri, "--name", "theirs"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    rows = run.read_table("solutions/theirs/manifest.parquet", "manifest").to_pylist()
+    assert {r["format"] for r in rows if "layers" in r["module"]} == {"wint8_afp16"}
+    manifest = run.read_json("solutions/theirs/manifest.json")
+    assert manifest["imported_from"] == "Their Plan.json"
+    assert manifest["stability"] is None
+    _, found = collect_candidates(RunState.open(run), "", ("theirs",))
+    assert (found.name, found.formats["lm_head"]) == ("solution theirs", "none")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("{", "is not readable JSON"),
+        ([], "has no sensitivity of"),
+        ([["lm_head", "high"]], "is not a layer's name and its sensitivity"),
+        ([["model.layers.9.mlp.up_proj", 1]], "names 'model.layers.9.mlp.up_proj', which is no"),
+        ({"model.layers.7.x": {"bits": 4}}, "names 'model.layers.7.x', which fits no searched"),
+        ({"lm_head": {"bits": 3}}, "lm_head has {'bits': 3}, and no format of the run has that"),
+        ({"lm_head": {"group_size": 3}}, "says no bits"),
+        ({"bits": 5, "group_size": 64}, "no format of the run has that (it could take wint4_afp16"),
+        ({"bits": 4, "lm_head": 3}, "'lm_head': 3 is neither true, false nor parameters"),
+        ("3", "is neither AutoRound's layer_config nor mlx-lm's"),
+    ],
+)
+def test_file_that_does_not_fit_is_one_line(
+    run: RunDirectory, tmp_path: Path, content: Any, line: str
+) -> None:
+    result = CliRunner().invoke(main, ["import", put(tmp_path, content), "--into", run.uri])
+    assert result.exit_code == 2
+    assert line in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert not run.exists("solutions/their-plan/manifest.json")
+
+
+def test_import_needs_one_target(run: RunDirectory, tmp_path: Path) -> None:
+    path = put(tmp_path, {"lm_head": "W4A16"})
+    for words in ([], ["--out", "x", "--into", run.uri]):
+        result = CliRunner().invoke(main, ["import", path, *words])
+        assert result.exit_code == 2
+        assert "give --out DIR for a ModelOpt manifest, or --into RUN" in result.output
+    result = CliRunner().invoke(main, ["import", path, "--out", str(tmp_path / "x")])
+    assert "goes into a scanned run: --into RUN" in result.output
+
+
+def test_unknown_rival_names_what_there_is(run: RunDirectory) -> None:
+    result = CliRunner().invoke(main, ["evaluate", run.uri, "--against", "nothing"])
+    assert result.exit_code == 2
+    assert "--against 'nothing' is unknown; known: uniform, modelopt" in result.output
+
+
+def test_larger_rival_from_elsewhere_is_no_reason_for_concern() -> None:
+    own: dict[str, Any] = {"name": "solution", "dataset": "d", "weight_bytes": 10}
+    own |= {"kl_mean": 0.2, "predicted_kl": 0.2}
+    other = own | {"kl_mean": 0.1, "kl_above_solution": -0.1, "kl_above_solution_stderr": 0.0}
+
+    def titles(**changes: Any) -> list[str]:
+        known = Evidence(predicted=0.2, stderr=None, effective_bits=6, choices=[])
+        known = dataclasses.replace(known, measured=[[own, other | changes]])
+        return [concern.title for concern in find_concerns(known)]
+
+    assert titles(name="file x.json", weight_bytes=11) == []
+    assert titles(name="file x.json", weight_bytes=10) == ["Another plan loses less"]
+    assert titles(name="modelopt", weight_bytes=11) == ["Another plan loses less"]
