@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,21 +118,18 @@ def require_packable(source: Source, layout: str) -> None:
     Raises:
         FormatError: It cannot; names the groups, their formats and the remedy.
     """
-    problems: dict[str, list[str]] = {}
-    for module, format_ in source.formats.items():
-        for problem in _problems(source, module, format_, layout):
-            groups = problems.setdefault(problem, [])
-            if source.groups[module] not in groups:
-                groups.append(source.groups[module])
-    if problems:
-        told = "; ".join(
-            f"{problem} ({few(groups, _MOST_NAMES)})" for problem, groups in problems.items()
-        )
-        others = [one for one in LAYOUTS if one != layout]
-        raise FormatError(
-            f"--format {layout} cannot hold this solution: {told}. Solve again with other formats "
-            f"for these groups (solve --allow 'PATTERN=FORMATS'), or try --format {others[0]}"
-        )
+    problems = _problems(source, layout)
+    if not problems:
+        return
+    told = "; ".join(
+        f"{problem} ({few(groups, _MOST_NAMES)})" for problem, groups in problems.items()
+    )
+    others = [one for one in LAYOUTS if one != layout and not _problems(source, one)]
+    or_else = f", or give --format {others[0]}" if others else ""
+    raise FormatError(
+        f"--format {layout} cannot hold this solution: {told}. Solve again with other formats for "
+        f"these groups (solve --allow 'PATTERN=FORMATS'){or_else}"
+    )
 
 
 def require_engine(source: Source, layout: str, engine: str | None, gpu: str | None) -> None:
@@ -171,14 +168,24 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
             )
 
 
-def _problems(source: Source, module: str, format_: Format, layout: str) -> Iterator[str]:
+def _problems(source: Source, layout: str) -> dict[str, list[str]]:
+    """What a layout cannot hold -> the groups that it concerns."""
+    problems: dict[str, list[str]] = {}
+    for module, format_ in source.formats.items():
+        problem = _problem(source, module, format_, layout)
+        if problem is not None:
+            groups = problems.setdefault(problem, [])
+            if source.groups[module] not in groups:
+                groups.append(source.groups[module])
+    return problems
+
+
+def _problem(source: Source, module: str, format_: Format, layout: str) -> str | None:
     if stored_as(format_, layout) is None:
-        yield f"{format_.name} has no packed form"
-        return
+        return f"{format_.name} has no packed form"
     if source.is_experts(module) and layout != MODELOPT:
-        yield "fused experts cannot be packed"
-    for shape in source.modules[module]["shapes"]:
-        reason = shape_problem(format_, shape)
-        if reason is not None:
-            yield f"{format_.name}: {reason}"
-            return
+        return "fused experts cannot be packed"
+    shapes = source.modules[module]["shapes"]
+    reasons = (shape_problem(format_, shape) for shape in shapes)
+    reason = next((one for one in reasons if one is not None), None)
+    return None if reason is None else f"{format_.name}: {reason}"

@@ -31,6 +31,7 @@ CUSTOM = {
         "input": None,
     }
 }
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 FORMATS = ("int4_g32", "wfp8_afp8", "wint8_aint8", "wint8_afp16", "wfp8_afp16")
 
 
@@ -71,6 +72,16 @@ def unpack_modelopt(tensors: Mapping[str, torch.Tensor], module: str, algo: str)
     if algo in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
         assert weight.dtype == torch.int8
         return weight.float() * scale.reshape(-1, 1)
+    if algo == "FP8_PER_CHANNEL_PER_TOKEN":
+        assert weight.dtype == torch.float8_e4m3fn
+        return weight.float() * scale.reshape(-1, 1)
+    if algo == "MXFP8":  # a byte of exponent per block of 32
+        return weight.float() * (2.0 ** (scale - 127)).repeat_interleave(32, dim=1)
+    if algo in ("NVFP4", "W4A16_NVFP4"):  # each byte: two numbers of one row
+        scale = scale * tensors[f"{module}.weight_scale_2"]
+        codes = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).long()
+        numbers = _E2M1[codes & 7] * torch.where(codes > 7, -1, 1)
+        return numbers * scale.repeat_interleave(16, dim=1)
     assert algo == "W4A16_AWQ"
     assert weight.dtype == torch.uint8
     pairs = weight.to(torch.int16)  # each byte: two rows of one column, the first in the low half

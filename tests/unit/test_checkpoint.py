@@ -22,7 +22,7 @@ from checkpoints import (
 )
 from click.testing import CliRunner
 
-from autoquant_ray import Run
+from autoquant_ray import Run, formats
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.checkpoint import export_run
 from autoquant_ray.checkpoint_check import check_checkpoint
@@ -160,6 +160,34 @@ def test_every_expert_is_packed_by_itself(solved_run: Any, tmp_path: Path) -> No
         assert tensors[f"{name}.input_scale"] > 0
     with pytest.raises(FormatError, match=r"fused experts cannot be packed.*mlp\.experts"):
         export_run(directory, str(tmp_path / "other"), layout="compressed-tensors")
+
+
+def test_formats_with_scales_of_their_own_are_packed_on_the_cpu(
+    solved_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their fake quantization needs a GPU where there is no other backend; packing does not."""
+    monkeypatch.setattr(formats, "check_device", lambda *_: None, raising=False)
+    algorithms = {
+        "NVFP4_DEFAULT_CFG": "NVFP4",
+        "wfp4_afp16": "W4A16_NVFP4",
+        "MXFP8_DEFAULT_CFG": "MXFP8",
+        "FP8_PER_CHANNEL_PER_TOKEN_CFG": "FP8_PER_CHANNEL_PER_TOKEN",
+    }
+    choice = dict(zip(["*attn*", "*0.mlp.*", "*1.mlp.*", "lm_head"], algorithms, strict=True))
+    directory, folder, maxima = solved_run("llama", choice, tuple(algorithms))
+    export_run(directory, str(tmp_path / "out"))
+    tensors, weights = load_folder(tmp_path / "out"), load_folder(folder)
+    for name, format_ in read_source(directory).formats.items():
+        weight = weights[f"{name}.weight"]
+        unpacked = unpack_modelopt(tensors, name, algorithms[format_.name])
+        # Half a step at the top of the widest block: 1 of 6 for e2m1, 16 of 448 for e4m3.
+        half = 1 / 6 if "FP4" in algorithms[format_.name] else 16 / 448
+        block = 16 if "FP4" in algorithms[format_.name] else weight.shape[1]
+        largest = weight.unflatten(1, (-1, block)).abs().amax(-1).repeat_interleave(block, 1)
+        assert ((unpacked - weight).abs() <= 1.1 * half * largest).all(), name
+        if format_.name == "NVFP4_DEFAULT_CFG":
+            scale = tensors[f"{name}.input_scale"].item()
+            assert scale == pytest.approx(maxima[name] / (6 * 448), rel=1e-6)
 
 
 @pytest.fixture
