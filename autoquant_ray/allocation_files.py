@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ Groups = Mapping[str, Sequence[str]]
 """Searched group -> its modules."""
 
 _MAX_NAMED = 3
-_SCHEMES = {
+_SCHEMES: dict[str, dict[str, Any]] = {
     f"W{bits}A16": {"bits": bits, "group_size": 128, "data_type": "int", "act_bits": 16}
     for bits in (2, 3, 4, 8)
 } | {"BF16": {"bits": 16}, "FP8_STATIC": {"bits": 8, "data_type": "fp", "act_bits": 8}}
@@ -46,10 +46,13 @@ def read_json(path: str) -> Any:
         raise DataError(f"{path} is not readable JSON: {error}") from None
 
 
-def sensitivities(path: str, content: Any, groups: Groups) -> dict[str, float] | None:
+def sensitivities(
+    path: str, content: Any, groups: Groups, others: Collection[str] = ()
+) -> dict[str, float] | None:
     """Group -> mlx-lm's sensitivity, if it is a file of those; None otherwise.
 
     A sensitivity is the gain of more bits per million weights; a group gets the mean of its layers.
+    ``others`` are layers of the model that are not searched; what is said of them is left out.
 
     Raises:
         DataError: An entry is wrong, or a layer or a group is unknown to the other side.
@@ -65,8 +68,8 @@ def sensitivities(path: str, content: Any, groups: Groups) -> dict[str, float] |
         module = _ours(entry[0])
         if module is not None and module in group_of:
             found.setdefault(group_of[module], []).append(float(entry[1]))
-        elif module is not None:
-            raise DataError(f"{path} names {entry[0]!r}, which is no searched layer of this run")
+        elif module is not None and module not in others:
+            raise DataError(f"{path} names {entry[0]!r}, which is no layer of this run")
     missing = [group for group in groups if group not in found]
     if missing:
         raise DataError(f"{path} has no sensitivity of {few(missing, _MAX_NAMED)}")
@@ -74,7 +77,11 @@ def sensitivities(path: str, content: Any, groups: Groups) -> dict[str, float] |
 
 
 def read_allocation(
-    path: str, content: Any, groups: Groups, formats: Sequence[Format]
+    path: str,
+    content: Any,
+    groups: Groups,
+    formats: Sequence[Format],
+    others: Collection[str] = (),
 ) -> dict[str, str]:
     """Group -> format of the run, from a file that names bits per layer.
 
@@ -87,6 +94,7 @@ def read_allocation(
         content: From :func:`read_json`.
         groups: Searched groups.
         formats: The run's menu.
+        others: Layers that are not searched, which stay in 16 bits whatever the file says.
 
     Raises:
         DataError: Not such a file, an unknown layer, or bits without a counterpart in the menu.
@@ -101,11 +109,12 @@ def read_allocation(
         )
     is_mlx = "bits" in content and "quant_method" not in content
     modules = [name for own in groups.values() for name in own]
-    entries = (_mlx_entries if is_mlx else _auto_round)(path, content, modules)
+    entries = (_mlx_entries if is_mlx else _auto_round)(path, content, [*modules, *others])
     counterpart = mlx_config if is_mlx else auto_round_config
     chosen = {
         module: NONE if entry is None else _format_of(path, module, entry, formats, counterpart)
         for module, entry in entries.items()
+        if module not in others
     }
     return _by_group(path, chosen, groups, formats)
 
@@ -147,7 +156,7 @@ def _matching(path: str, key: str, modules: Sequence[str]) -> list[str]:
     except re.error:
         found = []
     if not found:
-        raise DataError(f"{path} names {key!r}, which fits no searched layer of this run")
+        raise DataError(f"{path} names {key!r}, which fits no layer of this run")
     return found
 
 
@@ -164,7 +173,7 @@ def _mlx_entries(
         if module is None:
             continue
         if module not in found:
-            raise DataError(f"{path} names {key!r}, which is no searched layer of this run")
+            raise DataError(f"{path} names {key!r}, which is no layer of this run")
         if not isinstance(value, bool | dict):
             raise DataError(f"{path}: {key!r}: {value!r} is neither true, false nor parameters")
         found[module] = None if value is False else default | (value if value is not True else {})

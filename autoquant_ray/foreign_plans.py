@@ -44,9 +44,10 @@ def foreign_plan(path: str, problem: Problem, options: SolveOptions) -> dict[str
     content = read_json(path)
     groups = {group.name: group.module_names for group in problem.searched}
     formats = formats_of(problem.summary)
-    values = sensitivities(path, content, groups)
+    others = [name for group in problem.unsearched for name in group.module_names]
+    values = sensitivities(path, content, groups, others)
     if values is None:
-        return read_allocation(path, content, groups, formats)
+        return read_allocation(path, content, groups, formats, others)
     names = [format_.name for format_ in formats if mlx_config(format_) is not None]
     sizes = {
         name: average_bits(problem.searched, dict.fromkeys(groups, name))

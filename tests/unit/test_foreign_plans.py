@@ -55,8 +55,7 @@ def rival(run: RunDirectory, path: str) -> dict[str, str]:
 def test_plan_comes_back_from_its_own_recipe(run: RunDirectory, tmp_path: Path, tool: str) -> None:
     (name,) = Run.open(run.uri).solutions[:1]
     plan = read_plan(run.uri, name)
-    chosen = {m: f for m, f in plan.chosen.items() if "visual" not in m}
-    path = put(tmp_path, make_recipe(chosen, plan.formats, tool))
+    path = put(tmp_path, make_recipe(plan.chosen, plan.formats, tool))
     state = RunState.open(run)
     problem, _ = load_problem(state)
     assert rival(run, path) == solution_formats(state, f"solutions/{name}/", problem)
@@ -133,7 +132,7 @@ def test_imported_allocation_is_a_solution_and_a_rival(run: RunDirectory, tmp_pa
         ([], "has no sensitivity of"),
         ([["lm_head", "high"]], "is not a layer's name and its sensitivity"),
         ([["model.layers.9.mlp.up_proj", 1]], "names 'model.layers.9.mlp.up_proj', which is no"),
-        ({"model.layers.7.x": {"bits": 4}}, "names 'model.layers.7.x', which fits no searched"),
+        ({"model.layers.7.x": {"bits": 4}}, "names 'model.layers.7.x', which fits no layer"),
         ({"lm_head": {"bits": 3}}, "lm_head has {'bits': 3}, and no format of the run has that"),
         ({"lm_head": {"group_size": 3}}, "says no bits"),
         ({"bits": 5, "group_size": 64}, "no format of the run has that (it could take wint4_afp16"),

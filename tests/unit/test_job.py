@@ -73,6 +73,8 @@ def test_nightly_job_scans_into_the_given_run() -> None:
         (SCAN | {"bist": 4}, "bist: unknown key; closest: bits"),
         (SCAN | {"scan": {"bits": 4}}, "scan: unknown key"),
         (SCAN | {"samples": "many"}, "samples: "),
+        (SCAN | {"engine": "tgi"}, "--engine 'tgi' is unknown; known: vllm, sglang, trtllm"),
+        (SCAN | {"gpu": "h100"}, "--gpu h100 needs an engine"),
         (SCAN | {"bits": True}, "bits: must not be yes, no, true or false"),
         (SCAN | {"name": "No Spaces; touch x"}, "name: use lower case"),
         (SCAN | {"name": 7}, "name: "),
