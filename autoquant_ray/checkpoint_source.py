@@ -159,8 +159,8 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
             f"{', '.join(sorted(set(chosen.values())))}; give --format {MODELOPT}, or solve with "
             "--max-formats 1"
         )
-    for module in engine_modules(source.modules, engine):
-        own = {source.groups[member]: None for member in module.members}
+    for fused in engine_modules(source.modules, engine):
+        own = {source.groups[member]: None for member in fused.members}
         if len({chosen.get(group) for group in own}) > 1:
             raise ConfigError(
                 f"{engine} fuses {few(list(own), _MOST_NAMES)} into one module, which has one "
