@@ -122,13 +122,13 @@ def _write(source: Source, folder: Path, layout: str) -> None:
 
     directory = source.state.directory
     maxima = read_maxima(directory) if directory.exists("calibration.parquet") else {}
-    model, ref, dtype = load_for_export(source)
+    model, ref, sixteen_bits = load_for_export(source)
     if layout == COMPRESSED_TENSORS:
         from autoquant_ray.checkpoint_compressed import write_compressed as write
     else:
         from autoquant_ray.checkpoint_modelopt import write_modelopt as write
-    write(model, source, maxima, folder, dtype)
-    finish_folder(folder, ref, dtype)
+    write(model, source, maxima, folder, sixteen_bits)
+    finish_folder(folder, ref, sixteen_bits.dtype)
 
 
 @contextmanager

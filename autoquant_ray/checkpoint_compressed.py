@@ -31,6 +31,7 @@ from autoquant_ray.checkpoint_formats import (
     grids,
     stored_as,
 )
+from autoquant_ray.checkpoint_model import SixteenBits
 from autoquant_ray.checkpoint_source import Source
 from autoquant_ray.formats import Format
 from autoquant_ray.quantizers import make_quantizer, make_weight_quantizer
@@ -41,7 +42,7 @@ _NUMBERS = {"fp8": ("float", 8), "int8": ("int", 8), "int4": ("int", 4)}
 
 
 def write_compressed(
-    model: Any, source: Source, maxima: Maxima, folder: Path, dtype: torch.dtype
+    model: Any, source: Source, maxima: Maxima, folder: Path, sixteen_bits: SixteenBits
 ) -> None:
     """Write the model's config and its packed weights.
 
@@ -50,7 +51,7 @@ def write_compressed(
         source: Which formats.
         maxima: Calibrated input maxima.
         folder: An empty folder.
-        dtype: 16-bit type of what is not quantized, and of the scales of blocks.
+        sixteen_bits: Rounds what is not quantized; its type is that of the scales of blocks.
     """
     schemes = _schemes(source)
     targets = [module for scheme in schemes.values() for module in scheme.targets]
@@ -58,10 +59,10 @@ def write_compressed(
     for scheme in schemes.values():
         for name in scheme.targets:
             format_, module = source.formats[name], model.get_submodule(name)
-            parts = _pack(module.weight, format_, scheme, maxima.get(name, {}), dtype)
+            parts = _pack(module.weight, format_, scheme, maxima.get(name, {}), sixteen_bits.dtype)
             packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             module.weight = None  # the packed one takes its place
-    rest = {name: _rounded(tensor, dtype) for name, tensor in _distinct(model)}
+    rest = {name: sixteen_bits.rounded(name, tensor) for name, tensor in _distinct(model)}
     model.save_pretrained(folder, state_dict=rest | packed)
     linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     config = QuantizationConfig(
@@ -147,7 +148,3 @@ def _distinct(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
-
-
-def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.dtype == torch.float32 else tensor

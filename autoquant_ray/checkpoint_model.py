@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from autoquant_ray.checkpoint_check import StoredTensors
 from autoquant_ray.checkpoint_source import Source
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.held_out import require_model
@@ -23,14 +25,33 @@ _FILES_BESIDE = (
     "*.py",
 )
 """Of the model's folder: what goes with the weights."""
+_16_BITS = (torch.bfloat16, torch.float16)
 
 
-def load_for_export(source: Source) -> tuple[Any, ModelRef, torch.dtype]:
+@dataclass(frozen=True, kw_only=True)
+class SixteenBits:
+    """Rounds what is not quantized.
+
+    Attributes:
+        dtype: ``bfloat16`` or ``float16``.
+        kept: Tensors that the model's own 16-bit files hold in float32.
+    """
+
+    dtype: torch.dtype
+    kept: frozenset[str] = frozenset()
+
+    def rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it is stored."""
+        is_kept = tensor.dtype != torch.float32 or name in self.kept
+        return tensor if is_kept else tensor.to(self.dtype)
+
+
+def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
     """Load the run's model on the CPU, in the type that the run computed in.
 
     Returns:
-        The model, where it is from, and the 16-bit type of what is not quantized: the run's, else
-        the checkpoint's own, else bfloat16.
+        The model, where it is from, and how to round what is not quantized: to the run's 16-bit
+        type, else to the checkpoint's own, else to bfloat16.
 
     Raises:
         StoreError: The model changed since the run.
@@ -39,13 +60,17 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, torch.dtype]:
     scan = ScanConfig.model_validate(source.state.values["config"])
     ref = require_model(source.state, scan)
     model: Any = load_model(ref, dtype=scan.dtype, device="cpu")
-    dtype = model.dtype if model.dtype != torch.float32 else own_dtype(ref)
-    if dtype not in (torch.bfloat16, torch.float16):
-        dtype = torch.bfloat16
+    own = own_dtype(ref)
+    dtype = model.dtype if model.dtype != torch.float32 else own
+    kept: frozenset[str] = frozenset()
+    if own in _16_BITS and ref.weights_folder is not None:
+        dtypes = StoredTensors.of(ref.weights_folder).dtypes
+        kept = frozenset(name for name, stored in dtypes.items() if stored == "F32")
+    sixteen_bits = SixteenBits(dtype=dtype if dtype in _16_BITS else torch.bfloat16, kept=kept)
     if not model.config.architectures:  # a GGUF file names none, and exporters ask for it
         model.config.architectures = [type(model).__name__]
     _untie_head(model, source)
-    return model, ref, dtype
+    return model, ref, sixteen_bits
 
 
 def _untie_head(model: Any, source: Source) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from autoquant_ray.checkpoint_formats import block_size
+from autoquant_ray.checkpoint_model import SixteenBits
 from autoquant_ray.checkpoint_source import Source
 from autoquant_ray.manifest import load_quantization_config
 from autoquant_ray.quantizers import needs_static_maximum
@@ -23,7 +24,7 @@ from autoquant_ray.sensitivity import Maxima
 
 
 def write_modelopt(
-    model: Any, source: Source, maxima: Maxima, folder: Path, dtype: torch.dtype
+    model: Any, source: Source, maxima: Maxima, folder: Path, sixteen_bits: SixteenBits
 ) -> None:
     """Write the model's config and its packed weights.
 
@@ -32,7 +33,7 @@ def write_modelopt(
         source: Which formats.
         maxima: Calibrated input maxima.
         folder: An empty folder.
-        dtype: 16-bit type of what is not quantized.
+        sixteen_bits: Rounds what is not quantized, and the scales of blocks.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -43,7 +44,7 @@ def write_modelopt(
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
     export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
-    _round_to_16_bits(folder, source, dtype)
+    _round_to_16_bits(folder, source, sixteen_bits)
     _correct_configs(folder)
 
 
@@ -72,7 +73,7 @@ def _quantize_weights(model: Any, source: Source) -> None:
             weight.copy_(quantizer(weight))
 
 
-def _round_to_16_bits(folder: Path, source: Source, dtype: torch.dtype) -> None:
+def _round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) -> None:
     """Rewrite the weight files, one at a time."""
     from safetensors.torch import load_file, save_file
 
@@ -80,7 +81,7 @@ def _round_to_16_bits(folder: Path, source: Source, dtype: torch.dtype) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
         rounded = {
-            name: tensor.to(dtype) if _is_rounded(name, tensor, source) else tensor
+            name: sixteen_bits.rounded(name, tensor) if _is_rounded(name, source) else tensor
             for name, tensor in tensors.items()
         }
         total += sum(tensor.nbytes for tensor in rounded.values())
@@ -92,9 +93,7 @@ def _round_to_16_bits(folder: Path, source: Source, dtype: torch.dtype) -> None:
         index.write_text(json.dumps(content, indent=2))
 
 
-def _is_rounded(name: str, tensor: torch.Tensor, source: Source) -> bool:
-    if tensor.dtype != torch.float32:
-        return False
+def _is_rounded(name: str, source: Source) -> bool:
     kind, module = name.rpartition(".")[2], source.owner(name)
     if module is None or kind == "bias":
         return True

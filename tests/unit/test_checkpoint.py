@@ -21,6 +21,7 @@ from checkpoints import (
     unpack_modelopt,
 )
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 from autoquant_ray import Run, formats
 from autoquant_ray.budget import SolveOptions
@@ -197,6 +198,9 @@ def test_formats_with_scales_of_their_own_are_packed_on_the_cpu(
             assert scale == pytest.approx(maxima[name] / (6 * 448), rel=1e-6)
 
 
+KEPT = "model.layers.1.input_layernorm.weight"
+
+
 @pytest.fixture
 def folder_16_bits(make_model: Any, model_folder: Any, tmp_path: Path) -> Any:
     """Save a small model as most checkpoints are: in 16 bits."""
@@ -205,6 +209,9 @@ def folder_16_bits(make_model: Any, model_folder: Any, tmp_path: Path) -> Any:
         folder = tmp_path / f"{family}-16"
         shutil.copytree(model_folder(family), folder)
         make_model(family).to(torch.float16).save_pretrained(folder)
+        weights = load_folder(folder)
+        weights[KEPT] = weights[KEPT].float() * (1 + 2**-20)  # some layers' parameters are float32
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
 
     return save
@@ -228,6 +235,8 @@ def test_compressed_tensors_folder_is_read_by_transformers_alone(
         found = model(ids).logits
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() >= 0.99
     assert (expected - found).abs().mean() < 0.002 * expected.std()
+    types = {str(load_folder(out)[f"{name}.weight"].dtype) for name in ("model.norm", KEPT[:-7])}
+    assert types == {"torch.float16", "torch.float32"}
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision"
     targets = [name for group in config["config_groups"].values() for name in group["targets"]]
