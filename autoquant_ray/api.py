@@ -40,6 +40,7 @@ from autoquant_ray.state import Mode, RunState
 from autoquant_ray.store import RunDirectory
 
 if TYPE_CHECKING:
+    from autoquant_ray.checkpoint import Checkpoint
     from autoquant_ray.evaluation import Evaluation
     from autoquant_ray.refinement import Refinement
 
@@ -215,6 +216,35 @@ class Run:
         from autoquant_ray.refinement import refine_run
 
         return refine_run(self._evaluation_config(fields), num_trials, seed)
+
+    def export(
+        self,
+        out: str,
+        solution: str = "",
+        *,
+        format: str = "modelopt",
+        engine: str | None = None,
+        gpu: str | None = None,
+    ) -> Checkpoint:
+        """Write a solution as a checkpoint that engines load; the model must fit the memory here.
+
+        Args:
+            out: Folder to write; new or empty.
+            solution: One of :attr:`solutions`; '' for the scan's own.
+            format: ``modelopt`` or ``compressed-tensors``.
+            engine: Refuse what this engine cannot serve: ``vllm``, ``sglang`` or ``trtllm``.
+            gpu: On this generation or card.
+
+        Raises:
+            FormatError: The layout cannot hold the solution.
+            ConfigError: The engine cannot serve it, or ``out`` is not empty.
+            CheckpointError: What was written is not what the manifest says; it is deleted.
+        """
+        from autoquant_ray.checkpoint import export_run
+
+        return export_run(
+            self._directory, out, solution=solution, layout=format, engine=engine, gpu=gpu
+        )
 
     def _repr_html_(self) -> str:
         state = RunState.open(self._directory)

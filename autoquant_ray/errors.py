@@ -86,6 +86,10 @@ class ScoreError(AutoQuantError):
     """Scores are missing or wrong where they must not be."""
 
 
+class CheckpointError(AutoQuantError):
+    """A checkpoint that was written does not hold what the manifest says."""
+
+
 class WorkerError(AutoQuantError):
     """Work failed in a worker process; the message names the shard."""
 

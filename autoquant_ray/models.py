@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-_TOKENIZER_FILES: tuple[str, ...] = (
+TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer*.json",
     "tokenizer.model",
     "vocab*",
@@ -26,6 +26,7 @@ _TOKENIZER_FILES: tuple[str, ...] = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+"""Names of files in a model's folder that may belong to its tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def fingerprint_model(ref: ModelRef) -> str:
     folder = Path(ref.path)
     if not folder.is_dir():
         return f"{ref.path}@{getattr(_load_config(ref), '_commit_hash', None)}"
-    patterns = _TOKENIZER_FILES
+    patterns = TOKENIZER_FILES
     patterns += (ref.gguf_file,) if ref.gguf_file else ("config.json", "*.safetensors", "*.py")
     files = {file for pattern in patterns for file in folder.glob(pattern)}
     return fingerprint_files(sorted(files))
@@ -186,6 +187,16 @@ def load_model(
     require_language_model(model, ref)
     model.requires_grad_(False)
     return model.eval()
+
+
+def own_dtype(ref: ModelRef) -> torch.dtype | None:
+    """The type of a checkpoint's weights as its config states it; None where it does not."""
+    import torch
+
+    config = _load_config(ref)
+    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def require_language_model(model: torch.nn.Module, ref: ModelRef) -> None:

@@ -47,6 +47,13 @@ def fake_quantize_weight(attributes: Attributes, weight_OI: torch.Tensor) -> tor
     Returns:
         Tensor like ``weight_OI``.
     """
+    quantized: torch.Tensor = make_weight_quantizer(attributes, weight_OI)(weight_OI)
+    return quantized
+
+
+@torch.no_grad()
+def make_weight_quantizer(attributes: Attributes, weight_OI: torch.Tensor) -> TensorQuantizer:
+    """Build the quantizer of one weight matrix, calibrated by its own maximum."""
     quantizer = make_quantizer(attributes, weight_OI.device)
     if needs_static_maximum(quantizer):
         quantizer.disable_quant()
@@ -55,8 +62,7 @@ def fake_quantize_weight(attributes: Attributes, weight_OI: torch.Tensor) -> tor
         quantizer.load_calib_amax()
         quantizer.enable_quant()
         quantizer.disable_calib()
-    quantized: torch.Tensor = quantizer(weight_OI)
-    return quantized
+    return quantizer
 
 
 def make_input_quantizer(

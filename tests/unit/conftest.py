@@ -15,7 +15,7 @@ from autoquant_ray.aggregation import score_part
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.engine import Engine, EngineSpec, ShardScores
 from autoquant_ray.formats import resolve_formats
-from autoquant_ray.models import ModelRef
+from autoquant_ray.models import ModelRef, find_model, fingerprint_model
 from autoquant_ray.plan import Plan, build_plan
 from autoquant_ray.run_files import SCORES, part_name
 from autoquant_ray.sensitivity import SensitivitySums, scored_modules
@@ -123,7 +123,8 @@ def write_run() -> Any:
 def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
     """A scored run directory without Ray: made-up sums in some shards, aggregated for real.
 
-    The finer a format, the smaller its score; every group has its own scale.
+    The finer a format, the smaller its score; every group has its own scale. With a folder the run
+    is one of the model that is there.
     """
 
     def build(
@@ -133,13 +134,18 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
         name: str = "run",
         domains: tuple[str, ...] = (),
         num_shards: int = 2,
+        folder: Path | None = None,
+        custom: dict[str, Any] | None = None,
     ) -> RunDirectory:
-        plan = build_plan(make_model(family), resolve_formats(formats, device="cpu"), disable)
+        menu = resolve_formats(formats, device="cpu", custom=custom)
+        plan = build_plan(make_model(family), menu, disable)
+        print_of_model = "model" if folder is None else fingerprint_model(find_model(str(folder)))
         config = ScanConfig(
-            model=family,
+            model=family if folder is None else str(folder),
             data="made-up.txt",
             out=str(tmp_path / name),
             formats=formats,
+            custom_formats=custom or {},
             disable=disable,
             device="cpu",
             dtype="float32",
@@ -154,9 +160,9 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
             "num_shards": num_shards,
         }
         identity = {
-            "model": {"name": family, "fingerprint": "model"},
+            "model": {"name": family, "fingerprint": print_of_model},
             "dataset": {"name": "made-up.txt", "max_samples": 128, "seq_len": 512} | facts,
-            "fingerprints": {"model": "model", "data": "data"},
+            "fingerprints": {"model": print_of_model, "data": "data"},
         }
         scores = [_made_up_scores(plan, shard) for shard in range(num_shards)]
         return write_run(config, plan, identity, scores, domains=domains)

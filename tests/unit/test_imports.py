@@ -168,7 +168,7 @@ def test_public_names_all_exist() -> None:
     ]
     + [
         (name, "--help")
-        for name in ("run", "submit", "jobs", "evaluate", "refine", "frontier", "explain")
+        for name in ("run", "submit", "jobs", "evaluate", "refine", "frontier", "explain", "export")
     ]
     + [("jobs", "stop", "--help"), ("site", "--help")],
 )

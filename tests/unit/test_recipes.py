@@ -170,7 +170,7 @@ def test_wrong_export_is_one_line_and_writes_nothing(
     run = put_scored_run(tmp_path / "run", num_layers=1, formats=("wint4_afp16", "wfp8_afp8"))
     Run.open(run.uri).solve(bits=9.0)
     monkeypatch.chdir(tmp_path)
-    result = invoke(run.uri, *words)
+    result = invoke(run.uri, "--format", "recipe", *words)
     assert result.exit_code == 2
     assert line in result.output
     assert len(result.output.strip().splitlines()) == 1

@@ -1,0 +1,147 @@
+"""Exports a solution as a folder that serving engines load, in order: check, pack, check, rename.
+
+The model is loaded whole, in the type that the run computed in, so it must fit the memory of the
+machine. No data is needed: weights are calibrated by themselves, and the maxima of inputs are the
+run's. The folder is written beside its place and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.checkpoint_check import check_checkpoint
+from autoquant_ray.checkpoint_formats import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, stored_as
+from autoquant_ray.checkpoint_source import (
+    Source,
+    read_source,
+    require_engine,
+    require_new_folder,
+    require_packable,
+)
+from autoquant_ray.engines import check_target
+from autoquant_ray.errors import ConfigError, StoreError, one_line
+from autoquant_ray.store import RunDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A written checkpoint.
+
+    Attributes:
+        path: The folder.
+        layout: ``modelopt`` or ``compressed-tensors``.
+        weight_bytes: Of the whole model, as the manifest counts them.
+        bytes_on_disk: Of all tensors in the folder.
+        layers: What layers are called -> how many of them.
+    """
+
+    path: str
+    layout: str
+    weight_bytes: float
+    bytes_on_disk: int
+    layers: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """What people are told."""
+        layers = ", ".join(f"{count} {name}" for name, count in self.layers.items())
+        off = self.bytes_on_disk / self.weight_bytes - 1
+        return [
+            f"quantized layers: {layers}",
+            f"weights on disk: {self.bytes_on_disk:,} bytes; the manifest says "
+            f"{self.weight_bytes:,.0f} ({off:+.2%})",
+            self.path,
+        ]
+
+
+def export_run(
+    directory: RunDirectory,
+    out: str,
+    *,
+    solution: str = "",
+    layout: str = MODELOPT,
+    engine: str | None = None,
+    gpu: str | None = None,
+) -> Checkpoint:
+    """Write a solution as a checkpoint.
+
+    Args:
+        directory: A finished run.
+        out: Folder to write; new or empty.
+        solution: One of the run's solutions; '' for the scan's own.
+        layout: ``modelopt`` or ``compressed-tensors``.
+        engine: Check that this one serves it: ``vllm``, ``sglang`` or ``trtllm``.
+        gpu: On this generation or card.
+
+    Raises:
+        AutoQuantError: One of its subclasses; nothing is left at ``out``.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"--format {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+    check_target(engine, gpu)
+    source = read_source(directory, solution)
+    target = require_new_folder(out)
+    require_packable(source, layout)
+    require_engine(source, layout, engine, gpu)
+    _require_package(layout)
+    with _written_beside(target) as folder:
+        _write(source, folder, layout)
+        stored = check_checkpoint(folder, source, layout)
+    names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
+    return Checkpoint(
+        path=str(target),
+        layout=layout,
+        weight_bytes=source.weight_bytes,
+        bytes_on_disk=stored.total,
+        layers=dict(names),
+    )
+
+
+def _require_package(layout: str) -> None:
+    if layout == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
+        raise ConfigError(
+            f"--format {layout} needs the package compressed-tensors: pip install "
+            "'autoquant-ray[export]'"
+        )
+
+
+def _write(source: Source, folder: Path, layout: str) -> None:
+    from autoquant_ray.checkpoint_model import finish_folder, load_for_export
+    from autoquant_ray.stages import read_maxima
+
+    directory = source.state.directory
+    maxima = read_maxima(directory) if directory.exists("calibration.parquet") else {}
+    model, ref, sixteen_bits = load_for_export(source)
+    if layout == COMPRESSED_TENSORS:
+        from autoquant_ray.checkpoint_compressed import write_compressed as write
+    else:
+        from autoquant_ray.checkpoint_modelopt import write_modelopt as write
+    write(model, source, maxima, folder, sixteen_bits)
+    finish_folder(folder, ref, sixteen_bits.dtype)
+
+
+@contextmanager
+def _written_beside(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes its place when the context ends well, else goes."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise StoreError(f"--out {target} cannot be written: {one_line(error)}") from None
+    try:
+        yield folder
+        folder.chmod(target.parent.stat().st_mode & 0o777)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

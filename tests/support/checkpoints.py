@@ -1,0 +1,109 @@
+"""Checkpoints in tests: runs that can be exported, and packed layers read by the layouts' rules.
+
+The unpacking here is written from the layouts alone and shares nothing with the exporters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from autoquant_ray.calibration import ActivationMaxima
+from autoquant_ray.checkpoint_source import read_source
+from autoquant_ray.config import ScanConfig
+from autoquant_ray.experts import prepare_experts
+from autoquant_ray.formats import resolve_formats
+from autoquant_ray.models import find_model, load_model
+from autoquant_ray.plan import build_plan
+from autoquant_ray.quantized_layers import UNQUANTIZED, QuantizedLayers
+from autoquant_ray.quantizers import fake_quantize_weight
+from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.stages import read_maxima
+from autoquant_ray.weight_cache import WeightCache
+
+CUSTOM = {
+    "int4_g32": {
+        "weight": {"num_bits": 4, "block_sizes": {"-1": 32, "type": "static"}},
+        "input": None,
+    }
+}
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+FORMATS = ("int4_g32", "wfp8_afp8", "wint8_aint8", "wint8_afp16", "wfp8_afp16")
+
+
+def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS) -> Any:
+    """Write the ``calibration.parquet`` of a run of a small model; returns its maxima by module."""
+    model = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    prepare_experts(model)
+    plan = build_plan(model, resolve_formats(formats, device="cpu", custom=CUSTOM))
+    collector = ActivationMaxima(model, scored_modules(plan))
+    generator = torch.Generator().manual_seed(7)
+    with collector.collecting(), torch.no_grad():
+        collector.set_mask(None)
+        model(torch.randint(0, 256, (2, 48), generator=generator))
+    rows = [
+        {"module": module, "statistic": statistic, "value": value}
+        for (module, statistic), value in collector.statistics().items()
+    ]
+    directory.write_table("calibration.parquet", "calibration", rows)
+    return {row["module"]: row["value"] for row in rows}
+
+
+def fake_weight(folder: Path, module: str, format_: Any) -> torch.Tensor:
+    """A weight as the scan quantizes it."""
+    return fake_quantize_weight(format_.weight, load_folder(folder)[f"{module}.weight"])
+
+
+def load_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder."""
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def unpack_modelopt(tensors: Mapping[str, torch.Tensor], module: str, algo: str) -> torch.Tensor:
+    """A layer's weight from ModelOpt's layout, in float32."""
+    weight, scale = tensors[f"{module}.weight"], tensors[f"{module}.weight_scale"].float()
+    if algo == "FP8":
+        assert weight.dtype == torch.float8_e4m3fn
+        return weight.float() * scale
+    if algo in ("W8A16", "W8A8_SQ_PER_CHANNEL"):
+        assert weight.dtype == torch.int8
+        return weight.float() * scale.reshape(-1, 1)
+    if algo == "FP8_PER_CHANNEL_PER_TOKEN":
+        assert weight.dtype == torch.float8_e4m3fn
+        return weight.float() * scale.reshape(-1, 1)
+    if algo == "MXFP8":  # a byte of exponent per block of 32
+        return weight.float() * (2.0 ** (scale - 127)).repeat_interleave(32, dim=1)
+    if algo in ("NVFP4", "W4A16_NVFP4"):  # each byte: two numbers of one row
+        scale = scale * tensors[f"{module}.weight_scale_2"]
+        codes = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1).long()
+        numbers = _E2M1[codes & 7] * torch.where(codes > 7, -1, 1)
+        return numbers * scale.repeat_interleave(16, dim=1)
+    assert algo == "W4A16_AWQ"
+    assert weight.dtype == torch.uint8
+    pairs = weight.to(torch.int16)  # each byte: two rows of one column, the first in the low half
+    nibbles = torch.stack([pairs & 15, pairs >> 4], dim=1).reshape(-1, weight.shape[1])
+    numbers = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
+    return numbers * scale.repeat_interleave(numbers.shape[1] // scale.shape[1], dim=1)
+
+
+def logits_of_plan(directory: Any, solution: str, ids_BS: torch.Tensor) -> torch.Tensor:
+    """Logits of the run's model under a solution, as ``evaluate`` quantizes it."""
+    source = read_source(directory, solution)
+    scan = ScanConfig.model_validate(source.state.values["config"])
+    model = load_model(find_model(scan.model), dtype="float32", device="cpu")
+    menu = resolve_formats(scan.formats, device="cpu", custom=scan.custom_formats)
+    modules = scored_modules(build_plan(model, menu, scan.disable))
+    index = {format_.name: number for number, format_ in enumerate(menu)}
+    groups = {scored.group: scored.planned.name for scored in modules}
+    choice = tuple(
+        index[source.formats[groups[g]].name] if groups[g] in source.formats else UNQUANTIZED
+        for g in sorted(groups)
+    )
+    quantized = QuantizedLayers(model, [], modules, menu, read_maxima(directory))
+    with quantized.quantized(0, choice, WeightCache(2**40)), torch.no_grad():
+        logits: torch.Tensor = model(ids_BS).logits
+    return logits

@@ -1,0 +1,403 @@
+"""Exported checkpoints: read back from their files, compared with what the scan measured."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import (
+    CUSTOM,
+    FORMATS,
+    calibrated,
+    fake_weight,
+    load_folder,
+    logits_of_plan,
+    unpack_modelopt,
+)
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from autoquant_ray import Run, formats
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.checkpoint import export_run
+from autoquant_ray.checkpoint_check import check_checkpoint
+from autoquant_ray.checkpoint_source import read_source
+from autoquant_ray.cli import main
+from autoquant_ray.errors import (
+    AutoQuantError,
+    CheckpointError,
+    ConfigError,
+    FormatError,
+    StoreError,
+)
+from autoquant_ray.formats import resolve_formats
+from autoquant_ray.quantizers import fake_quantize_weight
+from autoquant_ray.solve import solve_run
+
+MIXED = {
+    "*self_attn.q_proj": "wint8_aint8",
+    "*self_attn.o_proj": "int4_g32",
+    "model.layers.0.mlp.*": "wfp8_afp8",
+    "model.layers.1.mlp.gate_proj": "none",
+    "model.layers.1.mlp.down_proj": "wint8_afp16",
+    "lm_head": "wfp8_afp8",
+}
+MIXED_WEIGHTS = {
+    "*self_attn.*": "int4_g32",
+    "*mlp.down_proj": "wint8_afp16",
+    "model.layers.0.mlp.gate_proj": "none",
+    "model.layers.1.mlp.gate_proj": "wfp8_afp16",
+    "lm_head": "none",
+}
+MIXED_INPUTS = {
+    "*self_attn.*": "wint8_aint8",
+    "*mlp.*": "wfp8_afp8",
+    "lm_head": "wfp8_afp8",
+}
+ALGORITHMS = {
+    "wint8_aint8": "W8A8_SQ_PER_CHANNEL",
+    "int4_g32": "W4A16_AWQ",
+    "wfp8_afp8": "FP8",
+    "wint8_afp16": "W8A16",
+}
+
+
+@pytest.fixture
+def solved_run(make_run: Any, model_folder: Any) -> Any:
+    """A calibrated run of a small model with one solution: pattern -> format, the last one counts.
+
+    Groups that no pattern names take what loses least.
+    """
+
+    def build(
+        family: str,
+        choice: dict[str, str],
+        formats: tuple[str, ...] = FORMATS,
+        folder: Path | None = None,
+    ) -> Any:
+        folder = folder or model_folder(family)
+        custom = {name: entry for name, entry in CUSTOM.items() if name in formats}
+        directory = make_run(family, formats, disable=(), folder=folder, custom=custom)
+        maxima = calibrated(directory, folder, formats)
+        groups = directory.read_table("plan.parquet", "plan").column("group").to_pylist()
+        pins = {g: name for p, name in choice.items() for g in groups if fnmatch.fnmatch(g, p)}
+        solve_run(directory, SolveOptions(bits=16, pins=pins), folder="")
+        return directory, folder, maxima
+
+    return build
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_modelopt_folder_holds_the_weights_that_were_measured(
+    family: str, solved_run: Any, tmp_path: Path
+) -> None:
+    directory, folder, maxima = solved_run(family, MIXED)
+    out = tmp_path / "out"
+    written = export_run(directory, str(out))
+    tensors = load_folder(out)
+    config = json.loads((out / "config.json").read_text())
+    quantized = config["quantization_config"]
+    assert quantized["quant_algo"] == "MIXED_PRECISION"
+    assert quantized == quantized | {"quant_method": "modelopt", "ignore": []}
+    layers = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert layers["quantized_layers"] == quantized["quantized_layers"]
+    menu = {f.name: f for f in resolve_formats(FORMATS, device="cpu", custom=CUSTOM)}
+    rows = directory.read_table("manifest.parquet", "manifest").to_pylist()
+    source = load_folder(folder)
+    for row in rows:
+        name, format_ = row["module"], menu.get(row["format"])
+        if format_ is None:
+            assert name not in quantized["quantized_layers"]
+            expected = source[f"{name}.weight"].bfloat16()
+            assert torch.equal(tensors[f"{name}.weight"], expected)
+            continue
+        algo = ALGORITHMS[format_.name]
+        assert quantized["quantized_layers"][name]["quant_algo"] == algo
+        unpacked = unpack_modelopt(tensors, name, algo)
+        tolerance = 2**-8 if algo == "W4A16_AWQ" else 1e-6  # its scales are stored in 16 bits
+        head = "model.embed_tokens" if family == "qwen3" and name == "lm_head" else name
+        torch.testing.assert_close(
+            unpacked, fake_weight(folder, head, format_), rtol=tolerance, atol=1e-7
+        )
+        if format_.input is not None:
+            largest = 448 if algo == "FP8" else 127
+            scale = tensors[f"{name}.input_scale"]
+            assert scale.item() == pytest.approx(maxima[name] / largest, rel=1e-6)
+    assert torch.equal(
+        tensors["model.embed_tokens.weight"], source["model.embed_tokens.weight"].bfloat16()
+    )
+    on_disk = sum(tensor.nbytes for tensor in tensors.values())
+    assert written.bytes_on_disk == on_disk
+    assert on_disk == pytest.approx(written.weight_bytes, rel=0.01)
+    assert config["dtype"] == "bfloat16"
+    assert config["tie_word_embeddings"] is False
+    assert (out / "generation_config.json").exists()
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_every_expert_is_packed_by_itself(solved_run: Any, tmp_path: Path) -> None:
+    choice = {"*": "none", "*experts": "wfp8_afp8"}
+    directory, folder, _ = solved_run("qwen3_moe", choice, ("wfp8_afp8",))
+    export_run(directory, str(tmp_path / "out"))
+    tensors, source = load_folder(tmp_path / "out"), load_folder(folder)
+    (format_,) = resolve_formats(("wfp8_afp8",), device="cpu")
+    names = [name.removesuffix(".weight") for name in source if ".experts." in name]
+    assert len(names) == 2 * 8 * 3
+    for name in names:
+        unpacked = unpack_modelopt(tensors, name, "FP8")
+        # gate and up of one expert are one matrix in the model, quantized under one scale
+        pair = [name.replace(a, b) for a, b in (("up_proj", "gate_proj"), ("gate_proj", "up_proj"))]
+        together = torch.cat([source[f"{one}.weight"] for one in dict.fromkeys([name, *pair])])
+        expected = fake_quantize_weight(format_.weight, together)[: len(unpacked)]
+        torch.testing.assert_close(unpacked, expected, rtol=1e-6, atol=1e-7)
+        assert tensors[f"{name}.weight_scale"].dtype == torch.float32
+        assert tensors[f"{name}.input_scale"] > 0
+    with pytest.raises(FormatError, match=r"fused experts cannot be packed.*mlp\.experts"):
+        export_run(directory, str(tmp_path / "other"), layout="compressed-tensors")
+
+
+def test_formats_with_scales_of_their_own_are_packed_on_the_cpu(
+    solved_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their fake quantization needs a GPU where there is no other backend; packing does not."""
+    monkeypatch.setattr(formats, "check_device", lambda *_: None, raising=False)
+    algorithms = {
+        "NVFP4_DEFAULT_CFG": "NVFP4",
+        "wfp4_afp16": "W4A16_NVFP4",
+        "MXFP8_DEFAULT_CFG": "MXFP8",
+        "FP8_PER_CHANNEL_PER_TOKEN_CFG": "FP8_PER_CHANNEL_PER_TOKEN",
+    }
+    # Largest error as a share of the block's largest number: half a step at the top of e2m1 (1 of
+    # 6) and e4m3 (16 of 448); MX scales are powers of two, and 512 becomes 448.
+    errors = {
+        "NVFP4": (16, 1 / 6),
+        "W4A16_NVFP4": (16, 1 / 6),
+        "MXFP8": (32, 1 / 8),
+        "FP8_PER_CHANNEL_PER_TOKEN": (0, 16 / 448),
+    }
+    choice = dict(zip(["*attn*", "*0.mlp.*", "*1.mlp.*", "lm_head"], algorithms, strict=True))
+    directory, folder, maxima = solved_run("llama", choice, tuple(algorithms))
+    export_run(directory, str(tmp_path / "out"))
+    tensors, weights = load_folder(tmp_path / "out"), load_folder(folder)
+    for name, format_ in read_source(directory).formats.items():
+        weight = weights[f"{name}.weight"]
+        unpacked = unpack_modelopt(tensors, name, algorithms[format_.name])
+        block, share = errors[algorithms[format_.name]]
+        block = block or weight.shape[1]
+        largest = weight.unflatten(1, (-1, block)).abs().amax(-1).repeat_interleave(block, 1)
+        assert ((unpacked - weight).abs() <= 1.1 * share * largest).all(), name
+        if format_.name == "NVFP4_DEFAULT_CFG":
+            scale = tensors[f"{name}.input_scale"].item()
+            assert scale == pytest.approx(maxima[name] / (6 * 448), rel=1e-6)
+
+
+KEPT = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture
+def folder_16_bits(make_model: Any, model_folder: Any, tmp_path: Path) -> Any:
+    """Save a small model as most checkpoints are: in 16 bits."""
+
+    def save(family: str) -> Path:
+        folder = tmp_path / f"{family}-16"
+        shutil.copytree(model_folder(family), folder)
+        make_model(family).to(torch.float16).save_pretrained(folder)
+        weights = load_folder(folder)
+        weights[KEPT] = weights[KEPT].float() * (1 + 2**-20)  # some layers' parameters are float32
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("choice", [MIXED_WEIGHTS, MIXED_INPUTS], ids=["weights", "inputs"])
+def test_compressed_tensors_folder_is_read_by_transformers_alone(
+    choice: dict[str, str], family: str, solved_run: Any, folder_16_bits: Any, tmp_path: Path
+) -> None:
+    """The reader is transformers with compressed-tensors. A random model is chaotic: where inputs
+    are rounded, a last bit that differs spreads to all later positions, so samples are short."""
+    directory, _, _ = solved_run(family, choice, folder=folder_16_bits(family))
+    out = tmp_path / "out"
+    written = export_run(directory, str(out), layout="compressed-tensors")
+    assert written.bytes_on_disk == pytest.approx(written.weight_bytes, rel=0.01)
+    ids = torch.randint(0, 256, (250, 8), generator=torch.Generator().manual_seed(1))
+    expected = logits_of_plan(directory, "", ids)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        found = model(ids).logits
+    assert (expected.argmax(-1) == found.argmax(-1)).float().mean() >= 0.99
+    assert (expected - found).abs().mean() < 0.002 * expected.std()
+    types = {str(load_folder(out)[f"{name}.weight"].dtype) for name in ("model.norm", KEPT[:-7])}
+    assert types == {"torch.float16", "torch.float32"}
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    targets = [name for group in config["config_groups"].values() for name in group["targets"]]
+    assert len(targets) == len(set(targets))
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert set(targets) | set(config["ignore"]) == linears
+    assert not set(targets) & set(config["ignore"])
+
+
+def test_one_format_is_stated_once_and_the_rest_is_ignored(solved_run: Any, tmp_path: Path) -> None:
+    choice = {"model.layers.0.*": "wfp8_afp8", "model.layers.1.*": "none", "lm_head": "none"}
+    directory, _, _ = solved_run("qwen3", choice)
+    export_run(directory, str(tmp_path / "out"), engine="vllm", gpu="h100")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_algo"] == "FP8"
+    assert "model.layers.1*" in config["quantization_config"]["ignore"]
+    assert config["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_layer_that_a_reader_would_take_for_another_is_found(
+    layout: str, solved_run: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = solved_run("llama", MIXED)
+    out = tmp_path / "out"
+    export_run(directory, str(out), layout=layout)
+    source = read_source(directory)
+    file = out / "config.json"
+    config = json.loads(file.read_text())
+    quantized = config["quantization_config"]
+    if layout == "modelopt":
+        del quantized["quantized_layers"]["model.layers.0.mlp.up_proj"]
+    else:
+        quantized["config_groups"]["group_0"]["targets"].remove("model.layers.0.self_attn.k_proj")
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.\S+ as 16 bits instead of"):
+        check_checkpoint(out, source, layout)
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_folder_of_another_size_than_the_manifest_says_is_not_kept(
+    layout: str, solved_run: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = solved_run("llama", MIXED)
+    file = Path(directory.path("manifest.json"))
+    manifest = json.loads(file.read_text())
+    manifest["solution"]["weight_bytes"] *= 1.02
+    file.write_text(json.dumps(manifest))
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"bytes of weights, -\d\.\d+% from the") as caught:
+        export_run(directory, str(tmp_path / "out"), layout=layout)
+    assert caught.value.exit_code == 1
+    assert set(tmp_path.rglob("*")) == before
+
+
+REFUSED = ("wint4_aint4", "wfp8_afp8", "wint8_aint8", "wint4_afp16", "wfp8_afp16")
+
+
+@pytest.mark.parametrize(
+    ("choice", "options", "error", "text"),
+    [
+        (
+            {"*o_proj": "wint4_aint4"},
+            {},
+            FormatError,
+            r"wint4_aint4 has no packed form.*0\.self_att",
+        ),
+        ({"*o_proj": "wint4_afp16"}, {}, FormatError, r"rows of 64 weights.*blocks of 128.*o_proj"),
+        ({"*o_proj": "wfp8_afp16"}, {}, FormatError, r"wfp8_afp16 has no .*compressed-tensors"),
+        (
+            {"*": "wfp8_afp8"},
+            {"solution": "none-such"},
+            StoreError,
+            r"none-such.*solutions of the run",
+        ),
+        ({"*": "wfp8_afp8"}, {"out": "full"}, ConfigError, r"full is not empty"),
+        ({"*": "wfp8_afp8"}, {"out": "full/file"}, ConfigError, r"is a file"),
+        ({"*": "wfp8_afp8"}, {"out": "s3://bucket/x"}, ConfigError, r"local folder"),
+        ({"*": "wfp8_afp8"}, {"layout": "gguf"}, ConfigError, r"'gguf' is unknown.*modelopt"),
+        ({"*": "wfp8_afp8"}, {"engine": "vlm"}, ConfigError, r"'vlm' is unknown"),
+        ({"*": "none"}, {}, ConfigError, r"every layer in 16 bits"),
+        (
+            {"*mlp*": "wint8_aint8", "*attn*": "wfp8_afp8"},
+            {"engine": "vllm"},
+            ConfigError,
+            r"layers\.0\.mlp\.gate_proj.*W8A8_SQ_PER_CHANNEL",
+        ),
+        (
+            {"*mlp*": "wint8_aint8", "*attn*": "wfp8_afp8"},
+            {"engine": "sglang", "layout": "compressed-tensors"},
+            ConfigError,
+            r"one format only.*wfp8_afp8, wint8_aint8",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+    choice: dict[str, str],
+    options: dict[str, str],
+    error: type[AutoQuantError],
+    text: str,
+    solved_run: Any,
+    tmp_path: Path,
+) -> None:
+    directory, _, _ = solved_run("llama", {"*": "none"} | choice, REFUSED)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    out = options.get("out", "new/out")
+    target = out if "://" in out else str(tmp_path / out)
+    rest = {name: value for name, value in options.items() if name != "out"}
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(error, match=text) as caught:
+        export_run(directory, target, **rest)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_model_that_changed_since_the_run_is_refused(
+    solved_run: Any, folder_16_bits: Any, tmp_path: Path
+) -> None:
+    folder = folder_16_bits("llama")
+    directory, _, _ = solved_run("llama", MIXED, folder=folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(StoreError, match="changed since"):
+        Run.open(directory.uri).export(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_writes_the_folder_and_says_how_large_it_is(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = solved_run("llama", {"*": "wfp8_afp8", "lm_head": "none"})
+    out = tmp_path / "out"
+    arguments = ["export", directory.uri, "--out", str(out), "--engine", "vllm", "--gpu", "h100"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "quantized layers: 14 FP8" in result.stdout
+    on_disk = sum(tensor.nbytes for tensor in load_folder(out).values())
+    assert f"weights on disk: {on_disk:,} bytes; the manifest says" in result.stdout
+    assert result.stdout.splitlines()[-1] == str(out)
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 2
+    assert again.stderr == f"error: --out {out} is not empty; give a new folder\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--tool", "mlx-lm"], "--tool and --overwrite are for --format recipe"),
+        (["--format", "recipe", "--engine", "vllm"], "--engine and --gpu are for a checkpoint"),
+        (["--gpu", "h100"], "--gpu h100 needs an engine"),
+    ],
+)
+def test_command_refuses_options_of_the_other_kind(
+    options: list[str], text: str, make_run: Any, tmp_path: Path
+) -> None:
+    directory = make_run()
+    solve_run(directory, SolveOptions(bits=8), folder="")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main, ["export", directory.uri, "--out", str(out), *options])
+    assert result.exit_code == 2
+    assert text in result.stderr
+    assert not out.exists()
