@@ -136,7 +136,7 @@ def _pack(
     if is_blocks:
         packed["weight_scale"] = packed["weight_scale"].to(dtype)
     if scheme.input_activations is not None and not scheme.input_activations.dynamic:
-        largest = make_quantizer(format_.input or {}).maxbound
+        largest = make_quantizer(format_.input or {}, weight_OI.device).maxbound
         packed["input_scale"] = torch.tensor([maxima["input_amax"] / largest])
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
