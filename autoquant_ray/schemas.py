@@ -26,6 +26,7 @@ _BUCKET = {
     "sum": _FLOAT,
     "bucket_tokens": _INT,
 }
+_TENSOR = {"name": _STRING, "dtype": _STRING, "shape": pa.list_(_INT), "data": pa.binary()}
 
 SCHEMAS: dict[str, pa.Schema] = {
     "plan": pa.schema(
@@ -40,7 +41,14 @@ SCHEMAS: dict[str, pa.Schema] = {
             "is_searched": pa.bool_(),
         }
     ),
-    "samples": pa.schema({"sample": _INT, "tokens": pa.list_(pa.int32())}),
+    "samples": pa.schema(
+        {
+            "sample": _INT,
+            "tokens": pa.list_(pa.int32()),
+            "in_loss": pa.list_(pa.bool_()),
+            "tensors": pa.list_(pa.struct(_TENSOR)),
+        }
+    ),
     "calibration": pa.schema({"module": _STRING, "statistic": _STRING, "value": _FLOAT}),
     "scores": pa.schema(
         {
@@ -155,5 +163,13 @@ SCHEMAS: dict[str, pa.Schema] = {
 """Columns of every Parquet file of a run, and of the history of a folder of runs; part folders use
 the schema of their name."""
 
-ADDED_COLUMNS = {"elementwise_variance", "token_variance", "sampling_stderr", "bucket_tokens"}
-"""Columns that earlier versions did not write; null where they are missing."""
+ADDED_COLUMNS = {
+    "elementwise_variance",
+    "token_variance",
+    "sampling_stderr",
+    "bucket_tokens",
+    "in_loss",
+    "tensors",
+}
+"""Columns that earlier versions, or samples of plain text, do not have; null where they are
+missing."""
