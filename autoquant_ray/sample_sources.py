@@ -7,6 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.conversation_samples import ConversationSamples
@@ -26,7 +27,7 @@ from autoquant_ray.tokenizer import TokenizerRef
 Skip = int | Mapping[str, int]
 """Samples left out at the start of the data, or of each of several sources, by name."""
 
-Made = array[int] | RichSample
+Made: TypeAlias = "array[int] | RichSample"
 """A sample of plain text, or one of a chat."""
 
 _MIN_CHUNK_TEXTS, _MAX_CHUNK_TEXTS = 64, 1024

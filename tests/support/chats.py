@@ -37,7 +37,7 @@ def add_template(folder: Path, template: str = TEMPLATE) -> Path:
 
 
 def add_processor(folder: Path) -> Path:
-    """Give a saved vision-language model an image processor that leaves small images as they are."""
+    """Give a saved vision-language model an image processor that keeps small images small."""
     config = transformers.AutoConfig.from_pretrained(folder).vision_config
     side = 2 * config.patch_size
     processor = transformers.Qwen2VLImageProcessorPil(
