@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from autoquant_ray.answer_spans import answer_spans, mask_by_offsets, mask_by_prefixes
+from autoquant_ray.answer_spans import AnswerSpan, answer_spans, mask_by_offsets, mask_by_prefixes
 from autoquant_ray.conversations import BadSample, Conversation, Message
 from autoquant_ray.errors import DataError, ModelError, one_line
 from autoquant_ray.processor import load_processor
@@ -67,27 +67,11 @@ class ConversationEncoder:
         if conversation.images:
             return self._encode_images(conversation)
         template = self._template(self._tokenizer)
-        if self._on_answer and self._tokenizer.is_fast and _MARKS_ANSWERS.search(template):
-            tokens_T, in_loss_T = self._marked(conversation)
-        else:
-            tokens_T, in_loss_T = self._found(conversation)
+        tokens_T, in_loss_T = self._encode_text(conversation, template)
         sample = RichSample(tokens_T=tokens_T, in_loss_T=in_loss_T, tensors={})
         return Encoded(sample=sample, num_fixed=0, where=conversation.where)
 
-    def _marked(self, conversation: Conversation) -> tuple[Int32s, Bools]:
-        """Tokens, and which of them the template marks as answers."""
-        encoding = _apply(
-            self._tokenizer,
-            conversation,
-            conversation.messages,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        marks = np.array(encoding["assistant_masks"], dtype=np.bool_)
-        return np.array(encoding["input_ids"], dtype=np.int32), marks
-
-    def _found(self, conversation: Conversation) -> tuple[Int32s, Bools]:
+    def _encode_text(self, conversation: Conversation, template: str) -> tuple[Int32s, Bools]:
         """Tokens, and which of them count in the loss."""
         render = partial(_text, self._tokenizer, conversation)
         text = render(conversation.messages, False)
@@ -97,7 +81,10 @@ class ConversationEncoder:
         tokens_T = np.array(encoding["input_ids"], dtype=np.int32)
         if not self._on_answer:
             return tokens_T, np.ones(len(tokens_T), dtype=np.bool_)
-        spans = answer_spans(render, conversation)
+        if _MARKS_ANSWERS.search(template):
+            spans = self._marked_spans(conversation, template)
+        else:
+            spans = answer_spans(render, conversation)
         if has_offsets:
             return tokens_T, mask_by_offsets(np.array(encoding["offset_mapping"]), spans)
 
@@ -105,6 +92,22 @@ class ConversationEncoder:
             return np.array(encode(text[:end])["input_ids"])
 
         return tokens_T, mask_by_prefixes(tokens_T, spans, len(text), tokens_of, conversation)
+
+    def _marked_spans(self, conversation: Conversation, template: str) -> list[AnswerSpan]:
+        """What the template itself marks as answers.
+
+        ``apply_chat_template`` would give a mask of tokens, which is wrong where a marked part ends
+        with white space that is in no token.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        _, marked = render_jinja_template(
+            conversations=[conversation.messages],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return [AnswerSpan(start, end, index) for index, (start, end) in enumerate(marked[0])]
 
     def _encode_images(self, conversation: Conversation) -> Encoded | BadSample:
         if self._processor is None:
@@ -165,6 +168,8 @@ class ConversationEncoder:
                 "answers need; give an instruction-tuned model, put its chat_template.jinja into "
                 "the model's folder, or give plain text"
             )
+        if isinstance(owner.chat_template, dict):
+            return str(owner.chat_template.get("default", ""))
         return str(owner.chat_template)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ TEMPLATE = (
 """Messages begin with w240 and a word for their role, and end with w243; an image is w250."""
 
 
-def add_template(folder: Path, template: str = TEMPLATE) -> Path:
-    """Give the tokenizer of a saved model a chat template, and words that stand for images."""
+def with_template(model: Path, folder: Path, template: str = TEMPLATE) -> Path:
+    """A copy of a saved model with a chat template, and words that stand for images."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         folder,
         extra_special_tokens={
@@ -36,8 +38,9 @@ def add_template(folder: Path, template: str = TEMPLATE) -> Path:
     return folder
 
 
-def add_processor(folder: Path) -> Path:
-    """Give a saved vision-language model an image processor that keeps small images small."""
+def with_processor(model: Path, folder: Path) -> Path:
+    """The same with an image processor that keeps small images small."""
+    with_template(model, folder)
     config = transformers.AutoConfig.from_pretrained(folder).vision_config
     side = 2 * config.patch_size
     processor = transformers.Qwen2VLImageProcessorPil(
@@ -47,7 +50,7 @@ def add_processor(folder: Path) -> Path:
         size={"shortest_edge": side * side, "longest_edge": 16 * side * side},
     )
     processor.save_pretrained(folder)
-    return add_template(folder)
+    return folder
 
 
 def make_image(seed: int, width: int = 64, height: int = 48) -> bytes:

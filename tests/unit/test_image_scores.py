@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chats import add_processor, write_pairs
+from chats import with_processor, write_pairs
 from modelopt_scores import Batch, modelopt_scores
 
 from autoquant_ray.calibration import to_maxima
@@ -34,7 +34,7 @@ def samples_of(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> A
     data = write_pairs(tmp_path_factory.mktemp("pairs"), [(64, 48), (32, 32), (96, 64)])
 
     def read(family: str) -> list[RichSample]:
-        folder = add_processor(model_folder(family))
+        folder = with_processor(model_folder(family), tmp_path_factory.mktemp(family))
         spec = DataSpec(source=str(data), num_samples=9, seq_len=99, loss_on="answer")
         encoder = ConversationEncoder(TokenizerRef(model=str(folder)), "answer")
         samples = []
