@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoquant_ray.backward import Gradients, LayerwiseBackward, Pass
+from autoquant_ray.backward import LayerwiseBackward
 from autoquant_ray.calibration import ActivationMaxima, Statistics
+from autoquant_ray.entrance import Gradients, Pass
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.footprint import GIB, LARGEST_CACHE_BYTES, quantized_bytes
 from autoquant_ray.formats import Format

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoquant_ray.backward import LayerwiseBackward, Pass
+from autoquant_ray.backward import LayerwiseBackward
 from autoquant_ray.divergence import TokenDivergence, compare
+from autoquant_ray.entrance import Pass
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.footprint import GIB
 from autoquant_ray.formats import Format

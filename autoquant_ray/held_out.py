@@ -66,9 +66,22 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
             "calibrated on would be measured; give other data with --data"
         )
     dataset = state.values["dataset"]
+    if "num_loss_tokens" in dataset:
+        _require_same_choice(own, scan)
     if isinstance(scan.data, str):
         return int(dataset["num_samples"])
     return {name: facts["num_samples"] for name, facts in dataset["domains"].items()}
+
+
+def _require_same_choice(own: ScanConfig, scan: ScanConfig) -> None:
+    """Of chats, length and loss decide which ones can be used at all."""
+    fields = ("seq_len", "loss_on", "skip_bad_samples")
+    if any(getattr(own, name) != getattr(scan, name) for name in fields):
+        raise ConfigError(
+            f"--seq-len and --loss-on must be those of the scan ({own.seq_len}, {own.loss_on}) on "
+            f"its own data ({data_name(own.data)}), or chats that it calibrated on would be "
+            "measured; give other data with --data"
+        )
 
 
 def _require_not_among(own: ScanConfig, scan: ScanConfig) -> None:
