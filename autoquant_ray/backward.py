@@ -203,7 +203,7 @@ class LayerwiseBackward:
                         output = self.layers[number](hidden_BSH, *arguments, **keywords)
                     flowing[index] = _pull(first_output(output), flowing[index], [hidden_BSH])
                     del output, hidden_BSH
-                    if number == 0 or number in one.added:
+                    if self.reaches_front and (number == 0 or number in one.added):
                         at_front[index][number] = flowing[index]
             yield flowing
         if self.reaches_front:

@@ -18,7 +18,7 @@ import torch
 
 from autoquant_ray.errors import ModelError
 from autoquant_ray.layers import replaced_forward
-from autoquant_ray.step import Step
+from autoquant_ray.step import NO_INPUTS, Step
 
 Gradients = list[torch.Tensor]
 """One tensor ``(B, S, H)`` per label draw."""
@@ -35,8 +35,7 @@ class Pass:
         added: What comes on top of the output of the layer before, by the layer that it enters.
         inputs: Input of each layer, ``(B, S, H)``, where they are kept.
         hidden_BSH: Output of the last layer that ran.
-        leaf: The same with a gradient, between ``finish`` and the backward
-            pass.
+        leaf: The same with a gradient, between ``finish`` and the backward pass.
         output: Final hidden states with their graph, for as long.
     """
 
@@ -56,7 +55,9 @@ class Pass:
 
     def entering(self, number: int, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """Input of a layer, from the output of the one before."""
-        return hidden_BSH + self.added[number] if number in self.added else hidden_BSH
+        if number not in self.added:
+            return hidden_BSH
+        return hidden_BSH + self.added[number].to(hidden_BSH.device)  # a split model has several
 
 
 def call_base(base: torch.nn.Module, step: Step) -> torch.Tensor:
@@ -104,35 +105,41 @@ class Entrance:
                 output.
         """
         if not step.inputs:
-            return self._enter(step, None)
-        one = self._enter(step, 0.0)
+            return self._enter(step, None)[0]
+        one, final_BSH = self._enter(step, 0.0)
         if not self._is_checked:
-            self._require_sums(one, self._enter(step, 1.0))
+            self._require_sums(one, final_BSH)
             self._is_checked = True
         return one
 
-    def _enter(self, step: Step, value: float | None) -> Pass:
+    def _enter(self, step: Step, value: float | None) -> tuple[Pass, torch.Tensor]:
         """The same, while each layer gives out its own input, or a tensor filled with a value.
 
         With a value, the input of a layer that is not the very tensor given out is noted.
+
+        Returns:
+            The pass, and what the model makes of the last layer's output.
         """
         one = Pass(step)
         with ExitStack() as stack:
             for number, layer in enumerate(self._layers):
                 stack.enter_context(replaced_forward(layer, self._noting(one, number, value)))
-            call_base(self._base, step)
+            final_BSH = call_base(self._base, step)
         one.given = None
-        return one
+        return one, final_BSH
 
-    def _require_sums(self, zeros: Pass, ones: Pass) -> None:
-        """Check that what was noted is added to what a layer gives out."""
-        for number, hidden_BSH in ones.added.items():
-            expected = 1 + zeros.added.get(number, torch.zeros_like(hidden_BSH))
-            if not torch.allclose(hidden_BSH, expected, rtol=1e-2, atol=1e-2):
-                raise ModelError(
-                    f"{type(self._base).__name__} cannot be scored with images: it does more to "
-                    f"the input of layer {number} than adding to it; give data without images"
-                )
+    def _require_sums(self, zeros: Pass, final_BSH: torch.Tensor) -> None:
+        """Check that what was noted is added to what a layer gives out, and nothing to the last."""
+        ones, _ = self._enter(zeros.step, 1.0)
+        _, plain_BSH = self._enter(zeros.step._replace(inputs=NO_INPUTS), 0.0)
+        found = [(ones.added[n], 1 + zeros.added[n]) for n in ones.added if n in zeros.added]
+        found.append((final_BSH, plain_BSH))
+        is_same = all(torch.allclose(*pair, rtol=1e-2, atol=1e-2) for pair in found)
+        if not is_same or set(ones.added) != set(zeros.added):
+            raise ModelError(
+                f"{type(self._base).__name__} cannot be scored with images: it does more to what "
+                "its layers give out than adding to it; give data without images"
+            )
 
     def pull(self, step: Step, gradients_at: Mapping[int, Gradients]) -> None:
         """Pull the gradients at all that entered the layers through what precedes them.
@@ -145,7 +152,7 @@ class Entrance:
             return
         step = with_gradients(step)
         with torch.enable_grad():
-            front = self._enter(step, 0.0)
+            front, _ = self._enter(step, 0.0)
         assert front.hidden_BSH is not None
         entered = front.added | {0: front.hidden_BSH}
         numbers = [number for number, states in entered.items() if states.requires_grad]
@@ -155,7 +162,7 @@ class Entrance:
             torch.autograd.grad(
                 [entered[number] for number in numbers],
                 pixels,
-                [gradients_at[number][draw] for number in numbers],
+                [gradients_at[number][draw].to(entered[number].device) for number in numbers],
                 retain_graph=draw < num_draws - 1,
             )
 

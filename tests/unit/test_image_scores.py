@@ -15,6 +15,7 @@ from autoquant_ray.chat_encoding import ConversationEncoder, Encoded
 from autoquant_ray.conversations import Conversation, load_images
 from autoquant_ray.data_spec import DataSpec
 from autoquant_ray.engine import Engine
+from autoquant_ray.errors import ModelError
 from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.plan import build_plan
@@ -170,6 +171,17 @@ def test_scores_of_the_vision_tower_ignore_how_steps_are_grouped(
         found.append(engine.score(samples, 0, maxima, 0).sums)
     assert np.array_equal(found[0].elementwise_GF, found[1].elementwise_GF)
     assert (found[0].elementwise_GF > 0).all()
+
+
+def test_model_that_adds_after_its_last_layer_is_refused(
+    make_model: Any, make_spec: Any, samples_of: Any
+) -> None:
+    model = make_model("qwen3_vl")
+    del model.model.language_model.layers[1:]  # the tower's output now comes after the last layer
+    plan = build_plan(model, resolve_formats((PRESET,), device="cpu"))
+    engine = Engine(make_spec(plan), model=model)
+    with pytest.raises(ModelError, match=r"cannot be scored with images.*give data without images"):
+        engine.score(samples_of("qwen3_vl"), 0, {})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
