@@ -12,6 +12,10 @@ carries a gradient from layer to layer (shared keys and values, per-layer inputs
 runs outside the layers. :mod:`autoquant_ray.chain_probe` checks that; any other model is run with
 one ordinary graph: same numbers, more memory.
 
+With images a vision tower runs before the layers, and some models add more of its output between
+the first ones. What is added is noted on the way in. Where the tower itself is scored, it is run
+again with a graph at the end, and all gradients at what it gave are pulled through it.
+
 Shape letters: B samples, S positions, H hidden.
 """
 
@@ -20,12 +24,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from autoquant_ray.chain_probe import chain_links, gradients_agree
+from autoquant_ray.entrance import Entrance, Gradients, Pass, call_base, with_gradients
 from autoquant_ray.errors import ModelError
 from autoquant_ray.layers import (
     base_model,
@@ -35,42 +39,9 @@ from autoquant_ray.layers import (
     require_gradient,
 )
 from autoquant_ray.residence import Residence, Resident
+from autoquant_ray.step import NO_INPUTS, Step
 
 logger = logging.getLogger(__name__)
-
-Step = tuple[torch.Tensor, torch.Tensor | None]
-"""Token ids ``(B, S)``, int64, and the mask: 1 for real tokens, 0 for padding on the right; None
-if all are real."""
-
-Gradients = list[torch.Tensor]
-"""One tensor ``(B, S, H)`` per label draw."""
-
-
-@dataclass
-class Pass:
-    """One step between its forward and its backward pass.
-
-    Attributes:
-        step: What is run.
-        calls: Arguments of each decoder layer beside the hidden states.
-        inputs: Input of each layer, ``(B, S, H)``, where they are kept.
-        hidden_BSH: Output of the last layer that ran.
-        leaf: The same with a gradient, between :meth:`LayerwiseBackward.finish` and the backward
-            pass.
-        output: Final hidden states with their graph, for as long.
-    """
-
-    step: Step
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    inputs: list[torch.Tensor] = field(default_factory=list)
-    hidden_BSH: torch.Tensor | None = None
-    leaf: torch.Tensor | None = None
-    output: torch.Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the layer inputs."""
-        return sum(hidden.nbytes for hidden in self.inputs)
 
 
 class LayerwiseBackward:
@@ -79,18 +50,23 @@ class LayerwiseBackward:
     Args:
         model: A causal language model in evaluation mode whose parameters take no gradient.
         residence: Where the weights of its decoder layers live.
+        reaches_front: Pull gradients through what precedes the layers too: the vision tower.
 
     Raises:
         ModelError: The layers are offloaded, but the model is not a plain chain of them.
     """
 
-    def __init__(self, model: Any, residence: Residence | None = None) -> None:
+    def __init__(
+        self, model: Any, residence: Residence | None = None, *, reaches_front: bool = False
+    ) -> None:
+        self.reaches_front = reaches_front
         self.base = base_model(model)
         self.embedding = model.get_input_embeddings()
         self.residence = residence or Resident()
         self.layers = list(decoder_layers(model).values())
         links = chain_links(self)
         self._num_extra_outputs: list[int | None] = links or []
+        self._entrance = Entrance(self.base, self.layers, self._num_extra_outputs)
         self.is_layerwise = bool(links)
         if self.is_layerwise:
             self.is_layerwise = gradients_agree(self)
@@ -132,10 +108,12 @@ class LayerwiseBackward:
                     if before_step is not None:
                         before_step(one.step)
                     assert one.hidden_BSH is not None
+                    hidden_BSH = one.entering(number, one.hidden_BSH)
                     if keep:
-                        one.inputs.append(one.hidden_BSH)
+                        one.inputs.append(hidden_BSH)
                     arguments, keywords = one.calls[number]
-                    one.hidden_BSH = first_output(layer(one.hidden_BSH, *arguments, **keywords))
+                    one.hidden_BSH = first_output(layer(hidden_BSH, *arguments, **keywords))
+                    del hidden_BSH
         return passes
 
     @contextmanager
@@ -181,13 +159,15 @@ class LayerwiseBackward:
                 assert one.hidden_BSH is not None
                 one.leaf = one.hidden_BSH.detach().requires_grad_(with_graph)
                 for number, layer in enumerate(self.layers):
-                    stack.enter_context(
-                        replaced_forward(layer, self._returning(one.leaf, number, []))
-                    )
+                    stack.enter_context(replaced_forward(layer, self._giving(one.leaf, number)))
             elif with_graph:
                 handle = self.embedding.register_forward_hook(require_gradient)
                 stack.callback(handle.remove)
-            output = self.call_base(one.step)
+            # What the layers give is there already: no vision tower is needed again.
+            step = one.step._replace(inputs=NO_INPUTS)
+            if not self.is_layerwise:
+                step = with_gradients(one.step) if self.reaches_front else one.step
+            output = self.call_base(step)
         one.output = output if with_graph else None
         return output.detach()
 
@@ -214,6 +194,7 @@ class LayerwiseBackward:
             one.output = one.leaf = one.hidden_BSH = None
         if not self.is_layerwise:
             return
+        at_front: list[dict[int, Gradients]] = [{} for _ in passes]
         for number in reversed(range(len(self.layers))):
             with self.residence.visit(number, max(number - 1, 0)):
                 for index, one in enumerate(passes):
@@ -223,44 +204,26 @@ class LayerwiseBackward:
                         output = self.layers[number](hidden_BSH, *arguments, **keywords)
                     flowing[index] = _pull(first_output(output), flowing[index], [hidden_BSH])
                     del output, hidden_BSH
+                    if self.reaches_front and (number == 0 or number in one.added):
+                        at_front[index][number] = flowing[index]
             yield flowing
+        if self.reaches_front:
+            for one, gradients_at in zip(passes, at_front, strict=True):
+                self._entrance.pull(one.step, gradients_at)
 
     def call_base(self, step: Step) -> torch.Tensor:
         """Run the whole base model; its final hidden states ``(B, S, H)``."""
-        ids_BS, mask_BS = step
-        output = self.base(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
-        hidden: torch.Tensor = output[0]
-        return hidden
+        return call_base(self.base, step)
 
     def enter(self, step: Step) -> Pass:
-        """Run what precedes the layers, and note the arguments of each layer's call."""
-        one = Pass(step)
-        with ExitStack() as stack:
-            for number, layer in enumerate(self.layers):
-                stack.enter_context(
-                    replaced_forward(layer, self._returning(None, number, one.calls, one))
-                )
-            self.call_base(step)
-        return one
+        """Run what precedes the layers: see :meth:`~autoquant_ray.entrance.Entrance.enter`."""
+        return self._entrance.enter(step)
 
-    def _returning(
-        self,
-        states: torch.Tensor | None,
-        number: int,
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
-        one: Pass | None = None,
-    ) -> Callable[..., Any]:
-        """A layer's forward that computes nothing: returns ``states``, or its own input."""
+    def _giving(self, states_BSH: torch.Tensor, number: int) -> Callable[..., Any]:
+        """A layer's forward that computes nothing, and gives out these states."""
         extra = self._num_extra_outputs[number]
-
-        def forward(hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-            calls.append((arguments, keywords))
-            if one is not None and number == 0:
-                one.hidden_BSH = hidden_states
-            output = hidden_states if states is None else states
-            return output if extra is None else (output, *[None] * extra)
-
-        return forward
+        output = states_BSH if extra is None else (states_BSH, *[None] * extra)
+        return lambda *_, **__: output
 
 
 def _pull(

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autoquant_ray.layers import first_output, require_gradient
+from autoquant_ray.step import Step
 
 if TYPE_CHECKING:
-    from autoquant_ray.backward import LayerwiseBackward, Step
+    from autoquant_ray.backward import LayerwiseBackward
 
 _PROBE_TOKENS = 6
 _PROBE_TOLERANCE = 0.02
@@ -95,7 +96,7 @@ def _whole_graph_gradients(
 
 def _probe(backward: LayerwiseBackward) -> Step:
     count = min(_PROBE_TOKENS, backward.embedding.weight.shape[0])
-    return torch.arange(count, device=backward.embedding.weight.device)[None], None
+    return Step(torch.arange(count, device=backward.embedding.weight.device)[None])
 
 
 def _is_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

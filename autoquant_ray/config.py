@@ -53,8 +53,12 @@ class SearchSpace(BaseModel):
     )
     disable: tuple[str, ...] = Field(
         default=(),
-        description="Glob of module names left in 16 bits. May be repeated. The vision tower of a "
-        "vision-language model is always left out while the data holds no images.",
+        description="Glob of module names left in 16 bits. May be repeated.",
+    )
+    coverage: Literal["lm", "full"] = Field(
+        default="lm",
+        description="lm: the vision tower of a vision-language model stays in 16 bits, as most "
+        "engines serve it. full: it is searched too, which takes data with images.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where workers compute. auto: cuda where there is a GPU."
@@ -103,9 +107,10 @@ class ScanConfig(SearchSpace):
     """Everything that one scan needs, from the data to the budget and the workers."""
 
     data: Data = Field(
-        description="Calibration data: text file, JSONL, Parquet, dataset folder, hub id, or "
-        "'pydoc' (English text that comes with Python). Several, each given as NAME=SOURCE, are "
-        "domains with scores of their own; an existing path with '=' in it is a path."
+        description="Calibration data: text file, JSONL, Parquet (texts, chats, image-text pairs), "
+        "dataset folder, hub id, or 'pydoc' (English text that comes with Python); docs/data.md "
+        "shows each. Several, each given as NAME=SOURCE, are domains with scores of their own; an "
+        "existing path with '=' in it is a path."
     )
     domain_field: str | None = Field(
         default=None,
@@ -131,6 +136,14 @@ class ScanConfig(SearchSpace):
         "subset of them is used. Default: the first ones, in the data's own order.",
     )
     seq_len: int = Field(default=512, ge=2, description="Longest sample, in tokens.")
+    loss_on: Literal["all", "answer"] = Field(
+        default="all",
+        description="Tokens that count in the loss: all, or only the answers of chats and prompts.",
+    )
+    skip_bad_samples: bool = Field(
+        default=False,
+        description="Skip and count samples whose images cannot be used, instead of stopping.",
+    )
     step_tokens: int = Field(
         default=2048, ge=2, description="Tokens (padding included) per forward and backward step."
     )

@@ -3,8 +3,8 @@
 That depends on the data and the :class:`~autoquant_ray.texts.DataSpec` alone, never on how texts
 were chunked or where they were tokenized.
 
-Not here: chat templates, images, and the distribution of the tokenization over a
-cluster (:mod:`autoquant_ray.distributed.tokenization`).
+Not here: chats and images (:mod:`autoquant_ray.chat_encoding`), and the distribution of the
+tokenization over a cluster (:mod:`autoquant_ray.distributed.tokenization`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from autoquant_ray.data_spec import DataSpec
 from autoquant_ray.errors import DataError
-from autoquant_ray.texts import DataSpec
 
 Tokens = TypeVar("Tokens", list[int], "array[int]")
 """Token ids of one text or sample: a list, or an array of C ints, which is a ninth of the size."""
 
-_MIN_SAMPLE_TOKENS = 2  # a sample of one token predicts nothing
+MIN_SAMPLE_TOKENS = 2  # a sample of one token predicts nothing
 
 
 @dataclass
@@ -34,6 +34,8 @@ class DataCounts:
             file still belong to the running text.
         too_short: Samples skipped because they had fewer than 2 tokens.
         cut: Samples that were cut to ``seq_len``.
+        no_answer: Chats of whose answers nothing was left within ``seq_len``.
+        bad: Chats that were skipped because an image cannot be used.
     """
 
     read: int = 0
@@ -41,11 +43,21 @@ class DataCounts:
     empty: int = 0
     too_short: int = 0
     cut: int = 0
+    no_answer: int = 0
+    bad: int = 0
+
+
+class _Sized(Protocol):
+    def __len__(self) -> int: ...
+
+
+Text = TypeVar("Text", bound=_Sized)
+"""A text, or a conversation, whose length is that of its texts and images."""
 
 
 def chunk_texts(
-    texts: Iterator[str], chunk_size: int, max_characters: int = 2**20
-) -> Iterator[list[str]]:
+    texts: Iterator[Text], chunk_size: int, max_characters: int = 2**20
+) -> Iterator[list[Text]]:
     """Group texts into lists of ``chunk_size``; shorter at the end, and where texts are long.
 
     Args:
@@ -53,7 +65,7 @@ def chunk_texts(
         chunk_size: Texts per list at most.
         max_characters: A list ends with the text that reaches this length in total.
     """
-    chunk: list[str] = []
+    chunk: list[Text] = []
     num_characters = 0
     for text in texts:
         chunk.append(text)
@@ -148,7 +160,7 @@ class SampleAssembler(Generic[Tokens]):
         return [running[i * seq_len : (i + 1) * seq_len] for i in range(num_windows)]
 
     def _take(self, tokens: Tokens) -> list[Tokens]:
-        if len(tokens) < _MIN_SAMPLE_TOKENS:
+        if len(tokens) < MIN_SAMPLE_TOKENS:
             self.counts.too_short += 1
             return []
         self.counts.used += 1
@@ -163,10 +175,16 @@ def require_usable(counts: DataCounts, source: str) -> None:
         DataError: It gave none; the message says what became of the texts.
     """
     if counts.used == 0:
+        if counts.no_answer or counts.bad:
+            raise DataError(
+                f"data source {source} holds no usable sample: of {counts.read} chats read, "
+                f"{counts.no_answer} have no answer within --seq-len and {counts.bad} have an "
+                "image that cannot be used; raise --seq-len, or give others"
+            )
         raise DataError(
             f"data source {source} holds no usable sample: of {counts.read} texts read, "
             f"{counts.empty} are empty and {counts.too_short} have fewer than "
-            f"{_MIN_SAMPLE_TOKENS} tokens; give texts of at least {_MIN_SAMPLE_TOKENS} tokens"
+            f"{MIN_SAMPLE_TOKENS} tokens; give texts of at least {MIN_SAMPLE_TOKENS} tokens"
         )
 
 

@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 
 from autoquant_ray.data import DataCounts, SampleAssembler, Tokens
 from autoquant_ray.data_sources import MAX_DOMAINS
+from autoquant_ray.data_spec import DataSpec
 from autoquant_ray.errors import DataError
-from autoquant_ray.texts import DataSpec
 
 Item = TypeVar("Item")
 
@@ -72,26 +72,39 @@ class DomainAssembler(Generic[Tokens]):
 
     def _assembler_of(self, domain: str) -> SampleAssembler[Tokens]:
         if domain not in self._assemblers:
-            if len(self._assemblers) == MAX_DOMAINS:
-                raise DataError(
-                    f"data source {self._spec.source}: field {self._spec.domain_field!r} has more "
-                    f"than {MAX_DOMAINS} values, the next is {domain!r}; name a coarser column "
-                    "with --domain-field"
-                )
+            require_room(len(self._assemblers), domain, self._spec)
             self._assemblers[domain] = SampleAssembler(self._spec, self.counts)
         return self._assemblers[domain]
 
 
+def require_room(num_domains: int, following: str, spec: DataSpec) -> None:
+    """Check that there may be one more domain.
+
+    Args:
+        num_domains: Those that there are.
+        following: Name of the next.
+        spec: Of the data.
+
+    Raises:
+        DataError: There may not.
+    """
+    if num_domains >= MAX_DOMAINS:
+        raise DataError(
+            f"data source {spec.source}: field {spec.domain_field!r} has more than {MAX_DOMAINS} "
+            f"values, the next is {following!r}; name a coarser column with --domain-field"
+        )
+
+
 def shards_by_domain(
-    samples: Iterator[tuple[str, Tokens]], size: int
-) -> Iterator[tuple[str, list[Tokens]]]:
+    samples: Iterator[tuple[str, Item]], size: int
+) -> Iterator[tuple[str, list[Item]]]:
     """Shards of one domain each, in the order in which they become full; then what remains.
 
     Args:
         samples: With their domains.
         size: Samples of a full shard.
     """
-    waiting: dict[str, list[Tokens]] = {}
+    waiting: dict[str, list[Item]] = {}
     for domain, sample in samples:
         shard = waiting.setdefault(domain, [])
         shard.append(sample)

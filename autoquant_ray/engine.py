@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoquant_ray.backward import Gradients, LayerwiseBackward, Pass, Step
+from autoquant_ray.backward import LayerwiseBackward
 from autoquant_ray.calibration import ActivationMaxima, Statistics
+from autoquant_ray.entrance import Gradients, Pass
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.footprint import GIB, LARGEST_CACHE_BYTES, quantized_bytes
 from autoquant_ray.formats import Format
@@ -23,8 +24,11 @@ from autoquant_ray.loading import load_for_engine
 from autoquant_ray.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.model_checks import require_head, require_linears
 from autoquant_ray.models import ModelRef
+from autoquant_ray.quantizable import is_of_tower
+from autoquant_ray.samples import Samples, num_predicted
 from autoquant_ray.sensitivity import Maxima, ScoredModule, SensitivityScorer, SensitivitySums
-from autoquant_ray.visits import Samples, Visit, VisitPlanner, make_step, predicting_rows
+from autoquant_ray.step import Step
+from autoquant_ray.visits import Visit, VisitPlanner, make_step, predicting_rows
 from autoquant_ray.weight_cache import WeightCache
 
 
@@ -102,7 +106,11 @@ class Engine:
         self.spec = spec
         self.model, residence = load_for_engine(spec, model)
         self._device = self.model.get_input_embeddings().weight.device
-        self._backward = LayerwiseBackward(self.model, residence)
+        self._backward = LayerwiseBackward(
+            self.model,
+            residence,
+            reaches_front=any(is_of_tower(scored.planned.name) for scored in spec.modules),
+        )
         self._loss = VocabularyLoss(self.model)
         self._maxima = ActivationMaxima(self.model, spec.modules)
         require_head(self.model, self._loss)
@@ -160,10 +168,10 @@ class Engine:
                 passes = self._backward.forward(
                     self._steps(samples, visit),
                     keep=keep,
-                    before_step=lambda step: self._maxima.set_mask(step[1]),
+                    before_step=lambda step: self._maxima.set_mask(step.mask_BS),
                 )
                 for one in passes:
-                    mask_BS = one.step[1]
+                    mask_BS = one.step.mask_BS
                     self._maxima.set_mask(mask_BS)
                     hidden_BSH = self._backward.finish(one, with_graph=False)
                     hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
@@ -211,7 +219,7 @@ class Engine:
                     )
                     gradients.append(pulled)
                     loss += step_loss
-                    num_tokens += sum(len(sample) - 1 for sample in chosen)
+                    num_tokens += sum(map(num_predicted, chosen))
                 self._backward.backward(passes, gradients)
         sums = self._scorer.sums()
         if not (np.isfinite(sums.elementwise_GF).all() and np.isfinite(sums.token_GF).all()):
@@ -239,7 +247,7 @@ class Engine:
     ) -> tuple[float, Gradients]:
         """Loss of a step in nats, and its gradients at the final hidden states, one per draw."""
         hidden_BSH = self._backward.finish(one, with_graph=True)
-        ids_BS, _ = one.step
+        ids_BS = one.step.ids_BS
         device = hidden_BSH.device  # a split model ends on another one than it begins
         rows_N = predicting_rows(samples).to(device)
         targets_N, uniforms_KN = None, None
@@ -247,7 +255,7 @@ class Engine:
             targets_N = ids_BS.roll(-1, dims=1).flatten().to(device)[rows_N]
         else:
             uniforms = [
-                draw_uniforms(self.spec.seed, position, self._num_draws, len(sample) - 1)
+                draw_uniforms(self.spec.seed, position, self._num_draws, num_predicted(sample))
                 for position, sample in zip(positions, samples, strict=True)
             ]
             uniforms_KN = torch.from_numpy(np.concatenate(uniforms, axis=1)).to(device)
@@ -269,7 +277,7 @@ class Engine:
         Between visits all layers go through the cache, so that the next visit finds nothing there
         unless the user gave room for all.
         """
-        predicted = sum(len(samples[position]) - 1 for position in visit[0])
+        predicted = sum(num_predicted(samples[position]) for position in visit[0])
         has_slices = predicted > self._loss.slice_tokens
         return len(visit) > 1 or has_slices or self.spec.weight_cache_bytes is not None
 

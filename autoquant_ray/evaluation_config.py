@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -35,6 +35,9 @@ class EvaluationConfig(BaseModel):
         default=None, ge=1, description="Number of samples to use at most. Default: the run's."
     )
     seq_len: int | None = Field(default=None, ge=2, description="Longest sample, in tokens.")
+    loss_on: Literal["all", "answer"] | None = Field(
+        default=None, description="Tokens that are measured: all, or answer. Default: the run's."
+    )
     against: tuple[str, ...] = Field(
         default=("uniform", "modelopt", "random"),
         description="What to measure beside it under the same budget, separated by commas: "

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoquant_ray.backward import LayerwiseBackward, Pass, Step
+from autoquant_ray.backward import LayerwiseBackward
 from autoquant_ray.divergence import TokenDivergence, compare
+from autoquant_ray.entrance import Pass
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.footprint import GIB
 from autoquant_ray.formats import Format
@@ -29,16 +30,18 @@ from autoquant_ray.layers import first_output
 from autoquant_ray.loading import load_for_engine
 from autoquant_ray.loss import VocabularyLoss
 from autoquant_ray.models import ModelRef
-from autoquant_ray.quantized_layers import UNQUANTIZED, Choice, QuantizedLayers
+from autoquant_ray.quantized_layers import FRONT, UNQUANTIZED, Choice, QuantizedLayers
+from autoquant_ray.samples import Samples, num_predicted
 from autoquant_ray.sensitivity import Maxima, ScoredModule
-from autoquant_ray.visits import Samples, VisitPlanner, make_step, predicting_rows
+from autoquant_ray.step import Step
+from autoquant_ray.visits import VisitPlanner, make_step, predicting_rows
 from autoquant_ray.weight_cache import WeightCache
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 Prefix = tuple[Choice, ...]
-"""Formats of the first layers; allocations with equal prefixes have equal hidden states."""
+"""Formats of the vision tower, then of the first layers; where they agree, so do hidden states."""
 
 _UNBOUNDED = 2**62
 
@@ -153,8 +156,7 @@ class EvaluationEngine:
         for number, chosen in enumerate(positions):
             step_samples = [samples[p] for p in chosen]
             rows_N = predicting_rows(step_samples).to(hidden[own][number].device)
-            ids_BS, _ = steps[number]
-            targets_N = ids_BS.roll(-1, dims=1).flatten().to(rows_N.device)[rows_N]
+            targets_N = steps[number].ids_BS.roll(-1, dims=1).flatten().to(rows_N.device)[rows_N]
             loss_N, results = compare(
                 self._head,
                 hidden[own][number].flatten(0, 1)[rows_N],
@@ -169,7 +171,7 @@ class EvaluationEngine:
             )
             if not loss_N.isfinite().all():
                 raise NonFiniteError("a prediction of the unquantized model is NaN or infinite")
-            lengths = [len(sample) - 1 for sample in step_samples]
+            lengths = [num_predicted(sample) for sample in step_samples]
             for position, own_loss in zip(chosen, loss_N.split(lengths), strict=True):
                 reference[position] = own_loss.numpy()
             for column, result in zip(divergences, results, strict=True):
@@ -182,7 +184,7 @@ class EvaluationEngine:
     def _num_at_once(self, steps: Sequence[Step]) -> int:
         """Allocations whose hidden states, of two layers at a time, have room."""
         width = self.model.get_input_embeddings().weight[0].nbytes
-        each = 2 * sum(ids_BS.numel() for ids_BS, _ in steps) * width
+        each = 2 * sum(step.ids_BS.numel() for step in steps) * width
         return max(1, int(self.spec.activation_bytes // each))
 
     def _final_states(
@@ -192,9 +194,16 @@ class EvaluationEngine:
         if not self._runner.is_layerwise:
             return [self._whole(steps, choice) for choice in choices]
         runner = self._runner
-        passes = [runner.enter(step) for step in steps]
-        shared: dict[Prefix, list[Any]] = {(): [one.hidden_BSH for one in passes]}
-        prefixes: list[Prefix] = [()] * len(choices)
+        fronts: dict[Prefix, list[Pass]] = {}
+        prefixes: list[Prefix] = []
+        for choice in choices:
+            prefixes.append((self._quantized.signature(FRONT, choice),))
+            if prefixes[-1] not in fronts:
+                with self._quantized.quantized(FRONT, choice, WeightCache(_UNBOUNDED)):
+                    fronts[prefixes[-1]] = [runner.enter(step) for step in steps]
+        shared: dict[Prefix, list[Any]] = {
+            prefix: [one.hidden_BSH for one in passes] for prefix, passes in fronts.items()
+        }
         for number, layer in enumerate(runner.layers):
             weights = WeightCache(_UNBOUNDED)  # of one layer, for one visit
             following: dict[Prefix, list[Any]] = {}
@@ -206,14 +215,14 @@ class EvaluationEngine:
                         continue
                     with self._quantized.quantized(number, choice, weights):
                         following[prefixes[index]] = [
-                            _run_layer(layer, hidden, one.calls[number])
-                            for one, hidden in zip(passes, shared[before], strict=True)
+                            _run_layer(layer, one.entering(number, hidden), one.calls[number])
+                            for one, hidden in zip(fronts[before[:1]], shared[before], strict=True)
                         ]
             shared = following
         finished = {
             prefix: [
-                runner.finish(Pass(one.step, hidden_BSH=hidden), with_graph=False)
-                for one, hidden in zip(passes, states, strict=True)
+                runner.finish(Pass(step, hidden_BSH=hidden), with_graph=False)
+                for step, hidden in zip(steps, states, strict=True)
             ]
             for prefix, states in shared.items()
         }
@@ -223,7 +232,7 @@ class EvaluationEngine:
         """The same for a model that is not a plain chain of layers."""
         weights = WeightCache(_UNBOUNDED)
         with ExitStack() as stack:
-            for number in range(len(self._runner.layers) + 1):
+            for number in range(FRONT, len(self._runner.layers) + 1):
                 stack.enter_context(self._quantized.quantized(number, choice, weights))
             return [self._runner.call_base(step) for step in steps]
 

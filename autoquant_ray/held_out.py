@@ -15,6 +15,7 @@ from autoquant_ray.errors import ConfigError, DataError, StoreError
 from autoquant_ray.fingerprint import fingerprint_data, fingerprint_source
 from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
 from autoquant_ray.run_files import SAMPLES, part_name
+from autoquant_ray.sample_sources import Skip
 from autoquant_ray.stage_fingerprints import stage_fingerprints
 from autoquant_ray.state import RunState, numeric_versions
 from autoquant_ray.store import RunDirectory
@@ -36,7 +37,7 @@ def require_model(state: RunState, scan: ScanConfig) -> ModelRef:
     return ref
 
 
-def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> samples_stage.Skip:
+def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
     """Samples at the start of the data, or of each of its sources, that calibration used.
 
     Raises:
@@ -65,9 +66,22 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> samples_st
             "calibrated on would be measured; give other data with --data"
         )
     dataset = state.values["dataset"]
+    if "num_loss_tokens" in dataset:
+        _require_same_choice(own, scan)
     if isinstance(scan.data, str):
         return int(dataset["num_samples"])
     return {name: facts["num_samples"] for name, facts in dataset["domains"].items()}
+
+
+def _require_same_choice(own: ScanConfig, scan: ScanConfig) -> None:
+    """Of chats, length and loss decide which ones can be used at all."""
+    fields = ("seq_len", "loss_on", "skip_bad_samples")
+    if any(getattr(own, name) != getattr(scan, name) for name in fields):
+        raise ConfigError(
+            f"--seq-len and --loss-on must be those of the scan ({own.seq_len}, {own.loss_on}) on "
+            f"its own data ({data_name(own.data)}), or chats that it calibrated on would be "
+            "measured; give other data with --data"
+        )
 
 
 def _require_not_among(own: ScanConfig, scan: ScanConfig) -> None:
@@ -92,7 +106,7 @@ def _require_not_among(own: ScanConfig, scan: ScanConfig) -> None:
             )
 
 
-def data_key(state: RunState, scan: ScanConfig, skip: samples_stage.Skip) -> str:
+def data_key(state: RunState, scan: ScanConfig, skip: Skip) -> str:
     """Digest of everything that the measured numbers depend on, but the allocation."""
     prints = state.values["fingerprints"]
     marks = stage_fingerprints(scan, prints["model"], fingerprint_data(scan.data))
@@ -108,7 +122,7 @@ def held_out_samples(
     folder: str,
     scan: ScanConfig,
     ref: ModelRef,
-    skip: samples_stage.Skip,
+    skip: Skip,
     state: RunState,
 ) -> dict[str, Any]:
     """Held-out samples as shards below the evaluation's folder; read once."""

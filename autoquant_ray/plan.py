@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 from autoquant_ray.errors import ConfigError, ModelError
 from autoquant_ray.formats import NONE, Format
 from autoquant_ray.layers import decoder_layers
-from autoquant_ray.quantizable import PlannedModule, other_modules, quantizable_modules
+from autoquant_ray.quantizable import (
+    PlannedModule,
+    is_of_tower,
+    other_modules,
+    quantizable_modules,
+    sees_images,
+)
 from autoquant_ray.step_facts import step_facts
 from autoquant_ray.stored_size import stored_bits
 
@@ -23,19 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 UNQUANTIZED_BITS = 16
-VISION_PATTERNS = (
-    "model.visual*",
-    "visual*",
-    "*vision_tower*",
-    "*vision_model*",
-    "*multi_modal_projector*",
-    "*embed_vision*",
-    "*image_to_text_projection*",
-    "*embed_tokens_extend*",
-    "*aligner*",
-    "*audio_tower*",
-    "*embed_audio*",
-)
+
+_TOWER_UNSEARCHED = "vision or audio tower: not searched with --coverage lm, or takes no images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,20 +145,24 @@ class Plan:
             "other_modules": self.other_modules,
             "flops_per_token": self.flops_per_token,
             "step": self.step,
-            "idle_groups": [group.name for group in self.groups if _is_idle(group.name)],
+            "idle_groups": [group.name for group in self.groups if is_of_tower(group.name)],
         }
 
 
-def build_plan(model: Any, formats: Sequence[Format], disable: Sequence[str] = ()) -> Plan:
+def build_plan(
+    model: Any, formats: Sequence[Format], disable: Sequence[str] = (), coverage: str = "lm"
+) -> Plan:
     """Group the quantizable modules of a model and cost every choice.
 
     Args:
         model: Skeleton on the meta device, or a loaded model.
         formats: The menu.
-        disable: Globs of module names to leave in 16 bits. The vision tower always is.
+        disable: Globs of module names to leave in 16 bits.
+        coverage: ``lm`` leaves the vision tower in 16 bits, ``full`` searches it too.
 
     Raises:
-        ConfigError: Nothing is left to search, or a glob matches no module.
+        ConfigError: Nothing is left to search, a glob matches no module, or there is no vision
+            tower for ``full``.
         ModelError: The model has no quantizable module.
     """
     modules = list(quantizable_modules(model))
@@ -174,7 +173,12 @@ def build_plan(model: Any, formats: Sequence[Format], disable: Sequence[str] = (
             raise ConfigError(
                 f"--disable {pattern!r} matches no layer; names look like {modules[0].name!r}"
             )
-    groups = _group(model, modules, disable)
+    if coverage == "full" and not any(sees_images(module.name) for module in modules):
+        raise ConfigError(
+            f"{type(model).__name__} has no vision tower that --coverage full would search; leave "
+            "it out"
+        )
+    groups = _group(model, modules, disable, has_images=coverage == "full")
     plan = Plan(
         groups=groups,
         formats=tuple(formats),
@@ -186,7 +190,7 @@ def build_plan(model: Any, formats: Sequence[Format], disable: Sequence[str] = (
             for layer in decoder_layers(model).values()
         ),
         hidden_size=model.get_input_embeddings().weight.shape[1],
-        step=step_facts(model, modules, _is_idle),
+        step=step_facts(model, modules, is_of_tower),
     )
     if not plan.searched:
         raise ConfigError("every layer is disabled; nothing is left to search")
@@ -194,7 +198,11 @@ def build_plan(model: Any, formats: Sequence[Format], disable: Sequence[str] = (
 
 
 def _group(
-    model: torch.nn.Module, modules: list[PlannedModule], disable: Sequence[str]
+    model: torch.nn.Module,
+    modules: list[PlannedModule],
+    disable: Sequence[str],
+    *,
+    has_images: bool,
 ) -> tuple[PlannedGroup, ...]:
     members: dict[str, list[PlannedModule]] = {}
     for module in modules:
@@ -209,7 +217,7 @@ def _group(
         PlannedGroup(
             name=group[0].name,
             modules=tuple(group),
-            reason=_reason_unsearched(group, disable),
+            reason=_reason_unsearched(group, disable, has_images=has_images),
             is_tied=any(module.name in tied for module in group),
         )
         for group in members.values()
@@ -228,21 +236,18 @@ def _group_key(name: str) -> str:
     return name
 
 
-def _reason_unsearched(group: list[PlannedModule], disable: Sequence[str]) -> str | None:
+def _reason_unsearched(
+    group: list[PlannedModule], disable: Sequence[str], *, has_images: bool
+) -> str | None:
     for module in group:
         for pattern in disable:
             if fnmatch.fnmatch(module.name, pattern):
                 return f"disabled by {pattern!r}"
-        if _is_idle(module.name):
-            return "vision or audio tower: the calibration data holds no images or sound"
+        if is_of_tower(module.name) and not (has_images and sees_images(module.name)):
+            return _TOWER_UNSEARCHED
         if module.kind == "convolution":
             return "convolution: not searched"
     return None
-
-
-def _is_idle(name: str) -> bool:
-    """Whether a module or parameter is not run on text: part of a vision or audio tower."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in VISION_PATTERNS)
 
 
 def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:

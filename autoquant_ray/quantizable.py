@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+_VISION_PATTERNS = (
+    "model.visual*",
+    "visual*",
+    "*vision_tower*",
+    "*vision_model*",
+    "*multi_modal_projector*",
+    "*embed_vision*",
+    "*image_to_text_projection*",
+    "*aligner*",
+)
+_OTHER_PATTERNS = ("*embed_tokens_extend*", "*audio_tower*", "*embed_audio*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,3 +127,14 @@ def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[
         and not isinstance(module, torch.nn.Embedding)
         and any(p.dim() >= 2 for p in module.parameters(recurse=False))
     }
+
+
+def is_of_tower(name: str) -> bool:
+    """Whether a module or parameter is not run on text: part of a vision or audio tower."""
+    patterns = (*_VISION_PATTERNS, *_OTHER_PATTERNS)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def sees_images(name: str) -> bool:
+    """Whether a module or parameter is part of a vision tower, or of what joins it to the text."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _VISION_PATTERNS)

@@ -18,7 +18,7 @@ import torch
 from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import replaced_forward
-from autoquant_ray.quantizable import PlannedModule
+from autoquant_ray.quantizable import PlannedModule, is_of_tower
 from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
 from autoquant_ray.sensitivity import Maxima, ScoredModule
 from autoquant_ray.weight_cache import WeightCache
@@ -27,6 +27,9 @@ Choice = tuple[int, ...]
 """Index of the format per searched group; -1 where the group stays in 16 bits."""
 
 UNQUANTIZED = -1
+
+FRONT = -1
+"""Stands for the layer before all: what runs before the decoder layers, a vision tower."""
 
 
 class QuantizedLayers:
@@ -55,7 +58,8 @@ class QuantizedLayers:
         self._experts: dict[str, FusedExperts] = {}
         for scored in modules:
             module = model.get_submodule(scored.planned.name)
-            number = number_of.get(module, len(layers))
+            outside = FRONT if is_of_tower(scored.planned.name) else len(layers)
+            number = number_of.get(module, outside)
             self._by_layer.setdefault(number, []).append((scored, module))
             if scored.planned.kind == "experts":
                 self._experts[scored.planned.name] = FusedExperts(module, scored.planned)
@@ -69,7 +73,8 @@ class QuantizedLayers:
         """While open, the modules of a layer run under the formats of a choice.
 
         Args:
-            number: The layer; the number of layers stands for what is outside them (the head).
+            number: The layer; the number of layers stands for the head, ``FRONT`` for what runs
+                before them.
             choice: Formats of all groups.
             weights: Keeps quantized weights between calls.
         """

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-from array import array
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.data import DataCounts, chunk_texts, require_usable
-from autoquant_ray.data_sources import data_name, equal_shares, sources_of
-from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
+from autoquant_ray.data import DataCounts, require_usable
+from autoquant_ray.data_sources import data_name
 from autoquant_ray.distributed.worker import ShardTask
-from autoquant_ray.domain_shards import DomainAssembler, in_turn, shards_by_domain
+from autoquant_ray.domain_shards import in_turn
 from autoquant_ray.errors import DataError
 from autoquant_ray.parts import map_ahead
 from autoquant_ray.run_files import DOMAINS_FILE, SAMPLES, part_name
-from autoquant_ray.schemas import SCHEMAS
+from autoquant_ray.sample_parts import digest_bytes, rich_part, samples_of, text_part
+from autoquant_ray.sample_sources import Skip, Source, data_specs
+from autoquant_ray.samples import RichSample, num_predicted, token_ids
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
-from autoquant_ray.texts import DataSpec, read_rows
 from autoquant_ray.tokenizer import TokenizerRef
 
 logger = logging.getLogger(__name__)
-
-Skip = int | Mapping[str, int]
-"""Samples left out at the start of the data, or of each of several sources, by name."""
-
-Int32s = npt.NDArray[np.int32]
-
-_MIN_CHUNK_TEXTS, _MAX_CHUNK_TEXTS = 64, 1024
 
 
 def has_samples(state: RunState, fingerprint: str) -> bool:
@@ -71,14 +59,24 @@ def read_samples(
     """
     digest = hashlib.sha256()
     num_samples, num_tokens = 0, 0
+    rich = Counter[str]()
     told: list[dict[str, Any]] = []
-    sources = [_Source(name, spec, skip) for name, spec in _data_specs(config).items()]
+    sources = [
+        Source(name, spec, skip, skips_bad=config.skip_bad_samples)
+        for name, spec in data_specs(config).items()
+    ]
     for domain, shard in in_turn([s.shards(tokenizer, config.shard_samples) for s in sources]):
         lengths_N = np.fromiter(map(len, shard), dtype=np.int32)
-        tokens_T = np.frombuffer(b"".join(shard), dtype=np.int32)
-        table = _sample_part(num_samples, lengths_N, tokens_T)
+        tokens_T = np.concatenate([np.asarray(token_ids(sample)) for sample in shard])
+        with_more = [sample for sample in shard if isinstance(sample, RichSample)]
+        if with_more:
+            table = rich_part(num_samples, with_more)
+            rich.update(_rich_facts(with_more))
+        else:
+            table = text_part(num_samples, lengths_N, tokens_T)
         scratch.write_table(part_name(SAMPLES, len(told)), "samples", table)
         digest.update(np.insert(tokens_T, lengths_N.cumsum() - lengths_N, lengths_N).tobytes())
+        digest.update(digest_bytes(with_more))
         num_tokens, num_samples = num_tokens + len(tokens_T), num_samples + len(shard)
         sizes = {"num_samples": len(shard), "num_tokens": len(tokens_T)}
         told.append({"shard": len(told), "domain": domain, **sizes})
@@ -90,10 +88,20 @@ def read_samples(
         "num_shards": len(told),
         "tokens_sha256": digest.hexdigest(),
     }
+    facts |= rich
+    if reasons := [reason for source in sources for reason in source.reasons]:
+        facts["bad_samples"] = reasons
     domains = _domain_facts(told)
     if len(domains) > 1:
         scratch.write_table(DOMAINS_FILE, "domains", told)
     return facts | ({"domains": domains} if any(domains) else {})
+
+
+def _rich_facts(samples: Sequence[RichSample]) -> dict[str, int]:
+    return {
+        "num_loss_tokens": sum(map(num_predicted, samples)),
+        "num_samples_with_images": sum(bool(sample.tensors) for sample in samples),
+    }
 
 
 def _domain_facts(told: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -106,57 +114,7 @@ def _domain_facts(told: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return dict(sorted(facts.items()))
 
 
-class _Source:
-    """One source of the data, read as far as its samples are wanted.
-
-    Args:
-        name: Domain of all its texts; '' where they are of none, or say it themselves.
-        spec: What to read; samples that are left out come on top.
-        skip: Samples left out at the start.
-    """
-
-    def __init__(self, name: str, spec: DataSpec, skip: Skip) -> None:
-        self.skipped = skip if isinstance(skip, int) else skip.get(name, 0)
-        self.name = name
-        self.spec = replace(spec, num_samples=spec.num_samples + self.skipped)
-        self._assembler: DomainAssembler[array[int]] = DomainAssembler(self.spec)
-
-    @property
-    def counts(self) -> DataCounts:
-        """What happened to the texts read so far."""
-        return self._assembler.counts
-
-    def shards(self, tokenizer: TokenizerRef, size: int) -> Iterator[tuple[str, list[array[int]]]]:
-        """Shards with their domains, without the samples that are left out."""
-        samples = itertools.islice(self._samples(tokenizer), self.skipped, None)
-        return shards_by_domain(samples, size)
-
-    def _samples(self, tokenizer: TokenizerRef) -> Iterator[tuple[str, array[int]]]:
-        num_samples = self.spec.num_samples
-        # Large chunks cost less per text; small ones waste less where few samples are wanted.
-        chunk_size = max(_MIN_CHUNK_TEXTS, min(num_samples // 64, _MAX_CHUNK_TEXTS))
-        domains: deque[str] = deque()
-
-        def texts() -> Iterator[str]:
-            for text, domain in read_rows(self.spec):
-                domains.append(domain or self.name)
-                yield text
-
-        stream = tokenize_stream(
-            chunk_texts(texts(), chunk_size),
-            tokenizer_ref=tokenizer,
-            pack=self.spec.pack,
-            look_ahead=look_ahead_of(num_samples // chunk_size),
-        )
-        for texts_empty, token_lists in stream:
-            of_texts = [domains.popleft() for _ in token_lists]
-            yield from self._assembler.add(token_lists, texts_empty, of_texts)
-            if self._assembler.is_full:
-                return
-        yield from self._assembler.finish()
-
-
-def _checked_counts(sources: list[_Source], found: set[str], config: ScanConfig) -> DataCounts:
+def _checked_counts(sources: list[Source], found: set[str], config: ScanConfig) -> DataCounts:
     """The counts of all sources together; checks that there is something to work with."""
     total: Counter[str] = Counter()
     for source in sources:
@@ -208,33 +166,5 @@ def read_tasks(directory: RunDirectory, folder: str, shards: Iterable[int]) -> I
         yield ShardTask(
             shard=shard,
             first_sample=table.column("sample")[0].as_py(),
-            samples=[row.values.to_numpy() for row in table.column("tokens")],
+            samples=samples_of(table),
         )
-
-
-def _data_specs(config: ScanConfig) -> dict[str, DataSpec]:
-    """The part of the config that says what to read, for each source by name."""
-    sources = sources_of(config.data)
-    shares = equal_shares(config.samples, len(sources))
-    return {
-        name: DataSpec(
-            source=source,
-            text_field=config.text_field,
-            split=config.split,
-            num_samples=share,
-            seq_len=config.seq_len,
-            pack=config.pack,
-            shuffle_seed=config.data_seed,
-            domain_field=config.domain_field,
-        )
-        for (name, source), share in zip(sources.items(), shares, strict=True)
-    }
-
-
-def _sample_part(first_sample: int, lengths_N: Int32s, tokens_T: Int32s) -> pa.Table:
-    offsets = np.concatenate([np.zeros(1, dtype=np.int32), lengths_N.cumsum(dtype=np.int32)])
-    columns = {
-        "sample": np.arange(first_sample, first_sample + len(lengths_N)),
-        "tokens": pa.ListArray.from_arrays(offsets, tokens_T),
-    }
-    return pa.table(columns, schema=SCHEMAS["samples"])

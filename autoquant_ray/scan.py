@@ -28,6 +28,7 @@ from autoquant_ray.distributed.placement import (
 )
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.engine import EngineSpec
+from autoquant_ray.errors import DataError
 from autoquant_ray.fingerprint import fingerprint_data
 from autoquant_ray.footprint import GIB, choose_placement, footprint
 from autoquant_ray.formats import check_device
@@ -118,6 +119,11 @@ def _run_stages(
         with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
             scratch = RunDirectory(folder)
             facts = samples_stage.read_samples(config, tokenizer, scratch)
+            if config.coverage == "full" and not facts.get("num_samples_with_images"):
+                raise DataError(
+                    f"--coverage full searches the vision tower, but {data_name(config.data)} "
+                    "holds no images; give data with images, or leave it out"
+                )
             state.begin()
             samples_stage.keep_samples(state, scratch, facts, marks["shards"])
     stages.write_plan(state, plan, marks["plan"], ref.weights_folder)

@@ -27,6 +27,7 @@ _BUCKET = {
     "sum": _FLOAT,
     "bucket_tokens": _INT,
 }
+_TENSOR = {"name": _STRING, "dtype": _STRING, "shape": pa.list_(_INT), "data": pa.binary()}
 
 SCHEMAS: dict[str, pa.Schema] = {
     "plan": pa.schema(
@@ -41,7 +42,14 @@ SCHEMAS: dict[str, pa.Schema] = {
             "is_searched": pa.bool_(),
         }
     ),
-    "samples": pa.schema({"sample": _INT, "tokens": pa.list_(pa.int32())}),
+    "samples": pa.schema(
+        {
+            "sample": _INT,
+            "tokens": pa.list_(pa.int32()),
+            "in_loss": pa.list_(pa.bool_()),
+            "tensors": pa.list_(pa.struct(_TENSOR)),
+        }
+    ),
     "calibration": pa.schema({"module": _STRING, "statistic": _STRING, "value": _FLOAT}),
     "scores": pa.schema(
         {
@@ -163,5 +171,8 @@ ADDED_COLUMNS = {
     "sampling_stderr",
     "bucket_tokens",
     "expert_tokens",
+    "in_loss",
+    "tensors",
 }
-"""Columns that earlier versions did not write; null where they are missing."""
+"""Columns that earlier versions, or samples of plain text, do not have; null where they are
+missing."""

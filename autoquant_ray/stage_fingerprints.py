@@ -9,7 +9,15 @@ from typing import Any
 from autoquant_ray.config import ScanConfig
 
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
-    "plan": ("model", "formats", "custom_formats", "disable", "device", "trust_remote_code"),
+    "plan": (
+        "model",
+        "formats",
+        "custom_formats",
+        "disable",
+        "device",
+        "trust_remote_code",
+        "coverage",
+    ),
     "shards": (
         "data",
         "text_field",
@@ -20,6 +28,8 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "shard_samples",
         "data_seed",
         "domain_field",
+        "loss_on",
+        "skip_bad_samples",
     ),
     "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
     "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
@@ -28,8 +38,16 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields that each stage's result depends on, in the order of the stages."""
 
-ADDED_FIELDS = ("data_seed", "domain_field", "engine", "gpu")
-"""Fields that earlier versions did not have; None means what those versions did."""
+ADDED_FIELDS: dict[str, Any] = {
+    "data_seed": None,
+    "domain_field": None,
+    "engine": None,
+    "gpu": None,
+    "coverage": "lm",
+    "loss_on": "all",
+    "skip_bad_samples": False,
+}
+"""Fields that earlier versions did not have -> the value that means what those versions did."""
 
 
 def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, str]:
@@ -53,7 +71,7 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
         own = {
             name: values[name]
             for name in fields
-            if name not in ADDED_FIELDS or values[name] is not None
+            if name not in ADDED_FIELDS or values[name] != ADDED_FIELDS[name]
         }
         if stage == "shards":
             own["data_fingerprint"] = data
@@ -62,7 +80,7 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
             own |= {
                 name: values[name]
                 for name in later
-                if name not in ADDED_FIELDS or values[name] is not None
+                if name not in ADDED_FIELDS or values[name] != ADDED_FIELDS[name]
             }
         text = json.dumps([previous, own], sort_keys=True)
         previous = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -74,8 +92,9 @@ def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
     """Name the result-changing fields in which two configs differ, as ``name: old -> new``."""
     values = after.model_dump(mode="json")
     names = [name for fields in STAGE_FIELDS.values() for name in fields]
+    known = ADDED_FIELDS | before
     return [
-        f"{name}: {before.get(name)} -> {values[name]}"
+        f"{name}: {known[name]} -> {values[name]}"
         for name in names
-        if (name in before or name in ADDED_FIELDS) and before.get(name) != values[name]
+        if name in known and known[name] != values[name]
     ]

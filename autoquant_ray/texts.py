@@ -8,13 +8,14 @@ little. Which tokens form a sample is decided in :mod:`autoquant_ray.data`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoquant_ray.conversations import Conversation
+from autoquant_ray.data_spec import DataSpec
 from autoquant_ray.errors import DataError, one_line
+from autoquant_ray.row_forms import IMAGE_FIELDS, Row, columns_of, require_answers, row_of
 from autoquant_ray.shuffling import shuffled
 
 PYDOC_SOURCE = "pydoc"
@@ -22,48 +23,16 @@ PYDOC_SOURCE = "pydoc"
 
 _FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _DOCUMENT_SEPARATOR = "\n\n"
-_PARQUET_BATCH_ROWS = 1024
-_DOMAIN = re.compile(r"[^,\x00-\x1f]+")
-_MAX_DOMAIN_LENGTH = 64
-
-Row = tuple[str, str]
-"""A text and its domain."""
+_PARQUET_BATCH_ROWS, _IMAGE_ROWS = 1024, 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSpec:
-    """Which calibration data is used, and how it becomes samples.
-
-    Attributes:
-        source: Path of a text file (one sample per line), a ``.jsonl``, ``.json`` or
-            ``.parquet`` file, a dataset folder, a hub id, or ``pydoc``.
-        text_field: Column that holds the text; not used for text files and ``pydoc``.
-        split: Split of a dataset folder or hub id.
-        num_samples: Number of samples at most.
-        seq_len: Longest sample, in tokens.
-        pack: Chop the running text into windows of ``seq_len`` tokens instead of taking every
-            text as a sample.
-        shuffle_seed: Seed of the texts' order; None keeps the source's own.
-        domain_field: Column that holds each text's domain; None where the source is one.
-    """
-
-    source: str
-    text_field: str = "text"
-    split: str = "train"
-    num_samples: int
-    seq_len: int
-    pack: bool = False
-    shuffle_seed: int | None = None
-    domain_field: str | None = None
-
-
-def read_texts(spec: DataSpec) -> Iterator[str]:
-    """The texts of :func:`read_rows` alone."""
+def read_texts(spec: DataSpec) -> Iterator[str | Conversation]:
+    """The texts, or conversations, of :func:`read_rows` alone."""
     return (text for text, _ in read_rows(spec))
 
 
 def read_rows(spec: DataSpec) -> Iterator[Row]:
-    """Read the texts of a source, in its own order or shuffled, empty ones included.
+    """Read the texts or conversations of a source, in its own order or shuffled, empty ones too.
 
     Memory is bounded by the longest text, except for a ``.json`` file that holds one array, which
     is read whole. With ``pack``, the texts joined are the text to chop: lines of a text file keep
@@ -122,6 +91,7 @@ def _require_separate_lines(spec: DataSpec) -> None:
 
 
 def _require_columns(spec: DataSpec) -> None:
+    require_answers(spec)
     if spec.domain_field is not None:
         raise DataError(
             f"data source {spec.source} has no field {spec.domain_field!r}: it has no columns; "
@@ -137,6 +107,7 @@ def _looks_like_path(source: str) -> bool:
 def _separated(documents: Iterable[Row]) -> Iterator[Row]:
     started: set[str] = set()
     for document, domain in documents:
+        assert isinstance(document, str)  # conversations are not packed
         if document.strip():
             yield (_DOCUMENT_SEPARATOR if domain in started else "") + document, domain
             started.add(domain)
@@ -175,14 +146,14 @@ def _read_json(path: Path, spec: DataSpec) -> Iterator[Row]:
     if not is_array:
         return _read_json_lines(path, spec)
     rows = _parse_json("".join(line for _, line in _decoded_lines(path)), str(path))
-    return (_row_of(row, spec, f"row {number}") for number, row in enumerate(rows, start=1))
+    return (row_of(row, spec, f"row {number}") for number, row in enumerate(rows, start=1))
 
 
 def _read_json_lines(path: Path, spec: DataSpec) -> Iterator[Row]:
     for number, line in _decoded_lines(path):
         if line.strip():
             row = _parse_json(line, f"{path} line {number}")
-            yield _row_of(row, spec, f"line {number}")
+            yield row_of(row, spec, f"line {number}")
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -199,11 +170,12 @@ def _read_parquet(path: Path, spec: DataSpec) -> Iterator[Row]:
     try:
         # Buffering ahead would hold more the longer the file is.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-            columns = _columns(file.schema_arrow.names, spec)
-            batches = file.iter_batches(_PARQUET_BATCH_ROWS, columns=columns, use_threads=False)
+            columns = columns_of(file.schema_arrow.names, spec)
+            size = _PARQUET_BATCH_ROWS if not set(columns) & set(IMAGE_FIELDS) else _IMAGE_ROWS
+            batches = file.iter_batches(size, columns=columns, use_threads=False)
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
-                yield _row_of(row, spec, f"row {number}")
+                yield row_of(row, spec, f"row {number}")
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} cannot be read as Parquet: {one_line(error)}") from None
 
@@ -215,7 +187,10 @@ def _read_dataset(path: Path, spec: DataSpec) -> Iterator[Row]:
     try:
         dataset = _open_dataset(path, spec)
         if dataset.column_names is not None:
-            dataset = dataset.select_columns(_columns(dataset.column_names, spec))
+            dataset = dataset.select_columns(columns_of(dataset.column_names, spec))
+            for name, feature in (dataset.features or {}).items():
+                if isinstance(feature, datasets.Image):
+                    dataset = dataset.cast_column(name, datasets.Image(decode=False))
     except (*failures, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"data source {spec.source} cannot be loaded as a dataset folder or hub id: "
@@ -225,7 +200,7 @@ def _read_dataset(path: Path, spec: DataSpec) -> Iterator[Row]:
     def rows() -> Iterator[Row]:
         try:
             for number, row in enumerate(dataset, start=1):
-                yield _row_of(row, spec, f"row {number}")
+                yield row_of(row, spec, f"row {number}")
         except (*failures, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"data source {spec.source}: {one_line(error)}") from None
 
@@ -244,46 +219,6 @@ def _open_dataset(path: Path, spec: DataSpec) -> Any:
         return splits[spec.split]
     name = str(path) if path.is_dir() else spec.source
     return datasets.load_dataset(name, split=spec.split, streaming=True)
-
-
-def _row_of(row: Any, spec: DataSpec, where: str) -> Row:
-    if not isinstance(row, dict):
-        kind = type(row).__name__
-        raise DataError(f"data source {spec.source} {where} is not an object but {kind}")
-    _columns(row, spec, where)
-    text = _checked_text(row[spec.text_field], spec.text_field, spec, where)
-    if spec.domain_field is None:
-        return text, ""
-    domain = _checked_text(row[spec.domain_field], spec.domain_field, spec, where).strip()
-    if not domain or len(domain) > _MAX_DOMAIN_LENGTH or not _DOMAIN.fullmatch(domain):
-        raise DataError(
-            f"data source {spec.source} {where}: field {spec.domain_field!r} holds "
-            f"{domain[:80]!r}, which is no domain: give 1 to {_MAX_DOMAIN_LENGTH} characters "
-            "without commas"
-        )
-    return text, domain
-
-
-def _columns(columns: Iterable[str], spec: DataSpec, where: str = "") -> list[str]:
-    """The columns that are read; checks that they are there."""
-    wanted = {"--text-field": spec.text_field, "--domain-field": spec.domain_field}
-    for flag, field in wanted.items():
-        if field is not None and field not in columns:
-            place = f"{spec.source} {where}".strip()
-            raise DataError(
-                f"data source {place} has no field {field!r}; it has: "
-                f"{', '.join(columns) or 'none'}; name one with {flag}"
-            )
-    return list(dict.fromkeys(field for field in wanted.values() if field is not None))
-
-
-def _checked_text(value: Any, field: str, spec: DataSpec, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(
-            f"data source {spec.source} {where}: field {field!r} holds "
-            f"{type(value).__name__}, not text"
-        )
-    return value
 
 
 _READERS: dict[str, Callable[[Path, DataSpec], Iterator[Row]]] = {

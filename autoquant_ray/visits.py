@@ -6,15 +6,19 @@ as their layer inputs have room for; neither the room nor the grouping changes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 
-from autoquant_ray.backward import Step
 from autoquant_ray.data import plan_steps
-
-Samples = Sequence[Sequence[int]]
-"""Token ids of each sample, unpadded."""
+from autoquant_ray.samples import (
+    Samples,
+    is_per_token,
+    kind_of,
+    predicting_positions,
+    tensors_of,
+    token_ids,
+)
+from autoquant_ray.step import Step
 
 Visit = list[list[int]]
 """Positions of the samples of each step, of the steps that are run layer by layer together."""
@@ -38,7 +42,7 @@ class VisitPlanner:
         """All steps of a shard, in order."""
         visits: list[Visit] = []
         room = 0
-        for positions in plan_steps([len(sample) for sample in samples], self._step_tokens):
+        for positions in self._steps(samples):
             needed = self._step_bytes(samples, positions)
             if not visits or needed > room:
                 visits.append([])
@@ -46,6 +50,17 @@ class VisitPlanner:
             visits[-1].append(positions)
             room -= needed
         return visits
+
+    def _steps(self, samples: Samples) -> list[list[int]]:
+        """Positions of the samples of each step, of one kind each."""
+        of_kind: dict[tuple[object, ...], list[int]] = {}
+        for position, sample in enumerate(samples):
+            of_kind.setdefault(kind_of(sample), []).append(position)
+        return [
+            [positions[index] for index in step]
+            for positions in of_kind.values()
+            for step in plan_steps([len(samples[p]) for p in positions], self._step_tokens)
+        ]
 
     def input_bytes(self, samples: Samples) -> int:
         """Bytes of the layer inputs of a whole shard."""
@@ -61,22 +76,31 @@ class VisitPlanner:
 
 
 def make_step(samples: Samples, device: torch.device) -> Step:
-    """Token ids ``(B, S)`` padded on the right, and the mask (None without padding)."""
+    """Samples of one kind as tensors; padded on the right, images one after the other."""
     longest = max(len(sample) for sample in samples)
     ids_BS = torch.zeros(len(samples), longest, dtype=torch.long)
     mask_BS = torch.zeros(len(samples), longest, dtype=torch.long)
     for row, sample in enumerate(samples):
-        ids_BS[row, : len(sample)] = torch.as_tensor(sample, dtype=torch.long)
+        ids_BS[row, : len(sample)] = torch.as_tensor(token_ids(sample), dtype=torch.long)
         mask_BS[row, : len(sample)] = 1
     is_padded = any(len(sample) != longest for sample in samples)
-    return ids_BS.to(device), mask_BS.to(device) if is_padded else None
+    return Step(
+        ids_BS.to(device),
+        mask_BS.to(device) if is_padded else None,
+        {name: _joined(name, samples, longest).to(device) for name in tensors_of(samples[0])},
+    )
+
+
+def _joined(name: str, samples: Samples, longest: int) -> torch.Tensor:
+    """A tensor of each sample: rows padded where it belongs to tokens, else one after the other."""
+    tensors = [np.asarray(tensors_of(sample)[name]) for sample in samples]
+    if is_per_token(tensors[0], samples[0]):
+        tensors = [np.pad(t, ((0, 0), (0, longest - t.shape[1]))) for t in tensors]
+    return torch.from_numpy(np.concatenate(tensors))
 
 
 def predicting_rows(samples: Samples) -> torch.Tensor:
-    """Rows of a flattened step ``(B * S)`` that predict a token, int64."""
+    """Rows of a flattened step ``(B * S)`` that predict a token of the loss, int64."""
     longest = max(len(sample) for sample in samples)
-    rows = [
-        torch.arange(row * longest, row * longest + len(sample) - 1)
-        for row, sample in enumerate(samples)
-    ]
-    return torch.cat(rows)
+    rows = [row * longest + predicting_positions(sample) for row, sample in enumerate(samples)]
+    return torch.from_numpy(np.concatenate(rows))

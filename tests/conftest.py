@@ -42,6 +42,13 @@ DECODER = {
     "pad_token_id": None,
 }
 
+IMAGE_TOKENS = {
+    "image_token_id": 250,
+    "video_token_id": 249,
+    "vision_start_token_id": 251,
+    "vision_end_token_id": 252,
+}
+
 
 def small_config(family: str) -> Any:
     """Config of a small random model, by family."""
@@ -79,6 +86,19 @@ def small_config(family: str) -> Any:
             activation_sparsity_pattern=[0.0] * 4,
             tie_word_embeddings=True,
         )
+    if family == "qwen2_5_vl":
+        text = DECODER | {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
+        vision = {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        }
+        return transformers.Qwen2_5_VLConfig(
+            text_config=text, vision_config=vision, tie_word_embeddings=False, **IMAGE_TOKENS
+        )
     assert family == "qwen3_vl"
     text = DECODER | {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
     vision = {
@@ -90,7 +110,7 @@ def small_config(family: str) -> Any:
         "deepstack_visual_indexes": [0],
     }
     return transformers.Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=False
+        text_config=text, vision_config=vision, tie_word_embeddings=False, **IMAGE_TOKENS
     )
 
 
@@ -98,7 +118,7 @@ def small_model(family: str, seed: int = 0) -> torch.nn.Module:
     """A small random model in float32, evaluation mode."""
     torch.manual_seed(seed)
     config = small_config(family)
-    is_vision = family == "qwen3_vl"
+    is_vision = family.endswith("_vl")
     auto = (
         transformers.AutoModelForImageTextToText if is_vision else transformers.AutoModelForCausalLM
     )

@@ -76,7 +76,7 @@ def _result_of_first(
     pending: deque[tuple[list[bool], Any]],
 ) -> tuple[list[bool], list[array[int]]]:
     texts_empty, reference = pending[0]
-    tokens_T, lengths_N = _get(reference)
+    tokens_T, lengths_N = fetch(reference)
     pending.popleft()
     tokens = tokens_T.tobytes()
     ends_N = np.cumsum(lengths_N) * tokens_T.itemsize
@@ -88,9 +88,16 @@ def _result_of_first(
     return texts_empty, token_lists
 
 
-def _get(reference: Any) -> tuple[Int32s, Int32s]:
+def fetch(reference: Any) -> Any:
+    """Result of a task on the data.
+
+    Raises:
+        AutoQuantError: The task raised it.
+        DataError: It raised anything else.
+        WorkerError: Its process died more often than Ray retries.
+    """
     try:
-        result: tuple[Int32s, Int32s] = ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, AutoQuantError):
             raise error.cause from None
@@ -98,7 +105,6 @@ def _get(reference: Any) -> tuple[Int32s, Int32s]:
         raise DataError(f"a text of the calibration data cannot be tokenized: {reason}") from None
     except ray.exceptions.RayError as error:
         raise WorkerError(f"tokenization of the calibration data: {one_line(error)}") from None
-    return result
 
 
 def _tokenize(texts: list[str], tokenizer_ref: TokenizerRef, pack: bool) -> tuple[Int32s, Int32s]:

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 
 from autoquant_ray.distributed.placement import Placement
 from autoquant_ray.errors import AutoQuantError, WorkerError, one_line
 from autoquant_ray.host_memory import reuse_freed_memory
+from autoquant_ray.samples import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,12 @@ class ShardTask:
     Attributes:
         shard: Its number.
         first_sample: Position of its first sample in the data set.
-        samples: Token ids per sample, int32.
+        samples: Token ids per sample, int32, or what else a sample holds.
     """
 
     shard: int
     first_sample: int
-    samples: list[np.ndarray[Any, np.dtype[np.int32]]]
+    samples: Sequence[Sample]
 
 
 class ShardWorker:

@@ -40,4 +40,11 @@ def dataset(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
         f"{data['num_shards']} batches (shards)"
     )
     notes = [f"{counts[key]} {key.replace('_', ' ')}" for key in ("cut", "empty", "too_short")]
+    if "num_loss_tokens" in data:
+        notes.append(f"{data['num_loss_tokens']} tokens in the loss")
+        notes.append(f"{data['num_samples_with_images']} samples with images")
+    if counts.get("no_answer"):
+        notes.append(f"{counts['no_answer']} without an answer")
+    if counts.get("bad"):
+        notes.append(f"{counts['bad']} skipped, the first because of {data['bad_samples'][0]}")
     return f"{text}; {', '.join(notes)}"

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from modelopt_scores import NOTHING, next_token_loss, quantized_by_modelopt
+from modelopt_scores import NOTHING, next_token_loss, of_text, quantized_by_modelopt
 
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import require_gradient
@@ -73,7 +73,7 @@ def _calls(model: Any, names: set[str], ids_BS: torch.Tensor) -> list[_Call]:
     ]
     handles.append(model.get_input_embeddings().register_forward_hook(require_gradient))
     with torch.enable_grad():
-        next_token_loss(model, ids_BS).backward()
+        next_token_loss(model, of_text(ids_BS)).backward()
     for handle in handles:
         handle.remove()
     return calls

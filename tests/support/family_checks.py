@@ -15,7 +15,7 @@ import pytest
 import torch
 from autograd_scores import autograd_scores
 from families import VOCABULARY, family_model
-from modelopt_scores import modelopt_scores, quantized_by_modelopt
+from modelopt_scores import modelopt_scores, of_text, quantized_by_modelopt
 
 from autoquant_ray.budget import Problem
 from autoquant_ray.calibration import merge_statistics, to_maxima
@@ -179,7 +179,7 @@ def try_parity(family: Family) -> str:
     assert family.scores_GF is not None, "not scanned"
     theirs: dict[str, dict[str, float]] = {}
     try:
-        theirs = modelopt_scores(family.model, family.batches, PRESETS)
+        theirs = modelopt_scores(family.model, [of_text(ids) for ids in family.batches], PRESETS)
     except RuntimeError as error:
         family.notes.append(f"ModelOpt stops: {type(error).__name__}, {_short(error)}")
     searched = {group.name: group for group in family.plan.searched}

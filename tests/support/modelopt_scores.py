@@ -17,14 +17,27 @@ NOTHING = [{"quantizer_name": "*", "enable": False}]
 """Entries of a configuration that quantizes nothing; more may follow."""
 
 
-def next_token_loss(model: Any, ids_BS: torch.Tensor) -> torch.Tensor:
+Batch = tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]
+"""Token ids, which of them count in the loss (None: all), what the model takes beside them."""
+
+
+def of_text(ids_BS: torch.Tensor) -> Batch:
+    """A batch of plain text."""
+    return ids_BS, None, {}
+
+
+def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of the next tokens."""
-    logits = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    return torch.nn.functional.cross_entropy(logits, ids_BS[:, 1:].flatten())
+    ids_BS, in_loss_BS, inputs = batch
+    logits = model(input_ids=ids_BS, use_cache=False, **inputs).logits[:, :-1].flatten(0, 1).float()
+    targets = ids_BS[:, 1:].flatten()
+    if in_loss_BS is not None:
+        targets = torch.where(in_loss_BS[:, 1:].flatten(), targets, -100)
+    return torch.nn.functional.cross_entropy(logits, targets)
 
 
 def modelopt_scores(
-    model: Any, batches: Sequence[torch.Tensor], presets: Sequence[str]
+    model: Any, batches: Sequence[Batch], presets: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Group -> preset -> score, of one search over all presets.
 
@@ -37,7 +50,7 @@ def modelopt_scores(
             constraints={"effective_bits": 15.0},
             quantization_formats=[getattr(mtq, preset) for preset in presets],
             data_loader=batches,
-            forward_step=lambda model, ids_BS: next_token_loss(model, ids_BS),
+            forward_step=next_token_loss,
             loss_func=lambda loss, _: loss,
             num_calib_steps=len(batches),
             num_score_steps=len(batches),

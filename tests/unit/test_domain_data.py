@@ -125,6 +125,21 @@ def test_domains_change_the_shards_and_nothing_before() -> None:
     assert changed_fields(before, kinds[1]) == ["domain_field: None -> kind"]
 
 
+def test_fields_that_earlier_runs_lack_change_nothing_at_their_defaults() -> None:
+    plain = config(data="a.jsonl")
+    before = plain.model_dump(mode="json")
+    for name in ("loss_on", "skip_bad_samples", "coverage"):
+        del before[name]
+    assert changed_fields(before, plain) == []
+    for changes, stage in (({"coverage": "full"}, "plan"), ({"loss_on": "answer"}, "shards")):
+        other = config(data="a.jsonl", **changes)
+        (name, value), *_ = changes.items()
+        default = getattr(plain, name)
+        assert changed_fields(before, other) == [f"{name}: {default} -> {value}"]
+        marks = [stage_fingerprints(one, "m", "d") for one in (plain, other)]
+        assert marks[0][stage] != marks[1][stage]
+
+
 def test_fingerprint_of_several_sources_knows_names_and_contents(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("a.txt", "b.txt")]
     for path in paths:
@@ -295,6 +310,16 @@ def test_own_data_packed_without_its_domains_is_refused(tagged: Path, tmp_path: 
     same = measured(state).model_copy(update={"domain_field": None})
     with pytest.raises(AutoQuantError, match="must be those of the scan"):
         num_seen(state, same, is_given=True)
+
+
+def test_own_chats_chosen_otherwise_are_refused(tagged: Path, tmp_path: Path) -> None:
+    state = seen_state(config(data=str(tagged)), tmp_path)
+    assert num_seen(state, measured(state, seq_len=9), is_given=False) == 7
+    state.values["dataset"]["num_loss_tokens"] = 12
+    assert num_seen(state, measured(state), is_given=False) == 7
+    for changes in ({"seq_len": 9}, {"loss_on": "answer"}):
+        with pytest.raises(ConfigError, match=r"must be those of the scan .*give other data"):
+            num_seen(state, measured(state, **changes), is_given=False)
 
 
 def test_calibration_file_that_grew_is_not_unseen(make_run: Any, tmp_path: Path) -> None:

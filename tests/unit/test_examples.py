@@ -1,4 +1,4 @@
-"""The files under jobs/ are read by what they are written for."""
+"""The files under jobs/ and the rows in docs/data.md are read by what they are written for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.config_file import load_config
+from autoquant_ray.data_spec import DataSpec
 from autoquant_ray.job import load_job
+from autoquant_ray.texts import read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,3 +32,16 @@ def test_job_file_of_a_scan_serves_the_scan_command() -> None:
     config = load_config(ScanConfig, str(ROOT / "jobs" / "scan.yaml"), {})
     assert isinstance(config, ScanConfig)
     assert config.bits == 6
+
+
+def test_rows_of_the_data_page_are_what_it_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    found: dict[str, list[int]] = {}
+    for section in page.split("\n## ")[1:]:
+        for row in re.findall(r"```json\n(.*?)\n```", section):
+            path = tmp_path / "row.jsonl"
+            path.write_text(row)
+            ((content, _),) = read_rows(DataSpec(source=str(path), num_samples=1, seq_len=9))
+            images = -1 if isinstance(content, str) else len(content.images)
+            found.setdefault(section.partition("\n")[0], []).append(images)
+    assert found == {"Text": [-1], "Chats": [0, 0], "Images": [1, 2, 1, 1], "Domains": [-1]}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modelopt_scores import modelopt_scores
+from modelopt_scores import modelopt_scores, of_text
 
 from autoquant_ray.calibration import merge_statistics, to_maxima
 
@@ -31,7 +31,7 @@ def test_scores_one_step_per_shard_equal_modelopt(
         scores = prepared.engine.score(shard, 0, maxima)
         ours += scores.sums.elementwise_GF / scores.num_tokens**2
 
-    batches = [torch.tensor(shard) for shard in shards]
+    batches = [of_text(torch.tensor(shard)) for shard in shards]
     theirs = modelopt_scores(prepared.model, batches, FORMATS)
     assert set(theirs) == set(prepared.names)
     for name, scores_F in zip(prepared.names, ours, strict=True):

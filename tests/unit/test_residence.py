@@ -23,6 +23,7 @@ from autoquant_ray.layers import decoder_layers
 from autoquant_ray.loading import load_placed
 from autoquant_ray.models import ModelRef, build_skeleton, find_model
 from autoquant_ray.plan import build_plan
+from autoquant_ray.step import Step
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 
@@ -123,7 +124,7 @@ def test_probe_and_passes_hold_one_visited_layer(bfloat16_folder: Path, make_sam
     assert backward.is_layerwise
     num_probed = len(alive)
     assert num_probed == 2 * (1 + 2 + 1)  # identity, layer by layer, one whole graph; two layers
-    steps = [(torch.tensor([sample]), None) for sample in make_samples([9, 7, 8])]
+    steps = [Step(torch.tensor([sample])) for sample in make_samples([9, 7, 8])]
     passes = backward.forward(steps, keep=True)
     ones = [torch.ones_like(backward.finish(one, with_graph=True)) for one in passes]
     backward.backward(passes, [[gradient] for gradient in ones])

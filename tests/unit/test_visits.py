@@ -27,9 +27,10 @@ def test_visits_without_room_are_of_one_step_and_lose_nothing() -> None:
 
 
 def test_step_is_padded_on_the_right_and_masked() -> None:
-    ids_BS, mask_BS = make_step(samples(3, 1), torch.device("cpu"))
+    ids_BS, mask_BS, inputs = make_step(samples(3, 1), torch.device("cpu"))
     assert ids_BS.tolist() == [[1, 2, 3], [1, 0, 0]]
     assert mask_BS is not None
+    assert not inputs
     assert mask_BS.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert make_step(samples(2, 2), torch.device("cpu"))[1] is None
 

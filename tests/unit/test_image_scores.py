@@ -1,0 +1,221 @@
+"""Scores of data with images: against ModelOpt, and against one ordinary graph of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chats import with_processor, write_pairs
+from modelopt_scores import Batch, modelopt_scores
+
+from autoquant_ray.calibration import to_maxima
+from autoquant_ray.chat_encoding import ConversationEncoder, Encoded
+from autoquant_ray.conversations import Conversation, load_images
+from autoquant_ray.data_spec import DataSpec
+from autoquant_ray.engine import Engine
+from autoquant_ray.errors import ModelError
+from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.formats import resolve_formats
+from autoquant_ray.plan import build_plan
+from autoquant_ray.quantized_layers import UNQUANTIZED
+from autoquant_ray.samples import RichSample
+from autoquant_ray.texts import read_rows
+from autoquant_ray.tokenizer import TokenizerRef
+from autoquant_ray.visits import make_step
+
+FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+PRESET = "INT8_WEIGHT_ONLY_CFG"
+
+
+@pytest.fixture(scope="module")
+def samples_of(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Three answers about images of different sizes, by family."""
+    data = write_pairs(tmp_path_factory.mktemp("pairs"), [(64, 48), (32, 32), (96, 64)])
+
+    def read(family: str) -> list[RichSample]:
+        folder = with_processor(model_folder(family), tmp_path_factory.mktemp(family))
+        spec = DataSpec(source=str(data), num_samples=9, seq_len=99, loss_on="answer")
+        encoder = ConversationEncoder(TokenizerRef(model=str(folder)), "answer")
+        samples = []
+        for row, _ in read_rows(spec):
+            assert isinstance(row, Conversation)
+            loaded = load_images(row)
+            assert isinstance(loaded, Conversation)
+            encoded = encoder.encode(loaded)
+            assert isinstance(encoded, Encoded)
+            samples.append(encoded.sample)
+        return samples
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def full_engine(make_model: Any, make_spec: Any) -> Any:
+    """Build an engine that scores the vision tower too."""
+
+    def build(family: str, presets: tuple[str, ...], **changes: Any) -> tuple[Any, Engine]:
+        model = make_model(family)
+        plan = build_plan(model, resolve_formats(presets, device="cpu"), coverage="full")
+        return plan, Engine(make_spec(plan, **changes), model=model)
+
+    return build
+
+
+def batch_of(samples: list[RichSample]) -> Batch:
+    step = make_step(samples, torch.device("cpu"))
+    in_loss = torch.zeros_like(step.ids_BS, dtype=torch.bool)
+    for row, sample in enumerate(samples):
+        in_loss[row, : len(sample)] = torch.from_numpy(sample.in_loss_T)
+    return step.ids_BS, in_loss, {**step.inputs, "attention_mask": step.mask_BS}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_with_images_equal_modelopt(family: str, make_engine: Any, samples_of: Any) -> None:
+    formats = ("INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG")
+    prepared, samples = make_engine(family, formats), samples_of(family)
+    assert prepared.engine.is_layerwise
+    # ModelOpt's calibration sees padding, ours does not.
+    shards = [[sample] for sample in samples]
+    maxima: dict[tuple[str, str], float] = {}
+    for shard in shards:
+        for key, value in prepared.engine.calibrate(shard).items():
+            maxima[key] = max(value, maxima.get(key, 0.0))
+    ours = np.zeros((len(prepared.names), len(formats)))
+    for shard in shards:
+        scores = prepared.engine.score(shard, 0, to_maxima(maxima))
+        assert scores.num_tokens == 9  # eight words and the end of the turn
+        ours += scores.sums.elementwise_GF / scores.num_tokens**2
+
+    batches = [batch_of(shard) for shard in shards]
+    for _, _, inputs in batches:
+        inputs.pop("attention_mask")
+    theirs = modelopt_scores(prepared.model, batches, formats)
+    assert set(theirs) == set(prepared.names)
+    for name, scores_F in zip(prepared.names, ours, strict=True):
+        assert scores_F == pytest.approx([theirs[name][one] for one in formats], rel=1e-4), name
+
+
+def whole_graph_sums(plan: Any, model: Any, batch: Batch) -> dict[str, float]:
+    """Elementwise sums of int8 weights, per channel, from one graph of the whole model."""
+    ids, in_loss, inputs = batch
+    seen: dict[str, tuple[Any, Any]] = {}
+    handles = []
+    names = {module.name: group.name for group in plan.searched for module in group.modules}
+    for name in names:
+
+        def hook(_: Any, arguments: Any, output: Any, name: str = name) -> None:
+            output.retain_grad()
+            seen[name] = (arguments[0].detach(), output)
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    embedding = model.get_input_embeddings()
+    handles.append(
+        embedding.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True))
+    )
+    pixels = inputs["pixel_values"].clone().requires_grad_(True)
+    assert in_loss is not None
+    with torch.enable_grad():
+        logits = model(input_ids=ids, use_cache=False, **inputs | {"pixel_values": pixels}).logits
+        targets = torch.where(in_loss[:, 1:].flatten(), ids[:, 1:].flatten(), -100)
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"
+        )
+        loss.backward()
+    for handle in handles:
+        handle.remove()
+    sums: dict[str, float] = {}
+    for name, (states, output) in seen.items():
+        weight = model.get_submodule(name).weight
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        error = (weight / scale).round().clamp(-128, 127) * scale - weight
+        difference = (states.double() @ error.double().T) * output.grad.double()
+        sums[names[name]] = sums.get(names[name], 0.0) + float(difference.square().sum())
+    return sums
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_of_the_vision_tower_equal_one_whole_graph(
+    family: str, full_engine: Any, samples_of: Any
+) -> None:
+    plan, engine = full_engine(family, (PRESET,))
+    samples = samples_of(family)
+    names = [group.name for group in plan.searched]
+    assert any("visual" in name for name in names)
+    ours = engine.score(samples, 0, {}).sums.elementwise_GF[:, 0]
+
+    theirs = whole_graph_sums(plan, engine.model, batch_of(samples))
+    assert set(theirs) == set(names)
+    for name, value in zip(names, ours, strict=True):
+        assert value == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_scores_of_the_vision_tower_ignore_how_steps_are_grouped(
+    full_engine: Any, samples_of: Any
+) -> None:
+    samples, presets = samples_of("qwen3_vl"), (PRESET, "INT8_DEFAULT_CFG")
+    found = []
+    for room in (2**30, 0):
+        _, engine = full_engine(
+            "qwen3_vl",
+            presets,
+            labels="model",
+            label_draws=2,
+            step_tokens=30,
+            activation_bytes=room,
+        )
+        maxima = to_maxima(engine.calibrate(samples, 0))
+        assert any(name.startswith("model.visual") for name in maxima)
+        found.append(engine.score(samples, 0, maxima, 0).sums)
+    assert np.array_equal(found[0].elementwise_GF, found[1].elementwise_GF)
+    assert (found[0].elementwise_GF > 0).all()
+
+
+def test_model_that_adds_after_its_last_layer_is_refused(
+    make_model: Any, make_spec: Any, samples_of: Any
+) -> None:
+    model = make_model("qwen3_vl")
+    del model.model.language_model.layers[1:]  # the tower's output now comes after the last layer
+    plan = build_plan(model, resolve_formats((PRESET,), device="cpu"))
+    engine = Engine(make_spec(plan), model=model)
+    with pytest.raises(ModelError, match=r"cannot be scored with images.*give data without images"):
+        engine.score(samples_of("qwen3_vl"), 0, {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_runs_the_vision_tower_quantized(
+    family: str, full_engine: Any, samples_of: Any
+) -> None:
+    plan, engine = full_engine(family, (PRESET,))
+    fields = ("model", "dtype", "device", "num_threads", "modules", "formats")
+    spec = EvaluationSpec(
+        **{name: getattr(engine.spec, name) for name in fields}, maxima={}, step_tokens=10_000
+    )
+    samples = samples_of(family)
+    own = tuple(UNQUANTIZED for _ in plan.searched)
+    tower = tuple(
+        0 if group.name.startswith("model.visual") else UNQUANTIZED for group in plan.searched
+    )
+    result = EvaluationEngine(spec, model=engine.model).evaluate(samples, [own, tower])
+    assert all(one.kl_N.max() < 1e-6 for one in result.divergences[0])
+
+    ids, in_loss, inputs = batch_of(samples)
+    assert in_loss is not None
+    rows = in_loss[:, 1:].flatten()
+
+    def log_probabilities() -> torch.Tensor:
+        logits = engine.model(input_ids=ids, use_cache=False, **inputs).logits[:, :-1]
+        return torch.log_softmax(logits.flatten(0, 1)[rows].double(), dim=-1)
+
+    with torch.no_grad():
+        p = log_probabilities()
+        for group, format_ in zip(plan.searched, tower, strict=True):
+            for module in group.modules if format_ == 0 else ():
+                weight = engine.model.get_submodule(module.name).weight
+                scale = weight.abs().amax(dim=1, keepdim=True) / 127
+                weight.copy_((weight / scale).round().clamp(-128, 127) * scale)
+        expected = (p.exp() * (p - log_probabilities())).sum(dim=-1)
+    measured = np.concatenate([one.kl_N for one in result.divergences[1]])
+    assert measured == pytest.approx(expected.numpy(), rel=1e-2, abs=1e-6)
+    assert measured.sum() > 1e-5
