@@ -276,5 +276,7 @@ class _Story:
             text += f" for {', '.join(f'{d}={w:g}' for d, w in self._options.domains.items())}"
         if self._options.worst_domain:
             text += " for the worst domain"
+        if self._served.served is not None:
+            text += f" served by {self._served.served.target}"
         limit = self._options.max_formats
         return text if limit is None else f"{text} with at most {limit} formats"
