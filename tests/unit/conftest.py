@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import CUSTOM, calibrated
+from checkpoints import FORMATS as CHECKPOINT_FORMATS
 from laboratory import FORMATS as LABORATORY_FORMATS
 from laboratory import Laboratory
 
 from autoquant_ray.aggregation import score_part
+from autoquant_ray.budget import SolveOptions
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.engine import Engine, EngineSpec, ShardScores
 from autoquant_ray.formats import resolve_formats
@@ -19,6 +23,7 @@ from autoquant_ray.models import ModelRef, find_model, fingerprint_model
 from autoquant_ray.plan import Plan, build_plan
 from autoquant_ray.run_files import SCORES, part_name
 from autoquant_ray.sensitivity import SensitivitySums, scored_modules
+from autoquant_ray.solve import solve_run
 from autoquant_ray.stage_fingerprints import stage_fingerprints
 from autoquant_ray.stages import aggregate, write_plan
 from autoquant_ray.state import Mode, RunState
@@ -166,6 +171,31 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
         }
         scores = [_made_up_scores(plan, shard) for shard in range(num_shards)]
         return write_run(config, plan, identity, scores, domains=domains)
+
+    return build
+
+
+@pytest.fixture
+def solved_run(make_run: Any, model_folder: Any) -> Any:
+    """A calibrated run of a small model with one solution: pattern -> format, the last one counts.
+
+    Groups that no pattern names take what loses least.
+    """
+
+    def build(
+        family: str,
+        choice: dict[str, str],
+        formats: tuple[str, ...] = CHECKPOINT_FORMATS,
+        folder: Path | None = None,
+    ) -> Any:
+        folder = folder or model_folder(family)
+        custom = {name: entry for name, entry in CUSTOM.items() if name in formats}
+        directory = make_run(family, formats, disable=(), folder=folder, custom=custom)
+        maxima = calibrated(directory, folder, formats)
+        groups = directory.read_table("plan.parquet", "plan").column("group").to_pylist()
+        pins = {g: name for p, name in choice.items() for g in groups if fnmatch.fnmatch(g, p)}
+        solve_run(directory, SolveOptions(bits=16, pins=pins), folder="")
+        return directory, folder, maxima
 
     return build
 

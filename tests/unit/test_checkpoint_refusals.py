@@ -1,0 +1,114 @@
+"""What ``export`` refuses before anything is written, and what the command prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import load_folder
+from click.testing import CliRunner
+
+from autoquant_ray.budget import SolveOptions
+from autoquant_ray.checkpoint import export_run
+from autoquant_ray.cli import main
+from autoquant_ray.errors import AutoQuantError, ConfigError, FormatError, StoreError
+from autoquant_ray.solve import solve_run
+
+REFUSED = ("wint4_aint4", "wfp8_afp8", "wint8_aint8", "wint4_afp16", "wfp8_afp16")
+
+
+@pytest.mark.parametrize(
+    ("choice", "options", "error", "text"),
+    [
+        (
+            {"*o_proj": "wint4_aint4"},
+            {},
+            FormatError,
+            r"wint4_aint4 has no packed form.*0\.self_att",
+        ),
+        ({"*o_proj": "wint4_afp16"}, {}, FormatError, r"rows of 64 weights.*blocks of 128.*o_proj"),
+        ({"*o_proj": "wfp8_afp16"}, {}, FormatError, r"wfp8_afp16 has no .*compressed-tensors"),
+        (
+            {"*": "wfp8_afp8"},
+            {"solution": "none-such"},
+            StoreError,
+            r"none-such.*solutions of the run",
+        ),
+        ({"*": "wfp8_afp8"}, {"out": "full"}, ConfigError, r"full is not empty"),
+        ({"*": "wfp8_afp8"}, {"out": "full/file"}, ConfigError, r"is a file"),
+        ({"*": "wfp8_afp8"}, {"out": "s3://bucket/x"}, ConfigError, r"local folder"),
+        ({"*": "wfp8_afp8"}, {"layout": "gguf"}, ConfigError, r"'gguf' is unknown.*modelopt"),
+        ({"*": "wfp8_afp8"}, {"engine": "vlm"}, ConfigError, r"'vlm' is unknown"),
+        ({"*": "none"}, {}, ConfigError, r"every layer in 16 bits"),
+        (
+            {"*mlp*": "wint8_aint8", "*attn*": "wfp8_afp8"},
+            {"engine": "vllm"},
+            ConfigError,
+            r"layers\.0\.mlp\.gate_proj.*W8A8_SQ_PER_CHANNEL",
+        ),
+        (
+            {"*mlp*": "wint8_aint8", "*attn*": "wfp8_afp8"},
+            {"engine": "sglang", "layout": "compressed-tensors"},
+            ConfigError,
+            r"one format only.*wfp8_afp8, wint8_aint8",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+    choice: dict[str, str],
+    options: dict[str, str],
+    error: type[AutoQuantError],
+    text: str,
+    solved_run: Any,
+    tmp_path: Path,
+) -> None:
+    directory, _, _ = solved_run("llama", {"*": "none"} | choice, REFUSED)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    out = options.get("out", "new/out")
+    target = out if "://" in out else str(tmp_path / out)
+    rest = {name: value for name, value in options.items() if name != "out"}
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(error, match=text) as caught:
+        export_run(directory, target, **rest)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_command_writes_the_folder_and_says_how_large_it_is(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = solved_run("llama", {"*": "wfp8_afp8", "lm_head": "none"})
+    out = tmp_path / "out"
+    arguments = ["export", directory.uri, "--out", str(out), "--engine", "vllm", "--gpu", "h100"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "quantized layers: 14 FP8" in result.stdout
+    on_disk = sum(tensor.nbytes for tensor in load_folder(out).values())
+    assert f"weights on disk: {on_disk:,} bytes; the manifest says" in result.stdout
+    assert result.stdout.splitlines()[-1] == str(out)
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 2
+    assert again.stderr == f"error: --out {out} is not empty; give a new folder\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--tool", "mlx-lm"], "--tool and --overwrite are for --format recipe"),
+        (["--format", "recipe", "--engine", "vllm"], "--engine and --gpu are for a checkpoint"),
+        (["--gpu", "h100"], "--gpu h100 needs an engine"),
+    ],
+)
+def test_command_refuses_options_of_the_other_kind(
+    options: list[str], text: str, make_run: Any, tmp_path: Path
+) -> None:
+    directory = make_run()
+    solve_run(directory, SolveOptions(bits=8), folder="")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(main, ["export", directory.uri, "--out", str(out), *options])
+    assert result.exit_code == 2
+    assert text in result.stderr
+    assert not out.exists()
