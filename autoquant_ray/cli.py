@@ -31,10 +31,11 @@ from autoquant_ray.cli_nightly import compare, nightly
 from autoquant_ray.cli_options import config_options, given_fields, mapping_option
 from autoquant_ray.cli_run import run, scan_and_show
 from autoquant_ray.cli_site import site
-from autoquant_ray.config import ScanConfig, SearchSpace
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.config_file import load_config
 from autoquant_ray.config_values import parse_bytes
 from autoquant_ray.errors import ConfigError
+from autoquant_ray.search_space import SearchSpace
 
 
 @click.group(cls=Commands, context_settings={"max_content_width": 100})

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from autoquant_ray.config import ScanConfig, SearchSpace
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ConfigError, one_line
+from autoquant_ray.search_space import SearchSpace
 
 Model = TypeVar("Model", bound=BaseModel)
 

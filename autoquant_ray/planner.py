@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from autoquant_ray.config import SearchSpace
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import ModelRef, build_skeleton
 from autoquant_ray.plan import Plan, build_plan
+from autoquant_ray.search_space import SearchSpace
 
 
 def make_plan(space: SearchSpace, ref: ModelRef, *, device: str) -> Plan:

@@ -11,8 +11,8 @@ from autoquant_ray.engine_choices import formats_of, why_unserved
 from autoquant_ray.errors import StoreError
 from autoquant_ray.expert_tokens import experts_with_few_tokens
 from autoquant_ray.manifest import allocation_key, is_chosen_by_measurement
-from autoquant_ray.report.concerns import Choice, Evidence
 from autoquant_ray.report.domains import is_by_domain
+from autoquant_ray.report.evidence import Choice, Evidence
 from autoquant_ray.report.measured import measured_rows
 from autoquant_ray.run_files import solution_of
 from autoquant_ray.state import RunState

@@ -23,8 +23,9 @@ import yaml
 from click.testing import CliRunner, Result
 
 from autoquant_ray.cli import main
-from autoquant_ray.config import ScanConfig, SearchSpace
+from autoquant_ray.config import ScanConfig
 from autoquant_ray.schemas import SCHEMAS
+from autoquant_ray.search_space import SearchSpace
 from autoquant_ray.store import RunDirectory
 
 NO_CLUSTER = "ray://127.0.0.1:9"

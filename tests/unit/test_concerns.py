@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from autoquant_ray.report.concerns import Choice, Evidence, find_concerns
+from autoquant_ray.report.concerns import find_concerns
+from autoquant_ray.report.evidence import Choice, Evidence
 
 LOSSES = {"a": 0.020, "b": 0.018, "c": 0.016, "d": 0.015, "e": 0.031}
 

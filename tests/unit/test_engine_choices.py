@@ -20,7 +20,8 @@ from autoquant_ray.engine_choices import why_unserved
 from autoquant_ray.engines import layer_algo, violations
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats import NONE, PAIRS, Format
-from autoquant_ray.report.concerns import Evidence, find_concerns
+from autoquant_ray.report.concerns import find_concerns
+from autoquant_ray.report.evidence import Evidence
 from autoquant_ray.served_search import served_problem
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory

@@ -17,7 +17,8 @@ from autoquant_ray.candidates import collect_candidates, solution_formats
 from autoquant_ray.cli import main
 from autoquant_ray.exported_plan import read_plan
 from autoquant_ray.recipes import make_recipe
-from autoquant_ray.report.concerns import Evidence, find_concerns
+from autoquant_ray.report.concerns import find_concerns
+from autoquant_ray.report.evidence import Evidence
 from autoquant_ray.solve import load_problem, solve_run
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
