@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_VISION_PATTERNS = (
+VISION_PATTERNS = (
     "model.visual*",
     "visual*",
     "*vision_tower*",
@@ -131,10 +131,10 @@ def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[
 
 def is_of_tower(name: str) -> bool:
     """Whether a module or parameter is not run on text: part of a vision or audio tower."""
-    patterns = (*_VISION_PATTERNS, *_OTHER_PATTERNS)
+    patterns = (*VISION_PATTERNS, *_OTHER_PATTERNS)
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def sees_images(name: str) -> bool:
     """Whether a module or parameter is part of a vision tower, or of what joins it to the text."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in _VISION_PATTERNS)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in VISION_PATTERNS)

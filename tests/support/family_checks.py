@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import pytest
 import torch
 from autograd_scores import autograd_scores
 from families import VOCABULARY, family_model
+from family_export import require_export
 from modelopt_scores import modelopt_scores, of_text, quantized_by_modelopt
 
 from autoquant_ray.budget import Problem
@@ -25,7 +25,8 @@ from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
 from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.manifest import load_quantization_config, quantization_config
 from autoquant_ray.models import build_skeleton, find_model
-from autoquant_ray.plan import VISION_PATTERNS, Plan, build_plan
+from autoquant_ray.plan import Plan, build_plan
+from autoquant_ray.quantizable import sees_images
 from autoquant_ray.quantized_layers import UNQUANTIZED
 from autoquant_ray.sensitivity import scored_modules
 
@@ -78,9 +79,9 @@ def family_row(name: str) -> str:
         model = family_model(name)
         model.save_pretrained(folder)
         family = Family(name, Path(folder), model)
-        steps = (try_plan, try_scan, try_parity, try_quantize)
+        steps = (try_plan, try_scan, try_parity, try_quantize, try_export)
         cells = [_try(step, family) for step in steps]
-    return table_row([name, *cells, "not checked", "; ".join(family.notes)])
+    return table_row([name, *cells, "; ".join(family.notes)])
 
 
 def table_row(cells: Sequence[str]) -> str:
@@ -129,7 +130,7 @@ def _unsearched(plan: Plan) -> list[str]:
             names |= {f"`{_in_layer(module.name)}` ({kind})": None for module in group.modules}
     for name in plan.other_modules:
         owner, _, kind = name.partition(" ")
-        is_tower = any(fnmatch.fnmatch(owner, pattern) for pattern in VISION_PATTERNS)
+        is_tower = sees_images(owner)
         names["vision tower" if is_tower else f"`{_in_layer(owner)}` {kind}"] = None
     return [f"16 bits: {', '.join(names)}"] if names else []
 
@@ -243,6 +244,13 @@ def try_quantize(family: Family) -> str:
         theirs_BN = _divergence(family.model, quantized, ids_BS)
         for one, theirs_N in zip(ours, theirs_BN, strict=True):
             assert one.kl_N == pytest.approx(theirs_N.numpy(), rel=1e-2, abs=1e-5)
+    return "yes"
+
+
+def try_export(family: Family) -> str:
+    """A plan in FP8 and 16 bits, exported and read back, is what was planned."""
+    assert family.maxima is not None, "not scanned"
+    require_export(family.folder, family.model, family.maxima)
     return "yes"
 
 
