@@ -20,7 +20,7 @@ from modelopt_scores import modelopt_scores, of_text, quantized_by_modelopt
 from autoquant_ray.budget import Problem
 from autoquant_ray.calibration import merge_statistics, to_maxima
 from autoquant_ray.engine import Engine, EngineSpec
-from autoquant_ray.errors import one_line
+from autoquant_ray.errors import AutoQuantError, one_line
 from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
 from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.manifest import load_quantization_config, quantization_config
@@ -250,7 +250,10 @@ def try_quantize(family: Family) -> str:
 def try_export(family: Family) -> str:
     """A plan in FP8 and 16 bits, exported and read back, is what was planned."""
     assert family.maxima is not None, "not scanned"
-    require_export(family.folder, family.model, family.maxima)
+    try:
+        require_export(family.folder, family.model, family.maxima)
+    except AutoQuantError as error:
+        return f"no: {re.split(r': | [(]|; ', one_line(error))[0]}"
     return "yes"
 
 
