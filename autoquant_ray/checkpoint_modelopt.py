@@ -17,7 +17,7 @@ import torch
 
 from autoquant_ray.checkpoint_formats import block_size
 from autoquant_ray.checkpoint_model import SixteenBits
-from autoquant_ray.checkpoint_names import names_required
+from autoquant_ray.checkpoint_names import clean, names_required
 from autoquant_ray.checkpoint_source import Source
 from autoquant_ray.manifest import load_quantization_config
 from autoquant_ray.quantizers import needs_static_maximum
@@ -108,9 +108,10 @@ def _is_rounded(name: str, source: Source) -> bool:
 
 
 def _correct_configs(folder: Path) -> None:
-    """Say what is there: ModelOpt announces smoothing factors with every 4-bit integer format."""
+    """Say what is there: ModelOpt announces smoothing factors with every 4-bit integer format, and
+    leaves marks in names."""
     for name in ("hf_quant_config.json", "config.json"):
-        content = json.loads((folder / name).read_text())
+        content = json.loads(clean((folder / name).read_text()))
         _set_all(content, "pre_quant_scale", False)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ _MOST_NAMES = 4
 _GIVES_UP = "Quant-aware reverse weight conversion skipped"
 """How ModelOpt 0.47 warns that it writes the names in memory
 (``modelopt/torch/export/unified_export_hf.py``)."""
+_MARK = re.compile(r"\.(\x00|\\u0000).*?sentinel")
+"""In a text, or in JSON (``modelopt/torch/export/quant_aware_conversion.py``)."""
 
 
 def as_stored(model: Any, source: Source) -> Source:
@@ -39,10 +41,16 @@ def as_stored(model: Any, source: Source) -> Source:
     )
 
     try:
-        name_of: Callable[[str], str] | None = build_reverse_name_mapper(model)
+        name_of = build_reverse_name_mapper(model)
     except QuantConversionUnsupportedError as error:
         raise _cannot_name(one_line(error)) from None
-    return source if name_of is None else source.renamed(name_of)
+    return source if name_of is None else source.renamed(lambda name: clean(name_of(name)))
+
+
+def clean(text: str) -> str:
+    """Without a mark that ModelOpt puts behind names while it maps them, and leaves there where
+    one of the model's patterns fits the mark itself (``model.`` does)."""
+    return _MARK.sub("", text)
 
 
 @contextmanager

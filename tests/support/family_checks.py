@@ -250,11 +250,21 @@ def try_quantize(family: Family) -> str:
 def try_export(family: Family) -> str:
     """A plan in FP8 and 16 bits, exported and read back, is what was planned."""
     assert family.maxima is not None, "not scanned"
+    refusal = _refusal(family)
+    if refusal is None:
+        return "yes"
+    has_experts = any(m.kind == "experts" for group in family.plan.searched for m in group.modules)
+    is_due_to_them = has_experts and _refusal(family, sixteen_bits="*experts") is None
+    return f"no: {refusal}{'; yes with experts in 16 bits' if is_due_to_them else ''}"
+
+
+def _refusal(family: Family, **options: str) -> str | None:
+    """The first clause of an export's error; None where there is none."""
     try:
-        require_export(family.folder, family.model, family.maxima)
+        require_export(family.folder, family.model, family.maxima, **options)
     except AutoQuantError as error:
-        return f"no: {re.split(r': | [(]|; ', one_line(error))[0]}"
-    return "yes"
+        return re.split(r": | [(]|; ", one_line(error))[0]
+    return None
 
 
 @torch.no_grad()

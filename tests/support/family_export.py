@@ -7,8 +7,9 @@ the model's own files do not know is found missing.
 
 from __future__ import annotations
 
+import fnmatch
 import json
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +28,37 @@ from autoquant_ray.plan import Plan, build_plan
 from autoquant_ray.quantizers import fake_quantize_weight
 from autoquant_ray.sensitivity import Maxima
 from autoquant_ray.solve import solve_run
+from autoquant_ray.store import RunDirectory
 
 FORMAT = "wfp8_afp8"
 _LARGEST = 448
 _PARTS = ("weight_scale", "input_scale")
 
 
-def require_export(folder: Path, model: Any, maxima: Maxima) -> None:
+def require_export(folder: Path, model: Any, maxima: Maxima, *, sixteen_bits: str = "") -> None:
     """Export a model in FP8 and 16 bits, and compare what is read with what was planned.
 
     Args:
         folder: The model's own.
         model: As it is there, in float32.
         maxima: Calibrated input maxima.
+        sixteen_bits: Pattern of groups that stay in 16 bits.
 
     Raises:
         AutoQuantError: The export is refused.
         AssertionError: It holds something else than was planned.
     """
     plan = build_plan(model, resolve_formats((FORMAT,), device="cpu"))
-    quantized = _mixed(plan)
-    out = folder / "exported"
-    directory = _solved_run(folder, plan, quantized, maxima)
-    export_run(directory, str(out))
-    tensors = load_folder(out)
+    quantized = [name for name in _mixed(plan) if not fnmatch.fnmatch(name, sixteen_bits)]
+    with tempfile.TemporaryDirectory() as place:
+        directory = _solved_run(folder, Path(place) / "run", plan, quantized, maxima)
+        out = Path(place) / "out"
+        export_run(directory, str(out))
+        tensors = load_folder(out)
+        loaded = _loaded(tensors, out, type(model))
     expected = _fake_quantized(model, plan, quantized)
-    for name, tensor in _loaded(tensors, folder, type(model)).items():
+    assert loaded.keys() == expected.keys()
+    for name, tensor in loaded.items():
         torch.testing.assert_close(
             tensor, expected[name], rtol=1e-6, atol=1e-7, msg=f"{name} holds other values"
         )
@@ -73,11 +79,13 @@ def _mixed(plan: Plan) -> list[str]:
     return [group.name for group in plan.searched if group.name in chosen]
 
 
-def _solved_run(folder: Path, plan: Plan, quantized: list[str], maxima: Maxima) -> Any:
+def _solved_run(
+    folder: Path, out: Path, plan: Plan, quantized: list[str], maxima: Maxima
+) -> RunDirectory:
     config = ScanConfig(
         model=str(folder),
         data="made-up.txt",
-        out=str(folder / "run"),
+        out=str(out),
         formats=(FORMAT,),
         device="cpu",
         dtype="float32",
@@ -111,20 +119,19 @@ def _fake_quantized(model: Any, plan: Plan, quantized: list[str]) -> dict[str, t
     return weights
 
 
-def _loaded(tensors: dict[str, torch.Tensor], folder: Path, kind: Any) -> dict[str, torch.Tensor]:
+def _loaded(tensors: dict[str, torch.Tensor], out: Path, kind: Any) -> dict[str, torch.Tensor]:
     """What transformers makes of a folder's tensors once they are unpacked, in float32."""
     packed = [name for name in tensors if tensors[name].dtype == torch.float8_e4m3fn]
     plain = {n: t.float() for n, t in tensors.items() if n.rpartition(".")[2] not in _PARTS}
     for name in packed:
         plain[name] = unpack_modelopt(tensors, name.removesuffix(".weight"), "FP8")
-    unpacked = folder / "unpacked"
+    unpacked = out.with_name("unpacked")
     unpacked.mkdir()
     save_file(plain, unpacked / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "exported" / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text())
     del config["quantization_config"]
     (unpacked / "config.json").write_text(json.dumps(config))
     model, problems = kind.from_pretrained(unpacked, dtype="float32", output_loading_info=True)
-    shutil.rmtree(unpacked)
     found = {key: sorted(names) for key, names in problems.items() if names}
     assert not found, f"transformers does not find its weights: {found}"
     state: dict[str, torch.Tensor] = model.state_dict()
