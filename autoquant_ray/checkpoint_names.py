@@ -1,8 +1,8 @@
 """Names of layers in the files of a model, which for some families differ from those in memory.
 
 Engines look for the names of the model's own files. transformers renames them on loading and may
-join tensors (the experts of a layer) or transpose them; ModelOpt's exporter takes most of this back.
-What it does not take back is refused here, because it would be written without an error.
+join tensors (the experts of a layer) or transpose them; ModelOpt's exporter takes most of this
+back. What it does not take back is refused here, because it would be written without an error.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def require_experts_as_stored(
     wrong = [name for name in source.formats if name in transposed]
     if wrong:
         raise FormatError(
-            f"--format {MODELOPT} cannot hold transposed experts ({few(wrong, _MOST_NAMES)}); leave "
-            "them in 16 bits (solve --pin 'PATTERN=none')"
+            f"--format {MODELOPT} cannot hold transposed experts ({few(wrong, _MOST_NAMES)}); "
+            "leave them in 16 bits (solve --allow '*experts=none')"
         )
     own = StoredTensors.of(own_files).nbytes if own_files is not None else {}
     fused = [
@@ -103,8 +103,8 @@ def require_experts_as_stored(
     if fused:
         raise FormatError(
             f"--format {MODELOPT} cannot hold experts that the model's own files keep fused "
-            f"({few(fused, _MOST_NAMES)}): ModelOpt writes them one by one, under names that readers "
-            "of this model do not know, even in 16 bits"
+            f"({few(fused, _MOST_NAMES)}): ModelOpt writes them one by one, even in 16 bits, under "
+            "names that readers of this model do not know"
         )
 
 

@@ -22,6 +22,7 @@ from written_runs import made_up_run
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.checkpoint import export_run
 from autoquant_ray.config import ScanConfig
+from autoquant_ray.errors import AutoQuantError
 from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.models import find_model, fingerprint_model
 from autoquant_ray.plan import Plan, build_plan
@@ -45,7 +46,7 @@ def require_export(folder: Path, model: Any, maxima: Maxima, *, sixteen_bits: st
         sixteen_bits: Pattern of groups that stay in 16 bits.
 
     Raises:
-        AutoQuantError: The export is refused.
+        AutoQuantError: The export is refused, and left nothing behind.
         AssertionError: It holds something else than was planned.
     """
     plan = build_plan(model, resolve_formats((FORMAT,), device="cpu"))
@@ -53,7 +54,11 @@ def require_export(folder: Path, model: Any, maxima: Maxima, *, sixteen_bits: st
     with tempfile.TemporaryDirectory() as place:
         directory = _solved_run(folder, Path(place) / "run", plan, quantized, maxima)
         out = Path(place) / "out"
-        export_run(directory, str(out))
+        try:
+            export_run(directory, str(out))
+        except AutoQuantError:
+            assert [path.name for path in Path(place).iterdir()] == ["run"], "something is left"
+            raise
         tensors = load_folder(out)
         loaded = _loaded(tensors, out, type(model))
     expected = _fake_quantized(model, plan, quantized)

@@ -7,7 +7,6 @@ import fnmatch
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from checkpoints import CUSTOM, calibrated
 from checkpoints import FORMATS as CHECKPOINT_FORMATS
@@ -15,19 +14,14 @@ from laboratory import FORMATS as LABORATORY_FORMATS
 from laboratory import Laboratory
 from written_runs import made_up_run, write_run
 
-from autoquant_ray.aggregation import score_part
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.engine import Engine, EngineSpec, ShardScores
+from autoquant_ray.engine import Engine, EngineSpec
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import ModelRef, find_model, fingerprint_model
 from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.run_files import SCORES, part_name
-from autoquant_ray.sensitivity import SensitivitySums, scored_modules
+from autoquant_ray.sensitivity import scored_modules
 from autoquant_ray.solve import solve_run
-from autoquant_ray.stage_fingerprints import stage_fingerprints
-from autoquant_ray.stages import aggregate, write_plan
-from autoquant_ray.state import Mode, RunState
 from autoquant_ray.store import RunDirectory
 
 PRESETS = (
