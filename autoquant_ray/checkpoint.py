@@ -96,8 +96,7 @@ def export_run(
     require_engine(source, layout, engine, gpu)
     _require_package(layout)
     with _written_beside(target) as folder:
-        _write(source, folder, layout)
-        stored = check_checkpoint(folder, source, layout)
+        stored = check_checkpoint(folder, _write(source, folder, layout), layout)
     names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
     return Checkpoint(
         path=str(target),
@@ -116,19 +115,29 @@ def _require_package(layout: str) -> None:
         )
 
 
-def _write(source: Source, folder: Path, layout: str) -> None:
+def _write(source: Source, folder: Path, layout: str) -> Source:
+    """Fill the folder; the source by the names that its files have."""
     from autoquant_ray.checkpoint_model import finish_folder, load_for_export
     from autoquant_ray.stages import read_maxima
 
     directory = source.state.directory
     maxima = read_maxima(directory) if directory.exists("calibration.parquet") else {}
     model, ref, sixteen_bits = load_for_export(source)
+    stored = source
     if layout == COMPRESSED_TENSORS:
-        from autoquant_ray.checkpoint_compressed import write_compressed as write
+        from autoquant_ray.checkpoint_compressed import write_compressed
+
+        write_compressed(model, source, maxima, folder, sixteen_bits)
     else:
-        from autoquant_ray.checkpoint_modelopt import write_modelopt as write
-    write(model, source, maxima, folder, sixteen_bits)
+        from autoquant_ray.checkpoint_modelopt import round_to_16_bits, write_modelopt
+        from autoquant_ray.checkpoint_names import as_stored, require_experts_as_stored
+
+        stored = as_stored(model, source)
+        require_experts_as_stored(model, source, stored, ref.weights_folder)
+        write_modelopt(model, source, maxima, folder)
+        round_to_16_bits(folder, stored, sixteen_bits)
     finish_folder(folder, ref, sixteen_bits.dtype)
+    return stored
 
 
 @contextmanager

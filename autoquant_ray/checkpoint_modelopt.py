@@ -17,23 +17,24 @@ import torch
 
 from autoquant_ray.checkpoint_formats import block_size
 from autoquant_ray.checkpoint_model import SixteenBits
+from autoquant_ray.checkpoint_names import clean, names_required
 from autoquant_ray.checkpoint_source import Source
 from autoquant_ray.manifest import load_quantization_config
 from autoquant_ray.quantizers import needs_static_maximum
 from autoquant_ray.sensitivity import Maxima
 
 
-def write_modelopt(
-    model: Any, source: Source, maxima: Maxima, folder: Path, sixteen_bits: SixteenBits
-) -> None:
-    """Write the model's config and its packed weights.
+def write_modelopt(model: Any, source: Source, maxima: Maxima, folder: Path) -> None:
+    """Write the model's config and its packed weights, all in the type that the model has.
 
     Args:
         model: The loaded model; it is changed.
         source: Which formats.
         maxima: Calibrated input maxima.
         folder: An empty folder.
-        sixteen_bits: Rounds what is not quantized, and the scales of blocks.
+
+    Raises:
+        FormatError: ModelOpt would not write the names of the model's own files.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -43,9 +44,35 @@ def write_modelopt(
     _quantize_weights(model, source)
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
-    export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
-    _round_to_16_bits(folder, source, sixteen_bits)
+    with names_required():
+        export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
     _correct_configs(folder)
+
+
+def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) -> None:
+    """Rewrite the weight files, one at a time.
+
+    Args:
+        folder: Holds them.
+        source: Which formats, by the names in the files.
+        sixteen_bits: Rounds what is not quantized, and the scales of blocks.
+    """
+    from safetensors.torch import load_file, save_file
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        rounded = {
+            name: sixteen_bits.rounded(name, tensor) if _is_rounded(name, source) else tensor
+            for name, tensor in tensors.items()
+        }
+        total += sum(tensor.nbytes for tensor in rounded.values())
+        save_file(rounded, file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["metadata"]["total_size"] = total
+        index.write_text(json.dumps(content, indent=2))
 
 
 def _set_input_maxima(model: Any, source: Source, maxima: Maxima) -> None:
@@ -73,26 +100,6 @@ def _quantize_weights(model: Any, source: Source) -> None:
             weight.copy_(quantizer(weight))
 
 
-def _round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) -> None:
-    """Rewrite the weight files, one at a time."""
-    from safetensors.torch import load_file, save_file
-
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(file)
-        rounded = {
-            name: sixteen_bits.rounded(name, tensor) if _is_rounded(name, source) else tensor
-            for name, tensor in tensors.items()
-        }
-        total += sum(tensor.nbytes for tensor in rounded.values())
-        save_file(rounded, file, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        content = json.loads(index.read_text())
-        content["metadata"]["total_size"] = total
-        index.write_text(json.dumps(content, indent=2))
-
-
 def _is_rounded(name: str, source: Source) -> bool:
     kind, module = name.rpartition(".")[2], source.owner(name)
     if module is None or kind == "bias":
@@ -101,9 +108,10 @@ def _is_rounded(name: str, source: Source) -> bool:
 
 
 def _correct_configs(folder: Path) -> None:
-    """Say what is there: ModelOpt announces smoothing factors with every 4-bit integer format."""
+    """Say what is there: ModelOpt announces smoothing factors with every 4-bit integer format, and
+    leaves marks in names."""
     for name in ("hf_quant_config.json", "config.json"):
-        content = json.loads((folder / name).read_text())
+        content = json.loads(clean((folder / name).read_text()))
         _set_all(content, "pre_quant_scale", False)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 

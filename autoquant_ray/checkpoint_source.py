@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ class Source:
     def is_experts(self, module: str) -> bool:
         """Whether a module holds fused experts."""
         return list(self.modules[module]["prefixes"]) != [""]
+
+    def renamed(self, name_of: Callable[[str], str]) -> Source:
+        """The same with other names of modules."""
+        return replace(
+            self,
+            formats={name_of(name): format_ for name, format_ in self.formats.items()},
+            groups={name_of(name): group for name, group in self.groups.items()},
+            modules={name_of(name): module for name, module in self.modules.items()},
+        )
 
     def owner(self, tensor: str) -> str | None:
         """The quantized module that a stored tensor belongs to; None where there is none."""

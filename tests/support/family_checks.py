@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,18 +14,19 @@ import pytest
 import torch
 from autograd_scores import autograd_scores
 from families import VOCABULARY, family_model
+from family_export import require_export
 from modelopt_scores import modelopt_scores, of_text, quantized_by_modelopt
 
 from autoquant_ray.budget import Problem
 from autoquant_ray.calibration import merge_statistics, to_maxima
 from autoquant_ray.engine import Engine, EngineSpec
-from autoquant_ray.errors import one_line
+from autoquant_ray.errors import AutoQuantError, one_line
 from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
 from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.manifest import load_quantization_config, quantization_config
 from autoquant_ray.models import build_skeleton, find_model
 from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.quantizable import TOWER_PATTERNS
+from autoquant_ray.quantizable import sees_images
 from autoquant_ray.quantized_layers import UNQUANTIZED
 from autoquant_ray.sensitivity import scored_modules
 
@@ -79,9 +79,9 @@ def family_row(name: str) -> str:
         model = family_model(name)
         model.save_pretrained(folder)
         family = Family(name, Path(folder), model)
-        steps = (try_plan, try_scan, try_parity, try_quantize)
+        steps = (try_plan, try_scan, try_parity, try_quantize, try_export)
         cells = [_try(step, family) for step in steps]
-    return table_row([name, *cells, "not checked", "; ".join(family.notes)])
+    return table_row([name, *cells, "; ".join(family.notes)])
 
 
 def table_row(cells: Sequence[str]) -> str:
@@ -130,7 +130,7 @@ def _unsearched(plan: Plan) -> list[str]:
             names |= {f"`{_in_layer(module.name)}` ({kind})": None for module in group.modules}
     for name in plan.other_modules:
         owner, _, kind = name.partition(" ")
-        is_tower = any(fnmatch.fnmatch(owner, pattern) for pattern in TOWER_PATTERNS)
+        is_tower = sees_images(owner)
         names["vision tower" if is_tower else f"`{_in_layer(owner)}` {kind}"] = None
     return [f"16 bits: {', '.join(names)}"] if names else []
 
@@ -245,6 +245,26 @@ def try_quantize(family: Family) -> str:
         for one, theirs_N in zip(ours, theirs_BN, strict=True):
             assert one.kl_N == pytest.approx(theirs_N.numpy(), rel=1e-2, abs=1e-5)
     return "yes"
+
+
+def try_export(family: Family) -> str:
+    """A plan in FP8 and 16 bits, exported and read back, is what was planned."""
+    assert family.maxima is not None, "not scanned"
+    refusal = _refusal(family)
+    if refusal is None:
+        return "yes"
+    has_experts = any(m.kind == "experts" for group in family.plan.searched for m in group.modules)
+    is_due_to_them = has_experts and _refusal(family, sixteen_bits="*experts") is None
+    return f"no: {refusal}{'; yes with experts in 16 bits' if is_due_to_them else ''}"
+
+
+def _refusal(family: Family, **options: str) -> str | None:
+    """The first clause of an export's error; None where there is none."""
+    try:
+        require_export(family.folder, family.model, family.maxima, **options)
+    except AutoQuantError as error:
+        return re.split(r": | [(]|; ", one_line(error))[0]
+    return None
 
 
 @torch.no_grad()

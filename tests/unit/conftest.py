@@ -7,26 +7,21 @@ import fnmatch
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from checkpoints import CUSTOM, calibrated
 from checkpoints import FORMATS as CHECKPOINT_FORMATS
 from laboratory import FORMATS as LABORATORY_FORMATS
 from laboratory import Laboratory
+from written_runs import made_up_run, write_run
 
-from autoquant_ray.aggregation import score_part
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.engine import Engine, EngineSpec, ShardScores
+from autoquant_ray.engine import Engine, EngineSpec
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.models import ModelRef, find_model, fingerprint_model
 from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.run_files import SCORES, part_name
-from autoquant_ray.sensitivity import SensitivitySums, scored_modules
+from autoquant_ray.sensitivity import scored_modules
 from autoquant_ray.solve import solve_run
-from autoquant_ray.stage_fingerprints import stage_fingerprints
-from autoquant_ray.stages import aggregate, write_plan
-from autoquant_ray.state import Mode, RunState
 from autoquant_ray.store import RunDirectory
 
 PRESETS = (
@@ -91,41 +86,14 @@ def laboratory(make_engine: Any, make_samples: Any) -> Laboratory:
 RUN_FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 
 
-@pytest.fixture(scope="session")
-def write_run() -> Any:
+@pytest.fixture(scope="session", name="write_run")
+def write_run_fixture() -> Any:
     """Write a scored run directory without Ray, as the stages of a scan do."""
-
-    def build(
-        config: ScanConfig,
-        plan: Plan,
-        identity: dict[str, Any],
-        scores: list[ShardScores],
-        mode: Mode = "new",
-        weights: Path | None = None,
-        domains: tuple[str, ...] = (),
-    ) -> RunDirectory:
-        marks = stage_fingerprints(config, **identity["fingerprints"])
-        directory = RunDirectory(config.out)
-        state = RunState.start(directory, config, mode, identity)
-        state.begin()
-        write_plan(state, plan, marks["plan"], weights)
-        groups = [group.name for group in plan.searched]
-        formats = [format_.name for format_ in plan.formats]
-        for shard, of_shard in enumerate(scores):
-            part = score_part(shard, groups, formats, of_shard)
-            directory.write_table(part_name(SCORES, shard), "scores", part)
-        if domains:
-            sizes = {"num_samples": 4, "num_tokens": 54}
-            rows = [{"shard": s, "domain": name} | sizes for s, name in enumerate(domains)]
-            directory.write_table("domains.parquet", "domains", rows)
-        aggregate(state, config, marks["aggregate"])
-        return directory
-
-    return build
+    return write_run
 
 
 @pytest.fixture
-def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
+def make_run(make_model: Any, tmp_path: Path) -> Any:
     """A scored run directory without Ray: made-up sums in some shards, aggregated for real.
 
     The finer a format, the smaller its score; every group has its own scale. With a folder the run
@@ -156,21 +124,7 @@ def make_run(make_model: Any, write_run: Any, tmp_path: Path) -> Any:
             dtype="float32",
             bits=8,
         )
-        num_samples = 4 * num_shards
-        facts = {
-            "counts": {"read": num_samples, "used": num_samples}
-            | dict.fromkeys(("empty", "too_short", "cut"), 0),
-            "num_samples": num_samples,
-            "num_tokens": 54 * num_shards,
-            "num_shards": num_shards,
-        }
-        identity = {
-            "model": {"name": family, "fingerprint": print_of_model},
-            "dataset": {"name": "made-up.txt", "max_samples": 128, "seq_len": 512} | facts,
-            "fingerprints": {"model": print_of_model, "data": "data"},
-        }
-        scores = [_made_up_scores(plan, shard) for shard in range(num_shards)]
-        return write_run(config, plan, identity, scores, domains=domains)
+        return made_up_run(config, plan, family, print_of_model, num_shards, domains=domains)
 
     return build
 
@@ -198,19 +152,3 @@ def solved_run(make_run: Any, model_folder: Any) -> Any:
         return directory, folder, maxima
 
     return build
-
-
-def _made_up_scores(plan: Plan, shard: int) -> ShardScores:
-    scales_G1 = np.random.default_rng(shard).uniform(0.5, 20, size=(len(plan.searched), 1))
-    bits_F = np.array([8 * plan.searched[0].weight_bytes(f) for f in plan.formats])
-    sums_GF = scales_G1 * 2.0 ** (-2 * bits_F / plan.searched[0].num_weights)
-    rows_G = np.full(len(plan.searched), 100)
-    zeros_GF = np.zeros_like(sums_GF)
-    sums = SensitivitySums(
-        elementwise_GF=sums_GF,
-        token_GF=2 * sums_GF,
-        elementwise_variance_GF=zeros_GF,
-        token_variance_GF=zeros_GF,
-        num_rows_G=rows_G,
-    )
-    return ShardScores(sums=sums, num_tokens=50, num_samples=4, loss=1.0, seconds=0.5)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from checkpoints import load_folder
 from click.testing import CliRunner
+from modelopt.torch.export import unified_export_hf
 
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.checkpoint import export_run
@@ -74,6 +75,23 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         export_run(directory, target, **rest)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_names_that_the_exporter_does_not_take_back_are_refused(
+    solved_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ModelOpt only warns then, and writes the names in memory."""
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("no such rule")
+
+    monkeypatch.setattr(unified_export_hf, "revert_weight_conversion_quant_aware", stop)
+    directory, _, _ = solved_run("llama", {"*": "wfp8_afp8"}, ("wfp8_afp8",))
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(FormatError, match=r"form of its own files \(no such rule\)") as caught:
+        export_run(directory, str(tmp_path / "out"))
+    assert caught.value.exit_code == 2
     assert set(tmp_path.rglob("*")) == before
 
 
