@@ -135,7 +135,7 @@ class ConversationEncoder:
                 return ids_T
 
             spans = answer_spans(render, conversation)
-            in_loss_T = mask_by_prefixes(tokens_T, spans, len(text), tokens_of, conversation)
+            in_loss_T &= mask_by_prefixes(tokens_T, spans, len(text), tokens_of, conversation)
         tensors = {name: value for name, value in arrays.items() if name not in _NOT_TENSORS}
         # A processor that does not say what stands for its images leaves nothing to cut off.
         fixed = int(np.flatnonzero(of_images)[-1]) + 1 if of_images.any() else len(tokens_T)
