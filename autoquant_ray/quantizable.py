@@ -21,7 +21,13 @@ _VISION_PATTERNS = (
     "*image_to_text_projection*",
     "*aligner*",
 )
-_OTHER_PATTERNS = ("*embed_tokens_extend*", "*audio_tower*", "*embed_audio*")
+TOWER_PATTERNS = (
+    *_VISION_PATTERNS,
+    "*embed_tokens_extend*",
+    "*audio_tower*",
+    "*embed_audio*",
+)
+"""Names of modules that see images or sound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +137,7 @@ def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[
 
 def is_of_tower(name: str) -> bool:
     """Whether a module or parameter is not run on text: part of a vision or audio tower."""
-    patterns = (*_VISION_PATTERNS, *_OTHER_PATTERNS)
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatch(name, pattern) for pattern in TOWER_PATTERNS)
 
 
 def sees_images(name: str) -> bool:

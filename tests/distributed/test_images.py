@@ -95,3 +95,12 @@ def test_missing_image_stops_before_anything_is_written(make_config: Any) -> Non
 def test_tower_cannot_be_searched_on_text(make_config: Any, text_file: Path) -> None:
     with pytest.raises(DataError, match="holds no images"):
         run_search(make_config(data=str(text_file), loss_on="all"))
+
+
+def test_texts_and_chats_in_one_source_are_refused(make_config: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "w1", "answer": "w2"}, {"text": "w3 w4"}]
+    for number, order in enumerate((rows, rows[::-1])):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in order))
+        with pytest.raises(DataError, match="holds texts and chats"):
+            run_search(make_config(data=str(path), coverage="lm", loss_on="all"))

@@ -25,7 +25,8 @@ from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
 from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.manifest import load_quantization_config, quantization_config
 from autoquant_ray.models import build_skeleton, find_model
-from autoquant_ray.plan import VISION_PATTERNS, Plan, build_plan
+from autoquant_ray.plan import Plan, build_plan
+from autoquant_ray.quantizable import TOWER_PATTERNS
 from autoquant_ray.quantized_layers import UNQUANTIZED
 from autoquant_ray.sensitivity import scored_modules
 
@@ -129,7 +130,7 @@ def _unsearched(plan: Plan) -> list[str]:
             names |= {f"`{_in_layer(module.name)}` ({kind})": None for module in group.modules}
     for name in plan.other_modules:
         owner, _, kind = name.partition(" ")
-        is_tower = any(fnmatch.fnmatch(owner, pattern) for pattern in VISION_PATTERNS)
+        is_tower = any(fnmatch.fnmatch(owner, pattern) for pattern in TOWER_PATTERNS)
         names["vision tower" if is_tower else f"`{_in_layer(owner)}` {kind}"] = None
     return [f"16 bits: {', '.join(names)}"] if names else []
 

@@ -11,7 +11,7 @@ import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.opt.utils import named_hparams
 
-from autoquant_ray.plan import VISION_PATTERNS
+from autoquant_ray.quantizable import TOWER_PATTERNS
 
 NOTHING = [{"quantizer_name": "*", "enable": False}]
 """Entries of a configuration that quantizes nothing; more may follow."""
@@ -54,7 +54,7 @@ def modelopt_scores(
             loss_func=lambda loss, _: loss,
             num_calib_steps=len(batches),
             num_score_steps=len(batches),
-            disabled_layers=list(VISION_PATTERNS),
+            disabled_layers=list(TOWER_PATTERNS),
             verbose=False,
         )
     return {
