@@ -225,12 +225,8 @@ def test_evaluation_runs_the_vision_tower_quantized(
 
 def test_mask_of_tokens_hides_no_patch_of_a_tower() -> None:
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("visual", "layer")})
-    modules = [
-        ScoredModule(
-            0, PlannedModule(name=n, kind="linear", parameters=("weight",), shapes=((2, 2),))
-        )
-        for n in model
-    ]
+    linear: dict[str, Any] = {"kind": "linear", "parameters": ("weight",), "shapes": ((2, 2),)}
+    modules = [ScoredModule(group=0, planned=PlannedModule(name=n, **linear)) for n in model]
     maxima = ActivationMaxima(model, modules)
     with maxima.collecting():
         maxima.set_mask(torch.tensor([[1, 1, 0]]))
