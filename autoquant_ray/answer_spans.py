@@ -20,6 +20,8 @@ from autoquant_ray.conversations import ANSWERING, Conversation, Message
 from autoquant_ray.errors import DataError
 from autoquant_ray.samples import Bools, Int32s
 
+_END_OF_THOUGHTS = "</think>"
+
 Render = Callable[[list[Message], bool], str]
 """Messages, and whether the prompt of an answer follows -> the template's text."""
 
@@ -46,10 +48,12 @@ def answer_spans(render: Render, conversation: Conversation) -> list[AnswerSpan]
     """The answers of a conversation, in the template's text of the whole.
 
     Some templates write an answer otherwise once more messages follow it (they drop a model's
-    thoughts). It then ends with its content, without an end mark.
+    thoughts). It then ends with its content, or what of it follows the thoughts, without an end
+    mark.
 
     Raises:
-        DataError: The text of the messages before an answer is not the beginning of the whole.
+        DataError: The text of the messages before an answer is not the beginning of the whole, or
+            the whole does not hold the answer.
     """
     messages = conversation.messages
     whole = render(messages, False)
@@ -61,7 +65,9 @@ def answer_spans(render: Render, conversation: Conversation) -> list[AnswerSpan]
         start, end = len(before), len(after)
         if not whole.startswith(after):
             content = _text(message)
-            end = whole.find(content, start) + len(content)
+            shown = (content, content.rpartition(_END_OF_THOUGHTS)[2].strip())
+            ends = (whole.find(text, start) + len(text) for text in shown if text in whole[start:])
+            end = next(ends, start)
         if not whole.startswith(before) or end <= start:
             raise _cannot_tell(conversation, index)
         spans.append(AnswerSpan(start, end, index))

@@ -13,6 +13,7 @@ import torch
 
 from autoquant_ray.experts import FusedExperts
 from autoquant_ray.layers import replaced_forward
+from autoquant_ray.quantizable import is_of_tower
 from autoquant_ray.sensitivity import Maxima, ScoredModule
 
 Statistics = dict[tuple[str, str], float]
@@ -71,18 +72,21 @@ class ActivationMaxima:
         return {key: float(value) for key, value in self._maxima.items()}
 
     def _linear_hook(self, name: str) -> Callable[..., None]:
+        sees_tokens = not is_of_tower(name)  # the rows of a tower are no tokens: all are real
+
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
             if self._last is None or self._last[0] is not arguments[0]:
-                self._last = (arguments[0], self._row_maxima(arguments[0].detach()))
+                maxima = self._row_maxima(arguments[0].detach(), is_masked=sees_tokens)
+                self._last = (arguments[0], maxima)
             self._update((name, "input_amax"), self._last[1])
 
         return hook
 
-    def _row_maxima(self, states: torch.Tensor) -> torch.Tensor:
-        """Largest absolute value of each real row."""
+    def _row_maxima(self, states: torch.Tensor, *, is_masked: bool) -> torch.Tensor:
+        """Largest absolute value of each row; where tokens are masked, of each real one."""
         states_TI = states.reshape(-1, states.shape[-1])
         largest_T = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=1)
-        real_T = self._matching_mask(states_TI)
+        real_T = self._matching_mask(states_TI) if is_masked else None
         return largest_T if real_T is None else largest_T[real_T]
 
     def _experts_forward(self, name: str) -> Callable[..., torch.Tensor]:

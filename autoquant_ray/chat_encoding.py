@@ -135,10 +135,10 @@ class ConversationEncoder:
                 return ids_T
 
             spans = answer_spans(render, conversation)
-            in_loss_T = mask_by_prefixes(tokens_T, spans, len(text), tokens_of, conversation)
+            in_loss_T &= mask_by_prefixes(tokens_T, spans, len(text), tokens_of, conversation)
         tensors = {name: value for name, value in arrays.items() if name not in _NOT_TENSORS}
         # A processor that does not say what stands for its images leaves nothing to cut off.
-        fixed = len(tokens_T) if token is None else int(np.flatnonzero(of_images)[-1]) + 1
+        fixed = int(np.flatnonzero(of_images)[-1]) + 1 if of_images.any() else len(tokens_T)
         return Encoded(
             sample=RichSample(tokens_T=tokens_T, in_loss_T=in_loss_T, tensors=tensors),
             num_fixed=fixed,

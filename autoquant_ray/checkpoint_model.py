@@ -14,16 +14,10 @@ from autoquant_ray.checkpoint_check import StoredTensors
 from autoquant_ray.checkpoint_source import Source
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.held_out import require_model
-from autoquant_ray.models import TOKENIZER_FILES, ModelRef, load_model, own_dtype
+from autoquant_ray.models import CHAT_FILES, TOKENIZER_FILES, ModelRef, load_model, own_dtype
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
 
-_FILES_BESIDE = (
-    *TOKENIZER_FILES,
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.py",
-)
+_FILES_BESIDE = (*TOKENIZER_FILES, *CHAT_FILES, "*.py")
 """Of the model's folder: what goes with the weights."""
 _16_BITS = (torch.bfloat16, torch.float16)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from autoquant_ray.allocation_files import read_allocation, read_json, sensitivities
@@ -23,6 +24,8 @@ from autoquant_ray.solve import Solution, load_problem, write_solution
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.tool_formats import mlx_config
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def foreign_plan(path: str, problem: Problem, options: SolveOptions) -> dict[str, str]:
@@ -107,13 +110,30 @@ def import_allocation(path: str, directory: RunDirectory, name: str | None = Non
         name: Of the solution; default: the file's.
 
     Raises:
-        DataError, ConfigError: As :func:`foreign_plan`.
+        DataError: As :func:`foreign_plan`.
+        ConfigError: The same, or the name could be a path, or is that of a solution that was not
+            imported.
         StoreError: Not a run.
     """
+    name = slug(Path(path).stem) if name is None else name
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name {name!r} is no name of a solution; give letters, digits, '.', '_' and '-'"
+        )
+    _require_imported(directory, name)
     state = RunState.open(directory)
     problem, scores = load_problem(state)
     plan = foreign_plan(path, problem, solution_options(state, ""))
-    return _write(state, problem, scores, plan, name or slug(Path(path).stem), path)
+    return _write(state, problem, scores, plan, name, path)
+
+
+def _require_imported(directory: RunDirectory, name: str) -> None:
+    """Check that no solution of another kind is replaced."""
+    file = f"{solution_folder(name)}manifest.json"
+    if directory.exists(file) and "imported_from" not in directory.read_json(file):
+        raise ConfigError(
+            f"{directory.path(file)} is a solution of the run itself; give another --name"
+        )
 
 
 def _write(

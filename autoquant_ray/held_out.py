@@ -13,7 +13,13 @@ from autoquant_ray.config import ScanConfig
 from autoquant_ray.data_sources import data_name
 from autoquant_ray.errors import ConfigError, DataError, StoreError
 from autoquant_ray.fingerprint import fingerprint_data, fingerprint_source
-from autoquant_ray.models import ModelRef, find_model, fingerprint_model, require_weights
+from autoquant_ray.models import (
+    ModelRef,
+    find_model,
+    fingerprint_chats,
+    fingerprint_model,
+    require_weights,
+)
 from autoquant_ray.run_files import SAMPLES, part_name
 from autoquant_ray.sample_sources import Skip
 from autoquant_ray.stage_fingerprints import stage_fingerprints
@@ -125,10 +131,15 @@ def held_out_samples(
     skip: Skip,
     state: RunState,
 ) -> dict[str, Any]:
-    """Held-out samples as shards below the evaluation's folder; read once."""
-    marker = f"{folder}/data.json"
+    """Held-out samples as shards below the evaluation's folder; read once.
+
+    Raises:
+        DataError: They cannot be read.
+        StoreError: The chat template or the processor that they were made with changed.
+    """
+    marker, chats = f"{folder}/data.json", fingerprint_chats(ref)
     if not directory.exists(marker):
-        tokenizer = TokenizerRef.of(ref, state.values["fingerprints"]["model"])
+        tokenizer = TokenizerRef.of(ref, f"{state.values['fingerprints']['model']}-{chats}")
         with tempfile.TemporaryDirectory(prefix="autoquant-") as name:
             scratch = RunDirectory(name)
             facts = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip)
@@ -136,7 +147,14 @@ def held_out_samples(
                 content = scratch.read_bytes(part_name(SAMPLES, shard))
                 directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)
         source = [fingerprint_data(scan.data), scan.text_field, scan.split]
-        told = {"name": data_name(scan.data), "source": source, "skipped": skip}
+        told: dict[str, Any] = {"name": data_name(scan.data), "source": source, "skipped": skip}
+        if "num_loss_tokens" in facts:
+            told["chat_fingerprint"] = chats
         directory.write_json(marker, facts | told)
     found: dict[str, Any] = directory.read_json(marker)
+    if found.get("chat_fingerprint", chats) != chats:
+        raise StoreError(
+            f"the model's chat template or processor changed since {directory.path(folder)} was "
+            "made; put it back, or delete that folder"
+        )
     return found

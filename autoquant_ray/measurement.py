@@ -24,12 +24,12 @@ from autoquant_ray.footprint import GIB, footprint
 from autoquant_ray.formats import NONE
 from autoquant_ray.held_out import data_key, held_out_samples, num_seen, require_model
 from autoquant_ray.lease import Lease, lease
-from autoquant_ray.models import ModelRef
+from autoquant_ray.models import ModelRef, fingerprint_chats
 from autoquant_ray.plan import Plan
 from autoquant_ray.planner import make_plan
 from autoquant_ray.quantized_layers import UNQUANTIZED, Choice
 from autoquant_ray.run_files import EVALUATION, SAMPLES, part_name
-from autoquant_ray.samples_stage import read_tasks
+from autoquant_ray.samples_stage import read_tasks, require_same_chats
 from autoquant_ray.sensitivity import Maxima, scored_modules
 from autoquant_ray.stages import note_done, read_maxima
 from autoquant_ray.state import RunState
@@ -175,6 +175,8 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
         raise StoreError(f"{directory.uri} was imported: there is no model to measure")
     scan = config.scan_config(state.values["config"])
     ref = require_model(state, scan)
+    if config.data is None:
+        require_same_chats(state, fingerprint_chats(ref))
     plan = make_plan(scan, ref, device=scan.device)
     skip = num_seen(state, scan, is_given=config.data is not None)
     folder = f"{EVALUATION}/{data_key(state, scan, skip)}"

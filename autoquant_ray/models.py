@@ -28,6 +28,9 @@ TOKENIZER_FILES: tuple[str, ...] = (
 )
 """Names of files in a model's folder that may belong to its tokenizer."""
 
+CHAT_FILES = ("chat_template*", "*preprocessor_config.json", "processor_config.json")
+"""Names of files that decide which tokens and tensors a chat or an image becomes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
@@ -131,6 +134,12 @@ def fingerprint_model(ref: ModelRef) -> str:
     patterns += (ref.gguf_file,) if ref.gguf_file else ("config.json", "*.safetensors", "*.py")
     files = {file for pattern in patterns for file in folder.glob(pattern)}
     return fingerprint_files(sorted(files))
+
+
+def fingerprint_chats(ref: ModelRef) -> str:
+    """Hash a model's chat template and processor, which samples of plain text do not depend on."""
+    found = {file for pattern in CHAT_FILES for file in Path(ref.path).glob(pattern)}
+    return fingerprint_files(sorted(file for file in found if file.is_file()))
 
 
 def build_skeleton(ref: ModelRef) -> torch.nn.Module:

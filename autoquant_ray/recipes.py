@@ -126,7 +126,14 @@ def _mlx(layers: Mapping[str, Any]) -> str:
     quantized = [entry for entry in layers.values() if entry]
     if not quantized:
         raise ConfigError("the plan leaves every layer in 16 bits; there is nothing to quantize")
-    names = {name: entry for module, entry in layers.items() for name in _mlx_names(module)}
+    names: dict[str, Any] = {}
+    for module, entry in layers.items():
+        for name in _mlx_names(module):
+            if names.setdefault(name, entry) != entry:
+                raise ConfigError(
+                    f"mlx-lm keeps {name} in one format, and the plan gives {names[name]} and "
+                    f"{entry}; solve again with one format for the experts of a layer"
+                )
     return json.dumps({**quantized[0], **names}, indent=2) + "\n"
 
 

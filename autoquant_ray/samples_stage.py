@@ -15,7 +15,7 @@ from autoquant_ray.data import DataCounts, require_usable
 from autoquant_ray.data_sources import data_name
 from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.domain_shards import in_turn
-from autoquant_ray.errors import DataError
+from autoquant_ray.errors import ChangedError, DataError
 from autoquant_ray.parts import map_ahead
 from autoquant_ray.run_files import DOMAINS_FILE, SAMPLES, part_name
 from autoquant_ray.sample_parts import digest_bytes, rich_part, samples_of, text_part
@@ -151,6 +151,23 @@ def keep_samples(
         if scratch.exists(DOMAINS_FILE):
             state.directory.write_bytes(DOMAINS_FILE, scratch.read_bytes(DOMAINS_FILE))
         state.values["dataset"] |= facts
+
+
+def require_same_chats(state: RunState, fingerprint: str) -> None:
+    """Check that a run's chats and images would still become the samples that it holds.
+
+    Args:
+        state: The run; one of plain text always passes.
+        fingerprint: Of the model's chat template and processor as they are now.
+
+    Raises:
+        ChangedError: They were changed.
+    """
+    if state.values["dataset"].get("chat_fingerprint", fingerprint) != fingerprint:
+        raise ChangedError(
+            f"the model's chat template or processor changed since {state.directory.uri} was made; "
+            "put it back, or scan again"
+        )
 
 
 def read_tasks(directory: RunDirectory, folder: str, shards: Iterable[int]) -> Iterator[ShardTask]:

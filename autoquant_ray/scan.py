@@ -36,6 +36,7 @@ from autoquant_ray.lease import lease
 from autoquant_ray.models import (
     ModelRef,
     find_model,
+    fingerprint_chats,
     fingerprint_model,
     require_mappable,
     require_weights,
@@ -114,8 +115,11 @@ def _run_stages(
     """Every stage that is not up to date, in order."""
     directory, fingerprints = state.directory, state.values["fingerprints"]
     marks = stage_fingerprints(config, **fingerprints)
-    if not samples_stage.has_samples(state, marks["shards"]):
-        tokenizer = TokenizerRef.of(ref, fingerprints["model"])
+    chats = fingerprint_chats(ref)
+    if samples_stage.has_samples(state, marks["shards"]):
+        samples_stage.require_same_chats(state, chats)
+    else:
+        tokenizer = TokenizerRef.of(ref, f"{fingerprints['model']}-{chats}")
         with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
             scratch = RunDirectory(folder)
             facts = samples_stage.read_samples(config, tokenizer, scratch)
@@ -124,6 +128,8 @@ def _run_stages(
                     f"--coverage full searches the vision tower, but {data_name(config.data)} "
                     "holds no images; give data with images, or leave it out"
                 )
+            if "num_loss_tokens" in facts:
+                facts["chat_fingerprint"] = chats
             state.begin()
             samples_stage.keep_samples(state, scratch, facts, marks["shards"])
     stages.write_plan(state, plan, marks["plan"], ref.weights_folder)

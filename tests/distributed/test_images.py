@@ -11,7 +11,7 @@ import pytest
 from chats import with_processor, write_pairs
 
 from autoquant_ray.config import ScanConfig
-from autoquant_ray.errors import DataError
+from autoquant_ray.errors import ChangedError, DataError
 from autoquant_ray.evaluation import evaluate_run
 from autoquant_ray.evaluation_config import EvaluationConfig
 from autoquant_ray.scan import run_search
@@ -70,6 +70,17 @@ def test_scan_of_images_gives_the_same_bytes_however_it_is_run(make_config: Any)
 
     rows = evaluate_run(EvaluationConfig(run=str(run), against=("uniform",))).rows
     assert {(row["num_samples"], row["num_tokens"]) for row in rows} == {(2, 18)}
+
+    template = Path(config.model) / "chat_template.jinja"
+    text = template.read_text()
+    template.write_text(f"{text} w1")
+    try:
+        with pytest.raises(ChangedError, match="chat template or processor changed since"):
+            run_search(config, "resume")
+        with pytest.raises(ChangedError, match="chat template or processor changed since"):
+            evaluate_run(EvaluationConfig(run=str(run), against=("uniform",)))
+    finally:
+        template.write_text(text)
 
 
 def test_missing_image_stops_before_anything_is_written(make_config: Any) -> None:

@@ -126,6 +126,23 @@ def test_imported_allocation_is_a_solution_and_a_rival(run: RunDirectory, tmp_pa
     assert (found.name, found.formats["lm_head"]) == ("solution theirs", "none")
 
 
+def test_import_replaces_nothing_of_the_run(run: RunDirectory, tmp_path: Path) -> None:
+    own = Run.open(run.uri).solutions[0]
+    lines = {
+        own: "is a solution of the run itself; give another --name",
+        "../theirs": "--name '../theirs' is no name of a solution",
+        "": "--name '' is no name of a solution",
+    }
+    before = [run.read_bytes(f"{start}manifest.json") for start in ("", f"solutions/{own}/")]
+    for name, line in lines.items():
+        words = ["import", put(tmp_path, {"lm_head": "W4A16"}), "--into", run.uri, "--name", name]
+        result = CliRunner().invoke(main, words)
+        assert (result.exit_code, line in result.output) == (2, True)
+    after = [run.read_bytes(f"{start}manifest.json") for start in ("", f"solutions/{own}/")]
+    assert after == before
+    assert not run.exists("theirs/manifest.json")
+
+
 @pytest.mark.parametrize(
     ("content", "line"),
     [

@@ -10,7 +10,7 @@ import torch
 from chats import with_processor, write_pairs
 from modelopt_scores import Batch, modelopt_scores
 
-from autoquant_ray.calibration import to_maxima
+from autoquant_ray.calibration import ActivationMaxima, to_maxima
 from autoquant_ray.chat_encoding import ConversationEncoder, Encoded
 from autoquant_ray.conversations import Conversation, load_images
 from autoquant_ray.data_spec import DataSpec
@@ -19,8 +19,10 @@ from autoquant_ray.errors import ModelError
 from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.plan import build_plan
+from autoquant_ray.quantizable import PlannedModule
 from autoquant_ray.quantized_layers import UNQUANTIZED
 from autoquant_ray.samples import RichSample
+from autoquant_ray.sensitivity import ScoredModule
 from autoquant_ray.texts import read_rows
 from autoquant_ray.tokenizer import TokenizerRef
 from autoquant_ray.visits import make_step
@@ -219,3 +221,16 @@ def test_evaluation_runs_the_vision_tower_quantized(
     measured = np.concatenate([one.kl_N for one in result.divergences[1]])
     assert measured == pytest.approx(expected.numpy(), rel=1e-2, abs=1e-6)
     assert measured.sum() > 1e-5
+
+
+def test_mask_of_tokens_hides_no_patch_of_a_tower() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("visual", "layer")})
+    linear: dict[str, Any] = {"kind": "linear", "parameters": ("weight",), "shapes": ((2, 2),)}
+    modules = [ScoredModule(group=0, planned=PlannedModule(name=n, **linear)) for n in model]
+    maxima = ActivationMaxima(model, modules)
+    with maxima.collecting():
+        maxima.set_mask(torch.tensor([[1, 1, 0]]))
+        for module in model.values():
+            module(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]))  # three tokens, or patches
+    found = {name: value for (name, _), value in maxima.statistics().items()}
+    assert found == {"visual": 3.0, "layer": 2.0}

@@ -39,6 +39,15 @@ def options(recipe: str) -> list[tuple[str, str]]:
     return [tuple(pair.rsplit("=", 1)) for _, pair in lines]  # type: ignore[misc]
 
 
+def test_experts_that_mlx_stacks_have_one_format() -> None:
+    start = "model.layers.0.mlp.experts"
+    chosen = {f"{start}.0.up_proj": "wint4_afp16", f"{start}.1.up_proj": "wint4_afp16"}
+    recipe = json.loads(make_recipe(chosen, FORMATS, "mlx-lm"))
+    assert recipe["model.layers.0.mlp.switch_mlp.up_proj"]["bits"] == 4
+    with pytest.raises(ConfigError, match=r"mlx-lm keeps model.layers.0.mlp.switch_mlp.up_proj in"):
+        make_recipe(chosen | {f"{start}.1.up_proj": NONE}, FORMATS, "mlx-lm")
+
+
 def test_patterns_fit_exactly_the_tensors_of_a_real_file() -> None:
     gguf = pytest.importorskip("gguf")
     try:
