@@ -186,14 +186,15 @@ def _problems(source: Source, layout: str) -> dict[str, list[str]]:
             groups = problems.setdefault(problem, [])
             if source.groups[module] not in groups:
                 groups.append(source.groups[module])
+    experts = [source.groups[module] for module in source.modules if source.is_experts(module)]
+    if experts and layout != MODELOPT:
+        problems["fused experts cannot be written, not even in 16 bits"] = experts
     return problems
 
 
 def _problem(source: Source, module: str, format_: Format, layout: str) -> str | None:
     if stored_as(format_, layout) is None:
         return f"{format_.name} has no packed form"
-    if source.is_experts(module) and layout != MODELOPT:
-        return "fused experts cannot be packed"
     shapes = source.modules[module]["shapes"]
     reasons = (shape_problem(format_, shape) for shape in shapes)
     reason = next((one for one in reasons if one is not None), None)
