@@ -86,6 +86,7 @@ class WaitingEngine:
             token_GF=generator.random((NUM_GROUPS, NUM_FORMATS)),
             elementwise_variance_GF=np.zeros((NUM_GROUPS, NUM_FORMATS)),
             token_variance_GF=np.zeros((NUM_GROUPS, NUM_FORMATS)),
+            expert_tokens={},
         )
         num_tokens = sum(len(sample) - 1 for sample in samples)
         return SimpleNamespace(
