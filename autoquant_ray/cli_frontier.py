@@ -40,6 +40,8 @@ def frontier(
 ) -> None:
     """Predicted KL of RUN at every size, or the fewest bits within a loss.
 
+    All formats of the scan count, whatever engine it was for.
+
     \b
     Example:
       autoquant-ray frontier runs/qwen3

@@ -34,6 +34,11 @@ def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
         )
     if config.max_formats is not None:
         logger.warning("--stop-when-stable does not consider --max-formats")
+    if config.engine is not None:
+        logger.warning(
+            "--stop-when-stable considers only the first set of formats that %s serves together",
+            config.engine,
+        )
     problem, options = Problem(plan.rows(), plan.summary()), solve_options(config)
     formats = [format_.name for format_ in plan.formats]
     served = served_problems(problem, options)[0].served

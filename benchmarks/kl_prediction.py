@@ -24,6 +24,7 @@ from machine import describe_machine
 
 from autoquant_ray.calibration import to_maxima
 from autoquant_ray.data import SampleAssembler, chunk_texts, tokenize_chunk
+from autoquant_ray.data_spec import DataSpec
 from autoquant_ray.demo import find_demo_model
 from autoquant_ray.engine import Engine, EngineSpec
 from autoquant_ray.formats import Format, resolve_formats
@@ -31,7 +32,7 @@ from autoquant_ray.manifest import quantizer_entries
 from autoquant_ray.models import ModelRef, build_skeleton, find_model
 from autoquant_ray.plan import Plan, PlannedGroup, build_plan
 from autoquant_ray.sensitivity import scored_modules
-from autoquant_ray.texts import DataSpec, read_texts
+from autoquant_ray.texts import read_texts
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8", "wint8_aint4")

@@ -24,6 +24,7 @@ import torch
 from kl_prediction import make_spec, read_samples
 
 from autoquant_ray.calibration import merge_statistics, to_maxima
+from autoquant_ray.data_spec import DataSpec
 from autoquant_ray.demo import find_demo_model
 from autoquant_ray.engine import Engine
 from autoquant_ray.formats import resolve_formats
@@ -31,7 +32,7 @@ from autoquant_ray.host_memory import reuse_freed_memory
 from autoquant_ray.models import ModelRef, build_skeleton, find_model, load_model
 from autoquant_ray.plan import build_plan
 from autoquant_ray.store import RunDirectory
-from autoquant_ray.texts import DataSpec, read_texts
+from autoquant_ray.texts import read_texts
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
 
 PRESETS = (
