@@ -27,6 +27,13 @@ import transformers
 import yaml
 
 VOCABULARY = 256
+VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+}
 DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -88,27 +95,13 @@ def small_config(family: str) -> Any:
         )
     if family == "qwen2_5_vl":
         text = DECODER | {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
-        vision = {
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "fullatt_block_indexes": [1],
-        }
+        vision = VISION | {"fullatt_block_indexes": [1]}
         return transformers.Qwen2_5_VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=False, **IMAGE_TOKENS
         )
     assert family == "qwen3_vl"
     text = DECODER | {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 64,
-        "deepstack_visual_indexes": [0],
-    }
+    vision = VISION | {"deepstack_visual_indexes": [0]}
     return transformers.Qwen3VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=False, **IMAGE_TOKENS
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from autoquant_ray.sensitivity import scored_modules
 from autoquant_ray.solve import solve_run
 from autoquant_ray.store import RunDirectory
 
+_DOCS = Path(__file__).parents[2] / "docs"
 PRESETS = (
     "INT8_DEFAULT_CFG",
     "FP8_DEFAULT_CFG",
@@ -152,3 +154,14 @@ def solved_run(make_run: Any, model_folder: Any) -> Any:
         return directory, folder, maxima
 
     return build
+
+
+@pytest.fixture(scope="session")
+def docs() -> Any:
+    """``docs/update.py``."""
+    spec = importlib.util.spec_from_file_location("docs_update", _DOCS / "update.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

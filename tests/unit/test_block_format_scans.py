@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt_scores import Batch, next_token_loss, of_text
 
 from autoquant_ray import load_quantization_config
 from autoquant_ray.block_formats import BACKEND, for_cpu
@@ -77,13 +78,8 @@ def test_scores_do_not_depend_on_the_other_formats(make_engine: Any, make_sample
     np.testing.assert_array_equal(together[:, 2:], scores(("NVFP4_DEFAULT_CFG",)))
 
 
-def modelopt_scores(model: Any, batches: list[torch.Tensor], config: Any) -> dict[str, float]:
+def modelopt_scores(model: Any, batches: list[Batch], config: Any) -> dict[str, float]:
     """Scores of ``mtq.auto_quantize`` on CPU, whose NVFP4 and MX quantizers name our backend."""
-
-    def loss_func(output: Any, ids: torch.Tensor) -> torch.Tensor:
-        logits = output.logits[:, :-1].flatten(0, 1).float()
-        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _, state = mtq.auto_quantize(
@@ -91,8 +87,8 @@ def modelopt_scores(model: Any, batches: list[torch.Tensor], config: Any) -> dic
             constraints={"effective_bits": 15.0},
             quantization_formats=[config],
             data_loader=batches,
-            forward_step=lambda model, ids: model(input_ids=ids, use_cache=False),
-            loss_func=loss_func,
+            forward_step=next_token_loss,
+            loss_func=lambda loss, _: loss,
             num_calib_steps=len(batches),
             num_score_steps=len(batches),
             verbose=False,
@@ -123,7 +119,7 @@ def test_scores_equal_modelopt_search_with_the_backend(
     for shard in shards:
         scores = prepared.engine.score(shard, 0, maxima)
         ours += scores.sums.elementwise_GF / scores.num_tokens**2
-    batches = [torch.tensor(shard) for shard in shards]
+    batches = [of_text(torch.tensor(shard)) for shard in shards]
     for index, preset in enumerate(presets):
         config = for_cpu(getattr(mtq, preset)) | {"algorithm": "max"}
         theirs = modelopt_scores(make_model(family), batches, config)

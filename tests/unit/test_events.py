@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import typing
 from collections.abc import Iterator
@@ -96,17 +95,6 @@ def test_listener_gets_every_event_after_it_is_written(tmp_path: Path) -> None:
     directory.append_event("stage_started", stage="plan")
     directory.append_event("shard_copied", shard=2)
     assert heard == [("stage_started", {"stage": "plan"}, 1), ("shard_copied", {"shard": 2}, 2)]
-
-
-@pytest.fixture(scope="module")
-def docs() -> Any:
-    """``docs/update.py``."""
-    spec = importlib.util.spec_from_file_location("docs_update", DOCS / "update.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_documented_tables_are_those_of_the_code(docs: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -17,17 +16,6 @@ from autoquant_ray.formats import PAIRS, known_formats
 from autoquant_ray.number_formats import describe
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-@pytest.fixture(scope="module")
-def docs() -> Any:
-    """``docs/update.py``."""
-    spec = importlib.util.spec_from_file_location("docs_update", DOCS / "update.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_documented_tables_are_those_of_the_code(docs: Any) -> None:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from modelopt_scores import next_token_loss, of_text
 
 from autoquant_ray.cli import main
 
@@ -30,23 +31,15 @@ def run(*arguments: Any) -> Result:
 @pytest.fixture(scope="module")
 def search_state(make_model: Any, make_samples: Any) -> dict[str, Any]:
     """What ``mtq.auto_quantize`` returns for a small llama at 7 bits, with the head disabled."""
-
-    def forward_step(model: Any, ids: torch.Tensor) -> Any:
-        return model(input_ids=ids, use_cache=False)
-
-    def loss_func(output: Any, ids: torch.Tensor) -> torch.Tensor:
-        logits = output.logits[:, :-1].flatten(0, 1).float()
-        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _, state = mtq.auto_quantize(
             make_model("llama"),
             constraints={"effective_bits": BITS},
             quantization_formats=[getattr(mtq, preset) for preset in PRESETS],
-            data_loader=[torch.tensor(make_samples([24, 24, 24]))],
-            forward_step=forward_step,
-            loss_func=loss_func,
+            data_loader=[of_text(torch.tensor(make_samples([24, 24, 24])))],
+            forward_step=next_token_loss,
+            loss_func=lambda loss, _: loss,
             num_calib_steps=1,
             num_score_steps=1,
             disabled_layers=[f"*{UNSEARCHED}*"],
