@@ -84,7 +84,7 @@ def read_source(directory: RunDirectory, solution: str = "") -> Source:
         StoreError: It is no run, or has no such solution, or was imported without a model.
         ConfigError: The solution quantizes nothing.
     """
-    plan = read_plan(directory.uri, solution)
+    plan = read_plan(directory, solution)
     menu = {format_.name: format_ for format_ in plan.formats}
     formats = {module: menu[name] for module, name in plan.chosen.items() if name != NONE}
     start = solution_folder(solution)
@@ -94,7 +94,7 @@ def read_source(directory: RunDirectory, solution: str = "") -> Source:
         )
     return Source(
         state=plan.state,
-        manifest=plan.state.directory.read_json(f"{start}manifest.json"),
+        manifest=directory.read_json(f"{start}manifest.json"),
         formats=formats,
         groups=plan.group_of,
         modules=plan.state.values["plan"]["modules"],

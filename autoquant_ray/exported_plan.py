@@ -28,30 +28,28 @@ class ExportedPlan:
     formats: list[Format]
 
 
-def read_plan(run: str, solution: str) -> ExportedPlan:
+def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
     """Read a solution of a run.
 
     Args:
-        run: Run directory.
+        directory: Of the run.
         solution: Folder below ``solutions/``; '' for the scan's own.
 
     Raises:
         StoreError: Not a run, no such solution, or an imported run, which only names its formats.
     """
-    state = RunState.open(RunDirectory(run))
+    state = RunState.open(directory)
     name = f"{solution_folder(solution)}manifest.parquet"
-    if not state.directory.exists(name):
-        known = ", ".join(state.directory.list_folders(SOLUTIONS)) or "none"
-        raise StoreError(
-            f"{state.directory.path(name)} does not exist; solutions of the run: {known}"
-        )
+    if not directory.exists(name):
+        known = ", ".join(directory.list_folders(SOLUTIONS)) or "none"
+        raise StoreError(f"{directory.path(name)} does not exist; solutions of the run: {known}")
     entries = state.values["plan"]["formats"]
     if any(not entry.get("weight") for entry in entries):
         raise StoreError(
-            f"{state.directory.uri} was imported and only names its formats; scan the model to "
+            f"{directory.uri} was imported and only names its formats; scan the model to "
             "export a plan"
         )
-    rows = state.directory.read_table(name, "manifest").to_pylist()
+    rows = directory.read_table(name, "manifest").to_pylist()
     return ExportedPlan(
         state=state,
         chosen={row["module"]: row["format"] for row in rows},

@@ -55,7 +55,7 @@ def rival(run: RunDirectory, path: str) -> dict[str, str]:
 @pytest.mark.parametrize("tool", ["auto-round", "mlx-lm"])
 def test_plan_comes_back_from_its_own_recipe(run: RunDirectory, tmp_path: Path, tool: str) -> None:
     (name,) = Run.open(run.uri).solutions[:1]
-    plan = read_plan(run.uri, name)
+    plan = read_plan(run, name)
     path = put(tmp_path, make_recipe(plan.chosen, plan.formats, tool))
     state = RunState.open(run)
     problem, _ = load_problem(state)
