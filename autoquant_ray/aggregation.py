@@ -24,36 +24,46 @@ NUM_BUCKETS = 64
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-def score_part(shard: int, groups: Sequence[str], formats: Sequence[str], scores: Any) -> pa.Table:
+def score_part(
+    shard: int, keys_K: Sequence[tuple[str, str]], formats: Sequence[str], scores: Any
+) -> pa.Table:
     """Content of ``scores/shard-*.parquet``: one row per (group, format).
 
     The sums of a group that saw no gradient in this shard are null, not zero.
 
     Args:
         shard: Shard number.
-        groups: Searched groups in plan order.
-        formats: Formats in menu order.
+        keys_K: (group, format) of every row: the plan's ``score_keys``.
+        formats: All formats in the order of the sums' columns.
         scores: :class:`~autoquant_ray.engine.ShardScores`.
     """
-    num_rows = len(groups) * len(formats)
-    unseen_K = np.repeat(np.equal(scores.sums.num_rows_G, 0), len(formats))
+    num_rows = len(keys_K)
+    groups = list(dict.fromkeys(group for group, _ in keys_K))
+    row_of, column_of = _positions(groups), _positions(formats)
+    rows_K = np.array([row_of[group] for group, _ in keys_K], dtype=np.intp)
+    columns_K = np.array([column_of[format_] for _, format_ in keys_K], dtype=np.intp)
+    unseen_K = np.equal(scores.sums.num_rows_G, 0)[rows_K]
+
+    def values(sums_GF: Floats) -> pa.Array:
+        return pa.array(sums_GF[rows_K, columns_K], mask=unseen_K)
+
+    is_first_K = np.diff(rows_K, prepend=-1) != 0
     columns = {
         "shard": np.full(num_rows, shard),
-        "group": [group for group in groups for _ in formats],
-        "format": [*formats] * len(groups),
-        "elementwise_sum": pa.array(np.ravel(scores.sums.elementwise_GF), mask=unseen_K),
-        "token_sum": pa.array(np.ravel(scores.sums.token_GF), mask=unseen_K),
+        "group": [group for group, _ in keys_K],
+        "format": [format_ for _, format_ in keys_K],
+        "elementwise_sum": values(scores.sums.elementwise_GF),
+        "token_sum": values(scores.sums.token_GF),
         "num_tokens": np.full(num_rows, scores.num_tokens),
         "num_samples": np.full(num_rows, scores.num_samples),
         "seconds": np.full(num_rows, scores.seconds),
-        "elementwise_variance": _variances(scores.sums.elementwise_variance_GF, unseen_K),
-        "token_variance": _variances(scores.sums.token_variance_GF, unseen_K),
+        "elementwise_variance": values(scores.sums.elementwise_variance_GF),
+        "token_variance": values(scores.sums.token_variance_GF),
         # The same for all formats of a group: kept with the first.
         "expert_tokens": pa.array(
             [
-                None if number else scores.sums.expert_tokens.get(group)
-                for group in groups
-                for number in range(len(formats))
+                scores.sums.expert_tokens.get(group) if is_first else None
+                for (group, _), is_first in zip(keys_K, is_first_K, strict=True)
             ],
             type=pa.list_(pa.int64()),
         ),
@@ -61,8 +71,8 @@ def score_part(shard: int, groups: Sequence[str], formats: Sequence[str], scores
     return pa.table(columns, schema=SCHEMAS["scores"])
 
 
-def _variances(variance_GF: Floats, unseen_K: Mask) -> pa.Array:
-    return pa.array(np.ravel(variance_GF), mask=unseen_K)
+def _positions(names: Sequence[str]) -> dict[str, int]:
+    return {name: position for position, name in enumerate(names)}
 
 
 def is_complete_part(table: pa.Table, shard: int, keys: Sequence[tuple[str, str]]) -> bool:

@@ -97,7 +97,7 @@ def assess_solution(
         finds no allocation.
     """
     menu = list(dict.fromkeys(buckets.column("format").to_pylist()))
-    sums_SGF = bucket_sums(buckets, len(problem.searched), len(menu))
+    sums_SGF = bucket_sums(buckets, problem, menu)
     num_buckets = len(sums_SGF)
     if num_buckets < 2 or sums_SGF[0].size > MAX_CHOICES:
         return None
@@ -110,10 +110,24 @@ def assess_solution(
     )
 
 
-def bucket_sums(buckets: pa.Table, num_groups: int, num_formats: int) -> Floats:
-    """Sums of the buckets (S, G, F), with a column of zeros for 16 bits at the end."""
-    sums_SGF = buckets.column("sum").to_numpy().reshape(-1, num_groups, num_formats)
-    return np.pad(sums_SGF, ((0, 0), (0, 0), (0, 1)))
+def bucket_sums(buckets: pa.Table, problem: Problem, menu: Sequence[str]) -> Floats:
+    """Sums of the buckets (S, G, F), with a column of zeros for 16 bits at the end.
+
+    Args:
+        buckets: Rows of each bucket, in one order of (group, format).
+        problem: Its searched groups are the G groups.
+        menu: Formats in the order of the columns; 0 where a group has no such format.
+    """
+    row_of = {group.name: number for number, group in enumerate(problem.searched)}
+    num_keys = sum(len(group.rows.keys() - {NONE}) for group in problem.searched)
+    first = buckets.slice(0, num_keys)
+    names = (first.column(name).to_pylist() for name in ("group", "format"))
+    keys = [(row_of[group], menu.index(name)) for group, name in zip(*names, strict=True)]
+    rows_K, columns_K = np.array(keys, dtype=np.intp).T
+    sums_SK = buckets.column("sum").to_numpy().reshape(-1, num_keys)
+    sums_SGF = np.zeros((len(sums_SK), len(row_of), len(menu) + 1))
+    sums_SGF[:, rows_K, columns_K] = sums_SK
+    return sums_SGF
 
 
 def as_arrays(

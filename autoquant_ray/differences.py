@@ -26,6 +26,9 @@ from autoquant_ray.weight_cache import WeightCache
 Formats = list[tuple[int, Format]]
 """Formats with their indices in the menu."""
 
+Only = tuple[int, ...] | None
+"""Indices of some formats; None: all."""
+
 Difference = tuple[int, slice, torch.Tensor]
 """Format index, rows, and ``Y_f - Y`` of those rows; the tensor may be overwritten after use."""
 
@@ -43,7 +46,8 @@ class OutputDifferences:
     """
 
     def __init__(self, formats: Sequence[Format], weights: WeightCache) -> None:
-        self._by_weight = _by_weight(formats)
+        self._formats = formats
+        self._menus: dict[Only, list[Formats]] = {}
         self._weights = weights
         self._scratch = torch.empty(0)
         self._inputs = _QuantizedInputs()
@@ -59,6 +63,7 @@ class OutputDifferences:
         maximum: float | None,
         output_TO: torch.Tensor,
         input_TI: torch.Tensor,
+        only: Only = None,
     ) -> Iterator[Difference]:
         """Differences of a linear module, one weight quantizer after another.
 
@@ -72,10 +77,11 @@ class OutputDifferences:
             maximum: Its calibrated input maximum; needed by static input quantizers.
             output_TO: Its output.
             input_TI: Its input.
+            only: Formats to compute.
         """
         chunks = self._chunks(output_TO)
         is_single = input_TI.dtype == torch.float32
-        for formats in self._by_weight:
+        for formats in self._menu(only):
             attributes = formats[0][1].weight
             own = (planned.name, formats[0][1].weight_key)
             quantizes_inputs = any(format_.input is not None for _, format_ in formats)
@@ -113,9 +119,10 @@ class OutputDifferences:
         maxima: dict[str, float],
         output_TO: torch.Tensor,
         inputs: tuple[torch.Tensor, ...],
+        only: Only = None,
     ) -> Iterator[Difference]:
         """Differences of a fused experts module, by running it again."""
-        for formats in self._by_weight:
+        for formats in self._menu(only):
             key, attributes = formats[0][1].weight_key, formats[0][1].weight
             weights = {
                 parameter: self._weights.get(
@@ -127,6 +134,16 @@ class OutputDifferences:
             for index, format_ in formats:
                 difference_TO = experts.run(format_, weights, maxima, inputs).sub_(output_TO)
                 yield index, slice(0, len(output_TO)), difference_TO
+
+    def _menu(self, only: Only) -> list[Formats]:
+        """Formats with their indices, those that quantize weights alike together."""
+        if only not in self._menus:
+            by_weight: dict[str, Formats] = {}
+            for index, format_ in enumerate(self._formats):
+                if only is None or index in only:
+                    by_weight.setdefault(format_.weight_key, []).append((index, format_))
+            self._menus[only] = list(by_weight.values())
+        return self._menus[only]
 
     def _single(
         self,
@@ -253,11 +270,3 @@ class _QuantizedInputs:
             and last.stride() == input_TI.stride()
             and self._version == input_TI._version
         )
-
-
-def _by_weight(formats: Sequence[Format]) -> list[Formats]:
-    """Formats with their indices, those that quantize weights alike together."""
-    groups: dict[str, Formats] = {}
-    for index, format_ in enumerate(formats):
-        groups.setdefault(format_.weight_key, []).append((index, format_))
-    return list(groups.values())

@@ -55,8 +55,8 @@ def assess_weighted(
     num_buckets = 0
     for number, (name, weight) in enumerate(options.domains.items()):
         own = buckets.filter(pc.equal(buckets.column("domain"), name))
-        sums_SGF = bucket_sums(own, num_groups, len(menu))
-        tokens_S = own.column("bucket_tokens").to_numpy()[:: num_groups * len(menu)]
+        sums_SGF = bucket_sums(own, problem, menu)
+        tokens_S = own.column("bucket_tokens").to_numpy()[:: len(own) // len(sums_SGF)]
         if len(tokens_S) < 2:
             return None
         totals_BGF += weight * _resampled_scores(sums_SGF, tokens_S, number)

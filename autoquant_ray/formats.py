@@ -58,6 +58,8 @@ class Format:
         name: As given by the user.
         weight: Attributes of the weight quantizer.
         input: Attributes of the input quantizer; None keeps inputs in 16 bits.
+        algorithm: How ModelOpt calibrates the quantizers, as its ``algorithm`` with a ``method``;
+            None: each by its own maximum.
         modelopt_compression: ModelOpt's estimate of compressed over 16-bit size. It is the
             minimum over weight and input, so it undercounts formats with narrow inputs.
     """
@@ -66,11 +68,13 @@ class Format:
     weight: Attributes
     input: Attributes | None
     modelopt_compression: float
+    algorithm: Attributes | None = None
 
     @property
     def weight_key(self) -> str:
         """Equal for formats that quantize weights alike."""
-        return attributes_key(self.weight)
+        key = attributes_key(self.weight)
+        return key if self.algorithm is None else f"{key} {attributes_key(self.algorithm)}"
 
     @property
     def input_key(self) -> str | None:
@@ -84,6 +88,7 @@ class Format:
             "weight": attributes_to_json(self.weight),
             "input": None if self.input is None else attributes_to_json(self.input),
             "modelopt_compression": self.modelopt_compression,
+            **({} if self.algorithm is None else {"algorithm": self.algorithm}),
         }
 
     @classmethod
@@ -94,6 +99,7 @@ class Format:
             weight=attributes_from_json(value["weight"]),
             input=None if value["input"] is None else attributes_from_json(value["input"]),
             modelopt_compression=value["modelopt_compression"],
+            algorithm=value.get("algorithm"),
         )
 
 

@@ -58,10 +58,13 @@ def print_plan(plan: Plan) -> None:
     for name in [*(format_.name for format_ in plan.formats), "none"]:
         table.add_column(f"{name} MiB", justify="right")
     for group in plan.groups:
-        sizes = [f"{group.weight_bytes(f) / 2**20:.2f}" for f in plan.choices(group)]
-        blanks = ["-"] * (len(plan.formats) + 1 - len(sizes))
+        own = plan.choices(group)
+        sizes = [
+            f"{group.weight_bytes(f) / 2**20:.2f}" if f in own else "-"
+            for f in (*plan.formats, None)
+        ]
         name = group.name if group.reason is None else f"{group.name} ({group.reason})"
-        table.add_row(escape(name), f"{group.num_weights:,}", *blanks, *sizes)
+        table.add_row(escape(name), f"{group.num_weights:,}", *sizes)
     console.print(table)
     low, high = plan.bits_range()
     console.print(f"{len(plan.searched)} of {len(plan.groups)} groups searched")

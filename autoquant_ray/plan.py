@@ -52,6 +52,10 @@ class PlannedGroup:
         """Whether a format is chosen for this group."""
         return self.reason is None
 
+    def takes(self, format_: Format) -> bool:
+        """Whether a format is among the choices of this group."""
+        return True
+
     @property
     def num_weights(self) -> int:
         """Number of weight elements in the group."""
@@ -99,9 +103,18 @@ class Plan:
         """Groups for which a format is chosen."""
         return [group for group in self.groups if group.is_searched]
 
+    def menu(self, group: PlannedGroup) -> list[Format]:
+        """Formats of the run that a group can take, in their order; none if it is not searched."""
+        return [f for f in self.formats if group.is_searched and group.takes(f)]
+
     def choices(self, group: PlannedGroup) -> list[Format | None]:
         """Formats of a group, ``None`` (16 bits) last."""
-        return [*self.formats, None] if group.is_searched else [None]
+        return [*self.menu(group), None]
+
+    @property
+    def score_keys(self) -> list[tuple[str, str]]:
+        """(group, format) of every score, in the order of the files."""
+        return [(group.name, f.name) for group in self.searched for f in self.menu(group)]
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of ``plan.parquet``: one per (group, format)."""

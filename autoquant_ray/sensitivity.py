@@ -47,16 +47,28 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredModule:
-    """A module to score, and the index of the group that its sums are added to."""
+    """A module to score.
+
+    Attributes:
+        group: Index of the group that its sums are added to.
+        planned: Its entry in the plan.
+        formats: Indices of the formats to score; None: all.
+    """
 
     group: int
     planned: PlannedModule
+    formats: tuple[int, ...] | None = None
 
 
 def scored_modules(plan: Plan) -> tuple[ScoredModule, ...]:
     """All modules of a plan's searched groups, with the groups' positions."""
+    number = {format_.name: index for index, format_ in enumerate(plan.formats)}
     return tuple(
-        ScoredModule(group=index, planned=module)
+        ScoredModule(
+            group=index,
+            planned=module,
+            formats=tuple(number[format_.name] for format_ in plan.menu(group)),
+        )
         for index, group in enumerate(plan.searched)
         for module in group.modules
     )
@@ -196,7 +208,7 @@ class SensitivityScorer:
                     if now != versions:
                         _require_same_inputs(name, versions[1:], now[1:])
                         output = self._output_again(scored.planned, module, chosen_inputs)
-                    differences = self._of(scored.planned, module, output, chosen_inputs)
+                    differences = self._of(scored, module, output, chosen_inputs)
                     self._add(scored.group, differences, chosen[1 + len(inputs) :], rows)
 
             output.register_hook(on_gradient)
@@ -216,16 +228,17 @@ class SensitivityScorer:
             self._expert_tokens[planned.name] = counts if before is None else before + counts
 
     def _of(
-        self, planned: PlannedModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]
+        self, scored: ScoredModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]
     ) -> Iterator[Difference]:
+        planned, only = scored.planned, scored.formats
         maxima = self._maxima.get(planned.name, {})
         if planned.kind == "experts":
             experts = self._experts[planned.name]
             return self._differences.of_experts(
-                experts, planned.name, maxima, output_TO, tuple(inputs)
+                experts, planned.name, maxima, output_TO, tuple(inputs), only
             )
         maximum = maxima.get("input_amax")
-        return self._differences.of_linear(planned, module, maximum, output_TO, inputs[0])
+        return self._differences.of_linear(planned, module, maximum, output_TO, inputs[0], only)
 
     def _output_again(
         self, planned: PlannedModule, module: Any, inputs: list[torch.Tensor]

@@ -142,7 +142,7 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
 
     rule = stopping_stage.make_rule(state, plan)
     groups = [group.name for group in plan.searched]
-    formats = [format_.name for format_ in plan.formats]
+    keys, formats = plan.score_keys, [format_.name for format_ in plan.formats]
 
     def write(outcome: Outcome) -> str:
         shard = outcome.task.shard
@@ -150,7 +150,7 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
         unseen = [g for g, rows in zip(groups, num_rows_G, strict=True) if not rows]
         if unseen:
             logger.warning("shard %d gave no gradient to %s", shard, ", ".join(unseen[:3]))
-        part = score_part(shard, groups, formats, outcome.result)
+        part = score_part(shard, keys, formats, outcome.result)
         return state.directory.write_table(part_name(SCORES, shard), "scores", part)
 
     def is_enough(shard: int) -> bool:
@@ -281,7 +281,7 @@ def _intact_parts(
 
 
 def _is_complete(plan: Plan) -> Callable[[int, Any], bool]:
-    keys = [(group.name, format_.name) for group in plan.searched for format_ in plan.formats]
+    keys = plan.score_keys
     return lambda shard, table: is_complete_part(table, shard, keys)
 
 

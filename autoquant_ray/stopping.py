@@ -60,16 +60,25 @@ class StoppingRule:
     """Collects the shards' sums in any order and decides in the order of the shards.
 
     Args:
-        problem: Costs and limits of the scan's budget, see :func:`budget_problem`.
+        problem: Costs and limits of the scan's budget, see :func:`budget_problem`. The rows of
+            parts are its groups' formats, group by group, without the last column (16 bits).
+        has_GF: Which choices parts have rows of, where the problem leaves some of them out.
         threshold: Expected regret below which the scan may stop.
         num_shards: Shards of the run.
         seed: The config's seed.
     """
 
     def __init__(
-        self, problem: knapsack.Problem, *, threshold: float, num_shards: int, seed: int
+        self,
+        problem: knapsack.Problem,
+        *,
+        threshold: float,
+        num_shards: int,
+        seed: int,
+        has_GF: knapsack.Mask | None = None,
     ) -> None:
         self._problem = problem
+        self._has_GF = scored_choices(problem) if has_GF is None else has_GF
         self._threshold = threshold
         self._num_shards = num_shards
         self._seed = seed
@@ -119,11 +128,10 @@ class StoppingRule:
         count = len(self._used)
         if self.checks and self.checks[-1].shards == count:
             return
-        num_groups = len(self._problem.scores_GF)
-        sums_SGF = np.stack(self._used).reshape(count, num_groups, -1)
-        regret = None
-        if not np.isnan(sums_SGF).all(axis=(0, 2)).any():
-            measured_SGF = np.pad(np.nan_to_num(sums_SGF), ((0, 0), (0, 0), (0, 1)))
+        sums_SK, regret = np.stack(self._used), None
+        if not np.isnan(sums_SK).all(axis=0).any():
+            measured_SGF = np.zeros((count, *self._has_GF.shape))
+            measured_SGF[:, self._has_GF] = np.nan_to_num(sums_SK)
             stability = assess(self._problem, measured_SGF, (self._seed, count))
             regret = None if stability is None else stability.expected_regret
         self.checks.append(Check(shards=count, expected_regret=regret))
@@ -162,6 +170,13 @@ def part_sums(part: pa.Table, estimator: str) -> Floats:
     return sums
 
 
+def scored_choices(problem: knapsack.Problem) -> knapsack.Mask:
+    """(G, F): which group has a score of which format; 16 bits, the last column, has none."""
+    has_GF: knapsack.Mask = problem.present_GF.copy()
+    has_GF[:, -1] = False
+    return has_GF
+
+
 def budget_problem(
     problem: Problem, options: SolveOptions, formats: Sequence[str]
 ) -> knapsack.Problem:
@@ -173,19 +188,21 @@ def budget_problem(
         formats: The menu, in the order of the scores' parts. 16 bits becomes the last column.
 
     Returns:
-        A problem whose scores are all 0.
+        A problem whose scores are 0, and inf where a group lacks a format.
     """
     budgets = problem.budgets(options)
     columns = [*formats, NONE]
     costs = [
         [
-            [group.cost(format_, budget.resource) for format_ in columns]
+            [group.cost(f, budget.resource) if f in group.rows else 0.0 for f in columns]
             for group in problem.searched
         ]
         for budget in budgets
     ]
     return knapsack.Problem(
-        scores_GF=np.zeros((len(problem.searched), len(columns))),
+        scores_GF=np.array(
+            [[0.0 if f in group.rows else np.inf for f in columns] for group in problem.searched]
+        ),
         costs_RGF=np.array(costs, dtype=np.float64),
         limits_R=np.array([float(budget.limit) for budget in budgets]),
     )

@@ -15,7 +15,13 @@ from autoquant_ray.plan import Plan
 from autoquant_ray.run_files import SAMPLES, SCORES, part_name
 from autoquant_ray.served_search import served_problems
 from autoquant_ray.state import RunState
-from autoquant_ray.stopping import MIN_SHARDS, StoppingRule, budget_problem, part_sums
+from autoquant_ray.stopping import (
+    MIN_SHARDS,
+    StoppingRule,
+    budget_problem,
+    part_sums,
+    scored_choices,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,7 @@ def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
     formats = [format_.name for format_ in plan.formats]
     served = served_problems(problem, options)[0].served
     costs = budget_problem(problem, options, formats)
+    has_GF = scored_choices(costs)
     if served is not None:
         permitted = [served.permitted[group.name] for group in problem.searched]
         costs = costs.keep(np.array([[f in own for f in (*formats, NONE)] for own in permitted]))
@@ -51,6 +58,7 @@ def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
         threshold=config.stop_when_stable,
         num_shards=state.num_shards,
         seed=config.seed,
+        has_GF=has_GF,
     )
 
 

@@ -44,10 +44,9 @@ def write_run(
     state = RunState.start(directory, config, mode, identity)
     state.begin()
     write_plan(state, plan, marks["plan"], weights)
-    groups = [group.name for group in plan.searched]
-    formats = [format_.name for format_ in plan.formats]
+    keys, formats = plan.score_keys, [format_.name for format_ in plan.formats]
     for shard, of_shard in enumerate(scores):
-        part = score_part(shard, groups, formats, of_shard)
+        part = score_part(shard, keys, formats, of_shard)
         directory.write_table(part_name(SCORES, shard), "scores", part)
     if domains:
         sizes = {"num_samples": 4, "num_tokens": 54}

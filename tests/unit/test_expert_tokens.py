@@ -79,7 +79,7 @@ def test_counts_add_up_over_shards_and_are_unknown_where_a_part_does_not_say(
 ) -> None:
     _, scores = scored
     formats = [format_.name for format_ in prepared.plan.formats]
-    parts = [score_part(n, prepared.names, formats, one) for n, one in enumerate(scores)]
+    parts = [score_part(n, prepared.plan.score_keys, formats, one) for n, one in enumerate(scores)]
     rows = aggregate_parts(parts, prepared.plan.rows(), "elementwise").rows
     for row in rows:
         counts = [one.sums.expert_tokens.get(row["group"]) for one in scores]
