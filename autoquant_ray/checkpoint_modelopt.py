@@ -19,6 +19,7 @@ from autoquant_ray.checkpoint_formats import block_size
 from autoquant_ray.checkpoint_model import SixteenBits
 from autoquant_ray.checkpoint_names import clean, names_required
 from autoquant_ray.checkpoint_source import Source
+from autoquant_ray.errors import FormatError
 from autoquant_ray.manifest import load_quantization_config
 from autoquant_ray.quantizers import needs_static_maximum
 from autoquant_ray.sensitivity import Maxima
@@ -34,7 +35,8 @@ def write_modelopt(model: Any, source: Source, maxima: Maxima, folder: Path) -> 
         folder: An empty folder.
 
     Raises:
-        FormatError: ModelOpt would not write the names of the model's own files.
+        FormatError: ModelOpt would not write the names of the model's own files, or a module has
+            no calibrated maximum.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -82,7 +84,13 @@ def _set_input_maxima(model: Any, source: Source, maxima: Maxima) -> None:
             quantizer = getattr(module, f"{prefix}input_quantizer")
             if not quantizer.is_enabled or not needs_static_maximum(quantizer):
                 continue
-            quantizer.amax = torch.tensor(maxima[name][f"{prefix}input_amax"])
+            maximum = maxima.get(name, {}).get(f"{prefix}input_amax")
+            if maximum is None:
+                raise FormatError(
+                    f"{name} saw no input in the scan's calibration, so its input has no scale; "
+                    "scan with more samples, or pin its group to a format with inputs in 16 bits"
+                )
+            quantizer.amax = torch.tensor(maximum)
 
 
 @torch.no_grad()
