@@ -7,6 +7,7 @@ config classes. Only arguments that change a scale can be given.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,9 @@ ARGUMENTS: Mapping[str, Sequence[str]] = {
 
 NOT_SCANNED = (SMOOTHQUANT, AWQ_LITE)
 """Methods that are known but cannot be scanned so far."""
+
+SETS = "autoquant_ray_sets"
+"""Method of a plan of several algorithms, see :mod:`autoquant_ray.calibration_mode`."""
 
 MAX_CANDIDATES = 256
 """Scales that a search may try: what one byte can number."""
@@ -100,6 +104,28 @@ def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
             f"{owner}: multipliers from {start:g} to {stop:g} in steps of {step:g} are "
             f"{max(0, number)} candidates; there must be 1 to {MAX_CANDIDATES}"
         )
+
+
+def of_plan(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | dict[str, Any]:
+    """The ``algorithm`` of a whole plan, for ``mtq.quantize``; JSON-safe.
+
+    Args:
+        algorithms: Name of every quantizer -> its format's algorithm.
+
+    Returns:
+        ``max``; or the one algorithm that all have; or :data:`SETS` with a set of quantizers for
+        each algorithm but ``max``.
+    """
+    sets: dict[str, dict[str, Any]] = {}
+    for name, algorithm in algorithms.items():
+        if algorithm is not None:
+            one = sets.setdefault(json.dumps(algorithm), {"algorithm": dict(algorithm)})
+            one.setdefault("quantizers", []).append(name)
+    if not sets:
+        return MAX
+    if len(sets) == 1 and None not in algorithms.values():
+        return dict(next(iter(sets.values()))["algorithm"])
+    return {"method": SETS, "sets": list(sets.values()), "others": MAX}
 
 
 def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
