@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from autoquant_ray.errors import FormatError
 
@@ -26,7 +26,7 @@ ARGUMENTS: Mapping[str, Sequence[str]] = {
 NOT_SCANNED = (SMOOTHQUANT, AWQ_LITE)
 """Methods that are known but cannot be scanned so far."""
 
-SETS = "autoquant_ray_sets"
+SETS: Final = "autoquant_ray_sets"
 """Method of a plan of several algorithms, see :mod:`autoquant_ray.calibration_mode`."""
 
 MAX_CANDIDATES = 256
