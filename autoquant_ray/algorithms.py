@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from autoquant_ray.errors import FormatError
+from autoquant_ray.number_formats import is_static_nvfp4
 
 MAX, MSE, SMOOTHQUANT, AWQ_LITE = "max", "mse", "smoothquant", "awq_lite"
 ARGUMENTS: Mapping[str, Sequence[str]] = {
@@ -82,14 +83,8 @@ def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
             f"{owner}: the algorithm mse has no scale to search, because its weights are scaled "
             "anew at each use (type: dynamic); give them static scales, or use max"
         )
-    is_fp4 = weight.get("num_bits") == (2, 1)
-    if is_fp4:
-        raise FormatError(
-            f"{owner} needs static NVFP4 scales under one that fused layers share, which cannot "
-            "be scanned so far"
-        )
     if algorithm["fp8_scale_sweep"]:
-        if not is_fp4:
+        if not is_static_nvfp4(weight):
             raise FormatError(
                 f"{owner}: fp8_scale_sweep searches the scales of static NVFP4 weights only; "
                 "set it to false"
@@ -126,6 +121,18 @@ def of_plan(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | dict[st
     if len(sets) == 1 and None not in algorithms.values():
         return dict(next(iter(sets.values()))["algorithm"])
     return {"method": SETS, "sets": list(sets.values()), "others": MAX}
+
+
+def by_sets(algorithm: str | Mapping[str, Any]) -> bool:
+    """Whether the algorithm of a plan needs this package's mode."""
+    return isinstance(algorithm, Mapping) and algorithm["method"] == SETS
+
+
+def on_cpu(algorithm: str | dict[str, Any]) -> dict[str, Any]:
+    """The same with this package's mode, which lets ModelOpt calibrate static NVFP4 on CPU."""
+    if isinstance(algorithm, dict) and by_sets(algorithm):
+        return algorithm
+    return {"method": SETS, "sets": [], "others": algorithm}
 
 
 def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

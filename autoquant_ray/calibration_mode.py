@@ -9,6 +9,9 @@ disabled; at the end all are enabled.
 Each set sees the inputs of the unquantized model. Algorithms that scale weights (``smoothquant``,
 ``awq_lite``) run last, and until the last of them has run, their layers get the original weights
 back, because ``W s (x / s)`` is ``W x`` only up to rounding.
+
+On CPU, where ModelOpt's quantizer of static NVFP4 weights cannot run, it is replaced by
+:class:`~autoquant_ray.block_formats.StaticBlocksOnCpu`.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from modelopt.torch.quantization.utils.core_utils import (
 from pydantic import Field
 
 from autoquant_ray.algorithms import MAX, SETS
+from autoquant_ray.block_formats import StaticBlocksOnCpu
 
 Algorithm = str | dict[str, Any]
 ForwardLoop = Callable[[Any], Any]
@@ -48,7 +52,7 @@ class SetsCalibConfig(QuantizeAlgorithmConfig):
         default_factory=list,
         description="Each has an algorithm of ModelOpt's and the names of its quantizers.",
     )
-    others: str = Field(default=MAX, description="Algorithm of quantizers in no set.")
+    others: Algorithm = Field(default=MAX, description="Algorithm of quantizers in no set.")
 
 
 @torch.no_grad()
@@ -56,7 +60,7 @@ def calibrate_sets(
     model: Any,
     forward_loop: ForwardLoop | None = None,
     sets: Sequence[Mapping[str, Any]] = (),
-    others: str = MAX,
+    others: Algorithm = MAX,
 ) -> None:
     """Calibrate sets of quantizers, each by its own algorithm.
 
@@ -74,6 +78,9 @@ def calibrate_sets(
         for name, module in model.named_modules()
         if isinstance(module, TensorQuantizer) and module.is_enabled
     }
+    for quantizer in quantizers.values():
+        if quantizer.is_nvfp4_static and next(model.parameters()).device.type == "cpu":
+            StaticBlocksOnCpu.from_tensor_quantizer(quantizer)
     parts = _parts(quantizers, sets, others)
     last = parts[-1][1] if parts else {}
     left: list[tuple[TensorQuantizer, bool]] = []

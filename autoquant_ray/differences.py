@@ -22,7 +22,7 @@ from autoquant_ray.formats import Format
 from autoquant_ray.quantizable import PlannedModule
 from autoquant_ray.quantizers import make_input_quantizer, quantized_weight
 from autoquant_ray.weight_cache import WeightCache
-from autoquant_ray.weight_search import KEPT_BYTES
+from autoquant_ray.weight_search import WeightScales
 
 Formats = list[tuple[int, Format]]
 """Formats with their indices in the menu."""
@@ -44,13 +44,16 @@ class OutputDifferences:
     Args:
         formats: The menu.
         weights: Where quantized weights are kept.
+        model: The model.
     """
 
-    def __init__(self, formats: Sequence[Format], weights: WeightCache) -> None:
+    def __init__(
+        self, formats: Sequence[Format], weights: WeightCache, model: torch.nn.Module
+    ) -> None:
         self._formats = formats
         self._menus: dict[Only, list[Formats]] = {}
         self._weights = weights
-        self._scales = WeightCache(KEPT_BYTES)
+        self._scales = WeightScales(model)
         self._scratch = torch.empty(0)
         self._inputs = _QuantizedInputs()
 
@@ -203,7 +206,7 @@ class OutputDifferences:
 
 
 def _error(
-    weight_OI: torch.Tensor, format_: Format, scales: WeightCache, name: str
+    weight_OI: torch.Tensor, format_: Format, scales: WeightScales, name: str
 ) -> torch.Tensor:
     """``Wq - W``, formed in float32, in the weight's dtype."""
     original_OI = weight_OI.float()
@@ -212,7 +215,7 @@ def _error(
 
 
 def _quantized(
-    weight_OI: torch.Tensor, format_: Format, scales: WeightCache, name: str
+    weight_OI: torch.Tensor, format_: Format, scales: WeightScales, name: str
 ) -> torch.Tensor:
     return quantized_weight(format_, weight_OI.float(), scales, name).to(weight_OI.dtype)
 

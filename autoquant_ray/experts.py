@@ -28,7 +28,7 @@ from autoquant_ray.quantizers import (
     make_input_quantizer,
     quantized_weight,
 )
-from autoquant_ray.weight_cache import WeightCache
+from autoquant_ray.weight_search import WeightScales
 
 
 def prepare_experts(model: torch.nn.Module) -> None:
@@ -62,27 +62,24 @@ class FusedExperts:
                 quantizer.disable()
 
     @torch.no_grad()
-    def quantized_weight(
-        self, name: str, format_: Format, scales: WeightCache | None = None
-    ) -> torch.Tensor:
+    def quantized_weight(self, name: str, format_: Format, scales: WeightScales) -> torch.Tensor:
         """Fake-quantize a parameter, every expert's slice ``(O, I)`` by itself or all as one.
 
         Args:
             name: The parameter's.
             format_: Its weight quantizer is used.
-            scales: Keeps what searches find; None keeps nothing.
+            scales: Those of the model.
 
         Returns:
             ``(E, O, I)``, transposed where the module stores it so.
         """
-        scales = WeightCache(0) if scales is None else scales
         slices = getattr(self._module, name)
         if self._is_transposed:
             whole = slices.mT.contiguous()
             return quantized_weight(format_, whole, scales, self._name, name).mT
         return torch.stack(
             [
-                quantized_weight(format_, weight_OI, scales, self._name, name, expert)
+                quantized_weight(format_, weight_OI, scales, self._name, name, str(expert))
                 for expert, weight_OI in enumerate(slices)
             ]
         )

@@ -19,7 +19,7 @@ from typing import Any
 from autoquant_ray.algorithms import check_search, checked_algorithm
 from autoquant_ray.errors import FormatError, one_line
 from autoquant_ray.format_names import closest_formats
-from autoquant_ray.number_formats import blocks_of, is_scaled_by_block
+from autoquant_ray.number_formats import blocks_of, is_scaled_by_block, is_static_nvfp4
 
 Attributes = dict[str, Any]
 """Fields of ModelOpt's ``QuantizerAttributeConfig``."""
@@ -262,6 +262,8 @@ def check_device(formats: Sequence[Format], device: str) -> None:
     for format_ in formats if device == "cpu" else ():
         for attributes in (format_.weight, format_.input):
             if attributes is None or not is_scaled_by_block(attributes):
+                continue
+            if is_static_nvfp4(attributes):
                 continue
             try:
                 blocks_of(attributes)

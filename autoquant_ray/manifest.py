@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from autoquant_ray.algorithms import SETS, of_plan
+from autoquant_ray.algorithms import by_sets, of_plan, on_cpu
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import ACTIVE_MOE, BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
 from autoquant_ray.certainty import Certainty
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.latency import LATENCY
-from autoquant_ray.number_formats import is_scaled_by_block
+from autoquant_ray.number_formats import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.store import SCHEMA_VERSION
 from autoquant_ray.stored_size import stored_bits
 
@@ -200,10 +200,13 @@ def load_quantization_config(
         for entry in config["quant_cfg"]
     ]
     restored = {"quant_cfg": entries, "algorithm": config["algorithm"]}
-    if isinstance(config["algorithm"], dict) and config["algorithm"]["method"] == SETS:
+    quantizers = [entry.get("cfg") or {} for entry in entries]
+    by_block = any(map(is_scaled_by_block, quantizers)) and _is_on_cpu(device)
+    if by_block and any(map(is_static_nvfp4, quantizers)):
+        restored["algorithm"] = on_cpu(config["algorithm"])
+    if by_sets(restored["algorithm"]):
         import autoquant_ray.calibration_mode  # noqa: F401
-    by_block = any(is_scaled_by_block(entry.get("cfg") or {}) for entry in entries)
-    if not (by_block and _is_on_cpu(device)):
+    if not by_block:
         return restored
     from autoquant_ray.block_formats import for_cpu
 

@@ -22,7 +22,7 @@ from autoquant_ray.quantizable import PlannedModule, is_of_tower
 from autoquant_ray.quantizers import make_input_quantizer, quantized_weight
 from autoquant_ray.sensitivity import Maxima, ScoredModule
 from autoquant_ray.weight_cache import WeightCache
-from autoquant_ray.weight_search import KEPT_BYTES
+from autoquant_ray.weight_search import WeightScales
 
 Choice = tuple[int, ...]
 """Index of the format per searched group; -1 where the group stays in 16 bits."""
@@ -54,7 +54,7 @@ class QuantizedLayers:
     ) -> None:
         self._formats = formats
         self._maxima = maxima
-        self._scales = WeightCache(KEPT_BYTES)
+        self._scales = WeightScales(model)
         number_of = {m: number for number, layer in enumerate(layers) for m in layer.modules()}
         self._by_layer: dict[int, list[tuple[ScoredModule, Any]]] = {}
         self._experts: dict[str, FusedExperts] = {}

@@ -17,7 +17,7 @@ from autoquant_ray.formats import Format, resolve_formats
 from autoquant_ray.manifest import quantizer_entries
 from autoquant_ray.plan import build_plan
 from autoquant_ray.quantizers import fake_quantize_weight, quantized_weight
-from autoquant_ray.weight_cache import WeightCache
+from autoquant_ray.weight_search import WeightScales
 
 INT4 = {"num_bits": 4, "block_sizes": {-1: 16, "type": "static"}}
 INT8 = {"num_bits": 8, "axis": 0}
@@ -73,7 +73,7 @@ def test_experts_equal_modelopt_bit_for_bit(family: str) -> None:
     theirs = quantized_by_modelopt(model, [], entries, "mse").get_submodule(planned.name)
     prepare_experts(model)
     experts = FusedExperts(model.get_submodule(planned.name), planned)
-    scales = WeightCache(2**20)
+    scales = WeightScales(model)
     for name in planned.parameters:
         ours = experts.quantized_weight(name, format_, scales)
         if planned.is_transposed:
@@ -110,11 +110,12 @@ def test_what_was_found_is_kept_in_one_byte_per_scale_and_changes_no_bit(
     format_ = searched(weight)
     values = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     values[2, :16] = 0.0
-    scales = WeightCache(2**20)
+    scales = WeightScales(torch.nn.Identity())
     first = quantized_weight(format_, values, scales, "a")
-    assert scales.nbytes == {4: 32, 8: 8, (4, 3): 1}[format_.weight["num_bits"]]
+    assert scales.found.nbytes == {4: 32, 8: 8, (4, 3): 1}[format_.weight["num_bits"]]
     assert torch.equal(first, quantized_weight(format_, values, scales, "a"))
-    assert torch.equal(first, quantized_weight(format_, values, WeightCache(0), "a"))
+    scales.found.resize(0)
+    assert torch.equal(first, quantized_weight(format_, values, scales, "a"))
     other = quantized_weight(format_, values.flip(1) * 2, scales, "b")
     assert torch.equal(
         other,
