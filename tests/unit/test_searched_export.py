@@ -1,0 +1,79 @@
+"""Exported checkpoints of formats whose weight scales were searched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import CUSTOM, fake_weight, load_folder, unpack_modelopt
+
+from autoquant_ray.checkpoint import export_run
+from autoquant_ray.checkpoint_source import read_source
+from autoquant_ray.formats import resolve_formats
+from autoquant_ray.quantizers import quantized_weight
+from autoquant_ray.weight_search import WeightScales
+
+SEARCHED = {
+    "*self_attn.*": "int4_g32_mse",
+    "*layers.0.mlp.*": "int8_mse",
+    "*layers.1.mlp.*": "fp8_mse",
+    "lm_head": "int4_g32",
+}
+ALGORITHMS = {
+    "int4_g32_mse": "W4A16_AWQ",
+    "int4_g32": "W4A16_AWQ",
+    "int8_mse": "W8A8_SQ_PER_CHANNEL",
+    "fp8_mse": "FP8",
+}
+MENU = tuple(dict.fromkeys(SEARCHED.values()))
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_folder_holds_the_weights_that_were_measured(
+    layout: str, solved_run: Any, tmp_path: Path
+) -> None:
+    directory, folder, _ = solved_run("llama", SEARCHED, MENU)
+    out = tmp_path / "out"
+    export_run(directory, str(out), layout=layout)
+    tensors = load_folder(out)
+    read = None
+    if layout == "compressed-tensors":
+        read = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        read(torch.tensor([[1, 2]]))  # unpacks
+    seen = set()
+    plain = {f.name: f for f in resolve_formats(("int4_g32",), device="cpu", custom=CUSTOM)}
+    for name, format_ in read_source(directory).formats.items():
+        expected = fake_weight(folder, name, format_)
+        if read is None:
+            found = unpack_modelopt(tensors, name, ALGORITHMS[format_.name])
+        else:
+            found = read.get_submodule(name).weight.detach().float()
+        tolerance = 2**-8 if "int4" in format_.name else 1e-6  # 16-bit scales of blocks
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-7)
+        if format_.name == "int4_g32_mse":
+            unsearched = fake_weight(folder, name, plain["int4_g32"])
+            assert (found - unsearched).abs().max() > 1e-3
+        seen.add(format_.name)
+    assert seen == set(MENU)
+
+
+STATIC = ("NVFP4_FOUR_OVER_SIX_CFG", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG")
+
+
+def test_static_nvfp4_folder_holds_the_weights_that_were_measured(
+    solved_run: Any, make_model: Any, tmp_path: Path
+) -> None:
+    choice = {"*attn*": STATIC[0], "*0.mlp.*": STATIC[1], "*1.mlp.*": "none", "lm_head": STATIC[0]}
+    directory, folder, maxima = solved_run("llama", choice, STATIC)
+    export_run(directory, str(tmp_path / "out"))
+    tensors, weights = load_folder(tmp_path / "out"), load_folder(folder)
+    scales = WeightScales(make_model("llama"))
+    for name, format_ in read_source(directory).formats.items():
+        expected = quantized_weight(format_, weights[f"{name}.weight"], scales, name)
+        found = unpack_modelopt(tensors, name, "NVFP4")
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        scale = tensors[f"{name}.input_scale"].item()
+        assert scale == pytest.approx(maxima[name] / (6 * 448), rel=1e-6)
