@@ -13,7 +13,7 @@ from checkpoints import CUSTOM, fake_weight, load_folder, unpack_modelopt
 from autoquant_ray.checkpoint import export_run
 from autoquant_ray.checkpoint_source import read_source
 from autoquant_ray.formats import resolve_formats
-from autoquant_ray.quantizers import quantized_weight
+from autoquant_ray.quantizers import fake_quantize_weight, quantized_weight
 from autoquant_ray.weight_search import WeightScales
 
 SEARCHED = {
@@ -77,3 +77,27 @@ def test_static_nvfp4_folder_holds_the_weights_that_were_measured(
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
         scale = tensors[f"{name}.input_scale"].item()
         assert scale == pytest.approx(maxima[name] / (6 * 448), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fp8_mse", STATIC[1]])
+def test_every_expert_is_packed_with_its_searched_scales(
+    name: str, solved_run: Any, tmp_path: Path
+) -> None:
+    directory, folder, _ = solved_run("qwen3_moe", {"*": "none", "*experts": name}, (name,))
+    export_run(directory, str(tmp_path / "out"))
+    tensors, source = load_folder(tmp_path / "out"), load_folder(folder)
+    format_ = next(iter(read_source(directory).formats.values()))
+    algo = ALGORITHMS.get(name, "NVFP4")
+    tolerance = 2**-8 if "int4" in name else 1e-6
+    for layer in [one.removesuffix(".weight") for one in source if ".experts." in one]:
+        # gate and up of one expert are one matrix in the model, quantized under one scale
+        pair = [
+            layer.replace(a, b) for a, b in (("up_proj", "gate_proj"), ("gate_proj", "up_proj"))
+        ]
+        names = sorted({layer, *pair}) if "down_proj" not in layer else [layer]
+        together = torch.cat([source[f"{one}.weight"] for one in names])
+        expected = fake_quantize_weight(format_.weight, together, format_.algorithm)
+        rows = len(source[f"{layer}.weight"])
+        start = names.index(layer) * rows
+        found = unpack_modelopt(tensors, layer, algo)
+        torch.testing.assert_close(found, expected[start : start + rows], rtol=tolerance, atol=1e-7)
