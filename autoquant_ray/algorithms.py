@@ -33,6 +33,10 @@ SETS: Final = "autoquant_ray_sets"
 MAX_CANDIDATES = 256
 """Scales that a search may try: what one byte can number."""
 
+SEARCHED_BYTES = 2**30
+"""Most bytes that a worker keeps of what searches found, one per scale: 17 billion weights in
+blocks of 16."""
+
 
 def checked_algorithm(owner: str, given: Any) -> dict[str, Any] | None:
     """An algorithm with all its arguments; None for ``max``.

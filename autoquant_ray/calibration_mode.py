@@ -105,7 +105,7 @@ def calibrate_sets(
 
 
 def _parts(
-    quantizers: Quantizers, sets: Sequence[Mapping[str, Any]], others: str
+    quantizers: Quantizers, sets: Sequence[Mapping[str, Any]], others: Algorithm
 ) -> list[tuple[Algorithm, Quantizers]]:
     """Algorithms with their quantizers; those that scale weights come last."""
     known = {name: _normalize_fused_experts_quantizer_name(name) for name in quantizers}

@@ -21,16 +21,13 @@ from modelopt.torch.quantization.model_calib import (
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import StaticBlockScaleQuantizer
 from modelopt.torch.quantization.utils import SHARED_PATTERNS
 
-from autoquant_ray.algorithms import ARGUMENTS, MSE
+from autoquant_ray.algorithms import ARGUMENTS, MSE, SEARCHED_BYTES
 from autoquant_ray.block_formats import StaticBlocksOnCpu
 from autoquant_ray.formats import Attributes
 from autoquant_ray.weight_cache import WeightCache
 
 Recall = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
 """Gives the kept result of a search, or runs the search and keeps its result."""
-
-KEPT_BYTES = 256 * 2**20
-"""Room for the results of searches: one of 16 billion weights in blocks of 64."""
 
 
 def search_scales(
@@ -85,7 +82,7 @@ class WeightScales:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.found = WeightCache(KEPT_BYTES)
+        self.found = WeightCache(SEARCHED_BYTES)
         self._model = model
         self._largest: dict[tuple[str, ...], torch.Tensor] = {}
         fused: dict[Any, list[str]] = {}

@@ -12,6 +12,7 @@ from checkpoints import CUSTOM, fake_weight, load_folder, unpack_modelopt
 
 from autoquant_ray.checkpoint import export_run
 from autoquant_ray.checkpoint_source import read_source
+from autoquant_ray.errors import FormatError
 from autoquant_ray.formats import resolve_formats
 from autoquant_ray.quantizers import fake_quantize_weight, quantized_weight
 from autoquant_ray.weight_search import WeightScales
@@ -101,3 +102,9 @@ def test_every_expert_is_packed_with_its_searched_scales(
         start = names.index(layer) * rows
         found = unpack_modelopt(tensors, layer, algo)
         torch.testing.assert_close(found, expected[start : start + rows], rtol=tolerance, atol=1e-7)
+
+
+def test_blocks_of_integers_in_fused_experts_are_refused(solved_run: Any, tmp_path: Path) -> None:
+    directory, _, _ = solved_run("qwen3_moe", {"*": "none", "*experts": "int4_g32"}, ("int4_g32",))
+    with pytest.raises(FormatError, match=r"int4_g32: ModelOpt packs no 4-bit.*mlp\.experts"):
+        export_run(directory, str(tmp_path / "out"))
