@@ -10,16 +10,28 @@ Shape letters: N blocks, B values of a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+    StaticBlockScaleQuantizer,
     is_registered_quant_backend,
     register_quant_backend,
 )
+from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
+from modelopt.torch.quantization.utils.numeric_utils import fp8_max_for_normalization
 
-from autoquant_ray.number_formats import E2M1, E4M3, Blocks, Number, blocks_of, is_scaled_by_block
+from autoquant_ray.number_formats import (
+    E2M1,
+    E4M3,
+    Blocks,
+    Number,
+    blocks_of,
+    is_scaled_by_block,
+    is_static_nvfp4,
+)
 
 BACKEND = "autoquant_ray_blocks"
 """Value of a quantizer's ``backend`` attribute."""
@@ -36,13 +48,16 @@ def for_cpu(config: Mapping[str, Any]) -> dict[str, Any]:
         config: What ``mtq.quantize`` takes, such as ``mtq.NVFP4_DEFAULT_CFG``.
 
     Returns:
-        A copy whose NVFP4 and MX quantizers name :data:`BACKEND`.
+        A copy whose NVFP4 and MX quantizers name :data:`BACKEND`. Static NVFP4 weights do not:
+        ModelOpt asks no backend for them.
     """
 
     def named(attributes: Any) -> Any:
         if isinstance(attributes, list):
             return [named(one) for one in attributes]
-        runs_by_kernel = bool(attributes) and is_scaled_by_block(attributes)
+        if not attributes or is_static_nvfp4(attributes):
+            return attributes
+        runs_by_kernel = is_scaled_by_block(attributes)
         return attributes | {"backend": BACKEND} if runs_by_kernel else attributes
 
     entries = [
@@ -87,6 +102,30 @@ def quantize_blocks(
         rounded_NB = round_to(values_NB * _power_of_two(-exponents_N1), blocks.number)
     quantized = rounded_NB.mul_(scales_N1).view(padded.shape)
     return quantized[..., :columns].to(values.dtype)
+
+
+@torch.no_grad()
+def quantize_static_blocks(
+    values_NB: torch.Tensor, maxima_N1: torch.Tensor, largest: torch.Tensor, scale_at_largest: float
+) -> torch.Tensor:
+    """Quantize and dequantize NVFP4 blocks whose maxima are given.
+
+    As ModelOpt's ``compute_fp4_scales`` and ``static_blockwise_fp4_fake_quant_kernel``: scales are
+    ``e4m3(m / 6 s) s`` with ``s = largest / (6 * scale_at_largest)``; one that rounds to 0 makes
+    zeros.
+
+    Args:
+        values_NB: Blocks, any float dtype.
+        maxima_N1: What each block counts as its maximum; float32.
+        largest: That of the tensor, or of all that share its second scale; float32.
+        scale_at_largest: e4m3 scale of a block with that maximum: 448, or 256 where the choice
+            between the maxima ``m`` and ``1.5 m`` needs room above ("four over six").
+    """
+    second = largest.float() * (E4M3.largest / scale_at_largest) / E2M1.largest
+    scales_N1 = scaled_e4m3_impl(maxima_N1.float() / E2M1.largest, second)
+    safe_N1 = torch.where((scales_N1 == 0) | ~scales_N1.isfinite(), 1.0, scales_N1)
+    quantized_NB = round_to(values_NB.float() / safe_N1, E2M1).mul_(safe_N1)
+    return quantized_NB.masked_fill_(scales_N1 == 0, 0.0).to(values_NB.dtype)
 
 
 def round_to(values: torch.Tensor, number: Number) -> torch.Tensor:
@@ -135,17 +174,38 @@ def _power_of_two(exponents: torch.Tensor) -> torch.Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Quantized forward; backward as if nothing happened, like ModelOpt's default."""
+    """A quantized forward; backward as if nothing happened, like ModelOpt's default."""
 
     @staticmethod
     def forward(
-        context: Any, values: torch.Tensor, blocks: Blocks, maximum: torch.Tensor | None
+        context: Any, values: torch.Tensor, quantize: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        return quantize_blocks(values, blocks, maximum)
+        return quantize(values)
 
     @staticmethod
-    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradients[0], None, None
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+class StaticBlocksOnCpu(StaticBlockScaleQuantizer):
+    """ModelOpt's quantizer of static NVFP4 weights, which asks no backend, also on CPU.
+
+    Made of another quantizer by ``from_tensor_quantizer``, before or after its calibration.
+    """
+
+    def _fake_quantize(self, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.is_cuda:
+            on_cuda: torch.Tensor = super()._fake_quantize(inputs)
+            return on_cuda
+        largest = self.amax.amax() if self.global_amax is None else self.global_amax
+        quantize = partial(
+            quantize_static_blocks,
+            maxima_N1=self.amax.reshape(-1, 1),
+            largest=largest,
+            scale_at_largest=fp8_max_for_normalization(self),
+        )
+        quantized: torch.Tensor = _StraightThrough.apply(inputs, quantize)
+        return quantized
 
 
 def _entry_point(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
@@ -160,7 +220,8 @@ def _entry_point(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
     attributes = {"num_bits": quantizer.num_bits, "block_sizes": quantizer.block_sizes}
     blocks = blocks_of(attributes)
     maximum = quantizer._get_amax(inputs) if blocks.has_second_scale else None
-    quantized: torch.Tensor = _StraightThrough.apply(inputs, blocks, maximum)
+    quantize = partial(quantize_blocks, blocks=blocks, maximum=maximum)
+    quantized: torch.Tensor = _StraightThrough.apply(inputs, quantize)
     return quantized
 
 

@@ -121,7 +121,7 @@ def _pack(
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """The tensors of one packed layer, without its name."""
-    quantizer = make_weight_quantizer(format_.weight, weight_OI)
+    quantizer = make_weight_quantizer(format_.weight, weight_OI, format_.algorithm)
     scale = quantizer.amax.float() / quantizer.maxbound
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all zeros: any scale will do
     is_blocks = block_size(format_) > 0

@@ -195,6 +195,8 @@ def _problems(source: Source, layout: str) -> dict[str, list[str]]:
 def _problem(source: Source, module: str, format_: Format, layout: str) -> str | None:
     if stored_as(format_, layout) is None:
         return f"{format_.name} has no packed form"
+    if source.is_experts(module) and format_.weight.get("num_bits") == 4:
+        return f"{format_.name}: ModelOpt packs no 4-bit integers of fused experts"
     shapes = source.modules[module]["shapes"]
     reasons = (shape_problem(format_, shape) for shape in shapes)
     reason = next((one for one in reasons if one is not None), None)

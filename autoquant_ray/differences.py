@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from autoquant_ray.experts import FusedExperts
-from autoquant_ray.formats import Attributes, Format
+from autoquant_ray.formats import Format
 from autoquant_ray.quantizable import PlannedModule
-from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
+from autoquant_ray.quantizers import make_input_quantizer, quantized_weight
 from autoquant_ray.weight_cache import WeightCache
+from autoquant_ray.weight_search import WeightScales
 
 Formats = list[tuple[int, Format]]
 """Formats with their indices in the menu."""
@@ -43,12 +44,16 @@ class OutputDifferences:
     Args:
         formats: The menu.
         weights: Where quantized weights are kept.
+        model: The model.
     """
 
-    def __init__(self, formats: Sequence[Format], weights: WeightCache) -> None:
+    def __init__(
+        self, formats: Sequence[Format], weights: WeightCache, model: torch.nn.Module
+    ) -> None:
         self._formats = formats
         self._menus: dict[Only, list[Formats]] = {}
         self._weights = weights
+        self._scales = WeightScales(model)
         self._scratch = torch.empty(0)
         self._inputs = _QuantizedInputs()
 
@@ -82,18 +87,15 @@ class OutputDifferences:
         chunks = self._chunks(output_TO)
         is_single = input_TI.dtype == torch.float32
         for formats in self._menu(only):
-            attributes = formats[0][1].weight
-            own = (planned.name, formats[0][1].weight_key)
+            format_of_weight = formats[0][1]
+            own = (planned.name, format_of_weight.weight_key)
+            make = (module.weight, format_of_weight, self._scales, planned.name)
             quantizes_inputs = any(format_.input is not None for _, format_ in formats)
             error_OI, weight_OI = None, None
             if not is_single or not quantizes_inputs:
-                error_OI = self._weights.get(
-                    (*own, "error"), partial(_error, module.weight, attributes)
-                )
+                error_OI = self._weights.get((*own, "error"), partial(_error, *make))
             if quantizes_inputs:
-                weight_OI = self._weights.get(
-                    (*own, "weight"), partial(_quantized, module.weight, attributes)
-                )
+                weight_OI = self._weights.get((*own, "weight"), partial(_quantized, *make))
             for rows in chunks:
                 inputs = {
                     format_.input_key: self._inputs.get(
@@ -123,11 +125,11 @@ class OutputDifferences:
     ) -> Iterator[Difference]:
         """Differences of a fused experts module, by running it again."""
         for formats in self._menu(only):
-            key, attributes = formats[0][1].weight_key, formats[0][1].weight
+            format_of_weight = formats[0][1]
             weights = {
                 parameter: self._weights.get(
-                    (name, key, parameter),
-                    partial(experts.quantized_weight, parameter, attributes),
+                    (name, format_of_weight.weight_key, parameter),
+                    partial(experts.quantized_weight, parameter, format_of_weight, self._scales),
                 )
                 for parameter in experts.parameters
             }
@@ -203,15 +205,19 @@ class OutputDifferences:
         return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
-def _error(weight_OI: torch.Tensor, attributes: Attributes) -> torch.Tensor:
+def _error(
+    weight_OI: torch.Tensor, format_: Format, scales: WeightScales, name: str
+) -> torch.Tensor:
     """``Wq - W``, formed in float32, in the weight's dtype."""
     original_OI = weight_OI.float()
-    quantized_OI = fake_quantize_weight(attributes, original_OI)
+    quantized_OI = quantized_weight(format_, original_OI, scales, name)
     return quantized_OI.sub_(original_OI).to(weight_OI.dtype)
 
 
-def _quantized(weight_OI: torch.Tensor, attributes: Attributes) -> torch.Tensor:
-    return fake_quantize_weight(attributes, weight_OI.float()).to(weight_OI.dtype)
+def _quantized(
+    weight_OI: torch.Tensor, format_: Format, scales: WeightScales, name: str
+) -> torch.Tensor:
+    return quantized_weight(format_, weight_OI.float(), scales, name).to(weight_OI.dtype)
 
 
 class _QuantizedInputs:

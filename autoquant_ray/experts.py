@@ -21,13 +21,14 @@ from modelopt.torch.quantization.plugins.huggingface import (
     register_fused_experts_on_the_fly,
 )
 
-from autoquant_ray.formats import Attributes, Format
+from autoquant_ray.formats import Format
 from autoquant_ray.quantizable import PlannedModule
 from autoquant_ray.quantizers import (
     disabled_quantizer,
-    fake_quantize_weight,
     make_input_quantizer,
+    quantized_weight,
 )
+from autoquant_ray.weight_search import WeightScales
 
 
 def prepare_experts(model: torch.nn.Module) -> None:
@@ -47,6 +48,7 @@ class FusedExperts:
     def __init__(self, module: torch.nn.Module, planned: PlannedModule) -> None:
         self.parameters = planned.parameters
         self._is_transposed = planned.is_transposed
+        self._name = planned.name
         self._module = module
         self._shadow: Any = _shadow(module)
         self._resting = dict(self._shadow._parameters)
@@ -60,16 +62,27 @@ class FusedExperts:
                 quantizer.disable()
 
     @torch.no_grad()
-    def quantized_weight(self, name: str, attributes: Attributes) -> torch.Tensor:
+    def quantized_weight(self, name: str, format_: Format, scales: WeightScales) -> torch.Tensor:
         """Fake-quantize a parameter, every expert's slice ``(O, I)`` by itself or all as one.
+
+        Args:
+            name: The parameter's.
+            format_: Its weight quantizer is used.
+            scales: Those of the model.
 
         Returns:
             ``(E, O, I)``, transposed where the module stores it so.
         """
         slices = getattr(self._module, name)
         if self._is_transposed:
-            return fake_quantize_weight(attributes, slices.mT.contiguous()).mT
-        return torch.stack([fake_quantize_weight(attributes, weight_OI) for weight_OI in slices])
+            whole = slices.mT.contiguous()
+            return quantized_weight(format_, whole, scales, self._name, name).mT
+        return torch.stack(
+            [
+                quantized_weight(format_, weight_OI, scales, self._name, name, str(expert))
+                for expert, weight_OI in enumerate(slices)
+            ]
+        )
 
     @torch.no_grad()
     def run(

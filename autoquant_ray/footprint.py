@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoquant_ray.algorithms import SEARCHED_BYTES
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.formats import Format
 from autoquant_ray.plan import UNQUANTIZED_BITS, Plan
@@ -77,7 +78,11 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
     return Footprint(
         weight_bytes=num_weights * dtype_bytes,
         offloaded_bytes=min(held, num_weights) * dtype_bytes,
-        work_bytes=_WORK_COPIES * 4 * largest + cached + _LOGITS_BYTES + inputs,
+        work_bytes=_WORK_COPIES * 4 * largest
+        + cached
+        + searched_bytes(searched, plan.formats)
+        + _LOGITS_BYTES
+        + inputs,
     )
 
 
@@ -85,6 +90,16 @@ def quantized_bytes(num_weights: int, formats: Sequence[Format]) -> int:
     """Bytes of weights quantized in every way of a menu, as the weight cache holds them."""
     num_specs = len({format_.weight_key for format_ in formats})
     return _KEPT_BYTES * num_specs * num_weights
+
+
+def searched_bytes(num_weights: int, formats: Sequence[Format]) -> int:
+    """Bytes that the results of searched weight scales take, one per block of weights."""
+    blocks = {
+        format_.weight_key: int((format_.weight.get("block_sizes") or {}).get(-1) or num_weights)
+        for format_ in formats
+        if format_.algorithm is not None
+    }
+    return min(SEARCHED_BYTES, sum(num_weights // block for block in blocks.values()))
 
 
 def choose_placement(

@@ -12,13 +12,14 @@ bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*l
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoquant_ray.algorithms import check_search, checked_algorithm
 from autoquant_ray.errors import FormatError, one_line
 from autoquant_ray.format_names import closest_formats
-from autoquant_ray.number_formats import blocks_of, is_scaled_by_block
+from autoquant_ray.number_formats import blocks_of, is_scaled_by_block, is_static_nvfp4
 
 Attributes = dict[str, Any]
 """Fields of ModelOpt's ``QuantizerAttributeConfig``."""
@@ -137,14 +138,15 @@ def resolve_formats(
     names: tuple[str, ...],
     *,
     device: str,
-    custom: dict[str, dict[str, Attributes | None]] | None = None,
+    custom: Mapping[str, Mapping[str, Attributes | None]] | None = None,
 ) -> list[Format]:
     """Turn format names into :class:`Format` objects, in the order given.
 
     Args:
         names: Names of the menu.
         device: ``cpu`` or ``cuda``; formats that cannot run there are refused.
-        custom: Formats of the config file: name -> ``{"weight": ..., "input": ...}``.
+        custom: Formats of the config file: name -> ``{"weight": ..., "input": ...,
+            "algorithm": ...}``.
 
     Raises:
         FormatError: Unknown name (with the closest ones), or a format that cannot be scanned.
@@ -163,57 +165,58 @@ def known_formats() -> list[str]:
     return [*PAIRS, *sorted(mtq.config.choices)]
 
 
-def _resolve(name: str, custom: dict[str, dict[str, Attributes | None]]) -> Format:
+def _resolve(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -> Format:
+    algorithm: Attributes | None = None
     if name in custom:
         weight, input_ = _custom_attributes(name, custom[name])
+        algorithm = checked_algorithm(f"custom format {name!r}", custom[name].get("algorithm"))
     elif name in PAIRS:
         weight, input_ = PAIRS[name]
     else:
-        weight, input_ = _preset_attributes(name, [*custom, *known_formats()])
+        weight, input_, algorithm = _preset_attributes(name, [*custom, *known_formats()])
     return Format(
         name=name,
         weight=weight,
         input=input_,
         modelopt_compression=_modelopt_compression(name, weight, input_),
+        algorithm=algorithm,
     )
 
 
 def _custom_attributes(
-    name: str, entry: dict[str, Attributes | None]
+    name: str, entry: Mapping[str, Attributes | None]
 ) -> tuple[Attributes, Attributes | None]:
-    unknown = sorted(set(entry) - {"weight", "input"})
+    unknown = sorted(set(entry) - {"weight", "input", "algorithm"})
     weight = entry.get("weight")
     for attributes in entry.values():
         if attributes and "enable" in attributes:
             raise FormatError(f"custom format {name!r}: 'enable' is implied; leave it out")
     if unknown or not weight:
-        raise FormatError(f"custom format {name!r} must have 'weight' and may have 'input'")
+        raise FormatError(
+            f"custom format {name!r} must have 'weight' and may have 'input' and 'algorithm'"
+        )
     input_ = entry.get("input")
     restored = attributes_from_json(attributes_to_json(weight))
     return restored, None if input_ is None else attributes_from_json(attributes_to_json(input_))
 
 
-def _preset_attributes(name: str, known: list[str]) -> tuple[Attributes, Attributes | None]:
+def _preset_attributes(
+    name: str, known: list[str]
+) -> tuple[Attributes, Attributes | None, Attributes | None]:
     import modelopt.torch.quantization as mtq
 
     if name not in mtq.config.choices:
         hint = ", ".join(closest_formats(name, known) or known[:4])
         raise FormatError(f"unknown format {name!r}; closest: {hint}")
     preset = getattr(mtq.config, name)
-    algorithm = preset.get("algorithm")
-    method = algorithm["method"] if isinstance(algorithm, dict) else algorithm
-    if method not in (None, "max"):
-        raise FormatError(
-            f"format {name} needs the calibration algorithm {method!r}; only formats calibrated "
-            "by 'max' can be scanned so far"
-        )
+    algorithm = checked_algorithm(f"format {name}", preset.get("algorithm"))
     weight = _last_match(preset["quant_cfg"], "weight_quantizer")
     if weight is None:
         raise FormatError(
             f"format {name} sets no weight quantizer for every layer (it is a recipe for the KV "
             "cache or for some layers); use its base format, and --disable for the other layers"
         )
-    return weight, _last_match(preset["quant_cfg"], "input_quantizer")
+    return weight, _last_match(preset["quant_cfg"], "input_quantizer"), algorithm
 
 
 def _last_match(entries: list[dict[str, Any]], quantizer: str) -> Attributes | None:
@@ -260,6 +263,8 @@ def check_device(formats: Sequence[Format], device: str) -> None:
         for attributes in (format_.weight, format_.input):
             if attributes is None or not is_scaled_by_block(attributes):
                 continue
+            if is_static_nvfp4(attributes):
+                continue
             try:
                 blocks_of(attributes)
             except ValueError as error:
@@ -272,6 +277,8 @@ def check_device(formats: Sequence[Format], device: str) -> None:
 def _check_quantizers(format_: Format) -> None:
     """Refuse quantizers whose calibration or batching this package does not reproduce."""
     name, input_ = format_.name, format_.input
+    if format_.algorithm is not None:
+        check_search(f"format {name}", format_.weight, format_.algorithm)
     for attributes in (format_.weight, input_ or {}):
         if attributes.get("unsigned") or attributes.get("calibrator", "max") != "max":
             raise FormatError(

@@ -11,12 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from autoquant_ray.algorithms import by_sets, of_plan, on_cpu
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import ACTIVE_MOE, BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
 from autoquant_ray.certainty import Certainty
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.latency import LATENCY
-from autoquant_ray.number_formats import is_scaled_by_block
+from autoquant_ray.number_formats import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.store import SCHEMA_VERSION
 from autoquant_ray.stored_size import stored_bits
 
@@ -129,11 +130,13 @@ def quantization_config(
     """The configuration that ``mtq.quantize`` takes, in JSON-safe form.
 
     JSON has no integer keys, so block axes are strings here;
-    :func:`load_quantization_config` restores them. None for an imported manifest, which
-    does not name all modules of a fused group.
+    :func:`load_quantization_config` restores them. ``algorithm`` is that of
+    :func:`~autoquant_ray.algorithms.of_plan`. None for an imported manifest, which does not name
+    all modules of a fused group.
     """
     known = {entry["name"]: entry for entry in summary["formats"] if entry.get("weight")}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    algorithms: dict[str, Any] = {}
     for group in problem.groups.values():
         chosen = formats[group.name]
         if chosen == NONE:
@@ -143,8 +146,13 @@ def quantization_config(
         format_ = Format.from_json(known[chosen])
         for module in group.module_names:
             for prefix in summary["modules"][module]["prefixes"]:
-                entries.extend(quantizer_entries(f"{module}.{prefix}", format_))
-    return {"quant_cfg": [attributes_to_json(entry) for entry in entries], "algorithm": "max"}
+                own = quantizer_entries(f"{module}.{prefix}", format_)
+                algorithms |= {entry["quantizer_name"]: format_.algorithm for entry in own}
+                entries.extend(own)
+    return {
+        "quant_cfg": [attributes_to_json(entry) for entry in entries],
+        "algorithm": of_plan(algorithms),
+    }
 
 
 def quantizer_entries(start: str, format_: Format) -> list[dict[str, Any]]:
@@ -170,6 +178,8 @@ def load_quantization_config(
     ModelOpt runs NVFP4 and the MX formats by CUDA kernels only. For a model on CPU their
     quantizers name the ``backend`` that this package registers with ModelOpt
     (:mod:`autoquant_ray.block_formats`); on CUDA such a quantizer still runs ModelOpt's kernels.
+    Where layers are calibrated by different algorithms, the mode that this package registers with
+    ModelOpt (:mod:`autoquant_ray.calibration_mode`) runs ModelOpt's own, one after another.
 
     Args:
         manifest: Content of ``manifest.json``.
@@ -177,7 +187,7 @@ def load_quantization_config(
             needs ModelOpt alone. ``auto``: ``cpu`` where this machine has no CUDA device.
 
     Returns:
-        ``{"quant_cfg": [...], "algorithm": "max"}`` with integer block axes and tuples.
+        ``{"quant_cfg": [...], "algorithm": ...}`` with integer block axes and tuples.
 
     Raises:
         ValueError: The manifest has none, because it was imported.
@@ -190,8 +200,13 @@ def load_quantization_config(
         for entry in config["quant_cfg"]
     ]
     restored = {"quant_cfg": entries, "algorithm": config["algorithm"]}
-    by_block = any(is_scaled_by_block(entry.get("cfg") or {}) for entry in entries)
-    if not (by_block and _is_on_cpu(device)):
+    quantizers = [entry.get("cfg") or {} for entry in entries]
+    by_block = any(map(is_scaled_by_block, quantizers)) and _is_on_cpu(device)
+    if by_block and any(map(is_static_nvfp4, quantizers)):
+        restored["algorithm"] = on_cpu(config["algorithm"])
+    if by_sets(restored["algorithm"]):
+        import autoquant_ray.calibration_mode  # noqa: F401
+    if not by_block:
         return restored
     from autoquant_ray.block_formats import for_cpu
 

@@ -1,8 +1,9 @@
 """What quantizer attributes say about numbers, blocks and scales: as facts, and in words.
 
 Blocks whose scale is computed from the values themselves (``type: dynamic``, with ``scale_bits``)
-are NVFP4 and the MX formats. ModelOpt quantizes them by CUDA kernels;
-:mod:`autoquant_ray.block_formats` does it on CPU, for the formats that are listed here.
+are NVFP4 and the MX formats; NVFP4 weights may also have calibrated scales (``type: static``).
+ModelOpt quantizes them by CUDA kernels; :mod:`autoquant_ray.block_formats` does it on CPU, for the
+formats that are listed here.
 """
 
 from __future__ import annotations
@@ -68,6 +69,15 @@ def is_scaled_by_block(attributes: Mapping[str, Any]) -> bool:
     sizes = attributes.get("block_sizes") or {}
     dynamic = sizes.get("type") == "dynamic" and sizes.get("scale_bits") is not None
     return attributes.get("num_bits") == (2, 1) or dynamic
+
+
+def is_static_nvfp4(attributes: Mapping[str, Any]) -> bool:
+    """Whether these are NVFP4 blocks with calibrated e4m3 scales, for weights."""
+    sizes = attributes.get("block_sizes") or {}
+    axes = [key for key in sizes if isinstance(key, int)]
+    is_static = sizes.get("type", "static") == "static" and sizes.get("scale_bits") == E4M3_SCALE
+    is_along_rows = axes == [-1] and sizes[-1] in BLOCK_SIZES
+    return attributes.get("num_bits") == (2, 1) and is_static and is_along_rows
 
 
 def blocks_of(attributes: Mapping[str, Any]) -> Blocks:

@@ -19,9 +19,10 @@ from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import replaced_forward
 from autoquant_ray.quantizable import PlannedModule, is_of_tower
-from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
+from autoquant_ray.quantizers import make_input_quantizer, quantized_weight
 from autoquant_ray.sensitivity import Maxima, ScoredModule
 from autoquant_ray.weight_cache import WeightCache
+from autoquant_ray.weight_search import WeightScales
 
 Choice = tuple[int, ...]
 """Index of the format per searched group; -1 where the group stays in 16 bits."""
@@ -53,6 +54,7 @@ class QuantizedLayers:
     ) -> None:
         self._formats = formats
         self._maxima = maxima
+        self._scales = WeightScales(model)
         number_of = {m: number for number, layer in enumerate(layers) for m in layer.modules()}
         self._by_layer: dict[int, list[tuple[ScoredModule, Any]]] = {}
         self._experts: dict[str, FusedExperts] = {}
@@ -95,14 +97,14 @@ class QuantizedLayers:
             kept = {
                 name: weights.get(
                     (planned.name, format_.weight_key, name),
-                    partial(experts.quantized_weight, name, format_.weight),
+                    partial(experts.quantized_weight, name, format_, self._scales),
                 )
                 for name in experts.parameters
             }
             return lambda *inputs: experts.run(format_, kept, maxima, inputs)
         weight_OI = weights.get(
             (planned.name, format_.weight_key),
-            partial(fake_quantize_weight, format_.weight, module.weight),
+            partial(quantized_weight, format_, module.weight, self._scales, planned.name),
         )
         quantizer = make_input_quantizer(format_.input, maxima.get("input_amax"), module.weight[:0])
 

@@ -16,8 +16,10 @@ from pydantic import (
 
 
 def _check_custom_key(key: str) -> str:
-    if key not in ("weight", "input"):
-        raise ValueError("unknown key; a custom format has 'weight' and may have 'input'")
+    if key not in ("weight", "input", "algorithm"):
+        raise ValueError(
+            "unknown key; a custom format has 'weight' and may have 'input' and 'algorithm'"
+        )
     return key
 
 
@@ -40,7 +42,8 @@ class SearchSpace(BaseModel):
     custom_formats: dict[str, dict[CustomKey, dict[str, Any] | None]] = Field(
         default_factory=dict,
         description="Extra formats, config file only: name -> {weight: ModelOpt quantizer "
-        "attributes, input: the same or null}.",
+        "attributes, input: the same or null, algorithm: max, mse, or a mapping with method and "
+        "ModelOpt's arguments}.",
     )
     disable: tuple[str, ...] = Field(
         default=(),
@@ -74,6 +77,19 @@ class SearchSpace(BaseModel):
         if not isinstance(parts, list | tuple):
             return parts
         return tuple(part.strip() if isinstance(part, str) else part for part in parts)
+
+    @field_validator("custom_formats", mode="before")
+    @classmethod
+    def _expand_algorithms(cls, value: Any) -> Any:
+        """``algorithm: mse`` is short for ``algorithm: {method: mse}``."""
+
+        def expanded(entry: Any) -> Any:
+            is_short = isinstance(entry, dict) and isinstance(entry.get("algorithm"), str)
+            return entry | {"algorithm": {"method": entry["algorithm"]}} if is_short else entry
+
+        if not isinstance(value, dict):
+            return value
+        return {name: expanded(entry) for name, entry in value.items()}
 
     @field_validator("formats")
     @classmethod

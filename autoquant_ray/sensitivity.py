@@ -118,7 +118,7 @@ class SensitivityScorer:
         num_draws: int = 1,
         row_share: float = 1.0,
     ) -> None:
-        self._differences = OutputDifferences(formats, weights)
+        self._differences = OutputDifferences(formats, weights, model)
         self._num_draws = num_draws
         self._row_share = row_share
         self._modules = [(scored, model.get_submodule(scored.planned.name)) for scored in modules]

@@ -131,7 +131,8 @@ def formats_table() -> str:
         if isinstance(format_, Format):
             bits = stored_bits(format_.weight, MATRIX) / (MATRIX[0] * MATRIX[1])
             shown = f"{bits:.3f}".rstrip("0").rstrip(".")
-            quantizers = f"{describe(format_.weight)} | {describe(format_.input)}"
+            method = "" if format_.algorithm is None else f", by {format_.algorithm['method']}"
+            quantizers = f"{describe(format_.weight)}{method} | {describe(format_.input)}"
             rows.append(f"| `{name}` | {quantizers} | {shown} | {_on_cpu(format_)} |")
     return "\n".join([*rows, ""])
 

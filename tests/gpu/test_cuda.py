@@ -99,6 +99,22 @@ def test_blocks_cpu_equal_modelopt_kernels(name: str, columns: int, dtype: torch
     assert torch.equal(through_backend(weight.cuda()), plain(weight.cuda()))
 
 
+@pytest.mark.parametrize("name", ["four_over_six", "sweep", "max"])
+def test_static_nvfp4_cpu_equals_modelopt_kernels(name: str) -> None:
+    """The same scales are found, up to the last bits of their division."""
+    sizes = {-1: 16, "type": "static", "scale_bits": (4, 3)}
+    if name == "four_over_six":
+        sizes |= {"four_over_six": True}
+    full = {"method": "mse", "step_size": 0.5, "start_multiplier": 1.0, "stop_multiplier": 1.5}
+    algorithm = None if name == "max" else full | {"fp8_scale_sweep": name == "sweep"}
+    attributes = {"num_bits": (2, 1), "block_sizes": sizes}
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    on_cpu = fake_quantize_weight(attributes, weight, algorithm)
+    on_cuda = fake_quantize_weight(attributes, weight.cuda(), algorithm).cpu()
+    close = torch.isclose(on_cuda, on_cpu, rtol=1e-6)
+    assert (~close).float().mean() < 1e-3
+
+
 def test_scores_of_blocks_cuda_equal_cpu(model_folder: Any, make_samples: Any) -> None:
     formats = ("NVFP4_DEFAULT_CFG", "MXFP4_DEFAULT_CFG", "MXINT8_DEFAULT_CFG")
     on_cpu = score(model_folder, make_samples, "cpu", formats)

@@ -29,7 +29,22 @@ CUSTOM = {
     "int4_g32": {
         "weight": {"num_bits": 4, "block_sizes": {"-1": 32, "type": "static"}},
         "input": None,
-    }
+    },
+    "int4_g32_mse": {
+        "weight": {"num_bits": 4, "block_sizes": {"-1": 32, "type": "static"}},
+        "input": None,
+        "algorithm": {"method": "mse"},
+    },
+    "int8_mse": {
+        "weight": {"num_bits": 8, "axis": 0},
+        "input": {"num_bits": 8, "axis": None},
+        "algorithm": {"method": "mse", "start_multiplier": 0.6, "stop_multiplier": 1.2},
+    },
+    "fp8_mse": {
+        "weight": {"num_bits": [4, 3], "axis": None},
+        "input": {"num_bits": [4, 3], "axis": None},
+        "algorithm": {"method": "mse"},
+    },
 }
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 FORMATS = ("int4_g32", "wfp8_afp8", "wint8_aint8", "wint8_afp16", "wfp8_afp16")
@@ -55,7 +70,8 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
 
 def fake_weight(folder: Path, module: str, format_: Any) -> torch.Tensor:
     """A weight as the scan quantizes it."""
-    return fake_quantize_weight(format_.weight, load_folder(folder)[f"{module}.weight"])
+    weight = load_folder(folder)[f"{module}.weight"]
+    return fake_quantize_weight(format_.weight, weight, format_.algorithm)
 
 
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:

@@ -69,8 +69,33 @@ def modelopt_scores(
     }
 
 
+def scores_of_config(model: Any, batches: Sequence[Batch], config: Any) -> dict[str, float]:
+    """Group -> score of a search over one configuration; the model is changed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, state = mtq.auto_quantize(
+            model,
+            constraints={"effective_bits": 15.0},
+            quantization_formats=[config],
+            data_loader=batches,
+            forward_step=next_token_loss,
+            loss_func=lambda loss, _: loss,
+            num_calib_steps=len(batches),
+            num_score_steps=len(batches),
+            verbose=False,
+        )
+    return {
+        name.removesuffix(".quant_recipe"): stats["scores"][0]
+        for name, stats in state["candidate_stats"].items()
+        if len(stats["scores"]) == 2
+    }
+
+
 def quantized_by_modelopt(
-    model: Any, batches: Sequence[torch.Tensor], entries: Sequence[dict[str, Any]]
+    model: Any,
+    batches: Sequence[torch.Tensor],
+    entries: Sequence[dict[str, Any]],
+    algorithm: Any = "max",
 ) -> Any:
     """A copy of the model, quantized and calibrated on the batches.
 
@@ -78,13 +103,14 @@ def quantized_by_modelopt(
         model: Stays as it is.
         batches: Token ids ``(B, S)``.
         entries: The configuration's ``quant_cfg``.
+        algorithm: The configuration's ``algorithm``.
     """
 
     def run(copied: Any) -> None:
         for ids_BS in batches:
             copied(input_ids=ids_BS, use_cache=False)
 
-    config = {"quant_cfg": list(entries), "algorithm": "max"}
+    config = {"quant_cfg": list(entries), "algorithm": algorithm}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return mtq.quantize(copy.deepcopy(model), config, run).requires_grad_(False)

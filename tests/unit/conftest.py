@@ -70,9 +70,11 @@ def make_spec() -> Any:
 def make_engine(make_model: Any, make_spec: Any) -> Any:
     """Build an engine; keywords replace fields of the default spec."""
 
-    def build(family: str, formats: tuple[str, ...] = PRESETS, **changes: Any) -> Prepared:
+    def build(
+        family: str, formats: tuple[str, ...] = PRESETS, custom: Any = None, **changes: Any
+    ) -> Prepared:
         model = make_model(family)
-        plan = build_plan(model, resolve_formats(formats, device="cpu"))
+        plan = build_plan(model, resolve_formats(formats, device="cpu", custom=custom))
         engine = Engine(make_spec(plan, **changes), model=model)
         return Prepared(model, plan, engine, [group.name for group in plan.searched])
 

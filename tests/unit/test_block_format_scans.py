@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from modelopt_scores import Batch, next_token_loss, of_text
+from modelopt_scores import of_text, scores_of_config
 
 from autoquant_ray import load_quantization_config
 from autoquant_ray.block_formats import BACKEND, for_cpu
@@ -78,28 +78,6 @@ def test_scores_do_not_depend_on_the_other_formats(make_engine: Any, make_sample
     np.testing.assert_array_equal(together[:, 2:], scores(("NVFP4_DEFAULT_CFG",)))
 
 
-def modelopt_scores(model: Any, batches: list[Batch], config: Any) -> dict[str, float]:
-    """Scores of ``mtq.auto_quantize`` on CPU, whose NVFP4 and MX quantizers name our backend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, state = mtq.auto_quantize(
-            model,
-            constraints={"effective_bits": 15.0},
-            quantization_formats=[config],
-            data_loader=batches,
-            forward_step=next_token_loss,
-            loss_func=lambda loss, _: loss,
-            num_calib_steps=len(batches),
-            num_score_steps=len(batches),
-            verbose=False,
-        )
-    return {
-        name.removesuffix(".quant_recipe"): stats["scores"][0]
-        for name, stats in state["candidate_stats"].items()
-        if len(stats["scores"]) == 2
-    }
-
-
 @pytest.mark.parametrize(
     ("family", "presets"),
     [
@@ -122,7 +100,7 @@ def test_scores_equal_modelopt_search_with_the_backend(
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     for index, preset in enumerate(presets):
         config = for_cpu(getattr(mtq, preset)) | {"algorithm": "max"}
-        theirs = modelopt_scores(make_model(family), batches, config)
+        theirs = scores_of_config(make_model(family), batches, config)
         assert set(theirs) == set(prepared.names)
         for group, name in enumerate(prepared.names):
             tolerance = 1e-3 if name.endswith("experts") else 1e-4

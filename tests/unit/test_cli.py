@@ -205,7 +205,7 @@ def test_format_with_other_calibration_is_refused(
     line = refusal(scan(formats=name, device=device))
     assert name in line
     assert reason in line.replace(name, "")
-    assert "only formats calibrated by 'max'" in line
+    assert "needs the calibration algorithm" in line
 
 
 @pytest.mark.parametrize(
@@ -415,6 +415,20 @@ def test_yaml_unknown_quantizer_attribute_is_named(scan_yaml: Any) -> None:
     line = refusal(scan_yaml(text, formats="mine"))
     assert "'mine'" in line
     assert "num_bitz" in line
+
+
+def test_yaml_algorithm_of_a_custom_format_is_checked_when_planning(
+    scan_yaml: Any, model_folder: Any
+) -> None:
+    weight = "weight: {num_bits: 8, axis: 0}"
+    text = f"custom_formats: {{mine: {{{weight}, algorithm: msee}}}}\n"
+    line = refusal(scan_yaml(text, formats="mine"))
+    assert "custom format 'mine' needs the calibration algorithm 'msee'; known are max, mse" in line
+    text = f"custom_formats: {{mine: {{{weight}, algorithm: {{method: mse, step: 1}}}}}}\n"
+    assert "mse has no argument 'step'" in refusal(scan_yaml(text, formats="mine"))
+    assert "custom_formats.mine.algorithm" in refusal(
+        scan_yaml(f"custom_formats: {{mine: {{{weight}, algorithm: 4}}}}\n", formats="mine")
+    )
 
 
 def test_yaml_custom_format_without_weight_is_refused(scan_yaml: Any) -> None:

@@ -47,6 +47,7 @@ def test_example_of_custom_formats_can_be_planned(model_folder: Any, tmp_path: P
     bits = {row["format"]: row["weight_bits"] for row in json.loads(result.stdout)["groups"]}
     assert bits["mxfp6_e2m3"] == pytest.approx(6.25, abs=0.1)
     assert bits["int4_block64"] == pytest.approx(4.25, abs=0.1)
+    assert bits["int4_searched"] == bits["int4_block64"]
 
 
 @pytest.mark.parametrize(
