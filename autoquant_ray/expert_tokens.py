@@ -1,7 +1,8 @@
 """How many tokens the routed experts of a model saw, and which of them saw too few.
 
 A group of fused experts has one score for all its experts. What an expert adds to it comes from the
-tokens that were routed to it; one that saw none adds nothing, whatever a format does to it.
+tokens that were routed to it; one that saw none adds nothing, whatever a format does to it. An
+expert that is a group of its own has no score then, and stays in 16 bits.
 """
 
 from __future__ import annotations
@@ -35,6 +36,61 @@ def routed_tokens(
         return None
     chosen = routes[0][live_T.to(routes[0].device)].flatten().long()
     return torch.bincount(chosen, minlength=num_experts)[:num_experts]
+
+
+class TokenCounts:
+    """Adds up the tokens with a gradient that each expert of fused modules saw.
+
+    Args:
+        modules: Modules with their entries in the plan: one each, or all single experts.
+    """
+
+    def __init__(self, modules: Iterable[tuple[Sequence[Any], Any]]) -> None:
+        self._names: dict[str, list[tuple[str, int | None]]] = {}
+        self._num_experts: dict[str, int] = {}
+        for own, module in modules:
+            first = own[0].planned
+            if first.kind in ("experts", "expert"):
+                self._names[first.path] = [(one.planned.name, one.planned.expert) for one in own]
+                self._num_experts[first.path] = len(getattr(module, first.parameters[0]))
+        self._counts: dict[str, torch.Tensor] = {}
+
+    def add(
+        self, name: str, inputs: Sequence[torch.Tensor], gradients_TO: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Count the tokens of a module, if it has experts.
+
+        Args:
+            name: The module.
+            inputs: Its inputs.
+            gradients_TO: Gradients at its output, one per label draw.
+
+        Returns:
+            Which tokens have a gradient ``(T,)``; nothing for a module without experts.
+        """
+        import torch
+
+        if name not in self._names:
+            return torch.empty(0, dtype=torch.bool)
+        live_T = torch.stack([g.ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)
+        counts = routed_tokens(inputs, live_T, self._num_experts[name])
+        if counts is not None:
+            before = self._counts.get(name)
+            self._counts[name] = counts if before is None else before + counts
+        return live_T
+
+    def by_name(self) -> dict[str, Counts]:
+        """Fused module -> tokens of its experts; single expert -> a list of one."""
+        found: dict[str, Counts] = {}
+        for path, counts in self._counts.items():
+            numbers = counts.tolist()
+            for name, expert in self._names[path]:
+                found[name] = numbers if expert is None else [numbers[expert]]
+        return found
+
+    def forget(self) -> None:
+        """Start from zero."""
+        self._counts = {}
 
 
 def add_counts(

@@ -7,12 +7,13 @@ in a searched group or listed as unsearched with the reason.
 
 from __future__ import annotations
 
-import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError, ModelError
+from autoquant_ray.expert_groups import LAYER, ExpertGroups, is_apart, split_experts
 from autoquant_ray.formats import NONE, Format
 from autoquant_ray.layers import decoder_layers
 from autoquant_ray.quantizable import (
@@ -53,8 +54,11 @@ class PlannedGroup:
         return self.reason is None
 
     def takes(self, format_: Format) -> bool:
-        """Whether a format is among the choices of this group."""
-        return True
+        """Whether a format is among the choices of this group.
+
+        Experts share the quantizer of their inputs; one that is a group takes what leaves them.
+        """
+        return format_.input is None or self.modules[0].expert is None
 
     @property
     def num_weights(self) -> int:
@@ -145,10 +149,7 @@ class Plan:
         return {
             "formats": [format_.to_json() for format_ in self.formats],
             "modules": {
-                module.name: {
-                    "prefixes": list(module.quantizer_prefixes),
-                    "shapes": [list(shape) for shape in module.shapes],
-                }
+                module.name: module.to_json()
                 for group in self.groups
                 for module in group.modules
             },
@@ -163,7 +164,11 @@ class Plan:
 
 
 def build_plan(
-    model: Any, formats: Sequence[Format], disable: Sequence[str] = (), coverage: str = "lm"
+    model: Any,
+    formats: Sequence[Format],
+    disable: Sequence[str] = (),
+    coverage: str = "lm",
+    expert_groups: ExpertGroups = LAYER,
 ) -> Plan:
     """Group the quantizable modules of a model and cost every choice.
 
@@ -172,17 +177,20 @@ def build_plan(
         formats: The menu.
         disable: Globs of module names to leave in 16 bits.
         coverage: ``lm`` leaves the vision tower in 16 bits, ``full`` searches it too.
+        expert_groups: Unless ``layer``, every expert is a group.
 
     Raises:
-        ConfigError: Nothing is left to search, a glob matches no module, or there is no vision
-            tower for ``full``.
+        ConfigError: Nothing is left to search, a glob matches no module, there is no vision
+            tower for ``full``, or the experts cannot be told apart.
         ModelError: The model has no quantizable module.
     """
     modules = list(quantizable_modules(model))
     if not modules:
         raise ModelError(f"{type(model).__name__} has no layer that ModelOpt can quantize")
+    if is_apart(expert_groups):
+        modules = split_experts(model, modules, formats)
     for pattern in disable:
-        if not any(fnmatch.fnmatch(module.name, pattern) for module in modules):
+        if not any(module.matches(pattern) for module in modules):
             raise ConfigError(
                 f"--disable {pattern!r} matches no layer; names look like {modules[0].name!r}"
             )
@@ -254,7 +262,7 @@ def _reason_unsearched(
 ) -> str | None:
     for module in group:
         for pattern in disable:
-            if fnmatch.fnmatch(module.name, pattern):
+            if module.matches(pattern):
                 return f"disabled by {pattern!r}"
         if is_of_tower(module.name) and not (has_images and sees_images(module.name)):
             return _TOWER_UNSEARCHED
@@ -278,9 +286,11 @@ def _flops_per_token(model: Any, groups: Sequence[PlannedGroup], num_formats: in
     text_config = model.config.get_text_config()
     visited = getattr(text_config, "num_experts_per_tok", None) or 1
     total = 0.0
+    experts = Counter(module.path for group in groups for module in group.modules)
     for group in groups:
         for module in group.modules:
-            share = min(1.0, visited / module.shapes[0][0]) if module.kind == "experts" else 1.0
+            count = {"experts": module.shapes[0][0], "expert": experts[module.path]}
+            share = min(1.0, visited / count.get(module.kind, 1))
             products = 4 + num_formats if group.is_searched else 4
             total += 2 * module.num_weights * share * products
     return round(total)

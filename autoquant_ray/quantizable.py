@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +36,13 @@ class PlannedModule:
 
     Attributes:
         name: Dotted name in the model.
-        kind: ``linear``, ``experts`` (fused 3-D parameters) or ``convolution``.
+        kind: ``linear``, ``experts`` (fused 3-D parameters), ``expert`` (one slice of them) or
+            ``convolution``.
         parameters: Weight parameter names inside the module, in forward order.
         shapes: Their shapes, as ``(..., out, in)``.
         is_transposed: Whether experts are stored as ``(experts, in, out)`` (GPT-OSS). ModelOpt
             quantizes such a parameter as one tensor, not expert by expert.
+        expert: Of a single expert, its number, which ends its name.
     """
 
     name: str
@@ -48,6 +50,12 @@ class PlannedModule:
     parameters: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     is_transposed: bool = False
+    expert: int | None = None
+
+    @property
+    def path(self) -> str:
+        """Name of the model's module that holds the weights."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
 
     @property
     def num_weights(self) -> int:
@@ -57,7 +65,20 @@ class PlannedModule:
     @property
     def quantizer_prefixes(self) -> tuple[str, ...]:
         """What stands before ``_weight_quantizer`` in ModelOpt's names: '' for a linear."""
-        return ("",) if self.kind != "experts" else tuple(f"{p}_" for p in self.parameters)
+        is_fused = self.kind in ("experts", "expert")
+        return tuple(f"{p}_" for p in self.parameters) if is_fused else ("",)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob names it, or the module that holds it."""
+        return any(fnmatch.fnmatch(name, pattern) for name in (self.name, self.path))
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``run.json`` keeps of it."""
+        own = {
+            "prefixes": list(self.quantizer_prefixes),
+            "shapes": [list(shape) for shape in self.shapes],
+        }
+        return own if self.expert is None else own | {"expert": self.expert}
 
 
 def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
