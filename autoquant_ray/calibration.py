@@ -29,7 +29,9 @@ class ActivationMaxima:
     """
 
     def __init__(self, model: torch.nn.Module, modules: Sequence[ScoredModule]) -> None:
-        watched = [m.planned for m in modules if m.planned.expert is None]  # of those, no inputs are
+        watched = [
+            m.planned for m in modules if m.planned.expert is None
+        ]  # of those, no inputs are
         self._modules = [(planned, model.get_submodule(planned.name)) for planned in watched]
         self._experts = {
             planned.name: FusedExperts(module, planned)

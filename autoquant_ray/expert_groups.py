@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BeforeValidator
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from autoquant_ray.formats import Format
 
-LAYER = "layer"
-EXPERT = "expert"
+LAYER: Final = "layer"
+EXPERT: Final = "expert"
 
 
 def parse_expert_groups(value: object) -> object:

@@ -103,6 +103,44 @@ def add_counts(
     ]
 
 
+NO_TOKEN = "this expert saw no token, so that it has no score"
+"""Why such an expert stays in 16 bits."""
+
+
+def without_tokens(tokens: Mapping[str, Counts | None]) -> tuple[str, ...]:
+    """Single experts that saw no token, in layers whose other experts saw some.
+
+    A layer none of whose experts saw a token has lost its gradient, which is another matter.
+
+    Args:
+        tokens: Group -> tokens of its experts; None where it has none, or where it is not known.
+    """
+    seen = {name.rpartition(".")[0] for name, counts in tokens.items() if counts and sum(counts)}
+    return tuple(
+        name for name, counts in tokens.items() if counts == [0] and name.rpartition(".")[0] in seen
+    )
+
+
+def note_silent_experts(plan: dict[str, Any], groups: Iterable[str]) -> None:
+    """Say in a plan's summary which experts stay in 16 bits because they saw no token.
+
+    Args:
+        plan: The summary, changed in place.
+        groups: Those experts; what was said before of others is taken back.
+    """
+    others = {group: reason for group, reason in plan["unsearched"].items() if reason != NO_TOKEN}
+    plan["unsearched"] = others | dict.fromkeys(groups, NO_TOKEN)
+
+
+def silent_experts(plan: Mapping[str, Any]) -> list[str]:
+    """Experts that stay in 16 bits because they saw no token.
+
+    Args:
+        plan: The plan's summary.
+    """
+    return [group for group, reason in plan["unsearched"].items() if reason == NO_TOKEN]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FewTokens:
     """Experts of a group that saw fewer tokens than asked for.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import ACTIVE_MOE, BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
 from autoquant_ray.certainty import Certainty
+from autoquant_ray.expert_entries import ApartExperts
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.latency import LATENCY
 from autoquant_ray.number_formats import is_scaled_by_block
@@ -134,16 +135,20 @@ def quantization_config(
     """
     known = {entry["name"]: entry for entry in summary["formats"] if entry.get("weight")}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    apart = ApartExperts()
     for group in problem.groups.values():
         chosen = formats[group.name]
-        if chosen == NONE:
-            continue
-        if chosen not in known:
+        if chosen != NONE and chosen not in known:
             return None
-        format_ = Format.from_json(known[chosen])
+        format_ = None if chosen == NONE else Format.from_json(known[chosen])
         for module in group.module_names:
-            for prefix in summary["modules"][module]["prefixes"]:
-                entries.extend(quantizer_entries(f"{module}.{prefix}", format_))
+            facts = summary["modules"].get(module, {"prefixes": ()})
+            if "expert" in facts:
+                apart.add(module, facts, format_)
+            elif format_ is not None:
+                for prefix in facts["prefixes"]:
+                    entries.extend(quantizer_entries(f"{module}.{prefix}", format_))
+    entries.extend(apart.entries())
     return {"quant_cfg": [attributes_to_json(entry) for entry in entries], "algorithm": "max"}
 
 
@@ -239,6 +244,7 @@ def build_manifest(
             "latency": None if options.latency is None else options.latency.to_json(),
             "engine": options.engine,
             "gpu": options.gpu,
+            "expert_groups": options.expert_groups,
         },
         "solution": dict(solution),
         "quantization_config": config,

@@ -149,9 +149,7 @@ class Plan:
         return {
             "formats": [format_.to_json() for format_ in self.formats],
             "modules": {
-                module.name: module.to_json()
-                for group in self.groups
-                for module in group.modules
+                module.name: module.to_json() for group in self.groups for module in group.modules
             },
             "unsearched": {g.name: g.reason for g in self.groups if g.reason is not None},
             "tied_groups": [group.name for group in self.groups if group.is_tied],

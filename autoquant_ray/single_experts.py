@@ -49,7 +49,7 @@ class OneExpert:
         maxima: dict[str, float],
         inputs: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
-        """Output ``(R, H)``, routing weights applied, under a format that leaves inputs as they are.
+        """Output ``(R, H)``, routing weights applied, under a format that leaves inputs alone.
 
         Args:
             format_: The format.
