@@ -1,4 +1,4 @@
-"""The options of ``solve`` that say where the plan will be served, and what shares a format there."""
+"""The options of ``solve`` that say where the plan will be served, and which experts are alike."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ _NAMES = ("engine", "gpu")
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--engine`` and ``--gpu``, described as a scan's own, and ``--expert-groups``."""
+    """Add ``--engine`` and ``--gpu``, described as a scan's own."""
     for name in reversed(_NAMES):
         text = ScanConfig.model_fields[name].description
         command = click.option(f"--{name}", metavar=name.upper(), help=text)(command)
+    return command
+
+
+def experts_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--expert-groups`` of ``solve``."""
     return click.option(
         "--expert-groups",
         metavar="GROUPS",
