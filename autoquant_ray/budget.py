@@ -156,7 +156,7 @@ class Problem:
         self.served: Served | None = None
         self.experts: Experts | None = None
         self.summary = summary
-        silent = summary["unsearched"]  # among them experts that turned out to see no token
+        silent = summary.get("unsearched", {})  # among them experts that turned out to see no token
         groups: dict[str, GroupChoices] = {}
         for row in plan_rows:
             name = row["group"]
