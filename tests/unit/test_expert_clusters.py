@@ -176,7 +176,7 @@ def test_domain_that_never_visits_an_expert_loses_nothing_there(expert_run: Any)
 
 def test_engine_gives_a_layers_experts_one_format(expert_run: Any) -> None:
     directory = expert_run()
-    asked = {"bits": 7.0, "engine": "trtllm", "gpu": "hopper"}
+    asked = {"bits": 9.5, "engine": "trtllm", "gpu": "hopper"}
     formats = solve_run(directory, SolveOptions(**asked, expert_groups="expert")).formats
     assert _experts(formats, LAYERS[0]) == ["wint4_afp16"] * 4
     all_of_layer = [formats[f"{LAYERS[1]}.{number}"] for number in range(4)]

@@ -40,14 +40,16 @@ class Apart:
     def ids_BS(self) -> torch.Tensor:
         return torch.tensor(self.samples)
 
+    @property
+    def maxima(self) -> Any:
+        """Made up."""
+        return {m.name: {"input_amax": 8.0} for g in self.plan.searched for m in g.modules}
+
     def score(self, **changes: Any) -> Any:
         spec = dataclasses.replace(self.spec, **changes)
-        maxima = {
-            module.name: dict.fromkeys(["input_amax"], 8.0)
-            for group in self.plan.searched
-            for module in group.modules
-        }
-        return Engine(spec, model=copy.deepcopy(self.model)).score(self.samples, 0, maxima).sums
+        return (
+            Engine(spec, model=copy.deepcopy(self.model)).score(self.samples, 0, self.maxima).sums
+        )
 
 
 @pytest.fixture(scope="module", params=["Qwen3-MoE", "DeepSeek-V3", "Nemotron-H"])
@@ -127,6 +129,18 @@ def _by_replacement(apart: Apart) -> dict[str, dict[str, tuple[float, float]]]:
                 float(product_TO.sum(dim=1).square().sum()),
             )
     return found
+
+
+def test_sums_of_a_shard_do_not_depend_on_the_shards_before(
+    apart: Apart, make_samples: Any
+) -> None:
+    engine = Engine(apart.spec, model=copy.deepcopy(apart.model))
+    engine.score(make_samples([30, 7], seed=5), 0, apart.maxima)
+    again = engine.score(apart.samples, 0, apart.maxima).sums
+    first = apart.score()
+    assert again.elementwise_GF.tobytes() == first.elementwise_GF.tobytes()
+    assert again.token_GF.tobytes() == first.token_GF.tobytes()
+    assert again.expert_tokens == first.expert_tokens
 
 
 def test_drawn_rows_estimate_the_sums_of_all_rows(apart: Apart) -> None:
