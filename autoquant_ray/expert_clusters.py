@@ -10,7 +10,7 @@ that was scored expert by expert are enough, so that another K takes no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.expert_groups import EXPERT, LAYER, ExpertGroups
+from autoquant_ray.quantizable import expert_place
 
 Scores = Mapping[tuple[str, str], float]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -54,22 +55,23 @@ class Experts:
 
 
 def experts_of(
-    weights: Mapping[str, int], modules: Mapping[str, Any], scores: Scores, scanned_as: ExpertGroups
+    weights: Mapping[str, int], apart: Sequence[str], scores: Scores, scanned_as: ExpertGroups
 ) -> Experts | None:
     """The experts of a run; None where they were not scored apart.
 
     Args:
         weights: Searched group -> number of its weights.
-        modules: Of the plan's summary.
+        apart: Groups of one expert each.
         scores: (group, format) -> nats per token.
         scanned_as: The scan's own ``expert_groups``.
     """
-    if not are_apart(modules):
+    if not apart:
         return None
+    places = {group: place for group in apart if (place := expert_place(group)) is not None}
     layers: dict[str, dict[str, dict[str, float]]] = {}
     for (group, format_), score in scores.items():
-        if group in weights and "expert" in modules.get(group, ()):
-            own = layers.setdefault(group.rpartition(".")[0], {}).setdefault(group, {})
+        if group in weights and group in places:
+            own = layers.setdefault(places[group][0], {}).setdefault(group, {})
             own[format_] = score / weights[group]
     return Experts(
         scanned_as=scanned_as,
@@ -77,22 +79,17 @@ def experts_of(
     )
 
 
-def are_apart(modules: Mapping[str, Any]) -> bool:
-    """Whether a plan has groups of single experts.
+def require_apart(apart: Sequence[str], expert_groups: ExpertGroups | None) -> None:
+    """Check that a run has scores of single experts if they are asked for.
 
     Args:
-        modules: Of the plan's summary.
-    """
-    return any("expert" in facts for facts in modules.values())
-
-
-def require_apart(modules: Mapping[str, Any], expert_groups: ExpertGroups | None) -> None:
-    """Check that a run has scores of single experts if they are asked for.
+        apart: Groups of one expert each.
+        expert_groups: What is asked for.
 
     Raises:
         ConfigError: It has none.
     """
-    if expert_groups not in (None, LAYER) and not are_apart(modules):
+    if expert_groups not in (None, LAYER) and not apart:
         raise ConfigError(
             f"--expert-groups {expert_groups}: this run has no scores of single experts; scan the "
             f"model again with --expert-groups {expert_groups}, or leave it out"

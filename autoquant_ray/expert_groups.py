@@ -1,7 +1,8 @@
 """Which experts share a format: all of a layer, clusters of them, or none (``--expert-groups``).
 
 Fused experts share the quantizer of their inputs, in ModelOpt and in every engine. So an expert
-that is a group of its own takes only formats that leave inputs in 16 bits.
+that is a group of its own takes only formats that leave inputs in 16 bits. Where experts are made
+of linears, as in some models with code of their own, it takes all.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import BeforeValidator
 
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.quantizable import PlannedModule
+from autoquant_ray.quantizable import PlannedModule, expert_place
 
 if TYPE_CHECKING:
     import torch
 
     from autoquant_ray.formats import Format
+    from autoquant_ray.plan import Plan
 
 LAYER: Final = "layer"
 EXPERT: Final = "expert"
@@ -61,17 +63,30 @@ def split_experts(
             inputs in 16 bits.
     """
     split = [single for module in modules for single in _split(model, module)]
-    if len(split) == len(modules):
+    if all(expert_place(module.name) is None for module in split):
         raise ConfigError(
             f"{type(model).__name__} has no routed experts to tell apart; leave out --expert-groups"
         )
-    if all(format_.input is not None for format_ in formats):
+    is_fused = len(split) > len(modules)
+    if is_fused and all(format_.input is not None for format_ in formats):
         raise ConfigError(
             "--expert-groups needs a format that leaves inputs in 16 bits, because experts share "
             f"the quantizer of their inputs, and {', '.join(f.name for f in formats)} "
             f"quantize{'s' if len(formats) == 1 else ''} them; add one such as wint4_afp16"
         )
     return split
+
+
+def apart_key(module: PlannedModule) -> str | None:
+    """What the modules of one expert have in common; None for other modules."""
+    place = expert_place(module.name)
+    return None if place is None else f"{place[0]}.{place[1]}"
+
+
+def single_experts(plan: Plan) -> list[str]:
+    """Searched groups of a plan that are one routed expert each."""
+    names = [group.name for group in plan.searched if plan.experts_apart]
+    return [name for name in names if expert_place(name) is not None]
 
 
 def _split(model: torch.nn.Module, module: PlannedModule) -> Iterator[PlannedModule]:

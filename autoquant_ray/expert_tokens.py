@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from autoquant_ray.quantizable import expert_place
+
 if TYPE_CHECKING:
     import torch
 
@@ -39,7 +41,9 @@ def routed_tokens(
 
 
 class TokenCounts:
-    """Adds up the tokens with a gradient that each expert of fused modules saw.
+    """Adds up the tokens with a gradient that each routed expert saw.
+
+    Of experts made of linears, those that reach the first linear of each.
 
     Args:
         modules: Modules with their entries in the plan: one each, or all single experts.
@@ -48,8 +52,16 @@ class TokenCounts:
     def __init__(self, modules: Iterable[tuple[Sequence[Any], Any]]) -> None:
         self._names: dict[str, list[tuple[str, int | None]]] = {}
         self._num_experts: dict[str, int] = {}
+        self._linears: dict[str, str] = {}
+        groups: dict[int, str] = {}
+        places: set[Any] = set()
         for own, module in modules:
             first = own[0].planned
+            group = groups.setdefault(own[0].group, first.name)
+            place = expert_place(first.name)
+            if first.kind == "linear" and place is not None and place not in places:
+                places.add(place)
+                self._linears[first.name] = group
             if first.kind in ("experts", "expert"):
                 self._names[first.path] = [(one.planned.name, one.planned.expert) for one in own]
                 self._num_experts[first.path] = len(getattr(module, first.parameters[0]))
@@ -70,22 +82,28 @@ class TokenCounts:
         """
         import torch
 
-        if name not in self._names:
+        if name not in self._names and name not in self._linears:
             return torch.empty(0, dtype=torch.bool)
         live_T = torch.stack([g.ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)
-        counts = routed_tokens(inputs, live_T, self._num_experts[name])
+        if name in self._linears:
+            counts: torch.Tensor | None = live_T.sum()[None]
+        else:
+            counts = routed_tokens(inputs, live_T, self._num_experts[name])
         if counts is not None:
             before = self._counts.get(name)
             self._counts[name] = counts if before is None else before + counts
         return live_T
 
     def by_name(self) -> dict[str, Counts]:
-        """Fused module -> tokens of its experts; single expert -> a list of one."""
+        """Group -> tokens of its experts; of a single expert, a list of one."""
         found: dict[str, Counts] = {}
-        for path, counts in self._counts.items():
-            numbers = counts.tolist()
-            for name, expert in self._names[path]:
+        for path, names in self._names.items():
+            numbers = self._counts[path].tolist() if path in self._counts else None
+            for name, expert in names if numbers is not None else ():
                 found[name] = numbers if expert is None else [numbers[expert]]
+        for name, group in self._linears.items():
+            count = int(self._counts[name]) if name in self._counts else 0
+            found.setdefault(group, []).append(count)
         return found
 
     def forget(self) -> None:
@@ -115,9 +133,10 @@ def without_tokens(tokens: Mapping[str, Counts | None]) -> tuple[str, ...]:
     Args:
         tokens: Group -> tokens of its experts; None where it has none, or where it is not known.
     """
-    seen = {name.rpartition(".")[0] for name, counts in tokens.items() if counts and sum(counts)}
+    places = {name: expert_place(name) or (name, 0) for name in tokens}
+    seen = {places[name][0] for name, counts in tokens.items() if counts and sum(counts)}
     return tuple(
-        name for name, counts in tokens.items() if counts == [0] and name.rpartition(".")[0] in seen
+        name for name, counts in tokens.items() if counts == [0] and places[name][0] in seen
     )
 
 

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError, ModelError
-from autoquant_ray.expert_groups import LAYER, ExpertGroups, is_apart, split_experts
+from autoquant_ray.expert_groups import (
+    LAYER,
+    ExpertGroups,
+    apart_key,
+    is_apart,
+    single_experts,
+    split_experts,
+)
 from autoquant_ray.formats import NONE, Format
 from autoquant_ray.layers import decoder_layers
 from autoquant_ray.quantizable import (
     PlannedModule,
+    group_key,
     is_of_tower,
     other_modules,
     quantizable_modules,
@@ -91,6 +99,7 @@ class Plan:
         layer_weights: Elements of all parameters of each decoder layer.
         hidden_size: Width of the states between them.
         step: What a decode step reads besides the groups, see :mod:`autoquant_ray.step_facts`.
+        experts_apart: Whether every routed expert is a group.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -101,6 +110,7 @@ class Plan:
     layer_weights: tuple[int, ...]
     hidden_size: int
     step: dict[str, Any]
+    experts_apart: bool = False
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -157,6 +167,7 @@ class Plan:
             "other_modules": self.other_modules,
             "flops_per_token": self.flops_per_token,
             "step": self.step,
+            "experts": single_experts(self),
             "idle_groups": [group.name for group in self.groups if is_of_tower(group.name)],
         }
 
@@ -197,7 +208,8 @@ def build_plan(
             f"{type(model).__name__} has no vision tower that --coverage full would search; leave "
             "it out"
         )
-    groups = _group(model, modules, disable, has_images=coverage == "full")
+    has_images, apart = coverage == "full", is_apart(expert_groups)
+    groups = _group(model, modules, disable, has_images=has_images, experts_apart=apart)
     plan = Plan(
         groups=groups,
         formats=tuple(formats),
@@ -210,6 +222,7 @@ def build_plan(
         ),
         hidden_size=model.get_input_embeddings().weight.shape[1],
         step=step_facts(model, modules, is_of_tower),
+        experts_apart=apart,
     )
     if not plan.searched:
         raise ConfigError("every layer is disabled; nothing is left to search")
@@ -222,10 +235,12 @@ def _group(
     disable: Sequence[str],
     *,
     has_images: bool,
+    experts_apart: bool,
 ) -> tuple[PlannedGroup, ...]:
     members: dict[str, list[PlannedModule]] = {}
     for module in modules:
-        members.setdefault(_group_key(module.name), []).append(module)
+        key = (apart_key(module) if experts_apart else None) or group_key(module.name)
+        members.setdefault(key, []).append(module)
     embedding = model.get_input_embeddings()
     tied = {
         name
@@ -241,18 +256,6 @@ def _group(
         )
         for group in members.values()
     )
-
-
-def _group_key(name: str) -> str:
-    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
-
-    searcher = AutoQuantizeGradientSearcher()
-    searcher.model = None
-    for rule in searcher.quant_grouping_rules:
-        key = searcher._apply_quant_group_rule(name, rule)
-        if key is not None:
-            return str(key)
-    return name
 
 
 def _reason_unsearched(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,19 @@ TOWER_PATTERNS = (
     "*embed_audio*",
 )
 """Names of modules that see images or sound."""
+
+
+_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)(?:\..+)?")
+
+
+def expert_place(name: str) -> tuple[str, int] | None:
+    """The module of a layer's routed experts and the number of one of them; None for other names.
+
+    Args:
+        name: ``model.layers.0.mlp.experts.3``, or a module inside such an expert.
+    """
+    found = None if "shared_expert" in name else _EXPERT.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +152,19 @@ def _experts_layout(module: torch.nn.Module) -> tuple[tuple[str, str], bool] | N
         return ("gate_up_proj", "down_proj"), True
     is_other = registered is not None and not issubclass(registered, huggingface._QuantFusedExperts)
     return None if is_other or wrapper is None else ((wrapper._first_proj_attr, "down_proj"), False)
+
+
+def group_key(name: str) -> str:
+    """What the modules of a group have in common, by the rules of ModelOpt's searcher."""
+    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
+
+    searcher = AutoQuantizeGradientSearcher()
+    searcher.model = None
+    for rule in searcher.quant_grouping_rules:
+        key = searcher._apply_quant_group_rule(name, rule)
+        if key is not None:
+            return str(key)
+    return name
 
 
 def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[str, int]:

@@ -138,7 +138,7 @@ def ties_of(problem: Problem, options: SolveOptions) -> Ties:
     Raises:
         ConfigError: Single experts are asked for, and the run has no scores of them.
     """
-    require_apart(problem.summary.get("modules", {}), options.expert_groups)
+    require_apart(problem.summary.get("experts", ()), options.expert_groups)
     experts = [] if problem.experts is None else problem.experts.ties(options.expert_groups)
     served = () if problem.served is None else problem.served.ties
     if not (experts and served):

@@ -107,7 +107,7 @@ def load_problem(state: RunState) -> tuple[Problem, Scores]:
                 raise ScoreError(f"group {group.name} has no score for {format_}")
     problem.experts = experts_of(
         {group.name: group.num_weights for group in problem.searched},
-        problem.summary.get("modules", {}),
+        problem.summary.get("experts", ()),
         scores,
         (state.values.get("config") or {}).get("expert_groups", LAYER),
     )

@@ -201,3 +201,66 @@ def test_experts_that_cannot_be_apart_are_refused(
         build_plan(
             family_model(family), resolve_formats(formats, device="cpu"), expert_groups="expert"
         )
+
+
+class _Expert(torch.nn.Module):
+    def __init__(self, gate_up_OI: torch.Tensor, down_OI: torch.Tensor) -> None:
+        super().__init__()
+        parts = {"gate_proj": gate_up_OI.chunk(2)[0], "up_proj": gate_up_OI.chunk(2)[1]}
+        for name, weight_OI in (parts | {"down_proj": down_OI}).items():
+            linear = torch.nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
+            linear.weight.data = weight_OI.clone()
+            setattr(self, name, linear)
+
+    def forward(self, states_TH: torch.Tensor) -> torch.Tensor:
+        gate = torch.nn.functional.silu(self.gate_proj(states_TH))
+        return self.down_proj(gate * self.up_proj(states_TH))
+
+
+class _ExpertsOfLinears(torch.nn.ModuleList):
+    """As models with code of their own have them."""
+
+    def forward(self, states_TH: Any, routes_TK: Any, weights_TK: Any) -> torch.Tensor:
+        output_TH = torch.zeros_like(states_TH)
+        for number, expert in enumerate(self):
+            rows, places = (routes_TK == number).nonzero(as_tuple=True)
+            if len(rows):
+                own = expert(states_TH[rows]) * weights_TK[rows, places, None]
+                output_TH = output_TH.index_add(0, rows, own)
+        return output_TH
+
+
+def test_experts_of_linears_are_apart_too_and_their_tokens_are_counted(
+    make_spec: Any, make_samples: Any
+) -> None:
+    fused, model = family_model("Qwen3-MoE"), family_model("Qwen3-MoE")
+    for layer in model.model.layers:
+        old = layer.mlp.experts
+        pairs = zip(old.gate_up_proj, old.down_proj, strict=True)
+        layer.mlp.experts = _ExpertsOfLinears([_Expert(*pair) for pair in pairs])
+    model.requires_grad_(False)
+    menu = resolve_formats(FORMATS, device="cpu")
+    samples = make_samples(LENGTHS, seed=1)
+
+    def sums(one: Any, plan: Plan) -> Any:
+        return Apart(one, plan, make_spec(plan), samples).score()
+
+    plan = build_plan(model, menu, expert_groups="expert")
+    name = "model.layers.0.mlp.experts"
+    (group,) = [g for g in plan.searched if g.name == f"{name}.3.gate_proj"]
+    assert [m.name for m in group.modules] == [
+        f"{name}.3.{part}" for part in ("gate_proj", "up_proj", "down_proj")
+    ]
+    assert [f.name for f in plan.menu(group)] == list(FORMATS)
+    assert plan.summary()["experts"] == [
+        f"model.layers.{layer}.mlp.experts.{n}.gate_proj" for layer in range(2) for n in range(4)
+    ]
+    counted = sums(fused, build_plan(fused, menu)).expert_tokens
+    assert sums(model, build_plan(model, menu)).expert_tokens == {
+        f"{path}.0.gate_proj": tokens for path, tokens in counted.items()
+    }
+    assert sums(model, plan).expert_tokens == {
+        f"{path}.{n}.gate_proj": [count]
+        for path, tokens in counted.items()
+        for n, count in enumerate(tokens)
+    }
