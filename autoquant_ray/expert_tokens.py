@@ -98,8 +98,10 @@ class TokenCounts:
         """Group -> tokens of its experts; of a single expert, a list of one."""
         found: dict[str, Counts] = {}
         for path, names in self._names.items():
-            numbers = self._counts[path].tolist() if path in self._counts else None
-            for name, expert in names if numbers is not None else ():
+            if path not in self._counts:
+                continue
+            numbers: Counts = self._counts[path].tolist()
+            for name, expert in names:
                 found[name] = numbers if expert is None else [numbers[expert]]
         for name, group in self._linears.items():
             count = int(self._counts[name]) if name in self._counts else 0

@@ -85,8 +85,8 @@ def require_fused(chosen: Mapping[str, str], modules: Facts, what: str) -> None:
     if mixed:
         raise ConfigError(
             f"{what} holds the experts of a layer in one format, and the plan gives several in "
-            f"{few(list(mixed), _MOST_NAMES)}; solve again with --expert-groups layer, or with "
-            "--engine for what an engine serves"
+            f"{few(list(mixed), _MOST_NAMES)}; solve again with --engine, or, where every expert "
+            "saw a token, with --expert-groups layer"
         )
 
 
