@@ -6,7 +6,7 @@ file is the same to the byte for any number of workers and any pattern of deaths
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from autoquant_ray.errors import ScoreError
-from autoquant_ray.expert_tokens import Counts, add_counts
+from autoquant_ray.expert_tokens import Counts, add_counts, without_tokens
 from autoquant_ray.schemas import SCHEMAS
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -86,6 +86,7 @@ class Aggregate:
 
     Attributes:
         rows: Of ``sensitivity.parquet``.
+        left_out: Experts that are groups of their own and saw no token: they have no row.
         buckets: Content of ``resampling.parquet``: the sums behind the scores in at most 64
             buckets of successive shards with their tokens, from which a solution's certainty and
             the error of its total are found without reading the shards again.
@@ -93,6 +94,7 @@ class Aggregate:
 
     rows: list[dict[str, Any]]
     buckets: pa.Table
+    left_out: tuple[str, ...] = ()
 
 
 def aggregate_parts(
@@ -100,6 +102,7 @@ def aggregate_parts(
     plan_rows: Sequence[Mapping[str, Any]],
     estimator: str,
     num_buckets: int = NUM_BUCKETS,
+    left_out: Collection[str] | None = None,
 ) -> Aggregate:
     """Rows of ``sensitivity.parquet``, and the sums that can be resampled.
 
@@ -121,6 +124,8 @@ def aggregate_parts(
         plan_rows: Rows of ``plan.parquet``.
         estimator: ``elementwise`` or ``token``.
         num_buckets: Buckets at most.
+        left_out: Experts that get no row; None: those that saw no token in these parts. Others
+            that saw none here lose nothing on these tokens.
 
     Raises:
         ScoreError: No part, or a searched group without a score.
@@ -131,7 +136,11 @@ def aggregate_parts(
     buckets_BK = np.zeros((min(len(parts), num_buckets), parts[0].num_rows))
     tokens_B = np.zeros(len(buckets_BK), dtype=np.int64)
     totals = _add_up(parts, f"{estimator}_sum", buckets_BK, tokens_B)
-    _require_scores(totals)
+    groups = dict.fromkeys(group for group, _ in totals.keys_K)
+    expert_tokens = dict(zip(groups, totals.expert_tokens_G or (), strict=True))
+    silent = without_tokens(expert_tokens)
+    left_out = silent if left_out is None else left_out
+    _require_scores(totals, silent)
     sums_K = totals.elementwise_K if estimator == "elementwise" else totals.token_K
     scores_K = 0.5 * sums_K / totals.num_tokens
     variances_K = totals.elementwise_variance_K
@@ -141,8 +150,6 @@ def aggregate_parts(
     errors_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
     if errors_K is not None:
         errors_K = np.maximum(errors_K, noise_K)
-    groups = dict.fromkeys(group for group, _ in totals.keys_K)
-    expert_tokens = dict(zip(groups, totals.expert_tokens_G or (), strict=True))
     rows = [
         {
             "group": group,
@@ -160,8 +167,12 @@ def aggregate_parts(
             "expert_tokens": expert_tokens[group],
         }
         for index, (group, format_) in enumerate(totals.keys_K)
+        if group not in left_out
     ]
-    return Aggregate(rows=rows, buckets=_bucket_table(totals.keys_K, buckets_BK, tokens_B))
+    kept_K = np.array([group not in left_out for group, _ in totals.keys_K])
+    keys = [(row["group"], row["format"]) for row in rows]
+    buckets = _bucket_table(keys, buckets_BK[:, kept_K], tokens_B)
+    return Aggregate(rows=rows, buckets=buckets, left_out=tuple(left_out))
 
 
 def _bucket_table(
@@ -248,9 +259,9 @@ def _filled(part: pa.Table, column: str) -> Floats:
     return values_K
 
 
-def _require_scores(totals: _Totals) -> None:
+def _require_scores(totals: _Totals, silent: Collection[str]) -> None:
     unseen = [totals.keys_K[index][0] for index in np.flatnonzero(totals.is_unseen_K)]
-    missing = list(dict.fromkeys(unseen))
+    missing = [group for group in dict.fromkeys(unseen) if group not in silent]
     if missing:
         raise ScoreError(
             f"{len(missing)} group(s) received no gradient and have no score, first "

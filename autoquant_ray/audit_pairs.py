@@ -190,7 +190,7 @@ def solve_again(
     """
     audited = audited_scores(scores, pairs)
     choices, budgets = allowed_choices(problem, audited, options), problem.budgets(options)
-    found = solve_tied(choices, budgets, ties_of(problem), max_formats=options.max_formats)
+    found = solve_tied(choices, budgets, ties_of(problem, options), max_formats=options.max_formats)
     own = math.fsum(audited[g, f] for g, f in formats.items() if f != NONE)
     return dict(formats) if own <= found.score else found.formats
 

@@ -24,6 +24,8 @@ from autoquant_ray.domain_weights import check_objective, normalised
 from autoquant_ray.engine_choices import Served
 from autoquant_ray.engines import check_target
 from autoquant_ray.errors import ConfigError
+from autoquant_ray.expert_clusters import Experts
+from autoquant_ray.expert_groups import LAYER, ExpertGroups
 from autoquant_ray.formats import NONE
 from autoquant_ray.group_names import refuse_parts
 from autoquant_ray.latency import LATENCY, StepTime
@@ -46,6 +48,7 @@ class SolveOptions:
     weights are made to sum to 1) or ``worst_domain`` asks for the least loss of the worst one.
     Values of unknown types go through :meth:`checked`.
     With an ``engine`` only plans count that it can serve, on the ``gpu`` if one is given.
+    ``expert_groups`` None: as the run was scanned.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -62,6 +65,7 @@ class SolveOptions:
     latency: SkipValidation[Latency | None] = None
     engine: str | None = None
     gpu: str | None = None
+    expert_groups: ExpertGroups | None = None
 
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> SolveOptions:
@@ -94,15 +98,9 @@ class SolveOptions:
 
 def solve_options(config: ScanConfig) -> SolveOptions:
     """The budget of a scan."""
-    return SolveOptions(
-        bits=config.bits,
-        bytes=config.bytes,
-        bits_over=config.bits_over,
-        cost=config.cost,
-        max_formats=config.max_formats,
-        engine=config.engine,
-        gpu=config.gpu,
-    )
+    names = ("bits", "bytes", "bits_over", "cost", "max_formats", "engine", "gpu")
+    experts = None if config.expert_groups == LAYER else config.expert_groups
+    return SolveOptions(**{n: getattr(config, n) for n in names}, expert_groups=experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,16 +154,20 @@ class Problem:
         self.has_active_moe = ratio is not None
         self.step: StepTime | None = None
         self.served: Served | None = None
+        self.experts: Experts | None = None
         self.summary = summary
+        silent = summary.get("unsearched", {})  # among them experts that turned out to see no token
         groups: dict[str, GroupChoices] = {}
         for row in plan_rows:
             name = row["group"]
+            if name in silent and row["format"] != NONE:
+                continue
             if name not in groups:
                 groups[name] = GroupChoices(
                     name=name,
                     module_names=list(row["module_names"]),
                     num_weights=row["num_weights"],
-                    is_searched=row["is_searched"],
+                    is_searched=row["is_searched"] and name not in silent,
                     is_tied=name in tied,
                     is_idle=name in idle,
                     active_share=ratio if any(map(is_routed_expert, row["module_names"])) else 1.0,
@@ -234,9 +236,7 @@ class Problem:
 
         A limit on the time of a decode step needs a problem that is :meth:`timed`.
         """
-        budgets = []
-        if options.bits is not None:
-            budgets.append(self._bits_budget(options.bits, options))
+        budgets = [] if options.bits is None else [self._bits_budget(options.bits, options)]
         if options.bytes is not None:
             fixed = self.other_bytes + sum(g.cost(NONE, "model") for g in self.unsearched)
             budgets.append(

@@ -29,7 +29,10 @@ class ActivationMaxima:
     """
 
     def __init__(self, model: torch.nn.Module, modules: Sequence[ScoredModule]) -> None:
-        self._modules = [(m.planned, model.get_submodule(m.planned.name)) for m in modules]
+        watched = [
+            m.planned for m in modules if m.planned.expert is None
+        ]  # of those, no inputs are
+        self._modules = [(planned, model.get_submodule(planned.name)) for planned in watched]
         self._experts = {
             planned.name: FusedExperts(module, planned)
             for planned, module in self._modules

@@ -19,6 +19,7 @@ from autoquant_ray.engine_names import engine_modules
 from autoquant_ray.errors import ConfigError, FormatError
 from autoquant_ray.exported_plan import read_plan
 from autoquant_ray.formats import NONE, Format
+from autoquant_ray.fused_again import require_fused
 from autoquant_ray.run_files import solution_folder
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -87,6 +88,7 @@ def read_source(directory: RunDirectory, solution: str = "") -> Source:
     plan = read_plan(directory, solution)
     menu = {format_.name: format_ for format_ in plan.formats}
     formats = {module: menu[name] for module, name in plan.chosen.items() if name != NONE}
+    require_fused(plan.chosen, plan.modules, "a checkpoint")
     start = solution_folder(solution)
     if not formats:
         raise ConfigError(
@@ -97,7 +99,7 @@ def read_source(directory: RunDirectory, solution: str = "") -> Source:
         manifest=directory.read_json(f"{start}manifest.json"),
         formats=formats,
         groups=plan.group_of,
-        modules=plan.state.values["plan"]["modules"],
+        modules=plan.modules,
     )
 
 

@@ -19,7 +19,7 @@ from autoquant_ray.cli_edge import (
     print_json,
     set_up_logging,
 )
-from autoquant_ray.cli_engine import engine_options
+from autoquant_ray.cli_engine import engine_options, experts_option
 from autoquant_ray.cli_evaluate import evaluate, refine, refine_and_show
 from autoquant_ray.cli_explain import explain
 from autoquant_ray.cli_export import export
@@ -139,6 +139,7 @@ def scan(
 )
 @latency_options
 @engine_options
+@experts_option
 @mapping_option("--pin", "GROUP=FORMAT", "Fix a group's format. May be repeated.")
 @mapping_option("--allow", "PATTERN=F1,F2", "Formats that groups may take. May be repeated.")
 @click.option("--max-formats", type=click.IntRange(min=1), help="Most distinct formats.")

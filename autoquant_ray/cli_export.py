@@ -102,13 +102,18 @@ def _export_checkpoint(
 
 def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrite: bool) -> str:
     from autoquant_ray.exported_plan import read_plan
+    from autoquant_ray.fused_again import require_fused, unfused_names
     from autoquant_ray.recipes import make_recipe
     from autoquant_ray.store import RunDirectory
 
     if tool is None:
         raise ConfigError(f"--format recipe needs --tool {', '.join(TOOLS)}")
     plan = read_plan(RunDirectory(run), solution)
-    text = make_recipe(plan.chosen, plan.formats, tool)
+    chosen = plan.chosen
+    if tool == "auto-round":
+        chosen = unfused_names(chosen, plan.modules)
+    require_fused(chosen, plan.modules, tool)
+    text = make_recipe(chosen, plan.formats, tool)
     path = Path(out)
     if path.exists() and not overwrite:
         raise ConfigError(f"--out {out} exists; give another name, or --overwrite")

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from autoquant_ray.config_values import parse_bytes, parse_gib, parse_share, parse_workers
 from autoquant_ray.data_sources import Data, parse_data
 from autoquant_ray.engines import target_problem
+from autoquant_ray.expert_groups import LAYER
 from autoquant_ray.search_space import SearchSpace
 
 
@@ -202,6 +203,15 @@ class ScanConfig(SearchSpace):
             raise ValueError("give a budget: bits (average stored bits) or bytes (whole model)")
         if (problem := target_problem(self.engine, self.gpu)) is not None:
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        if self.expert_groups != LAYER and self.stop_when_stable is not None:
+            raise ValueError(
+                "stop_when_stable cannot judge experts apart, some of which see no token in the "
+                "first shards; leave it out, or expert_groups"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
 from autoquant_ray.quantizable import PlannedModule
 from autoquant_ray.quantizers import make_input_quantizer, quantized_weight
+from autoquant_ray.single_experts import Runnable
 from autoquant_ray.weight_cache import WeightCache
 from autoquant_ray.weight_search import WeightScales
 
@@ -116,14 +116,14 @@ class OutputDifferences:
 
     def of_experts(
         self,
-        experts: FusedExperts,
+        experts: Runnable,
         name: str,
         maxima: dict[str, float],
         output_TO: torch.Tensor,
         inputs: tuple[torch.Tensor, ...],
         only: Only = None,
     ) -> Iterator[Difference]:
-        """Differences of a fused experts module, by running it again."""
+        """Differences of fused experts, or of one of them, by running them again."""
         for formats in self._menu(only):
             format_of_weight = formats[0][1]
             weights = {

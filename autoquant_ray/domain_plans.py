@@ -25,6 +25,7 @@ from autoquant_ray.manifest import predicted_loss
 from autoquant_ray.run_files import DOMAINS_FILE
 from autoquant_ray.served_search import allowed_choices, best_served, ties_of
 from autoquant_ray.state import RunState
+from autoquant_ray.wording import few
 
 Scores = Mapping[tuple[str, str], float]
 
@@ -123,10 +124,11 @@ def domain_summary(
 
 def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions) -> Allocation:
     equal = domains.weighted(domains.equal_weights)
-    if ties := ties_of(problem):
+    if ties := ties_of(problem, options):
+        whom = "clusters of experts" if options.engine is None else options.engine
         raise ConfigError(
-            f"--worst-domain cannot be solved for {options.engine}, which needs one format for "
-            f"{' and '.join(ties[0])}; weigh the domains with --domains"
+            f"--worst-domain cannot be solved for {whom}: one format for {few(ties[0], 2)}; weigh "
+            "the domains with --domains"
         )
     choices = allowed_choices(problem, equal, options)
     budgets = problem.budgets(options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,12 +86,22 @@ class DomainScores:
 
 
 def write_domain_scores(
-    state: RunState, plan_rows: Sequence[Mapping[str, Any]], estimator: str
+    state: RunState,
+    plan_rows: Sequence[Mapping[str, Any]],
+    estimator: str,
+    left_out: Collection[str] = (),
 ) -> None:
     """``domain_sensitivity.parquet`` and ``domain_resampling.parquet``, of several domains.
 
     A domain that has no shard left, or a group without a gradient in all its shards, has no score
-    and is left out with a warning: the whole run's scores do not need it.
+    and is left out with a warning: the whole run's scores do not need it. An expert that saw none
+    of a domain's tokens loses nothing there.
+
+    Args:
+        state: The run.
+        plan_rows: Rows of ``plan.parquet``.
+        estimator: ``elementwise`` or ``token``.
+        left_out: Groups without a score in the whole run.
     """
     directory = state.directory
     if not directory.exists(DOMAINS_FILE):
@@ -103,7 +113,7 @@ def write_domain_scores(
     for domain, of_domain in shards.items():
         parts = Parts(directory, SCORES, of_domain)
         try:
-            result = aggregate_parts(parts, plan_rows, estimator, num_buckets)
+            result = aggregate_parts(parts, plan_rows, estimator, num_buckets, left_out)
         except ScoreError as error:
             logger.warning("domain %s has no scores of its own: %s", domain, error)
             continue

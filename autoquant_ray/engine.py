@@ -292,7 +292,7 @@ class Engine:
             for module in layer.modules()
         }
         for scored in self.spec.modules:
-            number = inside.get(self.model.get_submodule(scored.planned.name), -1)
+            number = inside.get(self.model.get_submodule(scored.planned.path), -1)
             sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
         visited = sizes.pop(-1, 0) + max(sizes.values(), default=0)
         return min(LARGEST_CACHE_BYTES, quantized_bytes(visited, self.spec.formats))

@@ -83,7 +83,7 @@ def served_sets(
     found = []
     for menu in _menus(formats, engine, gpu):
         permitted = _permitted(holders, searched, menu, algos, engine)
-        ties = _joined([groups for _, groups in holders], searched)
+        ties = joined([groups for _, groups in holders], searched)
         found.append(Served(target=target, menu=menu, permitted=permitted, ties=ties))
         if len({algos[name] for name in menu}) > 1:
             found += _quantized_experts(found.pop(), holders, searched, engine)
@@ -111,7 +111,7 @@ def _quantized_experts(
     own = served.permitted
     stay = {group for one in sets if not set(one) <= set(own) for group in one}
     shared = {group: frozenset({NONE}) if group in stay else own[group] for group in own}
-    ties = _joined([*sets, *served.ties], searched)
+    ties = joined([*sets, *served.ties], searched)
     found = [replace(served, permitted=shared, ties=ties)]
     if all(len(own.get(group, ())) > 1 for group in experts):
         quantized = {g: names - {NONE} if g in experts else names for g, names in own.items()}
@@ -255,7 +255,7 @@ def _permitted(
     return {group: frozenset(names) for group, names in permitted.items()}
 
 
-def _joined(sets: Sequence[Sequence[str]], searched: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def joined(sets: Sequence[Sequence[str]], searched: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Sets that overlap as one, in the order of the groups; those of one group are left out."""
     root = {group: group for one in (*sets, searched) for group in one}
 

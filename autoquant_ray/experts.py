@@ -52,8 +52,8 @@ class FusedExperts:
         self._module = module
         self._shadow: Any = _shadow(module)
         self._resting = dict(self._shadow._parameters)
-        for name in self.parameters:
-            setattr(self._shadow, f"{name}_input_quantizer", disabled_quantizer())
+        self._passing = disabled_quantizer()
+        self._leave_inputs()
         if self._is_transposed:  # its weights come quantized: spares two copies in every run
             self._shadow.__dict__["quantize_weight"] = nullcontext
             return
@@ -78,11 +78,15 @@ class FusedExperts:
             whole = slices.mT.contiguous()
             return quantized_weight(format_, whole, scales, self._name, name).mT
         return torch.stack(
-            [
-                quantized_weight(format_, weight_OI, scales, self._name, name, str(expert))
-                for expert, weight_OI in enumerate(slices)
-            ]
+            [self.quantized_slice(name, e, format_, scales) for e in range(len(slices))]
         )
+
+    def quantized_slice(
+        self, name: str, expert: int, format_: Format, scales: WeightScales
+    ) -> torch.Tensor:
+        """One expert's slice of a parameter, ``(O, I)``, by itself."""
+        weight_OI = getattr(self._module, name)[expert]
+        return quantized_weight(format_, weight_OI, scales, self._name, name, str(expert))
 
     @torch.no_grad()
     def run(
@@ -104,12 +108,26 @@ class FusedExperts:
             quantizer = make_input_quantizer(
                 format_.input, maxima.get(f"{name}_input_amax"), inputs[0]
             )
-            setattr(self._shadow, f"{name}_input_quantizer", quantizer or disabled_quantizer())
-        quantized = {
-            name: torch.nn.Parameter(weight, requires_grad=False)
-            for name, weight in weights.items()
-        }
-        return self._run_shadow(inputs, quantized)
+            setattr(self._shadow, f"{name}_input_quantizer", quantizer or self._passing)
+        return self._run_shadow(inputs, _as_parameters(weights))
+
+    @torch.no_grad()
+    def run_weights(
+        self, weights: dict[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Output ``(T, H)`` of other weights, inputs as they are.
+
+        Args:
+            weights: Parameter name -> ``(E', O, I)``; the routes are numbers below E'.
+            inputs: Arguments of the module's ``forward``, each with T rows.
+        """
+        self._leave_inputs()
+        return self._run_shadow(inputs, _as_parameters(weights))
+
+    def weights_of(self, name: str) -> torch.Tensor:
+        """A parameter as the module has it now, ``(E, O, I)``."""
+        weights: torch.Tensor = getattr(self._module, name)
+        return weights
 
     @torch.no_grad()
     def run_and_collect(
@@ -124,6 +142,10 @@ class FusedExperts:
         seen = {key: recorder.maximum for key, recorder in recorders.items()}
         return output, {key: maximum for key, maximum in seen.items() if maximum is not None}
 
+    def _leave_inputs(self) -> None:
+        for name in self.parameters:
+            setattr(self._shadow, f"{name}_input_quantizer", self._passing)
+
     def _run_shadow(
         self, inputs: tuple[torch.Tensor, ...], replaced: dict[str, torch.nn.Parameter]
     ) -> torch.Tensor:
@@ -134,6 +156,12 @@ class FusedExperts:
         finally:
             self._shadow._parameters.update(self._resting)  # keeps neither layer nor copy
         return output
+
+
+def _as_parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    return {
+        name: torch.nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()
+    }
 
 
 class _MaximumRecorder(torch.nn.Module):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import Format
+from autoquant_ray.fused_again import fuse_experts
 from autoquant_ray.run_files import SOLUTIONS, solution_folder
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -17,14 +20,17 @@ class ExportedPlan:
 
     Attributes:
         state: Its run.
-        chosen: Module -> name of its format, ``none`` in 16 bits; in the model's order.
+        chosen: Module -> name of its format, ``none`` in 16 bits; in the model's order. Experts of
+            a layer are one module again, unless their formats differ.
         group_of: Module -> its group.
+        modules: Every quantizable module -> its facts, as in ``run.json``.
         formats: The run's menu.
     """
 
     state: RunState
     chosen: dict[str, str]
     group_of: dict[str, str]
+    modules: dict[str, Mapping[str, Any]]
     formats: list[Format]
 
 
@@ -50,9 +56,15 @@ def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
             "export a plan"
         )
     rows = directory.read_table(name, "manifest").to_pylist()
+    chosen, group_of, modules = fuse_experts(
+        {row["module"]: row["format"] for row in rows},
+        {row["module"]: row["group"] for row in rows},
+        state.values["plan"]["modules"],
+    )
     return ExportedPlan(
         state=state,
-        chosen={row["module"]: row["format"] for row in rows},
-        group_of={row["module"]: row["group"] for row in rows},
+        chosen=chosen,
+        group_of=group_of,
+        modules=modules,
         formats=[Format.from_json(entry) for entry in entries],
     )

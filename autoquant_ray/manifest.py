@@ -15,6 +15,7 @@ from autoquant_ray.algorithms import by_sets, of_plan, on_cpu
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import ACTIVE_MOE, BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
 from autoquant_ray.certainty import Certainty
+from autoquant_ray.expert_entries import ApartExperts
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.latency import LATENCY
 from autoquant_ray.number_formats import is_scaled_by_block, is_static_nvfp4
@@ -137,21 +138,25 @@ def quantization_config(
     known = {entry["name"]: entry for entry in summary["formats"] if entry.get("weight")}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithms: dict[str, Any] = {}
+    apart = ApartExperts()
     for group in problem.groups.values():
         chosen = formats[group.name]
-        if chosen == NONE:
-            continue
-        if chosen not in known:
+        if chosen != NONE and chosen not in known:
             return None
-        format_ = Format.from_json(known[chosen])
+        format_ = None if chosen == NONE else Format.from_json(known[chosen])
         for module in group.module_names:
-            for prefix in summary["modules"][module]["prefixes"]:
-                own = quantizer_entries(f"{module}.{prefix}", format_)
-                algorithms |= {entry["quantizer_name"]: format_.algorithm for entry in own}
-                entries.extend(own)
+            facts = summary["modules"].get(module, {"prefixes": ()})
+            if "expert" in facts:
+                apart.add(module, facts, format_)
+            elif format_ is not None:
+                for prefix in facts["prefixes"]:
+                    own = quantizer_entries(f"{module}.{prefix}", format_)
+                    algorithms |= {entry["quantizer_name"]: format_.algorithm for entry in own}
+                    entries.extend(own)
+    entries.extend(apart.entries())
     return {
         "quant_cfg": [attributes_to_json(entry) for entry in entries],
-        "algorithm": of_plan(algorithms),
+        "algorithm": of_plan(algorithms | apart.algorithms()),
     }
 
 
@@ -254,6 +259,7 @@ def build_manifest(
             "latency": None if options.latency is None else options.latency.to_json(),
             "engine": options.engine,
             "gpu": options.gpu,
+            "expert_groups": options.expert_groups,
         },
         "solution": dict(solution),
         "quantization_config": config,

@@ -217,7 +217,8 @@ def _engine_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima) ->
 def _choice(plan: Plan, candidate: Candidate) -> Choice:
     index = {format_.name: number for number, format_ in enumerate(plan.formats)}
     index[NONE] = UNQUANTIZED
-    return tuple(index[candidate.formats[group.name]] for group in plan.searched)
+    formats = candidate.formats  # an expert that saw no token is not among them
+    return tuple(index[formats.get(group.name, NONE)] for group in plan.searched)
 
 
 def _write_parts(

@@ -49,7 +49,7 @@ def require_linears(
         ModelError: One does not; names it.
     """
     for scored in modules:
-        module: Any = model.get_submodule(scored.planned.name)
+        module: Any = model.get_submodule(scored.planned.path)
         if scored.planned.kind != "linear" or has_plain_forward(module):
             continue
         with holding(module):

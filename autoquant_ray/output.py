@@ -15,7 +15,7 @@ from rich.table import Table
 
 from autoquant_ray.frontier_curve import Point
 from autoquant_ray.latency import LATENCY, describe_prediction
-from autoquant_ray.plan import Plan
+from autoquant_ray.plan import Plan, PlannedGroup
 from autoquant_ray.solve import Solution
 
 if TYPE_CHECKING:
@@ -50,21 +50,22 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan) -> None:
-    """Groups x formats x bytes, then the totals."""
+    """Groups x formats x bytes, experts told apart on one line per layer; then the totals."""
     console = _console()
     table = Table(box=box.SIMPLE)
     table.add_column("Group", overflow="fold", no_wrap=True)
     table.add_column("Weights", justify="right")
     for name in [*(format_.name for format_ in plan.formats), "none"]:
         table.add_column(f"{name} MiB", justify="right")
-    for group in plan.groups:
-        own = plan.choices(group)
+    for name, groups in _shown_together(plan.groups):
+        own = plan.choices(groups[0])
         sizes = [
-            f"{group.weight_bytes(f) / 2**20:.2f}" if f in own else "-"
+            f"{sum(group.weight_bytes(f) for group in groups) / 2**20:.2f}" if f in own else "-"
             for f in (*plan.formats, None)
         ]
-        name = group.name if group.reason is None else f"{group.name} ({group.reason})"
-        table.add_row(escape(name), f"{group.num_weights:,}", *sizes)
+        reason = "" if groups[0].reason is None else f" ({groups[0].reason})"
+        num_weights = sum(group.num_weights for group in groups)
+        table.add_row(escape(name + reason), f"{num_weights:,}", *sizes)
     console.print(table)
     low, high = plan.bits_range()
     console.print(f"{len(plan.searched)} of {len(plan.groups)} groups searched")
@@ -72,6 +73,17 @@ def print_plan(plan: Plan) -> None:
     console.print(f"reachable average bits: {low:.3f} to {high:.3f}")
     console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
+
+
+def _shown_together(groups: Sequence[PlannedGroup]) -> list[tuple[str, list[PlannedGroup]]]:
+    """Groups with the name under which people see them: single experts of a module as one."""
+    lines: dict[tuple[str, str | None], list[PlannedGroup]] = {}
+    for group in groups:
+        lines.setdefault((group.modules[0].path, group.reason), []).append(group)
+    return [
+        (own[0].name if own[0].modules[0].expert is None else f"{path}: {len(own)} experts", own)
+        for (path, _), own in lines.items()
+    ]
 
 
 def print_solution(run: str, solution: Solution) -> None:

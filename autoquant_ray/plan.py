@@ -7,16 +7,25 @@ in a searched group or listed as unsearched with the reason.
 
 from __future__ import annotations
 
-import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError, ModelError
+from autoquant_ray.expert_groups import (
+    LAYER,
+    ExpertGroups,
+    apart_key,
+    is_apart,
+    single_experts,
+    split_experts,
+)
 from autoquant_ray.formats import NONE, Format
 from autoquant_ray.layers import decoder_layers
 from autoquant_ray.quantizable import (
     PlannedModule,
+    group_key,
     is_of_tower,
     other_modules,
     quantizable_modules,
@@ -53,8 +62,11 @@ class PlannedGroup:
         return self.reason is None
 
     def takes(self, format_: Format) -> bool:
-        """Whether a format is among the choices of this group."""
-        return True
+        """Whether a format is among the choices of this group.
+
+        Experts share the quantizer of their inputs; one that is a group takes what leaves them.
+        """
+        return format_.input is None or self.modules[0].expert is None
 
     @property
     def num_weights(self) -> int:
@@ -87,6 +99,7 @@ class Plan:
         layer_weights: Elements of all parameters of each decoder layer.
         hidden_size: Width of the states between them.
         step: What a decode step reads besides the groups, see :mod:`autoquant_ray.step_facts`.
+        experts_apart: Whether every routed expert is a group.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -97,6 +110,7 @@ class Plan:
     layer_weights: tuple[int, ...]
     hidden_size: int
     step: dict[str, Any]
+    experts_apart: bool = False
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -145,12 +159,7 @@ class Plan:
         return {
             "formats": [format_.to_json() for format_ in self.formats],
             "modules": {
-                module.name: {
-                    "prefixes": list(module.quantizer_prefixes),
-                    "shapes": [list(shape) for shape in module.shapes],
-                }
-                for group in self.groups
-                for module in group.modules
+                module.name: module.to_json() for group in self.groups for module in group.modules
             },
             "unsearched": {g.name: g.reason for g in self.groups if g.reason is not None},
             "tied_groups": [group.name for group in self.groups if group.is_tied],
@@ -158,12 +167,17 @@ class Plan:
             "other_modules": self.other_modules,
             "flops_per_token": self.flops_per_token,
             "step": self.step,
+            "experts": single_experts(self),
             "idle_groups": [group.name for group in self.groups if is_of_tower(group.name)],
         }
 
 
 def build_plan(
-    model: Any, formats: Sequence[Format], disable: Sequence[str] = (), coverage: str = "lm"
+    model: Any,
+    formats: Sequence[Format],
+    disable: Sequence[str] = (),
+    coverage: str = "lm",
+    expert_groups: ExpertGroups = LAYER,
 ) -> Plan:
     """Group the quantizable modules of a model and cost every choice.
 
@@ -172,17 +186,20 @@ def build_plan(
         formats: The menu.
         disable: Globs of module names to leave in 16 bits.
         coverage: ``lm`` leaves the vision tower in 16 bits, ``full`` searches it too.
+        expert_groups: Unless ``layer``, every expert is a group.
 
     Raises:
-        ConfigError: Nothing is left to search, a glob matches no module, or there is no vision
-            tower for ``full``.
+        ConfigError: Nothing is left to search, a glob matches no module, there is no vision
+            tower for ``full``, or the experts cannot be told apart.
         ModelError: The model has no quantizable module.
     """
     modules = list(quantizable_modules(model))
     if not modules:
         raise ModelError(f"{type(model).__name__} has no layer that ModelOpt can quantize")
+    if is_apart(expert_groups):
+        modules = split_experts(model, modules, formats)
     for pattern in disable:
-        if not any(fnmatch.fnmatch(module.name, pattern) for module in modules):
+        if not any(module.matches(pattern) for module in modules):
             raise ConfigError(
                 f"--disable {pattern!r} matches no layer; names look like {modules[0].name!r}"
             )
@@ -191,7 +208,8 @@ def build_plan(
             f"{type(model).__name__} has no vision tower that --coverage full would search; leave "
             "it out"
         )
-    groups = _group(model, modules, disable, has_images=coverage == "full")
+    has_images, apart = coverage == "full", is_apart(expert_groups)
+    groups = _group(model, modules, disable, has_images=has_images, experts_apart=apart)
     plan = Plan(
         groups=groups,
         formats=tuple(formats),
@@ -204,6 +222,7 @@ def build_plan(
         ),
         hidden_size=model.get_input_embeddings().weight.shape[1],
         step=step_facts(model, modules, is_of_tower),
+        experts_apart=apart,
     )
     if not plan.searched:
         raise ConfigError("every layer is disabled; nothing is left to search")
@@ -216,10 +235,12 @@ def _group(
     disable: Sequence[str],
     *,
     has_images: bool,
+    experts_apart: bool,
 ) -> tuple[PlannedGroup, ...]:
     members: dict[str, list[PlannedModule]] = {}
     for module in modules:
-        members.setdefault(_group_key(module.name), []).append(module)
+        key = (apart_key(module) if experts_apart else None) or group_key(module.name)
+        members.setdefault(key, []).append(module)
     embedding = model.get_input_embeddings()
     tied = {
         name
@@ -237,24 +258,12 @@ def _group(
     )
 
 
-def _group_key(name: str) -> str:
-    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
-
-    searcher = AutoQuantizeGradientSearcher()
-    searcher.model = None
-    for rule in searcher.quant_grouping_rules:
-        key = searcher._apply_quant_group_rule(name, rule)
-        if key is not None:
-            return str(key)
-    return name
-
-
 def _reason_unsearched(
     group: list[PlannedModule], disable: Sequence[str], *, has_images: bool
 ) -> str | None:
     for module in group:
         for pattern in disable:
-            if fnmatch.fnmatch(module.name, pattern):
+            if module.matches(pattern):
                 return f"disabled by {pattern!r}"
         if is_of_tower(module.name) and not (has_images and sees_images(module.name)):
             return _TOWER_UNSEARCHED
@@ -278,9 +287,11 @@ def _flops_per_token(model: Any, groups: Sequence[PlannedGroup], num_formats: in
     text_config = model.config.get_text_config()
     visited = getattr(text_config, "num_experts_per_tok", None) or 1
     total = 0.0
+    experts = Counter(module.path for group in groups for module in group.modules)
     for group in groups:
         for module in group.modules:
-            share = min(1.0, visited / module.shapes[0][0]) if module.kind == "experts" else 1.0
+            count = {"experts": module.shapes[0][0], "expert": experts[module.path]}
+            share = min(1.0, visited / count.get(module.kind, 1))
             products = 4 + num_formats if group.is_searched else 4
             total += 2 * module.num_weights * share * products
     return round(total)

@@ -20,4 +20,6 @@ def make_plan(space: SearchSpace, ref: ModelRef, *, device: str) -> Plan:
         AutoQuantError: Unknown format, unreadable config, nothing to search.
     """
     formats = resolve_formats(space.formats, device=device, custom=space.custom_formats)
-    return build_plan(build_skeleton(ref), formats, space.disable, space.coverage)
+    return build_plan(
+        build_skeleton(ref), formats, space.disable, space.coverage, space.expert_groups
+    )

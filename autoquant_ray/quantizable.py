@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -30,17 +31,32 @@ TOWER_PATTERNS = (
 """Names of modules that see images or sound."""
 
 
+_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)(?:\..+)?")
+
+
+def expert_place(name: str) -> tuple[str, int] | None:
+    """The module of a layer's routed experts and the number of one of them; None for other names.
+
+    Args:
+        name: ``model.layers.0.mlp.experts.3``, or a module inside such an expert.
+    """
+    found = None if "shared_expert" in name else _EXPERT.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedModule:
     """One quantizable module.
 
     Attributes:
         name: Dotted name in the model.
-        kind: ``linear``, ``experts`` (fused 3-D parameters) or ``convolution``.
+        kind: ``linear``, ``experts`` (fused 3-D parameters), ``expert`` (one slice of them) or
+            ``convolution``.
         parameters: Weight parameter names inside the module, in forward order.
         shapes: Their shapes, as ``(..., out, in)``.
         is_transposed: Whether experts are stored as ``(experts, in, out)`` (GPT-OSS). ModelOpt
             quantizes such a parameter as one tensor, not expert by expert.
+        expert: Of a single expert, its number, which ends its name.
     """
 
     name: str
@@ -48,6 +64,12 @@ class PlannedModule:
     parameters: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     is_transposed: bool = False
+    expert: int | None = None
+
+    @property
+    def path(self) -> str:
+        """Name of the model's module that holds the weights."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
 
     @property
     def num_weights(self) -> int:
@@ -57,7 +79,20 @@ class PlannedModule:
     @property
     def quantizer_prefixes(self) -> tuple[str, ...]:
         """What stands before ``_weight_quantizer`` in ModelOpt's names: '' for a linear."""
-        return ("",) if self.kind != "experts" else tuple(f"{p}_" for p in self.parameters)
+        is_fused = self.kind in ("experts", "expert")
+        return tuple(f"{p}_" for p in self.parameters) if is_fused else ("",)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob names it, or the module that holds it."""
+        return any(fnmatch.fnmatch(name, pattern) for name in (self.name, self.path))
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``run.json`` keeps of it."""
+        own = {
+            "prefixes": list(self.quantizer_prefixes),
+            "shapes": [list(shape) for shape in self.shapes],
+        }
+        return own if self.expert is None else own | {"expert": self.expert}
 
 
 def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
@@ -117,6 +152,19 @@ def _experts_layout(module: torch.nn.Module) -> tuple[tuple[str, str], bool] | N
         return ("gate_up_proj", "down_proj"), True
     is_other = registered is not None and not issubclass(registered, huggingface._QuantFusedExperts)
     return None if is_other or wrapper is None else ((wrapper._first_proj_attr, "down_proj"), False)
+
+
+def group_key(name: str) -> str:
+    """What the modules of a group have in common, by the rules of ModelOpt's searcher."""
+    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
+
+    searcher = AutoQuantizeGradientSearcher()
+    searcher.model = None
+    for rule in searcher.quant_grouping_rules:
+        key = searcher._apply_quant_group_rule(name, rule)
+        if key is not None:
+            return str(key)
+    return name
 
 
 def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[str, int]:

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import replaced_forward
 from autoquant_ray.quantizable import PlannedModule, is_of_tower
 from autoquant_ray.quantizers import make_input_quantizer, quantized_weight
 from autoquant_ray.sensitivity import Maxima, ScoredModule
+from autoquant_ray.single_experts import OneExpert, by_module, run_apart, runnable_experts
 from autoquant_ray.weight_cache import WeightCache
 from autoquant_ray.weight_search import WeightScales
 
@@ -57,14 +57,12 @@ class QuantizedLayers:
         self._scales = WeightScales(model)
         number_of = {m: number for number, layer in enumerate(layers) for m in layer.modules()}
         self._by_layer: dict[int, list[tuple[ScoredModule, Any]]] = {}
-        self._experts: dict[str, FusedExperts] = {}
+        self._experts = runnable_experts(by_module(model, modules))
         for scored in modules:
-            module = model.get_submodule(scored.planned.name)
+            module = model.get_submodule(scored.planned.path)
             outside = FRONT if is_of_tower(scored.planned.name) else len(layers)
             number = number_of.get(module, outside)
             self._by_layer.setdefault(number, []).append((scored, module))
-            if scored.planned.kind == "experts":
-                self._experts[scored.planned.name] = FusedExperts(module, scored.planned)
 
     def signature(self, number: int, choice: Choice) -> Choice:
         """The part of a choice that matters in a layer; the head counts as the layer after all."""
@@ -80,20 +78,29 @@ class QuantizedLayers:
             choice: Formats of all groups.
             weights: Keeps quantized weights between calls.
         """
+        apart: dict[Any, list[tuple[OneExpert, PlannedModule, Format]]] = {}
         with ExitStack() as stack:
             for scored, module in self._by_layer.get(number, []):
                 index = choice[scored.group]
-                if index != UNQUANTIZED:
-                    forward = self._forward(scored.planned, module, self._formats[index], weights)
-                    stack.enter_context(replaced_forward(module, forward))
+                if index == UNQUANTIZED:
+                    continue
+                planned, format_ = scored.planned, self._formats[index]
+                if isinstance(one := self._experts.get(planned.name), OneExpert):
+                    apart.setdefault(module, []).append((one, planned, format_))
+                    continue
+                forward = self._forward(planned, module, format_, weights)
+                stack.enter_context(replaced_forward(module, forward))
+            for module, chosen in apart.items():
+                stack.enter_context(
+                    replaced_forward(module, run_apart(chosen, weights, self._scales))
+                )
             yield
 
     def _forward(
         self, planned: PlannedModule, module: Any, format_: Format, weights: WeightCache
     ) -> Callable[..., torch.Tensor]:
         maxima = self._maxima.get(planned.name, {})
-        if planned.kind == "experts":
-            experts = self._experts[planned.name]
+        if (experts := self._experts.get(planned.name)) is not None:
             kept = {
                 name: weights.get(
                     (planned.name, format_.weight_key, name),

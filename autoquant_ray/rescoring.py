@@ -100,6 +100,6 @@ def solve_flips(
         if (choice.group, choice.format) in losses
     ]
     budgets, most = problem.budgets(options), options.max_formats
-    found = solve_tied(choices, budgets, ties_of(problem), max_formats=most)
+    found = solve_tied(choices, budgets, ties_of(problem, options), max_formats=most)
     own = -math.fsum(lowest.values())
     return dict(formats) if own <= found.score else found.formats

@@ -1,8 +1,9 @@
-"""Which rows of a module are scored: all that have a gradient, or a draw of them."""
+"""Which rows of a module are scored (all that have a gradient, or a draw), and a row's terms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -67,3 +68,24 @@ def choose_rows(
         return live_rows(gradients_TO)
     drawn = draw_rows(gradients_TO, input_TI, share, seed)
     return ChosenRows(indices=drawn.indices_U, num_live=len(drawn.indices_U), drawn=drawn)
+
+
+def row_values(difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]) -> torch.Tensor:
+    """Each row's elementwise and token term, float64 ``(2, C)``, mean over the draws.
+
+    Args:
+        difference_CO: Of a module's output; may be overwritten.
+        gradients_CO: Gradients at the output, one per label draw.
+    """
+    total: Any = 0.0
+    for number, gradient_CO in enumerate(gradients_CO):
+        is_last = number == len(gradients_CO) - 1
+        if is_last and difference_CO.dtype == torch.float32:
+            product_CO = difference_CO.mul_(gradient_CO)
+        else:
+            product_CO = difference_CO.float() * gradient_CO.float()
+        norms_C = torch.linalg.vector_norm(product_CO, dim=1)
+        values_2C = torch.stack([norms_C, product_CO.sum(dim=1)]).double().square_()
+        total = total + values_2C
+    result: torch.Tensor = total / len(gradients_CO)
+    return result

@@ -14,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 
+from autoquant_ray.expert_groups import ExpertGroups
+
 
 def _check_custom_key(key: str) -> str:
     if key not in ("weight", "input", "algorithm"):
@@ -53,6 +55,11 @@ class SearchSpace(BaseModel):
         default="lm",
         description="lm: the vision tower of a vision-language model stays in 16 bits, as most "
         "engines serve it. full: it is searched too, which takes data with images.",
+    )
+    expert_groups: ExpertGroups = Field(
+        default="layer",
+        description="Which routed experts share a format: layer (all of a layer), expert (none), "
+        "or a number K (K clusters per layer, by sensitivity); docs/experts.md.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where workers compute. auto: cuda where there is a GPU."

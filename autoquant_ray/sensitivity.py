@@ -29,13 +29,13 @@ import torch
 
 from autoquant_ray.differences import Difference, OutputDifferences
 from autoquant_ray.errors import WorkerError
-from autoquant_ray.expert_tokens import routed_tokens
-from autoquant_ray.experts import FusedExperts
+from autoquant_ray.expert_tokens import TokenCounts
 from autoquant_ray.formats import Format
 from autoquant_ray.plan import Plan
 from autoquant_ray.quantizable import PlannedModule
-from autoquant_ray.row_choice import ChosenRows, choose_rows
+from autoquant_ray.row_choice import ChosenRows, choose_rows, row_values
 from autoquant_ray.row_sampling import name_seed
+from autoquant_ray.single_experts import by_module, routed_apart, runnable_experts
 from autoquant_ray.weight_cache import WeightCache
 
 Maxima = dict[str, dict[str, float]]
@@ -85,7 +85,8 @@ class SensitivitySums:
             fourth; zero where all rows were scored.
         token_variance_GF: The same of ``token_GF``.
         num_rows_G: Rows with a gradient seen by each group, summed over its modules.
-        expert_tokens: Fused experts module -> such rows routed to each of its experts.
+        expert_tokens: Fused experts module -> such rows routed to each of its experts; single
+            expert -> a list of one.
     """
 
     elementwise_GF: Floats
@@ -121,12 +122,8 @@ class SensitivityScorer:
         self._differences = OutputDifferences(formats, weights, model)
         self._num_draws = num_draws
         self._row_share = row_share
-        self._modules = [(scored, model.get_submodule(scored.planned.name)) for scored in modules]
-        self._experts = {
-            scored.planned.name: FusedExperts(module, scored.planned)
-            for scored, module in self._modules
-            if scored.planned.kind == "experts"
-        }
+        self._modules = by_module(model, modules)
+        self._experts = runnable_experts(self._modules)
         num_groups = 1 + max(scored.group for scored in modules)
         device = next(model.parameters()).device
         # elementwise, token, and the variances of both
@@ -134,7 +131,7 @@ class SensitivityScorer:
             4, num_groups, len(formats), dtype=torch.float64, device=device
         )
         self._num_rows_G = [0] * num_groups
-        self._expert_tokens: dict[str, torch.Tensor] = {}
+        self._tokens = TokenCounts(self._modules)
         self._maxima: Maxima = {}
         self._seed: tuple[int, ...] = ()
 
@@ -147,7 +144,7 @@ class SensitivityScorer:
             elementwise_variance_GF=variances[0],
             token_variance_GF=variances[1],
             num_rows_G=np.array(self._num_rows_G, dtype=np.int64),
-            expert_tokens={name: counts.tolist() for name, counts in self._expert_tokens.items()},
+            expert_tokens=self._tokens.by_name(),
         )
 
     @contextmanager
@@ -160,11 +157,11 @@ class SensitivityScorer:
         """
         self._sums_4GF.zero_()
         self._num_rows_G = [0] * len(self._num_rows_G)
-        self._expert_tokens = {}
+        self._tokens.forget()
         self._maxima, self._seed = maxima, seed
         handles = [
-            module.register_forward_hook(self._forward_hook(scored), with_kwargs=True)
-            for scored, module in self._modules
+            module.register_forward_hook(self._forward_hook(own), with_kwargs=True)
+            for own, module in self._modules
         ]
         try:
             yield
@@ -173,8 +170,8 @@ class SensitivityScorer:
                 handle.remove()
             self._differences.forget()
 
-    def _forward_hook(self, scored: ScoredModule) -> Callable[..., None]:
-        name, num_calls = scored.planned.name, 0
+    def _forward_hook(self, own: Sequence[ScoredModule]) -> Callable[..., None]:
+        name, num_calls = own[0].planned.path, 0
 
         def hook(
             module: torch.nn.Module,
@@ -195,45 +192,63 @@ class SensitivityScorer:
                 if len(gradients) < self._num_draws:
                     return
                 seed = (*self._seed, name_seed(name), num_calls)
-                rows = choose_rows(gradients, inputs[0], self._row_share, seed)
                 num_calls += 1
-                if name in self._experts:
-                    self._count_tokens(scored.planned, inputs, gradients)
-                chosen = [rows.of(states) for states in (output_TO, *inputs, *gradients)]
-                gradients.clear()
-                output, *chosen_inputs = chosen[: 1 + len(inputs)]
-                self._num_rows_G[scored.group] += rows.num_live
                 now = [tensor._version for tensor in (output_TO, *inputs)]
+                if is_changed := now != versions:
+                    _require_same_inputs(name, versions[1:], now[1:])
                 with torch.no_grad():
-                    if now != versions:
-                        _require_same_inputs(name, versions[1:], now[1:])
-                        output = self._output_again(scored.planned, module, chosen_inputs)
-                    differences = self._of(scored, module, output, chosen_inputs)
-                    self._add(scored.group, differences, chosen[1 + len(inputs) :], rows)
+                    live_T = self._tokens.add(name, inputs, gradients)
+                    numbers = [e for one in own if (e := one.planned.expert) is not None]
+                    if not numbers:
+                        states = (*inputs, *gradients)
+                        self._score(own[0], module, None if is_changed else output_TO, states, seed)
+                    parts = routed_apart(inputs, live_T, numbers) if numbers else ()
+                    for one, number, (rows, routed) in zip(own, numbers, parts, strict=False):
+                        states = (*routed, *(g[rows] for g in gradients))
+                        self._score(one, module, None, states, (*seed, number))
+                gradients.clear()
 
             output.register_hook(on_gradient)
 
         return hook
 
-    def _count_tokens(
+    def _score(
         self,
-        planned: PlannedModule,
-        inputs: Sequence[torch.Tensor],
-        gradients_TO: Sequence[torch.Tensor],
+        scored: ScoredModule,
+        module: Any,
+        output_TO: torch.Tensor | None,
+        states: Sequence[torch.Tensor],
+        seed: tuple[int, ...],
     ) -> None:
-        live_T = torch.stack([g.ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)
-        counts = routed_tokens(inputs, live_T, planned.shapes[0][0])
-        if counts is not None:
-            before = self._expert_tokens.get(planned.name)
-            self._expert_tokens[planned.name] = counts if before is None else before + counts
+        """Add what a module's formats do to its rows.
+
+        Args:
+            scored: The module's entry.
+            module: The module.
+            output_TO: Its output; None computes it again.
+            states: Its inputs, then the gradients of all draws.
+            seed: Of the drawn rows.
+        """
+        num_inputs = len(states) - self._num_draws
+        gradients = list(states[num_inputs:])
+        rows = choose_rows(gradients, states[0], self._row_share, seed)
+        self._num_rows_G[scored.group] += rows.num_live
+        if not rows.num_live:
+            return
+        inputs = [rows.of(one) for one in states[:num_inputs]]
+        if output_TO is None:
+            output_TO = self._output_again(scored.planned, module, inputs)
+        else:
+            output_TO = rows.of(output_TO)
+        differences = self._of(scored, module, output_TO, inputs)
+        self._add(scored.group, differences, [rows.of(g) for g in gradients], rows)
 
     def _of(
         self, scored: ScoredModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]
     ) -> Iterator[Difference]:
         planned, only = scored.planned, scored.formats
         maxima = self._maxima.get(planned.name, {})
-        if planned.kind == "experts":
-            experts = self._experts[planned.name]
+        if (experts := self._experts.get(planned.name)) is not None:
             return self._differences.of_experts(
                 experts, planned.name, maxima, output_TO, tuple(inputs), only
             )
@@ -244,8 +259,8 @@ class SensitivityScorer:
         self, planned: PlannedModule, module: Any, inputs: list[torch.Tensor]
     ) -> torch.Tensor:
         """The module's output, where the model has since added to it in place."""
-        if planned.kind == "experts":
-            return self._experts[planned.name].run_and_collect(tuple(inputs))[0]
+        if (experts := self._experts.get(planned.name)) is not None:
+            return experts.run_and_collect(tuple(inputs))[0]
         return torch.nn.functional.linear(inputs[0], module.weight, module.bias)
 
     def _add(
@@ -257,7 +272,7 @@ class SensitivityScorer:
     ) -> None:
         sampled_F2T: dict[int, torch.Tensor] = {}
         for index, rows, difference_CO in differences:
-            values_2C = self._row_values(difference_CO, [g[rows] for g in gradients_TO])
+            values_2C = row_values(difference_CO, [g[rows] for g in gradients_TO])
             if chosen.drawn is not None:
                 if index not in sampled_F2T:
                     sampled_F2T[index] = values_2C.new_zeros(2, len(gradients_TO[0]))
@@ -272,23 +287,6 @@ class SensitivityScorer:
             pairs = [chosen.drawn.estimate(values_T) for values_T in values_2T]
             estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
             self._sums_4GF[:, group, index] += torch.stack(estimates).to(self._sums_4GF.device)
-
-    def _row_values(
-        self, difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """Each row's elementwise and token term, float64 ``(2, C)``, mean over the draws."""
-        total: Any = 0.0
-        for number, gradient_CO in enumerate(gradients_CO):
-            is_last = number == len(gradients_CO) - 1
-            if is_last and difference_CO.dtype == torch.float32:
-                product_CO = difference_CO.mul_(gradient_CO)
-            else:
-                product_CO = difference_CO.float() * gradient_CO.float()
-            norms_C = torch.linalg.vector_norm(product_CO, dim=1)
-            values_2C = torch.stack([norms_C, product_CO.sum(dim=1)]).double().square_()
-            total = total + values_2C
-        result: torch.Tensor = total / self._num_draws
-        return result
 
 
 def _require_same_inputs(name: str, before: list[int], now: list[int]) -> None:

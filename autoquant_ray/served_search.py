@@ -7,8 +7,15 @@ from copy import copy
 from typing import TYPE_CHECKING
 
 from autoquant_ray.allocation import Allocation, Choice, restrict
-from autoquant_ray.engine_choices import NotServedError, formats_of, require_served, served_sets
+from autoquant_ray.engine_choices import (
+    NotServedError,
+    formats_of,
+    joined,
+    require_served,
+    served_sets,
+)
 from autoquant_ray.errors import AutoQuantError, InfeasibleBudgetError
+from autoquant_ray.expert_clusters import require_apart
 from autoquant_ray.ties import Ties, solve_tied
 
 if TYPE_CHECKING:
@@ -29,7 +36,7 @@ def solve_served(problem: Problem, scores: Scores, options: SolveOptions) -> All
 
     def solve(one: Problem) -> Allocation:
         choices, budgets = allowed_choices(one, scores, options), one.budgets(options)
-        return solve_tied(choices, budgets, ties_of(one), max_formats=options.max_formats)
+        return solve_tied(choices, budgets, ties_of(one, options), max_formats=options.max_formats)
 
     return best_served(problem, options, solve)
 
@@ -125,6 +132,15 @@ def allowed_choices(problem: Problem, scores: Scores, options: SolveOptions) -> 
     return kept
 
 
-def ties_of(problem: Problem) -> Ties:
-    """Groups that must share a format; none without an engine."""
-    return () if problem.served is None else problem.served.ties
+def ties_of(problem: Problem, options: SolveOptions) -> Ties:
+    """Groups that must share a format, for the engine or as experts of a cluster.
+
+    Raises:
+        ConfigError: Single experts are asked for, and the run has no scores of them.
+    """
+    require_apart(problem.summary.get("experts", ()), options.expert_groups)
+    experts = [] if problem.experts is None else problem.experts.ties(options.expert_groups)
+    served = () if problem.served is None else problem.served.ties
+    if not (experts and served):
+        return experts or served
+    return joined([*experts, *served], [group.name for group in problem.searched])

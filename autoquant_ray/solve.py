@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant_ray.allocation import Allocation
@@ -18,6 +18,8 @@ from autoquant_ray.certainty import Certainty, assess_solution
 from autoquant_ray.domain_certainty import assess_weighted
 from autoquant_ray.domain_plans import domain_summary, solve_domains
 from autoquant_ray.errors import ScoreError, StoreError
+from autoquant_ray.expert_clusters import experts_of
+from autoquant_ray.expert_groups import LAYER
 from autoquant_ray.formats import NONE
 from autoquant_ray.manifest import (
     build_manifest,
@@ -103,6 +105,12 @@ def load_problem(state: RunState) -> tuple[Problem, Scores]:
         for format_ in group.rows:
             if format_ != NONE and scores.get((group.name, format_)) is None:
                 raise ScoreError(f"group {group.name} has no score for {format_}")
+    problem.experts = experts_of(
+        {group.name: group.num_weights for group in problem.searched},
+        problem.summary.get("experts", ()),
+        scores,
+        (state.values.get("config") or {}).get("expert_groups", LAYER),
+    )
     return problem, scores
 
 
@@ -131,8 +139,10 @@ def solve_run(
     state = RunState.open(directory)
     problem, scores = load_problem(state)
     problem = problem.timed(options.latency)
-    allocation = solve_domains(state, problem, scores, options)
     name = solution_name(options) if folder is None else folder.rstrip("/")
+    if problem.experts is not None and options.expert_groups is None:
+        options = replace(options, expert_groups=problem.experts.scanned_as)
+    allocation = solve_domains(state, problem, scores, options)
     return write_solution(state, problem, scores, options, allocation, name)
 
 
@@ -201,10 +211,14 @@ def certainty_of(
     """How sure an allocation is, from the sums that the run keeps for it.
 
     None for an imported run and for one of an earlier version: no shards to resample. None for the
-    least loss of the worst domain, and where an engine needs one format for several groups, too: no
-    fast solver solves their resamples.
+    least loss of the worst domain, and where groups share a format (for an engine, or as experts of
+    a cluster), too: no fast solver solves their resamples.
     """
-    if options.worst_domain or ties_of(problem) or not state.directory.exists("resampling.parquet"):
+    if (
+        options.worst_domain
+        or ties_of(problem, options)
+        or not state.directory.exists("resampling.parquet")
+    ):
         return None
     if options.domains:
         return assess_weighted(state, problem, options, formats)
@@ -235,6 +249,7 @@ def solution_name(options: SolveOptions) -> str:
         parts += options.latency.name_parts
         rest["latency"] = options.latency.to_json()
     parts += [name for name in (options.engine, options.gpu) if name is not None]
+    parts += [] if options.expert_groups is None else [f"experts-{options.expert_groups}"]
     if rest != {
         "bits_over": "searched",
         "cost": "storage",

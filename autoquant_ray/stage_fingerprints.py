@@ -17,6 +17,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "device",
         "trust_remote_code",
         "coverage",
+        "expert_groups",
     ),
     "shards": (
         "data",
@@ -46,6 +47,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "coverage": "lm",
     "loss_on": "all",
     "skip_bad_samples": False,
+    "expert_groups": "layer",
 }
 """Fields that earlier versions did not have -> the value that means what those versions did."""
 

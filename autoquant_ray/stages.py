@@ -23,6 +23,8 @@ from autoquant_ray.distributed.progress import Throughput, progress
 from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.domain_scores import write_domain_scores
 from autoquant_ray.errors import Interrupted, StoreError, WorkerError
+from autoquant_ray.expert_groups import single_experts
+from autoquant_ray.expert_tokens import note_silent_experts
 from autoquant_ray.interrupts import stop_on_signal
 from autoquant_ray.parts import Parts, map_ahead
 from autoquant_ray.plan import Plan
@@ -141,14 +143,14 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
     import ray
 
     rule = stopping_stage.make_rule(state, plan)
-    groups = [group.name for group in plan.searched]
+    groups, experts = [group.name for group in plan.searched], {*single_experts(plan)}
     keys, formats = plan.score_keys, [format_.name for format_ in plan.formats]
 
     def write(outcome: Outcome) -> str:
         shard = outcome.task.shard
         num_rows_G = outcome.result.sums.num_rows_G
-        unseen = [g for g, rows in zip(groups, num_rows_G, strict=True) if not rows]
-        if unseen:
+        known = zip(groups, num_rows_G, strict=True)
+        if unseen := [g for g, rows in known if not rows and g not in experts]:
             logger.warning("shard %d gave no gradient to %s", shard, ", ".join(unseen[:3]))
         part = score_part(shard, keys, formats, outcome.result)
         return state.directory.write_table(part_name(SCORES, shard), "scores", part)
@@ -184,7 +186,8 @@ def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
         parts = Parts(directory, SCORES, state.used_shards)
         result = aggregate_parts(parts, plan_rows, config.estimator)
         directory.write_table("resampling.parquet", "resampling", result.buckets)
-        write_domain_scores(state, plan_rows, config.estimator)
+        write_domain_scores(state, plan_rows, config.estimator, result.left_out)
+        note_silent_experts(state.values["plan"], result.left_out)
         directory.write_table("sensitivity.parquet", "sensitivity", result.rows)
         state.values["used"] = stopping_stage.used_data(state, state.used_shards)
 

@@ -43,7 +43,7 @@ class Swaps:
             (c.group, c.format): [c.costs[budget.resource] for budget in self._budgets]
             for c in choices
         }
-        self._tied = {group for tie in ties_of(problem) for group in tie}
+        self._tied = {group for tie in ties_of(problem, options) for group in tie}
         self._max_formats = options.max_formats
 
     def room(self, formats: Formats) -> Floats:

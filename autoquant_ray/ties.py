@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from autoquant_ray.allocation import Allocation, Budget, Choice, solve
 from autoquant_ray.engine_choices import NotServedError
+from autoquant_ray.wording import few
 
 Ties = Sequence[Sequence[str]]
 """Sets of groups that share a format; no group is in two of them."""
@@ -58,8 +59,8 @@ def _merged(choices: Sequence[Choice], ties: Ties) -> list[Choice]:
         common = [name for name in names if all((other, name) in table for other in tie)]
         if not common:
             raise NotServedError(
-                f"the engine needs one format for {', '.join(tie)}, and the pinned and allowed "
-                "formats leave none in common; allow one of their formats"
+                f"{few(tie, 5)} must share a format, and the pinned and allowed formats leave none "
+                "in common; allow one of their formats"
             )
         for name in common:
             own = [table[other, name] for other in tie]

@@ -57,6 +57,7 @@ def find_concerns(evidence: Evidence) -> list[Concern]:
         _low_bits,
         _quarantined,
         _experts,
+        _silent_experts,
         _labels,
         _shards,
         _wide_total,
@@ -165,6 +166,15 @@ def _experts(known: Evidence) -> Iterator[Concern]:
             f"{_count(number, 'routed expert')} of {_count(len(known.few_tokens), 'group')} saw "
             f"fewer than {known.min_expert_tokens} tokens, the fewest {least.fewest} in "
             f"{least.group}: the scores say little of them. Use more --samples.",
+        )
+
+
+def _silent_experts(known: Evidence) -> Iterator[Concern]:
+    if known.silent_experts:
+        yield _look(
+            "Experts that saw no token",
+            f"{_count(len(known.silent_experts), 'routed expert')} saw no token, the first "
+            f"{known.silent_experts[0]}: without a score, 16 bits are kept. Use more --samples.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from autoquant_ray.latency import LATENCY, describe_prediction
 from autoquant_ray.report.audit import AuditData, audit_section
 from autoquant_ray.report.concerns import Concern, find_concerns
 from autoquant_ray.report.domains import DomainSection, domain_section
+from autoquant_ray.report.expert_rows import by_format, by_layer, layer_order, single_experts
 from autoquant_ray.report.frontier_chart import Dot
 from autoquant_ray.report.frontier_dots import frontier_dots
 from autoquant_ray.report.groups import GroupRow, MixRow, format_mix, group_rows
@@ -106,15 +108,16 @@ def collect_content(state: RunState, start: str) -> ReportContent:
     kept = (sources.manifest.get("stability") or {}).get("kept", {})
     formats = dict.fromkeys(unsearched, NONE) | sources.formats
     rows = group_rows(groups, formats, sources.scores, kept, unsearched)
+    experts = single_experts(run["plan"].get("modules", {}))
     return ReportContent(
         title=f"Quantization plan for {run['model']['name'].rstrip('/').rpartition('/')[2]}",
         numbers=headline(sources),
         concerns=find_concerns(gather_evidence(sources)),
         facts=_facts(sources),
         mix=format_mix(rows),
-        layers=_layers(sources.rows, sources.scores, unsearched),
-        groups=rows,
-        heat=heat_maps(rows, list(problem.groups)),
+        layers=_layers(sources.rows, rows, experts),
+        groups=by_format(rows, experts) if experts else rows,
+        heat=heat_maps(by_layer(rows, experts), layer_order(list(problem.groups), experts)),
         dots=_dots(sources),
         formats=list(dict.fromkeys(row["format"] for row in sources.table)),
         scores=sources.scores,
@@ -159,21 +162,34 @@ def _dots(sources: Sources) -> list[Dot]:
 
 
 def _layers(
-    rows: list[dict[str, Any]],
-    scores: dict[str, dict[str, tuple[float, float | None]]],
-    unsearched: dict[str, str],
+    rows: list[dict[str, Any]], groups: list[GroupRow], experts: Mapping[str, int]
 ) -> list[Layer]:
+    """One per row of the manifest; single experts as :func:`by_format` shows them."""
+    by_name = {group.name: group for group in groups}
     layers = [
         Layer(
             name=row["module"],
             group=row["group"],
             num_bits=row["weight_bits"],
-            sensitivity=max((s for s, _ in scores.get(row["group"], {}).values()), default=None),
+            sensitivity=by_name[row["group"]].sensitivity,
             size_bytes=row["weight_bytes"],
             chosen=row["format"],
-            note=unsearched.get(row["group"]),
+            note=by_name[row["group"]].note,
         )
         for row in rows
+        if row["group"] not in experts
+    ]
+    layers += [
+        Layer(
+            name=group.name,
+            group=group.name,
+            num_bits=group.num_bits,
+            sensitivity=group.sensitivity,
+            size_bytes=group.num_bytes,
+            chosen=group.chosen,
+            note=group.note,
+        )
+        for group in by_format([one for one in groups if one.name in experts], experts)
     ]
     return sorted(layers, key=lambda x: (x.sensitivity is None, -(x.sensitivity or 0.0)))
 

@@ -47,6 +47,7 @@ class Evidence:
         by_domain: It was made for domains; rivals that weigh all tokens alike say nothing of it.
         by_measurement: Measured losses chose it: it is not what the scores alone would choose.
         few_tokens: Experts that saw fewer than ``min_expert_tokens``.
+        silent_experts: Experts that are groups of their own and saw none: they stay in 16 bits.
         unserved: Why the engine that it is for, or every engine known, cannot serve it; None where
             one can.
     """
@@ -67,5 +68,6 @@ class Evidence:
     by_domain: bool = False
     by_measurement: bool = False
     few_tokens: Sequence[FewTokens] = ()
+    silent_experts: Sequence[str] = ()
     min_expert_tokens: int = 0
     unserved: str | None = None

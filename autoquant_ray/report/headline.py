@@ -109,6 +109,9 @@ def budget_text(budget: dict[str, Any]) -> str:
     if budget.get("engine") is not None:
         where = f" on {budget['gpu']}" if budget["gpu"] is not None else ""
         parts.append(f"served by {budget['engine']}{where}")
+    if (experts := budget.get("expert_groups")) is not None:
+        told = {"layer": "one format for a layer's experts", "expert": "experts apart"}
+        parts.append(told.get(experts, f"experts of a layer in {experts} clusters"))
     if budget["max_formats"] is not None:
         parts.append(f"at most {budget['max_formats']} formats")
     parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())

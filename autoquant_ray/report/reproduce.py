@@ -104,8 +104,9 @@ def solve_command(run: str, budget: Mapping[str, Any]) -> str:
     if budget["cost"] != "storage":
         words += ["--cost", budget["cost"]]
     words += _latency_words(budget.get("latency"))
-    for name in ("engine", "gpu"):
-        words += [] if budget.get(name) is None else [f"--{name}", budget[name]]
+    for name in ("engine", "gpu", "expert_groups"):
+        given = budget.get(name)
+        words += [] if given is None else [f"--{name.replace('_', '-')}", str(given)]
     domains = budget.get("domains") or {}
     if domains:
         words += ["--domains", ",".join(f"{name}={weight}" for name, weight in domains.items())]

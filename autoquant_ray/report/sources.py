@@ -9,7 +9,7 @@ from autoquant_ray.budget import Problem
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.engine_choices import formats_of, why_unserved
 from autoquant_ray.errors import StoreError
-from autoquant_ray.expert_tokens import experts_with_few_tokens
+from autoquant_ray.expert_tokens import experts_with_few_tokens, silent_experts
 from autoquant_ray.manifest import allocation_key, is_chosen_by_measurement
 from autoquant_ray.report.domains import is_by_domain
 from autoquant_ray.report.evidence import Choice, Evidence
@@ -165,6 +165,7 @@ def gather_evidence(sources: Sources) -> Evidence:
         by_domain=sources.is_by_domain,
         unserved=_unserved(sources),
         by_measurement=sources.is_by_measurement,
+        silent_experts=silent_experts(sources.run["plan"]),
         few_tokens=experts_with_few_tokens(sources.table, min_tokens),
         min_expert_tokens=min_tokens,
     )

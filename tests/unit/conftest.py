@@ -113,9 +113,10 @@ def make_run(make_model: Any, tmp_path: Path) -> Any:
         num_shards: int = 2,
         folder: Path | None = None,
         custom: dict[str, Any] | None = None,
+        expert_groups: Any = "layer",
     ) -> RunDirectory:
         menu = resolve_formats(formats, device="cpu", custom=custom)
-        plan = build_plan(make_model(family), menu, disable)
+        plan = build_plan(make_model(family), menu, disable, expert_groups=expert_groups)
         print_of_model = "model" if folder is None else fingerprint_model(find_model(str(folder)))
         config = ScanConfig(
             model=family if folder is None else str(folder),
@@ -127,6 +128,7 @@ def make_run(make_model: Any, tmp_path: Path) -> Any:
             device="cpu",
             dtype="float32",
             bits=8,
+            expert_groups=expert_groups,
         )
         return made_up_run(config, plan, family, print_of_model, num_shards, domains=domains)
 
@@ -145,10 +147,11 @@ def solved_run(make_run: Any, model_folder: Any) -> Any:
         choice: dict[str, str],
         formats: tuple[str, ...] = CHECKPOINT_FORMATS,
         folder: Path | None = None,
+        **more: Any,
     ) -> Any:
         folder = folder or model_folder(family)
         custom = {name: entry for name, entry in CUSTOM.items() if name in formats}
-        directory = make_run(family, formats, disable=(), folder=folder, custom=custom)
+        directory = make_run(family, formats, disable=(), folder=folder, custom=custom, **more)
         maxima = calibrated(directory, folder, formats)
         groups = directory.read_table("plan.parquet", "plan").column("group").to_pylist()
         pins = {g: name for p, name in choice.items() for g in groups if fnmatch.fnmatch(g, p)}

@@ -26,6 +26,7 @@ from autoquant_ray.checkpoint_check import check_checkpoint
 from autoquant_ray.checkpoint_source import read_source
 from autoquant_ray.errors import (
     CheckpointError,
+    ConfigError,
     FormatError,
     StoreError,
 )
@@ -130,6 +131,28 @@ def test_every_expert_is_packed_by_itself(solved_run: Any, tmp_path: Path) -> No
         FormatError, match=r"fused experts cannot be written, not even in 16 bits.*mlp\.experts"
     ):
         export_run(directory, str(tmp_path / "other"), layout="compressed-tensors")
+
+
+def test_experts_chosen_apart_are_packed_where_those_of_a_layer_agree(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    choice = {"*": "none", "*0.mlp.experts*": "wfp4_afp16"}
+    written = []
+    for groups in ("layer", "expert"):
+        more = {"expert_groups": groups, "name": groups}
+        directory, *_ = solved_run("qwen3_moe", choice, ("wfp4_afp16",), **more)
+        told = export_run(directory, str(tmp_path / f"out-{groups}"))
+        written.append(load_folder(tmp_path / f"out-{groups}"))
+        assert told.bytes_on_disk == pytest.approx(told.weight_bytes, rel=0.01)
+    together, apart = written
+    assert together.keys() == apart.keys()
+    assert all(torch.equal(tensor, apart[name]) for name, tensor in together.items())
+    mixed = choice | {"*0.mlp.experts.3": "none"}
+    more = {"expert_groups": "expert", "name": "mixed"}
+    directory, *_ = solved_run("qwen3_moe", mixed, ("wfp4_afp16",), **more)
+    with pytest.raises(ConfigError, match=r"several in model.layers.0.mlp.experts; .*--engine"):
+        export_run(directory, str(tmp_path / "out-mixed"))
+    assert not (tmp_path / "out-mixed").exists()
 
 
 def test_formats_with_scales_of_their_own_are_packed_on_the_cpu(

@@ -1,0 +1,116 @@
+"""Which experts share a format: all of a layer, clusters of them, or none (``--expert-groups``).
+
+Fused experts share the quantizer of their inputs, in ModelOpt and in every engine. So an expert
+that is a group of its own takes only formats that leave inputs in 16 bits. Where experts are made
+of linears, as in some models with code of their own, it takes all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from pydantic import BeforeValidator
+
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.quantizable import PlannedModule, expert_place
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoquant_ray.formats import Format
+    from autoquant_ray.plan import Plan
+
+LAYER: Final = "layer"
+EXPERT: Final = "expert"
+
+
+def parse_expert_groups(value: object) -> object:
+    """``layer``, ``expert``, or a number of clusters from 2.
+
+    Raises:
+        ValueError: Something else.
+    """
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if value in (LAYER, EXPERT) or (type(number) is int and number >= 2):
+        return number
+    raise ValueError(
+        f"{value!r} must be {LAYER!r}, {EXPERT!r}, or a number of clusters per layer of at least 2"
+    )
+
+
+ExpertGroups = Annotated[Literal["layer", "expert"] | int, BeforeValidator(parse_expert_groups)]
+
+
+def is_apart(expert_groups: ExpertGroups) -> bool:
+    """Whether every expert is scored by itself."""
+    return expert_groups != LAYER
+
+
+def split_experts(
+    model: torch.nn.Module, modules: Sequence[PlannedModule], formats: Sequence[Format]
+) -> list[PlannedModule]:
+    """The modules of a plan with fused experts told apart.
+
+    Args:
+        model: Skeleton or loaded model.
+        modules: Its quantizable modules.
+        formats: The menu.
+
+    Raises:
+        ConfigError: There are no experts; they cannot be told apart; no format of the menu leaves
+            inputs in 16 bits.
+    """
+    split = [single for module in modules for single in _split(model, module)]
+    if all(expert_place(module.name) is None for module in split):
+        raise ConfigError(
+            f"{type(model).__name__} has no routed experts to tell apart; leave out --expert-groups"
+        )
+    is_fused = len(split) > len(modules)
+    if is_fused and all(format_.input is not None for format_ in formats):
+        raise ConfigError(
+            "--expert-groups needs a format that leaves inputs in 16 bits, because experts share "
+            f"the quantizer of their inputs, and {', '.join(f.name for f in formats)} "
+            f"quantize{'s' if len(formats) == 1 else ''} them; add one such as wint4_afp16"
+        )
+    return split
+
+
+def apart_key(module: PlannedModule) -> str | None:
+    """What the modules of one expert have in common; None for other modules."""
+    place = expert_place(module.name)
+    return None if place is None else f"{place[0]}.{place[1]}"
+
+
+def single_experts(plan: Plan) -> list[str]:
+    """Searched groups of a plan that are one routed expert each."""
+    names = [group.name for group in plan.searched if plan.experts_apart]
+    return [name for name in names if expert_place(name) is not None]
+
+
+def _split(model: torch.nn.Module, module: PlannedModule) -> Iterator[PlannedModule]:
+    if module.kind != "experts":
+        yield module
+        return
+    owner = model.get_submodule(module.name)
+    others = [name for name, _ in owner.named_parameters(recurse=False)]
+    if module.is_transposed:
+        raise ConfigError(
+            f"{module.name} ({type(owner).__name__}) is quantized by ModelOpt as one tensor, so "
+            "that its experts cannot be told apart; leave out --expert-groups"
+        )
+    if set(others) != set(module.parameters):
+        raise ConfigError(
+            f"{module.name} ({type(owner).__name__}) has parameters beside its experts' weights "
+            f"({', '.join(sorted(set(others) - set(module.parameters)))}), so that its experts "
+            "cannot be told apart; leave out --expert-groups"
+        )
+    for number in range(module.shapes[0][0]):
+        yield replace(
+            module,
+            name=f"{module.name}.{number}",
+            kind="expert",
+            shapes=tuple(shape[1:] for shape in module.shapes),
+            expert=number,
+        )
