@@ -12,6 +12,7 @@ import torch
 from families import family_model
 from modelopt_scores import next_token_loss, of_text, quantized_by_modelopt
 
+from autoquant_ray.algorithms import checked_algorithm
 from autoquant_ray.budget import Problem
 from autoquant_ray.engine import Engine
 from autoquant_ray.errors import ConfigError
@@ -160,7 +161,13 @@ def test_drawn_rows_estimate_the_sums_of_all_rows(apart: Apart) -> None:
 
 
 def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
-    plan = apart.plan
+    """With the int4 scales of some experts searched, so that each expert has its own algorithm."""
+    searched = checked_algorithm("int4", "mse")
+    menu = tuple(
+        dataclasses.replace(f, algorithm=searched) if f.name == "wint4_afp16" else f
+        for f in apart.plan.formats
+    )
+    plan = dataclasses.replace(apart.plan, formats=menu)
     names = [format_.name for format_ in plan.formats]
     generator = np.random.default_rng(0)
     formats = {
@@ -173,10 +180,13 @@ def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
     assert used == {"wint4_afp16", "wfp8_afp16", NONE}
     problem = Problem(plan.rows(), plan.summary())
     config = quantization_config(problem, formats, plan.summary())
-    entries = load_quantization_config({"quantization_config": config})["quant_cfg"]
-    quantized = quantized_by_modelopt(apart.model, [apart.ids_BS], entries)
+    config = load_quantization_config({"quantization_config": config})
+    entries, algorithm = config["quant_cfg"], config["algorithm"]
+    quantized = quantized_by_modelopt(apart.model, [apart.ids_BS], entries, algorithm)
     fields = {f.name for f in dataclasses.fields(EvaluationSpec)} & set(vars(apart.spec))
-    spec = EvaluationSpec(**{n: getattr(apart.spec, n) for n in fields}, maxima={})
+    spec = EvaluationSpec(
+        **{n: getattr(apart.spec, n) for n in fields} | {"formats": menu}, maxima={}
+    )
     engine = EvaluationEngine(spec, model=copy.deepcopy(apart.model))
     index = {name: number for number, name in enumerate(names)} | {NONE: UNQUANTIZED}
     choice = tuple(index[formats[group.name]] for group in plan.searched)
