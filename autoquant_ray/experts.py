@@ -48,7 +48,7 @@ class FusedExperts:
         self.parameters = planned.parameters
         self._is_transposed = planned.is_transposed
         self._module = module
-        self._shadow: Any = _shadow(module)
+        self._shadow: Any = shadow_of(module)
         self._resting = dict(self._shadow._parameters)
         for name in self.parameters:
             setattr(self._shadow, f"{name}_input_quantizer", disabled_quantizer())
@@ -137,7 +137,8 @@ class _MaximumRecorder(torch.nn.Module):
         return states
 
 
-def _shadow(module: torch.nn.Module) -> torch.nn.Module:
+def shadow_of(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that carries ModelOpt's wrapper and shares parameters and parts with the module."""
     shadow = copy.copy(module)
     shadow.__dict__.update(
         {key: value.copy() for key, value in module.__dict__.items() if isinstance(value, dict)}

@@ -18,6 +18,7 @@ from typing import Any
 
 from autoquant_ray.errors import FormatError, one_line
 from autoquant_ray.format_names import closest_formats
+from autoquant_ray.kv_formats import KV_FORMATS, KV_PRESETS
 from autoquant_ray.number_formats import blocks_of, is_scaled_by_block
 
 Attributes = dict[str, Any]
@@ -56,10 +57,11 @@ class Format:
 
     Attributes:
         name: As given by the user.
-        weight: Attributes of the weight quantizer.
+        weight: Attributes of the weight quantizer; empty for a format of the KV cache.
         input: Attributes of the input quantizer; None keeps inputs in 16 bits.
         algorithm: How ModelOpt calibrates the quantizers, as its ``algorithm`` with a ``method``;
             None: each by its own maximum.
+        kv: Attributes of the quantizers of keys and values; None for a format of weights.
         modelopt_compression: ModelOpt's estimate of compressed over 16-bit size. It is the
             minimum over weight and input, so it undercounts formats with narrow inputs.
     """
@@ -69,6 +71,7 @@ class Format:
     input: Attributes | None
     modelopt_compression: float
     algorithm: Attributes | None = None
+    kv: Attributes | None = None
 
     @property
     def weight_key(self) -> str:
@@ -89,6 +92,7 @@ class Format:
             "input": None if self.input is None else attributes_to_json(self.input),
             "modelopt_compression": self.modelopt_compression,
             **({} if self.algorithm is None else {"algorithm": self.algorithm}),
+            **({} if self.kv is None else {"kv": attributes_to_json(self.kv)}),
         }
 
     @classmethod
@@ -100,6 +104,7 @@ class Format:
             input=None if value["input"] is None else attributes_from_json(value["input"]),
             modelopt_compression=value["modelopt_compression"],
             algorithm=value.get("algorithm"),
+            kv=attributes_from_json(value["kv"]) if value.get("kv") else None,
         )
 
 
@@ -160,12 +165,14 @@ def known_formats() -> list[str]:
     """All names that can be asked for, pairs first, then ModelOpt's presets."""
     import modelopt.torch.quantization as mtq
 
-    return [*PAIRS, *sorted(mtq.config.choices)]
+    return [*PAIRS, *KV_FORMATS, *sorted(mtq.config.choices)]
 
 
 def _resolve(name: str, custom: dict[str, dict[str, Attributes | None]]) -> Format:
     if name in custom:
         weight, input_ = _custom_attributes(name, custom[name])
+    elif (kv := KV_FORMATS.get(name)) is not None:
+        return Format(name=name, weight={}, input=None, modelopt_compression=1.0, kv=kv)
     elif name in PAIRS:
         weight, input_ = PAIRS[name]
     else:
@@ -209,9 +216,10 @@ def _preset_attributes(name: str, known: list[str]) -> tuple[Attributes, Attribu
         )
     weight = _last_match(preset["quant_cfg"], "weight_quantizer")
     if weight is None:
+        instead = "its base format, and --disable for the other layers"
         raise FormatError(
             f"format {name} sets no weight quantizer for every layer (it is a recipe for the KV "
-            "cache or for some layers); use its base format, and --disable for the other layers"
+            f"cache or for some layers); use {KV_PRESETS.get(name, instead)}"
         )
     return weight, _last_match(preset["quant_cfg"], "input_quantizer")
 
@@ -257,7 +265,7 @@ def check_device(formats: Sequence[Format], device: str) -> None:
         FormatError: Names the format and the device.
     """
     for format_ in formats if device == "cpu" else ():
-        for attributes in (format_.weight, format_.input):
+        for attributes in (format_.weight, format_.input, format_.kv):
             if attributes is None or not is_scaled_by_block(attributes):
                 continue
             try:

@@ -107,7 +107,8 @@ def manifest_rows(
         for module in group.module_names:
             shapes = [tuple(shape) for shape in summary["modules"][module]["shapes"]]
             weights = sum(math.prod(shape) for shape in shapes)
-            bits = float(weights) * group.rows[chosen]["weight_bits"]
+            row = group.rows[chosen]
+            bits = float(weights) * row["weight_bits"]
             if chosen in attributes:
                 bits = float(sum(stored_bits(attributes[chosen], shape) for shape in shapes))
             rows.append(
@@ -115,7 +116,7 @@ def manifest_rows(
                     "module": module,
                     "group": group.name,
                     "format": chosen,
-                    "weight_bits": bits / weights,
+                    "weight_bits": bits / weights if weights else row["weight_bits"],
                     "weight_bytes": bits / BITS_PER_BYTE,
                     "score": 0.0 if chosen == NONE else scores[group.name, chosen],
                 }
@@ -132,7 +133,7 @@ def quantization_config(
     :func:`load_quantization_config` restores them. None for an imported manifest, which
     does not name all modules of a fused group.
     """
-    known = {entry["name"]: entry for entry in summary["formats"] if entry.get("weight")}
+    known = {e["name"]: e for e in summary["formats"] if e.get("weight") or e.get("kv")}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for group in problem.groups.values():
         chosen = formats[group.name]
@@ -142,6 +143,8 @@ def quantization_config(
             return None
         format_ = Format.from_json(known[chosen])
         for module in group.module_names:
+            if format_.kv is not None:
+                entries.extend(cache_entries(module, format_))
             for prefix in summary["modules"][module]["prefixes"]:
                 entries.extend(quantizer_entries(f"{module}.{prefix}", format_))
     return {"quant_cfg": [attributes_to_json(entry) for entry in entries], "algorithm": "max"}
@@ -160,6 +163,14 @@ def quantizer_entries(start: str, format_: Format) -> list[dict[str, Any]]:
             entry = {"quantizer_name": f"{start}{part}_quantizer", "enable": True}
             entries.append(entry | {"cfg": attributes})
     return entries
+
+
+def cache_entries(module: str, format_: Format) -> list[dict[str, Any]]:
+    """ModelOpt's entries for the keys and values of one attention, with Python types."""
+    return [
+        {"quantizer_name": f"{module}.{part}_bmm_quantizer", "enable": True, "cfg": format_.kv}
+        for part in "kv"
+    ]
 
 
 def load_quantization_config(

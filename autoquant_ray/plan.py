@@ -8,12 +8,15 @@ in a searched group or listed as unsearched with the reason.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError, ModelError
 from autoquant_ray.formats import NONE, Format
+from autoquant_ray.kv_formats import KV_BYTES, cache_bytes
+from autoquant_ray.kv_groups import cache_modules
 from autoquant_ray.layers import decoder_layers
 from autoquant_ray.quantizable import (
     PlannedModule,
@@ -22,6 +25,7 @@ from autoquant_ray.quantizable import (
     quantizable_modules,
     sees_images,
 )
+from autoquant_ray.scan_work import flops_per_token
 from autoquant_ray.step_facts import step_facts
 from autoquant_ray.stored_size import stored_bits
 
@@ -52,9 +56,14 @@ class PlannedGroup:
         """Whether a format is chosen for this group."""
         return self.reason is None
 
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is what an attention keeps of its keys and values, not weights."""
+        return self.modules[0].is_cache
+
     def takes(self, format_: Format) -> bool:
         """Whether a format is among the choices of this group."""
-        return True
+        return self.is_cache == (format_.kv is not None)
 
     @property
     def num_weights(self) -> int:
@@ -72,13 +81,23 @@ class PlannedGroup:
         """ModelOpt's cost: weights times its compression, in 16-bit weight equivalents."""
         return self.num_weights * (1.0 if format_ is None else format_.modelopt_compression)
 
+    def kv_bytes(self, format_: Format | None) -> float | None:
+        """Bytes of the cache that a token of context takes; None for weights."""
+        kv, shapes = None if format_ is None else format_.kv, self.modules[0].cached
+        return cache_bytes(kv, shapes) if shapes else None
+
+    def bits(self, format_: Format | None) -> float:
+        """Stored bits per weight, of a cache per element."""
+        stored = self.kv_bytes(format_) or self.weight_bytes(format_)
+        return stored * 8 / (self.num_weights or sum(map(math.prod, self.modules[0].cached)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Groups, formats, and what lies outside the search.
 
     Attributes:
-        groups: In the order of the model.
+        groups: In the order of the model; caches last.
         formats: The menu, without ``none``.
         other_bytes: Bytes, at 16 bits, of all parameters outside quantizable modules:
             embeddings, norms, biases, routers.
@@ -124,10 +143,11 @@ class Plan:
                 "format": NONE if format_ is None else format_.name,
                 "module_names": [module.name for module in group.modules],
                 "num_weights": group.num_weights,
-                "weight_bits": group.weight_bytes(format_) * 8 / group.num_weights,
+                "weight_bits": group.bits(format_),
                 "weight_bytes": group.weight_bytes(format_),
                 "modelopt_cost": group.modelopt_cost(format_),
                 "is_searched": group.is_searched,
+                KV_BYTES: group.kv_bytes(format_),
             }
             for group in self.groups
             for format_ in self.choices(group)
@@ -176,13 +196,14 @@ def build_plan(
     Raises:
         ConfigError: Nothing is left to search, a glob matches no module, or there is no vision
             tower for ``full``.
-        ModelError: The model has no quantizable module.
+        ModelError: The model has no quantizable module, or no cache for formats of caches.
     """
     modules = list(quantizable_modules(model))
     if not modules:
         raise ModelError(f"{type(model).__name__} has no layer that ModelOpt can quantize")
+    caches = cache_modules(model, formats)
     for pattern in disable:
-        if not any(fnmatch.fnmatch(module.name, pattern) for module in modules):
+        if not fnmatch.filter([module.label for module in (*modules, *caches)], pattern):
             raise ConfigError(
                 f"--disable {pattern!r} matches no layer; names look like {modules[0].name!r}"
             )
@@ -191,13 +212,13 @@ def build_plan(
             f"{type(model).__name__} has no vision tower that --coverage full would search; leave "
             "it out"
         )
-    groups = _group(model, modules, disable, has_images=coverage == "full")
+    groups = _group(model, [*modules, *caches], disable, has_images=coverage == "full")
     plan = Plan(
         groups=groups,
         formats=tuple(formats),
         other_bytes=_other_bytes(model, groups),
         other_modules=other_modules(model, modules),
-        flops_per_token=_flops_per_token(model, groups, len(formats)),
+        flops_per_token=flops_per_token(model, groups, len(formats)),
         layer_weights=tuple(
             sum(parameter.numel() for parameter in layer.parameters())
             for layer in decoder_layers(model).values()
@@ -205,7 +226,7 @@ def build_plan(
         hidden_size=model.get_input_embeddings().weight.shape[1],
         step=step_facts(model, modules, is_of_tower),
     )
-    if not plan.searched:
+    if not any(group.num_weights for group in plan.searched):
         raise ConfigError("every layer is disabled; nothing is left to search")
     return plan
 
@@ -228,7 +249,7 @@ def _group(
     }
     return tuple(
         PlannedGroup(
-            name=group[0].name,
+            name=group[0].label,
             modules=tuple(group),
             reason=_reason_unsearched(group, disable, has_images=has_images),
             is_tied=any(module.name in tied for module in group),
@@ -254,7 +275,7 @@ def _reason_unsearched(
 ) -> str | None:
     for module in group:
         for pattern in disable:
-            if fnmatch.fnmatch(module.name, pattern):
+            if fnmatch.fnmatch(module.label, pattern):
                 return f"disabled by {pattern!r}"
         if is_of_tower(module.name) and not (has_images and sees_images(module.name)):
             return _TOWER_UNSEARCHED
@@ -268,19 +289,3 @@ def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:
     total: int = sum(parameter.numel() for parameter in model.parameters())
     quantizable = sum(group.num_weights for group in groups if not group.is_tied)
     return (total - quantizable) * UNQUANTIZED_BITS // 8
-
-
-def _flops_per_token(model: Any, groups: Sequence[PlannedGroup], num_formats: int) -> int:
-    """Matrix products of a scan per token: calibration, forward, recompute, backward, formats.
-
-    Routed experts count by the share of them that a token visits.
-    """
-    text_config = model.config.get_text_config()
-    visited = getattr(text_config, "num_experts_per_tok", None) or 1
-    total = 0.0
-    for group in groups:
-        for module in group.modules:
-            share = min(1.0, visited / module.shapes[0][0]) if module.kind == "experts" else 1.0
-            products = 4 + num_formats if group.is_searched else 4
-            total += 2 * module.num_weights * share * products
-    return round(total)

@@ -36,11 +36,14 @@ class PlannedModule:
 
     Attributes:
         name: Dotted name in the model.
-        kind: ``linear``, ``experts`` (fused 3-D parameters) or ``convolution``.
+        kind: ``linear``, ``experts`` (fused 3-D parameters), ``convolution``, or ``attention``
+            (whose cache is quantized, :mod:`autoquant_ray.kv_groups`).
         parameters: Weight parameter names inside the module, in forward order.
         shapes: Their shapes, as ``(..., out, in)``.
         is_transposed: Whether experts are stored as ``(experts, in, out)`` (GPT-OSS). ModelOpt
             quantizes such a parameter as one tensor, not expert by expert.
+        cached: What a token adds to the cache of an attention, ``(heads, width)`` of its keys and
+            of its values; empty for other modules.
     """
 
     name: str
@@ -48,6 +51,7 @@ class PlannedModule:
     parameters: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     is_transposed: bool = False
+    cached: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -55,8 +59,20 @@ class PlannedModule:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
+    def is_cache(self) -> bool:
+        """Whether what is quantized is what it caches."""
+        return self.kind == "attention"
+
+    @property
+    def label(self) -> str:
+        """Its name in lists of layers: a cache goes by its attention's name and ``.kv``."""
+        return f"{self.name}.kv" if self.is_cache else self.name
+
+    @property
     def quantizer_prefixes(self) -> tuple[str, ...]:
         """What stands before ``_weight_quantizer`` in ModelOpt's names: '' for a linear."""
+        if self.is_cache:
+            return ()
         return ("",) if self.kind != "experts" else tuple(f"{p}_" for p in self.parameters)
 
 

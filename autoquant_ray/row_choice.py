@@ -1,8 +1,9 @@
-"""Which rows of a module are scored: all that have a gradient, or a draw of them."""
+"""Which rows of a module are scored: all that have a gradient, or a draw; what each adds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -67,3 +68,29 @@ def choose_rows(
         return live_rows(gradients_TO)
     drawn = draw_rows(gradients_TO, input_TI, share, seed)
     return ChosenRows(indices=drawn.indices_U, num_live=len(drawn.indices_U), drawn=drawn)
+
+
+def as_rows(states: torch.Tensor) -> torch.Tensor:
+    """Samples one after the other: ``(B, S, N)`` as ``(B * S, N)``."""
+    return states.reshape(-1, states.shape[-1])
+
+
+def row_values(difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]) -> torch.Tensor:
+    """Each row's elementwise and token term, float64 ``(2, C)``, mean over the draws.
+
+    Args:
+        difference_CO: Of the outputs; overwritten.
+        gradients_CO: One per draw.
+    """
+    total: Any = 0.0
+    for number, gradient_CO in enumerate(gradients_CO):
+        is_last = number == len(gradients_CO) - 1
+        if is_last and difference_CO.dtype == torch.float32:
+            product_CO = difference_CO.mul_(gradient_CO)
+        else:
+            product_CO = difference_CO.float() * gradient_CO.float()
+        norms_C = torch.linalg.vector_norm(product_CO, dim=1)
+        values_2C = torch.stack([norms_C, product_CO.sum(dim=1)]).double().square_()
+        total = total + values_2C
+    result: torch.Tensor = total / len(gradients_CO)
+    return result

@@ -32,9 +32,10 @@ from autoquant_ray.errors import WorkerError
 from autoquant_ray.expert_tokens import routed_tokens
 from autoquant_ray.experts import FusedExperts
 from autoquant_ray.formats import Format
+from autoquant_ray.kv_scoring import CacheHooks
 from autoquant_ray.plan import Plan
 from autoquant_ray.quantizable import PlannedModule
-from autoquant_ray.row_choice import ChosenRows, choose_rows
+from autoquant_ray.row_choice import ChosenRows, as_rows, choose_rows, row_values
 from autoquant_ray.row_sampling import name_seed
 from autoquant_ray.weight_cache import WeightCache
 
@@ -127,6 +128,7 @@ class SensitivityScorer:
             for scored, module in self._modules
             if scored.planned.kind == "experts"
         }
+        self._caches = CacheHooks(self._modules, formats, num_draws, row_share)
         num_groups = 1 + max(scored.group for scored in modules)
         device = next(model.parameters()).device
         # elementwise, token, and the variances of both
@@ -163,7 +165,7 @@ class SensitivityScorer:
         self._expert_tokens = {}
         self._maxima, self._seed = maxima, seed
         handles = [
-            module.register_forward_hook(self._forward_hook(scored), with_kwargs=True)
+            module.register_forward_hook(self._hook_of(scored), with_kwargs=True)
             for scored, module in self._modules
         ]
         try:
@@ -172,6 +174,12 @@ class SensitivityScorer:
             for handle in handles:
                 handle.remove()
             self._differences.forget()
+
+    def _hook_of(self, scored: ScoredModule) -> Callable[..., None]:
+        if not scored.planned.is_cache:
+            return self._forward_hook(scored)
+        maxima = self._maxima.get(scored.planned.name, {})
+        return self._caches.forward_hook(scored, maxima, self._seed, self._add)
 
     def _forward_hook(self, scored: ScoredModule) -> Callable[..., None]:
         name, num_calls = scored.planned.name, 0
@@ -184,14 +192,14 @@ class SensitivityScorer:
         ) -> None:
             if not output.requires_grad:
                 return
-            inputs = tuple(_rows(value.detach()) for value in (*arguments, *keywords.values()))
-            output_TO = _rows(output.detach())
+            inputs = tuple(as_rows(value.detach()) for value in (*arguments, *keywords.values()))
+            output_TO = as_rows(output.detach())
             versions = [tensor._version for tensor in (output_TO, *inputs)]
             gradients: list[torch.Tensor] = []
 
             def on_gradient(gradient: torch.Tensor) -> None:
                 nonlocal num_calls
-                gradients.append(_rows(gradient))
+                gradients.append(as_rows(gradient))
                 if len(gradients) < self._num_draws:
                     return
                 seed = (*self._seed, name_seed(name), num_calls)
@@ -202,7 +210,6 @@ class SensitivityScorer:
                 chosen = [rows.of(states) for states in (output_TO, *inputs, *gradients)]
                 gradients.clear()
                 output, *chosen_inputs = chosen[: 1 + len(inputs)]
-                self._num_rows_G[scored.group] += rows.num_live
                 now = [tensor._version for tensor in (output_TO, *inputs)]
                 with torch.no_grad():
                     if now != versions:
@@ -255,9 +262,10 @@ class SensitivityScorer:
         gradients_TO: list[torch.Tensor],
         chosen: ChosenRows,
     ) -> None:
+        self._num_rows_G[group] += chosen.num_live
         sampled_F2T: dict[int, torch.Tensor] = {}
         for index, rows, difference_CO in differences:
-            values_2C = self._row_values(difference_CO, [g[rows] for g in gradients_TO])
+            values_2C = row_values(difference_CO, [g[rows] for g in gradients_TO])
             if chosen.drawn is not None:
                 if index not in sampled_F2T:
                     sampled_F2T[index] = values_2C.new_zeros(2, len(gradients_TO[0]))
@@ -273,28 +281,7 @@ class SensitivityScorer:
             estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
             self._sums_4GF[:, group, index] += torch.stack(estimates).to(self._sums_4GF.device)
 
-    def _row_values(
-        self, difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """Each row's elementwise and token term, float64 ``(2, C)``, mean over the draws."""
-        total: Any = 0.0
-        for number, gradient_CO in enumerate(gradients_CO):
-            is_last = number == len(gradients_CO) - 1
-            if is_last and difference_CO.dtype == torch.float32:
-                product_CO = difference_CO.mul_(gradient_CO)
-            else:
-                product_CO = difference_CO.float() * gradient_CO.float()
-            norms_C = torch.linalg.vector_norm(product_CO, dim=1)
-            values_2C = torch.stack([norms_C, product_CO.sum(dim=1)]).double().square_()
-            total = total + values_2C
-        result: torch.Tensor = total / self._num_draws
-        return result
-
 
 def _require_same_inputs(name: str, before: list[int], now: list[int]) -> None:
     if before != now:
         raise WorkerError(f"the model changes the input of {name} in place; --disable {name}")
-
-
-def _rows(states: torch.Tensor) -> torch.Tensor:
-    return states.reshape(-1, states.shape[-1])
