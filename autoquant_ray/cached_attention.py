@@ -168,7 +168,10 @@ class CachedAttention:
                 return self._shadow(*arguments, **keywords)
             tensors = {
                 name: _as_float32(tensor)
-                for name, tensor in (*self._shadow.named_parameters(), *self._shadow.named_buffers())
+                for name, tensor in (
+                    *self._shadow.named_parameters(),
+                    *self._shadow.named_buffers(),
+                )
                 if "bmm_quantizer" not in name
             }
             return torch.func.functional_call(self._shadow, tensors, arguments, dict(keywords))

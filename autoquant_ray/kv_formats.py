@@ -19,7 +19,7 @@ KV_FORMATS: dict[str, dict[str, Any]] = {
         "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)},
     },
 }
-"""Name -> attributes of both quantizers, those of ModelOpt's presets for ``*[kv]_bmm_quantizer``."""
+"""Name -> attributes of both quantizers, those of ModelOpt's presets."""
 KV_PRESETS = {"FP8_KV_CFG": "kv_fp8", "NVFP4_KV_CFG": "kv_nvfp4"}
 """ModelOpt's preset -> the format of the same quantizers."""
 KV_BYTES = "kv_bytes_per_token"
@@ -30,9 +30,7 @@ KV_OPTION = "--kv-bytes-per-token"
 _SIXTEEN = 16
 
 
-def cache_bytes(
-    attributes: Mapping[str, Any] | None, shapes: Iterable[tuple[int, int]]
-) -> float:
+def cache_bytes(attributes: Mapping[str, Any] | None, shapes: Iterable[tuple[int, int]]) -> float:
     """Bytes of a token's keys and values in one layer.
 
     Elements take the format's width; NVFP4 adds 8 bits per block of a head, a partial block counted
@@ -77,6 +75,13 @@ def menu_problem(formats: Sequence[str], custom: Iterable[str]) -> str | None:
     return None
 
 
+def positive_problem(limit: float | None) -> str | None:
+    """What is wrong with the number that a limit is; None if nothing is."""
+    if limit is None or 0 < limit < math.inf:
+        return None
+    return f"{KV_OPTION} {limit:g} must be a number above 0"
+
+
 def limit_problem(has_caches: bool, limit: float | None) -> str | None:
     """What is wrong with a limit on the cache; None if nothing is.
 
@@ -84,8 +89,8 @@ def limit_problem(has_caches: bool, limit: float | None) -> str | None:
         has_caches: Whether formats of the KV cache are to choose from.
         limit: Bytes per token of context, or None.
     """
-    if limit is not None and not 0 < limit < math.inf:
-        return f"{KV_OPTION} {limit:g} must be above 0"
+    if (problem := positive_problem(limit)) is not None:
+        return problem
     if has_caches and limit is None:
         return (
             "formats of the KV cache need a limit of their own, else every cache stays in 16 bits: "

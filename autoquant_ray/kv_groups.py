@@ -78,9 +78,7 @@ def _is_wrapped(module: Any) -> bool:
     return bool(huggingface._QuantAttention.is_compatible_attention(kind))
 
 
-def _cached_shapes(
-    module: Any, config: Any
-) -> tuple[tuple[int, int], tuple[int, int]] | None:
+def _cached_shapes(module: Any, config: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """``(heads, width)`` of the keys and of the values that a token adds; None: it adds none."""
     parts = dict(module.named_children())
     if any(name in parts for name in _LATENT) or getattr(module, "is_kv_shared_layer", False):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autoquant_ray.cached_attention import Call, CachedAttention
+from autoquant_ray.cached_attention import CachedAttention, Call
 from autoquant_ray.errors import WorkerError
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import first_output

@@ -15,6 +15,8 @@ from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import ACTIVE_MOE, BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
 from autoquant_ray.certainty import Certainty
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
+from autoquant_ray.kv_budget import cache_summary
+from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.latency import LATENCY
 from autoquant_ray.number_formats import is_scaled_by_block
 from autoquant_ray.store import SCHEMA_VERSION
@@ -70,7 +72,8 @@ def solution_summary(
     ``effective_bits`` averages stored bits over the searched groups, ``effective_bits_all`` over
     all quantizable ones; ``weight_bytes`` is the whole model's weights. ``predicted_kl_nats`` is
     null where the scores have no unit (an imported ModelOpt manifest). With routed experts it has
-    ``active_moe_effective_bits``; with a card given, ``latency``
+    ``active_moe_effective_bits``; with caches to choose ``kv_bytes_per_token``; with a card,
+    ``latency``
     (:meth:`~autoquant_ray.latency.StepTime.prediction`).
     """
     formats = chosen_formats(problem, allocation)
@@ -89,6 +92,7 @@ def solution_summary(
         "predicted_kl_nats": allocation.score if scores_are_nats else None,
         "is_satisfied": allocation.is_satisfied,
         "optimality_gap": allocation.optimality_gap,
+        **cache_summary(problem, formats),
     } | more
 
 
@@ -250,6 +254,7 @@ def build_manifest(
             "latency": None if options.latency is None else options.latency.to_json(),
             "engine": options.engine,
             "gpu": options.gpu,
+            **({} if (limit := options.kv_bytes_per_token) is None else {KV_BYTES: limit}),
         },
         "solution": dict(solution),
         "quantization_config": config,

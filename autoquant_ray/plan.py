@@ -240,7 +240,7 @@ def _group(
 ) -> tuple[PlannedGroup, ...]:
     members: dict[str, list[PlannedModule]] = {}
     for module in modules:
-        members.setdefault(_group_key(module.name), []).append(module)
+        members.setdefault(_group_key(module.label), []).append(module)
     embedding = model.get_input_embeddings()
     tied = {
         name
