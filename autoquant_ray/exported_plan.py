@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autoquant_ray.errors import StoreError
+from autoquant_ray.errors import FormatError, StoreError
 from autoquant_ray.formats import Format
+from autoquant_ray.kv_formats import is_described
 from autoquant_ray.run_files import SOLUTIONS, solution_folder
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
+from autoquant_ray.wording import few
+
+_MOST_NAMES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
 
     Raises:
         StoreError: Not a run, no such solution, or an imported run, which only names its formats.
+        FormatError: The solution quantizes the KV cache.
     """
     state = RunState.open(directory)
     name = f"{solution_folder(solution)}manifest.parquet"
@@ -44,15 +49,25 @@ def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
         known = ", ".join(directory.list_folders(SOLUTIONS)) or "none"
         raise StoreError(f"{directory.path(name)} does not exist; solutions of the run: {known}")
     entries = state.values["plan"]["formats"]
-    if any(not entry.get("weight") for entry in entries):
+    if not all(map(is_described, entries)):
         raise StoreError(
             f"{directory.uri} was imported and only names its formats; scan the model to "
             "export a plan"
         )
+    caches = {entry["name"] for entry in entries if entry.get("kv")}
     rows = directory.read_table(name, "manifest").to_pylist()
+    quantized = [row["group"] for row in rows if row["format"] in caches]
+    if quantized:
+        raise FormatError(
+            f"{directory.path(name)} quantizes the KV cache ({few(quantized, _MOST_NAMES)}), which "
+            "no export holds yet: give its quantization_config to mtq.quantize, or pin these "
+            "groups to none"
+        )
+    modules = state.values["plan"]["modules"]
+    rows = [row for row in rows if modules[row["module"]]["prefixes"]]  # a cache has none
     return ExportedPlan(
         state=state,
         chosen={row["module"]: row["format"] for row in rows},
         group_of={row["module"]: row["group"] for row in rows},
-        formats=[Format.from_json(entry) for entry in entries],
+        formats=[Format.from_json(entry) for entry in entries if entry.get("weight")],
     )

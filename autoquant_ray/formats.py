@@ -3,7 +3,7 @@
 A format is a pair of quantizers, one for a module's weight and one for its input, described by
 ModelOpt's own ``QuantizerAttributeConfig`` fields, so that what is scored is what
 ``mtq.quantize`` will do. Names: the pairs ``w{fp4,fp8,int4,int8}_a{fp16,fp8,int8,int4}``,
-ModelOpt's presets by their own name, and custom entries of the config file.
+``kv_fp8`` and ``kv_nvfp4``, ModelOpt's presets by their own name, and custom entries of the config.
 
 A preset is applied to a module as ``mtq.auto_quantize`` applies it: only entries that match the
 bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*lm_head*``) do not.
@@ -216,10 +216,10 @@ def _preset_attributes(name: str, known: list[str]) -> tuple[Attributes, Attribu
         )
     weight = _last_match(preset["quant_cfg"], "weight_quantizer")
     if weight is None:
-        instead = "its base format, and --disable for the other layers"
+        base = KV_PRESETS.get(name, "its base format, and --disable for the other layers")
         raise FormatError(
             f"format {name} sets no weight quantizer for every layer (it is a recipe for the KV "
-            f"cache or for some layers); use {KV_PRESETS.get(name, instead)}"
+            f"cache or for some layers); use {base}"
         )
     return weight, _last_match(preset["quant_cfg"], "input_quantizer")
 
@@ -282,9 +282,8 @@ def _check_quantizers(format_: Format) -> None:
     name, input_ = format_.name, format_.input
     for attributes in (format_.weight, input_ or {}):
         if attributes.get("unsigned") or attributes.get("calibrator", "max") != "max":
-            raise FormatError(
-                f"format {name}: only signed quantizers calibrated by 'max' are known"
-            )
+            text = f"format {name}: only signed quantizers calibrated by 'max' are known"
+            raise FormatError(text)
     if input_ is None:
         return
     blocks = input_.get("block_sizes") or {}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.allocation import Budget
@@ -56,6 +58,21 @@ def cache_budget(problem: Problem, limit: float | None) -> list[Budget]:
             reachable=reachable_cache,
         )
     ]
+
+
+def held_caches(problem: Problem, formats: Mapping[str, str]) -> Problem:
+    """The same problem in which no cache has another choice than a plan's format.
+
+    Args:
+        problem: Groups with their costs.
+        formats: The plan: group -> format; groups without one stay in 16 bits.
+    """
+    held = copy(problem)
+    held.groups = dict(problem.groups)
+    for group in caches_of(problem):
+        name = formats.get(group.name, NONE)
+        held.groups[group.name] = replace(group, rows={name: group.rows[name]})
+    return held
 
 
 def cache_summary(problem: Problem, formats: Mapping[str, str]) -> dict[str, Any]:

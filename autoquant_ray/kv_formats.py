@@ -52,6 +52,11 @@ def cache_bytes(attributes: Mapping[str, Any] | None, shapes: Iterable[tuple[int
     return total / 8
 
 
+def is_described(entry: Mapping[str, Any]) -> bool:
+    """Whether a format of ``run.json`` says what it is; imported ones are names only."""
+    return bool(entry.get("weight") or entry.get("kv"))
+
+
 def kv_names(formats: Sequence[str]) -> list[str]:
     """Those of a menu's names that are formats of the KV cache."""
     return [name for name in formats if name in KV_FORMATS]

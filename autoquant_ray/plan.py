@@ -160,6 +160,11 @@ class Plan:
         low = sum(min(row) for row in costs) * 8 / weights
         return low, sum(max(row) for row in costs) * 8 / weights
 
+    def kv_range(self) -> tuple[float, float]:
+        """Lowest and highest bytes that a token of context takes in all caches."""
+        costs = [[g.kv_bytes(f) or 0.0 for f in self.choices(g)] for g in self.groups]
+        return sum(map(min, costs)), sum(map(max, costs))
+
     def summary(self) -> dict[str, Any]:
         """What ``run.json`` keeps so that ``solve`` and ``report`` need no model."""
         return {

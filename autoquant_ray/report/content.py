@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from autoquant_ray.audit_pairs import read_pairs
+from autoquant_ray.budget import GroupChoices
 from autoquant_ray.formats import NONE
+from autoquant_ray.kv_budget import held_caches
+from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.latency import LATENCY, describe_prediction
 from autoquant_ray.report.audit import AuditData, audit_section
 from autoquant_ray.report.concerns import Concern, find_concerns
@@ -36,6 +40,7 @@ class Layer:
         sensitivity: Largest score of its group over the menu: what the harshest format would
             cost; None for an unsearched layer.
         note: Why it is not searched.
+        kv_bytes: Of a KV cache: bytes that a token of context takes; None for weights.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Layer:
     size_bytes: float
     chosen: str
     note: str | None
+    kv_bytes: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         concerns=find_concerns(gather_evidence(sources)),
         facts=_facts(sources),
         mix=format_mix(rows),
-        layers=_layers(sources.rows, sources.scores, unsearched),
+        layers=_layers(sources.rows, sources.scores, unsearched, problem.groups),
         groups=rows,
         heat=heat_maps(rows, list(problem.groups)),
         dots=_dots(sources),
@@ -155,23 +161,26 @@ def _dots(sources: Sources) -> list[Dot]:
     )
     scores = {(g, f): s for g, of in sources.scores.items() for f, (s, _) in of.items()}
     evaluations = sources.evaluations
-    return frontier_dots(sources.state.directory, sources.problem, scores, plan, evaluations)
+    problem = held_caches(sources.problem, sources.formats)
+    return frontier_dots(sources.state.directory, problem, scores, plan, evaluations)
 
 
 def _layers(
     rows: list[dict[str, Any]],
     scores: dict[str, dict[str, tuple[float, float | None]]],
     unsearched: dict[str, str],
+    groups: Mapping[str, GroupChoices],
 ) -> list[Layer]:
     layers = [
         Layer(
-            name=row["module"],
+            name=row["group"] if groups[row["group"]].is_cache else row["module"],
             group=row["group"],
             num_bits=row["weight_bits"],
             sensitivity=max((s for s, _ in scores.get(row["group"], {}).values()), default=None),
             size_bytes=row["weight_bytes"],
             chosen=row["format"],
             note=unsearched.get(row["group"]),
+            kv_bytes=groups[row["group"]].rows[row["format"]].get(KV_BYTES),
         )
         for row in rows
     ]
@@ -191,6 +200,7 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
         ("Effective bits (all quantizable)", f"{solution['effective_bits_all']:.4f}"),
         ("Effective bits (ModelOpt's cost)", f"{solution['modelopt_effective_bits']:.4f}"),
         ("Weights of the whole model", f"{solution['weight_bytes'] / 2**20:,.1f} MiB"),
+        *_cache_facts(sources),
         ("Total score", f"{solution['score']:.6g}"),
         ("Predicted KL", _predicted(sources)),
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
@@ -210,6 +220,15 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
     if config:
         facts.append(("Compute", f"{config['dtype']} on {config['device']}"))
     return facts
+
+
+def _cache_facts(sources: Sources) -> list[tuple[str, str]]:
+    """What a token of context takes; nothing where no cache was to choose."""
+    size = sources.manifest["solution"].get(KV_BYTES)
+    if size is None:
+        return []
+    whole = sum(group.cost(NONE, KV_BYTES) for group in sources.problem.groups.values())
+    return [("KV cache", f"{size:,.0f} bytes per token of context, {whole:,.0f} in 16 bits")]
 
 
 def _stability_facts(stability: dict[str, Any], what: str) -> list[tuple[str, str]]:
