@@ -13,7 +13,7 @@ from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
-from autoquant_ray.kv_budget import held_caches
+from autoquant_ray.kv_budget import held_caches, shuffled_order
 from autoquant_ray.latency_target import Latency
 from autoquant_ray.manifest import allocation_key, average_bits, model_bytes, predicted_loss
 from autoquant_ray.served_search import served_problems
@@ -165,15 +165,16 @@ def shuffle_scores(problem: Problem, scores: Scores, seed: int) -> dict[tuple[st
     A format that the other group lacks takes its largest score.
     """
     groups = problem.searched
-    order = np.random.default_rng([seed, len(groups)]).permutation(len(groups))
-    shuffled = {}
+    order = shuffled_order(groups, np.random.default_rng([seed, len(groups)]))
+    scores_there = {}
     for group, index in zip(groups, order, strict=True):
         other = groups[index]
         known = [scores[other.name, f] for f in other.rows if f != NONE]
         for format_ in group.rows:
             if format_ != NONE:
-                shuffled[group.name, format_] = scores.get((other.name, format_), max(known))
-    return shuffled
+                found = scores.get((other.name, format_), max(known))
+                scores_there[group.name, format_] = found
+    return scores_there
 
 
 def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> dict[str, str]:

@@ -7,14 +7,17 @@ one leaves the other cannot use. Only the loss is shared.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from autoquant_ray.allocation import Budget
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE
+from autoquant_ray.knapsack import Indices
 from autoquant_ray.kv_formats import KV_BYTES, KV_OPTION, limit_problem, reachable_cache
 
 if TYPE_CHECKING:
@@ -58,6 +61,15 @@ def cache_budget(problem: Problem, limit: float | None) -> list[Budget]:
             reachable=reachable_cache,
         )
     ]
+
+
+def shuffled_order(groups: Sequence[GroupChoices], generator: np.random.Generator) -> Indices:
+    """An order of groups that puts weights in the places of weights, caches in those of caches."""
+    order = np.arange(len(groups), dtype=np.intp)
+    for is_cache in (False, True):
+        own = np.flatnonzero([group.is_cache == is_cache for group in groups])
+        order[own] = own[generator.permutation(len(own))]
+    return order
 
 
 def held_caches(problem: Problem, formats: Mapping[str, str]) -> Problem:
