@@ -101,6 +101,7 @@ def _export_checkpoint(
 
 
 def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrite: bool) -> str:
+    from autoquant_ray.checkpoint_caches import require_caches
     from autoquant_ray.exported_plan import read_plan
     from autoquant_ray.recipes import make_recipe
     from autoquant_ray.store import RunDirectory
@@ -108,6 +109,7 @@ def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrit
     if tool is None:
         raise ConfigError(f"--format recipe needs --tool {', '.join(TOOLS)}")
     plan = read_plan(RunDirectory(run), solution)
+    require_caches(plan.caches, RECIPE, holds_caches=False)
     text = make_recipe(plan.chosen, plan.formats, tool)
     path = Path(out)
     if path.exists() and not overwrite:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autoquant_ray.errors import FormatError, StoreError
+from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import Format
 from autoquant_ray.kv_formats import is_described
 from autoquant_ray.run_files import SOLUTIONS, solution_folder
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
-from autoquant_ray.wording import few
-
-_MOST_NAMES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +19,16 @@ class ExportedPlan:
     Attributes:
         state: Its run.
         chosen: Module -> name of its format, ``none`` in 16 bits; in the model's order.
+        caches: Attention -> name of its cache's format, where it was to choose.
         group_of: Module -> its group.
-        formats: The run's menu.
+        formats: The run's menu, without those of the KV cache.
     """
 
     state: RunState
     chosen: dict[str, str]
     group_of: dict[str, str]
     formats: list[Format]
+    caches: dict[str, str]
 
 
 def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
@@ -41,7 +40,6 @@ def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
 
     Raises:
         StoreError: Not a run, no such solution, or an imported run, which only names its formats.
-        FormatError: The solution quantizes the KV cache.
     """
     state = RunState.open(directory)
     name = f"{solution_folder(solution)}manifest.parquet"
@@ -54,20 +52,14 @@ def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
             f"{directory.uri} was imported and only names its formats; scan the model to "
             "export a plan"
         )
-    caches = {entry["name"] for entry in entries if entry.get("kv")}
     rows = directory.read_table(name, "manifest").to_pylist()
-    quantized = [row["group"] for row in rows if row["format"] in caches]
-    if quantized:
-        raise FormatError(
-            f"{directory.path(name)} quantizes the KV cache ({few(quantized, _MOST_NAMES)}), which "
-            "no export holds yet: give its quantization_config to mtq.quantize, or pin these "
-            "groups to none"
-        )
     modules = state.values["plan"]["modules"]
-    rows = [row for row in rows if modules[row["module"]]["prefixes"]]  # a cache has none
+    caches = {r["module"]: r["format"] for r in rows if not modules[r["module"]]["prefixes"]}
+    rows = [row for row in rows if row["module"] not in caches]
     return ExportedPlan(
         state=state,
         chosen={row["module"]: row["format"] for row in rows},
         group_of={row["module"]: row["group"] for row in rows},
         formats=[Format.from_json(entry) for entry in entries if entry.get("weight")],
+        caches=caches,
     )

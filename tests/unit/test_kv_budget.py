@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -25,7 +24,6 @@ from autoquant_ray.errors import (
     ModelError,
 )
 from autoquant_ray.explain import explain_group
-from autoquant_ray.exported_plan import read_plan
 from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.frontier import frontier_of, smallest_within
 from autoquant_ray.kv_engines import CACHE_TABLE
@@ -286,13 +284,3 @@ def test_every_row_of_engines_has_a_source() -> None:
     for rows in CACHE_TABLE.values():
         assert [row.format for row in rows] == list(KV_FORMATS)
         assert all(row.source for row in rows)
-
-
-def test_export_is_refused_in_one_line(run: RunDirectory, tmp_path: Path) -> None:
-    result = command("export", run.uri, "--out", tmp_path / "checkpoint")
-    assert result.exit_code == 2
-    assert "quantizes the KV cache" in result.output
-    assert not (tmp_path / "checkpoint").exists()
-    solve_run(run, SolveOptions(bits=8, kv_bytes_per_token=256, pins=dict.fromkeys(CACHES, NONE)))
-    names = [name for name in run.list_folders("solutions") if "kv-256" in name]
-    assert not set(CACHES) & set(read_plan(run, names[0]).group_of.values())
