@@ -126,7 +126,7 @@ class GroupChoices:
     @property
     def is_cache(self) -> bool:
         """Whether it is the KV cache of an attention, not weights."""
-        return any(row.get(KV_BYTES) is not None for row in self.rows.values())
+        return any(row.get(KV_BYTES) for row in self.rows.values())
 
     def cost(self, format_: str, resource: str) -> float:
         """Cost of a choice: bytes, ModelOpt's 16-bit weight equivalents, or milliseconds."""

@@ -261,7 +261,7 @@ class _Story:
                 weight_bits=row["weight_bits"],
                 weight_bytes=row["weight_bytes"],
                 model_bytes=group.cost(format_, "model"),
-                kv_bytes=row.get(KV_BYTES),
+                kv_bytes=row.get(KV_BYTES) or None,
                 resampled_share=shares.get(format_),
                 flip=flips.price(group.name, format_),
                 shards=largest.get(format_, []),

@@ -24,7 +24,7 @@ KV_PRESETS = {"FP8_KV_CFG": "kv_fp8", "NVFP4_KV_CFG": "kv_nvfp4"}
 """ModelOpt's preset -> the format of the same quantizers."""
 KV_BYTES = "kv_bytes_per_token"
 """Name of the cost: bytes that a token of context takes in the cache. A column of ``plan.parquet``,
-null for groups that keep no cache."""
+0 for weights."""
 KV_OPTION = "--kv-bytes-per-token"
 
 _SIXTEEN = 16

@@ -147,7 +147,7 @@ class Plan:
                 "weight_bytes": group.weight_bytes(format_),
                 "modelopt_cost": group.modelopt_cost(format_),
                 "is_searched": group.is_searched,
-                KV_BYTES: group.kv_bytes(format_),
+                KV_BYTES: group.kv_bytes(format_) or 0.0,
             }
             for group in self.groups
             for format_ in self.choices(group)
@@ -223,7 +223,7 @@ def build_plan(
         formats=tuple(formats),
         other_bytes=_other_bytes(model, groups),
         other_modules=other_modules(model, modules),
-        flops_per_token=flops_per_token(model, groups, len(formats)),
+        flops_per_token=flops_per_token(model, groups, formats),
         layer_weights=tuple(
             sum(parameter.numel() for parameter in layer.parameters())
             for layer in decoder_layers(model).values()

@@ -180,7 +180,7 @@ def _layers(
             size_bytes=row["weight_bytes"],
             chosen=row["format"],
             note=unsearched.get(row["group"]),
-            kv_bytes=groups[row["group"]].rows[row["format"]].get(KV_BYTES),
+            kv_bytes=groups[row["group"]].rows[row["format"]].get(KV_BYTES) or None,
         )
         for row in rows
     ]

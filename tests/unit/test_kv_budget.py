@@ -15,6 +15,7 @@ from written_runs import made_up_run
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.candidates import collect_candidates
 from autoquant_ray.cli import main
+from autoquant_ray.compare import compare_runs
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.config_file import validate
 from autoquant_ray.errors import (
@@ -28,6 +29,7 @@ from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.frontier import frontier_of, smallest_within
 from autoquant_ray.kv_engines import CACHE_TABLE
 from autoquant_ray.kv_formats import KV_FORMATS, KV_PRESETS
+from autoquant_ray.latency_target import latency_of
 from autoquant_ray.manifest import load_quantization_config
 from autoquant_ray.output import print_explanation, print_plan, print_solution
 from autoquant_ray.plan import Plan, build_plan
@@ -77,7 +79,7 @@ def test_rows_of_the_plan() -> None:
     bits = {NONE: 16.0, "kv_fp8": 8.0, "kv_nvfp4": 4.5}
     for (group, format_), row in rows.items():
         if group not in CACHES:
-            assert row["kv_bytes_per_token"] is None
+            assert row["kv_bytes_per_token"] == 0
             assert not format_.startswith("kv_")
             continue
         assert row["kv_bytes_per_token"] == sizes[format_]
@@ -92,7 +94,7 @@ def test_without_cache_formats_nothing_changes() -> None:
     weights = resolve_formats(FORMATS[:2], device="cpu")
     plain, plan = build_plan(family_model("Llama"), weights), planned("Llama")
     assert plain.groups == tuple(group for group in plan.groups if not group.is_cache)
-    assert all(row["kv_bytes_per_token"] is None for row in plain.rows())
+    assert not any(row["kv_bytes_per_token"] for row in plain.rows())
     assert plain.bits_range() == plan.bits_range()
     assert plain.other_bytes == plan.other_bytes
 
@@ -235,6 +237,7 @@ def test_reports_and_rivals_have_room_for_caches(
     assert "uniform wint4_afp16" in names
     assert not any("kv_" in name for name in names)
     assert len(frontier_of(run, 5)) >= 2
+    assert compare_runs(run, run).format_changes == []
     own = run.read_json("manifest.json")["solution"]
     within = smallest_within(run, own["score"])
     assert within.kv_bytes_per_token == 160
@@ -278,6 +281,23 @@ def test_engines_keep_all_of_the_cache_in_one_format(
         return
     found = problem.solve(scores, options)
     assert {found.formats[name] for name in CACHES} == {expected}
+
+
+def test_speed_of_a_plan_does_not_depend_on_its_caches(run: RunDirectory) -> None:
+    problem, scores = load_problem(RunState.open(run))
+    latency = latency_of("h100", batch=8, context=2048)
+    timed = problem.timed(latency)
+    small, large = (
+        problem.solve(scores, SolveOptions(bits=8, kv_bytes_per_token=n, latency=latency))
+        for n in (72, 256)
+    )
+    assert small.formats != large.formats
+    assert timed.step is not None
+    groups = list(timed.groups.values())
+    plans = [{g.name: one.formats.get(g.name, NONE) for g in groups} for one in (small, large)]
+    told = [timed.step.prediction(groups, formats) for formats in plans]
+    assert told[0] == told[1]
+    assert small.costs["latency"] == large.costs["latency"] > 0
 
 
 def test_every_row_of_engines_has_a_source() -> None:
