@@ -139,7 +139,8 @@ class Run:
             bytes: Of the whole model, such as ``"2.5GiB"``.
             options: Fields of :class:`~autoquant_ray.budget.SolveOptions`: ``bits``, ``pins``
                 (group -> format), ``allow`` (pattern -> list of formats), ``max_formats``,
-                ``latency`` (:func:`autoquant_ray.latency_of`), ``engine``, ``gpu``, ...
+                ``kv_bytes_per_token``, ``latency`` (:func:`autoquant_ray.latency_of`), ``engine``,
+                ``gpu``, ...
 
         Raises:
             ConfigError: An unknown or a wrong option.

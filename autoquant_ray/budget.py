@@ -4,6 +4,7 @@ These costs stand side by side for each (group, format): ``storage`` (stored byt
 ``modelopt`` (ModelOpt's number), ``active_moe`` (the same, of routed experts only the share that a
 token visits: ModelOpt's cost model of that name), ``model`` (what the choice adds to the whole
 model's bytes) and, where a card is given, ``latency`` (:mod:`autoquant_ray.latency`).
+``kv_bytes_per_token`` is what a token of context takes in the KV cache, where its format is chosen.
 ``storage`` and ``model`` differ for a head that is tied to the embedding: in 16 bits it shares the
 embedding's bytes and adds nothing, quantized it is stored beside the embedding.
 """
@@ -28,6 +29,8 @@ from autoquant_ray.expert_clusters import Experts
 from autoquant_ray.expert_groups import LAYER, ExpertGroups
 from autoquant_ray.formats import NONE
 from autoquant_ray.group_names import refuse_parts
+from autoquant_ray.kv_budget import cache_budget, caches_of, require_cache_limit
+from autoquant_ray.kv_formats import KV_BYTES, positive_problem
 from autoquant_ray.latency import LATENCY, StepTime
 from autoquant_ray.latency_target import Latency
 from autoquant_ray.served_search import solve_served
@@ -55,6 +58,7 @@ class SolveOptions:
 
     bits: float | None = None
     bytes: int | None = None
+    kv_bytes_per_token: float | None = None
     bits_over: Literal["searched", "all"] = "searched"
     cost: Literal["storage", "modelopt", "active_moe"] = "storage"
     max_formats: int | None = None
@@ -94,13 +98,16 @@ class SolveOptions:
             )
         if self.bits is not None and not 0 < self.bits <= UNQUANTIZED_BITS:
             raise ConfigError(f"--bits {self.bits} must be above 0 and at most 16")
+        if (problem := positive_problem(self.kv_bytes_per_token)) is not None:
+            raise ConfigError(problem)
 
 
 def solve_options(config: ScanConfig) -> SolveOptions:
     """The budget of a scan."""
-    names = ("bits", "bytes", "bits_over", "cost", "max_formats", "engine", "gpu")
+    names = {one.name for one in fields(SolveOptions)} & ScanConfig.model_fields.keys()
+    values = {name: getattr(config, name) for name in names}
     experts = None if config.expert_groups == LAYER else config.expert_groups
-    return SolveOptions(**{n: getattr(config, n) for n in names}, expert_groups=experts)
+    return SolveOptions(**values | {"expert_groups": experts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +129,11 @@ class GroupChoices:
     active_share: float | None
     rows: dict[str, dict[str, Any]]
 
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is the KV cache of an attention, not weights."""
+        return any(row.get(KV_BYTES) for row in self.rows.values())
+
     def cost(self, format_: str, resource: str) -> float:
         """Cost of a choice: bytes, ModelOpt's 16-bit weight equivalents, or milliseconds."""
         row = self.rows[format_]
@@ -130,6 +142,8 @@ class GroupChoices:
             return 0.0 if shares_embedding else float(row["weight_bytes"])
         if resource == ACTIVE_MOE:
             return float(row["modelopt_cost"]) * (self.active_share or 0.0)
+        if resource == KV_BYTES:
+            return float(row.get(KV_BYTES) or 0.0)
         return float(row[RESOURCES.get(resource, resource)])
 
     def weights(self, resource: str) -> float:
@@ -200,7 +214,7 @@ class Problem:
     @property
     def resources(self) -> list[str]:
         """Names of the costs that every choice has."""
-        names = [*RESOURCES, "model"]
+        names = [*RESOURCES, "model", *([KV_BYTES] if caches_of(self) else [])]
         names += [ACTIVE_MOE] if self.has_active_moe else []
         return names if self.step is None else [*names, LATENCY]
 
@@ -249,20 +263,9 @@ class Problem:
                 )
             )
         if options.latency is not None and options.latency.limit_ms is not None:
-            budgets.append(self._latency_budget(options.latency, options.latency.limit_ms))
-        return budgets
-
-    def _latency_budget(self, latency: Latency, limit_ms: float) -> Budget:
-        assert self.step is not None, "the problem is not timed"
-        fixed = self.step.other_ms + sum(g.cost(NONE, LATENCY) for g in self.unsearched)
-        return Budget(
-            resource=LATENCY,
-            limit=limit_ms - fixed,
-            unit_per_bit=None,
-            description=latency.target,
-            fixed=fixed,
-            reachable=latency.reachable,
-        )
+            assert self.step is not None, "the problem is not timed"
+            budgets.append(self.step.budget(self.unsearched, options.latency.limit_ms))
+        return budgets + cache_budget(self, options.kv_bytes_per_token)
 
     def _bits_budget(self, bits: float, options: SolveOptions) -> Budget:
         if options.cost == ACTIVE_MOE and not self.has_active_moe:
@@ -291,6 +294,7 @@ class Problem:
             InfeasibleBudgetError: With the reachable range.
             ConfigError: A pin or an allow pattern names something that does not exist.
         """
+        require_cache_limit(self, options.kv_bytes_per_token)
         refuse_parts(options.pins, {g.name: g.module_names for g in self.groups.values()})
         return solve_served(self.timed(options.latency), scores, options)
 

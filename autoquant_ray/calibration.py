@@ -1,4 +1,5 @@
-"""Activation statistics: the largest absolute input of every module, over real tokens only.
+"""Activation statistics: the largest absolute input of every module, over real tokens only; of an
+attention whose cache is quantized, the largest key and value.
 
 Maxima merge by maximum, so shards may be computed anywhere, in any order, more than once.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from autoquant_ray.cached_attention import CachedAttention
 from autoquant_ray.experts import FusedExperts
 from autoquant_ray.layers import replaced_forward
 from autoquant_ray.quantizable import is_of_tower
@@ -38,6 +40,11 @@ class ActivationMaxima:
             for planned, module in self._modules
             if planned.kind == "experts"
         }
+        self._attentions = {
+            planned.name: CachedAttention(module, planned)
+            for planned, module in self._modules
+            if planned.is_cache
+        }
         self._maxima: dict[tuple[str, str], torch.Tensor] = {}
         self._real_T: torch.Tensor | None = None
         # Projections that share an input (q, k and v) are called with the very same tensor.
@@ -60,6 +67,9 @@ class ActivationMaxima:
                 if planned.kind == "experts":
                     replacement = self._experts_forward(planned.name)
                     stack.enter_context(replaced_forward(module, replacement))
+                elif planned.is_cache:
+                    attention = self._attention_forward(planned.name)
+                    stack.enter_context(replaced_forward(module, attention))
                 else:
                     handle = module.register_forward_pre_hook(self._linear_hook(planned.name))
                     stack.callback(handle.remove)
@@ -105,6 +115,18 @@ class ActivationMaxima:
             whole = output.new_zeros(len(inputs[0]), output.shape[-1])
             whole[real_T] = output
             return whole
+
+        return forward
+
+    def _attention_forward(self, name: str) -> Callable[..., Any]:
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            hidden_BSH = arguments[0] if arguments else keywords["hidden_states"]
+            real_T = self._matching_mask(hidden_BSH.flatten(0, 1))
+            real_BS = None if real_T is None else real_T.view(hidden_BSH.shape[:2])
+            output, maxima = self._attentions[name].run_and_collect(arguments, keywords, real_BS)
+            for statistic, value in maxima.items():
+                self._update((name, statistic), value[None])
+            return output
 
         return forward
 

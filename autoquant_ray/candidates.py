@@ -13,6 +13,7 @@ from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
+from autoquant_ray.kv_budget import held_caches, shuffled_order
 from autoquant_ray.latency_target import Latency
 from autoquant_ray.manifest import allocation_key, average_bits, model_bytes, predicted_loss
 from autoquant_ray.served_search import served_problems
@@ -84,7 +85,7 @@ def collect_candidates(
     rivals = [rival_plan(state, n, problem, options) for n in against if n not in KINDS]
     found += [make_candidate(problem, scores, name, formats) for name, formats in rivals]
     if "uniform" in against:
-        found += _uniform(problem, scores, options)
+        found += _uniform(problem, scores, options, chosen)
     if "modelopt" in against:
         theirs = _modelopt_scores(state)
         found.append(make_candidate(problem, scores, "modelopt", _solve(problem, theirs, options)))
@@ -164,27 +165,31 @@ def shuffle_scores(problem: Problem, scores: Scores, seed: int) -> dict[tuple[st
     A format that the other group lacks takes its largest score.
     """
     groups = problem.searched
-    order = np.random.default_rng([seed, len(groups)]).permutation(len(groups))
-    shuffled = {}
+    order = shuffled_order(groups, np.random.default_rng([seed, len(groups)]))
+    scores_there = {}
     for group, index in zip(groups, order, strict=True):
         other = groups[index]
         known = [scores[other.name, f] for f in other.rows if f != NONE]
         for format_ in group.rows:
             if format_ != NONE:
-                shuffled[group.name, format_] = scores.get((other.name, format_), max(known))
-    return shuffled
+                found = scores.get((other.name, format_), max(known))
+                scores_there[group.name, format_] = found
+    return scores_there
 
 
 def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> dict[str, str]:
     return problem.solve(scores, options).formats
 
 
-def _uniform(problem: Problem, scores: Scores, options: SolveOptions) -> list[Candidate]:
+def _uniform(
+    problem: Problem, scores: Scores, options: SolveOptions, chosen: Mapping[str, str]
+) -> list[Candidate]:
     budgets = problem.budgets(options)
-    names = dict.fromkeys(f for group in problem.searched for f in group.rows if f != NONE)
+    weights = [group for group in problem.searched if not group.is_cache]
+    names = dict.fromkeys(f for group in weights for f in group.rows if f != NONE)
     fitting = []
     for name in names:
-        formats = _everywhere(problem, options, name)
+        formats = _everywhere(held_caches(problem, chosen), options, name)
         if formats is None:
             continue
         costs = {
@@ -205,7 +210,9 @@ def _everywhere(problem: Problem, options: SolveOptions, name: str) -> dict[str,
         formats = {
             g.name: name if name in (g.rows if permitted is None else permitted[g.name]) else NONE
             for g in problem.searched
+            if not g.is_cache
         }
+        formats |= {g.name: next(iter(g.rows)) for g in problem.searched if g.is_cache}
         if one.served is None:
             return formats
         if name in one.served.menu and one.served.permits(formats):
@@ -224,8 +231,11 @@ def _modelopt_scores(state: RunState) -> dict[tuple[str, str], float]:
     rows = table.select(["group", "format", "modelopt_score"]).to_pylist()
     scores: dict[tuple[str, str], float] = {}
     lowest: dict[str, float] = {}
-    for row in sorted(rows, key=lambda row: compressions[row["format"]]):
+    for row in sorted(rows, key=lambda row: compressions.get(row["format"], 1.0)):
         group = row["group"]
+        if row["format"] not in compressions:  # ModelOpt does not search caches
+            scores[group, row["format"]] = row["modelopt_score"]
+            continue
         lowest[group] = min(row["modelopt_score"], lowest.get(group, math.inf))
         scores[group, row["format"]] = lowest[group]
     return scores

@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from autoquant_ray import knapsack
-from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.budget import GroupChoices, Problem, SolveOptions
 from autoquant_ray.formats import NONE
 from autoquant_ray.knapsack import Floats
+from autoquant_ray.kv_budget import shuffled_order
 from autoquant_ray.served_search import allowed_choices
 from autoquant_ray.stability import NUM_RESAMPLES, Stability, allocate, assess
 from autoquant_ray.stopping import budget_problem
@@ -182,7 +183,7 @@ def found_certainty(
             group.name: {name: share_F[columns.index(name)] for name in group.rows}
             for group, share_F in zip(groups, found.share_GF.tolist(), strict=True)
         },
-        null_score=_null_score(truth),
+        null_score=_null_score(truth, groups),
     )
 
 
@@ -201,12 +202,12 @@ def _allowed(
     }
 
 
-def _null_score(truth: Any) -> float | None:
+def _null_score(truth: Any, groups: Sequence[GroupChoices]) -> float | None:
     """Mean true score of allocations for which the groups' rows of scores were shuffled."""
     finite_GF = np.where(truth.present_GF, truth.scores_GF, 0.0)
     losses = []
     for number in range(NUM_SHUFFLES):
-        order_G = np.random.default_rng(number).permutation(len(finite_GF))
+        order_G = shuffled_order(groups, np.random.default_rng(number))
         shuffled_GF: Floats = np.where(truth.present_GF, finite_GF[order_G], np.inf)
         found = allocate(replace(truth, scores_GF=shuffled_GF))
         if found is None:

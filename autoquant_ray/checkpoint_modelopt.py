@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from autoquant_ray.checkpoint_caches import SCALES, check_caches, set_cache_maxima
 from autoquant_ray.checkpoint_formats import block_size
 from autoquant_ray.checkpoint_model import SixteenBits
 from autoquant_ray.checkpoint_names import clean, names_required
@@ -43,12 +44,14 @@ def write_modelopt(model: Any, source: Source, maxima: Maxima, folder: Path) -> 
 
     mtq.quantize(model, load_quantization_config(source.manifest))
     _set_input_maxima(model, source, maxima)
+    set_cache_maxima(model, source.caches, maxima)
     _quantize_weights(model, source)
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
     with names_required():
         export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
     _correct_configs(folder)
+    check_caches(folder, source.caches, maxima)
 
 
 def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) -> None:
@@ -110,6 +113,8 @@ def _quantize_weights(model: Any, source: Source) -> None:
 
 def _is_rounded(name: str, source: Source) -> bool:
     kind, module = name.rpartition(".")[2], source.owner(name)
+    if kind in SCALES:
+        return False
     if module is None or kind == "bias":
         return True
     return kind == "weight_scale" and block_size(source.formats[module]) > 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autoquant_ray.checkpoint_caches import require_caches
 from autoquant_ray.checkpoint_formats import (
     COMPRESSED_TENSORS,
     LAYOUTS,
@@ -20,6 +21,7 @@ from autoquant_ray.errors import ConfigError, FormatError
 from autoquant_ray.exported_plan import read_plan
 from autoquant_ray.formats import NONE, Format
 from autoquant_ray.fused_again import require_fused
+from autoquant_ray.kv_engines import served_formats as served_caches
 from autoquant_ray.run_files import solution_folder
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -38,6 +40,7 @@ class Source:
         formats: Quantized module -> its format.
         groups: Every quantizable module -> its group.
         modules: Every quantizable module -> ``shapes`` and ``prefixes``, as in ``run.json``.
+        caches: Attention -> name of its KV cache's format, where it was to choose.
     """
 
     state: RunState
@@ -45,6 +48,7 @@ class Source:
     formats: Mapping[str, Format]
     groups: Mapping[str, str]
     modules: Mapping[str, Mapping[str, Any]]
+    caches: Mapping[str, str]
 
     @property
     def weight_bytes(self) -> float:
@@ -99,7 +103,8 @@ def read_source(directory: RunDirectory, solution: str = "") -> Source:
         manifest=directory.read_json(f"{start}manifest.json"),
         formats=formats,
         groups=plan.group_of,
-        modules=plan.modules,
+        modules={n: m for n, m in plan.modules.items() if n not in plan.caches},
+        caches=plan.caches,
     )
 
 
@@ -129,6 +134,7 @@ def require_packable(source: Source, layout: str) -> None:
     Raises:
         FormatError: It cannot; names the groups, their formats and the remedy.
     """
+    require_caches(source.caches, layout, holds_caches=layout == MODELOPT)
     problems = _problems(source, layout)
     if not problems:
         return
@@ -157,6 +163,12 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
     """
     if engine is None:
         return
+    used = set(source.caches.values()) - {NONE}
+    if not used <= set(served_caches(engine, gpu)):
+        raise ConfigError(
+            f"no source says that {engine}{'' if gpu is None else f' on {gpu}'} serves a KV cache "
+            f"in {', '.join(used)} (docs/engines.md); choose another engine or GPU"
+        )
     chosen = {source.groups[module]: one.name for module, one in source.formats.items()}
     if layout == MODELOPT:
         groups: dict[str, list[str]] = {}

@@ -137,6 +137,12 @@ def scan(
     help="Cost that --bits counts: stored bytes with scales, or ModelOpt's number; active_moe: of "
     "routed experts only the share that a token visits.",
 )
+@click.option(
+    "--kv-bytes-per-token",
+    type=float,
+    metavar="N",
+    help="Limit: bytes that a token of context takes in the KV cache, over all layers.",
+)
 @latency_options
 @engine_options
 @experts_option

@@ -101,6 +101,7 @@ def _export_checkpoint(
 
 
 def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrite: bool) -> str:
+    from autoquant_ray.checkpoint_caches import require_caches
     from autoquant_ray.exported_plan import read_plan
     from autoquant_ray.fused_again import require_fused, unfused_names
     from autoquant_ray.recipes import make_recipe
@@ -109,6 +110,7 @@ def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrit
     if tool is None:
         raise ConfigError(f"--format recipe needs --tool {', '.join(TOOLS)}")
     plan = read_plan(RunDirectory(run), solution)
+    require_caches(plan.caches, RECIPE, holds_caches=False)
     chosen = plan.chosen
     if tool == "auto-round":
         chosen = unfused_names(chosen, plan.modules)

@@ -16,6 +16,7 @@ from autoquant_ray.config_values import parse_bytes, parse_gib, parse_share, par
 from autoquant_ray.data_sources import Data, parse_data
 from autoquant_ray.engines import target_problem
 from autoquant_ray.expert_groups import LAYER
+from autoquant_ray.kv_formats import kv_names, limit_problem
 from autoquant_ray.search_space import SearchSpace
 
 
@@ -78,6 +79,11 @@ class ScanConfig(SearchSpace):
     )
     bytes: int | None = Field(
         default=None, description="Budget: bytes of the whole model's weights, e.g. 2.5GiB."
+    )
+    kv_bytes_per_token: float | None = Field(
+        default=None,
+        description="Limit on the KV cache: bytes that a token of context takes over all layers; "
+        "with formats of the KV cache (kv_fp8, kv_nvfp4) only.",
     )
     bits_over: Literal["searched", "all"] = Field(
         default="searched",
@@ -202,6 +208,9 @@ class ScanConfig(SearchSpace):
         if self.bits is None and self.bytes is None:
             raise ValueError("give a budget: bits (average stored bits) or bytes (whole model)")
         if (problem := target_problem(self.engine, self.gpu)) is not None:
+            raise ValueError(problem)
+        limit = self.kv_bytes_per_token
+        if (problem := limit_problem(bool(kv_names(self.formats)), limit)) is not None:
             raise ValueError(problem)
         return self
 

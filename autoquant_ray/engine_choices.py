@@ -23,6 +23,7 @@ from autoquant_ray.engines import (
 )
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE, Format
+from autoquant_ray.kv_formats import is_described
 
 Groups = Mapping[str, Sequence[str]]
 """Group -> its modules; all groups of the model, those that are not searched too."""
@@ -186,7 +187,7 @@ def why_unserved(
 
 
 def formats_of(plan: Mapping[str, Any]) -> list[Format]:
-    """The menu of a run.
+    """The menu of a run: its formats of weights.
 
     Args:
         plan: The plan's summary from ``run.json``.
@@ -194,12 +195,12 @@ def formats_of(plan: Mapping[str, Any]) -> list[Format]:
     Raises:
         ConfigError: An imported run, which only names its formats.
     """
-    if any(not entry.get("weight") for entry in plan["formats"]):
+    if not all(map(is_described, plan["formats"])):
         raise ConfigError(
             "--engine needs to know what the formats are; an imported run only names them, so scan "
             "the model"
         )
-    return [Format.from_json(entry) for entry in plan["formats"]]
+    return [Format.from_json(entry) for entry in plan["formats"] if entry.get("weight")]
 
 
 def _menus(formats: Sequence[Format], engine: str, gpu: str | None) -> list[tuple[str, ...]]:

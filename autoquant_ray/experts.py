@@ -50,7 +50,7 @@ class FusedExperts:
         self._is_transposed = planned.is_transposed
         self._name = planned.name
         self._module = module
-        self._shadow: Any = _shadow(module)
+        self._shadow: Any = shadow_of(module)
         self._resting = dict(self._shadow._parameters)
         self._passing = disabled_quantizer()
         self._leave_inputs()
@@ -178,7 +178,8 @@ class _MaximumRecorder(torch.nn.Module):
         return states
 
 
-def _shadow(module: torch.nn.Module) -> torch.nn.Module:
+def shadow_of(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that carries ModelOpt's wrapper and shares parameters and parts with the module."""
     shadow = copy.copy(module)
     shadow.__dict__.update(
         {key: value.copy() for key, value in module.__dict__.items() if isinstance(value, dict)}

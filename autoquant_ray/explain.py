@@ -28,6 +28,7 @@ from autoquant_ray.explain_text import explanation_html
 from autoquant_ray.flips import Flip, Flips
 from autoquant_ray.formats import NONE
 from autoquant_ray.group_names import find_group
+from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.manifest import is_chosen_by_measurement
 from autoquant_ray.run_files import solution_folder, solution_of
 from autoquant_ray.served_search import served_problem
@@ -50,6 +51,7 @@ class Alternative:
         weight_bits: Average stored bits, scales included.
         weight_bytes: Stored bytes of the group.
         model_bytes: What the format adds to the whole model; 0 for a tied head in 16 bits.
+        kv_bytes: Of a KV cache: bytes that a token of context takes; None for weights.
         resampled_share: Share of the resamples of the shards that chose it; None where there are
             none.
         flip: What the whole plan becomes with it.
@@ -63,6 +65,7 @@ class Alternative:
     weight_bits: float
     weight_bytes: float
     model_bytes: float
+    kv_bytes: float | None
     resampled_share: float | None
     flip: Flip
     shards: list[ShardShare]
@@ -258,6 +261,7 @@ class _Story:
                 weight_bits=row["weight_bits"],
                 weight_bytes=row["weight_bytes"],
                 model_bytes=group.cost(format_, "model"),
+                kv_bytes=row.get(KV_BYTES) or None,
                 resampled_share=shares.get(format_),
                 flip=flips.price(group.name, format_),
                 shards=largest.get(format_, []),

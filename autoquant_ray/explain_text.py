@@ -19,7 +19,9 @@ _NUM_SHARDS = 3
 def head_lines(told: Explanation) -> list[str]:
     """What the group is, what it got, and what bound the choice."""
     modules = few(told.module_names, _MAX_NAMED)
-    lines = [f"group: {told.group}", f"modules: {modules}; {told.num_weights:,} weights"]
+    is_cache = any(one.kv_bytes is not None for one in told.formats)
+    what = "its KV cache" if is_cache else f"{told.num_weights:,} weights"
+    lines = [f"group: {told.group}", f"modules: {modules}; {what}"]
     if told.reason is not None:
         size = f"{told.weight_bytes / 2**20:,.2f} MiB"
         return [*lines, f"not searched, stays in 16 bits ({size}): {told.reason}"]
@@ -50,7 +52,9 @@ def table_rows(told: Explanation) -> list[tuple[str, ...]]:
         (
             f"{one.format} *" if one.is_chosen else one.format,
             f"{one.weight_bits:.3f}",
-            f"{one.weight_bytes / 2**20:,.2f}",
+            f"{one.weight_bytes / 2**20:,.2f}"
+            if one.kv_bytes is None
+            else f"{one.kv_bytes:,.0f} B/token",
             f"{one.score:.3e}" + ("" if one.score_stderr is None else f" ± {one.score_stderr:.0e}"),
             "-" if one.resampled_share is None else f"{one.resampled_share:.0%}",
             _price(one, told),

@@ -9,6 +9,7 @@ from typing import Any
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import Format
 from autoquant_ray.fused_again import fuse_experts
+from autoquant_ray.kv_formats import is_described
 from autoquant_ray.run_files import SOLUTIONS, solution_folder
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -22,9 +23,10 @@ class ExportedPlan:
         state: Its run.
         chosen: Module -> name of its format, ``none`` in 16 bits; in the model's order. Experts of
             a layer are one module again, unless their formats differ.
+        caches: Attention -> name of its cache's format, where it was to choose.
         group_of: Module -> its group.
         modules: Every quantizable module -> its facts, as in ``run.json``.
-        formats: The run's menu.
+        formats: The run's menu, without those of the KV cache.
     """
 
     state: RunState
@@ -32,6 +34,7 @@ class ExportedPlan:
     group_of: dict[str, str]
     modules: dict[str, Mapping[str, Any]]
     formats: list[Format]
+    caches: dict[str, str]
 
 
 def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
@@ -50,21 +53,25 @@ def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
         known = ", ".join(directory.list_folders(SOLUTIONS)) or "none"
         raise StoreError(f"{directory.path(name)} does not exist; solutions of the run: {known}")
     entries = state.values["plan"]["formats"]
-    if any(not entry.get("weight") for entry in entries):
+    if not all(map(is_described, entries)):
         raise StoreError(
             f"{directory.uri} was imported and only names its formats; scan the model to "
             "export a plan"
         )
     rows = directory.read_table(name, "manifest").to_pylist()
+    facts = state.values["plan"]["modules"]
+    caches = {r["module"]: r["format"] for r in rows if not facts[r["module"]]["prefixes"]}
+    rows = [row for row in rows if row["module"] not in caches]
     chosen, group_of, modules = fuse_experts(
         {row["module"]: row["format"] for row in rows},
         {row["module"]: row["group"] for row in rows},
-        state.values["plan"]["modules"],
+        facts,
     )
     return ExportedPlan(
         state=state,
         chosen=chosen,
         group_of=group_of,
         modules=modules,
-        formats=[Format.from_json(entry) for entry in entries],
+        formats=[Format.from_json(entry) for entry in entries if entry.get("weight")],
+        caches=caches,
     )

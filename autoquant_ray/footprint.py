@@ -88,7 +88,7 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
 
 def quantized_bytes(num_weights: int, formats: Sequence[Format]) -> int:
     """Bytes of weights quantized in every way of a menu, as the weight cache holds them."""
-    num_specs = len({format_.weight_key for format_ in formats})
+    num_specs = len({format_.weight_key for format_ in formats if format_.kv is None})
     return _KEPT_BYTES * num_specs * num_weights
 
 

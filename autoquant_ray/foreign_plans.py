@@ -17,7 +17,9 @@ from autoquant_ray.candidates import (
 )
 from autoquant_ray.engine_choices import formats_of
 from autoquant_ray.errors import ConfigError, DataError
+from autoquant_ray.formats import NONE
 from autoquant_ray.job_names import slug
+from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.manifest import average_bits, model_bytes
 from autoquant_ray.run_files import SOLUTIONS, solution_folder
 from autoquant_ray.solve import Solution, load_problem, write_solution
@@ -33,7 +35,7 @@ def foreign_plan(path: str, problem: Problem, options: SolveOptions) -> dict[str
 
     Sensitivities are no plan yet: as in ``mlx_lm.dynamic_quant``, groups above a threshold take
     more bits, as many of them as the budget allows; of the run's formats the smallest and the
-    largest that MLX has count.
+    largest that MLX has count. Such files say nothing of the KV cache: it stays in 16 bits.
 
     Args:
         path: The file.
@@ -45,17 +47,18 @@ def foreign_plan(path: str, problem: Problem, options: SolveOptions) -> dict[str
         ConfigError: An imported run, or sensitivities that no budget fits.
     """
     content = read_json(path)
-    groups = {group.name: group.module_names for group in problem.searched}
+    groups = {g.name: g.module_names for g in problem.searched if not g.is_cache}
+    caches = {g.name: NONE for g in problem.searched if g.is_cache}
     formats = formats_of(problem.summary)
     others = [name for group in problem.unsearched for name in group.module_names]
     values = sensitivities(path, content, groups, others)
     if values is None:
-        return read_allocation(path, content, groups, formats, others)
+        return read_allocation(path, content, groups, formats, others) | caches
     names = [format_.name for format_ in formats if mlx_config(format_) is not None]
     sizes = {
-        name: average_bits(problem.searched, dict.fromkeys(groups, name))
+        name: average_bits(problem.searched, dict.fromkeys(groups, name) | caches)
         for name in names
-        if all(name in group.rows for group in problem.searched)
+        if all(name in problem.groups[group].rows for group in groups)
     }
     if len(sizes) < 2:
         raise DataError(
@@ -63,7 +66,7 @@ def foreign_plan(path: str, problem: Problem, options: SolveOptions) -> dict[str
             f"such as wint4_afp16 and wint8_afp16; it has {', '.join(sizes) or 'none'}"
         )
     low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
-    plan = dict.fromkeys(groups, low)
+    plan = dict.fromkeys(groups, low) | caches
     if not _fits(problem, options, plan):
         raise ConfigError(f"{path}: {low} everywhere does not fit the budget; give a larger one")
     for group in sorted(groups, key=lambda name: -values[name]):
@@ -78,6 +81,7 @@ def _fits(problem: Problem, options: SolveOptions, plan: dict[str, str]) -> bool
         math.fsum(group.cost(plan[group.name], budget.resource) for group in problem.searched)
         <= budget.limit * (1 + 1e-12)
         for budget in problem.budgets(options)
+        if budget.resource != KV_BYTES
     )
 
 

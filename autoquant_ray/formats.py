@@ -3,7 +3,7 @@
 A format is a pair of quantizers, one for a module's weight and one for its input, described by
 ModelOpt's own ``QuantizerAttributeConfig`` fields, so that what is scored is what
 ``mtq.quantize`` will do. Names: the pairs ``w{fp4,fp8,int4,int8}_a{fp16,fp8,int8,int4}``,
-ModelOpt's presets by their own name, and custom entries of the config file.
+``kv_fp8`` and ``kv_nvfp4``, ModelOpt's presets by their own name, and custom entries of the config.
 
 A preset is applied to a module as ``mtq.auto_quantize`` applies it: only entries that match the
 bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*lm_head*``) do not.
@@ -19,6 +19,7 @@ from typing import Any
 from autoquant_ray.algorithms import check_search, checked_algorithm
 from autoquant_ray.errors import FormatError, one_line
 from autoquant_ray.format_names import closest_formats
+from autoquant_ray.kv_formats import KV_FORMATS, KV_PRESETS
 from autoquant_ray.number_formats import blocks_of, is_scaled_by_block, is_static_nvfp4
 
 Attributes = dict[str, Any]
@@ -57,10 +58,11 @@ class Format:
 
     Attributes:
         name: As given by the user.
-        weight: Attributes of the weight quantizer.
+        weight: Attributes of the weight quantizer; empty for a format of the KV cache.
         input: Attributes of the input quantizer; None keeps inputs in 16 bits.
         algorithm: How ModelOpt calibrates the quantizers, as its ``algorithm`` with a ``method``;
             None: each by its own maximum.
+        kv: Attributes of the quantizers of keys and values; None for a format of weights.
         modelopt_compression: ModelOpt's estimate of compressed over 16-bit size. It is the
             minimum over weight and input, so it undercounts formats with narrow inputs.
     """
@@ -70,6 +72,7 @@ class Format:
     input: Attributes | None
     modelopt_compression: float
     algorithm: Attributes | None = None
+    kv: Attributes | None = None
 
     @property
     def weight_key(self) -> str:
@@ -90,6 +93,7 @@ class Format:
             "input": None if self.input is None else attributes_to_json(self.input),
             "modelopt_compression": self.modelopt_compression,
             **({} if self.algorithm is None else {"algorithm": self.algorithm}),
+            **({} if self.kv is None else {"kv": attributes_to_json(self.kv)}),
         }
 
     @classmethod
@@ -101,6 +105,7 @@ class Format:
             input=None if value["input"] is None else attributes_from_json(value["input"]),
             modelopt_compression=value["modelopt_compression"],
             algorithm=value.get("algorithm"),
+            kv=attributes_from_json(value["kv"]) if value.get("kv") else None,
         )
 
 
@@ -162,7 +167,7 @@ def known_formats() -> list[str]:
     """All names that can be asked for, pairs first, then ModelOpt's presets."""
     import modelopt.torch.quantization as mtq
 
-    return [*PAIRS, *sorted(mtq.config.choices)]
+    return [*PAIRS, *KV_FORMATS, *sorted(mtq.config.choices)]
 
 
 def _resolve(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -> Format:
@@ -170,6 +175,8 @@ def _resolve(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -
     if name in custom:
         weight, input_ = _custom_attributes(name, custom[name])
         algorithm = checked_algorithm(f"custom format {name!r}", custom[name].get("algorithm"))
+    elif (kv := KV_FORMATS.get(name)) is not None:
+        return Format(name=name, weight={}, input=None, modelopt_compression=1.0, kv=kv)
     elif name in PAIRS:
         weight, input_ = PAIRS[name]
     else:
@@ -212,9 +219,10 @@ def _preset_attributes(
     algorithm = checked_algorithm(f"format {name}", preset.get("algorithm"))
     weight = _last_match(preset["quant_cfg"], "weight_quantizer")
     if weight is None:
+        base = KV_PRESETS.get(name, "its base format, and --disable for the other layers")
         raise FormatError(
             f"format {name} sets no weight quantizer for every layer (it is a recipe for the KV "
-            "cache or for some layers); use its base format, and --disable for the other layers"
+            f"cache or for some layers); use {base}"
         )
     return weight, _last_match(preset["quant_cfg"], "input_quantizer"), algorithm
 
@@ -260,7 +268,7 @@ def check_device(formats: Sequence[Format], device: str) -> None:
         FormatError: Names the format and the device.
     """
     for format_ in formats if device == "cpu" else ():
-        for attributes in (format_.weight, format_.input):
+        for attributes in (format_.weight, format_.input, format_.kv):
             if attributes is None or not is_scaled_by_block(attributes):
                 continue
             if is_static_nvfp4(attributes):
@@ -281,9 +289,8 @@ def _check_quantizers(format_: Format) -> None:
         check_search(f"format {name}", format_.weight, format_.algorithm)
     for attributes in (format_.weight, input_ or {}):
         if attributes.get("unsigned") or attributes.get("calibrator", "max") != "max":
-            raise FormatError(
-                f"format {name}: only signed quantizers calibrated by 'max' are known"
-            )
+            text = f"format {name}: only signed quantizers calibrated by 'max' are known"
+            raise FormatError(text)
     if input_ is None:
         return
     blocks = input_.get("block_sizes") or {}

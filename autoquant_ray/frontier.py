@@ -18,6 +18,7 @@ from autoquant_ray.frontier_curve import (
     reachable_bits,
     rounded_up,
 )
+from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.run_files import FRONTIER_FILE
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
@@ -39,10 +40,11 @@ def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[P
     """
     if num_points < 2:
         raise ConfigError(f"a frontier of {num_points} points: give 2 or more")
-    problem, scores = load_problem(RunState.open(directory))
+    state = RunState.open(directory)
+    problem, scores = load_problem(state)
     low, high = reachable_bits(problem)
     points = [
-        _solve(problem, scores, SolveOptions(bits=float(bits)))
+        _solve(problem, scores, _options(state, float(bits)))
         for bits in np.linspace(low, high, num_points)
     ]
     points = mark_knee(points)
@@ -61,24 +63,37 @@ def smallest_within(directory: RunDirectory, largest_kl: float) -> SolveOptions:
         Options of ``solve`` whose solution is it.
 
     Raises:
-        InfeasibleBudgetError: Even 16 bits are not enough: the loss asked for is negative.
+        InfeasibleBudgetError: Even 16 bits are not enough: the loss asked for is negative, or less
+            than what the limit on the KV cache loses.
     """
-    problem, scores = load_problem(RunState.open(directory))
+    state = RunState.open(directory)
+    problem, scores = load_problem(state)
     if not largest_kl >= 0:
         raise InfeasibleBudgetError(
             f"a predicted KL of {largest_kl:g} cannot be met; 16 bits lose 0"
         )
     low, high = reachable_bits(problem)
-    if _solve(problem, scores, SolveOptions(bits=low)).predicted_kl <= largest_kl:
-        return SolveOptions(bits=low)
+    lost = _solve(problem, scores, _options(state, high)).predicted_kl
+    if lost > largest_kl:
+        raise InfeasibleBudgetError(
+            f"a predicted KL of {largest_kl:g} cannot be met: the run's limit on the KV cache "
+            f"alone loses {lost:.4g}"
+        )
+    if _solve(problem, scores, _options(state, low)).predicted_kl <= largest_kl:
+        return _options(state, low)
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2
-        if _solve(problem, scores, SolveOptions(bits=middle)).predicted_kl <= largest_kl:
+        if _solve(problem, scores, _options(state, middle)).predicted_kl <= largest_kl:
             high = middle
         else:
             low = middle
-    exact = _solve(problem, scores, SolveOptions(bits=high))
-    return SolveOptions(bits=min(high, rounded_up(exact.effective_bits)))
+    exact = _solve(problem, scores, _options(state, high))
+    return _options(state, min(high, rounded_up(exact.effective_bits)))
+
+
+def _options(state: RunState, bits: float) -> SolveOptions:
+    """A budget in bits, with the scan's own limit on the KV cache."""
+    return SolveOptions(bits=bits, kv_bytes_per_token=(state.values["config"] or {}).get(KV_BYTES))
 
 
 def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> Point:

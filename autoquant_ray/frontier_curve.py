@@ -56,11 +56,16 @@ def sweep_points(problem: Problem, scores: Scores, num_points: int = NUM_POINTS)
 
 
 def uniform_points(problem: Problem, scores: Scores) -> dict[str, Point]:
-    """Format -> what all groups would lose under it; a group that lacks it stays in 16 bits."""
-    names = dict.fromkeys(f for group in problem.searched for f in group.rows if f != NONE)
+    """Format -> what all groups would lose under it; a group that lacks it stays in 16 bits.
+
+    Caches keep the first of their formats.
+    """
+    weights = [group for group in problem.searched if not group.is_cache]
+    caches = {g.name: next(iter(g.rows)) for g in problem.searched if g.is_cache}
+    names = dict.fromkeys(f for group in weights for f in group.rows if f != NONE)
     return {
         name: point_of(
-            problem, scores, {g.name: name if name in g.rows else NONE for g in problem.searched}
+            problem, scores, caches | {g.name: name if name in g.rows else NONE for g in weights}
         )
         for name in names
     }

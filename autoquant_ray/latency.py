@@ -11,7 +11,8 @@ a decode step, B times the context in a prefill):
 - routed experts, of which a token visits the share r: 2 W T r operations, and the share
   ``1 - (1 - r)^T`` of the bytes, the expected share of experts that T tokens touch where each
   token draws its own uniformly. Real routers repeat themselves and touch fewer.
-- attention of one layer after S tokens: the B S cached keys and values in 16 bits, and 4 B S D
+- attention of one layer after S tokens: the B S cached keys and values in 16 bits (whatever format
+  the plan gives the cache, so such a plan may be faster than its bound), and 4 B S D
   operations for D attended values; in a prefill half of 4 B S^2 D, as a token sees only earlier
   ones.
 - everything else (norms, routers, biases): as a group in 16 bits. Of the embedding only one row per
@@ -29,6 +30,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from autoquant_ray.allocation import Budget
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import NONE, Attributes
 from autoquant_ray.hardware_file import SIXTEEN
@@ -76,6 +78,7 @@ class StepTime:
         self._classes = {NONE: _IN_16_BITS} | {
             entry["name"]: (numeric_class(entry["weight"]), numeric_class(entry["input"]))
             for entry in plan["formats"]
+            if not entry.get("kv")
         }
 
     def group_ms(self, group: GroupChoices, format_: str) -> float:
@@ -92,6 +95,23 @@ class StepTime:
             read = batch * seen * kind["kv_bytes"]
             total += kind["layers"] * self._ms(read, 4 * batch * seen * kind["width"])
         return total
+
+    def budget(self, unsearched: Iterable[GroupChoices], limit_ms: float) -> Budget:
+        """The limit that it leaves to the searched groups.
+
+        Args:
+            unsearched: Groups that stay in 16 bits.
+            limit_ms: Milliseconds of a whole decode step.
+        """
+        fixed = self.other_ms + sum(group.cost(NONE, LATENCY) for group in unsearched)
+        return Budget(
+            resource=LATENCY,
+            limit=limit_ms - fixed,
+            unit_per_bit=None,
+            description=self.latency.target,
+            fixed=fixed,
+            reachable=self.latency.reachable,
+        )
 
     def prediction(
         self, groups: Iterable[GroupChoices], formats: Mapping[str, str]
@@ -117,7 +137,8 @@ class StepTime:
                 {
                     formats[group.name]
                     for group in groups
-                    if not card.has_units(*self._classes[formats[group.name]])
+                    if not group.is_cache
+                    and not card.has_units(*self._classes[formats[group.name]])
                 }
             ),
             "uncounted_layers": self._facts["layers"]
@@ -139,7 +160,7 @@ class StepTime:
         return total
 
     def _group_ms(self, group: GroupChoices, format_: str, tokens: int) -> float:
-        if group.is_idle:
+        if group.is_idle or group.is_cache:
             return 0.0
         if group.active_share is None:
             raise ConfigError(

@@ -17,6 +17,8 @@ from autoquant_ray.budget import ACTIVE_MOE, BITS_PER_BYTE, GroupChoices, Proble
 from autoquant_ray.certainty import Certainty
 from autoquant_ray.expert_entries import ApartExperts
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
+from autoquant_ray.kv_budget import cache_summary
+from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.latency import LATENCY
 from autoquant_ray.number_formats import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.store import SCHEMA_VERSION
@@ -72,7 +74,8 @@ def solution_summary(
     ``effective_bits`` averages stored bits over the searched groups, ``effective_bits_all`` over
     all quantizable ones; ``weight_bytes`` is the whole model's weights. ``predicted_kl_nats`` is
     null where the scores have no unit (an imported ModelOpt manifest). With routed experts it has
-    ``active_moe_effective_bits``; with a card given, ``latency``
+    ``active_moe_effective_bits``; with caches to choose ``kv_bytes_per_token``; with a card,
+    ``latency``
     (:meth:`~autoquant_ray.latency.StepTime.prediction`).
     """
     formats = chosen_formats(problem, allocation)
@@ -91,6 +94,7 @@ def solution_summary(
         "predicted_kl_nats": allocation.score if scores_are_nats else None,
         "is_satisfied": allocation.is_satisfied,
         "optimality_gap": allocation.optimality_gap,
+        **cache_summary(problem, formats),
     } | more
 
 
@@ -109,7 +113,8 @@ def manifest_rows(
         for module in group.module_names:
             shapes = [tuple(shape) for shape in summary["modules"][module]["shapes"]]
             weights = sum(math.prod(shape) for shape in shapes)
-            bits = float(weights) * group.rows[chosen]["weight_bits"]
+            row = group.rows[chosen]
+            bits = float(weights) * row["weight_bits"]
             if chosen in attributes:
                 bits = float(sum(stored_bits(attributes[chosen], shape) for shape in shapes))
             rows.append(
@@ -117,7 +122,7 @@ def manifest_rows(
                     "module": module,
                     "group": group.name,
                     "format": chosen,
-                    "weight_bits": bits / weights,
+                    "weight_bits": bits / weights if weights else row["weight_bits"],
                     "weight_bytes": bits / BITS_PER_BYTE,
                     "score": 0.0 if chosen == NONE else scores[group.name, chosen],
                 }
@@ -135,7 +140,7 @@ def quantization_config(
     :func:`~autoquant_ray.algorithms.of_plan`. None for an imported manifest, which does not name
     all modules of a fused group.
     """
-    known = {entry["name"]: entry for entry in summary["formats"] if entry.get("weight")}
+    known = {e["name"]: e for e in summary["formats"] if e.get("weight") or e.get("kv")}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithms: dict[str, Any] = {}
     apart = ApartExperts()
@@ -148,11 +153,14 @@ def quantization_config(
             facts = summary["modules"].get(module, {"prefixes": ()})
             if "expert" in facts:
                 apart.add(module, facts, format_)
-            elif format_ is not None:
-                for prefix in facts["prefixes"]:
-                    own = quantizer_entries(f"{module}.{prefix}", format_)
-                    algorithms |= {entry["quantizer_name"]: format_.algorithm for entry in own}
-                    entries.extend(own)
+                continue
+            if format_ is None:
+                continue
+            own = cache_entries(module, format_) if format_.kv is not None else []
+            for prefix in facts["prefixes"]:
+                own += quantizer_entries(f"{module}.{prefix}", format_)
+            algorithms |= {entry["quantizer_name"]: format_.algorithm for entry in own}
+            entries.extend(own)
     entries.extend(apart.entries())
     return {
         "quant_cfg": [attributes_to_json(entry) for entry in entries],
@@ -173,6 +181,14 @@ def quantizer_entries(start: str, format_: Format) -> list[dict[str, Any]]:
             entry = {"quantizer_name": f"{start}{part}_quantizer", "enable": True}
             entries.append(entry | {"cfg": attributes})
     return entries
+
+
+def cache_entries(module: str, format_: Format) -> list[dict[str, Any]]:
+    """ModelOpt's entries for the keys and values of one attention, with Python types."""
+    return [
+        {"quantizer_name": f"{module}.{part}_bmm_quantizer", "enable": True, "cfg": format_.kv}
+        for part in "kv"
+    ]
 
 
 def load_quantization_config(
@@ -260,6 +276,7 @@ def build_manifest(
             "engine": options.engine,
             "gpu": options.gpu,
             "expert_groups": options.expert_groups,
+            **({} if (limit := options.kv_bytes_per_token) is None else {KV_BYTES: limit}),
         },
         "solution": dict(solution),
         "quantization_config": config,

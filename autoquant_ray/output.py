@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from autoquant_ray.frontier_curve import Point
+from autoquant_ray.kv_formats import KV_BYTES, kv_names, reachable_cache
 from autoquant_ray.latency import LATENCY, describe_prediction
 from autoquant_ray.plan import Plan, PlannedGroup
 from autoquant_ray.solve import Solution
@@ -42,6 +43,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     return {
         "groups": plan.rows(),
         "bits_range": list(plan.bits_range()),
+        **({"kv_range": list(plan.kv_range())} if any(f.kv for f in plan.formats) else {}),
         "formats": [format_.name for format_ in plan.formats],
         "num_groups": len(plan.groups),
         "num_searched": len(plan.searched),
@@ -71,6 +73,9 @@ def print_plan(plan: Plan) -> None:
     console.print(f"{len(plan.searched)} of {len(plan.groups)} groups searched")
     low, high = math.ceil(low * 1000 - 1e-6) / 1000, math.floor(high * 1000 + 1e-6) / 1000
     console.print(f"reachable average bits: {low:.3f} to {high:.3f}")
+    if kv_names([format_.name for format_ in plan.formats]):
+        low, high = plan.kv_range()
+        console.print(f"KV cache: {reachable_cache(low, high)}")
     console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
 
@@ -123,6 +128,8 @@ def print_solution(run: str, solution: Solution) -> None:
             what = ", domains as weighted" if is_weighted else ""
             console.print(f"shuffled scores would lose: {sure.null_score:.4g} nats per token{what}")
     console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
+    if KV_BYTES in summary:
+        console.print(f"KV cache: {summary[KV_BYTES]:,.0f} bytes per token of context")
     if LATENCY in summary:
         console.print(f"predicted: {escape(describe_prediction(summary[LATENCY]))}", soft_wrap=True)
     if solution.shards_used is not None:

@@ -7,7 +7,7 @@ in a searched group or listed as unsearched with the reason.
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from autoquant_ray.expert_groups import (
     split_experts,
 )
 from autoquant_ray.formats import NONE, Format
+from autoquant_ray.kv_formats import KV_BYTES, cache_bytes
+from autoquant_ray.kv_groups import cache_modules
 from autoquant_ray.layers import decoder_layers
 from autoquant_ray.quantizable import (
     PlannedModule,
@@ -31,6 +33,7 @@ from autoquant_ray.quantizable import (
     quantizable_modules,
     sees_images,
 )
+from autoquant_ray.scan_work import flops_per_token
 from autoquant_ray.step_facts import step_facts
 from autoquant_ray.stored_size import stored_bits
 
@@ -61,12 +64,18 @@ class PlannedGroup:
         """Whether a format is chosen for this group."""
         return self.reason is None
 
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is what an attention keeps of its keys and values, not weights."""
+        return self.modules[0].is_cache
+
     def takes(self, format_: Format) -> bool:
         """Whether a format is among the choices of this group.
 
         Experts share the quantizer of their inputs; one that is a group takes what leaves them.
         """
-        return format_.input is None or self.modules[0].expert is None
+        is_apart = self.modules[0].expert is not None
+        return self.is_cache == (format_.kv is not None) and not (is_apart and format_.input)
 
     @property
     def num_weights(self) -> int:
@@ -84,13 +93,23 @@ class PlannedGroup:
         """ModelOpt's cost: weights times its compression, in 16-bit weight equivalents."""
         return self.num_weights * (1.0 if format_ is None else format_.modelopt_compression)
 
+    def kv_bytes(self, format_: Format | None) -> float | None:
+        """Bytes of the cache that a token of context takes; None for weights."""
+        kv, shapes = None if format_ is None else format_.kv, self.modules[0].cached
+        return cache_bytes(kv, shapes) if shapes else None
+
+    def bits(self, format_: Format | None) -> float:
+        """Stored bits per weight, of a cache per element."""
+        stored = self.kv_bytes(format_) or self.weight_bytes(format_)
+        return stored * 8 / (self.num_weights or sum(map(math.prod, self.modules[0].cached)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Groups, formats, and what lies outside the search.
 
     Attributes:
-        groups: In the order of the model.
+        groups: In the order of the model; caches last.
         formats: The menu, without ``none``.
         other_bytes: Bytes, at 16 bits, of all parameters outside quantizable modules:
             embeddings, norms, biases, routers.
@@ -138,10 +157,11 @@ class Plan:
                 "format": NONE if format_ is None else format_.name,
                 "module_names": [module.name for module in group.modules],
                 "num_weights": group.num_weights,
-                "weight_bits": group.weight_bytes(format_) * 8 / group.num_weights,
+                "weight_bits": group.bits(format_),
                 "weight_bytes": group.weight_bytes(format_),
                 "modelopt_cost": group.modelopt_cost(format_),
                 "is_searched": group.is_searched,
+                KV_BYTES: group.kv_bytes(format_) or 0.0,
             }
             for group in self.groups
             for format_ in self.choices(group)
@@ -153,6 +173,11 @@ class Plan:
         costs = [[g.weight_bytes(f) for f in self.choices(g)] for g in self.searched]
         low = sum(min(row) for row in costs) * 8 / weights
         return low, sum(max(row) for row in costs) * 8 / weights
+
+    def kv_range(self) -> tuple[float, float]:
+        """Lowest and highest bytes that a token of context takes in all caches."""
+        costs = [[g.kv_bytes(f) or 0.0 for f in self.choices(g)] for g in self.groups]
+        return sum(map(min, costs)), sum(map(max, costs))
 
     def summary(self) -> dict[str, Any]:
         """What ``run.json`` keeps so that ``solve`` and ``report`` need no model."""
@@ -191,15 +216,16 @@ def build_plan(
     Raises:
         ConfigError: Nothing is left to search, a glob matches no module, there is no vision
             tower for ``full``, or the experts cannot be told apart.
-        ModelError: The model has no quantizable module.
+        ModelError: The model has no quantizable module, or no cache for formats of caches.
     """
     modules = list(quantizable_modules(model))
     if not modules:
         raise ModelError(f"{type(model).__name__} has no layer that ModelOpt can quantize")
     if is_apart(expert_groups):
         modules = split_experts(model, modules, formats)
+    caches = cache_modules(model, formats)
     for pattern in disable:
-        if not any(module.matches(pattern) for module in modules):
+        if not any(module.matches(pattern) for module in (*modules, *caches)):
             raise ConfigError(
                 f"--disable {pattern!r} matches no layer; names look like {modules[0].name!r}"
             )
@@ -209,13 +235,14 @@ def build_plan(
             "it out"
         )
     has_images, apart = coverage == "full", is_apart(expert_groups)
-    groups = _group(model, modules, disable, has_images=has_images, experts_apart=apart)
+    found = [*modules, *caches]
+    groups = _group(model, found, disable, has_images=has_images, experts_apart=apart)
     plan = Plan(
         groups=groups,
         formats=tuple(formats),
         other_bytes=_other_bytes(model, groups),
         other_modules=other_modules(model, modules),
-        flops_per_token=_flops_per_token(model, groups, len(formats)),
+        flops_per_token=flops_per_token(model, groups, formats),
         layer_weights=tuple(
             sum(parameter.numel() for parameter in layer.parameters())
             for layer in decoder_layers(model).values()
@@ -224,7 +251,7 @@ def build_plan(
         step=step_facts(model, modules, is_of_tower),
         experts_apart=apart,
     )
-    if not plan.searched:
+    if not any(group.num_weights for group in plan.searched):
         raise ConfigError("every layer is disabled; nothing is left to search")
     return plan
 
@@ -239,7 +266,7 @@ def _group(
 ) -> tuple[PlannedGroup, ...]:
     members: dict[str, list[PlannedModule]] = {}
     for module in modules:
-        key = (apart_key(module) if experts_apart else None) or group_key(module.name)
+        key = (apart_key(module) if experts_apart else None) or group_key(module.label)
         members.setdefault(key, []).append(module)
     embedding = model.get_input_embeddings()
     tied = {
@@ -249,7 +276,7 @@ def _group(
     }
     return tuple(
         PlannedGroup(
-            name=group[0].name,
+            name=group[0].label,
             modules=tuple(group),
             reason=_reason_unsearched(group, disable, has_images=has_images),
             is_tied=any(module.name in tied for module in group),
@@ -277,21 +304,3 @@ def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:
     total: int = sum(parameter.numel() for parameter in model.parameters())
     quantizable = sum(group.num_weights for group in groups if not group.is_tied)
     return (total - quantizable) * UNQUANTIZED_BITS // 8
-
-
-def _flops_per_token(model: Any, groups: Sequence[PlannedGroup], num_formats: int) -> int:
-    """Matrix products of a scan per token: calibration, forward, recompute, backward, formats.
-
-    Routed experts count by the share of them that a token visits.
-    """
-    text_config = model.config.get_text_config()
-    visited = getattr(text_config, "num_experts_per_tok", None) or 1
-    total = 0.0
-    experts = Counter(module.path for group in groups for module in group.modules)
-    for group in groups:
-        for module in group.modules:
-            count = {"experts": module.shapes[0][0], "expert": experts[module.path]}
-            share = min(1.0, visited / count.get(module.kind, 1))
-            products = 4 + num_formats if group.is_searched else 4
-            total += 2 * module.num_weights * share * products
-    return round(total)

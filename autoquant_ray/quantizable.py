@@ -50,13 +50,16 @@ class PlannedModule:
 
     Attributes:
         name: Dotted name in the model.
-        kind: ``linear``, ``experts`` (fused 3-D parameters), ``expert`` (one slice of them) or
-            ``convolution``.
+        kind: ``linear``, ``experts`` (fused 3-D parameters), ``expert`` (one slice of them),
+            ``convolution``, or ``attention`` (whose cache is quantized,
+            :mod:`autoquant_ray.kv_groups`).
         parameters: Weight parameter names inside the module, in forward order.
         shapes: Their shapes, as ``(..., out, in)``.
         is_transposed: Whether experts are stored as ``(experts, in, out)`` (GPT-OSS). ModelOpt
             quantizes such a parameter as one tensor, not expert by expert.
         expert: Of a single expert, its number, which ends its name.
+        cached: What a token adds to the cache of an attention, ``(heads, width)`` of its keys and
+            of its values; empty for other modules.
     """
 
     name: str
@@ -65,6 +68,7 @@ class PlannedModule:
     shapes: tuple[tuple[int, ...], ...]
     is_transposed: bool = False
     expert: int | None = None
+    cached: tuple[tuple[int, int], ...] = ()
 
     @property
     def path(self) -> str:
@@ -77,14 +81,27 @@ class PlannedModule:
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
+    def is_cache(self) -> bool:
+        """Whether what is quantized is what it caches."""
+        return self.kind == "attention"
+
+    @property
+    def label(self) -> str:
+        """Its name in lists of layers: a cache goes by its attention's name and ``.kv``."""
+        return f"{self.name}.kv" if self.is_cache else self.name
+
+    @property
     def quantizer_prefixes(self) -> tuple[str, ...]:
         """What stands before ``_weight_quantizer`` in ModelOpt's names: '' for a linear."""
+        if self.is_cache:
+            return ()
         is_fused = self.kind in ("experts", "expert")
         return tuple(f"{p}_" for p in self.parameters) if is_fused else ("",)
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob names it, or the module that holds it."""
-        return any(fnmatch.fnmatch(name, pattern) for name in (self.name, self.path))
+        names = {self.label, self.path if self.expert is not None else self.label}
+        return any(fnmatch.fnmatch(name, pattern) for name in names)
 
     def to_json(self) -> dict[str, Any]:
         """What ``run.json`` keeps of it."""

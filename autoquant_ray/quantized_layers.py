@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from autoquant_ray.cached_attention import CachedAttention
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import replaced_forward
 from autoquant_ray.quantizable import PlannedModule, is_of_tower
@@ -58,11 +59,14 @@ class QuantizedLayers:
         number_of = {m: number for number, layer in enumerate(layers) for m in layer.modules()}
         self._by_layer: dict[int, list[tuple[ScoredModule, Any]]] = {}
         self._experts = runnable_experts(by_module(model, modules))
+        self._attentions: dict[str, CachedAttention] = {}
         for scored in modules:
             module = model.get_submodule(scored.planned.path)
             outside = FRONT if is_of_tower(scored.planned.name) else len(layers)
             number = number_of.get(module, outside)
             self._by_layer.setdefault(number, []).append((scored, module))
+            if scored.planned.is_cache:
+                self._attentions[scored.planned.name] = CachedAttention(module, scored.planned)
 
     def signature(self, number: int, choice: Choice) -> Choice:
         """The part of a choice that matters in a layer; the head counts as the layer after all."""
@@ -98,8 +102,11 @@ class QuantizedLayers:
 
     def _forward(
         self, planned: PlannedModule, module: Any, format_: Format, weights: WeightCache
-    ) -> Callable[..., torch.Tensor]:
+    ) -> Callable[..., Any]:
         maxima = self._maxima.get(planned.name, {})
+        if planned.is_cache:
+            attention = self._attentions[planned.name]
+            return lambda *inputs, **named: attention.run(format_, maxima, inputs, named)
         if (experts := self._experts.get(planned.name)) is not None:
             kept = {
                 name: weights.get(

@@ -1,4 +1,4 @@
-"""Which rows of a module are scored (all that have a gradient, or a draw), and a row's terms."""
+"""Which rows of a module are scored: all that have a gradient, or a draw; what each adds."""
 
 from __future__ import annotations
 
@@ -68,6 +68,11 @@ def choose_rows(
         return live_rows(gradients_TO)
     drawn = draw_rows(gradients_TO, input_TI, share, seed)
     return ChosenRows(indices=drawn.indices_U, num_live=len(drawn.indices_U), drawn=drawn)
+
+
+def as_rows(states: torch.Tensor) -> torch.Tensor:
+    """Samples one after the other: ``(B, S, N)`` as ``(B * S, N)``."""
+    return states.reshape(-1, states.shape[-1])
 
 
 def row_values(difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]) -> torch.Tensor:

@@ -40,6 +40,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "weight_bytes": _FLOAT,
             "modelopt_cost": _FLOAT,
             "is_searched": pa.bool_(),
+            "kv_bytes_per_token": _FLOAT,
         }
     ),
     "samples": pa.schema(
@@ -173,6 +174,7 @@ ADDED_COLUMNS = {
     "expert_tokens",
     "in_loss",
     "tensors",
+    "kv_bytes_per_token",
 }
 """Columns that earlier versions, or samples of plain text, do not have; null where they are
 missing."""

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from autoquant_ray.expert_groups import ExpertGroups
+from autoquant_ray.kv_formats import menu_problem
 
 
 def _check_custom_key(key: str) -> str:
@@ -114,4 +115,6 @@ class SearchSpace(BaseModel):
         unused = sorted(set(self.custom_formats) - set(self.formats))
         if unused:
             raise ValueError(f"custom format {unused[0]!r} is not among the formats; name it there")
+        if (problem := menu_problem(self.formats, self.custom_formats)) is not None:
+            raise ValueError(problem)
         return self

@@ -31,9 +31,10 @@ from autoquant_ray.differences import Difference, OutputDifferences
 from autoquant_ray.errors import WorkerError
 from autoquant_ray.expert_tokens import TokenCounts
 from autoquant_ray.formats import Format
+from autoquant_ray.kv_scoring import CacheHooks
 from autoquant_ray.plan import Plan
 from autoquant_ray.quantizable import PlannedModule
-from autoquant_ray.row_choice import ChosenRows, choose_rows, row_values
+from autoquant_ray.row_choice import ChosenRows, as_rows, choose_rows, row_values
 from autoquant_ray.row_sampling import name_seed
 from autoquant_ray.single_experts import by_module, routed_apart, runnable_experts
 from autoquant_ray.weight_cache import WeightCache
@@ -124,6 +125,8 @@ class SensitivityScorer:
         self._row_share = row_share
         self._modules = by_module(model, modules)
         self._experts = runnable_experts(self._modules)
+        firsts = [(own[0], module) for own, module in self._modules]
+        self._caches = CacheHooks(firsts, formats, num_draws, row_share)
         num_groups = 1 + max(scored.group for scored in modules)
         device = next(model.parameters()).device
         # elementwise, token, and the variances of both
@@ -160,7 +163,7 @@ class SensitivityScorer:
         self._tokens.forget()
         self._maxima, self._seed = maxima, seed
         handles = [
-            module.register_forward_hook(self._forward_hook(own), with_kwargs=True)
+            module.register_forward_hook(self._hook_of(own), with_kwargs=True)
             for own, module in self._modules
         ]
         try:
@@ -169,6 +172,13 @@ class SensitivityScorer:
             for handle in handles:
                 handle.remove()
             self._differences.forget()
+
+    def _hook_of(self, own: Sequence[ScoredModule]) -> Callable[..., None]:
+        first = own[0]
+        if not first.planned.is_cache:
+            return self._forward_hook(own)
+        maxima = self._maxima.get(first.planned.name, {})
+        return self._caches.forward_hook(first, maxima, self._seed, self._add)
 
     def _forward_hook(self, own: Sequence[ScoredModule]) -> Callable[..., None]:
         name, num_calls = own[0].planned.path, 0
@@ -181,14 +191,14 @@ class SensitivityScorer:
         ) -> None:
             if not output.requires_grad:
                 return
-            inputs = tuple(_rows(value.detach()) for value in (*arguments, *keywords.values()))
-            output_TO = _rows(output.detach())
+            inputs = tuple(as_rows(value.detach()) for value in (*arguments, *keywords.values()))
+            output_TO = as_rows(output.detach())
             versions = [tensor._version for tensor in (output_TO, *inputs)]
             gradients: list[torch.Tensor] = []
 
             def on_gradient(gradient: torch.Tensor) -> None:
                 nonlocal num_calls
-                gradients.append(_rows(gradient))
+                gradients.append(as_rows(gradient))
                 if len(gradients) < self._num_draws:
                     return
                 seed = (*self._seed, name_seed(name), num_calls)
@@ -232,7 +242,6 @@ class SensitivityScorer:
         num_inputs = len(states) - self._num_draws
         gradients = list(states[num_inputs:])
         rows = choose_rows(gradients, states[0], self._row_share, seed)
-        self._num_rows_G[scored.group] += rows.num_live
         if not rows.num_live:
             return
         inputs = [rows.of(one) for one in states[:num_inputs]]
@@ -270,6 +279,7 @@ class SensitivityScorer:
         gradients_TO: list[torch.Tensor],
         chosen: ChosenRows,
     ) -> None:
+        self._num_rows_G[group] += chosen.num_live
         sampled_F2T: dict[int, torch.Tensor] = {}
         for index, rows, difference_CO in differences:
             values_2C = row_values(difference_CO, [g[rows] for g in gradients_TO])
@@ -292,7 +302,3 @@ class SensitivityScorer:
 def _require_same_inputs(name: str, before: list[int], now: list[int]) -> None:
     if before != now:
         raise WorkerError(f"the model changes the input of {name} in place; --disable {name}")
-
-
-def _rows(states: torch.Tensor) -> torch.Tensor:
-    return states.reshape(-1, states.shape[-1])

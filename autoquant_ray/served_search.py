@@ -16,6 +16,7 @@ from autoquant_ray.engine_choices import (
 )
 from autoquant_ray.errors import AutoQuantError, InfeasibleBudgetError
 from autoquant_ray.expert_clusters import require_apart
+from autoquant_ray.kv_engines import cache_problem, with_caches
 from autoquant_ray.ties import Ties, solve_tied
 
 if TYPE_CHECKING:
@@ -77,14 +78,14 @@ def served_problems(problem: Problem, options: SolveOptions) -> list[Problem]:
     """
     if options.engine is None or problem.served is not None:
         return [problem]
-    groups = {name: group.module_names for name, group in problem.groups.items()}
-    searched = [group.name for group in problem.searched]
+    groups = _weights(problem)
+    searched = [group.name for group in problem.searched if not group.is_cache]
     problems = []
     for served in served_sets(
         groups, searched, formats_of(problem.summary), options.engine, options.gpu
     ):
         problems.append(copy(problem))
-        problems[-1].served = served
+        problems[-1].served = with_caches(served, problem, options.engine, options.gpu)
     return problems
 
 
@@ -102,12 +103,21 @@ def served_problem(problem: Problem, options: SolveOptions, formats: Mapping[str
     if options.engine is None:
         return problem
     own = {group.name: formats[group.name] for group in problem.searched}
-    groups = {name: group.module_names for name, group in problem.groups.items()}
-    require_served(groups, own, formats_of(problem.summary), options.engine, options.gpu)
+    reason = cache_problem(problem, own, options.engine, options.gpu)
+    if reason is not None:
+        raise NotServedError(f"{options.engine} cannot serve this plan: {reason}")
+    groups = _weights(problem)
+    weights = {name: chosen for name, chosen in own.items() if name in groups}
+    require_served(groups, weights, formats_of(problem.summary), options.engine, options.gpu)
     for one in served_problems(problem, options):
         if one.served is not None and one.served.permits(own):
             return one
     raise NotServedError(f"the plan uses formats that {options.engine} does not serve together")
+
+
+def _weights(problem: Problem) -> dict[str, list[str]]:
+    """Groups of weights -> their modules."""
+    return {name: g.module_names for name, g in problem.groups.items() if not g.is_cache}
 
 
 def allowed_choices(problem: Problem, scores: Scores, options: SolveOptions) -> list[Choice]:

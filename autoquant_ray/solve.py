@@ -241,6 +241,8 @@ def solution_name(options: SolveOptions) -> str:
         "pins": sorted(options.pins.items()),
         "allow": sorted((pattern, list(formats)) for pattern, formats in options.allow.items()),
     }
+    if options.kv_bytes_per_token is not None:
+        parts.append(f"kv-{options.kv_bytes_per_token:g}")
     if options.worst_domain:
         parts.append("worst-domain")
     if options.domains:

@@ -35,7 +35,16 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
     "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
     "aggregate": ("estimator",),
-    "allocate": ("bits", "bytes", "bits_over", "cost", "max_formats", "engine", "gpu"),
+    "allocate": (
+        "bits",
+        "bytes",
+        "bits_over",
+        "cost",
+        "max_formats",
+        "engine",
+        "gpu",
+        "kv_bytes_per_token",
+    ),
 }
 """Fields that each stage's result depends on, in the order of the stages."""
 
@@ -44,6 +53,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "domain_field": None,
     "engine": None,
     "gpu": None,
+    "kv_bytes_per_token": None,
     "coverage": "lm",
     "loss_on": "all",
     "skip_bad_samples": False,

@@ -73,7 +73,7 @@ def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | No
     with state.stage("plan", fingerprint):
         state.values["plan"] = plan.summary()
         if weights is not None:
-            modules = {group.name: [m.name for m in group.modules] for group in plan.groups}
+            modules = {g.name: [m.name for m in g.modules] for g in plan.groups if not g.is_cache}
             state.values["weights"] = hash_groups(weights, modules)
         state.directory.write_table("plan.parquet", "plan", plan.rows())
 
@@ -81,10 +81,10 @@ def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | No
 def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -> Maxima:
     """Activation maxima over all shards -> ``calibration.parquet``.
 
-    Skipped when no format quantizes inputs.
+    Skipped when no format quantizes inputs or the KV cache.
     """
     directory = state.directory
-    if all(format_.input is None for format_ in plan.formats):
+    if all(format_.input is None and format_.kv is None for format_ in plan.formats):
         return {}
     if not state.is_done("calibrate", fingerprint):
         with state.stage("calibrate", fingerprint):

@@ -18,6 +18,8 @@ from autoquant_ray.engine_table import FUSED, TABLE
 from autoquant_ray.errors import FormatError
 from autoquant_ray.events import Event
 from autoquant_ray.formats import PAIRS, Format, known_formats, resolve_formats
+from autoquant_ray.kv_engines import CACHE_TABLE
+from autoquant_ray.kv_formats import KV_FORMATS, KV_PRESETS, cache_bytes
 from autoquant_ray.number_formats import describe, is_scaled_by_block
 from autoquant_ray.stored_size import stored_bits
 from autoquant_ray.tool_formats import COUNTERPARTS
@@ -128,12 +130,37 @@ def formats_table() -> str:
     rows = ["| format | weights | inputs | bits per weight | on CPU |", "|---|---|---|---|---|"]
     for name in known_formats():
         format_ = _scanned(name)
-        if isinstance(format_, Format):
+        if isinstance(format_, Format) and format_.kv is None:
             bits = stored_bits(format_.weight, MATRIX) / (MATRIX[0] * MATRIX[1])
             shown = f"{bits:.3f}".rstrip("0").rstrip(".")
             method = "" if format_.algorithm is None else f", by {format_.algorithm['method']}"
             quantizers = f"{describe(format_.weight)}{method} | {describe(format_.input)}"
             rows.append(f"| `{name}` | {quantizers} | {shown} | {_on_cpu(format_)} |")
+    return "\n".join([*rows, ""])
+
+
+def caches_table() -> str:
+    """One row per format of the KV cache."""
+    rows = [
+        "| format | keys and values | bits per element | ModelOpt's preset |",
+        "|---|---|---|---|",
+    ]
+    presets = {name: preset for preset, name in KV_PRESETS.items()}
+    for name, attributes in KV_FORMATS.items():
+        bits = 8 * cache_bytes(attributes, [(8, 128)]) / (8 * 128)
+        rows.append(f"| `{name}` | {describe(attributes)} | {bits:g} | `{presets[name]}` |")
+    return "\n".join([*rows, ""])
+
+
+def engine_caches_table() -> str:
+    """One row per engine and format of the KV cache."""
+    rows = ["| engine | format | served on | elsewhere | source |", "|---|---|---|---|---|"]
+    for engine, entries in CACHE_TABLE.items():
+        rows += [
+            f"| {engine} | `{row.format}` | {', '.join(row.gpus) or '-'} | {row.note or '-'} | "
+            f"{row.source} |"
+            for row in entries
+        ]
     return "\n".join([*rows, ""])
 
 
@@ -170,6 +197,8 @@ TABLES = {
     "metrics": metrics_table,
     "events": events_table,
     "formats": formats_table,
+    "caches": caches_table,
+    "engine caches": engine_caches_table,
     "refused": refused_table,
     "engines": engines_table,
     "fused": fused_table,

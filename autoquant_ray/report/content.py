@@ -8,7 +8,10 @@ from functools import partial
 from typing import Any
 
 from autoquant_ray.audit_pairs import read_pairs
+from autoquant_ray.budget import GroupChoices
 from autoquant_ray.formats import NONE
+from autoquant_ray.kv_budget import held_caches
+from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.latency import LATENCY, describe_prediction
 from autoquant_ray.report.audit import AuditData, audit_section
 from autoquant_ray.report.concerns import Concern, find_concerns
@@ -38,6 +41,7 @@ class Layer:
         sensitivity: Largest score of its group over the menu: what the harshest format would
             cost; None for an unsearched layer.
         note: Why it is not searched.
+        kv_bytes: Of a KV cache: bytes that a token of context takes; None for weights.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Layer:
     size_bytes: float
     chosen: str
     note: str | None
+    kv_bytes: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +120,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         concerns=find_concerns(gather_evidence(sources)),
         facts=_facts(sources),
         mix=format_mix(rows),
-        layers=_layers(sources.rows, rows, experts),
+        layers=_layers(sources.rows, rows, experts, problem.groups),
         groups=by_format(rows, experts) if experts else rows,
         heat=heat_maps(by_layer(rows, experts), layer_order(list(problem.groups), experts)),
         dots=_dots(sources),
@@ -158,23 +163,28 @@ def _dots(sources: Sources) -> list[Dot]:
     )
     scores = {(g, f): s for g, of in sources.scores.items() for f, (s, _) in of.items()}
     evaluations = sources.evaluations
-    return frontier_dots(sources.state.directory, sources.problem, scores, plan, evaluations)
+    problem = held_caches(sources.problem, sources.formats)
+    return frontier_dots(sources.state.directory, problem, scores, plan, evaluations)
 
 
 def _layers(
-    rows: list[dict[str, Any]], groups: list[GroupRow], experts: Mapping[str, int]
+    rows: list[dict[str, Any]],
+    shown: list[GroupRow],
+    experts: Mapping[str, int],
+    groups: Mapping[str, GroupChoices],
 ) -> list[Layer]:
     """One per row of the manifest; single experts as :func:`by_format` shows them."""
-    by_name = {group.name: group for group in groups}
+    by_name = {group.name: group for group in shown}
     layers = [
         Layer(
-            name=row["module"],
+            name=row["group"] if groups[row["group"]].is_cache else row["module"],
             group=row["group"],
             num_bits=row["weight_bits"],
             sensitivity=by_name[row["group"]].sensitivity,
             size_bytes=row["weight_bytes"],
             chosen=row["format"],
             note=by_name[row["group"]].note,
+            kv_bytes=groups[row["group"]].rows[row["format"]].get(KV_BYTES) or None,
         )
         for row in rows
         if row["group"] not in experts
@@ -189,7 +199,7 @@ def _layers(
             chosen=group.chosen,
             note=group.note,
         )
-        for group in by_format([one for one in groups if one.name in experts], experts)
+        for group in by_format([one for one in shown if one.name in experts], experts)
     ]
     return sorted(layers, key=lambda x: (x.sensitivity is None, -(x.sensitivity or 0.0)))
 
@@ -207,6 +217,7 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
         ("Effective bits (all quantizable)", f"{solution['effective_bits_all']:.4f}"),
         ("Effective bits (ModelOpt's cost)", f"{solution['modelopt_effective_bits']:.4f}"),
         ("Weights of the whole model", f"{solution['weight_bytes'] / 2**20:,.1f} MiB"),
+        *_cache_facts(sources),
         ("Total score", f"{solution['score']:.6g}"),
         ("Predicted KL", _predicted(sources)),
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
@@ -226,6 +237,15 @@ def _facts(sources: Sources) -> list[tuple[str, str]]:
     if config:
         facts.append(("Compute", f"{config['dtype']} on {config['device']}"))
     return facts
+
+
+def _cache_facts(sources: Sources) -> list[tuple[str, str]]:
+    """What a token of context takes; nothing where no cache was to choose."""
+    size = sources.manifest["solution"].get(KV_BYTES)
+    if size is None:
+        return []
+    whole = sum(group.cost(NONE, KV_BYTES) for group in sources.problem.groups.values())
+    return [("KV cache", f"{size:,.0f} bytes per token of context, {whole:,.0f} in 16 bits")]
 
 
 def _stability_facts(stability: dict[str, Any], what: str) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from autoquant_ray.budget import UNQUANTIZED_BITS
 from autoquant_ray.formats import NONE
+from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.report.domains import describe_domains
 from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.sources import Sources
@@ -106,6 +107,8 @@ def budget_text(budget: dict[str, Any]) -> str:
     if budget["bytes"] is not None:
         parts.append(f"{budget['bytes']} bytes for the whole model")
     parts.extend(_speed(budget))
+    if (limit := budget.get(KV_BYTES)) is not None:
+        parts.append(f"{limit:,g} bytes of KV cache per token of context")
     if budget.get("engine") is not None:
         where = f" on {budget['gpu']}" if budget["gpu"] is not None else ""
         parts.append(f"served by {budget['engine']}{where}")

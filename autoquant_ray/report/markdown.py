@@ -38,6 +38,8 @@ def render_markdown(content: ReportContent) -> str:
         sensitivity = "-" if layer.sensitivity is None else f"{layer.sensitivity:.4e}"
         chosen = layer.chosen if layer.note is None else f"{layer.chosen} ({layer.note})"
         size = f"{layer.size_bytes / 2**20:.3f} MiB"
+        if layer.kv_bytes is not None:
+            size = f"{layer.kv_bytes:,.0f} bytes per token"
         cells = (layer.name, f"{layer.num_bits:.3f}", sensitivity, size, chosen)
         lines.append(f"| {' | '.join(plain_text(cell) for cell in cells)} |")
     lines += ["", f"## Scores by group and format ({content.unit})", ""]

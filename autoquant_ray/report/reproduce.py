@@ -96,8 +96,8 @@ def solve_command(run: str, budget: Mapping[str, Any]) -> str:
         budget: The ``budget`` object of ``manifest.json``.
     """
     words = ["autoquant-ray", "solve", run]
-    for name in ("bits", "bytes", "max_formats"):
-        if budget[name] is not None:
+    for name in ("bits", "bytes", "max_formats", "kv_bytes_per_token"):
+        if budget.get(name) is not None:
             words += [f"--{name.replace('_', '-')}", str(budget[name])]
     if budget["bits_over"] != "searched":
         words += ["--bits-over", budget["bits_over"]]

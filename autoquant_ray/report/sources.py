@@ -10,6 +10,8 @@ from autoquant_ray.config import ScanConfig
 from autoquant_ray.engine_choices import formats_of, why_unserved
 from autoquant_ray.errors import StoreError
 from autoquant_ray.expert_tokens import experts_with_few_tokens, silent_experts
+from autoquant_ray.kv_engines import cache_problem
+from autoquant_ray.kv_formats import is_described
 from autoquant_ray.manifest import allocation_key, is_chosen_by_measurement
 from autoquant_ray.report.domains import is_by_domain
 from autoquant_ray.report.evidence import Choice, Evidence
@@ -128,11 +130,14 @@ def read_sources(state: RunState, start: str) -> Sources:
 def _unserved(sources: Sources) -> str | None:
     """Why no engine serves the plan; None too where the formats are only names (imported)."""
     plan, budget = sources.run["plan"], sources.manifest["budget"]
-    if any(not entry.get("weight") for entry in plan["formats"]):
+    if not all(map(is_described, plan["formats"])):
         return None
-    groups = {name: group.module_names for name, group in sources.problem.groups.items()}
+    problem, chosen = sources.problem, sources.formats
+    groups = {name: g.module_names for name, g in problem.groups.items() if not g.is_cache}
     engine, gpu = budget.get("engine"), budget.get("gpu")
-    return why_unserved(groups, sources.formats, formats_of(plan), engine, gpu)
+    weights = {name: format_ for name, format_ in chosen.items() if name in groups}
+    reason = why_unserved(groups, weights, formats_of(plan), engine, gpu)
+    return reason or cache_problem(problem, chosen, engine, gpu)
 
 
 def gather_evidence(sources: Sources) -> Evidence:

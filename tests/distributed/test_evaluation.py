@@ -20,6 +20,7 @@ import transformers
 from autoquant_ray import load_quantization_config
 
 NUM_CALIBRATION = 6
+FORMATS = "wint4_afp16,wint8_aint8,kv_fp8,kv_nvfp4"
 RIVALS = ("--num-random", "3", "--address", "local", "--workers")
 
 
@@ -29,6 +30,7 @@ def scanned(
 ) -> Path:
     run: Path = tmp_path_factory.mktemp("scanned") / "run"
     extra = ("--samples", NUM_CALIBRATION, "--shard-samples", "1", "--workers", "1")
+    extra += ("--formats", FORMATS, "--kv-bytes-per-token", "100")  # one cache in each format
     done = run_command(*scan_arguments(run, *extra))
     assert done.returncode == 0, done.stderr
     return run
@@ -91,6 +93,8 @@ def test_solution_equals_the_manifest_quantized_by_modelopt(
     ]
     assert len(samples) == 6
     assert not {tuple(one) for one in samples} & {tuple(one) for one in used}
+    chosen = set(pq.read_table(evaluated / "manifest.parquet")["format"].to_pylist())
+    assert {"kv_fp8", "kv_nvfp4"} < chosen
     expected = measure(model_folder("llama"), evaluated, samples, used)
     row = rows_of(evaluated)["solution"]
     assert expected["kl_mean"] > 0
@@ -171,10 +175,12 @@ def test_changed_model_and_wrong_names_are_refused(
 def test_solve_refines_within_the_budget(scanned: Path, run_command: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(scanned, run)
-    done = run_command("solve", run, "--bits", "7", "--refine", "8", "--json")
+    limit = ("--kv-bytes-per-token", "100")
+    done = run_command("solve", run, "--bits", "7", *limit, "--refine", "8", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["name"] == "bits-7.00-refined"
+    assert found["name"] == "bits-7.00-kv-100-refined"
+    assert found["kv_bytes_per_token"] <= 100
     assert found["effective_bits"] <= 7 * (1 + 1e-9)
     assert 0 < found["refinement"]["num_trials"] <= 8
     folder = run / "solutions" / found["name"]

@@ -12,10 +12,12 @@ import pytest
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.scan import run_search
 
-FORMATS = ("wint4_afp16", "wint8_aint8", "NVFP4_DEFAULT_CFG", "MXFP6_DEFAULT_CFG")
+FORMATS = ("wint4_afp16", "wint8_aint8", "NVFP4_DEFAULT_CFG", "MXFP6_DEFAULT_CFG", "kv_nvfp4")
+KV_BYTES = 200
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
-FAMILY = "qwen3_moe"  # linears and routed experts
+FAMILY = "qwen3_moe"  # linears, routed experts and caches
 SLOW = ("--shard-samples", "1", "--label-draws", "8", "--formats", ",".join(FORMATS))
+SLOW = (*SLOW, "--kv-bytes-per-token", str(KV_BYTES))
 
 
 def sensitivity(run: Path) -> bytes:
@@ -48,6 +50,7 @@ def test_scan_any_number_of_workers_gives_identical_bytes(
         out=str(tmp_path / "run"),
         formats=FORMATS,
         bits=8,
+        kv_bytes_per_token=KV_BYTES,
         shard_samples=1,
         label_draws=8,
         workers=workers,

@@ -88,8 +88,9 @@ def made_up_run(
 
 def _made_up_scores(plan: Plan, shard: int) -> ShardScores:
     scales_G1 = np.random.default_rng(shard).uniform(0.5, 20, size=(len(plan.searched), 1))
-    bits_F = np.array([8 * plan.searched[0].weight_bytes(f) for f in plan.formats])
-    sums_GF = scales_G1 * 2.0 ** (-2 * bits_F / plan.searched[0].num_weights)
+    firsts = [next(g for g in plan.searched if g.takes(f)) for f in plan.formats]
+    bits_F = np.array([g.bits(f) for g, f in zip(firsts, plan.formats, strict=True)])
+    sums_GF = scales_G1 * 2.0 ** (-2 * bits_F)
     rows_G = np.full(len(plan.searched), 100)
     zeros_GF = np.zeros_like(sums_GF)
     sums = SensitivitySums(

@@ -32,9 +32,11 @@ FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 def placed_spec(make_spec: Any) -> Any:
     """Spec of a model in a folder under a placement."""
 
-    def build(folder: Path, placement: str, dtype: str) -> EngineSpec:
+    def build(
+        folder: Path, placement: str, dtype: str, formats: tuple[str, ...] = FORMATS
+    ) -> EngineSpec:
         ref = find_model(str(folder))
-        plan = build_plan(build_skeleton(ref), resolve_formats(FORMATS, device="cpu"))
+        plan = build_plan(build_skeleton(ref), resolve_formats(formats, device="cpu"))
         return make_spec(
             plan,
             model=ref,
@@ -75,6 +77,24 @@ def test_scores_offloaded_equal_resident(
         ours, theirs = getattr(offloaded[1].sums, name), getattr(resident[1].sums, name)
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
         assert (theirs > 0).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_of_caches_offloaded_are_those_of_resident_to_the_byte(
+    model_folder: Any, make_samples: Any, dtype: str, placed_spec: Any
+) -> None:
+    samples = make_samples([24, 17, 31])
+    formats = ("wfp8_afp8", "kv_fp8", "kv_nvfp4")
+    found = []
+    for placement in ("resident", "offload"):
+        spec = placed_spec(model_folder("qwen3"), placement, dtype, formats)
+        statistics, scores = run(Engine(spec), samples)
+        caches = [m.group for m in spec.modules if m.planned.is_cache]
+        found.append((statistics, scores.sums.elementwise_GF[caches]))
+    assert found[0][0] == found[1][0]
+    assert found[0][1].tobytes() == found[1][1].tobytes()
+    assert (found[0][1][:, 1:] > 0).all()
+    assert len(found[0][1]) == 2
 
 
 def test_parameters_outside_visits_are_on_meta(

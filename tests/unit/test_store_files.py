@@ -30,7 +30,7 @@ from autoquant_ray.store import SCHEMA_VERSION, RunDirectory
 
 COLUMNS = {
     "plan.parquet": "group, format, module_names, num_weights, weight_bits, weight_bytes, "
-    "modelopt_cost, is_searched",
+    "modelopt_cost, is_searched, kv_bytes_per_token",
     "calibration.parquet": "module, statistic, value",
     "scores/shard-000000.parquet": "shard, group, format, elementwise_sum, token_sum, num_tokens, "
     "num_samples, seconds, elementwise_variance, token_variance, expert_tokens",
