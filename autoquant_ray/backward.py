@@ -89,6 +89,7 @@ class LayerwiseBackward:
         *,
         keep: bool,
         before_step: Callable[[Step], None] | None = None,
+        after_layer: Callable[[], None] | None = None,
     ) -> list[Pass]:
         """Run the decoder layers on several steps, layer by layer, without a graph.
 
@@ -98,6 +99,7 @@ class LayerwiseBackward:
             steps: What to run.
             keep: Keep what :meth:`backward` needs.
             before_step: Called each time before a layer runs on a step.
+            after_layer: Called when a layer has run on all steps, while its weights are there.
         """
         if not self.is_layerwise:
             return [Pass(step) for step in steps]
@@ -114,6 +116,8 @@ class LayerwiseBackward:
                     arguments, keywords = one.calls[number]
                     one.hidden_BSH = first_output(layer(hidden_BSH, *arguments, **keywords))
                     del hidden_BSH
+                if after_layer is not None:
+                    after_layer()
         return passes
 
     @contextmanager

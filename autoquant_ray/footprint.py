@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.formats import Format
 from autoquant_ray.plan import UNQUANTIZED_BITS, Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoquant_ray.sensitivity import ScoredModule
 
 GIB = 2**30
 _PROCESS_BYTES = GIB
@@ -85,6 +91,29 @@ def quantized_bytes(num_weights: int, formats: Sequence[Format]) -> int:
     """Bytes of weights quantized in every way of a menu, as the weight cache holds them."""
     num_specs = len({format_.weight_key for format_ in formats})
     return _KEPT_BYTES * num_specs * num_weights
+
+
+def room_for_visit(
+    model: torch.nn.Module,
+    layers: Sequence[torch.nn.Module],
+    modules: Sequence[ScoredModule],
+    formats: Sequence[Format],
+) -> int:
+    """Bytes of the quantized weights of the head and of the largest layer, 2 GiB at most.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+        modules: Searched modules.
+        formats: The menu.
+    """
+    inside = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
+    sizes: dict[int, int] = {}
+    for scored in modules:
+        number = inside.get(model.get_submodule(scored.planned.name), -1)
+        sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
+    visited = sizes.pop(-1, 0) + max(sizes.values(), default=0)
+    return min(LARGEST_CACHE_BYTES, quantized_bytes(visited, formats))
 
 
 def choose_placement(

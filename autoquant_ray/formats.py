@@ -11,14 +11,17 @@ bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*l
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.errors import FormatError, one_line
+from autoquant_ray.format_checks import check_quantizers
 from autoquant_ray.format_names import closest_formats
 from autoquant_ray.number_formats import blocks_of, is_scaled_by_block
+from autoquant_ray.smoothed_formats import SMOOTHING
 
 Attributes = dict[str, Any]
 """Fields of ModelOpt's ``QuantizerAttributeConfig``."""
@@ -152,7 +155,7 @@ def resolve_formats(
     resolved = [_resolve(name, custom or {}) for name in names]
     check_device(resolved, device)
     for format_ in resolved:
-        _check_quantizers(format_)
+        check_quantizers(format_)
     return resolved
 
 
@@ -164,17 +167,19 @@ def known_formats() -> list[str]:
 
 
 def _resolve(name: str, custom: dict[str, dict[str, Attributes | None]]) -> Format:
+    algorithm = None
     if name in custom:
         weight, input_ = _custom_attributes(name, custom[name])
     elif name in PAIRS:
         weight, input_ = PAIRS[name]
     else:
-        weight, input_ = _preset_attributes(name, [*custom, *known_formats()])
+        weight, input_, algorithm = _preset_attributes(name, [*custom, *known_formats()])
     return Format(
         name=name,
         weight=weight,
         input=input_,
         modelopt_compression=_modelopt_compression(name, weight, input_),
+        algorithm=algorithm,
     )
 
 
@@ -193,7 +198,10 @@ def _custom_attributes(
     return restored, None if input_ is None else attributes_from_json(attributes_to_json(input_))
 
 
-def _preset_attributes(name: str, known: list[str]) -> tuple[Attributes, Attributes | None]:
+def _preset_attributes(
+    name: str, known: list[str]
+) -> tuple[Attributes, Attributes | None, Attributes | None]:
+    """Weight, input and algorithm of a preset; None for the algorithm 'max'."""
     import modelopt.torch.quantization as mtq
 
     if name not in mtq.config.choices:
@@ -202,26 +210,35 @@ def _preset_attributes(name: str, known: list[str]) -> tuple[Attributes, Attribu
     preset = getattr(mtq.config, name)
     algorithm = preset.get("algorithm")
     method = algorithm["method"] if isinstance(algorithm, dict) else algorithm
-    if method not in (None, "max"):
+    if method not in (None, "max", *SMOOTHING):
         raise FormatError(
             f"format {name} needs the calibration algorithm {method!r}; only formats calibrated "
-            "by 'max' can be scanned so far"
+            f"by {', '.join(('max', *SMOOTHING))} can be scanned so far"
         )
     weight = _last_match(preset["quant_cfg"], "weight_quantizer")
+    if isinstance(weight, list):
+        raise FormatError(
+            f"format {name} quantizes weights twice, one quantizer after the other; only formats "
+            "with one weight quantizer can be scanned"
+        )
     if weight is None:
         raise FormatError(
             f"format {name} sets no weight quantizer for every layer (it is a recipe for the KV "
             "cache or for some layers); use its base format, and --disable for the other layers"
         )
-    return weight, _last_match(preset["quant_cfg"], "input_quantizer")
+    own = None
+    if method in SMOOTHING:
+        own = {"method": method} | (dict(algorithm) if isinstance(algorithm, dict) else {})
+    return weight, _last_match(preset["quant_cfg"], "input_quantizer"), own
 
 
-def _last_match(entries: list[dict[str, Any]], quantizer: str) -> Attributes | None:
-    matched: Attributes | None = None
+def _last_match(entries: list[dict[str, Any]], quantizer: str) -> Any:
+    """Attributes of a quantizer; a list of them where several follow each other; or None."""
+    matched: Any = None
     for entry in entries:
         if entry.get("parent_class") or not fnmatch.fnmatch(quantizer, entry["quantizer_name"]):
             continue
-        matched = dict(entry["cfg"]) if entry.get("cfg") else None
+        matched = copy.copy(entry["cfg"]) if entry.get("cfg") else None
         if entry.get("enable", True) is False:
             matched = None
     return matched
@@ -267,27 +284,3 @@ def check_device(formats: Sequence[Format], device: str) -> None:
                     f"format {format_.name} cannot run on cpu: {error}; scan on a GPU "
                     "(--device cuda) or choose another format"
                 ) from None
-
-
-def _check_quantizers(format_: Format) -> None:
-    """Refuse quantizers whose calibration or batching this package does not reproduce."""
-    name, input_ = format_.name, format_.input
-    for attributes in (format_.weight, input_ or {}):
-        if attributes.get("unsigned") or attributes.get("calibrator", "max") != "max":
-            raise FormatError(
-                f"format {name}: only signed quantizers calibrated by 'max' are known"
-            )
-    if input_ is None:
-        return
-    blocks = input_.get("block_sizes") or {}
-    if input_.get("type") == "dynamic" and not blocks:
-        raise FormatError(
-            f"format {name} scales each input tensor by its own maximum; its score would "
-            "depend on how samples are batched. Use a static or per-token input quantizer"
-        )
-    is_dynamic = "dynamic" in (input_.get("type"), blocks.get("type"))
-    if not is_dynamic and (blocks or input_.get("axis") is not None):
-        raise FormatError(
-            f"format {name} has a static input quantizer per channel or block; a static input "
-            "quantizer must be per tensor (axis: null, no block_sizes)"
-        )

@@ -21,6 +21,12 @@ from autoquant_ray.layers import replaced_forward
 from autoquant_ray.quantizable import PlannedModule, is_of_tower
 from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
 from autoquant_ray.sensitivity import Maxima, ScoredModule
+from autoquant_ray.smoothing import (
+    input_maximum,
+    input_scales,
+    smoothed_input,
+    smoothed_weight,
+)
 from autoquant_ray.weight_cache import WeightCache
 
 Choice = tuple[int, ...]
@@ -100,14 +106,17 @@ class QuantizedLayers:
                 for name in experts.parameters
             }
             return lambda *inputs: experts.run(format_, kept, maxima, inputs)
+        scale_I = input_scales(format_, module.weight, maxima)
         weight_OI = weights.get(
             (planned.name, format_.weight_key),
-            partial(fake_quantize_weight, format_.weight, module.weight),
+            lambda: fake_quantize_weight(format_.weight, smoothed_weight(module.weight, scale_I)),
         )
-        quantizer = make_input_quantizer(format_.input, maxima.get("input_amax"), module.weight[:0])
+        maximum = input_maximum(maxima, scale_I, module.weight.dtype)
+        quantizer = make_input_quantizer(format_.input, maximum, module.weight[:0])
 
         def forward(states: torch.Tensor) -> torch.Tensor:
-            quantized = states if quantizer is None else quantizer(states)
+            smoothed = smoothed_input(states, scale_I)
+            quantized = smoothed if quantizer is None else quantizer(smoothed)
             return torch.nn.functional.linear(quantized, weight_OI, module.bias)
 
         return forward
