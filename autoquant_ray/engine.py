@@ -120,11 +120,9 @@ class Engine:
         self._search = ScaleSearch(self.model, self._backward.layers, spec.modules, spec.formats)
         require_head(self.model, self._loss)
         require_linears(self.model, spec.modules, self._backward.holding)
-        self._cache_bytes = spec.weight_cache_bytes
-        if self._cache_bytes is None:
-            self._cache_bytes = room_for_visit(
-                self.model, self._backward.layers, spec.modules, spec.formats
-            )
+        given, layers = spec.weight_cache_bytes, self._backward.layers
+        room = room_for_visit(self.model, layers, spec.modules, spec.formats)
+        self._cache_bytes = room if given is None else given
         self._weights = WeightCache(self._cache_bytes)
         self._scorer = SensitivityScorer(
             self.model,

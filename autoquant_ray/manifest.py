@@ -18,7 +18,7 @@ from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes
 from autoquant_ray.latency import LATENCY
 from autoquant_ray.number_formats import is_scaled_by_block
 from autoquant_ray.store import SCHEMA_VERSION
-from autoquant_ray.stored_size import stored_bits
+from autoquant_ray.stored_size import format_bits
 
 Scores = Mapping[tuple[str, str], float]
 
@@ -96,8 +96,8 @@ def manifest_rows(
     problem: Problem, formats: Mapping[str, str], scores: Scores, summary: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Rows of ``manifest.parquet``: one per module. ``score`` is that of the module's group."""
-    attributes = {
-        entry["name"]: attributes_from_json(entry["weight"])
+    known = {
+        entry["name"]: Format.from_json(entry)
         for entry in summary["formats"]
         if entry.get("weight")
     }
@@ -108,8 +108,8 @@ def manifest_rows(
             shapes = [tuple(shape) for shape in summary["modules"][module]["shapes"]]
             weights = sum(math.prod(shape) for shape in shapes)
             bits = float(weights) * group.rows[chosen]["weight_bits"]
-            if chosen in attributes:
-                bits = float(sum(stored_bits(attributes[chosen], shape) for shape in shapes))
+            if chosen in known:
+                bits = float(sum(format_bits(known[chosen], shape) for shape in shapes))
             rows.append(
                 {
                     "module": module,

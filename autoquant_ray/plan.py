@@ -23,7 +23,7 @@ from autoquant_ray.quantizable import (
     sees_images,
 )
 from autoquant_ray.step_facts import step_facts
-from autoquant_ray.stored_size import stored_bits
+from autoquant_ray.stored_size import format_bits
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ class PlannedGroup:
         if format_ is None:
             return self.num_weights * UNQUANTIZED_BITS / 8
         shapes = (shape for module in self.modules for shape in module.shapes)
-        return sum(stored_bits(format_.weight, shape) for shape in shapes) / 8
+        return sum(format_bits(format_, shape) for shape in shapes) / 8
 
     def modelopt_cost(self, format_: Format | None) -> float:
         """ModelOpt's cost: weights times its compression, in 16-bit weight equivalents."""

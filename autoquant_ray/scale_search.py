@@ -77,7 +77,7 @@ class ScaleSearch:
         sizes: dict[int, int] = {}
         for module in self._modules.values():
             number = number_of.get(module, -1)
-            sizes[number] = sizes.get(number, 0) + module.weight[0].nbytes  # type: ignore[index]
+            sizes[number] = sizes.get(number, 0) + module.weight[0].nbytes
         return max(sizes.values(), default=0)
 
     @contextmanager

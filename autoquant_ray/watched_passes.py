@@ -40,7 +40,7 @@ def run_watched(
         watcher: Its hooks are in place.
         keep: Keep what the backward pass needs.
     """
-    passes = runner.forward(
+    passes: list[Pass] = runner.forward(
         steps,
         keep=keep,
         before_step=lambda step: watcher.set_mask(step.mask_BS),

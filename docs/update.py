@@ -19,7 +19,7 @@ from autoquant_ray.errors import FormatError
 from autoquant_ray.events import Event
 from autoquant_ray.formats import PAIRS, Format, known_formats, resolve_formats
 from autoquant_ray.number_formats import describe, is_scaled_by_block
-from autoquant_ray.stored_size import stored_bits
+from autoquant_ray.stored_size import format_bits
 from autoquant_ray.tool_formats import COUNTERPARTS
 
 PAGE = Path(__file__).parent / "metrics-and-events.md"
@@ -129,7 +129,7 @@ def formats_table() -> str:
     for name in known_formats():
         format_ = _scanned(name)
         if isinstance(format_, Format):
-            bits = stored_bits(format_.weight, MATRIX) / (MATRIX[0] * MATRIX[1])
+            bits = format_bits(format_, MATRIX) / (MATRIX[0] * MATRIX[1])
             shown = f"{bits:.3f}".rstrip("0").rstrip(".")
             quantizers = f"{describe(format_.weight)} | {describe(format_.input)}"
             rows.append(f"| `{name}` | {quantizers} | {shown} | {_on_cpu(format_)} |")

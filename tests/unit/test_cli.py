@@ -193,8 +193,8 @@ def test_format_unknown_preset_names_the_closest(scan: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("INT4_AWQ_CFG", "awq"),
-        ("INT8_SMOOTHQUANT_CFG", "smoothquant"),
+        ("NVFP4_AWQ_FULL_CFG", "awq_full"),
+        ("NVFP4_AWQ_CLIP_CFG", "awq_clip"),
         ("NVFP4_SVDQUANT_DEFAULT_CFG", "svdquant"),
     ],
 )
@@ -205,7 +205,7 @@ def test_format_with_other_calibration_is_refused(
     line = refusal(scan(formats=name, device=device))
     assert name in line
     assert reason in line.replace(name, "")
-    assert "only formats calibrated by 'max'" in line
+    assert "only formats calibrated by max, smoothquant, awq_lite" in line
 
 
 @pytest.mark.parametrize(
