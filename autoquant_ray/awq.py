@@ -17,17 +17,17 @@ import torch
 
 from autoquant_ray.formats import Attributes
 from autoquant_ray.quantizers import fake_quantize_weight
+from autoquant_ray.smoothed_formats import ALPHA_STEP
 
 Losses = dict[tuple[str, str, float], float]
 """(module, format, alpha) -> sum of squared output errors over real tokens."""
 
 _SMALLEST, _LARGEST = 1e-4, 1e4
-_DEFAULT_STEP = 0.1  # of ModelOpt's AWQLiteCalibConfig
 
 
 def candidate_alphas(algorithm: Attributes | None) -> list[float]:
     """ModelOpt's candidates, in its order and with its float32 values."""
-    step = (algorithm or {}).get("alpha_step") or _DEFAULT_STEP
+    step = (algorithm or {}).get("alpha_step") or ALPHA_STEP
     return [float(alpha) for alpha in torch.arange(0, 1.0 + step, step)]
 
 

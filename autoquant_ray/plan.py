@@ -22,6 +22,7 @@ from autoquant_ray.quantizable import (
     quantizable_modules,
     sees_images,
 )
+from autoquant_ray.smoothed_formats import num_search_products
 from autoquant_ray.step_facts import step_facts
 from autoquant_ray.stored_size import format_bits
 
@@ -197,7 +198,7 @@ def build_plan(
         formats=tuple(formats),
         other_bytes=_other_bytes(model, groups),
         other_modules=other_modules(model, modules),
-        flops_per_token=_flops_per_token(model, groups, len(formats)),
+        flops_per_token=_flops_per_token(model, groups, formats),
         layer_weights=tuple(
             sum(parameter.numel() for parameter in layer.parameters())
             for layer in decoder_layers(model).values()
@@ -270,17 +271,22 @@ def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:
     return (total - quantizable) * UNQUANTIZED_BITS // 8
 
 
-def _flops_per_token(model: Any, groups: Sequence[PlannedGroup], num_formats: int) -> int:
+def _flops_per_token(model: Any, groups: Sequence[PlannedGroup], formats: Sequence[Format]) -> int:
     """Matrix products of a scan per token: calibration, forward, recompute, backward, formats.
 
-    Routed experts count by the share of them that a token visits.
+    Routed experts count by the share of them that a token visits. AWQ's search is one more forward
+    pass, and a product per candidate.
     """
+    num_candidates = sum(map(num_search_products, formats))
+    num_passes = 4 + (1 if num_candidates else 0)
     text_config = model.config.get_text_config()
     visited = getattr(text_config, "num_experts_per_tok", None) or 1
     total = 0.0
     for group in groups:
         for module in group.modules:
             share = min(1.0, visited / module.shapes[0][0]) if module.kind == "experts" else 1.0
-            products = 4 + num_formats if group.is_searched else 4
+            products = num_passes + (len(formats) if group.is_searched else 0)
+            if group.is_searched and module.kind == "linear":
+                products += num_candidates
             total += 2 * module.num_weights * share * products
     return round(total)

@@ -18,6 +18,9 @@ SMOOTHQUANT, AWQ_LITE = "smoothquant", "awq_lite"
 SMOOTHING = (SMOOTHQUANT, AWQ_LITE)
 """ModelOpt's algorithms that scale channels."""
 
+ALPHA_STEP = 0.1
+"""Between AWQ's candidates where the algorithm names none, as in ModelOpt's AWQLiteCalibConfig."""
+
 _SCALE_BITS = 16
 
 
@@ -39,6 +42,13 @@ def needs_channel_maxima(format_: Format) -> bool:
 def needs_search(format_: Format) -> bool:
     """Whether a format needs the mean absolute input of every channel, and a search with it."""
     return method_of(format_) == AWQ_LITE
+
+
+def num_search_products(format_: Format) -> int:
+    """About how many products with its weight a linear takes in the search of a format."""
+    if not needs_search(format_):
+        return 0
+    return 1 + round(1 / ((format_.algorithm or {}).get("alpha_step") or ALPHA_STEP))
 
 
 def needs_calibration(formats: Iterable[Format]) -> bool:
