@@ -23,7 +23,7 @@ from autoquant_ray.quantizable import PlannedModule
 from autoquant_ray.quantized_inputs import QuantizedInputs
 from autoquant_ray.quantizers import fake_quantize_weight
 from autoquant_ray.smoothed_formats import is_smoothed
-from autoquant_ray.smoothing import input_scales, smoothed_weight
+from autoquant_ray.smoothing import input_maximum, input_scales, smoothed_weight
 from autoquant_ray.weight_cache import WeightCache
 
 Formats = list[tuple[int, Format]]
@@ -89,6 +89,7 @@ class OutputDifferences:
             own = (planned.name, formats[0][1].weight_key)
             quantizes_inputs = any(format_.input is not None for _, format_ in formats)
             scale_I = self._scales(planned, module, formats[0][1], statistics)
+            maximum = input_maximum(statistics, scale_I, module.weight.dtype)
             error_OI, weight_OI = None, None
             if not is_single or not quantizes_inputs:
                 error_OI = self._weights.get(
@@ -101,7 +102,7 @@ class OutputDifferences:
             for rows in chunks:
                 inputs = self._inputs.of(
                     [format_ for _, format_ in formats],
-                    statistics,
+                    maximum,
                     scale_I,
                     input_TI,
                     rows,

@@ -5,7 +5,7 @@ Shape letters: T rows, C rows of a chunk, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class QuantizedInputs:
     def of(
         self,
         formats: Sequence[Format],
-        statistics: Mapping[str, Any],
+        maximum: float | None,
         scale_I: torch.Tensor | None,
         input_TI: torch.Tensor,
         rows: slice,
@@ -41,7 +41,7 @@ class QuantizedInputs:
 
         Args:
             formats: That quantize the weight alike; where none quantizes inputs, nothing is done.
-            statistics: Of the linear.
+            maximum: Calibrated maximum of what the input quantizers see.
             scale_I: Factors of its input channels under these formats; None without. Where there
                 are some, a format without input quantizer gets ``x * p``.
             input_TI: Whole input.
@@ -50,14 +50,19 @@ class QuantizedInputs:
         """
         if all(format_.input is None for format_ in formats):
             return {}
+        if not self._is_last(input_TI):
+            self._input, self._version = input_TI, input_TI._version
+            self._kept, self._quantizers = {}, {}
         if scale_I is not None:
             return {
                 format_.input_key: quantized_input(
-                    input_TI[rows], format_, statistics, scale_I, as_error=as_error
+                    input_TI[rows],
+                    self._quantizer(format_, maximum, input_TI.device),
+                    scale_I,
+                    as_error=as_error,
                 )
                 for format_ in formats
             }
-        maximum = statistics.get("input_amax")
         return {
             format_.input_key: self._get(input_TI, rows, maximum, format_, as_error=as_error)
             for format_ in formats
@@ -82,21 +87,22 @@ class QuantizedInputs:
             format_: Its input quantizer.
             as_error: Give the error.
         """
-        if not self._is_last(input_TI):
-            self._input, self._version = input_TI, input_TI._version
-            self._kept, self._quantizers = {}, {}
-        how = (format_.input_key, maximum)
-        if how not in self._quantizers:
-            like = torch.empty(0, device=input_TI.device)
-            self._quantizers[how] = make_input_quantizer(format_.input, maximum, like)
-        key = (*how, rows.start, rows.stop, as_error)
+        quantizer = self._quantizer(format_, maximum, input_TI.device)
+        key = (format_.input_key, maximum, rows.start, rows.stop, as_error)
         if key not in self._kept:
             states_CI = input_TI[rows].float()
-            quantized_CI = self._quantizers[how](states_CI)
+            quantized_CI = quantizer(states_CI)
             if as_error:
                 quantized_CI = quantized_CI - states_CI
             self._kept[key] = quantized_CI.to(input_TI.dtype)
         return self._kept[key]
+
+    def _quantizer(self, format_: Format, maximum: float | None, device: torch.device) -> Any:
+        key = (format_.input_key, maximum, device)
+        if key not in self._quantizers:
+            like = torch.empty(0, device=device)
+            self._quantizers[key] = make_input_quantizer(format_.input, maximum, like)
+        return self._quantizers[key]
 
     def clear(self) -> None:
         """Forget the last input."""

@@ -18,7 +18,6 @@ import torch
 from autoquant_ray.awq import Losses, best_alphas, channel_scales, weight_importance
 from autoquant_ray.channel_statistics import CHANNELS
 from autoquant_ray.formats import Format
-from autoquant_ray.quantizers import make_input_quantizer
 from autoquant_ray.smoothed_formats import SMOOTHQUANT, is_smoothed, method_of
 
 Maxima = dict[str, dict[str, Any]]
@@ -118,25 +117,17 @@ def input_maximum(
 
 
 def quantized_input(
-    states_CI: torch.Tensor,
-    format_: Format,
-    statistics: Statistics,
-    scale_I: torch.Tensor,
-    *,
-    as_error: bool,
+    states_CI: torch.Tensor, quantizer: Any, scale_I: torch.Tensor, *, as_error: bool
 ) -> torch.Tensor:
     """``Xq`` of ``x * p``, or ``Xq - x * p``, formed in float32, in the input's dtype.
 
     Args:
         states_CI: Input of the linear.
-        format_: Its input quantizer; without one, ``x * p`` only is rounded.
-        statistics: Of the linear.
-        scale_I: Its factors.
+        quantizer: Of the input, calibrated with :func:`input_maximum`; None: only round ``x * p``.
+        scale_I: Factors of the input channels.
         as_error: Give the error.
     """
-    maximum = input_maximum(statistics, scale_I, states_CI.dtype)
     smoothed_CI = smoothed_input(states_CI, scale_I).float()
-    quantizer = make_input_quantizer(format_.input, maximum, smoothed_CI[:0])
     quantized_CI = smoothed_CI if quantizer is None else quantizer(smoothed_CI)
     if as_error:
         exact_CI = states_CI.float() * scale_I.to(states_CI.dtype).float()
