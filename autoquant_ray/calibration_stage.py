@@ -7,6 +7,7 @@ and lie in files of their own, written before the shard's scalars: where these a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from autoquant_ray.awq import Losses, loss_rows, losses_of, merge_losses
@@ -44,14 +45,6 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
     if not (there and state.is_done("calibrate", fingerprint)):
         with state.stage("calibrate", fingerprint):
 
-            def write(outcome: Outcome) -> str:
-                shard, found = outcome.task.shard, outcome.result
-                if has_channels:
-                    channels = _channel_rows(found)
-                    directory.write_table(part_name(CHANNELS, shard), CHANNELS, channels)
-                rows = _scalar_rows(found)
-                return directory.write_table(part_name(CALIBRATION, shard), CALIBRATION, rows)
-
             def is_complete(shard: int, table: Any) -> bool:
                 if has_channels:
                     directory.read_table(part_name(CHANNELS, shard), CHANNELS)
@@ -63,16 +56,15 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
                 tasks=tasks_of(state, done),
                 submit=lambda worker, task: worker.calibrate.remote(task),
                 num_done=len(done),
-                write=write,
+                write=partial(_write_statistics, directory, has_channels),
             )
             collect(state, pool, work)
             shards = intact_parts(state, CALIBRATION, lambda _shard, table: table.num_rows > 0)
-            scalars = map(_scalars, Parts(directory, CALIBRATION, shards))
-            merged = merge_statistics(scalars)
+            # Read in the order of the shards, a few at a time: sums do not depend on arrival.
             if has_channels:
-                # Read in the order of the shards, a few at a time: sums do not depend on arrival.
                 channels = merge_statistics(map(_channels, Parts(directory, CHANNELS, shards)))
                 directory.write_table(CHANNELS_FILE, CHANNELS, _channel_rows(channels))
+            merged = merge_statistics(map(_scalars, Parts(directory, CALIBRATION, shards)))
             directory.write_table(CALIBRATION_FILE, CALIBRATION, _scalar_rows(merged))
     return read_maxima(directory)
 
@@ -120,6 +112,14 @@ def read_maxima(directory: RunDirectory) -> Maxima:
     if directory.exists(SEARCH_FILE):
         maxima = with_alphas(maxima, losses_of(directory.read_table(SEARCH_FILE, SEARCH)))
     return maxima
+
+
+def _write_statistics(directory: RunDirectory, has_channels: bool, outcome: Outcome) -> str:
+    shard, found = outcome.task.shard, outcome.result
+    if has_channels:
+        name = part_name(CHANNELS, shard)
+        directory.write_table(name, CHANNELS, _channel_rows(found))
+    return directory.write_table(part_name(CALIBRATION, shard), CALIBRATION, _scalar_rows(found))
 
 
 def _write_losses(directory: RunDirectory, name: str, losses: Losses) -> str:
