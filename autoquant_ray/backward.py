@@ -22,7 +22,7 @@ Shape letters: B samples, S positions, H hidden.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -218,6 +218,11 @@ class LayerwiseBackward:
     def call_base(self, step: Step) -> torch.Tensor:
         """Run the whole base model; its final hidden states ``(B, S, H)``."""
         return call_base(self.base, step)
+
+    def check_entrance(self, steps: Iterable[Step]) -> None:
+        """See :meth:`~autoquant_ray.entrance.Entrance.check`; called while nothing watches."""
+        if self.is_layerwise:
+            self._entrance.check(steps)
 
     def enter(self, step: Step) -> Pass:
         """Run what precedes the layers: see :meth:`~autoquant_ray.entrance.Entrance.enter`."""

@@ -92,7 +92,8 @@ class ChannelCollector:
     def __init__(self, modules: Sequence[ScoredModule], formats: Sequence[Format]) -> None:
         self._wants: dict[str, tuple[bool, bool]] = {}
         for scored in modules:
-            menu = [formats[i] for i in scored.formats or range(len(formats))] if formats else []
+            own = range(len(formats)) if scored.formats is None else scored.formats
+            menu = [formats[index] for index in own] if formats else []
             wants = (any(map(needs_channel_maxima, menu)), any(map(needs_search, menu)))
             if scored.planned.kind == "linear" and any(wants):
                 self._wants[scored.planned.name] = wants

@@ -159,7 +159,7 @@ class Engine:
         Raises:
             NonFiniteError: An activation is NaN or infinite.
         """
-        visits = self._planner.visits(samples)
+        visits = self._visits_to_watch(self._planner, samples)
         room = self.spec.activation_bytes // 2 - sum(
             one.nbytes for kept in self._kept.values() for visit in kept for one in visit
         )
@@ -194,8 +194,9 @@ class Engine:
         """
         room = self.spec.activation_bytes // 2 if self.is_layerwise else 0
         planner = VisitPlanner(self.spec.step_tokens, self._search.token_bytes, room)
+        visits = self._visits_to_watch(planner, samples)
         with self._search.searching(maxima):
-            for visit in planner.visits(samples):
+            for visit in visits:
                 steps = self._steps(samples, visit)
                 run_watched(self._backward, self._loss, steps, self._search)
         return self._search.losses()
@@ -242,6 +243,11 @@ class Engine:
             loss=loss,
             seconds=time.perf_counter() - start,
         )
+
+    def _visits_to_watch(self, planner: VisitPlanner, samples: Samples) -> list[Visit]:
+        visits = planner.visits(samples)
+        self._backward.check_entrance(s for visit in visits for s in self._steps(samples, visit))
+        return visits
 
     def _forward(self, samples: Samples, visit: Visit) -> list[Pass]:
         passes: list[Pass] = self._backward.forward(self._steps(samples, visit), keep=True)
