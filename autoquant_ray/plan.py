@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError, ModelError
@@ -22,7 +22,7 @@ from autoquant_ray.quantizable import (
     quantizable_modules,
     sees_images,
 )
-from autoquant_ray.smoothed_formats import num_search_products
+from autoquant_ray.smoothed_formats import is_smoothed, num_search_products
 from autoquant_ray.step_facts import step_facts
 from autoquant_ray.stored_size import format_bits
 
@@ -54,8 +54,8 @@ class PlannedGroup:
         return self.reason is None
 
     def takes(self, format_: Format) -> bool:
-        """Whether a format is among the choices of this group."""
-        return True
+        """Whether a format is a choice here; scaled channels would change a tied embedding."""
+        return not (self.is_tied and is_smoothed(format_))
 
     @property
     def num_weights(self) -> int:
@@ -192,7 +192,8 @@ def build_plan(
             f"{type(model).__name__} has no vision tower that --coverage full would search; leave "
             "it out"
         )
-    groups = _group(model, modules, disable, has_images=coverage == "full")
+    found = _group(model, modules, disable, has_images=coverage == "full")
+    groups = tuple(_unless_nothing_fits(group, formats) for group in found)
     plan = Plan(
         groups=groups,
         formats=tuple(formats),
@@ -236,6 +237,13 @@ def _group(
         )
         for group in members.values()
     )
+
+
+def _unless_nothing_fits(group: PlannedGroup, formats: Sequence[Format]) -> PlannedGroup:
+    """The group; unsearched where it takes no format of the menu."""
+    if not group.is_searched or any(map(group.takes, formats)):
+        return group
+    return replace(group, reason="takes no format of the menu")
 
 
 def _group_key(name: str) -> str:

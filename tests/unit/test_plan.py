@@ -68,6 +68,18 @@ def test_factors_of_input_channels_count_but_not_for_fused_experts(make_model: A
     assert sum(row["weight_bytes"] for row in rows) == pytest.approx(total)
 
 
+def test_tied_head_takes_no_factors_of_input_channels(make_model: Any) -> None:
+    names = ("INT4_AWQ_CFG", "wint8_afp16")
+    plan = build_plan(make_model("qwen3"), resolve_formats(names, device="cpu"))
+    menus = {group.name: [one.name for one in plan.menu(group)] for group in plan.searched}
+    assert menus.pop("lm_head") == ["wint8_afp16"]
+    assert all(menu == list(names) for menu in menus.values())
+    alone = build_plan(make_model("qwen3"), resolve_formats(names[:1], device="cpu"))
+    assert alone.summary()["unsearched"] == {"lm_head": "takes no format of the menu"}
+    untied = build_plan(make_model("llama"), resolve_formats(names, device="cpu"))
+    assert ("lm_head", "INT4_AWQ_CFG") in untied.score_keys
+
+
 @pytest.mark.parametrize(
     ("weight", "inputs", "method", "reason"),
     [
