@@ -24,9 +24,6 @@ ARGUMENTS: Mapping[str, Sequence[str]] = {
 }
 """Method -> its arguments."""
 
-NOT_SCANNED = (SMOOTHQUANT, AWQ_LITE)
-"""Methods that are known but cannot be scanned so far."""
-
 SETS: Final = "autoquant_ray_sets"
 """Method of a plan of several algorithms, see :mod:`autoquant_ray.calibration_mode`."""
 
@@ -53,11 +50,6 @@ def checked_algorithm(owner: str, given: Any) -> dict[str, Any] | None:
     if method not in ARGUMENTS:
         raise FormatError(
             f"{owner} needs the calibration algorithm {method!r}; known are {', '.join(ARGUMENTS)}"
-        )
-    if method in NOT_SCANNED:
-        raise FormatError(
-            f"{owner} needs the calibration algorithm {method!r}, which cannot be scanned so far; "
-            "use max or mse"
         )
     unknown = sorted(str(name) for name in set(arguments) - set(ARGUMENTS[method]))
     if unknown:

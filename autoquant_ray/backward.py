@@ -22,7 +22,7 @@ Shape letters: B samples, S positions, H hidden.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -89,6 +89,7 @@ class LayerwiseBackward:
         *,
         keep: bool,
         before_step: Callable[[Step], None] | None = None,
+        after_layer: Callable[[], None] | None = None,
     ) -> list[Pass]:
         """Run the decoder layers on several steps, layer by layer, without a graph.
 
@@ -98,6 +99,7 @@ class LayerwiseBackward:
             steps: What to run.
             keep: Keep what :meth:`backward` needs.
             before_step: Called each time before a layer runs on a step.
+            after_layer: Called when a layer has run on all steps, while its weights are there.
         """
         if not self.is_layerwise:
             return [Pass(step) for step in steps]
@@ -114,6 +116,8 @@ class LayerwiseBackward:
                     arguments, keywords = one.calls[number]
                     one.hidden_BSH = first_output(layer(hidden_BSH, *arguments, **keywords))
                     del hidden_BSH
+                if after_layer is not None:
+                    after_layer()
         return passes
 
     @contextmanager
@@ -214,6 +218,11 @@ class LayerwiseBackward:
     def call_base(self, step: Step) -> torch.Tensor:
         """Run the whole base model; its final hidden states ``(B, S, H)``."""
         return call_base(self.base, step)
+
+    def check_entrance(self, steps: Iterable[Step]) -> None:
+        """See :meth:`~autoquant_ray.entrance.Entrance.check`; called while nothing watches."""
+        if self.is_layerwise:
+            self._entrance.check(steps)
 
     def enter(self, step: Step) -> Pass:
         """Run what precedes the layers: see :meth:`~autoquant_ray.entrance.Entrance.enter`."""

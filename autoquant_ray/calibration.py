@@ -1,7 +1,8 @@
 """Activation statistics: the largest absolute input of every module, over real tokens only; of an
 attention whose cache is quantized, the largest key and value.
 
-Maxima merge by maximum, so shards may be computed anywhere, in any order, more than once.
+Maxima merge by maximum, so shards may be computed anywhere, in any order, more than once. Formats
+that scale channels need statistics of every channel: :mod:`autoquant_ray.channel_statistics`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 
 from autoquant_ray.cached_attention import CachedAttention
+from autoquant_ray.channel_statistics import ChannelCollector, Channels
 from autoquant_ray.experts import FusedExperts
+from autoquant_ray.formats import Format
 from autoquant_ray.layers import replaced_forward
 from autoquant_ray.quantizable import is_of_tower
 from autoquant_ray.sensitivity import Maxima, ScoredModule
 
-Statistics = dict[tuple[str, str], float]
-"""(module name, statistic name) -> value: the rows of ``calibration.parquet``."""
+Statistics = dict[tuple[str, str], Any]
+"""(module name, statistic name) -> value: the rows of ``calibration.parquet`` (numbers), and those
+of ``channels.parquet`` (:class:`~autoquant_ray.channel_statistics.Channels`)."""
 
 
 class ActivationMaxima:
@@ -28,12 +32,18 @@ class ActivationMaxima:
     Args:
         model: The model.
         modules: Modules whose inputs are watched.
+        formats: The menu, for what some formats need beside maxima.
     """
 
-    def __init__(self, model: torch.nn.Module, modules: Sequence[ScoredModule]) -> None:
-        watched = [
-            m.planned for m in modules if m.planned.expert is None
-        ]  # of those, no inputs are
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        modules: Sequence[ScoredModule],
+        formats: Sequence[Format] = (),
+    ) -> None:
+        self._channels = ChannelCollector(modules, formats)
+        # Inputs of single experts stay in 16 bits.
+        watched = [m.planned for m in modules if m.planned.expert is None]
         self._modules = [(planned, model.get_submodule(planned.name)) for planned in watched]
         self._experts = {
             planned.name: FusedExperts(module, planned)
@@ -62,6 +72,7 @@ class ActivationMaxima:
     def collecting(self) -> Iterator[None]:
         """While open, forward passes are watched; call :meth:`set_mask` before each."""
         self._maxima = {}
+        self._channels.clear()
         with ExitStack() as stack:
             for planned, module in self._modules:
                 if planned.kind == "experts":
@@ -75,14 +86,19 @@ class ActivationMaxima:
                     stack.callback(handle.remove)
             yield
         self._last = None
+        self._channels.release()
 
     def set_mask(self, mask_BS: torch.Tensor | None) -> None:
         """Say which tokens of the next batch are real (1); None means all."""
         self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
 
+    def settle(self) -> None:
+        """Nothing waits."""
+
     def statistics(self) -> Statistics:
-        """The maxima seen since :meth:`collecting` was entered."""
-        return {key: float(value) for key, value in self._maxima.items()}
+        """What was seen since :meth:`collecting` was entered."""
+        maxima: Statistics = {key: float(value) for key, value in self._maxima.items()}
+        return maxima | dict(self._channels.statistics())
 
     def _linear_hook(self, name: str) -> Callable[..., None]:
         sees_tokens = not is_of_tower(name)  # the rows of a tower are no tokens: all are real
@@ -92,6 +108,11 @@ class ActivationMaxima:
                 maxima = self._row_maxima(arguments[0].detach(), is_masked=sees_tokens)
                 self._last = (arguments[0], maxima)
             self._update((name, "input_amax"), self._last[1])
+            if self._channels.wants(name):
+                states = arguments[0]
+                states_TI = states.reshape(-1, states.shape[-1])
+                real_T = self._matching_mask(states_TI) if sees_tokens else None
+                self._channels.add(name, states, real_T)
 
         return hook
 
@@ -143,11 +164,15 @@ class ActivationMaxima:
 
 
 def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
-    """Merge by maximum; keys sorted, so the result does not depend on the order of parts."""
+    """Merge maxima by maximum, channels in the order of the parts (of the shards); keys sorted."""
     merged: Statistics = {}
     for part in parts:
         for key, value in part.items():
-            merged[key] = max(value, merged.get(key, value))
+            before = merged.get(key)
+            if isinstance(value, Channels):
+                merged[key] = value if before is None else before.merged(value)
+            else:
+                merged[key] = value if before is None else max(value, before)
     return dict(sorted(merged.items()))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from autoquant_ray.engine_formats import layer_algo
 from autoquant_ray.formats import Attributes, Format
+from autoquant_ray.smoothed_formats import is_smoothed
 
 MODELOPT, COMPRESSED_TENSORS = "modelopt", "compressed-tensors"
 LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
@@ -51,6 +52,8 @@ def stored_as(format_: Format, layout: str) -> str | None:
         layout: ``modelopt`` (a name of ModelOpt's algorithms) or ``compressed-tensors`` (one of
             its formats).
     """
+    if is_smoothed(format_):
+        return None
     if layout == COMPRESSED_TENSORS:
         return _COMPRESSED.get(grids(format_))
     found = layer_algo(format_)

@@ -23,6 +23,7 @@ from autoquant_ray.formats import NONE, Format
 from autoquant_ray.fused_again import require_fused
 from autoquant_ray.kv_engines import served_formats as served_caches
 from autoquant_ray.run_files import solution_folder
+from autoquant_ray.smoothed_formats import is_smoothed, method_of
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.wording import few
@@ -207,6 +208,11 @@ def _problems(source: Source, layout: str) -> dict[str, list[str]]:
 
 
 def _problem(source: Source, module: str, format_: Format, layout: str) -> str | None:
+    if is_smoothed(format_):
+        return (
+            f"{format_.name} ({method_of(format_)}) has a factor per input channel, which cannot "
+            "be exported yet"
+        )
     if stored_as(format_, layout) is None:
         return f"{format_.name} has no packed form"
     if source.is_experts(module) and format_.weight.get("num_bits") == 4:

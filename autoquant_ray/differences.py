@@ -11,7 +11,7 @@ Shape letters: T rows, C rows of a chunk, I in features, O out features.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,11 @@ import torch
 
 from autoquant_ray.formats import Format
 from autoquant_ray.quantizable import PlannedModule
-from autoquant_ray.quantizers import make_input_quantizer, quantized_weight
+from autoquant_ray.quantized_inputs import QuantizedInputs
+from autoquant_ray.quantizers import quantized_weight
 from autoquant_ray.single_experts import Runnable
+from autoquant_ray.smoothed_formats import is_smoothed
+from autoquant_ray.smoothing import input_maximum, input_scales, smoothed_weight
 from autoquant_ray.weight_cache import WeightCache
 from autoquant_ray.weight_search import WeightScales
 
@@ -55,7 +58,7 @@ class OutputDifferences:
         self._weights = weights
         self._scales = WeightScales(model)
         self._scratch = torch.empty(0)
-        self._inputs = _QuantizedInputs()
+        self._inputs = QuantizedInputs()
 
     def forget(self) -> None:
         """Keep nothing of the inputs seen."""
@@ -65,7 +68,7 @@ class OutputDifferences:
         self,
         planned: PlannedModule,
         module: Any,
-        maximum: float | None,
+        statistics: Mapping[str, Any],
         output_TO: torch.Tensor,
         input_TI: torch.Tensor,
         only: Only = None,
@@ -79,7 +82,7 @@ class OutputDifferences:
         Args:
             planned: The module's entry in the plan.
             module: The module in the model.
-            maximum: Its calibrated input maximum; needed by static input quantizers.
+            statistics: Its calibration; needed by static input quantizers and scaled channels.
             output_TO: Its output.
             input_TI: Its input.
             only: Formats to compute.
@@ -89,21 +92,24 @@ class OutputDifferences:
         for formats in self._menu(only):
             format_of_weight = formats[0][1]
             own = (planned.name, format_of_weight.weight_key)
-            make = (module.weight, format_of_weight, self._scales, planned.name)
             quantizes_inputs = any(format_.input is not None for _, format_ in formats)
+            scale_I = self._factors(planned, module, format_of_weight, statistics)
+            make = (module.weight, format_of_weight, self._scales, planned.name, scale_I)
+            maximum = input_maximum(statistics, scale_I, module.weight.dtype)
             error_OI, weight_OI = None, None
             if not is_single or not quantizes_inputs:
                 error_OI = self._weights.get((*own, "error"), partial(_error, *make))
             if quantizes_inputs:
                 weight_OI = self._weights.get((*own, "weight"), partial(_quantized, *make))
             for rows in chunks:
-                inputs = {
-                    format_.input_key: self._inputs.get(
-                        input_TI, rows, maximum, format_, as_error=not is_single
-                    )
-                    for _, format_ in formats
-                    if format_.input is not None
-                }
+                inputs = self._inputs.of(
+                    [format_ for _, format_ in formats],
+                    maximum,
+                    scale_I,
+                    input_TI,
+                    rows,
+                    as_error=not is_single,
+                )
                 if is_single and weight_OI is not None:
                     yield from self._single(
                         formats, inputs, rows, output_TO, input_TI, weight_OI, module.bias
@@ -113,6 +119,20 @@ class OutputDifferences:
                     yield from self._from_errors(
                         formats, inputs, rows, input_TI, error_OI, weight_OI
                     )
+
+    def _factors(
+        self, planned: PlannedModule, module: Any, format_: Format, statistics: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """Factors of the input channels; None under a format without."""
+        if not is_smoothed(format_):
+            return None
+
+        def make() -> torch.Tensor:
+            scale_I = input_scales(format_, module.weight, statistics)
+            assert scale_I is not None
+            return scale_I
+
+        return self._weights.get((planned.name, format_.weight_key, "scales"), make)
 
     def of_experts(
         self,
@@ -206,73 +226,26 @@ class OutputDifferences:
 
 
 def _error(
-    weight_OI: torch.Tensor, format_: Format, scales: WeightScales, name: str
+    weight_OI: torch.Tensor,
+    format_: Format,
+    scales: WeightScales,
+    name: str,
+    factors_I: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``Wq - W``, formed in float32, in the weight's dtype."""
-    original_OI = weight_OI.float()
-    quantized_OI = quantized_weight(format_, original_OI, scales, name)
-    return quantized_OI.sub_(original_OI).to(weight_OI.dtype)
+    """``Wq - W``, or ``p Wq - W``, formed in float32, in the weight's dtype."""
+    smoothed_OI = smoothed_weight(weight_OI, factors_I).float()
+    quantized_OI = quantized_weight(format_, smoothed_OI, scales, name)
+    if factors_I is not None:
+        quantized_OI = quantized_OI * factors_I.to(weight_OI.dtype).float()
+    return quantized_OI.sub_(weight_OI.float()).to(weight_OI.dtype)
 
 
 def _quantized(
-    weight_OI: torch.Tensor, format_: Format, scales: WeightScales, name: str
+    weight_OI: torch.Tensor,
+    format_: Format,
+    scales: WeightScales,
+    name: str,
+    factors_I: torch.Tensor | None,
 ) -> torch.Tensor:
-    return quantized_weight(format_, weight_OI.float(), scales, name).to(weight_OI.dtype)
-
-
-class _QuantizedInputs:
-    """Quantized chunks of the last input; projections that share an input share them."""
-
-    def __init__(self) -> None:
-        self._input: torch.Tensor | None = None  # held, so that its memory is not another's
-        self._version = 0
-        self._kept: dict[Hashable, torch.Tensor] = {}
-        self._quantizers: dict[Hashable, Any] = {}
-
-    def get(
-        self,
-        input_TI: torch.Tensor,
-        rows: slice,
-        maximum: float | None,
-        format_: Format,
-        *,
-        as_error: bool,
-    ) -> torch.Tensor:
-        """``Xq`` of some rows, or ``Xq - X``, formed in float32, in the input's dtype.
-
-        Args:
-            input_TI: Whole input.
-            rows: Which rows.
-            maximum: Calibrated maximum.
-            format_: Its input quantizer.
-            as_error: Give the error.
-        """
-        if not self._is_last(input_TI):
-            self._input, self._version = input_TI, input_TI._version
-            self._kept, self._quantizers = {}, {}
-        how = (format_.input_key, maximum)
-        if how not in self._quantizers:
-            like = torch.empty(0, device=input_TI.device)
-            self._quantizers[how] = make_input_quantizer(format_.input, maximum, like)
-        key = (*how, rows.start, rows.stop, as_error)
-        if key not in self._kept:
-            states_CI = input_TI[rows].float()
-            quantized_CI = self._quantizers[how](states_CI)
-            if as_error:
-                quantized_CI = quantized_CI - states_CI
-            self._kept[key] = quantized_CI.to(input_TI.dtype)
-        return self._kept[key]
-
-    def clear(self) -> None:
-        """Forget the last input."""
-        self._input, self._kept, self._quantizers = None, {}, {}
-
-    def _is_last(self, input_TI: torch.Tensor) -> bool:
-        last = self._input
-        return (
-            last is not None
-            and last.data_ptr() == input_TI.data_ptr()
-            and last.shape == input_TI.shape
-            and last.stride() == input_TI.stride()
-            and self._version == input_TI._version
-        )
+    smoothed_OI = smoothed_weight(weight_OI, factors_I).float()
+    return quantized_weight(format_, smoothed_OI, scales, name).to(weight_OI.dtype)

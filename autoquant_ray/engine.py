@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoquant_ray.awq import Losses
 from autoquant_ray.backward import LayerwiseBackward
 from autoquant_ray.calibration import ActivationMaxima, Statistics
+from autoquant_ray.channel_statistics import CHANNELS
 from autoquant_ray.entrance import Gradients, Pass
 from autoquant_ray.errors import NonFiniteError
-from autoquant_ray.footprint import GIB, LARGEST_CACHE_BYTES, quantized_bytes
+from autoquant_ray.footprint import GIB, room_for_visit
 from autoquant_ray.formats import Format
 from autoquant_ray.loading import load_for_engine
 from autoquant_ray.loss import VocabularyLoss, draw_uniforms
@@ -26,9 +28,11 @@ from autoquant_ray.model_checks import require_head, require_linears
 from autoquant_ray.models import ModelRef
 from autoquant_ray.quantizable import is_of_tower
 from autoquant_ray.samples import Samples, num_predicted
+from autoquant_ray.scale_search import ScaleSearch
 from autoquant_ray.sensitivity import Maxima, ScoredModule, SensitivityScorer, SensitivitySums
 from autoquant_ray.step import Step
 from autoquant_ray.visits import Visit, VisitPlanner, make_step, predicting_rows
+from autoquant_ray.watched_passes import run_watched
 from autoquant_ray.weight_cache import WeightCache
 
 
@@ -112,10 +116,13 @@ class Engine:
             reaches_front=any(is_of_tower(scored.planned.name) for scored in spec.modules),
         )
         self._loss = VocabularyLoss(self.model)
-        self._maxima = ActivationMaxima(self.model, spec.modules)
+        self._maxima = ActivationMaxima(self.model, spec.modules, spec.formats)
+        self._search = ScaleSearch(self.model, self._backward.layers, spec.modules, spec.formats)
         require_head(self.model, self._loss)
         require_linears(self.model, spec.modules, self._backward.holding)
-        self._cache_bytes = self._weight_cache_bytes()
+        given, layers = spec.weight_cache_bytes, self._backward.layers
+        room = room_for_visit(self.model, layers, spec.modules, spec.formats)
+        self._cache_bytes = room if given is None else given
         self._weights = WeightCache(self._cache_bytes)
         self._scorer = SensitivityScorer(
             self.model,
@@ -152,7 +159,7 @@ class Engine:
         Raises:
             NonFiniteError: An activation is NaN or infinite.
         """
-        visits = self._planner.visits(samples)
+        visits = self._visits_to_watch(self._planner, samples)
         room = self.spec.activation_bytes // 2 - sum(
             one.nbytes for kept in self._kept.values() for visit in kept for one in visit
         )
@@ -165,29 +172,34 @@ class Engine:
         done = []
         with self._maxima.collecting():
             for visit in visits:
-                passes = self._backward.forward(
-                    self._steps(samples, visit),
-                    keep=keep,
-                    before_step=lambda step: self._maxima.set_mask(step.mask_BS),
-                )
-                for one in passes:
-                    mask_BS = one.step.mask_BS
-                    self._maxima.set_mask(mask_BS)
-                    hidden_BSH = self._backward.finish(one, with_graph=False)
-                    hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
-                    real: Any = slice(None)
-                    if mask_BS is not None:
-                        real = mask_BS.reshape(-1).bool().to(hidden_TH.device)
-                    self._maxima.set_mask(None)
-                    self._loss.feed_head(hidden_TH[real])
-                done.append(passes)
+                steps = self._steps(samples, visit)
+                done.append(run_watched(self._backward, self._loss, steps, self._maxima, keep=keep))
         if keep and shard is not None:
             self._kept[shard] = done
         statistics = self._maxima.statistics()
         for (module, statistic), value in statistics.items():
-            if not np.isfinite(value):
+            if statistic != CHANNELS and not np.isfinite(value):
                 raise NonFiniteError(f"{statistic} of {module} is {value}")
         return statistics
+
+    def search(self, samples: Samples, maxima: Maxima) -> Losses:
+        """Losses of AWQ's candidates over the samples.
+
+        Args:
+            samples: The shard's samples.
+            maxima: Merged calibration.
+
+        Raises:
+            NonFiniteError: A loss is NaN or infinite.
+        """
+        room = self.spec.activation_bytes // 2 if self.is_layerwise else 0
+        planner = VisitPlanner(self.spec.step_tokens, self._search.token_bytes, room)
+        visits = self._visits_to_watch(planner, samples)
+        with self._search.searching(maxima):
+            for visit in visits:
+                steps = self._steps(samples, visit)
+                run_watched(self._backward, self._loss, steps, self._search)
+        return self._search.losses()
 
     def score(
         self, samples: Samples, first_sample: int, maxima: Maxima, shard: int | None = None
@@ -198,7 +210,7 @@ class Engine:
             samples: The shard's samples.
             first_sample: Position of the first of them in the whole data set; label draws are
                 seeded by the seed and this position, never by the worker or the shard layout.
-            maxima: Merged calibration.
+            maxima: Merged calibration, the same at every call of an engine.
             shard: Use the layer inputs that :meth:`calibrate` kept of the same samples.
 
         Raises:
@@ -231,6 +243,11 @@ class Engine:
             loss=loss,
             seconds=time.perf_counter() - start,
         )
+
+    def _visits_to_watch(self, planner: VisitPlanner, samples: Samples) -> list[Visit]:
+        visits = planner.visits(samples)
+        self._backward.check_entrance(s for visit in visits for s in self._steps(samples, visit))
+        return visits
 
     def _forward(self, samples: Samples, visit: Visit) -> list[Pass]:
         passes: list[Pass] = self._backward.forward(self._steps(samples, visit), keep=True)
@@ -280,19 +297,3 @@ class Engine:
         predicted = sum(num_predicted(samples[position]) for position in visit[0])
         has_slices = predicted > self._loss.slice_tokens
         return len(visit) > 1 or has_slices or self.spec.weight_cache_bytes is not None
-
-    def _weight_cache_bytes(self) -> int:
-        """Room for the quantized weights of the head and of the largest layer."""
-        if self.spec.weight_cache_bytes is not None:
-            return self.spec.weight_cache_bytes
-        sizes: dict[int, int] = {}
-        inside = {
-            module: number
-            for number, layer in enumerate(self._backward.layers)
-            for module in layer.modules()
-        }
-        for scored in self.spec.modules:
-            number = inside.get(self.model.get_submodule(scored.planned.path), -1)
-            sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
-        visited = sizes.pop(-1, 0) + max(sizes.values(), default=0)
-        return min(LARGEST_CACHE_BYTES, quantized_bytes(visited, self.spec.formats))

@@ -3,7 +3,8 @@
 ModelOpt derives the name from a few attributes (``get_quantization_format`` and
 ``process_layer_quant_config`` of ``modelopt/torch/export/quant_utils.py``) and drops the rest: FP8
 weights are called ``FP8`` whatever the inputs are, int4 weights ``W4A16_AWQ``. An engine then
-computes what the name says. Here a format has a name only where the name says all of it.
+computes what the name says. Here a format has a name only where the name says all of it. A format
+that scales input channels has none yet: the names do not say where its factors are applied.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.formats import Format
+from autoquant_ray.smoothed_formats import is_smoothed
 
 E4M3, E2M1, E8M0 = (4, 3), (2, 1), (8, 0)
 
@@ -68,6 +70,8 @@ class Numbers:
 
 def layer_algo(format_: Format) -> LayerAlgo | None:
     """The name of a format in ModelOpt's checkpoints; None where no name says all of it."""
+    if is_smoothed(format_):
+        return None
     weight = Numbers.of(format_.weight)
     inputs = None if format_.input is None else Numbers.of(format_.input)
     if weight.bits == E2M1 and weight.block and weight.is_flat:

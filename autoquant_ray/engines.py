@@ -15,6 +15,7 @@ from autoquant_ray.engine_names import EngineModule, engine_modules, is_kept_who
 from autoquant_ray.engine_table import CARDS, ENGINES, FP4_FAMILY, GENERATIONS, rows_of
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats import Format
+from autoquant_ray.smoothed_formats import is_smoothed
 from autoquant_ray.wording import few
 
 __all__ = [
@@ -124,7 +125,9 @@ def servable_formats(
     """
     generation = check_target(engine, gpu)
     return {
-        format_.name: unserved_reason(layer_algo(format_), engine, generation, mixed=mixed)
+        format_.name: "its factors per input channel cannot be exported yet"
+        if is_smoothed(format_)
+        else unserved_reason(layer_algo(format_), engine, generation, mixed=mixed)
         for format_ in formats
     }
 

@@ -9,7 +9,7 @@ Shape letters: B samples, S positions, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,6 +111,24 @@ class Entrance:
             self._require_sums(one, final_BSH)
             self._is_checked = True
         return one
+
+    @torch.no_grad()
+    def check(self, steps: Iterable[Step]) -> None:
+        """Do what :meth:`enter` checks of its first step with images, once, ahead of it.
+
+        The check runs the tower more often than once, which must not be counted by what watches.
+
+        Args:
+            steps: Read up to the first with images; not at all after a check.
+
+        Raises:
+            ModelError: As :meth:`enter`.
+        """
+        if self._is_checked:
+            return
+        first = next((step for step in steps if step.inputs), None)
+        if first is not None:
+            self.enter(first)
 
     def _enter(self, step: Step, value: float | None) -> tuple[Pass, torch.Tensor]:
         """The same, while each layer gives out its own input, or a tensor filled with a value.

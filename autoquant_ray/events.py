@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 Stage = Annotated[
-    Literal["shards", "plan", "calibrate", "score", "aggregate", "evaluate"],
+    Literal["shards", "plan", "calibrate", "search", "score", "aggregate", "evaluate"],
     Field(description="Its name."),
 ]
 Shard = Annotated[int, Field(ge=0, description="Number of the shard.")]

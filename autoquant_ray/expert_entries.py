@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant_ray.formats import Format
+from autoquant_ray.smoothed_formats import is_smoothed
 
 
 class ApartExperts:
@@ -45,9 +46,12 @@ class ApartExperts:
         ]
 
     def algorithms(self) -> dict[str, Any]:
-        """Each quantizer's calibration: name -> ModelOpt's algorithm, None for ``max``."""
+        """Each quantizer's calibration: name -> ModelOpt's algorithm, None for ``max``, to which
+        ModelOpt leaves experts under formats that scale channels."""
         return {
-            f"{owner}.{prefix}weight_quantizers.{number}": format_.algorithm
+            f"{owner}.{prefix}weight_quantizers.{number}": (
+                None if is_smoothed(format_) else format_.algorithm
+            )
             for owner, formats in self._formats.items()
             for prefix in self._prefixes[owner]
             for number, format_ in formats.items()

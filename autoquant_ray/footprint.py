@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from autoquant_ray.algorithms import SEARCHED_BYTES
+from autoquant_ray.algorithms import MSE, SEARCHED_BYTES
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.formats import Format
 from autoquant_ray.plan import UNQUANTIZED_BITS, Plan
+from autoquant_ray.smoothed_formats import method_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoquant_ray.sensitivity import ScoredModule
 
 GIB = 2**30
 _PROCESS_BYTES = GIB
@@ -97,9 +104,32 @@ def searched_bytes(num_weights: int, formats: Sequence[Format]) -> int:
     blocks = {
         format_.weight_key: int((format_.weight.get("block_sizes") or {}).get(-1) or num_weights)
         for format_ in formats
-        if format_.algorithm is not None
+        if method_of(format_) == MSE
     }
     return min(SEARCHED_BYTES, sum(num_weights // block for block in blocks.values()))
+
+
+def room_for_visit(
+    model: torch.nn.Module,
+    layers: Sequence[torch.nn.Module],
+    modules: Sequence[ScoredModule],
+    formats: Sequence[Format],
+) -> int:
+    """Bytes of the quantized weights of the head and of the largest layer, 2 GiB at most.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+        modules: Searched modules.
+        formats: The menu.
+    """
+    inside = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
+    sizes: dict[int, int] = {}
+    for scored in modules:
+        number = inside.get(model.get_submodule(scored.planned.path), -1)
+        sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
+    visited = sizes.pop(-1, 0) + max(sizes.values(), default=0)
+    return min(LARGEST_CACHE_BYTES, quantized_bytes(visited, formats))
 
 
 def choose_placement(

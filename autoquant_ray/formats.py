@@ -11,13 +11,15 @@ bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*l
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray.algorithms import check_search, checked_algorithm
+from autoquant_ray.algorithms import checked_algorithm
 from autoquant_ray.errors import FormatError, one_line
+from autoquant_ray.format_checks import check_quantizers
 from autoquant_ray.format_names import closest_formats
 from autoquant_ray.kv_formats import KV_FORMATS, KV_PRESETS
 from autoquant_ray.number_formats import blocks_of, is_scaled_by_block, is_static_nvfp4
@@ -159,7 +161,7 @@ def resolve_formats(
     resolved = [_resolve(name, custom or {}) for name in names]
     check_device(resolved, device)
     for format_ in resolved:
-        _check_quantizers(format_)
+        check_quantizers(format_)
     return resolved
 
 
@@ -210,6 +212,7 @@ def _custom_attributes(
 def _preset_attributes(
     name: str, known: list[str]
 ) -> tuple[Attributes, Attributes | None, Attributes | None]:
+    """Weight, input and algorithm of a preset; None for the algorithm 'max'."""
     import modelopt.torch.quantization as mtq
 
     if name not in mtq.config.choices:
@@ -218,6 +221,11 @@ def _preset_attributes(
     preset = getattr(mtq.config, name)
     algorithm = checked_algorithm(f"format {name}", preset.get("algorithm"))
     weight = _last_match(preset["quant_cfg"], "weight_quantizer")
+    if isinstance(weight, list):
+        raise FormatError(
+            f"format {name} quantizes weights twice, one quantizer after the other; only formats "
+            "with one weight quantizer can be scanned"
+        )
     if weight is None:
         base = KV_PRESETS.get(name, "its base format, and --disable for the other layers")
         raise FormatError(
@@ -227,12 +235,13 @@ def _preset_attributes(
     return weight, _last_match(preset["quant_cfg"], "input_quantizer"), algorithm
 
 
-def _last_match(entries: list[dict[str, Any]], quantizer: str) -> Attributes | None:
-    matched: Attributes | None = None
+def _last_match(entries: list[dict[str, Any]], quantizer: str) -> Any:
+    """Attributes of a quantizer; a list of them where several follow each other; or None."""
+    matched: Any = None
     for entry in entries:
         if entry.get("parent_class") or not fnmatch.fnmatch(quantizer, entry["quantizer_name"]):
             continue
-        matched = dict(entry["cfg"]) if entry.get("cfg") else None
+        matched = copy.copy(entry["cfg"]) if entry.get("cfg") else None
         if entry.get("enable", True) is False:
             matched = None
     return matched
@@ -280,28 +289,3 @@ def check_device(formats: Sequence[Format], device: str) -> None:
                     f"format {format_.name} cannot run on cpu: {error}; scan on a GPU "
                     "(--device cuda) or choose another format"
                 ) from None
-
-
-def _check_quantizers(format_: Format) -> None:
-    """Refuse quantizers whose calibration or batching this package does not reproduce."""
-    name, input_ = format_.name, format_.input
-    if format_.algorithm is not None:
-        check_search(f"format {name}", format_.weight, format_.algorithm)
-    for attributes in (format_.weight, input_ or {}):
-        if attributes.get("unsigned") or attributes.get("calibrator", "max") != "max":
-            text = f"format {name}: only signed quantizers calibrated by 'max' are known"
-            raise FormatError(text)
-    if input_ is None:
-        return
-    blocks = input_.get("block_sizes") or {}
-    if input_.get("type") == "dynamic" and not blocks:
-        raise FormatError(
-            f"format {name} scales each input tensor by its own maximum; its score would "
-            "depend on how samples are batched. Use a static or per-token input quantizer"
-        )
-    is_dynamic = "dynamic" in (input_.get("type"), blocks.get("type"))
-    if not is_dynamic and (blocks or input_.get("axis") is not None):
-        raise FormatError(
-            f"format {name} has a static input quantizer per channel or block; a static input "
-            "quantizer must be per tensor (axis: null, no block_sizes)"
-        )

@@ -21,8 +21,9 @@ from autoquant_ray.kv_budget import cache_summary
 from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.latency import LATENCY
 from autoquant_ray.number_formats import is_scaled_by_block, is_static_nvfp4
+from autoquant_ray.smoothed_formats import is_smoothed
 from autoquant_ray.store import SCHEMA_VERSION
-from autoquant_ray.stored_size import stored_bits
+from autoquant_ray.stored_size import format_bits
 
 Scores = Mapping[tuple[str, str], float]
 
@@ -102,8 +103,8 @@ def manifest_rows(
     problem: Problem, formats: Mapping[str, str], scores: Scores, summary: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Rows of ``manifest.parquet``: one per module. ``score`` is that of the module's group."""
-    attributes = {
-        entry["name"]: attributes_from_json(entry["weight"])
+    known = {
+        entry["name"]: Format.from_json(entry)
         for entry in summary["formats"]
         if entry.get("weight")
     }
@@ -111,12 +112,14 @@ def manifest_rows(
     for group in problem.groups.values():
         chosen = formats[group.name]
         for module in group.module_names:
-            shapes = [tuple(shape) for shape in summary["modules"][module]["shapes"]]
+            facts = summary["modules"][module]
+            shapes = [tuple(shape) for shape in facts["shapes"]]
             weights = sum(math.prod(shape) for shape in shapes)
             row = group.rows[chosen]
             bits = float(weights) * row["weight_bits"]
-            if chosen in attributes:
-                bits = float(sum(stored_bits(attributes[chosen], shape) for shape in shapes))
+            if chosen in known:
+                own, linear = known[chosen], is_linear(facts)
+                bits = float(sum(format_bits(own, s, is_linear=linear) for s in shapes))
             rows.append(
                 {
                     "module": module,
@@ -159,13 +162,22 @@ def quantization_config(
             own = cache_entries(module, format_) if format_.kv is not None else []
             for prefix in facts["prefixes"]:
                 own += quantizer_entries(f"{module}.{prefix}", format_)
-            algorithms |= {entry["quantizer_name"]: format_.algorithm for entry in own}
+            # Smoothing is for linears; what ModelOpt leaves to ``max`` is calibrated apart from it.
+            algorithm = format_.algorithm
+            if is_smoothed(format_) and not is_linear(facts):
+                algorithm = None
+            algorithms |= {entry["quantizer_name"]: algorithm for entry in own}
             entries.extend(own)
     entries.extend(apart.entries())
     return {
         "quant_cfg": [attributes_to_json(entry) for entry in entries],
         "algorithm": of_plan(algorithms | apart.algorithms()),
     }
+
+
+def is_linear(facts: Mapping[str, Any]) -> bool:
+    """Whether a module of the plan's summary is a linear, not experts or an attention."""
+    return list(facts["prefixes"]) == [""]
 
 
 def quantizer_entries(start: str, format_: Format) -> list[dict[str, Any]]:

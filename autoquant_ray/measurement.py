@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
+from autoquant_ray.calibration_stage import read_maxima
 from autoquant_ray.candidates import Candidate
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.placement import connected, place_workers, require_resources
@@ -31,7 +32,7 @@ from autoquant_ray.quantized_layers import UNQUANTIZED, Choice
 from autoquant_ray.run_files import EVALUATION, SAMPLES, part_name
 from autoquant_ray.samples_stage import read_tasks, require_same_chats
 from autoquant_ray.sensitivity import Maxima, scored_modules
-from autoquant_ray.stages import note_done, read_maxima
+from autoquant_ray.stages import note_done
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError, ModelError
@@ -34,8 +34,9 @@ from autoquant_ray.quantizable import (
     sees_images,
 )
 from autoquant_ray.scan_work import flops_per_token
+from autoquant_ray.smoothed_formats import is_smoothed
 from autoquant_ray.step_facts import step_facts
-from autoquant_ray.stored_size import stored_bits
+from autoquant_ray.stored_size import format_bits
 
 if TYPE_CHECKING:
     import torch
@@ -73,9 +74,12 @@ class PlannedGroup:
         """Whether a format is among the choices of this group.
 
         Experts share the quantizer of their inputs; one that is a group takes what leaves them.
+        Scaled channels would change a tied embedding.
         """
         is_apart = self.modules[0].expert is not None
-        return self.is_cache == (format_.kv is not None) and not (is_apart and format_.input)
+        if self.is_cache != (format_.kv is not None) or (is_apart and format_.input is not None):
+            return False
+        return not (self.is_tied and is_smoothed(format_))
 
     @property
     def num_weights(self) -> int:
@@ -86,8 +90,12 @@ class PlannedGroup:
         """Stored bytes under a format (scales included); None: 16 bits."""
         if format_ is None:
             return self.num_weights * UNQUANTIZED_BITS / 8
-        shapes = (shape for module in self.modules for shape in module.shapes)
-        return sum(stored_bits(format_.weight, shape) for shape in shapes) / 8
+        bits = (
+            format_bits(format_, shape, is_linear=module.kind == "linear")
+            for module in self.modules
+            for shape in module.shapes
+        )
+        return sum(bits) / 8
 
     def modelopt_cost(self, format_: Format | None) -> float:
         """ModelOpt's cost: weights times its compression, in 16-bit weight equivalents."""
@@ -235,8 +243,9 @@ def build_plan(
             "it out"
         )
     has_images, apart = coverage == "full", is_apart(expert_groups)
-    found = [*modules, *caches]
-    groups = _group(model, found, disable, has_images=has_images, experts_apart=apart)
+    members = [*modules, *caches]
+    found = _group(model, members, disable, has_images=has_images, experts_apart=apart)
+    groups = tuple(_unless_nothing_fits(group, formats) for group in found)
     plan = Plan(
         groups=groups,
         formats=tuple(formats),
@@ -283,6 +292,13 @@ def _group(
         )
         for group in members.values()
     )
+
+
+def _unless_nothing_fits(group: PlannedGroup, formats: Sequence[Format]) -> PlannedGroup:
+    """The group; unsearched where it takes no format of the menu."""
+    if not group.is_searched or any(map(group.takes, formats)):
+        return group
+    return replace(group, reason="takes no format of the menu")
 
 
 def _reason_unsearched(

@@ -22,6 +22,12 @@ from autoquant_ray.quantizable import PlannedModule, is_of_tower
 from autoquant_ray.quantizers import make_input_quantizer, quantized_weight
 from autoquant_ray.sensitivity import Maxima, ScoredModule
 from autoquant_ray.single_experts import OneExpert, by_module, run_apart, runnable_experts
+from autoquant_ray.smoothing import (
+    input_maximum,
+    input_scales,
+    smoothed_input,
+    smoothed_weight,
+)
 from autoquant_ray.weight_cache import WeightCache
 from autoquant_ray.weight_search import WeightScales
 
@@ -116,14 +122,19 @@ class QuantizedLayers:
                 for name in experts.parameters
             }
             return lambda *inputs: experts.run(format_, kept, maxima, inputs)
+        scale_I = input_scales(format_, module.weight, maxima)
         weight_OI = weights.get(
             (planned.name, format_.weight_key),
-            partial(quantized_weight, format_, module.weight, self._scales, planned.name),
+            lambda: quantized_weight(
+                format_, smoothed_weight(module.weight, scale_I), self._scales, planned.name
+            ),
         )
-        quantizer = make_input_quantizer(format_.input, maxima.get("input_amax"), module.weight[:0])
+        maximum = input_maximum(maxima, scale_I, module.weight.dtype)
+        quantizer = make_input_quantizer(format_.input, maximum, module.weight[:0])
 
         def forward(states: torch.Tensor) -> torch.Tensor:
-            quantized = states if quantizer is None else quantizer(states)
+            smoothed = smoothed_input(states, scale_I)
+            quantized = smoothed if quantizer is None else quantizer(smoothed)
             return torch.nn.functional.linear(quantized, weight_OI, module.bias)
 
         return forward

@@ -12,7 +12,7 @@ from typing import Any
 
 from autoquant_ray.errors import ConfigError, FormatError
 from autoquant_ray.formats import NONE, Format
-from autoquant_ray.tool_formats import COUNTERPARTS, SIXTEEN_BITS
+from autoquant_ray.tool_formats import COUNTERPARTS, SIXTEEN_BITS, counterpart
 from autoquant_ray.wording import few
 
 TOOLS = tuple(COUNTERPARTS)
@@ -35,7 +35,7 @@ def make_recipe(chosen: Mapping[str, str], formats: Iterable[Format], tool: str)
         ConfigError: It has no name for a module, or one for modules whose formats differ.
     """
     counterparts = {NONE: SIXTEEN_BITS[tool]}
-    counterparts |= {format_.name: COUNTERPARTS[tool](format_) for format_ in formats}
+    counterparts |= {format_.name: counterpart(format_, tool) for format_ in formats}
     used = dict.fromkeys(chosen.values())
     missing = [name for name in used if counterparts[name] is None]
     if missing:

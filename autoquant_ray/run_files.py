@@ -5,7 +5,12 @@ from __future__ import annotations
 RUN_FILE = "run.json"
 SOLUTIONS = "solutions"
 SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
+CHANNELS, SEARCH = "channels", "search"
 """Folders that hold one part per shard."""
+CALIBRATION_FILE, CHANNELS_FILE = "calibration.parquet", "channels.parquet"
+"""Merged statistics of inputs: numbers, and values per input channel where formats need them."""
+SEARCH_FILE = "search.parquet"
+"""Merged losses of AWQ's candidates."""
 EVALUATION = "evaluation"
 """Folder of what was measured: per data set, per allocation, one part per shard."""
 EVALUATION_FILE, AUDIT_FILE = "evaluation.parquet", "audit.parquet"
@@ -22,11 +27,13 @@ LOCK = ".lock"
 DRIFT_JSON, DRIFT_MARKDOWN = "drift.json", "drift.md"
 """What a nightly run found against its baseline."""
 
-OWN_FOLDERS = {SAMPLES, CALIBRATION, SCORES, SOLUTIONS, EVALUATION}
+OWN_FOLDERS = {SAMPLES, CALIBRATION, CHANNELS, SEARCH, SCORES, SOLUTIONS, EVALUATION}
 OWN_FILES = {
     RUN_FILE,
     "plan.parquet",
-    "calibration.parquet",
+    CALIBRATION_FILE,
+    CHANNELS_FILE,
+    SEARCH_FILE,
     DOMAINS_FILE,
     DOMAIN_SCORES_FILE,
     DOMAIN_RESAMPLING_FILE,

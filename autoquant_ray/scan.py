@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray import samples_stage, stages
+from autoquant_ray import calibration_stage, samples_stage, stages
 from autoquant_ray.budget import solve_options
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.data_sources import data_name, sources_of
@@ -139,7 +139,8 @@ def _run_stages(
         placement = placement.at_most(state.num_shards)
         logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
         with WorkerPool(spec, placement, directory.append_event, config.grace_s) as pool:
-            maxima = stages.calibrate(state, pool, plan, marks["calibrate"])
+            maxima = calibration_stage.calibrate(state, pool, plan, marks["calibrate"])
+            maxima = calibration_stage.search_scales(state, pool, plan, maxima, marks["calibrate"])
             stages.score(state, pool, plan, maxima, marks["score"])
         directory.append_event("workers_stopped")
     stages.aggregate(state, config, marks["aggregate"])

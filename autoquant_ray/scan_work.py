@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from autoquant_ray.smoothed_formats import num_search_products
+
 if TYPE_CHECKING:
     from autoquant_ray.formats import Format
     from autoquant_ray.plan import PlannedGroup
@@ -14,9 +16,12 @@ if TYPE_CHECKING:
 def flops_per_token(model: Any, groups: Sequence[PlannedGroup], formats: Sequence[Format]) -> int:
     """Matrix products of a scan per token: calibration, forward, recompute, backward, formats.
 
-    Routed experts count by the share of them that a token visits. For a cache the projections of
+    Routed experts count by the share of them that a token visits. AWQ's search is one more forward
+    pass, and a product per candidate. For a cache the projections of
     its attention run again, once per format and once exactly.
     """
+    num_candidates = sum(map(num_search_products, formats))
+    num_passes = 4 + (1 if num_candidates else 0)
     num_caches = sum(format_.kv is not None for format_ in formats)
     num_formats = len(formats) - num_caches
     attentions = {group.modules[0].name for group in groups if group.is_cache and group.is_searched}
@@ -30,7 +35,9 @@ def flops_per_token(model: Any, groups: Sequence[PlannedGroup], formats: Sequenc
                 continue
             count = {"experts": module.shapes[0][0], "expert": experts[module.path]}
             share = min(1.0, visited / count.get(module.kind, 1))
-            products = 4 + num_formats if group.is_searched else 4
+            products = num_passes + (num_formats if group.is_searched else 0)
+            if group.is_searched and module.kind == "linear":
+                products += num_candidates
             products += (1 + num_caches) * (module.name.rpartition(".")[0] in attentions)
             total += 2 * module.num_weights * share * products
     return round(total)

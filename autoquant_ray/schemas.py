@@ -52,6 +52,15 @@ SCHEMAS: dict[str, pa.Schema] = {
         }
     ),
     "calibration": pa.schema({"module": _STRING, "statistic": _STRING, "value": _FLOAT}),
+    "channels": pa.schema(
+        {
+            "module": _STRING,
+            "largest": pa.list_(pa.float32()),
+            "sum": pa.list_(_FLOAT),
+            "num_tokens": _INT,
+        }
+    ),
+    "search": pa.schema({"module": _STRING, "format": _STRING, "alpha": _FLOAT, "loss": _FLOAT}),
     "scores": pa.schema(
         {
             "shard": _INT,

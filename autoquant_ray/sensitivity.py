@@ -39,7 +39,7 @@ from autoquant_ray.row_sampling import name_seed
 from autoquant_ray.single_experts import by_module, routed_apart, runnable_experts
 from autoquant_ray.weight_cache import WeightCache
 
-Maxima = dict[str, dict[str, float]]
+Maxima = dict[str, dict[str, Any]]
 """Module name -> statistic (``input_amax``, ...) -> value, from calibration."""
 
 
@@ -261,8 +261,7 @@ class SensitivityScorer:
             return self._differences.of_experts(
                 experts, planned.name, maxima, output_TO, tuple(inputs), only
             )
-        maximum = maxima.get("input_amax")
-        return self._differences.of_linear(planned, module, maximum, output_TO, inputs[0], only)
+        return self._differences.of_linear(planned, module, maxima, output_TO, inputs[0], only)
 
     def _output_again(
         self, planned: PlannedModule, module: Any, inputs: list[torch.Tensor]

@@ -16,7 +16,6 @@ from typing import Any
 from autoquant_ray import stopping_stage
 from autoquant_ray.aggregation import aggregate_parts, is_complete_part, score_part
 from autoquant_ray.budget import Problem, solve_options
-from autoquant_ray.calibration import Statistics, merge_statistics, to_maxima
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.pool import Outcome, Submit, WorkerPool
 from autoquant_ray.distributed.progress import Throughput, progress
@@ -28,7 +27,7 @@ from autoquant_ray.expert_tokens import note_silent_experts
 from autoquant_ray.interrupts import stop_on_signal
 from autoquant_ray.parts import Parts, map_ahead
 from autoquant_ray.plan import Plan
-from autoquant_ray.run_files import CALIBRATION, SAMPLES, SCORES, part_name
+from autoquant_ray.run_files import SAMPLES, SCORES, part_name
 from autoquant_ray.samples_stage import read_tasks
 from autoquant_ray.sensitivity import Maxima
 from autoquant_ray.state import RunState
@@ -39,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
+class Work:
     """What a stage gives to the pool.
 
     Attributes:
@@ -78,48 +77,6 @@ def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | No
         state.directory.write_table("plan.parquet", "plan", plan.rows())
 
 
-def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -> Maxima:
-    """Activation maxima over all shards -> ``calibration.parquet``.
-
-    Skipped when no format quantizes inputs or the KV cache.
-    """
-    directory = state.directory
-    if all(format_.input is None and format_.kv is None for format_ in plan.formats):
-        return {}
-    if not state.is_done("calibrate", fingerprint):
-        with state.stage("calibrate", fingerprint):
-
-            def write(outcome: Outcome) -> str:
-                rows = _statistics_rows(outcome.result)
-                return directory.write_table(
-                    part_name(CALIBRATION, outcome.task.shard), "calibration", rows
-                )
-
-            done = _intact_parts(state, CALIBRATION, lambda _shard, table: table.num_rows > 0)
-            work = _Work(
-                stage="calibrate",
-                tasks=_tasks(state, done),
-                submit=lambda worker, task: worker.calibrate.remote(task),
-                num_done=len(done),
-                write=write,
-            )
-            _collect(state, pool, work)
-            shards = _intact_parts(state, CALIBRATION, lambda _shard, table: table.num_rows > 0)
-            parts = map(_statistics, Parts(directory, CALIBRATION, shards))
-            merged = _statistics_rows(merge_statistics(parts))
-            directory.write_table("calibration.parquet", "calibration", merged)
-    return read_maxima(directory)
-
-
-def read_maxima(directory: RunDirectory) -> Maxima:
-    """Merged activation maxima of a calibrated run.
-
-    Raises:
-        StoreError: ``calibration.parquet`` is missing or damaged.
-    """
-    return to_maxima(_statistics(directory.read_table("calibration.parquet", "calibration")))
-
-
 def is_scored(state: RunState, plan: Plan, fingerprint: str) -> bool:
     """Whether every shard that the result is made of has a whole scores part.
 
@@ -127,7 +84,7 @@ def is_scored(state: RunState, plan: Plan, fingerprint: str) -> bool:
     """
     if not state.is_done("score", fingerprint):
         return False
-    done = _intact_parts(state, SCORES, _is_complete(plan))
+    done = intact_parts(state, SCORES, _is_complete(plan))
     if set(done) >= set(state.used_shards):
         return True
     state.reopen("score", "aggregate")
@@ -161,17 +118,17 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
     state.values.pop("stopping", None)
     with state.stage("score", fingerprint):
         shared_maxima = ray.put(maxima)
-        done = _intact_parts(state, SCORES, _is_complete(plan))
+        done = intact_parts(state, SCORES, _is_complete(plan))
         if not any(is_enough(shard) for shard in sorted({*done, *state.left_out})):
-            work = _Work(
+            work = Work(
                 stage="score",
-                tasks=_tasks(state, done),
+                tasks=tasks_of(state, done),
                 submit=lambda worker, task: worker.score.remote(task, shared_maxima),
                 num_done=len(done),
                 write=write,
                 is_enough=is_enough,
             )
-            _collect(state, pool, work)
+            collect(state, pool, work)
         if rule is not None:
             stopping_stage.keep_used(state, rule)
 
@@ -201,7 +158,7 @@ def check_budget(plan: Plan, config: ScanConfig) -> None:
     Problem(plan.rows(), plan.summary()).check_feasible(solve_options(config))
 
 
-def _collect(state: RunState, pool: WorkerPool, work: _Work) -> None:
+def collect(state: RunState, pool: WorkerPool, work: Work) -> None:
     """Write each shard's part as it arrives, until it is enough; note the quarantined ones.
 
     Raises:
@@ -252,14 +209,14 @@ def note_done(directory: RunDirectory, stage: str, outcome: Outcome) -> int:
     return num_tokens
 
 
-def _tasks(state: RunState, done: Sequence[int]) -> Iterator[ShardTask]:
+def tasks_of(state: RunState, done: Sequence[int]) -> Iterator[ShardTask]:
     """Shards still to do."""
     skip = set(done) | state.left_out
     shards = (shard for shard in range(state.num_shards) if shard not in skip)
     return read_tasks(state.directory, SAMPLES, shards)
 
 
-def _intact_parts(
+def intact_parts(
     state: RunState, folder: str, is_complete: Callable[[int, Any], bool]
 ) -> list[int]:
     """Shards whose part is there and whole; a damaged part is deleted with a warning."""
@@ -286,15 +243,3 @@ def _intact_parts(
 def _is_complete(plan: Plan) -> Callable[[int, Any], bool]:
     keys = plan.score_keys
     return lambda shard, table: is_complete_part(table, shard, keys)
-
-
-def _statistics_rows(statistics: Statistics) -> list[dict[str, Any]]:
-    return [
-        {"module": module, "statistic": statistic, "value": value}
-        for (module, statistic), value in statistics.items()
-    ]
-
-
-def _statistics(table: Any) -> Statistics:
-    modules, names, values = (table.column(name).to_pylist() for name in table.column_names)
-    return dict(zip(zip(modules, names, strict=True), values, strict=True))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ChangedError, Interrupted, StoreError
 from autoquant_ray.lease import Lease
-from autoquant_ray.run_files import FRONTIER_FILE, RUN_FILE
+from autoquant_ray.run_files import CALIBRATION_FILE, FRONTIER_FILE, RUN_FILE, SEARCH_FILE
 from autoquant_ray.stage_fingerprints import changed_fields
 from autoquant_ray.store import SCHEMA_VERSION, RunDirectory
 
@@ -24,7 +24,8 @@ Mode = Literal["new", "resume", "overwrite"]
 _REQUIRED_KEYS = {"run_id", "config", "model", "dataset", "fingerprints", "stages", "quarantined"}
 _OUTPUTS = {
     "plan": "plan.parquet",
-    "calibrate": "calibration.parquet",
+    "calibrate": CALIBRATION_FILE,
+    "search": SEARCH_FILE,
     "aggregate": "sensitivity.parquet",
 }
 _NUMERIC_PACKAGES = ("autoquant-ray", "torch", "transformers", "nvidia-modelopt", "numpy")
@@ -188,11 +189,12 @@ class RunState:
     def release_quarantine(self) -> None:
         """Let a resumed run try quarantined shards again.
 
-        Once calibration is finished, shards that it left out stay out: letting them in would
-        change the maxima under which the other shards were scored.
+        Once calibration (or AWQ's search) is finished, shards that it left out stay out: letting
+        them in would change the maxima (or scales) under which the other shards were scored.
         """
-        calibrated = self.values["stages"].get("calibrate", {}).get("state") == "done"
-        kept = [e for e in self.values["quarantined"] if calibrated and e["stage"] == "calibrate"]
+        stages = self.values["stages"]
+        done = {s for s in ("calibrate", "search") if stages.get(s, {}).get("state") == "done"}
+        kept = [entry for entry in self.values["quarantined"] if entry["stage"] in done]
         if len(kept) < len(self.values["quarantined"]):
             self.values["quarantined"] = kept
             self.reopen("score", "aggregate")

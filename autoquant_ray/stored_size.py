@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from autoquant_ray.formats import Attributes
+from autoquant_ray.formats import Attributes, Format
+from autoquant_ray.smoothed_formats import smoothing_bits
 
 
 def stored_bits(attributes: Attributes, shape: tuple[int, ...]) -> int:
@@ -34,3 +35,15 @@ def stored_bits(attributes: Attributes, shape: tuple[int, ...]) -> int:
     scale_width = 16 if scale_bits is None else sum(scale_bits) + (0 if scale_bits[0] == 8 else 1)
     second_scale = 32 if scale_bits == (4, 3) else 0
     return payload + matrices * (columns_of_blocks * rows_of_blocks * scale_width + second_scale)
+
+
+def format_bits(format_: Format, shape: tuple[int, ...], *, is_linear: bool = True) -> int:
+    """Bits that a weight takes on disk under a format, with the factors of its input channels.
+
+    Args:
+        format_: The format.
+        shape: As in :func:`stored_bits`.
+        is_linear: Whether it is a linear's weight: experts have no such factors.
+    """
+    own = smoothing_bits(format_, shape) if is_linear else 0
+    return stored_bits(format_.weight, shape) + own

@@ -14,6 +14,7 @@ from typing import Any
 
 from autoquant_ray.engine_formats import E2M1, E4M3, E8M0, Numbers
 from autoquant_ray.formats import Format
+from autoquant_ray.smoothed_formats import is_smoothed
 
 _GGUF_BLOCK = 32
 _MLX_GROUPS = (32, 64, 128)
@@ -85,6 +86,14 @@ COUNTERPARTS: dict[str, Callable[[Format], Any]] = {
     "mlx-lm": mlx_config,
 }
 """Tool -> what it calls a format; None where it has no counterpart."""
+
+
+def counterpart(format_: Format, tool: str) -> Any:
+    """What a tool calls a format; None where it has no counterpart.
+
+    No recipe can say how input channels are scaled, so such a format has none.
+    """
+    return None if is_smoothed(format_) else COUNTERPARTS[tool](format_)
 
 
 def _auto_round_blocks(kind: str, weight: Numbers, inputs: Numbers | None) -> dict[str, Any] | None:

@@ -33,6 +33,7 @@ import torch
 from machine import describe_machine
 
 import autoquant_ray
+from autoquant_ray.calibration_stage import read_maxima
 from autoquant_ray.checkpoint_source import Source, read_source
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.demo import demo_config
@@ -41,7 +42,6 @@ from autoquant_ray.models import find_model, load_model
 from autoquant_ray.plan import build_plan
 from autoquant_ray.quantized_layers import UNQUANTIZED, QuantizedLayers
 from autoquant_ray.sensitivity import scored_modules
-from autoquant_ray.stages import read_maxima
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.texts import read_pydoc
 from autoquant_ray.weight_cache import WeightCache

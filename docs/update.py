@@ -21,7 +21,8 @@ from autoquant_ray.formats import PAIRS, Format, known_formats, resolve_formats
 from autoquant_ray.kv_engines import CACHE_TABLE
 from autoquant_ray.kv_formats import KV_FORMATS, KV_PRESETS, cache_bytes
 from autoquant_ray.number_formats import describe, is_scaled_by_block
-from autoquant_ray.stored_size import stored_bits
+from autoquant_ray.smoothed_formats import method_of
+from autoquant_ray.stored_size import format_bits
 from autoquant_ray.tool_formats import COUNTERPARTS
 
 PAGE = Path(__file__).parent / "metrics-and-events.md"
@@ -127,14 +128,15 @@ def _type_text(info: FieldInfo) -> str:
 
 def formats_table() -> str:
     """One row per format that can be scanned."""
-    rows = ["| format | weights | inputs | bits per weight | on CPU |", "|---|---|---|---|---|"]
+    rows = ["| format | weights | inputs | calibration | bits per weight | on CPU |"]
+    rows.append("|---|---|---|---|---|---|")
     for name in known_formats():
         format_ = _scanned(name)
         if isinstance(format_, Format) and format_.kv is None:
-            bits = stored_bits(format_.weight, MATRIX) / (MATRIX[0] * MATRIX[1])
+            bits = format_bits(format_, MATRIX) / (MATRIX[0] * MATRIX[1])
             shown = f"{bits:.3f}".rstrip("0").rstrip(".")
-            method = "" if format_.algorithm is None else f", by {format_.algorithm['method']}"
-            quantizers = f"{describe(format_.weight)}{method} | {describe(format_.input)}"
+            quantizers = f"{describe(format_.weight)} | {describe(format_.input)}"
+            quantizers += f" | {method_of(format_)}"
             rows.append(f"| `{name}` | {quantizers} | {shown} | {_on_cpu(format_)} |")
     return "\n".join([*rows, ""])
 

@@ -101,6 +101,11 @@ class WorkerPool:
         self._crew.close()
         self._calls.clear()
 
+    @staticmethod
+    def share(value: Any) -> Any:
+        """Put a large value where every worker can read it; calls take what is returned."""
+        return ray.put(value)
+
     def run(
         self,
         tasks: Iterable[ShardTask],

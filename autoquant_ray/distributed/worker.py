@@ -58,6 +58,11 @@ class ShardWorker:
         with _own_errors(f"calibrating shard {task.shard}"):
             return self._engine.calibrate(task.samples, task.shard)
 
+    def search(self, task: ShardTask, maxima: Any) -> Any:
+        """Losses of AWQ's candidates on a shard."""
+        with _own_errors(f"searching scales on shard {task.shard}"):
+            return self._engine.search(task.samples, maxima)
+
     def score(self, task: ShardTask, maxima: Any) -> Any:
         """Sensitivity sums of a shard."""
         with _own_errors(f"scoring shard {task.shard}"):

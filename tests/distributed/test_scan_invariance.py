@@ -12,7 +12,7 @@ import pytest
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.scan import run_search
 
-FORMATS = ("wint4_afp16", "wint8_aint8", "NVFP4_DEFAULT_CFG", "MXFP6_DEFAULT_CFG", "kv_nvfp4")
+FORMATS = ("wint4_afp16", "wint8_aint8", "NVFP4_AWQ_LITE_CFG", "MXFP6_DEFAULT_CFG", "kv_nvfp4")
 KV_BYTES = 200
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
 FAMILY = "qwen3_moe"  # linears, routed experts and caches
@@ -20,8 +20,10 @@ SLOW = ("--shard-samples", "1", "--label-draws", "8", "--formats", ",".join(FORM
 SLOW = (*SLOW, "--kv-bytes-per-token", str(KV_BYTES))
 
 
-def sensitivity(run: Path) -> bytes:
-    return (run / "sensitivity.parquet").read_bytes()
+def sensitivity(run: Path) -> list[bytes]:
+    """The scores, and AWQ's statistics and losses that they were made with."""
+    names = ("sensitivity.parquet", "channels.parquet", "search.parquet")
+    return [(run / name).read_bytes() for name in names]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from autoquant_ray.calibration import ActivationMaxima
+from autoquant_ray.calibration_stage import read_maxima
 from autoquant_ray.checkpoint_source import read_source
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.experts import prepare_experts
@@ -22,7 +23,6 @@ from autoquant_ray.plan import build_plan
 from autoquant_ray.quantized_layers import UNQUANTIZED, QuantizedLayers
 from autoquant_ray.quantizers import fake_quantize_weight
 from autoquant_ray.sensitivity import scored_modules
-from autoquant_ray.stages import read_maxima
 from autoquant_ray.weight_cache import WeightCache
 
 CUSTOM = {

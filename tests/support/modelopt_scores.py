@@ -52,7 +52,7 @@ def modelopt_scores(
             data_loader=batches,
             forward_step=next_token_loss,
             loss_func=lambda loss, _: loss,
-            num_calib_steps=len(batches),
+            num_calib_steps=4 * len(batches),  # AWQ takes a quarter of them
             num_score_steps=len(batches),
             disabled_layers=list(TOWER_PATTERNS),
             verbose=False,

@@ -16,7 +16,14 @@ from autoquant_ray.cli import main
 from autoquant_ray.errors import AutoQuantError, ConfigError, FormatError, StoreError
 from autoquant_ray.solve import solve_run
 
-REFUSED = ("wint4_aint4", "wfp8_afp8", "wint8_aint8", "wint4_afp16", "wfp8_afp16")
+REFUSED = (
+    "wint4_aint4",
+    "wfp8_afp8",
+    "wint8_aint8",
+    "wint4_afp16",
+    "wfp8_afp16",
+    "INT8_SMOOTHQUANT_CFG",
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,18 @@ REFUSED = ("wint4_aint4", "wfp8_afp8", "wint8_aint8", "wint4_afp16", "wfp8_afp16
             {"solution": "none-such"},
             StoreError,
             r"none-such.*solutions of the run",
+        ),
+        (
+            {"*o_proj": "INT8_SMOOTHQUANT_CFG"},
+            {},
+            FormatError,
+            r"INT8_SMOOTHQUANT_CFG \(smoothquant\) has a factor per input channel.*o_proj",
+        ),
+        (
+            {"*o_proj": "INT8_SMOOTHQUANT_CFG"},
+            {"layout": "compressed-tensors"},
+            FormatError,
+            r"has a factor per input channel",
         ),
         ({"*": "wfp8_afp8"}, {"out": "full"}, ConfigError, r"full is not empty"),
         ({"*": "wfp8_afp8"}, {"out": "full/file"}, ConfigError, r"is a file"),

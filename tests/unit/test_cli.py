@@ -193,8 +193,8 @@ def test_format_unknown_preset_names_the_closest(scan: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("INT4_AWQ_CFG", "awq"),
-        ("INT8_SMOOTHQUANT_CFG", "smoothquant"),
+        ("NVFP4_AWQ_FULL_CFG", "awq_full"),
+        ("NVFP4_AWQ_CLIP_CFG", "awq_clip"),
         ("NVFP4_SVDQUANT_DEFAULT_CFG", "svdquant"),
     ],
 )

@@ -16,7 +16,7 @@ from autoquant_ray.engines import (
     violations,
 )
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.formats import PAIRS, Format
+from autoquant_ray.formats import PAIRS, Format, resolve_formats
 from autoquant_ray.hardware_file import shipped_cards
 
 FP8, NVFP4 = LayerAlgo("FP8"), LayerAlgo("NVFP4", 16)
@@ -101,6 +101,12 @@ def test_names_of_formats_are_those_that_modelopt_writes(name: str) -> None:
 )
 def test_format_has_a_name_only_where_the_name_says_all(name: str, algo: LayerAlgo | None) -> None:
     assert layer_algo(make_format(name)) == algo
+
+
+def test_formats_that_scale_channels_have_no_name() -> None:
+    """ModelOpt calls them W4A16_AWQ and the like, but exports other factors than it measured."""
+    names = ("INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_AWQ_LITE_CFG")
+    assert [layer_algo(format_) for format_ in resolve_formats(names, device="cpu")] == [None] * 3
 
 
 def test_table_names_generations_sources_and_all_shipped_cards() -> None:

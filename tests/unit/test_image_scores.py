@@ -99,6 +99,23 @@ def test_scores_with_images_equal_modelopt(family: str, make_engine: Any, sample
         assert scores_F == pytest.approx([theirs[name][one] for one in formats], rel=1e-4), name
 
 
+def test_towers_channels_count_every_patch_once(full_engine: Any, samples_of: Any) -> None:
+    """The first step with images makes the tower run more often, for a check of the model."""
+    _, engine = full_engine("qwen3_vl", ("INT4_AWQ_CFG",))
+    samples = samples_of("qwen3_vl")
+    num_patches = sum(len(sample.tensors["pixel_values"]) for sample in samples)
+    name = "model.visual.blocks.0.attn.qkv"
+    found = []
+    for _ in range(2):
+        maxima = to_maxima(engine.calibrate(samples))
+        assert maxima[name]["channels"].num_tokens == num_patches
+        found.append(engine.search(samples, maxima))
+    assert found[0] == found[1]
+    fresh = full_engine("qwen3_vl", ("INT4_AWQ_CFG",))[1]
+    assert fresh.search(samples, maxima) == found[0]  # a worker that has calibrated nothing
+    assert any(module == name for module, _, _ in found[0])
+
+
 def whole_graph_sums(plan: Any, model: Any, batch: Batch) -> dict[str, float]:
     """Elementwise sums of int8 weights, per channel, from one graph of the whole model."""
     ids, in_loss, inputs = batch

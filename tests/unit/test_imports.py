@@ -86,6 +86,7 @@ PURE = (
 UPPER = (
     "distributed",
     "stages",
+    "calibration_stage",
     "scan",
     "cli",
     "cli_edge",

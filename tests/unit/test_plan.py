@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import transformers
 
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import ConfigError, FormatError, InfeasibleBudgetError
-from autoquant_ray.formats import resolve_formats
+from autoquant_ray.format_checks import check_quantizers
+from autoquant_ray.formats import Format, resolve_formats
+from autoquant_ray.manifest import manifest_rows
 from autoquant_ray.models import build_skeleton, find_model
 from autoquant_ray.plan import build_plan
 from autoquant_ray.stored_size import stored_bits
@@ -39,6 +42,76 @@ MXFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 32, "type": "dynamic", "scale_b
 )
 def test_stored_bits_counts_scales(attributes: Any, shape: Any, bits: float) -> None:
     assert stored_bits(attributes, shape) == bits
+
+
+def test_factors_of_input_channels_count_but_not_for_fused_experts(make_model: Any) -> None:
+    names = (
+        "INT4_AWQ_CFG",
+        "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+        "INT8_SMOOTHQUANT_CFG",
+        "wint8_aint8",
+    )
+    plan = build_plan(make_model("qwen3_moe"), resolve_formats(names, device="cpu"))
+    bytes_of = {(row["group"], row["format"]): row["weight_bytes"] for row in plan.rows()}
+    start, inputs = "model.layers.0", 3 * 64  # q, k and v
+    for smoothed, plain in (names[:2], names[2:]):
+        for group, extra in (
+            (f"{start}.self_attn.q_proj", 2 * inputs),
+            (f"{start}.mlp.experts", 0),
+        ):
+            assert bytes_of[group, smoothed] == bytes_of[group, plain] + extra
+    problem = Problem(plan.rows(), plan.summary())
+    chosen = {group.name: "INT4_AWQ_CFG" for group in plan.searched}
+    scores = dict.fromkeys(plan.score_keys, 1.0)
+    rows = manifest_rows(problem, chosen, scores, plan.summary())
+    total = sum(bytes_of[group.name, "INT4_AWQ_CFG"] for group in plan.searched)
+    assert sum(row["weight_bytes"] for row in rows) == pytest.approx(total)
+
+
+def test_tied_head_takes_no_factors_of_input_channels(make_model: Any) -> None:
+    names = ("INT4_AWQ_CFG", "wint8_afp16")
+    plan = build_plan(make_model("qwen3"), resolve_formats(names, device="cpu"))
+    menus = {group.name: [one.name for one in plan.menu(group)] for group in plan.searched}
+    assert menus.pop("lm_head") == ["wint8_afp16"]
+    assert all(menu == list(names) for menu in menus.values())
+    alone = build_plan(make_model("qwen3"), resolve_formats(names[:1], device="cpu"))
+    assert alone.summary()["unsearched"] == {"lm_head": "takes no format of the menu"}
+    untied = build_plan(make_model("llama"), resolve_formats(names, device="cpu"))
+    assert ("lm_head", "INT4_AWQ_CFG") in untied.score_keys
+
+
+@pytest.mark.parametrize(
+    ("weight", "inputs", "method", "reason"),
+    [
+        (INT4, {"num_bits": 8, "axis": None}, "smoothquant", "needs 8-bit integer weights"),
+        ({"num_bits": 8, "axis": 0}, None, "smoothquant", "needs 8-bit integer inputs"),
+        (
+            {"num_bits": 8, "axis": 0},
+            {"num_bits": (4, 3), "axis": None},
+            "smoothquant",
+            "needs 8-bit integer inputs",
+        ),
+        (
+            {"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 128}},
+            None,
+            "awq_lite",
+            r"blocks of the last axis \(-1\).*\[-1, -2\]",
+        ),
+    ],
+)
+def test_quantizers_that_an_algorithm_cannot_calibrate_are_refused(
+    weight: Any, inputs: Any, method: str, reason: str
+) -> None:
+    format_ = Format(
+        name="mine",
+        weight=weight,
+        input=inputs,
+        modelopt_compression=0.5,
+        algorithm={"method": method},
+    )
+    with pytest.raises(FormatError, match=f"format mine: {method} needs") as caught:
+        check_quantizers(format_)
+    assert re.search(reason, str(caught.value))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "qwen3_vl"])

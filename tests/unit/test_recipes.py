@@ -14,8 +14,8 @@ from autoquant_ray.api import Run
 from autoquant_ray.cli import main
 from autoquant_ray.demo import demo_config
 from autoquant_ray.errors import AutoQuantError, ConfigError, FormatError
-from autoquant_ray.formats import NONE, PAIRS, Format
-from autoquant_ray.recipes import make_recipe
+from autoquant_ray.formats import NONE, PAIRS, Format, resolve_formats
+from autoquant_ray.recipes import TOOLS, make_recipe
 from autoquant_ray.tool_formats import COUNTERPARTS
 from tests.support.scored_run import put_scored_run
 
@@ -136,6 +136,13 @@ def test_formats_without_counterpart_are_named(tool: str, refused: set[str]) -> 
     assert found == refused
     with pytest.raises(FormatError, match=f"{tool} has no counterpart of {min(refused)}; of this"):
         make_recipe({"a": min(refused), "b": "wint4_afp16"}, FORMATS, tool)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_formats_that_scale_channels_have_no_counterpart(tool: str) -> None:
+    formats = resolve_formats(("INT4_AWQ_CFG", "wint4_afp16"), device="cpu")
+    with pytest.raises(FormatError, match=f"{tool} has no counterpart of INT4_AWQ_CFG; of this"):
+        make_recipe({"model.layers.0.mlp.up_proj": "INT4_AWQ_CFG"}, formats, tool)
 
 
 def invoke(*words: str) -> Any:

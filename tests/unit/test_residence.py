@@ -23,6 +23,7 @@ from autoquant_ray.layers import decoder_layers
 from autoquant_ray.loading import load_placed
 from autoquant_ray.models import ModelRef, build_skeleton, find_model
 from autoquant_ray.plan import build_plan
+from autoquant_ray.smoothing import with_alphas
 from autoquant_ray.step import Step
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
@@ -53,6 +54,23 @@ def placed_spec(make_spec: Any) -> Any:
 def run(engine: Engine, samples: Any) -> Any:
     statistics = engine.calibrate(samples)
     return statistics, engine.score(samples, 0, to_maxima(statistics))
+
+
+def test_search_and_scores_of_scaled_channels_offloaded_equal_resident(
+    model_folder: Any, make_samples: Any, placed_spec: Any
+) -> None:
+    samples = make_samples([24, 17, 31])
+    formats = ("NVFP4_AWQ_LITE_CFG", "INT8_SMOOTHQUANT_CFG")
+    found = []
+    for placement in ("resident", "offload"):
+        engine = Engine(placed_spec(model_folder("llama"), placement, "bfloat16", formats))
+        maxima = to_maxima(engine.calibrate(samples, 0))
+        losses = engine.search(samples, maxima)
+        found.append((losses, engine.score(samples, 0, with_alphas(maxima, losses), 0).sums))
+    (losses, sums), (offloaded_losses, offloaded_sums) = found
+    assert offloaded_losses == losses
+    assert losses
+    assert np.array_equal(offloaded_sums.elementwise_GF, sums.elementwise_GF)
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+"""The stages before scores on files, with workers that are this process: killed, resumed, mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autoquant_ray.calibration_stage import calibrate, read_maxima, search_scales
+from autoquant_ray.channel_statistics import CHANNELS
+from autoquant_ray.distributed.pool import Outcome
+from autoquant_ray.run_files import SAMPLES, part_name
+from autoquant_ray.state import RunState
+from autoquant_ray.store import RunDirectory
+
+FORMATS = ("INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_AWQ_LITE_CFG", "wint8_afp16")
+NUM_SHARDS = 4
+
+
+class Killed(BaseException):
+    """The driver is gone."""
+
+
+class Pool:
+    """Stands for the workers.
+
+    Args:
+        engine: Computes.
+        last_first: Give the results of the last shards first.
+        dies_after: Be killed after so many results.
+    """
+
+    grace_s = 0.0
+
+    def __init__(
+        self, engine: Any, *, last_first: bool = False, dies_after: int | None = None
+    ) -> None:
+        self._engine = engine
+        self._last_first = last_first
+        self._dies_after = dies_after
+        self.done: list[int] = []
+
+    def share(self, value: Any) -> Any:
+        """As the pool of real workers."""
+        return value
+
+    def run(self, tasks: Any, submit: Any, _stop: Any) -> Iterator[Outcome]:
+        """As the pool of real workers."""
+        worker = SimpleNamespace(
+            calibrate=SimpleNamespace(remote=lambda task: self._engine.calibrate(task.samples)),
+            search=SimpleNamespace(
+                remote=lambda task, maxima: self._engine.search(task.samples, maxima)
+            ),
+        )
+        for task in sorted(tasks, key=lambda task: task.shard, reverse=self._last_first):
+            if len(self.done) == self._dies_after:
+                raise Killed
+            self.done.append(task.shard)
+            yield Outcome(task=task, result=submit(worker, task))
+
+
+@pytest.fixture
+def started(make_run: Any, make_engine: Any, make_samples: Any) -> Any:
+    """A run directory with samples and no more; returns its state, its plan and an engine."""
+    prepared = make_engine("llama", FORMATS)
+
+    def start(name: str) -> tuple[RunState, Any, Any]:
+        directory = make_run(formats=FORMATS, name=name, num_shards=NUM_SHARDS)
+        for shard in range(NUM_SHARDS):
+            rows = [
+                {"sample": 2 * shard + n, "tokens": tokens}
+                for n, tokens in enumerate(make_samples([20, 11], seed=shard))
+            ]
+            directory.write_table(part_name(SAMPLES, shard), "samples", rows)
+        return RunState.open(directory), prepared.plan, prepared.engine
+
+    return start
+
+
+def contents(directory: RunDirectory) -> dict[str, bytes]:
+    names = ("calibration.parquet", "channels.parquet", "search.parquet")
+    return {name: directory.read_bytes(name) for name in names}
+
+
+def run_stages(state: RunState, plan: Any, *pools: Any) -> Any:
+    maxima = calibrate(state, pools[0], plan, "mark")
+    return search_scales(state, pools[-1], plan, maxima, "mark")
+
+
+def test_files_are_the_same_in_any_order_of_arrival_and_after_a_kill(started: Any) -> None:
+    state, plan, engine = started("whole")
+    run_stages(state, plan, Pool(engine))
+    expected = contents(state.directory)
+
+    state, plan, engine = started("mixed")
+    run_stages(state, plan, Pool(engine, last_first=True))
+    assert contents(state.directory) == expected
+
+    state, plan, engine = started("killed")
+    with pytest.raises(Killed):
+        run_stages(state, plan, Pool(engine, dies_after=3))
+    calibrated = Pool(engine)
+    calibrate(state, calibrated, plan, "mark")
+    assert calibrated.done == [3]
+    with pytest.raises(Killed):
+        run_stages(state, plan, calibrated, Pool(engine, dies_after=2))
+    assert not state.directory.exists("search.parquet")
+    resumed = RunState.open(state.directory)
+    searched = Pool(engine)
+    run_stages(resumed, plan, calibrated, searched)
+    assert searched.done == [2, 3]
+    assert calibrated.done == [3]
+    assert contents(state.directory) == expected
+    run_stages(resumed, plan, calibrated, searched)
+    assert searched.done == [2, 3]
+
+
+def test_damaged_part_of_channels_is_done_again(started: Any) -> None:
+    state, plan, engine = started("run")
+    with pytest.raises(Killed):
+        calibrate(state, Pool(engine, dies_after=3), plan, "mark")  # type: ignore[arg-type]
+    Path(state.directory.path(part_name(CHANNELS, 1))).write_bytes(b"PAR1 cut off")
+    again = Pool(engine)
+    run_stages(state, plan, again, Pool(engine))
+    assert again.done == [1, 3]
+
+
+def test_best_candidates_and_channels_are_read_back(started: Any) -> None:
+    state, plan, engine = started("run")
+    maxima = run_stages(state, plan, Pool(engine))
+    name = "model.layers.0.mlp.down_proj"
+    assert maxima[name][CHANNELS].num_tokens == NUM_SHARDS * 31
+    assert 0 <= maxima[name]["awq_alpha INT4_AWQ_CFG"] <= 1.1
+    assert "awq_alpha INT8_SMOOTHQUANT_CFG" not in maxima[name]
+    names = state.directory.read_table("calibration.parquet", "calibration").column("statistic")
+    assert set(names.to_pylist()) == {"input_amax"}
+    assert read_maxima(state.directory).keys() == maxima.keys()
+
+
+def test_menu_without_such_formats_writes_no_such_files(started: Any, make_engine: Any) -> None:
+    state, _, _ = started("run")
+    prepared = make_engine("llama", ("wint8_aint8",))
+    maxima = run_stages(state, prepared.plan, Pool(prepared.engine))
+    assert set(maxima["model.layers.0.mlp.down_proj"]) == {"input_amax"}
+    assert not state.directory.exists("channels.parquet")
+    assert not state.directory.exists("search.parquet")
+    assert state.directory.list_parts(CHANNELS) == []

@@ -1,0 +1,221 @@
+"""SmoothQuant and AWQ against ModelOpt: scales, candidates, scores, and models that it made.
+
+ModelOpt averages AWQ's statistics over batches, and this package over tokens: batches are equally
+long here, without padding, one per shard.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import numpy as np
+import pytest
+import torch
+from modelopt_scores import modelopt_scores, of_text
+
+from autoquant_ray.awq import best_alphas, merge_losses
+from autoquant_ray.block_formats import for_cpu
+from autoquant_ray.calibration import merge_statistics, to_maxima
+from autoquant_ray.engine import Engine
+from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.models import ModelRef
+from autoquant_ray.sensitivity import Maxima
+from autoquant_ray.smoothing import input_maximum, input_scales, with_alphas
+
+SMOOTHQUANT, INT4_AWQ, NVFP4_AWQ = "INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG", "NVFP4_AWQ_LITE_CFG"
+SHARDS = [[24, 24], [24, 24], [24, 24]]
+EXACT = {"rtol": 2e-3, "atol": 2e-6}
+
+
+def calibrate(engine: Any, shards: list[Any]) -> Maxima:
+    """Both passes over the shards, merged."""
+    maxima = to_maxima(merge_statistics(engine.calibrate(shard) for shard in shards))
+    return with_alphas(maxima, merge_losses(engine.search(shard, maxima) for shard in shards))
+
+
+def quantized_by_modelopt(model: Any, batches: list[torch.Tensor], preset: str) -> Any:
+    """A copy as ``mtq.quantize`` makes it of a preset; AWQ's search stays on its modules."""
+    config = for_cpu(copy.deepcopy(getattr(mtq, preset)))
+    if "awq" in str(config["algorithm"]):
+        config["algorithm"] = {"method": "awq_lite", "debug": True}
+    whole = ("*", "*weight_quantizer", "*input_quantizer")  # no entries for some layers
+    config["quant_cfg"] = [e for e in config["quant_cfg"] if e["quantizer_name"] in whole]
+
+    def run(copied: Any) -> None:
+        for ids_BS in batches:
+            copied(input_ids=ids_BS, use_cache=False)
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return mtq.quantize(copy.deepcopy(model), config, run)
+
+
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        ("llama", SMOOTHQUANT),
+        ("llama", INT4_AWQ),
+        ("llama", NVFP4_AWQ),
+        ("gemma3n", INT4_AWQ),  # is not visited layer by layer
+    ],
+)
+def test_scales_and_candidates_equal_modelopt(
+    family: str, preset: str, make_engine: Any, make_samples: Any
+) -> None:
+    prepared = make_engine(family, (preset,))
+    shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
+    maxima = calibrate(prepared.engine, shards)
+    losses = merge_losses(prepared.engine.search(shard, maxima) for shard in shards)
+    alphas = best_alphas(losses)
+    theirs = quantized_by_modelopt(prepared.model, [torch.tensor(s) for s in shards], preset)
+    (format_,) = prepared.plan.formats
+    for group in prepared.plan.searched:
+        for planned in group.modules:
+            name = planned.name
+            module = theirs.get_submodule(name)
+            weight = prepared.model.get_submodule(name).weight
+            scales = input_scales(format_, weight, maxima[name])
+            assert scales is not None
+            torch.testing.assert_close(scales, module.input_quantizer.pre_quant_scale)
+            if preset != SMOOTHQUANT:
+                assert alphas[name, preset] == module.awq_lite.best_alpha
+                size = sum(SHARDS[0]) * len(weight)  # ModelOpt adds up the mean of every batch
+                expected = {alpha: size * loss for alpha, loss in module.awq_lite.loss.items()}
+                own = {a: loss for (n, _, a), loss in losses.items() if n == name}
+                assert own == pytest.approx(expected, rel=1e-3)
+            if format_.input is not None:
+                largest = float(module.input_quantizer.amax)
+                assert input_maximum(maxima[name], scales, weight.dtype) == pytest.approx(largest)
+
+
+@pytest.mark.parametrize("presets", [(SMOOTHQUANT, "INT8_DEFAULT_CFG"), (INT4_AWQ,)])
+def test_scores_equal_modelopt(
+    presets: tuple[str, ...], make_engine: Any, make_samples: Any
+) -> None:
+    prepared = make_engine("llama", presets)
+    shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
+    maxima = calibrate(prepared.engine, shards)
+    ours = np.zeros((len(prepared.names), len(presets)))
+    for shard in shards:
+        scores = prepared.engine.score(shard, 0, maxima)
+        ours += scores.sums.elementwise_GF / scores.num_tokens**2
+    theirs = modelopt_scores(
+        prepared.model, [of_text(torch.tensor(shard)) for shard in shards], presets
+    )
+    for name, scores_F in zip(prepared.names, ours, strict=True):
+        expected = [theirs[name][preset] for preset in presets]
+        assert scores_F == pytest.approx(expected, rel=1e-3), name
+
+
+def evaluated(prepared: Any, engine: Any, maxima: Maxima, samples: list[Any]) -> list[Any]:
+    """KL per token of each sample, with every group under the first format."""
+    spec = EvaluationSpec(
+        model=ModelRef(name="in memory", path="unused"),
+        dtype="float32",
+        device="cpu",
+        num_threads=1,
+        modules=engine.spec.modules,
+        formats=engine.spec.formats,
+        maxima=maxima,
+        step_tokens=100,
+    )
+    choice = (0,) * len(prepared.plan.searched)
+    evaluation = EvaluationEngine(spec, model=prepared.model).evaluate(samples, [choice])
+    return [one.kl_N for one in evaluation.divergences[0]]
+
+
+@torch.no_grad()
+def divergences(model: Any, other: Any, sample: list[int]) -> torch.Tensor:
+    ids = torch.tensor([sample])
+    log_p, log_q = (
+        torch.log_softmax(m(input_ids=ids, use_cache=False).logits[0, :-1].double(), dim=-1)
+        for m in (model, other)
+    )
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "dtype"),
+    [
+        ("llama", SMOOTHQUANT, torch.float32),
+        ("llama", NVFP4_AWQ, torch.float32),
+        ("llama", SMOOTHQUANT, torch.bfloat16),
+        ("llama", INT4_AWQ, torch.bfloat16),
+        ("qwen3_moe", SMOOTHQUANT, torch.float32),
+        ("qwen3_moe", INT4_AWQ, torch.float32),
+    ],
+)
+def test_evaluation_equals_mtq_quantize(
+    family: str, preset: str, dtype: torch.dtype, make_engine: Any, make_samples: Any
+) -> None:
+    """Fused experts, which neither algorithm smooths, included.
+
+    AWQ's candidates are taken from ModelOpt: in 16 bits it compares rounded outputs, and its search
+    runs with the experts already quantized, so that its choice among near equals may differ.
+    """
+    prepared = make_engine(family, (preset,))
+    prepared.model.to(dtype)
+    engine = Engine(prepared.engine.spec, model=prepared.model)
+    shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
+    maxima = calibrate(engine, shards)
+    samples = make_samples([24, 17], seed=9)
+    theirs = quantized_by_modelopt(prepared.model, [torch.tensor(s) for s in shards], preset)
+    losses = {
+        (name, preset, module.awq_lite.best_alpha): 0.0
+        for name, module in theirs.named_modules()
+        if hasattr(module, "awq_lite")
+    }
+    maxima = with_alphas(maxima, losses)
+    tolerance = EXACT if dtype == torch.float32 else {"rtol": 0.3, "atol": 2e-2}
+    for sample, kl_N in zip(samples, evaluated(prepared, engine, maxima, samples), strict=True):
+        expected = divergences(prepared.model, theirs, sample)
+        assert expected.mean() > 1e-3
+        np.testing.assert_allclose(kl_N, expected, **tolerance)
+
+
+def test_padding_changes_no_statistic_and_no_loss(make_engine: Any, make_samples: Any) -> None:
+    samples = make_samples([24, 9, 17])
+    padded = make_engine("llama", (NVFP4_AWQ,)).engine
+    alone = make_engine("llama", (NVFP4_AWQ,), step_tokens=24).engine
+    results = []
+    for engine in (padded, alone):
+        maxima = to_maxima(engine.calibrate(samples))
+        name = "model.layers.1.mlp.down_proj"
+        channels = maxima[name]["channels"]
+        assert channels.num_tokens == 50
+        results.append((channels.largest_I, channels.mean_I, engine.search(samples, maxima)))
+    for first, second in zip(*results, strict=True):
+        if isinstance(first, dict):
+            assert first == pytest.approx(second, rel=1e-4)
+        else:
+            np.testing.assert_allclose(first, second, rtol=1e-4)
+
+
+def test_search_between_calibration_and_scores_changes_no_bit_of_kept_inputs(
+    make_engine: Any, make_samples: Any
+) -> None:
+    samples = make_samples([24, 17, 9])
+    engine = make_engine("llama", (INT4_AWQ, "wint8_aint8"), step_tokens=60).engine
+    maxima = to_maxima(engine.calibrate(samples, shard=5))
+    maxima = with_alphas(maxima, engine.search(samples, maxima))
+    kept = engine.score(samples, 0, maxima, shard=5)
+    fresh = engine.score(samples, 0, maxima, shard=5)
+    assert np.array_equal(kept.sums.elementwise_GF, fresh.sums.elementwise_GF)
+
+
+def test_scores_bfloat16_stay_near_float32(make_engine: Any, make_samples: Any) -> None:
+    samples = make_samples([60, 60])
+    prepared = make_engine("llama", (SMOOTHQUANT, INT4_AWQ))
+    prepared.model.to(torch.bfloat16)
+    half = Engine(prepared.engine.spec, model=prepared.model)
+    maxima = calibrate(half, [samples])
+    rounded = half.score(samples, 0, maxima).sums.elementwise_GF
+    prepared.model.to(torch.float32)
+    exact = Engine(prepared.engine.spec, model=prepared.model).score(samples, 0, maxima).sums
+    ratios = rounded / exact.elementwise_GF
+    # Scaled weights and inputs are rounded to 16 bits once more.
+    np.testing.assert_allclose(ratios, 1, atol=0.25)
+    assert np.median(ratios[:, 1]) == pytest.approx(1, abs=0.03)
