@@ -187,7 +187,7 @@ def test_solve_refines_within_the_budget(scanned: Path, run_command: Any, tmp_pa
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["refinement"] == found["refinement"]
     rows = {row["name"]: row for row in pq.read_table(run / "evaluation.parquet").to_pylist()}
-    assert rows["solution"]["solution"] == "bits-7.00-refined"
+    assert rows["solution"]["solution"] == found["name"]
     assert rows["solution"]["kl_mean"] == found["refinement"]["kl_after"]
     assert rows["unrefined"]["kl_mean"] == found["refinement"]["kl_before"]
 

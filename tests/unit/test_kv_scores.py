@@ -131,8 +131,8 @@ def test_sums_equal_their_definition(
     for (group, name), (elementwise, token) in expected.items():
         at = rows[group], column[name]
         assert elementwise > 0
-        assert scores.sums.elementwise_GF[at] == pytest.approx(elementwise, rel=1e-3)
-        assert scores.sums.token_GF[at] == pytest.approx(token, rel=1e-3)
+        assert scores.sums.elementwise_GF[at] == pytest.approx(elementwise, rel=1e-5)
+        assert scores.sums.token_GF[at] == pytest.approx(token, rel=1e-5)
         assert scores.sums.elementwise_GF[rows[group], column["wfp8_afp8"]] == 0
 
 
