@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from written_runs import made_up_run
 
 from autoquant_ray.budget import SolveOptions
+from autoquant_ray.calibration_stage import read_maxima
 from autoquant_ray.checkpoint import export_run
 from autoquant_ray.cli import main
 from autoquant_ray.config import ScanConfig
@@ -20,7 +21,6 @@ from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.models import find_model, fingerprint_model
 from autoquant_ray.plan import build_plan
 from autoquant_ray.solve import solve_run
-from autoquant_ray.stages import read_maxima
 
 FORMATS = ("wfp8_afp8", "wint8_afp16", "kv_fp8", "kv_nvfp4")
 CACHES = [f"model.layers.{number}.self_attn.kv" for number in (0, 1)]
