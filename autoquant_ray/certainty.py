@@ -203,8 +203,13 @@ def _allowed(
 
 
 def _null_score(truth: Any, groups: Sequence[GroupChoices]) -> float | None:
-    """Mean true score of allocations for which the groups' rows of scores were shuffled."""
-    finite_GF = np.where(truth.present_GF, truth.scores_GF, 0.0)
+    """Mean true score of allocations for which the groups' rows of scores were shuffled.
+
+    A format that the other group lacks takes its largest score; 16 bits lose nothing.
+    """
+    known_GF = np.where(truth.present_GF, truth.scores_GF, 0.0)
+    finite_GF = np.where(truth.present_GF, known_GF, known_GF.max(axis=1, keepdims=True))
+    finite_GF[:, -1] = 0.0
     losses = []
     for number in range(NUM_SHUFFLES):
         order_G = shuffled_order(groups, np.random.default_rng(number))

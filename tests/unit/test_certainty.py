@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from autoquant_ray import knapsack
 from autoquant_ray.budget import SolveOptions
-from autoquant_ray.certainty import assess_solution
+from autoquant_ray.certainty import Certainty, assess_solution, found_certainty
 from autoquant_ray.solve import load_problem, solve_run
+from autoquant_ray.stability import assess
 from autoquant_ray.state import RunState
 
 
@@ -81,3 +84,22 @@ def test_null_is_worse_than_the_solution(make_run: Any) -> None:
     assert solution.certainty is not None
     assert solution.certainty.null_score is not None
     assert solution.certainty.null_score > solution.summary["score"]
+
+
+def test_null_does_not_take_a_format_that_a_group_lacks_for_free() -> None:
+    """Two groups, alike but for the coarsest format, which one of them lacks."""
+    lacks = np.inf
+    truth = knapsack.Problem(
+        scores_GF=np.array([[1.0, 0.5, 0.7, 0.0], [lacks, 0.5, 0.7, 0.0]]),
+        costs_RGF=np.array([[[4.0, 8.0, 6.0, 16.0]] * 2]),
+        limits_R=np.array([16.0]),
+    )
+    groups = [SimpleNamespace(name=n, is_cache=False, rows={}) for n in "ab"]
+    problem: Any = SimpleNamespace(searched=groups)
+    sums_SGF = np.nan_to_num(np.stack([truth.scores_GF] * 2), posinf=0.0)
+    found = assess(truth, sums_SGF, (0,))
+    assert found is not None
+    both: Certainty = found_certainty(
+        problem, {"a": "y", "b": "y"}, ["x", "y", "z"], truth, found, 2
+    )
+    assert both.null_score == pytest.approx(1.0)
