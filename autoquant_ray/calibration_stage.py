@@ -7,6 +7,7 @@ and lie in files of their own, written before the shard's scalars: where these a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from autoquant_ray.awq import Losses, loss_rows, losses_of, merge_losses
 from autoquant_ray.calibration import Statistics, merge_statistics, to_maxima
 from autoquant_ray.channel_statistics import CHANNELS, Channels
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
+from autoquant_ray.errors import StoreError
+from autoquant_ray.formats import Format
 from autoquant_ray.parts import Parts
 from autoquant_ray.plan import Plan
 from autoquant_ray.run_files import (
@@ -97,6 +100,36 @@ def search_scales(
             losses = merge_losses(map(losses_of, Parts(directory, SEARCH, shards)))
             _write_losses(directory, SEARCH_FILE, losses)
     return read_maxima(directory)
+
+
+def is_calibrated(state: RunState, plan: Plan) -> bool:
+    """Whether every merged file that the formats of a run need is there."""
+    return not _missing(state.directory, plan.formats)
+
+
+def maxima_of(state: RunState) -> Maxima:
+    """Merged calibration of a scanned run: everything that its formats need.
+
+    Raises:
+        StoreError: A file is missing, or damaged.
+    """
+    directory = state.directory
+    formats = [Format.from_json(entry) for entry in state.values["plan"]["formats"]]
+    for name in _missing(directory, formats):
+        raise StoreError(
+            f"{directory.path(name)} does not exist, and formats of the run need it; scan with "
+            "--resume, which makes it again"
+        )
+    return read_maxima(directory) if needs_calibration(formats) else {}
+
+
+def _missing(directory: RunDirectory, formats: Sequence[Format]) -> list[str]:
+    needed = {
+        CALIBRATION_FILE: needs_calibration(formats),
+        CHANNELS_FILE: any(map(is_smoothed, formats)),
+        SEARCH_FILE: any(map(needs_search, formats)),
+    }
+    return [name for name, is_needed in needed.items() if is_needed and not directory.exists(name)]
 
 
 def read_maxima(directory: RunDirectory) -> Maxima:

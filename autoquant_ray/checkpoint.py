@@ -117,11 +117,10 @@ def _require_package(layout: str) -> None:
 
 def _write(source: Source, folder: Path, layout: str) -> Source:
     """Fill the folder; the source by the names that its files have."""
-    from autoquant_ray.calibration_stage import read_maxima
+    from autoquant_ray.calibration_stage import maxima_of
     from autoquant_ray.checkpoint_model import finish_folder, load_for_export
 
-    directory = source.state.directory
-    maxima = read_maxima(directory) if directory.exists("calibration.parquet") else {}
+    maxima = maxima_of(source.state)
     model, ref, sixteen_bits = load_for_export(source)
     stored = source
     if layout == COMPRESSED_TENSORS:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-from autoquant_ray.calibration_stage import read_maxima
+from autoquant_ray.calibration_stage import maxima_of
 from autoquant_ray.candidates import Candidate
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.placement import connected, place_workers, require_resources
@@ -181,6 +181,7 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
     plan = make_plan(scan, ref, device=scan.device)
     skip = num_seen(state, scan, is_given=config.data is not None)
     folder = f"{EVALUATION}/{data_key(state, scan, skip)}"
+    maxima = maxima_of(state)
     with connected(scan) as resources, lease(directory) as held, ExitStack() as stack:
         require_resources(scan, resources)
         facts = held_out_samples(directory, folder, scan, ref, skip, state)
@@ -192,8 +193,6 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
         ).at_most(facts["num_shards"])
 
         def start_pool() -> WorkerPool:
-            is_calibrated = directory.exists("calibration.parquet")
-            maxima = read_maxima(directory) if is_calibrated else {}
             spec = _engine_spec(scan, ref, plan, maxima)
             return stack.enter_context(WorkerPool(spec, placement, directory.append_event))
 

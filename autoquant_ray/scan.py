@@ -134,7 +134,8 @@ def _run_stages(
             samples_stage.keep_samples(state, scratch, facts, marks["shards"])
     stages.write_plan(state, plan, marks["plan"], ref.weights_folder)
     state.release_quarantine()
-    if not stages.is_scored(state, plan, marks["score"]):
+    is_calibrated = calibration_stage.is_calibrated(state, plan)
+    if not (stages.is_scored(state, plan, marks["score"]) and is_calibrated):
         spec = _engine_spec(config, ref, plan)
         placement = placement.at_most(state.num_shards)
         logger.info("%d worker(s) on %s", placement.num_workers, placement.device)

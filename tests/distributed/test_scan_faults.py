@@ -198,7 +198,7 @@ def test_scan_overwrite_keeps_files_that_are_not_ours(ray_local: None, make_conf
         ["scores/shard-000001.parquet"],
         ["samples/shard-000001.parquet", "scores/shard-000001.parquet"],
         ["sensitivity.parquet"],
-        ["plan.parquet", "sensitivity.parquet"],
+        ["plan.parquet", "calibration.parquet", "sensitivity.parquet"],
         ["calibration.parquet", "scores/shard-000002.parquet"],
     ],
 )

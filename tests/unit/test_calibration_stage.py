@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
-from autoquant_ray.calibration_stage import calibrate, read_maxima, search_scales
+from autoquant_ray.calibration_stage import (
+    calibrate,
+    is_calibrated,
+    maxima_of,
+    read_maxima,
+    search_scales,
+)
 from autoquant_ray.channel_statistics import CHANNELS
 from autoquant_ray.distributed.pool import Outcome
+from autoquant_ray.errors import StoreError
 from autoquant_ray.run_files import SAMPLES, part_name
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -138,6 +145,25 @@ def test_best_candidates_and_channels_are_read_back(started: Any) -> None:
     names = state.directory.read_table("calibration.parquet", "calibration").column("statistic")
     assert set(names.to_pylist()) == {"input_amax"}
     assert read_maxima(state.directory).keys() == maxima.keys()
+
+
+@pytest.mark.parametrize("name", ["calibration.parquet", "channels.parquet", "search.parquet"])
+def test_lost_file_is_missed_and_made_again_from_the_parts(name: str, started: Any) -> None:
+    """Without it a format that scales channels would be measured with scales of 1."""
+    state, plan, engine = started("run")
+    run_stages(state, plan, Pool(engine))
+    expected = contents(state.directory)
+    assert is_calibrated(state, plan)
+    assert maxima_of(state).keys() == read_maxima(state.directory).keys()
+
+    Path(state.directory.path(name)).unlink()
+    assert not is_calibrated(state, plan)
+    with pytest.raises(StoreError, match=rf"{name} does not exist.*--resume"):
+        maxima_of(state)
+    again = Pool(engine)
+    run_stages(state, plan, again)
+    assert again.done == []
+    assert contents(state.directory) == expected
 
 
 def test_menu_without_such_formats_writes_no_such_files(started: Any, make_engine: Any) -> None:
