@@ -55,7 +55,7 @@ def step_facts(
     import torch
     from modelopt.torch.quantization._auto_quantize_cost import infer_active_moe_expert_ratio
 
-    planned = {f"{module.name}.{name}" for module in modules for name in module.parameters}
+    planned = {f"{module.path}.{name}" for module in modules for name in module.parameters}
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
     }

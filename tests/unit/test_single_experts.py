@@ -79,6 +79,8 @@ def test_plan_has_a_group_per_expert_with_the_bytes_of_the_whole(apart: Apart) -
         assert sums == {name: group.weight_bytes(format_) for name, group in weights.items()}
     assert apart.plan.flops_per_token == together.flops_per_token
     assert apart.plan.other_bytes == together.other_bytes
+    assert apart.plan.other_modules == together.other_modules
+    assert apart.plan.step == together.step
     for number in _singles(apart.plan):
         menu = apart.plan.menu(apart.plan.searched[number])
         assert [f.name for f in menu] == ["wint4_afp16", "wfp8_afp16"]
