@@ -96,8 +96,7 @@ class _Side:
         self.problem, self.scores = load_problem(self.state)
         table = directory.read_table("sensitivity.parquet", "sensitivity")
         self.rows: dict[Key, dict[str, Any]] = {
-            (row["group"], row["format"]): row | {"index": index}
-            for index, row in enumerate(table.to_pylist())
+            (row["group"], row["format"]): row for row in table.to_pylist()
         }
         if not directory.exists("manifest.json"):
             raise StoreError(f"{directory.uri} has no solution yet; finish the scan with --resume")
@@ -155,10 +154,15 @@ class _Side:
         return np.array([by_group[g] if f in static else 0.0 for g, f in keys], dtype=np.float64)
 
     def half_sums(self, keys: Sequence[Key]) -> Iterator[tuple[Floats, int]]:
-        """Half the sums and the predicted tokens of each shard, in the order of the shards."""
+        """Half the sums and the predicted tokens of each shard, in the order of the shards.
+
+        Parts also have rows of experts that no shard has a token for, and that have no score.
+        """
         column = f"{self.values['config']['estimator']}_sum"
-        index_K = np.array([self.rows[key]["index"] for key in keys])
         for part in Parts(self.directory, SCORES, self.state.used_shards):
+            names = (part.column(name).to_pylist() for name in ("group", "format"))
+            place_of = {key: place for place, key in enumerate(zip(*names, strict=True))}
+            index_K = np.array([place_of[key] for key in keys])
             sums_K = part.column(column).fill_null(0.0).to_numpy()
             yield 0.5 * sums_K[index_K], int(part.column("num_tokens")[0].as_py())
 

@@ -7,7 +7,7 @@ format), C shards that are left out one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,10 +87,16 @@ class ShardParts:
             for index in order
         ]
 
-    def scores_without(self, left_out: Sequence[int]) -> dict[int, dict[tuple[str, str], float]]:
-        """Scores of all groups from the other shards, for each of some shards.
+    def scores_without(
+        self, left_out: Sequence[int], groups: Collection[str]
+    ) -> dict[int, dict[tuple[str, str], float]]:
+        """Scores of some groups from the other shards, for each of some shards.
 
-        A shard without which some group was never seen is missing in the result.
+        A shard without which one of these groups was never seen is missing in the result.
+
+        Args:
+            left_out: Shards to leave out, one at a time.
+            groups: Those that have a score.
         """
         out_C = np.array(left_out)
         tokens_C = np.zeros(len(out_C))
@@ -105,12 +111,14 @@ class ShardParts:
             if not keys:
                 names = (part.column(name).to_pylist() for name in ("group", "format"))
                 keys = list(zip(*names, strict=True))
+        is_asked_K = np.array([group in groups for group, _ in keys])
+        asked = [key for key in keys if key[0] in groups]
         return {
-            shard: dict(zip(keys, (0.5 * sums_K / tokens).tolist(), strict=True))
+            shard: dict(zip(asked, (0.5 * sums_K / tokens)[is_asked_K].tolist(), strict=True))
             for shard, sums_K, tokens, is_seen_K in zip(
                 left_out, sums_CK, tokens_C, is_seen_CK, strict=True
             )
-            if is_seen_K.all()
+            if is_seen_K[is_asked_K].all()
         }
 
 
@@ -173,7 +181,8 @@ def _formats_without(
     tried = sorted({one.shard for one in first if one.share >= MIN_SHARE})
     if group in options.pins or len(parts) < 2 or options.worst_domain:
         return {}
-    scores = parts.scores_without(tried) if tried else {}
+    groups = {one.name for one in problem.searched}
+    scores = parts.scores_without(tried, groups) if tried else {}
     return {
         shard: problem.solve(scores[shard], options).formats[group] if shard in scores else None
         for shard in tried

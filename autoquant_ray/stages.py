@@ -23,7 +23,7 @@ from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.domain_scores import write_domain_scores
 from autoquant_ray.errors import Interrupted, StoreError, WorkerError
 from autoquant_ray.expert_groups import single_experts
-from autoquant_ray.expert_tokens import note_silent_experts
+from autoquant_ray.expert_tokens import note_silent_experts, silent_experts
 from autoquant_ray.interrupts import stop_on_signal
 from autoquant_ray.parts import Parts, map_ahead
 from autoquant_ray.plan import Plan
@@ -70,7 +70,9 @@ def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | No
     if state.is_done("plan", fingerprint):
         return
     with state.stage("plan", fingerprint):
+        silent = silent_experts(state.values["plan"]) if "plan" in state.values else []
         state.values["plan"] = plan.summary()
+        note_silent_experts(state.values["plan"], silent)  # until scores are added up again
         if weights is not None:
             modules = {g.name: [m.name for m in g.modules] for g in plan.groups if not g.is_cache}
             state.values["weights"] = hash_groups(weights, modules)

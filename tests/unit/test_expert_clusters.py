@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from families import family_model
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.candidates import solution_formats, solution_options
 from autoquant_ray.cli import main
+from autoquant_ray.compare import compare_runs
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.engine import Engine
 from autoquant_ray.errors import ConfigError, ScoreError
@@ -26,6 +28,7 @@ from autoquant_ray.frontier import frontier_of
 from autoquant_ray.plan import build_plan
 from autoquant_ray.report.expert_rows import by_format
 from autoquant_ray.solve import load_problem, solve_run
+from autoquant_ray.stages import write_plan
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
 
@@ -100,6 +103,7 @@ def expert_run(scored: Any, write_run: Any, tmp_path: Path) -> Any:
                 "num_samples": 6,
                 "num_tokens": 120,
                 "num_shards": 3,
+                "tokens_sha256": "tokens",
             },
             "fingerprints": {"model": "model", "data": "data"},
         }
@@ -152,6 +156,44 @@ def test_expert_without_tokens_stays_in_16_bits_and_is_named(expert_run: Any) ->
     assert f"1 routed expert saw no token, the first {SILENT}" in report
     told = explain_group(directory, SILENT, solution.name)
     assert told.reason == "this expert saw no token, so that it has no score"
+
+
+def test_shards_are_read_by_name_where_an_expert_has_no_score(
+    scored: Any, expert_run: Any, tmp_path: Path
+) -> None:
+    """Parts have its rows, ``sensitivity.parquet`` has not."""
+    plan, shards = scored
+    before = expert_run([shards[0]] * 3)
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    last = plan.searched[-1].name
+    assert (
+        before.read_table("sensitivity.parquet", "sensitivity").column("group")[-1].as_py() == last
+    )
+    sums = shards[0].sums
+    elementwise_GF = sums.elementwise_GF.copy()
+    elementwise_GF[-1] *= 1.5
+    louder = dataclasses.replace(sums, elementwise_GF=elementwise_GF)
+    after = expert_run([dataclasses.replace(shards[0], sums=louder)] * 3, mode="overwrite")
+    found = compare_runs(RunDirectory(str(tmp_path / "before")), after)
+    assert found.test == "paired"
+    assert [moved.group for moved in found.moved] == [last]
+
+    told = json.loads(
+        CliRunner().invoke(main, ["explain", after.uri, f"{LAYERS[0]}.1", "--json"]).stdout
+    )
+    assert told["without_shard"]
+    assert all(one["format"] is not None for one in told["without_shard"])
+
+
+def test_plan_that_is_written_again_knows_the_expert_without_tokens(
+    scored: Any, expert_run: Any
+) -> None:
+    state = RunState.open(expert_run())
+    fingerprint = state.values["stages"]["plan"]["fingerprint"]
+    Path(state.directory.path("plan.parquet")).unlink()
+    write_plan(state, scored[0], fingerprint)
+    problem, _ = load_problem(RunState.open(state.directory))
+    assert not problem.groups[SILENT].is_searched
 
 
 def test_layer_without_tokens_is_an_error(scored: Any, expert_run: Any) -> None:
