@@ -19,6 +19,7 @@ from autoquant_ray.engine_choices import formats_of
 from autoquant_ray.errors import ConfigError, DataError
 from autoquant_ray.formats import NONE
 from autoquant_ray.job_names import slug
+from autoquant_ray.kv_budget import cache_summary
 from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.manifest import average_bits, model_bytes
 from autoquant_ray.run_files import SOLUTIONS, solution_folder
@@ -143,7 +144,12 @@ def _require_imported(directory: RunDirectory, name: str) -> None:
 def _write(
     state: RunState, problem: Problem, scores: Scores, plan: dict[str, str], name: str, path: str
 ) -> Solution:
-    options = SolveOptions(bytes=math.ceil(model_bytes(problem, plan)))
+    has_caches = any(group.is_cache for group in problem.searched)
+    cached = cache_summary(problem, dict.fromkeys(problem.groups, NONE) | plan)
+    options = SolveOptions(
+        bytes=math.ceil(model_bytes(problem, plan)),
+        kv_bytes_per_token=cached[KV_BYTES] if has_caches else None,
+    )
     candidate = make_candidate(problem, scores, name, plan)
     allocation = as_allocation(problem, scores, options, candidate)
     notes = {"imported_from": Path(path).name}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -243,6 +245,20 @@ def test_reports_and_rivals_have_room_for_caches(
     assert within.kv_bytes_per_token == 160
     with pytest.raises(InfeasibleBudgetError, match="limit on the KV cache alone"):
         smallest_within(run, 0.0)
+
+
+def test_allocation_of_another_tool_leaves_caches_in_16_bits(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps({"model.layers.0.self_attn.o_proj": "W4A16"}))
+    told = command("import", file, "--into", run.uri)
+    assert told.exit_code == 0, told.output
+    manifest = run.read_json("solutions/theirs/manifest.json")
+    assert manifest["solution"]["kv_bytes_per_token"] == 256
+    assert manifest["budget"]["kv_bytes_per_token"] == 256
+    found = collect_candidates(RunState.open(run), "solutions/theirs/", ("modelopt", "random"))
+    assert len(found) > 2
 
 
 def test_what_a_cache_frees_does_not_pay_for_weights(run: RunDirectory) -> None:
