@@ -91,7 +91,7 @@ def test_null_does_not_take_a_format_that_a_group_lacks_for_free() -> None:
     lacks = np.inf
     truth = knapsack.Problem(
         scores_GF=np.array([[1.0, 0.5, 0.7, 0.0], [lacks, 0.5, 0.7, 0.0]]),
-        costs_RGF=np.array([[[4.0, 8.0, 6.0, 16.0]] * 2]),
+        costs_RGF=np.array([[[4.0, 8.0, 6.0, 100.0]] * 2]),
         limits_R=np.array([16.0]),
     )
     groups = [SimpleNamespace(name=n, is_cache=False, rows={}) for n in "ab"]
