@@ -20,6 +20,8 @@ from autoquant_ray.stage_fingerprints import STAGE_FIELDS
 Verdict = Literal["same", "noise", "drift"]
 Test = Literal["paired", "unpaired", "none"]
 
+_CHOOSES_GROUPS = {"disable", "coverage", "expert_groups"}  # fields of the config
+
 MIN_CHANGE = 0.1
 """A score that moved by less than this share, up or down, is no drift, however sure the move."""
 MIN_REGRET = 0.01
@@ -156,8 +158,8 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _groups(comparison: Comparison) -> list[str]:
-    """Groups that came or went, unless the config left other modules out."""
-    if any(change.name == "disable" for change in comparison.changes if change.kind == "config"):
+    """Groups that came or went, unless the config or the menu says which there are."""
+    if any(one.kind == "formats" or one.name in _CHOOSES_GROUPS for one in comparison.changes):
         return []
     named = (("are gone", comparison.only_before), ("are new", comparison.only_after))
     return [

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from autoquant_ray.stage_fingerprints import STAGE_FIELDS
+from autoquant_ray.stage_fingerprints import ADDED_FIELDS, STAGE_FIELDS
 
 Kind = Literal["model", "data", "formats", "config", "versions"]
 _SHOWN_ELSEWHERE = {"model", "data", "formats"}
@@ -87,9 +87,9 @@ def _menus(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Row]
 
 
 def _configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Row]:
-    configs = (before["config"], after["config"])
-    if None in configs:
+    if before["config"] is None or after["config"] is None:
         return
+    configs = (ADDED_FIELDS | before["config"], ADDED_FIELDS | after["config"])
     for fields in STAGE_FIELDS.values():
         for name in fields:
             if name not in _SHOWN_ELSEWHERE:

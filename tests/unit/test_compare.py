@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,25 @@ def test_group_left_out_by_the_config_is_no_drift(scan: Scan, first: RunDirector
     back = compare_runs(scan(0, disable=("lm_head", "*layers.0.mlp*")), first)
     assert back.only_after == comparison.only_before
     assert back.regret is not None  # the earlier plan left those groups in 16 bits
+
+
+def test_caches_that_the_menu_adds_are_no_drift(scan: Scan, first: RunDirectory) -> None:
+    after = scan(0, formats=(*FORMATS, "kv_fp8"), kv_bytes_per_token=1000)
+    comparison = compare_runs(first, after)
+    assert comparison.only_after == [f"model.layers.{n}.self_attn.kv" for n in range(2)]
+    assert comparison.verdict == "noise"
+
+
+def test_field_that_an_earlier_version_did_not_have_is_no_change(
+    first: RunDirectory, tmp_path: Path
+) -> None:
+    shutil.copytree(first.uri, tmp_path / "earlier")
+    earlier = RunDirectory(str(tmp_path / "earlier"))
+    values = earlier.read_json("run.json")
+    for name in ("expert_groups", "kv_bytes_per_token", "coverage"):
+        del values["config"][name]
+    earlier.write_json("run.json", values)
+    assert compare_runs(earlier, first).changes == []
 
 
 def test_runs_without_a_common_score_are_a_drift(scan: Scan, first: RunDirectory) -> None:
