@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from autoquant_ray.algorithms import MSE, SEARCHED_BYTES
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.formats import Format
-from autoquant_ray.plan import UNQUANTIZED_BITS, Plan
+from autoquant_ray.plan import Plan
+from autoquant_ray.planned_group import UNQUANTIZED_BITS
 from autoquant_ray.smoothed_formats import method_of
 
 if TYPE_CHECKING:

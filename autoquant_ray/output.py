@@ -16,7 +16,8 @@ from rich.table import Table
 from autoquant_ray.frontier_curve import Point
 from autoquant_ray.kv_formats import KV_BYTES, kv_names, reachable_cache
 from autoquant_ray.latency import LATENCY, describe_prediction
-from autoquant_ray.plan import Plan, PlannedGroup
+from autoquant_ray.plan import Plan
+from autoquant_ray.planned_group import PlannedGroup
 from autoquant_ray.solve import Solution
 
 if TYPE_CHECKING:

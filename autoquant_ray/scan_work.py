@@ -10,7 +10,7 @@ from autoquant_ray.smoothed_formats import num_search_products
 
 if TYPE_CHECKING:
     from autoquant_ray.formats import Format
-    from autoquant_ray.plan import PlannedGroup
+    from autoquant_ray.planned_group import PlannedGroup
 
 
 def flops_per_token(model: Any, groups: Sequence[PlannedGroup], formats: Sequence[Format]) -> int:

@@ -38,6 +38,10 @@ from autoquant_ray.config import ScanConfig
 from autoquant_ray.distributed.placement import Placement, place_workers
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.distributed.worker import ShardTask
+from autoquant_ray.formats import Format
+from autoquant_ray.plan import Plan
+from autoquant_ray.planned_group import PlannedGroup
+from autoquant_ray.quantizable import PlannedModule
 from autoquant_ray.run_files import SAMPLES, part_name
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -139,11 +143,31 @@ def make_run(config: ScanConfig, num_shards: int, num_samples: int) -> RunState:
     return state
 
 
-def make_plan() -> Any:
-    """The names that the score stage needs of a plan."""
-    return SimpleNamespace(
-        searched=[SimpleNamespace(name=f"layers.{g}.mlp.gate_proj") for g in range(NUM_GROUPS)],
-        formats=[SimpleNamespace(name=f"wfp{f}_afp16") for f in range(NUM_FORMATS)],
+def make_plan() -> Plan:
+    """As many groups and formats as a model of 32 layers has, without a model."""
+    names = [f"layers.{g}.mlp.gate_proj" for g in range(NUM_GROUPS)]
+    linear: dict[str, Any] = {"kind": "linear", "parameters": ("weight",), "shapes": ((128, 128),)}
+    weight = {"num_bits": 8, "axis": 0}
+    return Plan(
+        groups=tuple(
+            PlannedGroup(
+                name=name,
+                modules=(PlannedModule(name=name, **linear),),
+                reason=None,
+                is_tied=False,
+            )
+            for name in names
+        ),
+        formats=tuple(
+            Format(name=f"wfp{f}_afp16", weight=weight, input=None, modelopt_compression=0.5)
+            for f in range(NUM_FORMATS)
+        ),
+        other_bytes=0,
+        other_modules={},
+        flops_per_token=0,
+        layer_weights=(),
+        hidden_size=128,
+        step={},
     )
 
 

@@ -30,7 +30,8 @@ from autoquant_ray.engine import Engine, EngineSpec
 from autoquant_ray.formats import Format, resolve_formats
 from autoquant_ray.manifest import quantizer_entries
 from autoquant_ray.models import ModelRef, build_skeleton, find_model
-from autoquant_ray.plan import Plan, PlannedGroup, build_plan
+from autoquant_ray.plan import Plan, build_plan
+from autoquant_ray.planned_group import PlannedGroup
 from autoquant_ray.sensitivity import scored_modules
 from autoquant_ray.texts import read_texts
 from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer

@@ -12,25 +12,21 @@ from autoquant_ray.budget import GroupChoices
 from autoquant_ray.formats import NONE
 from autoquant_ray.kv_budget import held_caches
 from autoquant_ray.kv_formats import KV_BYTES
-from autoquant_ray.latency import LATENCY, describe_prediction
 from autoquant_ray.report.audit import AuditData, audit_section
 from autoquant_ray.report.concerns import Concern, find_concerns
 from autoquant_ray.report.domains import DomainSection, domain_section
 from autoquant_ray.report.expert_rows import by_format, by_layer, layer_order, single_experts
+from autoquant_ray.report.facts import report_facts
 from autoquant_ray.report.frontier_chart import Dot
 from autoquant_ray.report.frontier_dots import frontier_dots
 from autoquant_ray.report.groups import GroupRow, MixRow, format_mix, group_rows
-from autoquant_ray.report.headline import Number, budget_text, headline
+from autoquant_ray.report.headline import Number, headline
 from autoquant_ray.report.heat import Heat, heat_maps
-from autoquant_ray.report.measured import MeasuredData, measured_sections, with_error
-from autoquant_ray.report.origin import dataset, scheme
+from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.report.reproduce import Reproduction, reproduction
 from autoquant_ray.report.sources import Scores, Sources, gather_evidence, read_sources
 from autoquant_ray.run_files import AUDIT_FILE, solution_folder
 from autoquant_ray.state import RunState
-from autoquant_ray.stopping import describe_stopping
-
-_MAX_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +114,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         title=f"Quantization plan for {run['model']['name'].rstrip('/').rpartition('/')[2]}",
         numbers=headline(sources),
         concerns=find_concerns(gather_evidence(sources)),
-        facts=_facts(sources),
+        facts=report_facts(sources),
         mix=format_mix(rows),
         layers=_layers(sources.rows, rows, experts, problem.groups),
         groups=by_format(rows, experts) if experts else rows,
@@ -202,87 +198,6 @@ def _layers(
         for group in by_format([one for one in shown if one.name in experts], experts)
     ]
     return sorted(layers, key=lambda x: (x.sensitivity is None, -(x.sensitivity or 0.0)))
-
-
-def _facts(sources: Sources) -> list[tuple[str, str]]:
-    run, manifest, table = sources.run, sources.manifest, sources.table
-    solution, config = manifest["solution"], run["config"]
-    facts = [
-        ("Run", run["run_id"]),
-        ("Scheme", scheme(run, table)),
-        ("Model", run["model"]["name"]),
-        ("Dataset", dataset(run, table)),
-        ("Budget", budget_text(manifest["budget"])),
-        ("Effective bits (searched groups)", f"{solution['effective_bits']:.4f}"),
-        ("Effective bits (all quantizable)", f"{solution['effective_bits_all']:.4f}"),
-        ("Effective bits (ModelOpt's cost)", f"{solution['modelopt_effective_bits']:.4f}"),
-        ("Weights of the whole model", f"{solution['weight_bytes'] / 2**20:,.1f} MiB"),
-        *_cache_facts(sources),
-        ("Total score", f"{solution['score']:.6g}"),
-        ("Predicted KL", _predicted(sources)),
-        ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
-        ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
-    ]
-    for own, *_ in sources.measured:
-        value = with_error(own["kl_mean"], own["kl_stderr"])
-        facts.append(("Measured KL", f"{value} nats per token on {own['dataset']}"))
-    if LATENCY in solution:
-        facts.append(("Predicted decode speed", describe_prediction(solution[LATENCY])))
-    if manifest.get("stability") and not sources.is_by_measurement:
-        what = "weighted loss of the domains" if sources.is_by_domain else "predicted KL"
-        facts += _stability_facts(manifest["stability"], what)
-    stopping = describe_stopping(run)
-    if stopping is not None:
-        facts.append(("Shards used", stopping))
-    if config:
-        facts.append(("Compute", f"{config['dtype']} on {config['device']}"))
-    return facts
-
-
-def _cache_facts(sources: Sources) -> list[tuple[str, str]]:
-    """What a token of context takes; nothing where no cache was to choose."""
-    size = sources.manifest["solution"].get(KV_BYTES)
-    if size is None:
-        return []
-    whole = sum(group.cost(NONE, KV_BYTES) for group in sources.problem.groups.values())
-    return [("KV cache", f"{size:,.0f} bytes per token of context, {whole:,.0f} in 16 bits")]
-
-
-def _stability_facts(stability: dict[str, Any], what: str) -> list[tuple[str, str]]:
-    """How sure the plan is, in words.
-
-    Args:
-        stability: Of ``manifest.json``.
-        what: What the plan made least.
-    """
-    tosses = stability["coin_tosses"]
-    named = ", ".join(tosses[:_MAX_NAMED]) + (", ..." if len(tosses) > _MAX_NAMED else "")
-    facts = [
-        (
-            "Decisions",
-            f"{stability['num_certain']} of {stability['num_groups']} groups certain (same format "
-            f"in 95% of {stability['num_resamples']} resamples of the shards), {len(tosses)} coin "
-            f"tosses{': ' + named if tosses else ''}",
-        ),
-        ("Expected regret", f"{stability['expected_regret']:.2%} of the {what}"),
-    ]
-    if stability["null_score"] is not None:
-        facts.append(
-            ("Null", f"{stability['null_score']:.4g}: {what} of plans from shuffled scores")
-        )
-    return facts
-
-
-def _predicted(sources: Sources) -> str:
-    predicted, error = sources.manifest["solution"]["predicted_kl_nats"], sources.error
-    if predicted is None:
-        return "unknown"
-    if error is None:
-        return f"{predicted:.6g} nats per token"
-    how = "from the spread of the plan's own total over the shards"
-    if error.is_bound:
-        how = "at most; the sum of the scores' own"
-    return f"{predicted:.6g} ± {error.stderr:.2g} nats per token (one standard error, {how})"
 
 
 def format_score(entry: tuple[float, float | None] | None) -> str:

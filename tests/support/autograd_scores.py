@@ -17,7 +17,7 @@ from modelopt_scores import NOTHING, next_token_loss, of_text, quantized_by_mode
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import require_gradient
 from autoquant_ray.manifest import quantizer_entries
-from autoquant_ray.plan import PlannedGroup
+from autoquant_ray.planned_group import PlannedGroup
 
 
 def autograd_scores(
