@@ -16,7 +16,14 @@ from typing import Any, Literal
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.errors import ChangedError, Interrupted, StoreError
 from autoquant_ray.lease import Lease
-from autoquant_ray.run_files import CALIBRATION_FILE, FRONTIER_FILE, RUN_FILE, SEARCH_FILE
+from autoquant_ray.run_files import (
+    CALIBRATION_FILE,
+    FRONTIER_FILE,
+    RUN_FILE,
+    SCORES,
+    SEARCH,
+    SEARCH_FILE,
+)
 from autoquant_ray.stage_fingerprints import changed_fields
 from autoquant_ray.store import SCHEMA_VERSION, RunDirectory
 
@@ -192,8 +199,11 @@ class RunState:
         Once calibration (or AWQ's search) is finished, shards that it left out stay out: letting
         them in would change the maxima (or scales) under which the other shards were scored.
         """
-        stages = self.values["stages"]
+        stages, parts_of = self.values["stages"], self.directory.list_parts
         done = {s for s in ("calibrate", "search") if stages.get(s, {}).get("state") == "done"}
+        if self.values["quarantined"]:  # where a merged file was lost, parts tell what was finished
+            done |= {"calibrate", "search"} if parts_of(SCORES) else set()
+            done |= {"calibrate"} if parts_of(SEARCH) else set()
         kept = [entry for entry in self.values["quarantined"] if entry["stage"] in done]
         if len(kept) < len(self.values["quarantined"]):
             self.values["quarantined"] = kept

@@ -166,6 +166,19 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(name: str, started: A
     assert contents(state.directory) == expected
 
 
+def test_shard_left_out_of_calibration_stays_out_once_others_are_scored(started: Any) -> None:
+    """Also where ``calibration.parquet`` was lost and making it again was interrupted."""
+    state, _, _ = started("run")
+    state.values["stages"]["calibrate"] = {"state": "stopped", "fingerprint": "mark"}
+    state.quarantine(0, "calibrate", "odd")
+    state.release_quarantine()
+    assert state.left_out == {0}
+    for shard in range(NUM_SHARDS):
+        state.directory.delete(part_name("scores", shard))
+    state.release_quarantine()
+    assert state.left_out == set()
+
+
 def test_menu_without_such_formats_writes_no_such_files(started: Any, make_engine: Any) -> None:
     state, _, _ = started("run")
     prepared = make_engine("llama", ("wint8_aint8",))
