@@ -68,11 +68,12 @@ def split_experts(
             f"{type(model).__name__} has no routed experts to tell apart; leave out --expert-groups"
         )
     is_fused = len(split) > len(modules)
-    if is_fused and all(format_.input is not None for format_ in formats):
+    menu = [format_ for format_ in formats if format_.kv is None]
+    if is_fused and all(format_.input is not None for format_ in menu):
         raise ConfigError(
             "--expert-groups needs a format that leaves inputs in 16 bits, because experts share "
-            f"the quantizer of their inputs, and {', '.join(f.name for f in formats)} "
-            f"quantize{'s' if len(formats) == 1 else ''} them; add one such as wint4_afp16"
+            f"the quantizer of their inputs, and {', '.join(f.name for f in menu)} "
+            f"quantize{'s' if len(menu) == 1 else ''} them; add one such as wint4_afp16"
         )
     return split
 

@@ -79,6 +79,7 @@ def test_plan_has_a_group_per_expert_with_the_bytes_of_the_whole(apart: Apart) -
         assert sums == {name: group.weight_bytes(format_) for name, group in weights.items()}
     assert apart.plan.flops_per_token == together.flops_per_token
     assert apart.plan.other_bytes == together.other_bytes
+    assert apart.plan.other_modules == together.other_modules
     for number in _singles(apart.plan):
         menu = apart.plan.menu(apart.plan.searched[number])
         assert [f.name for f in menu] == ["wint4_afp16", "wfp8_afp16"]
@@ -206,6 +207,7 @@ def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
         ("Llama", FORMATS, "has no routed experts to tell apart; leave out --expert-groups"),
         ("GPT-OSS", FORMATS, "quantized by ModelOpt as one tensor"),
         ("Qwen3-MoE", ("wfp8_afp8",), "and wfp8_afp8 quantizes them; add one such as wint4_afp16"),
+        ("Qwen3-MoE", ("wfp8_afp8", "kv_fp8"), "and wfp8_afp8 quantizes them; add one such"),
     ],
 )
 def test_experts_that_cannot_be_apart_are_refused(
