@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -225,6 +226,7 @@ def test_reports_and_rivals_have_room_for_caches(
     assert content.dots
     text = run.read_bytes("report.md").decode()
     assert "160 bytes of KV cache per token of context" in text
+    assert re.search(r"\*\* The KV cache has .*; solve again with --engine\.$", text, re.MULTILINE)
     assert f"| {CACHES[0]} | " in text.replace("\\", "")
     assert "bytes per token |" in text
     told = explain_group(run, "0.self_attn.kv")
