@@ -28,6 +28,7 @@ from autoquant_ray.checkpoint_source import (
 )
 from autoquant_ray.engines import check_target
 from autoquant_ray.errors import ConfigError, StoreError, one_line
+from autoquant_ray.formats import NONE
 from autoquant_ray.store import RunDirectory
 
 
@@ -41,6 +42,7 @@ class Checkpoint:
         weight_bytes: Of the whole model, as the manifest counts them.
         bytes_on_disk: Of all tensors in the folder.
         layers: What layers are called -> how many of them.
+        caches: Format of the KV cache -> attentions with it.
     """
 
     path: str
@@ -48,6 +50,7 @@ class Checkpoint:
     weight_bytes: float
     bytes_on_disk: int
     layers: dict[str, int]
+    caches: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -56,9 +59,11 @@ class Checkpoint:
     def lines(self) -> list[str]:
         """What people are told."""
         layers = ", ".join(f"{count} {name}" for name, count in self.layers.items())
+        caches = [f"KV cache: {name} in {count} attentions" for name, count in self.caches.items()]
         off = self.bytes_on_disk / self.weight_bytes - 1
         return [
             f"quantized layers: {layers}",
+            *caches,
             f"weights on disk: {self.bytes_on_disk:,} bytes; the manifest says "
             f"{self.weight_bytes:,.0f} ({off:+.2%})",
             self.path,
@@ -104,6 +109,7 @@ def export_run(
         weight_bytes=source.weight_bytes,
         bytes_on_disk=stored.total,
         layers=dict(names),
+        caches=dict(Counter(name for name in source.caches.values() if name != NONE)),
     )
 
 

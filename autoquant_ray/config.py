@@ -218,8 +218,8 @@ class ScanConfig(SearchSpace):
     def _check_experts(self) -> Self:
         if self.expert_groups != LAYER and self.stop_when_stable is not None:
             raise ValueError(
-                "stop_when_stable cannot judge experts apart, some of which see no token in the "
-                "first shards; leave it out, or expert_groups"
+                "--stop-when-stable cannot judge experts apart, some of which see no token in the "
+                "first shards; leave it out, or --expert-groups"
             )
         return self
 

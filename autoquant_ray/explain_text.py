@@ -43,6 +43,9 @@ def _why_sure(told: Explanation) -> str:
     if share is None:
         return ""
     verdict = " (certain)" if share >= CERTAIN else " (a coin toss)" if share < COIN_TOSS else ""
+    others = [a.format for a in told.formats if (a.resampled_share or 0) >= CERTAIN]
+    if others and share < COIN_TOSS:  # resamples are solved near the best plan, not exactly
+        verdict = f" (these, solved approximately, take {others[0]}: see the prices of the flips)"
     return f", in {share:.0%} of {told.num_resamples} resamples of the shards{verdict}"
 
 

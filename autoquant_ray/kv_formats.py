@@ -74,8 +74,9 @@ def menu_problem(formats: Sequence[str], custom: Iterable[str]) -> str | None:
         return f"custom format {taken[0]!r} has the name of a KV-cache format; choose another name"
     if formats and len(kv_names(formats)) == len(formats):
         return (
-            f"{', '.join(formats)} quantize the KV cache alone; name a format of weights too, such "
-            "as wfp8_afp8 (bits: 16 may leave all weights as they are)"
+            f"{', '.join(formats)} quantize{'s' if len(formats) == 1 else ''} the KV cache alone; "
+            "name a format of weights too, such as wfp8_afp8 (bits: 16 may leave all weights as "
+            "they are)"
         )
     return None
 

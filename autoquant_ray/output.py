@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from autoquant_ray.formats import Format
 from autoquant_ray.frontier_curve import Point
 from autoquant_ray.kv_formats import KV_BYTES, kv_names, reachable_cache
 from autoquant_ray.latency import LATENCY, describe_prediction
@@ -58,14 +59,12 @@ def print_plan(plan: Plan) -> None:
     table = Table(box=box.SIMPLE)
     table.add_column("Group", overflow="fold", no_wrap=True)
     table.add_column("Weights", justify="right")
-    for name in [*(format_.name for format_ in plan.formats), "none"]:
-        table.add_column(f"{name} MiB", justify="right")
+    for format_ in (*plan.formats, None):
+        name, is_cache = ("none", False) if format_ is None else (format_.name, format_.kv)
+        table.add_column(f"{name} {'B/token' if is_cache else 'MiB'}", justify="right")
     for name, groups in _shown_together(plan.groups):
         own = plan.choices(groups[0])
-        sizes = [
-            f"{sum(group.weight_bytes(f) for group in groups) / 2**20:.2f}" if f in own else "-"
-            for f in (*plan.formats, None)
-        ]
+        sizes = [_size(groups, f) if f in own else "-" for f in (*plan.formats, None)]
         reason = "" if groups[0].reason is None else f" ({groups[0].reason})"
         num_weights = sum(group.num_weights for group in groups)
         table.add_row(escape(name + reason), f"{num_weights:,}", *sizes)
@@ -79,6 +78,14 @@ def print_plan(plan: Plan) -> None:
         console.print(f"KV cache: {reachable_cache(low, high)}")
     console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
+
+
+def _size(groups: Sequence[PlannedGroup], format_: Format | None) -> str:
+    """MiB of weights, or bytes of a cache per token of context, named where no head says it."""
+    if not groups[0].is_cache:
+        return f"{sum(group.weight_bytes(format_) for group in groups) / 2**20:.2f}"
+    held = sum(group.kv_bytes(format_) or 0.0 for group in groups)
+    return f"{held:,.0f}" if format_ is not None else f"{held:,.0f} B/token"
 
 
 def _shown_together(groups: Sequence[PlannedGroup]) -> list[tuple[str, list[PlannedGroup]]]:

@@ -188,7 +188,7 @@ def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[
     """Owners of weight matrices that are neither quantizable nor embeddings -> elements."""
     import torch
 
-    planned = {module.path for module in modules}
+    planned = {module.path for module in modules if not module.is_cache}
     return {
         f"{name} ({type(module).__name__})": sum(
             p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2

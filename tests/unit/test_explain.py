@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from autoquant_ray.budget import SolveOptions
 from autoquant_ray.cli import main
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.explain import Explanation, explain_group
+from autoquant_ray.explain_text import head_lines
 from autoquant_ray.group_names import find_group
 from autoquant_ray.parts import Parts
 from autoquant_ray.run_files import SCORES, part_name
@@ -260,6 +262,29 @@ def test_resampled_shares_are_those_of_the_manifest(odd_run: tuple[RunDirectory,
         assert shares[found["chosen"]] == share
         assert sum(shares.values()) == pytest.approx(1)
         assert found["num_resamples"] == 200
+
+
+@pytest.mark.parametrize(
+    ("chosen", "other", "said"),
+    [
+        (0.0, 1.0, "in 0% of 200 resamples of the shards (these, solved approximately, take "),
+        (0.4, 0.6, "in 40% of 200 resamples of the shards (a coin toss)"),
+        (1.0, 0.0, "in 100% of 200 resamples of the shards (certain)"),
+    ],
+)
+def test_format_that_resamples_never_take_is_no_coin_toss(
+    odd_run: tuple[RunDirectory, str], chosen: float, other: float, said: str
+) -> None:
+    told = explain_group(odd_run[0], odd_run[1])
+    second = next(one.format for one in told.formats if not one.is_chosen)
+    shares = {told.chosen: chosen, second: other}
+    formats = tuple(
+        dataclasses.replace(one, resampled_share=shares.get(one.format, 0.0))
+        for one in told.formats
+    )
+    text = head_lines(dataclasses.replace(told, formats=formats))[-1]
+    assert said in text
+    assert (second in text) == (other == 1)
 
 
 def test_scores_and_costs_are_those_of_the_files(odd_run: tuple[RunDirectory, str]) -> None:

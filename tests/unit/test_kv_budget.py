@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ def test_model_without_such_a_cache_is_refused(family: str) -> None:
         ({"formats": FORMATS, "kv_bytes_per_token": 0}, "must be a number above 0"),
         ({"formats": FORMATS, "kv_bytes_per_token": math.inf}, "must be a number above 0"),
         ({"formats": FORMATS[2:], "kv_bytes_per_token": 9}, "name a format of weights too"),
+        ({"formats": FORMATS[3:], "kv_bytes_per_token": 9}, "kv_nvfp4 quantizes the KV cache"),
+        (
+            {"formats": FORMATS[:2], "expert_groups": "expert", "stop_when_stable": "1%"},
+            "^--stop-when-stable cannot judge experts apart.*or --expert-groups$",
+        ),
         (
             {"formats": FORMATS, "custom_formats": {"kv_fp8": {"weight": {"num_bits": 8}}}},
             "'kv_fp8' has the name of a KV-cache format",
@@ -230,10 +236,16 @@ def test_reports_and_rivals_have_room_for_caches(
     print_explanation(told)
     solution = solve_run(run, SolveOptions(bits=9, kv_bytes_per_token=100))
     assert solution.name == "bits-9.00-kv-100"
+    text = run.read_bytes(f"solutions/{solution.name}/report.md").decode()
+    assert re.search(r"\*\* The KV cache has .*; solve again with --engine\.$", text, re.MULTILINE)
     print_solution(run.uri, solution)
-    print_plan(planned("Llama"))
     shown = capsys.readouterr().out
     assert "64 B/token" in shown
+    print_plan(planned("Llama"))
+    shown = capsys.readouterr().out
+    (row,) = (line.split() for line in shown.splitlines() if CACHES[0] in line)
+    assert row == [CACHES[0], "0", "-", "-", "64", "36", "128", "B/token"]
+    assert "kv_fp8 B/token" in shown
     assert "KV cache: 72 to 256 bytes per token of context" in shown
     names = [one.name for one in collect_candidates(state, "", ("uniform", "modelopt", "random"))]
     assert "uniform wint4_afp16" in names

@@ -61,7 +61,8 @@ def test_one_format_for_all_caches_is_written_with_its_scales(
     family: str, solved: Any, tmp_path: Path
 ) -> None:
     directory = solved(family, "kv_fp8", "kv_fp8")
-    export_run(directory, str(tmp_path / "out"), engine="vllm", gpu="hopper")
+    lines = export_run(directory, str(tmp_path / "out"), engine="vllm", gpu="hopper").lines()
+    assert lines[1] == "KV cache: kv_fp8 in 2 attentions"
     maxima, tensors = read_maxima(directory), load_folder(tmp_path / "out")
     for group in CACHES:
         attention = group.removesuffix(".kv")
@@ -77,7 +78,7 @@ def test_one_format_for_all_caches_is_written_with_its_scales(
 
 @pytest.mark.filterwarnings("ignore")
 def test_caches_in_16_bits_leave_no_trace(solved: Any, tmp_path: Path) -> None:
-    export_run(solved("llama", NONE, NONE), str(tmp_path / "out"))
+    assert not export_run(solved("llama", NONE, NONE), str(tmp_path / "out")).caches
     assert not [
         name for name in load_folder(tmp_path / "out") if name.endswith(("k_scale", "v_scale"))
     ]
