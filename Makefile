@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/autoquant-ray demo
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --durations 25
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 25
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
