@@ -11,7 +11,7 @@ Shape letters: T rows, C rows of a chunk, I in features, O out features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -94,13 +94,19 @@ class OutputDifferences:
             own = (planned.name, format_of_weight.weight_key)
             quantizes_inputs = any(format_.input is not None for _, format_ in formats)
             scale_I = self._factors(planned, module, format_of_weight, statistics)
-            make = (module.weight, format_of_weight, self._scales, planned.name, scale_I)
+            quantize = partial(
+                _in_float32, module.weight, scale_I, format_of_weight, self._scales, planned.name
+            )
             maximum = input_maximum(statistics, scale_I, module.weight.dtype)
             error_OI, weight_OI = None, None
             if not is_single or not quantizes_inputs:
-                error_OI = self._weights.get((*own, "error"), partial(_error, *make))
+                error_OI = self._weights.get(
+                    (*own, "error"), partial(_error, module.weight, scale_I, quantize)
+                )
             if quantizes_inputs:
-                weight_OI = self._weights.get((*own, "weight"), partial(_quantized, *make))
+                weight_OI = self._weights.get(
+                    (*own, "weight"), partial(_quantized, module.weight, quantize)
+                )
             for rows in chunks:
                 inputs = self._inputs.of(
                     [format_ for _, format_ in formats],
@@ -225,27 +231,29 @@ class OutputDifferences:
         return [slice(start, start + size) for start in range(0, num_rows, size)]
 
 
-def _error(
+def _in_float32(
     weight_OI: torch.Tensor,
+    factors_I: torch.Tensor | None,
     format_: Format,
     scales: WeightScales,
     name: str,
+) -> torch.Tensor:
+    """``Wq`` of a weight, or of ``W / p``, in float32."""
+    return quantized_weight(format_, smoothed_weight(weight_OI, factors_I).float(), scales, name)
+
+
+def _error(
+    weight_OI: torch.Tensor,
     factors_I: torch.Tensor | None,
+    quantize: Callable[[], torch.Tensor],
 ) -> torch.Tensor:
     """``Wq - W``, or ``p Wq - W``, formed in float32, in the weight's dtype."""
-    smoothed_OI = smoothed_weight(weight_OI, factors_I).float()
-    quantized_OI = quantized_weight(format_, smoothed_OI, scales, name)
+    quantized_OI = quantize()
     if factors_I is not None:
         quantized_OI = quantized_OI * factors_I.to(weight_OI.dtype).float()
     return quantized_OI.sub_(weight_OI.float()).to(weight_OI.dtype)
 
 
-def _quantized(
-    weight_OI: torch.Tensor,
-    format_: Format,
-    scales: WeightScales,
-    name: str,
-    factors_I: torch.Tensor | None,
-) -> torch.Tensor:
-    smoothed_OI = smoothed_weight(weight_OI, factors_I).float()
-    return quantized_weight(format_, smoothed_OI, scales, name).to(weight_OI.dtype)
+def _quantized(weight_OI: torch.Tensor, quantize: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """``Wq`` in the weight's dtype."""
+    return quantize().to(weight_OI.dtype)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant_ray.formats import Format
-from autoquant_ray.smoothed_formats import is_smoothed
+from autoquant_ray.smoothed_formats import module_algorithm
 
 
 class ApartExperts:
@@ -46,11 +46,10 @@ class ApartExperts:
         ]
 
     def algorithms(self) -> dict[str, Any]:
-        """Each quantizer's calibration: name -> ModelOpt's algorithm, None for ``max``, to which
-        ModelOpt leaves experts under formats that scale channels."""
+        """Each quantizer's calibration: name -> ModelOpt's algorithm, None for ``max``."""
         return {
-            f"{owner}.{prefix}weight_quantizers.{number}": (
-                None if is_smoothed(format_) else format_.algorithm
+            f"{owner}.{prefix}weight_quantizers.{number}": module_algorithm(
+                format_, is_linear=False
             )
             for owner, formats in self._formats.items()
             for prefix in self._prefixes[owner]

@@ -18,10 +18,10 @@ from autoquant_ray.certainty import Certainty
 from autoquant_ray.expert_entries import ApartExperts
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.kv_budget import cache_summary
-from autoquant_ray.kv_formats import KV_BYTES
+from autoquant_ray.kv_formats import KV_BYTES, is_described
 from autoquant_ray.latency import LATENCY
 from autoquant_ray.number_formats import is_scaled_by_block, is_static_nvfp4
-from autoquant_ray.smoothed_formats import is_smoothed
+from autoquant_ray.smoothed_formats import module_algorithm
 from autoquant_ray.store import SCHEMA_VERSION
 from autoquant_ray.stored_size import format_bits
 
@@ -143,7 +143,7 @@ def quantization_config(
     :func:`~autoquant_ray.algorithms.of_plan`. None for an imported manifest, which does not name
     all modules of a fused group.
     """
-    known = {e["name"]: e for e in summary["formats"] if e.get("weight") or e.get("kv")}
+    known = {entry["name"]: entry for entry in summary["formats"] if is_described(entry)}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithms: dict[str, Any] = {}
     apart = ApartExperts()
@@ -162,10 +162,7 @@ def quantization_config(
             own = cache_entries(module, format_) if format_.kv is not None else []
             for prefix in facts["prefixes"]:
                 own += quantizer_entries(f"{module}.{prefix}", format_)
-            # Smoothing is for linears; what ModelOpt leaves to ``max`` is calibrated apart from it.
-            algorithm = format_.algorithm
-            if is_smoothed(format_) and not is_linear(facts):
-                algorithm = None
+            algorithm = module_algorithm(format_, is_linear=is_linear(facts))
             algorithms |= {entry["quantizer_name"]: algorithm for entry in own}
             entries.extend(own)
     entries.extend(apart.entries())

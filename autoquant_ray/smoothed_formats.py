@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from autoquant_ray.algorithms import AWQ_LITE, SMOOTHQUANT
 
 if TYPE_CHECKING:
-    from autoquant_ray.formats import Format
+    from autoquant_ray.formats import Attributes, Format
 
 SMOOTHING = (SMOOTHQUANT, AWQ_LITE)
 """ModelOpt's algorithms that scale channels."""
@@ -33,6 +33,12 @@ def method_of(format_: Format) -> str:
 def is_smoothed(format_: Format) -> bool:
     """Whether inputs of linears are scaled channel by channel."""
     return method_of(format_) in SMOOTHING
+
+
+def module_algorithm(format_: Format, *, is_linear: bool) -> Attributes | None:
+    """The algorithm that calibrates one module; None for ``max``, to which ModelOpt leaves what is
+    no linear under formats that scale channels."""
+    return None if is_smoothed(format_) and not is_linear else format_.algorithm
 
 
 def needs_channel_maxima(format_: Format) -> bool:
