@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from autoquant_ray import knapsack
-from autoquant_ray.budget import GroupChoices, Problem, SolveOptions
+from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.formats import NONE
+from autoquant_ray.group_choices import GroupChoices
 from autoquant_ray.knapsack import Floats
 from autoquant_ray.kv_budget import shuffled_order
 from autoquant_ray.served_search import allowed_choices

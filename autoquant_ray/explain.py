@@ -17,7 +17,6 @@ from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import (
     BITS_PER_BYTE,
     UNQUANTIZED_BITS,
-    GroupChoices,
     Problem,
     SolveOptions,
 )
@@ -27,6 +26,7 @@ from autoquant_ray.domain_plans import solve_for, wanted_domains
 from autoquant_ray.explain_text import explanation_html
 from autoquant_ray.flips import Flip, Flips
 from autoquant_ray.formats import NONE
+from autoquant_ray.group_choices import GroupChoices
 from autoquant_ray.group_names import find_group
 from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.manifest import is_chosen_by_measurement

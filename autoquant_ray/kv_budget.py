@@ -21,7 +21,8 @@ from autoquant_ray.knapsack import Indices
 from autoquant_ray.kv_formats import KV_BYTES, KV_OPTION, limit_problem, reachable_cache
 
 if TYPE_CHECKING:
-    from autoquant_ray.budget import GroupChoices, Problem
+    from autoquant_ray.budget import Problem
+    from autoquant_ray.group_choices import GroupChoices
 
 
 def caches_of(problem: Problem) -> list[GroupChoices]:

@@ -37,7 +37,7 @@ from autoquant_ray.hardware_file import SIXTEEN
 from autoquant_ray.latency_target import Latency, four_digits
 
 if TYPE_CHECKING:
-    from autoquant_ray.budget import GroupChoices
+    from autoquant_ray.group_choices import GroupChoices
 
 LATENCY = "latency"
 """Name of the cost: milliseconds of one decode step."""

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 from autoquant_ray.algorithms import by_sets, of_plan, on_cpu
 from autoquant_ray.allocation import Allocation
-from autoquant_ray.budget import ACTIVE_MOE, BITS_PER_BYTE, GroupChoices, Problem, SolveOptions
+from autoquant_ray.budget import BITS_PER_BYTE, Problem, SolveOptions
 from autoquant_ray.certainty import Certainty
 from autoquant_ray.expert_entries import ApartExperts
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
+from autoquant_ray.group_choices import ACTIVE_MOE, GroupChoices
 from autoquant_ray.kv_budget import cache_summary
 from autoquant_ray.kv_formats import KV_BYTES, is_described
 from autoquant_ray.latency import LATENCY

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from autoquant_ray.audit_pairs import read_pairs
-from autoquant_ray.budget import GroupChoices
 from autoquant_ray.formats import NONE
+from autoquant_ray.group_choices import GroupChoices
 from autoquant_ray.kv_budget import held_caches
 from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.report.audit import AuditData, audit_section

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from modelopt_scores import of_text, scores_of_config
+from modelopt_scores import of_text, scores_of_config, summed_by_step
 
 from autoquant_ray import load_quantization_config
 from autoquant_ray.block_formats import BACKEND, for_cpu
@@ -93,10 +93,7 @@ def test_scores_equal_modelopt_search_with_the_backend(
     prepared = make_engine(family, presets)
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
     maxima = to_maxima(merge_statistics(prepared.engine.calibrate(shard) for shard in shards))
-    ours = np.zeros((len(prepared.names), len(presets)))
-    for shard in shards:
-        scores = prepared.engine.score(shard, 0, maxima)
-        ours += scores.sums.elementwise_GF / scores.num_tokens**2
+    ours = summed_by_step(prepared.engine, shards, maxima)
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     for index, preset in enumerate(presets):
         config = for_cpu(getattr(mtq, preset)) | {"algorithm": "max"}

@@ -15,11 +15,12 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from autoquant_ray.budget import GroupChoices, Problem, SolveOptions
+from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.candidates import collect_candidates, solution_options
 from autoquant_ray.cli import main
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats import NONE, resolve_formats
+from autoquant_ray.group_choices import GroupChoices
 from autoquant_ray.hardware_file import Hardware
 from autoquant_ray.latency import StepTime, numeric_class, touched_share
 from autoquant_ray.latency_target import Latency, four_digits, latency_of

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from modelopt_scores import modelopt_scores, of_text
+from modelopt_scores import modelopt_scores, of_text, summed_by_step
 
 from autoquant_ray.calibration import merge_statistics, to_maxima
 
@@ -26,10 +25,7 @@ def test_scores_one_step_per_shard_equal_modelopt(
     prepared = make_engine(family, FORMATS)
     shards = [make_samples([24, 24, 24], seed=1), make_samples([17, 17], seed=2)]
     maxima = to_maxima(merge_statistics(prepared.engine.calibrate(shard) for shard in shards))
-    ours = np.zeros((len(prepared.names), len(FORMATS)))
-    for shard in shards:
-        scores = prepared.engine.score(shard, 0, maxima)
-        ours += scores.sums.elementwise_GF / scores.num_tokens**2
+    ours = summed_by_step(prepared.engine, shards, maxima)
 
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     theirs = modelopt_scores(prepared.model, batches, FORMATS)

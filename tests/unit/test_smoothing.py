@@ -14,7 +14,7 @@ import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
-from modelopt_scores import modelopt_scores, of_text
+from modelopt_scores import modelopt_scores, of_text, summed_by_step
 
 from autoquant_ray.awq import best_alphas, merge_losses
 from autoquant_ray.block_formats import for_cpu
@@ -98,10 +98,7 @@ def test_scores_equal_modelopt(
     prepared = make_engine("llama", presets)
     shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
     maxima = calibrate(prepared.engine, shards)
-    ours = np.zeros((len(prepared.names), len(presets)))
-    for shard in shards:
-        scores = prepared.engine.score(shard, 0, maxima)
-        ours += scores.sums.elementwise_GF / scores.num_tokens**2
+    ours = summed_by_step(prepared.engine, shards, maxima)
     theirs = modelopt_scores(
         prepared.model, [of_text(torch.tensor(shard)) for shard in shards], presets
     )

@@ -17,7 +17,13 @@ import numpy as np
 import pytest
 import torch
 from modelopt.torch.quantization import tensor_quant
-from modelopt_scores import NOTHING, of_text, quantized_by_modelopt, scores_of_config
+from modelopt_scores import (
+    NOTHING,
+    of_text,
+    quantized_by_modelopt,
+    scores_of_config,
+    summed_by_step,
+)
 
 from autoquant_ray import load_quantization_config
 from autoquant_ray.block_formats import quantize_static_blocks
@@ -144,10 +150,7 @@ def test_scores_equal_modelopt_search(
     prepared = make_engine(family, (name,))
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
     maxima = to_maxima(merge_statistics(prepared.engine.calibrate(shard) for shard in shards))
-    ours_G = np.zeros(len(prepared.names))
-    for shard in shards:
-        scores = prepared.engine.score(shard, 0, maxima)
-        ours_G += scores.sums.elementwise_GF[:, 0] / scores.num_tokens**2
+    ours_G = summed_by_step(prepared.engine, shards, maxima)[:, 0]
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     theirs = scores_of_config(make_model(family), batches, for_cpu(getattr(mtq, name)))
     assert set(theirs) == set(prepared.names)

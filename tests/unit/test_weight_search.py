@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 from families import family_model
-from modelopt_scores import NOTHING, of_text, quantized_by_modelopt, scores_of_config
+from modelopt_scores import (
+    NOTHING,
+    of_text,
+    quantized_by_modelopt,
+    scores_of_config,
+    summed_by_step,
+)
 
 from autoquant_ray.calibration import merge_statistics, to_maxima
 from autoquant_ray.errors import FormatError
@@ -131,10 +137,7 @@ def test_scores_equal_modelopt_search(
     prepared = make_engine(family, ("mine", "wint4_afp16"), custom=custom)
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
     maxima = to_maxima(merge_statistics(prepared.engine.calibrate(shard) for shard in shards))
-    ours_G = np.zeros(len(prepared.names))
-    for shard in shards:
-        scores = prepared.engine.score(shard, 0, maxima)
-        ours_G += scores.sums.elementwise_GF[:, 0] / scores.num_tokens**2
+    ours_G = summed_by_step(prepared.engine, shards, maxima)[:, 0]
     config = {
         "quant_cfg": [
             *NOTHING,
