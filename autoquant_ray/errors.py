@@ -102,6 +102,16 @@ class Interrupted(KeyboardInterrupt):
     """The program was asked to stop and stopped in order; the message says what is kept."""
 
 
+def changed_input(name: str, label: str | None = None) -> WorkerError:
+    """The error for a model that adds to a module's input in place, so that it is lost.
+
+    Args:
+        name: The module.
+        label: What leaves it out of the search; default its name.
+    """
+    return WorkerError(f"the model changes the input of {name} in place; --disable {label or name}")
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's message on one line of at most ``limit`` characters; its class where empty."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autoquant_ray.cached_attention import CachedAttention, Call
-from autoquant_ray.errors import WorkerError
+from autoquant_ray.errors import changed_input
 from autoquant_ray.formats import Format
 from autoquant_ray.layers import first_output
 from autoquant_ray.row_choice import as_rows, choose_rows
@@ -88,10 +88,7 @@ class CacheHooks:
                 chosen = [rows.of(gradient_TO) for gradient_TO in gradients]
                 gradients.clear()
                 if call.hidden._version != versions[0]:
-                    raise WorkerError(
-                        f"the model changes the input of {name} in place; --disable "
-                        f"{scored.planned.label}"
-                    )
+                    raise changed_input(name, scored.planned.label)
                 exact = kept if kept._version == versions[1] else None
                 found = self._differences(scored, call, exact, maxima)
                 with torch.no_grad():

@@ -24,7 +24,7 @@ from autoquant_ray.awq import (
     weight_importance,
 )
 from autoquant_ray.channel_statistics import CHANNELS
-from autoquant_ray.errors import NonFiniteError, WorkerError
+from autoquant_ray.errors import NonFiniteError, changed_input
 from autoquant_ray.formats import Format
 from autoquant_ray.quantizable import is_of_tower
 from autoquant_ray.sensitivity import Maxima, ScoredModule
@@ -120,7 +120,7 @@ class ScaleSearch:
             if self._last is None or self._last[0] is not states:
                 self._last = (states, states._version, self._rows(states, is_masked=sees_tokens))
             elif self._last[1] != states._version:
-                raise WorkerError(f"the model changes the input of {name} in place; --disable it")
+                raise changed_input(name)
             self._gathered.setdefault(name, []).append(self._last[2])
 
         return hook

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from autoquant_ray.differences import Difference, OutputDifferences
-from autoquant_ray.errors import WorkerError
+from autoquant_ray.errors import changed_input
 from autoquant_ray.expert_tokens import TokenCounts
 from autoquant_ray.formats import Format
 from autoquant_ray.kv_scoring import CacheHooks
@@ -204,8 +204,9 @@ class SensitivityScorer:
                 seed = (*self._seed, name_seed(name), num_calls)
                 num_calls += 1
                 now = [tensor._version for tensor in (output_TO, *inputs)]
-                if is_changed := now != versions:
-                    _require_same_inputs(name, versions[1:], now[1:])
+                if now[1:] != versions[1:]:
+                    raise changed_input(name)
+                is_changed = now != versions
                 with torch.no_grad():
                     live_T = self._tokens.add(name, inputs, gradients)
                     numbers = [e for one in own if (e := one.planned.expert) is not None]
@@ -296,8 +297,3 @@ class SensitivityScorer:
             pairs = [chosen.drawn.estimate(values_T) for values_T in values_2T]
             estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
             self._sums_4GF[:, group, index] += torch.stack(estimates).to(self._sums_4GF.device)
-
-
-def _require_same_inputs(name: str, before: list[int], now: list[int]) -> None:
-    if before != now:
-        raise WorkerError(f"the model changes the input of {name} in place; --disable {name}")
