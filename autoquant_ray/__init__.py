@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from autoquant_ray.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from autoquant_ray.api import Run, search

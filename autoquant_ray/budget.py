@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, SkipValidation, TypeAdapter, ValidationError
 
-from autoquant_ray.allocation import Allocation, Budget, Choice
+from autoquant_ray.allocation import Budget, Choice
 from autoquant_ray.config import ScanConfig
 from autoquant_ray.config_file import first_problem
 from autoquant_ray.domain_weights import check_objective, normalised
@@ -29,12 +29,10 @@ from autoquant_ray.expert_clusters import Experts
 from autoquant_ray.expert_groups import LAYER, ExpertGroups
 from autoquant_ray.formats import NONE
 from autoquant_ray.group_choices import ACTIVE_MOE, RESOURCES, GroupChoices
-from autoquant_ray.group_names import refuse_parts
-from autoquant_ray.kv_budget import cache_budget, caches_of, require_cache_limit
+from autoquant_ray.kv_budget import cache_budget
 from autoquant_ray.kv_formats import KV_BYTES, positive_problem
 from autoquant_ray.latency import LATENCY, StepTime
 from autoquant_ray.latency_target import Latency
-from autoquant_ray.served_search import solve_served
 from autoquant_ray.step_facts import is_routed_expert
 
 BITS_PER_BYTE = 8
@@ -170,7 +168,7 @@ class Problem:
     @property
     def resources(self) -> list[str]:
         """Names of the costs that every choice has."""
-        names = [*RESOURCES, "model", *([KV_BYTES] if caches_of(self) else [])]
+        names = [*RESOURCES, "model", *([KV_BYTES] if self.caches else [])]
         names += [ACTIVE_MOE] if self.has_active_moe else []
         return names if self.step is None else [*names, LATENCY]
 
@@ -183,6 +181,24 @@ class Problem:
     def unsearched(self) -> list[GroupChoices]:
         """Groups that stay in 16 bits."""
         return [group for group in self.groups.values() if not group.is_searched]
+
+    @property
+    def caches(self) -> list[GroupChoices]:
+        """Groups that are KV caches, searched or not."""
+        return [group for group in self.groups.values() if group.is_cache]
+
+    def with_held_caches(self, formats: Mapping[str, str]) -> Problem:
+        """The same problem in which no cache has another choice than a solution's format.
+
+        Args:
+            formats: Group -> format; groups without one stay in 16 bits.
+        """
+        held = copy(self)
+        held.groups = dict(self.groups)
+        for group in self.caches:
+            name = formats.get(group.name, NONE)
+            held.groups[group.name] = replace(group, rows={name: group.rows[name]})
+        return held
 
     def choices(self, scores: Mapping[tuple[str, str], float]) -> list[Choice]:
         """Choices of the searched groups; 16 bits lose nothing by definition.
@@ -221,7 +237,7 @@ class Problem:
         if options.latency is not None and options.latency.limit_ms is not None:
             assert self.step is not None, "the problem is not timed"
             budgets.append(self.step.budget(self.unsearched, options.latency.limit_ms))
-        return budgets + cache_budget(self, options.kv_bytes_per_token)
+        return budgets + cache_budget(self.caches, options.kv_bytes_per_token)
 
     def _bits_budget(self, bits: float, options: SolveOptions) -> Budget:
         if options.cost == ACTIVE_MOE and not self.has_active_moe:
@@ -242,19 +258,3 @@ class Problem:
             unit_per_bit=weights * per_bit,
             description=f"--bits {bits:g}{note}",
         )
-
-    def solve(self, scores: Mapping[tuple[str, str], float], options: SolveOptions) -> Allocation:
-        """Choose a format for every searched group.
-
-        Raises:
-            InfeasibleBudgetError: With the reachable range.
-            ConfigError: A pin or an allow pattern names something that does not exist.
-        """
-        require_cache_limit(self, options.kv_bytes_per_token)
-        refuse_parts(options.pins, {g.name: g.module_names for g in self.groups.values()})
-        return solve_served(self.timed(options.latency), scores, options)
-
-    def check_feasible(self, options: SolveOptions) -> None:
-        """Raise now, before any scoring, what :meth:`solve` would raise later."""
-        scores = {(group.name, f): 0.0 for group in self.searched for f in group.rows}
-        self.solve(scores, options)

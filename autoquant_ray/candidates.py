@@ -13,10 +13,10 @@ from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats import NONE
-from autoquant_ray.kv_budget import held_caches, shuffled_order
+from autoquant_ray.kv_budget import shuffled_order
 from autoquant_ray.latency_target import Latency
 from autoquant_ray.manifest import allocation_key, average_bits, model_bytes, predicted_loss
-from autoquant_ray.served_search import served_problems
+from autoquant_ray.served_search import search, served_problems
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
 
@@ -131,7 +131,7 @@ def as_allocation(
     problem: Problem, scores: Scores, options: SolveOptions, plan: Candidate
 ) -> Allocation:
     """A plan that measurement chose, as an allocation; its gap is that of its predicted loss."""
-    best = problem.solve(scores, options)
+    best = search(problem, scores, options)
     predicted = plan.predicted_kl
     gap = max(0.0, predicted - best.score) / predicted if predicted else 0.0
     return replace(best, formats=plan.formats, score=predicted, optimality_gap=gap)
@@ -178,7 +178,7 @@ def shuffle_scores(problem: Problem, scores: Scores, seed: int) -> dict[tuple[st
 
 
 def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> dict[str, str]:
-    return problem.solve(scores, options).formats
+    return search(problem, scores, options).formats
 
 
 def _uniform(
@@ -189,7 +189,7 @@ def _uniform(
     names = dict.fromkeys(f for group in weights for f in group.rows if f != NONE)
     fitting = []
     for name in names:
-        formats = _everywhere(held_caches(problem, chosen), options, name)
+        formats = _everywhere(problem.with_held_caches(chosen), options, name)
         if formats is None:
             continue
         costs = {

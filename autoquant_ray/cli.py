@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-import autoquant_ray
 from autoquant_ray.cli_domains import domain_options
 from autoquant_ray.cli_edge import (
     Commands,
@@ -36,10 +35,11 @@ from autoquant_ray.config_file import load_config
 from autoquant_ray.config_values import parse_bytes
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.search_space import SearchSpace
+from autoquant_ray.version import VERSION
 
 
 @click.group(cls=Commands, context_settings={"max_content_width": 100})
-@click.version_option(autoquant_ray.__version__, prog_name="autoquant-ray")
+@click.version_option(VERSION, prog_name="autoquant-ray")
 def main() -> None:
     """Choose a quantization format for every layer of a model, with the work spread over Ray.
 

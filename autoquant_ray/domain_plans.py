@@ -23,7 +23,7 @@ from autoquant_ray.formats import NONE
 from autoquant_ray.knapsack_worst import solve_worst
 from autoquant_ray.manifest import predicted_loss
 from autoquant_ray.run_files import DOMAINS_FILE
-from autoquant_ray.served_search import allowed_choices, best_served, ties_of
+from autoquant_ray.served_search import allowed_choices, best_served, search, ties_of
 from autoquant_ray.state import RunState
 from autoquant_ray.wording import few
 
@@ -49,7 +49,7 @@ def solve_domains(
         ConfigError: The run has no such domain, or none at all; or as ``Problem.solve``.
     """
     if not options.domains and not options.worst_domain:
-        return problem.solve(scores, options)
+        return search(problem, scores, options)
     return solve_for(wanted_domains(state), problem, options)
 
 
@@ -80,7 +80,7 @@ def solve_for(domains: DomainScores, problem: Problem, options: SolveOptions) ->
         InfeasibleBudgetError, ConfigError: As :func:`solve_domains`.
     """
     if options.domains:
-        return problem.solve(domains.weighted(options.domains), options)
+        return search(problem, domains.weighted(options.domains), options)
     return best_served(problem, options, lambda one: _solve_worst(one, domains, options))
 
 
@@ -108,7 +108,7 @@ def domain_summary(
     domains = read_domain_scores(state)
     if domains is None:
         return {}
-    equal = problem.solve(domains.weighted(domains.equal_weights), options).formats
+    equal = search(problem, domains.weighted(domains.equal_weights), options).formats
     own_losses, equal_losses = domains.losses(formats), domains.losses(equal)
     told = {
         name: {
@@ -157,7 +157,7 @@ def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions)
         formats.index(NONE) if NONE in formats else None,
     )
     if answer is None:
-        return problem.solve(equal, options)  # raises, with the reachable range
+        return search(problem, equal, options)  # raises, with the reachable range
     chosen = [
         table[group, formats[column]]
         for group, column in zip(groups, answer.columns_G, strict=True)

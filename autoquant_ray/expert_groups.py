@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from autoquant_ray.formats import Format
-    from autoquant_ray.plan import Plan
 
 LAYER: Final = "layer"
 EXPERT: Final = "expert"
@@ -82,12 +81,6 @@ def apart_key(module: PlannedModule) -> str | None:
     """What the modules of one expert have in common; None for other modules."""
     place = expert_place(module.name)
     return None if place is None else f"{place[0]}.{place[1]}"
-
-
-def single_experts(plan: Plan) -> list[str]:
-    """Searched groups of a plan that are one routed expert each."""
-    names = [group.name for group in plan.searched if plan.experts_apart]
-    return [name for name in names if expert_place(name) is not None]
 
 
 def _split(model: torch.nn.Module, module: PlannedModule) -> Iterator[PlannedModule]:

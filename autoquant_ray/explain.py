@@ -31,7 +31,7 @@ from autoquant_ray.group_names import find_group
 from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.manifest import is_chosen_by_measurement
 from autoquant_ray.run_files import solution_folder, solution_of
-from autoquant_ray.served_search import served_problem
+from autoquant_ray.served_search import search, served_problem
 from autoquant_ray.shard_shares import ShardShare, find_shards
 from autoquant_ray.solve import Scores, certainty_of, load_problem, score_errors
 from autoquant_ray.stability import NUM_RESAMPLES
@@ -271,7 +271,7 @@ class _Story:
 
     def _solve(self, options: SolveOptions) -> Allocation:
         if self._domains is None:
-            return self._problem.solve(self._scores, options)
+            return search(self._problem, self._scores, options)
         return solve_for(self._domains, self._problem, options)
 
     def _budget(self) -> str:

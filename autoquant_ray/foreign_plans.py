@@ -145,7 +145,7 @@ def _write(
     state: RunState, problem: Problem, scores: Scores, plan: dict[str, str], name: str, path: str
 ) -> Solution:
     has_caches = any(group.is_cache for group in problem.searched)
-    cached = cache_summary(problem, dict.fromkeys(problem.groups, NONE) | plan)
+    cached = cache_summary(problem.caches, dict.fromkeys(problem.groups, NONE) | plan)
     options = SolveOptions(
         bytes=math.ceil(model_bytes(problem, plan)),
         kv_bytes_per_token=cached[KV_BYTES] if has_caches else None,

@@ -20,6 +20,7 @@ from autoquant_ray.frontier_curve import (
 )
 from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.run_files import FRONTIER_FILE
+from autoquant_ray.served_search import search
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -97,4 +98,4 @@ def _options(state: RunState, bits: float) -> SolveOptions:
 
 
 def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> Point:
-    return point_of(problem, scores, problem.solve(scores, options).formats)
+    return point_of(problem, scores, search(problem, scores, options).formats)

@@ -19,7 +19,6 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-import autoquant_ray
 from autoquant_ray.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -33,6 +32,7 @@ from autoquant_ray.errors import (
 from autoquant_ray.job_names import check_run_id
 from autoquant_ray.job_package import Package, entrypoint
 from autoquant_ray.job_server import connect
+from autoquant_ray.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ def _request(package: Package, folder: str) -> dict[str, Any]:
         "entrypoint": entrypoint(package.command),
         "entrypoint_num_cpus": 0,
         "entrypoint_num_gpus": 0,
-        "metadata": {_OURS: autoquant_ray.__version__, "kind": package.job.kind},
+        "metadata": {_OURS: VERSION, "kind": package.job.kind},
         "runtime_env": {
             "working_dir": folder,
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)} | package.env,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,37 +19,31 @@ from autoquant_ray.knapsack import Indices
 from autoquant_ray.kv_formats import KV_BYTES, KV_OPTION, limit_problem, reachable_cache
 
 if TYPE_CHECKING:
-    from autoquant_ray.budget import Problem
     from autoquant_ray.group_choices import GroupChoices
 
 
-def caches_of(problem: Problem) -> list[GroupChoices]:
-    """The groups that are caches."""
-    return [group for group in problem.groups.values() if group.is_cache]
-
-
-def require_cache_limit(problem: Problem, limit: float | None) -> None:
+def require_cache_limit(caches: Sequence[GroupChoices], limit: float | None) -> None:
     """Refuse to choose formats of caches without a limit, or to limit what has no choice.
 
     Raises:
         ConfigError: Names the option and the remedy.
     """
-    reason = limit_problem(any(group.is_searched for group in caches_of(problem)), limit)
+    reason = limit_problem(any(group.is_searched for group in caches), limit)
     if reason is not None:
         raise ConfigError(reason)
 
 
-def cache_budget(problem: Problem, limit: float | None) -> list[Budget]:
+def cache_budget(caches: Sequence[GroupChoices], limit: float | None) -> list[Budget]:
     """The limit on the searched caches; none without one.
 
     Args:
-        problem: Groups with their costs.
+        caches: Groups that are caches.
         limit: Bytes per token of context of the whole model; caches that are not searched count in
             16 bits.
     """
     if limit is None:
         return []
-    fixed = math.fsum(g.cost(NONE, KV_BYTES) for g in caches_of(problem) if not g.is_searched)
+    fixed = math.fsum(g.cost(NONE, KV_BYTES) for g in caches if not g.is_searched)
     return [
         Budget(
             resource=KV_BYTES,
@@ -73,29 +65,14 @@ def shuffled_order(groups: Sequence[GroupChoices], generator: np.random.Generato
     return order
 
 
-def held_caches(problem: Problem, formats: Mapping[str, str]) -> Problem:
-    """The same problem in which no cache has another choice than a plan's format.
-
-    Args:
-        problem: Groups with their costs.
-        formats: The plan: group -> format; groups without one stay in 16 bits.
-    """
-    held = copy(problem)
-    held.groups = dict(problem.groups)
-    for group in caches_of(problem):
-        name = formats.get(group.name, NONE)
-        held.groups[group.name] = replace(group, rows={name: group.rows[name]})
-    return held
-
-
-def cache_summary(problem: Problem, formats: Mapping[str, str]) -> dict[str, Any]:
+def cache_summary(caches: Sequence[GroupChoices], formats: Mapping[str, str]) -> dict[str, Any]:
     """What a solution's summary says of the cache: its bytes per token; nothing without caches.
 
     Args:
-        problem: Groups with their costs.
+        caches: Groups that are caches.
         formats: Group -> format.
     """
-    if not caches_of(problem):
+    if not caches:
         return {}
-    total = math.fsum(group.cost(formats[group.name], KV_BYTES) for group in caches_of(problem))
+    total = math.fsum(group.cost(formats[group.name], KV_BYTES) for group in caches)
     return {KV_BYTES: total}

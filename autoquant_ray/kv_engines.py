@@ -7,18 +7,13 @@ searched. Read in the engines' public sources and documents; none of it was run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from autoquant_ray.engine_choices import Served
 from autoquant_ray.engine_table import ENGINES, GENERATIONS
 from autoquant_ray.engines import check_target
 from autoquant_ray.formats import NONE
-from autoquant_ray.kv_budget import caches_of
-
-if TYPE_CHECKING:
-    from autoquant_ray.budget import Problem
 
 _FROM_ADA = ("ada", "hopper", "blackwell")
 _VLLM = "vllm-project/vllm, docs/features/quantization/quantized_kvcache.md"
@@ -104,22 +99,28 @@ def served_formats(engine: str, gpu: str | None) -> list[str]:
     return [row.format for row in rows if row.gpus and generation in (None, *row.gpus)]
 
 
-def with_caches(served: Served, problem: Problem, engine: str, gpu: str | None) -> Served:
-    """What an engine serves together, the caches of the problem among it.
+def with_caches(
+    served: Served,
+    searched: Mapping[str, Collection[str]],
+    *,
+    is_whole: bool,
+    engine: str,
+    gpu: str | None,
+) -> Served:
+    """What an engine serves together, the KV caches among it.
 
     Args:
         served: The same for weights.
-        problem: Groups with their costs.
+        searched: Caches for which a format is searched -> the formats that each has.
+        is_whole: Whether these are all caches of the model.
         engine: One of ``ENGINES``.
         gpu: A generation or a card; None: any.
     """
-    caches = caches_of(problem)
-    searched = [group for group in caches if group.is_searched]
     if not searched:
         return served
-    known = served_formats(engine, gpu) if len(searched) == len(caches) else []
-    names = [name for name in known if all(name in group.rows for group in searched)]
-    permitted = {group.name: frozenset({NONE, *names}) for group in searched}
+    candidates = served_formats(engine, gpu) if is_whole else []
+    names = [name for name in candidates if all(name in menu for menu in searched.values())]
+    permitted = {group: frozenset({NONE, *names}) for group in searched}
     tie = tuple(permitted)
     return replace(
         served,
@@ -130,17 +131,17 @@ def with_caches(served: Served, problem: Problem, engine: str, gpu: str | None) 
 
 
 def cache_problem(
-    problem: Problem, chosen: Mapping[str, str], engine: str | None, gpu: str | None
+    caches: Collection[str], chosen: Mapping[str, str], engine: str | None, gpu: str | None
 ) -> str | None:
     """Why an engine cannot serve the caches of a plan; None where it can.
 
     Args:
-        problem: Groups with their costs.
+        caches: Groups that are caches.
         chosen: Group -> format; others stay in 16 bits.
         engine: One of ``ENGINES``; None: any of them.
         gpu: A generation or a card; None: any.
     """
-    names = sorted({chosen.get(group.name, NONE) for group in caches_of(problem)})
+    names = sorted({chosen.get(group, NONE) for group in caches})
     if names in ([], [NONE]):
         return None
     if len(names) > 1:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from autoquant_ray.algorithms import by_sets, of_plan, on_cpu
 from autoquant_ray.allocation import Allocation
 from autoquant_ray.budget import BITS_PER_BYTE, Problem, SolveOptions
-from autoquant_ray.certainty import Certainty
 from autoquant_ray.expert_entries import ApartExperts
 from autoquant_ray.formats import NONE, Format, attributes_from_json, attributes_to_json
 from autoquant_ray.group_choices import ACTIVE_MOE, GroupChoices
@@ -96,7 +95,7 @@ def solution_summary(
         "predicted_kl_nats": allocation.score if scores_are_nats else None,
         "is_satisfied": allocation.is_satisfied,
         "optimality_gap": allocation.optimality_gap,
-        **cache_summary(problem, formats),
+        **cache_summary(problem.caches, formats),
     } | more
 
 
@@ -255,7 +254,7 @@ def build_manifest(
     options: SolveOptions,
     solution: Mapping[str, Any],
     config: Mapping[str, Any] | None,
-    certainty: Certainty | None,
+    stability: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Content of ``manifest.json``.
 
@@ -265,7 +264,7 @@ def build_manifest(
         options: Budget and constraints that were solved for.
         solution: From :func:`solution_summary`.
         config: From :func:`quantization_config`.
-        certainty: The ``stability`` object; null where it is None.
+        stability: What resampling says of the allocation; None where nothing was resampled.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -290,7 +289,7 @@ def build_manifest(
         },
         "solution": dict(solution),
         "quantization_config": config,
-        "stability": None if certainty is None else certainty.to_json(),
+        "stability": stability,
     }
 
 

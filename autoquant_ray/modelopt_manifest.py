@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from autoquant_ray.budget import UNQUANTIZED_BITS, Problem, SolveOptions
 from autoquant_ray.errors import DataError
 from autoquant_ray.formats import NONE
+from autoquant_ray.served_search import check_feasible
 from autoquant_ray.solve import Solution, solve_run
 from autoquant_ray.state import RunState, new_run_values, require_target
 from autoquant_ray.store import RunDirectory
@@ -44,7 +45,7 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
     require_target(directory, "overwrite" if overwrite else "new")
     options = SolveOptions(bits=bits, bits_over="all", cost="modelopt")
     state = RunState(directory, _run_values(path, directory, manifest, rows))
-    Problem(rows, state.values["plan"]).check_feasible(options)
+    check_feasible(Problem(rows, state.values["plan"]), options)
     directory.clear()
     state.save()
     directory.write_table("plan.parquet", "plan", rows)

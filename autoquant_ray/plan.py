@@ -17,7 +17,6 @@ from autoquant_ray.expert_groups import (
     ExpertGroups,
     apart_key,
     is_apart,
-    single_experts,
     split_experts,
 )
 from autoquant_ray.formats import NONE, Format
@@ -27,6 +26,7 @@ from autoquant_ray.layers import decoder_layers
 from autoquant_ray.planned_group import UNQUANTIZED_BITS, PlannedGroup
 from autoquant_ray.quantizable import (
     PlannedModule,
+    expert_place,
     group_key,
     is_of_tower,
     other_modules,
@@ -73,6 +73,13 @@ class Plan:
     def searched(self) -> list[PlannedGroup]:
         """Groups for which a format is chosen."""
         return [group for group in self.groups if group.is_searched]
+
+    @property
+    def single_experts(self) -> list[str]:
+        """Searched groups that are one routed expert each."""
+        if not self.experts_apart:
+            return []
+        return [group.name for group in self.searched if expert_place(group.name) is not None]
 
     def menu(self, group: PlannedGroup) -> list[Format]:
         """Formats of the run that a group can take, in their order; none if it is not searched."""
@@ -130,7 +137,7 @@ class Plan:
             "other_modules": self.other_modules,
             "flops_per_token": self.flops_per_token,
             "step": self.step,
-            "experts": single_experts(self),
+            "experts": self.single_experts,
             "idle_groups": [group.name for group in self.groups if is_of_tower(group.name)],
         }
 

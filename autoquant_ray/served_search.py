@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy
-from typing import TYPE_CHECKING
 
 from autoquant_ray.allocation import Allocation, Choice, restrict
+from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.engine_choices import (
     NotServedError,
     formats_of,
@@ -16,30 +16,42 @@ from autoquant_ray.engine_choices import (
 )
 from autoquant_ray.errors import AutoQuantError, InfeasibleBudgetError
 from autoquant_ray.expert_clusters import require_apart
+from autoquant_ray.group_names import refuse_parts
+from autoquant_ray.kv_budget import require_cache_limit
 from autoquant_ray.kv_engines import cache_problem, with_caches
 from autoquant_ray.ties import Ties, solve_tied
-
-if TYPE_CHECKING:
-    from autoquant_ray.budget import Problem, SolveOptions
 
 Scores = Mapping[tuple[str, str], float]
 """(group, format) -> nats per token."""
 
 
-def solve_served(problem: Problem, scores: Scores, options: SolveOptions) -> Allocation:
+def search(problem: Problem, scores: Scores, options: SolveOptions) -> Allocation:
     """Choose a format for every searched group.
+
+    Args:
+        problem: Groups with their costs.
+        scores: (group, format) -> score in nats per token.
+        options: Budget and constraints.
 
     Raises:
         InfeasibleBudgetError: With the reachable range.
         ConfigError: A pin or an allow pattern names something that does not exist, or the engine
             serves nothing of what is left.
     """
+    require_cache_limit(problem.caches, options.kv_bytes_per_token)
+    refuse_parts(options.pins, {g.name: g.module_names for g in problem.groups.values()})
 
     def solve(one: Problem) -> Allocation:
         choices, budgets = allowed_choices(one, scores, options), one.budgets(options)
         return solve_tied(choices, budgets, ties_of(one, options), max_formats=options.max_formats)
 
-    return best_served(problem, options, solve)
+    return best_served(problem.timed(options.latency), options, solve)
+
+
+def check_feasible(problem: Problem, options: SolveOptions) -> None:
+    """Raise now, before any scoring, what :func:`search` would raise later."""
+    scores = {(group.name, f): 0.0 for group in problem.searched for f in group.rows}
+    search(problem, scores, options)
 
 
 def best_served(
@@ -79,13 +91,17 @@ def served_problems(problem: Problem, options: SolveOptions) -> list[Problem]:
     if options.engine is None or problem.served is not None:
         return [problem]
     groups = _weights(problem)
+    caches = {group.name: group.rows for group in problem.caches if group.is_searched}
+    is_whole = len(caches) == len(problem.caches)
     searched = [group.name for group in problem.searched if not group.is_cache]
     problems = []
     for served in served_sets(
         groups, searched, formats_of(problem.summary), options.engine, options.gpu
     ):
         problems.append(copy(problem))
-        problems[-1].served = with_caches(served, problem, options.engine, options.gpu)
+        problems[-1].served = with_caches(
+            served, caches, is_whole=is_whole, engine=options.engine, gpu=options.gpu
+        )
     return problems
 
 
@@ -103,7 +119,9 @@ def served_problem(problem: Problem, options: SolveOptions, formats: Mapping[str
     if options.engine is None:
         return problem
     own = {group.name: formats[group.name] for group in problem.searched}
-    reason = cache_problem(problem, own, options.engine, options.gpu)
+    reason = cache_problem(
+        [group.name for group in problem.caches], own, options.engine, options.gpu
+    )
     if reason is not None:
         raise NotServedError(f"{options.engine} cannot serve this plan: {reason}")
     groups = _weights(problem)

@@ -19,6 +19,7 @@ from autoquant_ray.budget import Problem, SolveOptions
 from autoquant_ray.errors import StoreError
 from autoquant_ray.parts import Parts
 from autoquant_ray.run_files import SCORES
+from autoquant_ray.served_search import search
 from autoquant_ray.state import RunState
 
 NUM_LARGEST = 5
@@ -184,7 +185,7 @@ def _formats_without(
     groups = {one.name for one in problem.searched}
     scores = parts.scores_without(tried, groups) if tried else {}
     return {
-        shard: problem.solve(scores[shard], options).formats[group] if shard in scores else None
+        shard: search(problem, scores[shard], options).formats[group] if shard in scores else None
         for shard in tried
     }
 

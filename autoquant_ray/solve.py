@@ -176,7 +176,8 @@ def write_solution(
     config = quantization_config(problem, formats, plan)
     is_foreign = "imported_from" in (notes or {})
     certainty = None if is_foreign else certainty_of(state, problem, scores, options, formats)
-    manifest = build_manifest(state.values, options, summary, config, certainty) | dict(notes or {})
+    stability = None if certainty is None else certainty.to_json()
+    manifest = build_manifest(state.values, options, summary, config, stability) | dict(notes or {})
     start = solution_folder(name)
     paths = {
         "manifest.parquet": directory.write_table(

@@ -22,7 +22,6 @@ from autoquant_ray.distributed.progress import Throughput, progress
 from autoquant_ray.distributed.worker import ShardTask
 from autoquant_ray.domain_scores import write_domain_scores
 from autoquant_ray.errors import Interrupted, StoreError, WorkerError
-from autoquant_ray.expert_groups import single_experts
 from autoquant_ray.expert_tokens import note_silent_experts, silent_experts
 from autoquant_ray.interrupts import stop_on_signal
 from autoquant_ray.parts import Parts, map_ahead
@@ -30,6 +29,7 @@ from autoquant_ray.plan import Plan
 from autoquant_ray.run_files import SAMPLES, SCORES, part_name
 from autoquant_ray.samples_stage import read_tasks
 from autoquant_ray.sensitivity import Maxima
+from autoquant_ray.served_search import check_feasible
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.weight_hashes import hash_groups
@@ -102,7 +102,7 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
     import ray
 
     rule = stopping_stage.make_rule(state, plan)
-    groups, experts = [group.name for group in plan.searched], {*single_experts(plan)}
+    groups, experts = [group.name for group in plan.searched], {*plan.single_experts}
     keys, formats = plan.score_keys, [format_.name for format_ in plan.formats]
 
     def write(outcome: Outcome) -> str:
@@ -157,7 +157,7 @@ def check_budget(plan: Plan, config: ScanConfig) -> None:
     Raises:
         InfeasibleBudgetError: With the reachable range.
     """
-    Problem(plan.rows(), plan.summary()).check_feasible(solve_options(config))
+    check_feasible(Problem(plan.rows(), plan.summary()), solve_options(config))
 
 
 def collect(state: RunState, pool: WorkerPool, work: Work) -> None:

@@ -45,6 +45,7 @@ from autoquant_ray.plan import build_plan
 from autoquant_ray.plan_search import search_plans, split_shards
 from autoquant_ray.quantized_layers import UNQUANTIZED
 from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.served_search import search
 from autoquant_ray.total_error import ratio_stderr
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
@@ -194,9 +195,9 @@ class World:
         sizes = [plan.effective_bits for plan in self.plans]
         bits = min(sizes) + share * (max(sizes) - min(sizes))
         options = SolveOptions(bits=bits, allow={name: FORMATS for name in self.names})
-        solved = self.problem.solve(self.scores, options).formats
+        solved = search(self.problem, self.scores, options).formats
         nothing = [shuffle_scores(self.problem, self.scores, n) for n in range(NUM_SHUFFLES)]
-        shuffled = [self.problem.solve(scores, options).formats for scores in nothing]
+        shuffled = [search(self.problem, scores, options).formats for scores in nothing]
         plans = [
             self.plan("solved", solved),
             self.plan("audited", self.audit(options, solved)),

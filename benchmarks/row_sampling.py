@@ -30,6 +30,7 @@ from autoquant_ray.engine import Engine
 from autoquant_ray.formats import NONE, resolve_formats
 from autoquant_ray.models import build_skeleton, find_model
 from autoquant_ray.plan import Plan, build_plan
+from autoquant_ray.served_search import search
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -102,7 +103,7 @@ def excess(plan: Plan, sampled: Scores, exact: Scores, bits: float) -> float:
     problem = Problem(plan.rows(), plan.summary())
     totals = []
     for scores in (sampled, exact):
-        chosen = problem.solve(named(plan, scores), SolveOptions(bits=bits)).formats
+        chosen = search(problem, named(plan, scores), SolveOptions(bits=bits)).formats
         values = named(plan, exact)
         totals.append(sum(values[g, f] for g, f in chosen.items() if f != NONE))
     return totals[0] / totals[1]

@@ -10,7 +10,6 @@ from typing import Any
 from autoquant_ray.audit_pairs import read_pairs
 from autoquant_ray.formats import NONE
 from autoquant_ray.group_choices import GroupChoices
-from autoquant_ray.kv_budget import held_caches
 from autoquant_ray.kv_formats import KV_BYTES
 from autoquant_ray.report.audit import AuditData, audit_section
 from autoquant_ray.report.concerns import Concern, find_concerns
@@ -159,7 +158,7 @@ def _dots(sources: Sources) -> list[Dot]:
     )
     scores = {(g, f): s for g, of in sources.scores.items() for f, (s, _) in of.items()}
     evaluations = sources.evaluations
-    problem = held_caches(sources.problem, sources.formats)
+    problem = sources.problem.with_held_caches(sources.formats)
     return frontier_dots(sources.state.directory, problem, scores, plan, evaluations)
 
 

@@ -137,7 +137,7 @@ def _unserved(sources: Sources) -> str | None:
     engine, gpu = budget.get("engine"), budget.get("gpu")
     weights = {name: format_ for name, format_ in chosen.items() if name in groups}
     reason = why_unserved(groups, weights, formats_of(plan), engine, gpu)
-    cache = cache_problem(problem, chosen, engine, gpu)
+    cache = cache_problem([group.name for group in problem.caches], chosen, engine, gpu)
     return reason or (None if cache is None else f"{cache[0].upper()}{cache[1:]}.")
 
 

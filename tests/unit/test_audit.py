@@ -29,6 +29,7 @@ from autoquant_ray.formats import NONE
 from autoquant_ray.output import print_audit
 from autoquant_ray.plan_search import split_shards
 from autoquant_ray.report.audit import audit_section
+from autoquant_ray.served_search import search
 from autoquant_ray.solve import load_problem, solve_run
 from autoquant_ray.state import RunState
 
@@ -40,7 +41,7 @@ def solved(make_run: Any) -> Any:
     """A problem with its scores, and the plan at 6 bits."""
     problem, scores = load_problem(RunState.open(make_run()))
     return SimpleNamespace(
-        problem=problem, scores=scores, formats=problem.solve(scores, OPTIONS).formats
+        problem=problem, scores=scores, formats=search(problem, scores, OPTIONS).formats
     )
 
 
@@ -100,7 +101,7 @@ def test_common_factor_changes_no_plan(solved: Any) -> None:
     again = solve_again(solved.problem, solved.scores, pairs, OPTIONS, solved.formats)
     assert again == solved.formats
     raw = solved.scores | {(pair.group, pair.format): pair.measured for pair in pairs}
-    assert solved.problem.solve(raw, OPTIONS).formats != solved.formats
+    assert search(solved.problem, raw, OPTIONS).formats != solved.formats
     rescaled = audited_scores(solved.scores, pairs)
     assert rescaled == pytest.approx({pair: 3 * score for pair, score in solved.scores.items()})
 
@@ -125,7 +126,7 @@ def test_pair_that_breaks_the_model_is_a_last_resort(solved: Any) -> None:
     assert again[group] != format_
     assert median_ratio(pairs) is None
     pinned = SolveOptions(bits=6.0, pins={group: format_})
-    formats = solved.problem.solve(solved.scores, pinned).formats
+    formats = search(solved.problem, solved.scores, pinned).formats
     again = solve_again(solved.problem, solved.scores, pairs, pinned, formats)
     assert again[group] == format_
 
@@ -187,7 +188,7 @@ def test_audited_plan_is_no_worse(share: float, laboratory: Laboratory) -> None:
         pins={head: NONE},
         allow={name: FORMATS for name in laboratory.names[:-1]},
     )
-    formats = problem.solve(scores, options).formats
+    formats = search(problem, scores, options).formats
     kept = restrict(problem.choices(scores), options.pins, options.allow)
     chosen = [(c.group, c.format) for c in kept if c.format != NONE]
     measurement: Any = SimpleNamespace(facts={"num_shards": NUM_SHARDS}, measure=laboratory.measure)

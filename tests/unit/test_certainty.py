@@ -11,6 +11,7 @@ import pytest
 from autoquant_ray import knapsack
 from autoquant_ray.budget import SolveOptions
 from autoquant_ray.certainty import Certainty, assess_solution, found_certainty
+from autoquant_ray.served_search import search
 from autoquant_ray.solve import load_problem, solve_run
 from autoquant_ray.stability import assess
 from autoquant_ray.state import RunState
@@ -54,7 +55,7 @@ def test_alike_shards_decide_and_noisy_ones_do_not(
     problem, scores = load_problem(RunState.open(directory))
     buckets = buckets_of(directory, noise)
     options = SolveOptions(bits=6.0)
-    formats = problem.solve(scores, options).formats
+    formats = search(problem, scores, options).formats
     found = assess_solution(problem, scores, options, formats, buckets)
     assert found is not None
     if is_certain:
@@ -72,7 +73,7 @@ def test_constraints_hold_in_the_resamples(make_run: Any) -> None:
     buckets = buckets_of(directory, 3.0)
     group = problem.searched[0].name
     options = SolveOptions(bits=6.0, pins={group: "wint8_aint8"})
-    formats = problem.solve(scores, options).formats
+    formats = search(problem, scores, options).formats
     found = assess_solution(problem, scores, options, formats, buckets)
     assert found is not None
     assert found.kept[group] == 1.0

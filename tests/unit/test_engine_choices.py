@@ -22,7 +22,7 @@ from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats import NONE, PAIRS, Format
 from autoquant_ray.report.concerns import find_concerns
 from autoquant_ray.report.evidence import Evidence
-from autoquant_ray.served_search import served_problem
+from autoquant_ray.served_search import search, served_problem
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
 from autoquant_ray.swaps import Swaps
@@ -138,16 +138,16 @@ def test_search_finds_the_best_of_all_plans_that_are_served(
         best = best_by_hand(problem, scores, options)
         if math.isinf(best):
             with pytest.raises(InfeasibleBudgetError, match=f"that {engine}.*serves together"):
-                problem.solve(scores, options)
+                search(problem, scores, options)
             continue
-        assert problem.solve(scores, options).score == pytest.approx(best, rel=1e-9)
+        assert search(problem, scores, options).score == pytest.approx(best, rel=1e-9)
 
 
 def test_experts_never_stay_behind_neighbours_that_vllm_would_read_them_by() -> None:
     for seed, bits in itertools.product(range(5), (6.0, 9.0, 12.0, 15.0)):
         problem, scores = make_problem(SHARED, ["fp8", "nvfp4"], seed)
         options = SolveOptions(bits=bits, engine="vllm", gpu="b200")
-        found = problem.solve(scores, options)
+        found = search(problem, scores, options)
         assert served_problem(problem, options, found.formats).served is not None
         assert found.score >= best_by_hand(problem, scores, options) - 1e-12
 
@@ -155,7 +155,7 @@ def test_experts_never_stay_behind_neighbours_that_vllm_would_read_them_by() -> 
 def test_moves_of_a_refinement_keep_what_the_engine_needs() -> None:
     problem, scores = make_problem(MLA, ["fp8", "nvfp4"], 0)
     options = SolveOptions(bits=10, engine="vllm", gpu="blackwell")
-    formats = problem.solve(scores, options).formats
+    formats = search(problem, scores, options).formats
     one = served_problem(problem, options, formats)
     swaps = Swaps(one, scores, options)
     changes = list(swaps.proposals(formats))
@@ -169,7 +169,7 @@ def test_menu_of_which_nothing_is_served_is_refused_with_the_remedy() -> None:
     with pytest.raises(
         ConfigError, match=r"vllm on hopper serves no format.*int4: vllm does not"
     ) as e:
-        problem.solve(scores, SolveOptions(bits=8, engine="vllm", gpu="h100"))
+        search(problem, scores, SolveOptions(bits=8, engine="vllm", gpu="h100"))
     assert "choose another --engine" in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -178,7 +178,7 @@ def test_pin_that_the_engine_does_not_serve_is_refused() -> None:
     problem, scores = make_problem(DENSE, ["fp8", "int4"], 0)
     options = SolveOptions(bits=12, engine="vllm", pins={"o": "int4"})
     with pytest.raises(ConfigError, match="group 'o' is to take int4, and vllm serves there fp8"):
-        problem.solve(scores, options)
+        search(problem, scores, options)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from autoquant_ray.explain_text import head_lines
 from autoquant_ray.group_names import find_group
 from autoquant_ray.parts import Parts
 from autoquant_ray.run_files import SCORES, part_name
+from autoquant_ray.served_search import search
 from autoquant_ray.solve import load_problem, solve_run, write_solution
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -370,7 +371,7 @@ def test_refined_solution_is_compared_with_itself(make_run: Any) -> None:
     solve_run(directory, options, folder="")
     state = RunState.open(directory)
     problem, scores = load_problem(state)
-    best = problem.solve(scores, options)
+    best = search(problem, scores, options)
     group = next(g for g, f in best.formats.items() if f == "wint8_aint8")
     formats = best.formats | {group: "wint4_afp16"}
     score = math.fsum(scores[g, f] for g, f in formats.items() if f != "none")

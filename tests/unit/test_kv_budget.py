@@ -37,6 +37,7 @@ from autoquant_ray.manifest import load_quantization_config
 from autoquant_ray.output import print_explanation, print_plan, print_solution
 from autoquant_ray.plan import Plan, build_plan
 from autoquant_ray.report.content import collect_content
+from autoquant_ray.served_search import search
 from autoquant_ray.solve import load_problem, solve_run
 from autoquant_ray.state import RunState
 from autoquant_ray.store import RunDirectory
@@ -162,7 +163,7 @@ def test_presets_of_modelopt_name_our_formats(preset: str, name: str) -> None:
 @pytest.mark.parametrize(("bits", "limit"), [(8, 160), (5, 72), (6.5, 101), (16, 256), (4.25, 140)])
 def test_solution_is_that_of_brute_force(run: RunDirectory, bits: float, limit: float) -> None:
     problem, scores = load_problem(RunState.open(run))
-    found = problem.solve(scores, SolveOptions(bits=bits, kv_bytes_per_token=limit))
+    found = search(problem, scores, SolveOptions(bits=bits, kv_bytes_per_token=limit))
     weights = sum(group.num_weights for group in problem.searched)
     best = math.inf
     assert len(problem.searched) == 6
@@ -276,7 +277,7 @@ def test_allocation_of_another_tool_leaves_caches_in_16_bits(
 def test_what_a_cache_frees_does_not_pay_for_weights(run: RunDirectory) -> None:
     problem, scores = load_problem(RunState.open(run))
     options = SolveOptions(bits=5, kv_bytes_per_token=128)
-    formats = problem.solve(scores, options).formats
+    formats = search(problem, scores, options).formats
     swaps = Swaps(problem, scores, options)
     assert swaps.fits(formats)
     smaller = formats | dict.fromkeys(CACHES, "kv_nvfp4")
@@ -305,9 +306,9 @@ def test_engines_keep_all_of_the_cache_in_one_format(
     options = SolveOptions(bits=16, kv_bytes_per_token=limit, engine=engine, gpu=gpu)
     if expected is None:
         with pytest.raises(InfeasibleBudgetError, match="bytes per token of context"):
-            problem.solve(scores, options)
+            search(problem, scores, options)
         return
-    found = problem.solve(scores, options)
+    found = search(problem, scores, options)
     assert {found.formats[name] for name in CACHES} == {expected}
 
 
@@ -316,7 +317,7 @@ def test_speed_of_a_plan_does_not_depend_on_its_caches(run: RunDirectory) -> Non
     latency = latency_of("h100", batch=8, context=2048)
     timed = problem.timed(latency)
     small, large = (
-        problem.solve(scores, SolveOptions(bits=8, kv_bytes_per_token=n, latency=latency))
+        search(problem, scores, SolveOptions(bits=8, kv_bytes_per_token=n, latency=latency))
         for n in (72, 256)
     )
     assert small.formats != large.formats

@@ -25,6 +25,7 @@ from autoquant_ray.hardware_file import Hardware
 from autoquant_ray.latency import StepTime, numeric_class, touched_share
 from autoquant_ray.latency_target import Latency, four_digits, latency_of
 from autoquant_ray.plan import Plan, build_plan
+from autoquant_ray.served_search import search
 from autoquant_ray.solve import load_problem, solution_name, solve_run
 from autoquant_ray.state import RunState
 from autoquant_ray.swaps import Swaps
@@ -306,7 +307,7 @@ def test_active_moe_budget_is_met_and_tight(make_run: Any) -> None:
     directory = make_run("qwen3_moe", formats=FORMATS)
     problem, scores = load_problem(RunState.open(directory))
     options = SolveOptions(bits=8.5, bits_over="all", cost="active_moe")
-    found = problem.solve(scores, options)
+    found = search(problem, scores, options)
     total = sum(g.weights("active_moe") for g in problem.groups.values())
     outside = sum(g.cost(NONE, "active_moe") for g in problem.unsearched)
     assert (found.costs["active_moe"] + outside) * 16 / total <= 8.5 * (1 + 1e-9)
@@ -413,7 +414,7 @@ def test_limits_on_time_and_bytes_give_the_best_allocation(
         )
         if not within:
             with pytest.raises(InfeasibleBudgetError):
-                problem.solve(scores, options)
+                search(problem, scores, options)
             continue
         solution = solve_run(directory, options)
         assert solution.summary["predicted_kl_nats"] == pytest.approx(min(within), rel=1e-9)
@@ -542,7 +543,7 @@ def test_three_limits_at_once_give_the_best_allocation(make_run: Any) -> None:
         limited = dataclasses.replace(latency, ms_per_token=limit_ms)
         options = SolveOptions(bits=bits, bytes=limit_bytes, latency=limited)
         assert is_within.any()
-        assert problem.solve(scores, options).score == pytest.approx(
+        assert search(problem, scores, options).score == pytest.approx(
             losses[is_within].min(), rel=1e-9
         )
 

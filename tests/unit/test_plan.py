@@ -20,6 +20,7 @@ from autoquant_ray.formats import Format, resolve_formats
 from autoquant_ray.manifest import manifest_rows
 from autoquant_ray.models import build_skeleton, find_model
 from autoquant_ray.plan import build_plan
+from autoquant_ray.served_search import check_feasible, search
 from autoquant_ray.stored_size import stored_bits
 
 INT4 = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
@@ -174,9 +175,9 @@ def test_budget_bytes_of_the_whole_model_is_met_exactly_at_16_bits(make_model: A
     problem = Problem(plan.rows(), plan.summary())
     num_bytes = 2 * sum(p.numel() for p in model.parameters())
     scores = {(group.name, "wint8_afp16"): 1.0 for group in plan.searched}
-    allocation = problem.solve(scores, SolveOptions(bytes=num_bytes))
+    allocation = search(problem, scores, SolveOptions(bytes=num_bytes))
     assert set(allocation.formats.values()) == {"none"}
-    smaller = problem.solve(scores, SolveOptions(bytes=num_bytes - 1))
+    smaller = search(problem, scores, SolveOptions(bytes=num_bytes - 1))
     assert sum(f != "none" for f in smaller.formats.values()) == 1
 
 
@@ -185,7 +186,7 @@ def test_budget_below_the_reachable_range_names_it(make_model: Any) -> None:
     low, high = plan.bits_range()
     assert high == 16
     with pytest.raises(InfeasibleBudgetError, match=f"{low:.2f}"):
-        Problem(plan.rows(), plan.summary()).check_feasible(SolveOptions(bits=3))
+        check_feasible(Problem(plan.rows(), plan.summary()), SolveOptions(bits=3))
 
 
 def test_budget_over_all_weights_counts_unsearched_ones(make_model: Any) -> None:
@@ -194,10 +195,10 @@ def test_budget_over_all_weights_counts_unsearched_ones(make_model: Any) -> None
     problem = Problem(plan.rows(), plan.summary())
     scores = {(group.name, "wint8_afp16"): 1.0 for group in plan.searched}
     total = sum(group.num_weights for group in plan.groups)
-    allocation = problem.solve(scores, SolveOptions(bits=12, bits_over="all"))
+    allocation = search(problem, scores, SolveOptions(bits=12, bits_over="all"))
     stored = allocation.costs["storage"] + 2 * problem.groups["lm_head"].num_weights
     assert stored * 8 / total <= 12
-    searched_only = problem.solve(scores, SolveOptions(bits=12))
+    searched_only = search(problem, scores, SolveOptions(bits=12))
     assert searched_only.costs["storage"] > allocation.costs["storage"]
 
 
@@ -276,5 +277,5 @@ def test_budget_bytes_below_the_reachable_range_counts_everything(make_model: An
     problem = Problem(plan.rows(), plan.summary())
     low = problem.other_bytes + sum(g.weight_bytes(plan.formats[0]) for g in plan.groups)
     with pytest.raises(InfeasibleBudgetError, match=f"{round(low)} bytes"):
-        problem.check_feasible(SolveOptions(bytes=round(low) - 1))
-    problem.check_feasible(SolveOptions(bytes=round(low)))
+        check_feasible(problem, SolveOptions(bytes=round(low) - 1))
+    check_feasible(problem, SolveOptions(bytes=round(low)))

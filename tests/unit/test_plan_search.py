@@ -12,6 +12,7 @@ from autoquant_ray.budget import SolveOptions
 from autoquant_ray.evaluation_table import mean_kl
 from autoquant_ray.formats import NONE
 from autoquant_ray.plan_search import search_plans
+from autoquant_ray.served_search import search
 
 
 def pinned(laboratory: Laboratory) -> list[str]:
@@ -62,7 +63,7 @@ def test_refined_plan_is_among_the_best_of_all(
         pins=dict.fromkeys(pinned(laboratory), NONE),
         allow={name: FORMATS for name in free_groups(laboratory)},
     )
-    formats = laboratory.problem.solve(laboratory.scores, options).formats
+    formats = search(laboratory.problem, laboratory.scores, options).formats
     found = search_plans(
         laboratory.measure,
         NUM_SHARDS,
@@ -85,7 +86,7 @@ def test_refined_plan_is_among_the_best_of_all(
 
 def test_same_seed_finds_the_same(laboratory: Laboratory) -> None:
     options = SolveOptions(bits=6.0)
-    formats = laboratory.problem.solve(laboratory.scores, options).formats
+    formats = search(laboratory.problem, laboratory.scores, options).formats
     found = [
         search_plans(
             laboratory.measure,

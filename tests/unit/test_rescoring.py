@@ -16,6 +16,7 @@ from autoquant_ray.evaluation_table import Measured
 from autoquant_ray.formats import NONE
 from autoquant_ray.plan_search import search_plans
 from autoquant_ray.rescoring import choose_flips, solve_flips
+from autoquant_ray.served_search import search
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
 from autoquant_ray.swaps import Swaps
@@ -30,7 +31,7 @@ def problem(make_run: Any) -> tuple[Problem, dict[tuple[str, str], float]]:
 
 def test_flips_are_the_moves_that_the_scores_like_best(problem: Any) -> None:
     groups, scores = problem
-    formats = groups.solve(scores, OPTIONS).formats
+    formats = search(groups, scores, OPTIONS).formats
     swaps = Swaps(groups, scores, OPTIONS)
     first, second = itertools.islice(swaps.proposals(formats), 2)
     flips = choose_flips(swaps, formats, 1000)
@@ -48,7 +49,7 @@ def _none(formats: dict[str, str]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("seed", range(4))
 def test_plan_from_flips_is_the_best_that_was_measured(problem: Any, seed: int) -> None:
     groups, scores = problem
-    formats = groups.solve(scores, OPTIONS).formats
+    formats = search(groups, scores, OPTIONS).formats
     rng = np.random.default_rng(seed)
     flips = choose_flips(Swaps(groups, scores, OPTIONS), formats, 9)
     differences = dict(zip(flips, rng.normal(size=len(flips)).tolist(), strict=True))
@@ -72,7 +73,7 @@ def test_plan_from_flips_is_the_best_that_was_measured(problem: Any, seed: int) 
 
 def test_flips_that_gain_nothing_leave_the_plan(problem: Any) -> None:
     groups, scores = problem
-    formats = groups.solve(scores, OPTIONS).formats
+    formats = search(groups, scores, OPTIONS).formats
     flips = choose_flips(Swaps(groups, scores, OPTIONS), formats, 9)
     assert solve_flips(groups, OPTIONS, formats, dict.fromkeys(flips, 0.5)) == formats
     assert solve_flips(groups, OPTIONS, formats, {}) == formats
@@ -100,8 +101,8 @@ def test_one_pass_finds_the_best_where_losses_add_up(problem: Any) -> None:
             for plan in plans
         ]
 
-    start = groups.solve(scores, OPTIONS).formats
-    best = groups.solve(truth, OPTIONS).formats
+    start = search(groups, scores, OPTIONS).formats
+    best = search(groups, truth, OPTIONS).formats
     num_flips = len(Swaps(groups, scores, OPTIONS).moves(start))
     assert loss(best) < loss(start)
     found = search_plans(

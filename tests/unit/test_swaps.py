@@ -11,6 +11,7 @@ from autoquant_ray.budget import SolveOptions
 from autoquant_ray.errors import DataError
 from autoquant_ray.formats import NONE
 from autoquant_ray.plan_search import split_shards
+from autoquant_ray.served_search import search
 from autoquant_ray.solve import load_problem
 from autoquant_ray.state import RunState
 from autoquant_ray.swaps import Swaps, combine
@@ -26,7 +27,7 @@ from autoquant_ray.swaps import Swaps, combine
 )
 def test_proposals_are_all_changes_that_fit(options: SolveOptions, make_run: Any) -> None:
     problem, scores = load_problem(RunState.open(make_run()))
-    formats = problem.solve(scores, options).formats
+    formats = search(problem, scores, options).formats
     swaps = Swaps(problem, scores, options)
     (budget,) = problem.budgets(options)
 
