@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 from autoquant_ray.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from autoquant_ray.allocate.load import latency_of
     from autoquant_ray.api import Run, search
-    from autoquant_ray.config import ScanConfig
-    from autoquant_ray.latency_target import latency_of
-    from autoquant_ray.manifest import load_quantization_config
+    from autoquant_ray.config.scan import ScanConfig
+    from autoquant_ray.quantize.modelopt_config import load_quantization_config
     from autoquant_ray.scan import run_search
     from autoquant_ray.solve import solve_run
 
 _LAZY = {
     "Run": "autoquant_ray.api",
     "search": "autoquant_ray.api",
-    "ScanConfig": "autoquant_ray.config",
-    "latency_of": "autoquant_ray.latency_target",
+    "ScanConfig": "autoquant_ray.config.scan",
+    "latency_of": "autoquant_ray.allocate.load",
     "run_search": "autoquant_ray.scan",
     "solve_run": "autoquant_ray.solve",
-    "load_quantization_config": "autoquant_ray.manifest",
+    "load_quantization_config": "autoquant_ray.allocate.manifest",
 }
 
 __all__ = [

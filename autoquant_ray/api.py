@@ -18,31 +18,32 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.compare import compare_runs
-from autoquant_ray.comparison import Comparison
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.config_file import validate
-from autoquant_ray.config_values import parse_bytes
+from autoquant_ray.allocate.certainty.explain import explain_group
+from autoquant_ray.allocate.certainty.explanation import Explanation
+from autoquant_ray.allocate.frontier import Point
+from autoquant_ray.allocate.frontier_points import frontier_of, smallest_within
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.compare.runs import compare_runs
+from autoquant_ray.compare.verdict import Comparison
+from autoquant_ray.config.evaluation import EvaluationConfig
+from autoquant_ray.config.files import validate
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.values import parse_bytes
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.evaluation_config import EvaluationConfig
-from autoquant_ray.explain import Explanation, explain_group
-from autoquant_ray.foreign_plans import import_allocation
-from autoquant_ray.frontier import frontier_of, smallest_within
-from autoquant_ray.frontier_curve import Point
-from autoquant_ray.manifest import load_quantization_config
-from autoquant_ray.modelopt_manifest import import_manifest
+from autoquant_ray.imports.modelopt import import_manifest
+from autoquant_ray.imports.tool_plans import import_allocation
 from autoquant_ray.notebook import facts_html
+from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.report.content import collect_content
-from autoquant_ray.run_files import SOLUTIONS, solution_folder
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SOLUTIONS, solution_folder
+from autoquant_ray.runs.state import Mode, RunState
 from autoquant_ray.solve import Solution, rewrite_reports, solve_run
-from autoquant_ray.state import Mode, RunState
-from autoquant_ray.store import RunDirectory
 
 if TYPE_CHECKING:
-    from autoquant_ray.checkpoint import Checkpoint
-    from autoquant_ray.evaluation import Evaluation
-    from autoquant_ray.refinement import Refinement
+    from autoquant_ray.evaluate.evaluate import Evaluation
+    from autoquant_ray.evaluate.refine import Refinement
+    from autoquant_ray.export.checkpoint import Checkpoint
 
 
 class Run:
@@ -128,7 +129,7 @@ class Run:
         """What ``mtq.quantize`` takes to quantize the model as a solution says.
 
         ``device`` is where the model is, see
-        :func:`~autoquant_ray.manifest.load_quantization_config`.
+        :func:`~autoquant_ray.quantize.modelopt_config.load_quantization_config`.
         """
         return load_quantization_config(self.manifest(solution), device=device)
 
@@ -136,11 +137,11 @@ class Run:
         """Solve another budget.
 
         Args:
-            bytes: Of the whole model, such as ``"2.5GiB"``.
-            options: Fields of :class:`~autoquant_ray.budget.SolveOptions`: ``bits``, ``pins``
-                (group -> format), ``allow`` (pattern -> list of formats), ``max_formats``,
-                ``kv_bytes_per_token``, ``latency`` (:func:`autoquant_ray.latency_of`), ``engine``,
-                ``gpu``, ...
+            bytes: Of the whole model, such as ``"2.5GiB"``. options: Fields of
+            :class:`~autoquant_ray.allocate.options.SolveOptions`: ``bits``, ``pins`` (group ->
+            format), ``allow`` (pattern -> list of formats), ``max_formats``,
+            ``kv_bytes_per_token``, ``latency`` (:func:`autoquant_ray.latency_of`), ``engine``,
+            ``gpu``, ...
 
         Raises:
             ConfigError: An unknown or a wrong option.
@@ -206,15 +207,15 @@ class Run:
         """Measure a solution on data that the scan has not seen.
 
         Args:
-            fields: Of :class:`~autoquant_ray.evaluation_config.EvaluationConfig`.
+            fields: Of :class:`~autoquant_ray.config.evaluation.EvaluationConfig`.
         """
-        from autoquant_ray.evaluation import evaluate_run
+        from autoquant_ray.evaluate.evaluate import evaluate_run
 
         return evaluate_run(self._evaluation_config(fields))
 
     def refine(self, num_trials: int = 200, *, seed: int = 0, **fields: Any) -> Refinement:
         """Search around a solution by measured KL; fields as in :meth:`evaluate`."""
-        from autoquant_ray.refinement import refine_run
+        from autoquant_ray.evaluate.refine import refine_run
 
         return refine_run(self._evaluation_config(fields), num_trials, seed)
 
@@ -241,7 +242,7 @@ class Run:
             ConfigError: The engine cannot serve it, or ``out`` is not empty.
             CheckpointError: What was written is not what the manifest says; it is deleted.
         """
-        from autoquant_ray.checkpoint import export_run
+        from autoquant_ray.export.checkpoint import export_run
 
         return export_run(
             self._directory, out, solution=solution, layout=format, engine=engine, gpu=gpu
@@ -273,7 +274,7 @@ def search(config: ScanConfig | None = None, *, mode: Mode = "new", **fields: An
     Args:
         config: What to do; or its fields as keywords.
         mode: ``new``, ``resume`` or ``overwrite``.
-        fields: Fields of :class:`~autoquant_ray.config.ScanConfig`.
+        fields: Fields of :class:`~autoquant_ray.config.scan.ScanConfig`.
 
     Raises:
         AutoQuantError: One of its subclasses; the run directory stays resumable.

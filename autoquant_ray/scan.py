@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray import calibration_stage, samples_stage, stages
-from autoquant_ray.budget import solve_options
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.data_sources import data_name, sources_of
+from autoquant_ray.allocate.options import solve_options
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.sources import data_name, sources_of
+from autoquant_ray.config.stage_fields import stage_fingerprints
+from autoquant_ray.data.fingerprint import fingerprint_data
+from autoquant_ray.data.texts import require_source
 from autoquant_ray.distributed.metrics import metrics_of
 from autoquant_ray.distributed.placement import (
     Placement,
@@ -27,13 +29,9 @@ from autoquant_ray.distributed.placement import (
     resolve_device,
 )
 from autoquant_ray.distributed.pool import WorkerPool
-from autoquant_ray.engine import EngineSpec
 from autoquant_ray.errors import DataError
-from autoquant_ray.fingerprint import fingerprint_data
-from autoquant_ray.footprint import GIB, choose_placement, footprint
-from autoquant_ray.formats import check_device
-from autoquant_ray.lease import lease
-from autoquant_ray.models import (
+from autoquant_ray.formats.menu import check_device
+from autoquant_ray.models.find import (
     ModelRef,
     find_model,
     fingerprint_chats,
@@ -41,15 +39,19 @@ from autoquant_ray.models import (
     require_mappable,
     require_weights,
 )
-from autoquant_ray.plan import Plan
-from autoquant_ray.planner import make_plan
-from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.models.tokenizer import TokenizerRef
+from autoquant_ray.plan.make import make_plan
+from autoquant_ray.plan.memory import GIB, choose_placement, footprint
+from autoquant_ray.plan.plan import Plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.lease import lease
+from autoquant_ray.runs.state import Mode, RunState, require_target
+from autoquant_ray.score.engine import EngineSpec
 from autoquant_ray.solve import Solution, solve_run
-from autoquant_ray.stage_fingerprints import stage_fingerprints
-from autoquant_ray.state import Mode, RunState, require_target
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.texts import require_source
-from autoquant_ray.tokenizer import TokenizerRef
+from autoquant_ray.stages import calibrate as calibration_stage
+from autoquant_ray.stages import samples as samples_stage
+from autoquant_ray.stages import score as stages
 
 logger = logging.getLogger(__name__)
 

@@ -12,32 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoquant_ray.allocation import Allocation
-from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.certainty import Certainty, assess_solution
-from autoquant_ray.domain_certainty import assess_weighted
-from autoquant_ray.domain_plans import domain_summary, solve_domains
-from autoquant_ray.errors import ScoreError, StoreError
-from autoquant_ray.expert_clusters import experts_of
-from autoquant_ray.expert_groups import LAYER
-from autoquant_ray.formats import NONE
-from autoquant_ray.manifest import (
-    build_manifest,
-    chosen_formats,
-    manifest_rows,
-    quantization_config,
-    solution_summary,
-)
+from autoquant_ray.allocate.allocation import Allocation
+from autoquant_ray.allocate.certainty.solution import Certainty, certainty_of
+from autoquant_ray.allocate.certainty.stopping import describe_stopping
+from autoquant_ray.allocate.domains import domain_summary, solve_domains
+from autoquant_ray.allocate.losses import chosen_formats
+from autoquant_ray.allocate.manifest import build_manifest, manifest_rows, solution_summary
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.quant_cfg import quantization_config
+from autoquant_ray.allocate.read import Scores, load_problem
+from autoquant_ray.allocate.search import served_problem
+from autoquant_ray.errors import StoreError
+from autoquant_ray.formats.format import NONE
 from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
-from autoquant_ray.run_files import SOLUTIONS, solution_folder
-from autoquant_ray.served_search import served_problem, ties_of
-from autoquant_ray.state import RunState
-from autoquant_ray.stopping import describe_stopping
-from autoquant_ray.store import RunDirectory
-
-Scores = dict[tuple[str, str], float]
-"""(group, format) -> nats per token."""
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SOLUTIONS, solution_folder
+from autoquant_ray.runs.state import RunState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,45 +72,6 @@ class Solution:
             *((kind, path) for kind, path in self.paths.items()),
         ]
         return facts_html(f"Solution {self.name}" if self.name else "The scan's solution", facts)
-
-
-def load_problem(state: RunState) -> tuple[Problem, Scores]:
-    """Groups with their costs, and the measured scores, of a run.
-
-    Raises:
-        StoreError: A file is missing or damaged.
-        ScoreError: A searched group lacks a score.
-    """
-    if "plan" not in state.values:
-        raise StoreError(f"{state.directory.uri} has no plan yet; finish the scan with --resume")
-    if not state.directory.exists("sensitivity.parquet"):
-        missing = state.directory.path("sensitivity.parquet")
-        raise StoreError(f"{missing} does not exist; finish the scan with --resume")
-    plan_rows = state.directory.read_table("plan.parquet", "plan").to_pylist()
-    problem = Problem(plan_rows, state.values["plan"])
-    table = state.directory.read_table("sensitivity.parquet", "sensitivity")
-    scores = {
-        (row["group"], row["format"]): row["score"]
-        for row in table.select(["group", "format", "score"]).to_pylist()
-    }
-    for group in problem.searched:
-        for format_ in group.rows:
-            if format_ != NONE and scores.get((group.name, format_)) is None:
-                raise ScoreError(f"group {group.name} has no score for {format_}")
-    problem.experts = experts_of(
-        {group.name: group.num_weights for group in problem.searched},
-        problem.summary.get("experts", ()),
-        scores,
-        (state.values.get("config") or {}).get("expert_groups", LAYER),
-    )
-    return problem, scores
-
-
-def score_errors(directory: RunDirectory) -> dict[tuple[str, str], float | None]:
-    """(group, format) -> standard error of its score; None where there is no spread."""
-    table = directory.read_table("sensitivity.parquet", "sensitivity")
-    rows = table.select(["group", "format", "score_stderr"]).to_pylist()
-    return {(row["group"], row["format"]): row["score_stderr"] for row in rows}
 
 
 def solve_run(
@@ -202,31 +155,6 @@ def write_solution(
     )
 
 
-def certainty_of(
-    state: RunState,
-    problem: Problem,
-    scores: Scores,
-    options: SolveOptions,
-    formats: dict[str, str],
-) -> Certainty | None:
-    """How sure an allocation is, from the sums that the run keeps for it.
-
-    None for an imported run and for one of an earlier version: no shards to resample. None for the
-    least loss of the worst domain, and where groups share a format (for an engine, or as experts of
-    a cluster), too: no fast solver solves their resamples.
-    """
-    if (
-        options.worst_domain
-        or ties_of(problem, options)
-        or not state.directory.exists("resampling.parquet")
-    ):
-        return None
-    if options.domains:
-        return assess_weighted(state, problem, options, formats)
-    buckets = state.directory.read_table("resampling.parquet", "resampling")
-    return assess_solution(problem, scores, options, formats, buckets)
-
-
 def solution_name(options: SolveOptions) -> str:
     """``bits-4.50``, ``bytes-1500000``, with a short hash where there are more constraints."""
     parts = []
@@ -262,15 +190,6 @@ def solution_name(options: SolveOptions) -> str:
     }:
         parts.append(hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:6])
     return "-".join(parts)
-
-
-def group_sensitivities(directory: RunDirectory) -> list[tuple[str, float]]:
-    """Searched groups with the largest score over the menu, most sensitive first."""
-    table = directory.read_table("sensitivity.parquet", "sensitivity")
-    largest: dict[str, float] = {}
-    for row in table.select(["group", "score"]).to_pylist():
-        largest[row["group"]] = max(row["score"], largest.get(row["group"], 0.0))
-    return sorted(largest.items(), key=lambda item: -item[1])
 
 
 def rewrite_reports(directory: RunDirectory) -> list[str]:

@@ -26,8 +26,8 @@ import torch
 from machine import describe_machine
 from sides import CASES, Case, side
 
-from autoquant_ray.formats import PAIRS
-from autoquant_ray.host_memory import ENVIRONMENT
+from autoquant_ray.distributed.host_memory import ENVIRONMENT
+from autoquant_ray.formats.menu import PAIRS
 
 OPTIONS = ("samples", "batch", "shard_samples", "seq_len", "step_tokens", "threads")
 NEEDS_BACKEND = tuple(name for name in PAIRS if name.startswith("wfp4"))

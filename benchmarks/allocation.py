@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from machine import describe_machine
 
-from autoquant_ray.allocation import (
+from autoquant_ray.allocate.allocation import (
     Budget,
     Choice,
     frontier,
@@ -25,8 +25,8 @@ from autoquant_ray.allocation import (
     frontier_allocations,
     solve,
 )
-from autoquant_ray.knapsack import Problem
-from autoquant_ray.stability import allocate
+from autoquant_ray.allocate.certainty.resampling import allocate
+from autoquant_ray.allocate.knapsack.problem import Problem
 
 Floats = npt.NDArray[np.float64]
 

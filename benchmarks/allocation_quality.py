@@ -19,17 +19,18 @@ from typing import Any
 from machine import describe_machine
 
 import autoquant_ray
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.candidates import Candidate, collect_candidates
-from autoquant_ray.demo import find_demo_model
-from autoquant_ray.evaluation_config import EvaluationConfig
-from autoquant_ray.evaluation_table import evaluation_rows, mean_kl
-from autoquant_ray.measurement import measuring
-from autoquant_ray.plan_search import split_shards
-from autoquant_ray.run_files import SOLUTIONS
+from autoquant_ray.allocate.candidate import Candidate
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.config.demo import find_demo_model
+from autoquant_ray.config.evaluation import EvaluationConfig
+from autoquant_ray.evaluate.measurement import measuring
+from autoquant_ray.evaluate.plan_search import split_shards
+from autoquant_ray.evaluate.rivals import collect_candidates
+from autoquant_ray.evaluate.table import evaluation_rows, mean_kl
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SOLUTIONS
+from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solution_name
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
 
 FORMATS = ("wint4_afp16", "wint8_afp16", "wfp8_afp16")
 

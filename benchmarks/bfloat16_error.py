@@ -22,14 +22,15 @@ import torch
 from kl_prediction import make_spec, read_samples
 from machine import describe_machine
 
-from autoquant_ray import differences
-from autoquant_ray.calibration import to_maxima
-from autoquant_ray.demo import find_demo_model
-from autoquant_ray.engine import Engine
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.models import build_skeleton, find_model, load_model
-from autoquant_ray.plan import build_plan
-from autoquant_ray.quantizers import fake_quantize_weight, make_input_quantizer
+from autoquant_ray.calibrate.maxima import to_maxima
+from autoquant_ray.config.demo import find_demo_model
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import build_skeleton, load_model
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.quantizers import fake_quantize_weight, make_input_quantizer
+from autoquant_ray.score import differences
+from autoquant_ray.score.engine import Engine
 
 FORMATS = ("wint8_afp16", "wint8_aint8", "wfp8_afp8", "wint4_afp16")
 

@@ -86,12 +86,12 @@ def run_stage(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
-    from autoquant_ray import samples_stage
-    from autoquant_ray.config import ScanConfig
-    from autoquant_ray.fingerprint import fingerprint_data
-    from autoquant_ray.state import RunState
-    from autoquant_ray.store import RunDirectory
-    from autoquant_ray.tokenizer import TokenizerRef
+    from autoquant_ray.config.scan import ScanConfig
+    from autoquant_ray.data.fingerprint import fingerprint_data
+    from autoquant_ray.models.tokenizer import TokenizerRef
+    from autoquant_ray.runs.directory import RunDirectory
+    from autoquant_ray.runs.state import RunState
+    from autoquant_ray.stages import samples as samples_stage
 
     (count,) = arguments.samples
     config = ScanConfig(

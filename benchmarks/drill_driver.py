@@ -24,11 +24,11 @@ import drill_kit
 import ray
 from ray import cloudpickle
 
-from autoquant_ray import cli
 from autoquant_ray import scan as scan_module
+from autoquant_ray.cli import main as cli
 from autoquant_ray.distributed import crew
 from autoquant_ray.distributed.worker import ShardWorker
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
 
 cloudpickle.register_pickle_by_value(drill_kit)  # workers cannot import it
 

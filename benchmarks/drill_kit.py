@@ -20,8 +20,8 @@ import numpy as np
 import ray
 
 from autoquant_ray import scan as scan_module
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.run_files import CALIBRATION, SAMPLES
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.runs.names import CALIBRATION, SAMPLES
 
 NUM_SHARDS = 12
 _LIMIT_S = 120.0
@@ -67,12 +67,12 @@ class PacedEngine:
         self._folder = Path(pacing.folder)
 
     def calibrate(self, samples: Any, shard: int) -> Any:
-        """As :meth:`autoquant_ray.engine.Engine.calibrate`."""
+        """As :meth:`autoquant_ray.score.engine.Engine.calibrate`."""
         self._pass("calibrate", shard)
         return self._engine.calibrate(samples, shard)
 
     def score(self, samples: Any, first_sample: int, maxima: Any, shard: int) -> Any:
-        """As :meth:`autoquant_ray.engine.Engine.score`."""
+        """As :meth:`autoquant_ray.score.engine.Engine.score`."""
         self._pass("score", shard)
         return self._engine.score(samples, first_sample, maxima, shard)
 

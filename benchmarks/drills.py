@@ -37,7 +37,7 @@ from drill_kit import Drill, Held, Pacing, disturb, rewind, wait_until
 from machine import describe_machine
 from ray import cloudpickle
 
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.scan import run_search
 
 DRIVER = Path(__file__).with_name("drill_driver.py")

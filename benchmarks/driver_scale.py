@@ -33,18 +33,18 @@ import ray
 from machine import describe_machine
 from ray.cluster_utils import Cluster
 
-from autoquant_ray import stages
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.placement import Placement, place_workers
 from autoquant_ray.distributed.pool import WorkerPool
-from autoquant_ray.distributed.worker import ShardTask
-from autoquant_ray.formats import Format
-from autoquant_ray.plan import Plan
-from autoquant_ray.planned_group import PlannedGroup
-from autoquant_ray.quantizable import PlannedModule
-from autoquant_ray.run_files import SAMPLES, part_name
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.distributed.task import ShardTask
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.plan.group import PlannedGroup
+from autoquant_ray.plan.plan import Plan
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SAMPLES, part_name
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.stages import score as stages
 
 SLOWDOWN = 5.0
 NUM_GROUPS, NUM_FORMATS = 250, 4
@@ -80,7 +80,7 @@ class WaitingEngine:
     wait_s: float
 
     def score(self, samples: Any, first_sample: int, maxima: Any, shard: int) -> Any:
-        """Shaped like :class:`~autoquant_ray.engine.ShardScores`."""
+        """Shaped like :class:`~autoquant_ray.score.engine.ShardScores`."""
         generator = np.random.default_rng(first_sample)
         seconds = self.wait_s * generator.uniform(0.8, 1.2)
         time.sleep(seconds)

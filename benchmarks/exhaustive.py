@@ -31,22 +31,26 @@ import torch
 import transformers
 from machine import describe_machine
 
-from autoquant_ray.audit_pairs import AuditedPair, choose_pairs, median_ratio, solve_again
-from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.calibration import to_maxima
-from autoquant_ray.candidates import Candidate, make_candidate, shuffle_scores
-from autoquant_ray.certainty import assess_solution
-from autoquant_ray.engine import Engine, EngineSpec
-from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.evaluation_table import Measured, mean_kl
-from autoquant_ray.formats import NONE, resolve_formats
-from autoquant_ray.models import ModelRef
-from autoquant_ray.plan import build_plan
-from autoquant_ray.plan_search import search_plans, split_shards
-from autoquant_ray.quantized_layers import UNQUANTIZED
-from autoquant_ray.sensitivity import scored_modules
-from autoquant_ray.served_search import search
-from autoquant_ray.total_error import ratio_stderr
+from autoquant_ray.allocate.candidate import Candidate, make_candidate
+from autoquant_ray.allocate.certainty.solution import assess_solution
+from autoquant_ray.allocate.certainty.total_error import ratio_stderr
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.search import search
+from autoquant_ray.calibrate.maxima import to_maxima
+from autoquant_ray.evaluate.audit_pairs import choose_pairs, median_ratio, solve_again
+from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.plan_search import search_plans, split_shards
+from autoquant_ray.evaluate.rivals import shuffle_scores
+from autoquant_ray.evaluate.table import Measured, mean_kl
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.quantize.modules import UNQUANTIZED
+from autoquant_ray.report.audit import AuditedPair
+from autoquant_ray.score.engine import Engine, EngineSpec
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
 VOCABULARY, NUM_TOKENS, NUM_SAMPLES = 256, 32, 8

@@ -33,18 +33,19 @@ import torch
 from machine import describe_machine
 
 import autoquant_ray
-from autoquant_ray.calibration_stage import read_maxima
-from autoquant_ray.checkpoint_source import Source, read_source
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.demo import demo_config
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.models import find_model, load_model
-from autoquant_ray.plan import build_plan
-from autoquant_ray.quantized_layers import UNQUANTIZED, QuantizedLayers
-from autoquant_ray.sensitivity import scored_modules
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.texts import read_pydoc
-from autoquant_ray.weight_cache import WeightCache
+from autoquant_ray.calibrate.files import read_maxima
+from autoquant_ray.config.demo import demo_config
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.data.texts import read_pydoc
+from autoquant_ray.export.source import Source, read_source
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import load_model
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.quantize.modules import UNQUANTIZED, QuantizedLayers
+from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.runs.directory import RunDirectory
 
 Logits = np.ndarray[Any, Any]
 

@@ -22,19 +22,21 @@ import scipy.stats
 import torch
 from machine import describe_machine
 
-from autoquant_ray.calibration import to_maxima
-from autoquant_ray.data import SampleAssembler, chunk_texts, tokenize_chunk
-from autoquant_ray.data_spec import DataSpec
-from autoquant_ray.demo import find_demo_model
-from autoquant_ray.engine import Engine, EngineSpec
-from autoquant_ray.formats import Format, resolve_formats
-from autoquant_ray.manifest import quantizer_entries
-from autoquant_ray.models import ModelRef, build_skeleton, find_model
-from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.planned_group import PlannedGroup
-from autoquant_ray.sensitivity import scored_modules
-from autoquant_ray.texts import read_texts
-from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
+from autoquant_ray.allocate.quant_cfg import quantizer_entries
+from autoquant_ray.calibrate.maxima import to_maxima
+from autoquant_ray.config.demo import find_demo_model
+from autoquant_ray.data.cutting import SampleAssembler, chunk_texts, tokenize_chunk
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.data.texts import read_texts
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import ModelRef, find_model
+from autoquant_ray.models.load import build_skeleton
+from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
+from autoquant_ray.plan.group import PlannedGroup
+from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.score.engine import Engine, EngineSpec
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8", "wint8_aint4")
 

@@ -29,10 +29,11 @@ import transformers
 from machine import describe_machine
 from safetensors.torch import save_file
 
-from autoquant_ray.models import ModelRef, build_skeleton
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.models.load import build_skeleton
 
 _POLL_S = 0.02
-_PACKAGES = "import torch, transformers, modelopt.torch.quantization, autoquant_ray.engine"
+_PACKAGES = "import torch, transformers, modelopt.torch.quantization, autoquant_ray.score.engine"
 
 
 def main() -> None:

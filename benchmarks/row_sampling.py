@@ -23,14 +23,17 @@ from kl_prediction import make_spec, read_samples
 from machine import describe_machine
 from sides import CASES
 
-from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.calibration import to_maxima
-from autoquant_ray.demo import find_demo_model
-from autoquant_ray.engine import Engine
-from autoquant_ray.formats import NONE, resolve_formats
-from autoquant_ray.models import build_skeleton, find_model
-from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.served_search import search
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.search import search
+from autoquant_ray.calibrate.maxima import to_maxima
+from autoquant_ray.config.demo import find_demo_model
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import build_skeleton
+from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.score.engine import Engine
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -23,17 +23,18 @@ from typing import Any
 import torch
 from kl_prediction import make_spec, read_samples
 
-from autoquant_ray.calibration import merge_statistics, to_maxima
-from autoquant_ray.data_spec import DataSpec
-from autoquant_ray.demo import find_demo_model
-from autoquant_ray.engine import Engine
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.host_memory import reuse_freed_memory
-from autoquant_ray.models import ModelRef, build_skeleton, find_model, load_model
-from autoquant_ray.plan import build_plan
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.texts import read_texts
-from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
+from autoquant_ray.config.demo import find_demo_model
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.data.texts import read_texts
+from autoquant_ray.distributed.host_memory import reuse_freed_memory
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import ModelRef, find_model
+from autoquant_ray.models.load import build_skeleton, load_model
+from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.score.engine import Engine
 
 PRESETS = (
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
@@ -285,7 +286,7 @@ def _modelopt_format(name: str) -> Any:
     """
     import modelopt.torch.quantization as mtq
 
-    from autoquant_ray.block_formats import for_cpu
+    from autoquant_ray.quantize.block_formats import for_cpu
 
     if hasattr(mtq, name):
         return for_cpu(getattr(mtq, name))

@@ -34,7 +34,7 @@ import torch
 from machine import describe_machine
 from sides import CASES, side
 
-from autoquant_ray.host_memory import ENVIRONMENT
+from autoquant_ray.distributed.host_memory import ENVIRONMENT
 
 OPTIONS = (
     "case",

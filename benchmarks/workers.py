@@ -21,8 +21,8 @@ from typing import Any
 from machine import describe_machine
 from sides import scoring_seconds
 
-from autoquant_ray.demo import find_demo_model
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.config.demo import find_demo_model
+from autoquant_ray.runs.directory import RunDirectory
 
 
 def main() -> None:

@@ -13,17 +13,18 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from autoquant_ray.distributed.metrics import METRICS
-from autoquant_ray.engine_formats import layer_algo
-from autoquant_ray.engine_table import FUSED, TABLE
 from autoquant_ray.errors import FormatError
-from autoquant_ray.events import Event
-from autoquant_ray.formats import PAIRS, Format, known_formats, resolve_formats
-from autoquant_ray.kv_engines import CACHE_TABLE
-from autoquant_ray.kv_formats import KV_FORMATS, KV_PRESETS, cache_bytes
-from autoquant_ray.number_formats import describe, is_scaled_by_block
-from autoquant_ray.smoothed_formats import method_of
-from autoquant_ray.stored_size import format_bits
-from autoquant_ray.tool_formats import COUNTERPARTS
+from autoquant_ray.export.tool_formats import COUNTERPARTS
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS, cache_bytes
+from autoquant_ray.formats.menu import PAIRS, known_formats, resolve_formats
+from autoquant_ray.formats.numbers import describe, is_scaled_by_block
+from autoquant_ray.formats.smoothed import method_of
+from autoquant_ray.formats.stored_size import format_bits
+from autoquant_ray.runs.events import Event
+from autoquant_ray.serving.kv_cache import CACHE_TABLE
+from autoquant_ray.serving.layer_formats import layer_algo
+from autoquant_ray.serving.table import FUSED, TABLE
 
 PAGE = Path(__file__).parent / "metrics-and-events.md"
 FORMATS_PAGE, ENGINES_PAGE = PAGE.with_name("formats.md"), PAGE.with_name("engines.md")

@@ -13,10 +13,10 @@ from typing import Any
 
 import ray
 
-from autoquant_ray.chat_encoding import ConversationEncoder, Encoded
-from autoquant_ray.conversations import BadSample, Conversation
+from autoquant_ray.data.chat_encoding import ConversationEncoder, Encoded
+from autoquant_ray.data.conversations import BadSample, Conversation
 from autoquant_ray.distributed.tokenization import fetch
-from autoquant_ray.tokenizer import TokenizerRef
+from autoquant_ray.models.tokenizer import TokenizerRef
 
 
 def encode_stream(
@@ -39,7 +39,7 @@ def encode_stream(
         One result per conversation, in input order.
 
     Raises:
-        AutoQuantError: As :meth:`~autoquant_ray.chat_encoding.ConversationEncoder.encode`.
+        AutoQuantError: As :meth:`~autoquant_ray.data.chat_encoding.ConversationEncoder.encode`.
         WorkerError: The workers died more often than Ray retries.
     """
     pending: deque[Any] = deque()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from autoquant_ray.distributed.progress import Throughput
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 

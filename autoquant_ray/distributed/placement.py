@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ClusterError, one_line
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Placement:
         max_workers: What the pool may grow to when the cluster does; 0 never grows.
         worker_bytes: Memory of one worker; bounds their number on a CPU cluster.
         reuses_memory: The process keeps freed host memory for the next tensor
-            (:func:`~autoquant_ray.host_memory.reuse_freed_memory`).
+            (:func:`~autoquant_ray.distributed.host_memory.reuse_freed_memory`).
     """
 
     num_workers: int

@@ -22,11 +22,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from autoquant_ray.distributed.crew import Crew, OnEvent, own_error
 from autoquant_ray.distributed.failure import Decision
+from autoquant_ray.distributed.interrupts import StopRequest
 from autoquant_ray.distributed.placement import Placement
 from autoquant_ray.distributed.shard_queue import ShardQueue
-from autoquant_ray.distributed.worker import ShardTask
+from autoquant_ray.distributed.task import ShardTask
 from autoquant_ray.errors import one_line
-from autoquant_ray.interrupts import StopRequest
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from autoquant_ray.distributed.worker import ShardTask
+from autoquant_ray.distributed.task import ShardTask
 
 MAX_COPIES = 2
 """Calls that may compute the same shard at the same time."""

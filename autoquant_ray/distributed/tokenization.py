@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from autoquant_ray.data import tokenize_chunk
+from autoquant_ray.data.cutting import tokenize_chunk
 from autoquant_ray.errors import AutoQuantError, DataError, WorkerError, one_line
-from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
+from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 
 _MIN_LOOK_AHEAD, _MAX_LOOK_AHEAD = 4, 64
 
@@ -50,7 +50,7 @@ def tokenize_stream(
     Args:
         chunks: Lists of texts; read only as far as tasks are started.
         tokenizer_ref: Tokenizer, loaded once per worker process.
-        pack: Passed on to :func:`autoquant_ray.data.tokenize_chunk`.
+        pack: Passed on to :func:`autoquant_ray.data.cutting.tokenize_chunk`.
         look_ahead: Chunks in flight at most, 1 or more.
 
     Yields:

@@ -1,4 +1,4 @@
-"""The Ray actor around an :class:`~autoquant_ray.engine.Engine`: no arithmetic lives here.
+"""The Ray actor around an :class:`~autoquant_ray.score.engine.Engine`: no arithmetic lives here.
 
 The engine is whatever the spec builds, so nothing here imports torch; a benchmark of the driver
 sends a spec whose engine only waits.
@@ -11,32 +11,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from autoquant_ray.distributed.host_memory import reuse_freed_memory
 from autoquant_ray.distributed.placement import Placement
+from autoquant_ray.distributed.task import ShardTask
 from autoquant_ray.errors import AutoQuantError, WorkerError, one_line
-from autoquant_ray.host_memory import reuse_freed_memory
-from autoquant_ray.samples import Sample
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardTask:
-    """One shard, handed over whole.
-
-    Attributes:
-        shard: Its number.
-        first_sample: Position of its first sample in the data set.
-        samples: Token ids per sample, int32, or what else a sample holds.
-    """
-
-    shard: int
-    first_sample: int
-    samples: Sequence[Sample]
 
 
 class ShardWorker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.report.html import render_html
 from autoquant_ray.report.markdown import render_markdown
-from autoquant_ray.state import RunState
+from autoquant_ray.runs.state import RunState
 
 
 def write_reports(state: RunState, start: str) -> dict[str, str]:

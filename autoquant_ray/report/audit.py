@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from autoquant_ray.audit_pairs import AuditedPair, most_wrong
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import AUDIT_FILE
 
 HEADS = ("Group", "Format", "Predicted KL", "Measured KL", "Measured / predicted")
 _NUM_SHOWN = 10
@@ -77,3 +79,58 @@ def _cells(pair: AuditedPair) -> tuple[str, ...]:
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.3e}" if error is None else f"{value:.3e} ± {error:.1e}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditedPair:
+    """One group quantized in one format, everything else in 16 bits.
+
+    Attributes:
+        group: Name of the group.
+        format: Name of the format.
+        predicted: Its score in nats per token, from the calibration data.
+        predicted_stderr: Standard error of the score; None for a single shard.
+        measured: Mean KL(P || Q) in nats per token, on other data; may be infinite.
+        measured_stderr: Its standard error over samples; None for one sample, or if infinite.
+        num_samples: Samples that it was measured on.
+    """
+
+    group: str
+    format: str
+    predicted: float
+    predicted_stderr: float | None
+    measured: float
+    measured_stderr: float | None
+    num_samples: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over predicted; None where one of them is 0, or the measured one infinite."""
+        if not (self.predicted > 0 and 0 < self.measured < math.inf):
+            return None
+        return self.measured / self.predicted
+
+
+def most_wrong(pairs: Sequence[AuditedPair], factor: float | None) -> list[AuditedPair]:
+    """The pairs that the prediction misjudges most, given the common factor; worst first.
+
+    A pair whose measurement is infinite comes before all others, one without any ratio last.
+    """
+
+    def error(pair: AuditedPair) -> float:
+        if pair.measured == math.inf:
+            return math.inf
+        return 0.0 if pair.ratio is None else abs(math.log(pair.ratio / (factor or 1.0)))
+
+    return sorted(pairs, key=error, reverse=True)
+
+
+def read_pairs(directory: RunDirectory, solution: str) -> list[AuditedPair]:
+    """An audited solution's rows of ``audit.parquet``, in their order."""
+    rows = directory.read_table(AUDIT_FILE, "audit").to_pylist()
+    names = [field.name for field in fields(AuditedPair)]
+    return [
+        AuditedPair(**{name: row[name] for name in names})
+        for row in rows
+        if row["solution"] == solution
+    ]

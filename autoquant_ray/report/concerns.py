@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoquant_ray.allocate.certainty.stopping import MIN_SHARDS
 from autoquant_ray.report.evidence import Choice, Evidence
 from autoquant_ray.report.measured import IN_RANGE
-from autoquant_ray.stopping import MIN_SHARDS
 from autoquant_ray.wording import few
 
 MOST = 0.25

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from autoquant_ray.audit_pairs import read_pairs
-from autoquant_ray.formats import NONE
-from autoquant_ray.group_choices import GroupChoices
-from autoquant_ray.kv_formats import KV_BYTES
-from autoquant_ray.report.audit import AuditData, audit_section
+from autoquant_ray.allocate.group_choices import GroupChoices
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.report.audit import AuditData, audit_section, read_pairs
 from autoquant_ray.report.concerns import Concern, find_concerns
 from autoquant_ray.report.domains import DomainSection, domain_section
 from autoquant_ray.report.expert_rows import by_format, by_layer, layer_order, single_experts
@@ -24,8 +23,8 @@ from autoquant_ray.report.heat import Heat, heat_maps
 from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.report.reproduce import Reproduction, reproduction
 from autoquant_ray.report.sources import Scores, Sources, gather_evidence, read_sources
-from autoquant_ray.run_files import AUDIT_FILE, solution_folder
-from autoquant_ray.state import RunState
+from autoquant_ray.runs.names import AUDIT_FILE, solution_folder
+from autoquant_ray.runs.state import RunState
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autoquant_ray.expert_tokens import FewTokens
+from autoquant_ray.plan.silent_experts import FewTokens
 
 
 @dataclass(frozen=True, kw_only=True)

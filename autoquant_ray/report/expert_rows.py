@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autoquant_ray.formats import NONE
+from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.groups import GroupRow
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from autoquant_ray.formats import NONE
-from autoquant_ray.kv_formats import KV_BYTES
-from autoquant_ray.latency import LATENCY, describe_prediction
+from autoquant_ray.allocate.certainty.stopping import describe_stopping
+from autoquant_ray.allocate.latency import LATENCY, describe_prediction
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.report.headline import budget_text
 from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.origin import dataset, scheme
 from autoquant_ray.report.sources import Sources
-from autoquant_ray.stopping import describe_stopping
 
 _MAX_NAMED = 5
 

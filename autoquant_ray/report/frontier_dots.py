@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autoquant_ray.budget import Problem
-from autoquant_ray.frontier_curve import Point, sweep_points, uniform_points
+from autoquant_ray.allocate.frontier import Point, sweep_points, uniform_points
+from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.report.frontier_chart import Dot
-from autoquant_ray.run_files import FRONTIER_FILE
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import FRONTIER_FILE
 
 
 def frontier_dots(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoquant_ray.group_choices import GroupChoices
+from autoquant_ray.allocate.group_choices import GroupChoices
 
 Scores = Mapping[str, Mapping[str, tuple[float, float | None]]]
 """Group -> format -> (score, standard error or None)."""

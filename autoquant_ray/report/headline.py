@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray.budget import UNQUANTIZED_BITS
-from autoquant_ray.formats import NONE
-from autoquant_ray.kv_formats import KV_BYTES
+from autoquant_ray.allocate.options import UNQUANTIZED_BITS
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.report.domains import describe_domains
 from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.sources import Sources

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoquant_ray.formats import NONE
+from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.groups import GroupRow
 
 NUM_LEVELS = 7

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from autoquant_ray.certainty import CERTAIN, COIN_TOSS
-from autoquant_ray.formats import NONE
+from autoquant_ray.allocate.certainty.resampling import NUM_RESAMPLES
+from autoquant_ray.allocate.certainty.solution import CERTAIN, COIN_TOSS
+from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
 from autoquant_ray.report.bokeh_js import bokeh_scripts
 from autoquant_ray.report.content import ReportContent, format_score
@@ -11,7 +12,6 @@ from autoquant_ray.report.domains import DOMAIN_HEADS
 from autoquant_ray.report.frontier_chart import Dot, chart_data, size_text, visible
 from autoquant_ray.report.measured import HEADS
 from autoquant_ray.report.page import render_page
-from autoquant_ray.stability import NUM_RESAMPLES
 
 _MAX_CELLS = 30_000
 """Cells of the table of groups; more would make a page that browsers open slowly."""

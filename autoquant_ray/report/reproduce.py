@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.hardware_file import Hardware, load_hardware, shipped_cards
+from autoquant_ray.allocate.cards import Hardware, load_hardware, shipped_cards
+from autoquant_ray.config.scan import ScanConfig
 
 _CONFIG_FILE = "scan.yaml"
 _CARD_FILE = "hardware.yaml"

@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray.budget import Problem
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.engine_choices import formats_of, why_unserved
+from autoquant_ray.allocate.certainty.total_error import TotalError, total_error
+from autoquant_ray.allocate.losses import allocation_key
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.read import is_chosen_by_measurement
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import StoreError
-from autoquant_ray.expert_tokens import experts_with_few_tokens, silent_experts
-from autoquant_ray.kv_engines import cache_problem
-from autoquant_ray.kv_formats import is_described
-from autoquant_ray.manifest import allocation_key, is_chosen_by_measurement
+from autoquant_ray.formats.kv_cache import is_described
+from autoquant_ray.plan.silent_experts import experts_with_few_tokens, silent_experts
 from autoquant_ray.report.domains import is_by_domain
 from autoquant_ray.report.evidence import Choice, Evidence
 from autoquant_ray.report.measured import measured_rows
-from autoquant_ray.run_files import solution_of
-from autoquant_ray.state import RunState
-from autoquant_ray.total_error import TotalError, total_error
+from autoquant_ray.runs.names import solution_of
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.serving.kv_cache import cache_problem
+from autoquant_ray.serving.menus import formats_of, why_unserved
 
 Scores = dict[str, dict[str, tuple[float, float | None]]]
 """Group -> format -> (score, standard error or None)."""

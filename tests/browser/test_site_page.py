@@ -11,8 +11,8 @@ from page_checks import CONTRAST, OUTSIDE
 from playwright.sync_api import Page, expect
 from runs_folder import EVIL, put_everything
 
-from autoquant_ray.report.site_html import write_site
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.compare.site_page import write_site
+from autoquant_ray.runs.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

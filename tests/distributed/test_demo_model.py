@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
-from autoquant_ray.demo import find_demo_model
+from autoquant_ray.config.demo import find_demo_model
 
 GIB = 2**30
 

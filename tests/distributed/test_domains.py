@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import DataError
-from autoquant_ray.samples_stage import read_samples
+from autoquant_ray.models.tokenizer import TokenizerRef
+from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.scan import run_search
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.tokenizer import TokenizerRef
+from autoquant_ray.stages.samples import read_samples
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
-from autoquant_ray import stages
-from autoquant_ray.aggregation import aggregate_parts, score_part
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.placement import place_workers
 from autoquant_ray.distributed.pool import WorkerPool
-from autoquant_ray.distributed.worker import ShardTask
-from autoquant_ray.parts import Parts
-from autoquant_ray.run_files import SCORES
+from autoquant_ray.distributed.task import ShardTask
+from autoquant_ray.runs.names import SCORES
+from autoquant_ray.runs.parts import Parts
+from autoquant_ray.stages import score as stages
+from autoquant_ray.stages.aggregate import aggregate_parts, score_part
 
 NUM_SHARDS, NUM_WORKERS = 200, 8
 

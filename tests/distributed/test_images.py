@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from chats import with_processor, write_pairs
 
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.config.evaluation import EvaluationConfig
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ChangedError, DataError
-from autoquant_ray.evaluation import evaluate_run
-from autoquant_ray.evaluation_config import EvaluationConfig
+from autoquant_ray.evaluate.evaluate import evaluate_run
 from autoquant_ray.scan import run_search
 
 pytestmark = pytest.mark.usefixtures("ray_local")

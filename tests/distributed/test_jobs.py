@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import autoquant_ray
-from autoquant_ray.job import make_job
+from autoquant_ray.jobs.file import make_job
 
 SECRET_NAME, SECRET = "AUTOQUANT_TEST_SECRET", "never-to-be-seen"
 SCAN = {"formats": ["wint4_afp16", "wint8_aint8"], "bits": 8, "shard_samples": 2, "workers": 1}

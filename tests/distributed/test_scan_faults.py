@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ClusterError, DataError, StoreError
 from autoquant_ray.scan import run_search
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.scan import run_search
 
 FORMATS = ("wint4_afp16", "wint8_aint8", "NVFP4_AWQ_LITE_CFG", "MXFP6_DEFAULT_CFG", "kv_nvfp4")

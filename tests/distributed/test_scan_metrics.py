@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import ray
 
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.events import ShardDone, WorkerDied, parse_event
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.events import ShardDone, WorkerDied, parse_event
 from autoquant_ray.scan import run_search
-from autoquant_ray.store import RunDirectory
 
 SAMPLE = re.compile(r"^(ray_autoquant_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 

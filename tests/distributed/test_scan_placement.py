@@ -12,11 +12,11 @@ import pytest
 import ray
 import torch
 
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.demo import find_demo_model
+from autoquant_ray.config.demo import find_demo_model
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.placement import device_bytes
 from autoquant_ray.errors import ClusterError
-from autoquant_ray.footprint import GIB
+from autoquant_ray.plan.memory import GIB
 
 
 def config_of(run: Path) -> dict[str, Any]:

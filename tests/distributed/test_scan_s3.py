@@ -12,7 +12,7 @@ import psutil
 import pytest
 from object_store import KEYS, ObjectStore
 
-from autoquant_ray.run_files import SCORES, part_name
+from autoquant_ray.runs.names import SCORES, part_name
 
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
 SLOW = ("--shard-samples", "1", "--label-draws", "12", "--workers", "1")

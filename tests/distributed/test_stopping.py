@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoquant_ray import stages
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.pool import Outcome
-from autoquant_ray.engine import ShardScores
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.plan import build_plan
-from autoquant_ray.run_files import SAMPLES, part_name
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SAMPLES, part_name
+from autoquant_ray.runs.state import RunState
 from autoquant_ray.scan import run_search
-from autoquant_ray.sensitivity import SensitivitySums
+from autoquant_ray.score.engine import ShardScores
+from autoquant_ray.score.sensitivity import SensitivitySums
 from autoquant_ray.solve import solve_run
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.stages import score as stages
 
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
 STOPPING = ("--shard-samples", "1", "--label-draws", "12", "--bits", "7.5")

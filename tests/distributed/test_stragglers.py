@@ -18,7 +18,7 @@ from ray import cloudpickle
 
 from autoquant_ray.distributed.placement import Placement
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
-from autoquant_ray.distributed.worker import ShardTask
+from autoquant_ray.distributed.task import ShardTask
 
 # Workers cannot import this file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 import transformers
 
-from autoquant_ray.data import chunk_texts, tokenize_chunk
+from autoquant_ray.data.cutting import chunk_texts, tokenize_chunk
 from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
 from autoquant_ray.errors import DataError, ModelError
-from autoquant_ray.tokenizer import TokenizerRef, load_tokenizer
+from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 
 LINES = [
     "the quick brown fox jumps over the lazy dog",

@@ -10,20 +10,20 @@ import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 
-from autoquant_ray.block_formats import BACKEND
-from autoquant_ray.engine import Engine, EngineSpec
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.models import find_model
-from autoquant_ray.plan import build_plan
-from autoquant_ray.quantizers import fake_quantize_weight
-from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.quantize.block_formats import BACKEND
+from autoquant_ray.quantize.quantizers import fake_quantize_weight
+from autoquant_ray.score.engine import Engine, EngineSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def score(model_folder: Any, make_samples: Any, device: str, formats: tuple[str, ...]) -> Any:
-    from autoquant_ray.calibration import to_maxima
-    from autoquant_ray.models import build_skeleton
+    from autoquant_ray.calibrate.maxima import to_maxima
+    from autoquant_ray.models.load import build_skeleton
 
     ref = find_model(str(model_folder("qwen3")))
     plan = build_plan(build_skeleton(ref), resolve_formats(formats, device=device))

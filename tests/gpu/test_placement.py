@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 
-from autoquant_ray.calibration import to_maxima
-from autoquant_ray.engine import Engine, EngineSpec
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.models import build_skeleton, find_model
-from autoquant_ray.plan import build_plan
-from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.calibrate.maxima import to_maxima
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import build_skeleton
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.score.engine import Engine, EngineSpec
 
 NUM_GPUS = torch.cuda.device_count()
 

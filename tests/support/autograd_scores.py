@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from modelopt_scores import NOTHING, next_token_loss, of_text, quantized_by_modelopt
 
-from autoquant_ray.formats import Format
-from autoquant_ray.layers import require_gradient
-from autoquant_ray.manifest import quantizer_entries
-from autoquant_ray.planned_group import PlannedGroup
+from autoquant_ray.allocate.quant_cfg import quantizer_entries
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.layers import require_gradient
+from autoquant_ray.plan.group import PlannedGroup
 
 
 def autograd_scores(

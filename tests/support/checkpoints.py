@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from autoquant_ray.calibration import ActivationMaxima
-from autoquant_ray.calibration_stage import read_maxima
-from autoquant_ray.checkpoint_source import read_source
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.experts import prepare_experts
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.models import find_model, load_model
-from autoquant_ray.plan import build_plan
-from autoquant_ray.quantized_layers import UNQUANTIZED, QuantizedLayers
-from autoquant_ray.quantizers import fake_quantize_weight
-from autoquant_ray.sensitivity import scored_modules
-from autoquant_ray.weight_cache import WeightCache
+from autoquant_ray.calibrate.files import read_maxima
+from autoquant_ray.calibrate.maxima import ActivationMaxima
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.export.source import read_source
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import load_model
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.quantize.experts import prepare_experts
+from autoquant_ray.quantize.modules import UNQUANTIZED, QuantizedLayers
+from autoquant_ray.quantize.quantizers import fake_quantize_weight
+from autoquant_ray.quantize.weight_cache import WeightCache
 
 CUSTOM = {
     "int4_g32": {

@@ -17,18 +17,21 @@ from families import VOCABULARY, family_model
 from family_export import require_export
 from modelopt_scores import modelopt_scores, of_text, quantized_by_modelopt
 
-from autoquant_ray.budget import Problem
-from autoquant_ray.calibration import merge_statistics, to_maxima
-from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.quant_cfg import quantization_config
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.errors import AutoQuantError, one_line
-from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.formats import NONE, resolve_formats
-from autoquant_ray.manifest import load_quantization_config, quantization_config
-from autoquant_ray.models import build_skeleton, find_model
-from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.quantizable import sees_images
-from autoquant_ray.quantized_layers import UNQUANTIZED
-from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import build_skeleton
+from autoquant_ray.models.quantizable import sees_images
+from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.quantize.modelopt_config import load_quantization_config
+from autoquant_ray.quantize.modules import UNQUANTIZED
+from autoquant_ray.score.engine import Engine, EngineSpec
 
 PRESETS = ("INT8_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
 SHARDS = ((20, 20), (13,))

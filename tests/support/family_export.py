@@ -19,17 +19,18 @@ from checkpoints import load_folder, unpack_modelopt
 from safetensors.torch import save_file
 from written_runs import made_up_run
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.checkpoint import export_run
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import AutoQuantError
-from autoquant_ray.formats import NONE, resolve_formats
-from autoquant_ray.models import find_model, fingerprint_model
-from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.quantizers import fake_quantize_weight
-from autoquant_ray.sensitivity import Maxima
+from autoquant_ray.export.checkpoint import export_run
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model, fingerprint_model
+from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.quantize.quantizers import fake_quantize_weight
+from autoquant_ray.quantize.statistics import Maxima
+from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.solve import solve_run
-from autoquant_ray.store import RunDirectory
 
 FORMAT = "wfp8_afp8"
 _LARGEST = 448

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from autoquant_ray.budget import Problem
-from autoquant_ray.calibration import to_maxima
-from autoquant_ray.candidates import Candidate
-from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.evaluation_table import Measured
-from autoquant_ray.formats import NONE
-from autoquant_ray.manifest import average_bits
-from autoquant_ray.quantized_layers import Choice
+from autoquant_ray.allocate.candidate import Candidate
+from autoquant_ray.allocate.losses import average_bits
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.calibrate.maxima import to_maxima
+from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.table import Measured
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.quantize.modules import Choice
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
 NUM_SHARDS, LENGTHS = 4, [24, 24, 24]

@@ -11,7 +11,7 @@ import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.opt.utils import named_hparams
 
-from autoquant_ray.quantizable import TOWER_PATTERNS
+from autoquant_ray.models.quantizable import TOWER_PATTERNS
 
 NOTHING = [{"quantizer_name": "*", "enable": False}]
 """Entries of a configuration that quantizes nothing; more may follow."""

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
 
 EVIL = '<script>document.title = "hacked"</script>'
 NUM_GROUPS = 40

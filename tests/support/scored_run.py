@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from autoquant_ray.formats import NONE, resolve_formats
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.formats.stored_size import stored_bits
 from autoquant_ray.report.sources import read_sources
-from autoquant_ray.schemas import SCHEMAS
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.stored_size import stored_bits
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.schemas import SCHEMAS
+from autoquant_ray.runs.state import RunState
 
 FORMATS = tuple(f"w{w}_a{a}" for w in ("int4", "fp8", "int8") for a in ("fp16", "fp8", "int8"))
 NUM_TOKENS = 131_072

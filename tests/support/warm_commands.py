@@ -18,7 +18,13 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["ray", "transformers", "autoquant_ray.cli", "autoquant_ray.scan", "autoquant_ray.engine"]
+    [
+        "ray",
+        "transformers",
+        "autoquant_ray.cli.main",
+        "autoquant_ray.scan",
+        "autoquant_ray.score.engine",
+    ]
 )
 
 
@@ -59,6 +65,6 @@ def _become(arguments: list[str], env: dict[str, str], folder: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["autoquant-ray", *arguments]
 
-    from autoquant_ray.cli import main
+    from autoquant_ray.cli.main import main
 
     main(prog_name="autoquant-ray")

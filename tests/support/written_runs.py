@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from autoquant_ray.aggregation import score_part
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.engine import ShardScores
-from autoquant_ray.plan import Plan
-from autoquant_ray.run_files import SCORES, part_name
-from autoquant_ray.sensitivity import SensitivitySums
-from autoquant_ray.stage_fingerprints import stage_fingerprints
-from autoquant_ray.stages import aggregate, write_plan
-from autoquant_ray.state import Mode, RunState
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.stage_fields import stage_fingerprints
+from autoquant_ray.plan.plan import Plan
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SCORES, part_name
+from autoquant_ray.runs.state import Mode, RunState
+from autoquant_ray.score.engine import ShardScores
+from autoquant_ray.score.sensitivity import SensitivitySums
+from autoquant_ray.stages.aggregate import score_part
+from autoquant_ray.stages.score import aggregate, write_plan
 
 
 def write_run(

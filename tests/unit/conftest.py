@@ -15,15 +15,15 @@ from laboratory import FORMATS as LABORATORY_FORMATS
 from laboratory import Laboratory
 from written_runs import made_up_run, write_run
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.engine import Engine, EngineSpec
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.models import ModelRef, find_model, fingerprint_model
-from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.sensitivity import scored_modules
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import ModelRef, find_model, fingerprint_model
+from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.score.engine import Engine, EngineSpec
 from autoquant_ray.solve import solve_run
-from autoquant_ray.store import RunDirectory
 
 _DOCS = Path(__file__).parents[2] / "docs"
 PRESETS = (

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from autoquant_ray.aggregation import aggregate_parts, is_complete_part
 from autoquant_ray.errors import ScoreError
-from autoquant_ray.schemas import SCHEMAS
+from autoquant_ray.runs.schemas import SCHEMAS
+from autoquant_ray.stages.aggregate import aggregate_parts, is_complete_part
 
 PLAN = [
     {"group": "a", "format": "f", "weight_bits": 8.0, "weight_bytes": 80.0, "is_searched": True},

@@ -10,7 +10,7 @@ import numpy as np
 import pulp
 import pytest
 
-from autoquant_ray.allocation import (
+from autoquant_ray.allocate.allocation import (
     Allocation,
     Budget,
     Choice,

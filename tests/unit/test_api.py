@@ -15,7 +15,7 @@ import pytest
 
 import autoquant_ray
 from autoquant_ray import Run
-from autoquant_ray.budget import SolveOptions
+from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, StoreError
 from autoquant_ray.solve import solve_run
 

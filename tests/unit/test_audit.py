@@ -9,29 +9,27 @@ from typing import Any
 import pytest
 from laboratory import FORMATS, NUM_SHARDS, Laboratory
 
-from autoquant_ray.allocation import restrict
-from autoquant_ray.audit import audit_json, measure_pairs
-from autoquant_ray.audit_pairs import (
-    AuditedPair,
+from autoquant_ray.allocate.allocation import restrict
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.search import search
+from autoquant_ray.cli.output import print_audit
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.evaluate.audit import audit_json, measure_pairs
+from autoquant_ray.evaluate.audit_pairs import (
     audited_scores,
     choose_pairs,
     median_ratio,
-    most_wrong,
-    read_pairs,
     solve_again,
     write_pairs,
 )
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.chosen_on import chosen_also_on, untouched_shards
-from autoquant_ray.errors import ConfigError
-from autoquant_ray.evaluation_table import mean_kl
-from autoquant_ray.formats import NONE
-from autoquant_ray.output import print_audit
-from autoquant_ray.plan_search import split_shards
-from autoquant_ray.report.audit import audit_section
-from autoquant_ray.served_search import search
-from autoquant_ray.solve import load_problem, solve_run
-from autoquant_ray.state import RunState
+from autoquant_ray.evaluate.chosen_on import chosen_also_on, untouched_shards
+from autoquant_ray.evaluate.plan_search import split_shards
+from autoquant_ray.evaluate.table import mean_kl
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.report.audit import AuditedPair, audit_section, most_wrong, read_pairs
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.solve import solve_run
 
 OPTIONS = SolveOptions(bits=6.0)
 

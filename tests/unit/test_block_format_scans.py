@@ -16,15 +16,15 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt_scores import of_text, scores_of_config, summed_by_step
 
 from autoquant_ray import load_quantization_config
-from autoquant_ray.block_formats import BACKEND, for_cpu
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.calibration import merge_statistics, to_maxima
-from autoquant_ray.engine import Engine
-from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.formats import PAIRS, resolve_formats
-from autoquant_ray.models import ModelRef
-from autoquant_ray.plan import build_plan
-from autoquant_ray.quantized_layers import UNQUANTIZED
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
+from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.formats.menu import PAIRS, resolve_formats
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.block_formats import BACKEND, for_cpu
+from autoquant_ray.quantize.modules import UNQUANTIZED
+from autoquant_ray.score.engine import Engine
 from autoquant_ray.solve import solve_run
 
 BLOCK_PRESETS = (

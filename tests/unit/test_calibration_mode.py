@@ -13,10 +13,11 @@ import torch
 from modelopt_scores import NOTHING, quantized_by_modelopt
 
 from autoquant_ray import load_quantization_config
-from autoquant_ray.algorithms import of_plan
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.formats import Format, resolve_formats
-from autoquant_ray.manifest import quantizer_entries
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.quant_cfg import quantizer_entries
+from autoquant_ray.formats.algorithms import of_plan
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.solve import solve_run
 
 INT4 = {"num_bits": 4, "block_sizes": {-1: 16, "type": "static"}}

@@ -9,19 +9,14 @@ from typing import Any
 
 import pytest
 
-from autoquant_ray.calibration_stage import (
-    calibrate,
-    is_calibrated,
-    maxima_of,
-    read_maxima,
-    search_scales,
-)
-from autoquant_ray.channel_statistics import CHANNELS
+from autoquant_ray.calibrate.files import maxima_of, read_maxima
 from autoquant_ray.distributed.pool import Outcome
 from autoquant_ray.errors import StoreError
-from autoquant_ray.run_files import SAMPLES, part_name
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.quantize.statistics import CHANNELS
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SAMPLES, part_name
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.stages.calibrate import calibrate, is_calibrated, search_scales
 
 FORMATS = ("INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_AWQ_LITE_CFG", "wint8_afp16")
 NUM_SHARDS = 4

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoquant_ray import knapsack
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.certainty import Certainty, assess_solution, found_certainty
-from autoquant_ray.served_search import search
-from autoquant_ray.solve import load_problem, solve_run
-from autoquant_ray.stability import assess
-from autoquant_ray.state import RunState
+from autoquant_ray.allocate.certainty.resampling import assess
+from autoquant_ray.allocate.certainty.solution import Certainty, assess_solution, found_certainty
+from autoquant_ray.allocate.knapsack import problem as knapsack
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.search import search
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.solve import solve_run
 
 
 def test_solution_states_its_certainty(make_run: Any) -> None:

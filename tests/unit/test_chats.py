@@ -16,19 +16,19 @@ import torch
 import transformers
 from chats import TEMPLATE, make_image, with_processor, with_template, write_pairs
 
-from autoquant_ray.answer_spans import answer_spans
-from autoquant_ray.chat_encoding import ConversationEncoder, Encoded
-from autoquant_ray.conversation_samples import ConversationSamples
-from autoquant_ray.conversations import BadSample, Conversation, load_images
-from autoquant_ray.data import DataCounts, require_usable
-from autoquant_ray.data_spec import DataSpec
+from autoquant_ray.data.answer_spans import answer_spans
+from autoquant_ray.data.chat_encoding import ConversationEncoder, Encoded
+from autoquant_ray.data.chat_samples import ConversationSamples
+from autoquant_ray.data.conversations import BadSample, Conversation, load_images
+from autoquant_ray.data.cutting import DataCounts, require_usable
+from autoquant_ray.data.sample_parts import digest_bytes, rich_part, samples_of, text_part
+from autoquant_ray.data.samples import RichSample, num_predicted
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.data.texts import read_rows
 from autoquant_ray.errors import AutoQuantError, DataError, StoreError
-from autoquant_ray.sample_parts import digest_bytes, rich_part, samples_of, text_part
-from autoquant_ray.samples import RichSample, num_predicted
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.texts import read_rows
-from autoquant_ray.tokenizer import TokenizerRef
-from autoquant_ray.visits import VisitPlanner, make_step, predicting_rows
+from autoquant_ray.models.tokenizer import TokenizerRef
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.score.visits import VisitPlanner, make_step, predicting_rows
 
 TURNS = [
     {"role": "user", "content": "w1 w2"},

@@ -20,18 +20,19 @@ from checkpoints import (
 )
 from safetensors.torch import save_file
 
-from autoquant_ray import Run, formats
-from autoquant_ray.checkpoint import export_run
-from autoquant_ray.checkpoint_check import check_checkpoint
-from autoquant_ray.checkpoint_source import read_source
+from autoquant_ray import Run
 from autoquant_ray.errors import (
     CheckpointError,
     ConfigError,
     FormatError,
     StoreError,
 )
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.quantizers import fake_quantize_weight
+from autoquant_ray.export.check import check_checkpoint
+from autoquant_ray.export.checkpoint import export_run
+from autoquant_ray.export.source import read_source
+from autoquant_ray.formats import menu as formats
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.quantize.quantizers import fake_quantize_weight
 
 MIXED = {
     "*self_attn.q_proj": "wint8_aint8",

@@ -10,10 +10,10 @@ from checkpoints import load_folder
 from click.testing import CliRunner
 from modelopt.torch.export import unified_export_hf
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.checkpoint import export_run
-from autoquant_ray.cli import main
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.cli.main import main
 from autoquant_ray.errors import AutoQuantError, ConfigError, FormatError, StoreError
+from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.solve import solve_run
 
 REFUSED = (

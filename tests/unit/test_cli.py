@@ -22,11 +22,11 @@ import transformers
 import yaml
 from click.testing import CliRunner, Result
 
-from autoquant_ray.cli import main
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.schemas import SCHEMAS
-from autoquant_ray.search_space import SearchSpace
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.cli.main import main
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.search_space import SearchSpace
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.schemas import SCHEMAS
 
 NO_CLUSTER = "ray://127.0.0.1:9"
 COMMANDS = (

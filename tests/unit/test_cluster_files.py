@@ -25,7 +25,7 @@ from kubernetes_types import (
     RayClusterSpec,
 )
 
-from autoquant_ray.cli import main
+from autoquant_ray.cli.main import main
 from autoquant_ray.distributed.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]

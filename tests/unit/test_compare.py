@@ -15,20 +15,20 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from autoquant_ray.budget import solve_options
-from autoquant_ray.calibration import merge_statistics, to_maxima
-from autoquant_ray.cli import main
-from autoquant_ray.compare import compare_runs
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.engine import Engine
+from autoquant_ray.allocate.options import solve_options
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
+from autoquant_ray.cli.main import main
+from autoquant_ray.compare.drift import render_drift
+from autoquant_ray.compare.runs import compare_runs
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.data.texts import DataSpec, read_texts
 from autoquant_ray.errors import StoreError
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.plan import build_plan
-from autoquant_ray.report.drift import render_drift
-from autoquant_ray.run_files import CALIBRATION, part_name
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import CALIBRATION, part_name
+from autoquant_ray.score.engine import Engine
 from autoquant_ray.solve import solve_run
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.texts import DataSpec, read_texts
 
 FORMATS = ("wint4_afp16", "wint8_aint8")
 NUM_SHARDS, SHARD_SAMPLES = 6, 8

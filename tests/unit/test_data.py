@@ -20,7 +20,7 @@ import pytest
 import tokenizers
 import transformers
 
-from autoquant_ray.data import (
+from autoquant_ray.data.cutting import (
     DataCounts,
     SampleAssembler,
     chunk_texts,
@@ -28,8 +28,8 @@ from autoquant_ray.data import (
     require_usable,
     tokenize_chunk,
 )
+from autoquant_ray.data.texts import DataSpec, read_texts
 from autoquant_ray.errors import DataError
-from autoquant_ray.texts import DataSpec, read_texts
 
 TEXTS = ["one two", "", " \t", "three  four five"]
 
@@ -273,7 +273,9 @@ def test_chunk_texts_long_texts_make_short_chunks() -> None:
 
 def test_import_data_loads_no_heavy_package() -> None:
     heavy = ["torch", "ray", "datasets", "transformers", "pyarrow", "numpy"]
-    code = f"import sys, autoquant_ray.data; print([n for n in {heavy} if n in sys.modules])"
+    code = (
+        f"import sys, autoquant_ray.data.cutting; print([n for n in {heavy} if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -12,21 +12,27 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from autoquant_ray.cli import main
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.config_file import validate
-from autoquant_ray.data import SampleAssembler
-from autoquant_ray.data_sources import MAX_DOMAINS, data_name, equal_shares, parse_data, sources_of
-from autoquant_ray.domain_shards import DomainAssembler, in_turn, shards_by_domain
+from autoquant_ray.cli.main import main
+from autoquant_ray.config.evaluation import EvaluationConfig
+from autoquant_ray.config.files import validate
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.sources import (
+    MAX_DOMAINS,
+    data_name,
+    equal_shares,
+    parse_data,
+    sources_of,
+)
+from autoquant_ray.config.stage_fields import changed_fields, stage_fingerprints
+from autoquant_ray.data.cutting import SampleAssembler
+from autoquant_ray.data.domain_shards import DomainAssembler, in_turn, shards_by_domain
+from autoquant_ray.data.fingerprint import fingerprint_data, fingerprint_source
+from autoquant_ray.data.texts import DataSpec, read_rows
 from autoquant_ray.errors import AutoQuantError, ConfigError, DataError, StoreError
-from autoquant_ray.evaluation_config import EvaluationConfig
-from autoquant_ray.fingerprint import fingerprint_data, fingerprint_source
-from autoquant_ray.held_out import num_seen
-from autoquant_ray.job import make_job
-from autoquant_ray.stage_fingerprints import changed_fields, stage_fingerprints
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.texts import DataSpec, read_rows
+from autoquant_ray.evaluate.held_out import num_seen
+from autoquant_ray.jobs.file import make_job
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.state import RunState
 
 ROWS = [("a b", "x"), ("c d", "y"), ("", "x"), ("e f", "x"), ("g h", "y")]
 

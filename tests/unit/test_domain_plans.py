@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.candidates import collect_candidates, solution_options
-from autoquant_ray.cli import main
-from autoquant_ray.domain_scores import DomainScores, read_domain_scores
-from autoquant_ray.domain_weights import normalised, parse_weights
+from autoquant_ray.allocate.domain_scores import DomainScores, read_domain_scores
+from autoquant_ray.allocate.domain_weights import normalised, parse_weights
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import load_problem, solution_options
+from autoquant_ray.cli.main import main
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
-from autoquant_ray.formats import NONE
-from autoquant_ray.solve import load_problem, rewrite_reports, solution_name, solve_run
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.evaluate.rivals import collect_candidates
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.solve import rewrite_reports, solution_name, solve_run
 
 DOMAINS = ("code", "chat", "code", "chat", "code", "law")
 BITS = 6.0
@@ -92,7 +93,7 @@ def test_domain_scores_are_the_sums_of_their_own_shards(domain_run: RunDirectory
 
 
 def test_domain_without_a_scored_shard_is_left_out(domain_run: RunDirectory) -> None:
-    from autoquant_ray.domain_scores import write_domain_scores
+    from autoquant_ray.stages.domain_scores import write_domain_scores
 
     state = RunState.open(domain_run)
     state.values["quarantined"] = [{"shard": 5, "stage": "score", "reason": "made up"}]

@@ -12,20 +12,23 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.read import solution_options
+from autoquant_ray.allocate.search import search, served_problem
 from autoquant_ray.api import Run
-from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.candidates import collect_candidates, solution_options
-from autoquant_ray.cli import main
-from autoquant_ray.engine_choices import why_unserved
-from autoquant_ray.engines import layer_algo, violations
+from autoquant_ray.cli.main import main
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
-from autoquant_ray.formats import NONE, PAIRS, Format
+from autoquant_ray.evaluate.rivals import collect_candidates
+from autoquant_ray.evaluate.swaps import Swaps
+from autoquant_ray.formats.format import NONE, Format
+from autoquant_ray.formats.menu import PAIRS
 from autoquant_ray.report.concerns import find_concerns
 from autoquant_ray.report.evidence import Evidence
-from autoquant_ray.served_search import search, served_problem
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.swaps import Swaps
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.serving.menus import why_unserved
+from autoquant_ray.serving.rules import layer_algo, violations
 from tests.support.scored_run import put_scored_run
 
 _FP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from autoquant_ray.engine_table import CARDS, ENGINES, FUSED, GENERATIONS, TABLE, rows_of
-from autoquant_ray.engines import (
+from autoquant_ray.allocate.cards import shipped_cards
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.menu import PAIRS, resolve_formats
+from autoquant_ray.serving.rules import (
     LayerAlgo,
     check_target,
     describe_violations,
@@ -15,9 +18,7 @@ from autoquant_ray.engines import (
     servable_formats,
     violations,
 )
-from autoquant_ray.errors import ConfigError
-from autoquant_ray.formats import PAIRS, Format, resolve_formats
-from autoquant_ray.hardware_file import shipped_cards
+from autoquant_ray.serving.table import CARDS, ENGINES, FUSED, GENERATIONS, TABLE, rows_of
 
 FP8, NVFP4 = LayerAlgo("FP8"), LayerAlgo("NVFP4", 16)
 PRESETS = (
@@ -69,7 +70,7 @@ def test_names_of_formats_are_those_that_modelopt_writes(name: str) -> None:
     import torch
     from modelopt.torch.export.quant_utils import get_quant_config
 
-    from autoquant_ray.manifest import quantizer_entries
+    from autoquant_ray.allocate.quant_cfg import quantizer_entries
 
     format_ = make_format(name)
     model = torch.nn.Sequential(torch.nn.Linear(256, 256))

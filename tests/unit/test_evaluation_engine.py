@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from autoquant_ray.calibration import to_maxima
-from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec, ShardEvaluation
-from autoquant_ray.manifest import quantizer_entries
-from autoquant_ray.models import ModelRef
-from autoquant_ray.quantized_layers import UNQUANTIZED, Choice
+from autoquant_ray.allocate.quant_cfg import quantizer_entries
+from autoquant_ray.calibrate.maxima import to_maxima
+from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec, ShardEvaluation
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.quantize.modules import UNQUANTIZED, Choice
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 LENGTHS = [24, 17, 9, 24]

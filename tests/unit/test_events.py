@@ -13,8 +13,8 @@ import pydantic
 import pytest
 
 import autoquant_ray
-from autoquant_ray.events import Event, ShardDone, parse_event
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.events import Event, ShardDone, parse_event
 
 PACKAGE = Path(autoquant_ray.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"

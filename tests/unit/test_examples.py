@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.config_file import load_config
-from autoquant_ray.data_spec import DataSpec
-from autoquant_ray.job import load_job
-from autoquant_ray.texts import read_rows
+from autoquant_ray.config.files import load_config
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.data.texts import read_rows
+from autoquant_ray.jobs.file import load_job
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,23 +14,23 @@ import pytest
 from click.testing import CliRunner
 from families import family_model
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.candidates import solution_formats, solution_options
-from autoquant_ray.cli import main
-from autoquant_ray.compare import compare_runs
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.engine import Engine
+from autoquant_ray.allocate.certainty.explain import explain_group
+from autoquant_ray.allocate.expert_clusters import clusters
+from autoquant_ray.allocate.frontier_points import frontier_of
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
+from autoquant_ray.cli.main import main
+from autoquant_ray.compare.runs import compare_runs
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ConfigError, ScoreError
-from autoquant_ray.expert_clusters import clusters
-from autoquant_ray.explain import explain_group
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.frontier import frontier_of
-from autoquant_ray.plan import build_plan
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.report.expert_rows import by_format
-from autoquant_ray.solve import load_problem, solve_run
-from autoquant_ray.stages import write_plan
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.score.engine import Engine
+from autoquant_ray.solve import solve_run
+from autoquant_ray.stages.score import write_plan
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wfp8_afp16")
 LAYERS = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from autoquant_ray.aggregation import aggregate_parts, score_part
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.expert_tokens import experts_with_few_tokens
-from autoquant_ray.schemas import SCHEMAS
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.plan.silent_experts import experts_with_few_tokens
+from autoquant_ray.runs.schemas import SCHEMAS
 from autoquant_ray.solve import rewrite_reports, solve_run
+from autoquant_ray.stages.aggregate import aggregate_parts, score_part
 
 EXPERTS = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
 

@@ -17,20 +17,21 @@ import pandas
 import pytest
 from click.testing import CliRunner, Result
 
-from autoquant_ray.aggregation import aggregate_parts
-from autoquant_ray.allocation import Allocation
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.cli import main
+from autoquant_ray.allocate.allocation import Allocation
+from autoquant_ray.allocate.certainty.explain import explain_group
+from autoquant_ray.allocate.certainty.explanation import Explanation, head_lines
+from autoquant_ray.allocate.group_names import find_group
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.search import search
+from autoquant_ray.cli.main import main
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.explain import Explanation, explain_group
-from autoquant_ray.explain_text import head_lines
-from autoquant_ray.group_names import find_group
-from autoquant_ray.parts import Parts
-from autoquant_ray.run_files import SCORES, part_name
-from autoquant_ray.served_search import search
-from autoquant_ray.solve import load_problem, solve_run, write_solution
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SCORES, part_name
+from autoquant_ray.runs.parts import Parts
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.solve import solve_run, write_solution
+from autoquant_ray.stages.aggregate import aggregate_parts
 
 FORMATS = ("wint4_afp16", "wint8_aint8")
 EVIL = "<b>evil</b>"

@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import load_problem, solution_formats
 from autoquant_ray.api import Run
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.candidates import collect_candidates, solution_formats
-from autoquant_ray.cli import main
-from autoquant_ray.exported_plan import read_plan
-from autoquant_ray.recipes import make_recipe
+from autoquant_ray.cli.main import main
+from autoquant_ray.evaluate.rivals import collect_candidates
+from autoquant_ray.export.plan import read_plan
+from autoquant_ray.export.recipes import make_recipe
 from autoquant_ray.report.concerns import find_concerns
 from autoquant_ray.report.evidence import Evidence
-from autoquant_ray.solve import load_problem, solve_run
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.solve import solve_run
 from tests.support.scored_run import put_scored_run
 
 MENU = ("wint4_afp16", "wint8_afp16", "wfp8_afp8")

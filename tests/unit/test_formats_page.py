@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from autoquant_ray.cli import main
-from autoquant_ray.format_names import closest_formats
-from autoquant_ray.formats import PAIRS, known_formats
-from autoquant_ray.number_formats import describe
+from autoquant_ray.cli.main import main
+from autoquant_ray.formats.format_names import closest_formats
+from autoquant_ray.formats.menu import PAIRS, known_formats
+from autoquant_ray.formats.numbers import describe
 
 DOCS = Path(__file__).parents[2] / "docs"
 

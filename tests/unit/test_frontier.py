@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.cli import main
+from autoquant_ray.allocate.frontier import Point, find_knee, sweep_points, uniform_points
+from autoquant_ray.allocate.frontier_points import frontier_of, smallest_within
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.cli.main import main
 from autoquant_ray.errors import InfeasibleBudgetError
-from autoquant_ray.formats import NONE
-from autoquant_ray.frontier import frontier_of, smallest_within
-from autoquant_ray.frontier_curve import Point, find_knee, sweep_points, uniform_points
-from autoquant_ray.solve import load_problem, solve_run
-from autoquant_ray.state import RunState
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.solve import solve_run
 
 
 def all_allocations(directory: Any) -> list[tuple[float, float]]:

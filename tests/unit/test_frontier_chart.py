@@ -12,16 +12,16 @@ import pytest
 from runs_folder import EVIL
 from scored_run import FORMATS, evaluation_row, put_scored_run
 
-from autoquant_ray.budget import SolveOptions
+from autoquant_ray.allocate.frontier_points import frontier_of
+from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.errors import AutoQuantError
-from autoquant_ray.frontier import frontier_of
 from autoquant_ray.report.bokeh_js import bokeh_scripts
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.report.frontier_chart import Dot, chart_data
 from autoquant_ray.report.html import render_html
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import rewrite_reports, solve_run
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
 
 
 @pytest.fixture(scope="module")

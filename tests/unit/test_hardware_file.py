@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from autoquant_ray.allocate.cards import FOLDER, load_hardware, shipped_cards
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.hardware_file import FOLDER, load_hardware, shipped_cards
 
 PRINTED = {
     # Bytes per second, and rates as the datasheets print them: [dense, or with sparsity halved].

@@ -10,22 +10,22 @@ import torch
 from chats import with_processor, write_pairs
 from modelopt_scores import Batch, modelopt_scores
 
-from autoquant_ray.calibration import ActivationMaxima, to_maxima
-from autoquant_ray.chat_encoding import ConversationEncoder, Encoded
-from autoquant_ray.conversations import Conversation, load_images
-from autoquant_ray.data_spec import DataSpec
-from autoquant_ray.engine import Engine
+from autoquant_ray.calibrate.maxima import ActivationMaxima, to_maxima
+from autoquant_ray.data.chat_encoding import ConversationEncoder, Encoded
+from autoquant_ray.data.conversations import Conversation, load_images
+from autoquant_ray.data.samples import RichSample
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.data.texts import read_rows
 from autoquant_ray.errors import ModelError
-from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.plan import build_plan
-from autoquant_ray.quantizable import PlannedModule
-from autoquant_ray.quantized_layers import UNQUANTIZED
-from autoquant_ray.samples import RichSample
-from autoquant_ray.sensitivity import ScoredModule
-from autoquant_ray.texts import read_rows
-from autoquant_ray.tokenizer import TokenizerRef
-from autoquant_ray.visits import make_step
+from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.models.tokenizer import TokenizerRef
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.modules import UNQUANTIZED
+from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.visits import make_step
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 PRESET = "INT8_WEIGHT_ONLY_CFG"

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from modelopt_scores import next_token_loss, of_text
 
-from autoquant_ray.cli import main
+from autoquant_ray.cli.main import main
 
 PRESETS = ("INT4_AWQ_CFG", "FP8_DEFAULT_CFG")
 NAMES_BY_BITS = {4: "INT4_AWQ_CFG", (4, 3): "FP8_DEFAULT_CFG", None: "none"}

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import autoquant_ray
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.history import LOCKS
-from autoquant_ray.lease import lease
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.compare.history import LOCKS
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.lease import lease
 from autoquant_ray.solve import solve_run
-from autoquant_ray.store import RunDirectory
 
 PACKAGE = Path(autoquant_ray.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -129,7 +129,7 @@ def modules_after(tmp_path: Path) -> Any:
 def command(*arguments: Any) -> str:
     """Code that runs the command line."""
     words = [str(argument) for argument in arguments]
-    return f"from autoquant_ray.cli import main; main({words!r}, prog_name='autoquant-ray')"
+    return f"from autoquant_ray.cli.main import main; main({words!r}, prog_name='autoquant-ray')"
 
 
 def test_import_of_package_is_light(modules_after: Any) -> None:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from autoquant_ray.interrupts import StopRequest, stop_on_signal
+from autoquant_ray.distributed.interrupts import StopRequest, stop_on_signal
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 

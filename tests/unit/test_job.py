@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from autoquant_ray.cli import main
-from autoquant_ray.config_file import read_yaml
+from autoquant_ray.cli.main import main
+from autoquant_ray.config.files import read_yaml
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.job import NightlyJob, ScanJob, SweepJob, load_job, make_job
-from autoquant_ray.job_names import check_run_id
+from autoquant_ray.jobs.file import NightlyJob, ScanJob, SweepJob, load_job, make_job
+from autoquant_ray.jobs.names import check_run_id
 
 SCAN = {"model": "m", "data": "d.txt", "out": "runs/My Model", "bits": 6}
 SWEEP = {

@@ -16,10 +16,10 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from autoquant_ray.cli import main
+from autoquant_ray.cli.main import main
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.job import make_job
-from autoquant_ray.job_package import entrypoint, make_package
+from autoquant_ray.jobs.file import make_job
+from autoquant_ray.jobs.package import entrypoint, make_package
 
 SCAN = {"name": "a-scan", "model": "/m", "data": "/d.txt", "out": "/runs/r", "bits": 6}
 SECRET = "hf-s3cr3t"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from autoquant_ray import jobs
 from autoquant_ray.errors import AutoQuantError, ClusterError
-from autoquant_ray.job_package import make_package
+from autoquant_ray.jobs import cluster as jobs
+from autoquant_ray.jobs.package import make_package
 
 SCAN = {"name": "a-scan", "model": "/m", "data": "/d.txt", "out": "/runs/r", "bits": 6}
 

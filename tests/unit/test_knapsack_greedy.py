@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from autoquant_ray.allocation import (
+from autoquant_ray.allocate.allocation import (
     Choice,
     frontier,
     frontier_allocation,

@@ -10,9 +10,9 @@ import pytest
 from scipy import sparse
 from scipy.optimize import linprog
 
-from autoquant_ray.knapsack import Problem
-from autoquant_ray.knapsack_greedy import relax
-from autoquant_ray.knapsack_single import solve_single
+from autoquant_ray.allocate.knapsack.greedy import relax
+from autoquant_ray.allocate.knapsack.problem import Problem
+from autoquant_ray.allocate.knapsack.single import solve_single
 
 Floats = npt.NDArray[np.float64]
 

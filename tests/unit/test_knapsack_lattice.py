@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from autoquant_ray.knapsack import Problem
-from autoquant_ray.knapsack_greedy import relax
-from autoquant_ray.knapsack_lattice import common_step, fill, find
-from autoquant_ray.knapsack_single import solve_single
+from autoquant_ray.allocate.knapsack.greedy import relax
+from autoquant_ray.allocate.knapsack.lattice import common_step, fill, find
+from autoquant_ray.allocate.knapsack.problem import Problem
+from autoquant_ray.allocate.knapsack.single import solve_single
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import numpy as np
 import pulp
 import pytest
 
-from autoquant_ray.knapsack import Floats, Problem
-from autoquant_ray.knapsack_worst import solve_worst
+from autoquant_ray.allocate.knapsack.problem import Problem
+from autoquant_ray.allocate.knapsack.worst import solve_worst
+from autoquant_ray.arrays import Floats
 
 
 def random_problem(

@@ -15,33 +15,35 @@ from click.testing import CliRunner
 from families import family_model
 from written_runs import made_up_run
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.candidates import collect_candidates
-from autoquant_ray.cli import main
-from autoquant_ray.compare import compare_runs
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.config_file import validate
+from autoquant_ray.allocate.certainty.explain import explain_group
+from autoquant_ray.allocate.frontier_points import frontier_of, smallest_within
+from autoquant_ray.allocate.load import latency_of
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.search import search
+from autoquant_ray.cli.main import main
+from autoquant_ray.cli.output import print_explanation, print_plan, print_solution
+from autoquant_ray.compare.runs import compare_runs
+from autoquant_ray.config.files import validate
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import (
     ConfigError,
     FormatError,
     InfeasibleBudgetError,
     ModelError,
 )
-from autoquant_ray.explain import explain_group
-from autoquant_ray.formats import NONE, resolve_formats
-from autoquant_ray.frontier import frontier_of, smallest_within
-from autoquant_ray.kv_engines import CACHE_TABLE
-from autoquant_ray.kv_formats import KV_FORMATS, KV_PRESETS
-from autoquant_ray.latency_target import latency_of
-from autoquant_ray.manifest import load_quantization_config
-from autoquant_ray.output import print_explanation, print_plan, print_solution
-from autoquant_ray.plan import Plan, build_plan
+from autoquant_ray.evaluate.rivals import collect_candidates
+from autoquant_ray.evaluate.swaps import Swaps
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.report.content import collect_content
-from autoquant_ray.served_search import search
-from autoquant_ray.solve import load_problem, solve_run
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
-from autoquant_ray.swaps import Swaps
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.serving.kv_cache import CACHE_TABLE
+from autoquant_ray.solve import solve_run
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "kv_fp8", "kv_nvfp4")
 CACHES = ["model.layers.0.self_attn.kv", "model.layers.1.self_attn.kv"]

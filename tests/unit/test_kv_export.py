@@ -11,15 +11,16 @@ from checkpoints import calibrated, load_folder
 from click.testing import CliRunner
 from written_runs import made_up_run
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.calibration_stage import read_maxima
-from autoquant_ray.checkpoint import export_run
-from autoquant_ray.cli import main
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.calibrate.files import read_maxima
+from autoquant_ray.cli.main import main
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ConfigError, FormatError
-from autoquant_ray.formats import NONE, resolve_formats
-from autoquant_ray.models import find_model, fingerprint_model
-from autoquant_ray.plan import build_plan
+from autoquant_ray.export.checkpoint import export_run
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model, fingerprint_model
+from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.solve import solve_run
 
 FORMATS = ("wfp8_afp8", "wint8_afp16", "kv_fp8", "kv_nvfp4")

@@ -12,17 +12,17 @@ import torch
 from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
 
-from autoquant_ray.block_formats import for_cpu
-from autoquant_ray.cached_attention import CachedAttention, Call
-from autoquant_ray.calibration import merge_statistics, to_maxima
-from autoquant_ray.engine import Engine
-from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.layers import require_gradient
-from autoquant_ray.loss import draw_uniforms, sample_labels
-from autoquant_ray.manifest import cache_entries, quantizer_entries
-from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.quantized_layers import UNQUANTIZED
+from autoquant_ray.allocate.quant_cfg import cache_entries, quantizer_entries
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
+from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.layers import require_gradient
+from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.quantize.attention import CachedAttention, Call
+from autoquant_ray.quantize.block_formats import for_cpu
+from autoquant_ray.quantize.modules import UNQUANTIZED
+from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.loss import draw_uniforms, sample_labels
 
 FORMATS = ("kv_fp8", "wfp8_afp8", "kv_nvfp4")
 LENGTHS = [24, 13, 19]

@@ -15,20 +15,23 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.candidates import collect_candidates, solution_options
-from autoquant_ray.cli import main
+from autoquant_ray.allocate.cards import Hardware
+from autoquant_ray.allocate.group_choices import GroupChoices
+from autoquant_ray.allocate.latency import StepTime, numeric_class, touched_share
+from autoquant_ray.allocate.load import Latency, four_digits, latency_of
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.read import load_problem, solution_options
+from autoquant_ray.allocate.search import search
+from autoquant_ray.cli.main import main
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
-from autoquant_ray.formats import NONE, resolve_formats
-from autoquant_ray.group_choices import GroupChoices
-from autoquant_ray.hardware_file import Hardware
-from autoquant_ray.latency import StepTime, numeric_class, touched_share
-from autoquant_ray.latency_target import Latency, four_digits, latency_of
-from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.served_search import search
-from autoquant_ray.solve import load_problem, solution_name, solve_run
-from autoquant_ray.state import RunState
-from autoquant_ray.swaps import Swaps
+from autoquant_ray.evaluate.rivals import collect_candidates
+from autoquant_ray.evaluate.swaps import Swaps
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.solve import solution_name, solve_run
 
 FORMATS = ("wint4_afp16", "wfp8_afp8")
 
@@ -298,7 +301,7 @@ def test_active_moe_cost_is_modelopts(make_model: Any) -> None:
 def test_routed_expert_is_modelopts_rule(name: str) -> None:
     from modelopt.torch.quantization._auto_quantize_cost import is_routed_moe_module_name
 
-    from autoquant_ray.step_facts import is_routed_expert
+    from autoquant_ray.plan.decode_step import is_routed_expert
 
     assert is_routed_expert(name) == is_routed_moe_module_name(name)
 

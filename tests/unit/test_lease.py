@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from autoquant_ray.errors import HeldError
-from autoquant_ray.lease import Claim, lease
-from autoquant_ray.run_files import LOCK
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.lease import Claim, lease
+from autoquant_ray.runs.names import LOCK
 
 
 def foreign_claim(directory: RunDirectory, *, expires: float) -> str:
@@ -52,8 +52,8 @@ def test_lock_alone_is_no_content(tmp_path: Path) -> None:
 def test_killed_holder_keeps_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, time\n"
-        "from autoquant_ray.lease import lease\n"
-        "from autoquant_ray.store import RunDirectory\n"
+        "from autoquant_ray.runs.lease import lease\n"
+        "from autoquant_ray.runs.directory import RunDirectory\n"
         "with lease(RunDirectory(sys.argv[1]), ttl_s=600):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(600)\n"
@@ -114,7 +114,7 @@ def test_lease_that_cannot_be_renewed_is_lost(
     directory = RunDirectory(str(tmp_path))
     with lease(directory, ttl_s=0.3) as held:
         expires = time.time() + 0.3
-        monkeypatch.setattr("autoquant_ray.lease.time.time", lambda: expires + 5)
+        monkeypatch.setattr("autoquant_ray.runs.lease.time.time", lambda: expires + 5)
         held._thread.join(timeout=10)
         with pytest.raises(HeldError, match="lost"):
             held.require()

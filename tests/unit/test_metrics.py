@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autoquant_ray.distributed.metrics import METRICS, Metric, Record, RunMetrics
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
 
 LABELS = ("run_id", "stage")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from autoquant_ray.moved_scores import (
+from autoquant_ray.compare.moved_scores import (
     Scores,
     benjamini_hochberg,
     find_moves,

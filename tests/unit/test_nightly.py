@@ -14,10 +14,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from autoquant_ray.budget import solve_options
-from autoquant_ray.cli import main
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.engine import ShardScores
+from autoquant_ray.allocate.options import solve_options
+from autoquant_ray.cli.main import main
+from autoquant_ray.compare.history import LOCKS, put_row, read_history
+from autoquant_ray.compare.nightly import Night, run_night
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import (
     ChangedError,
     ConfigError,
@@ -25,17 +26,16 @@ from autoquant_ray.errors import (
     StoreError,
     WorkerError,
 )
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.history import LOCKS, put_row, read_history
-from autoquant_ray.job import NightlyJob, make_job
-from autoquant_ray.lease import lease
-from autoquant_ray.nightly import Night, run_night
-from autoquant_ray.plan import build_plan
-from autoquant_ray.schemas import SCHEMAS
-from autoquant_ray.sensitivity import SensitivitySums
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.jobs.file import NightlyJob, make_job
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.lease import lease
+from autoquant_ray.runs.schemas import SCHEMAS
+from autoquant_ray.runs.state import Mode, RunState
+from autoquant_ray.score.engine import ShardScores
+from autoquant_ray.score.sensitivity import SensitivitySums
 from autoquant_ray.solve import solve_run
-from autoquant_ray.state import Mode, RunState
-from autoquant_ray.store import RunDirectory
 
 NUM_SHARDS = 8
 MOVED = "model.layers.1.mlp.down_proj"
@@ -291,7 +291,9 @@ def killed_with_other_packages(config: ScanConfig, _mode: Mode) -> None:
 def test_killed_night_of_other_packages_starts_again_and_says_so(
     night: Any, scans: Scans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoquant_ray.nightly.parse_date", lambda date: date or "2026-11-01")
+    monkeypatch.setattr(
+        "autoquant_ray.compare.nightly.parse_date", lambda date: date or "2026-11-01"
+    )
     with pytest.raises(KeyboardInterrupt):
         night(1, killed_with_other_packages)
     assert night(1).exit_code == 0
@@ -302,7 +304,9 @@ def test_killed_night_of_other_packages_starts_again_and_says_so(
 def test_old_night_of_other_packages_is_not_replaced(
     night: Any, scans: Scans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autoquant_ray.nightly.parse_date", lambda date: date or "2026-11-05")
+    monkeypatch.setattr(
+        "autoquant_ray.compare.nightly.parse_date", lambda date: date or "2026-11-05"
+    )
     with pytest.raises(KeyboardInterrupt):
         night(1, killed_with_other_packages)
     with pytest.raises(ChangedError, match=r"was started with torch 1\.0"):

@@ -18,16 +18,16 @@ from click.testing import CliRunner
 from object_store import BUCKET, KEYS, ObjectStore
 from runs_folder import put_everything
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.cli import main
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.cli.main import main
+from autoquant_ray.compare.site_page import write_site
 from autoquant_ray.errors import EXIT_USAGE, HeldError, StoreError, StoreLostError
-from autoquant_ray.filesystems import child_uri, open_place
-from autoquant_ray.lease import Claim, lease
-from autoquant_ray.report.site_html import write_site
-from autoquant_ray.run_files import LOCK, SCORES, part_name
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.filesystems import child_uri, open_place
+from autoquant_ray.runs.lease import Claim, lease
+from autoquant_ray.runs.names import LOCK, SCORES, part_name
+from autoquant_ray.runs.state import require_target
 from autoquant_ray.solve import solve_run
-from autoquant_ray.state import require_target
-from autoquant_ray.store import RunDirectory
 
 MIB = 2**20
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from modelopt_scores import modelopt_scores, of_text, summed_by_step
 
-from autoquant_ray.calibration import merge_statistics, to_maxima
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 
 FORMATS = (
     "INT8_DEFAULT_CFG",

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from autoquant_ray.errors import StoreError
-from autoquant_ray.parts import Parts, map_ahead
-from autoquant_ray.run_files import part_name
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import part_name
+from autoquant_ray.runs.parts import Parts, map_ahead
 
 
 @pytest.fixture

@@ -10,18 +10,19 @@ import numpy as np
 import pydantic
 import pytest
 
-from autoquant_ray.calibration import to_maxima
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.calibrate.maxima import to_maxima
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.stage_fields import stage_fingerprints
 from autoquant_ray.distributed.placement import place_workers, require_resources
-from autoquant_ray.engine import Engine
 from autoquant_ray.errors import ClusterError, ModelError
-from autoquant_ray.footprint import GIB, Footprint, choose_placement, footprint
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.layers import decoder_layers
-from autoquant_ray.loading import offload_map, split_map
-from autoquant_ray.models import build_skeleton, find_model
-from autoquant_ray.plan import build_plan
-from autoquant_ray.stage_fingerprints import stage_fingerprints
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.layers import decoder_layers
+from autoquant_ray.models.load import build_skeleton
+from autoquant_ray.plan.memory import GIB, Footprint, choose_placement, footprint
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.loading import offload_map, split_map
 
 SEVENTY_GIB = Footprint(
     weight_bytes=70 * GIB, offloaded_bytes=4 * GIB, work_bytes=5 * GIB

@@ -13,15 +13,18 @@ import pytest
 import torch
 import transformers
 
-from autoquant_ray.budget import Problem, SolveOptions
+from autoquant_ray.allocate.manifest import manifest_rows
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.search import check_feasible, search
 from autoquant_ray.errors import ConfigError, FormatError, InfeasibleBudgetError
-from autoquant_ray.format_checks import check_quantizers
-from autoquant_ray.formats import Format, resolve_formats
-from autoquant_ray.manifest import manifest_rows
-from autoquant_ray.models import build_skeleton, find_model
-from autoquant_ray.plan import build_plan
-from autoquant_ray.served_search import check_feasible, search
-from autoquant_ray.stored_size import stored_bits
+from autoquant_ray.formats.checks import check_quantizers
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.formats.stored_size import stored_bits
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import build_skeleton
+from autoquant_ray.plan.plan import build_plan
 
 INT4 = {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from laboratory import FORMATS, LENGTHS, NUM_SHARDS, Laboratory
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.evaluation_table import mean_kl
-from autoquant_ray.formats import NONE
-from autoquant_ray.plan_search import search_plans
-from autoquant_ray.served_search import search
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.search import search
+from autoquant_ray.evaluate.plan_search import search_plans
+from autoquant_ray.evaluate.table import mean_kl
+from autoquant_ray.formats.format import NONE
 
 
 def pinned(laboratory: Laboratory) -> list[str]:

@@ -11,12 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from autoquant_ray.api import Run
-from autoquant_ray.cli import main
-from autoquant_ray.demo import demo_config
+from autoquant_ray.cli.main import main
+from autoquant_ray.config.demo import demo_config
 from autoquant_ray.errors import AutoQuantError, ConfigError, FormatError
-from autoquant_ray.formats import NONE, PAIRS, Format, resolve_formats
-from autoquant_ray.recipes import TOOLS, make_recipe
-from autoquant_ray.tool_formats import COUNTERPARTS
+from autoquant_ray.export.recipes import TOOLS, make_recipe
+from autoquant_ray.export.tool_formats import COUNTERPARTS
+from autoquant_ray.formats.format import NONE, Format
+from autoquant_ray.formats.menu import PAIRS, resolve_formats
 from tests.support.scored_run import put_scored_run
 
 _FP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}

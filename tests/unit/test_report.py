@@ -14,21 +14,21 @@ import pytest
 from runs_folder import EVIL
 from scored_run import put_scored_run
 
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.cli import main
-from autoquant_ray.cli_options import given_fields
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.config_file import load_config
-from autoquant_ray.latency_target import latency_of
+from autoquant_ray.allocate.load import latency_of
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.cli.main import main
+from autoquant_ray.cli.options import given_fields
+from autoquant_ray.config.files import load_config
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.report.groups import GroupRow
 from autoquant_ray.report.heat import heat_maps
 from autoquant_ray.report.html import render_html
 from autoquant_ray.report.measured import merge_random
 from autoquant_ray.report.reproduce import reproduction, scan_command, solve_command
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import rewrite_reports, solve_run
-from autoquant_ray.state import RunState
-from autoquant_ray.store import RunDirectory
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.candidates import Candidate
-from autoquant_ray.evaluation_table import Measured
-from autoquant_ray.formats import NONE
-from autoquant_ray.plan_search import search_plans
-from autoquant_ray.rescoring import choose_flips, solve_flips
-from autoquant_ray.served_search import search
-from autoquant_ray.solve import load_problem
-from autoquant_ray.state import RunState
-from autoquant_ray.swaps import Swaps
+from autoquant_ray.allocate.candidate import Candidate
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.search import search
+from autoquant_ray.evaluate.plan_search import search_plans
+from autoquant_ray.evaluate.rescoring import choose_flips, solve_flips
+from autoquant_ray.evaluate.swaps import Swaps
+from autoquant_ray.evaluate.table import Measured
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.state import RunState
 
 OPTIONS = SolveOptions(bits=6.0)
 

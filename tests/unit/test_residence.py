@@ -14,17 +14,18 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from autoquant_ray.backward import LayerwiseBackward
-from autoquant_ray.calibration import to_maxima
-from autoquant_ray.engine import Engine, EngineSpec
+from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.errors import ModelError
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.layers import decoder_layers
-from autoquant_ray.loading import load_placed
-from autoquant_ray.models import ModelRef, build_skeleton, find_model
-from autoquant_ray.plan import build_plan
-from autoquant_ray.smoothing import with_alphas
-from autoquant_ray.step import Step
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import ModelRef, find_model
+from autoquant_ray.models.layers import decoder_layers
+from autoquant_ray.models.load import build_skeleton
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.smoothing import with_alphas
+from autoquant_ray.score.backward import LayerwiseBackward
+from autoquant_ray.score.engine import Engine, EngineSpec
+from autoquant_ray.score.loading import load_placed
+from autoquant_ray.score.step import Step
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 

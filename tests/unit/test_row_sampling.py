@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from autoquant_ray.calibration import to_maxima
+from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.errors import NonFiniteError
-from autoquant_ray.row_sampling import draw_rows
+from autoquant_ray.score.row_sampling import draw_rows
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 LENGTHS = [40, 25, 60, 33]

@@ -10,12 +10,12 @@ import torch
 import transformers
 from checkpoints import CUSTOM, fake_weight, load_folder, unpack_modelopt
 
-from autoquant_ray.checkpoint import export_run
-from autoquant_ray.checkpoint_source import read_source
 from autoquant_ray.errors import FormatError
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.quantizers import fake_quantize_weight, quantized_weight
-from autoquant_ray.weight_search import WeightScales
+from autoquant_ray.export.checkpoint import export_run
+from autoquant_ray.export.source import read_source
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
+from autoquant_ray.quantize.weight_search import WeightScales
 
 SEARCHED = {
     "*self_attn.*": "int4_g32_mse",

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from autoquant_ray import engine as engine_module
-from autoquant_ray.calibration import merge_statistics, to_maxima
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.errors import NonFiniteError
-from autoquant_ray.loss import sample_labels
-from autoquant_ray.row_choice import live_rows
+from autoquant_ray.score import engine as engine_module
+from autoquant_ray.score.loss import sample_labels
+from autoquant_ray.score.rows import live_rows
 
 FAMILIES = ["llama", "qwen3", "qwen3_moe", "qwen3_vl"]
 FORMATS = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from autoquant_ray.distributed.shard_queue import ShardQueue
-from autoquant_ray.distributed.worker import ShardTask
+from autoquant_ray.distributed.task import ShardTask
 
 
 def tasks(count: int) -> Iterator[ShardTask]:

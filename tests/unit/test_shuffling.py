@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from autoquant_ray.config import ScanConfig
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.stage_fields import changed_fields, stage_fingerprints
+from autoquant_ray.data.shuffling import shuffled
+from autoquant_ray.data.texts import DataSpec, read_texts
 from autoquant_ray.errors import DataError
-from autoquant_ray.shuffling import shuffled
-from autoquant_ray.stage_fingerprints import changed_fields, stage_fingerprints
-from autoquant_ray.texts import DataSpec, read_texts
 
 TEXTS = [f"text {number}" for number in range(200)]
 

@@ -12,17 +12,19 @@ import torch
 from families import family_model
 from modelopt_scores import next_token_loss, of_text, quantized_by_modelopt
 
-from autoquant_ray.algorithms import checked_algorithm
-from autoquant_ray.budget import Problem
-from autoquant_ray.engine import Engine
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.quant_cfg import quantization_config
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.formats import NONE, resolve_formats
-from autoquant_ray.layers import require_gradient
-from autoquant_ray.manifest import load_quantization_config, quantization_config
-from autoquant_ray.plan import Plan, build_plan
-from autoquant_ray.quantized_layers import UNQUANTIZED
-from autoquant_ray.quantizers import fake_quantize_weight
+from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.formats.algorithms import checked_algorithm
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.layers import require_gradient
+from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.quantize.modelopt_config import load_quantization_config
+from autoquant_ray.quantize.modules import UNQUANTIZED
+from autoquant_ray.quantize.quantizers import fake_quantize_weight
+from autoquant_ray.score.engine import Engine
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wfp8_afp16")
 LENGTHS = [20, 20, 20]

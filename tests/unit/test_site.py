@@ -25,13 +25,13 @@ from runs_folder import (
     put_run,
 )
 
-from autoquant_ray.cli import main
+from autoquant_ray.cli.main import main
+from autoquant_ray.compare.site import Job, RunRow, collect_jobs
+from autoquant_ray.compare.site_charts import Point, make_chart
+from autoquant_ray.compare.site_page import write_site
 from autoquant_ray.errors import StoreError
-from autoquant_ray.report.site_charts import Point, make_chart
-from autoquant_ray.report.site_html import write_site
-from autoquant_ray.schemas import SCHEMAS
-from autoquant_ray.site import Job, RunRow, collect_jobs
-from autoquant_ray.store import RunDirectory
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.schemas import SCHEMAS
 
 
 def jobs_of(folder: Path) -> dict[str, Job]:

@@ -16,14 +16,14 @@ import pytest
 import torch
 from modelopt_scores import modelopt_scores, of_text, summed_by_step
 
-from autoquant_ray.awq import best_alphas, merge_losses
-from autoquant_ray.block_formats import for_cpu
-from autoquant_ray.calibration import merge_statistics, to_maxima
-from autoquant_ray.engine import Engine
-from autoquant_ray.evaluation_engine import EvaluationEngine, EvaluationSpec
-from autoquant_ray.models import ModelRef
-from autoquant_ray.sensitivity import Maxima
-from autoquant_ray.smoothing import input_maximum, input_scales, with_alphas
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
+from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.quantize.awq import best_alphas, merge_losses
+from autoquant_ray.quantize.block_formats import for_cpu
+from autoquant_ray.quantize.smoothing import input_maximum, input_scales, with_alphas
+from autoquant_ray.quantize.statistics import Maxima
+from autoquant_ray.score.engine import Engine
 
 SMOOTHQUANT, INT4_AWQ, NVFP4_AWQ = "INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG", "NVFP4_AWQ_LITE_CFG"
 SHARDS = [[24, 24], [24, 24], [24, 24]]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoquant_ray.knapsack import Problem
-from autoquant_ray.stability import allocate, assess
+from autoquant_ray.allocate.certainty.resampling import allocate, assess
+from autoquant_ray.allocate.knapsack.problem import Problem
 
 
 def unscored(costs_GF: Any, limit: float) -> Problem:

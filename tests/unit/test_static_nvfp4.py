@@ -26,14 +26,15 @@ from modelopt_scores import (
 )
 
 from autoquant_ray import load_quantization_config
-from autoquant_ray.block_formats import quantize_static_blocks
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.calibration import merge_statistics, to_maxima
-from autoquant_ray.formats import Format, attributes_to_json, resolve_formats
-from autoquant_ray.manifest import quantizer_entries
-from autoquant_ray.quantizers import quantized_weight
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.quant_cfg import quantizer_entries
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
+from autoquant_ray.formats.format import Format, attributes_to_json
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.quantize.block_formats import quantize_static_blocks
+from autoquant_ray.quantize.quantizers import quantized_weight
+from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.solve import solve_run
-from autoquant_ray.weight_search import WeightScales
 
 PRESETS = ("NVFP4_FOUR_OVER_SIX_CFG", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG")
 STATIC = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
@@ -145,7 +146,7 @@ def test_scores_equal_modelopt_search(
     make_samples: Any,
     modelopt_on_cpu: None,
 ) -> None:
-    from autoquant_ray.block_formats import for_cpu
+    from autoquant_ray.quantize.block_formats import for_cpu
 
     prepared = make_engine(family, (name,))
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]

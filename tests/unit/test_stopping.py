@@ -9,23 +9,24 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from autoquant_ray.allocation import Allocation
-from autoquant_ray.budget import Problem, SolveOptions
-from autoquant_ray.config import ScanConfig
-from autoquant_ray.config_values import parse_share
-from autoquant_ray.formats import resolve_formats
-from autoquant_ray.manifest import solution_summary
-from autoquant_ray.plan import build_plan
-from autoquant_ray.schemas import SCHEMAS
-from autoquant_ray.stability import assess
-from autoquant_ray.stage_fingerprints import STAGE_FIELDS, stage_fingerprints
-from autoquant_ray.stopping import (
+from autoquant_ray.allocate.allocation import Allocation
+from autoquant_ray.allocate.certainty.resampling import assess
+from autoquant_ray.allocate.certainty.stopping import (
     StoppingRule,
     budget_problem,
     check_counts,
     describe_stopping,
     part_sums,
 )
+from autoquant_ray.allocate.manifest import solution_summary
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.stage_fields import STAGE_FIELDS, stage_fingerprints
+from autoquant_ray.config.values import parse_share
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.runs.schemas import SCHEMAS
 
 FORMATS = ("wint4_afp16", "wint8_aint8")
 

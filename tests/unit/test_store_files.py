@@ -20,13 +20,13 @@ from click.testing import CliRunner
 from modelopt.torch.quantization.nn import TensorQuantizer
 
 from autoquant_ray import load_quantization_config
-from autoquant_ray.budget import SolveOptions
-from autoquant_ray.cli import main
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.cli.main import main
 from autoquant_ray.errors import StoreError
-from autoquant_ray.run_files import part_name
+from autoquant_ray.runs.directory import SCHEMA_VERSION, RunDirectory
+from autoquant_ray.runs.names import part_name
+from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solve_run
-from autoquant_ray.state import RunState
-from autoquant_ray.store import SCHEMA_VERSION, RunDirectory
 
 COLUMNS = {
     "plan.parquet": "group, format, module_names, num_weights, weight_bits, weight_bytes, "
@@ -249,7 +249,7 @@ def test_events_in_an_object_store_are_gathered_but_complete_and_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now_s = 100.0
-    monkeypatch.setattr("autoquant_ray.store.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("autoquant_ray.runs.directory.time.monotonic", lambda: now_s)
     directory = RunDirectory("mock:///")
 
     def written() -> list[Any]:

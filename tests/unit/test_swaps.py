@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from autoquant_ray.budget import SolveOptions
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.search import search
 from autoquant_ray.errors import DataError
-from autoquant_ray.formats import NONE
-from autoquant_ray.plan_search import split_shards
-from autoquant_ray.served_search import search
-from autoquant_ray.solve import load_problem
-from autoquant_ray.state import RunState
-from autoquant_ray.swaps import Swaps, combine
+from autoquant_ray.evaluate.plan_search import split_shards
+from autoquant_ray.evaluate.swaps import Swaps, combine
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.state import RunState
 
 
 @pytest.mark.parametrize(

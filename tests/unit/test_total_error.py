@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 from scored_run import put_scored_run
 
-from autoquant_ray.schemas import SCHEMAS
-from autoquant_ray.total_error import total_error
+from autoquant_ray.allocate.certainty.total_error import total_error
+from autoquant_ray.runs.schemas import SCHEMAS
 
 GROUPS, FORMATS = ("a", "b"), ("x", "y")
 CHOSEN = {"a": "x", "b": "y"}

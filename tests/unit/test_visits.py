@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autoquant_ray.visits import VisitPlanner, make_step, predicting_rows
+from autoquant_ray.score.visits import VisitPlanner, make_step, predicting_rows
 
 
 def samples(*lengths: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autoquant_ray.weight_cache import WeightCache
+from autoquant_ray.quantize.weight_cache import WeightCache
 
 
 def test_weight_cache_makes_once_and_drops_the_least_recently_used() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autoquant_ray import weight_hashes
 from autoquant_ray.errors import ModelError
-from autoquant_ray.weight_hashes import OTHER, hash_groups
+from autoquant_ray.runs import weight_hashes
+from autoquant_ray.runs.weight_hashes import OTHER, hash_groups
 
 GROUPS = {"a.q_proj": ["a.q_proj", "a.k_proj"], "a.experts": ["a.experts"], "b": ["b"]}
 

@@ -16,14 +16,15 @@ from modelopt_scores import (
     summed_by_step,
 )
 
-from autoquant_ray.calibration import merge_statistics, to_maxima
+from autoquant_ray.allocate.quant_cfg import quantizer_entries
+from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.errors import FormatError
-from autoquant_ray.experts import FusedExperts, prepare_experts
-from autoquant_ray.formats import Format, resolve_formats
-from autoquant_ray.manifest import quantizer_entries
-from autoquant_ray.plan import build_plan
-from autoquant_ray.quantizers import fake_quantize_weight, quantized_weight
-from autoquant_ray.weight_search import WeightScales
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.experts import FusedExperts, prepare_experts
+from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
+from autoquant_ray.quantize.weight_search import WeightScales
 
 INT4 = {"num_bits": 4, "block_sizes": {-1: 16, "type": "static"}}
 INT8 = {"num_bits": 8, "axis": 0}

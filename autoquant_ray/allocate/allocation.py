@@ -1,0 +1,287 @@
+"""Choose one format per group: least summed score within cost budgets.
+
+One budget is solved exactly, in float64 and in milliseconds
+(:mod:`autoquant_ray.allocate.knapsack.problem`); only among thousands of nearly equal groups does
+``optimality_gap`` stay above 0, by parts in a billion. Several budgets, and a limit on the number
+of formats, are proven exact where the search stays small; otherwise ``optimality_gap`` says how far
+from proven the answer is. The frontier over all budgets comes from one sweep and is not exact
+between its points.
+
+This module holds names, checks and error texts; it knows nothing of models, bits or files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autoquant_ray.allocate.allocation_texts import infeasible_text
+from autoquant_ray.allocate.knapsack.greedy import frontier_points, relax
+from autoquant_ray.allocate.knapsack.problem import Answer, Problem, sweep
+from autoquant_ray.allocate.knapsack.solve import solve_problem
+from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, ScoreError
+from autoquant_ray.formats.format import NONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One format of one group.
+
+    Attributes:
+        score: Quality lost, in nats per token, >= 0.
+        costs: Cost per resource, in the resource's own unit, >= 0.
+    """
+
+    group: str
+    format: str
+    score: float
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The summed cost of one resource must not exceed a limit.
+
+    Attributes:
+        resource: Key in :attr:`Choice.costs`.
+        limit: In the resource's unit. Meeting it exactly counts as met.
+        unit_per_bit: Cost of one average bit; error texts then speak of bits. None: of bytes.
+        description: How the user wrote it, such as ``--bits 3.5``.
+        fixed: Cost outside the choices that the user's own number includes; added to the
+            reachable range in error texts.
+        reachable: Words a reachable range (lowest, highest cost) in the user's unit; None: bits or
+            bytes.
+    """
+
+    resource: str
+    limit: float
+    unit_per_bit: float | None
+    description: str
+    fixed: float = 0.0
+    reachable: Callable[[float, float], str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The chosen formats.
+
+    Attributes:
+        formats: Group -> format, in the order in which the groups were given.
+        score: Summed score, in nats per token.
+        costs: Resource -> summed cost, for every resource of the choices.
+        optimality_gap: (score - proven lower bound) / score; 0.0 where proven best.
+        is_satisfied: Whether all budgets are met.
+    """
+
+    formats: dict[str, str]
+    score: float
+    costs: dict[str, float]
+    optimality_gap: float
+    is_satisfied: bool
+
+
+def restrict(
+    choices: Sequence[Choice], pins: Mapping[str, str], allow: Mapping[str, Sequence[str]]
+) -> list[Choice]:
+    """Keep the choices that the user's constraints leave.
+
+    Args:
+        choices: All choices.
+        pins: Group -> the one format that it must get.
+        allow: Pattern (``fnmatch``) of group names -> formats allowed there. A group that several
+            patterns match gets only what all of them allow. ``none`` is a format like any other.
+
+    Raises:
+        ConfigError: A group, a format or a pattern is unknown, or a group has no format left.
+    """
+    groups = list(dict.fromkeys(choice.group for choice in choices))
+    formats = {choice.format for choice in choices}
+    allowed: dict[str, set[str]] = {}
+    for pattern, names in allow.items():
+        matched = fnmatch.filter(groups, pattern)
+        if not matched:
+            raise ConfigError(
+                _unknown(f"no group matches the pattern {pattern!r}", pattern, groups)
+            )
+        for name in names:
+            _check_known(f"format {name!r} allowed for {pattern!r}", name, formats)
+        for group in matched:
+            allowed[group] = allowed.get(group, formats) & set(names)
+    for group, name in pins.items():
+        _check_known(f"pinned group {group!r}", group, groups)
+        of_group = [choice.format for choice in choices if choice.group == group]
+        _check_known(f"format {name!r} pinned for group {group!r}", name, of_group)
+        allowed[group] = allowed.get(group, formats) & {name}
+    kept = [c for c in choices if c.group not in allowed or c.format in allowed[c.group]]
+    left = {choice.group for choice in kept}
+    for group in groups:
+        if group not in left:
+            constraints = "the pinned and allowed formats; allow one of its formats"
+            raise ConfigError(f"group {group!r} has no format left after {constraints}")
+    return kept
+
+
+def solve(
+    choices: Sequence[Choice], budgets: Sequence[Budget], *, max_formats: int | None = None
+) -> Allocation:
+    """Choose one format per group: least summed score within all budgets.
+
+    The same input gives the same output. Of equal scores the cheaper one is chosen.
+
+    Args:
+        choices: Every allowed (group, format).
+        budgets: Limits, all of which must hold.
+        max_formats: Most distinct formats used, ``none`` not counted.
+
+    Raises:
+        ConfigError: There are no choices, one occurs twice, or a limit is not a number.
+        ScoreError: A score or cost is missing, negative or not finite.
+        InfeasibleBudgetError: No allocation meets the budgets; the text has the reachable range.
+    """
+    if max_formats is not None and max_formats < 0:
+        raise ConfigError(f"the number of formats must be 0 or more, not {max_formats}")
+    for budget in budgets:
+        if math.isnan(budget.limit):
+            raise ConfigError(f"{budget.description}: the limit is not a number")
+    table = _Table.of(choices, [budget.resource for budget in budgets])
+    problem = table.limited([(budget.resource, budget.limit) for budget in budgets])
+    free = table.formats.index(NONE) if NONE in table.formats else None
+    answer = solve_problem(problem, max_formats, free)
+    if answer is None:
+        raise InfeasibleBudgetError(infeasible_text(problem, budgets, max_formats, free))
+    return table.allocation(problem, answer)
+
+
+def frontier(choices: Sequence[Choice], resource: str) -> list[tuple[float, float]]:
+    """Points (summed cost, summed score) of the lower convex hull, cheapest first.
+
+    Each point is the best allocation at its cost. :func:`frontier_allocation` with a point's
+    cost as limit returns its allocation.
+
+    Raises:
+        ConfigError: There are no choices, or one occurs twice.
+        ScoreError: A score or cost is missing, negative or not finite.
+    """
+    problem = _Table.of(choices, [resource]).limited([(resource, math.inf)])
+    return frontier_points(problem)
+
+
+def frontier_allocation(choices: Sequence[Choice], resource: str, limit: float) -> Allocation:
+    """The last allocation on the frontier within a limit: fast, and not exact between points.
+
+    Raises:
+        ConfigError: There are no choices, or one occurs twice.
+        ScoreError: A score or cost is missing, negative or not finite.
+        InfeasibleBudgetError: The cheapest allocation exceeds the limit.
+    """
+    return frontier_allocations(choices, resource, [limit])[0]
+
+
+def frontier_allocations(
+    choices: Sequence[Choice], resource: str, limits: Sequence[float]
+) -> list[Allocation]:
+    """:func:`frontier_allocation` for many limits at once, from one sweep.
+
+    Raises:
+        As :func:`frontier_allocation`, for the first limit that cannot be met.
+    """
+    table = _Table.of(choices, [resource])
+    steps = sweep(table.everything.scores_GF, table.everything.costs_RGF[0])
+    allocations = []
+    for limit in limits:
+        problem = table.limited([(resource, limit)])
+        relaxed = relax(problem, fill=False, steps=steps)
+        if relaxed is None:
+            named = f"a limit of {limit} on {resource}"
+            budget = Budget(resource=resource, limit=limit, unit_per_bit=None, description=named)
+            raise InfeasibleBudgetError(infeasible_text(problem, [budget], None, None))
+        allocations.append(table.allocation(problem, relaxed.answer))
+    return allocations
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """Choices as arrays, with the names of rows, columns and resources."""
+
+    groups: list[str]
+    formats: list[str]
+    resources: list[str]
+    everything: Problem
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice], wanted: Sequence[str]) -> _Table:
+        """Check the choices and lay them out."""
+        if not choices:
+            raise ConfigError("there are no choices: the search has no group with a format")
+        resources = list(dict.fromkeys((*wanted, *(name for c in choices for name in c.costs))))
+        for choice in choices:
+            _check_numbers(choice, resources)
+        rows = {g: i for i, g in enumerate(dict.fromkeys(c.group for c in choices))}
+        columns = {f: i for i, f in enumerate(dict.fromkeys(c.format for c in choices))}
+        scores_GF = np.full((len(rows), len(columns)), np.inf)
+        costs_RGF = np.zeros((len(resources), len(rows), len(columns)))
+        at = ([rows[c.group] for c in choices], [columns[c.format] for c in choices])
+        scores_GF[at] = [c.score for c in choices]
+        for number, resource in enumerate(resources):
+            costs_RGF[number][at] = [c.costs[resource] for c in choices]
+        if np.isfinite(scores_GF).sum() < len(choices):
+            pairs = Counter((c.group, c.format) for c in choices)
+            (group, format_), _ = pairs.most_common(1)[0]
+            raise ConfigError(f"group {group!r} has format {format_!r} more than once")
+        everything = Problem(
+            scores_GF=scores_GF, costs_RGF=costs_RGF, limits_R=np.full(len(resources), np.inf)
+        )
+        return cls(
+            groups=list(rows), formats=list(columns), resources=resources, everything=everything
+        )
+
+    def limited(self, limits: Sequence[tuple[str, float]]) -> Problem:
+        """The problem under (resource, limit) pairs; without any, everything costs nothing."""
+        if not limits:
+            free_RGF = np.zeros((1, *self.everything.scores_GF.shape))
+            return replace(self.everything, costs_RGF=free_RGF, limits_R=np.zeros(1))
+        costs_RGF = self.everything.costs_RGF[[self.resources.index(name) for name, _ in limits]]
+        # Arithmetic with an infinite limit would give NaN; the dearest allocation is as good.
+        limits_R = np.minimum([float(limit) for _, limit in limits], costs_RGF.max(2).sum(1))
+        return replace(self.everything, costs_RGF=costs_RGF, limits_R=limits_R)
+
+    def allocation(self, problem: Problem, answer: Answer) -> Allocation:
+        """Names and exact sums of an answer."""
+        chosen = [self.formats[column] for column in answer.columns_G]
+        costs = self.everything.costs(answer.columns_G)
+        return Allocation(
+            formats=dict(zip(self.groups, chosen, strict=True)),
+            score=problem.score(answer.columns_G),
+            costs=dict(zip(self.resources, costs, strict=True)),
+            optimality_gap=answer.gap,
+            is_satisfied=problem.is_within(answer.columns_G),
+        )
+
+
+def _check_numbers(choice: Choice, resources: list[str]) -> None:
+    """Refuse a score or a cost that is missing, negative or not finite."""
+    if not 0 <= choice.score < math.inf:
+        named = f"group {choice.group!r}, format {choice.format!r}"
+        raise ScoreError(f"{named}: the score must be finite and >= 0, not {choice.score}")
+    for resource in resources:
+        cost = choice.costs.get(resource)
+        if cost is None or not 0 <= cost < math.inf:
+            named = f"group {choice.group!r}, format {choice.format!r}"
+            raise ScoreError(f"{named}: the cost {resource!r} must be finite and >= 0, not {cost}")
+
+
+def _check_known(subject: str, name: str, known: Iterable[str]) -> None:
+    if name not in (names := sorted(set(known))):
+        raise ConfigError(_unknown(f"{subject} does not exist", name, names))
+
+
+def _unknown(problem: str, name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+    return f"{problem}; closest: {', '.join(close)}"

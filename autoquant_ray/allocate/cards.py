@@ -1,0 +1,114 @@
+"""Cards that plans are made for: bandwidth and matrix-product rates, each with its source.
+
+The shipped cards are the files of ``hardware/``; a file of one's own has the same keys. Rates are
+dense. A rate stands under ``<weight>x<activation>``, each ``16`` (bfloat16 and float16), ``fp8``,
+``int4`` and so on; a pair without one runs at the rate of ``16x16``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from autoquant_ray.config.files import first_problem, read_yaml
+from autoquant_ray.errors import ConfigError
+
+FOLDER = Path(__file__).parent / "hardware"
+SIXTEEN = "16"
+_PAIR = re.compile(r"(16|(fp|int)[1-9]\d?)x(16|(fp|int)[1-9]\d?)")
+
+
+class Figure(BaseModel):
+    """A number and where it stands."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float = Field(gt=0, allow_inf_nan=False)
+    source: str = Field(pattern=r"\S", description="Who says so, and what exactly.")
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("must be a number, not yes, no, true or false")
+        return value
+
+
+class Share(Figure):
+    """A part of 1."""
+
+    value: float = Field(gt=0, le=1, allow_inf_nan=False)
+
+
+class Hardware(BaseModel):
+    """One card."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"\S")
+    memory_bandwidth: Figure = Field(description="Peak, in bytes per second.")
+    bandwidth_share: Share | None = Field(
+        default=None, description="Share of the peak that reads achieve. Default: all of it."
+    )
+    matmul_rates: dict[str, Figure] = Field(
+        description="Pair of numeric classes, such as fp8xfp8 -> dense operations per second."
+    )
+
+    @field_validator("matmul_rates")
+    @classmethod
+    def _check_pairs(cls, value: dict[str, Figure]) -> dict[str, Figure]:
+        for pair in value:
+            if not _PAIR.fullmatch(pair):
+                raise ValueError(
+                    f"{pair!r} is not a pair <weight>x<activation> of 16, fp8, int8, fp4, ..."
+                )
+        if f"{SIXTEEN}x{SIXTEEN}" not in value:
+            raise ValueError("the rate 16x16 is missing; formats without units run at it")
+        return value
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bandwidth that reads achieve."""
+        share = 1.0 if self.bandwidth_share is None else self.bandwidth_share.value
+        return self.memory_bandwidth.value * share
+
+    def rate(self, weight: str, activation: str) -> float:
+        """Dense operations per second of a pair of numeric classes."""
+        pair = f"{weight}x{activation}"
+        return self.matmul_rates.get(pair, self.matmul_rates[f"{SIXTEEN}x{SIXTEEN}"]).value
+
+    def has_units(self, weight: str, activation: str) -> bool:
+        """Whether the card multiplies the pair as it is; 16-bit activations always do."""
+        return activation == SIXTEEN or f"{weight}x{activation}" in self.matmul_rates
+
+
+def shipped_cards() -> list[str]:
+    """Names of the shipped cards."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_hardware(named: str) -> Hardware:
+    """Read a card.
+
+    Args:
+        named: A shipped card, such as ``h100``, or the path of a hardware file.
+
+    Raises:
+        ConfigError: No such card or file, an unknown key, a figure that is wrong or lacks its
+            source; one line with the place.
+    """
+    cards = shipped_cards()
+    path = str(FOLDER / f"{named.lower()}.yaml") if named.lower() in cards else named
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"--latency {named!r} is neither a card ({', '.join(cards)}) nor a hardware file"
+        )
+    try:
+        return Hardware.model_validate(read_yaml(path))
+    except ValidationError as error:
+        known = [*Hardware.model_fields, "value", "source"]
+        line = first_problem(error, lambda name, _: f"hardware file {path}: {name}", known)
+        raise ConfigError(line) from None

@@ -1,0 +1,230 @@
+"""An explanation in words: head, table and notes, the same for a terminal and a notebook."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from autoquant_ray.allocate.certainty.flips import Flip
+from autoquant_ray.allocate.certainty.shard_shares import ShardShare
+from autoquant_ray.allocate.certainty.solution import CERTAIN, COIN_TOSS
+from autoquant_ray.notebook import lines_html, table_html
+from autoquant_ray.wording import few
+
+if TYPE_CHECKING:
+    pass
+
+HEADS = ("Format", "Bits", "MiB", "Score", "Resamples", "Price of the flip", "Others change")
+_MAX_NAMED = 5
+_NUM_SHARDS = 3
+
+
+def head_lines(told: Explanation) -> list[str]:
+    """What the group is, what it got, and what bound the choice."""
+    modules = few(told.module_names, _MAX_NAMED)
+    is_cache = any(one.kv_bytes is not None for one in told.formats)
+    what = "its KV cache" if is_cache else f"{told.num_weights:,} weights"
+    lines = [f"group: {told.group}", f"modules: {modules}; {what}"]
+    if told.reason is not None:
+        size = f"{told.weight_bytes / 2**20:,.2f} MiB"
+        return [*lines, f"not searched, stays in 16 bits ({size}): {told.reason}"]
+    name = f"solution {told.solution}" if told.solution else "the scan's own solution"
+    lines.append(f"{name}: {told.budget}, loses {told.plan_score:.4g} ({told.unit})")
+    lines.append(f"chosen: {told.chosen}{_why_sure(told)}")
+    lines += [f"--allow {p}={','.join(names)} applies" for p, names in told.allow.items()]
+    if told.is_refined:
+        lines.append("chosen by measured KL; prices are of plans that the scores alone choose")
+    if told.is_tied:
+        lines.append("tied to the embedding: in 16 bits it adds nothing to the model's bytes")
+    return lines
+
+
+def _why_sure(told: Explanation) -> str:
+    if told.pin is not None:
+        return ", fixed by --pin"
+    share = next((a.resampled_share for a in told.formats if a.is_chosen), None)
+    if share is None:
+        return ""
+    verdict = " (certain)" if share >= CERTAIN else " (a coin toss)" if share < COIN_TOSS else ""
+    others = [a.format for a in told.formats if (a.resampled_share or 0) >= CERTAIN]
+    if others and share < COIN_TOSS:  # resamples are solved near the best plan, not exactly
+        verdict = f" (these, solved approximately, take {others[0]}: see the prices of the flips)"
+    return f", in {share:.0%} of {told.num_resamples} resamples of the shards{verdict}"
+
+
+def table_rows(told: Explanation) -> list[tuple[str, ...]]:
+    """One row per format, under ``HEADS``."""
+    return [
+        (
+            f"{one.format} *" if one.is_chosen else one.format,
+            f"{one.weight_bits:.3f}",
+            f"{one.weight_bytes / 2**20:,.2f}"
+            if one.kv_bytes is None
+            else f"{one.kv_bytes:,.0f} B/token",
+            f"{one.score:.3e}" + ("" if one.score_stderr is None else f" ± {one.score_stderr:.0e}"),
+            "-" if one.resampled_share is None else f"{one.resampled_share:.0%}",
+            _price(one, told),
+            str(len(one.flip.others)) if one.flip.reason is None else "-",
+        )
+        for one in told.formats
+    ]
+
+
+def _price(one: Alternative, told: Explanation) -> str:
+    change = one.flip.change
+    if change is None:
+        return "not possible"
+    if one.is_chosen and change == 0:
+        return "-"
+    relative = f" ({change / told.plan_score:+.1%})" if told.plan_score else ""
+    return f"{change:+.2e}{relative}"
+
+
+def note_lines(told: Explanation) -> list[str]:
+    """What does not fit a table: groups that change with a flip, and where the scores come from."""
+    if told.reason is not None:
+        return []
+    lines = [
+        "* chosen. Price of the flip: change of the whole plan's predicted loss when the budget is "
+        "solved again with that format"
+    ]
+    for one in told.formats:
+        lines += _flip_lines(one)
+    if told.no_shards is not None:
+        return [*lines, f"shards: {told.no_shards}"]
+    lines += [
+        f"{one.format}: share of the score (and of the tokens) of the largest of {told.num_shards} "
+        f"shards: {_shares(one)}"
+        for one in told.formats
+        if one.shards
+    ]
+    return lines + _without_lines(told)
+
+
+def _without_lines(told: Explanation) -> list[str]:
+    shards: dict[str, list[str]] = {}
+    for shard, format_ in told.without_shard.items():
+        effect = f"the group {'keeps' if format_ == told.chosen else 'gets'} {format_}"
+        text = "some group has no score" if format_ is None else effect
+        shards.setdefault(text, []).append(str(shard))
+    return [f"without shard {' or '.join(names)} {text}" for text, names in shards.items()]
+
+
+def _flip_lines(one: Alternative) -> list[str]:
+    if one.flip.reason is not None:
+        return [f"{one.format}: not possible: {one.flip.reason}"]
+    if not one.flip.others:
+        return []
+    changes = [f"{g} {before} -> {after}" for g, (before, after) in one.flip.others.items()]
+    return [f"{one.format}: also changes {few(changes, _MAX_NAMED)}"]
+
+
+def _shares(one: Alternative) -> str:
+    parts = [
+        f"shard {s.shard} {s.share:.1%} ({s.token_share:.1%})" for s in one.shards[:_NUM_SHARDS]
+    ]
+    return ", ".join(parts)
+
+
+def explanation_html(told: Explanation) -> str:
+    """The same for a notebook."""
+    table = table_html(HEADS, table_rows(told)) if told.formats else ""
+    return f"{lines_html(head_lines(told))}{table}{lines_html(note_lines(told))}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """One format of the group.
+
+    Attributes:
+        score: Predicted loss in the explanation's unit; 0 for 16 bits, by definition.
+        score_stderr: Its standard error; None where it is unknown, and for 16 bits.
+        weight_bits: Average stored bits, scales included.
+        weight_bytes: Stored bytes of the group.
+        model_bytes: What the format adds to the whole model; 0 for a tied head in 16 bits.
+        kv_bytes: Of a KV cache: bytes that a token of context takes; None for weights.
+        resampled_share: Share of the resamples of the shards that chose it; None where there are
+            none.
+        flip: What the whole plan becomes with it.
+        shards: Shards with the largest shares of the score, largest first.
+    """
+
+    format: str
+    is_chosen: bool
+    score: float
+    score_stderr: float | None
+    weight_bits: float
+    weight_bytes: float
+    model_bytes: float
+    kv_bytes: float | None
+    resampled_share: float | None
+    flip: Flip
+    shards: list[ShardShare]
+
+    def to_json(self) -> dict[str, Any]:
+        """One of the ``formats`` of ``explain --json``."""
+        shards = [asdict(shard) for shard in self.shards]
+        return vars(self) | {"flip": self.flip.to_json(), "shards": shards}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What a run's files say about one group of one solution.
+
+    Attributes:
+        solution: Folder below ``solutions/``; '' for the scan's own.
+        reason: Why the group is not searched; None where it is. The fields after ``weight_bytes``
+            are then empty.
+        chosen: Its format.
+        weight_bytes: Its stored bytes under it.
+        budget: Budget of the solution as a user writes it.
+        unit: Of all scores.
+        plan_score: Predicted loss of the whole solution.
+        pin: Format that the user fixed for it; None for no pin.
+        allow: Patterns of the user that match it -> formats allowed.
+        is_tied: It is a head that shares the embedding's bytes in 16 bits.
+        is_refined: Measured KL chose the solution (refine, --audit), so it is not what the scores
+            alone would choose.
+        num_resamples: Of the shards; None where there were none to resample.
+        num_shards: Shards behind the scores; None where their parts are not there.
+        no_shards: Why they are not; None where they are.
+        without_shard: Shard -> format that the group gets when the budget is solved without it;
+            None where some group was seen in that shard alone.
+        formats: All formats of the group, 16 bits included, in the order of the menu.
+    """
+
+    run: str
+    solution: str
+    group: str
+    module_names: list[str]
+    num_weights: int
+    reason: str | None
+    chosen: str
+    weight_bytes: float
+    budget: str = ""
+    unit: str = ""
+    plan_score: float | None = None
+    pin: str | None = None
+    allow: dict[str, list[str]] = field(default_factory=dict)
+    is_tied: bool = False
+    is_refined: bool = False
+    num_resamples: int | None = None
+    num_shards: int | None = None
+    no_shards: str | None = None
+    without_shard: dict[int, str | None] = field(default_factory=dict)
+    formats: list[Alternative] = field(default_factory=list)
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether a format was chosen for the group."""
+        return self.reason is None
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``explain --json`` prints."""
+        without = [{"shard": s, "format": f} for s, f in self.without_shard.items()]
+        formats = [alternative.to_json() for alternative in self.formats]
+        values = vars(self) | {"without_shard": without, "formats": formats}
+        return {"is_searched": self.is_searched, **values}
+
+    def _repr_html_(self) -> str:
+        return explanation_html(self)

@@ -1,0 +1,195 @@
+"""Which shards a group's scores come from, and whether one odd shard decides its format.
+
+A score is ``1/2 * sum over shards / tokens``, so a shard's part of the sum is its share of the
+score. The parts under ``scores/`` are read in order, with bounded memory. Shapes: K (group,
+format), C shards that are left out one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.search import search
+from autoquant_ray.arrays import Floats
+from autoquant_ray.errors import StoreError
+from autoquant_ray.runs.names import SCORES
+from autoquant_ray.runs.parts import Parts
+from autoquant_ray.runs.state import RunState
+
+NUM_LARGEST = 5
+"""Shards named per format."""
+MIN_SHARE = 0.05
+"""A shard with a smaller share of a score is not tried without: it cannot decide alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardShare:
+    """One shard's part of one score.
+
+    Attributes:
+        share: Of the score, 0 to 1.
+        token_share: Of the predicted tokens; the share of an unremarkable shard is near it.
+    """
+
+    shard: int
+    share: float
+    token_share: float
+
+
+class ShardParts:
+    """The parts behind the scores of a run.
+
+    Args:
+        state: A finished scan.
+    """
+
+    def __init__(self, state: RunState) -> None:
+        self._shards = state.used_shards
+        self._parts = Parts(state.directory, SCORES, self._shards)
+        self._column = f"{state.values['config']['estimator']}_sum"
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def largest(self, group: str) -> dict[str, list[ShardShare]]:
+        """The shards with the largest shares of a group's scores, by format, largest first.
+
+        A format whose score is 0 has none.
+        """
+        sums: list[dict[str, float]] = []
+        tokens: list[int] = []
+        for part in self._parts:
+            rows = part.filter(pc.equal(part.column("group"), group))
+            values = rows.column(self._column).fill_null(0.0).to_pylist()
+            sums.append(dict(zip(rows.column("format").to_pylist(), values, strict=True)))
+            tokens.append(_num_tokens(part))
+        return {
+            format_: self._ranked(np.array([of_shard[format_] for of_shard in sums]), tokens)
+            for format_ in sums[0]
+        }
+
+    def _ranked(self, sums_S: Floats, tokens: Sequence[int]) -> list[ShardShare]:
+        total = float(sums_S.sum())
+        if total <= 0:
+            return []
+        order = np.argsort(-sums_S, kind="stable")[:NUM_LARGEST]
+        return [
+            ShardShare(
+                shard=self._shards[index],
+                share=float(sums_S[index]) / total,
+                token_share=tokens[index] / sum(tokens),
+            )
+            for index in order
+        ]
+
+    def scores_without(
+        self, left_out: Sequence[int], groups: Collection[str]
+    ) -> dict[int, dict[tuple[str, str], float]]:
+        """Scores of some groups from the other shards, for each of some shards.
+
+        A shard without which one of these groups was never seen is missing in the result.
+
+        Args:
+            left_out: Shards to leave out, one at a time.
+            groups: Those that have a score.
+        """
+        out_C = np.array(left_out)
+        tokens_C = np.zeros(len(out_C))
+        sums_CK, is_seen_CK = np.zeros((len(out_C), 1)), np.zeros((len(out_C), 1), dtype=np.bool_)
+        keys: list[tuple[str, str]] = []
+        for shard, part in zip(self._shards, self._parts, strict=True):
+            counts_C1 = (out_C != shard)[:, None]
+            column = part.column(self._column)
+            sums_CK = sums_CK + counts_C1 * column.fill_null(0.0).to_numpy()
+            is_seen_CK = is_seen_CK | (counts_C1 & column.is_valid().to_numpy())
+            tokens_C += counts_C1[:, 0] * _num_tokens(part)
+            if not keys:
+                names = (part.column(name).to_pylist() for name in ("group", "format"))
+                keys = list(zip(*names, strict=True))
+        is_asked_K = np.array([group in groups for group, _ in keys])
+        asked = [key for key in keys if key[0] in groups]
+        return {
+            shard: dict(zip(asked, (0.5 * sums_K / tokens)[is_asked_K].tolist(), strict=True))
+            for shard, sums_K, tokens, is_seen_K in zip(
+                left_out, sums_CK, tokens_C, is_seen_CK, strict=True
+            )
+            if is_seen_K[is_asked_K].all()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFindings:
+    """What the shards say about one group.
+
+    Attributes:
+        num_shards: Shards behind the scores; None where they cannot be looked at.
+        reason: Why they cannot; None where they can.
+        largest: Format -> shards with the largest shares of its score, largest first.
+        without: Shard -> format that the group gets when the budget is solved without it; None
+            where some group was seen in that shard alone. For the largest shard of every format,
+            if its share is at least 5%. Empty for a plan for the
+            worst domain, which needs all shards.
+    """
+
+    num_shards: int | None = None
+    reason: str | None = None
+    largest: dict[str, list[ShardShare]] = field(default_factory=dict)
+    without: dict[int, str | None] = field(default_factory=dict)
+
+
+def find_shards(
+    state: RunState, group: str, problem: Problem, options: SolveOptions
+) -> ShardFindings:
+    """Look at the shards behind a group's scores, if they are still there.
+
+    Args:
+        state: A run whose scores are complete.
+        group: Name of a searched group.
+        problem: Groups with their costs.
+        options: Budget and constraints of the solution.
+    """
+    if options.domains:
+        return ShardFindings(reason="the plan weighs domains, shards are of all tokens alike")
+    if "imported_from" in state.values:
+        return ShardFindings(reason="imported scores have no shards")
+    missing = sorted(set(state.used_shards) - set(state.directory.list_parts(SCORES)))
+    if missing:
+        gone = f"{len(missing)} of {len(state.used_shards)} parts are gone"
+        return ShardFindings(reason=f"{gone}, the first of shard {missing[0]}")
+    parts = ShardParts(state)
+    try:
+        largest = parts.largest(group)
+        without = _formats_without(parts, largest, group, problem, options)
+    except StoreError as error:
+        return ShardFindings(reason=str(error))
+    return ShardFindings(num_shards=len(parts), largest=largest, without=without)
+
+
+def _formats_without(
+    parts: ShardParts,
+    largest: Mapping[str, Sequence[ShardShare]],
+    group: str,
+    problem: Problem,
+    options: SolveOptions,
+) -> dict[int, str | None]:
+    first = (shares[0] for shares in largest.values() if shares)
+    tried = sorted({one.shard for one in first if one.share >= MIN_SHARE})
+    if group in options.pins or len(parts) < 2 or options.worst_domain:
+        return {}
+    groups = {one.name for one in problem.searched}
+    scores = parts.scores_without(tried, groups) if tried else {}
+    return {
+        shard: search(problem, scores[shard], options).formats[group] if shard in scores else None
+        for shard in tried
+    }
+
+
+def _num_tokens(part: pa.Table) -> int:
+    return int(part.column("num_tokens")[0].as_py())

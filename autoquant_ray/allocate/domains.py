@@ -1,0 +1,172 @@
+"""Solving by domains, and who pays for an allocation.
+
+With ``KL_d(x)`` the predicted loss of allocation x in nats per token of domain d, ``--domains``
+minimises ``sum_d w_d * KL_d(x)``: a knapsack like any other, with weighted scores.
+``--worst-domain`` minimises ``max_d KL_d(x)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from autoquant_ray.allocate import allocation as allocations
+from autoquant_ray.allocate.allocation import Allocation, Choice
+from autoquant_ray.allocate.domain_scores import DomainScores, read_domain_scores
+from autoquant_ray.allocate.knapsack import problem as knapsack
+from autoquant_ray.allocate.knapsack.worst import solve_worst
+from autoquant_ray.allocate.losses import predicted_loss
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.search import allowed_choices, best_served, search, ties_of
+from autoquant_ray.arrays import Floats
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.names import DOMAINS_FILE
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.wording import few
+
+Scores = Mapping[tuple[str, str], float]
+
+
+def solve_domains(
+    state: RunState, problem: Problem, scores: Scores, options: SolveOptions
+) -> Allocation:
+    """Choose formats for the least of what the options ask for.
+
+    Args:
+        state: The run.
+        problem: Its groups with their costs.
+        scores: (group, format) -> nats per token of the whole data.
+        options: Budget, constraints and domains.
+
+    Returns:
+        The allocation; its score is what was made least.
+
+    Raises:
+        InfeasibleBudgetError: With the reachable range.
+        ConfigError: The run has no such domain, or none at all; or as ``Problem.solve``.
+    """
+    if not options.domains and not options.worst_domain:
+        return search(problem, scores, options)
+    return solve_for(wanted_domains(state), problem, options)
+
+
+def wanted_domains(state: RunState) -> DomainScores:
+    """The scores of a run's domains, which a plan is made for.
+
+    Raises:
+        ConfigError: The run has none.
+    """
+    domains = read_domain_scores(state)
+    if domains is None and state.directory.exists(DOMAINS_FILE):
+        raise ConfigError(
+            f"{state.directory.uri} has scores of fewer than two domains: of the others no shard "
+            "was scored, or no gradient was seen; score more samples"
+        )
+    if domains is None:
+        raise ConfigError(
+            f"{state.directory.uri} has no scores by domain; scan with --domain-field FIELD, or "
+            "with two --data NAME=SOURCE or more"
+        )
+    return domains
+
+
+def solve_for(domains: DomainScores, problem: Problem, options: SolveOptions) -> Allocation:
+    """The same with scores at hand, for options that name domains or the worst one.
+
+    Raises:
+        InfeasibleBudgetError, ConfigError: As :func:`solve_domains`.
+    """
+    if options.domains:
+        return search(problem, domains.weighted(options.domains), options)
+    return best_served(problem, options, lambda one: _solve_worst(one, domains, options))
+
+
+def domain_summary(
+    state: RunState,
+    problem: Problem,
+    scores: Scores,
+    options: SolveOptions,
+    formats: Mapping[str, str],
+) -> dict[str, Any]:
+    """What ``solution`` in ``manifest.json`` says about domains; nothing where there are none.
+
+    ``domains``: name -> ``num_tokens``, ``weight`` (null unless the plan was solved for weights),
+    ``predicted_kl_nats``, and ``equal_kl_nats``: the same of the plan that weighs all domains alike
+    under the same budget and constraints. ``predicted_kl_nats`` stays that of all tokens, whatever
+    was made least; ``score`` is what was.
+
+    Args:
+        state: The run.
+        problem: Its groups with their costs.
+        scores: (group, format) -> nats per token of the whole data.
+        options: What the plan was solved for.
+        formats: The plan: group -> format.
+    """
+    domains = read_domain_scores(state)
+    if domains is None:
+        return {}
+    equal = search(problem, domains.weighted(domains.equal_weights), options).formats
+    own_losses, equal_losses = domains.losses(formats), domains.losses(equal)
+    told = {
+        name: {
+            "num_tokens": domains.num_tokens[name],
+            "weight": options.domains.get(name, 0.0) if options.domains else None,
+            "predicted_kl_nats": own_losses[name],
+            "equal_kl_nats": equal_losses[name],
+        }
+        for name in domains.scores
+    }
+    return {"domains": told, "predicted_kl_nats": predicted_loss(scores, formats)}
+
+
+def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions) -> Allocation:
+    equal = domains.weighted(domains.equal_weights)
+    if ties := ties_of(problem, options):
+        whom = "clusters of experts" if options.engine is None else options.engine
+        raise ConfigError(
+            f"--worst-domain cannot be solved for {whom}: one format for {few(ties[0], 2)}; weigh "
+            "the domains with --domains"
+        )
+    choices = allowed_choices(problem, equal, options)
+    budgets = problem.budgets(options)
+    groups = list(dict.fromkeys(choice.group for choice in choices))
+    formats = list(dict.fromkeys(choice.format for choice in choices))
+    table = {(choice.group, choice.format): choice for choice in choices}
+
+    def array(value: Any, missing: float) -> Floats:
+        keys = [[(group, name) for name in formats] for group in groups]
+        rows = [[value(table[key]) if key in table else missing for key in row] for row in keys]
+        return np.array(rows, dtype=np.float64)
+
+    resources = [budget.resource for budget in budgets]
+    costs_RGF = np.stack([array(lambda c, name=name: c.costs[name], 0.0) for name in resources])
+    scores_DGF = np.stack(
+        [array(lambda c, own=own: _score(c, own), np.inf) for own in domains.scores.values()]
+    )
+    answer = solve_worst(
+        knapsack.Problem(
+            scores_GF=np.where(np.isfinite(scores_DGF[0]), 0.0, np.inf),
+            costs_RGF=costs_RGF,
+            limits_R=np.array([float(budget.limit) for budget in budgets]),
+        ),
+        scores_DGF,
+        options.max_formats,
+        formats.index(NONE) if NONE in formats else None,
+    )
+    if answer is None:
+        return search(problem, equal, options)  # raises, with the reachable range
+    chosen = [
+        table[group, formats[column]]
+        for group, column in zip(groups, answer.columns_G, strict=True)
+    ]
+    found = allocations.solve(chosen, budgets)
+    return replace(found, score=answer.score, optimality_gap=answer.gap)
+
+
+def _score(choice: Choice, scores: Scores) -> float:
+    return 0.0 if choice.format == NONE else scores[choice.group, choice.format]

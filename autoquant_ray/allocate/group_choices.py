@@ -1,0 +1,55 @@
+"""One group as a choice of formats, each with its costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.kv_cache import KV_BYTES
+
+RESOURCES = {"storage": "weight_bytes", "modelopt": "modelopt_cost"}
+"""Cost name of the command line -> column of ``plan.parquet``."""
+ACTIVE_MOE = "active_moe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupChoices:
+    """One group of the plan with the rows of its choices, keyed by format.
+
+    Attributes:
+        is_idle: Not run while text is decoded (a vision tower).
+        active_share: Share of its weights that a token visits: below 1 for routed experts; None
+            where the run does not tell.
+    """
+
+    name: str
+    module_names: list[str]
+    num_weights: int
+    is_searched: bool
+    is_tied: bool
+    is_idle: bool
+    active_share: float | None
+    rows: dict[str, dict[str, Any]]
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether it is the KV cache of an attention, not weights."""
+        return any(row.get(KV_BYTES) for row in self.rows.values())
+
+    def cost(self, format_: str, resource: str) -> float:
+        """Cost of a choice: bytes, ModelOpt's 16-bit weight equivalents, or milliseconds."""
+        row = self.rows[format_]
+        if resource == "model":
+            shares_embedding = self.is_tied and format_ == NONE
+            return 0.0 if shares_embedding else float(row["weight_bytes"])
+        if resource == ACTIVE_MOE:
+            return float(row["modelopt_cost"]) * (self.active_share or 0.0)
+        if resource == KV_BYTES:
+            return float(row.get(KV_BYTES) or 0.0)
+        return float(row[RESOURCES.get(resource, resource)])
+
+    def weights(self, resource: str) -> float:
+        """Number of weights over which a cost is averaged."""
+        share = (self.active_share or 0.0) if resource == ACTIVE_MOE else 1.0
+        return self.num_weights * share

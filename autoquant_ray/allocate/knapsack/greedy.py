@@ -1,0 +1,103 @@
+"""The greedy knapsack for one resource: prefixes of the sweep along the hulls, and their bound.
+
+Shapes as in :mod:`autoquant_ray.allocate.knapsack.problem`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoquant_ray.allocate.knapsack.problem import SLACK, Answer, Problem, Sweep, bound, sweep
+from autoquant_ray.arrays import Floats, Indices
+
+
+def frontier_points(problem: Problem) -> list[tuple[float, float]]:
+    """Summed cost and score after every step of the sweep, for the problem's one resource."""
+    steps = sweep(problem.scores_GF, problem.costs_RGF[0])
+    cheapest = problem.costs(steps.start_G)[0]
+    costs = cheapest + np.concatenate(([0.0], np.cumsum(steps.costs_N)))
+    # Summed from the good end: there the scores are smallest and rounding would show most.
+    best = problem.score(steps.prefix(len(steps.costs_N)))
+    scores = best + np.concatenate(([0.0], np.cumsum(steps.gains_N[::-1])))[::-1]
+    return list(zip(costs.tolist(), scores.tolist(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relaxed:
+    """The answer of the greedy method.
+
+    Attributes:
+        answer: The allocation and its Lagrangian bound.
+        multiplier_R: The Lagrange multiplier (1,): gain per cost of the step after the prefix.
+        prefix_G: The allocation (G,) of the hull steps within the limit.
+    """
+
+    answer: Answer
+    multiplier_R: Floats
+    prefix_G: Indices
+
+
+def relax(problem: Problem, *, fill: bool = True, steps: Sweep | None = None) -> Relaxed | None:
+    """Greedy allocation, its lower bound and the multiplier, for the problem's one resource.
+
+    Args:
+        problem: Scores, costs and one limit.
+        fill: After the last hull step within the limit, also take later ones that still fit.
+        steps: The sweep of the problem, where it is known.
+
+    Returns:
+        The answer, or None where even the cheapest choices exceed the limit.
+    """
+    steps = steps or sweep(problem.scores_GF, problem.costs_RGF[0])
+    num_steps = _num_steps_within(problem, steps)
+    if num_steps is None:
+        return None
+    prefix_G = columns_G = steps.prefix(num_steps)
+    if fill:
+        columns_G = _fill(problem, steps, num_steps)
+    multiplier_R = steps.rates_N[num_steps : num_steps + 1]
+    if not multiplier_R.size:
+        multiplier_R = np.zeros(1)
+    score = problem.score(columns_G)
+    answer = Answer(
+        columns_G=columns_G, score=score, lower=min(score, bound(problem, multiplier_R))
+    )
+    return Relaxed(answer=answer, multiplier_R=multiplier_R, prefix_G=prefix_G)
+
+
+def _num_steps_within(problem: Problem, steps: Sweep) -> int | None:
+    """How many hull steps fit within the problem's one limit; None where the start does not."""
+    if not problem.is_within(steps.start_G):
+        return None
+    spent_N = problem.costs(steps.start_G)[0] + np.cumsum(steps.costs_N)
+    num_steps = int(np.searchsorted(spent_N, _limit(problem), side="right"))
+    while not problem.is_within(steps.prefix(num_steps)):
+        num_steps -= 1
+    return num_steps
+
+
+def _limit(problem: Problem) -> float:
+    return float(problem.limits_R[0]) * (1 + SLACK / 2)
+
+
+def _fill(problem: Problem, steps: Sweep, num_steps: int) -> Indices:
+    """Take the hull prefix, then every later step that still fits."""
+    columns_G = steps.prefix(num_steps)
+    spare = _limit(problem) - problem.costs(columns_G)[0]
+    blocked: set[int] = set()
+    later = slice(num_steps, None)
+    fits = np.minimum.accumulate(steps.costs_N[later][::-1])[::-1].tolist()
+    names = (steps.groups_N[later], steps.columns_N[later], steps.costs_N[later])
+    rows = zip(*(values.tolist() for values in names), fits, strict=True)
+    filled_G = columns_G.copy()
+    for group, column, cost, least in rows:
+        if least > spare:
+            break
+        if cost > spare:
+            blocked.add(group)
+        if group not in blocked:
+            filled_G[group] = column
+            spare -= cost
+    return filled_G if problem.is_within(filled_G) else columns_G

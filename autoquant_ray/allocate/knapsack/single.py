@@ -1,0 +1,82 @@
+"""The knapsack with one limit: from the greedy prefix to a proven or nearly proven allocation.
+
+1. The costs' lattice lowers the limit, the hulls give a greedy allocation and a bound.
+2. Where few groups stay undecided, the dynamic programme decides them.
+3. Where many do, the lattice's cheapest walk and a search over a small core, the moves that lose
+   least (Pisinger's core), improve allocation and bound first. That leaves few undecided groups, or
+   thousands of nearly equal ones, whose scores then differ from the bound in the last digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from autoquant_ray.allocate.knapsack.dynamic import WIDTHS, search
+from autoquant_ray.allocate.knapsack.greedy import Relaxed, relax
+from autoquant_ray.allocate.knapsack.lattice import fill, find
+from autoquant_ray.allocate.knapsack.problem import Answer, Problem, bound, losses
+from autoquant_ray.arrays import Floats, Mask
+
+FEW_GROUPS = 200  # undecided groups that need no preparation
+_CORE = 100  # moves in the core
+_CORE_ALIKE = 4  # of them with the same cost
+_CORE_SHADES = 1e6  # losses that differ by less than the gap over this count as equal
+_PATIENT_GROUPS = 5_000  # with more groups, wide searches are not worth their seconds below a gap
+_PATIENCE = dict(zip(WIDTHS, (0.0, 1e-8, 1e-6), strict=True))  # width -> that gap
+
+
+def solve_single(problem: Problem) -> Answer | None:
+    """Solve a problem with one resource; None where the limit cannot be met."""
+    lattice = find(problem)
+    problem = lattice.problem if lattice else problem
+    relaxed = relax(problem)
+    if relaxed is None:
+        return None
+    answer, multiplier_R = relaxed.answer, relaxed.multiplier_R
+    if lattice and _is_large(problem, multiplier_R, answer):
+        answer = fill(lattice, multiplier_R, relaxed.prefix_G, answer)
+    if _is_large(problem, multiplier_R, answer):
+        kept = problem.keep(_core(problem, relaxed, answer))
+        found = search(kept, multiplier_R, answer, WIDTHS[0])
+        answer = replace(found, lower=answer.lower)
+    for width in WIDTHS:
+        enough = _PATIENCE[width] if len(problem.scores_GF) > _PATIENT_GROUPS else 0.0
+        if answer.gap <= enough and (enough == 0 or _is_large(problem, multiplier_R, answer)):
+            break
+        answer = search(problem, multiplier_R, answer, width)
+    return answer
+
+
+def _is_large(problem: Problem, multiplier_R: Floats, answer: Answer) -> bool:
+    if answer.is_proven:
+        return False
+    possible_GF = losses(problem, multiplier_R) <= answer.score - bound(problem, multiplier_R)
+    return int((possible_GF.sum(axis=1) > 1).sum()) > FEW_GROUPS
+
+
+def _core(problem: Problem, relaxed: Relaxed, answer: Answer) -> Mask:
+    """Which choices (G, F) make the core: the hull prefix and the moves from it that lose least.
+
+    Half of the moves cost more and half less, so that they can be combined to any sum. Of equal
+    costs only a few are taken, and of about equal losses the smaller moves.
+    """
+    prefix_G, rows = relaxed.prefix_G, np.arange(len(relaxed.prefix_G))
+    loss_GF = losses(problem, relaxed.multiplier_R)
+    moved_GF = problem.costs_RGF[0] - problem.costs_RGF[0][rows, prefix_G][:, None]
+    spare = answer.score - answer.lower
+    groups_N, columns_N = np.nonzero((loss_GF <= spare) & (moved_GF != 0))
+    loss_N, moved_N = loss_GF[groups_N, columns_N], moved_GF[groups_N, columns_N]
+    order = np.lexsort((loss_N, moved_N))
+    is_first = np.diff(moved_N[order], prepend=np.nan) != 0
+    first = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
+    order = order[np.arange(len(order)) - first < _CORE_ALIKE]
+    shade = np.floor(loss_N[order] / spare * _CORE_SHADES)
+    order = order[np.lexsort((np.abs(moved_N[order]), shade))]
+    is_up = moved_N[order] > 0
+    chosen = np.concatenate((order[is_up][: _CORE // 2], order[~is_up][: _CORE // 2]))
+    mask_GF = np.zeros(loss_GF.shape, dtype=bool)
+    mask_GF[rows, prefix_G] = True
+    mask_GF[groups_N[chosen], columns_N[chosen]] = True
+    return mask_GF

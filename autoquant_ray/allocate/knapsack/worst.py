@@ -1,0 +1,233 @@
+"""The knapsack whose loss is the largest of several: least ``max_d sum_g score_dg``, within limits.
+
+For any weights on the domains that sum to 1, the weighted loss of an allocation is at most its
+largest one, so the exact best weighted allocation bounds the answer from below and is a first one.
+The best such weights are the multipliers of the linear relaxation; by them most choices are shown
+to be in no better allocation and are dropped. HiGHS then looks at what is left
+(:mod:`autoquant_ray.allocate.knapsack.several` says what its tolerances need), with a bound of its
+own. It may leave a gap of 1e-4, far below what a score is exact to, and more where it ends early;
+``gap`` says how far from proven the answer is.
+
+Shapes: D domains, and those of :mod:`autoquant_ray.allocate.knapsack.problem`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+
+from autoquant_ray.allocate.knapsack.problem import (
+    MARGIN,
+    Answer,
+    Problem,
+    bound,
+    losses,
+    undominated,
+)
+from autoquant_ray.allocate.knapsack.several import TIGHTER, LinearModel
+from autoquant_ray.allocate.knapsack.solve import solve_problem
+from autoquant_ray.arrays import Floats, Indices, Mask
+
+_SCALE = 1e4  # of the loss that is known to be reached, in HiGHS' rows
+_TOLERANCE = 1e-5  # of that scale, taken off HiGHS' bound
+_ROUNDS = ((1e-3, 20), (1e-4, 200))  # relative gap that HiGHS may leave, and its nodes
+_EXACT, _FEW = 1e-7, 200  # gap where there are at most so many choices beside one per group
+
+
+def largest_loss(scores_DGF: Floats, columns_G: Indices) -> float:
+    """The largest summed score over the domains of one format (column) per group."""
+    chosen_DG = scores_DGF[:, np.arange(len(columns_G)), columns_G]
+    return max(math.fsum(row) for row in chosen_DG)
+
+
+def solve_worst(
+    problem: Problem, scores_DGF: Floats, max_formats: int | None, free: int | None
+) -> Answer | None:
+    """Choose formats for the least largest loss; None where the limits cannot be met.
+
+    Args:
+        problem: Costs and limits; its scores only say which group has which format.
+        scores_DGF: Score per domain, >= 0, inf where a group lacks a format.
+        max_formats: Most distinct formats used, or None.
+        free: The format (column) that ``max_formats`` does not count, or None.
+    """
+    num_domains = len(scores_DGF)
+    equal_D = np.full(num_domains, 1 / num_domains)
+    best = _weighted(problem, scores_DGF, equal_D, max_formats, free)
+    if best is None or best.is_proven:
+        return best
+    found = _WorstModel(problem, scores_DGF, best, None, free).multipliers()
+    if found is None:
+        found = equal_D, np.zeros(len(problem.limits_R))
+    weights_D, multipliers_R = found
+    best = _better(best, _weighted(problem, scores_DGF, weights_D, max_formats, free))
+    mixed = _mixed(problem, scores_DGF, weights_D)
+    for gap, num_nodes in _ROUNDS:
+        if best.gap <= _EXACT:
+            break
+        spare = best.score - bound(mixed, multipliers_R)
+        kept = problem.keep(losses(mixed, multipliers_R) <= spare + MARGIN * best.score)
+        if kept.present_GF.sum() - len(kept.scores_GF) <= _FEW:
+            gap = _EXACT
+        model = _WorstModel(kept, scores_DGF, best, max_formats, free)
+        best = _better(best, _by_highs(model, problem, scores_DGF, gap, num_nodes))
+    return best
+
+
+def _better(best: Answer, other: Answer | None) -> Answer:
+    """The lower of two answers, with the higher of their bounds."""
+    if other is None:
+        return best
+    least = min(best, other, key=lambda answer: answer.score)
+    return replace(least, lower=min(least.score, max(best.lower, other.lower)))
+
+
+def _mixed(problem: Problem, scores_DGF: Floats, weights_D: Floats) -> Problem:
+    """The problem with the weighted scores."""
+    mixed_GF = np.where(problem.present_GF, 0.0, np.inf)
+    for weight, scores_GF in zip(weights_D.tolist(), scores_DGF, strict=True):
+        mixed_GF += weight * np.where(problem.present_GF, scores_GF, 0.0)
+    return replace(problem, scores_GF=mixed_GF)
+
+
+def _weighted(
+    problem: Problem,
+    scores_DGF: Floats,
+    weights_D: Floats,
+    max_formats: int | None,
+    free: int | None,
+) -> Answer | None:
+    """The best allocation of a weighted loss, and what it says of the largest loss."""
+    answer = solve_problem(_mixed(problem, scores_DGF, weights_D), max_formats, free)
+    if answer is None:
+        return None
+    score = largest_loss(scores_DGF, answer.columns_G)
+    # Weights may sum to 1 only up to rounding.
+    lower = answer.lower * (1 - MARGIN * len(weights_D)) / max(1.0, math.fsum(weights_D))
+    return Answer(columns_G=answer.columns_G, score=score, lower=min(score, lower))
+
+
+def _by_highs(
+    model: _WorstModel, problem: Problem, scores_DGF: Floats, gap: float, num_nodes: int
+) -> Answer | None:
+    """The mixed-integer programme; None where HiGHS found no allocation within the limits."""
+    lower: float | None = None
+    for cut in TIGHTER:
+        columns_G, proven = model.solve(cut, gap, num_nodes)
+        lower = proven if lower is None else lower  # only the uncut limits prove something
+        if columns_G is None:
+            break
+        if problem.is_within(columns_G):
+            score = largest_loss(scores_DGF, columns_G)
+            return Answer(columns_G=columns_G, score=score, lower=min(score, lower))
+    return None
+
+
+class _WorstModel:
+    """The linear model: a binary variable per choice, then per counted format, then the loss.
+
+    Choices that alone lose more than is known to be reached are left out, and those that another
+    one of the group beats in all costs and all domains; the latter stay where formats are counted.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        scores_DGF: Floats,
+        best: Answer,
+        max_formats: int | None,
+        free: int | None,
+    ) -> None:
+        self._scale = _SCALE / best.score
+        kept = problem.keep(_within_reach(problem, scores_DGF, best.score))
+        if max_formats is None:
+            kept = kept.keep(_unbeaten(kept, scores_DGF))
+        self._model = LinearModel(kept, max_formats, free)
+        chosen_DN = scores_DGF[:, self._model.groups, self._model.columns]
+        self._num_domains, self._num_choices = chosen_DN.shape
+        self._extra = 0 if max_formats is None else len(self._model.counted)
+        loss = -np.ones((self._num_domains, 1))
+        switches = sparse.csr_array((self._num_domains, self._extra))
+        self._losses = sparse.csr_array(
+            sparse.hstack([sparse.csr_array(chosen_DN * self._scale), switches, loss])
+        )
+        self._objective = np.zeros(self._losses.shape[1])
+        self._objective[-1] = 1.0
+
+    def multipliers(self) -> tuple[Floats, Floats] | None:
+        """Multipliers of the relaxation: (D,) of the domains, summing to 1, and (R,) of costs."""
+        model = self._model
+        none = sparse.csr_array((len(model.room_R), 1))
+        one = sparse.csr_array((model.choose_one.shape[0], 1))
+        found = linprog(
+            self._objective,
+            A_ub=sparse.vstack([self._losses, sparse.hstack([model.usage, none])]),
+            b_ub=np.concatenate((np.zeros(self._num_domains), model.room_R)),
+            A_eq=sparse.hstack([model.choose_one, one]),
+            b_eq=np.ones(model.choose_one.shape[0]),
+            bounds=[(0, 1)] * self._num_choices + [(0, None)],
+            method="highs",
+        )
+        if found.status != 0:
+            return None
+        all_N = np.maximum(0.0, -np.asarray(found.ineqlin.marginals, dtype=np.float64))
+        weights_D, prices_R = all_N[: self._num_domains], all_N[self._num_domains :]
+        total = float(weights_D.sum())
+        if total <= 0:
+            return None
+        return weights_D / total, prices_R * model.cost_scale_R / (total * self._scale)
+
+    def solve(self, cut: float, gap: float, num_nodes: int) -> tuple[Indices | None, float]:
+        """Columns (G,), or None, and HiGHS' lower bound.
+
+        Args:
+            cut: Share by which the limits are lowered.
+            gap: Relative gap that may be left.
+            num_nodes: Nodes of the search at most.
+        """
+        rows = [
+            LinearConstraint(
+                sparse.hstack([row.A, sparse.csr_array((row.A.shape[0], 1))]), row.lb, row.ub
+            )
+            for row in self._model.constraints(cut)
+        ]
+        rows.append(LinearConstraint(self._losses, -np.inf, 0))
+        is_choice = np.ones(len(self._objective))
+        is_choice[-1] = 0
+        found = milp(
+            self._objective,
+            constraints=rows,
+            integrality=is_choice,
+            bounds=Bounds(0, np.where(is_choice > 0, 1.0, np.inf)),
+            options={"mip_rel_gap": gap, "node_limit": num_nodes},
+        )
+        bound = found.mip_dual_bound
+        lower = 0.0 if bound is None else max(0.0, (float(bound) - _TOLERANCE) / self._scale)
+        if found.x is None or not math.isfinite(lower):
+            return None, 0.0
+        chosen_GF = np.zeros(self._model.shape)
+        chosen_GF[self._model.groups, self._model.columns] = found.x[: self._num_choices]
+        return chosen_GF.argmax(axis=1), lower
+
+
+def _within_reach(problem: Problem, scores_DGF: Floats, known: float) -> Mask:
+    """Choices that can be part of an allocation with a largest loss of at most ``known``."""
+    least_DG = scores_DGF.min(axis=2)
+    spare_D = np.maximum(0.0, known - least_DG.sum(axis=1)) + MARGIN * known
+    within_GF: Mask = (scores_DGF - least_DG[:, :, None] <= spare_D[:, None, None]).all(axis=0)
+    return within_GF & problem.present_GF
+
+
+def _unbeaten(problem: Problem, scores_DGF: Floats) -> Mask:
+    """Choices of which no other in the group is as low in every domain and every cost."""
+    losses_DGF = np.where(problem.present_GF, scores_DGF, 0.0)
+    everything = Problem(
+        scores_GF=np.where(problem.present_GF, 0.0, np.inf),
+        costs_RGF=np.concatenate((problem.costs_RGF, losses_DGF)),
+        limits_R=np.full(len(problem.limits_R) + len(scores_DGF), np.inf),
+    )
+    return undominated(everything)

@@ -1,0 +1,55 @@
+"""Numbers of an allocation: predicted loss, average bits, bytes of the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+from autoquant_ray.allocate.allocation import Allocation
+from autoquant_ray.allocate.group_choices import GroupChoices
+from autoquant_ray.allocate.options import BITS_PER_BYTE
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.formats.format import NONE
+
+Scores = Mapping[tuple[str, str], float]
+
+
+def chosen_formats(problem: Problem, allocation: Allocation) -> dict[str, str]:
+    """Format of every group, unsearched ones included, in the model's order."""
+    return {name: allocation.formats.get(name, NONE) for name in problem.groups}
+
+
+def allocation_key(formats: Mapping[str, str]) -> str:
+    """Digest of searched group -> format: equal allocations have equal keys."""
+    text = json.dumps(sorted(formats.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def average_bits(
+    groups: Sequence[GroupChoices],
+    formats: Mapping[str, str],
+    resource: str = "storage",
+    bits_per_unit: float = BITS_PER_BYTE,
+) -> float:
+    """Average bits per weight of groups under the given formats, by one of the costs."""
+    cost = math.fsum(group.cost(formats[group.name], resource) for group in groups)
+    return cost * bits_per_unit / float(sum(group.weights(resource) for group in groups))
+
+
+def predicted_loss(scores: Mapping[tuple[str, str], float], formats: Mapping[str, str]) -> float:
+    """Summed scores of the formats; 16 bits lose nothing.
+
+    Args:
+        scores: (group, format) -> nats per token.
+        formats: Group -> format; groups without a score may be there in 16 bits.
+    """
+    return math.fsum(scores[group, name] for group, name in formats.items() if name != NONE)
+
+
+def model_bytes(problem: Problem, formats: Mapping[str, str]) -> float:
+    """Bytes of the whole model's weights; groups without a format stay in 16 bits."""
+    return problem.other_bytes + math.fsum(
+        group.cost(formats.get(group.name, NONE), "model") for group in problem.groups.values()
+    )

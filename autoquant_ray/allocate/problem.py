@@ -1,0 +1,184 @@
+"""Budgets in users' words -> choices and limits of the allocation.
+
+These costs stand side by side for each (group, format): ``storage`` (stored bytes of the group),
+``modelopt`` (ModelOpt's number), ``active_moe`` (the same, of routed experts only the share that a
+token visits: ModelOpt's cost model of that name), ``model`` (what the choice adds to the whole
+model's bytes) and, where a card is given, ``latency`` (:mod:`autoquant_ray.allocate.latency`).
+``kv_bytes_per_token`` is what a token of context takes in the KV cache, where its format is chosen.
+``storage`` and ``model`` differ for a head that is tied to the embedding: in 16 bits it shares the
+embedding's bytes and adds nothing, quantized it is stored beside the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+from autoquant_ray.allocate.allocation import Budget, Choice
+from autoquant_ray.allocate.expert_clusters import Experts
+from autoquant_ray.allocate.group_choices import ACTIVE_MOE, RESOURCES, GroupChoices
+from autoquant_ray.allocate.kv_caches import cache_budget
+from autoquant_ray.allocate.latency import LATENCY, StepTime
+from autoquant_ray.allocate.load import Latency
+from autoquant_ray.allocate.options import BITS_PER_BYTE, UNQUANTIZED_BITS, SolveOptions
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.plan.decode_step import is_routed_expert
+from autoquant_ray.serving.menus import Served
+
+
+class Problem:
+    """All groups with their costs, from the rows of a plan.
+
+    Args:
+        plan_rows: Rows of ``plan.parquet``.
+        summary: The plan's summary from ``run.json``.
+    """
+
+    def __init__(self, plan_rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+        tied = set(summary["tied_groups"])
+        idle = set(summary.get("idle_groups", ()))
+        ratio: float | None = summary.get("step", {}).get("active_expert_ratio")
+        self.other_bytes: int = summary["other_bytes"]
+        self.has_active_moe = ratio is not None
+        self.step: StepTime | None = None
+        self.served: Served | None = None
+        self.experts: Experts | None = None
+        self.summary = summary
+        silent = summary.get("unsearched", {})  # among them experts that turned out to see no token
+        groups: dict[str, GroupChoices] = {}
+        for row in plan_rows:
+            name = row["group"]
+            if name in silent and row["format"] != NONE:
+                continue
+            if name not in groups:
+                groups[name] = GroupChoices(
+                    name=name,
+                    module_names=list(row["module_names"]),
+                    num_weights=row["num_weights"],
+                    is_searched=row["is_searched"] and name not in silent,
+                    is_tied=name in tied,
+                    is_idle=name in idle,
+                    active_share=ratio if any(map(is_routed_expert, row["module_names"])) else 1.0,
+                    rows={},
+                )
+            groups[name].rows[row["format"]] = dict(row)
+        self.groups = groups
+
+    def timed(self, latency: Latency | None) -> Problem:
+        """The same problem with the time of a decode step among its costs, where a card is given.
+
+        Raises:
+            ConfigError: The run does not hold what the prediction needs.
+        """
+        if latency is None:
+            return self
+        timed = copy(self)
+        timed.step = step = StepTime(latency, self.summary)
+        timed.groups = {
+            name: replace(
+                group,
+                rows={
+                    f: {**row, LATENCY: step.group_ms(group, f)} for f, row in group.rows.items()
+                },
+            )
+            for name, group in self.groups.items()
+        }
+        return timed
+
+    @property
+    def resources(self) -> list[str]:
+        """Names of the costs that every choice has."""
+        names = [*RESOURCES, "model", *([KV_BYTES] if self.caches else [])]
+        names += [ACTIVE_MOE] if self.has_active_moe else []
+        return names if self.step is None else [*names, LATENCY]
+
+    @property
+    def searched(self) -> list[GroupChoices]:
+        """Groups for which a format is chosen."""
+        return [group for group in self.groups.values() if group.is_searched]
+
+    @property
+    def unsearched(self) -> list[GroupChoices]:
+        """Groups that stay in 16 bits."""
+        return [group for group in self.groups.values() if not group.is_searched]
+
+    @property
+    def caches(self) -> list[GroupChoices]:
+        """Groups that are KV caches, searched or not."""
+        return [group for group in self.groups.values() if group.is_cache]
+
+    def with_held_caches(self, formats: Mapping[str, str]) -> Problem:
+        """The same problem in which no cache has another choice than a solution's format.
+
+        Args:
+            formats: Group -> format; groups without one stay in 16 bits.
+        """
+        held = copy(self)
+        held.groups = dict(self.groups)
+        for group in self.caches:
+            name = formats.get(group.name, NONE)
+            held.groups[group.name] = replace(group, rows={name: group.rows[name]})
+        return held
+
+    def choices(self, scores: Mapping[tuple[str, str], float]) -> list[Choice]:
+        """Choices of the searched groups; 16 bits lose nothing by definition.
+
+        Args:
+            scores: (group, format) -> score in nats per token.
+        """
+        return [
+            Choice(
+                group=group.name,
+                format=format_,
+                score=0.0 if format_ == NONE else scores[group.name, format_],
+                costs={name: group.cost(format_, name) for name in self.resources},
+            )
+            for group in self.searched
+            for format_ in group.rows
+        ]
+
+    def budgets(self, options: SolveOptions) -> list[Budget]:
+        """Limits on the searched groups' costs that the options ask for.
+
+        A limit on the time of a decode step needs a problem that is :meth:`timed`.
+        """
+        budgets = [] if options.bits is None else [self._bits_budget(options.bits, options)]
+        if options.bytes is not None:
+            fixed = self.other_bytes + sum(g.cost(NONE, "model") for g in self.unsearched)
+            budgets.append(
+                Budget(
+                    resource="model",
+                    limit=options.bytes - fixed,
+                    unit_per_bit=None,
+                    description=f"--bytes {options.bytes}",
+                    fixed=fixed,
+                )
+            )
+        if options.latency is not None and options.latency.limit_ms is not None:
+            assert self.step is not None, "the problem is not timed"
+            budgets.append(self.step.budget(self.unsearched, options.latency.limit_ms))
+        return budgets + cache_budget(self.caches, options.kv_bytes_per_token)
+
+    def _bits_budget(self, bits: float, options: SolveOptions) -> Budget:
+        if options.cost == ACTIVE_MOE and not self.has_active_moe:
+            raise ConfigError(
+                "--cost active_moe needs the share of the experts that a token visits; this run "
+                "names none (no experts, imported, or made by an earlier version)"
+            )
+        weights = sum(group.weights(options.cost) for group in self.searched)
+        per_bit = 1 / BITS_PER_BYTE if options.cost == "storage" else 1 / UNQUANTIZED_BITS
+        limit, note = bits * weights * per_bit, ""
+        if options.bits_over == "all":
+            outside = sum(group.weights(options.cost) for group in self.unsearched)
+            limit += (bits - UNQUANTIZED_BITS) * outside * per_bit
+            note = f" over all weights, {outside:.0f} of them in 16 bits" if outside else ""
+        return Budget(
+            resource=options.cost,
+            limit=limit,
+            unit_per_bit=weights * per_bit,
+            description=f"--bits {bits:g}{note}",
+        )

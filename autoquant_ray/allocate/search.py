@@ -1,0 +1,175 @@
+"""The search of a budget under what an engine serves: each of its menus, the best plan of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+
+from autoquant_ray.allocate.allocation import Allocation, Choice, restrict
+from autoquant_ray.allocate.expert_clusters import require_apart
+from autoquant_ray.allocate.group_names import refuse_parts
+from autoquant_ray.allocate.kv_caches import require_cache_limit
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.ties import Ties, solve_tied
+from autoquant_ray.errors import AutoQuantError, InfeasibleBudgetError
+from autoquant_ray.serving.kv_cache import cache_problem, with_caches
+from autoquant_ray.serving.menus import (
+    NotServedError,
+    formats_of,
+    joined,
+    require_served,
+    served_sets,
+)
+
+Scores = Mapping[tuple[str, str], float]
+"""(group, format) -> nats per token."""
+
+
+def search(problem: Problem, scores: Scores, options: SolveOptions) -> Allocation:
+    """Choose a format for every searched group.
+
+    Args:
+        problem: Groups with their costs.
+        scores: (group, format) -> score in nats per token.
+        options: Budget and constraints.
+
+    Raises:
+        InfeasibleBudgetError: With the reachable range.
+        ConfigError: A pin or an allow pattern names something that does not exist, or the engine
+            serves nothing of what is left.
+    """
+    require_cache_limit(problem.caches, options.kv_bytes_per_token)
+    refuse_parts(options.pins, {g.name: g.module_names for g in problem.groups.values()})
+
+    def solve(one: Problem) -> Allocation:
+        choices, budgets = allowed_choices(one, scores, options), one.budgets(options)
+        return solve_tied(choices, budgets, ties_of(one, options), max_formats=options.max_formats)
+
+    return best_served(problem.timed(options.latency), options, solve)
+
+
+def check_feasible(problem: Problem, options: SolveOptions) -> None:
+    """Raise now, before any scoring, what :func:`search` would raise later."""
+    scores = {(group.name, f): 0.0 for group in problem.searched for f in group.rows}
+    search(problem, scores, options)
+
+
+def best_served(
+    problem: Problem, options: SolveOptions, solve: Callable[[Problem], Allocation]
+) -> Allocation:
+    """The best allocation over everything that the engine serves together.
+
+    Args:
+        problem: Groups with their costs.
+        options: Budget, constraints, engine.
+        solve: Finds the best allocation of a problem under one menu.
+    """
+    found: list[Allocation] = []
+    refused: list[AutoQuantError] = []
+    for one in served_problems(problem, options):
+        try:
+            found.append(solve(one))
+        except NotServedError as error:
+            refused.append(error)
+        except InfeasibleBudgetError as error:
+            if one.served is None:
+                raise
+            menu = ", ".join(one.served.menu)
+            text = f"{error}; formats that {one.served.target} serves together: {menu}"
+            refused.append(InfeasibleBudgetError(text))
+    if not found:
+        raise refused[0]
+    return min(found, key=lambda allocation: allocation.score)
+
+
+def served_problems(problem: Problem, options: SolveOptions) -> list[Problem]:
+    """The problem once per set of formats that the engine serves together; itself without one.
+
+    Raises:
+        ConfigError: The engine serves nothing of the menu, or the run does not tell what it is.
+    """
+    if options.engine is None or problem.served is not None:
+        return [problem]
+    groups = _weights(problem)
+    caches = {group.name: group.rows for group in problem.caches if group.is_searched}
+    is_whole = len(caches) == len(problem.caches)
+    searched = [group.name for group in problem.searched if not group.is_cache]
+    problems = []
+    for served in served_sets(
+        groups, searched, formats_of(problem.summary), options.engine, options.gpu
+    ):
+        problems.append(copy(problem))
+        problems[-1].served = with_caches(
+            served, caches, is_whole=is_whole, engine=options.engine, gpu=options.gpu
+        )
+    return problems
+
+
+def served_problem(problem: Problem, options: SolveOptions, formats: Mapping[str, str]) -> Problem:
+    """The problem restricted as a plan is that the engine serves.
+
+    Args:
+        problem: Groups with their costs.
+        options: Budget, constraints, engine.
+        formats: The plan: searched group -> format; others may be there in 16 bits.
+
+    Raises:
+        NotServedError: The engine cannot serve the plan; names groups and reasons.
+    """
+    if options.engine is None:
+        return problem
+    own = {group.name: formats[group.name] for group in problem.searched}
+    reason = cache_problem(
+        [group.name for group in problem.caches], own, options.engine, options.gpu
+    )
+    if reason is not None:
+        raise NotServedError(f"{options.engine} cannot serve this plan: {reason}")
+    groups = _weights(problem)
+    weights = {name: chosen for name, chosen in own.items() if name in groups}
+    require_served(groups, weights, formats_of(problem.summary), options.engine, options.gpu)
+    for one in served_problems(problem, options):
+        if one.served is not None and one.served.permits(own):
+            return one
+    raise NotServedError(f"the plan uses formats that {options.engine} does not serve together")
+
+
+def _weights(problem: Problem) -> dict[str, list[str]]:
+    """Groups of weights -> their modules."""
+    return {name: g.module_names for name, g in problem.groups.items() if not g.is_cache}
+
+
+def allowed_choices(problem: Problem, scores: Scores, options: SolveOptions) -> list[Choice]:
+    """The choices that pins, allowed formats and the engine leave.
+
+    Raises:
+        ConfigError: A constraint names something that does not exist, or nothing is left.
+    """
+    choices = restrict(problem.choices(scores), options.pins, options.allow)
+    if problem.served is None:
+        return choices
+    permitted = problem.served.permitted
+    kept = [choice for choice in choices if choice.format in permitted[choice.group]]
+    left = {choice.group for choice in kept}
+    for choice in choices:
+        if choice.group not in left:
+            asked = ", ".join(one.format for one in choices if one.group == choice.group)
+            raise NotServedError(
+                f"group {choice.group!r} is to take {asked}, and {problem.served.target} serves "
+                f"there {', '.join(sorted(permitted[choice.group]))}; see docs/engines.md"
+            )
+    return kept
+
+
+def ties_of(problem: Problem, options: SolveOptions) -> Ties:
+    """Groups that must share a format, for the engine or as experts of a cluster.
+
+    Raises:
+        ConfigError: Single experts are asked for, and the run has no scores of them.
+    """
+    require_apart(problem.summary.get("experts", ()), options.expert_groups)
+    experts = [] if problem.experts is None else problem.experts.ties(options.expert_groups)
+    served = () if problem.served is None else problem.served.ties
+    if not (experts and served):
+        return experts or served
+    return joined([*experts, *served], [group.name for group in problem.searched])

@@ -1,0 +1,181 @@
+"""Activation statistics: the largest absolute input of every module, over real tokens only; of an
+attention whose cache is quantized, the largest key and value.
+
+Maxima merge by maximum, so shards may be computed anywhere, in any order, more than once. Formats
+that scale channels need statistics of every channel: :mod:`autoquant_ray.calibrate.channels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from autoquant_ray.calibrate.channels import ChannelCollector, Channels
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.layers import replaced_forward
+from autoquant_ray.models.quantizable import is_of_tower
+from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.attention import CachedAttention
+from autoquant_ray.quantize.experts import FusedExperts
+from autoquant_ray.quantize.statistics import Maxima, Statistics
+
+
+class ActivationMaxima:
+    """Collects the input maxima of modules while batches run forward.
+
+    Args:
+        model: The model.
+        modules: Modules whose inputs are watched.
+        formats: The menu, for what some formats need beside maxima.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        modules: Sequence[ScoredModule],
+        formats: Sequence[Format] = (),
+    ) -> None:
+        self._channels = ChannelCollector(modules, formats)
+        # Inputs of single experts stay in 16 bits.
+        watched = [m.planned for m in modules if m.planned.expert is None]
+        self._modules = [(planned, model.get_submodule(planned.name)) for planned in watched]
+        self._experts = {
+            planned.name: FusedExperts(module, planned)
+            for planned, module in self._modules
+            if planned.kind == "experts"
+        }
+        self._attentions = {
+            planned.name: CachedAttention(module, planned)
+            for planned, module in self._modules
+            if planned.is_cache
+        }
+        self._maxima: dict[tuple[str, str], torch.Tensor] = {}
+        self._real_T: torch.Tensor | None = None
+        # Projections that share an input (q, k and v) are called with the very same tensor.
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def changes_forward(self) -> bool:
+        """Whether outputs may differ in the last bits while maxima are collected.
+
+        The experts run in ModelOpt's order, and only on real tokens.
+        """
+        return bool(self._experts)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """While open, forward passes are watched; call :meth:`set_mask` before each."""
+        self._maxima = {}
+        self._channels.clear()
+        with ExitStack() as stack:
+            for planned, module in self._modules:
+                if planned.kind == "experts":
+                    replacement = self._experts_forward(planned.name)
+                    stack.enter_context(replaced_forward(module, replacement))
+                elif planned.is_cache:
+                    attention = self._attention_forward(planned.name)
+                    stack.enter_context(replaced_forward(module, attention))
+                else:
+                    handle = module.register_forward_pre_hook(self._linear_hook(planned.name))
+                    stack.callback(handle.remove)
+            yield
+        self._last = None
+        self._channels.release()
+
+    def set_mask(self, mask_BS: torch.Tensor | None) -> None:
+        """Say which tokens of the next batch are real (1); None means all."""
+        self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+
+    def settle(self) -> None:
+        """Nothing waits."""
+
+    def statistics(self) -> Statistics:
+        """What was seen since :meth:`collecting` was entered."""
+        maxima: Statistics = {key: float(value) for key, value in self._maxima.items()}
+        return maxima | dict(self._channels.statistics())
+
+    def _linear_hook(self, name: str) -> Callable[..., None]:
+        sees_tokens = not is_of_tower(name)  # the rows of a tower are no tokens: all are real
+
+        def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+            if self._last is None or self._last[0] is not arguments[0]:
+                maxima = self._row_maxima(arguments[0].detach(), is_masked=sees_tokens)
+                self._last = (arguments[0], maxima)
+            self._update((name, "input_amax"), self._last[1])
+            if self._channels.wants(name):
+                states = arguments[0]
+                states_TI = states.reshape(-1, states.shape[-1])
+                real_T = self._matching_mask(states_TI) if sees_tokens else None
+                self._channels.add(name, states, real_T)
+
+        return hook
+
+    def _row_maxima(self, states: torch.Tensor, *, is_masked: bool) -> torch.Tensor:
+        """Largest absolute value of each row; where tokens are masked, of each real one."""
+        states_TI = states.reshape(-1, states.shape[-1])
+        largest_T = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=1)
+        real_T = self._matching_mask(states_TI) if is_masked else None
+        return largest_T if real_T is None else largest_T[real_T]
+
+    def _experts_forward(self, name: str) -> Callable[..., torch.Tensor]:
+        def forward(*arguments: torch.Tensor, **keywords: torch.Tensor) -> torch.Tensor:
+            inputs = (*arguments, *keywords.values())
+            real_T = self._matching_mask(inputs[0])
+            chosen = inputs if real_T is None else tuple(value[real_T] for value in inputs)
+            output, maxima = self._experts[name].run_and_collect(chosen)
+            for statistic, value in maxima.items():
+                self._update((name, statistic), value[None])
+            if real_T is None:
+                return output
+            whole = output.new_zeros(len(inputs[0]), output.shape[-1])
+            whole[real_T] = output
+            return whole
+
+        return forward
+
+    def _attention_forward(self, name: str) -> Callable[..., Any]:
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            hidden_BSH = arguments[0] if arguments else keywords["hidden_states"]
+            real_T = self._matching_mask(hidden_BSH.flatten(0, 1))
+            real_BS = None if real_T is None else real_T.view(hidden_BSH.shape[:2])
+            output, maxima = self._attentions[name].run_and_collect(arguments, keywords, real_BS)
+            for statistic, value in maxima.items():
+                self._update((name, statistic), value[None])
+            return output
+
+        return forward
+
+    def _matching_mask(self, states_TI: torch.Tensor) -> torch.Tensor | None:
+        if self._real_T is None or len(self._real_T) != len(states_TI):
+            return None
+        return self._real_T.to(states_TI.device)
+
+    def _update(self, key: tuple[str, str], values: torch.Tensor) -> None:
+        if len(values) == 0:
+            return
+        seen = values.amax()
+        self._maxima[key] = torch.maximum(self._maxima[key], seen) if key in self._maxima else seen
+
+
+def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
+    """Merge maxima by maximum, channels in the order of the parts (of the shards); keys sorted."""
+    merged: Statistics = {}
+    for part in parts:
+        for key, value in part.items():
+            before = merged.get(key)
+            if isinstance(value, Channels):
+                merged[key] = value if before is None else before.merged(value)
+            else:
+                merged[key] = value if before is None else max(value, before)
+    return dict(sorted(merged.items()))
+
+
+def to_maxima(statistics: Statistics) -> Maxima:
+    """Nest statistics by module, as the scoring core takes them."""
+    maxima: Maxima = {}
+    for (module, statistic), value in statistics.items():
+        maxima.setdefault(module, {})[statistic] = value
+    return maxima

@@ -1,0 +1,162 @@
+"""AWQ's search on a shard: the squared output error of every linear under every candidate.
+
+The inputs of a layer's linears are gathered while steps run forward, and looked at when the layer
+is about to be left: each candidate's weight is then quantized once for all steps of a visit. The
+losses of steps are added one after another, so that the grouping of steps changes no number.
+
+Shape letters: T rows (tokens), I in features, O out features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from autoquant_ray.errors import NonFiniteError, changed_input
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.smoothed import needs_search
+from autoquant_ray.models.quantizable import is_of_tower
+from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.awq import (
+    Losses,
+    candidate_alphas,
+    candidate_error,
+    channel_scales,
+    weight_importance,
+)
+from autoquant_ray.quantize.statistics import CHANNELS, Maxima
+
+_CHUNK_ELEMENTS = 2**24
+_MIN_CHUNK_ROWS = 512
+
+
+class ScaleSearch:
+    """Measures candidates while batches run forward.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+        modules: Searched modules.
+        formats: The menu; a module without a format that needs a search is left alone.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layers: Sequence[torch.nn.Module],
+        modules: Sequence[ScoredModule],
+        formats: Sequence[Format],
+    ) -> None:
+        self._modules: dict[str, torch.nn.Module] = {}
+        self._menus: dict[str, list[list[Format]]] = {}
+        for scored in modules:
+            indices = range(len(formats)) if scored.formats is None else scored.formats
+            by_weight: dict[str, list[Format]] = {}
+            for format_ in (formats[index] for index in indices):
+                if needs_search(format_) and scored.planned.kind == "linear":
+                    by_weight.setdefault(format_.weight_key, []).append(format_)
+            if by_weight:
+                name = scored.planned.name
+                self._modules[name] = model.get_submodule(name)
+                self._menus[name] = list(by_weight.values())
+        self._layers = layers
+        self._maxima: Maxima = {}
+        self._real_T: torch.Tensor | None = None
+        self._gathered: dict[str, list[torch.Tensor]] = {}
+        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self._losses: dict[tuple[str, str, float], torch.Tensor] = {}
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes per token of the gathered inputs of the layer that has most of them."""
+        number_of = {m: n for n, layer in enumerate(self._layers) for m in layer.modules()}
+        sizes: dict[int, int] = {}
+        for module in self._modules.values():
+            number = number_of.get(module, -1)
+            sizes[number] = sizes.get(number, 0) + module.weight[0].nbytes
+        return max(sizes.values(), default=0)
+
+    @contextmanager
+    def searching(self, maxima: Maxima) -> Iterator[None]:
+        """While open, forward passes are measured; call :meth:`set_mask` before each.
+
+        Args:
+            maxima: Merged calibration.
+        """
+        self._maxima, self._losses = maxima, {}
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                if CHANNELS in maxima.get(name, {}):
+                    handle = module.register_forward_pre_hook(self._hook(name))
+                    stack.callback(handle.remove)
+            yield
+        self._gathered, self._last = {}, None
+
+    def set_mask(self, mask_BS: torch.Tensor | None) -> None:
+        """Say which tokens of the next batch are real (1); None means all."""
+        self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+
+    def losses(self) -> Losses:
+        """Losses since :meth:`searching` was entered.
+
+        Raises:
+            NonFiniteError: One is NaN or infinite.
+        """
+        losses = {key: float(loss) for key, loss in self._losses.items()}
+        for (module, format_, alpha), loss in losses.items():
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"the error of {module} under {format_}, {alpha=}, is {loss}")
+        return losses
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        sees_tokens = not is_of_tower(name)
+
+        def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+            states = arguments[0]
+            if self._last is None or self._last[0] is not states:
+                self._last = (states, states._version, self._rows(states, is_masked=sees_tokens))
+            elif self._last[1] != states._version:
+                raise changed_input(name)
+            self._gathered.setdefault(name, []).append(self._last[2])
+
+        return hook
+
+    def _rows(self, states: torch.Tensor, *, is_masked: bool) -> torch.Tensor:
+        states_TI = states.detach().reshape(-1, states.shape[-1])
+        if not is_masked or self._real_T is None or len(self._real_T) != len(states_TI):
+            return states_TI
+        return states_TI[self._real_T.to(states_TI.device)]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Measure what was gathered; called while the weights of these modules are at hand."""
+        self._last = None
+        for name, inputs in self._gathered.items():
+            weight_OI: Any = self._modules[name].weight
+            mean_I = torch.from_numpy(self._maxima[name][CHANNELS].mean_I).to(weight_OI.device)
+            for formats in self._menus[name]:
+                attributes = formats[0].weight
+                importance_I = weight_importance(weight_OI, attributes)
+                for alpha in candidate_alphas(formats[0].algorithm):
+                    scale_I = channel_scales(mean_I, importance_I, alpha)
+                    error_OI = candidate_error(weight_OI, attributes, scale_I)
+                    for states_TI in inputs:
+                        loss = _squared_norm(states_TI, error_OI)
+                        for format_ in formats:
+                            key = (name, format_.name, alpha)
+                            before = self._losses.get(key)
+                            self._losses[key] = loss if before is None else before + loss
+        self._gathered = {}
+
+
+def _squared_norm(states_TI: torch.Tensor, error_OI: torch.Tensor) -> torch.Tensor:
+    """Sum of the squared elements of ``X E^T``, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=states_TI.device)
+    for chunk_CI in states_TI.split(max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // len(error_OI))):
+        product_CO = (chunk_CI @ error_OI.T).float()
+        total += torch.linalg.vector_norm(product_CO).double().square()
+    return total

@@ -1,0 +1,124 @@
+"""The command ``export``: a plan for where it is to be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.cli.engine import engine_options
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.export.layouts import LAYOUTS
+from autoquant_ray.export.recipes import TOOLS
+
+RECIPE = "recipe"
+FORMATS = (*LAYOUTS, RECIPE)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--out", required=True, help="Folder to write; of a recipe a file.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(FORMATS),
+    default=FORMATS[0],
+    show_default=True,
+    help="modelopt, compressed-tensors: a checkpoint that engines load. recipe: for a tool that "
+    "quantizes by itself.",
+)
+@engine_options
+@click.option("--tool", type=click.Choice(TOOLS), help="Of a recipe: whom it is for.")
+@click.option("--solution", default="", help="Folder below solutions/. Default: the scan's own.")
+@click.option("--overwrite", is_flag=True, help="Of a recipe: replace what is there.")
+@common_options
+def export(
+    run: str,
+    out: str,
+    kind: str,
+    engine: str | None,
+    gpu: str | None,
+    tool: str | None,
+    solution: str,
+    overwrite: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Write RUN's plan in the form that another program reads.
+
+    A checkpoint is a folder with the packed weights, checked against the plan; the model must fit
+    this machine's memory. With --engine nothing is written that this engine would not serve as
+    planned.
+
+    \b
+    Example:
+      autoquant-ray export runs/qwen3 --out qwen3-5bit --engine vllm --gpu hopper
+      autoquant-ray export runs/qwen3 --format recipe --tool llama.cpp --out tensor-types.txt
+      autoquant-ray export runs/qwen3 --format recipe --tool mlx-lm --out quantization.json
+    """
+    set_up_logging(verbose)
+    if kind != RECIPE:
+        if tool is not None or overwrite:
+            raise ConfigError(f"--tool and --overwrite are for --format {RECIPE}; leave them out")
+        _export_checkpoint(run, solution, kind, out, engine, gpu, as_json)
+        return
+    if engine is not None or gpu is not None:
+        raise ConfigError(f"--engine and --gpu are for a checkpoint, not for --format {RECIPE}")
+    written = _export_recipe(run, solution, tool, out, overwrite)
+    if as_json:
+        print_json({"paths": [written]})
+    else:
+        click.echo(written)
+
+
+def _export_checkpoint(
+    run: str,
+    solution: str,
+    layout: str,
+    out: str,
+    engine: str | None,
+    gpu: str | None,
+    as_json: bool,
+) -> None:
+    from autoquant_ray.export.checkpoint import export_run
+    from autoquant_ray.runs.directory import RunDirectory
+
+    with only_ours_on_stdout():
+        written = export_run(
+            RunDirectory(run), out, solution=solution, layout=layout, engine=engine, gpu=gpu
+        )
+    if as_json:
+        print_json(written.to_json())
+        return
+    for line in written.lines():
+        click.echo(line)
+
+
+def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrite: bool) -> str:
+    from autoquant_ray.export.fused_experts import require_fused, unfused_names
+    from autoquant_ray.export.kv_caches import require_caches
+    from autoquant_ray.export.plan import read_plan
+    from autoquant_ray.export.recipes import make_recipe
+    from autoquant_ray.runs.directory import RunDirectory
+
+    if tool is None:
+        raise ConfigError(f"--format recipe needs --tool {', '.join(TOOLS)}")
+    plan = read_plan(RunDirectory(run), solution)
+    require_caches(plan.caches, RECIPE, holds_caches=False)
+    chosen = plan.chosen
+    if tool == "auto-round":
+        chosen = unfused_names(chosen, plan.modules)
+    require_fused(chosen, plan.modules, tool)
+    text = make_recipe(chosen, plan.formats, tool)
+    path = Path(out)
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--out {out} exists; give another name, or --overwrite")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error}") from None
+    return out

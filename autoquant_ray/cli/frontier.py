@@ -1,0 +1,81 @@
+"""The command ``frontier``: all budgets of a run at once, without model, torch or Ray."""
+
+from __future__ import annotations
+
+import math
+
+import click
+
+from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.errors import ConfigError
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--points", type=click.IntRange(min=2), default=64, show_default=True, help="Budgets to solve."
+)
+@click.option(
+    "--target-kl", type=float, help="Solve the fewest bits within this KL, in nats per token."
+)
+@click.option(
+    "--target-ppl-increase",
+    metavar="SHARE",
+    help="The same for a rise of the perplexity, such as 2%: a KL of ln(1.02), which holds where "
+    "the data is like the model's own text.",
+)
+@common_options
+def frontier(
+    run: str,
+    points: int,
+    target_kl: float | None,
+    target_ppl_increase: str | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Predicted KL of RUN at every size, or the fewest bits within a loss.
+
+    All formats of the scan count, whatever engine it was for.
+
+    \b
+    Example:
+      autoquant-ray frontier runs/qwen3
+      autoquant-ray frontier runs/qwen3 --target-kl 0.02
+    """
+    set_up_logging(verbose)
+    from autoquant_ray.allocate.frontier_points import frontier_of, smallest_within
+    from autoquant_ray.cli.output import print_frontier, print_solution
+    from autoquant_ray.runs.directory import RunDirectory
+    from autoquant_ray.solve import solve_run
+
+    target = _target(target_kl, target_ppl_increase)
+    directory = RunDirectory(run)
+    if target is None:
+        with only_ours_on_stdout():
+            found = frontier_of(directory, points)
+        if as_json:
+            print_json([vars(point) for point in found])
+        else:
+            print_frontier(run, found)
+        return
+    with only_ours_on_stdout():
+        solution = solve_run(directory, smallest_within(directory, target))
+    if as_json:
+        print_json(solution.to_json())
+    else:
+        print_solution(run, solution)
+
+
+def _target(kl: float | None, increase: str | None) -> float | None:
+    from autoquant_ray.config.values import parse_share
+
+    if kl is not None and increase is not None:
+        raise ConfigError("--target-kl and --target-ppl-increase exclude each other; give one")
+    if kl is not None and not kl > 0:
+        raise ConfigError(f"--target-kl {kl:g} must be above 0")
+    if increase is None:
+        return kl
+    try:
+        return math.log1p(parse_share(increase))
+    except ValueError as error:
+        raise ConfigError(f"--target-ppl-increase: {error}") from None

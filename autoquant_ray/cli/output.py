@@ -1,0 +1,290 @@
+"""What commands print for people, on stdout."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from autoquant_ray.allocate.frontier import Point
+from autoquant_ray.allocate.latency import LATENCY, describe_prediction
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.kv_cache import KV_BYTES, kv_names, reachable_cache
+from autoquant_ray.plan.group import PlannedGroup
+from autoquant_ray.plan.plan import Plan
+from autoquant_ray.solve import Solution
+
+if TYPE_CHECKING:
+    from autoquant_ray.allocate.certainty.explanation import Explanation
+    from autoquant_ray.evaluate.audit import Audit
+    from autoquant_ray.jobs.cluster import JobView
+    from autoquant_ray.jobs.sweep import SweepRow
+
+_TOP_GROUPS = 10
+_FILE_WIDTH = 200
+_TIME = "%Y-%m-%d %H:%M:%S"
+
+
+def _console() -> Console:
+    """Wide where the output is not a terminal, so that names stay on one line."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The object that ``plan --json`` prints."""
+    summary = plan.summary()
+    keys = ("unsearched", "tied_groups", "other_bytes", "other_modules", "flops_per_token")
+    return {
+        "groups": plan.rows(),
+        "bits_range": list(plan.bits_range()),
+        **({"kv_range": list(plan.kv_range())} if any(f.kv for f in plan.formats) else {}),
+        "formats": [format_.name for format_ in plan.formats],
+        "num_groups": len(plan.groups),
+        "num_searched": len(plan.searched),
+        **{key: summary[key] for key in keys},
+    }
+
+
+def print_plan(plan: Plan) -> None:
+    """Groups x formats x bytes, experts told apart on one line per layer; then the totals."""
+    console = _console()
+    table = Table(box=box.SIMPLE)
+    table.add_column("Group", overflow="fold", no_wrap=True)
+    table.add_column("Weights", justify="right")
+    for format_ in (*plan.formats, None):
+        name, is_cache = ("none", False) if format_ is None else (format_.name, format_.kv)
+        table.add_column(f"{name} {'B/token' if is_cache else 'MiB'}", justify="right")
+    for name, groups in _shown_together(plan.groups):
+        own = plan.choices(groups[0])
+        sizes = [_size(groups, f) if f in own else "-" for f in (*plan.formats, None)]
+        reason = "" if groups[0].reason is None else f" ({groups[0].reason})"
+        num_weights = sum(group.num_weights for group in groups)
+        table.add_row(escape(name + reason), f"{num_weights:,}", *sizes)
+    console.print(table)
+    low, high = plan.bits_range()
+    console.print(f"{len(plan.searched)} of {len(plan.groups)} groups searched")
+    low, high = math.ceil(low * 1000 - 1e-6) / 1000, math.floor(high * 1000 + 1e-6) / 1000
+    console.print(f"reachable average bits: {low:.3f} to {high:.3f}")
+    if kv_names([format_.name for format_ in plan.formats]):
+        low, high = plan.kv_range()
+        console.print(f"KV cache: {reachable_cache(low, high)}")
+    console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
+    console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
+
+
+def _size(groups: Sequence[PlannedGroup], format_: Format | None) -> str:
+    """MiB of weights, or bytes of a cache per token of context, named where no head says it."""
+    if not groups[0].is_cache:
+        return f"{sum(group.weight_bytes(format_) for group in groups) / 2**20:.2f}"
+    held = sum(group.kv_bytes(format_) or 0.0 for group in groups)
+    return f"{held:,.0f}" if format_ is not None else f"{held:,.0f} B/token"
+
+
+def _shown_together(groups: Sequence[PlannedGroup]) -> list[tuple[str, list[PlannedGroup]]]:
+    """Groups with the name under which people see them: single experts of a module as one."""
+    lines: dict[tuple[str, str | None], list[PlannedGroup]] = {}
+    for group in groups:
+        lines.setdefault((group.modules[0].path, group.reason), []).append(group)
+    return [
+        (own[0].name if own[0].modules[0].expert is None else f"{path}: {len(own)} experts", own)
+        for (path, _), own in lines.items()
+    ]
+
+
+def print_solution(run: str, solution: Solution) -> None:
+    """The ten most sensitive groups, the totals, and the written files."""
+    from autoquant_ray.allocate.read import group_sensitivities
+    from autoquant_ray.runs.directory import RunDirectory
+
+    console = _console()
+    ranked = group_sensitivities(RunDirectory(run))
+    table = Table(title="Most sensitive groups", box=box.SIMPLE)
+    table.add_column("Group", overflow="fold", no_wrap=True)
+    table.add_column("Harshest format's score", justify="right")
+    table.add_column("Chosen")
+    for group, sensitivity in ranked[:_TOP_GROUPS]:
+        table.add_row(escape(group), f"{sensitivity:.3e}", escape(solution.formats[group]))
+    console.print(table)
+    summary = solution.summary
+    predicted = summary["predicted_kl_nats"]
+    console.print(f"effective bits: {summary['effective_bits']:.4f}")
+    if predicted is None:
+        console.print(f"total score: {summary['score']:.4g} (imported, no unit)")
+    else:
+        console.print(f"predicted KL: {predicted:.4g} nats per token")
+    for name, one in summary.get("domains", {}).items():
+        console.print(
+            f"  in {escape(name)}: {one['predicted_kl_nats']:.4g} ({one['equal_kl_nats']:.4g} if "
+            "all domains counted alike)"
+        )
+    if solution.certainty is not None:
+        sure = solution.certainty
+        console.print(
+            f"decisions: {sure.num_certain} of {len(sure.kept)} certain, {len(sure.coin_tosses)} "
+            f"coin tosses; expected regret {sure.expected_regret:.2%}"
+        )
+        if sure.null_score is not None:
+            is_weighted = any(one["weight"] for one in summary.get("domains", {}).values())
+            what = ", domains as weighted" if is_weighted else ""
+            console.print(f"shuffled scores would lose: {sure.null_score:.4g} nats per token{what}")
+    console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
+    if KV_BYTES in summary:
+        console.print(f"KV cache: {summary[KV_BYTES]:,.0f} bytes per token of context")
+    if LATENCY in summary:
+        console.print(f"predicted: {escape(describe_prediction(summary[LATENCY]))}", soft_wrap=True)
+    if solution.shards_used is not None:
+        console.print(f"used {solution.shards_used}", soft_wrap=True)
+    for group, size in solution.added_bytes.items():
+        console.print(
+            f"note: {escape(group)} is tied to the embedding; quantized it adds "
+            f"{size / 2**20:,.1f} MiB, which --bytes counts and --bits does not"
+        )
+    for path in solution.paths.values():
+        console.print(escape(_short(path)), soft_wrap=True)
+
+
+def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
+    """The solution beside its rivals, what it means, and the written files."""
+    from autoquant_ray.report.measured import HEADS, measured_sections
+
+    console = _console()
+    (section,) = measured_sections(rows, rows[0]["solution"], rows[0]["allocation"])
+    table = Table(box=box.SIMPLE)
+    for number, head in enumerate(HEADS):
+        table.add_column(head, justify="right" if number else "left")
+    for row in section.rows:
+        table.add_row(*map(escape, row))
+    console.print(escape(section.title), soft_wrap=True)
+    console.print(table)
+    console.print(escape(section.verdict), soft_wrap=True)
+    for path in paths.values():
+        console.print(escape(_short(path)), soft_wrap=True)
+
+
+def print_audit(audit: Audit) -> None:
+    """How far scores and measurements are apart, and what it changed."""
+    from autoquant_ray.report.audit import HEADS, audit_section
+
+    console = _console()
+    section = audit_section(audit.pairs, audit.to_json())
+    table = Table(box=box.SIMPLE)
+    for number, head in enumerate(HEADS):
+        table.add_column(head, justify="right" if number > 1 else "left")
+    for row in section.rows:
+        table.add_row(*map(escape, row))
+    console.print(escape(section.title), soft_wrap=True)
+    console.print(table)
+    console.print(escape(section.verdict), soft_wrap=True)
+    console.print(f"audited plan: {escape(audit.start.rstrip('/'))}", soft_wrap=True)
+
+
+def print_refinement(run: str, refined: Any) -> None:
+    """What the search found, measured on data that played no part in it."""
+    console = _console()
+
+    def text(value: tuple[float, float | None]) -> str:
+        mean, error = value
+        return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {error:.1g}"
+
+    console.print(
+        f"measured KL on data that the search has not seen: {text(refined.before)} before, "
+        f"{text(refined.after)} after, difference {text(refined.difference)} nats per token"
+    )
+    console.print(
+        f"{refined.num_trials} plans tried, {refined.num_flips} of them to score the plan's "
+        f"neighbours again; {refined.num_accepted} improvements taken"
+    )
+    print_solution(run, refined.solution)
+
+
+def print_frontier(run: str, points: Sequence[Point]) -> None:
+    """One line per size, the knee marked."""
+    console = _console()
+    table = Table(title=f"Predicted KL of {escape(run)}", box=box.SIMPLE)
+    for head in ("Bits", "MiB", "Predicted KL (nats per token)", ""):
+        table.add_column(head, justify="right")
+    for point in points:
+        table.add_row(
+            f"{point.effective_bits:.3f}",
+            f"{point.weight_bytes / 2**20:,.1f}",
+            f"{point.predicted_kl:.4g}",
+            "knee" if point.is_knee else "",
+        )
+    console.print(table)
+    console.print(escape(_short(f"{run.rstrip('/')}/frontier.parquet")), soft_wrap=True)
+
+
+def print_explanation(told: Explanation) -> None:
+    """What the group got and why, one line per format, and what does not fit a table."""
+    from autoquant_ray.allocate.certainty.explanation import (
+        HEADS,
+        head_lines,
+        note_lines,
+        table_rows,
+    )
+
+    console = _console()
+    for line in head_lines(told):
+        console.print(escape(line), soft_wrap=True)
+    if told.formats:
+        table = Table(box=box.SIMPLE)
+        for number, head in enumerate(HEADS):
+            table.add_column(head, justify="right" if number else "left")
+        for row in table_rows(told):
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for line in note_lines(told):
+        console.print(escape(line), soft_wrap=True)
+
+
+def print_sweep(rows: Sequence[SweepRow]) -> None:
+    """One line per model and budget, with what each solution gives or why there is none."""
+    table = Table(title="Sweep", box=box.SIMPLE)
+    table.add_column("Model", overflow="fold")
+    for name in ("Budget", "Effective bits", "Predicted KL", "MiB"):
+        table.add_column(name, justify="right")
+    table.add_column("Exit", justify="right")
+    table.add_column("Solution", overflow="fold")
+    for row in rows:
+        bits, kl, size = row.effective_bits, row.predicted_kl_nats, row.weight_bytes
+        where = _short(row.manifest) if row.manifest else ""
+        table.add_row(
+            escape(row.model),
+            row.budget,
+            "-" if bits is None else f"{bits:.4f}",
+            "-" if kl is None else f"{kl:.4g}",
+            "-" if size is None else f"{size / 2**20:,.1f}",
+            str(row.exit_code),
+            escape(": ".join(text for text in (where, row.error) if text)),
+        )
+    _console().print(table)
+
+
+def print_jobs(jobs: Sequence[JobView]) -> None:
+    """One line per job."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("Run id", no_wrap=True)
+    table.add_column("State")
+    table.add_column("Exit", justify="right")
+    table.add_column("Started (UTC)")
+    table.add_column("Seconds", justify="right")
+    for job in jobs:
+        started = "" if job.started is None else time.strftime(_TIME, time.gmtime(job.started))
+        seconds = "" if job.seconds is None else f"{job.seconds:,.0f}"
+        code = "" if job.exit_code is None else str(job.exit_code)
+        table.add_row(escape(job.run_id), job.state, code, started, seconds)
+    _console().print(table)
+
+
+def _short(path: str) -> str:
+    """A path below the working directory as people type it."""
+    here = f"{Path.cwd()}/"
+    return path.removeprefix(here)

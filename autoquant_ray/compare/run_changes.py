@@ -1,0 +1,107 @@
+"""What two runs were made from, and in what that differs: model, data, formats, config, versions.
+
+Everything is read from ``run.json``; what stands there is a fingerprint, so a change is seen but
+not shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from autoquant_ray.config.stage_fields import ADDED_FIELDS, STAGE_FIELDS
+
+Kind = Literal["model", "data", "formats", "config", "versions"]
+_SHOWN_ELSEWHERE = {"model", "data", "formats"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One difference in what two runs were made from.
+
+    Attributes:
+        kind: Which part.
+        name: What of it, such as a field of the config or a package.
+        before: Its value in the first run, for people.
+        after: Its value in the second run.
+    """
+
+    kind: Kind
+    name: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.before} -> {self.after}"
+
+
+def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Compare the contents of two ``run.json``; an imported run has a name and no fingerprints."""
+    rows = [*_identities(before, after), *_menus(before, after), *_configs(before, after)]
+    rows += [
+        ("versions", name, *_both(name, before.get("versions", {}), after.get("versions", {})))
+        for name in before.get("versions", {}) | after.get("versions", {})
+    ]
+    return [
+        Change(kind=kind, name=name, before=_shown(old), after=_shown(new))
+        for kind, name, old, new in rows
+        if old != new
+    ]
+
+
+def changed_weights(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str] | None:
+    """Groups whose weights differ, in the model's order; None where a run has no hashes."""
+    old, new = before.get("weights"), after.get("weights")
+    if not old or not new:
+        return None
+    return [name for name in new if name in old and old[name] != new[name]]
+
+
+def same_tokens(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether both runs scored the very same samples."""
+    hashes = [run["dataset"].get("tokens_sha256") for run in (before, after)]
+    return hashes[0] is not None and hashes[0] == hashes[1]
+
+
+Row = tuple[Kind, str, Any, Any]
+
+
+def _identities(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Row]:
+    for name, key in (("name", "name"), ("fingerprint of the files", "fingerprint")):
+        yield "model", name, *_both(key, before["model"], after["model"])
+    sources = (
+        ("name", "name"),
+        ("fingerprint of the source", "source_fingerprint"),
+        ("hash of the tokens", "tokens_sha256"),
+        ("samples", "num_samples"),
+        ("tokens", "num_tokens"),
+    )
+    for name, key in sources:
+        yield "data", name, *_both(key, before["dataset"], after["dataset"])
+
+
+def _menus(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Row]:
+    old, new = ([entry["name"] for entry in run["plan"]["formats"]] for run in (before, after))
+    yield "formats", "menu", old, new
+
+
+def _configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Row]:
+    if before["config"] is None or after["config"] is None:
+        return
+    configs = (ADDED_FIELDS | before["config"], ADDED_FIELDS | after["config"])
+    for fields in STAGE_FIELDS.values():
+        for name in fields:
+            if name not in _SHOWN_ELSEWHERE:
+                yield "config", name, *_both(name, *configs)
+
+
+def _both(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[Any, Any]:
+    return before.get(key), after.get(key)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(one) for one in value) or "none"
+    text = "none" if value is None else str(value)
+    return f"{text[:12]}..." if len(text) in (32, 64) and text.isalnum() else text

@@ -1,0 +1,268 @@
+"""What the history page says: all runs below a folder, by job, read from their files.
+
+A run belongs to the nightly job whose history names it (``history.parquet``), or to its model. Its
+churn is the share of groups whose format changed: against the run that the history names, or
+against the run of the same model before it. Nothing is guessed: what a run does not have is None.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoquant_ray.errors import StoreError, one_line
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import RUN_FILE
+from autoquant_ray.runs.parts import map_ahead
+
+HISTORY = "history.parquet"
+_DEPTH = 3
+"""How far below the folder runs are looked for."""
+
+_STATUS_OF_HISTORY = {"done": "done", "quarantined": "quarantined", "infeasible": "infeasible"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRow:
+    """One run, or one night without a run.
+
+    Attributes:
+        name: Folder below the runs' folder; of a night that failed early there may be none.
+        started: ISO time in UTC, '' where unknown; rows are sorted by it.
+        status: ``done``, ``quarantined`` (shards left out), ``failed``, ``infeasible``,
+            ``unfinished`` or ``damaged``.
+        problem: What went wrong, for people.
+        verdict: Of the nightly comparison: ``baseline``, ``same``, ``noise`` or ``drift``.
+        compared_with: Run that the churn is against.
+        predicted_kl_nats: Nats per token.
+        num_changed: Groups whose format changed.
+        num_groups: Groups that have a format in either of the two runs.
+        effective_bits: Stored bits per searched weight.
+        weight_bytes: Of the whole model.
+        seconds: All stages together.
+        report: Name of the report below the runs' folder.
+    """
+
+    name: str
+    model: str | None = None
+    started: str = ""
+    status: str = "done"
+    problem: str | None = None
+    verdict: str | None = None
+    compared_with: str | None = None
+    predicted_kl_nats: float | None = None
+    num_changed: int | None = None
+    num_groups: int | None = None
+    effective_bits: float | None = None
+    weight_bytes: int | None = None
+    seconds: float | None = None
+    report: str | None = None
+
+    @property
+    def churn(self) -> float | None:
+        """Share of groups whose format changed, 0 to 1."""
+        if self.num_changed is None or not self.num_groups:
+            return None
+        return self.num_changed / self.num_groups
+
+    @property
+    def needs_a_look(self) -> bool:
+        """Whether its owner should look at it."""
+        return self.status != "done" or self.verdict == "drift"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Runs that are compared with each other, oldest first.
+
+    Attributes:
+        name: Name of the nightly job, or of the model.
+        is_nightly: Whether a history names it.
+    """
+
+    name: str
+    is_nightly: bool
+    rows: list[RunRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A run's row with the formats of its groups, where it has any."""
+
+    row: RunRow
+    formats: Mapping[str, str]
+
+
+def collect_jobs(folder: RunDirectory) -> list[Job]:
+    """All runs below a folder, nightly jobs first.
+
+    Raises:
+        StoreError: There are none, the folder is a run itself, or its history is damaged.
+    """
+    if folder.exists(RUN_FILE):
+        raise StoreError(f"{folder.uri} is a run itself; give the folder that holds the runs")
+    nights: list[dict[str, Any]] = []
+    if folder.exists(HISTORY):
+        nights = folder.read_table(HISTORY, "history").to_pylist()
+    names = list(_run_names(folder, ""))
+    rows = map_ahead(lambda name: _read_run(folder, name), names)
+    found = {one.row.name: one for one in rows if one is not None}
+    if not found and not nights:
+        folder.require_bucket()
+        raise StoreError(f"{folder.uri} holds no run; give the folder that holds the runs")
+    return _nightly_jobs(nights, found) + _model_jobs(list(found.values()))
+
+
+def _run_names(folder: RunDirectory, start: str) -> Iterator[str]:
+    """Folders that may be runs: those with a ``run.json``, none inside another."""
+    for name in folder.list_folders(start):
+        path = f"{start}/{name}".lstrip("/")
+        if name.startswith("."):
+            continue
+        if folder.exists(f"{path}/{RUN_FILE}"):
+            yield path
+        elif path.count("/") < _DEPTH - 1:
+            yield from _run_names(folder, path)
+
+
+def _read_run(folder: RunDirectory, name: str) -> _Found | None:
+    """A run's row; None for another program's ``run.json``."""
+    files = set(folder.list_files(name))
+    report = next((f"{name}/{f}" for f in ("report.html", "report.md") if f in files), None)
+    try:
+        values = folder.read_json(f"{name}/{RUN_FILE}")
+        if not isinstance(values, dict) or "schema_version" not in values:
+            return None
+        row = replace(_run_row(name, values), report=report)
+        if row.status not in ("done", "quarantined"):
+            return _Found(row=row, formats={})
+        return _with_solution(folder, row)
+    except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
+        row = RunRow(name=name, status="damaged", problem=_explain(error), report=report)
+        return _Found(row=row, formats={})
+
+
+def _run_row(name: str, values: dict[str, Any]) -> RunRow:
+    """A row from ``run.json`` alone."""
+    stages = values["stages"]
+    is_done = "imported_from" in values or stages.get("aggregate", {}).get("state") == "done"
+    left_out = values["quarantined"]
+    if not is_done:
+        running = [stage for stage, entry in stages.items() if entry.get("state") != "done"]
+        where = f"in the stage {running[-1]!r}" if running else "between stages"
+        status, problem = "unfinished", f"stopped, or still running, {where}"
+    elif left_out:
+        status = "quarantined"
+        problem = f"{len(left_out)} shard(s) left out, the first: {left_out[0]['reason']}"
+    else:
+        status, problem = "done", None
+    seconds = [entry["seconds"] for entry in stages.values() if "seconds" in entry]
+    return RunRow(
+        name=name,
+        model=str(values["model"]["name"]),
+        started=str(values["created"]),
+        status=status,
+        problem=problem,
+        seconds=sum(seconds) if seconds else None,
+    )
+
+
+def _with_solution(folder: RunDirectory, row: RunRow) -> _Found:
+    """Add what the run's own budget gave."""
+    if not folder.exists(f"{row.name}/manifest.json"):
+        problem = "scored, but its budget was not solved; go on with --resume"
+        return _Found(row=replace(row, status="unfinished", problem=problem), formats={})
+    solution = folder.read_json(f"{row.name}/manifest.json")["solution"]
+    table = folder.read_table(f"{row.name}/manifest.parquet", "manifest")
+    formats = {one["group"]: one["format"] for one in table.select(["group", "format"]).to_pylist()}
+    row = replace(
+        row,
+        predicted_kl_nats=solution["predicted_kl_nats"],
+        effective_bits=solution["effective_bits"],
+        weight_bytes=round(solution["weight_bytes"]),
+    )
+    return _Found(row=row, formats=formats)
+
+
+def _nightly_jobs(nights: list[dict[str, Any]], found: dict[str, _Found]) -> list[Job]:
+    """Jobs of the history; takes their runs out of ``found``."""
+    jobs = []
+    for name in sorted({night["job"] for night in nights}):
+        own = [night for night in nights if night["job"] == name]
+        rows = []
+        known = {night["run"] for night in own}
+        mine = {run: one for run, one in found.items() if run in known or _is_night(run, name)}
+        sizes = {len(one.formats) for one in mine.values() if one.formats}
+        size = sizes.pop() if len(sizes) == 1 else None  # runs that were deleted had it too
+        for night in own:
+            rows.append(_night_row(night, mine.get(night["run"]), size))
+        rows += [one.row for run, one in mine.items() if run not in known]
+        for run in mine:
+            del found[run]
+        jobs.append(Job(name=name, is_nightly=True, rows=sorted(rows, key=_age)))
+    return jobs
+
+
+def _night_row(night: dict[str, Any], found: _Found | None, num_groups: int | None) -> RunRow:
+    status = _STATUS_OF_HISTORY.get(night["status"], "failed")
+    row = found.row if found is not None else RunRow(name=night["run"])
+    problem = night["error"] or (row.problem if status == "quarantined" else None)
+    if problem is None and status != "done":
+        problem = f"exit code {night['exit_code']}"
+    return replace(
+        row,
+        started=night["started"] or night["date"],
+        status=status,
+        problem=problem,
+        verdict=night["verdict"],
+        compared_with=night["baseline"],
+        predicted_kl_nats=night["predicted_kl_nats"],
+        num_changed=night["num_changed"],
+        num_groups=num_groups,
+        effective_bits=night["effective_bits"],
+        weight_bytes=night["weight_bytes"],
+        seconds=night["seconds"],
+    )
+
+
+def _model_jobs(found: list[_Found]) -> list[Job]:
+    """The other runs by model, each compared with the one before it."""
+    by_model: dict[str, list[_Found]] = {}
+    for one in sorted(found, key=lambda one: _age(one.row)):
+        by_model.setdefault(one.row.model or "unknown model", []).append(one)
+    jobs = []
+    for model, runs in sorted(by_model.items()):
+        rows, before = [], None
+        for one in runs:
+            rows.append(one.row if before is None else _with_churn(one, before))
+            before = one if one.formats else before
+        jobs.append(Job(name=model, is_nightly=False, rows=rows))
+    return jobs
+
+
+def _with_churn(one: _Found, before: _Found) -> RunRow:
+    if not one.formats:
+        return one.row
+    groups = one.formats.keys() | before.formats.keys()
+    changed = [group for group in groups if one.formats.get(group) != before.formats.get(group)]
+    return replace(
+        one.row,
+        compared_with=before.row.name,
+        num_changed=len(changed),
+        num_groups=len(groups),
+    )
+
+
+def _is_night(run: str, job: str) -> bool:
+    """Whether a run without a row in the history has the name of one of the job's nights."""
+    return re.fullmatch(re.escape(job) + r"-\d{4}-\d\d-\d\d", run) is not None
+
+
+def _age(row: RunRow) -> tuple[str, str]:
+    return row.started, row.name
+
+
+def _explain(error: BaseException) -> str:
+    return one_line(error) if isinstance(error, StoreError) else f"unreadable: {error!r}"

@@ -1,0 +1,87 @@
+"""What an evaluation needs beside the run: data to measure on, rivals, workers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from autoquant_ray.config.files import validate
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.values import parse_workers
+
+
+class EvaluationConfig(BaseModel):
+    """Fields of ``evaluate``; what is not given is as in the run's scan."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: str = Field(description="Run directory of a finished scan.")
+    solution: str = Field(
+        default="",
+        description="Solution to measure, a folder below solutions/. Default: the scan's own.",
+    )
+    data: str | None = Field(
+        default=None,
+        description="Data to measure on, as for scan. Default: what follows the calibration "
+        "samples in the run's own data.",
+    )
+    text_field: str | None = Field(default=None, description="Column that holds the text.")
+    split: str | None = Field(default=None, description="Split of a dataset folder or hub id.")
+    pack: bool | None = Field(
+        default=None, description="Chop the text into windows of seq-len instead of samples."
+    )
+    samples: int | None = Field(
+        default=None, ge=1, description="Number of samples to use at most. Default: the run's."
+    )
+    seq_len: int | None = Field(default=None, ge=2, description="Longest sample, in tokens.")
+    loss_on: Literal["all", "answer"] | None = Field(
+        default=None, description="Tokens that are measured: all, or answer. Default: the run's."
+    )
+    against: tuple[str, ...] = Field(
+        default=("uniform", "modelopt", "random"),
+        description="What to measure beside it under the same budget, separated by commas: "
+        "uniform, modelopt, random, or none. Or, at its own size, another solution of the run, or "
+        "a file: AutoRound's layer_config, mlx-lm's quantization or sensitivities.",
+    )
+    num_random: int = Field(
+        default=20, ge=1, description="Allocations from shuffled scores, whose mean is the null."
+    )
+    audit: int | None = Field(
+        default=None,
+        ge=1,
+        description="Before that, measure this many scores, of the pairs (group, format) that "
+        "matter most to the plan, each alone on half of the data, and solve the budget again with "
+        "them. Writes audit.parquet and solutions/NAME-audited.",
+    )
+    workers: int | str | None = Field(default=None, description="Number of workers, or auto.")
+    cpus_per_worker: int | None = Field(default=None, ge=1, description="Threads per worker.")
+    gpus_per_worker: float | None = Field(default=None, gt=0, description="GPUs per worker.")
+    address: str | None = Field(default=None, description="Ray cluster, as for scan.")
+
+    @field_validator("against", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        names = tuple(part.strip() for part in value.split(","))
+        return () if names == ("none",) else names
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _parse_workers(cls, value: Any) -> Any:
+        return None if value is None else parse_workers(value)
+
+    def scan_config(self, scan: dict[str, Any]) -> ScanConfig:
+        """The run's scan with this data and these workers.
+
+        Other data need not say its domains: all of it is measured together.
+
+        Args:
+            scan: ``config`` of ``run.json``.
+        """
+        own = set(ScanConfig.model_fields) & set(type(self).model_fields)
+        given = {name: getattr(self, name) for name in own if getattr(self, name) is not None}
+        if given.get("data", scan["data"]) != scan["data"]:
+            given["domain_field"] = None
+        return validate(ScanConfig, scan | given)

@@ -1,0 +1,112 @@
+"""Which stage a config's field belongs to, and a hash per stage, by which resume goes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from autoquant_ray.config.scan import ScanConfig
+
+STAGE_FIELDS: dict[str, tuple[str, ...]] = {
+    "plan": (
+        "model",
+        "formats",
+        "custom_formats",
+        "disable",
+        "device",
+        "trust_remote_code",
+        "coverage",
+        "expert_groups",
+    ),
+    "shards": (
+        "data",
+        "text_field",
+        "split",
+        "pack",
+        "samples",
+        "seq_len",
+        "shard_samples",
+        "data_seed",
+        "domain_field",
+        "loss_on",
+        "skip_bad_samples",
+    ),
+    "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
+    "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
+    "aggregate": ("estimator",),
+    "allocate": (
+        "bits",
+        "bytes",
+        "bits_over",
+        "cost",
+        "max_formats",
+        "engine",
+        "gpu",
+        "kv_bytes_per_token",
+    ),
+}
+"""Fields that each stage's result depends on, in the order of the stages."""
+
+ADDED_FIELDS: dict[str, Any] = {
+    "data_seed": None,
+    "domain_field": None,
+    "engine": None,
+    "gpu": None,
+    "kv_bytes_per_token": None,
+    "coverage": "lm",
+    "loss_on": "all",
+    "skip_bad_samples": False,
+    "expert_groups": "layer",
+}
+"""Fields that earlier versions did not have -> the value that means what those versions did."""
+
+
+def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, str]:
+    """Hash each stage's own fields together with the fingerprint of the stage before.
+
+    A scan that stops when it is stable scores shards for its own budget, so that its score stage
+    depends on the fields of the allocation too.
+
+    Args:
+        config: Resolved config (no ``auto`` left in fields that change numbers).
+        model: Fingerprint of the model's files.
+        data: Fingerprint of the token shards, or of the source before they exist.
+
+    Returns:
+        Stage name -> hexadecimal digest of 16 characters.
+    """
+    values = config.model_dump(mode="json")
+    digests: dict[str, str] = {}
+    previous = model
+    for stage, fields in STAGE_FIELDS.items():
+        own = {
+            name: values[name]
+            for name in fields
+            if name not in ADDED_FIELDS or values[name] != ADDED_FIELDS[name]
+        }
+        if stage == "shards":
+            own["data_fingerprint"] = data
+        if stage == "score" and config.stop_when_stable is not None:
+            later = (*STAGE_FIELDS["aggregate"], *STAGE_FIELDS["allocate"])
+            own |= {
+                name: values[name]
+                for name in later
+                if name not in ADDED_FIELDS or values[name] != ADDED_FIELDS[name]
+            }
+        text = json.dumps([previous, own], sort_keys=True)
+        previous = hashlib.sha256(text.encode()).hexdigest()[:16]
+        digests[stage] = previous
+    return digests
+
+
+def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
+    """Name the result-changing fields in which two configs differ, as ``name: old -> new``."""
+    values = after.model_dump(mode="json")
+    names = [name for fields in STAGE_FIELDS.values() for name in fields]
+    known = ADDED_FIELDS | before
+    return [
+        f"{name}: {known[name]} -> {values[name]}"
+        for name in names
+        if name in known and known[name] != values[name]
+    ]

@@ -1,0 +1,94 @@
+"""Encoded conversations -> samples of a run: cut to length, counted, bad ones refused or skipped.
+
+What :mod:`autoquant_ray.data.cutting` and :mod:`autoquant_ray.data.domain_shards` do for plain
+text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+from autoquant_ray.data.chat_encoding import Encoded
+from autoquant_ray.data.conversations import BadSample
+from autoquant_ray.data.cutting import MIN_SAMPLE_TOKENS, DataCounts
+from autoquant_ray.data.domain_shards import require_room
+from autoquant_ray.data.samples import RichSample, num_predicted
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_MAX_REASONS = 20
+
+
+class ConversationSamples:
+    """Makes samples of encoded conversations, until there are ``num_samples``.
+
+    Args:
+        spec: The rules; ``num_samples`` counts all domains together.
+        counts: Where to count.
+        skips_bad: Skip what cannot be used, instead of stopping there.
+
+    Attributes:
+        reasons: Why the first 20 of the skipped ones cannot be used.
+    """
+
+    def __init__(self, spec: DataSpec, counts: DataCounts, *, skips_bad: bool) -> None:
+        self.reasons: list[str] = []
+        self._spec = spec
+        self._counts = counts
+        self._skips_bad = skips_bad
+        self._domains: set[str] = set()
+
+    def take(
+        self, encoded: Iterable[tuple[str, Encoded | BadSample]]
+    ) -> Iterator[tuple[str, RichSample]]:
+        """The samples with their domains.
+
+        Args:
+            encoded: Domain and conversation; read no further than needed.
+
+        Raises:
+            DataError: A bad one that is not to be skipped, or more domains than a run may have.
+        """
+        for domain, one in encoded:
+            self._counts.read += 1
+            if domain not in self._domains:
+                require_room(len(self._domains), domain, self._spec)
+                self._domains.add(domain)
+            sample = self._usable(one)
+            if sample is not None:
+                self._counts.used += 1
+                yield domain, sample
+            if self._counts.used >= self._spec.num_samples:
+                return
+
+    def _usable(self, one: Encoded | BadSample) -> RichSample | None:
+        if isinstance(one, BadSample):
+            self._skip(one.reason)
+            return None
+        seq_len, sample = self._spec.seq_len, one.sample
+        if one.num_fixed > seq_len:
+            self._skip(
+                f"{one.where}: its images end at token {one.num_fixed} of {len(sample)}, after "
+                f"--seq-len {seq_len}; raise it, or give smaller images"
+            )
+            return None
+        if len(sample) < MIN_SAMPLE_TOKENS:
+            self._counts.too_short += 1
+            return None
+        cut = sample.cut(seq_len)
+        if not num_predicted(cut):
+            self._counts.no_answer += 1
+            return None
+        self._counts.cut += len(sample) > seq_len
+        return cut
+
+    def _skip(self, reason: str) -> None:
+        if not self._skips_bad:
+            raise DataError(f"{reason}; skip such samples with --skip-bad-samples")
+        self._counts.bad += 1
+        if len(self.reasons) < _MAX_REASONS:
+            self.reasons.append(reason)
+            logger.warning("skipped: %s", reason)

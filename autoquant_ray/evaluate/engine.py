@@ -1,0 +1,259 @@
+"""Measures what allocations do to a model: runs it quantized, beside itself, on a shard.
+
+A visit of a layer serves all steps of a shard under all allocations: a weight is quantized once
+per distinct format, and allocations that agree up to a layer share everything before it. So many
+allocations that differ little cost little more than one.
+
+Shape letters: B samples, S positions, H hidden, N predicted tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from autoquant_ray.data.samples import Samples, num_predicted
+from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.evaluate.divergence import TokenDivergence, compare
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.models.layers import first_output
+from autoquant_ray.plan.memory import GIB
+from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.modules import FRONT, UNQUANTIZED, Choice, QuantizedLayers
+from autoquant_ray.quantize.statistics import Maxima
+from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.score.backward import LayerwiseBackward
+from autoquant_ray.score.entrance import Pass
+from autoquant_ray.score.loading import load_for_engine
+from autoquant_ray.score.loss import VocabularyLoss
+from autoquant_ray.score.step import Step
+from autoquant_ray.score.visits import VisitPlanner, make_step, predicting_rows
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Bools = np.ndarray[Any, np.dtype[np.bool_]]
+
+Prefix = tuple[Choice, ...]
+"""Formats of the vision tower, then of the first layers; where they agree, so do hidden states."""
+
+_UNBOUNDED = 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSpec:
+    """What an evaluation needs to know; small and picklable.
+
+    Attributes:
+        model: Model to load.
+        dtype: ``float32`` or ``bfloat16``.
+        device: ``cpu`` or ``cuda``.
+        num_threads: Threads of CPU kernels.
+        modules: All searched modules with their group index.
+        formats: The menu that choices point into.
+        maxima: Calibrated input maxima.
+        step_tokens: Tokens, padding included, per step.
+        placement: ``resident``, ``offload`` or ``split``.
+        activation_bytes: For hidden states inside the layers.
+    """
+
+    model: ModelRef
+    dtype: str
+    device: str
+    num_threads: int
+    modules: tuple[ScoredModule, ...]
+    formats: tuple[Format, ...]
+    maxima: Maxima
+    step_tokens: int
+    placement: str = "resident"
+    activation_bytes: int = GIB
+
+    def build_engine(self) -> EvaluationEngine:
+        """Load the model; called in the worker process."""
+        return EvaluationEngine(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleDivergence:
+    """One sample under one allocation; N predicted tokens.
+
+    Attributes:
+        kl_N: KL(P || Q) in nats.
+        loss_N: ``-log q`` of the next token in nats.
+        agrees_N: Whether the likeliest token stayed the same.
+    """
+
+    kl_N: Floats
+    loss_N: Floats
+    agrees_N: Bools
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEvaluation:
+    """A shard under C allocations.
+
+    Attributes:
+        reference: ``-log p`` of the next token of the unquantized model per sample, float32.
+        divergences: Per allocation, per sample.
+        seconds: Time spent.
+    """
+
+    reference: list[Floats]
+    divergences: list[list[SampleDivergence]]
+    seconds: float
+
+
+class EvaluationEngine:
+    """Runs one loaded model under allocations.
+
+    Args:
+        spec: What to run.
+        model: Use this loaded model instead of loading ``spec.model``.
+    """
+
+    def __init__(self, spec: EvaluationSpec, model: Any = None) -> None:
+        self.spec = spec
+        self.model, residence = load_for_engine(spec, model)
+        self._device = self.model.get_input_embeddings().weight.device
+        self._runner = LayerwiseBackward(self.model, residence)
+        self._head = VocabularyLoss(self.model)
+        self._quantized = QuantizedLayers(
+            self.model, self._runner.layers, spec.modules, spec.formats, spec.maxima
+        )
+        self._planner = VisitPlanner(spec.step_tokens, token_bytes=0, room=0)
+
+    @torch.no_grad()
+    def evaluate(self, samples: Samples, choices: Sequence[Choice]) -> ShardEvaluation:
+        """Compare the model under each choice with the model itself, on the samples.
+
+        Args:
+            samples: The shard's samples.
+            choices: Allocations.
+
+        Raises:
+            NonFiniteError: The unquantized model's prediction is NaN or infinite. Where a
+                quantized model's is, its divergence there is infinite.
+        """
+        start = time.perf_counter()
+        own: Choice = (UNQUANTIZED,) * (1 + max(m.group for m in self.spec.modules))
+        positions = [position for visit in self._planner.visits(samples) for position in visit]
+        steps = [make_step([samples[p] for p in chosen], self._device) for chosen in positions]
+        distinct = list(dict.fromkeys([own, *choices]))
+        hidden: dict[Choice, list[torch.Tensor]] = {}
+        at_once = self._num_at_once(steps)
+        for first in range(0, len(distinct), at_once):
+            chunk = distinct[first : first + at_once]
+            hidden |= zip(chunk, self._final_states(steps, chunk), strict=True)
+        reference: list[Any] = [None] * len(samples)
+        divergences: list[list[Any]] = [[None] * len(samples) for _ in choices]
+        head_weights = WeightCache(_UNBOUNDED)
+        for number, chosen in enumerate(positions):
+            step_samples = [samples[p] for p in chosen]
+            rows_N = predicting_rows(step_samples).to(hidden[own][number].device)
+            targets_N = steps[number].ids_BS.roll(-1, dims=1).flatten().to(rows_N.device)[rows_N]
+            loss_N, results = compare(
+                self._head,
+                hidden[own][number].flatten(0, 1)[rows_N],
+                [hidden[choice][number].flatten(0, 1)[rows_N] for choice in choices],
+                [
+                    partial(
+                        self._quantized.quantized, len(self._runner.layers), choice, head_weights
+                    )
+                    for choice in choices
+                ],
+                targets_N,
+            )
+            if not loss_N.isfinite().all():
+                raise NonFiniteError("a prediction of the unquantized model is NaN or infinite")
+            lengths = [num_predicted(sample) for sample in step_samples]
+            for position, own_loss in zip(chosen, loss_N.split(lengths), strict=True):
+                reference[position] = own_loss.numpy()
+            for column, result in zip(divergences, results, strict=True):
+                for position, one in zip(chosen, _split(result, lengths), strict=True):
+                    column[position] = one
+        return ShardEvaluation(
+            reference=reference, divergences=divergences, seconds=time.perf_counter() - start
+        )
+
+    def _num_at_once(self, steps: Sequence[Step]) -> int:
+        """Allocations whose hidden states, of two layers at a time, have room."""
+        width = self.model.get_input_embeddings().weight[0].nbytes
+        each = 2 * sum(step.ids_BS.numel() for step in steps) * width
+        return max(1, int(self.spec.activation_bytes // each))
+
+    def _final_states(
+        self, steps: Sequence[Step], choices: Sequence[Choice]
+    ) -> list[list[torch.Tensor]]:
+        """Per choice and step, final hidden states ``(B, S, H)``."""
+        if not self._runner.is_layerwise:
+            return [self._whole(steps, choice) for choice in choices]
+        runner = self._runner
+        fronts: dict[Prefix, list[Pass]] = {}
+        prefixes: list[Prefix] = []
+        for choice in choices:
+            prefixes.append((self._quantized.signature(FRONT, choice),))
+            if prefixes[-1] not in fronts:
+                with self._quantized.quantized(FRONT, choice, WeightCache(_UNBOUNDED)):
+                    fronts[prefixes[-1]] = [runner.enter(step) for step in steps]
+        shared: dict[Prefix, list[Any]] = {
+            prefix: [one.hidden_BSH for one in passes] for prefix, passes in fronts.items()
+        }
+        for number, layer in enumerate(runner.layers):
+            weights = WeightCache(_UNBOUNDED)  # of one layer, for one visit
+            following: dict[Prefix, list[Any]] = {}
+            with runner.visit_forward(number):
+                for index, choice in enumerate(choices):
+                    before = prefixes[index]
+                    prefixes[index] = (*before, self._quantized.signature(number, choice))
+                    if prefixes[index] in following:
+                        continue
+                    with self._quantized.quantized(number, choice, weights):
+                        following[prefixes[index]] = [
+                            _run_layer(layer, one.entering(number, hidden), one.calls[number])
+                            for one, hidden in zip(fronts[before[:1]], shared[before], strict=True)
+                        ]
+            shared = following
+        finished = {
+            prefix: [
+                runner.finish(Pass(step, hidden_BSH=hidden), with_graph=False)
+                for step, hidden in zip(steps, states, strict=True)
+            ]
+            for prefix, states in shared.items()
+        }
+        return [finished[prefix] for prefix in prefixes]
+
+    def _whole(self, steps: Sequence[Step], choice: Choice) -> list[torch.Tensor]:
+        """The same for a model that is not a plain chain of layers."""
+        weights = WeightCache(_UNBOUNDED)
+        with ExitStack() as stack:
+            for number in range(FRONT, len(self._runner.layers) + 1):
+                stack.enter_context(self._quantized.quantized(number, choice, weights))
+            return [self._runner.call_base(step) for step in steps]
+
+
+def _run_layer(
+    layer: torch.nn.Module, hidden_BSH: torch.Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> torch.Tensor:
+    arguments, keywords = call
+    return first_output(layer(hidden_BSH, *arguments, **keywords))
+
+
+def _split(result: TokenDivergence, lengths: list[int]) -> list[SampleDivergence]:
+    """Per sample of a step; a prediction that is not a number has lost everything: infinity."""
+    parts = zip(
+        result.kl_N.nan_to_num(nan=math.inf, posinf=math.inf).split(lengths),
+        result.loss_N.nan_to_num(nan=math.inf, posinf=math.inf).split(lengths),
+        result.agrees_N.split(lengths),
+        strict=True,
+    )
+    return [
+        SampleDivergence(kl_N=kl.numpy(), loss_N=loss.numpy(), agrees_N=agrees.numpy())
+        for kl, loss, agrees in parts
+    ]

@@ -1,0 +1,242 @@
+"""Measures allocations of a finished run on held-out data, over the Ray workers.
+
+Every (allocation, shard) is one file below ``RUN/evaluation/<data>/<allocation>/``: what was
+measured before costs nothing, and a killed measurement goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+from autoquant_ray.allocate.candidate import Candidate
+from autoquant_ray.calibrate.files import maxima_of
+from autoquant_ray.config.evaluation import EvaluationConfig
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.distributed.placement import connected, place_workers, require_resources
+from autoquant_ray.distributed.pool import Outcome, WorkerPool
+from autoquant_ray.distributed.progress import progress
+from autoquant_ray.errors import StoreError, WorkerError
+from autoquant_ray.evaluate.engine import EvaluationSpec
+from autoquant_ray.evaluate.held_out import data_key, held_out_samples, num_seen
+from autoquant_ray.evaluate.table import Measured, collect
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.models.find import ModelRef, fingerprint_chats
+from autoquant_ray.models.of_run import require_model
+from autoquant_ray.plan.make import make_plan
+from autoquant_ray.plan.memory import GIB, footprint
+from autoquant_ray.plan.plan import Plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.quantize.modules import UNQUANTIZED, Choice
+from autoquant_ray.quantize.statistics import Maxima
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.lease import Lease, lease
+from autoquant_ray.runs.names import EVALUATION, SAMPLES, part_name
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.stages.samples import require_same_chats
+from autoquant_ray.stages.shards import note_done, read_tasks
+
+logger = logging.getLogger(__name__)
+
+
+class _DamagedPartError(Exception):
+    """A part was unreadable and is deleted."""
+
+
+class Measurement:
+    """Measures allocations on one data set; made by :func:`measuring`.
+
+    Args:
+        state: The run.
+        plan: Its plan.
+        folder: Where samples and parts are, below the run.
+        facts: About the data: ``name``, ``num_shards``, ...
+        start_pool: Starts the workers, when the first part is missing.
+        held: The lease of the run.
+
+    Attributes:
+        left_out: Shards that could not be measured -> reason.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        plan: Plan,
+        folder: str,
+        facts: Mapping[str, Any],
+        start_pool: Callable[[], WorkerPool],
+        held: Lease,
+    ) -> None:
+        self.state = state
+        self.folder = folder
+        self.facts = facts
+        self.left_out: dict[int, str] = {}
+        self._plan = plan
+        self._start_pool = start_pool
+        self._lease = held
+        self._pool: WorkerPool | None = None
+
+    @property
+    def data_key(self) -> str:
+        """Digest of the data and of all else that the numbers depend on, but the allocation."""
+        return self.folder.removeprefix(f"{EVALUATION}/")
+
+    def measure(
+        self, candidates: Sequence[Candidate], shards: Sequence[int] | None = None
+    ) -> list[Measured]:
+        """Measure allocations on the same shards.
+
+        Args:
+            candidates: What to measure.
+            shards: On which shards; default all.
+
+        Raises:
+            WorkerError: Every shard failed.
+        """
+        wanted = range(self.facts["num_shards"]) if shards is None else shards
+        missing = self._missing(candidates, wanted)
+        if missing:
+            if self._pool is None:
+                self._pool = self._start_pool()
+            self._run(self._pool, missing)
+        used = [shard for shard in wanted if shard not in self.left_out]
+        if not used:
+            raise WorkerError(f"every shard failed, the first with: {self.left_out[wanted[0]]}")
+        try:
+            return [collect(self._parts(one, used)) for one in candidates]
+        except _DamagedPartError:
+            return self.measure(candidates, shards)
+
+    def _parts(self, candidate: Candidate, shards: Sequence[int]) -> Iterator[Any]:
+        directory = self.state.directory
+        for shard in shards:
+            name = part_name(f"{self.folder}/{candidate.key}", shard)
+            try:
+                yield directory.read_table(name, "divergences")
+            except StoreError as error:
+                logger.warning("%s is damaged and measured again: %s", name, error)
+                directory.append_event("part_damaged", part=name)
+                directory.delete(name)
+                raise _DamagedPartError from None
+
+    def require_lease(self) -> None:
+        """Check that no other process may have taken the run over.
+
+        Raises:
+            HeldError: One may have.
+        """
+        self._lease.require()
+
+    def _missing(
+        self, candidates: Sequence[Candidate], shards: Sequence[int]
+    ) -> dict[int, list[Candidate]]:
+        """Shard -> allocations without a part of it."""
+        missing: dict[int, list[Candidate]] = {}
+        for candidate in {one.key: one for one in candidates}.values():
+            there = set(self.state.directory.list_parts(f"{self.folder}/{candidate.key}"))
+            for shard in shards:
+                if shard not in there and shard not in self.left_out:
+                    missing.setdefault(shard, []).append(candidate)
+        return dict(sorted(missing.items()))
+
+    def _run(self, pool: WorkerPool, missing: Mapping[int, list[Candidate]]) -> None:
+        directory = self.state.directory
+        outcomes = pool.run(
+            read_tasks(directory, f"{self.folder}/{SAMPLES}", missing),
+            lambda worker, task: worker.evaluate.remote(
+                task, [_choice(self._plan, candidate) for candidate in missing[task.shard]]
+            ),
+        )
+        with closing(outcomes), progress("evaluate", len(missing)) as advance:
+            for outcome in outcomes:
+                shard = outcome.task.shard
+                if outcome.reason is not None:
+                    logger.warning("shard %d is left out: %s", shard, outcome.reason)
+                    self.left_out[shard] = outcome.reason
+                else:
+                    self.require_lease()
+                    _write_parts(directory, self.folder, outcome, missing[shard])
+                    note_done(directory, "evaluate", outcome)
+                advance(f"{outcome.num_workers} worker(s)")
+
+
+@contextmanager
+def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement]:
+    """Connect to the cluster, hold the run, and read the data.
+
+    Args:
+        state: A finished run.
+        config: Data and workers.
+
+    Raises:
+        AutoQuantError: One of its subclasses; finished parts are kept.
+    """
+    directory = state.directory
+    if state.values["config"] is None:
+        raise StoreError(f"{directory.uri} was imported: there is no model to measure")
+    scan = config.scan_config(state.values["config"])
+    ref = require_model(state, scan)
+    if config.data is None:
+        require_same_chats(state, fingerprint_chats(ref))
+    plan = make_plan(scan, ref, device=scan.device)
+    skip = num_seen(state, scan, is_given=config.data is not None)
+    folder = f"{EVALUATION}/{data_key(state, scan, skip)}"
+    maxima = maxima_of(state)
+    with connected(scan) as resources, lease(directory) as held, ExitStack() as stack:
+        require_resources(scan, resources)
+        facts = held_out_samples(directory, folder, scan, ref, skip, state)
+        placement = place_workers(
+            scan,
+            resources,
+            device=scan.device,
+            worker_bytes=footprint(plan, scan).worker_bytes(scan.placement),
+        ).at_most(facts["num_shards"])
+
+        def start_pool() -> WorkerPool:
+            spec = _engine_spec(scan, ref, plan, maxima)
+            return stack.enter_context(WorkerPool(spec, placement, directory.append_event))
+
+        yield Measurement(state, plan, folder, facts, start_pool, held)
+
+
+def _engine_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima) -> EvaluationSpec:
+    return EvaluationSpec(
+        model=ref,
+        dtype=scan.dtype,
+        device=scan.device,
+        num_threads=scan.cpus_per_worker,
+        modules=scored_modules(plan),
+        formats=plan.formats,
+        maxima=maxima,
+        step_tokens=scan.step_tokens,
+        placement=scan.placement,
+        activation_bytes=round(scan.activation_cache_gib * GIB),
+    )
+
+
+def _choice(plan: Plan, candidate: Candidate) -> Choice:
+    index = {format_.name: number for number, format_ in enumerate(plan.formats)}
+    index[NONE] = UNQUANTIZED
+    formats = candidate.formats  # an expert that saw no token is not among them
+    return tuple(index[formats.get(group.name, NONE)] for group in plan.searched)
+
+
+def _write_parts(
+    directory: RunDirectory, folder: str, outcome: Outcome, candidates: Sequence[Candidate]
+) -> None:
+    result = outcome.result
+    for candidate, samples in zip(candidates, result.divergences, strict=True):
+        rows = [
+            {
+                "sample": outcome.task.first_sample + number,
+                "kl": one.kl_N,
+                "loss": one.loss_N,
+                "reference_loss": reference_N,
+                "agrees": one.agrees_N,
+            }
+            for number, (one, reference_N) in enumerate(zip(samples, result.reference, strict=True))
+        ]
+        name = part_name(f"{folder}/{candidate.key}", outcome.task.shard)
+        directory.write_table(name, "divergences", rows)

@@ -1,0 +1,148 @@
+"""Allocations to measure: a run's solution, and what it is compared with under the same budget."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from autoquant_ray.allocate.candidate import SOLUTION, Candidate, Scores, make_candidate
+from autoquant_ray.allocate.kv_caches import shuffled_order
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
+from autoquant_ray.allocate.search import search, served_problems
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.state import RunState
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("uniform", "modelopt", "random")
+NUM_RANDOM = 20
+
+
+def collect_candidates(
+    state: RunState, start: str, against: Sequence[str], *, num_random: int = NUM_RANDOM
+) -> list[Candidate]:
+    """A solution and its rivals.
+
+    Args:
+        state: A finished run.
+        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+        against: Of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
+            (:mod:`autoquant_ray.imports.tool_plans`). ``uniform``: every format of the menu that
+            fits the budget when all groups take it (a group that lacks it stays in 16 bits).
+            ``modelopt``: solved with the scores as ModelOpt makes them of this run's sums: per
+            batch, clamped along its sorted formats. ``random``: solved with the groups' scores
+            shuffled, the null.
+        num_random: Number of shuffles.
+
+    Raises:
+        ConfigError: An unknown kind.
+        DataError: A file is not an allocation of this model.
+        StoreError: The solution does not exist.
+    """
+    from autoquant_ray.imports.tool_plans import rival_plan
+
+    problem, scores = load_problem(state)
+    options = solution_options(state, start)
+    problem = problem.timed(options.latency)
+    chosen = solution_formats(state, start, problem)
+    found = [make_candidate(problem, scores, SOLUTION, chosen)]
+    rivals = [rival_plan(state, n, problem, options) for n in against if n not in KINDS]
+    found += [make_candidate(problem, scores, name, formats) for name, formats in rivals]
+    if "uniform" in against:
+        found += _uniform(problem, scores, options, chosen)
+    if "modelopt" in against:
+        theirs = _modelopt_scores(state)
+        found.append(make_candidate(problem, scores, "modelopt", _solve(problem, theirs, options)))
+    if "random" in against:
+        for number in range(num_random):
+            shuffled = shuffle_scores(problem, scores, number)
+            formats = _solve(problem, shuffled, options)
+            found.append(make_candidate(problem, scores, f"random {number + 1}", formats))
+    return found
+
+
+def shuffle_scores(problem: Problem, scores: Scores, seed: int) -> dict[tuple[str, str], float]:
+    """Give each group the scores of another one: keeps how much formats differ, forgets where.
+
+    A format that the other group lacks takes its largest score.
+    """
+    groups = problem.searched
+    order = shuffled_order(groups, np.random.default_rng([seed, len(groups)]))
+    scores_there = {}
+    for group, index in zip(groups, order, strict=True):
+        other = groups[index]
+        known = [scores[other.name, f] for f in other.rows if f != NONE]
+        for format_ in group.rows:
+            if format_ != NONE:
+                found = scores.get((other.name, format_), max(known))
+                scores_there[group.name, format_] = found
+    return scores_there
+
+
+def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> dict[str, str]:
+    return search(problem, scores, options).formats
+
+
+def _uniform(
+    problem: Problem, scores: Scores, options: SolveOptions, chosen: Mapping[str, str]
+) -> list[Candidate]:
+    budgets = problem.budgets(options)
+    weights = [group for group in problem.searched if not group.is_cache]
+    names = dict.fromkeys(f for group in weights for f in group.rows if f != NONE)
+    fitting = []
+    for name in names:
+        formats = _everywhere(problem.with_held_caches(chosen), options, name)
+        if formats is None:
+            continue
+        costs = {
+            budget.resource: math.fsum(
+                group.cost(formats[group.name], budget.resource) for group in problem.searched
+            )
+            for budget in budgets
+        }
+        if all(costs[budget.resource] <= budget.limit * (1 + 1e-12) for budget in budgets):
+            fitting.append(make_candidate(problem, scores, f"uniform {name}", formats))
+    return fitting
+
+
+def _everywhere(problem: Problem, options: SolveOptions, name: str) -> dict[str, str] | None:
+    """The plan with a format wherever it can be; None where the engine would not serve that."""
+    for one in served_problems(problem, options):
+        permitted = None if one.served is None else one.served.permitted
+        formats = {
+            g.name: name if name in (g.rows if permitted is None else permitted[g.name]) else NONE
+            for g in problem.searched
+            if not g.is_cache
+        }
+        formats |= {g.name: next(iter(g.rows)) for g in problem.searched if g.is_cache}
+        if one.served is None:
+            return formats
+        if name in one.served.menu and one.served.permits(formats):
+            return formats
+    return None
+
+
+def _modelopt_scores(state: RunState) -> dict[tuple[str, str], float]:
+    """ModelOpt's scores: each at most that of the coarser format before it in ModelOpt's order."""
+    compressions = {
+        entry["name"]: entry["modelopt_compression"]
+        for entry in state.values["plan"]["formats"]
+        if entry.get("weight")
+    }
+    table = state.directory.read_table("sensitivity.parquet", "sensitivity")
+    rows = table.select(["group", "format", "modelopt_score"]).to_pylist()
+    scores: dict[tuple[str, str], float] = {}
+    lowest: dict[str, float] = {}
+    for row in sorted(rows, key=lambda row: compressions.get(row["format"], 1.0)):
+        group = row["group"]
+        if row["format"] not in compressions:  # ModelOpt does not search caches
+            scores[group, row["format"]] = row["modelopt_score"]
+            continue
+        lowest[group] = min(row["modelopt_score"], lowest.get(group, math.inf))
+        scores[group, row["format"]] = lowest[group]
+    return scores

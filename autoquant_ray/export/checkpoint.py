@@ -1,0 +1,161 @@
+"""Exports a solution as a folder that serving engines load, in order: check, pack, check, rename.
+
+The model is loaded whole, in the type that the run computed in, so it must fit the memory of the
+machine. No data is needed: weights are calibrated by themselves, and the maxima of inputs are the
+run's. The folder is written beside its place and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.errors import ConfigError, StoreError, one_line
+from autoquant_ray.export.check import check_checkpoint
+from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, stored_as
+from autoquant_ray.export.source import (
+    Source,
+    read_source,
+    require_engine,
+    require_new_folder,
+    require_packable,
+)
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.serving.rules import check_target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A written checkpoint.
+
+    Attributes:
+        path: The folder.
+        layout: ``modelopt`` or ``compressed-tensors``.
+        weight_bytes: Of the whole model, as the manifest counts them.
+        bytes_on_disk: Of all tensors in the folder.
+        layers: What layers are called -> how many of them.
+        caches: Format of the KV cache -> attentions with it.
+    """
+
+    path: str
+    layout: str
+    weight_bytes: float
+    bytes_on_disk: int
+    layers: dict[str, int]
+    caches: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """What people are told."""
+        layers = ", ".join(f"{count} {name}" for name, count in self.layers.items())
+        caches = [f"KV cache: {name} in {count} attentions" for name, count in self.caches.items()]
+        off = self.bytes_on_disk / self.weight_bytes - 1
+        return [
+            f"quantized layers: {layers}",
+            *caches,
+            f"weights on disk: {self.bytes_on_disk:,} bytes; the manifest says "
+            f"{self.weight_bytes:,.0f} ({off:+.2%})",
+            self.path,
+        ]
+
+
+def export_run(
+    directory: RunDirectory,
+    out: str,
+    *,
+    solution: str = "",
+    layout: str = MODELOPT,
+    engine: str | None = None,
+    gpu: str | None = None,
+) -> Checkpoint:
+    """Write a solution as a checkpoint.
+
+    Args:
+        directory: A finished run.
+        out: Folder to write; new or empty.
+        solution: One of the run's solutions; '' for the scan's own.
+        layout: ``modelopt`` or ``compressed-tensors``.
+        engine: Check that this one serves it: ``vllm``, ``sglang`` or ``trtllm``.
+        gpu: On this generation or card.
+
+    Raises:
+        AutoQuantError: One of its subclasses; nothing is left at ``out``.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"--format {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+    check_target(engine, gpu)
+    source = read_source(directory, solution)
+    target = require_new_folder(out)
+    require_packable(source, layout)
+    require_engine(source, layout, engine, gpu)
+    _require_package(layout)
+    with _written_beside(target) as folder:
+        stored = check_checkpoint(folder, _write(source, folder, layout), layout)
+    names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
+    return Checkpoint(
+        path=str(target),
+        layout=layout,
+        weight_bytes=source.weight_bytes,
+        bytes_on_disk=stored.total,
+        layers=dict(names),
+        caches=dict(Counter(name for name in source.caches.values() if name != NONE)),
+    )
+
+
+def _require_package(layout: str) -> None:
+    if layout == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
+        raise ConfigError(
+            f"--format {layout} needs the package compressed-tensors: pip install "
+            "'autoquant-ray[export]'"
+        )
+
+
+def _write(source: Source, folder: Path, layout: str) -> Source:
+    """Fill the folder; the source by the names that its files have."""
+    from autoquant_ray.calibrate.files import maxima_of
+    from autoquant_ray.export.model import finish_folder, load_for_export
+
+    maxima = maxima_of(source.state)
+    model, ref, sixteen_bits = load_for_export(source)
+    stored = source
+    if layout == COMPRESSED_TENSORS:
+        from autoquant_ray.export.compressed_tensors import write_compressed
+
+        write_compressed(model, source, maxima, folder, sixteen_bits)
+    else:
+        from autoquant_ray.export.modelopt import round_to_16_bits, write_modelopt
+        from autoquant_ray.export.names import as_stored, require_experts_as_stored
+
+        stored = as_stored(model, source)
+        require_experts_as_stored(model, source, stored, ref.weights_folder)
+        write_modelopt(model, source, maxima, folder)
+        round_to_16_bits(folder, stored, sixteen_bits)
+    finish_folder(folder, ref, sixteen_bits.dtype)
+    return stored
+
+
+@contextmanager
+def _written_beside(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes its place when the context ends well, else goes."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise StoreError(f"--out {target} cannot be written: {one_line(error)}") from None
+    try:
+        yield folder
+        folder.chmod(target.parent.stat().st_mode & 0o777)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

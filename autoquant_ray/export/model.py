@@ -1,0 +1,103 @@
+"""The model behind a checkpoint: loaded as the run did, and the files that go with its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.export.check import StoredTensors
+from autoquant_ray.export.source import Source
+from autoquant_ray.models.find import CHAT_FILES, TOKENIZER_FILES, ModelRef
+from autoquant_ray.models.load import load_model, own_dtype
+from autoquant_ray.models.of_run import require_model
+from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
+
+_FILES_BESIDE = (*TOKENIZER_FILES, *CHAT_FILES, "*.py")
+"""Of the model's folder: what goes with the weights."""
+_16_BITS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SixteenBits:
+    """Rounds what is not quantized.
+
+    Attributes:
+        dtype: ``bfloat16`` or ``float16``.
+        kept: Tensors that the model's own 16-bit files hold in float32.
+    """
+
+    dtype: torch.dtype
+    kept: frozenset[str] = frozenset()
+
+    def rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it is stored."""
+        is_kept = tensor.dtype != torch.float32 or name in self.kept
+        return tensor if is_kept else tensor.to(self.dtype)
+
+
+def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
+    """Load the run's model on the CPU, in the type that the run computed in.
+
+    Returns:
+        The model, where it is from, and how to round what is not quantized: to the run's 16-bit
+        type, else to the checkpoint's own, else to bfloat16.
+
+    Raises:
+        StoreError: The model changed since the run.
+        ModelError: It cannot be loaded.
+    """
+    scan = ScanConfig.model_validate(source.state.values["config"])
+    ref = require_model(source.state, scan)
+    model: Any = load_model(ref, dtype=scan.dtype, device="cpu")
+    own = own_dtype(ref)
+    dtype = model.dtype if model.dtype != torch.float32 else own
+    kept: frozenset[str] = frozenset()
+    if own in _16_BITS and ref.weights_folder is not None:
+        dtypes = StoredTensors.of(ref.weights_folder).dtypes
+        kept = frozenset(name for name, stored in dtypes.items() if stored == "F32")
+    sixteen_bits = SixteenBits(dtype=dtype if dtype in _16_BITS else torch.bfloat16, kept=kept)
+    if not model.config.architectures:  # a GGUF file names none, and exporters ask for it
+        model.config.architectures = [type(model).__name__]
+    _untie_head(model, source)
+    return model, ref, sixteen_bits
+
+
+def _untie_head(model: Any, source: Source) -> None:
+    """Give a quantized head that shares the embedding's weight a weight of its own."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    if name not in source.formats or head.weight is not embedding.weight:
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def finish_folder(folder: Path, ref: ModelRef, dtype: torch.dtype) -> None:
+    """State the type of the weights, and add the tokenizer's and the model's other files.
+
+    Args:
+        folder: Holds ``config.json`` and the weights.
+        ref: The model that they are from.
+        dtype: 16-bit type of what is not quantized.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        if isinstance(part, dict) and part.get("dtype") is not None:
+            part["dtype"] = str(dtype).removeprefix("torch.")
+    file.write_text(json.dumps(config, indent=2) + "\n")
+    if ref.weights_folder is None:
+        load_tokenizer(TokenizerRef.of(ref, "")).save_pretrained(folder)
+        return
+    for pattern in _FILES_BESIDE:
+        for path in ref.weights_folder.glob(pattern):
+            if path.is_file():
+                shutil.copy(path, folder)

@@ -1,0 +1,139 @@
+"""A quantized model -> a folder in ModelOpt's layout, written by ModelOpt's own exporter.
+
+Weights are calibrated by their own maxima, as in the scan; the input maxima are the scan's. The
+exporter writes every tensor in the type that the model computes in. Where that is float32, what is
+not quantized is rounded to 16 bits here afterwards, and so are the scales of blocks: the manifest
+counts both as 16 bits, and so do the kernels that read them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoquant_ray.errors import FormatError
+from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxima
+from autoquant_ray.export.layouts import block_size
+from autoquant_ray.export.model import SixteenBits
+from autoquant_ray.export.names import clean, names_required
+from autoquant_ray.export.source import Source
+from autoquant_ray.quantize.modelopt_config import load_quantization_config
+from autoquant_ray.quantize.quantizers import needs_static_maximum
+from autoquant_ray.quantize.statistics import Maxima
+
+
+def write_modelopt(model: Any, source: Source, maxima: Maxima, folder: Path) -> None:
+    """Write the model's config and its packed weights, all in the type that the model has.
+
+    Args:
+        model: The loaded model; it is changed.
+        source: Which formats.
+        maxima: Calibrated input maxima.
+        folder: An empty folder.
+
+    Raises:
+        FormatError: ModelOpt would not write the names of the model's own files, or a module has
+            no calibrated maximum.
+    """
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+
+    mtq.quantize(model, load_quantization_config(source.manifest))
+    _set_input_maxima(model, source, maxima)
+    set_cache_maxima(model, source.caches, maxima)
+    _quantize_weights(model, source)
+    # The type is given because the one that ModelOpt reads from a config.json is text, which its
+    # packing of 4-bit integers takes for a device.
+    with names_required():
+        export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
+    _correct_configs(folder)
+    check_caches(folder, source.caches, maxima)
+
+
+def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) -> None:
+    """Rewrite the weight files, one at a time.
+
+    Args:
+        folder: Holds them.
+        source: Which formats, by the names in the files.
+        sixteen_bits: Rounds what is not quantized, and the scales of blocks.
+    """
+    from safetensors.torch import load_file, save_file
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        rounded = {
+            name: sixteen_bits.rounded(name, tensor) if _is_rounded(name, source) else tensor
+            for name, tensor in tensors.items()
+        }
+        total += sum(tensor.nbytes for tensor in rounded.values())
+        save_file(rounded, file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["metadata"]["total_size"] = total
+        index.write_text(json.dumps(content, indent=2))
+
+
+def _set_input_maxima(model: Any, source: Source, maxima: Maxima) -> None:
+    for name in source.formats:
+        module = model.get_submodule(name)
+        for prefix in source.modules[name]["prefixes"]:
+            quantizer = getattr(module, f"{prefix}input_quantizer")
+            if not quantizer.is_enabled or not needs_static_maximum(quantizer):
+                continue
+            maximum = maxima.get(name, {}).get(f"{prefix}input_amax")
+            if maximum is None:
+                raise FormatError(
+                    f"{name} saw no input in the scan's calibration, so its input has no scale; "
+                    "scan with more samples, or pin its group to a format with inputs in 16 bits"
+                )
+            quantizer.amax = torch.tensor(maximum)
+
+
+@torch.no_grad()
+def _quantize_weights(model: Any, source: Source) -> None:
+    """Put weights on their grid as the scan did, so that packing does not round a tie otherwise.
+
+    Formats whose scales are made anew from the weights are left to the exporter.
+    """
+    for name in source.formats:
+        quantizer = getattr(model.get_submodule(name), "weight_quantizer", None)
+        if quantizer is None or not needs_static_maximum(quantizer):
+            continue
+        if quantizer.num_bits != (2, 1):
+            weight = model.get_submodule(name).weight
+            weight.copy_(quantizer(weight))
+
+
+def _is_rounded(name: str, source: Source) -> bool:
+    kind, module = name.rpartition(".")[2], source.owner(name)
+    if kind in SCALES:
+        return False
+    if module is None or kind == "bias":
+        return True
+    return kind == "weight_scale" and block_size(source.formats[module]) > 0
+
+
+def _correct_configs(folder: Path) -> None:
+    """Say what is there: ModelOpt announces smoothing factors with every 4-bit integer format, and
+    leaves marks in names."""
+    for name in ("hf_quant_config.json", "config.json"):
+        content = json.loads(clean((folder / name).read_text()))
+        _set_all(content, "pre_quant_scale", False)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _set_all(content: Any, key: str, value: Any) -> None:
+    """Replace a key's value wherever it is in nested mappings and lists."""
+    inner = content.values() if isinstance(content, Mapping) else content
+    if isinstance(content, dict) and key in content:
+        content[key] = value
+    if isinstance(content, dict | list):
+        for item in inner:
+            _set_all(item, key, value)

@@ -1,0 +1,223 @@
+"""What a checkpoint is made of: a solution of a run, and the reasons why it cannot be exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.errors import ConfigError, FormatError
+from autoquant_ray.export.fused_experts import require_fused
+from autoquant_ray.export.kv_caches import require_caches
+from autoquant_ray.export.layouts import (
+    COMPRESSED_TENSORS,
+    LAYOUTS,
+    MODELOPT,
+    shape_problem,
+    stored_as,
+)
+from autoquant_ray.export.plan import read_plan
+from autoquant_ray.formats.format import NONE, Format
+from autoquant_ray.formats.smoothed import is_smoothed, method_of
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import solution_folder
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.serving.fused_names import engine_modules
+from autoquant_ray.serving.kv_cache import served_formats as served_caches
+from autoquant_ray.serving.menus import formats_of, require_served
+from autoquant_ray.wording import few
+
+_MOST_NAMES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A solution whose layers are to be packed.
+
+    Attributes:
+        state: The run.
+        manifest: Content of the solution's ``manifest.json``.
+        formats: Quantized module -> its format.
+        groups: Every quantizable module -> its group.
+        modules: Every quantizable module -> ``shapes`` and ``prefixes``, as in ``run.json``.
+        caches: Attention -> name of its KV cache's format, where it was to choose.
+    """
+
+    state: RunState
+    manifest: Mapping[str, Any]
+    formats: Mapping[str, Format]
+    groups: Mapping[str, str]
+    modules: Mapping[str, Mapping[str, Any]]
+    caches: Mapping[str, str]
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of the whole model's weights, as the manifest counts them."""
+        return float(self.manifest["solution"]["weight_bytes"])
+
+    def is_experts(self, module: str) -> bool:
+        """Whether a module holds fused experts."""
+        return list(self.modules[module]["prefixes"]) != [""]
+
+    def renamed(self, name_of: Callable[[str], str]) -> Source:
+        """The same with other names of modules."""
+        return replace(
+            self,
+            formats={name_of(name): format_ for name, format_ in self.formats.items()},
+            groups={name_of(name): group for name, group in self.groups.items()},
+            modules={name_of(name): module for name, module in self.modules.items()},
+        )
+
+    def owner(self, tensor: str) -> str | None:
+        """The quantized module that a stored tensor belongs to; None where there is none."""
+        name = tensor
+        while "." in name:
+            name = name.rpartition(".")[0]
+            if name in self.formats:
+                return name
+        return None
+
+
+def read_source(directory: RunDirectory, solution: str = "") -> Source:
+    """Read a solution.
+
+    Args:
+        directory: A finished run.
+        solution: Name of a folder below ``solutions/``; '' for the scan's own.
+
+    Raises:
+        StoreError: It is no run, or has no such solution, or was imported without a model.
+        ConfigError: The solution quantizes nothing.
+    """
+    plan = read_plan(directory, solution)
+    menu = {format_.name: format_ for format_ in plan.formats}
+    formats = {module: menu[name] for module, name in plan.chosen.items() if name != NONE}
+    require_fused(plan.chosen, plan.modules, "a checkpoint")
+    start = solution_folder(solution)
+    if not formats:
+        raise ConfigError(
+            f"{directory.path(start)} leaves every layer in 16 bits; there is nothing to export"
+        )
+    return Source(
+        state=plan.state,
+        manifest=directory.read_json(f"{start}manifest.json"),
+        formats=formats,
+        groups=plan.group_of,
+        modules={n: m for n, m in plan.modules.items() if n not in plan.caches},
+        caches=plan.caches,
+    )
+
+
+def require_new_folder(path: str) -> Path:
+    """The folder to write, which must be new or empty.
+
+    Raises:
+        ConfigError: It holds something, is a file, or is no local path.
+    """
+    if "://" in path:
+        raise ConfigError(f"--out {path}: a checkpoint is written to a local folder; copy it then")
+    folder = Path(path).expanduser().absolute()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"--out {path} is not empty; give a new folder")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {path} is a file; give a new folder")
+    return folder
+
+
+def require_packable(source: Source, layout: str) -> None:
+    """Check that a checkpoint of this layout can hold every layer.
+
+    Args:
+        source: What is exported.
+        layout: Of ``LAYOUTS``.
+
+    Raises:
+        FormatError: It cannot; names the groups, their formats and the remedy.
+    """
+    require_caches(source.caches, layout, holds_caches=layout == MODELOPT)
+    problems = _problems(source, layout)
+    if not problems:
+        return
+    told = "; ".join(
+        f"{problem} ({few(groups, _MOST_NAMES)})" for problem, groups in problems.items()
+    )
+    others = [one for one in LAYOUTS if one != layout and not _problems(source, one)]
+    or_else = f", or give --format {others[0]}" if others else ""
+    raise FormatError(
+        f"--format {layout} cannot hold this solution: {told}. Solve again with other formats for "
+        f"these groups (solve --allow 'PATTERN=FORMATS'){or_else}"
+    )
+
+
+def require_engine(source: Source, layout: str, engine: str | None, gpu: str | None) -> None:
+    """Check that an engine serves the checkpoint as planned.
+
+    Args:
+        source: What is exported.
+        layout: Of ``LAYOUTS``. What GPUs can do is known for ``modelopt`` only.
+        engine: One of ``ENGINES``; None: any.
+        gpu: A generation or a card; None: any.
+
+    Raises:
+        ConfigError: It does not; names groups, reasons and remedies.
+    """
+    if engine is None:
+        return
+    used = set(source.caches.values()) - {NONE}
+    if not used <= set(served_caches(engine, gpu)):
+        raise ConfigError(
+            f"no source says that {engine}{'' if gpu is None else f' on {gpu}'} serves a KV cache "
+            f"in {', '.join(used)} (docs/engines.md); choose another engine or GPU"
+        )
+    chosen = {source.groups[module]: one.name for module, one in source.formats.items()}
+    if layout == MODELOPT:
+        groups: dict[str, list[str]] = {}
+        for module, group in source.groups.items():
+            groups.setdefault(group, []).append(module)
+        require_served(groups, chosen, formats_of(source.state.values["plan"]), engine, gpu)
+        return
+    if engine != "vllm" and len(set(chosen.values())) > 1:
+        raise ConfigError(
+            f"{engine} reads {COMPRESSED_TENSORS} with one format only, and this solution has "
+            f"{', '.join(sorted(set(chosen.values())))}; give --format {MODELOPT}, or solve with "
+            "--max-formats 1"
+        )
+    for fused in engine_modules(source.modules, engine):
+        own = {source.groups[member]: None for member in fused.members}
+        if len({chosen.get(group) for group in own}) > 1:
+            raise ConfigError(
+                f"{engine} fuses {few(list(own), _MOST_NAMES)} into one module, which has one "
+                "format; give them the same (solve --pin)"
+            )
+
+
+def _problems(source: Source, layout: str) -> dict[str, list[str]]:
+    """What a layout cannot hold -> the groups that it concerns."""
+    problems: dict[str, list[str]] = {}
+    for module, format_ in source.formats.items():
+        problem = _problem(source, module, format_, layout)
+        if problem is not None:
+            groups = problems.setdefault(problem, [])
+            if source.groups[module] not in groups:
+                groups.append(source.groups[module])
+    experts = [source.groups[module] for module in source.modules if source.is_experts(module)]
+    if experts and layout != MODELOPT:
+        problems["fused experts cannot be written, not even in 16 bits"] = experts
+    return problems
+
+
+def _problem(source: Source, module: str, format_: Format, layout: str) -> str | None:
+    if is_smoothed(format_):
+        return (
+            f"{format_.name} ({method_of(format_)}) has a factor per input channel, which cannot "
+            "be exported yet"
+        )
+    if stored_as(format_, layout) is None:
+        return f"{format_.name} has no packed form"
+    if source.is_experts(module) and format_.weight.get("num_bits") == 4:
+        return f"{format_.name}: ModelOpt packs no 4-bit integers of fused experts"
+    shapes = source.modules[module]["shapes"]
+    reasons = (shape_problem(format_, shape) for shape in shapes)
+    reason = next((one for one in reasons if one is not None), None)
+    return None if reason is None else f"{format_.name}: {reason}"

@@ -1,0 +1,124 @@
+"""Formats of tools that quantize by themselves: what in each comes nearest to a format of ours.
+
+A tool quantizes anew, so a recipe says kinds and bits, not scales. Weights must have the same kind
+of numbers and inputs must be the same; blocks may be finer. What has no counterpart has None.
+
+Sources: llama.cpp, tools/quantize/README.md and ggml's types; auto-round 0.16
+(``auto_round/schemes.py``); mlx-lm 0.32 (``mlx_lm/utils.py``, ``quantize_model``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.smoothed import is_smoothed
+from autoquant_ray.serving.layer_formats import E2M1, E4M3, E8M0, Numbers
+
+_GGUF_BLOCK = 32
+_MLX_GROUPS = (32, 64, 128)
+_MLX_BITS = (2, 3, 4, 5, 6, 8)
+SIXTEEN_BITS: dict[str, Any] = {"llama.cpp": "bf16", "auto-round": {"bits": 16}, "mlx-lm": False}
+"""What a tool says of a layer that stays in 16 bits."""
+
+
+def gguf_type(format_: Format) -> str | None:
+    """The type of a GGUF file's tensor; inputs are always in 16 bits or more there."""
+    weight = Numbers.of(format_.weight)
+    if format_.input is not None:
+        return None
+    kind = _float_kind(weight)
+    if kind in ("nvfp4", "mxfp4"):
+        return kind
+    has_scales = weight.axis == 0 or weight.block >= _GGUF_BLOCK
+    if not has_scales or not weight.is_flat or weight.scale is not None:
+        return None
+    # Symmetric, a 16-bit scale per 32 weights; in blocks of 32 where ours are larger.
+    return {4: "q4_0", 8: "q8_0"}.get(weight.bits)
+
+
+def auto_round_config(format_: Format) -> dict[str, Any] | None:
+    """An entry of AutoRound's ``layer_config``. Groups: 0 per tensor, -1 per channel."""
+    weight = Numbers.of(format_.weight)
+    inputs = None if format_.input is None else Numbers.of(format_.input)
+    kind = _float_kind(weight)
+    if kind is not None:
+        return _auto_round_blocks(kind, weight, inputs)
+    if not weight.is_flat or weight.scale is not None:
+        return None
+    is_float = weight.bits == E4M3
+    group = weight.block or (-1 if weight.axis == 0 else 0)
+    entry = {"bits": 8 if is_float else weight.bits, "group_size": group, "sym": True}
+    entry["data_type"] = "fp" if is_float else "int"
+    if inputs is None:
+        return entry | {"act_bits": 16}
+    if inputs.bits != weight.bits or inputs.block or entry["bits"] != 8:
+        return None
+    is_per_token = inputs.is_dynamic
+    return entry | {
+        "act_bits": 8,
+        "act_group_size": -1 if is_per_token else 0,
+        "act_sym": True,
+        "act_data_type": entry["data_type"],
+        "act_dynamic": is_per_token,
+    }
+
+
+def mlx_config(format_: Format) -> dict[str, Any] | None:
+    """Parameters of MLX's quantized layers, which take inputs in 16 bits."""
+    weight = Numbers.of(format_.weight)
+    if format_.input is not None:
+        return None
+    kind = _float_kind(weight)
+    if kind is not None:
+        bits = 8 if kind == "mxfp8" else 4
+        return {"group_size": weight.block, "bits": bits, "mode": kind}
+    group = weight.block or (max(_MLX_GROUPS) if weight.axis == 0 else 0)
+    if weight.bits not in _MLX_BITS or group not in _MLX_GROUPS or weight.scale is not None:
+        return None
+    return {"group_size": group, "bits": weight.bits, "mode": "affine"}
+
+
+COUNTERPARTS: dict[str, Callable[[Format], Any]] = {
+    "llama.cpp": gguf_type,
+    "auto-round": auto_round_config,
+    "mlx-lm": mlx_config,
+}
+"""Tool -> what it calls a format; None where it has no counterpart."""
+
+
+def counterpart(format_: Format, tool: str) -> Any:
+    """What a tool calls a format; None where it has no counterpart.
+
+    No recipe can say how input channels are scaled, so such a format has none.
+    """
+    return None if is_smoothed(format_) else COUNTERPARTS[tool](format_)
+
+
+def _auto_round_blocks(kind: str, weight: Numbers, inputs: Numbers | None) -> dict[str, Any] | None:
+    """AutoRound's own NVFP4, MXFP4 and MXFP8: inputs as weights, scaled while the model runs."""
+    if inputs is None or (inputs.bits, inputs.block) != (weight.bits, weight.block):
+        return None
+    bits = 8 if kind == "mxfp8" else 4
+    data_type = "nv_fp" if kind == "nvfp4" else "mx_fp"
+    return {
+        "bits": bits,
+        "group_size": weight.block,
+        "data_type": data_type,
+        "act_bits": bits,
+        "act_group_size": weight.block,
+        "act_sym": True,
+        "act_data_type": "nv_fp4_with_static_gs" if kind == "nvfp4" else data_type,
+        "act_dynamic": True,
+    }
+
+
+def _float_kind(weight: Numbers) -> str | None:
+    """``nvfp4``, ``mxfp4`` or ``mxfp8`` with their own blocks."""
+    kinds = {
+        (E2M1, E4M3, 16): "nvfp4",
+        (E2M1, E8M0, 32): "mxfp4",
+        (E4M3, E8M0, 32): "mxfp8",
+    }
+    return kinds.get((weight.bits, weight.scale, weight.block))

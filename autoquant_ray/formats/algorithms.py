@@ -1,0 +1,159 @@
+"""How ModelOpt calibrates the quantizers of a format: its ``algorithm``, checked when planning.
+
+``max`` takes the largest value of a tensor, ``mse`` tries multiples of it and keeps the one with
+the smallest squared error. Names, defaults and ranges of the arguments are those of ModelOpt's own
+config classes. Only arguments that change a scale can be given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from autoquant_ray.errors import FormatError
+from autoquant_ray.formats.numbers import is_static_nvfp4
+
+MAX, MSE, SMOOTHQUANT, AWQ_LITE = "max", "mse", "smoothquant", "awq_lite"
+ARGUMENTS: Mapping[str, Sequence[str]] = {
+    MAX: (),
+    MSE: ("step_size", "start_multiplier", "stop_multiplier", "fp8_scale_sweep"),
+    SMOOTHQUANT: ("alpha",),
+    AWQ_LITE: ("alpha_step",),
+}
+"""Method -> its arguments."""
+
+SETS: Final = "autoquant_ray_sets"
+"""Method of a plan of several algorithms, see :mod:`autoquant_ray.quantize.calibration_mode`."""
+
+MAX_CANDIDATES = 256
+"""Scales that a search may try: what one byte can number."""
+
+SEARCHED_BYTES = 2**30
+"""Most bytes that a worker keeps of what searches found, one per scale: 17 billion weights in
+blocks of 16."""
+
+
+def checked_algorithm(owner: str, given: Any) -> dict[str, Any] | None:
+    """An algorithm with all its arguments; None for ``max``.
+
+    Args:
+        owner: The format in words, for errors.
+        given: A method, or a mapping with ``method`` and arguments; None means ``max``.
+
+    Raises:
+        FormatError: Unknown method, argument or value.
+    """
+    arguments = dict(given) if isinstance(given, Mapping) else {"method": given}
+    method = arguments.pop("method", MAX) or MAX
+    if method not in ARGUMENTS:
+        raise FormatError(
+            f"{owner} needs the calibration algorithm {method!r}; known are {', '.join(ARGUMENTS)}"
+        )
+    unknown = sorted(str(name) for name in set(arguments) - set(ARGUMENTS[method]))
+    if unknown:
+        known = ", ".join(ARGUMENTS[method]) or "no arguments"
+        raise FormatError(
+            f"{owner}: the algorithm {method} has no argument {unknown[0]!r}; it takes {known}"
+        )
+    return None if method == MAX else {"method": method} | _with_defaults(owner, method, arguments)
+
+
+def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, Any]) -> None:
+    """Refuse a search of weight scales that ModelOpt would skip without a word.
+
+    Args:
+        owner: The format in words, for errors.
+        weight: Its weight quantizer.
+        algorithm: From :func:`checked_algorithm`.
+
+    Raises:
+        FormatError: There is no scale to search, or the candidates are none or too many.
+    """
+    if algorithm["method"] != MSE:
+        return
+    sizes = weight.get("block_sizes") or {}
+    if "dynamic" in (weight.get("type"), sizes.get("type")):
+        raise FormatError(
+            f"{owner}: the algorithm mse has no scale to search, because its weights are scaled "
+            "anew at each use (type: dynamic); give them static scales, or use max"
+        )
+    if algorithm["fp8_scale_sweep"]:
+        if not is_static_nvfp4(weight):
+            raise FormatError(
+                f"{owner}: fp8_scale_sweep searches the scales of static NVFP4 weights only; "
+                "set it to false"
+            )
+        return
+    start, stop, step = (
+        algorithm[name] for name in ("start_multiplier", "stop_multiplier", "step_size")
+    )
+    number = math.ceil((stop - start) / step) + 1
+    if start > stop or number > MAX_CANDIDATES:
+        raise FormatError(
+            f"{owner}: multipliers from {start:g} to {stop:g} in steps of {step:g} are "
+            f"{max(0, number)} candidates; there must be 1 to {MAX_CANDIDATES}"
+        )
+
+
+def of_plan(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | dict[str, Any]:
+    """The ``algorithm`` of a whole plan, for ``mtq.quantize``; JSON-safe.
+
+    Args:
+        algorithms: Name of every quantizer -> its format's algorithm.
+
+    Returns:
+        ``max``; or the one algorithm that all have; or :data:`SETS` with a set of quantizers for
+        each algorithm but ``max``.
+    """
+    sets: dict[str, dict[str, Any]] = {}
+    for name, algorithm in algorithms.items():
+        if algorithm is not None:
+            one = sets.setdefault(json.dumps(algorithm), {"algorithm": dict(algorithm)})
+            one.setdefault("quantizers", []).append(name)
+    if not sets:
+        return MAX
+    if len(sets) == 1 and None not in algorithms.values():
+        return dict(next(iter(sets.values()))["algorithm"])
+    return {"method": SETS, "sets": list(sets.values()), "others": MAX}
+
+
+def by_sets(algorithm: str | Mapping[str, Any]) -> bool:
+    """Whether the algorithm of a plan needs this package's mode."""
+    return isinstance(algorithm, Mapping) and algorithm["method"] == SETS
+
+
+def on_cpu(algorithm: str | dict[str, Any]) -> dict[str, Any]:
+    """The same with this package's mode, which lets ModelOpt calibrate static NVFP4 on CPU."""
+    if isinstance(algorithm, dict) and by_sets(algorithm):
+        return algorithm
+    return {"method": SETS, "sets": [], "others": algorithm}
+
+
+def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    from modelopt.torch.quantization import config
+    from pydantic import ValidationError
+
+    classes: dict[str, Any] = {
+        MSE: config.MseCalibConfig,
+        SMOOTHQUANT: config.SmoothQuantCalibConfig,
+        AWQ_LITE: config.AWQLiteCalibConfig,
+    }
+    for name, value in arguments.items():
+        is_switch = isinstance(classes[method].model_fields[name].default, bool)
+        if value is None or isinstance(value, bool) != is_switch:
+            wanted = "true or false" if is_switch else "a number"
+            raise FormatError(f"{owner}: algorithm.{name}: must be {wanted} (got {value!r})")
+    try:
+        full = classes[method](method=method, **arguments).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise FormatError(
+            f"{owner}: algorithm.{place}: {first['msg']} (got {first['input']!r})"
+        ) from None
+    numbers = {name: full[name] for name in ARGUMENTS[method]}
+    if not all(math.isfinite(value) for value in numbers.values()):
+        raise FormatError(f"{owner}: algorithm: arguments must be finite numbers (got {numbers})")
+    return numbers

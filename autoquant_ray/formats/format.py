@@ -1,0 +1,99 @@
+"""One format: the quantizers of a weight and of its input, in ModelOpt's attributes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Attributes = dict[str, Any]
+"""Fields of ModelOpt's ``QuantizerAttributeConfig``."""
+
+NONE = "none"
+"""Name of the choice that leaves a group in 16 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One choice of the menu.
+
+    Attributes:
+        name: As given by the user.
+        weight: Attributes of the weight quantizer; empty for a format of the KV cache.
+        input: Attributes of the input quantizer; None keeps inputs in 16 bits.
+        algorithm: How ModelOpt calibrates the quantizers, as its ``algorithm`` with a ``method``;
+            None: each by its own maximum.
+        kv: Attributes of the quantizers of keys and values; None for a format of weights.
+        modelopt_compression: ModelOpt's estimate of compressed over 16-bit size. It is the
+            minimum over weight and input, so it undercounts formats with narrow inputs.
+    """
+
+    name: str
+    weight: Attributes
+    input: Attributes | None
+    modelopt_compression: float
+    algorithm: Attributes | None = None
+    kv: Attributes | None = None
+
+    @property
+    def weight_key(self) -> str:
+        """Equal for formats that quantize weights alike."""
+        key = attributes_key(self.weight)
+        return key if self.algorithm is None else f"{key} {attributes_key(self.algorithm)}"
+
+    @property
+    def input_key(self) -> str | None:
+        """Equal for formats that quantize inputs alike; None where inputs stay in 16 bits."""
+        return None if self.input is None else attributes_key(self.input)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for ``run.json``; :meth:`from_json` is the inverse."""
+        return {
+            "name": self.name,
+            "weight": attributes_to_json(self.weight),
+            "input": None if self.input is None else attributes_to_json(self.input),
+            "modelopt_compression": self.modelopt_compression,
+            **({} if self.algorithm is None else {"algorithm": self.algorithm}),
+            **({} if self.kv is None else {"kv": attributes_to_json(self.kv)}),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Format:
+        """Read back what :meth:`to_json` wrote."""
+        return cls(
+            name=value["name"],
+            weight=attributes_from_json(value["weight"]),
+            input=None if value["input"] is None else attributes_from_json(value["input"]),
+            modelopt_compression=value["modelopt_compression"],
+            algorithm=value.get("algorithm"),
+            kv=attributes_from_json(value["kv"]) if value.get("kv") else None,
+        )
+
+
+def attributes_to_json(attributes: Attributes) -> Attributes:
+    """Make quantizer attributes JSON-safe: tuples become lists, block axes become strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return {key: plain(value) for key, value in attributes.items()}
+
+
+def attributes_from_json(attributes: Attributes) -> Attributes:
+    """Undo :func:`attributes_to_json`: block axes become integers, lists become tuples."""
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                int(key) if key.lstrip("-").isdigit() else key: restored(item)
+                for key, item in value.items()
+            }
+        return tuple(value) if isinstance(value, list) else value
+
+    return {key: restored(value) for key, value in attributes.items()}
+
+
+def attributes_key(attributes: Attributes) -> str:
+    """A text that is equal exactly for equal attributes."""
+    return repr(sorted(attributes_to_json(attributes).items()))

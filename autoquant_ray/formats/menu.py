@@ -1,0 +1,203 @@
+"""Format names -> ModelOpt quantizer attributes and stored bits.
+
+A format is a pair of quantizers, one for a module's weight and one for its input, described by
+ModelOpt's own ``QuantizerAttributeConfig`` fields, so that what is scored is what
+``mtq.quantize`` will do. Names: the pairs ``w{fp4,fp8,int4,int8}_a{fp16,fp8,int8,int4}``,
+``kv_fp8`` and ``kv_nvfp4``, ModelOpt's presets by their own name, and custom entries of the config.
+
+A preset is applied to a module as ``mtq.auto_quantize`` applies it: only entries that match the
+bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*lm_head*``) do not.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from autoquant_ray.errors import FormatError, one_line
+from autoquant_ray.formats.algorithms import checked_algorithm
+from autoquant_ray.formats.checks import check_quantizers
+from autoquant_ray.formats.format import (
+    Attributes,
+    Format,
+    attributes_from_json,
+    attributes_to_json,
+)
+from autoquant_ray.formats.format_names import closest_formats
+from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS
+from autoquant_ray.formats.numbers import blocks_of, is_scaled_by_block, is_static_nvfp4
+
+_WEIGHTS: dict[str, Attributes] = {
+    "fp4": {
+        "num_bits": (2, 1),
+        "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)},
+        "effective_bits": 4.5,
+    },
+    "fp8": {"num_bits": (4, 3), "axis": None},
+    "int4": {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}},
+    "int8": {"num_bits": 8, "axis": 0},
+}
+_INPUTS: dict[str, Attributes | None] = {
+    "fp16": None,
+    "fp8": {"num_bits": (4, 3), "axis": None},
+    "int8": {"num_bits": 8, "axis": None},
+    "int4": {"num_bits": 4, "axis": None},
+}
+PAIRS: dict[str, tuple[Attributes, Attributes | None]] = {
+    f"w{weight}_a{input_}": (_WEIGHTS[weight], _INPUTS[input_])
+    for weight in _WEIGHTS
+    for input_ in _INPUTS
+}
+"""The 16 weight/activation pairs."""
+
+
+def resolve_formats(
+    names: tuple[str, ...],
+    *,
+    device: str,
+    custom: Mapping[str, Mapping[str, Attributes | None]] | None = None,
+) -> list[Format]:
+    """Turn format names into :class:`Format` objects, in the order given.
+
+    Args:
+        names: Names of the menu.
+        device: ``cpu`` or ``cuda``; formats that cannot run there are refused.
+        custom: Formats of the config file: name -> ``{"weight": ..., "input": ...,
+            "algorithm": ...}``.
+
+    Raises:
+        FormatError: Unknown name (with the closest ones), or a format that cannot be scanned.
+    """
+    resolved = [_resolve(name, custom or {}) for name in names]
+    check_device(resolved, device)
+    for format_ in resolved:
+        check_quantizers(format_)
+    return resolved
+
+
+def known_formats() -> list[str]:
+    """All names that can be asked for, pairs first, then ModelOpt's presets."""
+    import modelopt.torch.quantization as mtq
+
+    return [*PAIRS, *KV_FORMATS, *sorted(mtq.config.choices)]
+
+
+def _resolve(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -> Format:
+    algorithm: Attributes | None = None
+    if name in custom:
+        weight, input_ = _custom_attributes(name, custom[name])
+        algorithm = checked_algorithm(f"custom format {name!r}", custom[name].get("algorithm"))
+    elif (kv := KV_FORMATS.get(name)) is not None:
+        return Format(name=name, weight={}, input=None, modelopt_compression=1.0, kv=kv)
+    elif name in PAIRS:
+        weight, input_ = PAIRS[name]
+    else:
+        weight, input_, algorithm = _preset_attributes(name, [*custom, *known_formats()])
+    return Format(
+        name=name,
+        weight=weight,
+        input=input_,
+        modelopt_compression=_modelopt_compression(name, weight, input_),
+        algorithm=algorithm,
+    )
+
+
+def _custom_attributes(
+    name: str, entry: Mapping[str, Attributes | None]
+) -> tuple[Attributes, Attributes | None]:
+    unknown = sorted(set(entry) - {"weight", "input", "algorithm"})
+    weight = entry.get("weight")
+    for attributes in entry.values():
+        if attributes and "enable" in attributes:
+            raise FormatError(f"custom format {name!r}: 'enable' is implied; leave it out")
+    if unknown or not weight:
+        raise FormatError(
+            f"custom format {name!r} must have 'weight' and may have 'input' and 'algorithm'"
+        )
+    input_ = entry.get("input")
+    restored = attributes_from_json(attributes_to_json(weight))
+    return restored, None if input_ is None else attributes_from_json(attributes_to_json(input_))
+
+
+def _preset_attributes(
+    name: str, known: list[str]
+) -> tuple[Attributes, Attributes | None, Attributes | None]:
+    """Weight, input and algorithm of a preset; None for the algorithm 'max'."""
+    import modelopt.torch.quantization as mtq
+
+    if name not in mtq.config.choices:
+        hint = ", ".join(closest_formats(name, known) or known[:4])
+        raise FormatError(f"unknown format {name!r}; closest: {hint}")
+    preset = getattr(mtq.config, name)
+    algorithm = checked_algorithm(f"format {name}", preset.get("algorithm"))
+    weight = _last_match(preset["quant_cfg"], "weight_quantizer")
+    if isinstance(weight, list):
+        raise FormatError(
+            f"format {name} quantizes weights twice, one quantizer after the other; only formats "
+            "with one weight quantizer can be scanned"
+        )
+    if weight is None:
+        base = KV_PRESETS.get(name, "its base format, and --disable for the other layers")
+        raise FormatError(
+            f"format {name} sets no weight quantizer for every layer (it is a recipe for the KV "
+            f"cache or for some layers); use {base}"
+        )
+    return weight, _last_match(preset["quant_cfg"], "input_quantizer"), algorithm
+
+
+def _last_match(entries: list[dict[str, Any]], quantizer: str) -> Any:
+    """Attributes of a quantizer; a list of them where several follow each other; or None."""
+    matched: Any = None
+    for entry in entries:
+        if entry.get("parent_class") or not fnmatch.fnmatch(quantizer, entry["quantizer_name"]):
+            continue
+        matched = copy.copy(entry["cfg"]) if entry.get("cfg") else None
+        if entry.get("enable", True) is False:
+            matched = None
+    return matched
+
+
+def _modelopt_compression(name: str, weight: Attributes, input_: Attributes | None) -> float:
+    from modelopt.torch.quantization.algorithms import estimate_quant_compression
+    from modelopt.torch.quantization.config import QuantizeConfig
+    from pydantic import ValidationError
+
+    entries = [{"quantizer_name": "*weight_quantizer", "cfg": weight}]
+    if input_ is not None:
+        entries.append({"quantizer_name": "*input_quantizer", "cfg": input_})
+    try:
+        return float(estimate_quant_compression(QuantizeConfig(quant_cfg=entries)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        attributes = {*weight, *(input_ or {})}
+        place = ".".join(str(part) for part in first["loc"] if part in attributes)
+        reason = first["msg"].strip(", ")
+        raise FormatError(
+            f"format {name!r} is not valid for ModelOpt: {place or 'attributes'}: {reason} "
+            f"(got {first['input']!r})"
+        ) from None
+    except ValueError as error:
+        raise FormatError(f"format {name!r} is not valid for ModelOpt: {one_line(error)}") from None
+
+
+def check_device(formats: Sequence[Format], device: str) -> None:
+    """Refuse formats that cannot run on a device.
+
+    Raises:
+        FormatError: Names the format and the device.
+    """
+    for format_ in formats if device == "cpu" else ():
+        for attributes in (format_.weight, format_.input, format_.kv):
+            if attributes is None or not is_scaled_by_block(attributes):
+                continue
+            if is_static_nvfp4(attributes):
+                continue
+            try:
+                blocks_of(attributes)
+            except ValueError as error:
+                raise FormatError(
+                    f"format {format_.name} cannot run on cpu: {error}; scan on a GPU "
+                    "(--device cuda) or choose another format"
+                ) from None

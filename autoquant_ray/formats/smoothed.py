@@ -1,0 +1,71 @@
+"""Formats whose inputs are scaled channel by channel before they are quantized.
+
+SmoothQuant (https://arxiv.org/abs/2211.10438) and AWQ (https://arxiv.org/abs/2306.00978), as
+ModelOpt's algorithms ``smoothquant`` and ``awq_lite`` define them: a linear's input is multiplied
+by ModelOpt's ``pre_quant_scale``, one number per input channel, and its weight is divided by it.
+Other modules (fused experts) are left to calibration by maximum, as ModelOpt leaves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from autoquant_ray.formats.algorithms import AWQ_LITE, SMOOTHQUANT
+
+if TYPE_CHECKING:
+    from autoquant_ray.formats.format import Attributes, Format
+
+SMOOTHING = (SMOOTHQUANT, AWQ_LITE)
+"""ModelOpt's algorithms that scale channels."""
+
+ALPHA_STEP = 0.1
+"""Between AWQ's candidates where the algorithm names none, as in ModelOpt's AWQLiteCalibConfig."""
+
+_SCALE_BITS = 16
+
+
+def method_of(format_: Format) -> str:
+    """The algorithm that calibrates a format, ``max`` where it names none."""
+    return "max" if format_.algorithm is None else str(format_.algorithm["method"])
+
+
+def is_smoothed(format_: Format) -> bool:
+    """Whether inputs of linears are scaled channel by channel."""
+    return method_of(format_) in SMOOTHING
+
+
+def module_algorithm(format_: Format, *, is_linear: bool) -> Attributes | None:
+    """The algorithm that calibrates one module; None for ``max``, to which ModelOpt leaves what is
+    no linear under formats that scale channels."""
+    return None if is_smoothed(format_) and not is_linear else format_.algorithm
+
+
+def needs_channel_maxima(format_: Format) -> bool:
+    """Whether a format needs the largest absolute input of every channel."""
+    return is_smoothed(format_) and format_.input is not None
+
+
+def needs_search(format_: Format) -> bool:
+    """Whether a format needs the mean absolute input of every channel, and a search with it."""
+    return method_of(format_) == AWQ_LITE
+
+
+def num_search_products(format_: Format) -> int:
+    """About how many products with its weight a linear takes in the search of a format."""
+    if not needs_search(format_):
+        return 0
+    return 1 + round(1 / ((format_.algorithm or {}).get("alpha_step") or ALPHA_STEP))
+
+
+def needs_calibration(formats: Iterable[Format]) -> bool:
+    """Whether a menu needs a pass over the data before scores."""
+    return any(
+        format_.input is not None or format_.kv is not None or is_smoothed(format_)
+        for format_ in formats
+    )
+
+
+def smoothing_bits(format_: Format, shape: Sequence[int]) -> int:
+    """Bits of the scales that a linear of ``(out, in)`` keeps."""
+    return _SCALE_BITS * shape[-1] if is_smoothed(format_) else 0

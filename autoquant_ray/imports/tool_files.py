@@ -1,0 +1,233 @@
+"""Allocations of other tools, read as formats of a run: AutoRound's and mlx-lm's.
+
+Known are AutoRound's ``layer_config`` (or a ``config.json`` with its ``quantization_config``),
+the ``quantization`` object of an MLX model's ``config.json``, and the sensitivities that
+``mlx_lm.dynamic_quant`` writes. Bits and kinds are compared, not scales: what is measured is the
+tool's choice of bits per layer with ModelOpt's quantizers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.errors import DataError
+from autoquant_ray.export.tool_formats import auto_round_config, mlx_config
+from autoquant_ray.formats.format import NONE, Format
+from autoquant_ray.wording import few
+
+logger = logging.getLogger(__name__)
+
+Groups = Mapping[str, Sequence[str]]
+"""Searched group -> its modules."""
+
+_MAX_NAMED = 3
+_SCHEMES: dict[str, dict[str, Any]] = {
+    f"W{bits}A16": {"bits": bits, "group_size": 128, "data_type": "int", "act_bits": 16}
+    for bits in (2, 3, 4, 8)
+} | {"BF16": {"bits": 16}, "FP8_STATIC": {"bits": 8, "data_type": "fp", "act_bits": 8}}
+
+
+def read_json(path: str) -> Any:
+    """The content of a tool's file.
+
+    Raises:
+        DataError: Missing, or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON: {error}") from None
+
+
+def sensitivities(
+    path: str, content: Any, groups: Groups, others: Collection[str] = ()
+) -> dict[str, float] | None:
+    """Group -> mlx-lm's sensitivity, if it is a file of those; None otherwise.
+
+    A sensitivity is the gain of more bits per million weights; a group gets the mean of its layers.
+    ``others`` are layers of the model that are not searched; what is said of them is left out.
+
+    Raises:
+        DataError: An entry is wrong, or a layer or a group is unknown to the other side.
+    """
+    if not isinstance(content, list):
+        return None
+    found: dict[str, list[float]] = {}
+    group_of = {name: group for group, own in groups.items() for name in own}
+    for entry in content:
+        is_pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+        if not is_pair or isinstance(entry[1], bool) or not isinstance(entry[1], int | float):
+            raise DataError(f"{path}: {entry!r} is not a layer's name and its sensitivity")
+        module = _ours(entry[0])
+        if module is not None and module in group_of:
+            found.setdefault(group_of[module], []).append(float(entry[1]))
+        elif module is not None and module not in others:
+            raise DataError(f"{path} names {entry[0]!r}, which is no layer of this run")
+    missing = [group for group in groups if group not in found]
+    if missing:
+        raise DataError(f"{path} has no sensitivity of {few(missing, _MAX_NAMED)}")
+    return {group: sum(values) / len(values) for group, values in found.items()}
+
+
+def read_allocation(
+    path: str,
+    content: Any,
+    groups: Groups,
+    formats: Sequence[Format],
+    others: Collection[str] = (),
+) -> dict[str, str]:
+    """Group -> format of the run, from a file that names bits per layer.
+
+    Layers that AutoRound's ``layer_config`` does not name stay in 16 bits; those that an MLX
+    dictionary does not name take its defaults. Where layers of a group differ, the widest counts,
+    since a group has one format.
+
+    Args:
+        path: For messages.
+        content: From :func:`read_json`.
+        groups: Searched groups.
+        formats: The run's menu.
+        others: Layers that are not searched, which stay in 16 bits whatever the file says.
+
+    Raises:
+        DataError: Not such a file, an unknown layer, or bits without a counterpart in the menu.
+    """
+    if isinstance(content, dict) and isinstance(content.get("quantization"), dict):
+        content = content["quantization"]
+    elif isinstance(content, dict) and isinstance(content.get("quantization_config"), dict):
+        content = content["quantization_config"]
+    if not isinstance(content, dict) or not content:
+        raise DataError(
+            f"{path} is neither AutoRound's layer_config nor mlx-lm's quantization or sensitivities"
+        )
+    is_mlx = "bits" in content and "quant_method" not in content
+    modules = [name for own in groups.values() for name in own]
+    entries = (_mlx_entries if is_mlx else _auto_round)(path, content, [*modules, *others])
+    counterpart = mlx_config if is_mlx else auto_round_config
+    chosen = {
+        module: NONE if entry is None else _format_of(path, module, entry, formats, counterpart)
+        for module, entry in entries.items()
+        if module not in others
+    }
+    return _by_group(path, chosen, groups, formats)
+
+
+def _auto_round(
+    path: str, content: Mapping[str, Any], modules: Sequence[str]
+) -> dict[str, Mapping[str, Any] | None]:
+    """Module -> its entry; None in 16 bits."""
+    default: dict[str, Any] = {}
+    layers = content
+    if "quant_method" in content or "extra_config" in content:
+        default = {k: v for k, v in content.items() if not isinstance(v, dict | list)}
+        layers = content.get("extra_config") or {}
+    in_blocks = [name for name in modules if re.search(r"\.\d+\.", name)]
+    found: dict[str, Mapping[str, Any] | None] = dict.fromkeys(modules)
+    found |= {name: default for name in in_blocks if default}
+    for key, value in layers.items():
+        entry = _SCHEMES.get(value.upper()) if isinstance(value, str) else value
+        if isinstance(entry, dict) and isinstance(entry.get("scheme"), str):
+            entry = _SCHEMES.get(entry["scheme"].upper(), {}) | entry
+        if not isinstance(entry, dict) or not {"bits", *default} & set(entry):
+            raise DataError(f"{path}: {key!r}: {value!r} says no bits")
+        for name in _matching(path, key, modules):
+            found[name] = default | entry
+    return {
+        name: None if entry is None or entry.get("bits", 16) >= 16 else entry
+        for name, entry in found.items()
+    }
+
+
+def _matching(path: str, key: str, modules: Sequence[str]) -> list[str]:
+    """Modules that a key means: a whole name, else AutoRound's fragment or regular expression."""
+    if key in modules:
+        return [key]
+    try:
+        found = [name for name in modules if re.search(key, name)]
+        # Experts one by one in the tool, one module here.
+        found = found or [name for name in modules if re.match(rf"{re.escape(name)}\.\d+\.", key)]
+    except re.error:
+        found = []
+    if not found:
+        raise DataError(f"{path} names {key!r}, which fits no layer of this run")
+    return found
+
+
+def _mlx_entries(
+    path: str, content: Mapping[str, Any], modules: Sequence[str]
+) -> dict[str, Mapping[str, Any] | None]:
+    default = {"group_size": 64, "mode": "affine"}
+    default |= {k: content[k] for k in ("group_size", "bits", "mode") if k in content}
+    found: dict[str, Mapping[str, Any] | None] = dict.fromkeys(modules, default)
+    for key, value in content.items():
+        if key in default:
+            continue
+        module = _ours(key)
+        if module is None:
+            continue
+        if module not in found:
+            raise DataError(f"{path} names {key!r}, which is no layer of this run")
+        if not isinstance(value, bool | dict):
+            raise DataError(f"{path}: {key!r}: {value!r} is neither true, false nor parameters")
+        found[module] = None if value is False else default | (value if value is not True else {})
+    return found
+
+
+def _ours(name: str) -> str | None:
+    """A layer of MLX by the checkpoint's name; None for embeddings, which are not searched here."""
+    if name.endswith("embed_tokens"):
+        return None
+    if name.startswith("language_model.model."):
+        name = "model.language_model." + name.removeprefix("language_model.model.")
+    name = "lm_head" if name == "language_model.lm_head" else name
+    return re.sub(r"\.switch_mlp\.\w+$", ".experts", name)
+
+
+def _format_of(
+    path: str,
+    module: str,
+    entry: Mapping[str, Any],
+    formats: Iterable[Format],
+    counterpart: Callable[[Format], dict[str, Any] | None],
+) -> str:
+    """The format of the menu with the same bits and kinds; with the same groups if there is one."""
+
+    def kind(one: Mapping[str, Any]) -> tuple[Any, ...]:
+        data_type = one.get("data_type", one.get("mode", "int"))
+        return one.get("bits"), one.get("act_bits") or 16, data_type
+
+    known = {f.name: found for f in formats if (found := counterpart(f)) is not None}
+    same = [name for name, one in known.items() if kind(one) == kind(entry)]
+    if not same:
+        shown = {k: v for k, v in entry.items() if k in ("bits", "act_bits", "data_type", "mode")}
+        raise DataError(
+            f"{path}: {module} has {shown}, and no format of the run has that (it could take "
+            f"{', '.join(known) or 'none of its formats'}); scan with such a format too"
+        )
+    alike = [n for n in same if known[n].get("group_size") == entry.get("group_size")]
+    return (alike or same)[0]
+
+
+def _by_group(
+    path: str, chosen: Mapping[str, str], groups: Groups, formats: Sequence[Format]
+) -> dict[str, str]:
+    widths = {format_.name: format_.modelopt_compression for format_ in formats} | {NONE: 1.0}
+    found = {
+        g: max((chosen[name] for name in own), key=widths.__getitem__) for g, own in groups.items()
+    }
+    uneven = [g for g, own in groups.items() if len({chosen[name] for name in own}) > 1]
+    if uneven:
+        logger.warning(
+            "%s gives layers of %d group(s) different bits, such as %s; here they share the widest",
+            path,
+            len(uneven),
+            uneven[0],
+        )
+    return found

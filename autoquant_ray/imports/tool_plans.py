@@ -1,0 +1,151 @@
+"""Other tools' allocations as plans of a run: rivals of an evaluation, or its solutions."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from autoquant_ray.allocate.candidate import Scores, as_allocation, make_candidate
+from autoquant_ray.allocate.kv_caches import cache_summary
+from autoquant_ray.allocate.losses import average_bits, model_bytes
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
+from autoquant_ray.errors import ConfigError, DataError
+from autoquant_ray.export.tool_formats import mlx_config
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.imports.tool_files import read_allocation, read_json, sensitivities
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SOLUTIONS, slug, solution_folder
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.serving.menus import formats_of
+from autoquant_ray.solve import Solution, write_solution
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def foreign_plan(path: str, problem: Problem, options: SolveOptions) -> dict[str, str]:
+    """Searched group -> format, from a file of AutoRound or mlx-lm.
+
+    Sensitivities are no plan yet: as in ``mlx_lm.dynamic_quant``, groups above a threshold take
+    more bits, as many of them as the budget allows; of the run's formats the smallest and the
+    largest that MLX has count. Such files say nothing of the KV cache: it stays in 16 bits.
+
+    Args:
+        path: The file.
+        problem: Groups with their costs.
+        options: The budget, which only sensitivities need.
+
+    Raises:
+        DataError: Not such a file, an unknown layer, or bits without a counterpart.
+        ConfigError: An imported run, or sensitivities that no budget fits.
+    """
+    content = read_json(path)
+    groups = {g.name: g.module_names for g in problem.searched if not g.is_cache}
+    caches = {g.name: NONE for g in problem.searched if g.is_cache}
+    formats = formats_of(problem.summary)
+    others = [name for group in problem.unsearched for name in group.module_names]
+    values = sensitivities(path, content, groups, others)
+    if values is None:
+        return read_allocation(path, content, groups, formats, others) | caches
+    names = [format_.name for format_ in formats if mlx_config(format_) is not None]
+    sizes = {
+        name: average_bits(problem.searched, dict.fromkeys(groups, name) | caches)
+        for name in names
+        if all(name in problem.groups[group].rows for group in groups)
+    }
+    if len(sizes) < 2:
+        raise DataError(
+            f"{path}: sensitivities need two weight-only formats in the run, one with more bits, "
+            f"such as wint4_afp16 and wint8_afp16; it has {', '.join(sizes) or 'none'}"
+        )
+    low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+    plan = dict.fromkeys(groups, low) | caches
+    if not _fits(problem, options, plan):
+        raise ConfigError(f"{path}: {low} everywhere does not fit the budget; give a larger one")
+    for group in sorted(groups, key=lambda name: -values[name]):
+        if not _fits(problem, options, plan | {group: high}):
+            break
+        plan[group] = high
+    return plan
+
+
+def _fits(problem: Problem, options: SolveOptions, plan: dict[str, str]) -> bool:
+    return all(
+        math.fsum(group.cost(plan[group.name], budget.resource) for group in problem.searched)
+        <= budget.limit * (1 + 1e-12)
+        for budget in problem.budgets(options)
+        if budget.resource != KV_BYTES
+    )
+
+
+def rival_plan(
+    state: RunState, against: str, problem: Problem, options: SolveOptions
+) -> tuple[str, dict[str, str]]:
+    """Name and formats of a rival that is another solution of the run, or a file.
+
+    Raises:
+        ConfigError: Neither.
+        DataError: The file cannot be read as an allocation.
+    """
+    solutions = state.directory.list_folders(SOLUTIONS)
+    if against in solutions:
+        return f"solution {against}", solution_formats(state, solution_folder(against), problem)
+    if Path(against).is_file():
+        return f"file {Path(against).name}", foreign_plan(against, problem, options)
+    raise ConfigError(
+        f"--against {against!r} is unknown; known: uniform, modelopt, random, a solution of the "
+        f"run ({', '.join(solutions) or 'none yet'}), or a file of AutoRound or mlx-lm"
+    )
+
+
+def import_allocation(path: str, directory: RunDirectory, name: str | None = None) -> Solution:
+    """Write a tool's allocation as a solution of a run.
+
+    Args:
+        path: The file.
+        directory: A run whose scores are complete.
+        name: Of the solution; default: the file's.
+
+    Raises:
+        DataError: As :func:`foreign_plan`.
+        ConfigError: The same, or the name could be a path, or is that of a solution that was not
+            imported.
+        StoreError: Not a run.
+    """
+    name = slug(Path(path).stem) if name is None else name
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"--name {name!r} is no name of a solution; give letters, digits, '.', '_' and '-'"
+        )
+    _require_imported(directory, name)
+    state = RunState.open(directory)
+    problem, scores = load_problem(state)
+    plan = foreign_plan(path, problem, solution_options(state, ""))
+    return _write(state, problem, scores, plan, name, path)
+
+
+def _require_imported(directory: RunDirectory, name: str) -> None:
+    """Check that no solution of another kind is replaced."""
+    file = f"{solution_folder(name)}manifest.json"
+    if directory.exists(file) and "imported_from" not in directory.read_json(file):
+        raise ConfigError(
+            f"{directory.path(file)} is a solution of the run itself; give another --name"
+        )
+
+
+def _write(
+    state: RunState, problem: Problem, scores: Scores, plan: dict[str, str], name: str, path: str
+) -> Solution:
+    has_caches = any(group.is_cache for group in problem.searched)
+    cached = cache_summary(problem.caches, dict.fromkeys(problem.groups, NONE) | plan)
+    options = SolveOptions(
+        bytes=math.ceil(model_bytes(problem, plan)),
+        kv_bytes_per_token=cached[KV_BYTES] if has_caches else None,
+    )
+    candidate = make_candidate(problem, scores, name, plan)
+    allocation = as_allocation(problem, scores, options, candidate)
+    notes = {"imported_from": Path(path).name}
+    return write_solution(state, problem, dict(scores), options, allocation, name, notes)

@@ -1,0 +1,144 @@
+"""Find a model by path or name, and fingerprint its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.runs.hashing import fingerprint_files
+
+TOKENIZER_FILES: tuple[str, ...] = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""Names of files in a model's folder that may belong to its tokenizer."""
+
+CHAT_FILES = ("chat_template*", "*preprocessor_config.json", "processor_config.json")
+"""Names of files that decide which tokens and tensors a chat or an image becomes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRef:
+    """Where a model is.
+
+    Attributes:
+        name: As the user gave it, for messages and reports.
+        path: Folder or hub id, as ``from_pretrained`` takes it.
+        gguf_file: File name inside the folder where the weights are GGUF.
+        trust_remote_code: Whether code from the checkpoint may run.
+    """
+
+    name: str
+    path: str
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """Folder of the safetensors files; None for GGUF and for a hub id."""
+        folder = Path(self.path)
+        return folder if self.gguf_file is None and folder.is_dir() else None
+
+    @property
+    def load_arguments(self) -> dict[str, Any]:
+        """Arguments common to all ``from_pretrained`` calls."""
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        return arguments | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
+
+
+def find_model(name: str, *, trust_remote_code: bool = False) -> ModelRef:
+    """Resolve a folder, a GGUF file or a hub id.
+
+    Raises:
+        ModelError: A local path that does not exist or holds no model.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"model {name} is a file but not .gguf; give its folder")
+        return ModelRef(
+            name=name,
+            path=str(path.absolute().parent),
+            gguf_file=path.name,
+            trust_remote_code=trust_remote_code,
+        )
+    if path.is_dir():
+        gguf_file = None
+        if not (path / "config.json").exists():
+            found = sorted(file.name for file in path.glob("*.gguf"))
+            if len(found) != 1:
+                raise ModelError(f"model folder {name} holds no config.json and no single GGUF")
+            gguf_file = found[0]
+        return ModelRef(
+            name=name,
+            path=str(path.absolute()),
+            gguf_file=gguf_file,
+            trust_remote_code=trust_remote_code,
+        )
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise ModelError(f"model {name} does not exist; give a folder, a GGUF file or a hub id")
+    return ModelRef(name=name, path=name, trust_remote_code=trust_remote_code)
+
+
+def require_weights(ref: ModelRef) -> None:
+    """Check that a local folder holds weights that may be read.
+
+    Raises:
+        ModelError: It holds none in safetensors or GGUF.
+    """
+    folder = Path(ref.path)
+    if folder.is_dir() and not ref.gguf_file and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model folder {ref.name} holds no safetensors or GGUF weights; convert other formats "
+            "with save_pretrained(..., safe_serialization=True)"
+        )
+
+
+def require_mappable(ref: ModelRef) -> None:
+    """Check that the weights are in files that can be memory-mapped, as offloading needs.
+
+    Raises:
+        ModelError: They are in GGUF.
+    """
+    if ref.gguf_file is not None:
+        raise ModelError(
+            f"model {ref.name} is a GGUF file, but offload needs safetensors; convert it, or give "
+            "--placement resident"
+        )
+
+
+def fingerprint_model(ref: ModelRef) -> str:
+    """Hash the config, the weight files and the tokenizer's files.
+
+    A hub id is identified by its name and, where known, its revision.
+    """
+    folder = Path(ref.path)
+    if not folder.is_dir():
+        return f"{ref.path}@{getattr(_load_config(ref), '_commit_hash', None)}"
+    patterns = TOKENIZER_FILES
+    patterns += (ref.gguf_file,) if ref.gguf_file else ("config.json", "*.safetensors", "*.py")
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    return fingerprint_files(sorted(files))
+
+
+def fingerprint_chats(ref: ModelRef) -> str:
+    """Hash a model's chat template and processor, which samples of plain text do not depend on."""
+    found = {file for pattern in CHAT_FILES for file in Path(ref.path).glob(pattern)}
+    return fingerprint_files(sorted(file for file in found if file.is_file()))
+
+
+def _load_config(ref: ModelRef) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(ref.path, **ref.load_arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        needs_code = "trust_remote_code" in str(error)
+        hint = " (its own code needs --trust-remote-code)" if needs_code else ""
+        raise ModelError(f"config of model {ref.name}: {one_line(error)}{hint}") from None

@@ -1,0 +1,210 @@
+"""Which modules of a model can be quantized, and which matrices are left over."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_VISION_PATTERNS = (
+    "model.visual*",
+    "visual*",
+    "*vision_tower*",
+    "*vision_model*",
+    "*multi_modal_projector*",
+    "*embed_vision*",
+    "*image_to_text_projection*",
+    "*aligner*",
+)
+TOWER_PATTERNS = (
+    *_VISION_PATTERNS,
+    "*embed_tokens_extend*",
+    "*audio_tower*",
+    "*embed_audio*",
+)
+"""Names of modules that see images or sound."""
+
+
+_EXPERT = re.compile(r"(.*\bexperts)\.(\d+)(?:\..+)?")
+
+
+def expert_place(name: str) -> tuple[str, int] | None:
+    """The module of a layer's routed experts and the number of one of them; None for other names.
+
+    Args:
+        name: ``model.layers.0.mlp.experts.3``, or a module inside such an expert.
+    """
+    found = None if "shared_expert" in name else _EXPERT.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModule:
+    """One quantizable module.
+
+    Attributes:
+        name: Dotted name in the model.
+        kind: ``linear``, ``experts`` (fused 3-D parameters), ``expert`` (one slice of them),
+            ``convolution``, or ``attention`` (whose cache is quantized,
+            :mod:`autoquant_ray.plan.kv_caches`).
+        parameters: Weight parameter names inside the module, in forward order.
+        shapes: Their shapes, as ``(..., out, in)``.
+        is_transposed: Whether experts are stored as ``(experts, in, out)`` (GPT-OSS). ModelOpt
+            quantizes such a parameter as one tensor, not expert by expert.
+        expert: Of a single expert, its number, which ends its name.
+        cached: What a token adds to the cache of an attention, ``(heads, width)`` of its keys and
+            of its values; empty for other modules.
+    """
+
+    name: str
+    kind: str
+    parameters: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    is_transposed: bool = False
+    expert: int | None = None
+    cached: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Name of the model's module that holds the weights."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weight elements."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def is_cache(self) -> bool:
+        """Whether what is quantized is what it caches."""
+        return self.kind == "attention"
+
+    @property
+    def label(self) -> str:
+        """Its name in lists of layers: a cache goes by its attention's name and ``.kv``."""
+        return f"{self.name}.kv" if self.is_cache else self.name
+
+    @property
+    def quantizer_prefixes(self) -> tuple[str, ...]:
+        """What stands before ``_weight_quantizer`` in ModelOpt's names: '' for a linear."""
+        if self.is_cache:
+            return ()
+        is_fused = self.kind in ("experts", "expert")
+        return tuple(f"{p}_" for p in self.parameters) if is_fused else ("",)
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob names it, or the module that holds it."""
+        names = {self.label, self.path if self.expert is not None else self.label}
+        return any(fnmatch.fnmatch(name, pattern) for name in names)
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``run.json`` keeps of it."""
+        own = {
+            "prefixes": list(self.quantizer_prefixes),
+            "shapes": [list(shape) for shape in self.shapes],
+        }
+        return own if self.expert is None else own | {"expert": self.expert}
+
+
+def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
+    """The modules of a model that ModelOpt quantizes, in the model's order."""
+    import torch
+
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    for name, module in model.named_modules():
+        parameters: tuple[str, ...] = ("weight",)
+        is_transposed = False
+        if _is_linear(module):
+            kind = "linear"
+        elif isinstance(module, convolutions):
+            kind = "convolution"
+        elif (layout := _experts_layout(module)) is not None:
+            kind, (parameters, is_transposed) = "experts", layout
+        else:
+            continue
+        weights = [getattr(module, parameter) for parameter in parameters]
+        yield PlannedModule(
+            name=name,
+            kind=kind,
+            parameters=parameters,
+            shapes=tuple(tuple((w.mT if is_transposed else w).shape) for w in weights),
+            is_transposed=is_transposed,
+        )
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """A linear that gives what a linear gives; some routers only inherit its weight."""
+    import torch
+
+    if not isinstance(module, torch.nn.Linear):
+        return False
+    if has_plain_forward(module):
+        return True
+    row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    output = module(row)
+    return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
+
+
+def has_plain_forward(module: torch.nn.Module) -> bool:
+    """Whether a linear runs ``torch.nn.Linear``'s own forward."""
+    import torch
+
+    return type(module).forward is torch.nn.Linear.forward
+
+
+def _experts_layout(module: torch.nn.Module) -> tuple[tuple[str, str], bool] | None:
+    """Parameters of fused experts, and whether they are transposed; None for unknown layouts."""
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.plugins import huggingface
+
+    wrapper = huggingface._fused_experts_wrapper_class(module)
+    registered = QuantModuleRegistry.get(type(module))
+    if registered is not None and issubclass(registered, huggingface._QuantGptOssExperts):
+        return ("gate_up_proj", "down_proj"), True
+    is_other = registered is not None and not issubclass(registered, huggingface._QuantFusedExperts)
+    return None if is_other or wrapper is None else ((wrapper._first_proj_attr, "down_proj"), False)
+
+
+def group_key(name: str) -> str:
+    """What the modules of a group have in common, by the rules of ModelOpt's searcher."""
+    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
+
+    searcher = AutoQuantizeGradientSearcher()
+    searcher.model = None
+    for rule in searcher.quant_grouping_rules:
+        key = searcher._apply_quant_group_rule(name, rule)
+        if key is not None:
+            return str(key)
+    return name
+
+
+def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[str, int]:
+    """Owners of weight matrices that are neither quantizable nor embeddings -> elements."""
+    import torch
+
+    planned = {module.path for module in modules if not module.is_cache}
+    return {
+        f"{name} ({type(module).__name__})": sum(
+            p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2
+        )
+        for name, module in model.named_modules()
+        if name not in planned
+        and not isinstance(module, torch.nn.Embedding)
+        and any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    }
+
+
+def is_of_tower(name: str) -> bool:
+    """Whether a module or parameter is not run on text: part of a vision or audio tower."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in TOWER_PATTERNS)
+
+
+def sees_images(name: str) -> bool:
+    """Whether a module or parameter is part of a vision tower, or of what joins it to the text."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _VISION_PATTERNS)

@@ -1,0 +1,61 @@
+"""Load the tokenizer of a model, without the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autoquant_ray.errors import ModelError, one_line
+
+if TYPE_CHECKING:
+    from autoquant_ray.models.find import ModelRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRef:
+    """Where a tokenizer is; hashable and picklable.
+
+    Attributes:
+        model: Folder or hub id, as ``from_pretrained`` takes it.
+        gguf_file: File name inside the folder where the tokenizer is part of a GGUF file.
+        trust_remote_code: Whether code from the checkpoint may run.
+        fingerprint: Content of the files; a process keeps a loaded tokenizer while it is equal.
+    """
+
+    model: str
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, ref: ModelRef, fingerprint: str) -> TokenizerRef:
+        """The tokenizer that belongs to a model with this fingerprint."""
+        return cls(
+            model=ref.path,
+            gguf_file=ref.gguf_file,
+            trust_remote_code=ref.trust_remote_code,
+            fingerprint=fingerprint,
+        )
+
+
+def load_tokenizer(ref: TokenizerRef) -> Any:
+    """Load a ``transformers`` tokenizer.
+
+    Raises:
+        ModelError: There is none, or it cannot be read.
+    """
+    import transformers
+
+    arguments: dict[str, Any] = {"trust_remote_code": ref.trust_remote_code}
+    if ref.gguf_file is not None:
+        arguments["gguf_file"] = ref.gguf_file
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(ref.model, **arguments)
+    # The Rust code of tokenizers raises a bare Exception for a damaged file.
+    except Exception as error:  # noqa: BLE001
+        raise ModelError(
+            f"tokenizer of model {ref.model} cannot be loaded: {one_line(error)}"
+        ) from None
+    if len(tokenizer) == 0:
+        raise ModelError(f"model {ref.model} has no tokenizer files")
+    return tokenizer

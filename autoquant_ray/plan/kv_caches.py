@@ -1,0 +1,100 @@
+"""Which attentions keep keys and values that ModelOpt can quantize, and what a token takes there.
+
+ModelOpt wraps attentions of transformers whose module calls the attention interface
+(``register_hf_attentions_on_the_fly``). Left out are those whose cache holds something else than
+what its quantizers see: latent attention (DeepSeek), which caches what keys and values are made of;
+layers that read an earlier layer's cache; and states that are no keys and values (Mamba, linear
+attention), which ModelOpt does not wrap. Vision towers keep no cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from autoquant_ray.errors import ModelError
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.quantizable import PlannedModule, is_of_tower
+
+_LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
+_FUSED = ("qkv_proj", "query_key_value", "qkv", "c_attn")
+
+
+def cache_modules(model: Any, formats: Sequence[Format]) -> list[PlannedModule]:
+    """The attentions whose keys and values can be quantized, in the model's order.
+
+    Args:
+        model: The skeleton, or a loaded model.
+        formats: The menu; without formats of the KV cache there are none.
+
+    Raises:
+        ModelError: There are such formats, and the model has no such attention.
+    """
+    asked = [format_.name for format_ in formats if format_.kv is not None]
+    if not asked:
+        return []
+    found = []
+    for name, module in model.named_modules():
+        if is_of_tower(name) or not _is_wrapped(module):
+            continue
+        cached = _cached_shapes(module, model.config.get_text_config())
+        if cached is not None:
+            found.append(
+                PlannedModule(name=name, kind="attention", parameters=(), shapes=(), cached=cached)
+            )
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no attention whose cached keys and values ModelOpt can "
+            f"quantize; leave {', '.join(asked)} out of the formats"
+        )
+    return found
+
+
+def register_attention(module: Any) -> None:
+    """Let ModelOpt's registry know the class of an attention, as ``mtq.quantize`` does."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.plugins.huggingface import _QuantAttention
+
+    if QuantModuleRegistry.get(type(module)) is None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            mtq.register(type(module), _QuantAttention)
+
+
+def _is_wrapped(module: Any) -> bool:
+    """ModelOpt's own rule, for the wrapper that quantizes what the attention interface is given."""
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.plugins import huggingface
+
+    kind = type(module)
+    if not kind.__name__.endswith("Attention") or huggingface._wraps_nested_attention(module):
+        return False
+    registered = QuantModuleRegistry.get(kind)
+    if registered is not None:
+        return bool(issubclass(registered, huggingface._QuantAttention))
+    return bool(huggingface._QuantAttention.is_compatible_attention(kind))
+
+
+def _cached_shapes(module: Any, config: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """``(heads, width)`` of the keys and of the values that a token adds; None: it adds none."""
+    parts = dict(module.named_children())
+    if any(name in parts for name in _LATENT) or getattr(module, "is_kv_shared_layer", False):
+        return None
+    if "past_key_values" not in inspect.signature(type(module).forward).parameters:
+        return None
+    own = getattr(module, "config", config)
+    heads_of_queries = own.num_attention_heads
+    width = getattr(module, "head_dim", None) or getattr(own, "head_dim", None)
+    width = int(width or own.hidden_size // heads_of_queries)
+    keys, values = (getattr(parts.get(n), "out_features", None) for n in ("k_proj", "v_proj"))
+    if keys is None:
+        if not any(name in parts for name in _FUSED):
+            return None
+        heads = getattr(module, "num_key_value_heads", None) or own.num_key_value_heads
+        return (heads, width), (heads, width)
+    heads = keys // width
+    # Some models take the keys for values too, and have no projection of their own for them.
+    return (heads, width), (heads, (values or keys) // heads)

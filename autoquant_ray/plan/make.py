@@ -1,0 +1,26 @@
+"""From a search space to a plan: model config, skeleton, formats, groups. No weights, no Ray."""
+
+from __future__ import annotations
+
+from autoquant_ray.config.search_space import SearchSpace
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.models.load import build_skeleton
+from autoquant_ray.plan.plan import Plan, build_plan
+
+
+def make_plan(space: SearchSpace, ref: ModelRef, *, device: str) -> Plan:
+    """Plan a search from the model's config alone.
+
+    Args:
+        space: Formats and layers left out.
+        ref: The model.
+        device: ``cpu`` or ``cuda``, where the formats must run.
+
+    Raises:
+        AutoQuantError: Unknown format, unreadable config, nothing to search.
+    """
+    formats = resolve_formats(space.formats, device=device, custom=space.custom_formats)
+    return build_plan(
+        build_skeleton(ref), formats, space.disable, space.coverage, space.expert_groups
+    )

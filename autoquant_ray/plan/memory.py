@@ -1,0 +1,160 @@
+"""How much memory a worker needs under each placement, and which placement ``auto`` takes.
+
+Estimates from the plan alone: the weights are exact, the memory of the work is an upper bound of
+its largest parts. They size the pool and pick a placement; no number depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.formats.algorithms import MSE, SEARCHED_BYTES
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.smoothed import method_of
+from autoquant_ray.plan.group import UNQUANTIZED_BITS
+from autoquant_ray.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoquant_ray.plan.scored_modules import ScoredModule
+
+GIB = 2**30
+_PROCESS_BYTES = GIB
+_MEMORY_SHARE = 0.9
+_LOGITS_BYTES = 2**28
+_WORK_COPIES = 3
+_LAYERS_HELD = 2
+_KEPT_BYTES = 4  # per weight and quantizer: float32, or weight and error in 16 bits
+
+LARGEST_CACHE_BYTES = 2 * GIB
+"""Most bytes of quantized weights that a worker keeps where the user gives no number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Memory of one worker.
+
+    Attributes:
+        weight_bytes: All weights in the compute type.
+        offloaded_bytes: Weights held at once when layers are offloaded: everything outside the
+            decoder layers, and two layers (the visited one and the next).
+        work_bytes: One module's weight in float32, quantized, and the difference; quantized
+            weights that are kept; logits of one slice; every decoder layer's input for the tokens
+            of a step, or for as many as are kept.
+    """
+
+    weight_bytes: int
+    offloaded_bytes: int
+    work_bytes: int
+
+    def worker_bytes(self, placement: str) -> int:
+        """Memory that one worker needs on its device (all its devices for ``split``)."""
+        weights = self.offloaded_bytes if placement == "offload" else self.weight_bytes
+        return _PROCESS_BYTES + weights + self.work_bytes
+
+
+def footprint(plan: Plan, config: ScanConfig) -> Footprint:
+    """Estimate the memory of a worker.
+
+    Args:
+        plan: The plan.
+        config: Resolved dtype.
+    """
+    dtype_bytes = 4 if config.dtype == "float32" else 2
+    searched = sum(group.num_weights for group in plan.searched)
+    untied = sum(group.weight_bytes(None) for group in plan.groups if not group.is_tied)
+    num_weights = round((plan.other_bytes + untied) * 8 / UNQUANTIZED_BITS)
+    layers = plan.layer_weights
+    largest_layer = max(layers, default=0)
+    held = num_weights - sum(layers) + _LAYERS_HELD * largest_layer
+    largest = max(module.num_weights for group in plan.searched for module in group.modules)
+    if config.weight_cache_gib == "auto":
+        visited = largest_layer + max(0, searched - sum(layers))
+        cached = min(LARGEST_CACHE_BYTES, quantized_bytes(visited, plan.formats))
+    else:
+        room = round(config.weight_cache_gib * GIB)
+        cached = min(room, quantized_bytes(searched, plan.formats))
+    token_bytes = plan.hidden_size * len(layers) * dtype_bytes
+    kept = min(
+        round(config.activation_cache_gib * GIB), config.samples * config.seq_len * token_bytes
+    )
+    inputs = max(config.step_tokens * token_bytes, kept)
+    return Footprint(
+        weight_bytes=num_weights * dtype_bytes,
+        offloaded_bytes=min(held, num_weights) * dtype_bytes,
+        work_bytes=_WORK_COPIES * 4 * largest
+        + cached
+        + searched_bytes(searched, plan.formats)
+        + _LOGITS_BYTES
+        + inputs,
+    )
+
+
+def quantized_bytes(num_weights: int, formats: Sequence[Format]) -> int:
+    """Bytes of weights quantized in every way of a menu, as the weight cache holds them."""
+    num_specs = len({format_.weight_key for format_ in formats if format_.kv is None})
+    return _KEPT_BYTES * num_specs * num_weights
+
+
+def searched_bytes(num_weights: int, formats: Sequence[Format]) -> int:
+    """Bytes that the results of searched weight scales take, one per block of weights."""
+    blocks = {
+        format_.weight_key: int((format_.weight.get("block_sizes") or {}).get(-1) or num_weights)
+        for format_ in formats
+        if method_of(format_) == MSE
+    }
+    return min(SEARCHED_BYTES, sum(num_weights // block for block in blocks.values()))
+
+
+def room_for_visit(
+    model: torch.nn.Module,
+    layers: Sequence[torch.nn.Module],
+    modules: Sequence[ScoredModule],
+    formats: Sequence[Format],
+) -> int:
+    """Bytes of the quantized weights of the head and of the largest layer, 2 GiB at most.
+
+    Args:
+        model: The model.
+        layers: Its decoder layers.
+        modules: Searched modules.
+        formats: The menu.
+    """
+    inside = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
+    sizes: dict[int, int] = {}
+    for scored in modules:
+        number = inside.get(model.get_submodule(scored.planned.path), -1)
+        sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
+    visited = sizes.pop(-1, 0) + max(sizes.values(), default=0)
+    return min(LARGEST_CACHE_BYTES, quantized_bytes(visited, formats))
+
+
+def choose_placement(
+    memory: Footprint, *, device_bytes: int, num_gpus: float, can_offload: bool
+) -> tuple[str, str]:
+    """What ``auto`` means.
+
+    Args:
+        memory: The model's footprint.
+        device_bytes: Memory of one device that a worker may use; the host's on CPU.
+        num_gpus: GPUs that each worker reserves; 0 on CPU.
+        can_offload: Whether the weights are in files that can be mapped.
+
+    Returns:
+        ``resident``, ``split`` or ``offload``, and the reason with its numbers.
+    """
+    needed = memory.worker_bytes("resident")
+    room = device_bytes * _MEMORY_SHARE
+    if needed <= room or not can_offload:
+        placement = "resident"
+    elif num_gpus >= 2 and needed <= room * int(num_gpus):
+        placement = "split"
+    else:
+        placement = "offload"
+    kind = "each GPU" if num_gpus else "the host"
+    why = f"resident needs {needed / GIB:.1f} GiB, {kind} has {device_bytes / GIB:.1f} GiB"
+    return placement, why

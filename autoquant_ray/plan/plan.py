@@ -1,0 +1,254 @@
+"""The plan: groups x formats x costs, from the model's skeleton alone.
+
+A group is a set of modules that serving engines fuse and that must share one format; the rules
+are ModelOpt's own (``quant_grouping_rules`` of its searcher). Every quantizable weight is either
+in a searched group or listed as unsearched with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from autoquant_ray.config.expert_groups import LAYER, ExpertGroups, is_apart
+from autoquant_ray.errors import ConfigError, ModelError
+from autoquant_ray.formats.format import NONE, Format
+from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.models.layers import decoder_layers
+from autoquant_ray.models.quantizable import (
+    PlannedModule,
+    expert_place,
+    group_key,
+    is_of_tower,
+    other_modules,
+    quantizable_modules,
+    sees_images,
+)
+from autoquant_ray.plan.decode_step import step_facts
+from autoquant_ray.plan.experts import apart_key, split_experts
+from autoquant_ray.plan.group import UNQUANTIZED_BITS, PlannedGroup
+from autoquant_ray.plan.kv_caches import cache_modules
+from autoquant_ray.plan.work import flops_per_token
+
+if TYPE_CHECKING:
+    import torch
+
+_TOWER_UNSEARCHED = "vision or audio tower: not searched with --coverage lm, or takes no images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Groups, formats, and what lies outside the search.
+
+    Attributes:
+        groups: In the order of the model; caches last.
+        formats: The menu, without ``none``.
+        other_bytes: Bytes, at 16 bits, of all parameters outside quantizable modules:
+            embeddings, norms, biases, routers.
+        other_modules: Owners of weight matrices that ModelOpt cannot quantize -> elements.
+        flops_per_token: Estimated floating-point operations of the scan per token. layer_weights:
+        Elements of all parameters of each decoder layer. hidden_size: Width of the states between
+        them. step: What a decode step reads besides the groups, see
+        :mod:`autoquant_ray.plan.decode_step`.
+        experts_apart: Whether every routed expert is a group.
+    """
+
+    groups: tuple[PlannedGroup, ...]
+    formats: tuple[Format, ...]
+    other_bytes: int
+    other_modules: dict[str, int]
+    flops_per_token: int
+    layer_weights: tuple[int, ...]
+    hidden_size: int
+    step: dict[str, Any]
+    experts_apart: bool = False
+
+    @property
+    def searched(self) -> list[PlannedGroup]:
+        """Groups for which a format is chosen."""
+        return [group for group in self.groups if group.is_searched]
+
+    @property
+    def single_experts(self) -> list[str]:
+        """Searched groups that are one routed expert each."""
+        if not self.experts_apart:
+            return []
+        return [group.name for group in self.searched if expert_place(group.name) is not None]
+
+    def menu(self, group: PlannedGroup) -> list[Format]:
+        """Formats of the run that a group can take, in their order; none if it is not searched."""
+        return [f for f in self.formats if group.is_searched and group.takes(f)]
+
+    def choices(self, group: PlannedGroup) -> list[Format | None]:
+        """Formats of a group, ``None`` (16 bits) last."""
+        return [*self.menu(group), None]
+
+    @property
+    def score_keys(self) -> list[tuple[str, str]]:
+        """(group, format) of every score, in the order of the files."""
+        return [(group.name, f.name) for group in self.searched for f in self.menu(group)]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of ``plan.parquet``: one per (group, format)."""
+        return [
+            {
+                "group": group.name,
+                "format": NONE if format_ is None else format_.name,
+                "module_names": [module.name for module in group.modules],
+                "num_weights": group.num_weights,
+                "weight_bits": group.bits(format_),
+                "weight_bytes": group.weight_bytes(format_),
+                "modelopt_cost": group.modelopt_cost(format_),
+                "is_searched": group.is_searched,
+                KV_BYTES: group.kv_bytes(format_) or 0.0,
+            }
+            for group in self.groups
+            for format_ in self.choices(group)
+        ]
+
+    def bits_range(self) -> tuple[float, float]:
+        """Lowest and highest average stored bits over the searched groups."""
+        weights = sum(group.num_weights for group in self.searched)
+        costs = [[g.weight_bytes(f) for f in self.choices(g)] for g in self.searched]
+        low = sum(min(row) for row in costs) * 8 / weights
+        return low, sum(max(row) for row in costs) * 8 / weights
+
+    def kv_range(self) -> tuple[float, float]:
+        """Lowest and highest bytes that a token of context takes in all caches."""
+        costs = [[g.kv_bytes(f) or 0.0 for f in self.choices(g)] for g in self.groups]
+        return sum(map(min, costs)), sum(map(max, costs))
+
+    def summary(self) -> dict[str, Any]:
+        """What ``run.json`` keeps so that ``solve`` and ``report`` need no model."""
+        return {
+            "formats": [format_.to_json() for format_ in self.formats],
+            "modules": {
+                module.name: module.to_json() for group in self.groups for module in group.modules
+            },
+            "unsearched": {g.name: g.reason for g in self.groups if g.reason is not None},
+            "tied_groups": [group.name for group in self.groups if group.is_tied],
+            "other_bytes": self.other_bytes,
+            "other_modules": self.other_modules,
+            "flops_per_token": self.flops_per_token,
+            "step": self.step,
+            "experts": self.single_experts,
+            "idle_groups": [group.name for group in self.groups if is_of_tower(group.name)],
+        }
+
+
+def build_plan(
+    model: Any,
+    formats: Sequence[Format],
+    disable: Sequence[str] = (),
+    coverage: str = "lm",
+    expert_groups: ExpertGroups = LAYER,
+) -> Plan:
+    """Group the quantizable modules of a model and cost every choice.
+
+    Args:
+        model: Skeleton on the meta device, or a loaded model.
+        formats: The menu.
+        disable: Globs of module names to leave in 16 bits.
+        coverage: ``lm`` leaves the vision tower in 16 bits, ``full`` searches it too.
+        expert_groups: Unless ``layer``, every expert is a group.
+
+    Raises:
+        ConfigError: Nothing is left to search, a glob matches no module, there is no vision
+            tower for ``full``, or the experts cannot be told apart.
+        ModelError: The model has no quantizable module, or no cache for formats of caches.
+    """
+    modules = list(quantizable_modules(model))
+    if not modules:
+        raise ModelError(f"{type(model).__name__} has no layer that ModelOpt can quantize")
+    if is_apart(expert_groups):
+        modules = split_experts(model, modules, formats)
+    caches = cache_modules(model, formats)
+    for pattern in disable:
+        if not any(module.matches(pattern) for module in (*modules, *caches)):
+            raise ConfigError(
+                f"--disable {pattern!r} matches no layer; names look like {modules[0].name!r}"
+            )
+    if coverage == "full" and not any(sees_images(module.name) for module in modules):
+        raise ConfigError(
+            f"{type(model).__name__} has no vision tower that --coverage full would search; leave "
+            "it out"
+        )
+    has_images, apart = coverage == "full", is_apart(expert_groups)
+    members = [*modules, *caches]
+    found = _group(model, members, disable, has_images=has_images, experts_apart=apart)
+    groups = tuple(_unless_nothing_fits(group, formats) for group in found)
+    plan = Plan(
+        groups=groups,
+        formats=tuple(formats),
+        other_bytes=_other_bytes(model, groups),
+        other_modules=other_modules(model, modules),
+        flops_per_token=flops_per_token(model, groups, formats),
+        layer_weights=tuple(
+            sum(parameter.numel() for parameter in layer.parameters())
+            for layer in decoder_layers(model).values()
+        ),
+        hidden_size=model.get_input_embeddings().weight.shape[1],
+        step=step_facts(model, modules, is_of_tower),
+        experts_apart=apart,
+    )
+    if not any(group.num_weights for group in plan.searched):
+        raise ConfigError("every layer is disabled; nothing is left to search")
+    return plan
+
+
+def _group(
+    model: torch.nn.Module,
+    modules: list[PlannedModule],
+    disable: Sequence[str],
+    *,
+    has_images: bool,
+    experts_apart: bool,
+) -> tuple[PlannedGroup, ...]:
+    members: dict[str, list[PlannedModule]] = {}
+    for module in modules:
+        key = (apart_key(module) if experts_apart else None) or group_key(module.label)
+        members.setdefault(key, []).append(module)
+    embedding = model.get_input_embeddings()
+    tied = {
+        name
+        for name, module in model.named_modules()
+        if embedding is not None and getattr(module, "weight", None) is embedding.weight
+    }
+    return tuple(
+        PlannedGroup(
+            name=group[0].label,
+            modules=tuple(group),
+            reason=_reason_unsearched(group, disable, has_images=has_images),
+            is_tied=any(module.name in tied for module in group),
+        )
+        for group in members.values()
+    )
+
+
+def _unless_nothing_fits(group: PlannedGroup, formats: Sequence[Format]) -> PlannedGroup:
+    """The group; unsearched where it takes no format of the menu."""
+    if not group.is_searched or any(map(group.takes, formats)):
+        return group
+    return replace(group, reason="takes no format of the menu")
+
+
+def _reason_unsearched(
+    group: list[PlannedModule], disable: Sequence[str], *, has_images: bool
+) -> str | None:
+    for module in group:
+        for pattern in disable:
+            if module.matches(pattern):
+                return f"disabled by {pattern!r}"
+        if is_of_tower(module.name) and not (has_images and sees_images(module.name)):
+            return _TOWER_UNSEARCHED
+        if module.kind == "convolution":
+            return "convolution: not searched"
+    return None
+
+
+def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:
+    """Bytes at 16 bits outside the groups; a tied embedding counts here, once."""
+    total: int = sum(parameter.numel() for parameter in model.parameters())
+    quantizable = sum(group.num_weights for group in groups if not group.is_tied)
+    return (total - quantizable) * UNQUANTIZED_BITS // 8

@@ -1,0 +1,201 @@
+"""A calibration mode of ModelOpt's for plans whose layers are calibrated by different algorithms.
+
+An ``algorithm`` of ModelOpt's applies to every enabled quantizer: ``awq_lite`` or ``mse`` would
+also touch layers whose format is plain ``max``. :data:`~autoquant_ray.formats.algorithms.SETS` is
+registered with ModelOpt when this module is imported. It takes sets of quantizers and runs
+ModelOpt's own calibration of one set after another, while the quantizers of all others are
+disabled; at the end all are enabled.
+
+Each set sees the inputs of the unquantized model. Algorithms that scale weights (``smoothquant``,
+``awq_lite``) run last, and until the last of them has run, their layers get the original weights
+back, because ``W s (x / s)`` is ``W x`` only up to rounding.
+
+On CPU, where ModelOpt's quantizer of static NVFP4 weights cannot run, it is replaced by
+:class:`~autoquant_ray.quantize.block_formats.StaticBlocksOnCpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
+from modelopt.torch.quantization.conversion import _normalize_fused_experts_quantizer_name
+from modelopt.torch.quantization.mode import (
+    BaseCalibrateModeDescriptor,
+    CalibrateModeRegistry,
+    get_modelike_from_algo_cfg,
+)
+from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.utils import SharedWeightGlobalAmaxState, iter_shared_quant_states
+from modelopt.torch.quantization.utils.core_utils import (
+    enable_weight_access_and_writeback,
+    is_quantized_linear,
+)
+from pydantic import Field
+
+from autoquant_ray.formats.algorithms import MAX, SETS
+from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
+
+Algorithm = str | dict[str, Any]
+ForwardLoop = Callable[[Any], Any]
+Quantizers = dict[str, TensorQuantizer]
+
+
+class SetsCalibConfig(QuantizeAlgorithmConfig):
+    """Arguments of the mode."""
+
+    method: Literal["autoquant_ray_sets"] = SETS
+    sets: list[dict[str, Any]] = Field(
+        default_factory=list,
+        description="Each has an algorithm of ModelOpt's and the names of its quantizers.",
+    )
+    others: Algorithm = Field(default=MAX, description="Algorithm of quantizers in no set.")
+
+
+@torch.no_grad()
+def calibrate_sets(
+    model: Any,
+    forward_loop: ForwardLoop | None = None,
+    sets: Sequence[Mapping[str, Any]] = (),
+    others: Algorithm = MAX,
+) -> None:
+    """Calibrate sets of quantizers, each by its own algorithm.
+
+    Args:
+        model: Its quantizers are there and configured.
+        forward_loop: Runs the model on calibration data.
+        sets: ``algorithm`` and ``quantizers``: names as in a ``quant_cfg`` without wildcards.
+        others: Algorithm of the rest.
+
+    Raises:
+        ValueError: A set names no quantizer that is enabled.
+    """
+    quantizers: Quantizers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer) and module.is_enabled
+    }
+    for quantizer in quantizers.values():
+        if quantizer.is_nvfp4_static and next(model.parameters()).device.type == "cpu":
+            StaticBlocksOnCpu.from_tensor_quantizer(quantizer)
+    parts = _parts(quantizers, sets, others)
+    last = parts[-1][1] if parts else {}
+    left: list[tuple[TensorQuantizer, bool]] = []
+    aside: list[_SetAside] = []
+    for algorithm, members in parts:
+        kept = _SetAside(model, members) if _scales(algorithm) and members is not last else None
+        with _only(quantizers, members):
+            _calibrate(model, forward_loop, algorithm)
+            left += [(quantizer, quantizer.is_enabled) for quantizer in members.values()]
+        if kept is not None:
+            kept.swap()
+            aside.append(kept)
+    for kept in aside:
+        kept.swap()
+    for quantizer, is_enabled in left:
+        if is_enabled:
+            quantizer.enable()
+        else:
+            quantizer.disable()
+    for state in iter_shared_quant_states(model, SharedWeightGlobalAmaxState):
+        state.restore_from_members()  # later sets computed it anew, from maxima after a search
+
+
+def _parts(
+    quantizers: Quantizers, sets: Sequence[Mapping[str, Any]], others: Algorithm
+) -> list[tuple[Algorithm, Quantizers]]:
+    """Algorithms with their quantizers; those that scale weights come last."""
+    known = {name: _normalize_fused_experts_quantizer_name(name) for name in quantizers}
+    rest = dict(quantizers)
+    parts: list[tuple[Algorithm, Quantizers]] = []
+    for one in sets:
+        wanted = set(one["quantizers"])
+        members = {
+            name: rest.pop(name)
+            for name, normal in known.items()
+            if name in rest and not wanted.isdisjoint((name, normal))
+        }
+        if not members:
+            raise ValueError(
+                f"the set of {one['algorithm']} names no enabled quantizer of the model "
+                f"(its first: {next(iter(one['quantizers']), None)})"
+            )
+        parts.append((one["algorithm"], members))
+    if rest:
+        parts.append((others, rest))
+    return sorted(parts, key=lambda part: _scales(part[0]))
+
+
+def _scales(algorithm: Algorithm) -> bool:
+    """Whether an algorithm changes weights."""
+    ((name, _),) = get_modelike_from_algo_cfg(algorithm)
+    return bool(CalibrateModeRegistry[name].config_class._mutates_weights)
+
+
+def _calibrate(model: Any, forward_loop: ForwardLoop | None, algorithm: Algorithm) -> None:
+    """What ``mtq.calibrate`` does."""
+    ((name, arguments),) = get_modelike_from_algo_cfg(algorithm)
+    mode = CalibrateModeRegistry[name]
+    mode.convert(model, mode.config_class(**arguments), forward_loop=forward_loop)
+
+
+@contextmanager
+def _only(quantizers: Quantizers, members: Quantizers) -> Iterator[None]:
+    """While open, only the members are enabled; afterwards none is."""
+    for name, quantizer in quantizers.items():
+        if name in members:
+            quantizer.enable()
+        else:
+            quantizer.disable()
+    yield
+    for quantizer in members.values():
+        quantizer.disable()
+
+
+class _SetAside:
+    """Scaled weights of some layers, with which the original ones can change places.
+
+    Args:
+        model: The model, before its layers are scaled.
+        members: Quantizers of these layers.
+    """
+
+    def __init__(self, model: Any, members: Quantizers) -> None:
+        self._model = model
+        owners = (model.get_submodule(name.rpartition(".")[0]) for name in members)
+        self._layers = list(dict.fromkeys(layer for layer in owners if is_quantized_linear(layer)))
+        self._weights = []
+        for layer in self._layers:
+            with enable_weight_access_and_writeback(layer, model):
+                self._weights.append(layer.weight.detach().clone())
+        self._is_scaled = True
+
+    def swap(self) -> None:
+        """Put the other weights in place, with or without the scaling of inputs."""
+        self._is_scaled = not self._is_scaled
+        for number, layer in enumerate(self._layers):
+            with enable_weight_access_and_writeback(layer, self._model):
+                now = layer.weight.detach().clone()
+                layer.weight.data.copy_(self._weights[number])
+            self._weights[number] = now
+            if hasattr(layer.input_quantizer, "_pre_quant_scale"):
+                layer.input_quantizer._enable_pre_quant_scale = self._is_scaled
+
+
+class SetsCalibrateModeDescriptor(BaseCalibrateModeDescriptor):
+    """The mode, as ModelOpt finds it."""
+
+    _calib_func = calibrate_sets
+    _supports_layerwise = False
+
+    @property
+    def config_class(self) -> type[QuantizeAlgorithmConfig]:
+        """Class of the arguments."""
+        return SetsCalibConfig
+
+
+if f"{SETS}_calibrate" not in CalibrateModeRegistry:
+    CalibrateModeRegistry.register_mode(SetsCalibrateModeDescriptor)

@@ -1,0 +1,191 @@
+"""Fused mixture-of-experts modules: calibrate and re-run them with a format switched on.
+
+Current transformers keep the experts of a layer as 3-D parameters of one module. ModelOpt wraps
+that module and quantizes each expert's slice and the two shared inputs; GPT-OSS stores its experts
+transposed, and there all of a projection is quantized as one tensor. Here a *shadow* of the module
+carries ModelOpt's wrapper, so the model itself stays as it was loaded.
+
+Shape letters: T tokens, H hidden, E experts, O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import QuantModuleRegistry
+from modelopt.torch.quantization.plugins.huggingface import (
+    force_eager_experts_impl_on_the_fly,
+    register_fused_experts_on_the_fly,
+)
+
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.quantize.quantizers import (
+    disabled_quantizer,
+    make_input_quantizer,
+    quantized_weight,
+)
+from autoquant_ray.quantize.weight_search import WeightScales
+
+
+def prepare_experts(model: torch.nn.Module) -> None:
+    """Make fused experts run expert by expert, the only way that ModelOpt can quantize."""
+    force_eager_experts_impl_on_the_fly(model)
+    register_fused_experts_on_the_fly(model)
+
+
+class FusedExperts:
+    """A shadow of one fused experts module.
+
+    Args:
+        module: The module in the model; :func:`prepare_experts` must have run.
+        planned: Its entry in the plan.
+    """
+
+    def __init__(self, module: torch.nn.Module, planned: PlannedModule) -> None:
+        self.parameters = planned.parameters
+        self._is_transposed = planned.is_transposed
+        self._name = planned.name
+        self._module = module
+        self._shadow: Any = shadow_of(module)
+        self._resting = dict(self._shadow._parameters)
+        self._passing = disabled_quantizer()
+        self._leave_inputs()
+        if self._is_transposed:  # its weights come quantized: spares two copies in every run
+            self._shadow.__dict__["quantize_weight"] = nullcontext
+            return
+        for name in self.parameters:
+            for quantizer in getattr(self._shadow, f"{name}_weight_quantizers"):
+                quantizer.disable()
+
+    @torch.no_grad()
+    def quantized_weight(self, name: str, format_: Format, scales: WeightScales) -> torch.Tensor:
+        """Fake-quantize a parameter, every expert's slice ``(O, I)`` by itself or all as one.
+
+        Args:
+            name: The parameter's.
+            format_: Its weight quantizer is used.
+            scales: Those of the model.
+
+        Returns:
+            ``(E, O, I)``, transposed where the module stores it so.
+        """
+        slices = getattr(self._module, name)
+        if self._is_transposed:
+            whole = slices.mT.contiguous()
+            return quantized_weight(format_, whole, scales, self._name, name).mT
+        return torch.stack(
+            [self.quantized_slice(name, e, format_, scales) for e in range(len(slices))]
+        )
+
+    def quantized_slice(
+        self, name: str, expert: int, format_: Format, scales: WeightScales
+    ) -> torch.Tensor:
+        """One expert's slice of a parameter, ``(O, I)``, by itself."""
+        weight_OI = getattr(self._module, name)[expert]
+        return quantized_weight(format_, weight_OI, scales, self._name, name, str(expert))
+
+    @torch.no_grad()
+    def run(
+        self,
+        format_: Format,
+        weights: dict[str, torch.Tensor],
+        maxima: dict[str, float],
+        inputs: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        """Output ``(T, H)`` under a format.
+
+        Args:
+            format_: Its input quantizer is applied before both projections.
+            weights: Parameter name -> :meth:`quantized_weight` under the format.
+            maxima: Statistic name -> calibrated maximum of this module.
+            inputs: Arguments of the module's ``forward``, each with T rows.
+        """
+        for name in self.parameters:
+            quantizer = make_input_quantizer(
+                format_.input, maxima.get(f"{name}_input_amax"), inputs[0]
+            )
+            setattr(self._shadow, f"{name}_input_quantizer", quantizer or self._passing)
+        return self._run_shadow(inputs, _as_parameters(weights))
+
+    @torch.no_grad()
+    def run_weights(
+        self, weights: dict[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Output ``(T, H)`` of other weights, inputs as they are.
+
+        Args:
+            weights: Parameter name -> ``(E', O, I)``; the routes are numbers below E'.
+            inputs: Arguments of the module's ``forward``, each with T rows.
+        """
+        self._leave_inputs()
+        return self._run_shadow(inputs, _as_parameters(weights))
+
+    def weights_of(self, name: str) -> torch.Tensor:
+        """A parameter as the module has it now, ``(E, O, I)``."""
+        weights: torch.Tensor = getattr(self._module, name)
+        return weights
+
+    @torch.no_grad()
+    def run_and_collect(
+        self, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Unquantized output ``(T, H)`` and the maxima of both projections' inputs."""
+        recorders = {}
+        for name in self.parameters:
+            recorders[f"{name}_input_amax"] = _MaximumRecorder()
+            setattr(self._shadow, f"{name}_input_quantizer", recorders[f"{name}_input_amax"])
+        output = self._run_shadow(inputs, {})
+        seen = {key: recorder.maximum for key, recorder in recorders.items()}
+        return output, {key: maximum for key, maximum in seen.items() if maximum is not None}
+
+    def _leave_inputs(self) -> None:
+        for name in self.parameters:
+            setattr(self._shadow, f"{name}_input_quantizer", self._passing)
+
+    def _run_shadow(
+        self, inputs: tuple[torch.Tensor, ...], replaced: dict[str, torch.nn.Parameter]
+    ) -> torch.Tensor:
+        """Run with the parameters that the module has now (offloaded: only during a visit)."""
+        self._shadow._parameters.update(self._module._parameters | replaced)
+        try:
+            output: torch.Tensor = self._shadow(*inputs)
+        finally:
+            self._shadow._parameters.update(self._resting)  # keeps neither layer nor copy
+        return output
+
+
+def _as_parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    return {
+        name: torch.nn.Parameter(weight, requires_grad=False) for name, weight in weights.items()
+    }
+
+
+class _MaximumRecorder(torch.nn.Module):
+    """Stands in for an input quantizer and notes the largest absolute input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maximum: torch.Tensor | None = None
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if states.numel():
+            seen = states.abs().amax()
+            self.maximum = seen if self.maximum is None else torch.maximum(self.maximum, seen)
+        return states
+
+
+def shadow_of(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that carries ModelOpt's wrapper and shares parameters and parts with the module."""
+    shadow = copy.copy(module)
+    shadow.__dict__.update(
+        {key: value.copy() for key, value in module.__dict__.items() if isinstance(value, dict)}
+    )
+    # accelerate's hooks replace the forward of a split model's modules; theirs runs the original.
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        shadow.__dict__.pop(name, None)
+    converted: torch.nn.Module = QuantModuleRegistry.convert(shadow)
+    return converted.eval()

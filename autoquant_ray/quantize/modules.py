@@ -1,0 +1,141 @@
+"""Runs a model's modules under chosen formats: what ``mtq.quantize`` would make of them.
+
+Weights and inputs pass through ModelOpt's own quantizers, in the model's own dtype. Nothing in the
+model is changed: while a context is open, the modules of one layer run another ``forward``.
+
+Shape letters: T tokens, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.layers import replaced_forward
+from autoquant_ray.models.quantizable import PlannedModule, is_of_tower
+from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.attention import CachedAttention
+from autoquant_ray.quantize.quantizers import make_input_quantizer, quantized_weight
+from autoquant_ray.quantize.single_experts import OneExpert, by_module, run_apart, runnable_experts
+from autoquant_ray.quantize.smoothing import (
+    input_maximum,
+    input_scales,
+    smoothed_input,
+    smoothed_weight,
+)
+from autoquant_ray.quantize.statistics import Maxima
+from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.quantize.weight_search import WeightScales
+
+Choice = tuple[int, ...]
+"""Index of the format per searched group; -1 where the group stays in 16 bits."""
+
+UNQUANTIZED = -1
+
+FRONT = -1
+"""Stands for the layer before all: what runs before the decoder layers, a vision tower."""
+
+
+class QuantizedLayers:
+    """Lets the modules of a layer run under the formats of a choice.
+
+    Args:
+        model: The model; ``prepare_experts`` must have run.
+        layers: Its decoder layers in order.
+        modules: All modules that may be quantized.
+        formats: The menu that choices point into.
+        maxima: Calibrated input maxima.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[torch.nn.Module],
+        modules: Sequence[ScoredModule],
+        formats: Sequence[Format],
+        maxima: Maxima,
+    ) -> None:
+        self._formats = formats
+        self._maxima = maxima
+        self._scales = WeightScales(model)
+        number_of = {m: number for number, layer in enumerate(layers) for m in layer.modules()}
+        self._by_layer: dict[int, list[tuple[ScoredModule, Any]]] = {}
+        self._experts = runnable_experts(by_module(model, modules))
+        self._attentions: dict[str, CachedAttention] = {}
+        for scored in modules:
+            module = model.get_submodule(scored.planned.path)
+            outside = FRONT if is_of_tower(scored.planned.name) else len(layers)
+            number = number_of.get(module, outside)
+            self._by_layer.setdefault(number, []).append((scored, module))
+            if scored.planned.is_cache:
+                self._attentions[scored.planned.name] = CachedAttention(module, scored.planned)
+
+    def signature(self, number: int, choice: Choice) -> Choice:
+        """The part of a choice that matters in a layer; the head counts as the layer after all."""
+        return tuple(choice[scored.group] for scored, _ in self._by_layer.get(number, []))
+
+    @contextmanager
+    def quantized(self, number: int, choice: Choice, weights: WeightCache) -> Iterator[None]:
+        """While open, the modules of a layer run under the formats of a choice.
+
+        Args:
+            number: The layer; the number of layers stands for the head, ``FRONT`` for what runs
+                before them.
+            choice: Formats of all groups.
+            weights: Keeps quantized weights between calls.
+        """
+        apart: dict[Any, list[tuple[OneExpert, PlannedModule, Format]]] = {}
+        with ExitStack() as stack:
+            for scored, module in self._by_layer.get(number, []):
+                index = choice[scored.group]
+                if index == UNQUANTIZED:
+                    continue
+                planned, format_ = scored.planned, self._formats[index]
+                if isinstance(one := self._experts.get(planned.name), OneExpert):
+                    apart.setdefault(module, []).append((one, planned, format_))
+                    continue
+                forward = self._forward(planned, module, format_, weights)
+                stack.enter_context(replaced_forward(module, forward))
+            for module, chosen in apart.items():
+                stack.enter_context(
+                    replaced_forward(module, run_apart(chosen, weights, self._scales))
+                )
+            yield
+
+    def _forward(
+        self, planned: PlannedModule, module: Any, format_: Format, weights: WeightCache
+    ) -> Callable[..., Any]:
+        maxima = self._maxima.get(planned.name, {})
+        if planned.is_cache:
+            attention = self._attentions[planned.name]
+            return lambda *inputs, **named: attention.run(format_, maxima, inputs, named)
+        if (experts := self._experts.get(planned.name)) is not None:
+            kept = {
+                name: weights.get(
+                    (planned.name, format_.weight_key, name),
+                    partial(experts.quantized_weight, name, format_, self._scales),
+                )
+                for name in experts.parameters
+            }
+            return lambda *inputs: experts.run(format_, kept, maxima, inputs)
+        scale_I = input_scales(format_, module.weight, maxima)
+        weight_OI = weights.get(
+            (planned.name, format_.weight_key),
+            lambda: quantized_weight(
+                format_, smoothed_weight(module.weight, scale_I), self._scales, planned.name
+            ),
+        )
+        maximum = input_maximum(maxima, scale_I, module.weight.dtype)
+        quantizer = make_input_quantizer(format_.input, maximum, module.weight[:0])
+
+        def forward(states: torch.Tensor) -> torch.Tensor:
+            smoothed = smoothed_input(states, scale_I)
+            quantized = smoothed if quantizer is None else quantizer(smoothed)
+            return torch.nn.functional.linear(quantized, weight_OI, module.bias)
+
+        return forward

@@ -1,0 +1,141 @@
+"""Fake quantization of weights and inputs through ModelOpt's own quantizer modules.
+
+Nothing here rounds a number by itself: a :class:`Format`'s attributes configure ModelOpt's
+``TensorQuantizer``, calibrated by maximum as ``mtq.calibrate(algorithm="max")`` does it; a weight's
+may then be searched (:mod:`autoquant_ray.quantize.weight_search`). Where that needs a CUDA kernel
+and the values are on CPU, :mod:`autoquant_ray.quantize.block_formats` steps in through ModelOpt's
+hook for such a case.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import TensorQuantizer
+
+from autoquant_ray.formats.algorithms import MSE
+from autoquant_ray.formats.format import Attributes, Format
+from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
+from autoquant_ray.quantize.block_formats import BACKEND
+from autoquant_ray.quantize.weight_search import (
+    Recall,
+    WeightScales,
+    finish_static_blocks,
+    search_scales,
+)
+
+
+def make_quantizer(attributes: Attributes, device: torch.device) -> TensorQuantizer:
+    """Build an enabled, uncalibrated quantizer for values on a device."""
+    quantizer = TensorQuantizer()
+    quantizer.set_from_attribute_config(QuantizerAttributeConfig(**attributes, enable=True))
+    by_kernel = is_scaled_by_block(attributes) and not is_static_nvfp4(attributes)
+    if device.type == "cpu" and by_kernel:
+        quantizer.backend = BACKEND
+    return quantizer
+
+
+def disabled_quantizer() -> TensorQuantizer:
+    """Build a quantizer that passes its input through."""
+    quantizer = TensorQuantizer()
+    quantizer.disable()
+    return quantizer
+
+
+@torch.no_grad()
+def fake_quantize_weight(
+    attributes: Attributes,
+    weight_OI: torch.Tensor,
+    algorithm: Attributes | None = None,
+    recall: Recall | None = None,
+    largest: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Quantize and dequantize one weight tensor.
+
+    Args:
+        attributes: Weight quantizer attributes.
+        weight_OI: ``(out, in)``, or ``(experts, out, in)`` for experts that share a quantizer; any
+            float dtype and device.
+        algorithm: The format's; None calibrates by the weight's own maximum.
+        recall: Remembers the scales of a search; None searches anew.
+        largest: For static NVFP4, the largest absolute weight of all layers that share its second
+            scale; None: its own.
+
+    Returns:
+        Tensor like ``weight_OI``.
+    """
+    quantizer = make_weight_quantizer(attributes, weight_OI, algorithm, recall, largest)
+    quantized: torch.Tensor = quantizer(weight_OI)
+    return quantized
+
+
+def quantized_weight(
+    format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str
+) -> torch.Tensor:
+    """A weight of a model as a format makes it; the result of a search is kept.
+
+    Args:
+        format_: The format.
+        weight_OI: As above.
+        scales: Those of the model.
+        name: The module's name; parameter and expert in a module of many.
+    """
+    recall = partial(scales.found.get, (name, format_.weight_key, weight_OI.dtype))
+    largest = scales.largest(name[0]) if is_static_nvfp4(format_.weight) else None
+    return fake_quantize_weight(format_.weight, weight_OI, format_.algorithm, recall, largest)
+
+
+@torch.no_grad()
+def make_weight_quantizer(
+    attributes: Attributes,
+    weight_OI: torch.Tensor,
+    algorithm: Attributes | None = None,
+    recall: Recall | None = None,
+    largest: torch.Tensor | None = None,
+) -> TensorQuantizer:
+    """Build the calibrated quantizer of one weight matrix; arguments as above."""
+    quantizer = make_quantizer(attributes, weight_OI.device)
+    if needs_static_maximum(quantizer):
+        quantizer.disable_quant()
+        quantizer.enable_calib()
+        quantizer(weight_OI)
+        quantizer.load_calib_amax()
+        quantizer.enable_quant()
+        quantizer.disable_calib()
+        finish_static_blocks(quantizer, weight_OI, largest)
+    if algorithm is not None and algorithm["method"] == MSE:
+        search_scales(quantizer, weight_OI, algorithm, recall)
+    return quantizer
+
+
+def make_input_quantizer(
+    attributes: Attributes | None, maximum: float | None, like: torch.Tensor
+) -> TensorQuantizer | None:
+    """Build an input quantizer with its calibrated maximum.
+
+    Args:
+        attributes: Input quantizer attributes; None gives None (inputs stay as they are).
+        maximum: Largest absolute input seen in calibration; None only where the quantizer
+            scales by each token.
+        like: Tensor whose dtype and device the quantizer's buffer takes.
+
+    Raises:
+        KeyError: The quantizer is static and no maximum is given.
+    """
+    if attributes is None:
+        return None
+    quantizer = make_quantizer(attributes, like.device)
+    if needs_static_maximum(quantizer):
+        if maximum is None:
+            raise KeyError("no calibrated maximum for a static input quantizer")
+        quantizer.amax = torch.tensor(maximum, dtype=like.dtype, device=like.device)
+    return quantizer
+
+
+def needs_static_maximum(quantizer: Any) -> bool:
+    """Whether ModelOpt calibrates this quantizer's maximum ahead of use."""
+    is_constant = quantizer._use_constant_amax or quantizer._constant_amax is not None
+    return not (is_constant or quantizer._dynamic or quantizer.is_mx_format)

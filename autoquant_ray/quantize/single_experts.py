@@ -1,0 +1,185 @@
+"""Experts told apart: one slice of a fused experts module, run on the tokens routed to it.
+
+The module itself computes an expert: its shadow (:mod:`autoquant_ray.quantize.experts`) gets the
+expert's slice alone as its weights, and each of the expert's tokens with that one route. So all
+experts together cost what the module costs, and no family's forward is written again here.
+
+Shape letters: T tokens, R tokens of one expert, K routes of a token, H hidden, O out features, I in
+features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from autoquant_ray.errors import WorkerError
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.quantize.experts import FusedExperts
+from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.quantize.weight_search import WeightScales
+
+
+class OneExpert:
+    """One expert of a fused experts module.
+
+    Args:
+        experts: The whole module.
+        number: Which expert.
+    """
+
+    def __init__(self, experts: FusedExperts, number: int) -> None:
+        self.parameters = experts.parameters
+        self.experts = experts
+        self.number = number
+
+    @torch.no_grad()
+    def quantized_weight(self, name: str, format_: Format, scales: WeightScales) -> torch.Tensor:
+        """Fake-quantize the expert's slice of a parameter; returns ``(1, O, I)``.
+
+        Args:
+            name: The parameter's.
+            format_: Its weight quantizer is used.
+            scales: Those of the model.
+        """
+        return self.experts.quantized_slice(name, self.number, format_, scales)[None]
+
+    def run(
+        self,
+        format_: Format,
+        weights: dict[str, torch.Tensor],
+        maxima: dict[str, float],
+        inputs: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        """Output ``(R, H)``, routing weights applied, under a format that leaves inputs alone.
+
+        Args:
+            format_: The format.
+            weights: Parameter name -> :meth:`quantized_weight` under it.
+            maxima: Not needed: experts share the quantizer of their inputs, so that none of them
+                has one of its own.
+            inputs: From :func:`routed_apart`.
+        """
+        assert format_.input is None, f"{format_.name} quantizes the inputs of a single expert"
+        return self.experts.run_weights(weights, inputs)
+
+    def run_and_collect(
+        self, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Unquantized output ``(R, H)``, routing weights applied; no maxima."""
+        weights = {name: self._slice(name) for name in self.parameters}
+        return self.experts.run_weights(weights, inputs), {}
+
+    def _slice(self, name: str) -> torch.Tensor:
+        return self.experts.weights_of(name)[self.number : self.number + 1]
+
+
+Runnable = FusedExperts | OneExpert
+"""All experts of a module, or one of them."""
+
+
+class _Scored(Protocol):
+    @property
+    def planned(self) -> PlannedModule: ...
+
+
+Scored = TypeVar("Scored", bound=_Scored)
+
+
+def by_module(model: Any, modules: Iterable[Scored]) -> list[tuple[list[Scored], Any]]:
+    """Entries with the module that holds them: one each, or all experts of a fused module."""
+    members: dict[str, list[Scored]] = {}
+    for one in modules:
+        members.setdefault(one.planned.path, []).append(one)
+    return [(own, model.get_submodule(path)) for path, own in members.items()]
+
+
+def runnable_experts(modules: Iterable[tuple[Sequence[_Scored], Any]]) -> dict[str, Runnable]:
+    """Name -> what runs it, of all fused experts modules and single experts."""
+    found: dict[str, Runnable] = {}
+    for own, module in modules:
+        planned = own[0].planned
+        if planned.kind == "experts":
+            found[planned.name] = FusedExperts(module, planned)
+        elif planned.expert is not None:
+            experts = FusedExperts(module, planned)
+            for one in own:
+                assert one.planned.expert is not None
+                found[one.planned.name] = OneExpert(experts, one.planned.expert)
+    return found
+
+
+@torch.no_grad()
+def run_apart(
+    chosen: Sequence[tuple[OneExpert, PlannedModule, Format]],
+    weights: WeightCache,
+    scales: WeightScales,
+) -> Callable[..., torch.Tensor]:
+    """A forward of a fused experts module with some experts quantized, each its own way.
+
+    Args:
+        chosen: Those experts of one module, their entries in the plan, their formats.
+        weights: Keeps quantized weights between calls.
+        scales: Those of the model.
+    """
+    experts = chosen[0][0].experts
+    mixed = {name: experts.weights_of(name).detach().clone() for name in experts.parameters}
+    for one, planned, format_ in chosen:
+        for name, weights_EOI in mixed.items():
+            weights_EOI[one.number] = weights.get(
+                (planned.name, format_.weight_key, name),
+                partial(one.quantized_weight, name, format_, scales),
+            )[0]
+    return lambda *inputs: experts.run_weights(mixed, inputs)
+
+
+def routed_apart(
+    inputs: Sequence[torch.Tensor], live_T: torch.Tensor, experts: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Each expert's tokens, as rows and as inputs of the module with this one route.
+
+    Args:
+        inputs: Inputs of a fused experts module, each with T rows: states, and in any order routes
+            ``(T, K)`` and their weights ``(T, K)``.
+        live_T: Which tokens count.
+        experts: Numbers of the experts.
+
+    Yields:
+        Per expert: its R rows ascending, and the inputs of those rows: states ``(R, H)``, routes
+        ``(R, 1)`` of zeros, weights ``(R, 1)``.
+
+    Raises:
+        WorkerError: The module takes something else.
+    """
+    number = next((n for n, one in enumerate(inputs) if not one.is_floating_point()), 0)
+    routes_TK = inputs[number]
+    others = [one for n, one in enumerate(inputs) if n not in (0, number)]
+    if number == 0 or any(one.shape != routes_TK.shape for one in others):
+        raise WorkerError(
+            "the experts of this model take other inputs than states, routes and their weights, so "
+            "that they cannot be told apart; leave out --expert-groups"
+        )
+    live_L = live_T.nonzero()[:, 0].to(routes_TK.device)
+    chosen_N = routes_TK[live_L].flatten().long()
+    order_N = chosen_N.argsort(stable=True)
+    bounds = torch.tensor([(e, e + 1) for e in experts], device=chosen_N.device)
+    ends = torch.searchsorted(chosen_N[order_N], bounds).tolist()
+    for start, end in ends:
+        places_R = order_N[start:end]
+        rows_R = live_L[places_R // routes_TK.shape[1]]
+        columns_R = places_R % routes_TK.shape[1]
+        yield (
+            rows_R,
+            [
+                routes_TK.new_zeros(len(rows_R), 1)
+                if n == number
+                else one[rows_R]
+                if n == 0
+                else one[rows_R, columns_R][:, None]
+                for n, one in enumerate(inputs)
+            ],
+        )

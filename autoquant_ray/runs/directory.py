@@ -1,0 +1,268 @@
+"""The run directory: file names, atomic writes, reading back.
+
+Any path that pyarrow's file systems open works (:mod:`autoquant_ray.runs.filesystems`). Nothing is
+ever unpickled.
+
+A part is its own completion marker: it is there whole, or not at all. On a local disk a file is
+written under a temporary name and renamed. An object store has no atomic rename and needs none: an
+object appears when its upload ends, with all its bytes, and a driver that dies before that leaves
+the object that was there before, or none. S3 (since 2020), GCS, MinIO and Ceph list and read an
+object from then on, which resume and the lease rely on. A killed multipart upload (a file over 10
+MiB) leaves its pieces in the bucket, invisible and charged for, until a lifecycle rule
+(``AbortIncompleteMultipartUpload``) removes them. An object store cannot append either, so
+``events.jsonl`` is replaced as a whole; no result needs its lines.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from autoquant_ray.errors import StoreError, StoreLostError, one_line
+from autoquant_ray.runs.filesystems import child_uri, explain, open_place
+from autoquant_ray.runs.names import LOCK, OWN_FILES, OWN_FOLDERS, RUN_FILE, part_name
+from autoquant_ray.runs.schemas import ADDED_COLUMNS, SCHEMAS
+
+SCHEMA_VERSION = 1
+_FLUSH_S = 10.0
+_MADE_BY = "give a folder that `autoquant-ray scan` or `import` has made"
+Rows = Sequence[Mapping[str, Any]]
+
+
+class RunDirectory:
+    """One run's files.
+
+    Args:
+        uri: Local path, ``s3://`` or ``gs://``.
+
+    Attributes:
+        listener: Called with every event after it is written; None for nobody.
+
+    Raises:
+        StoreError: The path cannot be understood or reached.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._place = open_place(uri)
+        self._is_local, self._root = self._place.is_local, self._place.root
+        self._base = self._place.filesystem
+        self.listener: Callable[..., None] | None = None
+        self._was_written = False
+        self._late_events: list[str] = []
+        self._next_flush_s = 0.0
+
+    def path(self, name: str) -> str:
+        """Full path of a file, for people."""
+        return f"{self._root}/{name}" if self._is_local else child_uri(self.uri, name)
+
+    def child(self, name: str) -> RunDirectory:
+        """A folder inside this one."""
+        return RunDirectory(child_uri(self.uri, name))
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file (or, without a name, the directory with anything in it) is there."""
+        if name:
+            with self._reaching("check", name):
+                info = self._base.get_file_info(f"{self._root}/{name}")
+            return bool(info.type != pa.fs.FileType.NotFound)
+        return any(info.base_name != LOCK for info in self._list(""))
+
+    def require_bucket(self) -> None:
+        """Check that the bucket of an object store is there and may be looked into.
+
+        Raises:
+            StoreError: It is not.
+        """
+        with self._reaching("open", ""):
+            self._place.require_bucket()
+
+    def require_run(self) -> None:
+        """Check that the directory holds a run of ours.
+
+        Raises:
+            StoreError: It does not.
+        """
+        if not self.exists(RUN_FILE):
+            self.require_bucket()
+            raise StoreError(f"{self.uri} is not a run directory: it has no {RUN_FILE}; {_MADE_BY}")
+        values = self.read_json(RUN_FILE)
+        if not isinstance(values, dict) or "schema_version" not in values:
+            raise StoreError(f"{self.uri} is not a run directory: its {RUN_FILE} is not ours")
+
+    def clear(self) -> None:
+        """Delete the run's own files and folders; anything else in the directory stays.
+
+        ``run.json`` goes last, so that what is left of an interrupted call is still a run.
+
+        Raises:
+            StoreError: The directory holds something else than a run.
+        """
+        if not self.exists():
+            return
+        self.require_run()
+        for info in sorted(self._list(""), key=lambda info: info.base_name == RUN_FILE):
+            if info.base_name in OWN_FOLDERS:
+                with self._reaching("delete", info.base_name):
+                    self._base.delete_dir(f"{self._root}/{info.base_name}")
+            elif info.base_name in OWN_FILES:
+                self.delete(info.base_name)
+
+    def write_bytes(self, name: str, content: bytes) -> str:
+        """Write a file so that readers see all of it or nothing; returns its full path."""
+        with self._reaching("write", name):
+            self._place.write(name, content)
+        self._was_written = True
+        return self.path(name)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Read a whole file.
+
+        Raises:
+            StoreError: Missing or unreadable.
+        """
+        with self._reaching("read", name):
+            content = self._place.read(name)
+        if content is None:
+            raise StoreError(f"{self.path(name)} does not exist")
+        return content
+
+    def write_text(self, name: str, text: str) -> str:
+        """Write a UTF-8 text file atomically; returns its full path."""
+        return self.write_bytes(name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> str:
+        """Write JSON atomically; returns its full path."""
+        return self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file.
+
+        Raises:
+            StoreError: Missing or damaged.
+        """
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise StoreError(f"{self.path(name)} is damaged: {error}") from None
+
+    def write_table(self, name: str, kind: str, rows: Rows | pa.Table) -> str:
+        """Write rows, or a table, as Parquet with the schema of ``kind``; returns the full path."""
+        table = rows
+        if not isinstance(rows, pa.Table):
+            table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMAS[kind])
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        return self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def read_table(self, name: str, kind: str) -> pa.Table:
+        """Read a Parquet file and check its columns.
+
+        Raises:
+            StoreError: Missing, damaged, or with other columns.
+        """
+        content = self.read_bytes(name)
+        try:
+            # Parts are small, and several are read at a time.
+            table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
+            missing = set(SCHEMAS[kind].names) - set(table.column_names)
+            if missing - ADDED_COLUMNS:
+                raise StoreError(
+                    f"{self.path(name)} lacks the columns {sorted(missing - ADDED_COLUMNS)}"
+                )
+            for column in sorted(missing):
+                table = table.append_column(column, pa.nulls(table.num_rows))
+            return table.select(SCHEMAS[kind].names).cast(SCHEMAS[kind])
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
+
+    def list_parts(self, folder: str) -> list[int]:
+        """Numbers of the shards that have a part in a folder, sorted."""
+        names = {info.base_name for info in self._list(folder)}
+        numbers = (int(name[6:-8]) for name in names if name[6:-8].isdecimal())
+        return sorted(n for n in numbers if part_name("", n).removeprefix("/") in names)
+
+    def delete(self, name: str) -> None:
+        """Delete one file if it is there."""
+        if self.exists(name):
+            with self._reaching("delete", name), suppress(FileNotFoundError):
+                self._base.delete_file(f"{self._root}/{name}")
+
+    def list_folders(self, folder: str) -> list[str]:
+        """Names of the folders inside a folder, sorted."""
+        found = self._list(folder)
+        return sorted(i.base_name for i in found if i.type == pa.fs.FileType.Directory)
+
+    def list_files(self, folder: str) -> list[str]:
+        """Names of the files inside a folder, sorted."""
+        found = self._list(folder)
+        return sorted(i.base_name for i in found if i.type == pa.fs.FileType.File)
+
+    def delete_if_empty(self, folder: str) -> None:
+        """Delete a folder that holds nothing; object stores have no folders of their own."""
+        if self._is_local:
+            self._place.remove_if_empty(folder)
+
+    def append_event(self, event: str, **details: Any) -> None:
+        """Add one line to ``events.jsonl`` and tell the listener. Every event of a run passes here.
+
+        Args:
+            event: One of the kinds in :mod:`autoquant_ray.runs.events`.
+            details: The fields of that kind.
+
+        An object store cannot append, so there the file is written anew: at most every 10
+        seconds for the frequent ``shard_done``, which a killed driver may therefore lose.
+        """
+        self._write_event(event, details)
+        if self.listener is not None:
+            self.listener(event, **details)
+
+    def _write_event(self, event: str, details: Mapping[str, Any]) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **details}) + "\n"
+        if not self._is_local:
+            self._late_events.append(line)
+            if event != "shard_done" or time.monotonic() >= self._next_flush_s:
+                self._flush_events()
+            return
+        with self._reaching("write", "events.jsonl"):
+            self._place.append("events.jsonl", line.encode())
+        self._was_written = True
+
+    def _flush_events(self) -> None:
+        before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
+        self.write_bytes("events.jsonl", before + "".join(self._late_events).encode())
+        self._late_events.clear()
+        self._next_flush_s = time.monotonic() + _FLUSH_S
+
+    def _list(self, folder: str) -> list[Any]:
+        root = f"{self._root}/{folder}".rstrip("/")
+        found: list[Any] = []
+        with self._reaching("list", folder), suppress(FileNotFoundError):  # deleted meanwhile
+            found = self._base.get_file_info(pa.fs.FileSelector(root, allow_not_found=True))
+        return found
+
+    @contextmanager
+    def _reaching(self, verb: str, name: str) -> Iterator[None]:
+        """Turn errors of the file system into ours, which name the file and the remedy.
+
+        Raises:
+            StoreLostError: This process wrote here before, so that a run stopped in the middle.
+        """
+        path = self.path(name) if name else self.uri
+        try:
+            yield
+        except OSError as error:
+            text = f"cannot {verb} {path}: {explain(error)}"
+            if not self._was_written:
+                raise StoreError(text) from None
+            raise StoreLostError(
+                f"{text}; what was written before is kept: when this is in order, go on with "
+                "--resume"
+            ) from None

@@ -1,0 +1,75 @@
+"""Names of the files and folders of a run directory."""
+
+from __future__ import annotations
+
+import re
+
+RUN_FILE = "run.json"
+SOLUTIONS = "solutions"
+SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
+CHANNELS, SEARCH = "channels", "search"
+"""Folders that hold one part per shard."""
+CALIBRATION_FILE, CHANNELS_FILE = "calibration.parquet", "channels.parquet"
+"""Merged statistics of inputs: numbers, and values per input channel where formats need them."""
+SEARCH_FILE = "search.parquet"
+"""Merged losses of AWQ's candidates."""
+EVALUATION = "evaluation"
+"""Folder of what was measured: per data set, per allocation, one part per shard."""
+EVALUATION_FILE, AUDIT_FILE = "evaluation.parquet", "audit.parquet"
+"""Measured losses of solutions and their rivals; of single (group, format) pairs."""
+FRONTIER_FILE = "frontier.parquet"
+"""Sizes and losses that ``frontier`` found."""
+DOMAINS_FILE = "domains.parquet"
+"""Of a run with several domains: the domain of each shard."""
+DOMAIN_SCORES_FILE = "domain_sensitivity.parquet"
+DOMAIN_RESAMPLING_FILE = "domain_resampling.parquet"
+"""The same as without ``domain_``, for each domain."""
+LOCK = ".lock"
+"""Folder of the claims of whoever works on the run; it is not part of the run."""
+DRIFT_JSON, DRIFT_MARKDOWN = "drift.json", "drift.md"
+"""What a nightly run found against its baseline."""
+
+OWN_FOLDERS = {SAMPLES, CALIBRATION, CHANNELS, SEARCH, SCORES, SOLUTIONS, EVALUATION}
+OWN_FILES = {
+    RUN_FILE,
+    "plan.parquet",
+    CALIBRATION_FILE,
+    CHANNELS_FILE,
+    SEARCH_FILE,
+    DOMAINS_FILE,
+    DOMAIN_SCORES_FILE,
+    DOMAIN_RESAMPLING_FILE,
+    "sensitivity.parquet",
+    "resampling.parquet",
+    EVALUATION_FILE,
+    AUDIT_FILE,
+    FRONTIER_FILE,
+    "manifest.parquet",
+    "manifest.json",
+    "report.md",
+    "report.html",
+    "events.jsonl",
+    DRIFT_JSON,
+    DRIFT_MARKDOWN,
+}
+
+
+def part_name(folder: str, shard: int) -> str:
+    """Name of one shard's part, for example ``scores/shard-000012.parquet``."""
+    return f"{folder}/shard-{shard:06d}.parquet"
+
+
+def solution_folder(name: str) -> str:
+    """Folder of a solution with a trailing slash; '' for the scan's own, which has no name."""
+    return f"{SOLUTIONS}/{name}/" if name else ""
+
+
+def solution_of(folder: str) -> str:
+    """Name of the solution in a folder: the inverse of :func:`solution_folder`."""
+    return folder.removeprefix(f"{SOLUTIONS}/").rstrip("/")
+
+
+def slug(text: str) -> str:
+    """The last part of a path or id in lower case letters, digits and hyphens, 40 at most."""
+    last = re.split(r"[/\\]", text.rstrip("/\\"))[-1].lower()
+    return re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:40].strip("-") or "run"

@@ -1,0 +1,256 @@
+"""Forward and backward of the decoder, one layer at a time.
+
+The forward pass keeps only each decoder layer's input. The backward pass visits the layers from
+last to first, runs a layer again with a graph, and pulls the gradient through it: gradient
+checkpointing by hand, so that hooks see exactly one graph-building pass per layer, several
+gradients share one recomputation, and nothing of a layer outlives the visit. A visit of a layer
+serves several steps at once, in both directions: what is prepared for a layer (its quantized
+weights above all) is prepared once for all of them.
+
+This is exact only for a plain chain: layer i+1 takes layer i's output unchanged, nothing else
+carries a gradient from layer to layer (shared keys and values, per-layer inputs), and no linear
+runs outside the layers. :mod:`autoquant_ray.score.chain_probe` checks that; any other model is run
+with
+one ordinary graph: same numbers, more memory.
+
+With images a vision tower runs before the layers, and some models add more of its output between
+the first ones. What is added is noted on the way in. Where the tower itself is scored, it is run
+again with a graph at the end, and all gradients at what it gave are pulled through it.
+
+Shape letters: B samples, S positions, H hidden.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from autoquant_ray.errors import ModelError
+from autoquant_ray.models.layers import (
+    base_model,
+    decoder_layers,
+    first_output,
+    replaced_forward,
+    require_gradient,
+)
+from autoquant_ray.score.chain_probe import chain_links, gradients_agree
+from autoquant_ray.score.entrance import Entrance, Gradients, Pass, call_base, with_gradients
+from autoquant_ray.score.residence import Residence, Resident
+from autoquant_ray.score.step import NO_INPUTS, Step
+
+logger = logging.getLogger(__name__)
+
+
+class LayerwiseBackward:
+    """Runs the model without its head, forward and then backward.
+
+    Args:
+        model: A causal language model in evaluation mode whose parameters take no gradient.
+        residence: Where the weights of its decoder layers live.
+        reaches_front: Pull gradients through what precedes the layers too: the vision tower.
+
+    Raises:
+        ModelError: The layers are offloaded, but the model is not a plain chain of them.
+    """
+
+    def __init__(
+        self, model: Any, residence: Residence | None = None, *, reaches_front: bool = False
+    ) -> None:
+        self.reaches_front = reaches_front
+        self.base = base_model(model)
+        self.embedding = model.get_input_embeddings()
+        self.residence = residence or Resident()
+        self.layers = list(decoder_layers(model).values())
+        links = chain_links(self)
+        self._num_extra_outputs: list[int | None] = links or []
+        self._entrance = Entrance(self.base, self.layers, self._num_extra_outputs)
+        self.is_layerwise = bool(links)
+        if self.is_layerwise:
+            self.is_layerwise = gradients_agree(self)
+        if not self.is_layerwise and self.residence.is_offloaded:
+            raise ModelError(
+                f"{type(model).__name__} is not a plain chain of decoder layers and cannot be "
+                "offloaded; give --placement resident"
+            )
+        if not self.is_layerwise:
+            logger.warning(
+                "%s is not a plain chain of decoder layers; scoring keeps one whole graph, which "
+                "takes more memory",
+                type(model).__name__,
+            )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        steps: Sequence[Step],
+        *,
+        keep: bool,
+        before_step: Callable[[Step], None] | None = None,
+        after_layer: Callable[[], None] | None = None,
+    ) -> list[Pass]:
+        """Run the decoder layers on several steps, layer by layer, without a graph.
+
+        Does nothing yet where the model is not layerwise; :meth:`finish` does it then.
+
+        Args:
+            steps: What to run.
+            keep: Keep what :meth:`backward` needs.
+            before_step: Called each time before a layer runs on a step.
+            after_layer: Called when a layer has run on all steps, while its weights are there.
+        """
+        if not self.is_layerwise:
+            return [Pass(step) for step in steps]
+        passes = [self.enter(step) for step in steps]
+        for number, layer in enumerate(self.layers):
+            with self.visit_forward(number):
+                for one in passes:
+                    if before_step is not None:
+                        before_step(one.step)
+                    assert one.hidden_BSH is not None
+                    hidden_BSH = one.entering(number, one.hidden_BSH)
+                    if keep:
+                        one.inputs.append(hidden_BSH)
+                    arguments, keywords = one.calls[number]
+                    one.hidden_BSH = first_output(layer(hidden_BSH, *arguments, **keywords))
+                    del hidden_BSH
+                if after_layer is not None:
+                    after_layer()
+        return passes
+
+    @contextmanager
+    def holding(self, module: torch.nn.Module) -> Iterator[None]:
+        """While open, the weights of one module are on the device."""
+        for number, layer in enumerate(self.layers):
+            if any(module is part for part in layer.modules()):
+                with self.residence.visit(number, None):
+                    yield
+                return
+        yield
+
+    def visit_forward(self, number: int) -> AbstractContextManager[None]:
+        """A visit of a layer on the way forward, with the next one read ahead."""
+        # The layer after the last one is the last one again: the backward pass starts there.
+        return self.residence.visit(number, min(number + 1, len(self.layers) - 1))
+
+    @contextmanager
+    def visiting(self) -> Iterator[None]:
+        """Let each layer's forward pass be a visit of its own."""
+        with ExitStack() as stack:
+            for number, layer in enumerate(self.layers):
+                forward = self._visitor(number, layer.forward)
+                stack.enter_context(replaced_forward(layer, forward))
+            yield
+
+    def _visitor(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def visit(*arguments: Any, **keywords: Any) -> Any:
+            with self.visit_forward(number):
+                return original(*arguments, **keywords)
+
+        return visit
+
+    def finish(self, one: Pass, *, with_graph: bool) -> torch.Tensor:
+        """Final hidden states ``(B, S, H)``, detached: what follows the layers (a norm), or all.
+
+        Args:
+            one: From :meth:`forward`.
+            with_graph: Prepare for :meth:`backward`.
+        """
+        with ExitStack() as stack, torch.set_grad_enabled(with_graph):
+            if self.is_layerwise:
+                assert one.hidden_BSH is not None
+                one.leaf = one.hidden_BSH.detach().requires_grad_(with_graph)
+                for number, layer in enumerate(self.layers):
+                    stack.enter_context(replaced_forward(layer, self._giving(one.leaf, number)))
+            elif with_graph:
+                handle = self.embedding.register_forward_hook(require_gradient)
+                stack.callback(handle.remove)
+            # What the layers give is there already: no vision tower is needed again.
+            step = one.step._replace(inputs=NO_INPUTS)
+            if not self.is_layerwise:
+                step = with_gradients(one.step) if self.reaches_front else one.step
+            output = self.call_base(step)
+        one.output = output if with_graph else None
+        return output.detach()
+
+    def backward(self, passes: Sequence[Pass], gradients: Sequence[Gradients]) -> None:
+        """Pull gradients of the loss at the final hidden states through all layers.
+
+        Hooks on module outputs fire once per pass and draw, in this order. Empties the passes.
+
+        Args:
+            passes: Finished with a graph, their layer inputs kept.
+            gradients: Of each pass.
+        """
+        for _ in self.pull_layers(passes, gradients):
+            pass
+
+    def pull_layers(
+        self, passes: Sequence[Pass], gradients: Sequence[Gradients]
+    ) -> Iterator[list[Gradients]]:
+        """Visit the layers from last to first; yields the gradients at each one's inputs."""
+        flowing = []
+        for one, own in zip(passes, gradients, strict=True):
+            assert one.output is not None
+            flowing.append(_pull(one.output, own, [] if one.leaf is None else [one.leaf]))
+            one.output = one.leaf = one.hidden_BSH = None
+        if not self.is_layerwise:
+            return
+        at_front: list[dict[int, Gradients]] = [{} for _ in passes]
+        for number in reversed(range(len(self.layers))):
+            with self.residence.visit(number, max(number - 1, 0)):
+                for index, one in enumerate(passes):
+                    hidden_BSH = one.inputs.pop().detach().requires_grad_(True)
+                    arguments, keywords = one.calls.pop()
+                    with torch.enable_grad():
+                        output = self.layers[number](hidden_BSH, *arguments, **keywords)
+                    flowing[index] = _pull(first_output(output), flowing[index], [hidden_BSH])
+                    del output, hidden_BSH
+                    if self.reaches_front and (number == 0 or number in one.added):
+                        at_front[index][number] = flowing[index]
+            yield flowing
+        if self.reaches_front:
+            for one, gradients_at in zip(passes, at_front, strict=True):
+                self._entrance.pull(one.step, gradients_at)
+
+    def call_base(self, step: Step) -> torch.Tensor:
+        """Run the whole base model; its final hidden states ``(B, S, H)``."""
+        return call_base(self.base, step)
+
+    def check_entrance(self, steps: Iterable[Step]) -> None:
+        """Check what precedes the layers; called while nothing watches.
+
+        See :meth:`~autoquant_ray.score.entrance.Entrance.check`.
+        """
+        if self.is_layerwise:
+            self._entrance.check(steps)
+
+    def enter(self, step: Step) -> Pass:
+        """Run what precedes the layers.
+
+        See :meth:`~autoquant_ray.score.entrance.Entrance.enter`.
+        """
+        return self._entrance.enter(step)
+
+    def _giving(self, states_BSH: torch.Tensor, number: int) -> Callable[..., Any]:
+        """A layer's forward that computes nothing, and gives out these states."""
+        extra = self._num_extra_outputs[number]
+        output = states_BSH if extra is None else (states_BSH, *[None] * extra)
+        return lambda *_, **__: output
+
+
+def _pull(
+    output: torch.Tensor, gradients: list[torch.Tensor], inputs: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Gradients at the single input, one per gradient at ``output``; frees the graph."""
+    pulled = []
+    for position, gradient in enumerate(gradients):
+        keep = position < len(gradients) - 1
+        if inputs:
+            pulled.extend(torch.autograd.grad(output, inputs, gradient, retain_graph=keep))
+        else:
+            torch.autograd.backward(output, gradient, retain_graph=keep)
+    return pulled

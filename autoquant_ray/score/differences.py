@@ -1,0 +1,259 @@
+"""Output differences of one module under every format, a chunk of rows at a time.
+
+For a module with output ``Y = X W^T`` the difference under a format is ``Xq Wq^T - Y``. A weight
+is quantized once per distinct weight quantizer and kept in a :class:`WeightCache`, an input once
+per distinct input quantizer. Chunks keep the products in the processor's cache until they are
+reduced.
+
+Shape letters: T rows, C rows of a chunk, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.smoothed import is_smoothed
+from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.quantize.inputs import QuantizedInputs
+from autoquant_ray.quantize.quantizers import quantized_weight
+from autoquant_ray.quantize.single_experts import Runnable
+from autoquant_ray.quantize.smoothing import input_maximum, input_scales, smoothed_weight
+from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.quantize.weight_search import WeightScales
+
+Formats = list[tuple[int, Format]]
+"""Formats with their indices in the menu."""
+
+Only = tuple[int, ...] | None
+"""Indices of some formats; None: all."""
+
+Difference = tuple[int, slice, torch.Tensor]
+"""Format index, rows, and ``Y_f - Y`` of those rows; the tensor may be overwritten after use."""
+
+_CHUNK_ELEMENTS = {"cpu": 2**20}
+_CHUNK_ELEMENTS_ELSEWHERE = 2**26
+_MIN_CHUNK_ROWS = 512  # fewer make the product itself slower
+
+
+class OutputDifferences:
+    """Computes output differences of the modules of one model.
+
+    Args:
+        formats: The menu.
+        weights: Where quantized weights are kept.
+        model: The model.
+    """
+
+    def __init__(
+        self, formats: Sequence[Format], weights: WeightCache, model: torch.nn.Module
+    ) -> None:
+        self._formats = formats
+        self._menus: dict[Only, list[Formats]] = {}
+        self._weights = weights
+        self._scales = WeightScales(model)
+        self._scratch = torch.empty(0)
+        self._inputs = QuantizedInputs()
+
+    def forget(self) -> None:
+        """Keep nothing of the inputs seen."""
+        self._inputs.clear()
+
+    def of_linear(
+        self,
+        planned: PlannedModule,
+        module: Any,
+        statistics: Mapping[str, Any],
+        output_TO: torch.Tensor,
+        input_TI: torch.Tensor,
+        only: Only = None,
+    ) -> Iterator[Difference]:
+        """Differences of a linear module, one weight quantizer after another.
+
+        In float32, ``Y_f`` is one product and ``Y`` is at hand. In 16 bits the difference of two
+        rounded outputs would be mostly rounding: there, quantization errors are formed in
+        float32 and multiplied apart, ``X dW^T + dX Wq^T``.
+
+        Args:
+            planned: The module's entry in the plan.
+            module: The module in the model.
+            statistics: Its calibration; needed by static input quantizers and scaled channels.
+            output_TO: Its output.
+            input_TI: Its input.
+            only: Formats to compute.
+        """
+        chunks = self._chunks(output_TO)
+        is_single = input_TI.dtype == torch.float32
+        for formats in self._menu(only):
+            format_of_weight = formats[0][1]
+            own = (planned.name, format_of_weight.weight_key)
+            quantizes_inputs = any(format_.input is not None for _, format_ in formats)
+            scale_I = self._factors(planned, module, format_of_weight, statistics)
+            quantize = partial(
+                _in_float32, module.weight, scale_I, format_of_weight, self._scales, planned.name
+            )
+            maximum = input_maximum(statistics, scale_I, module.weight.dtype)
+            error_OI, weight_OI = None, None
+            if not is_single or not quantizes_inputs:
+                error_OI = self._weights.get(
+                    (*own, "error"), partial(_error, module.weight, scale_I, quantize)
+                )
+            if quantizes_inputs:
+                weight_OI = self._weights.get(
+                    (*own, "weight"), partial(_quantized, module.weight, quantize)
+                )
+            for rows in chunks:
+                inputs = self._inputs.of(
+                    [format_ for _, format_ in formats],
+                    maximum,
+                    scale_I,
+                    input_TI,
+                    rows,
+                    as_error=not is_single,
+                )
+                if is_single and weight_OI is not None:
+                    yield from self._single(
+                        formats, inputs, rows, output_TO, input_TI, weight_OI, module.bias
+                    )
+                else:
+                    assert error_OI is not None
+                    yield from self._from_errors(
+                        formats, inputs, rows, input_TI, error_OI, weight_OI
+                    )
+
+    def _factors(
+        self, planned: PlannedModule, module: Any, format_: Format, statistics: Mapping[str, Any]
+    ) -> torch.Tensor | None:
+        """Factors of the input channels; None under a format without."""
+        if not is_smoothed(format_):
+            return None
+
+        def make() -> torch.Tensor:
+            scale_I = input_scales(format_, module.weight, statistics)
+            assert scale_I is not None
+            return scale_I
+
+        return self._weights.get((planned.name, format_.weight_key, "scales"), make)
+
+    def of_experts(
+        self,
+        experts: Runnable,
+        name: str,
+        maxima: dict[str, float],
+        output_TO: torch.Tensor,
+        inputs: tuple[torch.Tensor, ...],
+        only: Only = None,
+    ) -> Iterator[Difference]:
+        """Differences of fused experts, or of one of them, by running them again."""
+        for formats in self._menu(only):
+            format_of_weight = formats[0][1]
+            weights = {
+                parameter: self._weights.get(
+                    (name, format_of_weight.weight_key, parameter),
+                    partial(experts.quantized_weight, parameter, format_of_weight, self._scales),
+                )
+                for parameter in experts.parameters
+            }
+            for index, format_ in formats:
+                difference_TO = experts.run(format_, weights, maxima, inputs).sub_(output_TO)
+                yield index, slice(0, len(output_TO)), difference_TO
+
+    def _menu(self, only: Only) -> list[Formats]:
+        """Formats with their indices, those that quantize weights alike together."""
+        if only not in self._menus:
+            by_weight: dict[str, Formats] = {}
+            for index, format_ in enumerate(self._formats):
+                if only is None or index in only:
+                    by_weight.setdefault(format_.weight_key, []).append((index, format_))
+            self._menus[only] = list(by_weight.values())
+        return self._menus[only]
+
+    def _single(
+        self,
+        formats: Formats,
+        inputs: Mapping[str | None, torch.Tensor],
+        rows: slice,
+        output_TO: torch.Tensor,
+        input_TI: torch.Tensor,
+        weight_OI: torch.Tensor,
+        bias_O: torch.Tensor | None,
+    ) -> Iterator[Difference]:
+        """``Xq Wq^T + b - Y`` in float32."""
+        for index, format_ in formats:
+            states_CI = inputs.get(format_.input_key, input_TI[rows])
+            buffer_CO = self._buffer(output_TO[rows])
+            torch.addmm(output_TO[rows], states_CI, weight_OI.T, beta=-1, out=buffer_CO)
+            yield index, rows, buffer_CO if bias_O is None else buffer_CO.add_(bias_O)
+
+    def _from_errors(
+        self,
+        formats: Formats,
+        inputs: Mapping[str | None, torch.Tensor],
+        rows: slice,
+        input_TI: torch.Tensor,
+        error_OI: torch.Tensor,
+        weight_OI: torch.Tensor | None,
+    ) -> Iterator[Difference]:
+        """``X dW^T + dX Wq^T``; the first product serves all formats of a weight quantizer."""
+        states_CI = input_TI[rows]
+        if weight_OI is None and states_CI.dtype == torch.float32:
+            for index, _ in formats:
+                buffer_CO = self._buffer(states_CI, len(error_OI))
+                yield index, rows, torch.mm(states_CI, error_OI.T, out=buffer_CO)
+            return
+        by_weight_CO = (states_CI @ error_OI.T).float()
+        for index, format_ in formats:
+            if format_.input_key is None:
+                yield index, rows, by_weight_CO.clone()
+                continue
+            assert weight_OI is not None
+            yield index, rows, by_weight_CO + inputs[format_.input_key] @ weight_OI.T
+
+    def _buffer(self, like: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """Uninitialized memory with as many rows, reused by every product."""
+        shape = (len(like), width or like.shape[1])
+        needed = shape[0] * shape[1]
+        if self._scratch.numel() < needed or self._scratch.device != like.device:
+            self._scratch = torch.empty(needed, device=like.device)
+        return self._scratch[:needed].view(shape)
+
+    @staticmethod
+    def _chunks(output_TO: torch.Tensor) -> list[slice]:
+        num_rows, width = output_TO.shape
+        elements = _CHUNK_ELEMENTS.get(output_TO.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+        num_chunks = math.ceil(num_rows / max(_MIN_CHUNK_ROWS, elements // width))
+        size = math.ceil(num_rows / max(1, num_chunks)) or 1
+        return [slice(start, start + size) for start in range(0, num_rows, size)]
+
+
+def _in_float32(
+    weight_OI: torch.Tensor,
+    factors_I: torch.Tensor | None,
+    format_: Format,
+    scales: WeightScales,
+    name: str,
+) -> torch.Tensor:
+    """``Wq`` of a weight, or of ``W / p``, in float32."""
+    return quantized_weight(format_, smoothed_weight(weight_OI, factors_I).float(), scales, name)
+
+
+def _error(
+    weight_OI: torch.Tensor,
+    factors_I: torch.Tensor | None,
+    quantize: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """``Wq - W``, or ``p Wq - W``, formed in float32, in the weight's dtype."""
+    quantized_OI = quantize()
+    if factors_I is not None:
+        quantized_OI = quantized_OI * factors_I.to(weight_OI.dtype).float()
+    return quantized_OI.sub_(weight_OI.float()).to(weight_OI.dtype)
+
+
+def _quantized(weight_OI: torch.Tensor, quantize: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """``Wq`` in the weight's dtype."""
+    return quantize().to(weight_OI.dtype)

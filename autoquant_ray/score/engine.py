@@ -1,0 +1,300 @@
+"""One model in one process: turns a shard's samples into statistics or sensitivity sums.
+
+Everything that a worker computes happens here, without Ray, so that tests and benchmarks can run
+the same code in their own process. The same shard gives the same bytes in any process that uses
+the same number of threads on the same kind of device.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from autoquant_ray.calibrate.maxima import ActivationMaxima
+from autoquant_ray.calibrate.scale_search import ScaleSearch
+from autoquant_ray.data.samples import Samples, num_predicted
+from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.models.quantizable import is_of_tower
+from autoquant_ray.plan.memory import GIB, room_for_visit
+from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.awq import Losses
+from autoquant_ray.quantize.statistics import CHANNELS, Maxima, Statistics
+from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.score.backward import LayerwiseBackward
+from autoquant_ray.score.entrance import Gradients, Pass
+from autoquant_ray.score.loading import load_for_engine
+from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
+from autoquant_ray.score.model_checks import require_head, require_linears
+from autoquant_ray.score.sensitivity import SensitivityScorer, SensitivitySums
+from autoquant_ray.score.step import Step
+from autoquant_ray.score.visits import Visit, VisitPlanner, make_step, predicting_rows
+from autoquant_ray.score.watched_passes import run_watched
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What an engine needs to know; small and picklable.
+
+    Attributes:
+        model: Model to load.
+        dtype: ``float32`` or ``bfloat16``.
+        device: ``cpu`` or ``cuda``.
+        num_threads: Threads of CPU kernels; fixed, because it can change the last bits of sums.
+        modules: Modules to score with their group index.
+        formats: Formats to score.
+        step_tokens: Tokens, padding included, per step.
+        labels: ``model`` or ``data``.
+        label_draws: Label draws per token where labels come from the model.
+        seed: Seed of the draws.
+        row_share: Share of the rows to score; 1 scores all.
+        weight_cache_bytes: For quantized weights; None takes what one visit of a layer or of the
+            head uses again, 2 GiB at most.
+        activation_bytes: For layer inputs: half of it for the steps that are visited together,
+            half to keep calibrated shards until they are scored.
+        placement: ``resident``, ``offload`` or ``split``.
+    """
+
+    model: ModelRef
+    dtype: str
+    device: str
+    num_threads: int
+    modules: tuple[ScoredModule, ...]
+    formats: tuple[Format, ...]
+    step_tokens: int
+    labels: str
+    label_draws: int
+    seed: int
+    row_share: float = 1.0
+    weight_cache_bytes: int | None = None
+    activation_bytes: int = GIB
+    placement: str = "resident"
+
+    def build_engine(self) -> Engine:
+        """Load the model; called in the worker process."""
+        return Engine(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardScores:
+    """Result of scoring one shard.
+
+    Attributes:
+        sums: Raw sums per group and format.
+        num_tokens: Predicted tokens, the denominator of the score.
+        num_samples: Samples of the shard.
+        loss: Summed token loss in nats, averaged over label draws.
+        seconds: Time spent.
+    """
+
+    sums: SensitivitySums
+    num_tokens: int
+    num_samples: int
+    loss: float
+    seconds: float
+
+
+class Engine:
+    """Calibrates and scores shards with one loaded model.
+
+    Args:
+        spec: What to compute.
+        model: Use this loaded model instead of loading ``spec.model``.
+    """
+
+    def __init__(self, spec: EngineSpec, model: Any = None) -> None:
+        self.spec = spec
+        self.model, residence = load_for_engine(spec, model)
+        self._device = self.model.get_input_embeddings().weight.device
+        self._backward = LayerwiseBackward(
+            self.model,
+            residence,
+            reaches_front=any(is_of_tower(scored.planned.name) for scored in spec.modules),
+        )
+        self._loss = VocabularyLoss(self.model)
+        self._maxima = ActivationMaxima(self.model, spec.modules, spec.formats)
+        self._search = ScaleSearch(self.model, self._backward.layers, spec.modules, spec.formats)
+        require_head(self.model, self._loss)
+        require_linears(self.model, spec.modules, self._backward.holding)
+        given, layers = spec.weight_cache_bytes, self._backward.layers
+        room = room_for_visit(self.model, layers, spec.modules, spec.formats)
+        self._cache_bytes = room if given is None else given
+        self._weights = WeightCache(self._cache_bytes)
+        self._scorer = SensitivityScorer(
+            self.model,
+            spec.modules,
+            spec.formats,
+            self._weights,
+            num_draws=self._num_draws,
+            row_share=spec.row_share,
+        )
+        weight = self.model.get_input_embeddings().weight
+        self._planner = VisitPlanner(
+            spec.step_tokens,
+            token_bytes=weight[0].nbytes * len(self._backward.layers),
+            room=spec.activation_bytes // 2 if self.is_layerwise else 0,
+        )
+        self._kept: dict[int, list[list[Pass]]] = {}
+
+    @property
+    def is_layerwise(self) -> bool:
+        """Whether the backward pass visits one layer at a time."""
+        return self._backward.is_layerwise
+
+    @property
+    def _num_draws(self) -> int:
+        return self.spec.label_draws if self.spec.labels == "model" else 1
+
+    def calibrate(self, samples: Samples, shard: int | None = None) -> Statistics:
+        """Input maxima of all modules over the samples.
+
+        Args:
+            samples: The shard's samples.
+            shard: Keep this shard's layer inputs for :meth:`score`, as far as there is room.
+
+        Raises:
+            NonFiniteError: An activation is NaN or infinite.
+        """
+        visits = self._visits_to_watch(self._planner, samples)
+        room = self.spec.activation_bytes // 2 - sum(
+            one.nbytes for kept in self._kept.values() for visit in kept for one in visit
+        )
+        keep = (
+            shard is not None
+            and self.is_layerwise
+            and not self._maxima.changes_forward
+            and self._planner.input_bytes(samples) <= room
+        )
+        done = []
+        with self._maxima.collecting():
+            for visit in visits:
+                steps = self._steps(samples, visit)
+                done.append(run_watched(self._backward, self._loss, steps, self._maxima, keep=keep))
+        if keep and shard is not None:
+            self._kept[shard] = done
+        statistics = self._maxima.statistics()
+        for (module, statistic), value in statistics.items():
+            if statistic != CHANNELS and not np.isfinite(value):
+                raise NonFiniteError(f"{statistic} of {module} is {value}")
+        return statistics
+
+    def search(self, samples: Samples, maxima: Maxima) -> Losses:
+        """Losses of AWQ's candidates over the samples.
+
+        Args:
+            samples: The shard's samples.
+            maxima: Merged calibration.
+
+        Raises:
+            NonFiniteError: A loss is NaN or infinite.
+        """
+        room = self.spec.activation_bytes // 2 if self.is_layerwise else 0
+        planner = VisitPlanner(self.spec.step_tokens, self._search.token_bytes, room)
+        visits = self._visits_to_watch(planner, samples)
+        with self._search.searching(maxima):
+            for visit in visits:
+                steps = self._steps(samples, visit)
+                run_watched(self._backward, self._loss, steps, self._search)
+        return self._search.losses()
+
+    def score(
+        self, samples: Samples, first_sample: int, maxima: Maxima, shard: int | None = None
+    ) -> ShardScores:
+        """Sensitivity sums of the samples.
+
+        Args:
+            samples: The shard's samples.
+            first_sample: Position of the first of them in the whole data set; label draws are
+                seeded by the seed and this position, never by the worker or the shard layout.
+            maxima: Merged calibration, the same at every call of an engine.
+            shard: Use the layer inputs that :meth:`calibrate` kept of the same samples.
+
+        Raises:
+            NonFiniteError: The loss or a sum is NaN or infinite.
+        """
+        start = time.perf_counter()
+        loss, num_tokens = 0.0, 0
+        kept = None if shard is None else self._kept.pop(shard, None)
+        with self._scorer.scoring(maxima, seed=(self.spec.seed, first_sample)):
+            for number, visit in enumerate(self._planner.visits(samples)):
+                self._weights.resize(self._cache_bytes if self._reuses(samples, visit) else 0)
+                passes = kept[number] if kept else self._forward(samples, visit)
+                gradients = []
+                for one, positions in zip(passes, visit, strict=True):
+                    chosen = [samples[p] for p in positions]
+                    step_loss, pulled = self._loss_gradients(
+                        one, chosen, [first_sample + p for p in positions]
+                    )
+                    gradients.append(pulled)
+                    loss += step_loss
+                    num_tokens += sum(map(num_predicted, chosen))
+                self._backward.backward(passes, gradients)
+        sums = self._scorer.sums()
+        if not (np.isfinite(sums.elementwise_GF).all() and np.isfinite(sums.token_GF).all()):
+            raise NonFiniteError("a gradient or an output difference is NaN or infinite")
+        return ShardScores(
+            sums=sums,
+            num_tokens=num_tokens,
+            num_samples=len(samples),
+            loss=loss,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _visits_to_watch(self, planner: VisitPlanner, samples: Samples) -> list[Visit]:
+        visits = planner.visits(samples)
+        self._backward.check_entrance(s for visit in visits for s in self._steps(samples, visit))
+        return visits
+
+    def _forward(self, samples: Samples, visit: Visit) -> list[Pass]:
+        passes: list[Pass] = self._backward.forward(self._steps(samples, visit), keep=True)
+        return passes
+
+    def _steps(self, samples: Samples, visit: Visit) -> list[Step]:
+        return [
+            make_step([samples[position] for position in positions], self._device)
+            for positions in visit
+        ]
+
+    def _loss_gradients(
+        self, one: Pass, samples: Samples, positions: list[int]
+    ) -> tuple[float, Gradients]:
+        """Loss of a step in nats, and its gradients at the final hidden states, one per draw."""
+        hidden_BSH = self._backward.finish(one, with_graph=True)
+        ids_BS = one.step.ids_BS
+        device = hidden_BSH.device  # a split model ends on another one than it begins
+        rows_N = predicting_rows(samples).to(device)
+        targets_N, uniforms_KN = None, None
+        if self.spec.labels == "data":
+            targets_N = ids_BS.roll(-1, dims=1).flatten().to(device)[rows_N]
+        else:
+            uniforms = [
+                draw_uniforms(self.spec.seed, position, self._num_draws, num_predicted(sample))
+                for position, sample in zip(positions, samples, strict=True)
+            ]
+            uniforms_KN = torch.from_numpy(np.concatenate(uniforms, axis=1)).to(device)
+        hidden_TH = hidden_BSH.flatten(0, 1)
+        gradients_NH, summed = self._loss.gradients(hidden_TH[rows_N], targets_N, uniforms_KN)
+        loss = float(summed)
+        if not np.isfinite(loss):
+            raise NonFiniteError(f"the loss is {loss}")
+        gradients = []
+        for gradient_NH in gradients_NH:
+            gradient_TH = torch.zeros_like(hidden_TH)
+            gradient_TH[rows_N] = gradient_NH
+            gradients.append(gradient_TH.view_as(hidden_BSH))
+        return loss, gradients
+
+    def _reuses(self, samples: Samples, visit: Visit) -> bool:
+        """Whether a quantized weight is used twice: by several steps, or slices of the head.
+
+        Between visits all layers go through the cache, so that the next visit finds nothing there
+        unless the user gave room for all.
+        """
+        predicted = sum(num_predicted(samples[position]) for position in visit[0])
+        has_slices = predicted > self._loss.slice_tokens
+        return len(visit) > 1 or has_slices or self.spec.weight_cache_bytes is not None

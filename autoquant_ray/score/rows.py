@@ -1,0 +1,96 @@
+"""Which rows of a module are scored: all that have a gradient, or a draw; what each adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autoquant_ray.score.row_sampling import DrawnRows, draw_rows
+
+_FIRST_COLUMNS = 16
+_WORTH_COPYING = 0.95  # share of rows with a gradient below which the others are left out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenRows:
+    """Rows of a module that are scored.
+
+    Attributes:
+        indices: Rows to select; None takes all.
+        num_live: Rows with a gradient among them.
+        dead_T: Rows among them whose values do not count; None if all do.
+        drawn: How they were drawn; None without sampling.
+    """
+
+    indices: torch.Tensor | None
+    num_live: int
+    dead_T: torch.Tensor | None = None
+    drawn: DrawnRows | None = None
+
+    def of(self, states_TN: torch.Tensor) -> torch.Tensor:
+        """The chosen rows of a tensor."""
+        return states_TN if self.indices is None else states_TN.index_select(0, self.indices)
+
+
+def live_rows(gradients_TO: list[torch.Tensor]) -> ChosenRows:
+    """Rows where any gradient is not zero (NaN counts).
+
+    A few dead rows are cheaper to compute along, and to leave out of the sums, than to copy all
+    others: every sample's last token is dead.
+    """
+    # Nearly every live row shows in any few columns; only the others are looked at whole.
+    live_T = torch.stack([g[:, :_FIRST_COLUMNS].ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)
+    unclear_U = (~live_T).nonzero()[:, 0]
+    for gradient_TO in gradients_TO:
+        live_T[unclear_U] |= gradient_TO[unclear_U].ne(0).any(dim=1)
+    num_live = int(live_T.sum())
+    if num_live == len(live_T):
+        return ChosenRows(indices=None, num_live=num_live)
+    if num_live >= _WORTH_COPYING * len(live_T):
+        return ChosenRows(indices=None, num_live=num_live, dead_T=~live_T)
+    return ChosenRows(indices=live_T.nonzero()[:, 0], num_live=num_live)
+
+
+def choose_rows(
+    gradients_TO: list[torch.Tensor], input_TI: torch.Tensor, share: float, seed: tuple[int, ...]
+) -> ChosenRows:
+    """Rows with a gradient; with a share below 1, so many of them drawn by importance.
+
+    Args:
+        gradients_TO: Gradients at the output, one per label draw.
+        input_TI: Input of the module.
+        share: In (0, 1].
+        seed: Non-negative integers.
+    """
+    if share == 1:
+        return live_rows(gradients_TO)
+    drawn = draw_rows(gradients_TO, input_TI, share, seed)
+    return ChosenRows(indices=drawn.indices_U, num_live=len(drawn.indices_U), drawn=drawn)
+
+
+def as_rows(states: torch.Tensor) -> torch.Tensor:
+    """Samples one after the other: ``(B, S, N)`` as ``(B * S, N)``."""
+    return states.reshape(-1, states.shape[-1])
+
+
+def row_values(difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]) -> torch.Tensor:
+    """Each row's elementwise and token term, float64 ``(2, C)``, mean over the draws.
+
+    Args:
+        difference_CO: Of a module's output; may be overwritten.
+        gradients_CO: Gradients at the output, one per label draw.
+    """
+    total: Any = 0.0
+    for number, gradient_CO in enumerate(gradients_CO):
+        is_last = number == len(gradients_CO) - 1
+        if is_last and difference_CO.dtype == torch.float32:
+            product_CO = difference_CO.mul_(gradient_CO)
+        else:
+            product_CO = difference_CO.float() * gradient_CO.float()
+        norms_C = torch.linalg.vector_norm(product_CO, dim=1)
+        values_2C = torch.stack([norms_C, product_CO.sum(dim=1)]).double().square_()
+        total = total + values_2C
+    result: torch.Tensor = total / len(gradients_CO)
+    return result

@@ -1,0 +1,267 @@
+"""The scoring core: how much each format would disturb the loss, module by module.
+
+For a module with output ``Y``, gradient ``g = dL/dY`` of the summed token loss, and output
+``Y_f`` under format f (weight and input fake-quantized, all other modules exact):
+
+    elementwise_f = sum_{t,o} (g_to * (Y_f - Y)_to)^2
+    token_f       = sum_t (sum_o g_to * (Y_f - Y)_to)^2
+
+``1/2 * elementwise_f / num_tokens`` predicts ``KL(P || P_f)`` in nats per token: the second-order
+term of the KL divergence with the Fisher matrix in place of its Hessian (ModelOpt's
+``auto_quantize`` uses the same diagonal form, without the unit).
+
+The output difference is computed in the backward pass, when the gradient is known, on rows whose
+gradient is not zero: padding costs nothing. With a row share below 1 it is computed on rows drawn
+by importance (:mod:`autoquant_ray.score.row_sampling`).
+
+Shape letters: T rows (tokens) with a gradient, C rows of a chunk, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from autoquant_ray.errors import changed_input
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.single_experts import by_module, routed_apart, runnable_experts
+from autoquant_ray.quantize.statistics import Maxima
+from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.score.differences import Difference, OutputDifferences
+from autoquant_ray.score.expert_tokens import TokenCounts
+from autoquant_ray.score.kv_caches import CacheHooks
+from autoquant_ray.score.row_sampling import name_seed
+from autoquant_ray.score.rows import ChosenRows, as_rows, choose_rows, row_values
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivitySums:
+    """Raw sums; G groups, F formats.
+
+    Attributes:
+        elementwise_GF: Float64, nats squared.
+        token_GF: Float64, nats squared.
+        elementwise_variance_GF: Variance of the estimate by row sampling, float64, nats to the
+            fourth; zero where all rows were scored.
+        token_variance_GF: The same of ``token_GF``.
+        num_rows_G: Rows with a gradient seen by each group, summed over its modules.
+        expert_tokens: Fused experts module -> such rows routed to each of its experts; single
+            expert -> a list of one.
+    """
+
+    elementwise_GF: Floats
+    token_GF: Floats
+    elementwise_variance_GF: Floats
+    token_variance_GF: Floats
+    num_rows_G: np.ndarray[Any, np.dtype[np.int64]]
+    expert_tokens: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+class SensitivityScorer:
+    """Accumulates sensitivity sums while gradients flow backward through a model.
+
+    Args:
+        model: Parameters take no gradient; activations do.
+        modules: What to score.
+        formats: F formats.
+        weights: Where quantized weights are kept.
+        num_draws: Backward passes that follow each forward pass; sums are averaged over them.
+        row_share: Share of the rows to score, drawn by importance; 1 scores all.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        modules: Sequence[ScoredModule],
+        formats: Sequence[Format],
+        weights: WeightCache,
+        *,
+        num_draws: int = 1,
+        row_share: float = 1.0,
+    ) -> None:
+        self._differences = OutputDifferences(formats, weights, model)
+        self._num_draws = num_draws
+        self._row_share = row_share
+        self._modules = by_module(model, modules)
+        self._experts = runnable_experts(self._modules)
+        firsts = [(own[0], module) for own, module in self._modules]
+        self._caches = CacheHooks(firsts, formats, num_draws, row_share)
+        num_groups = 1 + max(scored.group for scored in modules)
+        device = next(model.parameters()).device
+        # elementwise, token, and the variances of both
+        self._sums_4GF = torch.zeros(
+            4, num_groups, len(formats), dtype=torch.float64, device=device
+        )
+        self._num_rows_G = [0] * num_groups
+        self._tokens = TokenCounts(self._modules)
+        self._maxima: Maxima = {}
+        self._seed: tuple[int, ...] = ()
+
+    def sums(self) -> SensitivitySums:
+        """The sums since :meth:`scoring` was entered."""
+        elementwise_GF, token_GF, *variances = self._sums_4GF.cpu().numpy().copy()
+        return SensitivitySums(
+            elementwise_GF=elementwise_GF,
+            token_GF=token_GF,
+            elementwise_variance_GF=variances[0],
+            token_variance_GF=variances[1],
+            num_rows_G=np.array(self._num_rows_G, dtype=np.int64),
+            expert_tokens=self._tokens.by_name(),
+        )
+
+    @contextmanager
+    def scoring(self, maxima: Maxima, seed: tuple[int, ...] = (0,)) -> Iterator[None]:
+        """While open, every backward pass through the model adds to the sums.
+
+        Args:
+            maxima: Calibrated input maxima; needed by formats with a static input quantizer.
+            seed: Of the drawn rows, non-negative integers; the module's name is added to it.
+        """
+        self._sums_4GF.zero_()
+        self._num_rows_G = [0] * len(self._num_rows_G)
+        self._tokens.forget()
+        self._maxima, self._seed = maxima, seed
+        handles = [
+            module.register_forward_hook(self._hook_of(own), with_kwargs=True)
+            for own, module in self._modules
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._differences.forget()
+
+    def _hook_of(self, own: Sequence[ScoredModule]) -> Callable[..., None]:
+        first = own[0]
+        if not first.planned.is_cache:
+            return self._forward_hook(own)
+        maxima = self._maxima.get(first.planned.name, {})
+        return self._caches.forward_hook(first, maxima, self._seed, self._add)
+
+    def _forward_hook(self, own: Sequence[ScoredModule]) -> Callable[..., None]:
+        name, num_calls = own[0].planned.path, 0
+
+        def hook(
+            module: torch.nn.Module,
+            arguments: tuple[Any, ...],
+            keywords: dict[str, Any],
+            output: torch.Tensor,
+        ) -> None:
+            if not output.requires_grad:
+                return
+            inputs = tuple(as_rows(value.detach()) for value in (*arguments, *keywords.values()))
+            output_TO = as_rows(output.detach())
+            versions = [tensor._version for tensor in (output_TO, *inputs)]
+            gradients: list[torch.Tensor] = []
+
+            def on_gradient(gradient: torch.Tensor) -> None:
+                nonlocal num_calls
+                gradients.append(as_rows(gradient))
+                if len(gradients) < self._num_draws:
+                    return
+                seed = (*self._seed, name_seed(name), num_calls)
+                num_calls += 1
+                now = [tensor._version for tensor in (output_TO, *inputs)]
+                if now[1:] != versions[1:]:
+                    raise changed_input(name)
+                is_changed = now != versions
+                with torch.no_grad():
+                    live_T = self._tokens.add(name, inputs, gradients)
+                    numbers = [e for one in own if (e := one.planned.expert) is not None]
+                    if not numbers:
+                        states = (*inputs, *gradients)
+                        self._score(own[0], module, None if is_changed else output_TO, states, seed)
+                    parts = routed_apart(inputs, live_T, numbers) if numbers else ()
+                    for one, number, (rows, routed) in zip(own, numbers, parts, strict=False):
+                        states = (*routed, *(g[rows] for g in gradients))
+                        self._score(one, module, None, states, (*seed, number))
+                gradients.clear()
+
+            output.register_hook(on_gradient)
+
+        return hook
+
+    def _score(
+        self,
+        scored: ScoredModule,
+        module: Any,
+        output_TO: torch.Tensor | None,
+        states: Sequence[torch.Tensor],
+        seed: tuple[int, ...],
+    ) -> None:
+        """Add what a module's formats do to its rows.
+
+        Args:
+            scored: The module's entry.
+            module: The module.
+            output_TO: Its output; None computes it again.
+            states: Its inputs, then the gradients of all draws.
+            seed: Of the drawn rows.
+        """
+        num_inputs = len(states) - self._num_draws
+        gradients = list(states[num_inputs:])
+        rows = choose_rows(gradients, states[0], self._row_share, seed)
+        if not rows.num_live:
+            return
+        inputs = [rows.of(one) for one in states[:num_inputs]]
+        if output_TO is None:
+            output_TO = self._output_again(scored.planned, module, inputs)
+        else:
+            output_TO = rows.of(output_TO)
+        differences = self._of(scored, module, output_TO, inputs)
+        self._add(scored.group, differences, [rows.of(g) for g in gradients], rows)
+
+    def _of(
+        self, scored: ScoredModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]
+    ) -> Iterator[Difference]:
+        planned, only = scored.planned, scored.formats
+        maxima = self._maxima.get(planned.name, {})
+        if (experts := self._experts.get(planned.name)) is not None:
+            return self._differences.of_experts(
+                experts, planned.name, maxima, output_TO, tuple(inputs), only
+            )
+        return self._differences.of_linear(planned, module, maxima, output_TO, inputs[0], only)
+
+    def _output_again(
+        self, planned: PlannedModule, module: Any, inputs: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """The module's output, where the model has since added to it in place."""
+        if (experts := self._experts.get(planned.name)) is not None:
+            return experts.run_and_collect(tuple(inputs))[0]
+        return torch.nn.functional.linear(inputs[0], module.weight, module.bias)
+
+    def _add(
+        self,
+        group: int,
+        differences: Iterable[Difference],
+        gradients_TO: list[torch.Tensor],
+        chosen: ChosenRows,
+    ) -> None:
+        self._num_rows_G[group] += chosen.num_live
+        sampled_F2T: dict[int, torch.Tensor] = {}
+        for index, rows, difference_CO in differences:
+            values_2C = row_values(difference_CO, [g[rows] for g in gradients_TO])
+            if chosen.drawn is not None:
+                if index not in sampled_F2T:
+                    sampled_F2T[index] = values_2C.new_zeros(2, len(gradients_TO[0]))
+                sampled_F2T[index][:, rows] = values_2C
+                continue
+            if chosen.dead_T is not None:
+                values_2C.masked_fill_(chosen.dead_T[rows], 0.0)
+            # A split model's modules are on several devices, the sums are on one.
+            self._sums_4GF[:2, group, index] += values_2C.sum(dim=1).to(self._sums_4GF.device)
+        for index, values_2T in sampled_F2T.items():
+            assert chosen.drawn is not None
+            pairs = [chosen.drawn.estimate(values_T) for values_T in values_2T]
+            estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+            self._sums_4GF[:, group, index] += torch.stack(estimates).to(self._sums_4GF.device)

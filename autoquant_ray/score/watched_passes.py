@@ -1,0 +1,62 @@
+"""Forward passes of whole steps while something watches the inputs of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from autoquant_ray.score.backward import LayerwiseBackward
+from autoquant_ray.score.entrance import Pass
+from autoquant_ray.score.loss import VocabularyLoss
+from autoquant_ray.score.step import Step
+
+
+class Watcher(Protocol):
+    """What watches: hooks on modules, told which tokens are real."""
+
+    def set_mask(self, mask_BS: torch.Tensor | None) -> None:
+        """Say which tokens of the next batch are real (1); None means all."""
+
+    def settle(self) -> None:
+        """All steps have run through some modules, whose weights are still at hand."""
+
+
+def run_watched(
+    runner: LayerwiseBackward,
+    head: VocabularyLoss,
+    steps: Sequence[Step],
+    watcher: Watcher,
+    *,
+    keep: bool = False,
+) -> list[Pass]:
+    """Run steps through the layers and into the head, whose output is not computed.
+
+    Args:
+        runner: Of the model.
+        head: Of the model.
+        steps: Of one visit.
+        watcher: Its hooks are in place.
+        keep: Keep what the backward pass needs.
+    """
+    passes: list[Pass] = runner.forward(
+        steps,
+        keep=keep,
+        before_step=lambda step: watcher.set_mask(step.mask_BS),
+        after_layer=watcher.settle,
+    )
+    for one in passes:
+        mask_BS = one.step.mask_BS
+        watcher.set_mask(mask_BS)
+        hidden_BSH = runner.finish(one, with_graph=False)
+        hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
+        real: Any = slice(None)
+        if mask_BS is not None:
+            real = mask_BS.reshape(-1).bool().to(hidden_TH.device)
+        watcher.set_mask(None)
+        head.feed_head(hidden_TH[real])
+        if not runner.is_layerwise:
+            watcher.settle()  # all modules of this step
+    watcher.settle()
+    return passes

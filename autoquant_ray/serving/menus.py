@@ -1,0 +1,279 @@
+"""Restricts a search to plans that an engine can serve: formats per group, groups that share one.
+
+Which formats can stand in one checkpoint depends on the engine: those that it serves mixed, with
+one group size for the NVFP4 family; or one alone that it serves only by itself. Each such set is a
+menu, and the search takes the best plan over all menus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.formats.format import NONE, Format
+from autoquant_ray.formats.kv_cache import is_described
+from autoquant_ray.serving.fused_names import (
+    EngineModule,
+    engine_modules,
+    is_kept_whole,
+    served_algo,
+)
+from autoquant_ray.serving.layer_formats import LayerAlgo, layer_algo
+from autoquant_ray.serving.rules import (
+    check_target,
+    describe_violations,
+    servable_formats,
+    unserved_reason,
+    violations,
+)
+from autoquant_ray.serving.table import ENGINES, FP4_FAMILY
+
+Groups = Mapping[str, Sequence[str]]
+"""Group -> its modules; all groups of the model, those that are not searched too."""
+
+Holders = Sequence[tuple[EngineModule, tuple[str, ...]]]
+"""Modules of the engine, each with the groups whose modules it holds."""
+
+
+class NotServedError(ConfigError):
+    """The constraints ask for what the engine cannot serve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What an engine serves together.
+
+    Attributes:
+        target: The engine and the GPU in words.
+        menu: Formats, without 16 bits.
+        permitted: Group -> formats that it may take, 16 bits among them.
+        ties: Groups that must share a format.
+    """
+
+    target: str
+    menu: tuple[str, ...]
+    permitted: dict[str, frozenset[str]]
+    ties: tuple[tuple[str, ...], ...]
+
+    def permits(self, formats: Mapping[str, str]) -> bool:
+        """Whether a plan keeps to it."""
+        is_allowed = all(name in self.permitted[group] for group, name in formats.items())
+        return is_allowed and all(len({formats[g] for g in tie}) == 1 for tie in self.ties)
+
+
+def served_sets(
+    groups: Groups, searched: Sequence[str], formats: Sequence[Format], engine: str, gpu: str | None
+) -> list[Served]:
+    """What an engine serves of a search: one entry per menu.
+
+    Args:
+        groups: All groups with their modules.
+        searched: Those for which a format is chosen.
+        formats: The menu of the search.
+        engine: One of ``ENGINES``.
+        gpu: A generation or a card; None: any.
+
+    Raises:
+        ConfigError: An unknown engine or GPU, or it serves no format of the menu.
+    """
+    algos = {format_.name: layer_algo(format_) for format_ in formats}
+    modules = engine_modules([name for own in groups.values() for name in own], engine)
+    group_of = {name: group for group, own in groups.items() for name in own}
+    holders = [
+        (module, tuple(dict.fromkeys(group_of[name] for name in module.members)))
+        for module in modules
+    ]
+    target = engine if gpu is None else f"{engine} on {gpu}"
+    found = []
+    for menu in _menus(formats, engine, gpu):
+        permitted = _permitted(holders, searched, menu, algos, engine)
+        ties = joined([groups for _, groups in holders], searched)
+        found.append(Served(target=target, menu=menu, permitted=permitted, ties=ties))
+        if len({algos[name] for name in menu}) > 1:
+            found += _quantized_experts(found.pop(), holders, searched, engine)
+    return found
+
+
+def _quantized_experts(
+    served: Served, holders: Holders, searched: Sequence[str], engine: str
+) -> list[Served]:
+    """Where experts in 16 bits would be read by their neighbours: two ways out.
+
+    Either no experts stay in 16 bits, or they share their neighbours' format.
+    """
+    sets, experts = [], set()
+    for module, groups in holders:
+        for other, neighbours in holders:
+            listed = dict.fromkeys(other.members, "some algorithm")
+            if module.name != "experts" or other is module:
+                continue
+            if served_algo(module, listed, engine) is not None:
+                sets.append([*groups, *neighbours])
+                experts |= set(groups)
+    if not sets:
+        return [served]
+    own = served.permitted
+    stay = {group for one in sets if not set(one) <= set(own) for group in one}
+    shared = {group: frozenset({NONE}) if group in stay else own[group] for group in own}
+    ties = joined([*sets, *served.ties], searched)
+    found = [replace(served, permitted=shared, ties=ties)]
+    if all(len(own.get(group, ())) > 1 for group in experts):
+        quantized = {g: names - {NONE} if g in experts else names for g, names in own.items()}
+        found.insert(0, replace(served, permitted=quantized))
+    return found
+
+
+def require_served(
+    groups: Groups,
+    chosen: Mapping[str, str],
+    formats: Sequence[Format],
+    engine: str,
+    gpu: str | None,
+) -> None:
+    """Refuse a plan that an engine cannot serve.
+
+    Args:
+        groups: All groups with their modules.
+        chosen: Group -> format; others stay in 16 bits.
+        formats: The menu of the search.
+        engine: One of ``ENGINES``.
+        gpu: A generation or a card; None: any.
+
+    Raises:
+        NotServedError: Names groups, reasons and remedies.
+    """
+    algos = {format_.name: layer_algo(format_) for format_ in formats}
+    nameless = sorted({n for n in chosen.values() if n != NONE and algos[n] is None})
+    if nameless:
+        reason = unserved_reason(None, engine, None, mixed=True)
+        raise NotServedError(f"{engine} cannot serve {', '.join(nameless)}: {reason}")
+    layers = {
+        name: algos.get(chosen.get(group, NONE)) for group, own in groups.items() for name in own
+    }
+    group_of = {name: group for group, own in groups.items() for name in own}
+    found = violations(layers, engine, gpu, group_of)
+    if found:
+        raise NotServedError(describe_violations(found, engine, gpu))
+
+
+def why_unserved(
+    groups: Groups,
+    chosen: Mapping[str, str],
+    formats: Sequence[Format],
+    engine: str | None,
+    gpu: str | None,
+) -> str | None:
+    """Why an engine cannot serve a plan; without an engine, why none can. None where one can.
+
+    Args:
+        groups, chosen, formats, gpu: As in :func:`require_served`.
+        engine: One of ``ENGINES``; None: any of them.
+    """
+    if engine is not None:
+        try:
+            require_served(groups, chosen, formats, engine, gpu)
+        except NotServedError as error:
+            return f"{error}. Solve it again with --engine {engine}."
+        return None
+    used = [format_ for format_ in formats if format_.name in set(chosen.values())]
+    mixed = len({layer_algo(format_) for format_ in used}) > 1
+    served = {e: servable_formats(used, e, None, mixed=mixed) for e in ENGINES}
+    if any(all(reason is None for reason in reasons.values()) for reasons in served.values()):
+        return None
+    nowhere = [f.name for f in used if all(reasons[f.name] for reasons in served.values())]
+    what = " or ".join(nowhere) if nowhere else " and ".join(f.name for f in used) + " together"
+    kind = " in a checkpoint of several formats" if mixed and nowhere else ""
+    return (
+        f"None of {', '.join(ENGINES)} serves {what}{kind}, by ModelOpt's checkpoints "
+        "(docs/engines.md). 'solve' with --engine takes only what one serves."
+    )
+
+
+def formats_of(plan: Mapping[str, Any]) -> list[Format]:
+    """The menu of a run: its formats of weights.
+
+    Args:
+        plan: The plan's summary from ``run.json``.
+
+    Raises:
+        ConfigError: An imported run, which only names its formats.
+    """
+    if not all(map(is_described, plan["formats"])):
+        raise ConfigError(
+            "--engine needs to know what the formats are; an imported run only names them, so scan "
+            "the model"
+        )
+    return [Format.from_json(entry) for entry in plan["formats"] if entry.get("weight")]
+
+
+def _menus(formats: Sequence[Format], engine: str, gpu: str | None) -> list[tuple[str, ...]]:
+    generation = check_target(engine, gpu)
+    reasons = servable_formats(formats, engine, gpu)
+    algos = {f.name: algo for f in formats if (algo := layer_algo(f)) is not None}
+    mixed = {name: algo for name, algo in algos.items() if reasons[name] is None}
+    sizes = {algo.group_size for algo in mixed.values() if algo.algo in FP4_FAMILY}
+    if engine == "trtllm" or not sizes:
+        menus = [tuple(mixed)]
+    else:
+        menus = [
+            tuple(n for n, a in mixed.items() if a.algo not in FP4_FAMILY or a.group_size == size)
+            for size in sorted(sizes)
+        ]
+    for algo in dict.fromkeys(algos.values()):
+        alone = tuple(name for name, other in algos.items() if other == algo)
+        is_served = unserved_reason(algo, engine, generation, mixed=False) is None
+        if is_served and not any(set(alone) <= set(menu) for menu in menus):
+            menus.append(alone)
+    menus = [menu for menu in menus if menu]
+    if not menus:
+        where = engine if gpu is None else f"{engine} on {gpu}"
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise ConfigError(
+            f"{where} serves no format of the menu ({told}); scan with other --formats, or choose "
+            "another --engine or --gpu (docs/engines.md)"
+        )
+    return menus
+
+
+def _permitted(
+    holders: Holders,
+    searched: Sequence[str],
+    menu: Sequence[str],
+    algos: Mapping[str, LayerAlgo | None],
+    engine: str,
+) -> dict[str, frozenset[str]]:
+    permitted = {group: {NONE, *menu} for group in searched}
+    mixed = len({algos[name] for name in menu}) > 1
+    for module, groups in holders:
+        for name in menu:
+            algo = algos[name]
+            assert algo is not None
+            is_found = all(group in permitted for group in groups)  # else a member stays in 16 bits
+            is_found &= not is_kept_whole(module, algo.algo, engine)
+            if is_found and mixed:
+                alone = dict.fromkeys(module.members, algo.algo)
+                is_found = served_algo(module, alone, engine) == algo.algo
+            if not is_found:
+                for group in groups:
+                    permitted.get(group, set()).discard(name)
+    return {group: frozenset(names) for group, names in permitted.items()}
+
+
+def joined(sets: Sequence[Sequence[str]], searched: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Sets that overlap as one, in the order of the groups; those of one group are left out."""
+    root = {group: group for one in (*sets, searched) for group in one}
+
+    def find(group: str) -> str:
+        while root[group] != group:
+            group = root[group]
+        return group
+
+    for first, *others in sets:
+        for other in others:
+            root[find(other)] = find(first)
+    members: dict[str, list[str]] = {}
+    for group in searched:
+        members.setdefault(find(group), []).append(group)
+    return tuple(tuple(one) for one in members.values() if len(one) > 1)

@@ -1,0 +1,279 @@
+"""Shard parts -> ``sensitivity.parquet``: sums in shard order, in float64.
+
+The order of the sums is the shards' order, never the order in which workers finished, so the
+file is the same to the byte for any number of workers and any pattern of deaths and resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from autoquant_ray.arrays import Floats, Integers, Mask
+from autoquant_ray.errors import ScoreError
+from autoquant_ray.plan.silent_experts import Counts, add_counts, without_tokens
+from autoquant_ray.runs.schemas import SCHEMAS
+
+NUM_BUCKETS = 64
+
+
+def score_part(
+    shard: int, keys_K: Sequence[tuple[str, str]], formats: Sequence[str], scores: Any
+) -> pa.Table:
+    """Content of ``scores/shard-*.parquet``: one row per (group, format).
+
+    The sums of a group that saw no gradient in this shard are null, not zero.
+
+    Args:
+        shard: Shard number.
+        keys_K: (group, format) of every row: the plan's ``score_keys``.
+        formats: All formats in the order of the sums' columns.
+        scores: :class:`~autoquant_ray.score.engine.ShardScores`.
+    """
+    num_rows = len(keys_K)
+    groups = list(dict.fromkeys(group for group, _ in keys_K))
+    row_of, column_of = _positions(groups), _positions(formats)
+    rows_K = np.array([row_of[group] for group, _ in keys_K], dtype=np.intp)
+    columns_K = np.array([column_of[format_] for _, format_ in keys_K], dtype=np.intp)
+    unseen_K = np.equal(scores.sums.num_rows_G, 0)[rows_K]
+
+    def values(sums_GF: Floats) -> pa.Array:
+        return pa.array(sums_GF[rows_K, columns_K], mask=unseen_K)
+
+    is_first_K = np.diff(rows_K, prepend=-1) != 0
+    columns = {
+        "shard": np.full(num_rows, shard),
+        "group": [group for group, _ in keys_K],
+        "format": [format_ for _, format_ in keys_K],
+        "elementwise_sum": values(scores.sums.elementwise_GF),
+        "token_sum": values(scores.sums.token_GF),
+        "num_tokens": np.full(num_rows, scores.num_tokens),
+        "num_samples": np.full(num_rows, scores.num_samples),
+        "seconds": np.full(num_rows, scores.seconds),
+        "elementwise_variance": values(scores.sums.elementwise_variance_GF),
+        "token_variance": values(scores.sums.token_variance_GF),
+        # The same for all formats of a group: kept with the first.
+        "expert_tokens": pa.array(
+            [
+                scores.sums.expert_tokens.get(group) if is_first else None
+                for (group, _), is_first in zip(keys_K, is_first_K, strict=True)
+            ],
+            type=pa.list_(pa.int64()),
+        ),
+    }
+    return pa.table(columns, schema=SCHEMAS["scores"])
+
+
+def _positions(names: Sequence[str]) -> dict[str, int]:
+    return {name: position for position, name in enumerate(names)}
+
+
+def is_complete_part(table: pa.Table, shard: int, keys: Sequence[tuple[str, str]]) -> bool:
+    """Whether a scores part belongs to this shard and covers exactly these (group, format)."""
+    return _keys(table) == list(keys) and set(table.column("shard").to_pylist()) == {shard}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """What all shards say together.
+
+    Attributes:
+        rows: Of ``sensitivity.parquet``.
+        left_out: Experts that are groups of their own and saw no token: they have no row.
+        buckets: Content of ``resampling.parquet``: the sums behind the scores in at most 64
+            buckets of successive shards with their tokens, from which a solution's certainty and
+            the error of its total are found without reading the shards again.
+    """
+
+    rows: list[dict[str, Any]]
+    buckets: pa.Table
+    left_out: tuple[str, ...] = ()
+
+
+def aggregate_parts(
+    parts: Sequence[pa.Table],
+    plan_rows: Sequence[Mapping[str, Any]],
+    estimator: str,
+    num_buckets: int = NUM_BUCKETS,
+    left_out: Collection[str] | None = None,
+) -> Aggregate:
+    """Rows of ``sensitivity.parquet``, and the sums that can be resampled.
+
+    ``score = 1/2 * sum / num_tokens`` in nats per token. ``score_stderr`` is the standard error
+    of that ratio from its spread over shards (the usual ratio estimator: with ``e_s`` and
+    ``n_s`` of S shards and ``R = sum e / sum n``, the variance is
+    ``S/(S-1) * sum (e_s - R n_s)^2 / (sum n)^2``); null for a single shard. The spread contains
+    the noise of row sampling; where few shards make it look smaller than that noise alone, the
+    noise counts. ``sampling_stderr`` is that noise: the standard error against scoring all rows of
+    the same shards, zero where all were scored. ``modelopt_score``
+    is what ``mtq.auto_quantize`` would report if every shard were one of its scoring batches.
+    ``expert_tokens`` are the tokens that each expert of a group of fused experts saw; null for
+    other groups, and where a shard's part does not say.
+
+    The parts are read twice, one at a time, so memory does not grow with their number.
+
+    Args:
+        parts: Scores parts in shard order, all with the same rows.
+        plan_rows: Rows of ``plan.parquet``.
+        estimator: ``elementwise`` or ``token``.
+        num_buckets: Buckets at most.
+        left_out: Experts that get no row; None: those that saw no token in these parts. Others
+            that saw none here lose nothing on these tokens.
+
+    Raises:
+        ScoreError: No part, or a searched group without a score.
+    """
+    if not len(parts):
+        raise ScoreError("no shard was scored; see the quarantined shards in run.json")
+    costs = {(row["group"], row["format"]): row for row in plan_rows if row["is_searched"]}
+    buckets_BK = np.zeros((min(len(parts), num_buckets), parts[0].num_rows))
+    tokens_B = np.zeros(len(buckets_BK), dtype=np.int64)
+    totals = _add_up(parts, f"{estimator}_sum", buckets_BK, tokens_B)
+    groups = dict.fromkeys(group for group, _ in totals.keys_K)
+    expert_tokens = dict(zip(groups, totals.expert_tokens_G or (), strict=True))
+    silent = without_tokens(expert_tokens)
+    left_out = silent if left_out is None else left_out
+    _require_scores(totals, silent)
+    sums_K = totals.elementwise_K if estimator == "elementwise" else totals.token_K
+    scores_K = 0.5 * sums_K / totals.num_tokens
+    variances_K = totals.elementwise_variance_K
+    if estimator == "token":
+        variances_K = totals.token_variance_K
+    noise_K = 0.5 * np.sqrt(variances_K) / totals.num_tokens
+    errors_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
+    if errors_K is not None:
+        errors_K = np.maximum(errors_K, noise_K)
+    rows = [
+        {
+            "group": group,
+            "format": format_,
+            "score": float(scores_K[index]),
+            "score_stderr": None if errors_K is None else float(errors_K[index]),
+            "elementwise": float(totals.elementwise_K[index]),
+            "token": float(totals.token_K[index]),
+            "modelopt_score": float(totals.modelopt_K[index]),
+            "num_tokens": totals.num_tokens,
+            "num_shards": len(parts),
+            "weight_bits": costs[group, format_]["weight_bits"],
+            "weight_bytes": costs[group, format_]["weight_bytes"],
+            "sampling_stderr": float(noise_K[index]),
+            "expert_tokens": expert_tokens[group],
+        }
+        for index, (group, format_) in enumerate(totals.keys_K)
+        if group not in left_out
+    ]
+    kept_K = np.array([group not in left_out for group, _ in totals.keys_K])
+    keys = [(row["group"], row["format"]) for row in rows]
+    buckets = _bucket_table(keys, buckets_BK[:, kept_K], tokens_B)
+    return Aggregate(rows=rows, buckets=buckets, left_out=tuple(left_out))
+
+
+def _bucket_table(
+    keys_K: Sequence[tuple[str, str]], buckets_BK: Floats, tokens_B: Integers
+) -> pa.Table:
+    count = len(buckets_BK)
+    columns = {
+        "bucket": np.repeat(np.arange(count), len(keys_K)),
+        "group": [group for group, _ in keys_K] * count,
+        "format": [format_ for _, format_ in keys_K] * count,
+        "sum": buckets_BK.ravel(),
+        "bucket_tokens": np.repeat(tokens_B, len(keys_K)),
+    }
+    return pa.table(columns, schema=SCHEMAS["resampling"])
+
+
+@dataclass
+class _Totals:
+    """Sums over the parts for each of K (group, format)."""
+
+    keys_K: list[tuple[str, str]]
+    elementwise_K: Floats
+    token_K: Floats
+    elementwise_variance_K: Floats
+    token_variance_K: Floats
+    modelopt_K: Floats
+    is_unseen_K: Mask
+    num_tokens: int = 0
+    expert_tokens_G: list[Counts | None] | None = None
+
+
+def _add_up(
+    parts: Sequence[pa.Table], column: str, buckets_BK: Floats, tokens_B: Integers
+) -> _Totals:
+    """Totals over all parts; also adds a column, and tokens, into buckets of successive parts."""
+    num_rows = parts[0].num_rows
+    totals = _Totals(
+        keys_K=_keys(parts[0]),
+        elementwise_K=np.zeros(num_rows),
+        token_K=np.zeros(num_rows),
+        elementwise_variance_K=np.zeros(num_rows),
+        token_variance_K=np.zeros(num_rows),
+        modelopt_K=np.zeros(num_rows),
+        is_unseen_K=np.ones(num_rows, dtype=np.bool_),
+    )
+    for number, part in enumerate(parts):
+        num_tokens = _num_tokens(part)
+        bucket = number * len(buckets_BK) // len(parts)
+        buckets_BK[bucket] += _filled(part, column)
+        tokens_B[bucket] += num_tokens
+        elementwise_K = _filled(part, "elementwise_sum")
+        totals.elementwise_K += elementwise_K
+        totals.token_K += _filled(part, "token_sum")
+        totals.elementwise_variance_K += _filled(part, "elementwise_variance")
+        totals.token_variance_K += _filled(part, "token_variance")
+        totals.modelopt_K += elementwise_K / float(num_tokens) ** 2
+        totals.is_unseen_K &= part.column("elementwise_sum").is_null().to_numpy()
+        totals.num_tokens += num_tokens
+        counts_G = _expert_tokens(part)
+        before_G = totals.expert_tokens_G
+        totals.expert_tokens_G = counts_G if before_G is None else add_counts(before_G, counts_G)
+    return totals
+
+
+def _expert_tokens(part: pa.Table) -> list[Counts | None]:
+    """Counts of each group, from its first row."""
+    groups = part.column("group").to_pylist()
+    firsts = [n for n, group in enumerate(groups) if n == 0 or groups[n - 1] != group]
+    counts: list[Counts | None] = part.column("expert_tokens").take(firsts).to_pylist()
+    return counts
+
+
+def _keys(part: pa.Table) -> list[tuple[str, str]]:
+    columns = (part.column(name).to_pylist() for name in ("group", "format"))
+    return list(zip(*columns, strict=True))
+
+
+def _num_tokens(part: pa.Table) -> int:
+    return int(part.column("num_tokens")[0].as_py())
+
+
+def _filled(part: pa.Table, column: str) -> Floats:
+    values_K: Floats = part.column(column).fill_null(0.0).to_numpy()
+    return values_K
+
+
+def _require_scores(totals: _Totals, silent: Collection[str]) -> None:
+    unseen = [totals.keys_K[index][0] for index in np.flatnonzero(totals.is_unseen_K)]
+    missing = [group for group in dict.fromkeys(unseen) if group not in silent]
+    if missing:
+        raise ScoreError(
+            f"{len(missing)} group(s) received no gradient and have no score, first "
+            f"{missing[0]!r}; use longer or more samples, or --disable them"
+        )
+
+
+def _standard_errors(
+    parts: Sequence[pa.Table], column: str, ratios_K: Floats, num_tokens: int
+) -> Floats | None:
+    """Standard errors of ratios of sums; None for a single part."""
+    if len(parts) < 2:
+        return None
+    squares_K = np.zeros_like(ratios_K)
+    for part in parts:
+        squares_K += np.square(0.5 * _filled(part, column) - ratios_K * _num_tokens(part))
+    errors_K: Floats = np.sqrt(len(parts) / (len(parts) - 1) * squares_K) / num_tokens
+    return errors_K

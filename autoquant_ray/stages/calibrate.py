@@ -1,0 +1,122 @@
+"""The stages before scores: statistics of inputs over all shards, and AWQ's search with them.
+
+Both write one part per shard and merge the parts in the order of the shards. Statistics of single
+channels are large (12 bytes per input channel of every linear whose formats need them, at most)
+and lie in files of their own, written before the shard's scalars: where these are, all are.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from autoquant_ray.calibrate.files import (
+    _channel_rows,
+    _channels,
+    _missing,
+    _scalar_rows,
+    _scalars,
+    read_maxima,
+)
+from autoquant_ray.calibrate.maxima import merge_statistics
+from autoquant_ray.distributed.pool import Outcome, WorkerPool
+from autoquant_ray.formats.smoothed import is_smoothed, needs_calibration, needs_search
+from autoquant_ray.plan.plan import Plan
+from autoquant_ray.quantize.awq import Losses, loss_rows, losses_of, merge_losses
+from autoquant_ray.quantize.statistics import CHANNELS, Maxima
+from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import (
+    CALIBRATION,
+    CALIBRATION_FILE,
+    CHANNELS_FILE,
+    SEARCH,
+    SEARCH_FILE,
+    part_name,
+)
+from autoquant_ray.runs.parts import Parts
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.stages.shards import Work, collect, intact_parts, tasks_of
+
+
+def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -> Maxima:
+    """Statistics of inputs -> ``calibration.parquet``, and ``channels.parquet`` where needed.
+
+    Skipped when no format needs any.
+    """
+    directory = state.directory
+    if not needs_calibration(plan.formats):
+        return {}
+    has_channels = any(map(is_smoothed, plan.formats))
+    there = not has_channels or directory.exists(CHANNELS_FILE)
+    if not (there and state.is_done("calibrate", fingerprint)):
+        with state.stage("calibrate", fingerprint):
+
+            def is_complete(shard: int, table: Any) -> bool:
+                if has_channels:
+                    directory.read_table(part_name(CHANNELS, shard), CHANNELS)
+                return bool(table.num_rows > 0)
+
+            done = intact_parts(state, CALIBRATION, is_complete)
+            work = Work(
+                stage="calibrate",
+                tasks=tasks_of(state, done),
+                submit=lambda worker, task: worker.calibrate.remote(task),
+                num_done=len(done),
+                write=partial(_write_statistics, directory, has_channels),
+            )
+            collect(state, pool, work)
+            shards = intact_parts(state, CALIBRATION, lambda _shard, table: table.num_rows > 0)
+            # Read in the order of the shards, a few at a time: sums do not depend on arrival.
+            if has_channels:
+                channels = merge_statistics(map(_channels, Parts(directory, CHANNELS, shards)))
+                directory.write_table(CHANNELS_FILE, CHANNELS, _channel_rows(channels))
+            merged = merge_statistics(map(_scalars, Parts(directory, CALIBRATION, shards)))
+            directory.write_table(CALIBRATION_FILE, CALIBRATION, _scalar_rows(merged))
+    return read_maxima(directory)
+
+
+def search_scales(
+    state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerprint: str
+) -> Maxima:
+    """Losses of AWQ's candidates -> ``search.parquet``; the calibration with the best of them.
+
+    Skipped when no format needs it.
+    """
+    directory = state.directory
+    if not any(map(needs_search, plan.formats)):
+        return maxima
+    if not state.is_done("search", fingerprint):
+        with state.stage("search", fingerprint):
+            shared = pool.share(maxima)
+            done = intact_parts(state, SEARCH, lambda _shard, _table: True)
+            work = Work(
+                stage="search",
+                tasks=tasks_of(state, done),
+                submit=lambda worker, task: worker.search.remote(task, shared),
+                num_done=len(done),
+                write=lambda outcome: _write_losses(
+                    directory, part_name(SEARCH, outcome.task.shard), outcome.result
+                ),
+            )
+            collect(state, pool, work)
+            shards = intact_parts(state, SEARCH, lambda _shard, _table: True)
+            losses = merge_losses(map(losses_of, Parts(directory, SEARCH, shards)))
+            _write_losses(directory, SEARCH_FILE, losses)
+    return read_maxima(directory)
+
+
+def is_calibrated(state: RunState, plan: Plan) -> bool:
+    """Whether every merged file that the formats of a run need is there."""
+    return not _missing(state.directory, plan.formats)
+
+
+def _write_statistics(directory: RunDirectory, has_channels: bool, outcome: Outcome) -> str:
+    shard, found = outcome.task.shard, outcome.result
+    if has_channels:
+        name = part_name(CHANNELS, shard)
+        directory.write_table(name, CHANNELS, _channel_rows(found))
+    return directory.write_table(part_name(CALIBRATION, shard), CALIBRATION, _scalar_rows(found))
+
+
+def _write_losses(directory: RunDirectory, name: str, losses: Losses) -> str:
+    return directory.write_table(name, SEARCH, loss_rows(losses))

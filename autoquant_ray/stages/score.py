@@ -1,0 +1,138 @@
+"""The stages of a scan. Each reads files, writes files, and is skipped when it is up to date.
+
+Nothing here decides how work is spread; the pool does. Nothing here computes a score; the engine
+does. A stage's parts (one file per shard) are never recomputed while they are intact.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.allocate.options import solve_options
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.search import check_feasible
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.distributed.pool import Outcome, WorkerPool
+from autoquant_ray.plan.plan import Plan
+from autoquant_ray.plan.silent_experts import note_silent_experts, silent_experts
+from autoquant_ray.quantize.statistics import Maxima
+from autoquant_ray.runs.names import SCORES, part_name
+from autoquant_ray.runs.parts import Parts
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.runs.weight_hashes import hash_groups
+from autoquant_ray.stages import stopping as stopping_stage
+from autoquant_ray.stages.aggregate import aggregate_parts, is_complete_part, score_part
+from autoquant_ray.stages.domain_scores import write_domain_scores
+from autoquant_ray.stages.shards import Work, collect, intact_parts, tasks_of
+
+logger = logging.getLogger(__name__)
+
+
+def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | None = None) -> None:
+    """``plan.parquet``, and what later commands need instead of the model: summary, hashes.
+
+    Args:
+        state: The run.
+        plan: What to write.
+        fingerprint: Of the stage.
+        weights: Folder of the model's safetensors files, if it has any.
+    """
+    if state.is_done("plan", fingerprint):
+        return
+    with state.stage("plan", fingerprint):
+        silent = silent_experts(state.values["plan"]) if "plan" in state.values else []
+        state.values["plan"] = plan.summary()
+        note_silent_experts(state.values["plan"], silent)  # until scores are added up again
+        if weights is not None:
+            modules = {g.name: [m.name for m in g.modules] for g in plan.groups if not g.is_cache}
+            state.values["weights"] = hash_groups(weights, modules)
+        state.directory.write_table("plan.parquet", "plan", plan.rows())
+
+
+def is_scored(state: RunState, plan: Plan, fingerprint: str) -> bool:
+    """Whether every shard that the result is made of has a whole scores part.
+
+    A finished score stage that lost parts is opened again.
+    """
+    if not state.is_done("score", fingerprint):
+        return False
+    done = intact_parts(state, SCORES, _is_complete(plan))
+    if set(done) >= set(state.used_shards):
+        return True
+    state.reopen("score", "aggregate")
+    return False
+
+
+def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerprint: str) -> None:
+    """Sensitivity sums of every shard -> ``scores/shard-*.parquet``.
+
+    With ``stop_when_stable``, of the first shards until the allocation is stable. Workers go on
+    with later shards while that is being found out; what they find is dropped.
+    """
+    import ray
+
+    rule = stopping_stage.make_rule(state, plan)
+    groups, experts = [group.name for group in plan.searched], {*plan.single_experts}
+    keys, formats = plan.score_keys, [format_.name for format_ in plan.formats]
+
+    def write(outcome: Outcome) -> str:
+        shard = outcome.task.shard
+        num_rows_G = outcome.result.sums.num_rows_G
+        known = zip(groups, num_rows_G, strict=True)
+        if unseen := [g for g, rows in known if not rows and g not in experts]:
+            logger.warning("shard %d gave no gradient to %s", shard, ", ".join(unseen[:3]))
+        part = score_part(shard, keys, formats, outcome.result)
+        return state.directory.write_table(part_name(SCORES, shard), "scores", part)
+
+    def is_enough(shard: int) -> bool:
+        return rule is not None and stopping_stage.is_enough(state, rule, shard)
+
+    state.values.pop("stopping", None)
+    with state.stage("score", fingerprint):
+        shared_maxima = ray.put(maxima)
+        done = intact_parts(state, SCORES, _is_complete(plan))
+        if not any(is_enough(shard) for shard in sorted({*done, *state.left_out})):
+            work = Work(
+                stage="score",
+                tasks=tasks_of(state, done),
+                submit=lambda worker, task: worker.score.remote(task, shared_maxima),
+                num_done=len(done),
+                write=write,
+                is_enough=is_enough,
+            )
+            collect(state, pool, work)
+        if rule is not None:
+            stopping_stage.keep_used(state, rule)
+
+
+def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
+    """``sensitivity.parquet`` from the shards' parts."""
+    if state.is_done("aggregate", fingerprint):
+        return
+    directory = state.directory
+    with state.stage("aggregate", fingerprint):
+        plan_rows = directory.read_table("plan.parquet", "plan").to_pylist()
+        parts = Parts(directory, SCORES, state.used_shards)
+        result = aggregate_parts(parts, plan_rows, config.estimator)
+        directory.write_table("resampling.parquet", "resampling", result.buckets)
+        write_domain_scores(state, plan_rows, config.estimator, result.left_out)
+        note_silent_experts(state.values["plan"], result.left_out)
+        directory.write_table("sensitivity.parquet", "sensitivity", result.rows)
+        state.values["used"] = stopping_stage.used_data(state, state.used_shards)
+
+
+def check_budget(plan: Plan, config: ScanConfig) -> None:
+    """Refuse a budget that cannot be met, before any work.
+
+    Raises:
+        InfeasibleBudgetError: With the reachable range.
+    """
+    check_feasible(Problem(plan.rows(), plan.summary()), solve_options(config))
+
+
+def _is_complete(plan: Plan) -> Callable[[int, Any], bool]:
+    keys = plan.score_keys
+    return lambda shard, table: is_complete_part(table, shard, keys)

@@ -1,0 +1,149 @@
+"""One source of the calibration data: read, made tokens of over the cluster, cut into samples."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TypeAlias
+
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.sources import equal_shares, sources_of
+from autoquant_ray.data.chat_samples import ConversationSamples
+from autoquant_ray.data.conversations import BadSample, Conversation, load_images
+from autoquant_ray.data.cutting import DataCounts, chunk_texts
+from autoquant_ray.data.domain_shards import DomainAssembler, shards_by_domain
+from autoquant_ray.data.rows import Row
+from autoquant_ray.data.samples import RichSample
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.data.texts import read_rows
+from autoquant_ray.distributed.encoding import encode_stream
+from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
+from autoquant_ray.errors import DataError
+from autoquant_ray.models.tokenizer import TokenizerRef
+
+Skip = int | Mapping[str, int]
+"""Samples left out at the start of the data, or of each of several sources, by name."""
+
+Made: TypeAlias = "array[int] | RichSample"
+"""A sample of plain text, or one of a chat."""
+
+_MIN_CHUNK_TEXTS, _MAX_CHUNK_TEXTS = 64, 1024
+_CHUNK_CHATS = 8  # what a processor makes of an image is many times its file
+
+
+class Source:
+    """One source of the data, read as far as its samples are wanted.
+
+    Args:
+        name: Domain of all its texts; '' where they are of none, or say it themselves.
+        spec: What to read; samples that are left out come on top.
+        skip: Samples left out at the start.
+        skips_bad: Skip chats that cannot be used.
+    """
+
+    def __init__(self, name: str, spec: DataSpec, skip: Skip, *, skips_bad: bool) -> None:
+        self.skipped = skip if isinstance(skip, int) else skip.get(name, 0)
+        self.name = name
+        self.spec = replace(spec, num_samples=spec.num_samples + self.skipped)
+        self._assembler: DomainAssembler[array[int]] = DomainAssembler(self.spec)
+        self._chats = ConversationSamples(self.spec, self.counts, skips_bad=skips_bad)
+
+    @property
+    def counts(self) -> DataCounts:
+        """What happened to the texts read so far."""
+        return self._assembler.counts
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why chats were skipped."""
+        return self._chats.reasons
+
+    def shards(self, tokenizer: TokenizerRef, size: int) -> Iterator[tuple[str, list[Made]]]:
+        """Shards with their domains, without the samples that are left out."""
+        samples = itertools.islice(self._samples(tokenizer), self.skipped, None)
+        return shards_by_domain(samples, size)
+
+    def _samples(self, tokenizer: TokenizerRef) -> Iterator[tuple[str, Made]]:
+        rows = read_rows(self.spec)
+        first = next(rows, None)
+        rows = itertools.chain([] if first is None else [first], rows)
+        if first is not None and isinstance(first[0], Conversation):
+            yield from self._of_chats(rows, tokenizer)
+        else:
+            yield from self._of_texts(rows, tokenizer)
+
+    def _of_chats(
+        self, rows: Iterator[Row], tokenizer: TokenizerRef
+    ) -> Iterator[tuple[str, RichSample]]:
+        domains: deque[str] = deque()
+
+        def chats() -> Iterator[Conversation | BadSample]:
+            for chat, domain in rows:
+                if not isinstance(chat, Conversation):
+                    raise self._is_mixed()
+                domains.append(domain or self.name)
+                yield load_images(chat)
+
+        stream = encode_stream(
+            chunk_texts(chats(), _CHUNK_CHATS),
+            tokenizer_ref=tokenizer,
+            loss_on=self.spec.loss_on,
+            look_ahead=look_ahead_of(self.spec.num_samples // _CHUNK_CHATS),
+        )
+        return self._chats.take((domains.popleft(), one) for one in stream)
+
+    def _is_mixed(self) -> DataError:
+        return DataError(
+            f"data source {self.spec.source} holds texts and chats; give each a source of its own"
+        )
+
+    def _of_texts(
+        self, rows: Iterator[Row], tokenizer: TokenizerRef
+    ) -> Iterator[tuple[str, array[int]]]:
+        num_samples = self.spec.num_samples
+        # Large chunks cost less per text; small ones waste less where few samples are wanted.
+        chunk_size = max(_MIN_CHUNK_TEXTS, min(num_samples // 64, _MAX_CHUNK_TEXTS))
+        domains: deque[str] = deque()
+
+        def texts() -> Iterator[str]:
+            for text, domain in rows:
+                if not isinstance(text, str):
+                    raise self._is_mixed()
+                domains.append(domain or self.name)
+                yield text
+
+        stream = tokenize_stream(
+            chunk_texts(texts(), chunk_size),
+            tokenizer_ref=tokenizer,
+            pack=self.spec.pack,
+            look_ahead=look_ahead_of(num_samples // chunk_size),
+        )
+        for texts_empty, token_lists in stream:
+            of_texts = [domains.popleft() for _ in token_lists]
+            yield from self._assembler.add(token_lists, texts_empty, of_texts)
+            if self._assembler.is_full:
+                return
+        yield from self._assembler.finish()
+
+
+def data_specs(config: ScanConfig) -> dict[str, DataSpec]:
+    """The part of the config that says what to read, for each source by name."""
+    sources = sources_of(config.data)
+    shares = equal_shares(config.samples, len(sources))
+    return {
+        name: DataSpec(
+            source=source,
+            text_field=config.text_field,
+            split=config.split,
+            num_samples=share,
+            seq_len=config.seq_len,
+            pack=config.pack,
+            shuffle_seed=config.data_seed,
+            domain_field=config.domain_field,
+            loss_on=config.loss_on,
+        )
+        for (name, source), share in zip(sources.items(), shares, strict=True)
+    }
