@@ -24,7 +24,7 @@ _LAZY = {
     "latency_of": "autoquant_ray.allocate.load",
     "run_search": "autoquant_ray.scan",
     "solve_run": "autoquant_ray.solve",
-    "load_quantization_config": "autoquant_ray.allocate.manifest",
+    "load_quantization_config": "autoquant_ray.quantize.modelopt_config",
 }
 
 __all__ = [

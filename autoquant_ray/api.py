@@ -20,8 +20,7 @@ import pyarrow as pa
 
 from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.certainty.explanation import Explanation
-from autoquant_ray.allocate.frontier import Point
-from autoquant_ray.allocate.frontier_points import frontier_of, smallest_within
+from autoquant_ray.allocate.frontier import Point, frontier_of, smallest_within
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.compare.runs import compare_runs
 from autoquant_ray.compare.verdict import Comparison

@@ -16,12 +16,13 @@ from autoquant_ray.allocate.allocation import Allocation
 from autoquant_ray.allocate.certainty.solution import Certainty, certainty_of
 from autoquant_ray.allocate.certainty.stopping import describe_stopping
 from autoquant_ray.allocate.domains import domain_summary, solve_domains
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.losses import chosen_formats
 from autoquant_ray.allocate.manifest import build_manifest, manifest_rows, solution_summary
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import quantization_config
-from autoquant_ray.allocate.read import Scores, load_problem
+from autoquant_ray.allocate.read import load_problem
 from autoquant_ray.allocate.search import served_problem
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.format import NONE

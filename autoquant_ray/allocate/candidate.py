@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from autoquant_ray.allocate.allocation import Allocation
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.losses import allocation_key, average_bits, model_bytes, predicted_loss
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
@@ -14,8 +15,6 @@ from autoquant_ray.allocate.search import search
 
 logger = logging.getLogger(__name__)
 SOLUTION = "solution"
-
-Scores = Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True, kw_only=True)

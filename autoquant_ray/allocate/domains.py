@@ -7,15 +7,16 @@ minimises ``sum_d w_d * KL_d(x)``: a knapsack like any other, with weighted scor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from autoquant_ray.allocate import allocation as allocations
 from autoquant_ray.allocate.allocation import Allocation, Choice
-from autoquant_ray.allocate.domain_scores import DomainScores, read_domain_scores
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.knapsack import problem as knapsack
 from autoquant_ray.allocate.knapsack.worst import solve_worst
 from autoquant_ray.allocate.losses import predicted_loss
@@ -25,11 +26,12 @@ from autoquant_ray.allocate.search import allowed_choices, best_served, search, 
 from autoquant_ray.arrays import Floats
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import NONE
-from autoquant_ray.runs.names import DOMAINS_FILE
+from autoquant_ray.runs.names import (
+    DOMAIN_SCORES_FILE,
+    DOMAINS_FILE,
+)
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.wording import few
-
-Scores = Mapping[tuple[str, str], float]
 
 
 def solve_domains(
@@ -170,3 +172,75 @@ def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions)
 
 def _score(choice: Choice, scores: Scores) -> float:
     return 0.0 if choice.format == NONE else scores[choice.group, choice.format]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainScores:
+    """The scores of several domains.
+
+    Attributes:
+        scores: Domain -> scores on its tokens.
+        num_tokens: Domain -> predicted tokens behind them.
+    """
+
+    scores: Mapping[str, Scores]
+    num_tokens: dict[str, int]
+
+    @property
+    def equal_weights(self) -> dict[str, float]:
+        """Every domain counts alike, however many tokens it has."""
+        return dict.fromkeys(self.scores, 1 / len(self.scores))
+
+    def weighted(self, weights: Mapping[str, float]) -> Scores:
+        """``sum_d w_d * score_d`` for every (group, format).
+
+        Args:
+            weights: Domain -> weight; a domain without one counts nothing.
+
+        Raises:
+            ConfigError: A domain that the run does not have.
+        """
+        self.require(weights)
+        first = next(iter(self.scores.values()))
+        return {
+            key: math.fsum(weight * self.scores[name][key] for name, weight in weights.items())
+            for key in first
+        }
+
+    def losses(self, formats: Mapping[str, str]) -> dict[str, float]:
+        """Predicted KL of each domain under an allocation, in nats per token of that domain.
+
+        Args:
+            formats: Searched group -> format; further groups in 16 bits may be there too.
+        """
+        return {domain: predicted_loss(scores, formats) for domain, scores in self.scores.items()}
+
+    def require(self, names: Mapping[str, float]) -> None:
+        """Check that domains exist.
+
+        Raises:
+            ConfigError: One does not.
+        """
+        for name in names:
+            if name not in self.scores:
+                known = ", ".join(self.scores)
+                raise ConfigError(
+                    f"--domains: the run has no scores of a domain {name!r}; it has: {known}"
+                )
+
+
+def read_domain_scores(state: RunState) -> DomainScores | None:
+    """The scores of a run's domains; None where it has fewer than two.
+
+    Raises:
+        StoreError: A file is damaged.
+    """
+    if not state.directory.exists(DOMAIN_SCORES_FILE):
+        return None
+    table = state.directory.read_table(DOMAIN_SCORES_FILE, "domain_sensitivity")
+    scores: dict[str, dict[tuple[str, str], float]] = {}
+    num_tokens: dict[str, int] = {}
+    for row in table.select(["domain", "group", "format", "score", "num_tokens"]).to_pylist():
+        scores.setdefault(row["domain"], {})[row["group"], row["format"]] = row["score"]
+        num_tokens[row["domain"]] = row["num_tokens"]
+    return DomainScores(scores=scores, num_tokens=num_tokens) if len(scores) > 1 else None

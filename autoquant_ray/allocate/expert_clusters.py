@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.config.expert_groups import EXPERT, LAYER, ExpertGroups
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.models.quantizable import expert_place
 
-Scores = Mapping[tuple[str, str], float]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
+
+Scores = Mapping[tuple[str, str], float]
+"""(group, format) -> score in nats per token; 16 bits have none, they lose nothing."""
 
 RESOURCES = {"storage": "weight_bytes", "modelopt": "modelopt_cost"}
 """Cost name of the command line -> column of ``plan.parquet``."""

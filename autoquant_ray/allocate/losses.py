@@ -13,8 +13,6 @@ from autoquant_ray.allocate.options import BITS_PER_BYTE
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.formats.format import NONE
 
-Scores = Mapping[tuple[str, str], float]
-
 
 def chosen_formats(problem: Problem, allocation: Allocation) -> dict[str, str]:
     """Format of every group, unsearched ones included, in the model's order."""

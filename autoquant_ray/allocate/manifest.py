@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant_ray.allocate.allocation import Allocation
-from autoquant_ray.allocate.group_choices import ACTIVE_MOE
+from autoquant_ray.allocate.group_choices import ACTIVE_MOE, Scores
 from autoquant_ray.allocate.kv_caches import cache_summary
 from autoquant_ray.allocate.latency import LATENCY
-from autoquant_ray.allocate.losses import Scores, average_bits, chosen_formats, model_bytes
+from autoquant_ray.allocate.losses import average_bits, chosen_formats, model_bytes
 from autoquant_ray.allocate.options import BITS_PER_BYTE, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import is_linear

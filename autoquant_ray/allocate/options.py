@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, SkipValidation, TypeAdapter, ValidationError
 
-from autoquant_ray.allocate.domain_weights import check_objective, normalised
 from autoquant_ray.allocate.load import Latency
+from autoquant_ray.config.domain_weights import check_objective, normalised
 from autoquant_ray.config.expert_groups import LAYER, ExpertGroups
 from autoquant_ray.config.files import first_problem
 from autoquant_ray.config.scan import ScanConfig

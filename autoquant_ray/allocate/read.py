@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant_ray.allocate.expert_clusters import experts_of
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.load import Latency
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
@@ -41,10 +42,6 @@ def solution_options(state: RunState, start: str) -> SolveOptions:
 def is_chosen_by_measurement(manifest: Mapping[str, Any]) -> bool:
     """Whether measured losses chose a solution, so that it is not what the scores would choose."""
     return not {"chosen_on", "refinement"}.isdisjoint(manifest)
-
-
-Scores = dict[tuple[str, str], float]
-"""(group, format) -> nats per token."""
 
 
 def load_problem(state: RunState) -> tuple[Problem, Scores]:

@@ -7,6 +7,7 @@ from copy import copy
 
 from autoquant_ray.allocate.allocation import Allocation, Choice, restrict
 from autoquant_ray.allocate.expert_clusters import require_apart
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.group_names import refuse_parts
 from autoquant_ray.allocate.kv_caches import require_cache_limit
 from autoquant_ray.allocate.options import SolveOptions
@@ -21,9 +22,6 @@ from autoquant_ray.serving.menus import (
     require_served,
     served_sets,
 )
-
-Scores = Mapping[tuple[str, str], float]
-"""(group, format) -> nats per token."""
 
 
 def search(problem: Problem, scores: Scores, options: SolveOptions) -> Allocation:

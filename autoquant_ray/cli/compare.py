@@ -106,3 +106,27 @@ def _scan(config: ScanConfig, mode: Mode) -> object:
     from autoquant_ray.scan import run_search
 
     return run_search(config, mode)
+
+
+@click.command()
+@click.argument("directory")
+@click.option("--out", help="Page to write.  [default: DIRECTORY/index.html]")
+@common_options
+def site(directory: str, out: str | None, as_json: bool, verbose: bool) -> None:
+    """Write one self-contained HTML page of all runs below DIRECTORY, with their trends.
+
+    It reads the runs' files and the history of nightly jobs, and needs no server.
+
+    \b
+    Example:
+      autoquant-ray site runs
+    """
+    set_up_logging(verbose)
+    from autoquant_ray.compare.site_page import write_site
+    from autoquant_ray.runs.directory import RunDirectory
+
+    path = write_site(RunDirectory(directory), out)
+    if as_json:
+        print_json({"path": path})
+    else:
+        click.echo(path)

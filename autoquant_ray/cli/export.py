@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
-from autoquant_ray.cli.engine import engine_options
+from autoquant_ray.cli.solve import engine_options
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.export.layouts import LAYOUTS
 from autoquant_ray.export.recipes import TOOLS

@@ -43,7 +43,7 @@ def frontier(
       autoquant-ray frontier runs/qwen3 --target-kl 0.02
     """
     set_up_logging(verbose)
-    from autoquant_ray.allocate.frontier_points import frontier_of, smallest_within
+    from autoquant_ray.allocate.frontier import frontier_of, smallest_within
     from autoquant_ray.cli.output import print_frontier, print_solution
     from autoquant_ray.runs.directory import RunDirectory
     from autoquant_ray.solve import solve_run

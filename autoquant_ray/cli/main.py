@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from autoquant_ray.cli.compare import compare, nightly
+from autoquant_ray.cli.compare import compare, nightly, site
 from autoquant_ray.cli.edge import (
     Commands,
     common_options,
@@ -18,18 +18,21 @@ from autoquant_ray.cli.edge import (
     print_json,
     set_up_logging,
 )
-from autoquant_ray.cli.engine import engine_options, experts_option
 from autoquant_ray.cli.evaluate import evaluate, refine, refine_and_show
 from autoquant_ray.cli.explain import explain
 from autoquant_ray.cli.export import export
 from autoquant_ray.cli.frontier import frontier
 from autoquant_ray.cli.import_ import import_
 from autoquant_ray.cli.jobs import jobs, submit
-from autoquant_ray.cli.latency import latency_options, take_latency
 from autoquant_ray.cli.options import config_options, given_fields, mapping_option
 from autoquant_ray.cli.run import run, scan_and_show
-from autoquant_ray.cli.site import site
-from autoquant_ray.cli.solve import domain_options
+from autoquant_ray.cli.solve import (
+    domain_options,
+    engine_options,
+    experts_option,
+    latency_options,
+    take_latency,
+)
 from autoquant_ray.config.files import load_config
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.search_space import SearchSpace

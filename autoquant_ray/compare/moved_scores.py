@@ -24,11 +24,14 @@ Shape letters: K (group, format) pairs, S shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from scipy import stats
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -160,3 +163,31 @@ def _ratio(above_K: Floats, below_K: Floats) -> Floats:
         ratio_K = above_K / below_K
     ratio_K[(above_K == 0) & ~np.isnan(below_K)] = 0.0
     return ratio_K
+
+
+def has_integer_input(format_: Mapping[str, Any]) -> bool:
+    """Whether a format of ``run.json`` quantizes inputs to integers, whose step is their maximum's.
+
+    The error of a floating-point format hardly depends on the maximum.
+    """
+    return isinstance((format_.get("input") or {}).get("num_bits"), int)
+
+
+def log_deviations(parts: Iterable[pa.Table]) -> dict[str, float]:
+    """Module -> standard deviation over shards of the logarithm of its input maximum.
+
+    Args:
+        parts: ``calibration`` parts, one per shard. A module with several maxima counts by the
+            noisiest one; a shard in which a maximum is 0 (no token came by) is not counted.
+    """
+    logs: dict[tuple[str, str], list[float]] = {}
+    for part in parts:
+        columns = (part.column(name).to_pylist() for name in ("module", "statistic", "value"))
+        for module, statistic, value in zip(*columns, strict=True):
+            if value > 0:
+                logs.setdefault((module, statistic), []).append(math.log(value))
+    deviations: dict[str, float] = {}
+    for (module, _), values in logs.items():
+        if len(values) > 1:
+            deviations[module] = max(deviations.get(module, 0.0), statistics.stdev(values))
+    return deviations

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.formats.format import NONE
-
-Scores = Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True, kw_only=True)

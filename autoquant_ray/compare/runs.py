@@ -15,12 +15,13 @@ import numpy as np
 
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import load_problem
-from autoquant_ray.compare.maxima_noise import has_integer_input, log_deviations
 from autoquant_ray.compare.moved_scores import (
     Floats,
     Moves,
     Scores,
     find_moves,
+    has_integer_input,
+    log_deviations,
     paired_stderr,
     rank_correlation,
 )

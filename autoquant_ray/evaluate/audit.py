@@ -20,10 +20,10 @@ from autoquant_ray.allocate.candidate import (
 )
 from autoquant_ray.allocate.certainty.solution import certainty_of
 from autoquant_ray.allocate.certainty.total_error import ratio_stderr
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import (
-    Scores,
     load_problem,
     score_errors,
     solution_formats,

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from autoquant_ray.allocate.candidate import SOLUTION, Candidate, Scores, make_candidate
+from autoquant_ray.allocate.candidate import SOLUTION, Candidate, make_candidate
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.kv_caches import shuffled_order
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem

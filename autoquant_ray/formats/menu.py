@@ -12,8 +12,9 @@ bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*l
 from __future__ import annotations
 
 import copy
+import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from autoquant_ray.errors import FormatError, one_line
@@ -25,7 +26,6 @@ from autoquant_ray.formats.format import (
     attributes_from_json,
     attributes_to_json,
 )
-from autoquant_ray.formats.format_names import closest_formats
 from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS
 from autoquant_ray.formats.numbers import blocks_of, is_scaled_by_block, is_static_nvfp4
 
@@ -201,3 +201,24 @@ def check_device(formats: Sequence[Format], device: str) -> None:
                     f"format {format_.name} cannot run on cpu: {error}; scan on a GPU "
                     "(--device cuda) or choose another format"
                 ) from None
+
+
+def closest_formats(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Names to suggest for an unknown one, whatever its case.
+
+    Names that contain it come first, ModelOpt's default presets (``..._DEFAULT_CFG``) before
+    others and short ones before long ones; then names that are spelled alike.
+
+    Args:
+        name: What was asked for.
+        known: All names.
+        count: How many at most.
+    """
+    wanted = name.lower()
+    by_lower = {one.lower(): one for one in known}
+    containing = sorted(
+        (one for one in by_lower if wanted in one),
+        key=lambda one: (one != wanted, not one.endswith("default_cfg"), len(one)),
+    )
+    similar = difflib.get_close_matches(wanted, by_lower, n=count, cutoff=0.3)
+    return [by_lower[one] for one in dict.fromkeys([*containing, *similar])][:count]

@@ -6,7 +6,8 @@ import math
 import re
 from pathlib import Path
 
-from autoquant_ray.allocate.candidate import Scores, as_allocation, make_candidate
+from autoquant_ray.allocate.candidate import as_allocation, make_candidate
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.kv_caches import cache_summary
 from autoquant_ray.allocate.losses import average_bits, model_bytes
 from autoquant_ray.allocate.options import SolveOptions

@@ -1,4 +1,7 @@
-"""Reports for people: Markdown and HTML, written from a run's files alone."""
+"""Reports for people: Markdown and HTML, written from a run's files alone.
+
+Imports ``allocate`` with its packages, ``plan``, ``runs`` and below. Neither torch nor Ray.
+"""
 
 from __future__ import annotations
 

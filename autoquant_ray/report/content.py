@@ -22,7 +22,7 @@ from autoquant_ray.report.headline import Number, headline
 from autoquant_ray.report.heat import Heat, heat_maps
 from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.report.reproduce import Reproduction, reproduction
-from autoquant_ray.report.sources import Scores, Sources, gather_evidence, read_sources
+from autoquant_ray.report.sources import ScoresWithErrors, Sources, gather_evidence, read_sources
 from autoquant_ray.runs.names import AUDIT_FILE, solution_folder
 from autoquant_ray.runs.state import RunState
 
@@ -81,7 +81,7 @@ class ReportContent:
     heat: Heat | None
     dots: list[Dot]
     formats: list[str]
-    scores: Scores
+    scores: ScoresWithErrors
     unit: str
     warnings: list[str]
     measured: list[MeasuredData]

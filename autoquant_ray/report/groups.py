@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from autoquant_ray.allocate.group_choices import GroupChoices
 
-Scores = Mapping[str, Mapping[str, tuple[float, float | None]]]
+ScoresWithErrors = Mapping[str, Mapping[str, tuple[float, float | None]]]
 """Group -> format -> (score, standard error or None)."""
 
 
@@ -44,7 +44,7 @@ class GroupRow:
 def group_rows(
     groups: Sequence[GroupChoices],
     formats: Mapping[str, str],
-    scores: Scores,
+    scores: ScoresWithErrors,
     kept: Mapping[str, float],
     unsearched: Mapping[str, str],
 ) -> list[GroupRow]:

@@ -21,7 +21,7 @@ from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.kv_cache import cache_problem
 from autoquant_ray.serving.menus import formats_of, why_unserved
 
-Scores = dict[str, dict[str, tuple[float, float | None]]]
+ScoresWithErrors = dict[str, dict[str, tuple[float, float | None]]]
 """Group -> format -> (score, standard error or None)."""
 
 
@@ -47,7 +47,7 @@ class Sources:
     manifest: dict[str, Any]
     rows: list[dict[str, Any]]
     table: list[dict[str, Any]]
-    scores: Scores
+    scores: ScoresWithErrors
     problem: Problem
     formats: dict[str, str]
     error: TotalError | None
@@ -103,7 +103,7 @@ def read_sources(state: RunState, start: str) -> Sources:
         raise StoreError(f"{name} is damaged: it lacks solution or budget; solve the budget again")
     rows = directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
     table = directory.read_table("sensitivity.parquet", "sensitivity").to_pylist()
-    scores: Scores = {}
+    scores: ScoresWithErrors = {}
     for row in table:
         scores.setdefault(row["group"], {})[row["format"]] = (row["score"], row["score_stderr"])
     plan = directory.read_table("plan.parquet", "plan").to_pylist()

@@ -19,8 +19,6 @@ from autoquant_ray.data.rows import Row
 from autoquant_ray.data.samples import RichSample
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import read_rows
-from autoquant_ray.distributed.encoding import encode_stream
-from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
 from autoquant_ray.errors import DataError
 from autoquant_ray.models.tokenizer import TokenizerRef
 
@@ -78,6 +76,9 @@ class Source:
     def _of_chats(
         self, rows: Iterator[Row], tokenizer: TokenizerRef
     ) -> Iterator[tuple[str, RichSample]]:
+        from autoquant_ray.distributed.encoding import encode_stream
+        from autoquant_ray.distributed.tokenization import look_ahead_of
+
         domains: deque[str] = deque()
 
         def chats() -> Iterator[Conversation | BadSample]:
@@ -103,6 +104,8 @@ class Source:
     def _of_texts(
         self, rows: Iterator[Row], tokenizer: TokenizerRef
     ) -> Iterator[tuple[str, array[int]]]:
+        from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
+
         num_samples = self.spec.num_samples
         # Large chunks cost less per text; small ones waste less where few samples are wanted.
         chunk_size = max(_MIN_CHUNK_TEXTS, min(num_samples // 64, _MAX_CHUNK_TEXTS))

@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 from runs_folder import EVIL
 from scored_run import evaluation_row, put_scored_run
 
-from autoquant_ray.allocate.frontier_points import frontier_of
+from autoquant_ray.allocate.frontier import frontier_of
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.solve import rewrite_reports, solve_run
 

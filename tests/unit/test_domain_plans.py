@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from autoquant_ray.allocate.domain_scores import DomainScores, read_domain_scores
-from autoquant_ray.allocate.domain_weights import normalised, parse_weights
+from autoquant_ray.allocate.domains import DomainScores, read_domain_scores
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import load_problem, solution_options
 from autoquant_ray.cli.main import main
+from autoquant_ray.config.domain_weights import normalised, parse_weights
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.evaluate.rivals import collect_candidates
 from autoquant_ray.formats.format import NONE

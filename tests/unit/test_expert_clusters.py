@@ -16,7 +16,7 @@ from families import family_model
 
 from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.expert_clusters import clusters
-from autoquant_ray.allocate.frontier_points import frontier_of
+from autoquant_ray.allocate.frontier import frontier_of
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
 from autoquant_ray.cli.main import main

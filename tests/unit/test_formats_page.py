@@ -11,8 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from autoquant_ray.cli.main import main
-from autoquant_ray.formats.format_names import closest_formats
-from autoquant_ray.formats.menu import PAIRS, known_formats
+from autoquant_ray.formats.menu import PAIRS, closest_formats, known_formats
 from autoquant_ray.formats.numbers import describe
 
 DOCS = Path(__file__).parents[2] / "docs"

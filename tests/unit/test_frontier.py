@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from autoquant_ray.allocate.frontier import Point, find_knee, sweep_points, uniform_points
-from autoquant_ray.allocate.frontier_points import frontier_of, smallest_within
+from autoquant_ray.allocate.frontier import (
+    Point,
+    find_knee,
+    frontier_of,
+    smallest_within,
+    sweep_points,
+    uniform_points,
+)
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import load_problem
 from autoquant_ray.cli.main import main

@@ -12,7 +12,7 @@ import pytest
 from runs_folder import EVIL
 from scored_run import FORMATS, evaluation_row, put_scored_run
 
-from autoquant_ray.allocate.frontier_points import frontier_of
+from autoquant_ray.allocate.frontier import frontier_of
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.errors import AutoQuantError
 from autoquant_ray.report.bokeh_js import bokeh_scripts

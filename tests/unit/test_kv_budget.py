@@ -16,7 +16,7 @@ from families import family_model
 from written_runs import made_up_run
 
 from autoquant_ray.allocate.certainty.explain import explain_group
-from autoquant_ray.allocate.frontier_points import frontier_of, smallest_within
+from autoquant_ray.allocate.frontier import frontier_of, smallest_within
 from autoquant_ray.allocate.load import latency_of
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import load_problem

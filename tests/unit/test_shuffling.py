@@ -10,8 +10,7 @@ import pytest
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.stage_fields import changed_fields, stage_fingerprints
-from autoquant_ray.data.shuffling import shuffled
-from autoquant_ray.data.texts import DataSpec, read_texts
+from autoquant_ray.data.texts import DataSpec, read_texts, shuffled
 from autoquant_ray.errors import DataError
 
 TEXTS = [f"text {number}" for number in range(200)]

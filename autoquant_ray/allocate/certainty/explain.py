@@ -19,12 +19,11 @@ from autoquant_ray.allocate.certainty.resampling import NUM_RESAMPLES
 from autoquant_ray.allocate.certainty.shard_shares import ShardShare, find_shards
 from autoquant_ray.allocate.certainty.solution import Certainty, certainty_of
 from autoquant_ray.allocate.domains import solve_for, wanted_domains
-from autoquant_ray.allocate.group_choices import GroupChoices
+from autoquant_ray.allocate.group_choices import GroupChoices, Scores
 from autoquant_ray.allocate.group_names import find_group
 from autoquant_ray.allocate.options import BITS_PER_BYTE, UNQUANTIZED_BITS, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import (
-    Scores,
     is_chosen_by_measurement,
     load_problem,
     score_errors,

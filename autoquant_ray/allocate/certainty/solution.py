@@ -26,13 +26,12 @@ from autoquant_ray.allocate.certainty.resampling import (
     drawn_counts,
 )
 from autoquant_ray.allocate.certainty.stopping import budget_problem
-from autoquant_ray.allocate.domain_scores import read_domain_scores
-from autoquant_ray.allocate.group_choices import GroupChoices
+from autoquant_ray.allocate.domains import read_domain_scores
+from autoquant_ray.allocate.group_choices import GroupChoices, Scores
 from autoquant_ray.allocate.knapsack import problem as knapsack
 from autoquant_ray.allocate.kv_caches import shuffled_order
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import Scores
 from autoquant_ray.allocate.search import allowed_choices, ties_of
 from autoquant_ray.arrays import Floats
 from autoquant_ray.formats.format import NONE
