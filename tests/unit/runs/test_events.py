@@ -17,7 +17,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.events import Event, ShardDone, parse_event
 
 PACKAGE = Path(autoquant_ray.__file__).parent
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 SHARD_DONE = {
     "time": 1.5,
     "event": "shard_done",
