@@ -47,7 +47,7 @@ from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import lease
 from autoquant_ray.runs.state import Mode, RunState, require_target
-from autoquant_ray.score.engine import EngineSpec
+from autoquant_ray.score.scorer import ScoringSpec
 from autoquant_ray.solve import Solution, solve_run
 from autoquant_ray.stages import calibrate as calibration_stage
 from autoquant_ray.stages import samples as samples_stage
@@ -138,7 +138,7 @@ def _run_stages(
     state.release_quarantine()
     is_calibrated = calibration_stage.is_calibrated(state, plan)
     if not (stages.is_scored(state, plan, marks["score"]) and is_calibrated):
-        spec = _engine_spec(config, ref, plan)
+        spec = _scoring_spec(config, ref, plan)
         placement = placement.at_most(state.num_shards)
         logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
         with WorkerPool(spec, placement, directory.append_event, config.grace_s) as pool:
@@ -196,8 +196,8 @@ def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
     }
 
 
-def _engine_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> EngineSpec:
-    return EngineSpec(
+def _scoring_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> ScoringSpec:
+    return ScoringSpec(
         model=ref,
         dtype=config.dtype,
         device=config.device,

@@ -30,7 +30,7 @@ from autoquant_ray.models.load import build_skeleton, load_model
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.quantizers import fake_quantize_weight, make_input_quantizer
 from autoquant_ray.score import differences
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 
 FORMATS = ("wint8_afp16", "wint8_aint8", "wfp8_afp8", "wint4_afp16")
 
@@ -49,15 +49,15 @@ def main() -> None:
     samples = read_samples(ref, options.samples, options.seq_len)
     spec = dataclasses.replace(make_spec(ref, plan, "data"), dtype="bfloat16")
     model = load_model(ref, dtype="bfloat16", device="cpu")
-    engine = Engine(spec, model=model)
-    maxima = to_maxima(engine.calibrate(samples))
-    after = engine.score(samples, 0, maxima).sums.elementwise_GF
+    scorer = Scorer(spec, model=model)
+    maxima = to_maxima(scorer.calibrate(samples))
+    after = scorer.score(samples, 0, maxima).sums.elementwise_GF
     original = differences.OutputDifferences.of_linear
     differences.OutputDifferences.of_linear = of_rounded_outputs  # type: ignore[method-assign]
-    before = engine.score(samples, 0, maxima).sums.elementwise_GF
+    before = scorer.score(samples, 0, maxima).sums.elementwise_GF
     differences.OutputDifferences.of_linear = original  # type: ignore[method-assign]
-    engine = Engine(make_spec(ref, plan, "data"), model=model.float())
-    exact = engine.score(samples, 0, maxima).sums.elementwise_GF
+    scorer = Scorer(make_spec(ref, plan, "data"), model=model.float())
+    exact = scorer.score(samples, 0, maxima).sums.elementwise_GF
     summary: dict[str, Any] = {**describe_machine(), "tokens": options.samples * options.seq_len}
     for column, name in enumerate(FORMATS):
         for title, sums in (("before", before), ("after", after)):

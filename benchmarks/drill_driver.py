@@ -1,4 +1,4 @@
-"""The command line in a process of its own, with slow engines, and disturbed from within.
+"""The command line in a process of its own, with slow scorers, and disturbed from within.
 
     python benchmarks/drill_driver.py PACING.json DISTURBANCE scan --config SCAN.yaml --resume
 
@@ -51,7 +51,7 @@ def die_before_noting(number: int) -> Any:
 def loaded_workers() -> Any:
     """Patch: workers load the model while they are created, not in a call of this process."""
     specs: list[Any] = []
-    make_spec = scan_module._engine_spec
+    make_spec = scan_module._scoring_spec
 
     def keep_spec(*arguments: Any) -> Any:
         specs.append(make_spec(*arguments))
@@ -69,7 +69,7 @@ def loaded_workers() -> Any:
         return worker
 
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(scan_module, "_engine_spec", keep_spec))
+    stack.enter_context(mock.patch.object(scan_module, "_scoring_spec", keep_spec))
     stack.enter_context(mock.patch.object(crew, "start_worker", start_loaded))
     return stack
 

@@ -1,4 +1,4 @@
-"""What the fault drills are made of: a small model, and engines that stop at a chosen shard so
+"""What the fault drills are made of: a small model, and scorers that stop at a chosen shard so
 that a fault lands in the middle of it.
 """
 
@@ -29,7 +29,7 @@ _LIMIT_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Pacing:
-    """How engines are slowed down.
+    """How scorers are slowed down.
 
     Attributes:
         folder: Where ``calls.txt`` (stage, shard, process, node of every call), ``held`` and
@@ -48,33 +48,33 @@ class Pacing:
 
 @dataclass(frozen=True, kw_only=True)
 class PacedSpec:
-    """Spec of a real engine that is slowed down."""
+    """Spec of a real scorer that is slowed down."""
 
     spec: Any
     pacing: Pacing
 
-    def build_engine(self) -> PacedEngine:
+    def build(self) -> PacedScorer:
         """Build the real one and slow it down."""
-        return PacedEngine(self.spec.build_engine(), self.pacing)
+        return PacedScorer(self.spec.build(), self.pacing)
 
 
-class PacedEngine:
-    """Computes what the real engine computes, later."""
+class PacedScorer:
+    """Computes what the real scorer computes, later."""
 
-    def __init__(self, engine: Any, pacing: Pacing) -> None:
-        self._engine = engine
+    def __init__(self, scorer: Any, pacing: Pacing) -> None:
+        self._scorer = scorer
         self._pacing = pacing
         self._folder = Path(pacing.folder)
 
     def calibrate(self, samples: Any, shard: int) -> Any:
-        """As :meth:`autoquant_ray.score.engine.Engine.calibrate`."""
+        """As :meth:`autoquant_ray.score.scorer.Scorer.calibrate`."""
         self._pass("calibrate", shard)
-        return self._engine.calibrate(samples, shard)
+        return self._scorer.calibrate(samples, shard)
 
     def score(self, samples: Any, first_sample: int, maxima: Any, shard: int) -> Any:
-        """As :meth:`autoquant_ray.score.engine.Engine.score`."""
+        """As :meth:`autoquant_ray.score.scorer.Scorer.score`."""
         self._pass("score", shard)
-        return self._engine.score(samples, first_sample, maxima, shard)
+        return self._scorer.score(samples, first_sample, maxima, shard)
 
     def _pass(self, stage: str, shard: int) -> None:
         own = f"{stage} {shard} {os.getpid()} {ray.get_runtime_context().get_node_id()}\n"
@@ -184,13 +184,13 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 @contextmanager
 def paced(pacing: Pacing) -> Iterator[None]:
-    """Scans that start in this process get engines that are slowed down."""
-    make = scan_module._engine_spec
+    """Scans that start in this process get scorers that are slowed down."""
+    make = scan_module._scoring_spec
 
     def make_paced(*arguments: Any) -> PacedSpec:
         return PacedSpec(spec=make(*arguments), pacing=pacing)
 
-    with mock.patch.object(scan_module, "_engine_spec", make_paced):
+    with mock.patch.object(scan_module, "_scoring_spec", make_paced):
         yield
 
 

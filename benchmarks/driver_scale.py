@@ -52,7 +52,7 @@ NUM_GROUPS, NUM_FORMATS = 250, 4
 
 @dataclass(frozen=True, kw_only=True)
 class WaitingSpec:
-    """Spec of an engine that waits.
+    """Spec of a scorer that waits.
 
     Attributes:
         wait_s: Seconds per shard, spread by +-20% over shards.
@@ -64,23 +64,23 @@ class WaitingSpec:
     slow_flag: str
     slowdown: float = SLOWDOWN
 
-    def build_engine(self) -> WaitingEngine:
+    def build(self) -> WaitingScorer:
         """The first of all workers becomes the slow one."""
         try:
             open(self.slow_flag, "x").close()
         except FileExistsError:
-            return WaitingEngine(self.wait_s)
-        return WaitingEngine(self.wait_s * self.slowdown)
+            return WaitingScorer(self.wait_s)
+        return WaitingScorer(self.wait_s * self.slowdown)
 
 
 @dataclass(frozen=True)
-class WaitingEngine:
+class WaitingScorer:
     """Returns sums that depend on the samples alone, after a wait."""
 
     wait_s: float
 
     def score(self, samples: Any, first_sample: int, maxima: Any, shard: int) -> Any:
-        """Shaped like :class:`~autoquant_ray.score.engine.ShardScores`."""
+        """Shaped like :class:`~autoquant_ray.score.scorer.ShardScores`."""
         generator = np.random.default_rng(first_sample)
         seconds = self.wait_s * generator.uniform(0.8, 1.2)
         time.sleep(seconds)

@@ -1,7 +1,7 @@
 """How good is a plan, of all plans that there are? Tiny random models, every allocation measured.
 
 Two Llama layers make 8 groups (the head stays in 16 bits); with 3 formats there are 6,561
-allocations. Each is measured by the evaluation engine on data that nothing below has seen. At three
+allocations. Each is measured by the allocation runner on data that nothing below has seen. At three
 budgets the rank among all that fit is told for: the plan that the scores give (solved), the same
 after an audit of 12 of the 24 scores (audited), after a refinement (refined); and for comparison
 plans from shuffled scores (mean of 20), and a refinement with only such scores to go by (blind).
@@ -39,7 +39,7 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
 from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.evaluate.audit_pairs import choose_pairs, median_ratio, solve_again
-from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.evaluate.plan_search import search_plans, split_shards
 from autoquant_ray.evaluate.rivals import shuffle_scores
 from autoquant_ray.evaluate.table import Measured, mean_kl
@@ -50,7 +50,7 @@ from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.report.audit import AuditedPair
-from autoquant_ray.score.engine import Engine, EngineSpec
+from autoquant_ray.score.scorer import Scorer, ScoringSpec
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
 VOCABULARY, NUM_TOKENS, NUM_SAMPLES = 256, 32, 8
@@ -107,9 +107,9 @@ class World:
             "step_tokens": 10_000,
         }
         maxima = self.score(
-            Engine(EngineSpec(**fields, labels="model", label_draws=1, seed=seed), model=model)
+            Scorer(ScoringSpec(**fields, labels="model", label_draws=1, seed=seed), model=model)
         )
-        self.engine = EvaluationEngine(EvaluationSpec(**fields, maxima=maxima), model=model)
+        self.runner = AllocationRunner(EvaluationSpec(**fields, maxima=maxima), model=model)
         self.shards = [self.draw() for _ in range(NUM_CHOOSING + NUM_UNSEEN)]
         self.known: dict[tuple[int, str], list[np.ndarray[Any, Any]]] = {}
         self.plans = [
@@ -132,13 +132,13 @@ class World:
         ids = self.rng.integers(0, VOCABULARY, size=(NUM_SAMPLES, NUM_TOKENS))
         return [[int(token) for token in sample] for sample in ids]
 
-    def score(self, engine: Engine) -> Any:
+    def score(self, scorer: Scorer) -> Any:
         """Scores of all pairs, with their errors and their shards; returns the input maxima."""
         calibration = [self.draw() for _ in range(NUM_CALIBRATION)]
         samples = [sample for shard in calibration for sample in shard]
-        maxima = to_maxima(engine.calibrate(samples))
+        maxima = to_maxima(scorer.calibrate(samples))
         results = [
-            engine.score(shard, number * NUM_SAMPLES, maxima)
+            scorer.score(shard, number * NUM_SAMPLES, maxima)
             for number, shard in enumerate(calibration)
         ]
         sums_SGF = np.stack([result.sums.elementwise_GF for result in results])
@@ -172,7 +172,7 @@ class World:
             for start in range(0, len(new), 729):  # neighbours share their first groups
                 some = new[start : start + 729]
                 choices = [tuple(index[p.formats[name]] for name in self.names) for p in some]
-                found = self.engine.evaluate(self.shards[shard], choices)
+                found = self.runner.evaluate(self.shards[shard], choices)
                 for plan, samples in zip(some, found.divergences, strict=True):
                     self.known[shard, plan.key] = [one.kl_N for one in samples]
         return [self.together(plan, shards) for plan in plans]

@@ -36,7 +36,7 @@ from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 from autoquant_ray.plan.group import PlannedGroup
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
-from autoquant_ray.score.engine import Engine, EngineSpec
+from autoquant_ray.score.scorer import Scorer, ScoringSpec
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8", "wint8_aint4")
 
@@ -54,16 +54,16 @@ def main() -> None:
     ref = find_model(str(find_demo_model()))
     plan = build_plan(build_skeleton(ref), resolve_formats(FORMATS, device="cpu"))
     samples = read_samples(ref, options.samples, options.seq_len)
-    engine = Engine(make_spec(ref, plan, options.labels))
-    predicted = predict(engine, plan, samples)
+    scorer = Scorer(make_spec(ref, plan, options.labels))
+    predicted = predict(scorer, plan, samples)
     pairs = list(itertools.product(range(len(plan.searched)), range(len(FORMATS))))
     chosen = np.random.default_rng(options.seed).permutation(len(pairs))[: options.pairs]
     ids = torch.tensor(samples)
-    reference = log_probabilities(engine.model, ids)
+    reference = log_probabilities(scorer.model, ids)
     rows = []
     for group_index, format_index in sorted(pairs[index] for index in chosen):
         group, format_ = plan.searched[group_index], plan.formats[format_index]
-        true = measure(engine.model, group, format_, ids, reference)
+        true = measure(scorer.model, group, format_, ids, reference)
         score = float(predicted[group_index, format_index])
         rows.append((group.name, format_.name, score, true))
         print(f"{group.name:42s} {format_.name:12s} {score:.4e} {true:.4e} {score / true:.3f}")
@@ -95,9 +95,9 @@ def read_samples(ref: ModelRef, num_samples: int, seq_len: int) -> list[list[int
     return samples
 
 
-def make_spec(ref: ModelRef, plan: Plan, labels: str) -> EngineSpec:
-    """Engine of this process, all cores."""
-    return EngineSpec(
+def make_spec(ref: ModelRef, plan: Plan, labels: str) -> ScoringSpec:
+    """Scorer of this process, all cores."""
+    return ScoringSpec(
         model=ref,
         dtype="float32",
         device="cpu",
@@ -111,11 +111,11 @@ def make_spec(ref: ModelRef, plan: Plan, labels: str) -> EngineSpec:
     )
 
 
-def predict(engine: Engine, plan: Plan, samples: list[list[int]]) -> np.ndarray[Any, Any]:
+def predict(scorer: Scorer, plan: Plan, samples: list[list[int]]) -> np.ndarray[Any, Any]:
     """Scores (G, F) in nats per token."""
     start = time.perf_counter()
-    maxima = to_maxima(engine.calibrate(samples))
-    result = engine.score(samples, 0, maxima)
+    maxima = to_maxima(scorer.calibrate(samples))
+    result = scorer.score(samples, 0, maxima)
     seconds = time.perf_counter() - start
     print(f"scored {len(plan.searched)} groups x {len(plan.formats)} formats in {seconds:.0f} s")
     return 0.5 * result.sums.elementwise_GF / result.num_tokens

@@ -33,7 +33,7 @@ from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import build_skeleton
 
 _POLL_S = 0.02
-_PACKAGES = "import torch, transformers, modelopt.torch.quantization, autoquant_ray.score.engine"
+_PACKAGES = "import torch, transformers, modelopt.torch.quantization, autoquant_ray.score.scorer"
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import Plan, build_plan
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -54,13 +54,13 @@ def main() -> None:
     formats = resolve_formats(CASES[options.case].formats, device="cpu")
     plan = build_plan(build_skeleton(ref), formats)
     samples = read_samples(ref, options.samples, options.seq_len)
-    engine = Engine(dataclasses.replace(make_spec(ref, plan, "model"), step_tokens=2048))
-    maxima = to_maxima(engine.calibrate(samples))
-    exact, _, exact_seconds = score(engine, samples, maxima)
+    scorer = Scorer(dataclasses.replace(make_spec(ref, plan, "model"), step_tokens=2048))
+    maxima = to_maxima(scorer.calibrate(samples))
+    exact, _, exact_seconds = score(scorer, samples, maxima)
     results = []
     for share in options.shares:
-        spec = dataclasses.replace(engine.spec, row_share=share)
-        sampled, stated, seconds = score(Engine(spec, model=engine.model), samples, maxima)
+        spec = dataclasses.replace(scorer.spec, row_share=share)
+        sampled, stated, seconds = score(Scorer(spec, model=scorer.model), samples, maxima)
         errors = abs(sampled - exact) / exact
         results.append(
             {
@@ -91,10 +91,10 @@ def main() -> None:
     )
 
 
-def score(engine: Engine, samples: list[list[int]], maxima: Any) -> tuple[Scores, Scores, float]:
+def score(scorer: Scorer, samples: list[list[int]], maxima: Any) -> tuple[Scores, Scores, float]:
     """Scores (G, F) in nats per token, their sampling error, and the seconds."""
     start = time.perf_counter()
-    result = engine.score(samples, 0, maxima)
+    result = scorer.score(samples, 0, maxima)
     seconds = time.perf_counter() - start
     scores = 0.5 * result.sums.elementwise_GF / result.num_tokens
     errors = 0.5 * np.sqrt(result.sums.elementwise_variance_GF) / result.num_tokens

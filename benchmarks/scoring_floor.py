@@ -34,7 +34,7 @@ from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm"),
@@ -63,18 +63,18 @@ def main() -> None:
     formats = resolve_formats(CASES["unpadded"].formats, device="cpu")
     plan = build_plan(build_skeleton(ref), formats)
     samples = read_samples(ref, options.samples, options.seq_len)
-    engine = Engine(dataclasses.replace(make_spec(ref, plan, "model"), step_tokens=2048))
+    scorer = Scorer(dataclasses.replace(make_spec(ref, plan, "model"), step_tokens=2048))
     shares = []
     for number in range(options.rounds):
-        before = floor_seconds(engine, plan, options)
+        before = floor_seconds(scorer, plan, options)
         start = time.perf_counter()
-        scan(engine, samples)
+        scan(scorer, samples)
         seconds = time.perf_counter() - start
-        floor = (before + floor_seconds(engine, plan, options)) / 2
+        floor = (before + floor_seconds(scorer, plan, options)) / 2
         shares.append(floor / seconds)
         print(f"round {number + 1}: floor {floor:.1f} s, scan {seconds:.1f} s, {shares[-1]:.3f}")
     if options.profile:
-        profile(engine, samples)
+        profile(scorer, samples)
     summary = {
         **describe_machine(),
         "threads": options.threads,
@@ -86,16 +86,16 @@ def main() -> None:
     print(json.dumps(summary))
 
 
-def scan(engine: Engine, samples: list[list[int]]) -> None:
+def scan(scorer: Scorer, samples: list[list[int]]) -> None:
     """Calibrate and score one shard."""
-    maxima = to_maxima(engine.calibrate(samples, 0))
-    engine.score(samples, 0, maxima, 0)
+    maxima = to_maxima(scorer.calibrate(samples, 0))
+    scorer.score(samples, 0, maxima, 0)
 
 
-def floor_seconds(engine: Engine, plan: Plan, options: argparse.Namespace) -> float:
+def floor_seconds(scorer: Scorer, plan: Plan, options: argparse.Namespace) -> float:
     """Seconds of the matrix products of one scan, measured now."""
     num_tokens = options.samples * options.seq_len
-    config = engine.model.config
+    config = scorer.model.config
     seconds, rate = 0.0, 0.0
     per_row: dict[tuple[int, ...], float] = {}
     for scored in scored_modules(plan):
@@ -125,10 +125,10 @@ def row_seconds(shape: tuple[int, ...], num_rows: int) -> float:
     return best / num_rows
 
 
-def profile(engine: Engine, samples: list[list[int]]) -> None:
+def profile(scorer: Scorer, samples: list[list[int]]) -> None:
     """Print the share of each kind of operation."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        scan(engine, samples)
+        scan(scorer, samples)
     shares: Counter[str] = Counter()
     events: Any = profiler.key_averages()
     for event in events:

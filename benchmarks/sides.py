@@ -34,7 +34,7 @@ from autoquant_ray.models.load import build_skeleton, load_model
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 
 PRESETS = (
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
@@ -131,13 +131,13 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
         make_spec(ref, plan, "data"), step_tokens=options.step_tokens, row_share=share
     )
     reuse_freed_memory()
-    engine = Engine(spec)
+    scorer = Scorer(spec)
     start = time.perf_counter()
-    parts = [engine.calibrate(shard, number) for number, shard in enumerate(shards)]
+    parts = [scorer.calibrate(shard, number) for number, shard in enumerate(shards)]
     maxima = to_maxima(merge_statistics(parts))
     total: Any = 0.0
     for number, shard in enumerate(shards):
-        result = engine.score(shard, number * options.shard_samples, maxima, number)
+        result = scorer.score(shard, number * options.shard_samples, maxima, number)
         per_batch = result.num_tokens * options.batch / len(shard)
         total = total + result.sums.elementwise_GF / per_batch**2
     seconds = time.perf_counter() - start

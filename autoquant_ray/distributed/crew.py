@@ -27,7 +27,7 @@ class Crew:
     """Workers by state; a pool gives the ready ones work.
 
     Args:
-        spec: Engine spec, sent to every worker.
+        spec: Scoring or evaluation spec, sent to every worker.
         placement: How many workers, and what each reserves.
         on_event: Called with an event name and details at every state change.
 

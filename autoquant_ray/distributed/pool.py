@@ -72,7 +72,7 @@ class WorkerPool:
     """Starts workers, feeds them, and closes them on exit.
 
     Args:
-        spec: Engine spec, sent to every worker.
+        spec: Scoring or evaluation spec, sent to every worker.
         placement: How many workers, and what each reserves.
         on_event: Called with an event name and details at every state change.
         grace_s: Seconds that shards in flight get when the caller of :meth:`run` asks to stop.

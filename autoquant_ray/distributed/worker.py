@@ -1,7 +1,7 @@
-"""The Ray actor around an :class:`~autoquant_ray.score.engine.Engine`: no arithmetic lives here.
+"""The Ray actor around a :class:`~autoquant_ray.score.scorer.Scorer`: no arithmetic lives here.
 
-The engine is whatever the spec builds, so nothing here imports torch; a benchmark of the driver
-sends a spec whose engine only waits.
+The spec that is sent builds what computes (for an evaluation an allocation runner), so nothing
+here imports torch; a benchmark of the driver sends a spec whose scorer only waits.
 
 Constructing the actor is cheap; ``load`` reads the model, so that its errors arrive as results
 and not as a dead actor.
@@ -29,33 +29,33 @@ class ShardWorker:
     def __init__(self, reuses_memory: bool) -> None:
         if reuses_memory:
             reuse_freed_memory()  # the spec, and with it torch, arrives with ``load``
-        self._engine: Any = None
+        self._runner: Any = None
 
     def load(self, spec: Any) -> int:
-        """Load the model with the spec's ``build_engine()``; returns the process id."""
+        """Load the model with the spec's ``build()``; returns the process id."""
         with _own_errors("loading the model"):
-            self._engine = spec.build_engine()
+            self._runner = spec.build()
         return os.getpid()
 
     def calibrate(self, task: ShardTask) -> Any:
         """Activation statistics of a shard."""
         with _own_errors(f"calibrating shard {task.shard}"):
-            return self._engine.calibrate(task.samples, task.shard)
+            return self._runner.calibrate(task.samples, task.shard)
 
     def search(self, task: ShardTask, maxima: Any) -> Any:
         """Losses of AWQ's candidates on a shard."""
         with _own_errors(f"searching scales on shard {task.shard}"):
-            return self._engine.search(task.samples, maxima)
+            return self._runner.search(task.samples, maxima)
 
     def score(self, task: ShardTask, maxima: Any) -> Any:
         """Sensitivity sums of a shard."""
         with _own_errors(f"scoring shard {task.shard}"):
-            return self._engine.score(task.samples, task.first_sample, maxima, task.shard)
+            return self._runner.score(task.samples, task.first_sample, maxima, task.shard)
 
     def evaluate(self, task: ShardTask, choices: list[tuple[int, ...]]) -> Any:
         """Divergences of a shard under allocations."""
         with _own_errors(f"evaluating shard {task.shard}"):
-            return self._engine.evaluate(task.samples, choices)
+            return self._runner.evaluate(task.samples, choices)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from autoquant_ray.distributed.placement import connected, place_workers, requir
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.distributed.progress import progress
 from autoquant_ray.errors import StoreError, WorkerError
-from autoquant_ray.evaluate.engine import EvaluationSpec
+from autoquant_ray.evaluate.runner import EvaluationSpec
 from autoquant_ray.evaluate.held_out import data_key, held_out_samples, num_seen
 from autoquant_ray.evaluate.table import Measured, collect
 from autoquant_ray.formats.format import NONE
@@ -195,13 +195,13 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
         ).at_most(facts["num_shards"])
 
         def start_pool() -> WorkerPool:
-            spec = _engine_spec(scan, ref, plan, maxima)
+            spec = _evaluation_spec(scan, ref, plan, maxima)
             return stack.enter_context(WorkerPool(spec, placement, directory.append_event))
 
         yield Measurement(state, plan, folder, facts, start_pool, held)
 
 
-def _engine_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima) -> EvaluationSpec:
+def _evaluation_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima) -> EvaluationSpec:
     return EvaluationSpec(
         model=ref,
         dtype=scan.dtype,

@@ -29,7 +29,7 @@ SPLIT_SHARE = 0.8
 
 
 class PlacedSpec(Protocol):
-    """What an engine's spec says about its model."""
+    """What a scoring or evaluation spec says about its model."""
 
     @property
     def model(self) -> ModelRef:
@@ -57,11 +57,11 @@ class PlacedSpec(Protocol):
         ...
 
 
-def load_for_engine(spec: PlacedSpec, model: Any = None) -> tuple[Any, Residence]:
-    """Set this process up for an engine: its threads, and its model with experts that can be run.
+def set_up_model(spec: PlacedSpec, model: Any = None) -> tuple[Any, Residence]:
+    """Set this process's threads, and load its model with experts that can be run.
 
     Args:
-        spec: The engine's.
+        spec: What to load, and where.
         model: Use this loaded model instead of loading the spec's.
 
     Raises:

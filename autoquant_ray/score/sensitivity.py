@@ -66,7 +66,7 @@ class SensitivitySums:
     expert_tokens: Mapping[str, list[int]] = field(default_factory=dict)
 
 
-class SensitivityScorer:
+class SensitivityHooks:
     """Accumulates sensitivity sums while gradients flow backward through a model.
 
     Args:

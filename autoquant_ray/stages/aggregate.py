@@ -32,7 +32,7 @@ def score_part(
         shard: Shard number.
         keys_K: (group, format) of every row: the plan's ``score_keys``.
         formats: All formats in the order of the sums' columns.
-        scores: :class:`~autoquant_ray.score.engine.ShardScores`.
+        scores: :class:`~autoquant_ray.score.scorer.ShardScores`.
     """
     num_rows = len(keys_K)
     groups = list(dict.fromkeys(group for group, _ in keys_K))

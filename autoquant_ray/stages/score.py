@@ -1,6 +1,6 @@
 """The stages of a scan. Each reads files, writes files, and is skipped when it is up to date.
 
-Nothing here decides how work is spread; the pool does. Nothing here computes a score; the engine
+Nothing here decides how work is spread; the pool does. Nothing here computes a score; the scorer
 does. A stage's parts (one file per shard) are never recomputed while they are intact.
 """
 

@@ -77,10 +77,10 @@ def test_score_on_two_nodes_with_a_straggler_counts_every_shard_once(
 def in_one_process(benchmark: Any, plan: Any) -> list[Any]:
     """The same parts without workers."""
     keys, formats = plan.score_keys, [format_.name for format_ in plan.formats]
-    engine = benchmark.WaitingEngine(0.0)
+    scorer = benchmark.WaitingScorer(0.0)
     samples = [range(512)] * 2
     return [
-        score_part(shard, keys, formats, engine.score(samples, 2 * shard, {}, shard))
+        score_part(shard, keys, formats, scorer.score(samples, 2 * shard, {}, shard))
         for shard in range(NUM_SHARDS)
     ]
 

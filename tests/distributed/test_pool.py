@@ -17,16 +17,16 @@ from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import ScoredModule
-from autoquant_ray.score.engine import EngineSpec
+from autoquant_ray.score.scorer import ScoringSpec
 
 PLACEMENT = Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def spec(model_folder: Any) -> EngineSpec:
+def spec(model_folder: Any) -> ScoringSpec:
     ref = find_model(str(model_folder("llama")))
     plan = build_plan(build_skeleton(ref), resolve_formats(("wint8_afp16",), device="cpu"))
-    return EngineSpec(
+    return ScoringSpec(
         model=ref,
         dtype="float32",
         device="cpu",
@@ -51,7 +51,7 @@ def call(function: Any) -> Any:
 
 
 def test_pool_shard_that_kills_three_workers_is_quarantined(
-    ray_local: None, spec: EngineSpec
+    ray_local: None, spec: ScoringSpec
 ) -> None:
     def poisonous(worker: Any, task: ShardTask) -> int:
         if task.shard == 1:
@@ -70,7 +70,7 @@ def test_pool_shard_that_kills_three_workers_is_quarantined(
 
 
 def test_pool_error_of_the_program_stops_with_the_shard_named(
-    ray_local: None, spec: EngineSpec
+    ray_local: None, spec: ScoringSpec
 ) -> None:
     with (
         WorkerPool(spec, PLACEMENT, lambda *_, **__: None) as pool,
@@ -80,7 +80,7 @@ def test_pool_error_of_the_program_stops_with_the_shard_named(
 
 
 def test_pool_non_finite_shard_is_quarantined_without_retry(
-    ray_local: None, spec: EngineSpec
+    ray_local: None, spec: ScoringSpec
 ) -> None:
     def unstable(worker: Any, task: ShardTask) -> int:
         if task.shard == 0:

@@ -20,7 +20,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SAMPLES, part_name
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.scan import run_search
-from autoquant_ray.score.engine import ShardScores
+from autoquant_ray.score.scorer import ShardScores
 from autoquant_ray.score.sensitivity import SensitivitySums
 from autoquant_ray.solve import solve_run
 from autoquant_ray.stages import score as stages

@@ -29,9 +29,9 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 
 
 class NoModelSpec:
-    """Spec of an engine that is not used."""
+    """Spec of a scorer that is not used."""
 
-    def build_engine(self) -> None:
+    def build(self) -> None:
         """Nothing to load."""
 
 

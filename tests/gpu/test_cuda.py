@@ -16,7 +16,7 @@ from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.block_formats import BACKEND
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
-from autoquant_ray.score.engine import Engine, EngineSpec
+from autoquant_ray.score.scorer import Scorer, ScoringSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -27,7 +27,7 @@ def score(model_folder: Any, make_samples: Any, device: str, formats: tuple[str,
 
     ref = find_model(str(model_folder("qwen3")))
     plan = build_plan(build_skeleton(ref), resolve_formats(formats, device=device))
-    spec = EngineSpec(
+    spec = ScoringSpec(
         model=ref,
         dtype="float32",
         device=device,
@@ -39,9 +39,9 @@ def score(model_folder: Any, make_samples: Any, device: str, formats: tuple[str,
         label_draws=1,
         seed=0,
     )
-    engine = Engine(spec)
+    scorer = Scorer(spec)
     samples = make_samples([24, 17, 31])
-    return engine.score(samples, 0, to_maxima(engine.calibrate(samples)))
+    return scorer.score(samples, 0, to_maxima(scorer.calibrate(samples)))
 
 
 def test_scores_cuda_equal_cpu(model_folder: Any, make_samples: Any) -> None:

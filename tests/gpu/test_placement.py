@@ -16,18 +16,18 @@ from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
-from autoquant_ray.score.engine import Engine, EngineSpec
+from autoquant_ray.score.scorer import Scorer, ScoringSpec
 
 NUM_GPUS = torch.cuda.device_count()
 
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="needs a CUDA device")
 
 
-def make_engine(folder: Path, placement: str, labels: str = "model") -> Engine:
+def make_scorer(folder: Path, placement: str, labels: str = "model") -> Scorer:
     ref = find_model(str(folder))
     formats = resolve_formats(("wint4_afp16", "wfp8_afp8", "wint8_aint8"), device="cuda")
     plan = build_plan(build_skeleton(ref), formats)
-    spec = EngineSpec(
+    spec = ScoringSpec(
         model=ref,
         dtype="float32",
         device="cuda",
@@ -40,12 +40,12 @@ def make_engine(folder: Path, placement: str, labels: str = "model") -> Engine:
         seed=0,
         placement=placement,
     )
-    return Engine(spec)
+    return Scorer(spec)
 
 
-def elementwise(engine: Engine, samples: Any) -> Any:
-    maxima = to_maxima(engine.calibrate(samples))
-    return engine.score(samples, 0, maxima).sums.elementwise_GF
+def elementwise(scorer: Scorer, samples: Any) -> Any:
+    maxima = to_maxima(scorer.calibrate(samples))
+    return scorer.score(samples, 0, maxima).sums.elementwise_GF
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -53,9 +53,9 @@ def test_scores_offloaded_on_cuda_equal_resident(
     model_folder: Any, make_samples: Any, family: str
 ) -> None:
     samples = make_samples([24, 17, 31])
-    resident = elementwise(make_engine(model_folder(family), "resident"), samples)
-    engine = make_engine(model_folder(family), "offload")
-    offloaded = elementwise(engine, samples)
+    resident = elementwise(make_scorer(model_folder(family), "resident"), samples)
+    scorer = make_scorer(model_folder(family), "offload")
+    offloaded = elementwise(scorer, samples)
     np.testing.assert_allclose(offloaded, resident, rtol=1e-6)
     assert (resident > 0).any()
 
@@ -66,11 +66,11 @@ def test_offloaded_model_holds_two_layers_of_many(tmp_path: Path, make_samples: 
     peaks = {}
     for placement in ("offload", "resident"):
         torch.cuda.reset_peak_memory_stats()
-        engine = make_engine(tmp_path, placement)
-        elementwise(engine, samples)
+        scorer = make_scorer(tmp_path, placement)
+        elementwise(scorer, samples)
         peaks[placement] = torch.cuda.max_memory_allocated()
-        layer = sum(p.numel() for p in engine.model.model.layers[0].parameters()) * 4
-        del engine
+        layer = sum(p.numel() for p in scorer.model.model.layers[0].parameters()) * 4
+        del scorer
     assert peaks["resident"] - peaks["offload"] > 10 * layer
 
 
@@ -81,11 +81,11 @@ def test_scores_of_a_split_model_equal_resident(
 ) -> None:
     save_deep_model(tmp_path, hidden_size=64, num_hidden_layers=8)
     samples = make_samples([24, 17, 31])
-    resident = elementwise(make_engine(tmp_path, "resident", labels), samples)
-    engine = make_engine(tmp_path, "split", labels)
-    assert engine.is_layerwise
-    assert len({parameter.device for parameter in engine.model.parameters()}) > 1
-    np.testing.assert_allclose(elementwise(engine, samples), resident, rtol=1e-6)
+    resident = elementwise(make_scorer(tmp_path, "resident", labels), samples)
+    scorer = make_scorer(tmp_path, "split", labels)
+    assert scorer.is_layerwise
+    assert len({parameter.device for parameter in scorer.model.parameters()}) > 1
+    np.testing.assert_allclose(elementwise(scorer, samples), resident, rtol=1e-6)
 
 
 def save_deep_model(folder: Path, **sizes: int) -> None:

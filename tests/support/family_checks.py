@@ -21,7 +21,7 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import quantization_config
 from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.errors import AutoQuantError, one_line
-from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
@@ -31,7 +31,7 @@ from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.modules import UNQUANTIZED
-from autoquant_ray.score.engine import Engine, EngineSpec
+from autoquant_ray.score.scorer import Scorer, ScoringSpec
 
 PRESETS = ("INT8_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
 SHARDS = ((20, 20), (13,))
@@ -48,7 +48,7 @@ class Family:
 
     Attributes:
         model: As it was made, saved in ``folder``.
-        engine: Loaded from the folder.
+        scorer: Loaded from the folder.
         scores_GF: ``elementwise / T^2`` summed over shards, as ModelOpt sums it.
     """
 
@@ -56,7 +56,7 @@ class Family:
     folder: Path
     model: Any
     plan: Any = None
-    engine: Any = None
+    scorer: Any = None
     maxima: Any = None
     scores_GF: Any = None
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -144,7 +144,7 @@ def _in_layer(name: str) -> str:
 
 def try_scan(family: Family) -> str:
     """Every group gets a score; samples that are padded together score as they do alone."""
-    spec = EngineSpec(
+    spec = ScoringSpec(
         model=find_model(str(family.folder)),
         dtype="float32",
         device="cpu",
@@ -156,17 +156,17 @@ def try_scan(family: Family) -> str:
         label_draws=1,
         seed=0,
     )
-    engine = family.engine = Engine(spec)
+    scorer = family.scorer = Scorer(spec)
     shards = family.shards
-    statistics = merge_statistics(engine.calibrate(shard) for shard in shards)
+    statistics = merge_statistics(scorer.calibrate(shard) for shard in shards)
     family.maxima = to_maxima(statistics)
-    scored = [engine.score(shard, 0, family.maxima) for shard in shards]
+    scored = [scorer.score(shard, 0, family.maxima) for shard in shards]
     family.scores_GF = sum(one.sums.elementwise_GF / one.num_tokens**2 for one in scored)
     assert (family.scores_GF > 0).all(), "a group has no score"
     experts = {m.planned.name for m in spec.modules if m.planned.kind == "experts"}
     assert all(set(one.sums.expert_tokens) == experts for one in scored), "no routed tokens"
     samples = [sample for shard in shards for sample in shard]
-    padded = Engine(dataclasses.replace(spec), model=engine.model)
+    padded = Scorer(dataclasses.replace(spec), model=scorer.model)
     assert merge_statistics([padded.calibrate(samples)]) == pytest.approx(statistics, rel=1e-5)
     together_GF = padded.score(samples, 0, family.maxima).sums.elementwise_GF
     apart_GF = sum(one.sums.elementwise_GF for one in scored)
@@ -175,7 +175,7 @@ def try_scan(family: Family) -> str:
         tolerance = 1e-4 if format_.input is None else 0.05
         expected_G = pytest.approx(apart_GF[:, index], rel=tolerance)
         assert together_GF[:, index] == expected_G, "padding changes the scores"
-    return "yes" if engine.is_layerwise else "yes, as one graph"
+    return "yes" if scorer.is_layerwise else "yes, as one graph"
 
 
 def try_parity(family: Family) -> str:
@@ -230,7 +230,7 @@ def try_quantize(family: Family) -> str:
     config = quantization_config(Problem(plan.rows(), plan.summary()), formats, plan.summary())
     entries = load_quantization_config({"quantization_config": config})["quant_cfg"]
     quantized = quantized_by_modelopt(family.model, family.batches, entries)
-    spec = family.engine.spec
+    spec = family.scorer.spec
     evaluation = EvaluationSpec(
         model=spec.model,
         dtype="float32",
@@ -241,9 +241,9 @@ def try_quantize(family: Family) -> str:
         maxima=family.maxima,
         step_tokens=100_000,
     )
-    engine = EvaluationEngine(evaluation, model=family.engine.model)
+    runner = AllocationRunner(evaluation, model=family.scorer.model)
     for shard, ids_BS in zip(family.shards, family.batches, strict=True):
-        (ours,) = engine.evaluate(shard, [choice]).divergences
+        (ours,) = runner.evaluate(shard, [choice]).divergences
         theirs_BN = _divergence(family.model, quantized, ids_BS)
         for one, theirs_N in zip(ours, theirs_BN, strict=True):
             assert one.kl_N == pytest.approx(theirs_N.numpy(), rel=1e-2, abs=1e-5)

@@ -11,7 +11,7 @@ from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.losses import average_bits
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.calibrate.maxima import to_maxima
-from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.evaluate.table import Measured
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.quantize.modules import Choice
@@ -24,17 +24,17 @@ class Laboratory:
     """A tiny model with its groups, predicted scores and data; measures in this process.
 
     Args:
-        prepared: Its engine, from ``make_engine``.
+        prepared: Its scorer, from ``make_scorer``.
         make_samples: Makes random samples.
     """
 
     def __init__(self, prepared: Any, make_samples: Any) -> None:
-        spec = prepared.engine.spec
+        spec = prepared.scorer.spec
         self.plan = prepared.plan
         self.names = [group.name for group in self.plan.searched]
         calibration = make_samples(LENGTHS * 4, seed=99)
-        maxima = to_maxima(prepared.engine.calibrate(calibration))
-        sums_GF = prepared.engine.score(calibration, 0, maxima)
+        maxima = to_maxima(prepared.scorer.calibrate(calibration))
+        sums_GF = prepared.scorer.score(calibration, 0, maxima)
         scores_GF = 0.5 * sums_GF.sums.elementwise_GF / sums_GF.num_tokens
         self.scores = {
             (name, format_): float(scores_GF[g, f])
@@ -44,7 +44,7 @@ class Laboratory:
         self.problem = Problem(self.plan.rows(), self.plan.summary())
         self.shards = [make_samples(LENGTHS, seed=seed) for seed in range(NUM_SHARDS)]
         fields = ("model", "dtype", "device", "num_threads", "modules", "formats")
-        self.engine = EvaluationEngine(
+        self.runner = AllocationRunner(
             EvaluationSpec(
                 **{name: getattr(spec, name) for name in fields}, maxima=maxima, step_tokens=10_000
             ),
@@ -63,7 +63,7 @@ class Laboratory:
     def measure_choices(self, choices: Sequence[Choice], shard: int) -> list[Any]:
         new = [c for c in dict.fromkeys(choices) if (shard, c) not in self._kept]
         if new:
-            result = self.engine.evaluate(self.shards[shard], new)
+            result = self.runner.evaluate(self.shards[shard], new)
             for choice, samples in zip(new, result.divergences, strict=True):
                 self._kept[shard, choice] = samples
         return [self._kept[shard, choice] for choice in choices]

@@ -36,16 +36,16 @@ def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, targets)
 
 
-def summed_by_step(engine: Any, shards: Sequence[Any], maxima: Any) -> Any:
+def summed_by_step(scorer: Any, shards: Sequence[Any], maxima: Any) -> Any:
     """Our sums as ModelOpt's search adds up its own, ``(groups, formats)``: a shard is a step, and
     its loss a mean over tokens.
 
     Args:
-        engine: Ours.
+        scorer: Ours.
         shards: Samples of each.
         maxima: Merged calibration.
     """
-    scored = [engine.score(shard, 0, maxima) for shard in shards]
+    scored = [scorer.score(shard, 0, maxima) for shard in shards]
     return sum(one.sums.elementwise_GF / one.num_tokens**2 for one in scored)
 
 

@@ -23,7 +23,7 @@ _CONTEXT.set_forkserver_preload(
         "transformers",
         "autoquant_ray.cli.main",
         "autoquant_ray.scan",
-        "autoquant_ray.score.engine",
+        "autoquant_ray.score.scorer",
     ]
 )
 

@@ -1,4 +1,4 @@
-"""An engine on a small model in this process, and a scored run directory without Ray."""
+"""A scorer on a small model in this process, and a scored run directory without Ray."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autoquant_ray.models.find import ModelRef, find_model, fingerprint_model
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.score.engine import Engine, EngineSpec
+from autoquant_ray.score.scorer import Scorer, ScoringSpec
 from autoquant_ray.solve import solve_run
 
 _DOCS = Path(__file__).parents[2] / "docs"
@@ -36,20 +36,20 @@ PRESETS = (
 
 @dataclasses.dataclass
 class Prepared:
-    """A model with its plan and engine."""
+    """A model with its plan and scorer."""
 
     model: Any
     plan: Plan
-    engine: Engine
+    scorer: Scorer
     names: list[str]
 
 
 @pytest.fixture(scope="session")
 def make_spec() -> Any:
-    """Spec of an engine for a plan; keywords replace fields."""
+    """Spec of a scorer for a plan; keywords replace fields."""
 
-    def build(plan: Plan, **changes: Any) -> EngineSpec:
-        spec = EngineSpec(
+    def build(plan: Plan, **changes: Any) -> ScoringSpec:
+        spec = ScoringSpec(
             model=ModelRef(name="in memory", path="unused"),
             dtype="float32",
             device="cpu",
@@ -67,24 +67,24 @@ def make_spec() -> Any:
 
 
 @pytest.fixture(scope="session")
-def make_engine(make_model: Any, make_spec: Any) -> Any:
-    """Build an engine; keywords replace fields of the default spec."""
+def make_scorer(make_model: Any, make_spec: Any) -> Any:
+    """Build a scorer; keywords replace fields of the default spec."""
 
     def build(
         family: str, formats: tuple[str, ...] = PRESETS, custom: Any = None, **changes: Any
     ) -> Prepared:
         model = make_model(family)
         plan = build_plan(model, resolve_formats(formats, device="cpu", custom=custom))
-        engine = Engine(make_spec(plan, **changes), model=model)
-        return Prepared(model, plan, engine, [group.name for group in plan.searched])
+        scorer = Scorer(make_spec(plan, **changes), model=model)
+        return Prepared(model, plan, scorer, [group.name for group in plan.searched])
 
     return build
 
 
 @pytest.fixture(scope="session")
-def laboratory(make_engine: Any, make_samples: Any) -> Laboratory:
+def laboratory(make_scorer: Any, make_samples: Any) -> Laboratory:
     """A tiny Llama whose plans can be measured."""
-    return Laboratory(make_engine("llama", LABORATORY_FORMATS, labels="model"), make_samples)
+    return Laboratory(make_scorer("llama", LABORATORY_FORMATS, labels="model"), make_samples)
 
 
 RUN_FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")

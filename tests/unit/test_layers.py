@@ -41,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 TORCH_PACKAGES = {"quantize", "calibrate", "score"}
 TORCH_FILES = {
     "evaluate.divergence",
-    "evaluate.engine",
+    "evaluate.runner",
     "export.compressed_tensors",
     "export.model",
     "export.modelopt",

@@ -28,7 +28,7 @@ from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.report.expert_rows import by_format
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.solve import solve_run
 from autoquant_ray.stages.score import write_plan
 
@@ -61,9 +61,9 @@ def scored(make_spec: Any, make_samples: Any) -> Any:
     """A plan with experts apart, and the scores of three shards; one expert saw no token."""
     model = family_model("Qwen3-MoE")
     plan = build_plan(model, resolve_formats(FORMATS, device="cpu"), expert_groups=2)
-    engine = Engine(make_spec(plan), model=model)
+    scorer = Scorer(make_spec(plan), model=model)
     maxima = {m.name: {"input_amax": 8.0} for g in plan.searched for m in g.modules}
-    shards = [engine.score(make_samples([20, 20], seed=n), 0, maxima) for n in range(3)]
+    shards = [scorer.score(make_samples([20, 20], seed=n), 0, maxima) for n in range(3)]
     return plan, [_without(shard, plan, SILENT) for shard in shards]
 
 

@@ -33,7 +33,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import lease
 from autoquant_ray.runs.schemas import SCHEMAS
 from autoquant_ray.runs.state import Mode, RunState
-from autoquant_ray.score.engine import ShardScores
+from autoquant_ray.score.scorer import ShardScores
 from autoquant_ray.score.sensitivity import SensitivitySums
 from autoquant_ray.solve import solve_run
 

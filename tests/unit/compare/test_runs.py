@@ -27,7 +27,7 @@ from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import CALIBRATION, part_name
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.solve import solve_run
 
 FORMATS = ("wint4_afp16", "wint8_aint8")
@@ -76,12 +76,12 @@ def scan(
         )
         plan = build_plan(model, resolve_formats(config.formats, device="cpu"), config.disable)
         spec = make_spec(plan, labels="model", step_tokens=2048, seed=config.seed)
-        engine = Engine(spec, model=model)
+        scorer = Scorer(spec, model=model)
         shards = first_samples(config)
-        statistics = [engine.calibrate(shard) for shard in shards]
+        statistics = [scorer.calibrate(shard) for shard in shards]
         merged = merge_statistics(statistics)
         scores = [
-            engine.score(shard, number * SHARD_SAMPLES, to_maxima(merged))
+            scorer.score(shard, number * SHARD_SAMPLES, to_maxima(merged))
             for number, shard in enumerate(shards)
         ]
         weights = tmp_path_factory.mktemp("weights")

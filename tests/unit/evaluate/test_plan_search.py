@@ -38,7 +38,7 @@ def everything(laboratory: Laboratory) -> list[tuple[float, float]]:
     num_tokens = 0
     for shard in range(NUM_SHARDS):
         choices = [laboratory.choice(plan) for plan in plans]
-        result = laboratory.engine.evaluate(laboratory.shards[shard], choices)
+        result = laboratory.runner.evaluate(laboratory.shards[shard], choices)
         for number, samples in enumerate(result.divergences):
             totals[number] += sum(one.kl_N.sum(dtype=np.float64) for one in samples)
         num_tokens += sum(length - 1 for length in LENGTHS)

@@ -21,7 +21,7 @@ from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.memory import GIB, Footprint, choose_placement, footprint
 from autoquant_ray.plan.plan import build_plan
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.score.loading import offload_map, split_map
 
 SEVENTY_GIB = Footprint(
@@ -180,10 +180,10 @@ def test_scores_with_the_hooks_of_a_split_model_are_the_same(
             assert "forward" in vars(model.model.layers[0].self_attn.q_proj)
         plan = build_plan(model, resolve_formats(("wint4_afp16", "wint8_aint8"), device="cpu"))
         spec = make_spec(plan, step_tokens=64, labels="model")
-        engine = Engine(spec, model=model)
-        assert engine.is_layerwise
+        scorer = Scorer(spec, model=model)
+        assert scorer.is_layerwise
         samples = make_samples([24, 17])
-        statistics = engine.calibrate(samples)
-        results.append((statistics, engine.score(samples, 0, to_maxima(statistics)).sums))
+        statistics = scorer.calibrate(samples)
+        results.append((statistics, scorer.score(samples, 0, to_maxima(statistics)).sums))
     assert results[0][0] == results[1][0]
     np.testing.assert_array_equal(results[0][1].elementwise_GF, results[1][1].elementwise_GF)

@@ -19,8 +19,8 @@ EXPERTS = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
 
 
 @pytest.fixture(scope="module")
-def prepared(make_engine: Any) -> Any:
-    return make_engine("qwen3_moe", ("wint8_aint8", "wint4_afp16"))
+def prepared(make_scorer: Any) -> Any:
+    return make_scorer("qwen3_moe", ("wint8_aint8", "wint4_afp16"))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def scored(prepared: Any, make_samples: Any) -> Any:
     """Two shards, the second with padding, and their scores."""
     shards = [make_samples([24, 24], seed=1), make_samples([17, 9, 5], seed=2)]
     maxima = {name: dict.fromkeys(keys, 8.0) for name, keys in _statistics(prepared).items()}
-    return shards, [prepared.engine.score(shard, 0, maxima) for shard in shards]
+    return shards, [prepared.scorer.score(shard, 0, maxima) for shard in shards]
 
 
 def _statistics(prepared: Any) -> dict[str, list[str]]:
@@ -67,10 +67,10 @@ def _routes(model: Any, sample: list[int]) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_counts_do_not_depend_on_drawn_rows(scored: Any, make_engine: Any) -> None:
+def test_counts_do_not_depend_on_drawn_rows(scored: Any, make_scorer: Any) -> None:
     shards, scores = scored
-    drawn = make_engine("qwen3_moe", ("wint4_afp16",), row_share=0.3)
-    found = drawn.engine.score(shards[1], 0, {}).sums.expert_tokens
+    drawn = make_scorer("qwen3_moe", ("wint4_afp16",), row_share=0.3)
+    found = drawn.scorer.score(shards[1], 0, {}).sums.expert_tokens
     assert found == scores[1].sums.expert_tokens
 
 

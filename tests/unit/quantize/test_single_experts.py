@@ -15,7 +15,7 @@ from modelopt_scores import next_token_loss, of_text, quantized_by_modelopt
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import quantization_config
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.algorithms import checked_algorithm
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
@@ -24,7 +24,7 @@ from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wfp8_afp16")
 LENGTHS = [20, 20, 20]
@@ -55,7 +55,7 @@ class Apart:
     def score(self, **changes: Any) -> Any:
         spec = dataclasses.replace(self.spec, **changes)
         return (
-            Engine(spec, model=copy.deepcopy(self.model)).score(self.samples, 0, self.maxima).sums
+            Scorer(spec, model=copy.deepcopy(self.model)).score(self.samples, 0, self.maxima).sums
         )
 
 
@@ -143,9 +143,9 @@ def _by_replacement(apart: Apart) -> dict[str, dict[str, tuple[float, float]]]:
 def test_sums_of_a_shard_do_not_depend_on_the_shards_before(
     apart: Apart, make_samples: Any
 ) -> None:
-    engine = Engine(apart.spec, model=copy.deepcopy(apart.model))
-    engine.score(make_samples([30, 7], seed=5), 0, apart.maxima)
-    again = engine.score(apart.samples, 0, apart.maxima).sums
+    scorer = Scorer(apart.spec, model=copy.deepcopy(apart.model))
+    scorer.score(make_samples([30, 7], seed=5), 0, apart.maxima)
+    again = scorer.score(apart.samples, 0, apart.maxima).sums
     first = apart.score()
     assert again.elementwise_GF.tobytes() == first.elementwise_GF.tobytes()
     assert again.token_GF.tobytes() == first.token_GF.tobytes()
@@ -191,10 +191,10 @@ def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
     spec = EvaluationSpec(
         **{n: getattr(apart.spec, n) for n in fields} | {"formats": menu}, maxima={}
     )
-    engine = EvaluationEngine(spec, model=copy.deepcopy(apart.model))
+    runner = AllocationRunner(spec, model=copy.deepcopy(apart.model))
     index = {name: number for number, name in enumerate(names)} | {NONE: UNQUANTIZED}
     choice = tuple(index[formats[group.name]] for group in plan.searched)
-    ours = engine.evaluate(apart.samples, [choice]).divergences[0]
+    ours = runner.evaluate(apart.samples, [choice]).divergences[0]
     with torch.no_grad():
         exact = apart.model(apart.ids_BS, use_cache=False).logits[:, :-1].log_softmax(-1)
         theirs = quantized(apart.ids_BS, use_cache=False).logits[:, :-1].log_softmax(-1)

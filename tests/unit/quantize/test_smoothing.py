@@ -17,23 +17,23 @@ import torch
 from modelopt_scores import modelopt_scores, of_text, summed_by_step
 
 from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
-from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.quantize.awq import best_alphas, merge_losses
 from autoquant_ray.quantize.block_formats import for_cpu
 from autoquant_ray.quantize.smoothing import input_maximum, input_scales, with_alphas
 from autoquant_ray.quantize.statistics import Maxima
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 
 SMOOTHQUANT, INT4_AWQ, NVFP4_AWQ = "INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG", "NVFP4_AWQ_LITE_CFG"
 SHARDS = [[24, 24], [24, 24], [24, 24]]
 EXACT = {"rtol": 2e-3, "atol": 2e-6}
 
 
-def calibrate(engine: Any, shards: list[Any]) -> Maxima:
+def calibrate(scorer: Any, shards: list[Any]) -> Maxima:
     """Both passes over the shards, merged."""
-    maxima = to_maxima(merge_statistics(engine.calibrate(shard) for shard in shards))
-    return with_alphas(maxima, merge_losses(engine.search(shard, maxima) for shard in shards))
+    maxima = to_maxima(merge_statistics(scorer.calibrate(shard) for shard in shards))
+    return with_alphas(maxima, merge_losses(scorer.search(shard, maxima) for shard in shards))
 
 
 def quantized_by_modelopt(model: Any, batches: list[torch.Tensor], preset: str) -> Any:
@@ -63,12 +63,12 @@ def quantized_by_modelopt(model: Any, batches: list[torch.Tensor], preset: str) 
     ],
 )
 def test_scales_and_candidates_equal_modelopt(
-    family: str, preset: str, make_engine: Any, make_samples: Any
+    family: str, preset: str, make_scorer: Any, make_samples: Any
 ) -> None:
-    prepared = make_engine(family, (preset,))
+    prepared = make_scorer(family, (preset,))
     shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
-    maxima = calibrate(prepared.engine, shards)
-    losses = merge_losses(prepared.engine.search(shard, maxima) for shard in shards)
+    maxima = calibrate(prepared.scorer, shards)
+    losses = merge_losses(prepared.scorer.search(shard, maxima) for shard in shards)
     alphas = best_alphas(losses)
     theirs = quantized_by_modelopt(prepared.model, [torch.tensor(s) for s in shards], preset)
     (format_,) = prepared.plan.formats
@@ -93,12 +93,12 @@ def test_scales_and_candidates_equal_modelopt(
 
 @pytest.mark.parametrize("presets", [(SMOOTHQUANT, "INT8_DEFAULT_CFG"), (INT4_AWQ,)])
 def test_scores_equal_modelopt(
-    presets: tuple[str, ...], make_engine: Any, make_samples: Any
+    presets: tuple[str, ...], make_scorer: Any, make_samples: Any
 ) -> None:
-    prepared = make_engine("llama", presets)
+    prepared = make_scorer("llama", presets)
     shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
-    maxima = calibrate(prepared.engine, shards)
-    ours = summed_by_step(prepared.engine, shards, maxima)
+    maxima = calibrate(prepared.scorer, shards)
+    ours = summed_by_step(prepared.scorer, shards, maxima)
     theirs = modelopt_scores(
         prepared.model, [of_text(torch.tensor(shard)) for shard in shards], presets
     )
@@ -107,20 +107,20 @@ def test_scores_equal_modelopt(
         assert scores_F == pytest.approx(expected, rel=1e-3), name
 
 
-def evaluated(prepared: Any, engine: Any, maxima: Maxima, samples: list[Any]) -> list[Any]:
+def evaluated(prepared: Any, scorer: Any, maxima: Maxima, samples: list[Any]) -> list[Any]:
     """KL per token of each sample, with every group under the first format."""
     spec = EvaluationSpec(
         model=ModelRef(name="in memory", path="unused"),
         dtype="float32",
         device="cpu",
         num_threads=1,
-        modules=engine.spec.modules,
-        formats=engine.spec.formats,
+        modules=scorer.spec.modules,
+        formats=scorer.spec.formats,
         maxima=maxima,
         step_tokens=100,
     )
     choice = (0,) * len(prepared.plan.searched)
-    evaluation = EvaluationEngine(spec, model=prepared.model).evaluate(samples, [choice])
+    evaluation = AllocationRunner(spec, model=prepared.model).evaluate(samples, [choice])
     return [one.kl_N for one in evaluation.divergences[0]]
 
 
@@ -146,18 +146,18 @@ def divergences(model: Any, other: Any, sample: list[int]) -> torch.Tensor:
     ],
 )
 def test_evaluation_equals_mtq_quantize(
-    family: str, preset: str, dtype: torch.dtype, make_engine: Any, make_samples: Any
+    family: str, preset: str, dtype: torch.dtype, make_scorer: Any, make_samples: Any
 ) -> None:
     """Fused experts, which neither algorithm smooths, included.
 
     AWQ's candidates are taken from ModelOpt: in 16 bits it compares rounded outputs, and its search
     runs with the experts already quantized, so that its choice among near equals may differ.
     """
-    prepared = make_engine(family, (preset,))
+    prepared = make_scorer(family, (preset,))
     prepared.model.to(dtype)
-    engine = Engine(prepared.engine.spec, model=prepared.model)
+    scorer = Scorer(prepared.scorer.spec, model=prepared.model)
     shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
-    maxima = calibrate(engine, shards)
+    maxima = calibrate(scorer, shards)
     samples = make_samples([24, 17], seed=9)
     theirs = quantized_by_modelopt(prepared.model, [torch.tensor(s) for s in shards], preset)
     losses = {
@@ -167,23 +167,23 @@ def test_evaluation_equals_mtq_quantize(
     }
     maxima = with_alphas(maxima, losses)
     tolerance = EXACT if dtype == torch.float32 else {"rtol": 0.3, "atol": 2e-2}
-    for sample, kl_N in zip(samples, evaluated(prepared, engine, maxima, samples), strict=True):
+    for sample, kl_N in zip(samples, evaluated(prepared, scorer, maxima, samples), strict=True):
         expected = divergences(prepared.model, theirs, sample)
         assert expected.mean() > 1e-3
         np.testing.assert_allclose(kl_N, expected, **tolerance)
 
 
-def test_padding_changes_no_statistic_and_no_loss(make_engine: Any, make_samples: Any) -> None:
+def test_padding_changes_no_statistic_and_no_loss(make_scorer: Any, make_samples: Any) -> None:
     samples = make_samples([24, 9, 17])
-    padded = make_engine("llama", (NVFP4_AWQ,)).engine
-    alone = make_engine("llama", (NVFP4_AWQ,), step_tokens=24).engine
+    padded = make_scorer("llama", (NVFP4_AWQ,)).scorer
+    alone = make_scorer("llama", (NVFP4_AWQ,), step_tokens=24).scorer
     results = []
-    for engine in (padded, alone):
-        maxima = to_maxima(engine.calibrate(samples))
+    for scorer in (padded, alone):
+        maxima = to_maxima(scorer.calibrate(samples))
         name = "model.layers.1.mlp.down_proj"
         channels = maxima[name]["channels"]
         assert channels.num_tokens == 50
-        results.append((channels.largest_I, channels.mean_I, engine.search(samples, maxima)))
+        results.append((channels.largest_I, channels.mean_I, scorer.search(samples, maxima)))
     for first, second in zip(*results, strict=True):
         if isinstance(first, dict):
             assert first == pytest.approx(second, rel=1e-4)
@@ -192,26 +192,26 @@ def test_padding_changes_no_statistic_and_no_loss(make_engine: Any, make_samples
 
 
 def test_search_between_calibration_and_scores_changes_no_bit_of_kept_inputs(
-    make_engine: Any, make_samples: Any
+    make_scorer: Any, make_samples: Any
 ) -> None:
     samples = make_samples([24, 17, 9])
-    engine = make_engine("llama", (INT4_AWQ, "wint8_aint8"), step_tokens=60).engine
-    maxima = to_maxima(engine.calibrate(samples, shard=5))
-    maxima = with_alphas(maxima, engine.search(samples, maxima))
-    kept = engine.score(samples, 0, maxima, shard=5)
-    fresh = engine.score(samples, 0, maxima, shard=5)
+    scorer = make_scorer("llama", (INT4_AWQ, "wint8_aint8"), step_tokens=60).scorer
+    maxima = to_maxima(scorer.calibrate(samples, shard=5))
+    maxima = with_alphas(maxima, scorer.search(samples, maxima))
+    kept = scorer.score(samples, 0, maxima, shard=5)
+    fresh = scorer.score(samples, 0, maxima, shard=5)
     assert np.array_equal(kept.sums.elementwise_GF, fresh.sums.elementwise_GF)
 
 
-def test_scores_bfloat16_stay_near_float32(make_engine: Any, make_samples: Any) -> None:
+def test_scores_bfloat16_stay_near_float32(make_scorer: Any, make_samples: Any) -> None:
     samples = make_samples([60, 60])
-    prepared = make_engine("llama", (SMOOTHQUANT, INT4_AWQ))
+    prepared = make_scorer("llama", (SMOOTHQUANT, INT4_AWQ))
     prepared.model.to(torch.bfloat16)
-    half = Engine(prepared.engine.spec, model=prepared.model)
+    half = Scorer(prepared.scorer.spec, model=prepared.model)
     maxima = calibrate(half, [samples])
     rounded = half.score(samples, 0, maxima).sums.elementwise_GF
     prepared.model.to(torch.float32)
-    exact = Engine(prepared.engine.spec, model=prepared.model).score(samples, 0, maxima).sums
+    exact = Scorer(prepared.scorer.spec, model=prepared.model).score(samples, 0, maxima).sums
     ratios = rounded / exact.elementwise_GF
     # Scaled weights and inputs are rounded to 16 bits once more.
     np.testing.assert_allclose(ratios, 1, atol=0.25)

@@ -141,17 +141,17 @@ def test_weights_equal_modelopt_bit_for_bit_with_scales_that_fused_layers_share(
 def test_scores_equal_modelopt_search(
     family: str,
     name: str,
-    make_engine: Any,
+    make_scorer: Any,
     make_model: Any,
     make_samples: Any,
     modelopt_on_cpu: None,
 ) -> None:
     from autoquant_ray.quantize.block_formats import for_cpu
 
-    prepared = make_engine(family, (name,))
+    prepared = make_scorer(family, (name,))
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.engine.calibrate(shard) for shard in shards))
-    ours_G = summed_by_step(prepared.engine, shards, maxima)[:, 0]
+    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
+    ours_G = summed_by_step(prepared.scorer, shards, maxima)[:, 0]
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     theirs = scores_of_config(make_model(family), batches, for_cpu(getattr(mtq, name)))
     assert set(theirs) == set(prepared.names)
@@ -161,12 +161,12 @@ def test_scores_equal_modelopt_search(
 
 
 def test_manifest_quantizes_on_cpu_without_a_kernel(
-    make_run: Any, make_model: Any, make_samples: Any, make_engine: Any
+    make_run: Any, make_model: Any, make_samples: Any, make_scorer: Any
 ) -> None:
     """``load_quantization_config`` alone lets ModelOpt's own calibration run on CPU."""
     menu = (*PRESETS, "wint8_aint8")
     directory = make_run("llama", menu, disable=())
-    groups = [group.name for group in make_engine("llama", menu).plan.searched]
+    groups = [group.name for group in make_scorer("llama", menu).plan.searched]
     pins = {name: menu[number % 3] for number, name in enumerate(groups)}
     solution = solve_run(directory, SolveOptions(bits=16, pins=pins))
     manifest = json.loads(Path(solution.paths["manifest.json"]).read_text())

@@ -131,14 +131,14 @@ def test_what_was_found_is_kept_in_one_byte_per_scale_and_changes_no_bit(
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_scores_equal_modelopt_search(
-    family: str, make_engine: Any, make_model: Any, make_samples: Any
+    family: str, make_scorer: Any, make_model: Any, make_samples: Any
 ) -> None:
     weight = {"num_bits": 4, "block_sizes": {-1: 32, "type": "static"}}
     custom = {"mine": {"weight": weight, "input": FP8, "algorithm": {"method": "mse"}}}
-    prepared = make_engine(family, ("mine", "wint4_afp16"), custom=custom)
+    prepared = make_scorer(family, ("mine", "wint4_afp16"), custom=custom)
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.engine.calibrate(shard) for shard in shards))
-    ours_G = summed_by_step(prepared.engine, shards, maxima)[:, 0]
+    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
+    ours_G = summed_by_step(prepared.scorer, shards, maxima)[:, 0]
     config = {
         "quant_cfg": [
             *NOTHING,

@@ -18,13 +18,13 @@ from modelopt_scores import of_text, scores_of_config, summed_by_step
 from autoquant_ray import load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
-from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.menu import PAIRS, resolve_formats
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.block_formats import BACKEND, for_cpu
 from autoquant_ray.quantize.modules import UNQUANTIZED
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.solve import solve_run
 
 BLOCK_PRESETS = (
@@ -40,13 +40,13 @@ BLOCK_PRESETS = (
 
 
 def test_all_pairs_and_block_presets_score_in_one_pass_and_in_order(
-    make_engine: Any, make_samples: Any
+    make_scorer: Any, make_samples: Any
 ) -> None:
     formats = (*PAIRS, *BLOCK_PRESETS)
-    prepared = make_engine("llama", formats, labels="model")
+    prepared = make_scorer("llama", formats, labels="model")
     shards = [make_samples([24] * 4, seed=1), make_samples([17, 30], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.engine.calibrate(shard) for shard in shards))
-    sums_GF = sum(prepared.engine.score(s, 0, maxima).sums.elementwise_GF for s in shards)
+    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
+    sums_GF = sum(prepared.scorer.score(s, 0, maxima).sums.elementwise_GF for s in shards)
     assert sums_GF.shape == (len(prepared.names), len(PAIRS) + len(BLOCK_PRESETS))
     assert np.isfinite(sums_GF).all()
     assert (sums_GF > 0).all()
@@ -67,12 +67,12 @@ def test_all_pairs_and_block_presets_score_in_one_pass_and_in_order(
     np.testing.assert_array_equal(of["wfp4_afp16"], of["W4A16_NVFP4_CFG"])
 
 
-def test_scores_do_not_depend_on_the_other_formats(make_engine: Any, make_samples: Any) -> None:
+def test_scores_do_not_depend_on_the_other_formats(make_scorer: Any, make_samples: Any) -> None:
     samples = make_samples([24, 17])
 
     def scores(formats: tuple[str, ...]) -> Any:
-        engine = make_engine("llama", formats).engine
-        return engine.score(samples, 0, to_maxima(engine.calibrate(samples))).sums.elementwise_GF
+        scorer = make_scorer("llama", formats).scorer
+        return scorer.score(samples, 0, to_maxima(scorer.calibrate(samples))).sums.elementwise_GF
 
     together = scores(("MXFP4_DEFAULT_CFG", "wint8_aint8", "NVFP4_DEFAULT_CFG"))
     np.testing.assert_array_equal(together[:, 2:], scores(("NVFP4_DEFAULT_CFG",)))
@@ -87,13 +87,13 @@ def test_scores_do_not_depend_on_the_other_formats(make_engine: Any, make_sample
     ],
 )
 def test_scores_equal_modelopt_search_with_the_backend(
-    family: str, presets: tuple[str, ...], make_engine: Any, make_model: Any, make_samples: Any
+    family: str, presets: tuple[str, ...], make_scorer: Any, make_model: Any, make_samples: Any
 ) -> None:
     """All calibrate by maximum, as our manifests say; MX presets leave the FP8 inputs dynamic."""
-    prepared = make_engine(family, presets)
+    prepared = make_scorer(family, presets)
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.engine.calibrate(shard) for shard in shards))
-    ours = summed_by_step(prepared.engine, shards, maxima)
+    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
+    ours = summed_by_step(prepared.scorer, shards, maxima)
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     for index, preset in enumerate(presets):
         config = for_cpu(getattr(mtq, preset)) | {"algorithm": "max"}
@@ -114,11 +114,11 @@ def enabled_quantizers(model: torch.nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def test_manifest_quantizes_on_cpu_to_the_formats_and_the_loss_that_evaluate_measures(
-    make_run: Any, make_model: Any, make_samples: Any, make_engine: Any
+    make_run: Any, make_model: Any, make_samples: Any, make_scorer: Any
 ) -> None:
     menu = ("NVFP4_DEFAULT_CFG", "W4A8_MXFP4_FP8_CFG", "MXINT8_DEFAULT_CFG", "wfp8_afp8")
     directory = make_run("llama", menu, disable=())
-    groups = [group.name for group in make_engine("llama", menu).plan.searched]
+    groups = [group.name for group in make_scorer("llama", menu).plan.searched]
     pins = {name: ([*menu, "none"])[index % 5] for index, name in enumerate(groups)}
     solution = solve_run(directory, SolveOptions(bits=16, pins=pins))
     manifest = json.loads(Path(solution.paths["manifest.json"]).read_text())
@@ -152,19 +152,19 @@ def test_manifest_quantizes_on_cpu_to_the_formats_and_the_loss_that_evaluate_mea
 
     after = [torch.log_softmax(model(torch.tensor([s])).logits[0, :-1], -1) for s in samples]
     kl = [(p.exp() * (p - q)).sum(-1).numpy() for p, q in zip(before, after, strict=True)]
-    prepared = make_engine("llama", menu)
+    prepared = make_scorer("llama", menu)
     spec = EvaluationSpec(
         model=ModelRef(name="in memory", path="unused"),
         dtype="float32",
         device="cpu",
         num_threads=1,
-        modules=prepared.engine.spec.modules,
-        formats=prepared.engine.spec.formats,
-        maxima=to_maxima(prepared.engine.calibrate(samples)),
+        modules=prepared.scorer.spec.modules,
+        formats=prepared.scorer.spec.formats,
+        maxima=to_maxima(prepared.scorer.calibrate(samples)),
         step_tokens=60,
     )
     choice = tuple(menu.index(f) if f != "none" else UNQUANTIZED for f in pins.values())
-    measured = EvaluationEngine(spec, model=prepared.model).evaluate(samples, [choice])
+    measured = AllocationRunner(spec, model=prepared.model).evaluate(samples, [choice])
     ours = np.concatenate([one.kl_N for one in measured.divergences[0]])
     np.testing.assert_allclose(ours, np.concatenate(kl), rtol=5e-3, atol=5e-6)
     assert ours.mean() > 1e-3
@@ -202,6 +202,6 @@ def test_custom_mx_format_that_no_preset_has_scores(
     custom = {"mine": {"weight": attributes, "input": attributes}}
     model = make_model("llama")
     plan = build_plan(model, resolve_formats(("mine",), device="cpu", custom=custom))
-    engine = Engine(make_spec(plan), model=model)
-    sums = engine.score(make_samples([24]), 0, to_maxima(engine.calibrate(make_samples([24]))))
+    scorer = Scorer(make_spec(plan), model=model)
+    sums = scorer.score(make_samples([24]), 0, to_maxima(scorer.calibrate(make_samples([24]))))
     assert (sums.sums.elementwise_GF > 0).all()

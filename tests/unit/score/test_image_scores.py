@@ -17,14 +17,14 @@ from autoquant_ray.data.samples import RichSample
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import read_rows
 from autoquant_ray.errors import ModelError
-from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.modules import UNQUANTIZED
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.score.visits import make_step
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")
@@ -54,13 +54,13 @@ def samples_of(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> A
 
 
 @pytest.fixture(scope="module")
-def full_engine(make_model: Any, make_spec: Any) -> Any:
-    """Build an engine that scores the vision tower too."""
+def full_scorer(make_model: Any, make_spec: Any) -> Any:
+    """Build a scorer that scores the vision tower too."""
 
-    def build(family: str, presets: tuple[str, ...], **changes: Any) -> tuple[Any, Engine]:
+    def build(family: str, presets: tuple[str, ...], **changes: Any) -> tuple[Any, Scorer]:
         model = make_model(family)
         plan = build_plan(model, resolve_formats(presets, device="cpu"), coverage="full")
-        return plan, Engine(make_spec(plan, **changes), model=model)
+        return plan, Scorer(make_spec(plan, **changes), model=model)
 
     return build
 
@@ -74,19 +74,19 @@ def batch_of(samples: list[RichSample]) -> Batch:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_with_images_equal_modelopt(family: str, make_engine: Any, samples_of: Any) -> None:
+def test_scores_with_images_equal_modelopt(family: str, make_scorer: Any, samples_of: Any) -> None:
     formats = ("INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG")
-    prepared, samples = make_engine(family, formats), samples_of(family)
-    assert prepared.engine.is_layerwise
+    prepared, samples = make_scorer(family, formats), samples_of(family)
+    assert prepared.scorer.is_layerwise
     # ModelOpt's calibration sees padding, ours does not.
     shards = [[sample] for sample in samples]
     maxima: dict[tuple[str, str], float] = {}
     for shard in shards:
-        for key, value in prepared.engine.calibrate(shard).items():
+        for key, value in prepared.scorer.calibrate(shard).items():
             maxima[key] = max(value, maxima.get(key, 0.0))
     ours = np.zeros((len(prepared.names), len(formats)))
     for shard in shards:
-        scores = prepared.engine.score(shard, 0, to_maxima(maxima))
+        scores = prepared.scorer.score(shard, 0, to_maxima(maxima))
         assert scores.num_tokens == 9  # eight words and the end of the turn
         ours += scores.sums.elementwise_GF / scores.num_tokens**2
 
@@ -99,19 +99,19 @@ def test_scores_with_images_equal_modelopt(family: str, make_engine: Any, sample
         assert scores_F == pytest.approx([theirs[name][one] for one in formats], rel=1e-4), name
 
 
-def test_towers_channels_count_every_patch_once(full_engine: Any, samples_of: Any) -> None:
+def test_towers_channels_count_every_patch_once(full_scorer: Any, samples_of: Any) -> None:
     """The first step with images makes the tower run more often, for a check of the model."""
-    _, engine = full_engine("qwen3_vl", ("INT4_AWQ_CFG",))
+    _, scorer = full_scorer("qwen3_vl", ("INT4_AWQ_CFG",))
     samples = samples_of("qwen3_vl")
     num_patches = sum(len(sample.tensors["pixel_values"]) for sample in samples)
     name = "model.visual.blocks.0.attn.qkv"
     found = []
     for _ in range(2):
-        maxima = to_maxima(engine.calibrate(samples))
+        maxima = to_maxima(scorer.calibrate(samples))
         assert maxima[name]["channels"].num_tokens == num_patches
-        found.append(engine.search(samples, maxima))
+        found.append(scorer.search(samples, maxima))
     assert found[0] == found[1]
-    fresh = full_engine("qwen3_vl", ("INT4_AWQ_CFG",))[1]
+    fresh = full_scorer("qwen3_vl", ("INT4_AWQ_CFG",))[1]
     assert fresh.search(samples, maxima) == found[0]  # a worker that has calibrated nothing
     assert any(module == name for module, _, _ in found[0])
 
@@ -156,27 +156,27 @@ def whole_graph_sums(plan: Any, model: Any, batch: Batch) -> dict[str, float]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_of_the_vision_tower_equal_one_whole_graph(
-    family: str, full_engine: Any, samples_of: Any
+    family: str, full_scorer: Any, samples_of: Any
 ) -> None:
-    plan, engine = full_engine(family, (PRESET,))
+    plan, scorer = full_scorer(family, (PRESET,))
     samples = samples_of(family)
     names = [group.name for group in plan.searched]
     assert any("visual" in name for name in names)
-    ours = engine.score(samples, 0, {}).sums.elementwise_GF[:, 0]
+    ours = scorer.score(samples, 0, {}).sums.elementwise_GF[:, 0]
 
-    theirs = whole_graph_sums(plan, engine.model, batch_of(samples))
+    theirs = whole_graph_sums(plan, scorer.model, batch_of(samples))
     assert set(theirs) == set(names)
     for name, value in zip(names, ours, strict=True):
         assert value == pytest.approx(theirs[name], rel=1e-4), name
 
 
 def test_scores_of_the_vision_tower_ignore_how_steps_are_grouped(
-    full_engine: Any, samples_of: Any
+    full_scorer: Any, samples_of: Any
 ) -> None:
     samples, presets = samples_of("qwen3_vl"), (PRESET, "INT8_DEFAULT_CFG")
     found = []
     for room in (2**30, 0):
-        _, engine = full_engine(
+        _, scorer = full_scorer(
             "qwen3_vl",
             presets,
             labels="model",
@@ -184,9 +184,9 @@ def test_scores_of_the_vision_tower_ignore_how_steps_are_grouped(
             step_tokens=30,
             activation_bytes=room,
         )
-        maxima = to_maxima(engine.calibrate(samples, 0))
+        maxima = to_maxima(scorer.calibrate(samples, 0))
         assert any(name.startswith("model.visual") for name in maxima)
-        found.append(engine.score(samples, 0, maxima, 0).sums)
+        found.append(scorer.score(samples, 0, maxima, 0).sums)
     assert np.array_equal(found[0].elementwise_GF, found[1].elementwise_GF)
     assert (found[0].elementwise_GF > 0).all()
 
@@ -197,26 +197,26 @@ def test_model_that_adds_after_its_last_layer_is_refused(
     model = make_model("qwen3_vl")
     del model.model.language_model.layers[1:]  # the tower's output now comes after the last layer
     plan = build_plan(model, resolve_formats((PRESET,), device="cpu"))
-    engine = Engine(make_spec(plan), model=model)
+    scorer = Scorer(make_spec(plan), model=model)
     with pytest.raises(ModelError, match=r"cannot be scored with images.*give data without images"):
-        engine.score(samples_of("qwen3_vl"), 0, {})
+        scorer.score(samples_of("qwen3_vl"), 0, {})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_runs_the_vision_tower_quantized(
-    family: str, full_engine: Any, samples_of: Any
+    family: str, full_scorer: Any, samples_of: Any
 ) -> None:
-    plan, engine = full_engine(family, (PRESET,))
+    plan, scorer = full_scorer(family, (PRESET,))
     fields = ("model", "dtype", "device", "num_threads", "modules", "formats")
     spec = EvaluationSpec(
-        **{name: getattr(engine.spec, name) for name in fields}, maxima={}, step_tokens=10_000
+        **{name: getattr(scorer.spec, name) for name in fields}, maxima={}, step_tokens=10_000
     )
     samples = samples_of(family)
     own = tuple(UNQUANTIZED for _ in plan.searched)
     tower = tuple(
         0 if group.name.startswith("model.visual") else UNQUANTIZED for group in plan.searched
     )
-    result = EvaluationEngine(spec, model=engine.model).evaluate(samples, [own, tower])
+    result = AllocationRunner(spec, model=scorer.model).evaluate(samples, [own, tower])
     assert all(one.kl_N.max() < 1e-6 for one in result.divergences[0])
 
     ids, in_loss, inputs = batch_of(samples)
@@ -224,14 +224,14 @@ def test_evaluation_runs_the_vision_tower_quantized(
     rows = in_loss[:, 1:].flatten()
 
     def log_probabilities() -> torch.Tensor:
-        logits = engine.model(input_ids=ids, use_cache=False, **inputs).logits[:, :-1]
+        logits = scorer.model(input_ids=ids, use_cache=False, **inputs).logits[:, :-1]
         return torch.log_softmax(logits.flatten(0, 1)[rows].double(), dim=-1)
 
     with torch.no_grad():
         p = log_probabilities()
         for group, format_ in zip(plan.searched, tower, strict=True):
             for module in group.modules if format_ == 0 else ():
-                weight = engine.model.get_submodule(module.name).weight
+                weight = scorer.model.get_submodule(module.name).weight
                 scale = weight.abs().amax(dim=1, keepdim=True) / 127
                 weight.copy_((weight / scale).round().clamp(-128, 127) * scale)
         expected = (p.exp() * (p - log_probabilities())).sum(dim=-1)

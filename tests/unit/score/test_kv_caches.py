@@ -14,14 +14,14 @@ from modelopt_scores import NOTHING, quantized_by_modelopt
 
 from autoquant_ray.allocate.quant_cfg import cache_entries, quantizer_entries
 from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
-from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.layers import require_gradient
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.attention import CachedAttention, Call
 from autoquant_ray.quantize.block_formats import for_cpu
 from autoquant_ray.quantize.modules import UNQUANTIZED
-from autoquant_ray.score.engine import Engine
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.score.loss import draw_uniforms, sample_labels
 
 FORMATS = ("kv_fp8", "wfp8_afp8", "kv_nvfp4")
@@ -31,14 +31,14 @@ FAMILIES = ("Llama", "Qwen3", "Gemma-3")  # grouped queries; norms of keys; slid
 
 @pytest.fixture(scope="module")
 def prepare(make_spec: Any) -> Any:
-    """A family's model, its plan with caches, and an engine that scores it."""
+    """A family's model, its plan with caches, and a scorer that scores it."""
 
-    def build(family: str, **changes: Any) -> tuple[Any, Plan, Engine]:
+    def build(family: str, **changes: Any) -> tuple[Any, Plan, Scorer]:
         model = family_model(family)
         plan = build_plan(model, resolve_formats(FORMATS, device="cpu"))
         dtype = changes.get("dtype", "float32")
         model = model.to(getattr(torch, dtype))
-        return model, plan, Engine(make_spec(plan, **changes), model=model)
+        return model, plan, Scorer(make_spec(plan, **changes), model=model)
 
     return build
 
@@ -121,9 +121,9 @@ def test_sums_equal_their_definition(
     family: str, labels: str, prepare: Any, make_samples: Any
 ) -> None:
     samples = make_samples(LENGTHS, seed=5)
-    model, plan, engine = prepare(family, labels=labels)
-    maxima = to_maxima(engine.calibrate(samples))
-    scores = engine.score(samples, 0, maxima)
+    model, plan, scorer = prepare(family, labels=labels)
+    maxima = to_maxima(scorer.calibrate(samples))
+    scores = scorer.score(samples, 0, maxima)
     column = {name: number for number, name in enumerate(FORMATS)}
     rows = {group.name: number for number, group in enumerate(plan.searched)}
     expected = definition(model, plan, samples, labels)
@@ -138,9 +138,9 @@ def test_sums_equal_their_definition(
 
 def test_maxima_padded_batch_ignores_padding(prepare: Any, make_samples: Any) -> None:
     samples = make_samples(LENGTHS, seed=5)
-    model, plan, engine = prepare("Llama")
-    together = engine.calibrate(samples)
-    alone = merge_statistics(engine.calibrate([sample]) for sample in samples)
+    model, plan, scorer = prepare("Llama")
+    together = scorer.calibrate(samples)
+    alone = merge_statistics(scorer.calibrate([sample]) for sample in samples)
     choice = {group.name: "kv_fp8" for group in plan.searched if group.is_cache}
     other = quantized(model, plan, choice, samples)
     for group in plan.searched:
@@ -215,8 +215,8 @@ def divergence(model: Any, other: Any, samples: list[list[int]]) -> float:
 
 def test_score_predicts_the_divergence_of_a_single_format(prepare: Any, make_samples: Any) -> None:
     samples = make_samples([32] * 12, seed=7)
-    model, plan, engine = prepare("Llama", labels="model", label_draws=4)
-    scores = engine.score(samples, 0, to_maxima(engine.calibrate(samples)))
+    model, plan, scorer = prepare("Llama", labels="model", label_draws=4)
+    scores = scorer.score(samples, 0, to_maxima(scorer.calibrate(samples)))
     for number, group in enumerate(plan.searched):
         for column, name in ((0, "kv_fp8"), (2, "kv_nvfp4")) if group.is_cache else ():
             predicted = 0.5 * scores.sums.elementwise_GF[number, column] / scores.num_tokens
@@ -230,13 +230,13 @@ def test_score_predicts_the_divergence_of_a_single_format(prepare: Any, make_sam
 def test_evaluation_equals_mtq_quantize(family: str, prepare: Any, make_samples: Any) -> None:
     """Caches and the projections around them, quantized together and apart."""
     samples = make_samples(LENGTHS, seed=8)
-    model, plan, engine = prepare(family)
-    spec = engine.spec
+    model, plan, scorer = prepare(family)
+    spec = scorer.spec
     fields = ("model", "dtype", "device", "num_threads", "modules", "formats", "step_tokens")
-    evaluation = EvaluationEngine(
+    evaluation = AllocationRunner(
         EvaluationSpec(
             **{name: getattr(spec, name) for name in fields},
-            maxima=to_maxima(engine.calibrate(samples)),
+            maxima=to_maxima(scorer.calibrate(samples)),
         ),
         model=model,
     )

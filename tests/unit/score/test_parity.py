@@ -20,12 +20,12 @@ FORMATS = (
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "qwen3_vl"])
 def test_scores_one_step_per_shard_equal_modelopt(
-    family: str, make_engine: Any, make_samples: Any
+    family: str, make_scorer: Any, make_samples: Any
 ) -> None:
-    prepared = make_engine(family, FORMATS)
+    prepared = make_scorer(family, FORMATS)
     shards = [make_samples([24, 24, 24], seed=1), make_samples([17, 17], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.engine.calibrate(shard) for shard in shards))
-    ours = summed_by_step(prepared.engine, shards, maxima)
+    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
+    ours = summed_by_step(prepared.scorer, shards, maxima)
 
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     theirs = modelopt_scores(prepared.model, batches, FORMATS)

@@ -23,7 +23,7 @@ from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.smoothing import with_alphas
 from autoquant_ray.score.backward import LayerwiseBackward
-from autoquant_ray.score.engine import Engine, EngineSpec
+from autoquant_ray.score.scorer import Scorer, ScoringSpec
 from autoquant_ray.score.loading import load_placed
 from autoquant_ray.score.step import Step
 
@@ -36,7 +36,7 @@ def placed_spec(make_spec: Any) -> Any:
 
     def build(
         folder: Path, placement: str, dtype: str, formats: tuple[str, ...] = FORMATS
-    ) -> EngineSpec:
+    ) -> ScoringSpec:
         ref = find_model(str(folder))
         plan = build_plan(build_skeleton(ref), resolve_formats(formats, device="cpu"))
         return make_spec(
@@ -52,9 +52,9 @@ def placed_spec(make_spec: Any) -> Any:
     return build
 
 
-def run(engine: Engine, samples: Any) -> Any:
-    statistics = engine.calibrate(samples)
-    return statistics, engine.score(samples, 0, to_maxima(statistics))
+def run(scorer: Scorer, samples: Any) -> Any:
+    statistics = scorer.calibrate(samples)
+    return statistics, scorer.score(samples, 0, to_maxima(statistics))
 
 
 def test_search_and_scores_of_scaled_channels_offloaded_equal_resident(
@@ -64,10 +64,10 @@ def test_search_and_scores_of_scaled_channels_offloaded_equal_resident(
     formats = ("NVFP4_AWQ_LITE_CFG", "INT8_SMOOTHQUANT_CFG")
     found = []
     for placement in ("resident", "offload"):
-        engine = Engine(placed_spec(model_folder("llama"), placement, "bfloat16", formats))
-        maxima = to_maxima(engine.calibrate(samples, 0))
-        losses = engine.search(samples, maxima)
-        found.append((losses, engine.score(samples, 0, with_alphas(maxima, losses), 0).sums))
+        scorer = Scorer(placed_spec(model_folder("llama"), placement, "bfloat16", formats))
+        maxima = to_maxima(scorer.calibrate(samples, 0))
+        losses = scorer.search(samples, maxima)
+        found.append((losses, scorer.score(samples, 0, with_alphas(maxima, losses), 0).sums))
     (losses, sums), (offloaded_losses, offloaded_sums) = found
     assert offloaded_losses == losses
     assert losses
@@ -87,9 +87,9 @@ def test_scores_offloaded_equal_resident(
     model_folder: Any, make_samples: Any, family: str, dtype: str, placed_spec: Any
 ) -> None:
     samples = make_samples([24, 17, 31])
-    resident = run(Engine(placed_spec(model_folder(family), "resident", dtype)), samples)
-    engine = Engine(placed_spec(model_folder(family), "offload", dtype))
-    offloaded = run(engine, samples)
+    resident = run(Scorer(placed_spec(model_folder(family), "resident", dtype)), samples)
+    scorer = Scorer(placed_spec(model_folder(family), "offload", dtype))
+    offloaded = run(scorer, samples)
     assert offloaded[0] == resident[0]
     assert offloaded[1].loss == resident[1].loss
     for name in ("elementwise_GF", "token_GF"):
@@ -107,7 +107,7 @@ def test_scores_of_caches_offloaded_are_those_of_resident_to_the_byte(
     found = []
     for placement in ("resident", "offload"):
         spec = placed_spec(model_folder("qwen3"), placement, dtype, formats)
-        statistics, scores = run(Engine(spec), samples)
+        statistics, scores = run(Scorer(spec), samples)
         caches = [m.group for m in spec.modules if m.planned.is_cache]
         found.append((statistics, scores.sums.elementwise_GF[caches]))
     assert found[0][0] == found[1][0]
@@ -119,16 +119,16 @@ def test_scores_of_caches_offloaded_are_those_of_resident_to_the_byte(
 def test_parameters_outside_visits_are_on_meta(
     model_folder: Any, make_samples: Any, placed_spec: Any
 ) -> None:
-    engine = Engine(placed_spec(model_folder("qwen3_moe"), "offload", "float32"))
-    run(engine, make_samples([9]))
-    layers = decoder_layers(engine.model).values()
+    scorer = Scorer(placed_spec(model_folder("qwen3_moe"), "offload", "float32"))
+    run(scorer, make_samples([9]))
+    layers = decoder_layers(scorer.model).values()
     inside = {parameter for layer in layers for parameter in layer.parameters()}
-    outside = set(engine.model.parameters()) - inside
+    outside = set(scorer.model.parameters()) - inside
     assert inside
     assert all(parameter.is_meta for parameter in inside)
     assert outside
     assert not any(parameter.is_meta for parameter in outside)
-    assert not any(buffer.is_meta for buffer in engine.model.buffers())
+    assert not any(buffer.is_meta for buffer in scorer.model.buffers())
 
 
 def count_layers_alive(model: Any, alive: list[int]) -> None:
@@ -174,10 +174,10 @@ def test_probe_and_passes_hold_one_visited_layer(bfloat16_folder: Path, make_sam
 def test_calibration_and_scoring_of_experts_hold_one_visited_layer(
     bfloat16_folder: Path, make_samples: Any, placed_spec: Any
 ) -> None:
-    engine = Engine(placed_spec(bfloat16_folder, "offload", "float32"))
+    scorer = Scorer(placed_spec(bfloat16_folder, "offload", "float32"))
     alive: list[int] = []
-    count_layers_alive(engine.model, alive)
-    run(engine, make_samples([24, 17]))
+    count_layers_alive(scorer.model, alive)
+    run(scorer, make_samples([24, 17]))
     assert alive
     assert set(alive) == {1}
 
@@ -206,9 +206,9 @@ def test_visit_after_another_was_read_ahead_gives_the_right_weights(model_folder
 
 def test_reading_thread_ends_with_the_engine(model_folder: Any, placed_spec: Any) -> None:
     before = set(threading.enumerate())
-    engine = Engine(placed_spec(model_folder("llama"), "offload", "float32"))
+    scorer = Scorer(placed_spec(model_folder("llama"), "offload", "float32"))
     (reader,) = (t for t in set(threading.enumerate()) - before if t.name.startswith("read-ahead"))
-    del engine
+    del scorer
     gc.collect()
     reader.join(timeout=30)
     assert not reader.is_alive()
@@ -222,9 +222,9 @@ def test_converted_experts_leave_no_files_behind(
     placed_spec: Any,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    engine = Engine(placed_spec(model_folder("qwen3_moe"), "offload", "float32"))
+    scorer = Scorer(placed_spec(model_folder("qwen3_moe"), "offload", "float32"))
     assert list(tmp_path.iterdir()) == []
-    assert (run(engine, make_samples([9]))[1].sums.elementwise_GF > 0).all()
+    assert (run(scorer, make_samples([9]))[1].sums.elementwise_GF > 0).all()
 
 
 def test_offload_gguf_is_refused(tmp_path: Path) -> None:
@@ -235,4 +235,4 @@ def test_offload_gguf_is_refused(tmp_path: Path) -> None:
 
 def test_offload_model_that_is_no_chain_is_refused(model_folder: Any, placed_spec: Any) -> None:
     with pytest.raises(ModelError, match=r"Gemma3n.* cannot be offloaded.*--placement resident"):
-        Engine(placed_spec(model_folder("gemma3n"), "offload", "float32"))
+        Scorer(placed_spec(model_folder("gemma3n"), "offload", "float32"))

@@ -20,17 +20,17 @@ NUM_SEEDS = 120
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_sampled_sums_are_unbiased_and_their_variance_covers(
-    family: str, make_engine: Any, make_samples: Any
+    family: str, make_scorer: Any, make_samples: Any
 ) -> None:
     samples = make_samples(LENGTHS)
-    exact = make_engine(family, FORMATS)
-    maxima = to_maxima(exact.engine.calibrate(samples))
-    expected = exact.engine.score(samples, 0, maxima).sums
+    exact = make_scorer(family, FORMATS)
+    maxima = to_maxima(exact.scorer.calibrate(samples))
+    expected = exact.scorer.score(samples, 0, maxima).sums
     estimates, scores = [], []
-    sampled = make_engine(family, FORMATS, row_share=0.25)
+    sampled = make_scorer(family, FORMATS, row_share=0.25)
     for seed in range(NUM_SEEDS):
-        sampled.engine.spec = dataclasses.replace(sampled.engine.spec, seed=seed)
-        sums = sampled.engine.score(samples, 0, maxima).sums
+        sampled.scorer.spec = dataclasses.replace(sampled.scorer.spec, seed=seed)
+        sums = sampled.scorer.score(samples, 0, maxima).sums
         for name in ("elementwise", "token"):
             true_GF = getattr(expected, f"{name}_GF")
             variance_GF = getattr(sums, f"{name}_variance_GF")
@@ -48,38 +48,38 @@ def test_sampled_sums_are_unbiased_and_their_variance_covers(
 
 
 def test_sampled_sums_repeat_for_a_seed_and_differ_between_seeds_and_shards(
-    make_engine: Any, make_samples: Any
+    make_scorer: Any, make_samples: Any
 ) -> None:
     samples = make_samples([40, 40])
-    first = make_engine("llama", FORMATS, row_share=0.2, seed=3)
-    again = make_engine("llama", FORMATS, row_share=0.2, seed=3)
-    other = make_engine("llama", FORMATS, row_share=0.2, seed=4)
-    maxima = to_maxima(first.engine.calibrate(samples))
-    sums = [p.engine.score(samples, 0, maxima).sums.elementwise_GF for p in (first, again, other)]
+    first = make_scorer("llama", FORMATS, row_share=0.2, seed=3)
+    again = make_scorer("llama", FORMATS, row_share=0.2, seed=3)
+    other = make_scorer("llama", FORMATS, row_share=0.2, seed=4)
+    maxima = to_maxima(first.scorer.calibrate(samples))
+    sums = [p.scorer.score(samples, 0, maxima).sums.elementwise_GF for p in (first, again, other)]
     assert np.array_equal(sums[0], sums[1])
     assert not np.allclose(sums[0], sums[2], rtol=1e-6)
-    moved = first.engine.score(samples, 8, maxima).sums.elementwise_GF
+    moved = first.scorer.score(samples, 8, maxima).sums.elementwise_GF
     assert not np.allclose(sums[0], moved, rtol=1e-6)
 
 
 def test_sampled_sums_do_not_depend_on_how_steps_are_visited(
-    make_engine: Any, make_samples: Any
+    make_scorer: Any, make_samples: Any
 ) -> None:
     samples = make_samples(LENGTHS)
-    together = make_engine("llama", FORMATS, row_share=0.3, step_tokens=60)
-    apart = make_engine("llama", FORMATS, row_share=0.3, step_tokens=60, activation_bytes=0)
-    maxima = to_maxima(together.engine.calibrate(samples))
-    one, other = (p.engine.score(samples, 0, maxima).sums for p in (together, apart))
+    together = make_scorer("llama", FORMATS, row_share=0.3, step_tokens=60)
+    apart = make_scorer("llama", FORMATS, row_share=0.3, step_tokens=60, activation_bytes=0)
+    maxima = to_maxima(together.scorer.calibrate(samples))
+    one, other = (p.scorer.score(samples, 0, maxima).sums for p in (together, apart))
     assert np.array_equal(one.elementwise_GF, other.elementwise_GF)
     assert np.array_equal(one.token_variance_GF, other.token_variance_GF)
 
 
-def test_sampled_nan_gradient_is_an_error(make_engine: Any, make_samples: Any) -> None:
-    prepared = make_engine("llama", ("wint8_afp16",), row_share=0.5)
+def test_sampled_nan_gradient_is_an_error(make_scorer: Any, make_samples: Any) -> None:
+    prepared = make_scorer("llama", ("wint8_afp16",), row_share=0.5)
     with torch.no_grad():
         prepared.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError):
-        prepared.engine.score(make_samples([8]), 0, {})
+        prepared.scorer.score(make_samples([8]), 0, {})
 
 
 def test_draw_rows_never_draws_a_row_without_a_gradient() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.errors import NonFiniteError
-from autoquant_ray.score import engine as engine_module
+from autoquant_ray.score import scorer as scorer_module
 from autoquant_ray.score.loss import sample_labels
 from autoquant_ray.score.rows import live_rows
 
@@ -29,7 +29,7 @@ def total(prepared: Any, shards: list[Any], maxima: Any) -> tuple[np.ndarray, np
     """Elementwise sums, token sums and token count over shards."""
     elementwise, token, count, first = 0.0, 0.0, 0, 0
     for shard in shards:
-        scores = prepared.engine.score(shard, first, maxima)
+        scores = prepared.scorer.score(shard, first, maxima)
         elementwise = elementwise + scores.sums.elementwise_GF
         token = token + scores.sums.token_GF
         count += scores.num_tokens
@@ -38,11 +38,11 @@ def total(prepared: Any, shards: list[Any], maxima: Any) -> tuple[np.ndarray, np
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sums_any_batching_are_the_same(family: str, make_engine: Any, make_samples: Any) -> None:
+def test_sums_any_batching_are_the_same(family: str, make_scorer: Any, make_samples: Any) -> None:
     samples = make_samples(LENGTHS)
-    whole = make_engine(family, FORMATS)
-    single = make_engine(family, FORMATS, step_tokens=2)
-    maxima = to_maxima(whole.engine.calibrate(samples))
+    whole = make_scorer(family, FORMATS)
+    single = make_scorer(family, FORMATS, step_tokens=2)
+    maxima = to_maxima(whole.scorer.calibrate(samples))
     expected = total(whole, [samples], maxima)
     assert expected[2] == sum(LENGTHS) - len(LENGTHS)
     for prepared, shards in (
@@ -58,12 +58,12 @@ def test_sums_any_batching_are_the_same(family: str, make_engine: Any, make_samp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_maxima_padded_batch_ignores_padding(
-    family: str, make_engine: Any, make_samples: Any
+    family: str, make_scorer: Any, make_samples: Any
 ) -> None:
     samples = make_samples(LENGTHS)
-    prepared = make_engine(family, FORMATS)
-    padded = prepared.engine.calibrate(samples)
-    alone = merge_statistics(prepared.engine.calibrate([sample]) for sample in samples)
+    prepared = make_scorer(family, FORMATS)
+    padded = prepared.scorer.calibrate(samples)
+    alone = merge_statistics(prepared.scorer.calibrate([sample]) for sample in samples)
     assert set(padded) == set(alone)
     for key, value in alone.items():
         assert padded[key] == pytest.approx(value, rel=1e-5), key
@@ -80,17 +80,17 @@ def test_maxima_padded_batch_ignores_padding(
     ],
 )
 def test_sums_linear_equal_their_definition(
-    family: str, name: str, make_engine: Any, make_samples: Any
+    family: str, name: str, make_scorer: Any, make_samples: Any
 ) -> None:
     """Gradient by plain autograd, output difference by ModelOpt's quantized module itself."""
     import copy
 
     import modelopt.torch.quantization as mtq
 
-    prepared = make_engine(family, ("wint8_aint8",))
+    prepared = make_scorer(family, ("wint8_aint8",))
     samples = make_samples([20])
-    maxima = to_maxima(prepared.engine.calibrate(samples))
-    scores = prepared.engine.score(samples, 0, maxima)
+    maxima = to_maxima(prepared.scorer.calibrate(samples))
+    scores = prepared.scorer.score(samples, 0, maxima)
     ids = torch.tensor(samples)
 
     model = copy.deepcopy(prepared.model)
@@ -123,34 +123,34 @@ def test_sums_linear_equal_their_definition(
 
 
 def test_sums_many_draws_average_single_draws(
-    make_engine: Any, make_samples: Any, monkeypatch: pytest.MonkeyPatch
+    make_scorer: Any, make_samples: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """K draws over one forward pass are the mean of K passes that use each draw alone."""
     samples = make_samples([16, 16])
-    several = make_engine("qwen3", FORMATS, labels="model", label_draws=3)
-    maxima = to_maxima(several.engine.calibrate(samples))
-    together = several.engine.score(samples, 0, maxima).sums.elementwise_GF
+    several = make_scorer("qwen3", FORMATS, labels="model", label_draws=3)
+    maxima = to_maxima(several.scorer.calibrate(samples))
+    together = several.scorer.score(samples, 0, maxima).sums.elementwise_GF
 
-    single = make_engine("qwen3", FORMATS, labels="model", label_draws=1)
+    single = make_scorer("qwen3", FORMATS, labels="model", label_draws=1)
     apart = []
     for draw in range(3):
         with monkeypatch.context() as patched:
-            original = engine_module.draw_uniforms
+            original = scorer_module.draw_uniforms
             patched.setattr(
-                engine_module,
+                scorer_module,
                 "draw_uniforms",
                 lambda s, p, _, n, d=draw, f=original: f(s, p, 3, n)[d : d + 1],
             )
-            apart.append(single.engine.score(samples, 0, maxima).sums.elementwise_GF)
+            apart.append(single.scorer.score(samples, 0, maxima).sums.elementwise_GF)
     np.testing.assert_allclose(together, np.mean(apart, axis=0), rtol=1e-5)
 
 
-def test_sums_seed_changes_draws_and_same_seed_repeats(make_engine: Any, make_samples: Any) -> None:
+def test_sums_seed_changes_draws_and_same_seed_repeats(make_scorer: Any, make_samples: Any) -> None:
     samples = make_samples([16])
     results = []
     for seed in (0, 0, 1):
-        prepared = make_engine("llama", ("wint4_afp16",), labels="model", seed=seed)
-        results.append(prepared.engine.score(samples, 0, {}).sums.elementwise_GF)
+        prepared = make_scorer("llama", ("wint4_afp16",), labels="model", seed=seed)
+        results.append(prepared.scorer.score(samples, 0, {}).sums.elementwise_GF)
     assert np.array_equal(results[0], results[1])
     assert not np.allclose(results[0], results[2])
 
@@ -168,30 +168,30 @@ def test_sample_labels_invert_the_cumulative_distribution() -> None:
         assert np.mean(labels[draw].numpy() == np.array(expected)) > 0.999
 
 
-def test_score_nan_gradient_is_an_error(make_engine: Any, make_samples: Any) -> None:
-    prepared = make_engine("llama", ("wint8_afp16",))
+def test_score_nan_gradient_is_an_error(make_scorer: Any, make_samples: Any) -> None:
+    prepared = make_scorer("llama", ("wint8_afp16",))
     model = prepared.model
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError):
-        prepared.engine.score(make_samples([8]), 0, {})
+        prepared.scorer.score(make_samples([8]), 0, {})
 
 
 def test_model_without_a_plain_chain_gives_the_same_sums(
-    make_engine: Any, make_samples: Any
+    make_scorer: Any, make_samples: Any
 ) -> None:
     samples = make_samples([12, 20])
-    plain = make_engine("llama", FORMATS)
-    maxima = to_maxima(plain.engine.calibrate(samples))
+    plain = make_scorer("llama", FORMATS)
+    maxima = to_maxima(plain.scorer.calibrate(samples))
     expected = total(plain, [samples], maxima)
 
-    broken = make_engine("llama", FORMATS)
+    broken = make_scorer("llama", FORMATS)
     broken.model.model.layers[1].register_forward_pre_hook(
         lambda _, args, kwargs: ((args[0] * 1.0, *args[1:]), kwargs), with_kwargs=True
     )
-    broken.engine = engine_module.Engine(broken.engine.spec, model=broken.model)
-    assert plain.engine.is_layerwise
-    assert not broken.engine.is_layerwise
+    broken.scorer = scorer_module.Scorer(broken.scorer.spec, model=broken.model)
+    assert plain.scorer.is_layerwise
+    assert not broken.scorer.is_layerwise
     elementwise, token, _ = total(broken, [samples], maxima)
     np.testing.assert_allclose(elementwise, expected[0], rtol=1e-5)
     np.testing.assert_allclose(token, expected[1], rtol=1e-5)
@@ -199,9 +199,9 @@ def test_model_without_a_plain_chain_gives_the_same_sums(
 
 @pytest.mark.parametrize(("family", "layerwise"), [("falcon", True), ("gemma3n", False)])
 def test_layers_are_visited_alone_only_where_gradients_agree(
-    family: str, layerwise: bool, make_engine: Any
+    family: str, layerwise: bool, make_scorer: Any
 ) -> None:
-    assert make_engine(family).engine.is_layerwise is layerwise
+    assert make_scorer(family).scorer.is_layerwise is layerwise
 
 
 def test_sample_labels_number_that_rounds_to_one_gives_no_impossible_label() -> None:
@@ -212,18 +212,18 @@ def test_sample_labels_number_that_rounds_to_one_gives_no_impossible_label() -> 
 
 
 def test_sums_bfloat16_stay_near_float32(
-    make_model: Any, make_engine: Any, make_samples: Any
+    make_model: Any, make_scorer: Any, make_samples: Any
 ) -> None:
     """The same rounded weights and the same labels, computed in both types."""
     samples = make_samples([60, 60])
     formats = ("wint4_afp16", "wint8_afp16", "wint8_aint8", "wfp8_afp8")
-    prepared = make_engine("llama", formats)
+    prepared = make_scorer("llama", formats)
     prepared.model.to(torch.bfloat16)
-    half = engine_module.Engine(prepared.engine.spec, model=prepared.model)
+    half = scorer_module.Scorer(prepared.scorer.spec, model=prepared.model)
     maxima = to_maxima(half.calibrate(samples))
     rounded = half.score(samples, 0, maxima).sums.elementwise_GF
     prepared.model.to(torch.float32)
-    single = engine_module.Engine(prepared.engine.spec, model=prepared.model)
+    single = scorer_module.Scorer(prepared.scorer.spec, model=prepared.model)
     exact = single.score(samples, 0, maxima).sums.elementwise_GF
     ratios = rounded / exact
     weight_only = [formats.index("wint4_afp16"), formats.index("wint8_afp16")]
@@ -234,51 +234,51 @@ def test_sums_bfloat16_stay_near_float32(
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_sums_layer_inputs_kept_from_calibration_change_no_bit(
-    family: str, make_engine: Any, make_samples: Any
+    family: str, make_scorer: Any, make_samples: Any
 ) -> None:
     samples = make_samples(LENGTHS)
-    prepared = make_engine(family, FORMATS, step_tokens=60)
-    maxima = to_maxima(prepared.engine.calibrate(samples, shard=5))
-    kept = prepared.engine.score(samples, 0, maxima, shard=5)
-    fresh = prepared.engine.score(samples, 0, maxima, shard=5)
+    prepared = make_scorer(family, FORMATS, step_tokens=60)
+    maxima = to_maxima(prepared.scorer.calibrate(samples, shard=5))
+    kept = prepared.scorer.score(samples, 0, maxima, shard=5)
+    fresh = prepared.scorer.score(samples, 0, maxima, shard=5)
     assert np.array_equal(kept.sums.elementwise_GF, fresh.sums.elementwise_GF)
     assert np.array_equal(kept.sums.token_GF, fresh.sums.token_GF)
     assert kept.loss == fresh.loss
 
 
 def test_layer_inputs_are_kept_only_where_there_is_room(
-    make_engine: Any, make_samples: Any, monkeypatch: pytest.MonkeyPatch
+    make_scorer: Any, make_samples: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model runs forward again for the shard that was not kept, and only for it."""
     samples = make_samples([16, 16])
-    prepared = make_engine("llama", FORMATS)
+    prepared = make_scorer("llama", FORMATS)
     hidden = prepared.model.config.hidden_size * prepared.model.config.num_hidden_layers * 4
     room_for_one = 2 * (32 * hidden)
-    prepared = make_engine("llama", FORMATS, activation_bytes=room_for_one)
+    prepared = make_scorer("llama", FORMATS, activation_bytes=room_for_one)
     maxima = {}
     for shard in (0, 1):
-        maxima = to_maxima(prepared.engine.calibrate(samples, shard=shard))
+        maxima = to_maxima(prepared.scorer.calibrate(samples, shard=shard))
     ran: list[int] = []
-    original = prepared.engine._forward
-    monkeypatch.setattr(prepared.engine, "_forward", lambda *a: ran.append(1) or original(*a))
-    prepared.engine.score(samples, 0, maxima, shard=0)
+    original = prepared.scorer._forward
+    monkeypatch.setattr(prepared.scorer, "_forward", lambda *a: ran.append(1) or original(*a))
+    prepared.scorer.score(samples, 0, maxima, shard=0)
     assert not ran
-    prepared.engine.score(samples, 0, maxima, shard=1)
+    prepared.scorer.score(samples, 0, maxima, shard=1)
     assert ran
 
 
 @pytest.mark.parametrize("limit", [0, 20_000, 10**9])
 def test_sums_weight_cache_of_any_size_changes_no_bit(
-    limit: int, make_engine: Any, make_samples: Any
+    limit: int, make_scorer: Any, make_samples: Any
 ) -> None:
     samples = make_samples([24, 31])
     results = []
     for cached in (limit, None):
-        prepared = make_engine(
+        prepared = make_scorer(
             "qwen3_moe", FORMATS, weight_cache_bytes=cached, step_tokens=24, activation_bytes=2**20
         )
-        maxima = to_maxima(prepared.engine.calibrate(samples))
-        results.append(prepared.engine.score(samples, 0, maxima).sums.elementwise_GF)
+        maxima = to_maxima(prepared.scorer.calibrate(samples))
+        results.append(prepared.scorer.score(samples, 0, maxima).sums.elementwise_GF)
     assert np.array_equal(*results)
 
 

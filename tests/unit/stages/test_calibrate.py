@@ -30,7 +30,7 @@ class Pool:
     """Stands for the workers.
 
     Args:
-        engine: Computes.
+        scorer: Computes.
         last_first: Give the results of the last shards first.
         dies_after: Be killed after so many results.
     """
@@ -38,9 +38,9 @@ class Pool:
     grace_s = 0.0
 
     def __init__(
-        self, engine: Any, *, last_first: bool = False, dies_after: int | None = None
+        self, scorer: Any, *, last_first: bool = False, dies_after: int | None = None
     ) -> None:
-        self._engine = engine
+        self._scorer = scorer
         self._last_first = last_first
         self._dies_after = dies_after
         self.done: list[int] = []
@@ -52,9 +52,9 @@ class Pool:
     def run(self, tasks: Any, submit: Any, _stop: Any) -> Iterator[Outcome]:
         """As the pool of real workers."""
         worker = SimpleNamespace(
-            calibrate=SimpleNamespace(remote=lambda task: self._engine.calibrate(task.samples)),
+            calibrate=SimpleNamespace(remote=lambda task: self._scorer.calibrate(task.samples)),
             search=SimpleNamespace(
-                remote=lambda task, maxima: self._engine.search(task.samples, maxima)
+                remote=lambda task, maxima: self._scorer.search(task.samples, maxima)
             ),
         )
         for task in sorted(tasks, key=lambda task: task.shard, reverse=self._last_first):
@@ -65,9 +65,9 @@ class Pool:
 
 
 @pytest.fixture
-def started(make_run: Any, make_engine: Any, make_samples: Any) -> Any:
-    """A run directory with samples and no more; returns its state, its plan and an engine."""
-    prepared = make_engine("llama", FORMATS)
+def started(make_run: Any, make_scorer: Any, make_samples: Any) -> Any:
+    """A run directory with samples and no more; returns its state, its plan and a scorer."""
+    prepared = make_scorer("llama", FORMATS)
 
     def start(name: str) -> tuple[RunState, Any, Any]:
         directory = make_run(formats=FORMATS, name=name, num_shards=NUM_SHARDS)
@@ -77,7 +77,7 @@ def started(make_run: Any, make_engine: Any, make_samples: Any) -> Any:
                 for n, tokens in enumerate(make_samples([20, 11], seed=shard))
             ]
             directory.write_table(part_name(SAMPLES, shard), "samples", rows)
-        return RunState.open(directory), prepared.plan, prepared.engine
+        return RunState.open(directory), prepared.plan, prepared.scorer
 
     return start
 
@@ -93,25 +93,25 @@ def run_stages(state: RunState, plan: Any, *pools: Any) -> Any:
 
 
 def test_files_are_the_same_in_any_order_of_arrival_and_after_a_kill(started: Any) -> None:
-    state, plan, engine = started("whole")
-    run_stages(state, plan, Pool(engine))
+    state, plan, scorer = started("whole")
+    run_stages(state, plan, Pool(scorer))
     expected = contents(state.directory)
 
-    state, plan, engine = started("mixed")
-    run_stages(state, plan, Pool(engine, last_first=True))
+    state, plan, scorer = started("mixed")
+    run_stages(state, plan, Pool(scorer, last_first=True))
     assert contents(state.directory) == expected
 
-    state, plan, engine = started("killed")
+    state, plan, scorer = started("killed")
     with pytest.raises(Killed):
-        run_stages(state, plan, Pool(engine, dies_after=3))
-    calibrated = Pool(engine)
+        run_stages(state, plan, Pool(scorer, dies_after=3))
+    calibrated = Pool(scorer)
     calibrate(state, calibrated, plan, "mark")
     assert calibrated.done == [3]
     with pytest.raises(Killed):
-        run_stages(state, plan, calibrated, Pool(engine, dies_after=2))
+        run_stages(state, plan, calibrated, Pool(scorer, dies_after=2))
     assert not state.directory.exists("search.parquet")
     resumed = RunState.open(state.directory)
-    searched = Pool(engine)
+    searched = Pool(scorer)
     run_stages(resumed, plan, calibrated, searched)
     assert searched.done == [2, 3]
     assert calibrated.done == [3]
@@ -121,18 +121,18 @@ def test_files_are_the_same_in_any_order_of_arrival_and_after_a_kill(started: An
 
 
 def test_damaged_part_of_channels_is_done_again(started: Any) -> None:
-    state, plan, engine = started("run")
+    state, plan, scorer = started("run")
     with pytest.raises(Killed):
-        calibrate(state, Pool(engine, dies_after=3), plan, "mark")  # type: ignore[arg-type]
+        calibrate(state, Pool(scorer, dies_after=3), plan, "mark")  # type: ignore[arg-type]
     Path(state.directory.path(part_name(CHANNELS, 1))).write_bytes(b"PAR1 cut off")
-    again = Pool(engine)
-    run_stages(state, plan, again, Pool(engine))
+    again = Pool(scorer)
+    run_stages(state, plan, again, Pool(scorer))
     assert again.done == [1, 3]
 
 
 def test_best_candidates_and_channels_are_read_back(started: Any) -> None:
-    state, plan, engine = started("run")
-    maxima = run_stages(state, plan, Pool(engine))
+    state, plan, scorer = started("run")
+    maxima = run_stages(state, plan, Pool(scorer))
     name = "model.layers.0.mlp.down_proj"
     assert maxima[name][CHANNELS].num_tokens == NUM_SHARDS * 31
     assert 0 <= maxima[name]["awq_alpha INT4_AWQ_CFG"] <= 1.1
@@ -145,8 +145,8 @@ def test_best_candidates_and_channels_are_read_back(started: Any) -> None:
 @pytest.mark.parametrize("name", ["calibration.parquet", "channels.parquet", "search.parquet"])
 def test_lost_file_is_missed_and_made_again_from_the_parts(name: str, started: Any) -> None:
     """Without it a format that scales channels would be measured with scales of 1."""
-    state, plan, engine = started("run")
-    run_stages(state, plan, Pool(engine))
+    state, plan, scorer = started("run")
+    run_stages(state, plan, Pool(scorer))
     expected = contents(state.directory)
     assert is_calibrated(state, plan)
     assert maxima_of(state).keys() == read_maxima(state.directory).keys()
@@ -155,7 +155,7 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(name: str, started: A
     assert not is_calibrated(state, plan)
     with pytest.raises(StoreError, match=rf"{name} does not exist.*--resume"):
         maxima_of(state)
-    again = Pool(engine)
+    again = Pool(scorer)
     run_stages(state, plan, again)
     assert again.done == []
     assert contents(state.directory) == expected
@@ -174,10 +174,10 @@ def test_shard_left_out_of_calibration_stays_out_once_others_are_scored(started:
     assert state.left_out == set()
 
 
-def test_menu_without_such_formats_writes_no_such_files(started: Any, make_engine: Any) -> None:
+def test_menu_without_such_formats_writes_no_such_files(started: Any, make_scorer: Any) -> None:
     state, _, _ = started("run")
-    prepared = make_engine("llama", ("wint8_aint8",))
-    maxima = run_stages(state, prepared.plan, Pool(prepared.engine))
+    prepared = make_scorer("llama", ("wint8_aint8",))
+    maxima = run_stages(state, prepared.plan, Pool(prepared.scorer))
     assert set(maxima["model.layers.0.mlp.down_proj"]) == {"input_amax"}
     assert not state.directory.exists("channels.parquet")
     assert not state.directory.exists("search.parquet")

@@ -1,4 +1,4 @@
-"""The evaluation engine against models that ``mtq.quantize`` made, run by transformers."""
+"""The allocation runner against models that ``mtq.quantize`` made, run by transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.calibrate.maxima import to_maxima
-from autoquant_ray.evaluate.engine import EvaluationEngine, EvaluationSpec, ShardEvaluation
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec, ShardEvaluation
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.quantize.modules import UNQUANTIZED, Choice
 
@@ -21,9 +21,9 @@ FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 LENGTHS = [24, 17, 9, 24]
 
 
-def make_evaluation(prepared: Any, samples: list[list[int]], **changes: Any) -> EvaluationEngine:
-    """An evaluation engine on the model of a scoring engine, calibrated on the samples."""
-    spec = prepared.engine.spec
+def make_evaluation(prepared: Any, samples: list[list[int]], **changes: Any) -> AllocationRunner:
+    """A runner on the model of a scorer, calibrated on the samples."""
+    spec = prepared.scorer.spec
     fields: dict[str, Any] = {
         "model": ModelRef(name="in memory", path="unused"),
         "dtype": "float32",
@@ -31,10 +31,10 @@ def make_evaluation(prepared: Any, samples: list[list[int]], **changes: Any) -> 
         "num_threads": 1,
         "modules": spec.modules,
         "formats": spec.formats,
-        "maxima": to_maxima(prepared.engine.calibrate(samples)),
+        "maxima": to_maxima(prepared.scorer.calibrate(samples)),
         "step_tokens": 60,
     }
-    return EvaluationEngine(EvaluationSpec(**(fields | changes)), model=prepared.model)
+    return AllocationRunner(EvaluationSpec(**(fields | changes)), model=prepared.model)
 
 
 def random_choices(num_groups: int, number: int, seed: int = 0) -> list[Choice]:
@@ -72,12 +72,12 @@ def log_probabilities(model: Any, sample: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "qwen3_vl"])
-def test_equals_mtq_quantize(family: str, make_engine: Any, make_samples: Any) -> None:
-    prepared = make_engine(family, FORMATS)
+def test_equals_mtq_quantize(family: str, make_scorer: Any, make_samples: Any) -> None:
+    prepared = make_scorer(family, FORMATS)
     samples = make_samples(LENGTHS, seed=3)
-    engine = make_evaluation(prepared, samples)
+    runner = make_evaluation(prepared, samples)
     choices = random_choices(len(prepared.plan.searched), 2)
-    result = engine.evaluate(samples, choices)
+    result = runner.evaluate(samples, choices)
     for choice, ours in zip(choices, result.divergences, strict=True):
         quantized = quantize(prepared, choice, samples)
         for sample, loss_N, one in zip(samples, result.reference, ours, strict=True):
@@ -91,11 +91,11 @@ def test_equals_mtq_quantize(family: str, make_engine: Any, make_samples: Any) -
             assert (one.agrees_N == agrees.numpy()).mean() > 0.95
 
 
-def test_model_does_not_diverge_from_itself(make_engine: Any, make_samples: Any) -> None:
-    prepared = make_engine("llama", FORMATS)
+def test_model_does_not_diverge_from_itself(make_scorer: Any, make_samples: Any) -> None:
+    prepared = make_scorer("llama", FORMATS)
     samples = make_samples(LENGTHS)
-    engine = make_evaluation(prepared, samples)
-    result = engine.evaluate(samples, [(UNQUANTIZED,) * len(prepared.plan.searched)])
+    runner = make_evaluation(prepared, samples)
+    result = runner.evaluate(samples, [(UNQUANTIZED,) * len(prepared.plan.searched)])
     for loss_N, one in zip(result.reference, result.divergences[0], strict=True):
         assert not one.kl_N.any()
         assert one.agrees_N.all()
@@ -108,48 +108,48 @@ def flatten(result: ShardEvaluation, index: int) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_allocations_share_work_but_not_results(
-    family: str, make_engine: Any, make_samples: Any
+    family: str, make_scorer: Any, make_samples: Any
 ) -> None:
-    prepared = make_engine(family, FORMATS)
+    prepared = make_scorer(family, FORMATS)
     samples = make_samples(LENGTHS)
-    engine = make_evaluation(prepared, samples)
+    runner = make_evaluation(prepared, samples)
     first, second = random_choices(len(prepared.plan.searched), 2, seed=1)
     swapped = (*first[:-1], (first[-1] + 2) % len(FORMATS))
-    together = engine.evaluate(samples, [first, swapped, second, first])
+    together = runner.evaluate(samples, [first, swapped, second, first])
     for index, choice in enumerate([first, swapped, second, first]):
-        alone = engine.evaluate(samples, [choice])
+        alone = runner.evaluate(samples, [choice])
         assert flatten(together, index).tobytes() == flatten(alone, 0).tobytes()
     assert flatten(together, 0).tobytes() != flatten(together, 1).tobytes()
 
 
-def test_model_itself_stays_as_it_was(make_engine: Any, make_samples: Any) -> None:
-    prepared = make_engine("qwen3_moe", FORMATS)
+def test_model_itself_stays_as_it_was(make_scorer: Any, make_samples: Any) -> None:
+    prepared = make_scorer("qwen3_moe", FORMATS)
     samples = make_samples(LENGTHS)
     before = log_probabilities(prepared.model, samples[0])
-    engine = make_evaluation(prepared, samples)
-    engine.evaluate(samples, random_choices(len(prepared.plan.searched), 2))
+    runner = make_evaluation(prepared, samples)
+    runner.evaluate(samples, random_choices(len(prepared.plan.searched), 2))
     assert torch.equal(log_probabilities(prepared.model, samples[0]), before)
 
 
 def test_allocation_that_breaks_leaves_the_others_alone(
-    make_engine: Any, make_samples: Any
+    make_scorer: Any, make_samples: Any
 ) -> None:
-    prepared = make_engine("llama", FORMATS)
+    prepared = make_scorer("llama", FORMATS)
     samples = make_samples(LENGTHS)
-    maxima = to_maxima(prepared.engine.calibrate(samples))
+    maxima = to_maxima(prepared.scorer.calibrate(samples))
     broken = prepared.plan.searched[0].modules[0].name
     maxima[broken]["input_amax"] = float("nan")
-    engine = make_evaluation(prepared, samples, maxima=maxima)
+    runner = make_evaluation(prepared, samples, maxima=maxima)
     groups = len(prepared.plan.searched)
     fine: Choice = (0,) * groups  # weights only
     bad: Choice = (2, *(0,) * (groups - 1))
-    together = engine.evaluate(samples, [bad, fine])
+    together = runner.evaluate(samples, [bad, fine])
     assert np.isinf(flatten(together, 0)).any()
-    assert flatten(together, 1).tobytes() == flatten(engine.evaluate(samples, [fine]), 0).tobytes()
+    assert flatten(together, 1).tobytes() == flatten(runner.evaluate(samples, [fine]), 0).tobytes()
 
 
-def test_little_room_gives_the_same_numbers(make_engine: Any, make_samples: Any) -> None:
-    prepared = make_engine("qwen3_moe", FORMATS)
+def test_little_room_gives_the_same_numbers(make_scorer: Any, make_samples: Any) -> None:
+    prepared = make_scorer("qwen3_moe", FORMATS)
     samples = make_samples(LENGTHS)
     choices = random_choices(len(prepared.plan.searched), 3)
     wide, narrow = (

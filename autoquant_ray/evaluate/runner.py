@@ -33,7 +33,7 @@ from autoquant_ray.quantize.statistics import Maxima
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Pass
-from autoquant_ray.score.loading import load_for_engine
+from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss
 from autoquant_ray.score.step import Step
 from autoquant_ray.score.visits import VisitPlanner, make_step, predicting_rows
@@ -75,9 +75,9 @@ class EvaluationSpec:
     placement: str = "resident"
     activation_bytes: int = GIB
 
-    def build_engine(self) -> EvaluationEngine:
+    def build(self) -> AllocationRunner:
         """Load the model; called in the worker process."""
-        return EvaluationEngine(self)
+        return AllocationRunner(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class ShardEvaluation:
     seconds: float
 
 
-class EvaluationEngine:
+class AllocationRunner:
     """Runs one loaded model under allocations.
 
     Args:
@@ -120,12 +120,12 @@ class EvaluationEngine:
 
     def __init__(self, spec: EvaluationSpec, model: Any = None) -> None:
         self.spec = spec
-        self.model, residence = load_for_engine(spec, model)
+        self.model, residence = set_up_model(spec, model)
         self._device = self.model.get_input_embeddings().weight.device
-        self._runner = LayerwiseBackward(self.model, residence)
+        self._layerwise = LayerwiseBackward(self.model, residence)
         self._head = VocabularyLoss(self.model)
         self._quantized = QuantizedLayers(
-            self.model, self._runner.layers, spec.modules, spec.formats, spec.maxima
+            self.model, self._layerwise.layers, spec.modules, spec.formats, spec.maxima
         )
         self._planner = VisitPlanner(spec.step_tokens, token_bytes=0, room=0)
 
@@ -164,7 +164,7 @@ class EvaluationEngine:
                 [hidden[choice][number].flatten(0, 1)[rows_N] for choice in choices],
                 [
                     partial(
-                        self._quantized.quantized, len(self._runner.layers), choice, head_weights
+                        self._quantized.quantized, len(self._layerwise.layers), choice, head_weights
                     )
                     for choice in choices
                 ],
@@ -192,23 +192,22 @@ class EvaluationEngine:
         self, steps: Sequence[Step], choices: Sequence[Choice]
     ) -> list[list[torch.Tensor]]:
         """Per choice and step, final hidden states ``(B, S, H)``."""
-        if not self._runner.is_layerwise:
+        if not self._layerwise.is_layerwise:
             return [self._whole(steps, choice) for choice in choices]
-        runner = self._runner
         fronts: dict[Prefix, list[Pass]] = {}
         prefixes: list[Prefix] = []
         for choice in choices:
             prefixes.append((self._quantized.signature(FRONT, choice),))
             if prefixes[-1] not in fronts:
                 with self._quantized.quantized(FRONT, choice, WeightCache(_UNBOUNDED)):
-                    fronts[prefixes[-1]] = [runner.enter(step) for step in steps]
+                    fronts[prefixes[-1]] = [self._layerwise.enter(step) for step in steps]
         shared: dict[Prefix, list[Any]] = {
             prefix: [one.hidden_BSH for one in passes] for prefix, passes in fronts.items()
         }
-        for number, layer in enumerate(runner.layers):
+        for number, layer in enumerate(self._layerwise.layers):
             weights = WeightCache(_UNBOUNDED)  # of one layer, for one visit
             following: dict[Prefix, list[Any]] = {}
-            with runner.visit_forward(number):
+            with self._layerwise.visit_forward(number):
                 for index, choice in enumerate(choices):
                     before = prefixes[index]
                     prefixes[index] = (*before, self._quantized.signature(number, choice))
@@ -222,7 +221,7 @@ class EvaluationEngine:
             shared = following
         finished = {
             prefix: [
-                runner.finish(Pass(step, hidden_BSH=hidden), with_graph=False)
+                self._layerwise.finish(Pass(step, hidden_BSH=hidden), with_graph=False)
                 for step, hidden in zip(steps, states, strict=True)
             ]
             for prefix, states in shared.items()
@@ -233,9 +232,9 @@ class EvaluationEngine:
         """The same for a model that is not a plain chain of layers."""
         weights = WeightCache(_UNBOUNDED)
         with ExitStack() as stack:
-            for number in range(FRONT, len(self._runner.layers) + 1):
+            for number in range(FRONT, len(self._layerwise.layers) + 1):
                 stack.enter_context(self._quantized.quantized(number, choice, weights))
-            return [self._runner.call_base(step) for step in steps]
+            return [self._layerwise.call_base(step) for step in steps]
 
 
 def _run_layer(

@@ -28,18 +28,18 @@ from autoquant_ray.quantize.statistics import CHANNELS, Maxima, Statistics
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Gradients, Pass
-from autoquant_ray.score.loading import load_for_engine
+from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.score.model_checks import require_head, require_linears
-from autoquant_ray.score.sensitivity import SensitivityScorer, SensitivitySums
+from autoquant_ray.score.sensitivity import SensitivityHooks, SensitivitySums
 from autoquant_ray.score.step import Step
 from autoquant_ray.score.visits import Visit, VisitPlanner, make_step, predicting_rows
 from autoquant_ray.score.watched_passes import run_watched
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSpec:
-    """What an engine needs to know; small and picklable.
+class ScoringSpec:
+    """What a scorer needs to know; small and picklable.
 
     Attributes:
         model: Model to load.
@@ -75,9 +75,9 @@ class EngineSpec:
     activation_bytes: int = GIB
     placement: str = "resident"
 
-    def build_engine(self) -> Engine:
+    def build(self) -> Scorer:
         """Load the model; called in the worker process."""
-        return Engine(self)
+        return Scorer(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class ShardScores:
     seconds: float
 
 
-class Engine:
+class Scorer:
     """Calibrates and scores shards with one loaded model.
 
     Args:
@@ -107,9 +107,9 @@ class Engine:
         model: Use this loaded model instead of loading ``spec.model``.
     """
 
-    def __init__(self, spec: EngineSpec, model: Any = None) -> None:
+    def __init__(self, spec: ScoringSpec, model: Any = None) -> None:
         self.spec = spec
-        self.model, residence = load_for_engine(spec, model)
+        self.model, residence = set_up_model(spec, model)
         self._device = self.model.get_input_embeddings().weight.device
         self._backward = LayerwiseBackward(
             self.model,
@@ -125,7 +125,7 @@ class Engine:
         room = room_for_visit(self.model, layers, spec.modules, spec.formats)
         self._cache_bytes = room if given is None else given
         self._weights = WeightCache(self._cache_bytes)
-        self._scorer = SensitivityScorer(
+        self._hooks = SensitivityHooks(
             self.model,
             spec.modules,
             spec.formats,
@@ -211,7 +211,7 @@ class Engine:
             samples: The shard's samples.
             first_sample: Position of the first of them in the whole data set; label draws are
                 seeded by the seed and this position, never by the worker or the shard layout.
-            maxima: Merged calibration, the same at every call of an engine.
+            maxima: Merged calibration, the same at every call.
             shard: Use the layer inputs that :meth:`calibrate` kept of the same samples.
 
         Raises:
@@ -220,7 +220,7 @@ class Engine:
         start = time.perf_counter()
         loss, num_tokens = 0.0, 0
         kept = None if shard is None else self._kept.pop(shard, None)
-        with self._scorer.scoring(maxima, seed=(self.spec.seed, first_sample)):
+        with self._hooks.scoring(maxima, seed=(self.spec.seed, first_sample)):
             for number, visit in enumerate(self._planner.visits(samples)):
                 self._weights.resize(self._cache_bytes if self._reuses(samples, visit) else 0)
                 passes = kept[number] if kept else self._forward(samples, visit)
@@ -234,7 +234,7 @@ class Engine:
                     loss += step_loss
                     num_tokens += sum(map(num_predicted, chosen))
                 self._backward.backward(passes, gradients)
-        sums = self._scorer.sums()
+        sums = self._hooks.sums()
         if not (np.isfinite(sums.elementwise_GF).all() and np.isfinite(sums.token_GF).all()):
             raise NonFiniteError("a gradient or an output difference is NaN or infinite")
         return ShardScores(
