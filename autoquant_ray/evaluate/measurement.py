@@ -19,8 +19,8 @@ from autoquant_ray.distributed.placement import connected, place_workers, requir
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.distributed.progress import progress
 from autoquant_ray.errors import StoreError, WorkerError
-from autoquant_ray.evaluate.runner import EvaluationSpec
 from autoquant_ray.evaluate.held_out import data_key, held_out_samples, num_seen
+from autoquant_ray.evaluate.runner import EvaluationSpec
 from autoquant_ray.evaluate.table import Measured, collect
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.models.find import ModelRef, fingerprint_chats

@@ -21,8 +21,8 @@ from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.memory import GIB, Footprint, choose_placement, footprint
 from autoquant_ray.plan.plan import build_plan
-from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.score.loading import offload_map, split_map
+from autoquant_ray.score.scorer import Scorer
 
 SEVENTY_GIB = Footprint(
     weight_bytes=70 * GIB, offloaded_bytes=4 * GIB, work_bytes=5 * GIB

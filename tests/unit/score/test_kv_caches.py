@@ -21,8 +21,8 @@ from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.attention import CachedAttention, Call
 from autoquant_ray.quantize.block_formats import for_cpu
 from autoquant_ray.quantize.modules import UNQUANTIZED
-from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.score.loss import draw_uniforms, sample_labels
+from autoquant_ray.score.scorer import Scorer
 
 FORMATS = ("kv_fp8", "wfp8_afp8", "kv_nvfp4")
 LENGTHS = [24, 13, 19]

@@ -23,8 +23,8 @@ from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.smoothing import with_alphas
 from autoquant_ray.score.backward import LayerwiseBackward
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
 from autoquant_ray.score.loading import load_placed
+from autoquant_ray.score.scorer import Scorer, ScoringSpec
 from autoquant_ray.score.step import Step
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
