@@ -1,4 +1,4 @@
-"""A chat template, an image processor and generated images for the small models of the tests."""
+"""Chats and images: a template, a processor, rows of data, and samples of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import transformers
 from PIL import Image
+
+from autoquant_ray.data.chat_encoding import ConversationEncoder, Encoded
+from autoquant_ray.data.conversations import Conversation
+from autoquant_ray.data.samples import RichSample
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.data.texts import read_rows
 
 TEMPLATE = (
     "{% for m in messages %}w240 {{ {'user': 'w241', 'assistant': 'w242'}[m.role] }} "
@@ -73,3 +81,50 @@ def write_pairs(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+TURNS = [
+    {"role": "user", "content": "w1 w2"},
+    {"role": "assistant", "content": "w3 w4 w5"},
+    {"role": "user", "content": "w6"},
+    {"role": "assistant", "content": "w7"},
+]
+
+
+def spec_of(source: Any, **changes: Any) -> DataSpec:
+    return DataSpec(**{"source": str(source), "num_samples": 100, "seq_len": 64} | changes)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path, **changes: Any) -> list[Any]:
+    return [content for content, _ in read_rows(spec_of(path, **changes))]
+
+
+def chat(turns: list[dict[str, Any]] = TURNS) -> Conversation:
+    return Conversation(messages=turns, images=(), where="data source d.jsonl line 3")
+
+
+def encoded(encoder: ConversationEncoder, conversation: Conversation | None = None) -> Encoded:
+    found = encoder.encode(conversation or chat())
+    assert isinstance(found, Encoded)
+    return found
+
+
+def made(length: int, in_loss: list[int], images: int = 0, fixed: int = 0) -> Encoded:
+    tensors: dict[str, Any] = {}
+    if images:
+        tensors = {
+            "mm_token_type_ids": np.ones((1, length), dtype=np.int64),
+            "pixel_values": np.full((images, 3), length, dtype=np.float32),
+        }
+    mask = np.zeros(length, dtype=np.bool_)
+    mask[in_loss] = True
+    sample = RichSample(tokens_T=np.arange(length, dtype=np.int32), in_loss_T=mask, tensors=tensors)
+    return Encoded(sample=sample, num_fixed=fixed, where=f"row of {length}")

@@ -1,99 +1,18 @@
-"""``import``: a manifest from a real ``mtq.auto_quantize`` run, and manifests that are broken."""
+"""``import``: a manifest from a real ``mtq.auto_quantize`` run, solved as ModelOpt does."""
 
 from __future__ import annotations
 
-import copy
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import pyarrow.parquet as pq
 import pytest
-import torch
-from click.testing import CliRunner, Result
-from modelopt_scores import next_token_loss, of_text
+from command_line import run
+from manifests import UNSEARCHED
 
-from autoquant_ray.cli.main import main
-
-PRESETS = ("INT4_AWQ_CFG", "FP8_DEFAULT_CFG")
 NAMES_BY_BITS = {4: "INT4_AWQ_CFG", (4, 3): "FP8_DEFAULT_CFG", None: "none"}
-BITS = 7.0
-UNSEARCHED = "lm_head"
-
-
-def run(*arguments: Any) -> Result:
-    """Run the command line in this process."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def search_state(make_model: Any, make_samples: Any) -> dict[str, Any]:
-    """What ``mtq.auto_quantize`` returns for a small llama at 7 bits, with the head disabled."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, state = mtq.auto_quantize(
-            make_model("llama"),
-            constraints={"effective_bits": BITS},
-            quantization_formats=[getattr(mtq, preset) for preset in PRESETS],
-            data_loader=[of_text(torch.tensor(make_samples([24, 24, 24])))],
-            forward_step=next_token_loss,
-            loss_func=lambda loss, _: loss,
-            num_calib_steps=1,
-            num_score_steps=1,
-            disabled_layers=[f"*{UNSEARCHED}*"],
-            verbose=False,
-        )
-    return dict(state)
-
-
-@pytest.fixture
-def manifest(search_state: dict[str, Any]) -> dict[str, Any]:
-    """The JSON manifest that tooling writes from such a state."""
-    best = search_state["best"]
-    return {
-        "scheme": {
-            "name": "autoquant_int4_fp8",
-            "auto_quantize_bits": BITS,
-            "quant_formats": list(PRESETS),
-        },
-        "model": {"id": "example/small-llama"},
-        "dataset": {"name": "random-tokens", "num_samples": 3, "max_sample_length": 24},
-        "autoquant_state": {
-            "constraints": dict(best["constraints"]),
-            "score": best["score"],
-            "is_satisfied": best["is_satisfied"],
-        },
-        "layer_sensitivity": {
-            name: {
-                "formats": [str(recipe) for recipe in stats["formats"]],
-                "scores": list(stats["scores"]),
-                "costs": list(stats["costs"]),
-            }
-            for name, stats in search_state["candidate_stats"].items()
-        },
-    }
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Any:
-    """Write a manifest; returns its path."""
-
-    def write_json(manifest: Any) -> Path:
-        path = tmp_path / "autoquant.json"
-        path.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
-        return path
-
-    return write_json
-
-
-@pytest.fixture
-def imported(manifest: dict[str, Any], write: Any, tmp_path: Path) -> Path:
-    """The run that the manifest becomes."""
-    result = run("import", write(manifest), "--out", tmp_path / "run")
-    assert result.exit_code == 0, result.output
-    return tmp_path / "run"
 
 
 def layers(manifest: dict[str, Any]) -> list[str]:
@@ -303,117 +222,3 @@ def test_import_overwrite_of_a_folder_that_is_no_run_is_refused(
     assert result.exit_code == 2
     assert str(other) in result.stderr
     assert [path.name for path in other.iterdir()] == ["cat.jpg"]
-
-
-# --- broken manifests
-
-LAYER = "model.layers.1.self_attn.o_proj.quant_recipe"
-DELETED = object()
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "named"),
-    [
-        (("layer_sensitivity",), DELETED, ["'layer_sensitivity'"]),
-        (("layer_sensitivity",), {}, ["'layer_sensitivity'"]),
-        (("layer_sensitivity",), [1], ["'layer_sensitivity'"]),
-        (("layer_sensitivity", LAYER), [1], [LAYER, "formats, scores and costs"]),
-        (("layer_sensitivity", LAYER, "costs"), DELETED, [LAYER, "costs"]),
-        (("layer_sensitivity", LAYER, "costs"), 3, [LAYER, "lists"]),
-        (("layer_sensitivity", LAYER, "costs"), [1024.0, 2048.0], [LAYER, "length"]),
-        (("layer_sensitivity", LAYER, "scores"), ["a", 0.1, 0], [LAYER, "INT4_AWQ_CFG"]),
-        (("layer_sensitivity", LAYER, "scores"), [0.2, None, 0], [LAYER, "FP8_DEFAULT_CFG"]),
-        (("layer_sensitivity", LAYER, "scores"), [0.2, -0.1, 0], [LAYER, "FP8_DEFAULT_CFG"]),
-        (("layer_sensitivity", LAYER, "scores"), [0.2, float("nan"), 0], [LAYER, "FP8_DEFAULT"]),
-        (("layer_sensitivity", LAYER, "scores"), [0.2, True, 0], [LAYER, "FP8_DEFAULT_CFG"]),
-        (("layer_sensitivity", LAYER, "costs"), [10**400, 2048, 4096], [LAYER, "INT4_AWQ_CFG"]),
-        (("layer_sensitivity", LAYER, "costs"), [1024.0, 2048.0, 0], [LAYER, "NONE"]),
-        (("layer_sensitivity", LAYER, "costs"), [0.1, 0.2, 0.4], [LAYER, "NONE"]),
-        (
-            ("layer_sensitivity", LAYER, "formats"),
-            ["INT4_AWQ_CFG(effective-bits: 4.0)"] * 2 + ["NONE(effective-bits: 16.0)"],
-            [LAYER, "twice"],
-        ),
-        (
-            ("layer_sensitivity", LAYER, "formats"),
-            ["A(effective-bits: 4.0)", "B(effective-bits: 8.0)", "C(effective-bits: 9.0)"],
-            [LAYER, "NONE"],
-        ),
-        (
-            ("layer_sensitivity", LAYER.removesuffix(".quant_recipe")),
-            {"formats": ["NONE"], "scores": [0], "costs": [16]},
-            [LAYER],
-        ),
-        (("scheme",), [1], ["scheme"]),
-        (("model",), "example/small-llama", ["model"]),
-        (("dataset",), ["a"], ["dataset"]),
-        (("scheme", "auto_quantize_bits"), "seven", ["auto_quantize_bits", "'seven'"]),
-        (("scheme", "auto_quantize_bits"), 0, ["auto_quantize_bits", "0"]),
-        (("scheme", "auto_quantize_bits"), 17, ["auto_quantize_bits", "17"]),
-        (("scheme", "auto_quantize_bits"), True, ["auto_quantize_bits", "True"]),
-    ],
-)
-def test_import_broken_manifest_names_the_place(
-    place: tuple[str, ...],
-    value: Any,
-    named: list[str],
-    manifest: dict[str, Any],
-    write: Any,
-    tmp_path: Path,
-) -> None:
-    broken = copy.deepcopy(manifest)
-    parent = broken
-    for key in place[:-1]:
-        parent = parent[key]
-    if value is DELETED:
-        del parent[place[-1]]
-    else:
-        parent[place[-1]] = value
-    path = write(broken)
-    result = run("import", path, "--out", tmp_path / "run")
-    assert result.exit_code == 2, result.output
-    (line,) = result.stderr.splitlines()
-    assert str(path) in line
-    for part in named:
-        assert part in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_import_without_any_budget_names_both_places(
-    manifest: dict[str, Any], write: Any, tmp_path: Path
-) -> None:
-    del manifest["scheme"], manifest["autoquant_state"]
-    result = run("import", write(manifest), "--out", tmp_path / "run")
-    assert result.exit_code == 2
-    (line,) = result.stderr.splitlines()
-    assert "scheme.auto_quantize_bits" in line
-    assert "autoquant_state.constraints.effective_bits" in line
-
-
-def test_import_with_only_none_is_refused(
-    manifest: dict[str, Any], write: Any, tmp_path: Path
-) -> None:
-    key = f"{UNSEARCHED}.quant_recipe"
-    manifest["layer_sensitivity"] = {key: manifest["layer_sensitivity"][key]}
-    result = run("import", write(manifest), "--out", tmp_path / "run")
-    assert result.exit_code == 2
-    assert "NONE" in result.stderr
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("text", ["", "not json", "[1, 2]", '"text"', "null", "{", "\x00"])
-def test_import_file_that_is_no_manifest_is_one_line(text: str, write: Any, tmp_path: Path) -> None:
-    path = write(text)
-    result = run("import", path, "--out", tmp_path / "run")
-    assert result.exit_code == 2, result.output
-    (line,) = result.stderr.splitlines()
-    assert str(path) in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_import_missing_file_is_one_line(tmp_path: Path) -> None:
-    result = run("import", tmp_path / "none.json", "--out", tmp_path / "run")
-    assert result.exit_code == 2
-    (line,) = result.stderr.splitlines()
-    assert f"{tmp_path / 'none.json'} does not exist" in line
-    assert not (tmp_path / "run").exists()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from chats import made
 
 from autoquant_ray.score.visits import VisitPlanner, make_step, predicting_rows
 
@@ -37,3 +41,22 @@ def test_step_is_padded_on_the_right_and_masked() -> None:
 
 def test_predicting_rows_are_all_real_tokens_but_the_last() -> None:
     assert predicting_rows(samples(3, 2, 4)).tolist() == [0, 1, 4, 8, 9, 10]
+
+
+def test_steps_hold_samples_of_one_kind_and_join_their_images() -> None:
+    samples: list[Any] = [
+        np.arange(4, dtype=np.int32),
+        made(3, [2], images=2).sample,
+        made(5, [2, 4], images=1).sample,
+        [1, 2],
+    ]
+    (first, second), *rest = [
+        step for visit in VisitPlanner(100, 1, 0).visits(samples) for step in visit
+    ]
+    assert [sorted((first, second)), *map(sorted, rest)] == [[0, 3], [1, 2]]
+    chosen = [samples[position] for position in rest[0]]
+    step = make_step(chosen, torch.device("cpu"))
+    assert step.ids_BS.shape == (2, 5)
+    assert step.inputs["pixel_values"][:, 0].tolist() == [5, 3, 3]
+    assert step.inputs["mm_token_type_ids"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert predicting_rows(chosen).tolist() == [1, 3, 6]

@@ -1,0 +1,79 @@
+"""Help pages: every command, every option, examples that exist."""
+
+from __future__ import annotations
+
+import re
+
+import click
+import pytest
+from command_line import COMMANDS, JOBS_COMMANDS, run
+
+from autoquant_ray.cli.main import main
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.search_space import SearchSpace
+
+
+def options_of(name: str) -> list[click.Option]:
+    """Options of a command, as click knows them; a group's command has two words."""
+    command: click.Command = main
+    for word in name.split():
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    return [p for p in command.params if isinstance(p, click.Option)]
+
+
+def flags_of(option: click.Option) -> list[str]:
+    """Long flags of an option."""
+    return [flag for flag in (*option.opts, *option.secondary_opts) if flag.startswith("--")]
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *JOBS_COMMANDS])
+def test_help_shows_an_example_and_every_option(name: str) -> None:
+    result = run(*name.split(), "--help")
+    assert result.exit_code == 0
+    assert re.search(rf"Example:\n +autoquant-ray {name}\b", result.stdout)
+    for option in options_of(name):
+        assert option.help, option.name
+        assert flags_of(option)
+        for flag in flags_of(option):
+            assert re.search(rf"(?m)\s{flag}(\s|$)", result.stdout), flag
+
+
+@pytest.mark.parametrize(("name", "model"), [("plan", SearchSpace), ("scan", ScanConfig)])
+def test_help_shows_every_config_field_with_text_and_default(
+    name: str, model: type[SearchSpace]
+) -> None:
+    shown = " ".join(run(name, "--help").stdout.replace("vision-\n", "vision-").split())
+    for field_name, field in model.model_fields.items():
+        if field_name in ("model", "custom_formats"):
+            continue
+        start = shown.index(f"--{field_name.replace('_', '-')} ")
+        text = shown[start:]
+        assert " ".join(field.description.split()[:4]) in text, field_name
+        if (
+            not field.is_required()
+            and field.default not in (None, ())
+            and field.annotation is not bool
+        ):
+            default = ",".join(field.default) if field_name == "formats" else field.default
+            assert f"[default: {default}]" in text, field_name
+
+
+def test_help_lists_every_command_and_exit_code() -> None:
+    shown = run("--help").stdout
+    assert set(main.commands) == set(COMMANDS)
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} +\w", shown, re.M)
+    for code in ("0 done", "1 failed", "2 wrong usage", "4 budget infeasible", "130 interrupted"):
+        assert code in shown
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *JOBS_COMMANDS])
+def test_help_examples_name_only_real_options(name: str) -> None:
+    example = run(*name.split(), "--help").stdout.partition("Example:")[2].partition("Options:")[0]
+    for line in re.split(r"\n\s*autoquant-ray ", example)[1:]:
+        command, second, *_ = [*line.split(), ""]
+        command = f"{command} {second}" if command == "jobs" else command
+        used = re.findall(r"--[a-z-]+", line)
+        known = {flag for option in options_of(command) for flag in flags_of(option)}
+        assert set(used) <= known, line

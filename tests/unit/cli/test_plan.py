@@ -1,0 +1,89 @@
+"""``plan``: what it prints, and from which files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import run
+
+from autoquant_ray.runs.schemas import SCHEMAS
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "qwen3_vl"])
+def test_plan_json_holds_groups_and_range(family: str, model_folder: Any) -> None:
+    formats = ["wint4_afp16", "wint8_aint8"]
+    command = ("plan", model_folder(family), "--device", "cpu", "--formats", ",".join(formats))
+    result = run(*command, "--json")
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    rows = printed["groups"]
+    assert all(set(row) == set(SCHEMAS["plan"].names) for row in rows)
+    searched = {row["group"] for row in rows if row["is_searched"]}
+    for group in searched:
+        named = [row["format"] for row in rows if row["group"] == group]
+        assert named == [*formats, "none"]
+    assert all("visual" not in group for group in searched)
+    assert printed["num_searched"] == len(searched)
+    assert printed["num_groups"] == len({row["group"] for row in rows})
+    assert printed["formats"] == formats
+    low, high = printed["bits_range"]
+    assert 4 < low < high == 16
+    of_llama = [row["module_names"] for row in rows if row["group"].endswith("q_proj")]
+    kinds = {tuple(name.rpartition(".")[2] for name in names) for names in of_llama}
+    assert ("q_proj", "k_proj", "v_proj") in kinds
+
+
+def test_plan_json_range_is_the_cheapest_and_dearest_sum(model_folder: Any) -> None:
+    printed = json.loads(run("plan", model_folder("llama"), "--device", "cpu", "--json").stdout)
+    by_group: dict[str, list[Any]] = {}
+    for row in printed["groups"]:
+        by_group.setdefault(row["group"], []).append(row)
+    weights = sum(rows[0]["num_weights"] for rows in by_group.values())
+    for bound, pick in zip(printed["bits_range"], (min, max), strict=True):
+        total = sum(pick(row["weight_bytes"] for row in rows) for rows in by_group.values())
+        assert bound == pytest.approx(8 * total / weights, rel=1e-12)
+
+
+def test_plan_needs_only_the_config_file(model_folder: Any, tmp_path: Path) -> None:
+    folder = model_folder("qwen3_moe")
+    shutil.copy(folder / "config.json", tmp_path)
+    full, bare = (run("plan", path, "--device", "cpu", "--json") for path in (folder, tmp_path))
+    assert bare.exit_code == 0, bare.output
+    assert bare.stdout == full.stdout
+
+
+def test_plan_table_names_every_group_and_the_range(model_folder: Any) -> None:
+    folder = model_folder("llama")
+    result = run("plan", folder, "--device", "cpu", "--disable", "lm_head")
+    printed = json.loads(
+        run("plan", folder, "--device", "cpu", "--disable", "lm_head", "--json").stdout
+    )
+    for row in printed["groups"]:
+        assert row["group"] in result.stdout
+    assert "lm_head (disabled by 'lm_head')" in result.stdout
+    low, high = printed["bits_range"]
+    shown = re.search(r"bits: ([\d.]+) to ([\d.]+)", result.stdout)
+    assert shown is not None
+    assert low <= float(shown[1]) < low + 1e-3  # rounded inward, so that both can be asked for
+    assert high - 1e-3 < float(shown[2]) <= high
+
+
+def test_refusal_of_a_real_process_is_one_line(model_folder: Any) -> None:
+    """Libraries write to the process' own stderr, which a runner in this process cannot see."""
+    arguments = ["plan", str(model_folder("llama")), "--formats", "wint4_afp61"]
+    done = subprocess.run(
+        [sys.executable, "-m", "autoquant_ray", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
