@@ -39,7 +39,7 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
 from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.evaluate.audit_pairs import choose_pairs, median_ratio, solve_again
-from autoquant_ray.evaluate.plan_search import search_plans, split_shards
+from autoquant_ray.evaluate.plan_search import search_allocations, split_shards
 from autoquant_ray.evaluate.rivals import shuffle_scores
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.evaluate.table import Measured, mean_kl
@@ -223,7 +223,7 @@ class World:
         num_trials: int,
     ) -> dict[str, str]:
         """The plan after a refinement."""
-        found = search_plans(
+        found = search_allocations(
             self.measure,
             NUM_CHOOSING,
             self.problem,

@@ -1,4 +1,4 @@
-"""Measured losses: evaluate, audit, refine, and the rivals of a solution.
+"""Measured losses: evaluating, auditing and refining a solution, and its rivals.
 
 Imports ``stages``, ``score``, ``imports``, ``allocate`` and below; torch in two files; Ray.
 """

@@ -1,10 +1,11 @@
-"""The story of an audit: the scores that matter most to a plan, held against measurements.
+"""Audits a solution: measures the scores that matter most to it, and solves its budget again.
 
-A score predicts what one group in one format loses while everything else stays in 16 bits; here
-just that is measured, on the first part of the shards (:func:`~autoquant_ray.evaluate.plan_search.
-split_shards`), and the budget is solved again with what came out. The rest of the shards has chosen
-nothing: on it the audited plan is measured beside the plan that it came from. Which pairs, and how
-measurements and predictions are brought to one scale: :mod:`autoquant_ray.evaluate.audit_pairs`.
+A score predicts what a group in a format loses while everything else stays in 16 bits. An audit
+measures exactly that on the first part of the shards
+(:func:`~autoquant_ray.evaluate.plan_search.split_shards`), and solves the budget again with the
+measured losses. The other shards have chosen nothing: there the audited allocation is compared with
+the original. Which pairs are measured, and how measurements and predictions are put on a common
+scale: :mod:`autoquant_ray.evaluate.audit_pairs`.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What an audit found.
+    """A finished audit.
 
     Attributes:
-        solution: The audited plan, written beside the one that it came from.
-        before: The plan that was audited.
-        pairs: What was measured, what matters most first.
-        num_changed: Groups that got another format.
-        path: Of ``audit.parquet``.
+        solution: The audited solution, written beside the original.
+        before: The allocation that was audited.
+        pairs: The measured pairs, in order of importance.
+        num_changed: Groups whose format changed.
+        path: Path of ``audit.parquet``.
     """
 
     solution: Solution
@@ -72,7 +73,7 @@ class Audit:
 
     @property
     def start(self) -> str:
-        """Folder of the audited plan with a trailing slash."""
+        """Folder of the audited solution with a trailing slash."""
         return solution_folder(self.solution.name)
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class Audit:
 
 
 def audit_json(pairs: list[AuditedPair], num_changed: int) -> dict[str, Any]:
-    """Summary of an audit; ``worst`` is the pair that the prediction misjudges most.
+    """Summary of an audit; ``worst`` is the pair with the largest prediction error.
 
     Numbers that do not exist or are infinite are null.
     """
@@ -104,7 +105,7 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
     Args:
         measurement: The data; its first part is used.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
-        config: Says how many pairs.
+        config: Its ``audit`` is the number of pairs.
 
     Raises:
         DataError: The data makes fewer than three shards.
@@ -121,7 +122,7 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
     chosen = choose_pairs(problem, scores, stderrs, shares, options, formats, config.audit or 0)
     if not chosen:
         raise ConfigError(
-            "--audit: the constraints leave every group in 16 bits, so that there is no score to "
+            "--audit: the constraints leave every group in 16 bits, so there is no score to "
             "measure; audit another solution"
         )
     pairs = measure_pairs(measurement, problem, scores, stderrs, chosen)
@@ -132,13 +133,7 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
     num_changed = sum(formats[group] != audited.formats[group] for group in formats)
     measurement.require_lease()
     path = write_pairs(state.directory, name, measurement.data_key, pairs)
-    notes = {
-        "audit": audit_json(pairs, num_changed),
-        "made_from": made_from("evaluate", config),
-        "chosen_on": chosen_also_on(
-            state.directory.read_json(f"{start}manifest.json"), measurement, num_parts=1
-        ),
-    }
+    notes = {"audit": audit_json(pairs, num_changed)} | _origin(measurement, start, config)
     allocation = as_allocation(problem, scores, options, audited)
     return Audit(
         solution=write_solution(state, problem, scores, options, allocation, name, notes),
@@ -149,6 +144,15 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
     )
 
 
+def _origin(measurement: Measurement, start: str, config: EvaluationConfig) -> dict[str, Any]:
+    """Notes of the manifest: how to make the audited solution again, and which data chose it."""
+    manifest = measurement.state.directory.read_json(f"{start}manifest.json")
+    return {
+        "made_from": made_from("evaluate", config),
+        "chosen_on": chosen_also_on(manifest, measurement, num_parts=1),
+    }
+
+
 def measure_pairs(
     measurement: Measurement,
     problem: Problem,
@@ -156,32 +160,33 @@ def measure_pairs(
     stderrs: dict[Pair, float | None],
     chosen: list[Pair],
 ) -> list[AuditedPair]:
-    """Measure pairs, each alone in a model in 16 bits, on the first part of the shards.
+    """Measure pairs, each alone in a 16-bit model, on the first part of the shards.
 
     Args:
         measurement: The data.
         problem: Groups with their costs.
         scores: (group, format) -> predicted loss in nats per token.
-        stderrs: Their standard errors.
+        stderrs: Standard errors of the scores.
         chosen: The pairs.
     """
     first, _, _ = split_shards(measurement.facts["num_shards"])
-    nothing = {group.name: NONE for group in problem.searched}
-    plans = [
-        make_candidate(problem, scores, f"{group} {format_}", nothing | {group: format_})
+    unquantized = {group.name: NONE for group in problem.searched}
+    candidates = [
+        make_candidate(problem, scores, f"{group} {format_}", unquantized | {group: format_})
         for group, format_ in chosen
     ]
+    measured = measurement.measure(candidates, first)
     return [
         AuditedPair(
             group=group,
             format=format_,
             predicted=scores[group, format_],
             predicted_stderr=stderrs[group, format_],
-            measured=mean_kl(one),
-            measured_stderr=ratio_stderr(one.kl_S, one.tokens_S),
-            num_samples=len(one.kl_S),
+            measured=mean_kl(losses),
+            measured_stderr=ratio_stderr(losses.kl_S, losses.tokens_S),
+            num_samples=len(losses.kl_S),
         )
-        for (group, format_), one in zip(chosen, measurement.measure(plans, first), strict=True)
+        for (group, format_), losses in zip(chosen, measured, strict=True)
     ]
 
 
@@ -192,7 +197,7 @@ def _shares(
     options: SolveOptions,
     formats: dict[str, str],
 ) -> dict[Pair, float]:
-    """Share of the resamples that choose a pair; empty where there are no shards to resample."""
+    """Pair -> share of the resamples that choose it; empty where shards cannot be resampled."""
     certainty = certainty_of(state, problem, scores, options, formats)
     nested = {} if certainty is None else certainty.shares
     return {(group, f): share for group, of in nested.items() for f, share in of.items()}

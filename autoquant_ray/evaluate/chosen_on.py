@@ -1,9 +1,9 @@
-"""Which data chose a solution, so that it is never measured on as if it were unseen.
+"""Records which data chose a solution, so that such data is never treated as unseen.
 
-Whoever chooses a plan by measurement uses some of the parts of the data
-(:func:`~autoquant_ray.evaluate.plan_search.split_shards`) and says so in the ``chosen_on`` list of
-the plan's ``manifest.json``: an audit uses the first part, a refinement the first two. What is made
-from such a plan inherits its list.
+An audit or a refinement chooses an allocation on some parts of the data
+(:func:`~autoquant_ray.evaluate.plan_search.split_shards`): an audit on the first, a refinement on
+the first two. The ``chosen_on`` list of the solution's ``manifest.json`` says so, and solutions
+made from it inherit the list.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def chosen_on(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What chose a solution: ``data_key``, ``source`` and ``num_parts`` of each data set."""
+    """Data that chose a solution: ``data_key``, ``source`` and ``num_parts`` of each data set."""
     if "chosen_on" in manifest:
         return list(manifest["chosen_on"])
-    refinement = manifest.get("refinement")  # of an earlier version
+    refinement = manifest.get("refinement")  # manifests of earlier versions
     if refinement is None:
         return []
     return [{"data_key": refinement["data_key"], "source": refinement["source"], "num_parts": 2}]
@@ -32,30 +32,30 @@ def chosen_on(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 def chosen_also_on(
     manifest: Mapping[str, Any], measurement: Measurement, num_parts: int
 ) -> list[dict[str, Any]]:
-    """The ``chosen_on`` list of a solution that is made from another one by measurement.
+    """The ``chosen_on`` list of a solution that was made from another by measurement.
 
     Args:
-        manifest: Of the solution that it began with.
-        measurement: The data that chooses.
-        num_parts: How many of its parts.
+        manifest: Manifest of the original solution.
+        measurement: The data that chose the new solution.
+        num_parts: Number of its parts that did.
     """
-    marks = {mark["data_key"]: mark for mark in chosen_on(manifest)}
-    before = marks.get(measurement.data_key, {"num_parts": 0})["num_parts"]
-    marks[measurement.data_key] = {
+    entries = {entry["data_key"]: entry for entry in chosen_on(manifest)}
+    before = entries.get(measurement.data_key, {"num_parts": 0})["num_parts"]
+    entries[measurement.data_key] = {
         "data_key": measurement.data_key,
         "source": measurement.facts["source"],
         "num_parts": max(before, num_parts),
     }
-    return list(marks.values())
+    return list(entries.values())
 
 
 def made_from(command: str, config: EvaluationConfig, **options: Any) -> dict[str, Any]:
-    """The ``made_from`` object of a solution that measurements made: what makes it again.
+    """The ``made_from`` object of a solution chosen by measurement: how to make it again.
 
     Args:
         command: ``refine`` or ``evaluate``.
-        config: As it was given.
-        options: Further ones of the command.
+        config: The config that was given.
+        options: Further options of the command.
     """
     left_out = {"run", "against", "num_random", "workers", "address"}
     given = config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
@@ -64,26 +64,27 @@ def made_from(command: str, config: EvaluationConfig, **options: Any) -> dict[st
 
 
 def untouched_shards(measurement: Measurement, start: str) -> list[int] | None:
-    """Shards that played no part in choosing a solution; None for all.
+    """Shards that played no part in choosing a solution; None if none of them did.
 
     Args:
         measurement: The data.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
 
     Raises:
-        ConfigError: It was chosen on the same data cut in another way, so that this cannot be told.
+        ConfigError: The solution was chosen on the same data cut into other samples, so that these
+            shards are unknown.
     """
     manifest = measurement.state.directory.read_json(f"{start}manifest.json")
-    marks = [m for m in chosen_on(manifest) if m["source"] == measurement.facts["source"]]
-    for mark in marks:
-        if mark["data_key"] != measurement.data_key:
+    entries = [e for e in chosen_on(manifest) if e["source"] == measurement.facts["source"]]
+    for entry in entries:
+        if entry["data_key"] != measurement.data_key:
             raise ConfigError(
-                f"{start.rstrip('/')} was chosen on this data cut in another way; use the "
-                "--samples and --seq-len of its refinement or audit, so that only what chose "
-                "nothing is measured, or other data with --data"
+                f"{start.rstrip('/')} was chosen on this data cut in another way; give the "
+                "--samples and --seq-len of its refinement or audit, so that only samples that "
+                "played no part in it are measured, or give other data with --data"
             )
-    if not marks:
+    if not entries:
         return None
     parts = split_shards(measurement.facts["num_shards"])
-    (num_parts,) = {mark["num_parts"] for mark in marks}
+    (num_parts,) = {entry["num_parts"] for entry in entries}
     return [shard for part in parts[num_parts:] for shard in part]

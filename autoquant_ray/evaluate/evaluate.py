@@ -1,7 +1,7 @@
-"""The story of an evaluation: how much a solution of a finished run really loses.
+"""Evaluates a solution of a finished run: how much it really loses on held-out data.
 
-Beside it stand other allocations within the same budget. :mod:`autoquant_ray.evaluate.measurement`
-runs them; here they are chosen, and what came out is written down.
+The solution is compared with other allocations within the same budget. This module chooses them and
+writes the results; :mod:`autoquant_ray.evaluate.measurement` runs them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Evaluation:
     """A finished evaluation.
 
     Attributes:
-        rows: Of ``evaluation.parquet``, the solution first.
+        rows: Rows of ``evaluation.parquet``, the solution first.
         left_out: Shards left out -> reason.
         paths: Files written.
-        audit: What an audit found before; the solution is then the audited one.
+        audit: The audit, if there was one; the evaluated solution is then the audited one.
     """
 
     rows: list[dict[str, Any]]
@@ -46,10 +46,10 @@ class Evaluation:
 
 
 def evaluate_run(config: EvaluationConfig) -> Evaluation:
-    """Measure a solution of a run, and what it is compared with.
+    """Measure a solution of a run and its rivals.
 
-    With ``config.audit`` the solution is audited first; measured are then the audited plan, the
-    plan as it was, and their rivals, on data that has not chosen the audited one.
+    With ``config.audit`` the solution is audited first. Then the audited solution, the original and
+    their rivals are measured, on data that played no part in the audit.
 
     Raises:
         AutoQuantError: One of its subclasses; finished parts are kept.
@@ -63,11 +63,14 @@ def evaluate_run(config: EvaluationConfig) -> Evaluation:
             return record(measurement, start, candidates, measured)
         untouched_shards(measurement, start)
         audit = audit_solution(measurement, start, config)
-        plans = collect_candidates(state, audit.start, config.against, num_random=config.num_random)
-        plans.insert(1, audit.before)
-        measured = measurement.measure(plans, untouched_shards(measurement, audit.start))
-        found = record(measurement, audit.start, plans, measured)
-        return replace(found, audit=audit, paths={AUDIT_FILE: audit.path} | found.paths)
+        candidates = collect_candidates(
+            state, audit.start, config.against, num_random=config.num_random
+        )
+        candidates.insert(1, audit.before)
+        measured = measurement.measure(candidates, untouched_shards(measurement, audit.start))
+        evaluation = record(measurement, audit.start, candidates, measured)
+        paths = {AUDIT_FILE: audit.path} | evaluation.paths
+        return replace(evaluation, audit=audit, paths=paths)
 
 
 def record(
@@ -78,14 +81,14 @@ def record(
 ) -> Evaluation:
     """Write ``evaluation.parquet`` and the solution's reports.
 
-    Rows of this solution on this data are replaced, and those of another allocation that had its
-    name; others stay.
+    Replaces the rows of this solution on this data, and those of an earlier allocation under the
+    same name; keeps all others.
 
     Args:
-        measurement: What measured.
+        measurement: The data, and the run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
         candidates: The solution and its rivals.
-        measured: The same, measured.
+        measured: What each of them loses.
     """
     directory = measurement.state.directory
     measurement.require_lease()

@@ -1,4 +1,4 @@
-"""Data that a scan has not seen, and the model that it was made with: what a measurement needs."""
+"""Held-out data: samples that the scan's calibration did not use, for measurements."""
 
 from __future__ import annotations
 
@@ -26,82 +26,91 @@ from autoquant_ray.stages.sources import Skip
 
 
 def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
-    """Samples at the start of the data, or of each of its sources, that calibration used.
+    """Number of samples at the start of the data, or of each of its sources, to skip.
+
+    Those are the samples that calibration used.
+
+    Args:
+        state: The run.
+        scan: Config of the measurement's data.
+        is_given: Whether the user named the data; otherwise it is the scan's.
 
     Raises:
-        StoreError: The data is the run's own and was changed.
-        ConfigError: It is cut into samples in another way, so that the rest cannot be told; or it
-            is one of the run's several sources.
+        StoreError: The scan's data has changed since.
+        ConfigError: The data is cut into samples differently, so that unseen samples cannot be
+            told from seen ones; or it is one of several sources of the scan.
     """
-    own = ScanConfig.model_validate(state.values["config"])
-    is_own = fingerprint_data(scan.data) == state.values["fingerprints"]["data"]
-    if not is_own:
+    scanned = ScanConfig.model_validate(state.values["config"])
+    is_same_data = fingerprint_data(scan.data) == state.values["fingerprints"]["data"]
+    if not is_same_data:
         if not is_given:
             raise StoreError(
-                f"data {data_name(scan.data)} changed since {state.directory.uri} was made, so "
-                "that what the scan has not seen cannot be told; give other data with --data"
+                f"data {data_name(scan.data)} has changed since {state.directory.uri} was made, so "
+                "the samples that the scan has not seen are unknown; give other data with --data"
             )
-        _require_not_among(own, scan)
+        _require_not_among(scanned, scan)
         return 0
-    if (scan.text_field, scan.split) != (own.text_field, own.split):
+    if (scan.text_field, scan.split) != (scanned.text_field, scanned.split):
         return 0
-    cuts = [(one.pack, one.seq_len, one.domain_field) for one in (scan, own)]
+    cuts = [(config.pack, config.seq_len, config.domain_field) for config in (scan, scanned)]
     is_cut_alike = cuts[0] == cuts[1]
-    if not is_cut_alike and (scan.pack or own.pack):
+    if not is_cut_alike and (scan.pack or scanned.pack):
         raise ConfigError(
-            f"--pack and --seq-len must be those of the scan (pack {own.pack}, {own.seq_len}), and "
-            f"--data written as there, on its own data ({data_name(own.data)}), or text that it "
-            "calibrated on would be measured; give other data with --data"
+            f"on the scan's data ({data_name(scanned.data)}), --pack, --seq-len and the form of "
+            f"--data must be those of the scan (pack {scanned.pack}, {scanned.seq_len}), "
+            "otherwise text that it calibrated on would be measured; give other data with --data"
         )
     dataset = state.values["dataset"]
     if "num_loss_tokens" in dataset:
-        _require_same_choice(own, scan)
+        _require_same_choice(scanned, scan)
     if isinstance(scan.data, str):
         return int(dataset["num_samples"])
     return {name: facts["num_samples"] for name, facts in dataset["domains"].items()}
 
 
-def _require_same_choice(own: ScanConfig, scan: ScanConfig) -> None:
-    """Of chats, length and loss decide which ones can be used at all."""
+def _require_same_choice(scanned: ScanConfig, scan: ScanConfig) -> None:
+    """Check the fields that decide which chats are usable, and with it which ones were seen."""
     fields = ("seq_len", "loss_on", "skip_bad_samples")
-    if any(getattr(own, name) != getattr(scan, name) for name in fields):
+    if any(getattr(scanned, name) != getattr(scan, name) for name in fields):
         raise ConfigError(
-            f"--seq-len and --loss-on must be those of the scan ({own.seq_len}, {own.loss_on}) on "
-            f"its own data ({data_name(own.data)}), or chats that it calibrated on would be "
-            "measured; give other data with --data"
+            f"on the scan's data ({data_name(scanned.data)}), --seq-len and --loss-on must be "
+            f"those of the scan ({scanned.seq_len}, {scanned.loss_on}), otherwise chats that it "
+            "calibrated on would be measured; give other data with --data"
         )
 
 
-def _require_not_among(own: ScanConfig, scan: ScanConfig) -> None:
-    """What the scan calibrated on is not unseen: one of its sources, or its file, changed."""
+def _require_not_among(scanned: ScanConfig, scan: ScanConfig) -> None:
+    """Reject data that the scan calibrated on: one of its sources, or its file since changed."""
     if not isinstance(scan.data, str):
         return
     given = fingerprint_source(scan.data)
-    if isinstance(own.data, str):
-        with suppress(DataError):  # it may be gone
-            if fingerprint_source(own.data) == given:
+    if isinstance(scanned.data, str):
+        with suppress(DataError):  # the file may no longer exist
+            if fingerprint_source(scanned.data) == given:
                 raise ConfigError(
-                    f"{scan.data} changed since the scan, which calibrated on a part of it, so "
-                    "that what it has not seen cannot be told; give other data"
+                    f"{scan.data} has changed since the scan, which calibrated on a part of it, so "
+                    "the samples that it has not seen are unknown; give other data"
                 )
         return
-    for name, source in own.data.items():
+    for name, source in scanned.data.items():
         if fingerprint_source(source) == given:
             raise ConfigError(
                 f"{scan.data} is the domain {name} of the scan, which calibrated on a part of it; "
-                "leave out --data to measure on what the scan has not seen of all its domains, or "
-                "give other data"
+                "leave out --data to measure on the samples of all domains that the scan has not "
+                "seen, or give other data"
             )
 
 
 def data_key(state: RunState, scan: ScanConfig, skip: Skip) -> str:
-    """Digest of everything that the measured numbers depend on, but the allocation."""
-    prints = state.values["fingerprints"]
-    marks = stage_fingerprints(scan, prints["model"], fingerprint_data(scan.data))
-    own = stage_fingerprints(
-        ScanConfig.model_validate(state.values["config"]), prints["model"], prints["data"]
+    """Digest of everything that measured numbers depend on, except the allocation."""
+    fingerprints = state.values["fingerprints"]
+    measured = stage_fingerprints(scan, fingerprints["model"], fingerprint_data(scan.data))
+    scanned = stage_fingerprints(
+        ScanConfig.model_validate(state.values["config"]),
+        fingerprints["model"],
+        fingerprints["data"],
     )
-    text = json.dumps([marks["shards"], own["calibrate"], skip, numeric_versions()])
+    text = json.dumps([measured["shards"], scanned["calibrate"], skip, numeric_versions()])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -113,11 +122,22 @@ def held_out_samples(
     skip: Skip,
     state: RunState,
 ) -> dict[str, Any]:
-    """Held-out samples as shards below the evaluation's folder; read once.
+    """Write held-out samples as shards below the evaluation's folder, unless they are there.
+
+    Args:
+        directory: The run directory.
+        folder: The evaluation's folder below it.
+        scan: Config of the data.
+        ref: The model, for its tokenizer.
+        skip: Samples to skip at the start of the data or of each source.
+        state: The run.
+
+    Returns:
+        Facts about the data, as in ``data.json``.
 
     Raises:
-        DataError: They cannot be read.
-        StoreError: The chat template or the processor that they were made with changed.
+        DataError: The data cannot be read.
+        StoreError: The chat template or the processor has changed since the samples were made.
     """
     marker, chats = f"{folder}/data.json", fingerprint_chats(ref)
     if not directory.exists(marker):
@@ -129,14 +149,14 @@ def held_out_samples(
                 content = scratch.read_bytes(part_name(SAMPLES, shard))
                 directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)
         source = [fingerprint_data(scan.data), scan.text_field, scan.split]
-        told: dict[str, Any] = {"name": data_name(scan.data), "source": source, "skipped": skip}
+        facts |= {"name": data_name(scan.data), "source": source, "skipped": skip}
         if "num_loss_tokens" in facts:
-            told["chat_fingerprint"] = chats
-        directory.write_json(marker, facts | told)
-    found: dict[str, Any] = directory.read_json(marker)
-    if found.get("chat_fingerprint", chats) != chats:
+            facts["chat_fingerprint"] = chats
+        directory.write_json(marker, facts)
+    stored: dict[str, Any] = directory.read_json(marker)
+    if stored.get("chat_fingerprint", chats) != chats:
         raise StoreError(
             f"the model's chat template or processor changed since {directory.path(folder)} was "
-            "made; put it back, or delete that folder"
+            "made; restore it, or delete that folder"
         )
-    return found
+    return stored

@@ -1,7 +1,7 @@
-"""Measures allocations of a finished run on held-out data, over the Ray workers.
+"""Measures allocations of a finished run on held-out data, with Ray workers.
 
-Every (allocation, shard) is one file below ``RUN/evaluation/<data>/<allocation>/``: what was
-measured before costs nothing, and a killed measurement goes on where it stopped.
+Every (allocation, shard) pair is a file below ``RUN/evaluation/<data>/<allocation>/``: nothing is
+measured twice, and a killed measurement resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class _DamagedPartError(Exception):
 
 
 class Measurement:
-    """Measures allocations on one data set; made by :func:`measuring`.
+    """Measures allocations on a data set; made by :func:`measuring`.
 
     Args:
         state: The run.
         plan: Its plan.
-        folder: Where samples and parts are, below the run.
+        folder: Folder of samples and parts, below the run directory.
         facts: About the data: ``name``, ``num_shards``, ...
-        start_pool: Starts the workers, when the first part is missing.
-        held: The lease of the run.
+        start_pool: Starts the workers; called when a part is missing for the first time.
+        run_lease: The lease on the run.
 
     Attributes:
         left_out: Shards that could not be measured -> reason.
@@ -67,7 +67,7 @@ class Measurement:
         folder: str,
         facts: Mapping[str, Any],
         start_pool: Callable[[], WorkerPool],
-        held: Lease,
+        run_lease: Lease,
     ) -> None:
         self.state = state
         self.folder = folder
@@ -75,12 +75,12 @@ class Measurement:
         self.left_out: dict[int, str] = {}
         self._plan = plan
         self._start_pool = start_pool
-        self._lease = held
+        self._lease = run_lease
         self._pool: WorkerPool | None = None
 
     @property
     def data_key(self) -> str:
-        """Digest of the data and of all else that the numbers depend on, but the allocation."""
+        """Digest of the data and of all else that numbers depend on, except the allocation."""
         return self.folder.removeprefix(f"{EVALUATION}/")
 
     def measure(
@@ -89,8 +89,8 @@ class Measurement:
         """Measure allocations on the same shards.
 
         Args:
-            candidates: What to measure.
-            shards: On which shards; default all.
+            candidates: Allocations to measure.
+            shards: Shards to measure on; default all.
 
         Raises:
             WorkerError: Every shard failed.
@@ -105,7 +105,7 @@ class Measurement:
         if not used:
             raise WorkerError(f"every shard failed, the first with: {self.left_out[wanted[0]]}")
         try:
-            return [collect(self._parts(one, used)) for one in candidates]
+            return [collect(self._parts(candidate, used)) for candidate in candidates]
         except _DamagedPartError:
             return self.measure(candidates, shards)
 
@@ -122,22 +122,22 @@ class Measurement:
                 raise _DamagedPartError from None
 
     def require_lease(self) -> None:
-        """Check that no other process may have taken the run over.
+        """Check that no other process can have taken over the run.
 
         Raises:
-            HeldError: One may have.
+            HeldError: Another process may have taken it over.
         """
         self._lease.require()
 
     def _missing(
         self, candidates: Sequence[Candidate], shards: Sequence[int]
     ) -> dict[int, list[Candidate]]:
-        """Shard -> allocations without a part of it."""
+        """Shard -> allocations that were not measured on it."""
         missing: dict[int, list[Candidate]] = {}
-        for candidate in {one.key: one for one in candidates}.values():
-            there = set(self.state.directory.list_parts(f"{self.folder}/{candidate.key}"))
+        for candidate in {candidate.key: candidate for candidate in candidates}.values():
+            finished = set(self.state.directory.list_parts(f"{self.folder}/{candidate.key}"))
             for shard in shards:
-                if shard not in there and shard not in self.left_out:
+                if shard not in finished and shard not in self.left_out:
                     missing.setdefault(shard, []).append(candidate)
         return dict(sorted(missing.items()))
 
@@ -164,7 +164,7 @@ class Measurement:
 
 @contextmanager
 def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement]:
-    """Connect to the cluster, hold the run, and read the data.
+    """Connect to the cluster, take the lease on the run, and read the data.
 
     Args:
         state: A finished run.
@@ -184,7 +184,7 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
     skip = num_seen(state, scan, is_given=config.data is not None)
     folder = f"{EVALUATION}/{data_key(state, scan, skip)}"
     maxima = maxima_of(state)
-    with connected(scan) as resources, lease(directory) as held, ExitStack() as stack:
+    with connected(scan) as resources, lease(directory) as run_lease, ExitStack() as stack:
         require_resources(scan, resources)
         facts = held_out_samples(directory, folder, scan, ref, skip, state)
         placement = place_workers(
@@ -198,7 +198,7 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
             spec = _evaluation_spec(scan, ref, plan, maxima)
             return stack.enter_context(WorkerPool(spec, placement, directory.append_event))
 
-        yield Measurement(state, plan, folder, facts, start_pool, held)
+        yield Measurement(state, plan, folder, facts, start_pool, run_lease)
 
 
 def _evaluation_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima) -> EvaluationSpec:
@@ -219,7 +219,7 @@ def _evaluation_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima
 def _choice(plan: Plan, candidate: Candidate) -> Choice:
     index = {format_.name: number for number, format_ in enumerate(plan.formats)}
     index[NONE] = UNQUANTIZED
-    formats = candidate.formats  # an expert that saw no token is not among them
+    formats = candidate.formats  # without experts that saw no token
     return tuple(index[formats.get(group.name, NONE)] for group in plan.searched)
 
 
@@ -231,12 +231,14 @@ def _write_parts(
         rows = [
             {
                 "sample": outcome.task.first_sample + number,
-                "kl": one.kl_N,
-                "loss": one.loss_N,
+                "kl": divergence.kl_N,
+                "loss": divergence.loss_N,
                 "reference_loss": reference_N,
-                "agrees": one.agrees_N,
+                "agrees": divergence.agrees_N,
             }
-            for number, (one, reference_N) in enumerate(zip(samples, result.reference, strict=True))
+            for number, (divergence, reference_N) in enumerate(
+                zip(samples, result.reference, strict=True)
+            )
         ]
         name = part_name(f"{folder}/{candidate.key}", outcome.task.shard)
         directory.write_table(name, "divergences", rows)

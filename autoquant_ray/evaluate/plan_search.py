@@ -1,14 +1,15 @@
-"""Search for a plan by measurement: swaps, a race, and a figure on data that chose nothing.
+"""Search for an allocation by measurement: swaps, a race, and an unbiased final measurement.
 
-The shards are cut in three. On the first part the plan's neighbours are scored again
-(:mod:`autoquant_ray.evaluate.rescoring`), then swaps are tried (every plan on the same tokens, so
-that differences are paired), and taken if they are better by more than their standard error. The
-best plans then race on the second part. What is said about the winner is measured on the third.
+The shards are split into three parts. On the first, single changes of the start are scored again
+(:mod:`autoquant_ray.evaluate.rescoring`), then swaps are tried, every allocation on the same tokens
+so that differences are paired, and accepted if they improve by more than their standard error. The
+best allocations then race on the second part. The reported loss of the winner is measured on the
+third, which chose nothing.
 
-The workers share a part by its shards. All plans of a round run on one shard in one worker: they
-have most of their quantized weights and many of their hidden states in common.
+Workers divide a part by shards. All allocations of a round run on a shard in the same worker, since
+they share most of their quantized weights and many of their hidden states.
 
-Knows nothing of files, workers or Ray: who measures is handed in.
+This module knows nothing of files, workers or Ray: the function that measures is an argument.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
 logger = logging.getLogger(__name__)
 
 Measure = Callable[[Sequence[Candidate], Sequence[int]], list[Measured]]
-"""Measures plans on the same shards."""
+"""Measures allocations on the given shards."""
 
-_BATCH = 12  # plans per round
-_POOL = 4  # proposals per plan that is drawn from them
-_IDLE_ROUNDS = 2  # without an improvement, then the search ends
+_BATCH = 12  # allocations per round
+_POOL = 4  # proposals per allocation drawn from them
+_IDLE_ROUNDS = 2  # rounds without an improvement that end the search
 _RACING = 4
-_FLIPS = 4  # one trial of so many scores the start's neighbours again
+_FLIPS = 4  # one trial in this many goes to rescoring single changes of the start
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search found.
+class SearchResult:
+    """Outcome of a search.
 
     Attributes:
-        start: The plan that it began with.
-        winner: The plan that it ends with; the start itself where nothing was better.
-        before: The start on the third part.
-        after: The winner on the third part.
-        num_trials: Plans measured on the first part, the start not counted.
-        num_flips: Those of them that scored the start's neighbours again.
-        num_accepted: Changes taken.
+        start: The allocation that the search began with.
+        winner: The best allocation; the start itself where nothing was better.
+        before: Losses of the start on the third part.
+        after: Losses of the winner on the third part.
+        num_trials: Allocations measured on the first part, not counting the start.
+        num_flips: How many of them were single changes of the start.
+        num_accepted: Changes accepted.
     """
 
     start: Candidate
@@ -65,7 +66,7 @@ class Found:
 
 @dataclass
 class _Search:
-    """The state of the search: every plan measured so far on the first part."""
+    """State of the search: every allocation measured so far on the first part."""
 
     run: Measure
     problem: Problem
@@ -73,25 +74,25 @@ class _Search:
     shards: Sequence[int]
     seen: dict[str, tuple[Candidate, Measured]] = field(default_factory=dict)
 
-    def plan(self, name: str, formats: Mapping[str, str]) -> Candidate:
+    def candidate(self, name: str, formats: Mapping[str, str]) -> Candidate:
         return make_candidate(self.problem, self.scores, name, formats)
 
-    def measure(self, plans: list[Candidate]) -> list[Measured]:
-        """Measure plans; where a shard is left out from now on, the earlier ones once more."""
-        results = self.run(plans, self.shards)
-        earlier = [plan for plan, _ in self.seen.values()]
-        if earlier and len(results[0].kl_S) != len(next(iter(self.seen.values()))[1].kl_S):
+    def measure(self, candidates: list[Candidate]) -> list[Measured]:
+        """Measure allocations; if a shard newly fails, the earlier ones again without it."""
+        measured = self.run(candidates, self.shards)
+        earlier = [candidate for candidate, _ in self.seen.values()]
+        if earlier and len(measured[0].kl_S) != len(next(iter(self.seen.values()))[1].kl_S):
             again = self.run(earlier, self.shards)
-            self.seen = {p.key: (p, one) for p, one in zip(earlier, again, strict=True)}
-        self.seen |= {p.key: (p, one) for p, one in zip(plans, results, strict=True)}
-        return results
+            self.seen = {c.key: (c, losses) for c, losses in zip(earlier, again, strict=True)}
+        self.seen |= {c.key: (c, losses) for c, losses in zip(candidates, measured, strict=True)}
+        return measured
 
-    def result(self, plan: Candidate) -> Measured:
-        """What was measured of a plan."""
-        return self.seen[plan.key][1]
+    def losses(self, candidate: Candidate) -> Measured:
+        """Measured losses of an allocation."""
+        return self.seen[candidate.key][1]
 
 
-def search_plans(
+def search_allocations(
     measure: Measure,
     num_shards: int,
     problem: Problem,
@@ -101,55 +102,53 @@ def search_plans(
     *,
     num_trials: int,
     seed: int = 0,
-) -> Found:
-    """Search around a plan. Deterministic; on the first part never worse than its start.
+) -> SearchResult:
+    """Search around an allocation. Deterministic; on the first part never worse than its start.
 
     Args:
-        measure: Who measures.
+        measure: Measures allocations.
         num_shards: Shards of the data.
         problem: Groups with their costs.
-        scores: (group, format) -> predicted loss; they order what is tried.
-        options: Budgets and constraints that hold for every plan.
+        scores: (group, format) -> predicted loss; they order the trials.
+        options: Budgets and constraints that hold for every allocation.
         formats: The start: searched group -> format.
-        num_trials: Plans to measure on the first part at most.
-        seed: Of the choice among proposals.
+        num_trials: Allocations to measure on the first part at most.
+        seed: For drawing among proposals.
 
     Raises:
         DataError: There are fewer than three shards.
     """
     first, second, third = split_shards(num_shards)
     search = _Search(measure, problem, scores, first)
-    own = search.plan("solution", formats)
-    search.measure([own])
-    begin, measured = _rescore(search, own, options, num_trials // _FLIPS)
-    swaps = Swaps(problem, scores_around(scores, formats, measured), options)
-    left = num_trials - (len(search.seen) - 1)
-    num_accepted = int(begin is not own) + _climb(search, swaps, begin, left, seed)
-    racing = _racing(search, swaps, own)
-    times = zip(racing, measure(racing, second), strict=True)
-    winner = min(times, key=lambda pair: mean_kl(pair[1]))[0]
-    before, after = measure([own, winner], third)
-    return Found(
-        start=own,
+    start = search.candidate("solution", formats)
+    search.measure([start])
+    rescored, differences = _rescore(search, start, options, num_trials // _FLIPS)
+    swaps = Swaps(problem, scores_around(scores, formats, differences), options)
+    num_left = num_trials - (len(search.seen) - 1)
+    num_swaps = _climb(search, swaps, rescored, num_left, seed)
+    winner = _race(measure, _racing(search, swaps, start), second)
+    before, after = measure([start, winner], third)
+    return SearchResult(
+        start=start,
         winner=winner,
         before=before,
         after=after,
         num_trials=len(search.seen) - 1,
-        num_flips=len(measured),
-        num_accepted=num_accepted,
+        num_flips=len(differences),
+        num_accepted=int(rescored is not start) + num_swaps,
     )
 
 
 def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
-    """Half of the shards for the search, a quarter each for the race and the final figure.
+    """Half of the shards for the search, a quarter each for the race and the final measurement.
 
     Raises:
-        DataError: There are fewer than three.
+        DataError: There are fewer than three shards.
     """
     if num_shards < 3:
         raise DataError(
-            "refining and auditing need three shards of data or more, to choose, to race and to "
-            f"tell the result; this data makes {num_shards}; give more with --samples or --data"
+            "refining and auditing need at least three shards of data: for the search, the race "
+            f"and the result; this data makes {num_shards}; give more with --samples or --data"
         )
     quarter = max(1, num_shards // 4)
     shards = list(range(num_shards))
@@ -158,118 +157,131 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
 
 
 def _rescore(
-    search: _Search, own: Candidate, options: SolveOptions, count: int
+    search: _Search, start: Candidate, options: SolveOptions, count: int
 ) -> tuple[Candidate, dict[Flip, float]]:
-    """Measure flips of the start, and solve again with what they lose.
+    """Measure flips of the start, and solve the budget again with the measured differences.
 
     Args:
-        search: The start is measured.
-        own: The start.
+        search: Has measured the start.
+        start: The start.
         options: Budgets and constraints.
-        count: How many flips.
+        count: Number of flips.
 
     Returns:
-        The start, or what is better than it by more than its error: the plan that the new scores
-        lead to, or a flip that keeps the budget. And what each flip loses more than the start, in
-        nats per token, one standard error added: it is taken for what it is at least worth.
+        The start, or an allocation that is better by more than its standard error: the solution
+        by the new scores, or a flip within the budget. And per flip, the measured difference to
+        the start in nats per token plus a standard error, a cautious estimate of its gain.
     """
-    problem, formats = search.problem, own.formats
+    problem, formats = search.problem, start.formats
     swaps = Swaps(problem, search.scores, options)
     flips = choose_flips(swaps, formats, count)
     if not flips:
-        return own, {}
-    plans = [search.plan("flip", {**formats, group: other}) for group, other in flips]
-    results = search.measure(plans)
-    told = [paired_difference(one, search.result(own)) for one in results]
-    measured = {
+        return start, {}
+    flipped = [search.candidate("flip", {**formats, group: format_}) for group, format_ in flips]
+    measured = search.measure(flipped)
+    estimates = [paired_difference(losses, search.losses(start)) for losses in measured]
+    differences = {
         flip: difference + (error or 0.0)
-        for flip, (difference, error) in zip(flips, told, strict=True)
+        for flip, (difference, error) in zip(flips, estimates, strict=True)
     }
-    again = search.plan("rescored", solve_flips(problem, options, formats, measured))
-    if again.key not in search.seen:
-        search.measure([again])
-    fitting = [plan for plan in [again, *plans] if swaps.fits(plan.formats)]
-    better = _better(search, [((), plan) for plan in fitting], own)
+    rescored = search.candidate("rescored", solve_flips(problem, options, formats, differences))
+    if rescored.key not in search.seen:
+        search.measure([rescored])
+    fitting = [candidate for candidate in [rescored, *flipped] if swaps.fits(candidate.formats)]
+    better = _better(search, [((), candidate) for candidate in fitting], start)
     if not better:
-        return own, measured
-    logger.info("refine: %d flips, KL %.4g", len(flips), mean_kl(search.result(better[0][1])))
-    return better[0][1], measured
+        return start, differences
+    logger.info("refine: %d flips, KL %.4g", len(flips), mean_kl(search.losses(better[0][1])))
+    return better[0][1], differences
 
 
-def _climb(search: _Search, swaps: Swaps, plan: Candidate, num_trials: int, seed: int) -> int:
-    """Take swaps that are better by more than their error; returns how many times."""
+def _climb(search: _Search, swaps: Swaps, start: Candidate, num_trials: int, seed: int) -> int:
+    """Accept swaps that improve by more than their standard error; returns how often."""
     rng = np.random.default_rng(seed)
+    current = start
     num_tried, num_accepted, idle = 0, 0, 0
     while num_tried < num_trials and idle < _IDLE_ROUNDS:
-        changes = _draw(search, swaps, plan, min(_BATCH, num_trials - num_tried), rng)
+        changes = _draw(search, swaps, current, min(_BATCH, num_trials - num_tried), rng)
         if not changes:
             break
-        plans = [search.plan("swap", {**plan.formats, **dict(change)}) for change in changes]
-        search.measure(plans)
-        num_tried += len(plans)
-        better = _better(search, list(zip(changes, plans, strict=True)), plan)
-        together = _together(search, swaps, plan, [change for change, _ in better])
-        if together is not None and num_tried < num_trials:
-            search.measure([together])
+        changed = [_changed(search, current, change) for change in changes]
+        search.measure(changed)
+        num_tried += len(changed)
+        better = _better(search, list(zip(changes, changed, strict=True)), current)
+        combined = _combined(search, swaps, current, [change for change, _ in better])
+        if combined is not None and num_tried < num_trials:
+            search.measure([combined])
             num_tried += 1
-            better += _better(search, [((), together)], plan)
+            better += _better(search, [((), combined)], current)
         if not better:
             idle += 1
             continue
-        plan = min((one for _, one in better), key=lambda one: mean_kl(search.result(one)))
+        improved = [candidate for _, candidate in better]
+        current = min(improved, key=lambda candidate: mean_kl(search.losses(candidate)))
         idle, num_accepted = 0, num_accepted + 1
-        logger.info("refine: %d plans tried, KL %.4g", num_tried, mean_kl(search.result(plan)))
+        kl = mean_kl(search.losses(current))
+        logger.info("refine: %d allocations tried, KL %.4g", num_tried, kl)
     return num_accepted
 
 
+def _changed(search: _Search, current: Candidate, change: Change) -> Candidate:
+    return search.candidate("swap", {**current.formats, **dict(change)})
+
+
 def _draw(
-    search: _Search, swaps: Swaps, plan: Candidate, count: int, rng: np.random.Generator
+    search: _Search, swaps: Swaps, current: Candidate, count: int, rng: np.random.Generator
 ) -> list[Change]:
-    """Some of the changes that the scores like best and that were not measured yet."""
+    """A random sample of the unmeasured changes with the best scores."""
     untried = (
         change
-        for change in swaps.proposals(plan.formats)
-        if search.plan("swap", {**plan.formats, **dict(change)}).key not in search.seen
+        for change in swaps.proposals(current.formats)
+        if _changed(search, current, change).key not in search.seen
     )
-    liked = list(itertools.islice(untried, _POOL * count))
-    drawn = rng.permutation(len(liked))[:count]
-    return [liked[index] for index in sorted(drawn)]
+    best = list(itertools.islice(untried, _POOL * count))
+    drawn = rng.permutation(len(best))[:count]
+    return [best[index] for index in sorted(drawn)]
 
 
 def _better(
     search: _Search, tried: Sequence[tuple[Change, Candidate]], current: Candidate
 ) -> list[tuple[Change, Candidate]]:
-    """Changes whose plans are better than the current one by more than the paired standard error,
-    best first."""
-    found = []
-    for change, plan in tried:
-        difference, error = paired_difference(search.result(plan), search.result(current))
+    """Changes that improve the current allocation by more than the paired standard error, best
+    first."""
+    better = []
+    for change, candidate in tried:
+        difference, error = paired_difference(search.losses(candidate), search.losses(current))
         if difference + (error or 0.0) < 0:
-            found.append((change, plan))
-    return sorted(found, key=lambda one: mean_kl(search.result(one[1])))
+            better.append((change, candidate))
+    return sorted(better, key=lambda pair: mean_kl(search.losses(pair[1])))
 
 
-def _together(
-    search: _Search, swaps: Swaps, plan: Candidate, changes: list[Change]
+def _combined(
+    search: _Search, swaps: Swaps, current: Candidate, changes: list[Change]
 ) -> Candidate | None:
     """All improvements of a round that touch different groups, as far as they fit together."""
-    formats = dict(plan.formats)
-    taken = 0
+    formats = dict(current.formats)
+    num_merged = 0
     for change in combine(changes):
         merged = {**formats, **dict(change)}
         if swaps.fits(merged):
-            formats, taken = merged, taken + 1
-    together = search.plan("swap", formats)
-    return together if taken > 1 and together.key not in search.seen else None
+            formats, num_merged = merged, num_merged + 1
+    combined = search.candidate("swap", formats)
+    return combined if num_merged > 1 and combined.key not in search.seen else None
 
 
-def _racing(search: _Search, swaps: Swaps, own: Candidate) -> list[Candidate]:
-    """The start, and the best plans of the first part that are better there."""
-    limit = mean_kl(search.result(own))
+def _racing(search: _Search, swaps: Swaps, start: Candidate) -> list[Candidate]:
+    """The start, and the best allocations of the first part that beat it there."""
+    limit = mean_kl(search.losses(start))
     ranked = sorted(search.seen.values(), key=lambda pair: mean_kl(pair[1]))
     better = [
-        plan
-        for plan, result in ranked
-        if mean_kl(result) < limit and swaps.fits(plan.formats)  # a flip alone may not fit
+        candidate
+        for candidate, losses in ranked
+        if mean_kl(losses) < limit and swaps.fits(candidate.formats)  # a flip alone may not fit
     ]
-    return [own, *better[:_RACING]]
+    return [start, *better[:_RACING]]
+
+
+def _race(measure: Measure, racing: Sequence[Candidate], shards: Sequence[int]) -> Candidate:
+    """The allocation with the least loss on the shards; the first of equals."""
+    measured = zip(racing, measure(racing, shards), strict=True)
+    return min(measured, key=lambda pair: mean_kl(pair[1]))[0]

@@ -1,4 +1,4 @@
-"""The story of a refinement: search around a solution by measured KL, where prediction ends."""
+"""Refines a solution: searches around it by measured KL, where predictions no longer hold."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, made_from, untouched_shards
 from autoquant_ray.evaluate.evaluate import record
 from autoquant_ray.evaluate.measurement import Measurement, measuring
-from autoquant_ray.evaluate.plan_search import Found, search_plans
-from autoquant_ray.evaluate.table import mean_kl, paired_difference
+from autoquant_ray.evaluate.plan_search import SearchResult, search_allocations
+from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import solution_folder
 from autoquant_ray.runs.state import RunState
@@ -25,17 +25,17 @@ Estimate = tuple[float, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a refinement found; measured on data that played no part in the search.
+    """Results of a refinement, measured on data that played no part in the search.
 
     Attributes:
         before: Mean measured KL of the start.
-        after: The same of the winner.
+        after: Mean measured KL of the winner.
         difference: Winner minus start, paired by sample.
-        num_trials: Plans tried.
-        num_flips: Those of them that scored the start's neighbours again.
-        num_accepted: Changes taken.
-        data_key: Data on which plans were tried, so that it is never measured on as unseen.
-        source: Identity of that data, however it is cut.
+        num_trials: Allocations tried.
+        num_flips: How many of them were single changes of the start.
+        num_accepted: Changes accepted.
+        data_key: Data used by the search, so that it never counts as unseen.
+        source: Identity of that data, however it is cut into samples.
     """
 
     before: Estimate
@@ -66,10 +66,10 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Refinement(Figures):
-    """A refinement.
+    """A finished refinement.
 
     Attributes:
-        solution: The winner, written beside the solution that it came from.
+        solution: The winner, written beside the solution that was refined.
     """
 
     solution: Solution
@@ -80,8 +80,8 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
 
     Args:
         config: Run, solution, data and workers.
-        num_trials: Plans to measure at most.
-        seed: Of the choice among proposals.
+        num_trials: Allocations to measure at most.
+        seed: For drawing among proposals.
 
     Raises:
         DataError: The data makes fewer than three shards.
@@ -96,7 +96,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
     problem = served_problem(problem, options, formats)
     with measuring(state, config) as measurement:
         untouched_shards(measurement, start)
-        found = search_plans(
+        result = search_allocations(
             measurement.measure,
             measurement.facts["num_shards"],
             problem,
@@ -107,32 +107,36 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
             seed=seed,
         )
         name = f"{config.solution or 'scan'}-refined"
-        allocation = as_allocation(problem, scores, options, found.winner)
-        figures = _figures(found, measurement)
+        allocation = as_allocation(problem, scores, options, result.winner)
+        figures = _figures(result, measurement)
+        manifest = state.directory.read_json(f"{start}manifest.json")
         notes = {
             "refinement": figures.to_json(),
             "made_from": made_from("refine", config, trials=num_trials, seed=seed),
-            "chosen_on": chosen_also_on(
-                state.directory.read_json(f"{start}manifest.json"), measurement, num_parts=2
-            ),
+            "chosen_on": chosen_also_on(manifest, measurement, num_parts=2),
         }
         solution = write_solution(state, problem, scores, options, allocation, name, notes)
-        plans = [replace(found.winner, name=SOLUTION), replace(found.start, name="unrefined")]
-        record(measurement, solution_folder(name), plans, [found.after, found.before])
+        _record(measurement, name, result)
     return Refinement(solution=solution, **vars(figures))
 
 
-def _figures(found: Found, measurement: Measurement) -> Figures:
-    def mean(one: Any) -> Estimate:
-        return mean_kl(one), paired_difference(one, None)[1]
+def _record(measurement: Measurement, name: str, result: SearchResult) -> None:
+    """Write the evaluation of the refined solution, beside what it was before."""
+    candidates = [replace(result.winner, name=SOLUTION), replace(result.start, name="unrefined")]
+    record(measurement, solution_folder(name), candidates, [result.after, result.before])
+
+
+def _figures(result: SearchResult, measurement: Measurement) -> Figures:
+    def mean(losses: Measured) -> Estimate:
+        return mean_kl(losses), paired_difference(losses, None)[1]
 
     return Figures(
-        before=mean(found.before),
-        after=mean(found.after),
-        difference=paired_difference(found.after, found.before),
-        num_trials=found.num_trials,
-        num_flips=found.num_flips,
-        num_accepted=found.num_accepted,
+        before=mean(result.before),
+        after=mean(result.after),
+        difference=paired_difference(result.after, result.before),
+        num_trials=result.num_trials,
+        num_flips=result.num_flips,
+        num_accepted=result.num_accepted,
         data_key=measurement.data_key,
         source=measurement.facts["source"],
     )

@@ -1,4 +1,4 @@
-"""Allocations to measure: a run's solution, and what it is compared with under the same budget."""
+"""Allocations to measure: a run's solution and its rivals under the same budget."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def collect_candidates(
     Args:
         state: A finished run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
-        against: Of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
+        against: Members of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
             (:mod:`autoquant_ray.imports.tool_plans`). ``uniform``: every format of the menu that
             fits the budget when all groups take it (a group that lacks it stays in 16 bits).
-            ``modelopt``: solved with the scores as ModelOpt makes them of this run's sums: per
-            batch, clamped along its sorted formats. ``random``: solved with the groups' scores
-            shuffled, the null.
+            ``modelopt``: solved with the scores that ModelOpt would compute from this run's sums:
+            per batch, clamped along its sorted formats. ``random``: solved with scores shuffled
+            among the groups, the null hypothesis.
         num_random: Number of shuffles.
 
     Raises:
@@ -51,42 +51,49 @@ def collect_candidates(
     options = solution_options(state, start)
     problem = problem.timed(options.latency)
     chosen = solution_formats(state, start, problem)
-    found = [make_candidate(problem, scores, SOLUTION, chosen)]
+    candidates = [make_candidate(problem, scores, SOLUTION, chosen)]
     rivals = [rival_plan(state, n, problem, options) for n in against if n not in KINDS]
-    found += [make_candidate(problem, scores, name, formats) for name, formats in rivals]
+    candidates += [make_candidate(problem, scores, name, formats) for name, formats in rivals]
     if "uniform" in against:
-        found += _uniform(problem, scores, options, chosen)
+        candidates += _uniform(problem, scores, options, chosen)
     if "modelopt" in against:
-        theirs = _modelopt_scores(state)
-        found.append(make_candidate(problem, scores, "modelopt", _solve(problem, theirs, options)))
+        formats = _solve(problem, _modelopt_scores(state), options)
+        candidates.append(make_candidate(problem, scores, "modelopt", formats))
     if "random" in against:
-        for number in range(num_random):
-            shuffled = shuffle_scores(problem, scores, number)
-            formats = _solve(problem, shuffled, options)
-            found.append(make_candidate(problem, scores, f"random {number + 1}", formats))
-    return found
+        candidates += _random(problem, scores, options, num_random)
+    return candidates
 
 
 def shuffle_scores(problem: Problem, scores: Scores, seed: int) -> dict[tuple[str, str], float]:
-    """Give each group the scores of another one: keeps how much formats differ, forgets where.
+    """Give each group the scores of another: formats differ as before, but in other places.
 
-    A format that the other group lacks takes its largest score.
+    A format that the other group lacks gets that group's largest score.
     """
     groups = problem.searched
     order = shuffled_order(groups, np.random.default_rng([seed, len(groups)]))
-    scores_there = {}
+    shuffled = {}
     for group, index in zip(groups, order, strict=True):
         other = groups[index]
-        known = [scores[other.name, f] for f in other.rows if f != NONE]
+        largest = max(scores[other.name, f] for f in other.rows if f != NONE)
         for format_ in group.rows:
             if format_ != NONE:
-                found = scores.get((other.name, format_), max(known))
-                scores_there[group.name, format_] = found
-    return scores_there
+                score = scores.get((other.name, format_), largest)
+                shuffled[group.name, format_] = score
+    return shuffled
 
 
 def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> dict[str, str]:
     return search(problem, scores, options).formats
+
+
+def _random(
+    problem: Problem, scores: Scores, options: SolveOptions, num_random: int
+) -> list[Candidate]:
+    candidates = []
+    for number in range(num_random):
+        formats = _solve(problem, shuffle_scores(problem, scores, number), options)
+        candidates.append(make_candidate(problem, scores, f"random {number + 1}", formats))
+    return candidates
 
 
 def _uniform(
@@ -112,24 +119,24 @@ def _uniform(
 
 
 def _everywhere(problem: Problem, options: SolveOptions, name: str) -> dict[str, str] | None:
-    """The plan with a format wherever it can be; None where the engine would not serve that."""
-    for one in served_problems(problem, options):
-        permitted = None if one.served is None else one.served.permitted
+    """A format in every group that has it; None where the engine would not serve that."""
+    for served in served_problems(problem, options):
+        permitted = None if served.served is None else served.served.permitted
         formats = {
             g.name: name if name in (g.rows if permitted is None else permitted[g.name]) else NONE
             for g in problem.searched
             if not g.is_cache
         }
         formats |= {g.name: next(iter(g.rows)) for g in problem.searched if g.is_cache}
-        if one.served is None:
+        if served.served is None:
             return formats
-        if name in one.served.menu and one.served.permits(formats):
+        if name in served.served.menu and served.served.permits(formats):
             return formats
     return None
 
 
 def _modelopt_scores(state: RunState) -> dict[tuple[str, str], float]:
-    """ModelOpt's scores: each at most that of the coarser format before it in ModelOpt's order."""
+    """ModelOpt's scores: clamped to that of the coarser format before it in ModelOpt's order."""
     compressions = {
         entry["name"]: entry["modelopt_compression"]
         for entry in state.values["plan"]["formats"]

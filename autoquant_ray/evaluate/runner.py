@@ -1,8 +1,8 @@
-"""Measures what allocations do to a model: runs it quantized, beside itself, on a shard.
+"""Measures what allocations do to a model: runs a shard through it, quantized and unquantized.
 
-A visit of a layer serves all steps of a shard under all allocations: a weight is quantized once
-per distinct format, and allocations that agree up to a layer share everything before it. So many
-allocations that differ little cost little more than one.
+Each layer is visited once for all steps of a shard under all allocations: a weight is quantized
+once per distinct format, and allocations that agree up to a layer share everything before it. Many
+similar allocations therefore cost little more than a single one.
 
 Shape letters: B samples, S positions, H hidden, N predicted tokens.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,18 +38,18 @@ from autoquant_ray.score.loss import VocabularyLoss
 from autoquant_ray.score.step import Step
 from autoquant_ray.score.visits import VisitPlanner, make_step, predicting_rows
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
+Float32s = np.ndarray[Any, np.dtype[np.float32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 Prefix = tuple[Choice, ...]
-"""Formats of the vision tower, then of the first layers; where they agree, so do hidden states."""
+"""Formats of the vision tower, then of the first layers; where equal, so are hidden states."""
 
 _UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSpec:
-    """What an evaluation needs to know; small and picklable.
+    """What a worker needs for an evaluation; small and picklable.
 
     Attributes:
         model: Model to load.
@@ -61,7 +61,7 @@ class EvaluationSpec:
         maxima: Calibrated input maxima.
         step_tokens: Tokens, padding included, per step.
         placement: ``resident``, ``offload`` or ``split``.
-        activation_bytes: For hidden states inside the layers.
+        activation_bytes: Memory for hidden states inside the layers.
     """
 
     model: ModelRef
@@ -90,8 +90,8 @@ class SampleDivergence:
         agrees_N: Whether the likeliest token stayed the same.
     """
 
-    kl_N: Floats
-    loss_N: Floats
+    kl_N: Float32s
+    loss_N: Float32s
     agrees_N: Bools
 
 
@@ -105,16 +105,16 @@ class ShardEvaluation:
         seconds: Time spent.
     """
 
-    reference: list[Floats]
+    reference: list[Float32s]
     divergences: list[list[SampleDivergence]]
     seconds: float
 
 
 class AllocationRunner:
-    """Runs one loaded model under allocations.
+    """Runs a loaded model under several allocations.
 
     Args:
-        spec: What to run.
+        spec: What to load and how to run it.
         model: Use this loaded model instead of loading ``spec.model``.
     """
 
@@ -131,62 +131,70 @@ class AllocationRunner:
 
     @torch.no_grad()
     def evaluate(self, samples: Samples, choices: Sequence[Choice]) -> ShardEvaluation:
-        """Compare the model under each choice with the model itself, on the samples.
+        """Compare the model quantized by each allocation with the unquantized model.
 
         Args:
             samples: The shard's samples.
             choices: Allocations.
 
         Raises:
-            NonFiniteError: The unquantized model's prediction is NaN or infinite. Where a
-                quantized model's is, its divergence there is infinite.
+            NonFiniteError: A prediction of the unquantized model is NaN or infinite. Where one of
+                a quantized model is, its divergence is infinite.
         """
         start = time.perf_counter()
-        own: Choice = (UNQUANTIZED,) * (1 + max(m.group for m in self.spec.modules))
+        unquantized: Choice = (UNQUANTIZED,) * (1 + max(m.group for m in self.spec.modules))
         positions = [position for visit in self._planner.visits(samples) for position in visit]
         steps = [make_step([samples[p] for p in chosen], self._device) for chosen in positions]
-        distinct = list(dict.fromkeys([own, *choices]))
-        hidden: dict[Choice, list[torch.Tensor]] = {}
-        at_once = self._num_at_once(steps)
-        for first in range(0, len(distinct), at_once):
-            chunk = distinct[first : first + at_once]
-            hidden |= zip(chunk, self._final_states(steps, chunk), strict=True)
+        hidden = self._final_states_by_choice(steps, [unquantized, *choices])
         reference: list[Any] = [None] * len(samples)
         divergences: list[list[Any]] = [[None] * len(samples) for _ in choices]
         head_weights = WeightCache(_UNBOUNDED)
         for number, chosen in enumerate(positions):
             step_samples = [samples[p] for p in chosen]
-            rows_N = predicting_rows(step_samples).to(hidden[own][number].device)
+            rows_N = predicting_rows(step_samples).to(hidden[unquantized][number].device)
             targets_N = steps[number].ids_BS.roll(-1, dims=1).flatten().to(rows_N.device)[rows_N]
             loss_N, results = compare(
                 self._head,
-                hidden[own][number].flatten(0, 1)[rows_N],
+                hidden[unquantized][number].flatten(0, 1)[rows_N],
                 [hidden[choice][number].flatten(0, 1)[rows_N] for choice in choices],
-                [
-                    partial(
-                        self._quantized.quantized, len(self._layerwise.layers), choice, head_weights
-                    )
-                    for choice in choices
-                ],
+                [self._quantized_head(choice, head_weights) for choice in choices],
                 targets_N,
             )
             if not loss_N.isfinite().all():
                 raise NonFiniteError("a prediction of the unquantized model is NaN or infinite")
             lengths = [num_predicted(sample) for sample in step_samples]
-            for position, own_loss in zip(chosen, loss_N.split(lengths), strict=True):
-                reference[position] = own_loss.numpy()
+            for position, sample_loss_n in zip(chosen, loss_N.split(lengths), strict=True):
+                reference[position] = sample_loss_n.numpy()
             for column, result in zip(divergences, results, strict=True):
-                for position, one in zip(chosen, _split(result, lengths), strict=True):
-                    column[position] = one
+                for position, divergence in zip(chosen, _split(result, lengths), strict=True):
+                    column[position] = divergence
         return ShardEvaluation(
             reference=reference, divergences=divergences, seconds=time.perf_counter() - start
         )
 
+    def _quantized_head(
+        self, choice: Choice, weights: WeightCache
+    ) -> Callable[[], AbstractContextManager[None]]:
+        """Opens a context in which the head is quantized as an allocation says."""
+        return partial(self._quantized.quantized, len(self._layerwise.layers), choice, weights)
+
+    def _final_states_by_choice(
+        self, steps: Sequence[Step], choices: Sequence[Choice]
+    ) -> dict[Choice, list[torch.Tensor]]:
+        """Choice -> final hidden states per step; as many choices in one pass as memory allows."""
+        distinct = list(dict.fromkeys(choices))
+        states: dict[Choice, list[torch.Tensor]] = {}
+        at_once = self._num_at_once(steps)
+        for first in range(0, len(distinct), at_once):
+            chunk = distinct[first : first + at_once]
+            states |= zip(chunk, self._final_states(steps, chunk), strict=True)
+        return states
+
     def _num_at_once(self, steps: Sequence[Step]) -> int:
-        """Allocations whose hidden states, of two layers at a time, have room."""
+        """How many allocations' hidden states, of two layers at a time, fit in memory."""
         width = self.model.get_input_embeddings().weight[0].nbytes
-        each = 2 * sum(step.ids_BS.numel() for step in steps) * width
-        return max(1, int(self.spec.activation_bytes // each))
+        bytes_each = 2 * sum(step.ids_BS.numel() for step in steps) * width
+        return max(1, int(self.spec.activation_bytes // bytes_each))
 
     def _final_states(
         self, steps: Sequence[Step], choices: Sequence[Choice]
@@ -202,7 +210,7 @@ class AllocationRunner:
                 with self._quantized.quantized(FRONT, choice, WeightCache(_UNBOUNDED)):
                     fronts[prefixes[-1]] = [self._layerwise.enter(step) for step in steps]
         shared: dict[Prefix, list[Any]] = {
-            prefix: [one.hidden_BSH for one in passes] for prefix, passes in fronts.items()
+            prefix: [front.hidden_BSH for front in passes] for prefix, passes in fronts.items()
         }
         for number, layer in enumerate(self._layerwise.layers):
             weights = WeightCache(_UNBOUNDED)  # of one layer, for one visit
@@ -215,8 +223,10 @@ class AllocationRunner:
                         continue
                     with self._quantized.quantized(number, choice, weights):
                         following[prefixes[index]] = [
-                            _run_layer(layer, one.entering(number, hidden), one.calls[number])
-                            for one, hidden in zip(fronts[before[:1]], shared[before], strict=True)
+                            _run_layer(layer, front.entering(number, hidden), front.calls[number])
+                            for front, hidden in zip(
+                                fronts[before[:1]], shared[before], strict=True
+                            )
                         ]
             shared = following
         finished = {
@@ -229,7 +239,7 @@ class AllocationRunner:
         return [finished[prefix] for prefix in prefixes]
 
     def _whole(self, steps: Sequence[Step], choice: Choice) -> list[torch.Tensor]:
-        """The same for a model that is not a plain chain of layers."""
+        """Final hidden states per step, for a model that is not a plain chain of layers."""
         weights = WeightCache(_UNBOUNDED)
         with ExitStack() as stack:
             for number in range(FRONT, len(self._layerwise.layers) + 1):
@@ -245,7 +255,7 @@ def _run_layer(
 
 
 def _split(result: TokenDivergence, lengths: list[int]) -> list[SampleDivergence]:
-    """Per sample of a step; a prediction that is not a number has lost everything: infinity."""
+    """Divergences per sample of a step; NaN counts as an infinite loss."""
     parts = zip(
         result.kl_N.nan_to_num(nan=math.inf, posinf=math.inf).split(lengths),
         result.loss_N.nan_to_num(nan=math.inf, posinf=math.inf).split(lengths),

@@ -1,7 +1,8 @@
-"""Small changes of an allocation that keep its budgets: what ``refine`` tries.
+"""Small changes of an allocation within its budgets: what ``refine`` tries.
 
-A move gives one group another format. Proposed are single moves that fit, and pairs of moves of
-two groups, one of which pays for the other, ordered by what the scores predict. Deterministic.
+A move gives a group another format. Proposals are single moves within the budgets, and pairs of
+moves in two groups, one of which frees what the other needs, ordered by predicted loss.
+Deterministic.
 
 Shapes: G groups, F formats, R resources, M moves.
 """
@@ -22,11 +23,11 @@ Change = tuple[tuple[str, str], ...]
 """(group, format) of one or two moves."""
 
 _SLACK = 1e-12
-_MAX_MOVES = 1000  # pairs are their square
+_MAX_MOVES = 1000  # the number of pairs grows with its square
 
 
 class Swaps:
-    """Changes of allocations of one problem.
+    """Changes of a problem's allocations.
 
     Args:
         problem: Groups with their costs.
@@ -48,18 +49,18 @@ class Swaps:
         self._max_formats = options.max_formats
 
     def room(self, formats: Formats) -> Floats:
-        """What an allocation leaves of each budget ``(R)``."""
+        """Unused part of each budget under an allocation ``(R)``."""
         used = np.sum([self._costs[choice] for choice in formats.items()], axis=0)
         limits = np.array([float(budget.limit) for budget in self._budgets])
         room_R: Floats = limits * (1 + _SLACK) - used
         return room_R
 
     def fits(self, formats: Formats) -> bool:
-        """Whether an allocation keeps the budgets and the number of formats."""
+        """Whether an allocation is within the budgets and the number of formats."""
         return bool((self.room(formats) >= 0).all()) and self._has_few_formats(formats)
 
     def moves(self, formats: Formats) -> list[tuple[str, str]]:
-        """Every allowed (group, format) that an allocation does not have; none of tied groups."""
+        """Every allowed (group, format) that is not in the allocation; tied groups do not move."""
         return [
             (group, other)
             for (group, other) in self._scores
@@ -67,7 +68,7 @@ class Swaps:
         ]
 
     def proposals(self, formats: Formats) -> Iterator[Change]:
-        """Changes of an allocation that fit, those that the scores like best first."""
+        """Changes of an allocation within the budgets, the best by the scores first."""
         moves = self.moves(formats)
         if not moves:
             return
@@ -104,7 +105,7 @@ class Swaps:
 
 
 def _most_useful(gains_M: Floats, costs_M: Floats) -> list[int]:
-    """The moves that gain most per cost, and those that save most per loss, half of each."""
+    """The moves with the most gain per cost and those with the most saving per loss, half each."""
     rates_M = gains_M / np.where(costs_M == 0, np.inf, np.abs(costs_M))
     chosen: set[int] = set()
     for side in (costs_M > 0, costs_M <= 0):
@@ -115,7 +116,7 @@ def _most_useful(gains_M: Floats, costs_M: Floats) -> list[int]:
 
 
 def combine(changes: Sequence[Change]) -> list[Change]:
-    """The first changes that touch different groups, best first."""
+    """Changes that touch different groups, taken greedily, best first."""
     touched: set[str] = set()
     kept = []
     for change in changes:

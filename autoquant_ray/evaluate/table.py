@@ -1,7 +1,7 @@
 """Token divergences of all samples -> the rows of ``evaluation.parquet``.
 
-Tokens of one sample depend on each other, so standard errors come from the spread over samples
-(ratio estimator, as for the scores), and differences between allocations are paired by sample.
+Tokens of a sample depend on each other, so standard errors are taken over samples (ratio
+estimator, as for the scores), and differences between allocations are paired by sample.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ import pyarrow as pa
 
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.certainty.total_error import ratio_stderr
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+from autoquant_ray.arrays import Floats
 
 QUANTILES = {"kl_p50": 0.5, "kl_p95": 0.95, "kl_p99": 0.99}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One allocation over S samples and all their N predicted tokens.
+    """What an allocation loses on S samples with N predicted tokens altogether.
 
     Attributes:
         kl_N: KL(P || Q) per token in nats, float64.
-        kl_S: Its sums per sample.
+        kl_S: Sum of the KL per sample.
         loss: Summed ``-log q`` in nats.
         reference_loss: Summed ``-log p`` in nats.
-        num_agreeing: Tokens whose likeliest continuation stayed the same.
+        num_agreeing: Tokens whose most likely continuation is unchanged.
         tokens_S: Predicted tokens per sample.
     """
 
@@ -44,7 +43,7 @@ class Measured:
 
 
 def collect(parts: Iterable[pa.Table]) -> Measured:
-    """Merge an allocation's parts, in the order given.
+    """Merge an allocation's parts, in the given order.
 
     Args:
         parts: One table per shard with the schema ``divergences``.
@@ -60,72 +59,78 @@ def collect(parts: Iterable[pa.Table]) -> Measured:
             num_agreeing += int(agrees_n.values.to_numpy(zero_copy_only=False).sum())
     return Measured(
         kl_N=np.concatenate(kl),
-        kl_S=np.array([math.fsum(one) for one in kl]),
+        kl_S=np.array([math.fsum(kl_n) for kl_n in kl]),
         loss=math.fsum(loss),
         reference_loss=math.fsum(reference),
         num_agreeing=num_agreeing,
-        tokens_S=np.array([len(one) for one in kl], dtype=np.float64),
+        tokens_S=np.array([len(kl_n) for kl_n in kl], dtype=np.float64),
     )
 
 
 def evaluation_rows(
     candidates: Sequence[Candidate], measured: Sequence[Measured], labels: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Rows of ``evaluation.parquet``; the first candidate is the one that others are held against.
+    """Rows of ``evaluation.parquet``; the first candidate is the reference of the differences.
 
     Args:
-        candidates: What was measured.
-        measured: The same, measured on the same samples.
-        labels: ``solution`` and ``dataset`` columns.
+        candidates: The allocations that were measured.
+        measured: What each of them loses, on the same samples.
+        labels: Values of the columns ``solution``, ``dataset`` and ``data_key``.
     """
-    own = measured[0]
+    solution = measured[0]
     return [
-        _row(candidate, one) | _difference(one, own) | labels
-        for candidate, one in zip(candidates, measured, strict=True)
+        _row(candidate, losses) | _difference(losses, solution) | labels
+        for candidate, losses in zip(candidates, measured, strict=True)
     ]
 
 
-def mean_kl(one: Measured) -> float:
+def mean_kl(losses: Measured) -> float:
     """Mean KL(P || Q) in nats per token."""
-    return math.fsum(one.kl_S) / len(one.kl_N)
+    return math.fsum(losses.kl_S) / len(losses.kl_N)
 
 
-def paired_difference(one: Measured, other: Measured | None) -> tuple[float, float | None]:
-    """How much more an allocation loses than another on the same samples, and its error.
+def paired_difference(losses: Measured, baseline: Measured | None) -> tuple[float, float | None]:
+    """Difference of the mean KL of two allocations, paired by sample, with its standard error.
 
     Args:
-        one: In nats per token.
-        other: None stands for the model itself, which loses nothing.
+        losses: What the allocation loses.
+        baseline: What the other loses on the same samples; None for the unquantized model.
+
+    Returns:
+        Nats per token that the allocation loses more than the baseline, and the standard error.
     """
-    if not np.isfinite(one.kl_S).all():
+    if not np.isfinite(losses.kl_S).all():
         return math.inf, None
-    difference_S = one.kl_S if other is None else one.kl_S - other.kl_S
-    error = ratio_stderr(difference_S, one.tokens_S)
-    return math.fsum(difference_S) / len(one.kl_N), error
+    difference_S = losses.kl_S if baseline is None else losses.kl_S - baseline.kl_S
+    error = ratio_stderr(difference_S, losses.tokens_S)
+    return math.fsum(difference_S) / len(losses.kl_N), error
 
 
-def _row(candidate: Candidate, one: Measured) -> dict[str, Any]:
-    num_tokens = len(one.kl_N)
+def _row(candidate: Candidate, losses: Measured) -> dict[str, Any]:
+    num_tokens = len(losses.kl_N)
     return {
         "name": candidate.name,
         "allocation": candidate.key,
         "effective_bits": candidate.effective_bits,
         "weight_bytes": candidate.weight_bytes,
         "predicted_kl": candidate.predicted_kl,
-        "kl_mean": mean_kl(one),
-        "kl_stderr": ratio_stderr(one.kl_S, one.tokens_S),
-        **{name: float(np.quantile(one.kl_N, q, method="higher")) for name, q in QUANTILES.items()},
-        "perplexity": math.exp(one.loss / num_tokens),
-        "reference_perplexity": math.exp(one.reference_loss / num_tokens),
-        "top1_agreement": one.num_agreeing / num_tokens,
+        "kl_mean": mean_kl(losses),
+        "kl_stderr": ratio_stderr(losses.kl_S, losses.tokens_S),
+        **{
+            name: float(np.quantile(losses.kl_N, q, method="higher"))
+            for name, q in QUANTILES.items()
+        },
+        "perplexity": math.exp(losses.loss / num_tokens),
+        "reference_perplexity": math.exp(losses.reference_loss / num_tokens),
+        "top1_agreement": losses.num_agreeing / num_tokens,
         "num_tokens": num_tokens,
-        "num_samples": len(one.kl_S),
+        "num_samples": len(losses.kl_S),
     }
 
 
-def _difference(one: Measured, own: Measured) -> dict[str, Any]:
-    """How much more an allocation loses than the solution, paired by sample."""
-    difference, error = paired_difference(one, own)
+def _difference(losses: Measured, solution: Measured) -> dict[str, Any]:
+    """Columns of the difference between an allocation and the solution."""
+    difference, error = paired_difference(losses, solution)
     return {"kl_above_solution": difference, "kl_above_solution_stderr": error}
 
 

@@ -10,7 +10,7 @@ from laboratory import FORMATS, LENGTHS, NUM_SHARDS, Laboratory
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.search import search
-from autoquant_ray.evaluate.plan_search import search_plans
+from autoquant_ray.evaluate.plan_search import search_allocations
 from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
 
@@ -64,7 +64,7 @@ def test_refined_plan_is_among_the_best_of_all(
         allow={name: FORMATS for name in free_groups(laboratory)},
     )
     formats = search(laboratory.problem, laboratory.scores, options).formats
-    found = search_plans(
+    found = search_allocations(
         laboratory.measure,
         NUM_SHARDS,
         laboratory.problem,
@@ -88,7 +88,7 @@ def test_same_seed_finds_the_same(laboratory: Laboratory) -> None:
     options = SolveOptions(bits=6.0)
     formats = search(laboratory.problem, laboratory.scores, options).formats
     found = [
-        search_plans(
+        search_allocations(
             laboratory.measure,
             NUM_SHARDS,
             laboratory.problem,

@@ -15,7 +15,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import load_problem
 from autoquant_ray.allocate.search import search
-from autoquant_ray.evaluate.plan_search import search_plans
+from autoquant_ray.evaluate.plan_search import search_allocations
 from autoquant_ray.evaluate.rescoring import choose_flips, solve_flips
 from autoquant_ray.evaluate.swaps import Swaps
 from autoquant_ray.evaluate.table import Measured
@@ -106,11 +106,11 @@ def test_one_pass_finds_the_best_where_losses_add_up(problem: Any) -> None:
     best = search(groups, truth, OPTIONS).formats
     num_flips = len(Swaps(groups, scores, OPTIONS).moves(start))
     assert loss(best) < loss(start)
-    found = search_plans(
+    found = search_allocations(
         measure, 4, groups, scores, OPTIONS, start, num_trials=4 * num_flips, seed=1
     )
     assert found.num_flips == num_flips
     assert loss(found.winner.formats) == pytest.approx(loss(best))
-    few = search_plans(measure, 4, groups, scores, OPTIONS, start, num_trials=3)
+    few = search_allocations(measure, 4, groups, scores, OPTIONS, start, num_trials=3)
     assert few.num_flips == 0
     assert few.num_trials == 3
