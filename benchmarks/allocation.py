@@ -26,7 +26,7 @@ from autoquant_ray.allocate.allocation import (
     solve,
 )
 from autoquant_ray.allocate.certainty.resampling import allocate
-from autoquant_ray.allocate.knapsack.problem import Problem
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 
 Floats = npt.NDArray[np.float64]
 
@@ -88,7 +88,7 @@ def time_frontier(scores_GF: Floats, costs_GF: Floats) -> None:
     start = time.perf_counter()
     for noise_GF in noise_BGF:
         allocate(
-            Problem(
+            Knapsack(
                 scores_GF=scores_GF * noise_GF,
                 costs_RGF=costs_GF[None],
                 limits_R=np.array([6 * unit]),

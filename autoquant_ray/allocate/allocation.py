@@ -1,7 +1,7 @@
 """Choose one format per group: least summed score within cost budgets.
 
 One budget is solved exactly, in float64 and in milliseconds
-(:mod:`autoquant_ray.allocate.knapsack.problem`); only among thousands of nearly equal groups does
+(:mod:`autoquant_ray.allocate.knapsack.knapsack`); only among thousands of nearly equal groups does
 ``optimality_gap`` stay above 0, by parts in a billion. Several budgets, and a limit on the number
 of formats, are proven exact where the search stays small; otherwise ``optimality_gap`` says how far
 from proven the answer is. The frontier over all budgets comes from one sweep and is not exact
@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autoquant_ray.allocate.knapsack.greedy import frontier_points, relax
-from autoquant_ray.allocate.knapsack.problem import SLACK, Answer, Problem, sweep
-from autoquant_ray.allocate.knapsack.solve import reachable, solve_problem
+from autoquant_ray.allocate.knapsack.knapsack import SLACK, Answer, Knapsack, sweep
+from autoquant_ray.allocate.knapsack.solve import reachable, solve_knapsack
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, ScoreError
 from autoquant_ray.formats.format import NONE
 
@@ -149,12 +149,12 @@ def solve(
         if math.isnan(budget.limit):
             raise ConfigError(f"{budget.description}: the limit is not a number")
     table = _Table.of(choices, [budget.resource for budget in budgets])
-    problem = table.limited([(budget.resource, budget.limit) for budget in budgets])
+    knapsack = table.limited([(budget.resource, budget.limit) for budget in budgets])
     free = table.formats.index(NONE) if NONE in table.formats else None
-    answer = solve_problem(problem, max_formats, free)
+    answer = solve_knapsack(knapsack, max_formats, free)
     if answer is None:
-        raise InfeasibleBudgetError(infeasible_text(problem, budgets, max_formats, free))
-    return table.allocation(problem, answer)
+        raise InfeasibleBudgetError(infeasible_text(knapsack, budgets, max_formats, free))
+    return table.allocation(knapsack, answer)
 
 
 def frontier(choices: Sequence[Choice], resource: str) -> list[tuple[float, float]]:
@@ -167,8 +167,8 @@ def frontier(choices: Sequence[Choice], resource: str) -> list[tuple[float, floa
         ConfigError: There are no choices, or one occurs twice.
         ScoreError: A score or cost is missing, negative or not finite.
     """
-    problem = _Table.of(choices, [resource]).limited([(resource, math.inf)])
-    return frontier_points(problem)
+    knapsack = _Table.of(choices, [resource]).limited([(resource, math.inf)])
+    return frontier_points(knapsack)
 
 
 def frontier_allocation(choices: Sequence[Choice], resource: str, limit: float) -> Allocation:
@@ -194,13 +194,13 @@ def frontier_allocations(
     steps = sweep(table.everything.scores_GF, table.everything.costs_RGF[0])
     allocations = []
     for limit in limits:
-        problem = table.limited([(resource, limit)])
-        relaxed = relax(problem, fill=False, steps=steps)
+        knapsack = table.limited([(resource, limit)])
+        relaxed = relax(knapsack, fill=False, steps=steps)
         if relaxed is None:
             named = f"a limit of {limit} on {resource}"
             budget = Budget(resource=resource, limit=limit, unit_per_bit=None, description=named)
-            raise InfeasibleBudgetError(infeasible_text(problem, [budget], None, None))
-        allocations.append(table.allocation(problem, relaxed.answer))
+            raise InfeasibleBudgetError(infeasible_text(knapsack, [budget], None, None))
+        allocations.append(table.allocation(knapsack, relaxed.answer))
     return allocations
 
 
@@ -211,7 +211,7 @@ class _Table:
     groups: list[str]
     formats: list[str]
     resources: list[str]
-    everything: Problem
+    everything: Knapsack
 
     @classmethod
     def of(cls, choices: Sequence[Choice], wanted: Sequence[str]) -> _Table:
@@ -233,15 +233,15 @@ class _Table:
             pairs = Counter((c.group, c.format) for c in choices)
             (group, format_), _ = pairs.most_common(1)[0]
             raise ConfigError(f"group {group!r} has format {format_!r} more than once")
-        everything = Problem(
+        everything = Knapsack(
             scores_GF=scores_GF, costs_RGF=costs_RGF, limits_R=np.full(len(resources), np.inf)
         )
         return cls(
             groups=list(rows), formats=list(columns), resources=resources, everything=everything
         )
 
-    def limited(self, limits: Sequence[tuple[str, float]]) -> Problem:
-        """The problem under (resource, limit) pairs; without any, everything costs nothing."""
+    def limited(self, limits: Sequence[tuple[str, float]]) -> Knapsack:
+        """The knapsack under (resource, limit) pairs; without any, everything costs nothing."""
         if not limits:
             free_RGF = np.zeros((1, *self.everything.scores_GF.shape))
             return replace(self.everything, costs_RGF=free_RGF, limits_R=np.zeros(1))
@@ -250,16 +250,16 @@ class _Table:
         limits_R = np.minimum([float(limit) for _, limit in limits], costs_RGF.max(2).sum(1))
         return replace(self.everything, costs_RGF=costs_RGF, limits_R=limits_R)
 
-    def allocation(self, problem: Problem, answer: Answer) -> Allocation:
+    def allocation(self, knapsack: Knapsack, answer: Answer) -> Allocation:
         """Names and exact sums of an answer."""
         chosen = [self.formats[column] for column in answer.columns_G]
         costs = self.everything.costs(answer.columns_G)
         return Allocation(
             formats=dict(zip(self.groups, chosen, strict=True)),
-            score=problem.score(answer.columns_G),
+            score=knapsack.score(answer.columns_G),
             costs=dict(zip(self.resources, costs, strict=True)),
             optimality_gap=answer.gap,
-            is_satisfied=problem.is_within(answer.columns_G),
+            is_satisfied=knapsack.is_within(answer.columns_G),
         )
 
 
@@ -280,28 +280,28 @@ def _check_known(subject: str, name: str, known: Iterable[str]) -> None:
         raise ConfigError(_unknown(f"{subject} does not exist", name, names))
 
 
-def _unknown(problem: str, name: str, known: Iterable[str]) -> str:
+def _unknown(complaint: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-    return f"{problem}; closest: {', '.join(close)}"
+    return f"{complaint}; closest: {', '.join(close)}"
 
 
 _GIB, _MIB = 2**30, 2**20
 
 
 def infeasible_text(
-    problem: Problem, budgets: Sequence[Budget], max_formats: int | None, free: int | None
+    knapsack: Knapsack, budgets: Sequence[Budget], max_formats: int | None, free: int | None
 ) -> str:
     """Say which budget cannot be met, and the range that can be reached.
 
     Args:
-        problem: Scores, costs and limits, one per budget.
+        knapsack: Scores, costs and limits, one per budget.
         budgets: As the user gave them.
         max_formats: Most distinct formats.
         free: Column of the format that does not count as one.
     """
     formats = "" if max_formats is None else f" with at most {max_formats} formats"
-    ranges = reachable(problem, max_formats, free)
+    ranges = reachable(knapsack, max_formats, free)
     if ranges is None:
         return f"no {max_formats} formats cover every group; allow more formats"
     texts = []

@@ -17,7 +17,7 @@ import numpy as np
 from autoquant_ray.allocate import allocation as allocations
 from autoquant_ray.allocate.allocation import Allocation, Choice
 from autoquant_ray.allocate.group_choices import Scores
-from autoquant_ray.allocate.knapsack import problem as knapsack
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.knapsack.worst import solve_worst
 from autoquant_ray.allocate.losses import predicted_loss
 from autoquant_ray.allocate.options import SolveOptions
@@ -151,7 +151,7 @@ def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions)
         [array(lambda c, own=own: _score(c, own), np.inf) for own in domains.scores.values()]
     )
     answer = solve_worst(
-        knapsack.Problem(
+        Knapsack(
             scores_GF=np.where(np.isfinite(scores_DGF[0]), 0.0, np.inf),
             costs_RGF=costs_RGF,
             limits_R=np.array([float(budget.limit) for budget in budgets]),

@@ -12,16 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from autoquant_ray.allocate.group_choices import Scores
+from autoquant_ray.arrays import Floats
 from autoquant_ray.config.expert_groups import EXPERT, LAYER, ExpertGroups
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.models.quantizable import expert_place
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,12 +34,11 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
+from autoquant_ray.arrays import Floats, Mask
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class PairScores:
     """Scores of K (group, format) pairs, in nats per token.
 
     Attributes:
@@ -82,7 +81,10 @@ class Moves:
 
 
 def find_moves(
-    before: Scores, after: Scores, significance: float, paired_stderr_K: Floats | None = None
+    before: PairScores,
+    after: PairScores,
+    significance: float,
+    paired_stderr_K: Floats | None = None,
 ) -> Moves:
     """Test every pair.
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.arrays import Floats
 from autoquant_ray.compare.moved_scores import (
-    Floats,
     Moves,
-    Scores,
+    PairScores,
     find_moves,
     has_integer_input,
     log_deviations,
@@ -126,11 +126,11 @@ class _Side:
             **{name: solution[name] for name in names},
         }
 
-    def of(self, keys: Sequence[Key]) -> Scores:
+    def of(self, keys: Sequence[Key]) -> PairScores:
         """Scores of some pairs, as arrays."""
         rows = [self.rows[key] for key in keys]
         stderrs = [row["score_stderr"] for row in rows]
-        return Scores(
+        return PairScores(
             score_K=np.array([row["score"] for row in rows], dtype=np.float64),
             stderr_K=np.array([math.nan if e is None else e for e in stderrs], dtype=np.float64),
             num_shards=self.num_shards,

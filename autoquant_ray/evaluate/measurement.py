@@ -29,7 +29,7 @@ from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.memory import GIB, footprint
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.scored_modules import scored_modules
-from autoquant_ray.quantize.modules import UNQUANTIZED, Choice
+from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 from autoquant_ray.quantize.statistics import Maxima
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import Lease, lease
@@ -216,7 +216,7 @@ def _evaluation_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima
     )
 
 
-def _choice(plan: Plan, candidate: Candidate) -> Choice:
+def _choice(plan: Plan, candidate: Candidate) -> FormatNumbers:
     index = {format_.name: number for number, format_ in enumerate(plan.formats)}
     index[NONE] = UNQUANTIZED
     formats = candidate.formats  # without experts that saw no token

@@ -28,7 +28,7 @@ from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.layers import first_output
 from autoquant_ray.plan.memory import GIB
 from autoquant_ray.plan.scored_modules import ScoredModule
-from autoquant_ray.quantize.modules import FRONT, UNQUANTIZED, Choice, QuantizedLayers
+from autoquant_ray.quantize.modules import FRONT, UNQUANTIZED, FormatNumbers, QuantizedLayers
 from autoquant_ray.quantize.statistics import Maxima
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
@@ -41,7 +41,7 @@ from autoquant_ray.score.visits import VisitPlanner, make_step, predicting_rows
 Float32s = np.ndarray[Any, np.dtype[np.float32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
-Prefix = tuple[Choice, ...]
+Prefix = tuple[FormatNumbers, ...]
 """Formats of the vision tower, then of the first layers; where equal, so are hidden states."""
 
 _UNBOUNDED = 2**62
@@ -130,7 +130,7 @@ class AllocationRunner:
         self._planner = VisitPlanner(spec.step_tokens, token_bytes=0, room=0)
 
     @torch.no_grad()
-    def evaluate(self, samples: Samples, choices: Sequence[Choice]) -> ShardEvaluation:
+    def evaluate(self, samples: Samples, choices: Sequence[FormatNumbers]) -> ShardEvaluation:
         """Compare the model quantized by each allocation with the unquantized model.
 
         Args:
@@ -142,7 +142,7 @@ class AllocationRunner:
                 a quantized model is, its divergence is infinite.
         """
         start = time.perf_counter()
-        unquantized: Choice = (UNQUANTIZED,) * (1 + max(m.group for m in self.spec.modules))
+        unquantized: FormatNumbers = (UNQUANTIZED,) * (1 + max(m.group for m in self.spec.modules))
         positions = [position for visit in self._planner.visits(samples) for position in visit]
         steps = [make_step([samples[p] for p in chosen], self._device) for chosen in positions]
         hidden = self._final_states_by_choice(steps, [unquantized, *choices])
@@ -173,17 +173,17 @@ class AllocationRunner:
         )
 
     def _quantized_head(
-        self, choice: Choice, weights: WeightCache
+        self, choice: FormatNumbers, weights: WeightCache
     ) -> Callable[[], AbstractContextManager[None]]:
         """Opens a context in which the head is quantized as an allocation says."""
         return partial(self._quantized.quantized, len(self._layerwise.layers), choice, weights)
 
     def _final_states_by_choice(
-        self, steps: Sequence[Step], choices: Sequence[Choice]
-    ) -> dict[Choice, list[torch.Tensor]]:
-        """Choice -> final hidden states per step; as many choices in one pass as memory allows."""
+        self, steps: Sequence[Step], choices: Sequence[FormatNumbers]
+    ) -> dict[FormatNumbers, list[torch.Tensor]]:
+        """FormatNumbers -> final hidden states per step; as many choices in one pass as memory allows."""
         distinct = list(dict.fromkeys(choices))
-        states: dict[Choice, list[torch.Tensor]] = {}
+        states: dict[FormatNumbers, list[torch.Tensor]] = {}
         at_once = self._num_at_once(steps)
         for first in range(0, len(distinct), at_once):
             chunk = distinct[first : first + at_once]
@@ -197,7 +197,7 @@ class AllocationRunner:
         return max(1, int(self.spec.activation_bytes // bytes_each))
 
     def _final_states(
-        self, steps: Sequence[Step], choices: Sequence[Choice]
+        self, steps: Sequence[Step], choices: Sequence[FormatNumbers]
     ) -> list[list[torch.Tensor]]:
         """Per choice and step, final hidden states ``(B, S, H)``."""
         if not self._layerwise.is_layerwise:
@@ -238,7 +238,7 @@ class AllocationRunner:
         }
         return [finished[prefix] for prefix in prefixes]
 
-    def _whole(self, steps: Sequence[Step], choice: Choice) -> list[torch.Tensor]:
+    def _whole(self, steps: Sequence[Step], choice: FormatNumbers) -> list[torch.Tensor]:
         """Final hidden states per step, for a model that is not a plain chain of layers."""
         weights = WeightCache(_UNBOUNDED)
         with ExitStack() as stack:

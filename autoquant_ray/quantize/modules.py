@@ -32,7 +32,7 @@ from autoquant_ray.quantize.statistics import Maxima
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.quantize.weight_search import WeightScales
 
-Choice = tuple[int, ...]
+FormatNumbers = tuple[int, ...]
 """Index of the format per searched group; -1 where the group stays in 16 bits."""
 
 UNQUANTIZED = -1
@@ -75,12 +75,12 @@ class QuantizedLayers:
             if scored.planned.is_cache:
                 self._attentions[scored.planned.name] = CachedAttention(module, scored.planned)
 
-    def signature(self, number: int, choice: Choice) -> Choice:
+    def signature(self, number: int, choice: FormatNumbers) -> FormatNumbers:
         """The part of a choice that matters in a layer; the head counts as the layer after all."""
         return tuple(choice[scored.group] for scored, _ in self._by_layer.get(number, []))
 
     @contextmanager
-    def quantized(self, number: int, choice: Choice, weights: WeightCache) -> Iterator[None]:
+    def quantized(self, number: int, choice: FormatNumbers, weights: WeightCache) -> Iterator[None]:
         """While open, the modules of a layer run under the formats of a choice.
 
         Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.allocate.certainty.stopping import MIN_SHARDS
-from autoquant_ray.report.evidence import Choice, Evidence
+from autoquant_ray.report.evidence import ChosenFormat, Evidence
 from autoquant_ray.report.measured import IN_RANGE
 from autoquant_ray.wording import few
 
@@ -255,7 +255,7 @@ def _look(title: str, text: str) -> Concern:
     return Concern(is_grave=False, title=title, text=text)
 
 
-def _share(choices: Sequence[Choice], known: Evidence) -> str:
+def _share(choices: Sequence[ChosenFormat], known: Evidence) -> str:
     return f"{sum(choice.score for choice in choices) / known.predicted:.1%}"
 
 

@@ -10,7 +10,7 @@ from autoquant_ray.plan.silent_experts import FewTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ChosenFormat:
     """A searched group under its chosen format, which loses something.
 
     Attributes:
@@ -55,7 +55,7 @@ class Evidence:
     predicted: float
     stderr: float | None
     effective_bits: float
-    choices: Sequence[Choice]
+    choices: Sequence[ChosenFormat]
     is_satisfied: bool = True
     num_shards: int | None = None
     quarantined: Sequence[Mapping[str, Any]] = ()

@@ -14,7 +14,7 @@ from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.kv_cache import is_described
 from autoquant_ray.plan.silent_experts import experts_with_few_tokens, silent_experts
 from autoquant_ray.report.domains import is_by_domain
-from autoquant_ray.report.evidence import Choice, Evidence
+from autoquant_ray.report.evidence import ChosenFormat, Evidence
 from autoquant_ray.report.measured import measured_rows
 from autoquant_ray.runs.names import solution_of
 from autoquant_ray.runs.state import RunState
@@ -148,7 +148,7 @@ def gather_evidence(sources: Sources) -> Evidence:
     stability = sources.manifest.get("stability") or {}
     config = sources.run["config"]
     found = (
-        Choice(group=group, format=format_, score=entry[0], stderr=entry[1])
+        ChosenFormat(group=group, format=format_, score=entry[0], stderr=entry[1])
         for group, format_ in sources.formats.items()
         if (entry := sources.scores.get(group, {}).get(format_)) is not None
     )

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoquant_ray.arrays import Floats
 from autoquant_ray.errors import changed_input
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.quantizable import PlannedModule
@@ -39,8 +40,6 @@ from autoquant_ray.score.expert_tokens import TokenCounts
 from autoquant_ray.score.kv_caches import CacheHooks
 from autoquant_ray.score.row_sampling import name_seed
 from autoquant_ray.score.rows import ChosenRows, as_rows, choose_rows, row_values
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)

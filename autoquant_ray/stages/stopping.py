@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from autoquant_ray.allocate.certainty.stopping import (
     MIN_SHARDS,
     StoppingRule,
-    budget_problem,
+    budget_knapsack,
     part_sums,
     scored_choices,
 )
@@ -49,7 +49,7 @@ def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
     problem, options = Problem(plan.rows(), plan.summary()), solve_options(config)
     formats = [format_.name for format_ in plan.formats]
     served = served_problems(problem, options)[0].served
-    costs = budget_problem(problem, options, formats)
+    costs = budget_knapsack(problem, options, formats)
     has_GF = scored_choices(costs)
     if served is not None:
         permitted = [served.permitted[group.name] for group in problem.searched]

@@ -14,7 +14,7 @@ from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.evaluate.table import Measured
 from autoquant_ray.formats.format import NONE
-from autoquant_ray.quantize.modules import Choice
+from autoquant_ray.quantize.modules import FormatNumbers
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
 NUM_SHARDS, LENGTHS = 4, [24, 24, 24]
@@ -50,17 +50,17 @@ class Laboratory:
             ),
             model=prepared.model,
         )
-        self._kept: dict[tuple[int, Choice], Any] = {}
+        self._kept: dict[tuple[int, FormatNumbers], Any] = {}
 
     def bits(self, formats: dict[str, str]) -> float:
         """Average stored bits of an allocation."""
         return average_bits(self.problem.searched, formats)
 
-    def choice(self, formats: dict[str, str]) -> Choice:
+    def choice(self, formats: dict[str, str]) -> FormatNumbers:
         index = {NONE: -1} | {name: number for number, name in enumerate(FORMATS)}
         return tuple(index[formats[name]] for name in self.names)
 
-    def measure_choices(self, choices: Sequence[Choice], shard: int) -> list[Any]:
+    def measure_choices(self, choices: Sequence[FormatNumbers], shard: int) -> list[Any]:
         new = [c for c in dict.fromkeys(choices) if (shard, c) not in self._kept]
         if new:
             result = self.runner.evaluate(self.shards[shard], new)

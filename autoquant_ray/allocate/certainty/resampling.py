@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autoquant_ray.allocate.knapsack.greedy import relax
-from autoquant_ray.allocate.knapsack.problem import Problem
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.arrays import Floats, Indices
 
 NUM_RESAMPLES = 200
@@ -63,7 +63,7 @@ class Stability:
 
 
 def assess(
-    problem: Problem,
+    knapsack: Knapsack,
     sums_SGF: Floats,
     seed: Sequence[int],
     num_resamples: int = NUM_RESAMPLES,
@@ -74,7 +74,7 @@ def assess(
     the order of the shards, no matrix product whose order of sums a library chooses.
 
     Args:
-        problem: Costs and limits; its scores are 0, and inf where a group lacks a format.
+        knapsack: Costs and limits; its scores are 0, and inf where a group lacks a format.
         sums_SGF: Every shard's sums, in any one unit; where a group lacks a format, 0.
         seed: Seed of the resampling.
         num_resamples: Number of resamples.
@@ -82,15 +82,15 @@ def assess(
     Returns:
         The comparison, or None where an allocation within the limits was not found.
     """
-    truth = replace(problem, scores_GF=problem.scores_GF + sums_SGF.cumsum(axis=0)[-1])
-    return compare_resamples(problem, truth, _resampled(sums_SGF, seed, num_resamples))
+    truth = replace(knapsack, scores_GF=knapsack.scores_GF + sums_SGF.cumsum(axis=0)[-1])
+    return compare_resamples(knapsack, truth, _resampled(sums_SGF, seed, num_resamples))
 
 
-def compare_resamples(problem: Problem, truth: Problem, totals_BGF: Floats) -> Stability | None:
+def compare_resamples(knapsack: Knapsack, truth: Knapsack, totals_BGF: Floats) -> Stability | None:
     """Solve every resample and compare its allocation with that of the full sample.
 
     Args:
-        problem: Costs and limits; its scores are 0, and inf where a group lacks a format.
+        knapsack: Costs and limits; its scores are 0, and inf where a group lacks a format.
         truth: The same with the full sample's scores.
         totals_BGF: The resamples' scores.
 
@@ -107,7 +107,7 @@ def compare_resamples(problem: Problem, truth: Problem, totals_BGF: Floats) -> S
     groups_G = np.arange(len(columns_G))
     num_resamples = len(totals_BGF)
     for totals_GF in totals_BGF:
-        resample = replace(problem, scores_GF=problem.scores_GF + totals_GF)
+        resample = replace(knapsack, scores_GF=knapsack.scores_GF + totals_GF)
         other = allocate(resample, price)
         if other is None:
             return None
@@ -121,56 +121,56 @@ def compare_resamples(problem: Problem, truth: Problem, totals_BGF: Floats) -> S
     )
 
 
-def allocate(problem: Problem, price: float = 0.0) -> tuple[Indices, float] | None:
+def allocate(knapsack: Knapsack, price: float = 0.0) -> tuple[Indices, float] | None:
     """Format (column) per group, near the least score within one or two limits; no proof.
 
     Along the frontier of the first limit. Where that breaks the second one, its cost is added to
     the scores at the lowest price, found by bisection, at which both limits hold.
 
     Args:
-        problem: Scores, costs and limits.
-        price: The price of a similar problem, from which to look for this one's; 0 if unknown.
+        knapsack: Scores, costs and limits.
+        price: The price of a similar knapsack, from which to look for this one's; 0 if unknown.
 
     Returns:
         The formats and the price, or None where no such allocation was found.
     """
-    columns_G = _along_first(problem, 0.0)
-    if columns_G is None or problem.is_within(columns_G):
+    columns_G = _along_first(knapsack, 0.0)
+    if columns_G is None or knapsack.is_within(columns_G):
         return None if columns_G is None else (columns_G, 0.0)
-    low, high = 0.0, price / 2 or _first_price(problem)
+    low, high = 0.0, price / 2 or _first_price(knapsack)
     for _ in range(_NUM_DOUBLINGS):
-        columns_G = _along_first(problem, high)
-        if columns_G is not None and problem.is_within(columns_G):
+        columns_G = _along_first(knapsack, high)
+        if columns_G is not None and knapsack.is_within(columns_G):
             break
         low, high = high, 2 * high
     else:
         return None
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2
-        middle_G = _along_first(problem, middle)
-        if middle_G is not None and problem.is_within(middle_G):
+        middle_G = _along_first(knapsack, middle)
+        if middle_G is not None and knapsack.is_within(middle_G):
             high, columns_G = middle, middle_G
         else:
             low = middle
     return columns_G, high
 
 
-def _along_first(problem: Problem, price: float) -> Indices | None:
+def _along_first(knapsack: Knapsack, price: float) -> Indices | None:
     """Allocation within the first limit, the second cost priced in; None where there is none."""
-    scores_GF = problem.scores_GF
+    scores_GF = knapsack.scores_GF
     if price:
-        scores_GF = scores_GF + price * problem.costs_RGF[1]
-    first = Problem(
-        scores_GF=scores_GF, costs_RGF=problem.costs_RGF[:1], limits_R=problem.limits_R[:1]
+        scores_GF = scores_GF + price * knapsack.costs_RGF[1]
+    first = Knapsack(
+        scores_GF=scores_GF, costs_RGF=knapsack.costs_RGF[:1], limits_R=knapsack.limits_R[:1]
     )
     answer = relax(first)
     return None if answer is None else answer.answer.columns_G
 
 
-def _first_price(problem: Problem) -> float:
+def _first_price(knapsack: Knapsack) -> float:
     """A price far below any that matters: a millionth of all scores over all costs."""
-    scores = float(np.where(problem.present_GF, problem.scores_GF, 0.0).sum())
-    return 1e-6 * scores / float(problem.costs_RGF[1].sum()) if scores > 0 else 1e-300
+    scores = float(np.where(knapsack.present_GF, knapsack.scores_GF, 0.0).sum())
+    return 1e-6 * scores / float(knapsack.costs_RGF[1].sum()) if scores > 0 else 1e-300
 
 
 def drawn_counts(num_shards: int, seed: Sequence[int], num_resamples: int) -> Indices:

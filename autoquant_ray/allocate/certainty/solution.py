@@ -25,10 +25,10 @@ from autoquant_ray.allocate.certainty.resampling import (
     compare_resamples,
     drawn_counts,
 )
-from autoquant_ray.allocate.certainty.stopping import budget_problem
+from autoquant_ray.allocate.certainty.stopping import budget_knapsack
 from autoquant_ray.allocate.domains import read_domain_scores
 from autoquant_ray.allocate.group_choices import GroupChoices, Scores
-from autoquant_ray.allocate.knapsack import problem as knapsack
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.kv_caches import shuffled_order
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
@@ -150,7 +150,7 @@ def as_arrays(
     options: SolveOptions,
     formats: Mapping[str, str],
     menu: Sequence[str],
-) -> tuple[knapsack.Problem, knapsack.Problem]:
+) -> tuple[Knapsack, Knapsack]:
     """Costs and limits of the choices that the options leave, without scores and with them.
 
     Args:
@@ -160,7 +160,7 @@ def as_arrays(
     groups, columns = problem.searched, [*menu, NONE]
     allowed = _allowed(problem, scores, options, formats)
     mask_GF = np.array([[(g.name, name) in allowed for name in columns] for g in groups])
-    costs = budget_problem(problem, options, menu).keep(mask_GF)
+    costs = budget_knapsack(problem, options, menu).keep(mask_GF)
     scores_GF = np.array(
         [[0.0 if f == NONE else scores.get((g.name, f), 0.0) for f in columns] for g in groups]
     )
@@ -171,7 +171,7 @@ def found_certainty(
     problem: Problem,
     formats: Mapping[str, str],
     menu: Sequence[str],
-    truth: knapsack.Problem,
+    truth: Knapsack,
     found: Stability,
     num_buckets: int,
 ) -> Certainty:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from autoquant_ray.allocate.certainty.resampling import assess
-from autoquant_ray.allocate.knapsack import problem as knapsack
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.arrays import Floats, Mask
@@ -61,9 +61,9 @@ class StoppingRule:
     """Collects the shards' sums in any order and decides in the order of the shards.
 
     Args:
-        problem: Costs and limits of the scan's budget, see :func:`budget_problem`. The rows of
+        knapsack: Costs and limits of the scan's budget, see :func:`budget_knapsack`. The rows of
             parts are its groups' formats, group by group, without the last column (16 bits).
-        has_GF: Which choices parts have rows of, where the problem leaves some of them out.
+        has_GF: Which choices parts have rows of, where it leaves some of them out.
         threshold: Expected regret below which the scan may stop.
         num_shards: Shards of the run.
         seed: The config's seed.
@@ -71,15 +71,15 @@ class StoppingRule:
 
     def __init__(
         self,
-        problem: knapsack.Problem,
+        knapsack: Knapsack,
         *,
         threshold: float,
         num_shards: int,
         seed: int,
         has_GF: Mask | None = None,
     ) -> None:
-        self._problem = problem
-        self._has_GF = scored_choices(problem) if has_GF is None else has_GF
+        self._knapsack = knapsack
+        self._has_GF = scored_choices(knapsack) if has_GF is None else has_GF
         self._threshold = threshold
         self._num_shards = num_shards
         self._seed = seed
@@ -133,7 +133,7 @@ class StoppingRule:
         if not np.isnan(sums_SK).all(axis=0).any():
             measured_SGF = np.zeros((count, *self._has_GF.shape))
             measured_SGF[:, self._has_GF] = np.nan_to_num(sums_SK)
-            stability = assess(self._problem, measured_SGF, (self._seed, count))
+            stability = assess(self._knapsack, measured_SGF, (self._seed, count))
             regret = None if stability is None else stability.expected_regret
         self.checks.append(Check(shards=count, expected_regret=regret))
 
@@ -171,16 +171,14 @@ def part_sums(part: pa.Table, estimator: str) -> Floats:
     return sums
 
 
-def scored_choices(problem: knapsack.Problem) -> Mask:
+def scored_choices(knapsack: Knapsack) -> Mask:
     """(G, F): which group has a score of which format; 16 bits, the last column, has none."""
-    has_GF: Mask = problem.present_GF.copy()
+    has_GF: Mask = knapsack.present_GF.copy()
     has_GF[:, -1] = False
     return has_GF
 
 
-def budget_problem(
-    problem: Problem, options: SolveOptions, formats: Sequence[str]
-) -> knapsack.Problem:
+def budget_knapsack(problem: Problem, options: SolveOptions, formats: Sequence[str]) -> Knapsack:
     """Costs and limits of a budget as arrays, without scores.
 
     Args:
@@ -189,7 +187,7 @@ def budget_problem(
         formats: The menu, in the order of the scores' parts. 16 bits becomes the last column.
 
     Returns:
-        A problem whose scores are 0, and inf where a group lacks a format.
+        A knapsack whose scores are 0, and inf where a group lacks a format.
     """
     budgets = problem.budgets(options)
     columns = [*formats, NONE]
@@ -200,7 +198,7 @@ def budget_problem(
         ]
         for budget in budgets
     ]
-    return knapsack.Problem(
+    return Knapsack(
         scores_GF=np.array(
             [[0.0 if f in group.rows else np.inf for f in columns] for group in problem.searched]
         ),

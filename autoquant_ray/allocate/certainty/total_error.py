@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from autoquant_ray.arrays import Floats
 from autoquant_ray.formats.format import NONE
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, kw_only=True)

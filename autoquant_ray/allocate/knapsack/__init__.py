@@ -1,4 +1,4 @@
 """The exact multiple-choice knapsack on arrays; knows no names of groups or formats.
 
-Imports only the top level. :mod:`~autoquant_ray.allocate.knapsack.problem` describes the method.
+Imports only the top level. :mod:`~autoquant_ray.allocate.knapsack.knapsack` describes the method.
 """

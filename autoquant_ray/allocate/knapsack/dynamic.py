@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from autoquant_ray.allocate.knapsack.problem import MARGIN, SLACK, Answer, Problem, sweep, tighten
+from autoquant_ray.allocate.knapsack.knapsack import MARGIN, SLACK, Answer, Knapsack, sweep, tighten
 from autoquant_ray.arrays import Floats, Indices
 
 WIDTHS = (500, 10_000, 100_000)  # states kept per group in successive searches
@@ -24,11 +24,11 @@ NUM_NEIGHBOURS = 16  # states that a state is compared with where there are seve
 NUM_COMPLETED = 16  # states completed after a group where there are several resources
 
 
-def search(problem: Problem, multipliers_R: Floats, answer: Answer, width: int) -> Answer:
+def search(knapsack: Knapsack, multipliers_R: Floats, answer: Answer, width: int) -> Answer:
     """Improve a known answer, or prove it best.
 
     Args:
-        problem: Scores, costs and limits.
+        knapsack: Scores, costs and limits.
         multipliers_R: Lagrange multipliers (R,), >= 0; they weigh the costs in bounds.
         answer: An allocation within the limits.
         width: Most states kept after a group.
@@ -36,7 +36,7 @@ def search(problem: Problem, multipliers_R: Floats, answer: Answer, width: int) 
     Returns:
         The best allocation found; its bound equals its score unless states were let go.
     """
-    kept = tighten(problem, multipliers_R, answer.score)
+    kept = tighten(knapsack, multipliers_R, answer.score)
     if not kept.present_GF.any(axis=1).all():
         return replace(answer, lower=max(answer.lower, answer.score))  # nothing scores as low
     num_groups = int((kept.present_GF.sum(axis=1) > 1).sum())
@@ -48,9 +48,9 @@ def search(problem: Problem, multipliers_R: Floats, answer: Answer, width: int) 
         if not len(run.score_S):
             break
     columns_G = run.result()
-    if columns_G is not None and problem.is_within(columns_G):
-        found = (problem.score(columns_G), problem.costs(columns_G))
-        if found < (answer.score, problem.costs(answer.columns_G)):
+    if columns_G is not None and knapsack.is_within(columns_G):
+        found = (knapsack.score(columns_G), knapsack.costs(columns_G))
+        if found < (answer.score, knapsack.costs(answer.columns_G)):
             answer = Answer(columns_G=columns_G, score=found[0], lower=answer.lower)
     lower = max(answer.lower, min(answer.score, run.base_score + run.let_go))
     return Answer(columns_G=answer.columns_G, score=answer.score, lower=lower)
@@ -59,17 +59,19 @@ def search(problem: Problem, multipliers_R: Floats, answer: Answer, width: int) 
 class _Run:
     """One pass over the groups with a choice; scores and costs count from each group's least."""
 
-    def __init__(self, problem: Problem, multipliers_R: Floats, answer: Answer, width: int) -> None:
-        least_costs_RG = np.where(problem.present_GF, problem.costs_RGF, np.inf).min(axis=2)
-        least_scores_G = problem.scores_GF.min(axis=1)
+    def __init__(
+        self, knapsack: Knapsack, multipliers_R: Floats, answer: Answer, width: int
+    ) -> None:
+        least_costs_RG = np.where(knapsack.present_GF, knapsack.costs_RGF, np.inf).min(axis=2)
+        least_scores_G = knapsack.scores_GF.min(axis=1)
         base_costs_R = np.array([math.fsum(row) for row in least_costs_RG])
         self.width = width
-        self.least_G: Indices = problem.scores_GF.argmin(axis=1)
-        self.core = np.flatnonzero(problem.present_GF.sum(axis=1) > 1)
-        self.scores_GF = (problem.scores_GF - least_scores_G[:, None])[self.core]
-        self.costs_RGF = (problem.costs_RGF - least_costs_RG[:, :, None])[:, self.core]
+        self.least_G: Indices = knapsack.scores_GF.argmin(axis=1)
+        self.core = np.flatnonzero(knapsack.present_GF.sum(axis=1) > 1)
+        self.scores_GF = (knapsack.scores_GF - least_scores_G[:, None])[self.core]
+        self.costs_RGF = (knapsack.costs_RGF - least_costs_RG[:, :, None])[:, self.core]
         self._sort()
-        self.room_R = problem.limits_R * (1 + SLACK / 2) - base_costs_R
+        self.room_R = knapsack.limits_R * (1 + SLACK / 2) - base_costs_R
         self.is_single = len(self.room_R) == 1
         self.weights_R = np.ones(1) if self.is_single else multipliers_R
         surrogate_GF = np.tensordot(self.weights_R, self.costs_RGF, axes=1)

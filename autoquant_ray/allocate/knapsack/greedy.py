@@ -1,6 +1,6 @@
 """The greedy knapsack for one resource: prefixes of the sweep along the hulls, and their bound.
 
-Shapes as in :mod:`autoquant_ray.allocate.knapsack.problem`.
+Shapes as in :mod:`autoquant_ray.allocate.knapsack.knapsack`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoquant_ray.allocate.knapsack.problem import SLACK, Answer, Problem, Sweep, bound, sweep
+from autoquant_ray.allocate.knapsack.knapsack import SLACK, Answer, Knapsack, Sweep, bound, sweep
 from autoquant_ray.arrays import Floats, Indices
 
 
-def frontier_points(problem: Problem) -> list[tuple[float, float]]:
-    """Summed cost and score after every step of the sweep, for the problem's one resource."""
-    steps = sweep(problem.scores_GF, problem.costs_RGF[0])
-    cheapest = problem.costs(steps.start_G)[0]
+def frontier_points(knapsack: Knapsack) -> list[tuple[float, float]]:
+    """Summed cost and score after every step of the sweep, for the knapsack's one resource."""
+    steps = sweep(knapsack.scores_GF, knapsack.costs_RGF[0])
+    cheapest = knapsack.costs(steps.start_G)[0]
     costs = cheapest + np.concatenate(([0.0], np.cumsum(steps.costs_N)))
     # Summed from the good end: there the scores are smallest and rounding would show most.
-    best = problem.score(steps.prefix(len(steps.costs_N)))
+    best = knapsack.score(steps.prefix(len(steps.costs_N)))
     scores = best + np.concatenate(([0.0], np.cumsum(steps.gains_N[::-1])))[::-1]
     return list(zip(costs.tolist(), scores.tolist(), strict=True))
 
@@ -39,53 +39,53 @@ class Relaxed:
     prefix_G: Indices
 
 
-def relax(problem: Problem, *, fill: bool = True, steps: Sweep | None = None) -> Relaxed | None:
-    """Greedy allocation, its lower bound and the multiplier, for the problem's one resource.
+def relax(knapsack: Knapsack, *, fill: bool = True, steps: Sweep | None = None) -> Relaxed | None:
+    """Greedy allocation, its lower bound and the multiplier, for the knapsack's one resource.
 
     Args:
-        problem: Scores, costs and one limit.
+        knapsack: Scores, costs and one limit.
         fill: After the last hull step within the limit, also take later ones that still fit.
-        steps: The sweep of the problem, where it is known.
+        steps: The sweep of the knapsack, where it is known.
 
     Returns:
         The answer, or None where even the cheapest choices exceed the limit.
     """
-    steps = steps or sweep(problem.scores_GF, problem.costs_RGF[0])
-    num_steps = _num_steps_within(problem, steps)
+    steps = steps or sweep(knapsack.scores_GF, knapsack.costs_RGF[0])
+    num_steps = _num_steps_within(knapsack, steps)
     if num_steps is None:
         return None
     prefix_G = columns_G = steps.prefix(num_steps)
     if fill:
-        columns_G = _fill(problem, steps, num_steps)
+        columns_G = _fill(knapsack, steps, num_steps)
     multiplier_R = steps.rates_N[num_steps : num_steps + 1]
     if not multiplier_R.size:
         multiplier_R = np.zeros(1)
-    score = problem.score(columns_G)
+    score = knapsack.score(columns_G)
     answer = Answer(
-        columns_G=columns_G, score=score, lower=min(score, bound(problem, multiplier_R))
+        columns_G=columns_G, score=score, lower=min(score, bound(knapsack, multiplier_R))
     )
     return Relaxed(answer=answer, multiplier_R=multiplier_R, prefix_G=prefix_G)
 
 
-def _num_steps_within(problem: Problem, steps: Sweep) -> int | None:
-    """How many hull steps fit within the problem's one limit; None where the start does not."""
-    if not problem.is_within(steps.start_G):
+def _num_steps_within(knapsack: Knapsack, steps: Sweep) -> int | None:
+    """How many hull steps fit within the knapsack's one limit; None where the start does not."""
+    if not knapsack.is_within(steps.start_G):
         return None
-    spent_N = problem.costs(steps.start_G)[0] + np.cumsum(steps.costs_N)
-    num_steps = int(np.searchsorted(spent_N, _limit(problem), side="right"))
-    while not problem.is_within(steps.prefix(num_steps)):
+    spent_N = knapsack.costs(steps.start_G)[0] + np.cumsum(steps.costs_N)
+    num_steps = int(np.searchsorted(spent_N, _limit(knapsack), side="right"))
+    while not knapsack.is_within(steps.prefix(num_steps)):
         num_steps -= 1
     return num_steps
 
 
-def _limit(problem: Problem) -> float:
-    return float(problem.limits_R[0]) * (1 + SLACK / 2)
+def _limit(knapsack: Knapsack) -> float:
+    return float(knapsack.limits_R[0]) * (1 + SLACK / 2)
 
 
-def _fill(problem: Problem, steps: Sweep, num_steps: int) -> Indices:
+def _fill(knapsack: Knapsack, steps: Sweep, num_steps: int) -> Indices:
     """Take the hull prefix, then every later step that still fits."""
     columns_G = steps.prefix(num_steps)
-    spare = _limit(problem) - problem.costs(columns_G)[0]
+    spare = _limit(knapsack) - knapsack.costs(columns_G)[0]
     blocked: set[int] = set()
     later = slice(num_steps, None)
     fits = np.minimum.accumulate(steps.costs_N[later][::-1])[::-1].tolist()
@@ -100,4 +100,4 @@ def _fill(problem: Problem, steps: Sweep, num_steps: int) -> Indices:
         if group not in blocked:
             filled_G[group] = column
             spare -= cost
-    return filled_G if problem.is_within(filled_G) else columns_G
+    return filled_G if knapsack.is_within(filled_G) else columns_G

@@ -1,7 +1,7 @@
 """Costs that are multiples of one step: a sharper limit, a sharper bound and a better filling.
 
 Weights come in a few sizes and formats in a few widths, so summed costs are multiples of a step
-that can weigh more than the whole gap of a large problem. Two things follow.
+that can weigh more than the whole gap of a large knapsack. Two things follow.
 
 1. :func:`find` lowers the limit to the largest sum that can be reached. With 50,000 groups this
    alone takes most of the distance between the greedy allocation and its bound.
@@ -12,7 +12,7 @@ that can weigh more than the whole gap of a large problem. Two things follow.
    lose least, are an allocation. Where thousands of groups are nearly equal both agree, and a
    search over single groups would not end.
 
-Shapes as in :mod:`autoquant_ray.allocate.knapsack.problem`; C classes of equal moves, W nodes of
+Shapes as in :mod:`autoquant_ray.allocate.knapsack.knapsack`; C classes of equal moves, W nodes of
 the walk.
 """
 
@@ -23,17 +23,16 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from autoquant_ray.allocate.knapsack.problem import (
+from autoquant_ray.allocate.knapsack.knapsack import (
     MARGIN,
     SLACK,
     Answer,
-    Problem,
+    Knapsack,
     lagrangian,
     losses,
 )
-from autoquant_ray.arrays import Floats, Indices
+from autoquant_ray.arrays import Floats, Indices, Integers
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _NOISE = 1e-10  # remainders up to this share of the largest cost are rounding
@@ -44,35 +43,33 @@ _MAX_NODES = 2_000_000
 _MAX_EDGES = 5_000_000  # under a second
 _BATCH = 100_000  # edges followed at once
 
-Integers = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Lattice:
     """Costs as whole numbers.
 
     Attributes:
-        problem: The problem, its limit lowered to ``capacity`` steps.
+        knapsack: The knapsack, its limit lowered to ``capacity`` steps.
         step: Cost of one step.
         counts_GF: Steps above the cheapest choice of the group; 0 for formats that a group lacks.
         capacity: Most steps within the limit, all groups together.
         error: Most by which the costs of an allocation differ from whole steps.
     """
 
-    problem: Problem
+    knapsack: Knapsack
     step: float
     counts_GF: Integers
     capacity: int
     error: float
 
 
-def find(problem: Problem) -> Lattice | None:
-    """The lattice of a problem with one resource; None where its costs show no useful one."""
-    present_GF, cost_GF = problem.present_GF, problem.costs_RGF[0]
+def find(knapsack: Knapsack) -> Lattice | None:
+    """The lattice of a knapsack with one resource; None where its costs show no useful one."""
+    present_GF, cost_GF = knapsack.present_GF, knapsack.costs_RGF[0]
     least_G = np.where(present_GF, cost_GF, np.inf).min(axis=1)
     excess_GF = np.where(present_GF, cost_GF - least_G[:, None], 0.0)
     step = common_step(np.unique(excess_GF))
-    limit = float(problem.limits_R[0])
+    limit = float(knapsack.limits_R[0])
     if not step:
         return None
     counts_GF = np.rint(excess_GF / step)
@@ -85,7 +82,7 @@ def find(problem: Problem) -> Lattice | None:
     capacity = math.floor((room + error) / step * (1 + 4 * _EPSILON))
     lowered = min(limit, base + capacity * step + error)
     return Lattice(
-        problem=replace(problem, limits_R=np.array([lowered])),
+        knapsack=replace(knapsack, limits_R=np.array([lowered])),
         step=step,
         counts_GF=counts_GF.astype(np.int64),
         capacity=capacity,
@@ -153,26 +150,26 @@ def fill(lattice: Lattice, multipliers_R: Floats, prefix_G: Indices, answer: Ans
     """Improve an answer and its bound by the cheapest walk from the hull prefix to the limit.
 
     Args:
-        lattice: The problem on its lattice.
+        lattice: The knapsack on its lattice.
         multipliers_R: The Lagrange multiplier (1,) at which the prefix is best.
         prefix_G: The hull prefix (G,), within the limit.
         answer: An allocation within the limit.
     """
-    problem, price = lattice.problem, float(multipliers_R[0])
-    lowest = lagrangian(problem, multipliers_R)
+    knapsack, price = lattice.knapsack, float(multipliers_R[0])
+    lowest = lagrangian(knapsack, multipliers_R)
     spare = answer.score - lowest
-    moves = _Moves.of(lattice, losses(problem, multipliers_R), prefix_G, spare)
+    moves = _Moves.of(lattice, losses(knapsack, multipliers_R), prefix_G, spare)
     room = lattice.capacity - int(lattice.counts_GF[np.arange(len(prefix_G)), prefix_G].sum())
     walk = _Walk(moves, room, price * lattice.step, spare)
     if not walk.is_small:
         return answer
     length = walk.go(_CLOSE * answer.score)
     rounding = MARGIN * len(prefix_G) * length + 2 * price * lattice.error
-    rounding += 2 * price * SLACK * float(problem.limits_R[0])
+    rounding += 2 * price * SLACK * float(knapsack.limits_R[0])
     columns_G = _deal(moves, prefix_G, walk.taken())
-    if columns_G is not None and problem.is_within(columns_G):
-        found = (problem.score(columns_G), problem.costs(columns_G))
-        if found < (answer.score, problem.costs(answer.columns_G)):
+    if columns_G is not None and knapsack.is_within(columns_G):
+        found = (knapsack.score(columns_G), knapsack.costs(columns_G))
+        if found < (answer.score, knapsack.costs(answer.columns_G)):
             answer = Answer(columns_G=columns_G, score=found[0], lower=answer.lower)
     lower = max(answer.lower, lowest + length - rounding)
     return replace(answer, lower=min(answer.score, lower))

@@ -17,9 +17,9 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from autoquant_ray.allocate.knapsack.dynamic import WIDTHS, search
-from autoquant_ray.allocate.knapsack.problem import (
+from autoquant_ray.allocate.knapsack.knapsack import (
     Answer,
-    Problem,
+    Knapsack,
     bound,
     reduced,
     tighten,
@@ -34,8 +34,8 @@ _EXACT = {"mip_rel_gap": 0.0, "node_limit": 5_000}
 TIGHTER = (0.0, 1e-9, 1e-8, 1e-7, 1e-6)  # relative cuts of the limits after rounding broke one
 
 
-def solve_several(problem: Problem) -> Answer | None:
-    """Solve a problem with several resources; None where the limits cannot be met together.
+def solve_several(knapsack: Knapsack) -> Answer | None:
+    """Solve a knapsack with several resources; None where the limits cannot be met together.
 
     1. A limit whose own best allocation meets the others too decides alone.
     2. Multipliers come from the linear relaxation, a first allocation from raising them; HiGHS
@@ -44,51 +44,53 @@ def solve_several(problem: Problem) -> Answer | None:
        and the programme tries to prove what HiGHS found.
     """
     lower = 0.0
-    for resource in range(len(problem.limits_R)):
+    for resource in range(len(knapsack.limits_R)):
         row = slice(resource, resource + 1)
-        single = replace(problem, costs_RGF=problem.costs_RGF[row], limits_R=problem.limits_R[row])
+        single = replace(
+            knapsack, costs_RGF=knapsack.costs_RGF[row], limits_R=knapsack.limits_R[row]
+        )
         answer = solve_single(single)
-        if answer is None or (answer.is_proven and problem.is_within(answer.columns_G)):
+        if answer is None or (answer.is_proven and knapsack.is_within(answer.columns_G)):
             return answer
         lower = max(lower, answer.lower)
-    kept = problem.keep(undominated(problem))
+    kept = knapsack.keep(undominated(knapsack))
     multipliers_R = relaxed_multipliers(kept)
     answer = _priced_out(kept, multipliers_R) or solve_milp(kept, rough=True)
     if answer is None:
         return None
     lower = max(lower, answer.lower, bound(kept, multipliers_R))
     answer = replace(answer, lower=min(lower, answer.score))
-    answer = search(problem, multipliers_R, answer, WIDTHS[0])
+    answer = search(knapsack, multipliers_R, answer, WIDTHS[0])
     if not answer.is_proven:
-        polished = solve_milp(tighten(problem, multipliers_R, answer.score)) or answer
+        polished = solve_milp(tighten(knapsack, multipliers_R, answer.score)) or answer
         lower = max(answer.lower, polished.lower)
         best = min(answer, polished, key=lambda found: found.score)
         best = replace(best, lower=min(best.score, lower))
-        answer = search(problem, multipliers_R, best, WIDTHS[1])
-    return answer if problem.is_within(answer.columns_G) else None
+        answer = search(knapsack, multipliers_R, best, WIDTHS[1])
+    return answer if knapsack.is_within(answer.columns_G) else None
 
 
-def _priced_out(problem: Problem, multipliers_R: Floats) -> Answer | None:
+def _priced_out(knapsack: Knapsack, multipliers_R: Floats) -> Answer | None:
     """Each group's best choice at the multipliers, raised as little as meets the limits."""
 
     def cheapest_G(factor: float) -> Indices:
-        columns_G: Indices = reduced(problem, factor * multipliers_R).argmin(axis=1)
+        columns_G: Indices = reduced(knapsack, factor * multipliers_R).argmin(axis=1)
         return columns_G
 
     low, high = 1.0, 1.0
-    while not problem.is_within(cheapest_G(high)):
+    while not knapsack.is_within(cheapest_G(high)):
         if high > 1e6:
             return None
         low, high = high, 2 * high
     for _ in range(30):
         middle = (low + high) / 2
-        low, high = (low, middle) if problem.is_within(cheapest_G(middle)) else (middle, high)
+        low, high = (low, middle) if knapsack.is_within(cheapest_G(middle)) else (middle, high)
     columns_G = cheapest_G(high)
-    return Answer(columns_G=columns_G, score=problem.score(columns_G), lower=0.0)
+    return Answer(columns_G=columns_G, score=knapsack.score(columns_G), lower=0.0)
 
 
 def solve_milp(
-    problem: Problem,
+    knapsack: Knapsack,
     *,
     max_formats: int | None = None,
     free: int | None = None,
@@ -97,7 +99,7 @@ def solve_milp(
     """Solve with HiGHS.
 
     Args:
-        problem: Scores, costs and limits.
+        knapsack: Scores, costs and limits.
         max_formats: Most formats used, or None.
         free: The format (column) that ``max_formats`` does not count, or None.
         rough: Stop at a relative gap of 1e-4.
@@ -106,23 +108,23 @@ def solve_milp(
         The best allocation found with HiGHS' own bound, or None where HiGHS found none. Where
         only rounding keeps HiGHS' allocation within the limits, it has a score above all others.
     """
-    model = LinearModel(problem, max_formats, free)
+    model = LinearModel(knapsack, max_formats, free)
     first = model.solve(0.0, rough)
     if first is None:
         return None
     for cut in TIGHTER:
         found = model.solve(cut, rough) if cut else first
-        if found is not None and problem.is_within(found[0]):
-            score = problem.score(found[0])
+        if found is not None and knapsack.is_within(found[0]):
+            score = knapsack.score(found[0])
             return Answer(columns_G=found[0], score=score, lower=min(score, first[1]))
     # Rounding hides whether the limits can be met: a score above all lets the search decide.
-    above = 1.0 + 2 * float(problem.scores_GF[problem.present_GF].sum())
+    above = 1.0 + 2 * float(knapsack.scores_GF[knapsack.present_GF].sum())
     return Answer(columns_G=first[0], score=above, lower=first[1])
 
 
-def relaxed_multipliers(problem: Problem) -> Floats:
+def relaxed_multipliers(knapsack: Knapsack) -> Floats:
     """Multipliers (R,) of the linear relaxation: score lost per cost, >= 0."""
-    model = LinearModel(problem, None, None)
+    model = LinearModel(knapsack, None, None)
     found = linprog(
         model.objective,
         A_ub=model.usage,
@@ -133,7 +135,7 @@ def relaxed_multipliers(problem: Problem) -> Floats:
         method="highs",
     )
     if found.status != 0:
-        return np.zeros(len(problem.limits_R))
+        return np.zeros(len(knapsack.limits_R))
     scaled_R = np.maximum(0.0, -np.asarray(found.ineqlin.marginals, dtype=np.float64))
     return scaled_R * model.cost_scale_R / model.score_scale
 
@@ -141,20 +143,20 @@ def relaxed_multipliers(problem: Problem) -> Floats:
 class LinearModel:
     """The scaled linear model; one binary variable per choice, then one per counted format."""
 
-    def __init__(self, problem: Problem, max_formats: int | None, free: int | None) -> None:
-        present_GF = problem.present_GF
+    def __init__(self, knapsack: Knapsack, max_formats: int | None, free: int | None) -> None:
+        present_GF = knapsack.present_GF
         self.groups, self.columns = np.nonzero(present_GF)
         self.shape = present_GF.shape
-        least_G = problem.scores_GF.min(axis=1)
-        least_RG = np.where(present_GF, problem.costs_RGF, np.inf).min(axis=2)
-        extra = (problem.scores_GF - least_G[:, None])[present_GF]
+        least_G = knapsack.scores_GF.min(axis=1)
+        least_RG = np.where(present_GF, knapsack.costs_RGF, np.inf).min(axis=2)
+        extra = (knapsack.scores_GF - least_G[:, None])[present_GF]
         self.base_score = math.fsum(least_G)
         self.score_scale = _SCALE / max(float(extra.max(initial=0.0)), 1e-300)
         self.objective = extra * self.score_scale
-        costs_R = (problem.costs_RGF - least_RG[:, :, None])[:, present_GF]
-        room_R = problem.limits_R - np.array([math.fsum(row) for row in least_RG])
+        costs_R = (knapsack.costs_RGF - least_RG[:, :, None])[:, present_GF]
+        room_R = knapsack.limits_R - np.array([math.fsum(row) for row in least_RG])
         largest_R = np.maximum(costs_R.max(axis=1, initial=0.0), np.abs(room_R))
-        self.limits_R = problem.limits_R
+        self.limits_R = knapsack.limits_R
         self.cost_scale_R = 1e3 / np.where(largest_R > 0, largest_R, 1.0)
         self.room_R = room_R * self.cost_scale_R
         self.usage = sparse.csr_array(costs_R * self.cost_scale_R[:, None])

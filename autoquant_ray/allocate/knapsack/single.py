@@ -15,8 +15,8 @@ import numpy as np
 
 from autoquant_ray.allocate.knapsack.dynamic import WIDTHS, search
 from autoquant_ray.allocate.knapsack.greedy import Relaxed, relax
+from autoquant_ray.allocate.knapsack.knapsack import Answer, Knapsack, bound, losses
 from autoquant_ray.allocate.knapsack.lattice import fill, find
-from autoquant_ray.allocate.knapsack.problem import Answer, Problem, bound, losses
 from autoquant_ray.arrays import Floats, Mask
 
 FEW_GROUPS = 200  # undecided groups that need no preparation
@@ -27,44 +27,44 @@ _PATIENT_GROUPS = 5_000  # with more groups, wide searches are not worth their s
 _PATIENCE = dict(zip(WIDTHS, (0.0, 1e-8, 1e-6), strict=True))  # width -> that gap
 
 
-def solve_single(problem: Problem) -> Answer | None:
-    """Solve a problem with one resource; None where the limit cannot be met."""
-    lattice = find(problem)
-    problem = lattice.problem if lattice else problem
-    relaxed = relax(problem)
+def solve_single(knapsack: Knapsack) -> Answer | None:
+    """Solve a knapsack with one resource; None where the limit cannot be met."""
+    lattice = find(knapsack)
+    knapsack = lattice.knapsack if lattice else knapsack
+    relaxed = relax(knapsack)
     if relaxed is None:
         return None
     answer, multiplier_R = relaxed.answer, relaxed.multiplier_R
-    if lattice and _is_large(problem, multiplier_R, answer):
+    if lattice and _is_large(knapsack, multiplier_R, answer):
         answer = fill(lattice, multiplier_R, relaxed.prefix_G, answer)
-    if _is_large(problem, multiplier_R, answer):
-        kept = problem.keep(_core(problem, relaxed, answer))
+    if _is_large(knapsack, multiplier_R, answer):
+        kept = knapsack.keep(_core(knapsack, relaxed, answer))
         found = search(kept, multiplier_R, answer, WIDTHS[0])
         answer = replace(found, lower=answer.lower)
     for width in WIDTHS:
-        enough = _PATIENCE[width] if len(problem.scores_GF) > _PATIENT_GROUPS else 0.0
-        if answer.gap <= enough and (enough == 0 or _is_large(problem, multiplier_R, answer)):
+        enough = _PATIENCE[width] if len(knapsack.scores_GF) > _PATIENT_GROUPS else 0.0
+        if answer.gap <= enough and (enough == 0 or _is_large(knapsack, multiplier_R, answer)):
             break
-        answer = search(problem, multiplier_R, answer, width)
+        answer = search(knapsack, multiplier_R, answer, width)
     return answer
 
 
-def _is_large(problem: Problem, multiplier_R: Floats, answer: Answer) -> bool:
+def _is_large(knapsack: Knapsack, multiplier_R: Floats, answer: Answer) -> bool:
     if answer.is_proven:
         return False
-    possible_GF = losses(problem, multiplier_R) <= answer.score - bound(problem, multiplier_R)
+    possible_GF = losses(knapsack, multiplier_R) <= answer.score - bound(knapsack, multiplier_R)
     return int((possible_GF.sum(axis=1) > 1).sum()) > FEW_GROUPS
 
 
-def _core(problem: Problem, relaxed: Relaxed, answer: Answer) -> Mask:
+def _core(knapsack: Knapsack, relaxed: Relaxed, answer: Answer) -> Mask:
     """Which choices (G, F) make the core: the hull prefix and the moves from it that lose least.
 
     Half of the moves cost more and half less, so that they can be combined to any sum. Of equal
     costs only a few are taken, and of about equal losses the smaller moves.
     """
     prefix_G, rows = relaxed.prefix_G, np.arange(len(relaxed.prefix_G))
-    loss_GF = losses(problem, relaxed.multiplier_R)
-    moved_GF = problem.costs_RGF[0] - problem.costs_RGF[0][rows, prefix_G][:, None]
+    loss_GF = losses(knapsack, relaxed.multiplier_R)
+    moved_GF = knapsack.costs_RGF[0] - knapsack.costs_RGF[0][rows, prefix_G][:, None]
     spare = answer.score - answer.lower
     groups_N, columns_N = np.nonzero((loss_GF <= spare) & (moved_GF != 0))
     loss_N, moved_N = loss_GF[groups_N, columns_N], moved_GF[groups_N, columns_N]

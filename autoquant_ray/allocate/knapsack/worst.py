@@ -8,7 +8,7 @@ to be in no better allocation and are dropped. HiGHS then looks at what is left
 own. It may leave a gap of 1e-4, far below what a score is exact to, and more where it ends early;
 ``gap`` says how far from proven the answer is.
 
-Shapes: D domains, and those of :mod:`autoquant_ray.allocate.knapsack.problem`.
+Shapes: D domains, and those of :mod:`autoquant_ray.allocate.knapsack.knapsack`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
-from autoquant_ray.allocate.knapsack.problem import (
+from autoquant_ray.allocate.knapsack.knapsack import (
     MARGIN,
     Answer,
-    Problem,
+    Knapsack,
     bound,
     losses,
     undominated,
 )
 from autoquant_ray.allocate.knapsack.several import TIGHTER, LinearModel
-from autoquant_ray.allocate.knapsack.solve import solve_problem
+from autoquant_ray.allocate.knapsack.solve import solve_knapsack
 from autoquant_ray.arrays import Floats, Indices, Mask
 
 _SCALE = 1e4  # of the loss that is known to be reached, in HiGHS' rows
@@ -45,36 +45,36 @@ def largest_loss(scores_DGF: Floats, columns_G: Indices) -> float:
 
 
 def solve_worst(
-    problem: Problem, scores_DGF: Floats, max_formats: int | None, free: int | None
+    knapsack: Knapsack, scores_DGF: Floats, max_formats: int | None, free: int | None
 ) -> Answer | None:
     """Choose formats for the least largest loss; None where the limits cannot be met.
 
     Args:
-        problem: Costs and limits; its scores only say which group has which format.
+        knapsack: Costs and limits; its scores only say which group has which format.
         scores_DGF: Score per domain, >= 0, inf where a group lacks a format.
         max_formats: Most distinct formats used, or None.
         free: The format (column) that ``max_formats`` does not count, or None.
     """
     num_domains = len(scores_DGF)
     equal_D = np.full(num_domains, 1 / num_domains)
-    best = _weighted(problem, scores_DGF, equal_D, max_formats, free)
+    best = _weighted(knapsack, scores_DGF, equal_D, max_formats, free)
     if best is None or best.is_proven:
         return best
-    found = _WorstModel(problem, scores_DGF, best, None, free).multipliers()
+    found = _WorstModel(knapsack, scores_DGF, best, None, free).multipliers()
     if found is None:
-        found = equal_D, np.zeros(len(problem.limits_R))
+        found = equal_D, np.zeros(len(knapsack.limits_R))
     weights_D, multipliers_R = found
-    best = _better(best, _weighted(problem, scores_DGF, weights_D, max_formats, free))
-    mixed = _mixed(problem, scores_DGF, weights_D)
+    best = _better(best, _weighted(knapsack, scores_DGF, weights_D, max_formats, free))
+    mixed = _mixed(knapsack, scores_DGF, weights_D)
     for gap, num_nodes in _ROUNDS:
         if best.gap <= _EXACT:
             break
         spare = best.score - bound(mixed, multipliers_R)
-        kept = problem.keep(losses(mixed, multipliers_R) <= spare + MARGIN * best.score)
+        kept = knapsack.keep(losses(mixed, multipliers_R) <= spare + MARGIN * best.score)
         if kept.present_GF.sum() - len(kept.scores_GF) <= _FEW:
             gap = _EXACT
         model = _WorstModel(kept, scores_DGF, best, max_formats, free)
-        best = _better(best, _by_highs(model, problem, scores_DGF, gap, num_nodes))
+        best = _better(best, _by_highs(model, knapsack, scores_DGF, gap, num_nodes))
     return best
 
 
@@ -86,23 +86,23 @@ def _better(best: Answer, other: Answer | None) -> Answer:
     return replace(least, lower=min(least.score, max(best.lower, other.lower)))
 
 
-def _mixed(problem: Problem, scores_DGF: Floats, weights_D: Floats) -> Problem:
-    """The problem with the weighted scores."""
-    mixed_GF = np.where(problem.present_GF, 0.0, np.inf)
+def _mixed(knapsack: Knapsack, scores_DGF: Floats, weights_D: Floats) -> Knapsack:
+    """The knapsack with the weighted scores."""
+    mixed_GF = np.where(knapsack.present_GF, 0.0, np.inf)
     for weight, scores_GF in zip(weights_D.tolist(), scores_DGF, strict=True):
-        mixed_GF += weight * np.where(problem.present_GF, scores_GF, 0.0)
-    return replace(problem, scores_GF=mixed_GF)
+        mixed_GF += weight * np.where(knapsack.present_GF, scores_GF, 0.0)
+    return replace(knapsack, scores_GF=mixed_GF)
 
 
 def _weighted(
-    problem: Problem,
+    knapsack: Knapsack,
     scores_DGF: Floats,
     weights_D: Floats,
     max_formats: int | None,
     free: int | None,
 ) -> Answer | None:
     """The best allocation of a weighted loss, and what it says of the largest loss."""
-    answer = solve_problem(_mixed(problem, scores_DGF, weights_D), max_formats, free)
+    answer = solve_knapsack(_mixed(knapsack, scores_DGF, weights_D), max_formats, free)
     if answer is None:
         return None
     score = largest_loss(scores_DGF, answer.columns_G)
@@ -112,7 +112,7 @@ def _weighted(
 
 
 def _by_highs(
-    model: _WorstModel, problem: Problem, scores_DGF: Floats, gap: float, num_nodes: int
+    model: _WorstModel, knapsack: Knapsack, scores_DGF: Floats, gap: float, num_nodes: int
 ) -> Answer | None:
     """The mixed-integer programme; None where HiGHS found no allocation within the limits."""
     lower: float | None = None
@@ -121,7 +121,7 @@ def _by_highs(
         lower = proven if lower is None else lower  # only the uncut limits prove something
         if columns_G is None:
             break
-        if problem.is_within(columns_G):
+        if knapsack.is_within(columns_G):
             score = largest_loss(scores_DGF, columns_G)
             return Answer(columns_G=columns_G, score=score, lower=min(score, lower))
     return None
@@ -136,14 +136,14 @@ class _WorstModel:
 
     def __init__(
         self,
-        problem: Problem,
+        knapsack: Knapsack,
         scores_DGF: Floats,
         best: Answer,
         max_formats: int | None,
         free: int | None,
     ) -> None:
         self._scale = _SCALE / best.score
-        kept = problem.keep(_within_reach(problem, scores_DGF, best.score))
+        kept = knapsack.keep(_within_reach(knapsack, scores_DGF, best.score))
         if max_formats is None:
             kept = kept.keep(_unbeaten(kept, scores_DGF))
         self._model = LinearModel(kept, max_formats, free)
@@ -214,20 +214,20 @@ class _WorstModel:
         return chosen_GF.argmax(axis=1), lower
 
 
-def _within_reach(problem: Problem, scores_DGF: Floats, known: float) -> Mask:
+def _within_reach(knapsack: Knapsack, scores_DGF: Floats, known: float) -> Mask:
     """Choices that can be part of an allocation with a largest loss of at most ``known``."""
     least_DG = scores_DGF.min(axis=2)
     spare_D = np.maximum(0.0, known - least_DG.sum(axis=1)) + MARGIN * known
     within_GF: Mask = (scores_DGF - least_DG[:, :, None] <= spare_D[:, None, None]).all(axis=0)
-    return within_GF & problem.present_GF
+    return within_GF & knapsack.present_GF
 
 
-def _unbeaten(problem: Problem, scores_DGF: Floats) -> Mask:
+def _unbeaten(knapsack: Knapsack, scores_DGF: Floats) -> Mask:
     """Choices of which no other in the group is as low in every domain and every cost."""
-    losses_DGF = np.where(problem.present_GF, scores_DGF, 0.0)
-    everything = Problem(
-        scores_GF=np.where(problem.present_GF, 0.0, np.inf),
-        costs_RGF=np.concatenate((problem.costs_RGF, losses_DGF)),
-        limits_R=np.full(len(problem.limits_R) + len(scores_DGF), np.inf),
+    losses_DGF = np.where(knapsack.present_GF, scores_DGF, 0.0)
+    everything = Knapsack(
+        scores_GF=np.where(knapsack.present_GF, 0.0, np.inf),
+        costs_RGF=np.concatenate((knapsack.costs_RGF, losses_DGF)),
+        limits_R=np.full(len(knapsack.limits_R) + len(scores_DGF), np.inf),
     )
     return undominated(everything)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from autoquant_ray.compare.moved_scores import (
-    Scores,
+    PairScores,
     benjamini_hochberg,
     find_moves,
     paired_stderr,
@@ -15,10 +15,10 @@ from autoquant_ray.compare.moved_scores import (
 )
 
 
-def scores_of(samples_SK: np.ndarray, maximum: float = 0.0) -> Scores:
+def scores_of(samples_SK: np.ndarray, maximum: float = 0.0) -> PairScores:
     """Scores of shards of one token each."""
     num_shards, num_pairs = samples_SK.shape
-    return Scores(
+    return PairScores(
         score_K=samples_SK.mean(axis=0),
         stderr_K=samples_SK.std(axis=0, ddof=1) / np.sqrt(num_shards),
         num_shards=num_shards,
@@ -37,7 +37,7 @@ def test_unpaired_statistic_is_welchs_and_its_probability_no_smaller() -> None:
 
 
 def test_error_bar_that_is_small_by_luck_counts_as_the_median() -> None:
-    before = Scores(
+    before = PairScores(
         score_K=np.ones(5),
         stderr_K=np.array([0.001, 0.1, 0.1, 0.1, 0.2]),
         num_shards=6,
@@ -109,10 +109,10 @@ def test_untested_pairs_do_not_weaken_the_others() -> None:
     assert not benjamini_hochberg(np.full(3, np.nan), 0.05).any()
 
 
-def plain(scores: list[float], stderr: float, num_shards: int) -> Scores:
+def plain(scores: list[float], stderr: float, num_shards: int) -> PairScores:
     """Scores that all have the same error bar."""
     size = len(scores)
-    return Scores(
+    return PairScores(
         score_K=np.array(scores),
         stderr_K=np.full(size, stderr),
         num_shards=num_shards,

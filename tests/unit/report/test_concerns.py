@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autoquant_ray.report.concerns import find_concerns
-from autoquant_ray.report.evidence import Choice, Evidence
+from autoquant_ray.report.evidence import ChosenFormat, Evidence
 
 LOSSES = {"a": 0.020, "b": 0.018, "c": 0.016, "d": 0.015, "e": 0.031}
 
@@ -20,7 +20,7 @@ def evidence(**changes: Any) -> Evidence:
         "stderr": 0.004,
         "effective_bits": 5.5,
         "choices": [
-            Choice(group=name, format="wint4_afp16", score=loss, stderr=0.1 * loss)
+            ChosenFormat(group=name, format="wint4_afp16", score=loss, stderr=0.1 * loss)
             for name, loss in LOSSES.items()
         ],
         "num_shards": 16,
@@ -69,8 +69,10 @@ def test_unmet_budget_is_grave() -> None:
 
 def test_large_group_is_named_with_its_share() -> None:
     choices = [
-        Choice(group="model.layers.1.mlp.down_proj", format="wfp8_afp8", score=0.06, stderr=None),
-        Choice(group="b", format="wint4_afp16", score=0.04, stderr=None),
+        ChosenFormat(
+            group="model.layers.1.mlp.down_proj", format="wfp8_afp8", score=0.06, stderr=None
+        ),
+        ChosenFormat(group="b", format="wint4_afp16", score=0.04, stderr=None),
     ]
     known = evidence(choices=choices)
     assert titles(known) == ["One group takes most of the loss"]
@@ -80,8 +82,8 @@ def test_large_group_is_named_with_its_share() -> None:
 
 def test_group_of_a_quarter_takes_much_and_less_is_not_named() -> None:
     def with_largest(score: float) -> Evidence:
-        rest = Choice(group="rest", format="f", score=0.01, stderr=None)
-        large = Choice(group="large", format="f", score=score, stderr=None)
+        rest = ChosenFormat(group="rest", format="f", score=0.01, stderr=None)
+        large = ChosenFormat(group="large", format="f", score=score, stderr=None)
         return evidence(choices=[rest, large])
 
     assert titles(with_largest(0.025)) == ["One group takes much of the loss"]
@@ -96,9 +98,9 @@ def test_wide_error_bar_says_how_wide() -> None:
 
 def test_scores_within_their_error_are_named_with_their_share() -> None:
     choices = [
-        Choice(group=f"g{n}", format="wfp8_afp8", score=0.001, stderr=0.001) for n in range(4)
+        ChosenFormat(group=f"g{n}", format="wfp8_afp8", score=0.001, stderr=0.001) for n in range(4)
     ]
-    choices.append(Choice(group="sure", format="wfp8_afp8", score=0.001, stderr=0.0009))
+    choices.append(ChosenFormat(group="sure", format="wfp8_afp8", score=0.001, stderr=0.0009))
     text = only(evidence(choices=choices))
     assert text.startswith("4 chosen formats with a score no larger than its standard error")
     assert "4.0% of the predicted loss: g0 (wfp8_afp8), g1 (wfp8_afp8), g2 (wfp8_afp8)" in text

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from autoquant_ray.allocate.certainty.resampling import allocate, assess
-from autoquant_ray.allocate.knapsack.problem import Problem
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 
 
-def unscored(costs_GF: Any, limit: float) -> Problem:
+def unscored(costs_GF: Any, limit: float) -> Knapsack:
     costs = np.asarray(costs_GF, dtype=np.float64)
-    return Problem(
+    return Knapsack(
         scores_GF=np.zeros(costs.shape), costs_RGF=costs[None], limits_R=np.array([limit])
     )
 
@@ -86,11 +86,11 @@ def test_assess_predicts_the_regret_of_a_known_truth(num_shards: int) -> None:
     expected, actual = [], []
     for repeat in range(120):
         truth_GF, costs_GF, limit = simulated(rng)
-        problem = unscored(costs_GF, limit)
-        known = replace(problem, scores_GF=truth_GF)
+        knapsack = unscored(costs_GF, limit)
+        known = replace(knapsack, scores_GF=truth_GF)
         best = allocate(known)
         noise_SGF = rng.gamma(0.8, 1 / 0.8, size=(num_shards, *truth_GF.shape))
-        found = assess(problem, noise_SGF * truth_GF, (repeat, num_shards), num_resamples=60)
+        found = assess(knapsack, noise_SGF * truth_GF, (repeat, num_shards), num_resamples=60)
         assert found is not None
         assert best is not None
         expected.append(found.expected_regret)
@@ -134,9 +134,9 @@ def test_assess_limit_that_cannot_be_met_is_unknown() -> None:
 
 
 def test_assess_ignores_formats_that_a_group_lacks() -> None:
-    problem = unscored([[1.0, 2.0], [0.0, 2.0]], 3.0)
-    problem.scores_GF[1, 0] = np.inf
-    found = assess(problem, np.array([[[3.0, 0.0], [0.0, 0.0]]] * 9), (0, 9))
+    knapsack = unscored([[1.0, 2.0], [0.0, 2.0]], 3.0)
+    knapsack.scores_GF[1, 0] = np.inf
+    found = assess(knapsack, np.array([[[3.0, 0.0], [0.0, 0.0]]] * 9), (0, 9))
     assert found is not None
     assert found.columns_G.tolist() == [0, 1]
 
@@ -147,25 +147,25 @@ def test_allocate_under_two_limits_is_within_both_and_near_the_best(seed: int) -
     scores_GF = np.sort(rng.gamma(0.5, size=(6, 4)), axis=1)[:, ::-1]
     costs_RGF = np.sort(rng.uniform(1, 10, size=(2, 6, 4)), axis=2)
     limits_R = costs_RGF.min(axis=2).sum(axis=1) * 1.6
-    problem = Problem(scores_GF=scores_GF, costs_RGF=costs_RGF, limits_R=limits_R)
+    knapsack = Knapsack(scores_GF=scores_GF, costs_RGF=costs_RGF, limits_R=limits_R)
     best = min(
-        problem.score(np.array(columns))
+        knapsack.score(np.array(columns))
         for columns in itertools.product(range(4), repeat=6)
-        if problem.is_within(np.array(columns))
+        if knapsack.is_within(np.array(columns))
     )
-    found = allocate(problem)
+    found = allocate(knapsack)
     assert found is not None
     columns_G, price = found
-    assert problem.is_within(columns_G)
-    assert best <= problem.score(columns_G) <= 1.3 * best
-    again = allocate(problem, price)
+    assert knapsack.is_within(columns_G)
+    assert best <= knapsack.score(columns_G) <= 1.3 * best
+    again = allocate(knapsack, price)
     assert again is not None
-    assert problem.score(again[0]) == pytest.approx(problem.score(columns_G), rel=0.1)
+    assert knapsack.score(again[0]) == pytest.approx(knapsack.score(columns_G), rel=0.1)
 
 
 def test_allocate_limits_that_exclude_each_other_is_none() -> None:
     costs_RGF = np.array([[[1.0, 3.0]], [[3.0, 1.0]]])
-    problem = Problem(
+    knapsack = Knapsack(
         scores_GF=np.array([[1.0, 2.0]]), costs_RGF=costs_RGF, limits_R=np.array([2.0, 2.0])
     )
-    assert allocate(problem) is None
+    assert allocate(knapsack) is None

@@ -10,7 +10,7 @@ import pytest
 
 from autoquant_ray.allocate.certainty.resampling import assess
 from autoquant_ray.allocate.certainty.solution import Certainty, assess_solution, found_certainty
-from autoquant_ray.allocate.knapsack import problem as knapsack
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import load_problem
 from autoquant_ray.allocate.search import search
@@ -91,7 +91,7 @@ def test_null_is_worse_than_the_solution(make_run: Any) -> None:
 def test_null_does_not_take_a_format_that_a_group_lacks_for_free() -> None:
     """Two groups, alike but for the coarsest format, which one of them lacks."""
     lacks = np.inf
-    truth = knapsack.Problem(
+    truth = Knapsack(
         scores_GF=np.array([[1.0, 0.5, 0.7, 0.0], [lacks, 0.5, 0.7, 0.0]]),
         costs_RGF=np.array([[[4.0, 8.0, 6.0, 100.0]] * 2]),
         limits_R=np.array([16.0]),

@@ -13,7 +13,7 @@ from autoquant_ray.allocate.allocation import Allocation
 from autoquant_ray.allocate.certainty.resampling import assess
 from autoquant_ray.allocate.certainty.stopping import (
     StoppingRule,
-    budget_problem,
+    budget_knapsack,
     check_counts,
     describe_stopping,
     part_sums,
@@ -42,7 +42,7 @@ def make_rule(plan: Any) -> Any:
 
     def build(**changes: Any) -> StoppingRule:
         problem = Problem(plan.rows(), plan.summary())
-        arrays = budget_problem(problem, SolveOptions(bits=7), FORMATS)
+        arrays = budget_knapsack(problem, SolveOptions(bits=7), FORMATS)
         values = {"threshold": 0.01, "num_shards": 30, "seed": 0} | changes
         return StoppingRule(arrays, **values)
 
@@ -207,7 +207,7 @@ def test_budget_problem_allows_what_the_manifest_calls_satisfied(
     small = build_plan(make_model("qwen3"), formats, disable=("*.layers.1.*",))
     problem = Problem(small.rows(), small.summary())
     options = SolveOptions(**{k: v for name in names for k, v in LIMITS[name][0].items()})
-    arrays = budget_problem(problem, options, FORMATS)
+    arrays = budget_knapsack(problem, options, FORMATS)
     columns = [*FORMATS, "none"]
     verdicts = []
     for chosen in itertools.product(range(3), repeat=len(small.searched)):

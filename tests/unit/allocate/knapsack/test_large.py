@@ -11,7 +11,7 @@ from scipy import sparse
 from scipy.optimize import linprog
 
 from autoquant_ray.allocate.knapsack.greedy import relax
-from autoquant_ray.allocate.knapsack.problem import Problem
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.knapsack.single import solve_single
 
 Floats = npt.NDArray[np.float64]
@@ -21,7 +21,7 @@ BITS = np.array([3, 3.5, 4, 4.125, 4.25, 4.5, 5, 6, 6.5, 8, 8.25, 16])
 NUM_GROUPS = 20_000
 
 
-def large_problem(kind: str, bits: float, num_groups: int = NUM_GROUPS) -> Problem:
+def large_problem(kind: str, bits: float, num_groups: int = NUM_GROUPS) -> Knapsack:
     """Costs in whole bytes, and a budget a little below ``bits`` per weight."""
     rng = np.random.default_rng(0)
     shape = (num_groups, len(BITS))
@@ -41,29 +41,29 @@ def large_problem(kind: str, bits: float, num_groups: int = NUM_GROUPS) -> Probl
         scores_GF = 4.0**-BITS * (1 + 1e-9 * rng.random(shape))
     scores_GF[:, -1] = 0.0
     limit = np.floor(sizes_G.sum() * bits / 8 * 0.999973)
-    return Problem(
+    return Knapsack(
         scores_GF=scores_GF,
         costs_RGF=(sizes_G[:, None] * BITS / 8)[None],
         limits_R=np.array([limit]),
     )
 
 
-def reachable_limit(problem: Problem) -> float:
+def reachable_limit(knapsack: Knapsack) -> float:
     """The limit, lowered to the next sum of whole costs, by their greatest common divisor."""
-    costs_GF = problem.costs_RGF[0]
+    costs_GF = knapsack.costs_RGF[0]
     excess_GF = costs_GF - costs_GF.min(axis=1)[:, None]
     step = math.gcd(*(int(8 * value) for value in np.unique(excess_GF))) / 8
     base = costs_GF.min(axis=1).sum()
-    return float(base + (problem.limits_R[0] - base) // step * step)
+    return float(base + (knapsack.limits_R[0] - base) // step * step)
 
 
-def relaxed_by_highs(problem: Problem, limit: float) -> float:
+def relaxed_by_highs(knapsack: Knapsack, limit: float) -> float:
     """The optimum of the linear relaxation, by HiGHS, rounded down by its tolerance."""
-    num_groups, num_formats = problem.scores_GF.shape
-    unit = problem.scores_GF.max()
+    num_groups, num_formats = knapsack.scores_GF.shape
+    unit = knapsack.scores_GF.max()
     found = linprog(
-        problem.scores_GF.ravel() / unit,
-        A_ub=sparse.csr_array(problem.costs_RGF[0].ravel()[None] / limit),
+        knapsack.scores_GF.ravel() / unit,
+        A_ub=sparse.csr_array(knapsack.costs_RGF[0].ravel()[None] / limit),
         b_ub=[1.0],
         A_eq=sparse.kron(sparse.eye_array(num_groups), np.ones((1, num_formats)), format="csr"),
         b_eq=np.ones(num_groups),
@@ -73,15 +73,15 @@ def relaxed_by_highs(problem: Problem, limit: float) -> float:
     return float(found.fun) * unit
 
 
-def dual_bound(problem: Problem, limit: float) -> float:
+def dual_bound(knapsack: Knapsack, limit: float) -> float:
     """The best Lagrangian bound, by narrowing the multiplier; any multiplier gives a bound."""
     low, high = 0.0, 1.0
     for _ in range(200):
         middle = (low + high) / 2
-        chosen_G = (problem.scores_GF + middle * problem.costs_RGF[0]).argmin(axis=1)
-        too_dear = problem.costs(chosen_G)[0] > limit
+        chosen_G = (knapsack.scores_GF + middle * knapsack.costs_RGF[0]).argmin(axis=1)
+        too_dear = knapsack.costs(chosen_G)[0] > limit
         low, high = (middle, high) if too_dear else (low, middle)
-    priced_GF = problem.scores_GF + high * problem.costs_RGF[0]
+    priced_GF = knapsack.scores_GF + high * knapsack.costs_RGF[0]
     return math.fsum(priced_GF.min(axis=1)) - high * limit
 
 
@@ -92,23 +92,23 @@ def dual_bound(problem: Problem, limit: float) -> float:
 def test_solve_single_large_is_proven_close_to_the_relaxation(
     kind: str, above: float, bits: float
 ) -> None:
-    problem = large_problem(kind, bits)
-    answer = solve_single(problem)
+    knapsack = large_problem(kind, bits)
+    answer = solve_single(knapsack)
     assert answer is not None
-    assert problem.costs(answer.columns_G)[0] <= problem.limits_R[0]
-    assert answer.score == problem.score(answer.columns_G)
+    assert knapsack.costs(answer.columns_G)[0] <= knapsack.limits_R[0]
+    assert answer.score == knapsack.score(answer.columns_G)
     assert 0 <= answer.gap <= 1e-6
     # Nearly equal groups: the relaxation itself is further from the best than the proven bound.
-    lower = dual_bound(problem, reachable_limit(problem))
+    lower = dual_bound(knapsack, reachable_limit(knapsack))
     assert lower * (1 - 1e-11) <= answer.score <= lower * (1 + above)
 
 
 @pytest.mark.parametrize("kind", ["noisy", "equal experts"])
 def test_solve_single_thousand_bound_is_above_the_relaxation_by_highs(kind: str) -> None:
-    problem = large_problem(kind, 6.0, num_groups=1_000)
-    answer = solve_single(problem)
+    knapsack = large_problem(kind, 6.0, num_groups=1_000)
+    answer = solve_single(knapsack)
     assert answer is not None
-    relaxed = relaxed_by_highs(problem, reachable_limit(problem))
+    relaxed = relaxed_by_highs(knapsack, reachable_limit(knapsack))
     assert answer.gap <= 1e-6
     assert relaxed * (1 - 1e-8) <= answer.lower <= answer.score
 
@@ -116,11 +116,11 @@ def test_solve_single_thousand_bound_is_above_the_relaxation_by_highs(kind: str)
 @pytest.mark.parametrize("bits", [4.5, 6.0, 8.0])
 @pytest.mark.parametrize("kind", ["equal experts", "own sizes"])
 def test_solve_single_large_where_greedy_leaves_room(kind: str, bits: float) -> None:
-    problem = large_problem(kind, bits)
-    greedy, answer = relax(problem), solve_single(problem)
+    knapsack = large_problem(kind, bits)
+    greedy, answer = relax(knapsack), solve_single(knapsack)
     assert greedy is not None
     assert answer is not None
-    assert problem.costs(answer.columns_G)[0] <= problem.limits_R[0]
+    assert knapsack.costs(answer.columns_G)[0] <= knapsack.limits_R[0]
     assert 0 <= answer.gap <= 1e-6
     assert greedy.answer.lower <= answer.lower <= answer.score <= greedy.answer.score
     assert greedy.answer.gap > answer.gap

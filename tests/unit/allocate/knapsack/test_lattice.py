@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from autoquant_ray.allocate.knapsack.greedy import relax
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.knapsack.lattice import common_step, fill, find
-from autoquant_ray.allocate.knapsack.problem import Problem
 from autoquant_ray.allocate.knapsack.single import solve_single
 
 
@@ -35,7 +35,7 @@ def test_common_step_of_many_rounded_multiples() -> None:
     assert common_step(counts * (4096 * 12 / 88)) == pytest.approx(4096 * 12 / 88, rel=1e-12)
 
 
-def lattice_problem(seed: int) -> Problem:
+def lattice_problem(seed: int) -> Knapsack:
     """A few groups with costs in whole steps, some scores equal, and a limit between steps."""
     rng = np.random.default_rng(seed)
     shape = (int(rng.integers(2, 7)), int(rng.integers(2, 5)))
@@ -44,29 +44,29 @@ def lattice_problem(seed: int) -> Problem:
     scores_GF = rng.random(shape) if rng.random() < 0.5 else rng.integers(0, 5, shape) / 4
     low, high = costs_GF.min(axis=1).sum(), costs_GF.max(axis=1).sum()
     limit = low + rng.uniform(0, 1) * (high - low)
-    return Problem(scores_GF=scores_GF, costs_RGF=costs_GF[None], limits_R=np.array([limit]))
+    return Knapsack(scores_GF=scores_GF, costs_RGF=costs_GF[None], limits_R=np.array([limit]))
 
 
-def brute_force(problem: Problem) -> float:
+def brute_force(knapsack: Knapsack) -> float:
     """The best score within the limit, by trying everything."""
-    num_groups, num_formats = problem.scores_GF.shape
+    num_groups, num_formats = knapsack.scores_GF.shape
     columns = itertools.product(range(num_formats), repeat=num_groups)
-    within = (np.array(c) for c in columns if problem.is_within(np.array(c)))
-    return min(problem.score(columns_G) for columns_G in within)
+    within = (np.array(c) for c in columns if knapsack.is_within(np.array(c)))
+    return min(knapsack.score(columns_G) for columns_G in within)
 
 
 @pytest.mark.parametrize("seed", range(300))
 def test_fill_bound_and_score_enclose_the_best(seed: int) -> None:
-    problem = lattice_problem(seed)
-    lattice = find(problem)
+    knapsack = lattice_problem(seed)
+    lattice = find(knapsack)
     assert lattice is not None
-    assert lattice.problem.limits_R[0] <= problem.limits_R[0]
-    relaxed = relax(lattice.problem)
+    assert lattice.knapsack.limits_R[0] <= knapsack.limits_R[0]
+    relaxed = relax(lattice.knapsack)
     assert relaxed is not None
     answer = fill(lattice, relaxed.multiplier_R, relaxed.prefix_G, relaxed.answer)
-    best = brute_force(problem)
-    assert problem.is_within(answer.columns_G)
-    assert answer.score == problem.score(answer.columns_G)
+    best = brute_force(knapsack)
+    assert knapsack.is_within(answer.columns_G)
+    assert answer.score == knapsack.score(answer.columns_G)
     assert relaxed.answer.lower <= answer.lower <= best * (1 + 1e-12)
     assert best * (1 - 1e-12) <= answer.score <= relaxed.answer.score
 
@@ -89,12 +89,12 @@ def test_solve_single_nearly_equal_groups_equals_the_textbook_programme(seed: in
     counts_GF = rng.choice([3, 16, 20], 400)[:, None] * np.array([1, 2, 3, 5])
     scores_GF = 4.0 ** -np.arange(4) * (1 + 1e-3 * rng.random((400, 4)))
     capacity = int(counts_GF[:, 1].sum() * 1.1)
-    problem = Problem(
+    knapsack = Knapsack(
         scores_GF=scores_GF,
         costs_RGF=counts_GF[None].astype(float),
         limits_R=np.array([capacity + 0.5]),
     )
-    answer = solve_single(problem)
+    answer = solve_single(knapsack)
     assert answer is not None
     best = best_by_counts(counts_GF, scores_GF, capacity)
     assert answer.lower <= best * (1 + 1e-12)

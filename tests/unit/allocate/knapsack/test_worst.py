@@ -9,14 +9,14 @@ import numpy as np
 import pulp
 import pytest
 
-from autoquant_ray.allocate.knapsack.problem import Problem
+from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.knapsack.worst import solve_worst
 from autoquant_ray.arrays import Floats
 
 
 def random_problem(
     rng: np.random.Generator, num_groups: int, num_formats: int, *, domains: int, resources: int
-) -> tuple[Problem, Floats]:
+) -> tuple[Knapsack, Floats]:
     """Losses that fall with the cost, differ by domain and lie orders apart; the last is 0."""
     bits = np.linspace(4, 16, num_formats)
     sizes_G = rng.integers(1, 9, size=num_groups).astype(float)
@@ -31,25 +31,25 @@ def random_problem(
         costs_RGF[:, missing_G, 1] = 0.0
     low_R, high_R = costs_RGF[:, :, 0].sum(axis=1), costs_RGF[:, :, -1].sum(axis=1)
     limits_R = low_R + rng.uniform(0.1, 0.6, size=resources) * (high_R - low_R)
-    problem = Problem(
+    knapsack = Knapsack(
         scores_GF=np.where(np.isfinite(scores_DGF[0]), 0.0, np.inf),
         costs_RGF=costs_RGF,
         limits_R=limits_R,
     )
-    return problem, scores_DGF
+    return knapsack, scores_DGF
 
 
-def brute_force(problem: Problem, scores_DGF: Floats, max_formats: int | None) -> float:
+def brute_force(knapsack: Knapsack, scores_DGF: Floats, max_formats: int | None) -> float:
     """The least largest loss of all allocations within the limits; the last format is free."""
-    num_groups, num_formats = problem.present_GF.shape
+    num_groups, num_formats = knapsack.present_GF.shape
     best = math.inf
-    options = [np.flatnonzero(row).tolist() for row in problem.present_GF]
+    options = [np.flatnonzero(row).tolist() for row in knapsack.present_GF]
     for picked in itertools.product(*options):
         columns_G = np.array(picked)
         used = set(picked) - {num_formats - 1}
         if max_formats is not None and len(used) > max_formats:
             continue
-        if problem.is_within(columns_G):
+        if knapsack.is_within(columns_G):
             losses_D = scores_DGF[:, np.arange(num_groups), columns_G].sum(axis=1)
             best = min(best, float(losses_D.max()))
     return best
@@ -60,14 +60,14 @@ def brute_force(problem: Problem, scores_DGF: Floats, max_formats: int | None) -
 def test_equals_brute_force(domains: int, resources: int, max_formats: int | None) -> None:
     rng = np.random.default_rng([domains, resources, max_formats or 0])
     for _ in range(6):
-        problem, scores_DGF = random_problem(rng, 5, 4, domains=domains, resources=resources)
-        answer = solve_worst(problem, scores_DGF, max_formats, 3)
-        expected = brute_force(problem, scores_DGF, max_formats)
+        knapsack, scores_DGF = random_problem(rng, 5, 4, domains=domains, resources=resources)
+        answer = solve_worst(knapsack, scores_DGF, max_formats, 3)
+        expected = brute_force(knapsack, scores_DGF, max_formats)
         if math.isinf(expected):
             assert answer is None
             continue
         assert answer is not None
-        assert problem.is_within(answer.columns_G)
+        assert knapsack.is_within(answer.columns_G)
         assert answer.score == pytest.approx(expected, rel=1e-9)
         assert answer.lower <= expected * (1 + 1e-12)
         assert answer.gap < 1e-6
@@ -77,19 +77,19 @@ def test_equals_brute_force(domains: int, resources: int, max_formats: int | Non
 @pytest.mark.parametrize("seed", [0, 1])
 def test_equals_cbc_on_a_model_of_usual_size(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    problem, scores_DGF = random_problem(rng, 40, 4, domains=4, resources=1)
-    answer = solve_worst(problem, scores_DGF, None, 3)
+    knapsack, scores_DGF = random_problem(rng, 40, 4, domains=4, resources=1)
+    answer = solve_worst(knapsack, scores_DGF, None, 3)
     assert answer is not None
     scale = 1e3 / answer.score
     model = pulp.LpProblem("worst", pulp.LpMinimize)
     largest = pulp.LpVariable("largest", lowBound=0)
     model += largest
-    keys = [(int(g), int(f)) for g, f in zip(*np.nonzero(problem.present_GF), strict=True)]
+    keys = [(int(g), int(f)) for g, f in zip(*np.nonzero(knapsack.present_GF), strict=True)]
     x = {key: pulp.LpVariable(f"x_{key[0]}_{key[1]}", cat="Binary") for key in keys}
     for group in range(40):
         model += pulp.lpSum(v for key, v in x.items() if key[0] == group) == 1
-    model += pulp.lpSum(problem.costs_RGF[0][key] * v for key, v in x.items()) <= float(
-        problem.limits_R[0]
+    model += pulp.lpSum(knapsack.costs_RGF[0][key] * v for key, v in x.items()) <= float(
+        knapsack.limits_R[0]
     )
     for scores_GF in scores_DGF:
         terms = [float(scores_GF[key]) * scale * v for key, v in x.items()]
@@ -102,9 +102,9 @@ def test_equals_cbc_on_a_model_of_usual_size(seed: int) -> None:
 
 
 def test_no_loss_at_all_is_proven() -> None:
-    problem, scores_DGF = random_problem(np.random.default_rng(0), 4, 3, domains=2, resources=1)
-    rich = Problem(
-        scores_GF=problem.scores_GF, costs_RGF=problem.costs_RGF, limits_R=problem.limits_R * 100
+    knapsack, scores_DGF = random_problem(np.random.default_rng(0), 4, 3, domains=2, resources=1)
+    rich = Knapsack(
+        scores_GF=knapsack.scores_GF, costs_RGF=knapsack.costs_RGF, limits_R=knapsack.limits_R * 100
     )
     answer = solve_worst(rich, scores_DGF, None, 2)
     assert answer is not None

@@ -14,7 +14,7 @@
 
 A general solver stops at absolute tolerances near 1e-6, above the scores of whole layers. Here
 scores are compared as float64, so layers of 1e-3 and of 1e-12 nats are both decided exactly.
-Sources: Pisinger 1995, "A minimal algorithm for the multiple-choice knapsack problem"; Dyer 1984.
+Sources: Pisinger 1995, "A minimal algorithm for the multiple-choice knapsack knapsack"; Dyer 1984.
 
 Shapes: G groups, F formats, R resources, S states, N hull steps. Names and error texts are in
 :mod:`autoquant_ray.allocate.allocation`.
@@ -36,7 +36,7 @@ MARGIN = 1e-13  # relative rounding of a bound; a state is dropped only beyond i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class Knapsack:
     """Scores and costs as arrays. A format that a group lacks has score inf and cost 0."""
 
     scores_GF: Floats
@@ -48,8 +48,8 @@ class Problem:
         """Which group has which format."""
         return np.isfinite(self.scores_GF)
 
-    def keep(self, mask: Mask) -> Problem:
-        """The same problem with only the choices in ``mask``, which broadcasts to (G, F)."""
+    def keep(self, mask: Mask) -> Knapsack:
+        """The same knapsack with only the choices in ``mask``, which broadcasts to (G, F)."""
         scores = np.where(mask, self.scores_GF, np.inf)
         return replace(
             self, scores_GF=scores, costs_RGF=np.where(np.isfinite(scores), self.costs_RGF, 0.0)
@@ -140,36 +140,36 @@ def sweep(scores_GF: Floats, costs_GF: Floats) -> Sweep:
     return Sweep(order_GF[:, 0], *(values[sequence] for values in fields))
 
 
-def bound(problem: Problem, multipliers_R: Floats) -> float:
+def bound(knapsack: Knapsack, multipliers_R: Floats) -> float:
     """Lower bound of the best score, for any multipliers >= 0, rounded down."""
-    least = math.fsum(problem.scores_GF.min(axis=1))
-    return max(lagrangian(problem, multipliers_R), least)
+    least = math.fsum(knapsack.scores_GF.min(axis=1))
+    return max(lagrangian(knapsack, multipliers_R), least)
 
 
-def lagrangian(problem: Problem, multipliers_R: Floats) -> float:
+def lagrangian(knapsack: Knapsack, multipliers_R: Floats) -> float:
     """The Lagrangian at some multipliers >= 0, rounded down."""
-    price = float(multipliers_R @ problem.limits_R)
-    total = math.fsum(reduced(problem, multipliers_R).min(axis=1))
+    price = float(multipliers_R @ knapsack.limits_R)
+    total = math.fsum(reduced(knapsack, multipliers_R).min(axis=1))
     return total - price - MARGIN * (total + price)
 
 
-def reduced(problem: Problem, multipliers_R: Floats) -> Floats:
+def reduced(knapsack: Knapsack, multipliers_R: Floats) -> Floats:
     """Scores with the costs priced in, (G, F): score + sum of multiplier x cost."""
-    priced: Floats = problem.scores_GF + np.tensordot(multipliers_R, problem.costs_RGF, axes=1)
+    priced: Floats = knapsack.scores_GF + np.tensordot(multipliers_R, knapsack.costs_RGF, axes=1)
     return priced
 
 
-def losses(problem: Problem, multipliers_R: Floats) -> Floats:
+def losses(knapsack: Knapsack, multipliers_R: Floats) -> Floats:
     """How far each choice (G, F) is above its group's best at the multipliers, >= 0."""
-    reduced_GF = reduced(problem, multipliers_R)
+    reduced_GF = reduced(knapsack, multipliers_R)
     above_GF: Floats = reduced_GF - reduced_GF.min(axis=1)[:, None]
     return above_GF
 
 
-def tighten(problem: Problem, multipliers_R: Floats, score: float) -> Problem:
+def tighten(knapsack: Knapsack, multipliers_R: Floats, score: float) -> Knapsack:
     """Drop the choices that are in no allocation with a score below or equal to ``score``."""
-    spare = score - bound(problem, multipliers_R)
-    kept = problem.keep(losses(problem, multipliers_R) <= spare * (1 + MARGIN))
+    spare = score - bound(knapsack, multipliers_R)
+    kept = knapsack.keep(losses(knapsack, multipliers_R) <= spare * (1 + MARGIN))
     alive_GF = kept.present_GF
     open_G = np.flatnonzero(alive_GF.sum(axis=1) > 1)
     part = replace(kept, scores_GF=kept.scores_GF[open_G], costs_RGF=kept.costs_RGF[:, open_G])
@@ -177,9 +177,9 @@ def tighten(problem: Problem, multipliers_R: Floats, score: float) -> Problem:
     return kept.keep(alive_GF)
 
 
-def undominated(problem: Problem) -> Mask:
+def undominated(knapsack: Knapsack) -> Mask:
     """Choices of which no other in the group has both a score and costs as low."""
-    scores_GF, costs_RGF, present_GF = problem.scores_GF, problem.costs_RGF, problem.present_GF
+    scores_GF, costs_RGF, present_GF = knapsack.scores_GF, knapsack.costs_RGF, knapsack.present_GF
     alive_GF = present_GF.copy()
     later_F = np.arange(scores_GF.shape[1])
     for column in later_F:
