@@ -15,7 +15,7 @@ from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec, ShardEvaluation
 from autoquant_ray.models.find import ModelRef
-from autoquant_ray.quantize.modules import UNQUANTIZED, Choice
+from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 LENGTHS = [24, 17, 9, 24]
@@ -37,13 +37,13 @@ def make_evaluation(prepared: Any, samples: list[list[int]], **changes: Any) -> 
     return AllocationRunner(EvaluationSpec(**(fields | changes)), model=prepared.model)
 
 
-def random_choices(num_groups: int, number: int, seed: int = 0) -> list[Choice]:
+def random_choices(num_groups: int, number: int, seed: int = 0) -> list[FormatNumbers]:
     """Allocations with every format and 16 bits in them."""
     drawn = np.random.default_rng(seed).integers(UNQUANTIZED, len(FORMATS), (number, num_groups))
     return [tuple(int(index) for index in row) for row in drawn]
 
 
-def quantize(prepared: Any, choice: Choice, samples: list[list[int]]) -> Any:
+def quantize(prepared: Any, choice: FormatNumbers, samples: list[list[int]]) -> Any:
     """The model as ``mtq.quantize`` makes it, calibrated by itself on the samples."""
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for group, index in zip(prepared.plan.searched, choice, strict=True):
@@ -141,8 +141,8 @@ def test_allocation_that_breaks_leaves_the_others_alone(
     maxima[broken]["input_amax"] = float("nan")
     runner = make_evaluation(prepared, samples, maxima=maxima)
     groups = len(prepared.plan.searched)
-    fine: Choice = (0,) * groups  # weights only
-    bad: Choice = (2, *(0,) * (groups - 1))
+    fine: FormatNumbers = (0,) * groups  # weights only
+    bad: FormatNumbers = (2, *(0,) * (groups - 1))
     together = runner.evaluate(samples, [bad, fine])
     assert np.isinf(flatten(together, 0)).any()
     assert flatten(together, 1).tobytes() == flatten(runner.evaluate(samples, [fine]), 0).tobytes()

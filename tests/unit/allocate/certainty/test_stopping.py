@@ -101,9 +101,9 @@ def test_rule_stops_where_the_regret_falls_below_the_threshold(make_rule: Any, p
         patient.add(shard, sums_K)
     regrets = {check.shards: check.expected_regret for check in patient.checks}
     assert regrets[12] < regrets[8]
-    problem = make_rule()._problem
+    knapsack = make_rule()._knapsack
     first_SGF = np.stack(sums[:12]).reshape(12, len(plan.searched), 2)
-    alone = assess(problem, np.pad(first_SGF, ((0, 0), (0, 0), (0, 1))), (0, 12))
+    alone = assess(knapsack, np.pad(first_SGF, ((0, 0), (0, 0), (0, 1))), (0, 12))
     assert alone is not None
     assert regrets[12] == alone.expected_regret
     rule = make_rule(threshold=(regrets[12] + regrets[8]) / 2)
