@@ -181,7 +181,7 @@ class AllocationRunner:
     def _final_states_by_choice(
         self, steps: Sequence[Step], choices: Sequence[FormatNumbers]
     ) -> dict[FormatNumbers, list[torch.Tensor]]:
-        """FormatNumbers -> final hidden states per step; as many choices in one pass as memory allows."""
+        """Choice -> final hidden states per step; as many choices in one pass as memory allows."""
         distinct = list(dict.fromkeys(choices))
         states: dict[FormatNumbers, list[torch.Tensor]] = {}
         at_once = self._num_at_once(steps)
