@@ -35,7 +35,13 @@ from autoquant_ray.notebook import facts_html
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import SOLUTIONS, solution_folder
+from autoquant_ray.runs.names import (
+    MANIFEST_JSON,
+    PLAN_FILE,
+    SENSITIVITY_FILE,
+    SOLUTIONS,
+    solution_folder,
+)
 from autoquant_ray.runs.state import Mode, RunState
 from autoquant_ray.solve import Solution, rewrite_reports, solve_run
 
@@ -92,12 +98,12 @@ class Run:
     @property
     def sensitivity(self) -> pa.Table:
         """Scores of every group and format, ``score`` in nats per token; ``to_pandas()`` it."""
-        return self._directory.read_table("sensitivity.parquet", "sensitivity")
+        return self._directory.read_table(SENSITIVITY_FILE)
 
     @property
     def plan(self) -> pa.Table:
         """Groups x formats x costs."""
-        return self._directory.read_table("plan.parquet", "plan")
+        return self._directory.read_table(PLAN_FILE)
 
     @property
     def quarantined(self) -> list[dict[str, Any]]:
@@ -119,7 +125,7 @@ class Run:
         Raises:
             StoreError: There is no such solution.
         """
-        found: dict[str, Any] = self._directory.read_json(f"{self._start(solution)}manifest.json")
+        found: dict[str, Any] = self._directory.read_json(f"{self._start(solution)}{MANIFEST_JSON}")
         return found
 
     def quantization_config(
@@ -249,7 +255,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         state = RunState.open(self._directory)
-        if not self._directory.exists("manifest.json"):
+        if not self._directory.exists(MANIFEST_JSON):
             stages = ", ".join(f"{name} {e['state']}" for name, e in state.values["stages"].items())
             facts = [("Model", state.values["model"]["name"]), ("Stages", stages or "none yet")]
             return facts_html(f"Unfinished run {self.path}", facts)

@@ -29,7 +29,7 @@ from autoquant_ray.formats.format import NONE
 from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import SOLUTIONS, solution_folder
+from autoquant_ray.runs.names import MANIFEST_JSON, MANIFEST_TABLE, SOLUTIONS, solution_folder
 from autoquant_ray.runs.state import RunState
 
 
@@ -134,10 +134,10 @@ def write_solution(
     manifest = build_manifest(state.values, options, summary, config, stability) | dict(notes or {})
     start = solution_folder(name)
     paths = {
-        "manifest.parquet": directory.write_table(
-            f"{start}manifest.parquet", "manifest", manifest_rows(problem, formats, scores, plan)
+        MANIFEST_TABLE: directory.write_table(
+            f"{start}{MANIFEST_TABLE}", manifest_rows(problem, formats, scores, plan)
         ),
-        "manifest.json": directory.write_json(f"{start}manifest.json", manifest),
+        MANIFEST_JSON: directory.write_json(f"{start}{MANIFEST_JSON}", manifest),
     }
     paths |= write_reports(state, start)
     added = {
@@ -203,7 +203,7 @@ def rewrite_reports(directory: RunDirectory) -> list[str]:
     starts = [solution_folder(name) for name in directory.list_folders(SOLUTIONS)]
     paths: list[str] = []
     for start in ["", *starts]:
-        if directory.exists(f"{start}manifest.json"):
+        if directory.exists(f"{start}{MANIFEST_JSON}"):
             paths.extend(write_reports(state, start).values())
     if not paths:
         raise StoreError(f"{directory.uri} has no solution yet; finish the scan first")

@@ -139,7 +139,7 @@ def make_run(config: ScanConfig, num_shards: int, num_samples: int) -> RunState:
     for shard in range(num_shards):
         tokens = list(range(512))
         rows = [{"sample": shard * num_samples + i, "tokens": tokens} for i in range(num_samples)]
-        directory.write_table(part_name(SAMPLES, shard), "samples", rows)
+        directory.write_table(part_name(SAMPLES, shard), rows)
     return state
 
 

@@ -180,7 +180,7 @@ def _run_ray(options: argparse.Namespace, share: float) -> dict[str, Any]:
         directory = RunDirectory(config.out)
         seconds = scoring_seconds(directory)
         scores: dict[str, dict[str, float]] = {}
-        for row in directory.read_table("sensitivity.parquet", "sensitivity").to_pylist():
+        for row in directory.read_table("sensitivity.parquet").to_pylist():
             # Per shard in the file; a batch is one of several equal parts of a shard.
             score = row["modelopt_score"] * (options.shard_samples / options.batch) ** 2
             scores.setdefault(row["group"], {})[row["format"]] = score

@@ -237,7 +237,7 @@ def read_domain_scores(state: RunState) -> DomainScores | None:
     """
     if not state.directory.exists(DOMAIN_SCORES_FILE):
         return None
-    table = state.directory.read_table(DOMAIN_SCORES_FILE, "domain_sensitivity")
+    table = state.directory.read_table(DOMAIN_SCORES_FILE)
     scores: dict[str, dict[tuple[str, str], float]] = {}
     num_tokens: dict[str, int] = {}
     for row in table.select(["domain", "group", "format", "score", "num_tokens"]).to_pylist():

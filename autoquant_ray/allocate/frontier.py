@@ -158,7 +158,7 @@ def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[P
         for bits in np.linspace(low, high, num_points)
     ]
     points = mark_knee(points)
-    directory.write_table(FRONTIER_FILE, "frontier", [vars(point) for point in points])
+    directory.write_table(FRONTIER_FILE, [vars(point) for point in points])
     return points
 
 

@@ -14,12 +14,13 @@ from autoquant_ray.config.expert_groups import LAYER
 from autoquant_ray.errors import ScoreError, StoreError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import MANIFEST_JSON, MANIFEST_TABLE, PLAN_FILE, SENSITIVITY_FILE
 from autoquant_ray.runs.state import RunState
 
 
 def solution_formats(state: RunState, start: str, problem: Problem) -> dict[str, str]:
     """Searched group -> format of a solution."""
-    rows = state.directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
+    rows = state.directory.read_table(f"{start}{MANIFEST_TABLE}").to_pylist()
     chosen = {row["group"]: row["format"] for row in rows}
     return {group.name: chosen[group.name] for group in problem.searched}
 
@@ -30,12 +31,12 @@ def solution_options(state: RunState, start: str) -> SolveOptions:
     Raises:
         StoreError: There is no such solution.
     """
-    if not state.directory.exists(f"{start}manifest.json"):
+    if not state.directory.exists(f"{start}{MANIFEST_JSON}"):
         names = ", ".join(state.directory.list_folders("solutions")) or "none"
         raise StoreError(
             f"{state.directory.path(start)} is not a solution; solutions of the run: {names}"
         )
-    budget = state.directory.read_json(f"{start}manifest.json")["budget"]
+    budget = state.directory.read_json(f"{start}{MANIFEST_JSON}")["budget"]
     return SolveOptions(**budget | {"latency": Latency.from_json(budget.get("latency"))})
 
 
@@ -53,12 +54,12 @@ def load_problem(state: RunState) -> tuple[Problem, Scores]:
     """
     if "plan" not in state.values:
         raise StoreError(f"{state.directory.uri} has no plan yet; finish the scan with --resume")
-    if not state.directory.exists("sensitivity.parquet"):
-        missing = state.directory.path("sensitivity.parquet")
+    if not state.directory.exists(SENSITIVITY_FILE):
+        missing = state.directory.path(SENSITIVITY_FILE)
         raise StoreError(f"{missing} does not exist; finish the scan with --resume")
-    plan_rows = state.directory.read_table("plan.parquet", "plan").to_pylist()
+    plan_rows = state.directory.read_table(PLAN_FILE).to_pylist()
     problem = Problem(plan_rows, state.values["plan"])
-    table = state.directory.read_table("sensitivity.parquet", "sensitivity")
+    table = state.directory.read_table(SENSITIVITY_FILE)
     scores = {
         (row["group"], row["format"]): row["score"]
         for row in table.select(["group", "format", "score"]).to_pylist()
@@ -78,14 +79,14 @@ def load_problem(state: RunState) -> tuple[Problem, Scores]:
 
 def score_errors(directory: RunDirectory) -> dict[tuple[str, str], float | None]:
     """(group, format) -> standard error of its score; None where there is no spread."""
-    table = directory.read_table("sensitivity.parquet", "sensitivity")
+    table = directory.read_table(SENSITIVITY_FILE)
     rows = table.select(["group", "format", "score_stderr"]).to_pylist()
     return {(row["group"], row["format"]): row["score_stderr"] for row in rows}
 
 
 def group_sensitivities(directory: RunDirectory) -> list[tuple[str, float]]:
     """Searched groups with the largest score over the menu, most sensitive first."""
-    table = directory.read_table("sensitivity.parquet", "sensitivity")
+    table = directory.read_table(SENSITIVITY_FILE)
     largest: dict[str, float] = {}
     for row in table.select(["group", "score"]).to_pylist():
         largest[row["group"]] = max(row["score"], largest.get(row["group"], 0.0))

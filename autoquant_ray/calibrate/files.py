@@ -15,10 +15,8 @@ from autoquant_ray.quantize.smoothing import with_alphas
 from autoquant_ray.quantize.statistics import CHANNELS, Maxima, Statistics
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import (
-    CALIBRATION,
     CALIBRATION_FILE,
     CHANNELS_FILE,
-    SEARCH,
     SEARCH_FILE,
 )
 from autoquant_ray.runs.state import RunState
@@ -55,12 +53,12 @@ def read_maxima(directory: RunDirectory) -> Maxima:
     Raises:
         StoreError: ``calibration.parquet`` is missing, or a file is damaged.
     """
-    merged = _scalars(directory.read_table(CALIBRATION_FILE, CALIBRATION))
+    merged = _scalars(directory.read_table(CALIBRATION_FILE))
     if directory.exists(CHANNELS_FILE):
-        merged |= _channels(directory.read_table(CHANNELS_FILE, CHANNELS))
+        merged |= _channels(directory.read_table(CHANNELS_FILE))
     maxima = to_maxima(merged)
     if directory.exists(SEARCH_FILE):
-        maxima = with_alphas(maxima, losses_of(directory.read_table(SEARCH_FILE, SEARCH)))
+        maxima = with_alphas(maxima, losses_of(directory.read_table(SEARCH_FILE)))
     return maxima
 
 

@@ -19,6 +19,7 @@ from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.kv_cache import KV_BYTES, kv_names, reachable_cache
 from autoquant_ray.plan.group import PlannedGroup
 from autoquant_ray.plan.plan import Plan
+from autoquant_ray.runs.names import FRONTIER_FILE
 from autoquant_ray.solve import Solution
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def print_frontier(run: str, points: Sequence[Point]) -> None:
             "knee" if point.is_knee else "",
         )
     console.print(table)
-    console.print(escape(_short(f"{run.rstrip('/')}/frontier.parquet")), soft_wrap=True)
+    console.print(escape(_short(f"{run.rstrip('/')}/{FRONTIER_FILE}")), soft_wrap=True)
 
 
 def print_explanation(told: Explanation) -> None:

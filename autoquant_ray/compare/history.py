@@ -9,9 +9,8 @@ from typing import Any
 from autoquant_ray.errors import HeldError, StoreError
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import lease
-from autoquant_ray.runs.names import RUN_FILE
+from autoquant_ray.runs.names import HISTORY_FILE, RUN_FILE
 
-HISTORY = "history.parquet"
 LOCKS = ".locks"
 """Folder of the leases: one folder per job, and one for the history (no job's name has a '_')."""
 
@@ -26,9 +25,9 @@ def read_history(folder: RunDirectory) -> list[dict[str, Any]]:
     Raises:
         StoreError: The file is damaged, or not ours.
     """
-    if not folder.exists(HISTORY):
+    if not folder.exists(HISTORY_FILE):
         return []
-    rows: list[dict[str, Any]] = folder.read_table(HISTORY, "history").to_pylist()
+    rows: list[dict[str, Any]] = folder.read_table(HISTORY_FILE).to_pylist()
     return rows
 
 
@@ -44,7 +43,7 @@ def put_row(folder: RunDirectory, row: Mapping[str, Any]) -> None:
             with lease(folder, _HISTORY_LOCK):
                 rows = [one for one in read_history(folder) if one["run"] != row["run"]]
                 rows = sorted([*rows, dict(row)], key=lambda one: (one["date"], one["run"]))
-                folder.write_table(HISTORY, "history", rows)
+                folder.write_table(HISTORY_FILE, rows)
                 return
         except HeldError:
             if attempt == _TRIES - 1:
@@ -75,13 +74,13 @@ def require_runs_folder(folder: RunDirectory) -> None:
     if folder.exists(RUN_FILE):
         raise StoreError(f"{folder.uri} is a run itself; give the folder that holds the runs")
     files, folders = folder.list_files(""), folder.list_folders("")
-    if HISTORY in files:
+    if HISTORY_FILE in files:
         try:
             read_history(folder)
         except StoreError as error:
             raise StoreError(
-                f"{folder.uri} is not a folder of runs: its {HISTORY} is not ours ({error}); give "
-                "another folder"
+                f"{folder.uri} is not a folder of runs: its {HISTORY_FILE} is not ours ({error}); "
+                "give another folder"
             ) from None
         return
     # A night that ended before it wrote anything has left an empty folder, or its lock.
@@ -90,5 +89,5 @@ def require_runs_folder(folder: RunDirectory) -> None:
     if names and not any(is_run(run_folder(folder, name)) for name in folders):
         raise StoreError(
             f"{folder.uri} is not a folder of runs: it holds {names[0]!r}, and neither a run nor "
-            f"{HISTORY}; give an empty or a new folder"
+            f"{HISTORY_FILE}; give an empty or a new folder"
         )

@@ -44,7 +44,7 @@ from autoquant_ray.jobs.file import NightlyJob
 from autoquant_ray.jobs.names import parse_date
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import Lease, lease
-from autoquant_ray.runs.names import DRIFT_JSON, DRIFT_MARKDOWN
+from autoquant_ray.runs.names import DRIFT_JSON, DRIFT_MARKDOWN, RUN_FILE
 from autoquant_ray.runs.state import Mode, RunState
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ def _row(
     """A row of the history without numbers; a night that is only shown keeps its end."""
     run_id, seconds, started, finished = "", None, tonight.started, _utc_now()
     if tonight.nights.is_run(tonight.name):
-        values = tonight.directory.read_json("run.json")
+        values = tonight.directory.read_json(RUN_FILE)
         run_id, started = values.get("run_id", ""), values.get("created", started)
         spent = [stage.get("seconds") for stage in values.get("stages", {}).values()]
         seconds = sum(one for one in spent if one is not None)

@@ -9,6 +9,7 @@ from autoquant_ray.compare.history import is_run, run_folder
 from autoquant_ray.errors import ConfigError, HeldError, StoreError
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import lease
+from autoquant_ray.runs.names import MANIFEST_JSON
 from autoquant_ray.runs.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def is_finished(directory: RunDirectory) -> bool:
     except StoreError:
         return False
     is_scored = state.values["stages"].get("aggregate", {}).get("state") == "done"
-    return is_scored and directory.exists("manifest.json")
+    return is_scored and directory.exists(MANIFEST_JSON)
 
 
 def is_good(directory: RunDirectory) -> bool:

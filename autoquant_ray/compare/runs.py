@@ -30,7 +30,13 @@ from autoquant_ray.compare.run_changes import changed_weights, find_changes, sam
 from autoquant_ray.compare.verdict import MIN_CHANGE, Comparison, MovedGroup, Test, judged
 from autoquant_ray.errors import StoreError
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import CALIBRATION, SCORES
+from autoquant_ray.runs.names import (
+    CALIBRATION,
+    MANIFEST_JSON,
+    MANIFEST_TABLE,
+    SCORES,
+    SENSITIVITY_FILE,
+)
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
 
@@ -96,14 +102,14 @@ class _Side:
         self.values = self.state.values
         self.problem: Problem
         self.problem, self.scores = load_problem(self.state)
-        table = directory.read_table("sensitivity.parquet", "sensitivity")
+        table = directory.read_table(SENSITIVITY_FILE)
         self.rows: dict[Key, dict[str, Any]] = {
             (row["group"], row["format"]): row for row in table.to_pylist()
         }
-        if not directory.exists("manifest.json"):
+        if not directory.exists(MANIFEST_JSON):
             raise StoreError(f"{directory.uri} has no solution yet; finish the scan with --resume")
-        self.manifest = directory.read_json("manifest.json")
-        modules = directory.read_table("manifest.parquet", "manifest")
+        self.manifest = directory.read_json(MANIFEST_JSON)
+        modules = directory.read_table(MANIFEST_TABLE)
         columns = (modules.column(name).to_pylist() for name in ("group", "format"))
         self.formats = dict(zip(*columns, strict=True))
 

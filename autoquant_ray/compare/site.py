@@ -14,10 +14,16 @@ from typing import Any
 
 from autoquant_ray.errors import StoreError, one_line
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import RUN_FILE
+from autoquant_ray.runs.names import (
+    HISTORY_FILE,
+    MANIFEST_JSON,
+    MANIFEST_TABLE,
+    REPORT_HTML,
+    REPORT_MARKDOWN,
+    RUN_FILE,
+)
 from autoquant_ray.runs.parts import map_ahead
 
-HISTORY = "history.parquet"
 _DEPTH = 3
 """How far below the folder runs are looked for."""
 
@@ -104,8 +110,8 @@ def collect_jobs(folder: RunDirectory) -> list[Job]:
     if folder.exists(RUN_FILE):
         raise StoreError(f"{folder.uri} is a run itself; give the folder that holds the runs")
     nights: list[dict[str, Any]] = []
-    if folder.exists(HISTORY):
-        nights = folder.read_table(HISTORY, "history").to_pylist()
+    if folder.exists(HISTORY_FILE):
+        nights = folder.read_table(HISTORY_FILE).to_pylist()
     names = list(_run_names(folder, ""))
     rows = map_ahead(lambda name: _read_run(folder, name), names)
     found = {one.row.name: one for one in rows if one is not None}
@@ -130,7 +136,7 @@ def _run_names(folder: RunDirectory, start: str) -> Iterator[str]:
 def _read_run(folder: RunDirectory, name: str) -> _Found | None:
     """A run's row; None for another program's ``run.json``."""
     files = set(folder.list_files(name))
-    report = next((f"{name}/{f}" for f in ("report.html", "report.md") if f in files), None)
+    report = next((f"{name}/{f}" for f in (REPORT_HTML, REPORT_MARKDOWN) if f in files), None)
     try:
         values = folder.read_json(f"{name}/{RUN_FILE}")
         if not isinstance(values, dict) or "schema_version" not in values:
@@ -171,11 +177,11 @@ def _run_row(name: str, values: dict[str, Any]) -> RunRow:
 
 def _with_solution(folder: RunDirectory, row: RunRow) -> _Found:
     """Add what the run's own budget gave."""
-    if not folder.exists(f"{row.name}/manifest.json"):
+    if not folder.exists(f"{row.name}/{MANIFEST_JSON}"):
         problem = "scored, but its budget was not solved; go on with --resume"
         return _Found(row=replace(row, status="unfinished", problem=problem), formats={})
-    solution = folder.read_json(f"{row.name}/manifest.json")["solution"]
-    table = folder.read_table(f"{row.name}/manifest.parquet", "manifest")
+    solution = folder.read_json(f"{row.name}/{MANIFEST_JSON}")["solution"]
+    table = folder.read_table(f"{row.name}/{MANIFEST_TABLE}")
     formats = {one["group"]: one["format"] for one in table.select(["group", "format"]).to_pylist()}
     row = replace(
         row,

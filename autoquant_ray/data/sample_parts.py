@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from autoquant_ray.data.samples import Int32s, RichSample
 from autoquant_ray.errors import StoreError
+from autoquant_ray.runs.names import SAMPLES
 from autoquant_ray.runs.schemas import SCHEMAS
 
 _NUMERIC_KINDS = "biuf"
@@ -35,7 +36,7 @@ def text_part(first_sample: int, lengths_N: Int32s, tokens_T: Int32s) -> pa.Tabl
         "sample": np.arange(first_sample, first_sample + len(lengths_N)),
         "tokens": pa.ListArray.from_arrays(offsets, tokens_T),
     }
-    schema = pa.schema([SCHEMAS["samples"].field(name) for name in columns])
+    schema = pa.schema([SCHEMAS[SAMPLES].field(name) for name in columns])
     return pa.table(columns, schema=schema)
 
 
@@ -55,7 +56,7 @@ def rich_part(first_sample: int, samples: Sequence[RichSample]) -> pa.Table:
         }
         for number, sample in enumerate(samples)
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMAS["samples"])
+    return pa.Table.from_pylist(rows, schema=SCHEMAS[SAMPLES])
 
 
 def samples_of(table: pa.Table) -> list[Int32s | RichSample]:

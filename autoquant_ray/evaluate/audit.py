@@ -45,7 +45,7 @@ from autoquant_ray.evaluate.plan_search import split_shards
 from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.audit import AuditedPair, most_wrong
-from autoquant_ray.runs.names import solution_folder, solution_of
+from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder, solution_of
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import Solution, write_solution
 
@@ -146,7 +146,7 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
 
 def _origin(measurement: Measurement, start: str, config: EvaluationConfig) -> dict[str, Any]:
     """Notes of the manifest: how to make the audited solution again, and which data chose it."""
-    manifest = measurement.state.directory.read_json(f"{start}manifest.json")
+    manifest = measurement.state.directory.read_json(f"{start}{MANIFEST_JSON}")
     return {
         "made_from": made_from("evaluate", config),
         "chosen_on": chosen_also_on(manifest, measurement, num_parts=1),

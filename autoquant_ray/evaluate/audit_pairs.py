@@ -162,8 +162,8 @@ def write_pairs(
     """Replace an audited solution's rows of ``audit.parquet``; returns the path of the file."""
     kept = []
     if directory.exists(AUDIT_FILE):
-        before = directory.read_table(AUDIT_FILE, "audit").to_pylist()
+        before = directory.read_table(AUDIT_FILE).to_pylist()
         kept = [row for row in before if row["solution"] != solution]
     labels = {"solution": solution, "data_key": data_key}
     rows = [vars(pair) | {"ratio": pair.ratio} | labels for pair in pairs]
-    return directory.write_table(AUDIT_FILE, "audit", [*kept, *rows])
+    return directory.write_table(AUDIT_FILE, [*kept, *rows])

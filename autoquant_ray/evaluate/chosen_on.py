@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluate.plan_search import split_shards
+from autoquant_ray.runs.names import MANIFEST_JSON
 
 if TYPE_CHECKING:
     from autoquant_ray.config.evaluation import EvaluationConfig
@@ -74,7 +75,7 @@ def untouched_shards(measurement: Measurement, start: str) -> list[int] | None:
         ConfigError: The solution was chosen on the same data cut into other samples, so that these
             shards are unknown.
     """
-    manifest = measurement.state.directory.read_json(f"{start}manifest.json")
+    manifest = measurement.state.directory.read_json(f"{start}{MANIFEST_JSON}")
     entries = [e for e in chosen_on(manifest) if e["source"] == measurement.facts["source"]]
     for entry in entries:
         if entry["data_key"] != measurement.data_key:

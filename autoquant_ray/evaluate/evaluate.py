@@ -100,7 +100,7 @@ def record(
     rows = evaluation_rows(candidates, measured, labels)
     before = []
     if directory.exists(EVALUATION_FILE):
-        before = directory.read_table(EVALUATION_FILE, "evaluation").to_pylist()
+        before = directory.read_table(EVALUATION_FILE).to_pylist()
     stale = {
         row["data_key"]
         for row in before
@@ -108,6 +108,6 @@ def record(
         and row["allocation"] != rows[0]["allocation"]
     } | {labels["data_key"]}
     kept = [r for r in before if r["solution"] != labels["solution"] or r["data_key"] not in stale]
-    path = directory.write_table(EVALUATION_FILE, "evaluation", [*kept, *rows])
+    path = directory.write_table(EVALUATION_FILE, [*kept, *rows])
     paths = {EVALUATION_FILE: path} | write_reports(measurement.state, start)
     return Evaluation(rows=rows, left_out=dict(measurement.left_out), paths=paths)

@@ -114,7 +114,7 @@ class Measurement:
         for shard in shards:
             name = part_name(f"{self.folder}/{candidate.key}", shard)
             try:
-                yield directory.read_table(name, "divergences")
+                yield directory.read_table(name)
             except StoreError as error:
                 logger.warning("%s is damaged and measured again: %s", name, error)
                 directory.append_event("part_damaged", part=name)
@@ -241,4 +241,4 @@ def _write_parts(
             )
         ]
         name = part_name(f"{folder}/{candidate.key}", outcome.task.shard)
-        directory.write_table(name, "divergences", rows)
+        directory.write_table(name, rows)

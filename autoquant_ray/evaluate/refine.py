@@ -15,7 +15,7 @@ from autoquant_ray.evaluate.measurement import Measurement, measuring
 from autoquant_ray.evaluate.plan_search import SearchResult, search_allocations
 from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import solution_folder
+from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import Solution, write_solution
 
@@ -109,7 +109,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
         name = f"{config.solution or 'scan'}-refined"
         allocation = as_allocation(problem, scores, options, result.winner)
         figures = _figures(result, measurement)
-        manifest = state.directory.read_json(f"{start}manifest.json")
+        manifest = state.directory.read_json(f"{start}{MANIFEST_JSON}")
         notes = {
             "refinement": figures.to_json(),
             "made_from": made_from("refine", config, trials=num_trials, seed=seed),

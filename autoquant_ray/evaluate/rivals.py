@@ -16,6 +16,7 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
 from autoquant_ray.allocate.search import search, served_problems
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.names import SENSITIVITY_FILE
 from autoquant_ray.runs.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def _modelopt_scores(state: RunState) -> dict[tuple[str, str], float]:
         for entry in state.values["plan"]["formats"]
         if entry.get("weight")
     }
-    table = state.directory.read_table("sensitivity.parquet", "sensitivity")
+    table = state.directory.read_table(SENSITIVITY_FILE)
     rows = table.select(["group", "format", "modelopt_score"]).to_pylist()
     scores: dict[tuple[str, str], float] = {}
     lowest: dict[str, float] = {}

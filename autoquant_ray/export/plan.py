@@ -11,7 +11,7 @@ from autoquant_ray.export.fused_experts import fuse_experts
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.kv_cache import is_described
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import SOLUTIONS, solution_folder
+from autoquant_ray.runs.names import MANIFEST_TABLE, SOLUTIONS, solution_folder
 from autoquant_ray.runs.state import RunState
 
 
@@ -48,7 +48,7 @@ def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
         StoreError: Not a run, no such solution, or an imported run, which only names its formats.
     """
     state = RunState.open(directory)
-    name = f"{solution_folder(solution)}manifest.parquet"
+    name = f"{solution_folder(solution)}{MANIFEST_TABLE}"
     if not directory.exists(name):
         known = ", ".join(directory.list_folders(SOLUTIONS)) or "none"
         raise StoreError(f"{directory.path(name)} does not exist; solutions of the run: {known}")
@@ -58,7 +58,7 @@ def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
             f"{directory.uri} was imported and only names its formats; scan the model to "
             "export a plan"
         )
-    rows = directory.read_table(name, "manifest").to_pylist()
+    rows = directory.read_table(name).to_pylist()
     facts = state.values["plan"]["modules"]
     caches = {r["module"]: r["format"] for r in rows if not facts[r["module"]]["prefixes"]}
     rows = [row for row in rows if row["module"] not in caches]

@@ -21,7 +21,7 @@ from autoquant_ray.export.plan import read_plan
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.smoothed import is_smoothed, method_of
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import solution_folder
+from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.fused_names import engine_modules
 from autoquant_ray.serving.kv_cache import served_formats as served_caches
@@ -101,7 +101,7 @@ def read_source(directory: RunDirectory, solution: str = "") -> Source:
         )
     return Source(
         state=plan.state,
-        manifest=directory.read_json(f"{start}manifest.json"),
+        manifest=directory.read_json(f"{start}{MANIFEST_JSON}"),
         formats=formats,
         groups=plan.group_of,
         modules={n: m for n, m in plan.modules.items() if n not in plan.caches},

@@ -20,6 +20,7 @@ from autoquant_ray.allocate.search import check_feasible
 from autoquant_ray.errors import DataError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import PLAN_FILE, SENSITIVITY_FILE
 from autoquant_ray.runs.state import RunState, new_run_values, require_target
 from autoquant_ray.solve import Solution, solve_run
 
@@ -49,8 +50,8 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
     check_feasible(Problem(rows, state.values["plan"]), options)
     directory.clear()
     state.save()
-    directory.write_table("plan.parquet", "plan", rows)
-    directory.write_table("sensitivity.parquet", "sensitivity", scores)
+    directory.write_table(PLAN_FILE, rows)
+    directory.write_table(SENSITIVITY_FILE, scores)
     directory.append_event("imported", source=path)
     return solve_run(directory, options, folder="")
 

@@ -19,7 +19,7 @@ from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.imports.tool_files import read_allocation, read_json, sensitivities
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import SOLUTIONS, slug, solution_folder
+from autoquant_ray.runs.names import MANIFEST_JSON, SOLUTIONS, slug, solution_folder
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.menus import formats_of
 from autoquant_ray.solve import Solution, write_solution
@@ -130,7 +130,7 @@ def import_allocation(path: str, directory: RunDirectory, name: str | None = Non
 
 def _require_imported(directory: RunDirectory, name: str) -> None:
     """Check that no solution of another kind is replaced."""
-    file = f"{solution_folder(name)}manifest.json"
+    file = f"{solution_folder(name)}{MANIFEST_JSON}"
     if directory.exists(file) and "imported_from" not in directory.read_json(file):
         raise ConfigError(
             f"{directory.path(file)} is a solution of the run itself; give another --name"

@@ -26,7 +26,7 @@ from autoquant_ray.errors import (
 )
 from autoquant_ray.jobs.file import SweepJob
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import slug
+from autoquant_ray.runs.names import MANIFEST_JSON, slug
 from autoquant_ray.scan import run_search
 from autoquant_ray.solve import Solution, solve_run
 
@@ -120,7 +120,7 @@ def _row(model: str, config: ScanConfig, solution: Solution, quarantined: int) -
         effective_bits=solution.summary["effective_bits"],
         predicted_kl_nats=solution.summary["predicted_kl_nats"],
         weight_bytes=solution.summary["weight_bytes"],
-        manifest=solution.paths["manifest.json"],
+        manifest=solution.paths[MANIFEST_JSON],
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.report.html import render_html
 from autoquant_ray.report.markdown import render_markdown
+from autoquant_ray.runs.names import REPORT_HTML, REPORT_MARKDOWN
 from autoquant_ray.runs.state import RunState
 
 
@@ -22,7 +23,7 @@ def write_reports(state: RunState, start: str) -> dict[str, str]:
         File name -> full path.
     """
     content = collect_content(state, start)
-    texts = {"report.md": render_markdown(content), "report.html": render_html(content)}
+    texts = {REPORT_MARKDOWN: render_markdown(content), REPORT_HTML: render_html(content)}
     return {
         name: state.directory.write_text(f"{start}{name}", text) for name, text in texts.items()
     }

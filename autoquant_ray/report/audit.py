@@ -127,7 +127,7 @@ def most_wrong(pairs: Sequence[AuditedPair], factor: float | None) -> list[Audit
 
 def read_pairs(directory: RunDirectory, solution: str) -> list[AuditedPair]:
     """An audited solution's rows of ``audit.parquet``, in their order."""
-    rows = directory.read_table(AUDIT_FILE, "audit").to_pylist()
+    rows = directory.read_table(AUDIT_FILE).to_pylist()
     names = [field.name for field in fields(AuditedPair)]
     return [
         AuditedPair(**{name: row[name] for name in names})

@@ -23,7 +23,7 @@ from autoquant_ray.report.heat import Heat, heat_maps
 from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.report.reproduce import Reproduction, reproduction
 from autoquant_ray.report.sources import ScoresWithErrors, Sources, gather_evidence, read_sources
-from autoquant_ray.runs.names import AUDIT_FILE, solution_folder
+from autoquant_ray.runs.names import AUDIT_FILE, MANIFEST_JSON, solution_folder
 from autoquant_ray.runs.state import RunState
 
 
@@ -134,7 +134,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
 
 
 def _manifest_of(state: RunState, name: str) -> dict[str, Any]:
-    return dict(state.directory.read_json(f"{solution_folder(name)}manifest.json"))
+    return dict(state.directory.read_json(f"{solution_folder(name)}{MANIFEST_JSON}"))
 
 
 def _audit(sources: Sources) -> AuditData | None:

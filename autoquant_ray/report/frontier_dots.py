@@ -29,7 +29,7 @@ def frontier_dots(
         evaluations: Rows of ``evaluation.parquet``. Plans from shuffled scores are not shown.
     """
     if directory.exists(FRONTIER_FILE):
-        rows = directory.read_table(FRONTIER_FILE, "frontier").to_pylist()
+        rows = directory.read_table(FRONTIER_FILE).to_pylist()
         curve = [Point(**row) for row in rows]
     else:
         curve = sweep_points(problem, scores)

@@ -16,7 +16,15 @@ from autoquant_ray.plan.silent_experts import experts_with_few_tokens, silent_ex
 from autoquant_ray.report.domains import is_by_domain
 from autoquant_ray.report.evidence import ChosenFormat, Evidence
 from autoquant_ray.report.measured import measured_rows
-from autoquant_ray.runs.names import solution_of
+from autoquant_ray.runs.names import (
+    EVALUATION_FILE,
+    MANIFEST_JSON,
+    MANIFEST_TABLE,
+    PLAN_FILE,
+    RESAMPLING_FILE,
+    SENSITIVITY_FILE,
+    solution_of,
+)
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.kv_cache import cache_problem
 from autoquant_ray.serving.menus import formats_of, why_unserved
@@ -97,23 +105,23 @@ def read_sources(state: RunState, start: str) -> Sources:
         StoreError: A file is missing or damaged.
     """
     directory = state.directory
-    manifest = directory.read_json(f"{start}manifest.json")
+    manifest = directory.read_json(f"{start}{MANIFEST_JSON}")
     if not isinstance(manifest, dict) or not {"solution", "budget"} <= set(manifest):
-        name = directory.path(f"{start}manifest.json")
+        name = directory.path(f"{start}{MANIFEST_JSON}")
         raise StoreError(f"{name} is damaged: it lacks solution or budget; solve the budget again")
-    rows = directory.read_table(f"{start}manifest.parquet", "manifest").to_pylist()
-    table = directory.read_table("sensitivity.parquet", "sensitivity").to_pylist()
+    rows = directory.read_table(f"{start}{MANIFEST_TABLE}").to_pylist()
+    table = directory.read_table(SENSITIVITY_FILE).to_pylist()
     scores: ScoresWithErrors = {}
     for row in table:
         scores.setdefault(row["group"], {})[row["format"]] = (row["score"], row["score_stderr"])
-    plan = directory.read_table("plan.parquet", "plan").to_pylist()
+    plan = directory.read_table(PLAN_FILE).to_pylist()
     unsearched = state.values["plan"]["unsearched"]
     formats = {row["group"]: row["format"] for row in rows if row["group"] not in unsearched}
 
-    def optional(name: str, kind: str) -> Any:
-        return directory.read_table(name, kind) if directory.exists(name) else None
+    def optional(name: str) -> Any:
+        return directory.read_table(name) if directory.exists(name) else None
 
-    evaluations = optional("evaluation.parquet", "evaluation")
+    evaluations = optional(EVALUATION_FILE)
     return Sources(
         state=state,
         name=solution_of(start),
@@ -123,7 +131,7 @@ def read_sources(state: RunState, start: str) -> Sources:
         scores=scores,
         problem=Problem(plan, state.values["plan"]),
         formats=formats,
-        error=total_error(formats, table, optional("resampling.parquet", "resampling")),
+        error=total_error(formats, table, optional(RESAMPLING_FILE)),
         evaluations=[] if evaluations is None else evaluations.to_pylist(),
     )
 

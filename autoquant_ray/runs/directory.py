@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 
 from autoquant_ray.errors import StoreError, StoreLostError, one_line
 from autoquant_ray.runs.filesystems import child_uri, explain, open_place
-from autoquant_ray.runs.names import LOCK, OWN_FILES, OWN_FOLDERS, RUN_FILE, part_name
-from autoquant_ray.runs.schemas import ADDED_COLUMNS, SCHEMAS
+from autoquant_ray.runs.names import EVENTS_FILE, LOCK, RUN_FILE, RUN_FILES, RUN_FOLDERS, part_name
+from autoquant_ray.runs.schemas import ADDED_COLUMNS, schema_of
 
 SCHEMA_VERSION = 1
 _FLUSH_S = 10.0
@@ -109,10 +109,10 @@ class RunDirectory:
             return
         self.require_run()
         for info in sorted(self._list(""), key=lambda info: info.base_name == RUN_FILE):
-            if info.base_name in OWN_FOLDERS:
+            if info.base_name in RUN_FOLDERS:
                 with self._reaching("delete", info.base_name):
                     self._base.delete_dir(f"{self._root}/{info.base_name}")
-            elif info.base_name in OWN_FILES:
+            elif info.base_name in RUN_FILES:
                 self.delete(info.base_name)
 
     def write_bytes(self, name: str, content: bytes) -> str:
@@ -153,33 +153,36 @@ class RunDirectory:
         except ValueError as error:
             raise StoreError(f"{self.path(name)} is damaged: {error}") from None
 
-    def write_table(self, name: str, kind: str, rows: Rows | pa.Table) -> str:
-        """Write rows, or a table, as Parquet with the schema of ``kind``; returns the full path."""
+    def write_table(self, name: str, rows: Rows | pa.Table) -> str:
+        """Write a table, or rows with the columns of that file, as Parquet; returns the full path.
+
+        A table is written as it is.
+        """
         table = rows
         if not isinstance(rows, pa.Table):
-            table = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMAS[kind])
+            table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema_of(name))
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         return self.write_bytes(name, sink.getvalue().to_pybytes())
 
-    def read_table(self, name: str, kind: str) -> pa.Table:
+    def read_table(self, name: str) -> pa.Table:
         """Read a Parquet file and check its columns.
 
         Raises:
             StoreError: Missing, damaged, or with other columns.
         """
-        content = self.read_bytes(name)
+        content, schema = self.read_bytes(name), schema_of(name)
         try:
             # Parts are small, and several are read at a time.
             table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
-            missing = set(SCHEMAS[kind].names) - set(table.column_names)
+            missing = set(schema.names) - set(table.column_names)
             if missing - ADDED_COLUMNS:
                 raise StoreError(
                     f"{self.path(name)} lacks the columns {sorted(missing - ADDED_COLUMNS)}"
                 )
             for column in sorted(missing):
                 table = table.append_column(column, pa.nulls(table.num_rows))
-            return table.select(SCHEMAS[kind].names).cast(SCHEMAS[kind])
+            return table.select(schema.names).cast(schema)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
 
@@ -231,13 +234,13 @@ class RunDirectory:
             if event != "shard_done" or time.monotonic() >= self._next_flush_s:
                 self._flush_events()
             return
-        with self._reaching("write", "events.jsonl"):
-            self._place.append("events.jsonl", line.encode())
+        with self._reaching("write", EVENTS_FILE):
+            self._place.append(EVENTS_FILE, line.encode())
         self._was_written = True
 
     def _flush_events(self) -> None:
-        before = self.read_bytes("events.jsonl") if self.exists("events.jsonl") else b""
-        self.write_bytes("events.jsonl", before + "".join(self._late_events).encode())
+        before = self.read_bytes(EVENTS_FILE) if self.exists(EVENTS_FILE) else b""
+        self.write_bytes(EVENTS_FILE, before + "".join(self._late_events).encode())
         self._late_events.clear()
         self._next_flush_s = time.monotonic() + _FLUSH_S
 

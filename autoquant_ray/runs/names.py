@@ -1,10 +1,22 @@
-"""Names of the files and folders of a run directory."""
+"""Names of the files and folders of a run directory.
+
+Every other module takes them from here; the columns of a Parquet file are found by its name
+(:mod:`autoquant_ray.runs.schemas`).
+"""
 
 from __future__ import annotations
 
 import re
 
-RUN_FILE = "run.json"
+RUN_FILE, EVENTS_FILE = "run.json", "events.jsonl"
+"""The record of the run, and one line per state change."""
+PLAN_FILE = "plan.parquet"
+"""Groups, their formats and what these cost."""
+SENSITIVITY_FILE, RESAMPLING_FILE = "sensitivity.parquet", "resampling.parquet"
+"""Scores of (group, format), and the sums behind them that can be resampled."""
+MANIFEST_TABLE, MANIFEST_JSON = "manifest.parquet", "manifest.json"
+REPORT_MARKDOWN, REPORT_HTML = "report.md", "report.html"
+"""Of a solution, next to each other: in the run's folder, or in the solution's."""
 SOLUTIONS = "solutions"
 SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
 CHANNELS, SEARCH = "channels", "search"
@@ -28,35 +40,45 @@ LOCK = ".lock"
 """Folder of the claims of whoever works on the run; it is not part of the run."""
 DRIFT_JSON, DRIFT_MARKDOWN = "drift.json", "drift.md"
 """What a nightly run found against its baseline."""
+HISTORY_FILE = "history.parquet"
+"""Of a folder of runs, beside them: one row per run."""
 
-OWN_FOLDERS = {SAMPLES, CALIBRATION, CHANNELS, SEARCH, SCORES, SOLUTIONS, EVALUATION}
-OWN_FILES = {
+RUN_FOLDERS = {SAMPLES, CALIBRATION, CHANNELS, SEARCH, SCORES, SOLUTIONS, EVALUATION}
+RUN_FILES = {
     RUN_FILE,
-    "plan.parquet",
+    PLAN_FILE,
     CALIBRATION_FILE,
     CHANNELS_FILE,
     SEARCH_FILE,
     DOMAINS_FILE,
     DOMAIN_SCORES_FILE,
     DOMAIN_RESAMPLING_FILE,
-    "sensitivity.parquet",
-    "resampling.parquet",
+    SENSITIVITY_FILE,
+    RESAMPLING_FILE,
     EVALUATION_FILE,
     AUDIT_FILE,
     FRONTIER_FILE,
-    "manifest.parquet",
-    "manifest.json",
-    "report.md",
-    "report.html",
-    "events.jsonl",
+    MANIFEST_TABLE,
+    MANIFEST_JSON,
+    REPORT_MARKDOWN,
+    REPORT_HTML,
+    EVENTS_FILE,
     DRIFT_JSON,
     DRIFT_MARKDOWN,
 }
 
 
+_PART = re.compile(r"shard-\d{6,}\.parquet")
+
+
 def part_name(folder: str, shard: int) -> str:
     """Name of one shard's part, for example ``scores/shard-000012.parquet``."""
     return f"{folder}/shard-{shard:06d}.parquet"
+
+
+def is_part(name: str) -> bool:
+    """Whether a file is one shard's part, by its name."""
+    return _PART.fullmatch(name.rpartition("/")[2]) is not None
 
 
 def solution_folder(name: str) -> str:

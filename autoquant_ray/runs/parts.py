@@ -44,7 +44,7 @@ class Parts(Sequence[pa.Table]):
 
     Args:
         directory: The run.
-        folder: Folder of the parts, which names their schema too.
+        folder: Folder of the parts.
         shards: Which shards, in this order.
     """
 
@@ -65,4 +65,4 @@ class Parts(Sequence[pa.Table]):
         return map_ahead(self._read, self._shards)
 
     def _read(self, shard: int) -> pa.Table:
-        return self._directory.read_table(part_name(self._folder, shard), self._folder)
+        return self._directory.read_table(part_name(self._folder, shard))

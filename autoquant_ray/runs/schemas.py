@@ -4,6 +4,30 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from autoquant_ray.runs.names import (
+    AUDIT_FILE,
+    CALIBRATION,
+    CALIBRATION_FILE,
+    CHANNELS,
+    CHANNELS_FILE,
+    DOMAIN_RESAMPLING_FILE,
+    DOMAIN_SCORES_FILE,
+    DOMAINS_FILE,
+    EVALUATION,
+    EVALUATION_FILE,
+    FRONTIER_FILE,
+    HISTORY_FILE,
+    MANIFEST_TABLE,
+    PLAN_FILE,
+    RESAMPLING_FILE,
+    SAMPLES,
+    SCORES,
+    SEARCH,
+    SEARCH_FILE,
+    SENSITIVITY_FILE,
+    is_part,
+)
+
 _STRING, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
 _SENSITIVITY = {
     "group": _STRING,
@@ -28,9 +52,19 @@ _BUCKET = {
     "bucket_tokens": _INT,
 }
 _TENSOR = {"name": _STRING, "dtype": _STRING, "shape": pa.list_(_INT), "data": pa.binary()}
+_CALIBRATION = pa.schema({"module": _STRING, "statistic": _STRING, "value": _FLOAT})
+_CHANNELS = pa.schema(
+    {
+        "module": _STRING,
+        "largest": pa.list_(pa.float32()),
+        "sum": pa.list_(_FLOAT),
+        "num_tokens": _INT,
+    }
+)
+_SEARCH = pa.schema({"module": _STRING, "format": _STRING, "alpha": _FLOAT, "loss": _FLOAT})
 
 SCHEMAS: dict[str, pa.Schema] = {
-    "plan": pa.schema(
+    PLAN_FILE: pa.schema(
         {
             "group": _STRING,
             "format": _STRING,
@@ -43,7 +77,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "kv_bytes_per_token": _FLOAT,
         }
     ),
-    "samples": pa.schema(
+    SAMPLES: pa.schema(
         {
             "sample": _INT,
             "tokens": pa.list_(pa.int32()),
@@ -51,17 +85,13 @@ SCHEMAS: dict[str, pa.Schema] = {
             "tensors": pa.list_(pa.struct(_TENSOR)),
         }
     ),
-    "calibration": pa.schema({"module": _STRING, "statistic": _STRING, "value": _FLOAT}),
-    "channels": pa.schema(
-        {
-            "module": _STRING,
-            "largest": pa.list_(pa.float32()),
-            "sum": pa.list_(_FLOAT),
-            "num_tokens": _INT,
-        }
-    ),
-    "search": pa.schema({"module": _STRING, "format": _STRING, "alpha": _FLOAT, "loss": _FLOAT}),
-    "scores": pa.schema(
+    CALIBRATION: _CALIBRATION,
+    CALIBRATION_FILE: _CALIBRATION,
+    CHANNELS: _CHANNELS,
+    CHANNELS_FILE: _CHANNELS,
+    SEARCH: _SEARCH,
+    SEARCH_FILE: _SEARCH,
+    SCORES: pa.schema(
         {
             "shard": _INT,
             "group": _STRING,
@@ -76,12 +106,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             "expert_tokens": pa.list_(_INT),
         }
     ),
-    "sensitivity": pa.schema(_SENSITIVITY),
-    "domain_sensitivity": pa.schema(_SENSITIVITY | {"domain": _STRING}),
-    "domains": pa.schema(
+    SENSITIVITY_FILE: pa.schema(_SENSITIVITY),
+    DOMAIN_SCORES_FILE: pa.schema(_SENSITIVITY | {"domain": _STRING}),
+    DOMAINS_FILE: pa.schema(
         {"shard": _INT, "domain": _STRING, "num_samples": _INT, "num_tokens": _INT}
     ),
-    "divergences": pa.schema(
+    EVALUATION: pa.schema(
         {
             "sample": _INT,
             "kl": pa.list_(pa.float32()),
@@ -90,7 +120,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "agrees": pa.list_(pa.bool_()),
         }
     ),
-    "evaluation": pa.schema(
+    EVALUATION_FILE: pa.schema(
         {
             "solution": _STRING,
             "dataset": _STRING,
@@ -114,7 +144,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "num_samples": _INT,
         }
     ),
-    "audit": pa.schema(
+    AUDIT_FILE: pa.schema(
         {
             "solution": _STRING,
             "group": _STRING,
@@ -128,9 +158,9 @@ SCHEMAS: dict[str, pa.Schema] = {
             "data_key": _STRING,
         }
     ),
-    "resampling": pa.schema(_BUCKET),
-    "domain_resampling": pa.schema({"domain": _STRING} | _BUCKET),
-    "frontier": pa.schema(
+    RESAMPLING_FILE: pa.schema(_BUCKET),
+    DOMAIN_RESAMPLING_FILE: pa.schema({"domain": _STRING} | _BUCKET),
+    FRONTIER_FILE: pa.schema(
         {
             "effective_bits": _FLOAT,
             "weight_bytes": _FLOAT,
@@ -138,7 +168,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "is_knee": pa.bool_(),
         }
     ),
-    "manifest": pa.schema(
+    MANIFEST_TABLE: pa.schema(
         {
             "module": _STRING,
             "group": _STRING,
@@ -148,7 +178,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "score": _FLOAT,
         }
     ),
-    "history": pa.schema(
+    HISTORY_FILE: pa.schema(
         {
             "job": _STRING,
             "run": _STRING,
@@ -172,8 +202,8 @@ SCHEMAS: dict[str, pa.Schema] = {
         }
     ),
 }
-"""Columns of every Parquet file of a run, and of the history of a folder of runs; part folders use
-the schema of their name."""
+"""Columns of every Parquet file of a run, and of the history of a folder of runs, by the name of
+the file; of parts by the name of their folder."""
 
 ADDED_COLUMNS = {
     "elementwise_variance",
@@ -187,3 +217,16 @@ ADDED_COLUMNS = {
 }
 """Columns that earlier versions, or samples of plain text, do not have; null where they are
 missing."""
+
+
+def schema_of(name: str) -> pa.Schema:
+    """Columns of a file of a run, or of a folder of runs.
+
+    Args:
+        name: Path inside the run. A solution's files have the columns of the scan's own; samples
+            that an evaluation reads lie below its folder, beside what it measured.
+    """
+    *folders, file = name.split("/")
+    if not is_part(file):
+        return SCHEMAS[file]
+    return SCHEMAS[folders[-1] if folders[-1] in SCHEMAS else folders[0]]

@@ -21,19 +21,23 @@ from autoquant_ray.runs.lease import Lease
 from autoquant_ray.runs.names import (
     CALIBRATION_FILE,
     FRONTIER_FILE,
+    MANIFEST_JSON,
+    MANIFEST_TABLE,
+    PLAN_FILE,
     RUN_FILE,
     SCORES,
     SEARCH,
     SEARCH_FILE,
+    SENSITIVITY_FILE,
 )
 
 Mode = Literal["new", "resume", "overwrite"]
 _REQUIRED_KEYS = {"run_id", "config", "model", "dataset", "fingerprints", "stages", "quarantined"}
 _OUTPUTS = {
-    "plan": "plan.parquet",
+    "plan": PLAN_FILE,
     "calibrate": CALIBRATION_FILE,
     "search": SEARCH_FILE,
-    "aggregate": "sensitivity.parquet",
+    "aggregate": SENSITIVITY_FILE,
 }
 _NUMERIC_PACKAGES = ("autoquant-ray", "torch", "transformers", "nvidia-modelopt", "numpy")
 _PACKAGES = ("autoquant-ray", "ray", "torch", "transformers", "nvidia-modelopt", "numpy", "scipy")
@@ -140,7 +144,7 @@ class RunState:
         """Forget that stages are done, and delete scores that no longer hold."""
         for stage in stages:
             self.values["stages"].pop(stage, None)
-        for name in ("sensitivity.parquet", FRONTIER_FILE, "manifest.json", "manifest.parquet"):
+        for name in (SENSITIVITY_FILE, FRONTIER_FILE, MANIFEST_JSON, MANIFEST_TABLE):
             self.directory.delete(name)
 
     @property

@@ -16,6 +16,7 @@ import pyarrow as pa
 from autoquant_ray.arrays import Floats, Integers, Mask
 from autoquant_ray.errors import ScoreError
 from autoquant_ray.plan.silent_experts import Counts, add_counts, without_tokens
+from autoquant_ray.runs.names import RESAMPLING_FILE, SCORES
 from autoquant_ray.runs.schemas import SCHEMAS
 
 NUM_BUCKETS = 64
@@ -65,7 +66,7 @@ def score_part(
             type=pa.list_(pa.int64()),
         ),
     }
-    return pa.table(columns, schema=SCHEMAS["scores"])
+    return pa.table(columns, schema=SCHEMAS[SCORES])
 
 
 def _positions(names: Sequence[str]) -> dict[str, int]:
@@ -183,7 +184,7 @@ def _bucket_table(
         "sum": buckets_BK.ravel(),
         "bucket_tokens": np.repeat(tokens_B, len(keys_K)),
     }
-    return pa.table(columns, schema=SCHEMAS["resampling"])
+    return pa.table(columns, schema=SCHEMAS[RESAMPLING_FILE])
 
 
 @dataclass

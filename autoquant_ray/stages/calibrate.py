@@ -53,7 +53,7 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
 
             def is_complete(shard: int, table: Any) -> bool:
                 if has_channels:
-                    directory.read_table(part_name(CHANNELS, shard), CHANNELS)
+                    directory.read_table(part_name(CHANNELS, shard))
                 return bool(table.num_rows > 0)
 
             done = intact_parts(state, CALIBRATION, is_complete)
@@ -69,9 +69,9 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
             # Read in the order of the shards, a few at a time: sums do not depend on arrival.
             if has_channels:
                 channels = merge_statistics(map(_channels, Parts(directory, CHANNELS, shards)))
-                directory.write_table(CHANNELS_FILE, CHANNELS, _channel_rows(channels))
+                directory.write_table(CHANNELS_FILE, _channel_rows(channels))
             merged = merge_statistics(map(_scalars, Parts(directory, CALIBRATION, shards)))
-            directory.write_table(CALIBRATION_FILE, CALIBRATION, _scalar_rows(merged))
+            directory.write_table(CALIBRATION_FILE, _scalar_rows(merged))
     return read_maxima(directory)
 
 
@@ -114,9 +114,9 @@ def _write_statistics(directory: RunDirectory, has_channels: bool, outcome: Outc
     shard, found = outcome.task.shard, outcome.result
     if has_channels:
         name = part_name(CHANNELS, shard)
-        directory.write_table(name, CHANNELS, _channel_rows(found))
-    return directory.write_table(part_name(CALIBRATION, shard), CALIBRATION, _scalar_rows(found))
+        directory.write_table(name, _channel_rows(found))
+    return directory.write_table(part_name(CALIBRATION, shard), _scalar_rows(found))
 
 
 def _write_losses(directory: RunDirectory, name: str, losses: Losses) -> str:
-    return directory.write_table(name, SEARCH, loss_rows(losses))
+    return directory.write_table(name, loss_rows(losses))

@@ -46,9 +46,9 @@ def write_domain_scores(
     directory = state.directory
     if not directory.exists(DOMAINS_FILE):
         return
-    shards = _shards_of(directory.read_table(DOMAINS_FILE, "domains"), state.used_shards)
-    schema = SCHEMAS["domain_sensitivity"]
-    tables, buckets = [schema.empty_table()], [SCHEMAS["domain_resampling"].empty_table()]
+    shards = _shards_of(directory.read_table(DOMAINS_FILE), state.used_shards)
+    schema = SCHEMAS[DOMAIN_SCORES_FILE]
+    tables, buckets = [schema.empty_table()], [SCHEMAS[DOMAIN_RESAMPLING_FILE].empty_table()]
     num_buckets = max(_MIN_BUCKETS, NUM_BUCKETS // len(shards))
     for domain, of_domain in shards.items():
         parts = Parts(directory, SCORES, of_domain)
@@ -60,8 +60,8 @@ def write_domain_scores(
         rows = [row | {"domain": domain} for row in result.rows]
         tables.append(pa.Table.from_pylist(rows, schema=schema))
         buckets.append(_bucket_table(domain, result.buckets))
-    directory.write_table(DOMAIN_RESAMPLING_FILE, "domain_resampling", pa.concat_tables(buckets))
-    directory.write_table(DOMAIN_SCORES_FILE, "domain_sensitivity", pa.concat_tables(tables))
+    directory.write_table(DOMAIN_RESAMPLING_FILE, pa.concat_tables(buckets))
+    directory.write_table(DOMAIN_SCORES_FILE, pa.concat_tables(tables))
 
 
 def _shards_of(table: pa.Table, used: Sequence[int]) -> dict[str, list[int]]:
@@ -77,5 +77,5 @@ def _shards_of(table: pa.Table, used: Sequence[int]) -> dict[str, list[int]]:
 def _bucket_table(domain: str, buckets: pa.Table) -> pa.Table:
     """A domain's rows of ``domain_resampling.parquet``."""
     table = buckets.append_column("domain", pa.array([domain] * buckets.num_rows))
-    schema = SCHEMAS["domain_resampling"]
+    schema = SCHEMAS[DOMAIN_RESAMPLING_FILE]
     return table.select(schema.names).cast(schema)

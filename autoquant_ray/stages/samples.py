@@ -73,7 +73,7 @@ def read_samples(
             rich.update(_rich_facts(with_more))
         else:
             table = text_part(num_samples, lengths_N, tokens_T)
-        scratch.write_table(part_name(SAMPLES, len(told)), "samples", table)
+        scratch.write_table(part_name(SAMPLES, len(told)), table)
         digest.update(np.insert(tokens_T, lengths_N.cumsum() - lengths_N, lengths_N).tobytes())
         digest.update(digest_bytes(with_more))
         num_tokens, num_samples = num_tokens + len(tokens_T), num_samples + len(shard)
@@ -92,7 +92,7 @@ def read_samples(
         facts["bad_samples"] = reasons
     domains = _domain_facts(told)
     if len(domains) > 1:
-        scratch.write_table(DOMAINS_FILE, "domains", told)
+        scratch.write_table(DOMAINS_FILE, told)
     return facts | ({"domains": domains} if any(domains) else {})
 
 

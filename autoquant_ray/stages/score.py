@@ -19,7 +19,7 @@ from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.silent_experts import note_silent_experts, silent_experts
 from autoquant_ray.quantize.statistics import Maxima
-from autoquant_ray.runs.names import SCORES, part_name
+from autoquant_ray.runs.names import PLAN_FILE, RESAMPLING_FILE, SCORES, SENSITIVITY_FILE, part_name
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.runs.weight_hashes import hash_groups
@@ -49,7 +49,7 @@ def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | No
         if weights is not None:
             modules = {g.name: [m.name for m in g.modules] for g in plan.groups if not g.is_cache}
             state.values["weights"] = hash_groups(weights, modules)
-        state.directory.write_table("plan.parquet", "plan", plan.rows())
+        state.directory.write_table(PLAN_FILE, plan.rows())
 
 
 def is_scored(state: RunState, plan: Plan, fingerprint: str) -> bool:
@@ -85,7 +85,7 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
         if unseen := [g for g, rows in known if not rows and g not in experts]:
             logger.warning("shard %d gave no gradient to %s", shard, ", ".join(unseen[:3]))
         part = score_part(shard, keys, formats, outcome.result)
-        return state.directory.write_table(part_name(SCORES, shard), "scores", part)
+        return state.directory.write_table(part_name(SCORES, shard), part)
 
     def is_enough(shard: int) -> bool:
         return rule is not None and stopping_stage.is_enough(state, rule, shard)
@@ -114,13 +114,13 @@ def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
         return
     directory = state.directory
     with state.stage("aggregate", fingerprint):
-        plan_rows = directory.read_table("plan.parquet", "plan").to_pylist()
+        plan_rows = directory.read_table(PLAN_FILE).to_pylist()
         parts = Parts(directory, SCORES, state.used_shards)
         result = aggregate_parts(parts, plan_rows, config.estimator)
-        directory.write_table("resampling.parquet", "resampling", result.buckets)
+        directory.write_table(RESAMPLING_FILE, result.buckets)
         write_domain_scores(state, plan_rows, config.estimator, result.left_out)
         note_silent_experts(state.values["plan"], result.left_out)
-        directory.write_table("sensitivity.parquet", "sensitivity", result.rows)
+        directory.write_table(SENSITIVITY_FILE, result.rows)
         state.values["used"] = stopping_stage.used_data(state, state.used_shards)
 
 

@@ -29,7 +29,7 @@ def read_tasks(directory: RunDirectory, folder: str, shards: Iterable[int]) -> I
         shards: Their numbers.
     """
     for shard in shards:
-        table = directory.read_table(part_name(folder, shard), "samples")
+        table = directory.read_table(part_name(folder, shard))
         yield ShardTask(
             shard=shard,
             first_sample=table.column("sample")[0].as_py(),
@@ -126,7 +126,7 @@ def intact_parts(
 
     def is_intact(shard: int) -> bool:
         try:
-            return is_complete(shard, state.directory.read_table(part_name(folder, shard), folder))
+            return is_complete(shard, state.directory.read_table(part_name(folder, shard)))
         except StoreError:
             return False
 

@@ -67,7 +67,7 @@ def is_enough(state: RunState, rule: StoppingRule, shard: int) -> bool:
     """Let the rule see a shard that has its part or is left out; tell what it found."""
     sums_K = None
     if shard not in state.left_out:
-        table = state.directory.read_table(part_name(SCORES, shard), "scores")
+        table = state.directory.read_table(part_name(SCORES, shard))
         sums_K = part_sums(table, state.values["config"]["estimator"])
     num_checks = len(rule.checks)
     is_enough = rule.add(shard, sums_K)
@@ -101,7 +101,7 @@ def used_data(state: RunState, shards: Sequence[int]) -> dict[str, int]:
     if len(shards) == state.num_shards:
         num_samples, num_tokens = dataset["num_samples"], dataset["num_tokens"]
     else:
-        tables = (state.directory.read_table(part_name(SAMPLES, s), "samples") for s in shards)
+        tables = (state.directory.read_table(part_name(SAMPLES, s)) for s in shards)
         lengths = [pc.list_value_length(table.column("tokens")) for table in tables]
         num_samples = sum(len(column) for column in lengths)
         num_tokens = sum(pc.sum(column).as_py() for column in lengths)

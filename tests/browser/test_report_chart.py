@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frontier_of(directory, 16)
     own = evaluation_row(directory, dataset=DATA)
     rival = own | {"name": "uniform", "allocation": "u", "effective_bits": 4.2, "kl_stderr": 9.0}
-    directory.write_table("evaluation.parquet", "evaluation", [own, rival])
+    directory.write_table("evaluation.parquet", [own, rival])
     rewrite_reports(directory)
     return folder
 

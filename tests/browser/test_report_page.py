@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     solve_run(directory, SolveOptions(bits=4.8), folder="")
     measured = evaluation_row(directory, dataset=f"{EVIL}</script><!--")
-    directory.write_table("evaluation.parquet", "evaluation", [measured])
+    directory.write_table("evaluation.parquet", [measured])
     rewrite_reports(directory)
     return folder
 

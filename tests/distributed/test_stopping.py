@@ -199,7 +199,7 @@ def made_up_scan(make_model: Any, tmp_path: Path) -> Any:
             stages.write_plan(state, plan, "plan")
             for shard in range(40):
                 rows = [{"sample": 2 * shard + i, "tokens": [1] * 8} for i in range(2)]
-                state.directory.write_table(part_name(SAMPLES, shard), "samples", rows)
+                state.directory.write_table(part_name(SAMPLES, shard), rows)
         pool = Arrivals(plan, order, broken)
         config = ScanConfig.model_validate(state.values["config"])
         state.release_quarantine()

@@ -65,7 +65,7 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
         {"module": module, "statistic": statistic, "value": value}
         for (module, statistic), value in collector.statistics().items()
     ]
-    directory.write_table("calibration.parquet", "calibration", rows)
+    directory.write_table("calibration.parquet", rows)
     return {row["module"]: row["value"] for row in rows}
 
 

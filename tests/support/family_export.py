@@ -104,7 +104,7 @@ def _solved_run(
         for module, values in maxima.items()
         for statistic, value in values.items()
     ]
-    directory.write_table("calibration.parquet", "calibration", rows)
+    directory.write_table("calibration.parquet", rows)
     pins = {group.name: FORMAT if group.name in quantized else NONE for group in plan.searched}
     solve_run(directory, SolveOptions(bits=16, pins=pins), folder="")
     return directory

@@ -81,7 +81,7 @@ def put_run(
         }
         for i, format_ in enumerate(formats)
     ]
-    directory.write_table("manifest.parquet", "manifest", rows)
+    directory.write_table("manifest.parquet", rows)
     if report is not None:
         directory.write_text(report, f"report of {name}")
 

@@ -13,6 +13,7 @@ from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.formats.stored_size import stored_bits
 from autoquant_ray.report.sources import read_sources
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import EVALUATION_FILE
 from autoquant_ray.runs.schemas import SCHEMAS
 from autoquant_ray.runs.state import RunState
 
@@ -75,7 +76,7 @@ def put_scored_run(
         for name, modules in groups.items()
         for row in _plan_rows(name, modules, [] if name in unsearched else menu)
     ]
-    directory.write_table("plan.parquet", "plan", plan)
+    directory.write_table("plan.parquet", plan)
     searched = [row for row in plan if row["is_searched"] and row["format"] != NONE]
     _write_scores(directory, searched, num_shards, noise)
     values = {
@@ -111,7 +112,7 @@ def evaluation_row(directory: RunDirectory, **changes: Any) -> dict[str, Any]:
     """What ``evaluate`` would have written of the run's own solution."""
     sources = read_sources(RunState.open(directory), "")
     solution = sources.manifest["solution"]
-    row = dict.fromkeys(SCHEMAS["evaluation"].names, 0.0) | {
+    row = dict.fromkeys(SCHEMAS[EVALUATION_FILE].names, 0.0) | {
         "solution": "",
         "dataset": "held-out.jsonl",
         "data_key": "d",
@@ -186,7 +187,7 @@ def _write_scores(
             }
         )
         buckets.append(sums)
-    directory.write_table("sensitivity.parquet", "sensitivity", sensitivity)
+    directory.write_table("sensitivity.parquet", sensitivity)
     resampling = [
         {
             "bucket": shard,
@@ -198,7 +199,7 @@ def _write_scores(
         for shard in range(num_shards)
         for row, sums in zip(rows, buckets, strict=True)
     ]
-    directory.write_table("resampling.parquet", "resampling", resampling)
+    directory.write_table("resampling.parquet", resampling)
 
 
 def _dataset(num_shards: int) -> dict[str, Any]:

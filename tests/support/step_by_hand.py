@@ -56,7 +56,7 @@ def choices_ms(directory: Any, latency: Latency) -> tuple[dict[tuple[str, str], 
     rates = {pair: figure.value for pair, figure in latency.hardware.matmul_rates.items()}
     pairs = {"wint4_afp16": "16x16", "wfp8_afp8": "fp8xfp8", NONE: "16x16"}
     times = {}
-    for row in directory.read_table("plan.parquet", "plan").to_pylist():
+    for row in directory.read_table("plan.parquet").to_pylist():
         share = plan["step"]["active_expert_ratio"] if "experts" in row["group"] else 1.0
         num_bytes = row["weight_bytes"] * (1 - (1 - share) ** batch)
         operations = 2 * row["num_weights"] * batch * share

@@ -47,11 +47,11 @@ def write_run(
     keys, formats = plan.score_keys, [format_.name for format_ in plan.formats]
     for shard, of_shard in enumerate(scores):
         part = score_part(shard, keys, formats, of_shard)
-        directory.write_table(part_name(SCORES, shard), "scores", part)
+        directory.write_table(part_name(SCORES, shard), part)
     if domains:
         sizes = {"num_samples": 4, "num_tokens": 54}
         rows = [{"shard": s, "domain": name} | sizes for s, name in enumerate(domains)]
-        directory.write_table("domains.parquet", "domains", rows)
+        directory.write_table("domains.parquet", rows)
     aggregate(state, config, marks["aggregate"])
     return directory
 

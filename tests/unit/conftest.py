@@ -153,7 +153,7 @@ def solved_run(make_run: Any, model_folder: Any) -> Any:
         custom = {name: entry for name, entry in CUSTOM.items() if name in formats}
         directory = make_run(family, formats, disable=(), folder=folder, custom=custom, **more)
         maxima = calibrated(directory, folder, formats)
-        groups = directory.read_table("plan.parquet", "plan").column("group").to_pylist()
+        groups = directory.read_table("plan.parquet").column("group").to_pylist()
         pins = {g: name for p, name in choice.items() for g in groups if fnmatch.fnmatch(g, p)}
         solve_run(directory, SolveOptions(bits=16, pins=pins), folder="")
         return directory, folder, maxima

@@ -34,7 +34,7 @@ from autoquant_ray.allocate.search import search, served_problem
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import solution_folder, solution_of
+from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder, solution_of
 from autoquant_ray.runs.state import RunState
 
 _NO_QUANTIZER = "ModelOpt has no quantizer for this module"
@@ -104,7 +104,7 @@ class _Story:
         self._served = served_problem(problem, options, self._formats)
         self._plan_score = make_candidate(problem, self._scores, "", self._formats).predicted_kl
         if options.worst_domain:
-            self._plan_score = state.directory.read_json(f"{start}manifest.json")["solution"][
+            self._plan_score = state.directory.read_json(f"{start}{MANIFEST_JSON}")["solution"][
                 "score"
             ]
 
@@ -135,7 +135,9 @@ class _Story:
                 if fnmatch.fnmatch(group.name, pattern)
             },
             is_tied=group.is_tied,
-            is_refined=is_chosen_by_measurement(directory.read_json(f"{self._start}manifest.json")),
+            is_refined=is_chosen_by_measurement(
+                directory.read_json(f"{self._start}{MANIFEST_JSON}")
+            ),
             num_resamples=None if certainty is None else NUM_RESAMPLES,
             num_shards=shards.num_shards,
             no_shards=shards.reason,

@@ -35,7 +35,7 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import allowed_choices, ties_of
 from autoquant_ray.arrays import Floats
 from autoquant_ray.formats.format import NONE
-from autoquant_ray.runs.names import DOMAIN_RESAMPLING_FILE
+from autoquant_ray.runs.names import DOMAIN_RESAMPLING_FILE, RESAMPLING_FILE
 from autoquant_ray.runs.state import RunState
 
 CERTAIN = 0.95
@@ -250,12 +250,12 @@ def certainty_of(
     if (
         options.worst_domain
         or ties_of(problem, options)
-        or not state.directory.exists("resampling.parquet")
+        or not state.directory.exists(RESAMPLING_FILE)
     ):
         return None
     if options.domains:
         return assess_weighted(state, problem, options, formats)
-    buckets = state.directory.read_table("resampling.parquet", "resampling")
+    buckets = state.directory.read_table(RESAMPLING_FILE)
     return assess_solution(problem, scores, options, formats, buckets)
 
 
@@ -277,7 +277,7 @@ def assess_weighted(
     domains = read_domain_scores(state)
     if domains is None:
         return None
-    buckets = state.directory.read_table(DOMAIN_RESAMPLING_FILE, "domain_resampling")
+    buckets = state.directory.read_table(DOMAIN_RESAMPLING_FILE)
     menu = list(dict.fromkeys(buckets.column("format").to_pylist()))
     num_groups = len(problem.searched)
     if num_groups * (len(menu) + 1) > MAX_CHOICES:

@@ -78,13 +78,13 @@ def test_domains_leave_the_whole_as_it_is(make_run: Any, domain_run: RunDirector
 
 
 def test_domain_scores_are_the_sums_of_their_own_shards(domain_run: RunDirectory) -> None:
-    table = domain_run.read_table("domain_sensitivity.parquet", "domain_sensitivity").to_pylist()
+    table = domain_run.read_table("domain_sensitivity.parquet").to_pylist()
     assert {row["domain"]: row["num_shards"] for row in table} == {"chat": 2, "code": 3, "law": 1}
     for row in table:
         shards = [s for s, name in enumerate(DOMAINS) if name == row["domain"]]
         sums = []
         for shard in shards:
-            part = domain_run.read_table(f"scores/shard-{shard:06d}.parquet", "scores").to_pylist()
+            part = domain_run.read_table(f"scores/shard-{shard:06d}.parquet").to_pylist()
             key = (row["group"], row["format"])
             sums += [p["elementwise_sum"] for p in part if (p["group"], p["format"]) == key]
         assert row["score"] == pytest.approx(0.5 * math.fsum(sums) / (50 * len(shards)), rel=1e-14)
@@ -97,7 +97,7 @@ def test_domain_without_a_scored_shard_is_left_out(domain_run: RunDirectory) -> 
 
     state = RunState.open(domain_run)
     state.values["quarantined"] = [{"shard": 5, "stage": "score", "reason": "made up"}]
-    rows = domain_run.read_table("plan.parquet", "plan").to_pylist()
+    rows = domain_run.read_table("plan.parquet").to_pylist()
     write_domain_scores(state, rows, "elementwise")
     assert set(domains_of(domain_run).scores) == {"chat", "code"}
     with pytest.raises(ConfigError, match="no scores of a domain 'law'; it has: chat, code"):

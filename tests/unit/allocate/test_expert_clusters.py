@@ -147,7 +147,7 @@ def test_number_of_clusters_is_solved_again_and_recorded(expert_run: Any) -> Non
 
 def test_expert_without_tokens_stays_in_16_bits_and_is_named(expert_run: Any) -> None:
     directory = expert_run()
-    rows = directory.read_table("sensitivity.parquet", "sensitivity").to_pylist()
+    rows = directory.read_table("sensitivity.parquet").to_pylist()
     assert SILENT not in {row["group"] for row in rows}
     solution = solve_run(directory, SolveOptions(bits=5, expert_groups="layer"))
     assert solution.formats[SILENT] == "none"
@@ -166,9 +166,7 @@ def test_shards_are_read_by_name_where_an_expert_has_no_score(
     before = expert_run([shards[0]] * 3)
     shutil.copytree(tmp_path / "run", tmp_path / "before")
     last = plan.searched[-1].name
-    assert (
-        before.read_table("sensitivity.parquet", "sensitivity").column("group")[-1].as_py() == last
-    )
+    assert before.read_table("sensitivity.parquet").column("group")[-1].as_py() == last
     sums = shards[0].sums
     elementwise_GF = sums.elementwise_GF.copy()
     elementwise_GF[-1] *= 1.5
@@ -206,7 +204,7 @@ def test_layer_without_tokens_is_an_error(scored: Any, expert_run: Any) -> None:
 
 def test_domain_that_never_visits_an_expert_loses_nothing_there(expert_run: Any) -> None:
     directory = expert_run(domains=("code", "code", "talk"))
-    rows = directory.read_table("domain_sensitivity.parquet", "domain_sensitivity").to_pylist()
+    rows = directory.read_table("domain_sensitivity.parquet").to_pylist()
     assert {row["domain"] for row in rows} == {"code", "talk"}
     assert SILENT not in {row["group"] for row in rows}
     weights = {"code": 1.0, "talk": 3.0}

@@ -54,7 +54,7 @@ def test_points_are_the_best_at_their_size(make_run: Any) -> None:
     sizes = [point.weight_bytes for point in points]
     assert sizes == sorted(sizes)
     assert sum(point.is_knee for point in points) == 1
-    table = directory.read_table("frontier.parquet", "frontier").to_pylist()
+    table = directory.read_table("frontier.parquet").to_pylist()
     assert table == [vars(point) for point in points]
 
 

@@ -210,7 +210,7 @@ def test_manifest_tells_mtq_quantize_which_caches(run: RunDirectory) -> None:
     manifest = run.read_json("manifest.json")
     assert manifest["budget"]["kv_bytes_per_token"] == 160
     assert manifest["solution"]["kv_bytes_per_token"] <= 160
-    rows = run.read_table("manifest.parquet", "manifest").to_pylist()
+    rows = run.read_table("manifest.parquet").to_pylist()
     chosen = {row["group"]: row["format"] for row in rows if row["group"] in CACHES}
     assert set(chosen.values()) & set(KV_FORMATS)
     entries = load_quantization_config(manifest, device="cuda")["quant_cfg"]

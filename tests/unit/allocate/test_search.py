@@ -208,7 +208,7 @@ def test_solve_for_an_engine_writes_a_plan_that_it_serves(run: RunDirectory) -> 
     folder = "solutions/bits-9.00-trtllm-hopper/"
     manifest = run.read_json(f"{folder}manifest.json")
     assert (manifest["budget"]["engine"], manifest["budget"]["gpu"]) == ("trtllm", "hopper")
-    rows = run.read_table(f"{folder}manifest.parquet", "manifest").to_pylist()
+    rows = run.read_table(f"{folder}manifest.parquet").to_pylist()
     used = {row["format"] for row in rows}
     assert used <= {"wint4_afp16", "wfp8_afp8", NONE}
     assert next(row["format"] for row in rows if row["group"] == "lm_head") == NONE

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from command_line import run
 
+from autoquant_ray.runs.names import PLAN_FILE
 from autoquant_ray.runs.schemas import SCHEMAS
 
 
@@ -24,7 +25,7 @@ def test_plan_json_holds_groups_and_range(family: str, model_folder: Any) -> Non
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
     rows = printed["groups"]
-    assert all(set(row) == set(SCHEMAS["plan"].names) for row in rows)
+    assert all(set(row) == set(SCHEMAS[PLAN_FILE].names) for row in rows)
     searched = {row["group"] for row in rows if row["is_searched"]}
     for group in searched:
         named = [row["format"] for row in rows if row["group"] == group]

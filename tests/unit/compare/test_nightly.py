@@ -17,6 +17,7 @@ from autoquant_ray.errors import (
     WorkerError,
 )
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import HISTORY_FILE
 from autoquant_ray.runs.schemas import SCHEMAS
 from autoquant_ray.runs.state import Mode, RunState
 
@@ -32,7 +33,7 @@ def test_first_night_is_the_baseline(night: Any, tmp_path: Path) -> None:
     assert row["num_shards"] == NUM_SHARDS
     assert row["predicted_kl_nats"] > 0
     schema = pq.read_schema(tmp_path / "runs" / "history.parquet")
-    assert schema.remove_metadata() == SCHEMAS["history"]
+    assert schema.remove_metadata() == SCHEMAS[HISTORY_FILE]
 
 
 def test_equal_second_night_is_same(night: Any, tmp_path: Path) -> None:

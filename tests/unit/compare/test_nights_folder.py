@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -144,7 +145,7 @@ def make_foreign(runs: Path, kind: str) -> None:
         (runs / "run.json").write_text("{}")
     else:
         table = RunDirectory(str(runs))
-        table.write_table("history.parquet", "samples", [{"sample": 1, "tokens": [1]}])
+        table.write_table("history.parquet", pa.Table.from_pylist([{"sample": 1, "tokens": [1]}]))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def scan(
                 {"module": module, "statistic": name, "value": value}
                 for (module, name), value in of_shard.items()
             ]
-            directory.write_table(part_name(CALIBRATION, number), "calibration", rows)
+            directory.write_table(part_name(CALIBRATION, number), rows)
         solve_run(directory, solve_options(config), folder="")
         return directory
 
@@ -214,13 +214,10 @@ def test_regret_is_the_price_of_the_first_plan_under_the_second_scores(
     assert comparison.regret is not None
     rows = {
         (row["group"], row["format"]): row["score"]
-        for row in drifted.read_table("sensitivity.parquet", "sensitivity").to_pylist()
+        for row in drifted.read_table("sensitivity.parquet").to_pylist()
     }
     plans = [
-        {
-            row["group"]: row["format"]
-            for row in run.read_table("manifest.parquet", "manifest").to_pylist()
-        }
+        {row["group"]: row["format"] for row in run.read_table("manifest.parquet").to_pylist()}
         for run in (first, drifted)
     ]
     kept, own = (
@@ -287,10 +284,10 @@ def test_single_shard_is_said_to_have_no_error_bars(make_run: Any) -> None:
     runs = [make_run(name=name) for name in ("a", "b")]
     for run, factor in zip(runs, (1.0, 5.0), strict=True):
         solve_run(run, solve_options(ScanConfig(model="m", data="d", out="o", bits=8)), folder="")
-        rows = run.read_table("sensitivity.parquet", "sensitivity").to_pylist()
+        rows = run.read_table("sensitivity.parquet").to_pylist()
         for row in rows:
             row |= {"score": row["score"] * factor, "score_stderr": None, "num_shards": 1}
-        run.write_table("sensitivity.parquet", "sensitivity", rows)
+        run.write_table("sensitivity.parquet", rows)
     comparison = compare_runs(*runs)
     assert (comparison.verdict, comparison.test, comparison.num_tested) == ("noise", "none", 0)
     assert "has no error bars" in comparison.reasons[0]

@@ -31,6 +31,7 @@ from autoquant_ray.compare.site_charts import Point, make_chart
 from autoquant_ray.compare.site_page import write_site
 from autoquant_ray.errors import StoreError
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import HISTORY_FILE
 from autoquant_ray.runs.schemas import SCHEMAS
 
 
@@ -58,7 +59,7 @@ class Elements(HTMLParser):
 
 
 def test_history_has_the_agreed_columns() -> None:
-    assert SCHEMAS["history"].equals(HISTORY_SCHEMA)
+    assert SCHEMAS[HISTORY_FILE].equals(HISTORY_SCHEMA)
 
 
 def test_runs_of_a_model_are_compared_with_the_one_before(tmp_path: Path) -> None:

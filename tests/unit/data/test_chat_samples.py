@@ -17,6 +17,7 @@ from autoquant_ray.data.sample_parts import digest_bytes, rich_part, samples_of,
 from autoquant_ray.data.samples import RichSample, num_predicted
 from autoquant_ray.errors import DataError, StoreError
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SAMPLES, part_name
 
 
 def test_samples_are_cut_counted_and_skipped(caplog: pytest.LogCaptureFixture) -> None:
@@ -59,10 +60,11 @@ def test_nothing_usable_says_why() -> None:
 def test_stored_samples_come_back_and_equal_ones_have_equal_bytes(tmp_path: Path) -> None:
     samples = [made(5, [2, 4], images=2).sample, made(3, [1]).sample]
     directory = RunDirectory(str(tmp_path / "run"))
-    for name in ("a.parquet", "b.parquet"):
-        directory.write_table(name, "samples", rich_part(7, samples))
-    assert directory.read_bytes("a.parquet") == directory.read_bytes("b.parquet")
-    table = directory.read_table("a.parquet", "samples")
+    first, second = (part_name(SAMPLES, shard) for shard in (0, 1))
+    for name in (first, second):
+        directory.write_table(name, rich_part(7, samples))
+    assert directory.read_bytes(first) == directory.read_bytes(second)
+    table = directory.read_table(first)
     assert table.column("sample").to_pylist() == [7, 8]
     for before, after in zip(samples, samples_of(table), strict=True):
         assert isinstance(after, RichSample)
@@ -79,8 +81,8 @@ def test_stored_texts_have_two_columns_and_come_back_plain(tmp_path: Path) -> No
     directory = RunDirectory(str(tmp_path / "run"))
     part = text_part(0, np.array([2, 1], dtype=np.int32), np.array([5, 6, 7], dtype=np.int32))
     assert part.column_names == ["sample", "tokens"]
-    directory.write_table("a.parquet", "samples", part)
-    found = samples_of(directory.read_table("a.parquet", "samples"))
+    directory.write_table(part_name(SAMPLES, 0), part)
+    found = samples_of(directory.read_table(part_name(SAMPLES, 0)))
     assert [np.asarray(one).tolist() for one in found] == [[5, 6], [7]]
 
 

@@ -138,7 +138,7 @@ def test_table_keeps_what_others_found(solved: Any, make_run: Any) -> None:
     write_pairs(directory, "scan-audited", "data", second)
     assert read_pairs(directory, "bits-5.00-audited") == first
     assert read_pairs(directory, "scan-audited") == second
-    rows = directory.read_table("audit.parquet", "audit").to_pylist()
+    rows = directory.read_table("audit.parquet").to_pylist()
     assert [row["ratio"] for row in rows] == [pytest.approx(2.0)] * 3 + [None] * 2
 
 

@@ -77,7 +77,7 @@ def test_modelopt_folder_holds_the_weights_that_were_measured(
     layers = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
     assert layers["quantized_layers"] == quantized["quantized_layers"]
     menu = {f.name: f for f in resolve_formats(FORMATS, device="cpu", custom=CUSTOM)}
-    rows = directory.read_table("manifest.parquet", "manifest").to_pylist()
+    rows = directory.read_table("manifest.parquet").to_pylist()
     source = load_folder(folder)
     for row in rows:
         name, format_ = row["module"], menu.get(row["format"])

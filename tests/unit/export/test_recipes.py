@@ -160,7 +160,7 @@ def test_export_writes_a_solutions_recipe_once(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     text = Path(out).read_text()
     assert {type_ for _, type_ in options(text)} <= {"q4_0", "q8_0", "bf16"}
-    rows = run.read_table("solutions/bits-6.00/manifest.parquet", "manifest").to_pylist()
+    rows = run.read_table("solutions/bits-6.00/manifest.parquet").to_pylist()
     assert len(options(text)) == len(rows) - 1  # all but the vision tower's
     result = invoke(*words, "--out", out)
     assert (result.exit_code, "exists; give another name" in result.output) == (2, True)

@@ -117,10 +117,10 @@ def test_names_that_the_exporter_does_not_take_back_are_refused(
 def test_layer_without_a_calibrated_maximum_is_named(solved_run: Any, tmp_path: Path) -> None:
     """As a rarely routed expert may be."""
     directory, _, _ = solved_run("llama", {"*": "wfp8_afp8"}, ("wfp8_afp8",))
-    table = directory.read_table("calibration.parquet", "calibration")
+    table = directory.read_table("calibration.parquet")
     name = "model.layers.1.mlp.up_proj"
     rows = [row for row in table.to_pylist() if row["module"] != name]
-    directory.write_table("calibration.parquet", "calibration", rows)
+    directory.write_table("calibration.parquet", rows)
     before = set(tmp_path.rglob("*"))
     with pytest.raises(FormatError, match=rf"{name} saw no input.*more samples") as caught:
         export_run(directory, str(tmp_path / "out"))

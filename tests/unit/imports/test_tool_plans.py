@@ -118,7 +118,7 @@ def test_imported_allocation_is_a_solution_and_a_rival(run: RunDirectory, tmp_pa
     words = ["import", path, "--into", run.uri, "--name", "theirs"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    rows = run.read_table("solutions/theirs/manifest.parquet", "manifest").to_pylist()
+    rows = run.read_table("solutions/theirs/manifest.parquet").to_pylist()
     assert {r["format"] for r in rows if "layers" in r["module"]} == {"wint8_afp16"}
     manifest = run.read_json("solutions/theirs/manifest.json")
     assert manifest["imported_from"] == "Their Plan.json"

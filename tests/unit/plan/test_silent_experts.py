@@ -11,6 +11,7 @@ import torch
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.plan.silent_experts import experts_with_few_tokens
+from autoquant_ray.runs.names import SCORES
 from autoquant_ray.runs.schemas import SCHEMAS
 from autoquant_ray.solve import rewrite_reports, solve_run
 from autoquant_ray.stages.aggregate import aggregate_parts, score_part
@@ -87,7 +88,7 @@ def test_counts_add_up_over_shards_and_are_unknown_where_a_part_does_not_say(
         assert row["expert_tokens"] == (np.sum(counts, axis=0).tolist() if is_experts else None)
     nothing = {"expert_tokens": [None] * parts[0].num_rows}
     old = parts[0].drop_columns("expert_tokens").to_pydict() | nothing
-    older = type(parts[0]).from_pydict(old, schema=SCHEMAS["scores"])
+    older = type(parts[0]).from_pydict(old, schema=SCHEMAS[SCORES])
     rows = aggregate_parts([older, parts[1]], prepared.plan.rows(), "elementwise").rows
     assert all(row["expert_tokens"] is None for row in rows)
 
@@ -105,10 +106,10 @@ def test_experts_with_few_tokens_are_found_once_per_group() -> None:
 
 def test_report_names_experts_with_few_tokens(make_run: Any) -> None:
     directory = make_run("qwen3_moe")
-    rows = directory.read_table("sensitivity.parquet", "sensitivity").to_pylist()
+    rows = directory.read_table("sensitivity.parquet").to_pylist()
     for row in rows:
         row["expert_tokens"] = [50, 2, 31] if row["group"] == EXPERTS[1] else None
-    directory.write_table("sensitivity.parquet", "sensitivity", rows)
+    directory.write_table("sensitivity.parquet", rows)
     solve_run(directory, SolveOptions(bits=8), folder="")
     report = directory.read_bytes("report.md").decode()
     said = "2 routed experts of 1 group saw fewer than 32 tokens, the fewest 2 in"

@@ -57,7 +57,7 @@ def test_measured_plans_are_in_the_head_the_concerns_and_the_chart(tmp_path: Pat
     )
     shuffled = evaluation_row(directory, name="random 1", allocation="r", kl_mean=5.0)
     other = evaluation_row(directory, solution="bits-4.50", allocation="o", data_key="e")
-    directory.write_table("evaluation.parquet", "evaluation", [own, rival, shuffled, other])
+    directory.write_table("evaluation.parquet", [own, rival, shuffled, other])
     rewrite_reports(directory)
     content = collect_content(RunState.open(directory), "")
     measured = {dot.name: dot.loss for dot in content.dots if dot.kind == "measured"}

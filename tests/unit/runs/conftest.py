@@ -16,7 +16,7 @@ def finished(make_run: Any) -> RunDirectory:
     """A run with every file of the contract: the scan's own solution and one at 6 bits."""
     directory: RunDirectory = make_run()
     maxima = [{"module": "lm_head", "statistic": "input_amax", "value": 1.5}]
-    directory.write_table("calibration.parquet", "calibration", maxima)
+    directory.write_table("calibration.parquet", maxima)
     solve_run(directory, SolveOptions(bits=8), folder="")
     solve_run(directory, SolveOptions(bits=6))
     return directory

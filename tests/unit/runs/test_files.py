@@ -84,10 +84,10 @@ def test_parquet_numbers_are_64_bits_wide(name: str, finished: RunDirectory) -> 
 
 
 def test_parquet_missing_error_bar_is_null_in_both_readers(finished: RunDirectory) -> None:
-    rows = finished.read_table("sensitivity.parquet", "sensitivity").to_pylist()
+    rows = finished.read_table("sensitivity.parquet").to_pylist()
     for row in rows:
         row["score_stderr"] = None
-    finished.write_table("sensitivity.parquet", "sensitivity", rows)
+    finished.write_table("sensitivity.parquet", rows)
     path = Path(finished.uri, "sensitivity.parquet")
     assert pq.read_table(path).column("score_stderr").null_count == len(rows)
     frame = fastparquet.ParquetFile(str(path)).to_pandas()
@@ -97,8 +97,8 @@ def test_parquet_missing_error_bar_is_null_in_both_readers(finished: RunDirector
 
 def test_parquet_same_rows_give_the_same_bytes(finished: RunDirectory) -> None:
     before = finished.read_bytes("plan.parquet")
-    rows = finished.read_table("plan.parquet", "plan").to_pylist()
-    finished.write_table("plan.parquet", "plan", rows)
+    rows = finished.read_table("plan.parquet").to_pylist()
+    finished.write_table("plan.parquet", rows)
     assert finished.read_bytes("plan.parquet") == before
 
 

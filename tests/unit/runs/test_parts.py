@@ -18,7 +18,7 @@ def directory(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory(str(tmp_path))
     for shard in range(40):
         rows = [{"module": "m", "statistic": "s", "value": float(shard)}]
-        directory.write_table(part_name("calibration", shard), "calibration", rows)
+        directory.write_table(part_name("calibration", shard), rows)
     return directory
 
 

@@ -18,7 +18,7 @@ def test_write_below_a_file_fails_and_leaves_nothing(tmp_path: Path) -> None:
     directory = RunDirectory(str(tmp_path))
     (tmp_path / "scores").write_text("a file, not a folder")
     with pytest.raises(StoreError, match=r"cannot write .*scores/shard-000000\.parquet"):
-        directory.write_table(part_name("scores", 0), "scores", [])
+        directory.write_table(part_name("scores", 0), [])
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
     assert (tmp_path / "scores").read_text() == "a file, not a folder"
 
@@ -122,7 +122,7 @@ def test_write_json_refuses_nan(tmp_path: Path) -> None:
 def test_parts_ignore_other_files(tmp_path: Path) -> None:
     directory = RunDirectory(str(tmp_path))
     for shard in (3, 0, 12):
-        directory.write_table(part_name("scores", shard), "scores", [])
+        directory.write_table(part_name("scores", shard), [])
     (tmp_path / "scores" / ".shard-000001.parquet.ab12.tmp").write_bytes(b"half")
     (tmp_path / "scores" / "notes.txt").write_text("hello")
     assert directory.list_parts("scores") == [0, 3, 12]

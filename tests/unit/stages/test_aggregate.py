@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from autoquant_ray.errors import ScoreError
+from autoquant_ray.runs.names import SCORES
 from autoquant_ray.runs.schemas import SCHEMAS
 from autoquant_ray.stages.aggregate import aggregate_parts, is_complete_part
 
@@ -41,7 +42,7 @@ def part(
         }
         for group, value in zip("ab", sums, strict=True)
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMAS["scores"])
+    return pa.Table.from_pylist(rows, schema=SCHEMAS[SCORES])
 
 
 def test_rows_sum_shards_and_divide_by_tokens() -> None:

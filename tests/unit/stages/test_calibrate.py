@@ -76,7 +76,7 @@ def started(make_run: Any, make_scorer: Any, make_samples: Any) -> Any:
                 {"sample": 2 * shard + n, "tokens": tokens}
                 for n, tokens in enumerate(make_samples([20, 11], seed=shard))
             ]
-            directory.write_table(part_name(SAMPLES, shard), "samples", rows)
+            directory.write_table(part_name(SAMPLES, shard), rows)
         return RunState.open(directory), prepared.plan, prepared.scorer
 
     return start
@@ -137,7 +137,7 @@ def test_best_candidates_and_channels_are_read_back(started: Any) -> None:
     assert maxima[name][CHANNELS].num_tokens == NUM_SHARDS * 31
     assert 0 <= maxima[name]["awq_alpha INT4_AWQ_CFG"] <= 1.1
     assert "awq_alpha INT8_SMOOTHQUANT_CFG" not in maxima[name]
-    names = state.directory.read_table("calibration.parquet", "calibration").column("statistic")
+    names = state.directory.read_table("calibration.parquet").column("statistic")
     assert set(names.to_pylist()) == {"input_amax"}
     assert read_maxima(state.directory).keys() == maxima.keys()
 

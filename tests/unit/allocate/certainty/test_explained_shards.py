@@ -34,17 +34,17 @@ def odd_run(make_run: Any) -> tuple[RunDirectory, str]:
     directory = make_run(formats=FORMATS, num_shards=NUM_SHARDS)
     group = load_problem(RunState.open(directory))[0].searched[2].name
     for shard in range(NUM_SHARDS):
-        table = directory.read_table(part_name(SCORES, shard), "scores").to_pandas()
+        table = directory.read_table(part_name(SCORES, shard)).to_pandas()
         table["num_tokens"] = 40 + 10 * shard
         if shard == ODD_SHARD:
             table.loc[table.group == group, "elementwise_sum"] *= 1000
         rows = table.to_dict("records")
-        directory.write_table(part_name(SCORES, shard), "scores", rows)
-    plan_rows = directory.read_table("plan.parquet", "plan").to_pylist()
+        directory.write_table(part_name(SCORES, shard), rows)
+    plan_rows = directory.read_table("plan.parquet").to_pylist()
     parts = Parts(directory, SCORES, range(NUM_SHARDS))
     found = aggregate_parts(parts, plan_rows, "elementwise")
-    directory.write_table("sensitivity.parquet", "sensitivity", found.rows)
-    directory.write_table("resampling.parquet", "resampling", found.buckets)
+    directory.write_table("sensitivity.parquet", found.rows)
+    directory.write_table("resampling.parquet", found.buckets)
     solve_run(directory, SolveOptions(bits=7.0), folder="")
     return directory, group
 
@@ -185,10 +185,10 @@ def test_group_seen_in_one_shard_alone_has_no_score_without_it(
     directory, group = odd_run
     other = load_problem(RunState.open(directory))[0].searched[0].name
     for shard in set(range(NUM_SHARDS)) - {ODD_SHARD}:
-        table = directory.read_table(part_name(SCORES, shard), "scores").to_pylist()
+        table = directory.read_table(part_name(SCORES, shard)).to_pylist()
         unseen = {"elementwise_sum": None, "token_sum": None}
         rows = [row | (unseen if row["group"] == other else {}) for row in table]
-        directory.write_table(part_name(SCORES, shard), "scores", rows)
+        directory.write_table(part_name(SCORES, shard), rows)
     found = explained(directory, group)
     assert {"shard": ODD_SHARD, "format": None} in found["without_shard"]
     assert "without shard 3 some group has no score" in run("explain", directory.uri, group).output

@@ -31,7 +31,7 @@ def test_solution_states_its_certainty(make_run: Any) -> None:
 
 def buckets_of(directory: Any, noise: float, count: int = 12) -> Any:
     """Buckets around the run's own sums: every shard alike, or with noise of its own."""
-    table = directory.read_table("resampling.parquet", "resampling").to_pandas()
+    table = directory.read_table("resampling.parquet").to_pandas()
     total = table.groupby(["group", "format"], sort=False)["sum"].sum().reset_index()
     rng = np.random.default_rng(0)
     rows = [
@@ -44,8 +44,8 @@ def buckets_of(directory: Any, noise: float, count: int = 12) -> Any:
         for bucket in range(count)
         for row in total.rename(columns={"sum": "sum_"}).itertuples()
     ]
-    directory.write_table("resampling.parquet", "resampling", rows)
-    return directory.read_table("resampling.parquet", "resampling")
+    directory.write_table("resampling.parquet", rows)
+    return directory.read_table("resampling.parquet")
 
 
 @pytest.mark.parametrize(("noise", "is_certain"), [(0.0, True), (3.0, False)])

@@ -26,6 +26,7 @@ from autoquant_ray.config.stage_fields import STAGE_FIELDS, stage_fingerprints
 from autoquant_ray.config.values import parse_share
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.runs.names import SCORES
 from autoquant_ray.runs.schemas import SCHEMAS
 
 FORMATS = ("wint4_afp16", "wint8_aint8")
@@ -183,7 +184,7 @@ def test_part_sums_keep_order_and_mark_the_unseen() -> None:
         {"elementwise_sum": None, "token_sum": None},
         {"elementwise_sum": 3.0, "token_sum": 4.0},
     ]
-    part = pa.Table.from_pylist(rows, schema=SCHEMAS["scores"])
+    part = pa.Table.from_pylist(rows, schema=SCHEMAS[SCORES])
     assert part_sums(part, "elementwise").tolist() == pytest.approx([1, np.nan, 3], nan_ok=True)
     assert part_sums(part, "token").tolist() == pytest.approx([2, np.nan, 4], nan_ok=True)
 

@@ -12,6 +12,7 @@ import pytest
 from scored_run import put_scored_run
 
 from autoquant_ray.allocate.certainty.total_error import total_error
+from autoquant_ray.runs.names import RESAMPLING_FILE
 from autoquant_ray.runs.schemas import SCHEMAS
 
 GROUPS, FORMATS = ("a", "b"), ("x", "y")
@@ -31,7 +32,7 @@ def buckets_of(sums_BGF: Any, tokens_B: Any) -> pa.Table:
         for i, g in enumerate(GROUPS)
         for j, f in enumerate(FORMATS)
     ]
-    return pa.Table.from_pylist(rows, schema=SCHEMAS["resampling"])
+    return pa.Table.from_pylist(rows, schema=SCHEMAS[RESAMPLING_FILE])
 
 
 def rows_of(error: float | None = 0.3, drawn: float = 0.0) -> list[dict[str, Any]]:
@@ -62,8 +63,8 @@ def test_error_is_the_spread_of_totals_drawn_again(shared: float) -> None:
 
 def test_error_of_one_group_is_its_scores_own(tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run", num_layers=1, num_shards=12)
-    rows = directory.read_table("sensitivity.parquet", "sensitivity").to_pylist()
-    buckets = directory.read_table("resampling.parquet", "resampling")
+    rows = directory.read_table("sensitivity.parquet").to_pylist()
+    buckets = directory.read_table("resampling.parquet")
     for row in rows[::5]:
         found = total_error({row["group"]: row["format"]}, rows, buckets)
         assert found is not None
