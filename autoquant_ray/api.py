@@ -30,7 +30,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.values import parse_bytes
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.imports.modelopt import import_manifest
-from autoquant_ray.imports.tool_plans import import_allocation
+from autoquant_ray.imports.tool_allocations import import_allocation
 from autoquant_ray.notebook import facts_html
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.report.content import collect_content

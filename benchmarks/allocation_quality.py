@@ -23,8 +23,8 @@ from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.config.evaluation import EvaluationConfig
+from autoquant_ray.evaluate.allocation_search import split_shards
 from autoquant_ray.evaluate.measurement import measuring
-from autoquant_ray.evaluate.plan_search import split_shards
 from autoquant_ray.evaluate.rivals import collect_candidates
 from autoquant_ray.evaluate.table import evaluation_rows, mean_kl
 from autoquant_ray.runs.directory import RunDirectory
@@ -76,23 +76,23 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Rows of one budget: ours, refined, ModelOpt's, uniform; measured on the last quarter."""
     name = solution_name(SolveOptions(bits=bits))
-    plans: list[Candidate] = []
+    candidates: list[Candidate] = []
     for run in runs.values():
         run.solve(bits=bits)
     state = RunState.open(RunDirectory(runs["model"].path))
-    plans += collect_candidates(state, f"{SOLUTIONS}/{name}/", ["uniform"])
+    candidates += collect_candidates(state, f"{SOLUTIONS}/{name}/", ["uniform"])
     theirs = RunState.open(RunDirectory(runs["data"].path))
-    plans += collect_candidates(theirs, f"{SOLUTIONS}/{name}/", ["modelopt"])[1:]
+    candidates += collect_candidates(theirs, f"{SOLUTIONS}/{name}/", ["modelopt"])[1:]
     fields: dict[str, Any] = {"samples": options.held_out, "solution": name}
     if options.trials:
         runs["model"].refine(options.trials, **fields)
         refined = f"{SOLUTIONS}/{name}-refined/"
-        plans.append(rename(collect_candidates(state, refined, [])[0], "refined"))
+        candidates.append(rename(collect_candidates(state, refined, [])[0], "refined"))
     config = EvaluationConfig(run=runs["model"].path, **fields)
     with measuring(state, config) as measurement:
         _, _, unseen = split_shards(measurement.facts["num_shards"])
-        results = measurement.measure(plans, unseen)
-    rows = evaluation_rows(plans, results, {"budget": f"{bits:g}"})
+        results = measurement.measure(candidates, unseen)
+    rows = evaluation_rows(candidates, results, {"budget": f"{bits:g}"})
     for row, result in zip(rows, results, strict=True):
         error = row["kl_above_solution_stderr"]
         print(
@@ -105,9 +105,9 @@ def compare(
     return rows
 
 
-def rename(plan: Candidate, name: str) -> Candidate:
+def rename(candidate: Candidate, name: str) -> Candidate:
     """The same allocation under another name."""
-    return Candidate(**{**vars(plan), "name": name})
+    return Candidate(**{**vars(candidate), "name": name})
 
 
 if __name__ == "__main__":

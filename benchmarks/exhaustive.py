@@ -1,17 +1,18 @@
-"""How good is a plan, of all plans that there are? Tiny random models, every allocation measured.
+"""How good is an allocation, of all that there are? Tiny random models, every one measured.
 
 Two Llama layers make 8 groups (the head stays in 16 bits); with 3 formats there are 6,561
 allocations. Each is measured by the allocation runner on data that nothing below has seen. At three
-budgets the rank among all that fit is told for: the plan that the scores give (solved), the same
-after an audit of 12 of the 24 scores (audited), after a refinement (refined); and for comparison
-plans from shuffled scores (mean of 20), and a refinement with only such scores to go by (blind).
+budgets the rank among all that fit is told for: the allocation that the scores give (solved), the
+same after an audit of 12 of the 24 scores (audited), after a refinement (refined); and for
+comparison allocations from shuffled scores (mean of 20), and a refinement with only such scores to
+go by (blind).
 
 Weights are Gaussian with standard deviation 0.2, and the input channels of every linear are
 multiplied by log-normal factors whose spread differs from linear to linear (0 to --outliers): a
-model with equal layers would lose nearly the same wherever a format is put, and every plan would be
-as good. With --outliers 0 all linears are alike, and only their place in the model differs.
-"spread" is the largest over the smallest loss of a single group in the coarsest format. Tokens are
-random; "losses" are KL(P || Q) in nats per token.
+model with equal layers would lose nearly the same wherever a format is put, and every allocation
+would be as good. With --outliers 0 all linears are alike, and only their place in the model
+differs. "spread" is the largest over the smallest loss of a single group in the coarsest format.
+Tokens are random; "losses" are KL(P || Q) in nats per token.
 
     python benchmarks/exhaustive.py --models 2 --trials 100
 """
@@ -38,8 +39,8 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
 from autoquant_ray.calibrate.maxima import to_maxima
+from autoquant_ray.evaluate.allocation_search import search_allocations, split_shards
 from autoquant_ray.evaluate.audit_pairs import choose_pairs, median_ratio, solve_again
-from autoquant_ray.evaluate.plan_search import search_allocations, split_shards
 from autoquant_ray.evaluate.rivals import shuffle_scores
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.evaluate.table import Measured, mean_kl
@@ -57,7 +58,7 @@ VOCABULARY, NUM_TOKENS, NUM_SAMPLES = 256, 32, 8
 NUM_CALIBRATION, NUM_CHOOSING, NUM_UNSEEN = 8, 8, 4
 """Shards of ``NUM_SAMPLES`` samples for the scores, for audit and refinement, and for the ranks."""
 SHARES = (0.25, 0.5, 0.75)
-"""Budgets, between the smallest and the largest plan."""
+"""Budgets, between the smallest and the largest allocation."""
 NUM_AUDITED, NUM_SHUFFLES = 12, 20
 
 
@@ -112,17 +113,17 @@ class World:
         self.runner = AllocationRunner(EvaluationSpec(**fields, maxima=maxima), model=model)
         self.shards = [self.draw() for _ in range(NUM_CHOOSING + NUM_UNSEEN)]
         self.known: dict[tuple[int, str], list[np.ndarray[Any, Any]]] = {}
-        self.plans = [
-            self.plan("one of all", dict(zip(self.names, formats, strict=True)))
+        self.candidates = [
+            self.candidate("one of all", dict(zip(self.names, formats, strict=True)))
             for formats in itertools.product(FORMATS, repeat=len(self.names))
         ]
         self.unseen = range(NUM_CHOOSING, NUM_CHOOSING + NUM_UNSEEN)
-        self.losses = [mean_kl(one) for one in self.measure(self.plans, self.unseen)]
+        self.losses = [mean_kl(one) for one in self.measure(self.candidates, self.unseen)]
         alone = [self.alone(name, FORMATS[0]) for name in self.names]
         single = [mean_kl(one) for one in self.measure(alone, self.unseen)]
         print(
-            f"model {seed}: {len(self.plans)} allocations of {len(self.names)} groups measured in "
-            f"{time.perf_counter() - start:.0f} s; losses {min(self.losses):.4f} to "
+            f"model {seed}: {len(self.candidates)} allocations of {len(self.names)} groups "
+            f"measured in {time.perf_counter() - start:.0f} s; losses {min(self.losses):.4f} to "
             f"{max(self.losses):.4f}, spread {max(single) / min(single):.1f}",
             flush=True,
         )
@@ -156,30 +157,30 @@ class World:
         )
         return maxima
 
-    def plan(self, name: str, formats: dict[str, str]) -> Candidate:
+    def candidate(self, name: str, formats: dict[str, str]) -> Candidate:
         """Name an allocation."""
         return make_candidate(self.problem, self.scores, name, formats)
 
     def alone(self, group: str, format_: str) -> Candidate:
         """One group quantized, everything else in 16 bits."""
-        return self.plan("alone", dict.fromkeys(self.names, NONE) | {group: format_})
+        return self.candidate("alone", dict.fromkeys(self.names, NONE) | {group: format_})
 
-    def measure(self, plans: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
-        """Measure plans on shards; each (plan, shard) once."""
+    def measure(self, candidates: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
+        """Measure allocations on shards; each (allocation, shard) once."""
         index = {NONE: UNQUANTIZED} | {name: number for number, name in enumerate(FORMATS)}
         for shard in shards:
-            new = list({p.key: p for p in plans if (shard, p.key) not in self.known}.values())
+            new = list({p.key: p for p in candidates if (shard, p.key) not in self.known}.values())
             for start in range(0, len(new), 729):  # neighbours share their first groups
                 some = new[start : start + 729]
                 choices = [tuple(index[p.formats[name]] for name in self.names) for p in some]
                 found = self.runner.evaluate(self.shards[shard], choices)
-                for plan, samples in zip(some, found.divergences, strict=True):
-                    self.known[shard, plan.key] = [one.kl_N for one in samples]
-        return [self.together(plan, shards) for plan in plans]
+                for candidate, samples in zip(some, found.divergences, strict=True):
+                    self.known[shard, candidate.key] = [one.kl_N for one in samples]
+        return [self.together(candidate, shards) for candidate in candidates]
 
-    def together(self, plan: Candidate, shards: Sequence[int]) -> Measured:
-        """What is known of a plan on some shards; only its KL."""
-        samples = [one for shard in shards for one in self.known[shard, plan.key]]
+    def together(self, candidate: Candidate, shards: Sequence[int]) -> Measured:
+        """What is known of an allocation on some shards; only its KL."""
+        samples = [one for shard in shards for one in self.known[shard, candidate.key]]
         return Measured(
             kl_N=np.concatenate(samples).astype(np.float64),
             kl_S=np.array([one.sum(dtype=np.float64) for one in samples]),
@@ -193,27 +194,27 @@ class World:
         """Rows of one budget.
 
         Args:
-            share: Where it is between the smallest and the largest plan.
+            share: Where it is between the smallest and the largest allocation.
             num_trials: Of the refinement.
         """
-        sizes = [plan.effective_bits for plan in self.plans]
+        sizes = [candidate.effective_bits for candidate in self.candidates]
         bits = min(sizes) + share * (max(sizes) - min(sizes))
         options = SolveOptions(bits=bits, allow={name: FORMATS for name in self.names})
         solved = search(self.problem, self.scores, options).formats
         nothing = [shuffle_scores(self.problem, self.scores, n) for n in range(NUM_SHUFFLES)]
         shuffled = [search(self.problem, scores, options).formats for scores in nothing]
-        plans = [
-            self.plan("solved", solved),
-            self.plan("audited", self.audit(options, solved)),
-            self.plan("refined", self.refine(options, solved, self.scores, num_trials)),
-            self.plan("blind", self.refine(options, shuffled[0], nothing[0], num_trials)),
+        candidates = [
+            self.candidate("solved", solved),
+            self.candidate("audited", self.audit(options, solved)),
+            self.candidate("refined", self.refine(options, solved, self.scores, num_trials)),
+            self.candidate("blind", self.refine(options, shuffled[0], nothing[0], num_trials)),
         ]
         fits = np.array(sizes) <= bits * (1 + 1e-9)
         fitting = np.sort(np.array(self.losses)[fits])
-        rows = [self.row([plan], bits, fitting) for plan in plans]
-        rows.append(self.row([self.plan("shuffled", one) for one in shuffled], bits, fitting))
-        best = self.plans[int(np.argmin(np.where(fits, self.losses, np.inf)))]
-        return [*rows, self.row([self.plan("best", best.formats)], bits, fitting)]
+        rows = [self.row([candidate], bits, fitting) for candidate in candidates]
+        rows.append(self.row([self.candidate("shuffled", one) for one in shuffled], bits, fitting))
+        best = self.candidates[int(np.argmin(np.where(fits, self.losses, np.inf)))]
+        return [*rows, self.row([self.candidate("best", best.formats)], bits, fitting)]
 
     def refine(
         self,
@@ -222,7 +223,7 @@ class World:
         scores: dict[tuple[str, str], float],
         num_trials: int,
     ) -> dict[str, str]:
-        """The plan after a refinement."""
+        """The allocation after a refinement."""
         found = search_allocations(
             self.measure,
             NUM_CHOOSING,
@@ -235,7 +236,7 @@ class World:
         return found.winner.formats
 
     def audit(self, options: SolveOptions, solved: dict[str, str]) -> dict[str, str]:
-        """The plan after an audit, on the first part of the shards as ``evaluate --audit`` does."""
+        """The formats after an audit, on the first part of the shards, as ``evaluate --audit``."""
         sure = assess_solution(self.problem, self.scores, options, solved, self.buckets)
         shares = {} if sure is None else sure.shares
         chosen = choose_pairs(
@@ -259,16 +260,16 @@ class World:
         return solve_again(self.problem, self.scores, pairs, options, solved)
 
     def row(
-        self, plans: Sequence[Candidate], bits: float, fitting: np.ndarray[Any, Any]
+        self, candidates: Sequence[Candidate], bits: float, fitting: np.ndarray[Any, Any]
     ) -> dict[str, Any]:
-        """Mean over plans: what they lose, and how many of those that fit lose less."""
-        losses = [mean_kl(one) for one in self.measure(plans, self.unseen)]
+        """Mean over allocations: what they lose, and how many of those that fit lose less."""
+        losses = [mean_kl(one) for one in self.measure(candidates, self.unseen)]
         ranks = [int((fitting < loss * (1 - 1e-9)).sum()) for loss in losses]
         return {
             "model": self.seed,
             "bits": bits,
-            "plan": plans[0].name,
-            "predicted": float(np.mean([plan.predicted_kl for plan in plans])),
+            "plan": candidates[0].name,
+            "predicted": float(np.mean([candidate.predicted_kl for candidate in candidates])),
             "measured": float(np.mean(losses)),
             "rank": float(np.mean(ranks)) + 1,
             "num_fitting": len(fitting),

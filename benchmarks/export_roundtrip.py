@@ -64,7 +64,7 @@ assert not any(name.startswith(("autoquant_ray", "modelopt")) for name in sys.mo
 """
 
 
-PLANS = {"weights": "wfp8_afp16", "weights and inputs": "wfp8_afp8"}
+FP8_FORMATS = {"weights": "wfp8_afp16", "weights and inputs": "wfp8_afp8"}
 LAYOUTS = {
     "weights": ("compressed-tensors",),
     "weights and inputs": ("modelopt", "compressed-tensors"),
@@ -83,16 +83,16 @@ def main() -> None:
         folder = Path(scratch)
         run = autoquant_ray.Run.open(options.run) if options.run else scan(folder / "run")
         rows = {}
-        for plan, fp8 in PLANS.items():
+        for label, fp8 in FP8_FORMATS.items():
             name = run.solve(bits=options.bits, allow={"*": ["int4_g64", fp8, "none"]}).name
-            rows[plan] = compare(run, name, LAYOUTS[plan], folder / fp8, options.positions)
+            rows[label] = compare(run, name, LAYOUTS[label], folder / fp8, options.positions)
     print(json.dumps({**describe_machine(), "positions": options.positions, "plans": rows}))
 
 
 def scan(folder: Path) -> autoquant_ray.Run:
     """A small scan: enough for a plan with all three kinds, not for a good one."""
     changed = {
-        "formats": ("int4_g64", *PLANS.values()),
+        "formats": ("int4_g64", *FP8_FORMATS.values()),
         "custom_formats": {"int4_g64": INT4},
         "samples": 4,
         "disable": ("lm_head",),
@@ -120,12 +120,12 @@ def compare(
     formats["none"] = len(source.groups) - len(source.formats)
     ids = token_ids(folder / "compressed-tensors", -(-positions // WINDOW))
     found = read_elsewhere(folder, ids)
-    expected = planned_logits(source, ids)
+    expected = quantized_logits(source, ids)
     return {
         "modules": dict(formats),
         "exports": sizes,
         "same_top_1": agreement(expected, found, positions),
-        "same_top_1_itself": agreement(expected, planned_logits(source, ids, 1e-6), positions),
+        "same_top_1_itself": agreement(expected, quantized_logits(source, ids, 1e-6), positions),
         "mean_logit_difference": round(float(np.abs(expected - found).mean()), 4),
         "logit_deviation": round(float(expected.std()), 4),
     }
@@ -157,7 +157,7 @@ def read_elsewhere(folder: Path, ids: np.ndarray[Any, Any]) -> Logits:
 
 
 @torch.no_grad()
-def planned_logits(source: Source, ids: np.ndarray[Any, Any], moved: float = 0.0) -> Logits:
+def quantized_logits(source: Source, ids: np.ndarray[Any, Any], moved: float = 0.0) -> Logits:
     """Logits of the model quantized as ``evaluate`` does it; nothing is rounded to 16 bits.
 
     ``moved`` changes the weights that are not quantized by this relative amount at random.

@@ -167,8 +167,8 @@ def solve(run: str, solutions: list[list[str]]) -> None:
     """Solve budgets of a run, explain two of its groups, compute its frontier."""
     for budget in solutions:
         command("solve", run, *budget)
-    plan = json.loads(Path(run, "manifest.json").read_text(encoding="utf-8"))
-    groups = sorted(plan["stability"]["kept"]) if plan["stability"] else ["lm_head"]
+    manifest = json.loads(Path(run, "manifest.json").read_text(encoding="utf-8"))
+    groups = sorted(manifest["stability"]["kept"]) if manifest["stability"] else ["lm_head"]
     for group in (groups[0], groups[-1]):
         words = command("explain", run, group, "--json")
         Path(run, f"explain-{group}.json").write_text(words, encoding="utf-8")

@@ -73,10 +73,10 @@ def without_domains(options: SolveOptions) -> SolveOptions:
 
 
 def as_allocation(
-    problem: Problem, scores: Scores, options: SolveOptions, plan: Candidate
+    problem: Problem, scores: Scores, options: SolveOptions, candidate: Candidate
 ) -> Allocation:
-    """A plan that measurement chose, as an allocation; its gap is that of its predicted loss."""
+    """What measurement chose, as an allocation; its gap is that of its predicted loss."""
     best = search(problem, scores, options)
-    predicted = plan.predicted_kl
+    predicted = candidate.predicted_kl
     gap = max(0.0, predicted - best.score) / predicted if predicted else 0.0
-    return replace(best, formats=plan.formats, score=predicted, optimality_gap=gap)
+    return replace(best, formats=candidate.formats, score=predicted, optimality_gap=gap)

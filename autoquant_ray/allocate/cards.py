@@ -1,4 +1,4 @@
-"""Cards that plans are made for: bandwidth and matrix-product rates, each with its source.
+"""Cards that allocations are made for: bandwidth and matrix-product rates, each with its source.
 
 The shipped cards are the files of ``hardware/``; a file of one's own has the same keys. Rates are
 dense. A rate stands under ``<weight>x<activation>``, each ``16`` (bfloat16 and float16), ``fp8``,

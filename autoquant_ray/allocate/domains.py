@@ -58,7 +58,7 @@ def solve_domains(
 
 
 def wanted_domains(state: RunState) -> DomainScores:
-    """The scores of a run's domains, which a plan is made for.
+    """The scores of a run's domains, which an allocation is made for.
 
     Raises:
         ConfigError: The run has none.
@@ -97,17 +97,17 @@ def domain_summary(
 ) -> dict[str, Any]:
     """What ``solution`` in ``manifest.json`` says about domains; nothing where there are none.
 
-    ``domains``: name -> ``num_tokens``, ``weight`` (null unless the plan was solved for weights),
-    ``predicted_kl_nats``, and ``equal_kl_nats``: the same of the plan that weighs all domains alike
-    under the same budget and constraints. ``predicted_kl_nats`` stays that of all tokens, whatever
-    was made least; ``score`` is what was.
+    ``domains``: name -> ``num_tokens``, ``weight`` (null unless the allocation was solved for
+    weights), ``predicted_kl_nats``, and ``equal_kl_nats``: the same of the allocation that weighs
+    all domains alike under the same budget and constraints. ``predicted_kl_nats`` stays that of all
+    tokens, whatever was made least; ``score`` is what was.
 
     Args:
         state: The run.
         problem: Its groups with their costs.
         scores: (group, format) -> nats per token of the whole data.
-        options: What the plan was solved for.
-        formats: The plan: group -> format.
+        options: What the allocation was solved for.
+        formats: The allocation: group -> format.
     """
     domains = read_domain_scores(state)
     if domains is None:

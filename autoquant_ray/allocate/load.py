@@ -1,4 +1,4 @@
-"""A card, a load and the speed that a plan must reach there; what the times mean to the user."""
+"""A card, a load and the speed that is asked for there; what the times mean to the user."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class SolveOptions:
     What is least is the loss on all tokens, unless ``domains`` weighs the losses of domains (the
     weights are made to sum to 1) or ``worst_domain`` asks for the least loss of the worst one.
     Values of unknown types go through :meth:`checked`.
-    With an ``engine`` only plans count that it can serve, on the ``gpu`` if one is given.
+    With an ``engine`` only allocations count that it can serve, on the ``gpu`` if one is given.
     ``expert_groups`` None: as the run was scanned.
     """
 

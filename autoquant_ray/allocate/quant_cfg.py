@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.formats.algorithms import of_plan
+from autoquant_ray.formats.algorithms import of_allocation
 from autoquant_ray.formats.format import NONE, Format, attributes_to_json
 from autoquant_ray.formats.kv_cache import is_described
 from autoquant_ray.formats.smoothed import module_algorithm
@@ -19,8 +19,9 @@ def quantization_config(
     """The configuration that ``mtq.quantize`` takes, in JSON-safe form.
 
     JSON has no integer keys, so block axes are strings here; :func:`load_quantization_config`
-    restores them. ``algorithm`` is that of :func:`~autoquant_ray.formats.algorithms.of_plan`. None
-    for an imported manifest, which does not name all modules of a fused group.
+    restores them. ``algorithm`` is that of
+    :func:`~autoquant_ray.formats.algorithms.of_allocation`. None for an imported manifest, which
+    does not name all modules of a fused group.
     """
     known = {entry["name"]: entry for entry in summary["formats"] if is_described(entry)}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
@@ -47,7 +48,7 @@ def quantization_config(
     entries.extend(apart.entries())
     return {
         "quant_cfg": [attributes_to_json(entry) for entry in entries],
-        "algorithm": of_plan(algorithms | apart.algorithms()),
+        "algorithm": of_allocation(algorithms | apart.algorithms()),
     }
 
 

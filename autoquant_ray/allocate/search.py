@@ -1,4 +1,4 @@
-"""The search of a budget under what an engine serves: each of its menus, the best plan of all."""
+"""The search of a budget under what an engine serves: each of its menus, the best of all."""
 
 from __future__ import annotations
 
@@ -105,15 +105,15 @@ def served_problems(problem: Problem, options: SolveOptions) -> list[Problem]:
 
 
 def served_problem(problem: Problem, options: SolveOptions, formats: Mapping[str, str]) -> Problem:
-    """The problem restricted as a plan is that the engine serves.
+    """The problem restricted as an allocation is that the engine serves.
 
     Args:
         problem: Groups with their costs.
         options: Budget, constraints, engine.
-        formats: The plan: searched group -> format; others may be there in 16 bits.
+        formats: The allocation: searched group -> format; others may be there in 16 bits.
 
     Raises:
-        NotServedError: The engine cannot serve the plan; names groups and reasons.
+        NotServedError: The engine cannot serve the allocation; names groups and reasons.
     """
     if options.engine is None:
         return problem

@@ -98,19 +98,19 @@ def _export_checkpoint(
 def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrite: bool) -> str:
     from autoquant_ray.export.fused_experts import require_fused, unfused_names
     from autoquant_ray.export.kv_caches import require_caches
-    from autoquant_ray.export.plan import read_plan
     from autoquant_ray.export.recipes import make_recipe
+    from autoquant_ray.export.solution import read_solution
     from autoquant_ray.runs.directory import RunDirectory
 
     if tool is None:
         raise ConfigError(f"--format recipe needs --tool {', '.join(TOOLS)}")
-    plan = read_plan(RunDirectory(run), solution)
-    require_caches(plan.caches, RECIPE, holds_caches=False)
-    chosen = plan.chosen
+    exported = read_solution(RunDirectory(run), solution)
+    require_caches(exported.caches, RECIPE, holds_caches=False)
+    chosen = exported.chosen
     if tool == "auto-round":
-        chosen = unfused_names(chosen, plan.modules)
-    require_fused(chosen, plan.modules, tool)
-    text = make_recipe(chosen, plan.formats, tool)
+        chosen = unfused_names(chosen, exported.modules)
+    require_fused(chosen, exported.modules, tool)
+    text = make_recipe(chosen, exported.formats, tool)
     path = Path(out)
     if path.exists() and not overwrite:
         raise ConfigError(f"--out {out} exists; give another name, or --overwrite")

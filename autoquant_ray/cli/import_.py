@@ -46,7 +46,7 @@ def import_(
         )
     from autoquant_ray.cli.output import print_solution
     from autoquant_ray.imports.modelopt import import_manifest
-    from autoquant_ray.imports.tool_plans import import_allocation
+    from autoquant_ray.imports.tool_allocations import import_allocation
     from autoquant_ray.runs.directory import RunDirectory
 
     with only_ours_on_stdout():

@@ -41,7 +41,7 @@ def render_drift(comparison: Comparison, notes: Sequence[str] = (), subject: str
     if comparison.changes:
         rows = [(c.kind, c.name, c.before, c.after) for c in comparison.changes]
         lines += ["## What changed", "", *_table(("What", "", "Before", "After"), rows)]
-    lines += [*_moved(comparison), *_plan(comparison), *_groups(comparison)]
+    lines += [*_moved(comparison), *_allocations(comparison), *_groups(comparison)]
     correlations = [
         (name, "-" if value is None else f"{value:.4f}")
         for name, value in comparison.spearman.items()
@@ -66,19 +66,25 @@ def advice(comparison: Comparison) -> str:
     relative = None if loss is None else loss.relative
     num_changed = len(comparison.format_changes)
     if loss is None or relative is None:
-        plan = "The earlier plan cannot be judged by the later scores: solve anew for this model."
+        judgement = (
+            "The earlier plan cannot be judged by the later scores: solve anew for this model."
+        )
     elif relative < MIN_REGRET:
-        plan = f"Keep the earlier plan: by the later scores it is within {max(relative, 0):.2%} of "
-        plan += "the best one."
+        judgement = (
+            f"Keep the earlier plan: by the later scores it is within {max(relative, 0):.2%} of "
+        )
+        judgement += "the best one."
     else:
-        plan = f"By the later scores the earlier plan loses {relative:.1%} more ({loss.nats:.3g} "
-        plan += "nats per token) than the new one."
+        judgement = (
+            f"By the later scores the earlier plan loses {relative:.1%} more ({loss.nats:.3g} "
+        )
+        judgement += "nats per token) than the new one."
     if comparison.verdict == "same":
-        return "Nothing." if not num_changed else f"Nothing is wrong with the scores. {plan}"
+        return "Nothing." if not num_changed else f"Nothing is wrong with the scores. {judgement}"
     if comparison.verdict == "noise":
         chance = f" {num_changed} group(s) would change their format by chance." * bool(num_changed)
-        return f"Nothing. {plan}{chance}"
-    return f"{_what_to_check(comparison)} {plan}"
+        return f"Nothing. {judgement}{chance}"
+    return f"{_what_to_check(comparison)} {judgement}"
 
 
 def _what_to_check(comparison: Comparison) -> str:
@@ -145,7 +151,7 @@ def _has_changed(comparison: Comparison, group: str) -> str:
     return "changed" if group in comparison.changed_weights else "as before"
 
 
-def _plan(comparison: Comparison) -> list[str]:
+def _allocations(comparison: Comparison) -> list[str]:
     if not comparison.format_changes:
         return []
     loss = comparison.regret

@@ -16,6 +16,7 @@ import numpy as np
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import load_problem
 from autoquant_ray.arrays import Floats
+from autoquant_ray.compare.allocation_changes import format_changes, regret
 from autoquant_ray.compare.moved_scores import (
     Moves,
     PairScores,
@@ -25,7 +26,6 @@ from autoquant_ray.compare.moved_scores import (
     paired_stderr,
     rank_correlation,
 )
-from autoquant_ray.compare.plan_changes import format_changes, regret
 from autoquant_ray.compare.run_changes import changed_weights, find_changes, same_tokens
 from autoquant_ray.compare.verdict import MIN_CHANGE, Comparison, MovedGroup, Test, judged
 from autoquant_ray.errors import StoreError

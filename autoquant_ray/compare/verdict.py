@@ -3,7 +3,7 @@
 ``same``: every number that both runs have is equal. ``noise``: numbers differ, but no more than
 error bars explain, or by too little to matter. ``drift``: the score of at least one group moved
 significantly *and* by at least :data:`MIN_CHANGE`; groups came or went without the config asking
-for it; equal scores gave a worse plan; or the runs have nothing in common.
+for it; equal scores gave a worse allocation; or the runs have nothing in common.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from autoquant_ray.compare.plan_changes import FormatChange, Regret
+from autoquant_ray.compare.allocation_changes import FormatChange, Regret
 from autoquant_ray.compare.run_changes import Change
 from autoquant_ray.config.stage_fields import STAGE_FIELDS
 
@@ -25,7 +25,7 @@ _CHOOSES_GROUPS = {"disable", "coverage", "expert_groups"}  # fields of the conf
 MIN_CHANGE = 0.1
 """A score that moved by less than this share, up or down, is no drift, however sure the move."""
 MIN_REGRET = 0.01
-"""Below this share of the predicted KL, keeping the earlier plan loses nothing worth a change."""
+"""Below this share of the predicted KL, the earlier allocation loses nothing worth a change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +107,13 @@ def judged(comparison: Comparison, *, is_equal: bool) -> Comparison:
         is_equal: Whether all scores that both runs have are equal.
     """
     groups = [*comparison.only_before, *comparison.only_after]
-    is_replanned = bool(comparison.format_changes) and not _has_changed(comparison, "allocate")
-    alarms = [*_moves(comparison), *_groups(comparison), *_plans(comparison, is_equal)]
+    is_reallocated = bool(comparison.format_changes) and not _has_changed(comparison, "allocate")
+    alarms = [*_moves(comparison), *_groups(comparison), *_allocations(comparison, is_equal)]
     if not comparison.spearman:
         alarms.append("The runs have no score in common, so that nothing can be compared.")
     if alarms:
         return replace(comparison, verdict="drift", reasons=alarms)
-    if is_equal and not groups and not is_replanned:
+    if is_equal and not groups and not is_reallocated:
         return replace(
             comparison, verdict="same", reasons=["All scores are equal to the last bit."]
         )
@@ -169,8 +169,8 @@ def _groups(comparison: Comparison) -> list[str]:
     ]
 
 
-def _plans(comparison: Comparison, is_equal: bool) -> list[str]:
-    """Equal scores and an equal budget must not give a plan that is worth another."""
+def _allocations(comparison: Comparison, is_equal: bool) -> list[str]:
+    """Equal scores and an equal budget must not give an allocation that is worth another."""
     loss = comparison.regret
     is_other_problem = _has_changed(comparison, "plan") or _has_changed(comparison, "allocate")
     if not is_equal or loss is None or is_other_problem:

@@ -188,7 +188,7 @@ def require_usable(counts: DataCounts, source: str) -> None:
         )
 
 
-def plan_steps(lengths: Sequence[int], step_tokens: int) -> list[list[int]]:
+def pack_steps(lengths: Sequence[int], step_tokens: int) -> list[list[int]]:
     """Group samples of similar length into steps, longest first.
 
     Args:

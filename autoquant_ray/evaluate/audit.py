@@ -2,9 +2,10 @@
 
 A score predicts what a group in a format loses while everything else stays in 16 bits. An audit
 measures exactly that on the first part of the shards
-(:func:`~autoquant_ray.evaluate.plan_search.split_shards`), and solves the budget again with the
-measured losses. The other shards have chosen nothing: there the audited allocation is compared with
-the original. Which pairs are measured, and how measurements and predictions are put on a common
+(:func:`~autoquant_ray.evaluate.allocation_search.split_shards`), and solves the budget again with
+the measured losses. The other shards have chosen nothing: there the audited allocation is compared
+with the original. Which pairs are measured, and how measurements and predictions are put on a
+common
 scale: :mod:`autoquant_ray.evaluate.audit_pairs`.
 """
 
@@ -33,6 +34,7 @@ from autoquant_ray.allocate.read import (
 from autoquant_ray.allocate.search import served_problem
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.errors import ConfigError
+from autoquant_ray.evaluate.allocation_search import split_shards
 from autoquant_ray.evaluate.audit_pairs import (
     Pair,
     choose_pairs,
@@ -41,7 +43,6 @@ from autoquant_ray.evaluate.audit_pairs import (
     write_pairs,
 )
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, made_from
-from autoquant_ray.evaluate.plan_search import split_shards
 from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.audit import AuditedPair, most_wrong

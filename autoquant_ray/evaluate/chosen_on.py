@@ -1,9 +1,9 @@
 """Records which data chose a solution, so that such data is never treated as unseen.
 
 An audit or a refinement chooses an allocation on some parts of the data
-(:func:`~autoquant_ray.evaluate.plan_search.split_shards`): an audit on the first, a refinement on
-the first two. The ``chosen_on`` list of the solution's ``manifest.json`` says so, and solutions
-made from it inherit the list.
+(:func:`~autoquant_ray.evaluate.allocation_search.split_shards`): an audit on the first, a
+refinement on the first two. The ``chosen_on`` list of the solution's ``manifest.json`` says so, and
+solutions made from it inherit the list.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.evaluate.plan_search import split_shards
+from autoquant_ray.evaluate.allocation_search import split_shards
 from autoquant_ray.runs.names import MANIFEST_JSON
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from autoquant_ray.allocate.candidate import SOLUTION, as_allocation, without_do
 from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
 from autoquant_ray.allocate.search import served_problem
 from autoquant_ray.config.evaluation import EvaluationConfig
+from autoquant_ray.evaluate.allocation_search import SearchResult, search_allocations
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, made_from, untouched_shards
 from autoquant_ray.evaluate.evaluate import record
 from autoquant_ray.evaluate.measurement import Measurement, measuring
-from autoquant_ray.evaluate.plan_search import SearchResult, search_allocations
 from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder

@@ -34,8 +34,8 @@ def collect_candidates(
         state: A finished run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
         against: Members of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
-            (:mod:`autoquant_ray.imports.tool_plans`). ``uniform``: every format of the menu that
-            fits the budget when all groups take it (a group that lacks it stays in 16 bits).
+            (:mod:`autoquant_ray.imports.tool_allocations`). ``uniform``: every format of the menu
+            that fits the budget when all groups take it (a group that lacks it stays in 16 bits).
             ``modelopt``: solved with the scores that ModelOpt would compute from this run's sums:
             per batch, clamped along its sorted formats. ``random``: solved with scores shuffled
             among the groups, the null hypothesis.
@@ -46,14 +46,14 @@ def collect_candidates(
         DataError: A file is not an allocation of this model.
         StoreError: The solution does not exist.
     """
-    from autoquant_ray.imports.tool_plans import rival_plan
+    from autoquant_ray.imports.tool_allocations import rival_allocation
 
     problem, scores = load_problem(state)
     options = solution_options(state, start)
     problem = problem.timed(options.latency)
     chosen = solution_formats(state, start, problem)
     candidates = [make_candidate(problem, scores, SOLUTION, chosen)]
-    rivals = [rival_plan(state, n, problem, options) for n in against if n not in KINDS]
+    rivals = [rival_allocation(state, n, problem, options) for n in against if n not in KINDS]
     candidates += [make_candidate(problem, scores, name, formats) for name, formats in rivals]
     if "uniform" in against:
         candidates += _uniform(problem, scores, options, chosen)

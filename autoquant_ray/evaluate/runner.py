@@ -36,7 +36,7 @@ from autoquant_ray.score.entrance import Pass
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss
 from autoquant_ray.score.step import Step
-from autoquant_ray.score.visits import VisitPlanner, make_step, predicting_rows
+from autoquant_ray.score.visits import VisitPacker, make_step, predicting_rows
 
 Float32s = np.ndarray[Any, np.dtype[np.float32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -127,7 +127,7 @@ class AllocationRunner:
         self._quantized = QuantizedLayers(
             self.model, self._layerwise.layers, spec.modules, spec.formats, spec.maxima
         )
-        self._planner = VisitPlanner(spec.step_tokens, token_bytes=0, room=0)
+        self._planner = VisitPacker(spec.step_tokens, token_bytes=0, room=0)
 
     @torch.no_grad()
     def evaluate(self, samples: Samples, choices: Sequence[FormatNumbers]) -> ShardEvaluation:

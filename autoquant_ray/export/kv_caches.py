@@ -82,7 +82,7 @@ def check_caches(folder: Path, caches: Mapping[str, str], maxima: Maxima) -> Non
         maxima: Calibrated maxima.
 
     Raises:
-        CheckpointError: Another format than the plan's, or other scales than the scan's.
+        CheckpointError: Another format than the allocation's, or other scales than the scan's.
     """
     from safetensors import safe_open
 
@@ -100,13 +100,13 @@ def check_caches(folder: Path, caches: Mapping[str, str], maxima: Maxima) -> Non
                     scales[name.rpartition(".")[2]].append(float(value.float()))
     for kind in SCALES:
         part = kind.replace("scale", "bmm_amax")
-        planned = [maxima[n][part] / _LARGEST for n, f in caches.items() if f != NONE]
+        expected = [maxima[n][part] / _LARGEST for n, f in caches.items() if f != NONE]
         written = sorted(scales[kind])
-        if len(written) != len(planned) or not all(
+        if len(written) != len(expected) or not all(
             math.isclose(a, b, rel_tol=_TOLERANCE)
-            for a, b in zip(written, sorted(planned), strict=True)
+            for a, b in zip(written, sorted(expected), strict=True)
         ):
             raise CheckpointError(
                 f"the exporter wrote {len(written)} tensors {kind} with other values than the "
-                f"{len(planned)} of the scan"
+                f"{len(expected)} of the scan"
             )

@@ -17,7 +17,7 @@ from autoquant_ray.export.layouts import (
     shape_problem,
     stored_as,
 )
-from autoquant_ray.export.plan import read_plan
+from autoquant_ray.export.solution import read_solution
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.smoothed import is_smoothed, method_of
 from autoquant_ray.runs.directory import RunDirectory
@@ -90,22 +90,22 @@ def read_source(directory: RunDirectory, solution: str = "") -> Source:
         StoreError: It is no run, or has no such solution, or was imported without a model.
         ConfigError: The solution quantizes nothing.
     """
-    plan = read_plan(directory, solution)
-    menu = {format_.name: format_ for format_ in plan.formats}
-    formats = {module: menu[name] for module, name in plan.chosen.items() if name != NONE}
-    require_fused(plan.chosen, plan.modules, "a checkpoint")
+    exported = read_solution(directory, solution)
+    menu = {format_.name: format_ for format_ in exported.formats}
+    formats = {module: menu[name] for module, name in exported.chosen.items() if name != NONE}
+    require_fused(exported.chosen, exported.modules, "a checkpoint")
     start = solution_folder(solution)
     if not formats:
         raise ConfigError(
             f"{directory.path(start)} leaves every layer in 16 bits; there is nothing to export"
         )
     return Source(
-        state=plan.state,
+        state=exported.state,
         manifest=directory.read_json(f"{start}{MANIFEST_JSON}"),
         formats=formats,
-        groups=plan.group_of,
-        modules={n: m for n, m in plan.modules.items() if n not in plan.caches},
-        caches=plan.caches,
+        groups=exported.group_of,
+        modules={n: m for n, m in exported.modules.items() if n not in exported.caches},
+        caches=exported.caches,
     )
 
 

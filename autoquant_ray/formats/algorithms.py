@@ -97,7 +97,7 @@ def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
         )
 
 
-def of_plan(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | dict[str, Any]:
+def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | dict[str, Any]:
     """The ``algorithm`` of a whole plan, for ``mtq.quantize``; JSON-safe.
 
     Args:

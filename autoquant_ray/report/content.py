@@ -147,7 +147,7 @@ def _audit(sources: Sources) -> AuditData | None:
 
 def _dots(sources: Sources) -> list[Dot]:
     solution = sources.manifest["solution"]
-    plan = Dot(
+    dot = Dot(
         kind="plan",
         name="this plan",
         bits=solution["effective_bits"],
@@ -158,7 +158,7 @@ def _dots(sources: Sources) -> list[Dot]:
     scores = {(g, f): s for g, of in sources.scores.items() for f, (s, _) in of.items()}
     evaluations = sources.evaluations
     problem = sources.problem.with_held_caches(sources.formats)
-    return frontier_dots(sources.state.directory, problem, scores, plan, evaluations)
+    return frontier_dots(sources.state.directory, problem, scores, dot, evaluations)
 
 
 def _layers(

@@ -16,7 +16,7 @@ def frontier_dots(
     directory: RunDirectory,
     problem: Problem,
     scores: Mapping[tuple[str, str], float],
-    plan: Dot,
+    solution: Dot,
     evaluations: Sequence[Mapping[str, Any]],
 ) -> list[Dot]:
     """Collect the points.
@@ -43,7 +43,7 @@ def frontier_dots(
     for row in evaluations:
         if not row["name"].startswith("random "):
             measured.setdefault((row["data_key"], row["allocation"]), _measured(row))
-    return [*dots, *measured.values(), plan]
+    return [*dots, *measured.values(), solution]
 
 
 def _dot(kind: str, name: str, point: Point) -> Dot:

@@ -33,7 +33,7 @@ from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.score.model_checks import require_head, require_linears
 from autoquant_ray.score.sensitivity import SensitivityHooks, SensitivitySums
 from autoquant_ray.score.step import Step
-from autoquant_ray.score.visits import Visit, VisitPlanner, make_step, predicting_rows
+from autoquant_ray.score.visits import Visit, VisitPacker, make_step, predicting_rows
 from autoquant_ray.score.watched_passes import run_watched
 
 
@@ -134,7 +134,7 @@ class Scorer:
             row_share=spec.row_share,
         )
         weight = self.model.get_input_embeddings().weight
-        self._planner = VisitPlanner(
+        self._packer = VisitPacker(
             spec.step_tokens,
             token_bytes=weight[0].nbytes * len(self._backward.layers),
             room=spec.activation_bytes // 2 if self.is_layerwise else 0,
@@ -160,7 +160,7 @@ class Scorer:
         Raises:
             NonFiniteError: An activation is NaN or infinite.
         """
-        visits = self._visits_to_watch(self._planner, samples)
+        visits = self._visits_to_watch(self._packer, samples)
         room = self.spec.activation_bytes // 2 - sum(
             one.nbytes for kept in self._kept.values() for visit in kept for one in visit
         )
@@ -168,7 +168,7 @@ class Scorer:
             shard is not None
             and self.is_layerwise
             and not self._maxima.changes_forward
-            and self._planner.input_bytes(samples) <= room
+            and self._packer.input_bytes(samples) <= room
         )
         done = []
         with self._maxima.collecting():
@@ -194,8 +194,8 @@ class Scorer:
             NonFiniteError: A loss is NaN or infinite.
         """
         room = self.spec.activation_bytes // 2 if self.is_layerwise else 0
-        planner = VisitPlanner(self.spec.step_tokens, self._search.token_bytes, room)
-        visits = self._visits_to_watch(planner, samples)
+        packer = VisitPacker(self.spec.step_tokens, self._search.token_bytes, room)
+        visits = self._visits_to_watch(packer, samples)
         with self._search.searching(maxima):
             for visit in visits:
                 steps = self._steps(samples, visit)
@@ -221,7 +221,7 @@ class Scorer:
         loss, num_tokens = 0.0, 0
         kept = None if shard is None else self._kept.pop(shard, None)
         with self._hooks.scoring(maxima, seed=(self.spec.seed, first_sample)):
-            for number, visit in enumerate(self._planner.visits(samples)):
+            for number, visit in enumerate(self._packer.visits(samples)):
                 self._weights.resize(self._cache_bytes if self._reuses(samples, visit) else 0)
                 passes = kept[number] if kept else self._forward(samples, visit)
                 gradients = []
@@ -245,8 +245,8 @@ class Scorer:
             seconds=time.perf_counter() - start,
         )
 
-    def _visits_to_watch(self, planner: VisitPlanner, samples: Samples) -> list[Visit]:
-        visits = planner.visits(samples)
+    def _visits_to_watch(self, packer: VisitPacker, samples: Samples) -> list[Visit]:
+        visits = packer.visits(samples)
         self._backward.check_entrance(s for visit in visits for s in self._steps(samples, visit))
         return visits
 

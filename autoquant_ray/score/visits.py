@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from autoquant_ray.data.cutting import plan_steps
+from autoquant_ray.data.cutting import pack_steps
 from autoquant_ray.data.samples import (
     Samples,
     is_per_token,
@@ -24,7 +24,7 @@ Visit = list[list[int]]
 """Positions of the samples of each step, of the steps that are run layer by layer together."""
 
 
-class VisitPlanner:
+class VisitPacker:
     """Groups samples into steps and steps into visits.
 
     Args:
@@ -59,7 +59,7 @@ class VisitPlanner:
         return [
             [positions[index] for index in step]
             for positions in of_kind.values()
-            for step in plan_steps([len(samples[p]) for p in positions], self._step_tokens)
+            for step in pack_steps([len(samples[p]) for p in positions], self._step_tokens)
         ]
 
     def input_bytes(self, samples: Samples) -> int:

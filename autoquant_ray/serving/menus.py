@@ -1,8 +1,8 @@
-"""Restricts a search to plans that an engine can serve: formats per group, groups that share one.
+"""Restricts a search to what an engine can serve: formats per group, groups that share one.
 
 Which formats can stand in one checkpoint depends on the engine: those that it serves mixed, with
 one group size for the NVFP4 family; or one alone that it serves only by itself. Each such set is a
-menu, and the search takes the best plan over all menus.
+menu, and the search takes the best allocation over all menus.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Served:
     ties: tuple[tuple[str, ...], ...]
 
     def permits(self, formats: Mapping[str, str]) -> bool:
-        """Whether a plan keeps to it."""
+        """Whether an allocation keeps to it."""
         is_allowed = all(name in self.permitted[group] for group, name in formats.items())
         return is_allowed and all(len({formats[g] for g in tie}) == 1 for tie in self.ties)
 
@@ -132,7 +132,7 @@ def require_served(
     engine: str,
     gpu: str | None,
 ) -> None:
-    """Refuse a plan that an engine cannot serve.
+    """Refuse an allocation that an engine cannot serve.
 
     Args:
         groups: All groups with their modules.
@@ -165,7 +165,7 @@ def why_unserved(
     engine: str | None,
     gpu: str | None,
 ) -> str | None:
-    """Why an engine cannot serve a plan; without an engine, why none can. None where one can.
+    """Why the engine, or any engine, cannot serve an allocation; None where it can.
 
     Args:
         groups, chosen, formats, gpu: As in :func:`require_served`.

@@ -1,7 +1,7 @@
-"""What a serving engine cannot serve of a plan, and why; what it can serve of a menu.
+"""What a serving engine cannot serve of an allocation, and why; what it can serve of a menu.
 
-A plan is a checkpoint's modules, each with ModelOpt's algorithm or none. With one algorithm the
-checkpoint says so once and lists what it leaves out; with several it is ``MIXED_PRECISION`` and
+An allocation is a checkpoint's modules, each with ModelOpt's algorithm or none. With one algorithm
+the checkpoint says so once and lists what it leaves out; with several it is ``MIXED_PRECISION`` and
 lists every quantized module (ModelOpt's ``process_layer_quant_config``). Needs no torch.
 """
 
@@ -41,7 +41,7 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """One reason why an engine cannot serve a plan.
+    """One reason why an engine cannot serve an allocation.
 
     Attributes:
         modules: Modules of the checkpoint that it concerns.
@@ -140,10 +140,10 @@ def servable_formats(
 def violations(
     layers: Layers, engine: str, gpu: str | None, group_of: Mapping[str, str] | None = None
 ) -> list[Violation]:
-    """Everything of a plan that an engine would refuse, or serve otherwise than planned.
+    """Everything of an allocation that an engine would refuse, or serve otherwise than planned.
 
     Args:
-        layers: The plan. Names are those of the checkpoint.
+        layers: The allocation. Names are those of the checkpoint.
         engine: One of ``ENGINES``.
         gpu: A generation or a card; None: any.
         group_of: Module -> its group, for the violations' ``groups``.
@@ -214,16 +214,16 @@ def _misread(
         own = next(iter(wanted))
         if len(wanted) > 1 or (own is not None and own.algo not in known):
             continue
-        planned = None if own is None else own.algo
+        exported = None if own is None else own.algo
         if mixed:
             served = served_algo(module, algos, engine)
         else:
-            served = None if is_kept_whole(module, planned, engine) else planned
-        if served != planned:
+            served = None if is_kept_whole(module, exported, engine) else exported
+        if served != exported:
             reason = (
-                f"{engine} would read them as {served or '16 bits'}, not {planned or '16 bits'}"
+                f"{engine} would read them as {served or '16 bits'}, not {exported or '16 bits'}"
             )
-            remedy = "leave them in 16 bits" if planned else "give them their neighbours' format"
+            remedy = "leave them in 16 bits" if exported else "give them their neighbours' format"
             yield _violation(module.members, reason, remedy)
 
 

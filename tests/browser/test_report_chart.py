@@ -105,7 +105,7 @@ def test_points_are_the_rows_of_the_table(open_page: Any) -> None:
     assert all(float(row[3]) < 1e-5 * most for row in left_out)
 
 
-def test_pointing_at_the_plan_tells_its_numbers(open_page: Any) -> None:
+def test_pointing_at_the_allocation_tells_its_numbers(open_page: Any) -> None:
     opened = open_page()
     page = opened.page
     points = drawn(page)

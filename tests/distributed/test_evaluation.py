@@ -209,7 +209,7 @@ def test_calibration_text_is_never_measured_as_unseen(
     assert "--pack and --seq-len must be" in refusal(run_command("evaluate", run, "--pack", "true"))
 
 
-def test_refined_plan_is_measured_on_what_chose_nothing(
+def test_refined_allocation_is_measured_on_what_chose_nothing(
     scanned: Path, run_command: Any, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

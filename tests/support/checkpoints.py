@@ -107,7 +107,7 @@ def unpack_modelopt(tensors: Mapping[str, torch.Tensor], module: str, algo: str)
     return numbers * scale.repeat_interleave(numbers.shape[1] // scale.shape[1], dim=1)
 
 
-def logits_of_plan(directory: Any, solution: str, ids_BS: torch.Tensor) -> torch.Tensor:
+def logits_of_solution(directory: Any, solution: str, ids_BS: torch.Tensor) -> torch.Tensor:
     """Logits of the run's model under a solution, as ``evaluate`` quantizes it."""
     source = read_source(directory, solution)
     scan = ScanConfig.model_validate(source.state.values["config"])

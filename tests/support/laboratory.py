@@ -1,4 +1,4 @@
-"""A tiny model in this process with its scores, and data on which plans can be measured."""
+"""A tiny model in this process with its scores, and data on which allocations can be measured."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ class Laboratory:
                 self._kept[shard, choice] = samples
         return [self._kept[shard, choice] for choice in choices]
 
-    def measure(self, plans: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
-        choices = [self.choice(plan.formats) for plan in plans]
+    def measure(self, candidates: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
+        choices = [self.choice(candidate.formats) for candidate in candidates]
         columns = [self.measure_choices(choices, shard) for shard in shards]
         results = []
-        for number in range(len(plans)):
+        for number in range(len(candidates)):
             samples = [one for column in columns for one in column[number]]
             results.append(
                 Measured(

@@ -102,9 +102,9 @@ class _Story:
         self._start = start
         self._formats = solution_formats(state, start, problem)
         self._served = served_problem(problem, options, self._formats)
-        self._plan_score = make_candidate(problem, self._scores, "", self._formats).predicted_kl
+        self._solution_score = make_candidate(problem, self._scores, "", self._formats).predicted_kl
         if options.worst_domain:
-            self._plan_score = state.directory.read_json(f"{start}{MANIFEST_JSON}")["solution"][
+            self._solution_score = state.directory.read_json(f"{start}{MANIFEST_JSON}")["solution"][
                 "score"
             ]
 
@@ -127,7 +127,7 @@ class _Story:
             weight_bytes=group.cost(chosen, "storage"),
             budget=self._budget(),
             unit="no unit (imported)" if is_imported else "nats per token",
-            plan_score=self._plan_score,
+            plan_score=self._solution_score,
             pin=self._options.pins.get(group.name),
             allow={
                 pattern: list(names)
@@ -151,7 +151,7 @@ class _Story:
         certainty: Certainty | None,
         largest: Mapping[str, list[ShardShare]],
     ) -> list[Alternative]:
-        flips = Flips(self._solve, self._options, self._formats, self._plan_score)
+        flips = Flips(self._solve, self._options, self._formats, self._solution_score)
         by_domain = self._options.domains  # the errors are of all tokens alike
         errors = {} if by_domain else score_errors(self._state.directory)
         shares = {} if certainty is None else certainty.shares[group.name]

@@ -15,14 +15,14 @@ from autoquant_ray.serving.menus import NotServedError
 
 @dataclass(frozen=True, kw_only=True)
 class Flip:
-    """What the whole plan becomes when one group gets a given format.
+    """What the whole allocation becomes when one group gets a given format.
 
     Attributes:
-        score: Predicted loss of the best plan with it, in the scores' unit; None where no plan
-            meets the budget and the constraints.
+        score: Predicted loss of the best allocation with it, in the scores' unit; None where no
+            allocation meets the budget and the constraints.
         change: The same minus that of the solution.
         others: Other groups that change with it -> (format in the solution, format then).
-        optimality_gap: How far the plan may be from the best one, relative; 0 where proven.
+        optimality_gap: How far the allocation may be from the best one, relative; 0 where proven.
         reason: Why it is not possible; None where it is.
     """
 

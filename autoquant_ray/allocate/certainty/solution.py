@@ -3,7 +3,7 @@
 Scores are measured on a finite number of shards. :mod:`autoquant_ray.allocate.certainty.resampling`
 resamples them (bootstrap) and solves every resample with the fast solver; here its findings get the
 names of groups. The null is what allocations from shuffled scores would lose under the true ones: a
-plan that is not clearly better has learned nothing from its scores.
+allocation that is not clearly better has learned nothing from its scores.
 """
 
 from __future__ import annotations
@@ -262,13 +262,13 @@ def certainty_of(
 def assess_weighted(
     state: RunState, problem: Problem, options: SolveOptions, formats: Mapping[str, str]
 ) -> Certainty | None:
-    """Resample the shards of each domain behind a plan.
+    """Resample the shards of each domain behind an allocation.
 
     Args:
         state: The run.
         problem: Its groups with their costs.
-        options: What the plan was solved for, domains with their weights among it.
-        formats: The plan: group -> format.
+        options: What the allocation was solved for, domains with their weights among it.
+        formats: The allocation: group -> format.
 
     Returns:
         None where a domain with a weight has a single bucket, for more than 100,000 (group,

@@ -104,7 +104,7 @@ def test_domain_without_a_scored_shard_is_left_out(domain_run: RunDirectory) -> 
         solve_run(domain_run, SolveOptions(bits=BITS, domains={"law": 1.0}))
 
 
-def test_weighted_plan_is_the_best_of_all(domain_run: RunDirectory) -> None:
+def test_weighted_allocation_is_the_best_of_all(domain_run: RunDirectory) -> None:
     options = SolveOptions(bits=BITS, domains={"code": 3, "chat": 1})
     solution = solve_run(domain_run, options)
     weights = np.array([0.25, 0.75, 0.0])  # chat, code, law
@@ -120,7 +120,7 @@ def test_weighted_plan_is_the_best_of_all(domain_run: RunDirectory) -> None:
     assert own == pytest.approx(expected, rel=1e-9)
 
 
-def test_worst_domain_plan_is_the_best_of_all(domain_run: RunDirectory) -> None:
+def test_worst_domain_allocation_is_the_best_of_all(domain_run: RunDirectory) -> None:
     solution = solve_run(domain_run, SolveOptions(bits=BITS, worst_domain=True))
     expected = float(best_losses(domain_run, BITS).max(axis=1).min())
     assert solution.summary["score"] == pytest.approx(expected, rel=1e-9)
@@ -131,7 +131,7 @@ def test_worst_domain_plan_is_the_best_of_all(domain_run: RunDirectory) -> None:
     assert solution.certainty is None
 
 
-def test_equal_plan_stands_beside_every_plan(domain_run: RunDirectory) -> None:
+def test_equal_allocation_stands_beside_every_allocation(domain_run: RunDirectory) -> None:
     weights = dict.fromkeys(("code", "chat", "law"), 1.0)
     equal = solve_run(domain_run, SolveOptions(bits=BITS, domains=weights))
     for options in (SolveOptions(bits=BITS), SolveOptions(bits=BITS, worst_domain=True)):
@@ -215,7 +215,7 @@ def test_names_of_solutions_differ_by_their_domains() -> None:
     assert solution_name(SolveOptions(bits=6, domains={"b": 0.5, "a": 0.5})) == names[2]
 
 
-def test_certainty_of_weighted_plan_is_that_of_its_domains(domain_run: RunDirectory) -> None:
+def test_certainty_of_weighted_allocation_is_that_of_its_domains(domain_run: RunDirectory) -> None:
     both = solve_run(domain_run, SolveOptions(bits=BITS, domains={"code": 1, "chat": 1}))
     assert both.certainty is not None
     assert both.certainty.num_buckets == 5

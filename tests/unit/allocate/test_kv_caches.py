@@ -50,7 +50,7 @@ CACHES = ["model.layers.0.self_attn.kv", "model.layers.1.self_attn.kv"]
 FIELDS = {"model": "m", "data": "d", "out": "o", "bits": 8.0, "device": "cpu", "dtype": "float32"}
 
 
-def planned(family: str, disable: tuple[str, ...] = ()) -> Plan:
+def plan_of(family: str, disable: tuple[str, ...] = ()) -> Plan:
     return build_plan(family_model(family), resolve_formats(FORMATS, device="cpu"), disable)
 
 
@@ -61,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     folder = tmp_path_factory.mktemp("run")
     fields = FIELDS | {"out": str(folder), "formats": FORMATS, "kv_bytes_per_token": 160}
     config = ScanConfig(**fields, disable=disable)
-    directory = made_up_run(config, planned("Llama", disable), "Llama", "model", num_shards=8)
+    directory = made_up_run(config, plan_of("Llama", disable), "Llama", "model", num_shards=8)
     solve_run(directory, SolveOptions(bits=8, kv_bytes_per_token=160), folder="")
     return directory
 
@@ -78,7 +78,7 @@ def test_attributes_are_those_of_modelopt(name: str) -> None:
 
 
 def test_rows_of_the_plan() -> None:
-    plan = planned("Llama")
+    plan = plan_of("Llama")
     rows = {(row["group"], row["format"]): row for row in plan.rows()}
     # 2 heads of 16 for keys and values each; NVFP4 adds a scale of 8 bits per 16 elements
     sizes = {NONE: 128.0, "kv_fp8": 64.0, "kv_nvfp4": 36.0}
@@ -98,7 +98,7 @@ def test_rows_of_the_plan() -> None:
 
 def test_without_cache_formats_nothing_changes() -> None:
     weights = resolve_formats(FORMATS[:2], device="cpu")
-    plain, plan = build_plan(family_model("Llama"), weights), planned("Llama")
+    plain, plan = build_plan(family_model("Llama"), weights), plan_of("Llama")
     assert plain.groups == tuple(group for group in plan.groups if not group.is_cache)
     assert not any(row["kv_bytes_per_token"] for row in plain.rows())
     assert plain.bits_range() == plan.bits_range()
@@ -115,21 +115,21 @@ def test_without_cache_formats_nothing_changes() -> None:
     ],
 )
 def test_attentions_that_have_a_cache(family: str, cached: dict[str, Any]) -> None:
-    plan = planned(family)
+    plan = plan_of(family)
     assert {g.name: g.modules[0].cached for g in plan.groups if g.is_cache} == cached
 
 
 def test_vision_towers_and_shared_layers_have_none() -> None:
-    names = [group.name for group in planned("Qwen3-VL").groups if group.is_cache]
+    names = [group.name for group in plan_of("Qwen3-VL").groups if group.is_cache]
     assert names == [f"model.language_model.layers.{n}.self_attn.kv" for n in (0, 1)]
-    names = [group.name for group in planned("Gemma-3n").groups if group.is_cache]
+    names = [group.name for group in plan_of("Gemma-3n").groups if group.is_cache]
     assert names == CACHES  # layers 2 and 3 read what these keep
 
 
 @pytest.mark.parametrize("family", ["DeepSeek-V3", "Mamba-2"])
 def test_model_without_such_a_cache_is_refused(family: str) -> None:
     with pytest.raises(ModelError, match=r"no attention whose cached keys.*leave kv_fp8, kv_nvfp4"):
-        planned(family)
+        plan_of(family)
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,11 @@ def test_what_cannot_be_met_names_the_range(run: RunDirectory) -> None:
 
 
 def test_disabled_caches_count_in_16_bits() -> None:
-    plan = planned("Llama", (CACHES[0],))
+    plan = plan_of("Llama", (CACHES[0],))
     assert [group.name for group in plan.searched if group.is_cache] == CACHES[1:]
     assert plan.kv_range() == (128.0 + 36.0, 256.0)
     with pytest.raises(ConfigError, match="nothing is left to search"):
-        planned("Llama", ("*proj", "lm_head"))
+        plan_of("Llama", ("*proj", "lm_head"))
 
 
 def test_manifest_tells_mtq_quantize_which_caches(run: RunDirectory) -> None:
@@ -244,7 +244,7 @@ def test_reports_and_rivals_have_room_for_caches(
     print_solution(run.uri, solution)
     shown = capsys.readouterr().out
     assert "64 B/token" in shown
-    print_plan(planned("Llama"))
+    print_plan(plan_of("Llama"))
     shown = capsys.readouterr().out
     (row,) = (line.split() for line in shown.splitlines() if CACHES[0] in line)
     assert row == [CACHES[0], "0", "-", "-", "64", "36", "128", "B/token"]
@@ -314,7 +314,7 @@ def test_engines_keep_all_of_the_cache_in_one_format(
     assert {found.formats[name] for name in CACHES} == {expected}
 
 
-def test_speed_of_a_plan_does_not_depend_on_its_caches(run: RunDirectory) -> None:
+def test_speed_of_an_allocation_does_not_depend_on_its_caches(run: RunDirectory) -> None:
     problem, scores = load_problem(RunState.open(run))
     latency = latency_of("h100", batch=8, context=2048)
     timed = problem.timed(latency)
@@ -325,8 +325,10 @@ def test_speed_of_a_plan_does_not_depend_on_its_caches(run: RunDirectory) -> Non
     assert small.formats != large.formats
     assert timed.step is not None
     groups = list(timed.groups.values())
-    plans = [{g.name: one.formats.get(g.name, NONE) for g in groups} for one in (small, large)]
-    told = [timed.step.prediction(groups, formats) for formats in plans]
+    allocations = [
+        {g.name: one.formats.get(g.name, NONE) for g in groups} for one in (small, large)
+    ]
+    told = [timed.step.prediction(groups, formats) for formats in allocations]
     assert told[0] == told[1]
     assert small.costs["latency"] == large.costs["latency"] > 0
 

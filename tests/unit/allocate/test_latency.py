@@ -72,7 +72,7 @@ def test_throughput_counts_the_whole_batch(make_run: Any) -> None:
     assert by_speed.summary["latency"]["tokens_per_second"] >= speed["tokens_per_second"] * 0.999999
 
 
-def test_without_a_limit_the_plan_is_that_of_the_other_budget(make_run: Any) -> None:
+def test_without_a_limit_the_allocation_is_that_of_the_other_budget(make_run: Any) -> None:
     directory = make_run(formats=FORMATS)
     plain = solve_run(directory, SolveOptions(bits=7))
     told = solve_run(directory, SolveOptions(bits=7, latency=latency_of("h100")))

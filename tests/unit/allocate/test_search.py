@@ -1,4 +1,4 @@
-"""Searches for an engine: against every plan that it could serve, and through the command line."""
+"""Searches for an engine: against all allocations that it could serve, and by the command line."""
 
 from __future__ import annotations
 
@@ -99,22 +99,22 @@ def make_problem(groups: dict[str, list[str]], menu: list[str], seed: int) -> tu
 
 
 def best_by_hand(problem: Problem, scores: Any, options: SolveOptions) -> float:
-    """The least score of all plans that fit and that the engine would serve as planned."""
+    """The least score of all allocations that fit and that the engine would serve as exported."""
     algos = {name: layer_algo(format_) for name, format_ in FORMATS.items()} | {NONE: None}
     groups = problem.searched
     (budget,) = problem.budgets(options)
     best = math.inf
     for names in itertools.product(*(group.rows for group in groups)):
-        plan = {group.name: name for group, name in zip(groups, names, strict=True)}
+        allocation = {group.name: name for group, name in zip(groups, names, strict=True)}
         if any(name != NONE and algos[name] is None for name in names):
             continue
-        cost = sum(group.cost(plan[group.name], budget.resource) for group in groups)
-        layers = {m: algos[plan[group.name]] for group in groups for m in group.module_names}
+        cost = sum(group.cost(allocation[group.name], budget.resource) for group in groups)
+        layers = {m: algos[allocation[group.name]] for group in groups for m in group.module_names}
         if cost > budget.limit * (1 + 1e-12) or violations(
             layers, options.engine or "", options.gpu
         ):
             continue
-        best = min(best, sum(scores[pair] for pair in plan.items() if pair[1] != NONE))
+        best = min(best, sum(scores[pair] for pair in allocation.items() if pair[1] != NONE))
     return best
 
 
@@ -132,7 +132,7 @@ def best_by_hand(problem: Problem, scores: Any, options: SolveOptions) -> float:
         (MLA, ["fp8", "nvfp4"], "sglang", None),
     ],
 )
-def test_search_finds_the_best_of_all_plans_that_are_served(
+def test_search_finds_the_best_of_all_allocations_that_are_served(
     groups: dict[str, list[str]], menu: list[str], engine: str, gpu: str | None
 ) -> None:
     for seed, bits in itertools.product(range(3), (5.0, 8.5, 12.0, 16.0)):
@@ -199,7 +199,7 @@ def invoke(*words: str) -> Any:
     return CliRunner().invoke(main, list(words))
 
 
-def test_solve_for_an_engine_writes_a_plan_that_it_serves(run: RunDirectory) -> None:
+def test_solve_for_an_engine_writes_an_allocation_that_it_serves(run: RunDirectory) -> None:
     result = invoke(
         "solve", run.uri, "--bits", "9", "--engine", "trtllm", "--gpu", "H100", "--json"
     )

@@ -207,7 +207,7 @@ def command(*arguments: Any) -> Result:
     return CliRunner().invoke(main, ["compare", *(str(argument) for argument in arguments)])
 
 
-def test_regret_is_the_price_of_the_first_plan_under_the_second_scores(
+def test_regret_is_the_price_of_the_first_allocation_under_the_second_scores(
     first: RunDirectory, drifted: RunDirectory
 ) -> None:
     comparison = compare_runs(first, drifted)
@@ -216,13 +216,13 @@ def test_regret_is_the_price_of_the_first_plan_under_the_second_scores(
         (row["group"], row["format"]): row["score"]
         for row in drifted.read_table("sensitivity.parquet").to_pylist()
     }
-    plans = [
+    allocations = [
         {row["group"]: row["format"] for row in run.read_table("manifest.parquet").to_pylist()}
         for run in (first, drifted)
     ]
     kept, own = (
-        sum(0.0 if name == "none" else rows[group, name] for group, name in plan.items())
-        for plan in plans
+        sum(0.0 if name == "none" else rows[group, name] for group, name in allocation.items())
+        for allocation in allocations
     )
     assert comparison.regret.kept_nats == pytest.approx(kept)
     assert comparison.regret.own_nats == pytest.approx(own)
@@ -230,7 +230,7 @@ def test_regret_is_the_price_of_the_first_plan_under_the_second_scores(
     assert comparison.regret.nats >= 0
     solution = drifted.read_json("manifest.json")["solution"]
     assert comparison.regret.own_nats == pytest.approx(solution["predicted_kl_nats"])
-    changed = {group for group in plans[0] if plans[0][group] != plans[1][group]}
+    changed = {group for group in allocations[0] if allocations[0][group] != allocations[1][group]}
     assert {change.group for change in comparison.format_changes} == changed
 
 

@@ -19,7 +19,7 @@ from autoquant_ray.data.cutting import (
     DataCounts,
     SampleAssembler,
     chunk_texts,
-    plan_steps,
+    pack_steps,
     require_usable,
     tokenize_chunk,
 )
@@ -181,17 +181,17 @@ def test_require_usable_nothing_used_names_source_and_counts() -> None:
         require_usable(DataCounts(read=7, empty=4, too_short=3), "x.txt")
 
 
-def test_plan_steps_known_lengths_gives_known_steps() -> None:
-    assert plan_steps([3, 9, 3, 5, 20, 4], 10) == [[4], [1], [3, 5], [0, 2]]
-    assert plan_steps([], 10) == []
+def test_pack_steps_known_lengths_gives_known_steps() -> None:
+    assert pack_steps([3, 9, 3, 5, 20, 4], 10) == [[4], [1], [3, 5], [0, 2]]
+    assert pack_steps([], 10) == []
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_plan_steps_random_lengths_fit_and_are_maximal(seed: int) -> None:
+def test_pack_steps_random_lengths_fit_and_are_maximal(seed: int) -> None:
     generator = np.random.default_rng(seed)
     lengths = generator.integers(2, 60, size=int(generator.integers(1, 50))).tolist()
     step_tokens = int(generator.integers(30, 200))
-    steps = plan_steps(lengths, step_tokens)
+    steps = pack_steps(lengths, step_tokens)
     order = [position for step in steps for position in step]
     assert order == sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for step, following in zip(steps, [*steps[1:], None], strict=True):

@@ -1,4 +1,4 @@
-"""An audit: which scores it measures, on what scale, and what it does to the plan."""
+"""An audit: which scores it measures, on what scale, and what it does to the allocation."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from autoquant_ray.allocate.read import load_problem
 from autoquant_ray.allocate.search import search
 from autoquant_ray.cli.output import print_audit
 from autoquant_ray.errors import ConfigError
+from autoquant_ray.evaluate.allocation_search import split_shards
 from autoquant_ray.evaluate.audit import audit_json, measure_pairs
 from autoquant_ray.evaluate.audit_pairs import (
     audited_scores,
@@ -24,7 +25,6 @@ from autoquant_ray.evaluate.audit_pairs import (
     write_pairs,
 )
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, untouched_shards
-from autoquant_ray.evaluate.plan_search import split_shards
 from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.audit import AuditedPair, audit_section, most_wrong, read_pairs
@@ -36,7 +36,7 @@ OPTIONS = SolveOptions(bits=6.0)
 
 @pytest.fixture
 def solved(make_run: Any) -> Any:
-    """A problem with its scores, and the plan at 6 bits."""
+    """A problem with its scores, and the allocation at 6 bits."""
     problem, scores = load_problem(RunState.open(make_run()))
     return SimpleNamespace(
         problem=problem, scores=scores, formats=search(problem, scores, OPTIONS).formats
@@ -60,7 +60,7 @@ def audited(scores: dict[Any, float], factors: dict[Any, float]) -> list[Audited
 
 
 def test_pairs_come_from_both_lists_in_turn(solved: Any) -> None:
-    """Undecided pairs with the widest error, and the plan's own with the largest loss."""
+    """Undecided pairs with the widest error, and the allocation's own with the largest loss."""
     scores, formats = solved.scores, solved.formats
     errors = dict.fromkeys(scores, 1.0)
     names = [group.name for group in solved.problem.searched]
@@ -93,7 +93,7 @@ def test_pairs_without_errors_are_the_costly_ones(solved: Any) -> None:
     assert losses == sorted(own, reverse=True)[:4]
 
 
-def test_common_factor_changes_no_plan(solved: Any) -> None:
+def test_common_factor_changes_no_allocation(solved: Any) -> None:
     """Everything that was measured is 3 times its prediction: the scale, not the pairs."""
     pairs = audited(solved.scores, {pair: 3.0 for pair in solved.formats.items()})
     again = solve_again(solved.problem, solved.scores, pairs, OPTIONS, solved.formats)
@@ -104,7 +104,7 @@ def test_common_factor_changes_no_plan(solved: Any) -> None:
     assert rescaled == pytest.approx({pair: 3 * score for pair, score in solved.scores.items()})
 
 
-def test_pair_that_loses_more_leaves_the_plan(solved: Any) -> None:
+def test_pair_that_loses_more_leaves_the_allocation(solved: Any) -> None:
     own = [pair for pair in solved.formats.items() if pair[1] != NONE]
     worst = max(own, key=solved.scores.__getitem__)
     pairs = audited(solved.scores, dict.fromkeys(own, 1.0) | {worst: 40.0})
@@ -156,7 +156,7 @@ def test_section_names_the_worst(solved: Any) -> None:
     )
 
 
-def test_what_is_printed_names_pairs_and_plan(
+def test_what_is_printed_names_pairs_and_allocation(
     solved: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = audited(solved.scores, dict.fromkeys(list(solved.scores)[:3], 2.0))
@@ -173,7 +173,7 @@ def test_what_is_printed_names_pairs_and_plan(
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_audited_plan_is_no_worse(share: float, laboratory: Laboratory) -> None:
+def test_audited_allocation_is_no_worse(share: float, laboratory: Laboratory) -> None:
     """All scores of a tiny model measured; told on shards that the audit has not seen."""
     problem, scores = laboratory.problem, laboratory.scores
     head = laboratory.names[-1]
@@ -195,9 +195,9 @@ def test_audited_plan_is_no_worse(share: float, laboratory: Laboratory) -> None:
     assert 0.5 < ratios[0] <= ratios[-1] < 2  # the score has a unit
     again = solve_again(problem, scores, pairs, options, formats)
     assert laboratory.bits(again) <= options.bits * (1 + 1e-9)
-    plans = [SimpleNamespace(formats=one) for one in (formats, again)]
+    candidates = [SimpleNamespace(formats=one) for one in (formats, again)]
     _, second, third = split_shards(NUM_SHARDS)
-    before, after = (mean_kl(one) for one in laboratory.measure(plans, second + third))
+    before, after = (mean_kl(one) for one in laboratory.measure(candidates, second + third))
     assert after <= 1.02 * before
 
 
@@ -206,7 +206,7 @@ def make_measurement(directory: Any, key: str, source: str = "text") -> Any:
     return SimpleNamespace(state=SimpleNamespace(directory=directory), data_key=key, facts=facts)
 
 
-def test_what_chose_a_plan_is_never_measured_as_unseen(make_run: Any) -> None:
+def test_what_chose_an_allocation_is_never_measured_as_unseen(make_run: Any) -> None:
     directory = make_run()
     solve_run(directory, OPTIONS, folder="")
     manifest = directory.read_json("manifest.json")

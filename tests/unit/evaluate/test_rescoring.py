@@ -1,4 +1,4 @@
-"""The pass of new scores around a plan: against brute force, and where losses simply add up."""
+"""New scores around an allocation: against brute force, and where losses simply add up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import load_problem
 from autoquant_ray.allocate.search import search
-from autoquant_ray.evaluate.plan_search import search_allocations
+from autoquant_ray.evaluate.allocation_search import search_allocations
 from autoquant_ray.evaluate.rescoring import choose_flips, solve_flips
 from autoquant_ray.evaluate.swaps import Swaps
 from autoquant_ray.evaluate.table import Measured
@@ -60,8 +60,8 @@ def test_plan_from_flips_is_the_best_that_was_measured(problem: Any, seed: int) 
     for group, other in flips[1:]:
         menus[group].append(other)
     best = math.inf
-    for plan in itertools.product(*menus.values()):
-        chosen = dict(zip(menus, plan, strict=True))
+    for combination in itertools.product(*menus.values()):
+        chosen = dict(zip(menus, combination, strict=True))
         cost = sum(g.cost(chosen[g.name], budget.resource) for g in groups.searched)
         loss = sum(differences.get(pair, 0.0) for pair in chosen.items())
         if cost <= budget.limit and loss < best:
@@ -89,17 +89,17 @@ def test_one_pass_finds_the_best_where_losses_add_up(problem: Any) -> None:
     def loss(formats: dict[str, str]) -> float:
         return math.fsum(truth[g, f] for g, f in formats.items() if f != NONE)
 
-    def measure(plans: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
+    def measure(candidates: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
         return [
             Measured(
-                kl_N=np.full(8, loss(plan.formats)),
-                kl_S=np.full(4, 2 * loss(plan.formats)),
+                kl_N=np.full(8, loss(candidate.formats)),
+                kl_S=np.full(4, 2 * loss(candidate.formats)),
                 loss=0.0,
                 reference_loss=0.0,
                 num_agreeing=0,
                 tokens_S=np.full(4, 2.0),
             )
-            for plan in plans
+            for candidate in candidates
         ]
 
     start = search(groups, scores, OPTIONS).formats

@@ -11,7 +11,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import load_problem
 from autoquant_ray.allocate.search import search
 from autoquant_ray.errors import DataError
-from autoquant_ray.evaluate.plan_search import split_shards
+from autoquant_ray.evaluate.allocation_search import split_shards
 from autoquant_ray.evaluate.swaps import Swaps, combine
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.state import RunState
@@ -31,11 +31,11 @@ def test_proposals_are_all_changes_that_fit(options: SolveOptions, make_run: Any
     swaps = Swaps(problem, scores, options)
     (budget,) = problem.budgets(options)
 
-    def cost(plan: dict[str, str]) -> float:
-        return sum(g.cost(plan[g.name], budget.resource) for g in problem.searched)
+    def cost(allocation: dict[str, str]) -> float:
+        return sum(g.cost(allocation[g.name], budget.resource) for g in problem.searched)
 
-    def loss(plan: dict[str, str]) -> float:
-        return sum(0.0 if f == NONE else scores[g, f] for g, f in plan.items())
+    def loss(allocation: dict[str, str]) -> float:
+        return sum(0.0 if f == NONE else scores[g, f] for g, f in allocation.items())
 
     allowed = {c.group: [] for c in problem.choices(scores)}
     for choice in problem.choices(scores):
@@ -45,19 +45,19 @@ def test_proposals_are_all_changes_that_fit(options: SolveOptions, make_run: Any
     expected = set()
     for first, second in itertools.combinations(allowed, 2):
         for one, two in itertools.product(allowed[first], allowed[second]):
-            plan = {**formats, first: one, second: two}
+            allocation = {**formats, first: one, second: two}
             few = options.max_formats or 99
-            if cost(plan) <= budget.limit and len(set(plan.values()) - {NONE}) <= few:
-                expected.add(tuple(plan.values()))
+            if cost(allocation) <= budget.limit and len(set(allocation.values()) - {NONE}) <= few:
+                expected.add(tuple(allocation.values()))
     expected.discard(tuple(formats.values()))
 
     proposals = list(swaps.proposals(formats))
-    plans = [{**formats, **dict(change)} for change in proposals]
-    assert {tuple(plan.values()) for plan in plans} == expected
-    assert len(plans) == len(expected) > 0
-    losses = [loss(plan) for plan in plans]
+    allocations = [{**formats, **dict(change)} for change in proposals]
+    assert {tuple(allocation.values()) for allocation in allocations} == expected
+    assert len(allocations) == len(expected) > 0
+    losses = [loss(allocation) for allocation in allocations]
     assert losses == pytest.approx(sorted(losses))
-    assert all(swaps.fits(plan) for plan in plans)
+    assert all(swaps.fits(allocation) for allocation in allocations)
 
 
 def test_combined_changes_touch_different_groups() -> None:

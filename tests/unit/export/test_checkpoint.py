@@ -15,7 +15,7 @@ from checkpoints import (
     FORMATS,
     fake_weight,
     load_folder,
-    logits_of_plan,
+    logits_of_solution,
     unpack_modelopt,
 )
 from safetensors.torch import save_file
@@ -222,7 +222,7 @@ def test_compressed_tensors_folder_is_read_by_transformers_alone(
     written = export_run(directory, str(out), layout="compressed-tensors")
     assert written.bytes_on_disk == pytest.approx(written.weight_bytes, rel=0.01)
     ids = torch.randint(0, 256, (250, 8), generator=torch.Generator().manual_seed(1))
-    expected = logits_of_plan(directory, "", ids)
+    expected = logits_of_solution(directory, "", ids)
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
         found = model(ids).logits

@@ -15,7 +15,7 @@ from modelopt_scores import NOTHING, quantized_by_modelopt
 from autoquant_ray import load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
-from autoquant_ray.formats.algorithms import of_plan
+from autoquant_ray.formats.algorithms import of_allocation
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.solve import solve_run
@@ -58,7 +58,7 @@ def entries_of(formats: dict[str, Format]) -> list[dict[str, Any]]:
 
 
 def algorithm_of(formats: dict[str, Format]) -> Any:
-    return of_plan(
+    return of_allocation(
         {
             entry["quantizer_name"]: format_.algorithm
             for name, format_ in formats.items()
@@ -147,9 +147,9 @@ def test_manifest_of_several_algorithms_gives_each_layer_its_own(
 def test_plans_of_one_algorithm_need_no_mode_of_ours() -> None:
     plain = {"a.weight_quantizer": None, "a.input_quantizer": None}
     searched = {"b.weight_quantizer": {"method": "mse", "step_size": 0.1}}
-    assert of_plan({}) == of_plan(plain) == "max"
-    assert of_plan(searched) == {"method": "mse", "step_size": 0.1}
-    mixed = of_plan(plain | searched)
+    assert of_allocation({}) == of_allocation(plain) == "max"
+    assert of_allocation(searched) == {"method": "mse", "step_size": 0.1}
+    mixed = of_allocation(plain | searched)
     assert mixed["others"] == "max"
     assert mixed["sets"] == [
         {"algorithm": searched["b.weight_quantizer"], "quantizers": ["b.weight_quantizer"]}

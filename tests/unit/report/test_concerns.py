@@ -57,7 +57,7 @@ def only(known: Evidence) -> str:
     return concern.text
 
 
-def test_sound_plan_has_none() -> None:
+def test_sound_allocation_has_none() -> None:
     assert find_concerns(evidence()) == []
     assert find_concerns(evidence(measured=measured(0.12, uniform_x=(0.1, 0.01)))) == []
 
@@ -128,7 +128,7 @@ def test_nothing_measured_has_no_ratio() -> None:
     assert find_concerns(evidence(measured=measured(0.0))) == []
 
 
-def test_plan_that_breaks_the_model_is_grave() -> None:
+def test_allocation_that_breaks_the_model_is_grave() -> None:
     (concern,) = find_concerns(evidence(measured=measured(math.inf)))
     assert (concern.title, concern.is_grave) == ("The plan breaks the model", True)
 
@@ -151,7 +151,7 @@ def test_coin_tosses_matter_only_with_regret() -> None:
     assert titles(evidence(expected_regret=0.02)) == []
 
 
-def test_plan_near_the_null_is_grave() -> None:
+def test_allocation_near_the_null_is_grave() -> None:
     (concern,) = find_concerns(evidence(null=0.105))
     assert concern.is_grave
     assert "would lose 0.105, this one 0.1" in concern.text
@@ -184,13 +184,13 @@ def test_grave_ones_come_first() -> None:
     assert [c.is_grave for c in find_concerns(known)] == [True, False, False]
 
 
-def test_plan_that_loses_nothing_has_none() -> None:
+def test_allocation_that_loses_nothing_has_none() -> None:
     known = evidence(predicted=0.0, stderr=0.0, choices=[], null=None, effective_bits=16.0)
     assert find_concerns(known) == []
     assert find_concerns(evidence(predicted=0.0, stderr=0.0, choices=[], null=0.0)) == []
 
 
-def test_plan_for_domains_is_not_held_against_plans_for_all_tokens() -> None:
+def test_allocation_for_domains_is_not_held_against_allocations_for_all_tokens() -> None:
     better = measured(0.1, modelopt=(-0.05, 0.001))
     assert "Another plan loses less" in titles(evidence(measured=better))
     assert titles(evidence(measured=better, by_domain=True)) == []
@@ -198,12 +198,12 @@ def test_plan_for_domains_is_not_held_against_plans_for_all_tokens() -> None:
     assert "this one 0.02" in only(evidence(null=0.01, objective=0.02))
 
 
-def test_plan_that_measurements_chose_is_not_held_against_its_scores() -> None:
+def test_allocation_that_measurements_chose_is_not_held_against_its_scores() -> None:
     doubts = {"coin_tosses": ["a"], "expected_regret": 0.5, "null": 0.01}
     assert len(titles(evidence(**doubts))) == 2
     assert titles(evidence(**doubts, by_measurement=True)) == []
 
 
-def test_imported_plan_at_few_bits_is_not_sent_to_evaluate() -> None:
+def test_imported_allocation_at_few_bits_is_not_sent_to_evaluate() -> None:
     assert titles(evidence(effective_bits=4.0)) == ["Below the range of the prediction"]
     assert titles(evidence(effective_bits=4.0, labels=None)) == []

@@ -56,7 +56,7 @@ def test_predicted_loss_has_its_error_in_both_reports(run: RunDirectory) -> None
         assert 0 < float(found[2]) < float(found[1])
 
 
-def test_concerns_come_before_the_plan(tmp_path: Path) -> None:
+def test_concerns_come_before_the_allocation(tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run", num_shards=4, config={"labels": "data"})
     solve_run(directory, SolveOptions(bits=4.5), folder="")
     text = text_of(directory)
@@ -234,7 +234,7 @@ def test_report_again_gives_the_same_bytes(run: RunDirectory) -> None:
     assert render_html(collect_content(RunState.open(run), "")) == before["report.html"]
 
 
-def test_commands_of_a_plan_made_in_steps(tmp_path: Path) -> None:
+def test_commands_of_an_allocation_made_in_steps(tmp_path: Path) -> None:
     """Scan, solve, audit, refine: each with what it was given."""
     budget = {
         "bits": 6.0,
@@ -268,7 +268,7 @@ def test_commands_of_a_plan_made_in_steps(tmp_path: Path) -> None:
     ]
 
 
-def test_rivals_of_a_broken_plan_may_break_too() -> None:
+def test_rivals_of_a_broken_allocation_may_break_too() -> None:
     rows = [
         {"name": "solution", "kl_mean": math.inf, "kl_above_solution": 0.0, "kl_stderr": None},
         {"name": "random 1", "kl_mean": math.inf, "kl_above_solution": math.inf, "kl_stderr": None},

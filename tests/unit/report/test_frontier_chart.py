@@ -48,7 +48,7 @@ def test_page_shows_the_points_of_the_file_where_there_is_one(tmp_path: Path) ->
         assert loss <= best * 1.5 + 1e-12, "near the exact one"
 
 
-def test_measured_plans_are_in_the_head_the_concerns_and_the_chart(tmp_path: Path) -> None:
+def test_measured_allocations_are_in_the_head_the_concerns_and_the_chart(tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run", num_layers=2)
     solve_run(directory, SolveOptions(bits=6), folder="")
     own = evaluation_row(directory)
@@ -106,8 +106,8 @@ def test_chart_leaves_out_what_loses_nothing_and_has_room_for_the_rest() -> None
     ("error", "low", "text"), [(0.25, 0.35, "0.6000 ± 0.25"), (None, 0.6, "0.6000")]
 )
 def test_error_is_a_bar_around_the_point(error: float | None, low: float, text: str) -> None:
-    plan = Dot(kind="plan", name="this plan", bits=4.5, num_bytes=1.0, loss=0.6, stderr=error)
-    chart = chart_data([plan, *dots_of(1.0, 0.1)])
+    solution = Dot(kind="plan", name="this plan", bits=4.5, num_bytes=1.0, loss=0.6, stderr=error)
+    chart = chart_data([solution, *dots_of(1.0, 0.1)])
     assert chart is not None
     points = chart["points"]
     assert points["kind"] == ["curve", "plan", "curve"]
@@ -118,8 +118,8 @@ def test_error_is_a_bar_around_the_point(error: float | None, low: float, text: 
 
 
 def test_error_larger_than_the_loss_reaches_below_the_axis() -> None:
-    plan = Dot(kind="plan", name="this plan", bits=4.5, num_bytes=1.0, loss=0.6, stderr=1.5)
-    chart = chart_data([plan, *dots_of(1.0, 0.1)])
+    solution = Dot(kind="plan", name="this plan", bits=4.5, num_bytes=1.0, loss=0.6, stderr=1.5)
+    chart = chart_data([solution, *dots_of(1.0, 0.1)])
     assert chart is not None
     assert 0 < chart["points"]["low"][1] < chart["loss"][0] < 0.1
     assert chart["loss"][1] > 2.1
@@ -164,7 +164,7 @@ def test_missing_library_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPat
         bokeh_scripts()
 
 
-def test_page_of_a_plan_that_loses_nothing(tmp_path: Path) -> None:
+def test_page_of_an_allocation_that_loses_nothing(tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run", num_layers=1)
     solve_run(directory, SolveOptions(bits=16), folder="")
     assert "All groups" in directory.read_bytes("report.html").decode()

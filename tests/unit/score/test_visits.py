@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from chats import made
 
-from autoquant_ray.score.visits import VisitPlanner, make_step, predicting_rows
+from autoquant_ray.score.visits import VisitPacker, make_step, predicting_rows
 
 
 def samples(*lengths: int) -> list[list[int]]:
@@ -17,15 +17,15 @@ def samples(*lengths: int) -> list[list[int]]:
 
 def test_visits_hold_as_many_steps_as_there_is_room_for() -> None:
     chosen = samples(10, 10, 10, 10, 10)
-    planner = VisitPlanner(step_tokens=10, token_bytes=4, room=80)
-    assert [len(visit) for visit in planner.visits(chosen)] == [2, 2, 1]
-    assert planner.input_bytes(chosen) == 5 * 40
+    packer = VisitPacker(step_tokens=10, token_bytes=4, room=80)
+    assert [len(visit) for visit in packer.visits(chosen)] == [2, 2, 1]
+    assert packer.input_bytes(chosen) == 5 * 40
 
 
 def test_visits_without_room_are_of_one_step_and_lose_nothing() -> None:
     chosen = samples(3, 9, 4, 7)
-    planner = VisitPlanner(step_tokens=12, token_bytes=4, room=0)
-    visits = planner.visits(chosen)
+    packer = VisitPacker(step_tokens=12, token_bytes=4, room=0)
+    visits = packer.visits(chosen)
     assert all(len(visit) == 1 for visit in visits)
     assert sorted(p for visit in visits for step in visit for p in step) == [0, 1, 2, 3]
 
@@ -51,7 +51,7 @@ def test_steps_hold_samples_of_one_kind_and_join_their_images() -> None:
         [1, 2],
     ]
     (first, second), *rest = [
-        step for visit in VisitPlanner(100, 1, 0).visits(samples) for step in visit
+        step for visit in VisitPacker(100, 1, 0).visits(samples) for step in visit
     ]
     assert [sorted((first, second)), *map(sorted, rest)] == [[0, 3], [1, 2]]
     chosen = [samples[position] for position in rest[0]]

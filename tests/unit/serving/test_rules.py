@@ -146,7 +146,7 @@ def test_format_that_is_served_alone_is_refused_beside_others() -> None:
     assert found.modules == ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj")
 
 
-def test_plan_with_fused_modules_in_one_format_has_no_violation() -> None:
+def test_allocation_with_fused_modules_in_one_format_has_no_violation() -> None:
     parts = {p: FP8 for p in ("q_proj", "k_proj", "v_proj", "down_proj")}
     layers = given(llama(), **parts, gate_proj=NVFP4, up_proj=NVFP4)
     for engine in ENGINES:

@@ -16,7 +16,7 @@ from autoquant_ray.runs.state import RunState
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportedPlan:
+class ExportedSolution:
     """What a solution says.
 
     Attributes:
@@ -37,7 +37,7 @@ class ExportedPlan:
     caches: dict[str, str]
 
 
-def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
+def read_solution(directory: RunDirectory, solution: str) -> ExportedSolution:
     """Read a solution of a run.
 
     Args:
@@ -67,7 +67,7 @@ def read_plan(directory: RunDirectory, solution: str) -> ExportedPlan:
         {row["module"]: row["group"] for row in rows},
         facts,
     )
-    return ExportedPlan(
+    return ExportedSolution(
         state=state,
         chosen=chosen,
         group_of=group_of,

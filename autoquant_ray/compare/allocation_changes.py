@@ -1,4 +1,4 @@
-"""Which groups would get another format than before, and what keeping the earlier plan costs."""
+"""Which groups would get another format, and what keeping the earlier allocation costs."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Regret:
 
     Attributes:
         kept_nats: Predicted KL of the first run's plan, nats per token.
-        own_nats: Predicted KL of the second run's own plan.
+        own_nats: Predicted KL of the second run's own allocation.
         kept_bytes: Stored bytes of the searched groups under the first run's plan.
         own_bytes: The same under the second run's own.
-        nats: ``kept_nats - own_nats``; below 0 where the first plan was allowed more bytes.
+        nats: ``kept_nats - own_nats``; below 0 where the first allocation was allowed more bytes.
         relative: ``nats / own_nats``; None where that is 0.
     """
 
@@ -58,7 +58,7 @@ class Regret:
 def format_changes(
     before: Mapping[str, str], after: Mapping[str, str], problem: Problem, scores: Scores
 ) -> list[FormatChange]:
-    """Groups of both plans whose format differs, the dearest mistake first.
+    """Groups of both allocations whose format differs, the dearest mistake first.
 
     Args:
         before: Group -> format in the first run.
@@ -89,7 +89,7 @@ def format_changes(
 def regret(
     before: Mapping[str, str], after: Mapping[str, str], problem: Problem, scores: Scores
 ) -> Regret | None:
-    """Regret of keeping the first plan; None where it does not cover the second run's groups.
+    """Regret of keeping the first allocation; None where it does not cover the second run's groups.
 
     Args:
         As :func:`format_changes`.

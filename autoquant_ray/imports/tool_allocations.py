@@ -1,4 +1,4 @@
-"""Other tools' allocations as plans of a run: rivals of an evaluation, or its solutions."""
+"""Other tools' allocations for a run: rivals of an evaluation, or its solutions."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from autoquant_ray.solve import Solution, write_solution
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def foreign_plan(path: str, problem: Problem, options: SolveOptions) -> dict[str, str]:
+def foreign_allocation(path: str, problem: Problem, options: SolveOptions) -> dict[str, str]:
     """Searched group -> format, from a file of AutoRound or mlx-lm.
 
-    Sensitivities are no plan yet: as in ``mlx_lm.dynamic_quant``, groups above a threshold take
-    more bits, as many of them as the budget allows; of the run's formats the smallest and the
+    Sensitivities are no allocation yet: as in ``mlx_lm.dynamic_quant``, groups above a threshold
+    take more bits, as many of them as the budget allows; of the run's formats the smallest and the
     largest that MLX has count. Such files say nothing of the KV cache: it stays in 16 bits.
 
     Args:
@@ -63,26 +63,26 @@ def foreign_plan(path: str, problem: Problem, options: SolveOptions) -> dict[str
             f"such as wint4_afp16 and wint8_afp16; it has {', '.join(sizes) or 'none'}"
         )
     low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
-    plan = dict.fromkeys(groups, low) | caches
-    if not _fits(problem, options, plan):
+    allocation = dict.fromkeys(groups, low) | caches
+    if not _fits(problem, options, allocation):
         raise ConfigError(f"{path}: {low} everywhere does not fit the budget; give a larger one")
     for group in sorted(groups, key=lambda name: -values[name]):
-        if not _fits(problem, options, plan | {group: high}):
+        if not _fits(problem, options, allocation | {group: high}):
             break
-        plan[group] = high
-    return plan
+        allocation[group] = high
+    return allocation
 
 
-def _fits(problem: Problem, options: SolveOptions, plan: dict[str, str]) -> bool:
+def _fits(problem: Problem, options: SolveOptions, allocation: dict[str, str]) -> bool:
     return all(
-        math.fsum(group.cost(plan[group.name], budget.resource) for group in problem.searched)
+        math.fsum(group.cost(allocation[group.name], budget.resource) for group in problem.searched)
         <= budget.limit * (1 + 1e-12)
         for budget in problem.budgets(options)
         if budget.resource != KV_BYTES
     )
 
 
-def rival_plan(
+def rival_allocation(
     state: RunState, against: str, problem: Problem, options: SolveOptions
 ) -> tuple[str, dict[str, str]]:
     """Name and formats of a rival that is another solution of the run, or a file.
@@ -95,7 +95,7 @@ def rival_plan(
     if against in solutions:
         return f"solution {against}", solution_formats(state, solution_folder(against), problem)
     if Path(against).is_file():
-        return f"file {Path(against).name}", foreign_plan(against, problem, options)
+        return f"file {Path(against).name}", foreign_allocation(against, problem, options)
     raise ConfigError(
         f"--against {against!r} is unknown; known: uniform, modelopt, random, a solution of the "
         f"run ({', '.join(solutions) or 'none yet'}), or a file of AutoRound or mlx-lm"
@@ -111,7 +111,7 @@ def import_allocation(path: str, directory: RunDirectory, name: str | None = Non
         name: Of the solution; default: the file's.
 
     Raises:
-        DataError: As :func:`foreign_plan`.
+        DataError: As :func:`foreign_allocation`.
         ConfigError: The same, or the name could be a path, or is that of a solution that was not
             imported.
         StoreError: Not a run.
@@ -124,8 +124,8 @@ def import_allocation(path: str, directory: RunDirectory, name: str | None = Non
     _require_imported(directory, name)
     state = RunState.open(directory)
     problem, scores = load_problem(state)
-    plan = foreign_plan(path, problem, solution_options(state, ""))
-    return _write(state, problem, scores, plan, name, path)
+    formats = foreign_allocation(path, problem, solution_options(state, ""))
+    return _write(state, problem, scores, formats, name, path)
 
 
 def _require_imported(directory: RunDirectory, name: str) -> None:
@@ -138,15 +138,20 @@ def _require_imported(directory: RunDirectory, name: str) -> None:
 
 
 def _write(
-    state: RunState, problem: Problem, scores: Scores, plan: dict[str, str], name: str, path: str
+    state: RunState,
+    problem: Problem,
+    scores: Scores,
+    formats: dict[str, str],
+    name: str,
+    path: str,
 ) -> Solution:
     has_caches = any(group.is_cache for group in problem.searched)
-    cached = cache_summary(problem.caches, dict.fromkeys(problem.groups, NONE) | plan)
+    cached = cache_summary(problem.caches, dict.fromkeys(problem.groups, NONE) | formats)
     options = SolveOptions(
-        bytes=math.ceil(model_bytes(problem, plan)),
+        bytes=math.ceil(model_bytes(problem, formats)),
         kv_bytes_per_token=cached[KV_BYTES] if has_caches else None,
     )
-    candidate = make_candidate(problem, scores, name, plan)
+    candidate = make_candidate(problem, scores, name, formats)
     allocation = as_allocation(problem, scores, options, candidate)
     notes = {"imported_from": Path(path).name}
     return write_solution(state, problem, dict(scores), options, allocation, name, notes)

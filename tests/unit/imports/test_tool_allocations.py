@@ -16,8 +16,8 @@ from autoquant_ray.allocate.read import load_problem, solution_formats
 from autoquant_ray.api import Run
 from autoquant_ray.cli.main import main
 from autoquant_ray.evaluate.rivals import collect_candidates
-from autoquant_ray.export.plan import read_plan
 from autoquant_ray.export.recipes import make_recipe
+from autoquant_ray.export.solution import read_solution
 from autoquant_ray.report.concerns import find_concerns
 from autoquant_ray.report.evidence import Evidence
 from autoquant_ray.runs.directory import RunDirectory
@@ -54,10 +54,12 @@ def rival(run: RunDirectory, path: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("tool", ["auto-round", "mlx-lm"])
-def test_plan_comes_back_from_its_own_recipe(run: RunDirectory, tmp_path: Path, tool: str) -> None:
+def test_allocation_comes_back_from_its_own_recipe(
+    run: RunDirectory, tmp_path: Path, tool: str
+) -> None:
     (name,) = Run.open(run.uri).solutions[:1]
-    plan = read_plan(run, name)
-    path = put(tmp_path, make_recipe(plan.chosen, plan.formats, tool))
+    exported = read_solution(run, name)
+    path = put(tmp_path, make_recipe(exported.chosen, exported.formats, tool))
     state = RunState.open(run)
     problem, _ = load_problem(state)
     assert rival(run, path) == solution_formats(state, f"solutions/{name}/", problem)
@@ -84,10 +86,10 @@ def test_quantization_config_of_autoround_has_defaults_and_patterns(
 def test_layers_of_a_group_share_the_widest(
     run: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = {f"{LAYER}self_attn.{p}_proj": "W4A16" for p in "qk"}
-    plan[f"{LAYER}self_attn.v_proj"] = {"bits": 8, "group_size": 128}
+    entries = {f"{LAYER}self_attn.{p}_proj": "W4A16" for p in "qk"}
+    entries[f"{LAYER}self_attn.v_proj"] = {"bits": 8, "group_size": 128}
     with caplog.at_level(logging.WARNING):
-        found = rival(run, put(tmp_path, plan))
+        found = rival(run, put(tmp_path, entries))
     assert found[f"{LAYER}self_attn.q_proj"] == "wint8_afp16"
     assert "1 group(s) different bits" in caplog.text
 

@@ -10,7 +10,7 @@ from laboratory import FORMATS, LENGTHS, NUM_SHARDS, Laboratory
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.search import search
-from autoquant_ray.evaluate.plan_search import search_allocations
+from autoquant_ray.evaluate.allocation_search import search_allocations
 from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
 
@@ -30,21 +30,21 @@ def everything(laboratory: Laboratory) -> list[tuple[float, float]]:
     """(bits, measured KL on all data) of every allocation of three formats over the free groups."""
     fixed, free = dict.fromkeys(pinned(laboratory), NONE), free_groups(laboratory)
     assert len(free) == 6
-    plans = [
+    allocations = [
         fixed | dict(zip(free, combination, strict=True))
         for combination in itertools.product(FORMATS, repeat=len(free))
     ]
-    totals = np.zeros(len(plans))
+    totals = np.zeros(len(allocations))
     num_tokens = 0
     for shard in range(NUM_SHARDS):
-        choices = [laboratory.choice(plan) for plan in plans]
+        choices = [laboratory.choice(formats) for formats in allocations]
         result = laboratory.runner.evaluate(laboratory.shards[shard], choices)
         for number, samples in enumerate(result.divergences):
             totals[number] += sum(one.kl_N.sum(dtype=np.float64) for one in samples)
         num_tokens += sum(length - 1 for length in LENGTHS)
     return [
-        (laboratory.bits(plan), total / num_tokens)
-        for plan, total in zip(plans, totals, strict=True)
+        (laboratory.bits(formats), total / num_tokens)
+        for formats, total in zip(allocations, totals, strict=True)
     ]
 
 
