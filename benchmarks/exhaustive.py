@@ -97,7 +97,7 @@ class World:
         self.rng = np.random.default_rng(seed)
         plan = build_plan(model, resolve_formats(FORMATS, device="cpu"), ("lm_head",))
         self.names = [group.name for group in plan.searched]
-        self.problem = Problem(plan.rows(), plan.summary())
+        self.problem = Problem.from_plan(plan.rows(), plan.summary())
         fields: dict[str, Any] = {
             "model": ModelRef(name="in memory", path="unused"),
             "dtype": "float32",

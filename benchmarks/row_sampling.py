@@ -103,7 +103,7 @@ def score(scorer: Scorer, samples: list[list[int]], maxima: Any) -> tuple[Scores
 
 def excess(plan: Plan, sampled: Scores, exact: Scores, bits: float) -> float:
     """Exact score of the allocation chosen from sampled scores, over the exact optimum."""
-    problem = Problem(plan.rows(), plan.summary())
+    problem = Problem.from_plan(plan.rows(), plan.summary())
     totals = []
     for scores in (sampled, exact):
         chosen = search(problem, named(plan, scores), SolveOptions(bits=bits)).formats

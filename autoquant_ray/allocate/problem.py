@@ -12,8 +12,7 @@ embedding's bytes and adds nothing, quantized it is stored beside the embedding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant_ray.allocate.allocation import Budget, Choice
@@ -30,25 +29,38 @@ from autoquant_ray.plan.decode_step import is_routed_expert
 from autoquant_ray.serving.menus import Served
 
 
+@dataclass(frozen=True, kw_only=True)
 class Problem:
-    """All groups with their costs, from the rows of a plan.
+    """All groups with their costs.
 
-    Args:
-        plan_rows: Rows of ``plan.parquet``.
+    Attributes:
+        groups: Name -> group, in the model's order.
         summary: The plan's summary from ``run.json``.
+        step: Predicts the time of a decode step; None unless the problem is :meth:`timed`.
+        served: What an engine serves together; None where none is asked for.
+        experts: Experts that may share a format; None where they were not scored apart.
     """
 
-    def __init__(self, plan_rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
+    groups: Mapping[str, GroupChoices]
+    summary: Mapping[str, Any]
+    step: StepTime | None = None
+    served: Served | None = None
+    experts: Experts | None = None
+
+    @classmethod
+    def from_plan(
+        cls, plan_rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+    ) -> Problem:
+        """The groups of a plan.
+
+        Args:
+            plan_rows: Rows of ``plan.parquet``.
+            summary: The plan's summary from ``run.json``.
+        """
         tied = set(summary["tied_groups"])
         idle = set(summary.get("idle_groups", ()))
-        ratio: float | None = summary.get("step", {}).get("active_expert_ratio")
-        self.other_bytes: int = summary["other_bytes"]
-        self.has_active_moe = ratio is not None
-        self.step: StepTime | None = None
-        self.served: Served | None = None
-        self.experts: Experts | None = None
-        self.summary = summary
         silent = summary.get("unsearched", {})  # among them experts that turned out to see no token
+        ratio: float | None = summary.get("step", {}).get("active_expert_ratio")
         groups: dict[str, GroupChoices] = {}
         for row in plan_rows:
             name = row["group"]
@@ -66,7 +78,18 @@ class Problem:
                     rows={},
                 )
             groups[name].rows[row["format"]] = dict(row)
-        self.groups = groups
+        return cls(groups=groups, summary=summary)
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of the weights outside all groups."""
+        num_bytes: int = self.summary["other_bytes"]
+        return num_bytes
+
+    @property
+    def has_active_moe(self) -> bool:
+        """Whether the run names the share of the experts that a token visits."""
+        return self.summary.get("step", {}).get("active_expert_ratio") is not None
 
     def timed(self, latency: Latency | None) -> Problem:
         """The same problem with the time of a decode step among its costs, where a card is given.
@@ -76,9 +99,8 @@ class Problem:
         """
         if latency is None:
             return self
-        timed = copy(self)
-        timed.step = step = StepTime(latency, self.summary)
-        timed.groups = {
+        step = StepTime(latency, self.summary)
+        groups = {
             name: replace(
                 group,
                 rows={
@@ -87,7 +109,7 @@ class Problem:
             )
             for name, group in self.groups.items()
         }
-        return timed
+        return replace(self, groups=groups, step=step)
 
     @property
     def resources(self) -> list[str]:
@@ -117,12 +139,13 @@ class Problem:
         Args:
             formats: Group -> format; groups without one stay in 16 bits.
         """
-        held = copy(self)
-        held.groups = dict(self.groups)
-        for group in self.caches:
-            name = formats.get(group.name, NONE)
-            held.groups[group.name] = replace(group, rows={name: group.rows[name]})
-        return held
+        held = {group.name: formats.get(group.name, NONE) for group in self.caches}
+        groups = {
+            name: replace(group, rows={held[name]: group.rows[held[name]]})
+            for name, group in self.groups.items()
+            if name in held
+        }
+        return replace(self, groups={**self.groups, **groups})
 
     def choices(self, scores: Mapping[tuple[str, str], float]) -> list[Choice]:
         """Choices of the searched groups; 16 bits lose nothing by definition.

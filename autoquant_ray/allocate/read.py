@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from autoquant_ray.allocate.expert_clusters import experts_of
@@ -58,7 +59,7 @@ def load_problem(state: RunState) -> tuple[Problem, Scores]:
         missing = state.directory.path(SENSITIVITY_FILE)
         raise StoreError(f"{missing} does not exist; finish the scan with --resume")
     plan_rows = state.directory.read_table(PLAN_FILE).to_pylist()
-    problem = Problem(plan_rows, state.values["plan"])
+    problem = Problem.from_plan(plan_rows, state.values["plan"])
     table = state.directory.read_table(SENSITIVITY_FILE)
     scores = {
         (row["group"], row["format"]): row["score"]
@@ -68,13 +69,13 @@ def load_problem(state: RunState) -> tuple[Problem, Scores]:
         for format_ in group.rows:
             if format_ != NONE and scores.get((group.name, format_)) is None:
                 raise ScoreError(f"group {group.name} has no score for {format_}")
-    problem.experts = experts_of(
+    experts = experts_of(
         {group.name: group.num_weights for group in problem.searched},
         problem.summary.get("experts", ()),
         scores,
         (state.values.get("config") or {}).get("expert_groups", LAYER),
     )
-    return problem, scores
+    return replace(problem, experts=experts), scores
 
 
 def score_errors(directory: RunDirectory) -> dict[tuple[str, str], float | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
+from dataclasses import replace
 
 from autoquant_ray.allocate.allocation import Allocation, Choice, restrict
 from autoquant_ray.allocate.expert_clusters import require_apart
@@ -93,15 +93,16 @@ def served_problems(problem: Problem, options: SolveOptions) -> list[Problem]:
     caches = {group.name: group.rows for group in problem.caches if group.is_searched}
     is_whole = len(caches) == len(problem.caches)
     searched = [group.name for group in problem.searched if not group.is_cache]
-    problems = []
-    for served in served_sets(
-        groups, searched, formats_of(problem.summary), options.engine, options.gpu
-    ):
-        problems.append(copy(problem))
-        problems[-1].served = with_caches(
-            served, caches, is_whole=is_whole, engine=options.engine, gpu=options.gpu
+    sets = served_sets(groups, searched, formats_of(problem.summary), options.engine, options.gpu)
+    return [
+        replace(
+            problem,
+            served=with_caches(
+                served, caches, is_whole=is_whole, engine=options.engine, gpu=options.gpu
+            ),
         )
-    return problems
+        for served in sets
+    ]
 
 
 def served_problem(problem: Problem, options: SolveOptions, formats: Mapping[str, str]) -> Problem:

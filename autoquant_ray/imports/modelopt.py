@@ -47,7 +47,7 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
     require_target(directory, "overwrite" if overwrite else "new")
     options = SolveOptions(bits=bits, bits_over="all", cost="modelopt")
     state = RunState(directory, _run_values(path, directory, manifest, rows))
-    check_feasible(Problem(rows, state.values["plan"]), options)
+    check_feasible(Problem.from_plan(rows, state.values["plan"]), options)
     directory.clear()
     state.save()
     directory.write_table(PLAN_FILE, rows)

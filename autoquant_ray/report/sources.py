@@ -129,7 +129,7 @@ def read_sources(state: RunState, start: str) -> Sources:
         rows=rows,
         table=table,
         scores=scores,
-        problem=Problem(plan, state.values["plan"]),
+        problem=Problem.from_plan(plan, state.values["plan"]),
         formats=formats,
         error=total_error(formats, table, optional(RESAMPLING_FILE)),
         evaluations=[] if evaluations is None else evaluations.to_pylist(),

@@ -130,7 +130,7 @@ def check_budget(plan: Plan, config: ScanConfig) -> None:
     Raises:
         InfeasibleBudgetError: With the reachable range.
     """
-    check_feasible(Problem(plan.rows(), plan.summary()), solve_options(config))
+    check_feasible(Problem.from_plan(plan.rows(), plan.summary()), solve_options(config))
 
 
 def _is_complete(plan: Plan) -> Callable[[int, Any], bool]:

@@ -46,7 +46,7 @@ def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
             "--stop-when-stable considers only the first set of formats that %s serves together",
             config.engine,
         )
-    problem, options = Problem(plan.rows(), plan.summary()), solve_options(config)
+    problem, options = Problem.from_plan(plan.rows(), plan.summary()), solve_options(config)
     formats = [format_.name for format_ in plan.formats]
     served = served_problems(problem, options)[0].served
     costs = budget_knapsack(problem, options, formats)

@@ -227,7 +227,9 @@ def try_quantize(family: Family) -> str:
         for group, index in zip(plan.searched, choice, strict=True)
         if index != UNQUANTIZED
     }
-    config = quantization_config(Problem(plan.rows(), plan.summary()), formats, plan.summary())
+    config = quantization_config(
+        Problem.from_plan(plan.rows(), plan.summary()), formats, plan.summary()
+    )
     entries = load_quantization_config({"quantization_config": config})["quant_cfg"]
     quantized = quantized_by_modelopt(family.model, family.batches, entries)
     spec = family.scorer.spec

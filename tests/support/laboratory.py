@@ -41,7 +41,7 @@ class Laboratory:
             for g, name in enumerate(self.names)
             for f, format_ in enumerate(FORMATS)
         }
-        self.problem = Problem(self.plan.rows(), self.plan.summary())
+        self.problem = Problem.from_plan(self.plan.rows(), self.plan.summary())
         self.shards = [make_samples(LENGTHS, seed=seed) for seed in range(NUM_SHARDS)]
         fields = ("model", "dtype", "device", "num_threads", "modules", "formats")
         self.runner = AllocationRunner(

@@ -27,7 +27,7 @@ def test_active_moe_cost_is_modelopts(make_model: Any) -> None:
 
     model = make_model("qwen3_moe")
     plan = plan_of(model)
-    problem = Problem(plan.rows(), plan.summary())
+    problem = Problem.from_plan(plan.rows(), plan.summary())
     constraints = normalize_auto_quantize_constraints(
         model, {"effective_bits": 6.0, "cost_model": "active_moe"}
     )

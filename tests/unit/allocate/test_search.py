@@ -95,7 +95,7 @@ def make_problem(groups: dict[str, list[str]], menu: list[str], seed: int) -> tu
         "other_bytes": 0,
         "modules": {},
     }
-    return Problem(rows, summary), scores
+    return Problem.from_plan(rows, summary), scores
 
 
 def best_by_hand(problem: Problem, scores: Any, options: SolveOptions) -> float:

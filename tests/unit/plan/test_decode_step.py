@@ -36,12 +36,12 @@ def test_step_facts_know_windows_and_leave_fused_projections_out(make_model: Any
 def test_tied_head_is_read_and_vision_tower_is_not(make_model: Any) -> None:
     hardware = card(1e9, _16x16=1e15)
     plan = plan_of(make_model("qwen3"))
-    problem = Problem(plan.rows(), plan.summary()).timed(Latency(hardware=hardware))
+    problem = Problem.from_plan(plan.rows(), plan.summary()).timed(Latency(hardware=hardware))
     head = problem.groups["lm_head"]
     assert head.is_tied
     assert head.cost(NONE, "latency") == pytest.approx(1000 * 2 * head.num_weights / 1e9)
     plan = plan_of(make_model("qwen3_vl"))
-    problem = Problem(plan.rows(), plan.summary()).timed(Latency(hardware=hardware))
+    problem = Problem.from_plan(plan.rows(), plan.summary()).timed(Latency(hardware=hardware))
     times = {g.name: g.cost(NONE, "latency") for g in problem.groups.values()}
     assert {name for name, ms in times.items() if ms == 0} == {
         name for name in times if "visual" in name

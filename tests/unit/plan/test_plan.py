@@ -64,7 +64,7 @@ def test_factors_of_input_channels_count_but_not_for_fused_experts(make_model: A
             (f"{start}.mlp.experts", 0),
         ):
             assert bytes_of[group, smoothed] == bytes_of[group, plain] + extra
-    problem = Problem(plan.rows(), plan.summary())
+    problem = Problem.from_plan(plan.rows(), plan.summary())
     chosen = {group.name: "INT4_AWQ_CFG" for group in plan.searched}
     scores = dict.fromkeys(plan.score_keys, 1.0)
     rows = manifest_rows(problem, chosen, scores, plan.summary())
@@ -160,7 +160,7 @@ def test_plan_pattern_without_match_is_refused(make_model: Any) -> None:
 def test_plan_tied_head_counts_the_embedding_once_or_both(make_model: Any) -> None:
     model = make_model("qwen3")
     plan = build_plan(model, resolve_formats(("wint8_afp16",), device="cpu"))
-    problem = Problem(plan.rows(), plan.summary())
+    problem = Problem.from_plan(plan.rows(), plan.summary())
     everything = sum(p.numel() for p in model.parameters())
     head = problem.groups["lm_head"]
     assert head.is_tied
@@ -175,7 +175,7 @@ def test_plan_tied_head_counts_the_embedding_once_or_both(make_model: Any) -> No
 def test_budget_bytes_of_the_whole_model_is_met_exactly_at_16_bits(make_model: Any) -> None:
     model = make_model("qwen3")
     plan = build_plan(model, resolve_formats(("wint8_afp16",), device="cpu"))
-    problem = Problem(plan.rows(), plan.summary())
+    problem = Problem.from_plan(plan.rows(), plan.summary())
     num_bytes = 2 * sum(p.numel() for p in model.parameters())
     scores = {(group.name, "wint8_afp16"): 1.0 for group in plan.searched}
     allocation = search(problem, scores, SolveOptions(bytes=num_bytes))
@@ -189,13 +189,13 @@ def test_budget_below_the_reachable_range_names_it(make_model: Any) -> None:
     low, high = plan.bits_range()
     assert high == 16
     with pytest.raises(InfeasibleBudgetError, match=f"{low:.2f}"):
-        check_feasible(Problem(plan.rows(), plan.summary()), SolveOptions(bits=3))
+        check_feasible(Problem.from_plan(plan.rows(), plan.summary()), SolveOptions(bits=3))
 
 
 def test_budget_over_all_weights_counts_unsearched_ones(make_model: Any) -> None:
     formats = resolve_formats(("wint8_afp16",), device="cpu")
     plan = build_plan(make_model("llama"), formats, ["lm_head"])
-    problem = Problem(plan.rows(), plan.summary())
+    problem = Problem.from_plan(plan.rows(), plan.summary())
     scores = {(group.name, "wint8_afp16"): 1.0 for group in plan.searched}
     total = sum(group.num_weights for group in plan.groups)
     allocation = search(problem, scores, SolveOptions(bits=12, bits_over="all"))
@@ -277,7 +277,7 @@ def test_format_with_an_input_that_cannot_be_scored_is_refused(input_: Any, word
 
 def test_budget_bytes_below_the_reachable_range_counts_everything(make_model: Any) -> None:
     plan = build_plan(make_model("llama"), resolve_formats(("wint8_afp16",), device="cpu"))
-    problem = Problem(plan.rows(), plan.summary())
+    problem = Problem.from_plan(plan.rows(), plan.summary())
     low = problem.other_bytes + sum(g.weight_bytes(plan.formats[0]) for g in plan.groups)
     with pytest.raises(InfeasibleBudgetError, match=f"{round(low)} bytes"):
         check_feasible(problem, SolveOptions(bytes=round(low) - 1))

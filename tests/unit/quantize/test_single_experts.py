@@ -182,7 +182,7 @@ def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
     }
     used = {formats[plan.searched[n].name] for n in _singles(plan)}
     assert used == {"wint4_afp16", "wfp8_afp16", NONE}
-    problem = Problem(plan.rows(), plan.summary())
+    problem = Problem.from_plan(plan.rows(), plan.summary())
     config = quantization_config(problem, formats, plan.summary())
     config = load_quantization_config({"quantization_config": config})
     entries, algorithm = config["quant_cfg"], config["algorithm"]

@@ -42,7 +42,7 @@ def make_rule(plan: Any) -> Any:
     """A rule for the small Llama at 7 bits; keywords replace its arguments."""
 
     def build(**changes: Any) -> StoppingRule:
-        problem = Problem(plan.rows(), plan.summary())
+        problem = Problem.from_plan(plan.rows(), plan.summary())
         arrays = budget_knapsack(problem, SolveOptions(bits=7), FORMATS)
         values = {"threshold": 0.01, "num_shards": 30, "seed": 0} | changes
         return StoppingRule(arrays, **values)
@@ -206,7 +206,7 @@ def test_budget_problem_allows_what_the_manifest_calls_satisfied(
     """Every allocation of a model with a tied head and unsearched layers."""
     formats = resolve_formats(FORMATS, device="cpu")
     small = build_plan(make_model("qwen3"), formats, disable=("*.layers.1.*",))
-    problem = Problem(small.rows(), small.summary())
+    problem = Problem.from_plan(small.rows(), small.summary())
     options = SolveOptions(**{k: v for name in names for k, v in LIMITS[name][0].items()})
     arrays = budget_knapsack(problem, options, FORMATS)
     columns = [*FORMATS, "none"]
