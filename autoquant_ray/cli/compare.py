@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result, show_lines
 from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK, ConfigError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="False discovery rate of the groups that are said to have moved.",
 )
-@common_options
-def compare(before: str, after: str, significance: float, as_json: bool, verbose: bool) -> None:
+@prints_result
+def compare(before: str, after: str, significance: float) -> Result:
     """Say what changed from RUN_A to RUN_B, and whether it is more than noise.
 
     Prints Markdown: the verdict (same, noise or drift), why, what to do, then tables. The exit
@@ -36,18 +36,16 @@ def compare(before: str, after: str, significance: float, as_json: bool, verbose
     Example:
       autoquant-ray compare runs/monday runs/tuesday > drift.md
     """
-    set_up_logging(verbose)
     from autoquant_ray.compare.drift import render_drift
     from autoquant_ray.compare.runs import compare_runs
     from autoquant_ray.runs.directory import RunDirectory
 
     comparison = compare_runs(RunDirectory(before), RunDirectory(after), significance)
-    if as_json:
-        print_json(comparison.to_json())
-    else:
-        click.echo(render_drift(comparison), nl=False)
-    is_drift = comparison.verdict == "drift"
-    raise click.exceptions.Exit(EXIT_NEEDS_A_LOOK if is_drift else EXIT_DONE)
+    return Result(
+        json=comparison.to_json,
+        show=lambda: click.echo(render_drift(comparison), nl=False),
+        exit_code=EXIT_NEEDS_A_LOOK if comparison.verdict == "drift" else EXIT_DONE,
+    )
 
 
 @click.command()
@@ -56,16 +54,14 @@ def compare(before: str, after: str, significance: float, as_json: bool, verbose
 @click.option("--keep", type=click.IntRange(min=1), help="Runs to keep, instead of the job's.")
 @click.option("--date", metavar="YYYY-MM-DD", help="Night to run. [default: today in UTC]")
 @click.option("--address", help="Ray cluster, instead of the job file's: see scan --address.")
-@common_options
+@prints_result
 def nightly(
     job_file: str,
     runs: str,
     keep: int | None,
     date: str | None,
     address: str | None,
-    as_json: bool,
-    verbose: bool,
-) -> None:
+) -> Result:
     """Scan tonight's run of the nightly job JOB.yaml and compare it with the last good one.
 
     Goes on with a half-finished night, shows a finished one, and does nothing while another
@@ -77,28 +73,25 @@ def nightly(
     Example:
       autoquant-ray nightly jobs/nightly.yaml --runs s3://bucket/runs
     """
-    set_up_logging(verbose)
     from autoquant_ray.jobs.file import NightlyJob, load_job
 
     job = load_job(job_file)
     if not isinstance(job, NightlyJob):
         raise ConfigError(f"{job_file}: kind: nightly runs a nightly job, this is a {job.kind} job")
-    run_and_show(job.at(address), runs, keep=keep, date=date, as_json=as_json)
+    return night_result(job.at(address), runs, keep=keep, date=date)
 
 
-def run_and_show(
-    job: NightlyJob, runs: str, *, keep: int | None, date: str | None, as_json: bool
-) -> None:
-    """Run a night, print what came of it, and end with its exit code."""
+def night_result(job: NightlyJob, runs: str, *, keep: int | None, date: str | None) -> Result:
+    """Run a night."""
     from autoquant_ray.compare.nightly import run_night
 
     with only_ours_on_stdout():
         night = run_night(job, runs, _scan, keep=keep, date=date)
-    if as_json:
-        print_json(night.document)
-    else:
-        click.echo("\n".join(night.lines))
-    raise click.exceptions.Exit(night.exit_code)
+    return Result(
+        json=lambda: night.document,
+        show=lambda: show_lines(night.lines),
+        exit_code=night.exit_code,
+    )
 
 
 def _scan(config: ScanConfig, mode: Mode) -> object:
@@ -111,8 +104,8 @@ def _scan(config: ScanConfig, mode: Mode) -> object:
 @click.command()
 @click.argument("directory")
 @click.option("--out", help="Page to write.  [default: DIRECTORY/index.html]")
-@common_options
-def site(directory: str, out: str | None, as_json: bool, verbose: bool) -> None:
+@prints_result
+def site(directory: str, out: str | None) -> Result:
     """Write one self-contained HTML page of all runs below DIRECTORY, with their trends.
 
     It reads the runs' files and the history of nightly jobs, and needs no server.
@@ -121,12 +114,8 @@ def site(directory: str, out: str | None, as_json: bool, verbose: bool) -> None:
     Example:
       autoquant-ray site runs
     """
-    set_up_logging(verbose)
     from autoquant_ray.compare.site_page import write_site
     from autoquant_ray.runs.directory import RunDirectory
 
     path = write_site(RunDirectory(directory), out)
-    if as_json:
-        print_json({"path": path})
-    else:
-        click.echo(path)
+    return Result(json=lambda: {"path": path}, show=lambda: click.echo(path))

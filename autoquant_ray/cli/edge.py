@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
-from autoquant_ray.errors import EXIT_FAILED, EXIT_INTERRUPTED, AutoQuantError, one_line
+from autoquant_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, AutoQuantError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +72,54 @@ class Commands(click.Group):
         raise click.exceptions.Exit(code)
 
 
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--json`` and ``--verbose``, and set up logging before the command runs."""
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a command came to, before it is printed.
+
+    Attributes:
+        json: Makes what ``--json`` prints.
+        show: Prints it for people.
+        notes: Lines for stderr, printed last.
+        exit_code: Of the program.
+    """
+
+    json: Callable[[], Any]
+    show: Callable[[], None]
+    notes: Sequence[str] = ()
+    exit_code: int = EXIT_DONE
+
+
+def prints_result(command: Callable[..., Result]) -> Callable[..., None]:
+    """Add ``--json`` and ``--verbose``; set up logging, run the command, print what it returns."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, as_json: bool, verbose: bool, **options: Any) -> None:
+        set_up_logging(verbose)
+        result = command(*arguments, **options)
+        if as_json:
+            click.echo(json.dumps(result.json(), indent=2))
+        else:
+            result.show()
+        for note in result.notes:
+            click.echo(note, err=True)
+        if result.exit_code != EXIT_DONE:
+            raise click.exceptions.Exit(result.exit_code)
+
+    decorated: Callable[..., None] = run
     for option in _COMMON:
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    """Print lines on stdout."""
+    for line in lines:
+        click.echo(line)
+
+
+def wants_json() -> bool:
+    """Whether the command that runs was given ``--json``; for those that print as they go."""
+    return bool(click.get_current_context().params["as_json"])
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -109,8 +154,3 @@ def only_ours_on_stdout() -> Iterator[None]:
     finally:
         os.dup2(saved, descriptor)
         os.close(saved)
-
-
-def print_json(value: Any) -> None:
-    """Print one JSON value on stdout."""
-    click.echo(json.dumps(value, indent=2))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
 from autoquant_ray.cli.options import config_options, given_fields
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.config.files import validate
@@ -16,8 +16,8 @@ from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK
 @click.command()
 @click.argument("run")
 @config_options(EvaluationConfig, exclude=("run",))
-@common_options
-def evaluate(run: str, as_json: bool, verbose: bool, **flags: Any) -> None:
+@prints_result
+def evaluate(run: str, **flags: Any) -> Result:
     """Measure what RUN's allocation really loses, by running the quantized model.
 
     KL divergence, perplexity and agreement of the likeliest token on data that the scan has not
@@ -29,22 +29,24 @@ def evaluate(run: str, as_json: bool, verbose: bool, **flags: Any) -> None:
       autoquant-ray evaluate runs/qwen3 --solution bits-4.50 --data chat.jsonl --against uniform
       autoquant-ray evaluate runs/qwen3 --audit 32
     """
-    set_up_logging(verbose)
     from autoquant_ray.cli.output import print_audit, print_evaluation
     from autoquant_ray.evaluate.evaluate import evaluate_run
 
     config = validate(EvaluationConfig, given_fields(flags) | {"run": run})
     with only_ours_on_stdout():
         result = evaluate_run(config)
-    if as_json:
-        print_json(result.to_json())
-    else:
+
+    def show() -> None:
         if result.audit is not None:
             print_audit(result.audit)
         print_evaluation(result.rows, result.paths)
-    for shard, reason in result.left_out.items():
-        click.echo(f"shard {shard} was left out: {reason}", err=True)
-    raise click.exceptions.Exit(EXIT_NEEDS_A_LOOK if result.left_out else EXIT_DONE)
+
+    return Result(
+        json=result.to_json,
+        show=show,
+        notes=[f"shard {shard} was left out: {why}" for shard, why in result.left_out.items()],
+        exit_code=EXIT_NEEDS_A_LOOK if result.left_out else EXIT_DONE,
+    )
 
 
 @click.command()
@@ -54,8 +56,8 @@ def evaluate(run: str, as_json: bool, verbose: bool, **flags: Any) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of swaps.")
 @config_options(EvaluationConfig, exclude=("run", "against", "num_random", "audit"))
-@common_options
-def refine(run: str, trials: int, seed: int, as_json: bool, verbose: bool, **flags: Any) -> None:
+@prints_result
+def refine(run: str, trials: int, seed: int, **flags: Any) -> Result:
     """Search around RUN's allocation by measured KL, within the same budget.
 
     On half of the unseen data the plan's neighbours are scored again, around the quantized model,
@@ -67,18 +69,16 @@ def refine(run: str, trials: int, seed: int, as_json: bool, verbose: bool, **fla
     Example:
       autoquant-ray refine runs/qwen3 --trials 200 --samples 64
     """
-    set_up_logging(verbose)
-    refine_and_show(given_fields(flags) | {"run": run}, trials, seed, as_json)
+    return refinement(given_fields(flags) | {"run": run}, trials, seed)
 
 
-def refine_and_show(fields: dict[str, Any], trials: int, seed: int, as_json: bool) -> None:
-    """Refine a solution and print what the search found.
+def refinement(fields: dict[str, Any], trials: int, seed: int) -> Result:
+    """Refine a solution.
 
     Args:
         fields: Of :class:`EvaluationConfig`.
         trials: Plans to try.
         seed: Of the choice of swaps.
-        as_json: Print JSON.
     """
     from autoquant_ray.cli.output import print_refinement
     from autoquant_ray.evaluate.refine import refine_run
@@ -86,7 +86,7 @@ def refine_and_show(fields: dict[str, Any], trials: int, seed: int, as_json: boo
     config = validate(EvaluationConfig, fields)
     with only_ours_on_stdout():
         result = refine_run(config, trials, seed)
-    if as_json:
-        print_json(result.solution.to_json() | {"refinement": result.to_json()})
-    else:
-        print_refinement(config.run, result)
+    return Result(
+        json=lambda: result.solution.to_json() | {"refinement": result.to_json()},
+        show=lambda: print_refinement(config.run, result),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
 
 
 @click.command()
@@ -16,8 +16,8 @@ from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_js
     metavar="NAME",
     help="Folder below solutions/. Default: the scan's own solution.",
 )
-@common_options
-def explain(run: str, group: str, solution: str, as_json: bool, verbose: bool) -> None:
+@prints_result
+def explain(run: str, group: str, solution: str) -> Result:
     """Say why GROUP of RUN got its format.
 
     For every format: what it loses, what it costs, how often the resampled shards chose it, what
@@ -29,14 +29,10 @@ def explain(run: str, group: str, solution: str, as_json: bool, verbose: bool) -
       autoquant-ray explain runs/qwen3 layers.3.self_attn.o_proj
       autoquant-ray explain runs/qwen3 lm_head --solution bits-4.50
     """
-    set_up_logging(verbose)
     from autoquant_ray.allocate.certainty.explain import explain_group
     from autoquant_ray.cli.output import print_explanation
     from autoquant_ray.runs.directory import RunDirectory
 
     with only_ours_on_stdout():
         explanation = explain_group(RunDirectory(run), group, solution)
-    if as_json:
-        print_json(explanation.to_json())
-    else:
-        print_explanation(explanation)
+    return Result(json=explanation.to_json, show=lambda: print_explanation(explanation))

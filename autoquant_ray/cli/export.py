@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result, show_lines
 from autoquant_ray.cli.solve import engine_options
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.export.layouts import LAYOUTS
@@ -32,7 +32,7 @@ FORMATS = (*LAYOUTS, RECIPE)
 @click.option("--tool", type=click.Choice(TOOLS), help="Of a recipe: whom it is for.")
 @click.option("--solution", default="", help="Folder below solutions/. Default: the scan's own.")
 @click.option("--overwrite", is_flag=True, help="Of a recipe: replace what is there.")
-@common_options
+@prints_result
 def export(
     run: str,
     out: str,
@@ -42,9 +42,7 @@ def export(
     tool: str | None,
     solution: str,
     overwrite: bool,
-    as_json: bool,
-    verbose: bool,
-) -> None:
+) -> Result:
     """Write RUN's plan in the form that another program reads.
 
     A checkpoint is a folder with the packed weights, checked against the plan; the model must fit
@@ -57,30 +55,19 @@ def export(
       autoquant-ray export runs/qwen3 --format recipe --tool llama.cpp --out tensor-types.txt
       autoquant-ray export runs/qwen3 --format recipe --tool mlx-lm --out quantization.json
     """
-    set_up_logging(verbose)
     if kind != RECIPE:
         if tool is not None or overwrite:
             raise ConfigError(f"--tool and --overwrite are for --format {RECIPE}; leave them out")
-        _export_checkpoint(run, solution, kind, out, engine, gpu, as_json)
-        return
+        return _export_checkpoint(run, solution, kind, out, engine, gpu)
     if engine is not None or gpu is not None:
         raise ConfigError(f"--engine and --gpu are for a checkpoint, not for --format {RECIPE}")
     written = _export_recipe(run, solution, tool, out, overwrite)
-    if as_json:
-        print_json({"paths": [written]})
-    else:
-        click.echo(written)
+    return Result(json=lambda: {"paths": [written]}, show=lambda: click.echo(written))
 
 
 def _export_checkpoint(
-    run: str,
-    solution: str,
-    layout: str,
-    out: str,
-    engine: str | None,
-    gpu: str | None,
-    as_json: bool,
-) -> None:
+    run: str, solution: str, layout: str, out: str, engine: str | None, gpu: str | None
+) -> Result:
     from autoquant_ray.export.checkpoint import export_run
     from autoquant_ray.runs.directory import RunDirectory
 
@@ -88,11 +75,7 @@ def _export_checkpoint(
         written = export_run(
             RunDirectory(run), out, solution=solution, layout=layout, engine=engine, gpu=gpu
         )
-    if as_json:
-        print_json(written.to_json())
-        return
-    for line in written.lines():
-        click.echo(line)
+    return Result(json=written.to_json, show=lambda: show_lines(written.lines()))
 
 
 def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrite: bool) -> str:

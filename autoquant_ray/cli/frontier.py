@@ -6,7 +6,7 @@ import math
 
 import click
 
-from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
 from autoquant_ray.errors import ConfigError
 
 
@@ -24,15 +24,13 @@ from autoquant_ray.errors import ConfigError
     help="The same for a rise of the perplexity, such as 2%: a KL of ln(1.02), which holds where "
     "the data is like the model's own text.",
 )
-@common_options
+@prints_result
 def frontier(
     run: str,
     points: int,
     target_kl: float | None,
     target_ppl_increase: str | None,
-    as_json: bool,
-    verbose: bool,
-) -> None:
+) -> Result:
     """Predicted KL of RUN at every size, or the fewest bits within a loss.
 
     All formats of the scan count, whatever engine it was for.
@@ -42,7 +40,6 @@ def frontier(
       autoquant-ray frontier runs/qwen3
       autoquant-ray frontier runs/qwen3 --target-kl 0.02
     """
-    set_up_logging(verbose)
     from autoquant_ray.allocate.frontier import frontier_of, smallest_within
     from autoquant_ray.cli.output import print_frontier, print_solution
     from autoquant_ray.runs.directory import RunDirectory
@@ -52,18 +49,13 @@ def frontier(
     directory = RunDirectory(run)
     if target is None:
         with only_ours_on_stdout():
-            found = frontier_of(directory, points)
-        if as_json:
-            print_json([vars(point) for point in found])
-        else:
-            print_frontier(run, found)
-        return
+            sizes = frontier_of(directory, points)
+        return Result(
+            json=lambda: [vars(point) for point in sizes], show=lambda: print_frontier(run, sizes)
+        )
     with only_ours_on_stdout():
         solution = solve_run(directory, smallest_within(directory, target))
-    if as_json:
-        print_json(solution.to_json())
-    else:
-        print_solution(run, solution)
+    return Result(json=solution.to_json, show=lambda: print_solution(run, solution))
 
 
 def _target(kl: float | None, increase: str | None) -> float | None:

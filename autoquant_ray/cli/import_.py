@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from autoquant_ray.cli.edge import common_options, only_ours_on_stdout, print_json, set_up_logging
+from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
 from autoquant_ray.errors import ConfigError
 
 
@@ -19,16 +19,14 @@ from autoquant_ray.errors import ConfigError
     "quantization or sensitivities.",
 )
 @click.option("--name", help="Of that solution.  [default: the file's]")
-@common_options
+@prints_result
 def import_(
     file: str,
     out: str | None,
     overwrite: bool,
     into: str | None,
     name: str | None,
-    as_json: bool,
-    verbose: bool,
-) -> None:
+) -> Result:
     """Take in what another tool found: a ModelOpt manifest, or an allocation for a scanned run.
 
     \b
@@ -38,7 +36,6 @@ def import_(
       autoquant-ray import layer_config.json --into runs/qwen3 --name autoround
       autoquant-ray evaluate runs/qwen3 --against autoround
     """
-    set_up_logging(verbose)
     if (out is None) == (into is None):
         raise ConfigError(
             "give --out DIR for a ModelOpt manifest, or --into RUN for an allocation of AutoRound "
@@ -54,7 +51,4 @@ def import_(
             solution = import_manifest(file, RunDirectory(out), overwrite=overwrite)
         else:
             solution = import_allocation(file, RunDirectory(str(into)), name)
-    if as_json:
-        print_json(solution.to_json())
-    else:
-        print_solution(str(out or into), solution)
+    return Result(json=solution.to_json, show=lambda: print_solution(str(out or into), solution))

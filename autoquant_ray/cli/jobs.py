@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autoquant_ray.cli.edge import common_options, print_json, set_up_logging
+from autoquant_ray.cli.edge import Result, prints_result, wants_json
 from autoquant_ray.errors import EXIT_DONE, EXIT_INTERRUPTED
 from autoquant_ray.jobs.names import check_run_id, is_variable
 
@@ -54,7 +54,7 @@ def _parse_env(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) ->
     help="Wheel of autoquant-ray to run. Default: what is installed on the cluster.",
 )
 @click.option("--runs", metavar="DIR", help="Folder of the runs of a nightly job, on the cluster.")
-@common_options
+@prints_result
 def submit(
     job_file: str,
     address: str,
@@ -62,9 +62,7 @@ def submit(
     env: dict[str, str],
     wheel: str | None,
     runs: str | None,
-    as_json: bool,
-    verbose: bool,
-) -> None:
+) -> Result:
     """Submit the scan, the sweep or tonight's run of JOB.yaml to a Ray cluster, or find it there.
 
     The same job has the same id, a nightly job one for each date. Submitted again, a running one
@@ -78,15 +76,14 @@ def submit(
     Example:
       autoquant-ray submit jobs/scan.yaml --address http://head:8265 --follow
     """
-    set_up_logging(verbose)
     from autoquant_ray.config.files import read_yaml
     from autoquant_ray.jobs.package import make_package
 
     package = make_package(read_yaml(job_file), job_file, env=env, wheel=wheel, runs=runs)
     from autoquant_ray.jobs.cluster import Jobs
 
-    jobs_there = Jobs(address)
-    submission = jobs_there.submit(package)
+    cluster = Jobs(address)
+    submission = cluster.submit(package)
     run_id = submission.run_id
     line = {
         "submitted": "submitted",
@@ -94,14 +91,14 @@ def submit(
         "running": "is there already and runs",
         "finished": "has finished already",
     }[submission.outcome]
-    click.echo(f"{run_id}: {line}", err=as_json or follow)
+    click.echo(f"{run_id}: {line}", err=follow or wants_json())
     if follow:
-        _follow(jobs_there, run_id, as_json)
-    if as_json:
-        shown = jobs_there.view(run_id).to_json()
-        print_json({"outcome": submission.outcome, **shown})
-    else:
-        click.echo(f"autoquant-ray jobs logs {run_id} --follow --address {jobs_there.address}")
+        return _follow(cluster, run_id)
+    hint = f"autoquant-ray jobs logs {run_id} --follow --address {cluster.address}"
+    return Result(
+        json=lambda: {"outcome": submission.outcome, **cluster.view(run_id).to_json()},
+        show=lambda: click.echo(hint),
+    )
 
 
 @click.group()
@@ -116,113 +113,104 @@ def jobs() -> None:
 
 
 def _about_one_job(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.argument("run_id")(_ADDRESS(common_options(command)))
+    return click.argument("run_id")(_ADDRESS(prints_result(command)))
 
 
 @jobs.command(name="list")
 @_ADDRESS
-@common_options
-def list_(address: str, as_json: bool, verbose: bool) -> None:
+@prints_result
+def list_(address: str) -> Result:
     """List the jobs that the cluster knows, oldest first.
 
     \b
     Example:
       autoquant-ray jobs list --address http://head:8265
     """
-    set_up_logging(verbose)
     from autoquant_ray.cli.output import print_jobs
     from autoquant_ray.jobs.cluster import Jobs
 
-    found = Jobs(address).all()
-    if as_json:
-        print_json([job.to_json() for job in found])
-    else:
-        print_jobs(found)
+    views = Jobs(address).all()
+    return Result(json=lambda: [view.to_json() for view in views], show=lambda: print_jobs(views))
 
 
 @jobs.command()
 @_about_one_job
-def status(run_id: str, address: str, as_json: bool, verbose: bool) -> None:
+def status(run_id: str, address: str) -> Result:
     """Show the state of the job RUN_ID and, once it is over, its exit code.
 
     \b
     Example:
       autoquant-ray jobs status my-model-0a1b2c3d --address http://head:8265
     """
-    set_up_logging(verbose)
     check_run_id(run_id)
     from autoquant_ray.jobs.cluster import Jobs
 
-    _show(Jobs(address).view(run_id), as_json)
+    return _state(Jobs(address).view(run_id))
 
 
 @jobs.command()
 @click.option("--follow", is_flag=True, help="Go on until the job ends; end with its exit code.")
 @_about_one_job
-def logs(run_id: str, follow: bool, address: str, as_json: bool, verbose: bool) -> None:
+def logs(run_id: str, follow: bool, address: str) -> Result:
     """Show what the job RUN_ID has written.
 
     \b
     Example:
       autoquant-ray jobs logs my-model-0a1b2c3d --follow --address http://head:8265
     """
-    set_up_logging(verbose)
     check_run_id(run_id)
     from autoquant_ray.jobs.cluster import Jobs
 
-    jobs_there = Jobs(address)
+    cluster = Jobs(address)
     if follow:
-        _follow(jobs_there, run_id, as_json)
-    text = jobs_there.logs(run_id)
-    if as_json:
-        print_json({"run_id": run_id, "log": text})
-    else:
-        click.echo(text, nl=False)
+        return _follow(cluster, run_id)
+    text = cluster.logs(run_id)
+    return Result(
+        json=lambda: {"run_id": run_id, "log": text}, show=lambda: click.echo(text, nl=False)
+    )
 
 
 @jobs.command()
 @_about_one_job
-def stop(run_id: str, address: str, as_json: bool, verbose: bool) -> None:
+def stop(run_id: str, address: str) -> Result:
     """Stop the job RUN_ID and wait for its end; submitted again, it goes on.
 
     \b
     Example:
       autoquant-ray jobs stop my-model-0a1b2c3d --address http://head:8265
     """
-    set_up_logging(verbose)
     check_run_id(run_id)
     from autoquant_ray.jobs.cluster import Jobs
 
-    _show(Jobs(address).stop(run_id), as_json)
+    return _state(Jobs(address).stop(run_id))
 
 
-def _show(job: JobView, as_json: bool) -> None:
-    if as_json:
-        print_json(job.to_json())
-        return
+def _state(job: JobView) -> Result:
     code = "" if job.exit_code is None else f", exit code {job.exit_code}"
-    click.echo(f"{job.run_id}: {job.state}{code}")
+    return Result(json=job.to_json, show=lambda: click.echo(f"{job.run_id}: {job.state}{code}"))
 
 
-def _follow(jobs_there: Jobs, run_id: str, as_json: bool) -> None:
-    """Show a job's log until it is over; end with its exit code."""
+def _follow(cluster: Jobs, run_id: str) -> Result:
+    """Show a job's log until it is over; the result has its exit code."""
+    as_json = wants_json()
 
     def write(text: str) -> None:
         click.echo(text, nl=False, err=as_json)
         (sys.stderr if as_json else sys.stdout).flush()
 
     try:
-        job = jobs_there.follow(run_id, write)
+        job = cluster.follow(run_id, write)
     except KeyboardInterrupt:
         click.echo(
             f"{run_id} runs on; stop it with: autoquant-ray jobs stop {run_id} "
-            f"--address {jobs_there.address}",
+            f"--address {cluster.address}",
             err=True,
         )
         raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
-    if as_json:
-        print_json(job.to_json())
-    elif job.state != "SUCCEEDED":
-        reason = f" ({' '.join(job.message.split())[:300]})" if job.message else ""
-        click.echo(f"{run_id}: {job.state}, exit code {job.exit_code}{reason}", err=True)
-    raise click.exceptions.Exit(job.exit_code or EXIT_DONE)
+
+    def show() -> None:
+        if job.state != "SUCCEEDED":
+            reason = f" ({' '.join(job.message.split())[:300]})" if job.message else ""
+            click.echo(f"{run_id}: {job.state}, exit code {job.exit_code}{reason}", err=True)
+
+    return Result(json=job.to_json, show=show, exit_code=job.exit_code or EXIT_DONE)

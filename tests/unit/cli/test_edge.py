@@ -1,0 +1,57 @@
+"""The edge of the program: what a command returns is printed in one of two ways, then it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from autoquant_ray.cli.edge import Result, prints_result, wants_json
+
+
+@click.command()
+@click.argument("name")
+@prints_result
+def greet(name: str) -> Result:
+    """Greet NAME."""
+    return Result(
+        json=lambda: {"hello": name, "wants_json": wants_json()},
+        show=lambda: click.echo(f"hello {name}"),
+        notes=["a shard was left out"],
+        exit_code=3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "stdout"),
+    [([], "hello Ada\n"), (["--json"], json.dumps({"hello": "Ada", "wants_json": True}, indent=2))],
+)
+def test_result_is_printed_for_people_or_as_json(flags: list[str], stdout: str) -> None:
+    result = CliRunner().invoke(greet, ["Ada", *flags])
+    assert result.stdout.strip() == stdout.strip()
+    assert result.stderr == "a shard was left out\n"
+    assert result.exit_code == 3
+
+
+def test_command_keeps_its_help_and_gets_two_options() -> None:
+    text = CliRunner().invoke(greet, ["--help"]).stdout
+    assert "Greet NAME." in text
+    assert "--json" in text
+    assert "-v, --verbose" in text
+
+
+@pytest.mark.parametrize(("flags", "level"), [(["-v"], logging.DEBUG), ([], logging.INFO)])
+def test_logging_is_set_up_before_the_command_runs(flags: list[str], level: int) -> None:
+    levels = []
+
+    @click.command()
+    @prints_result
+    def look() -> Result:
+        levels.append(logging.getLogger("autoquant_ray").level)
+        return Result(json=dict, show=lambda: None)
+
+    assert CliRunner().invoke(look, flags).exit_code == 0
+    assert levels == [level]
