@@ -142,9 +142,10 @@ def _run_stages(
         placement = placement.at_most(state.num_shards)
         logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
         with WorkerPool(spec, placement, directory.append_event, config.grace_s) as pool:
-            maxima = calibration_stage.calibrate(state, pool, plan, marks["calibrate"])
-            maxima = calibration_stage.search_scales(state, pool, plan, maxima, marks["calibrate"])
-            stages.score(state, pool, plan, maxima, marks["score"])
+            mark = marks["calibrate"]
+            calibration = calibration_stage.calibrate(state, pool, plan, mark)
+            calibration = calibration_stage.search_scales(state, pool, plan, calibration, mark)
+            stages.score(state, pool, plan, calibration, marks["score"])
         directory.append_event("workers_stopped")
     stages.aggregate(state, config, marks["aggregate"])
     solution = solve_run(directory, solve_options(config), folder="")

@@ -22,7 +22,6 @@ import torch
 from kl_prediction import make_spec, read_samples
 from machine import describe_machine
 
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
@@ -50,14 +49,14 @@ def main() -> None:
     spec = dataclasses.replace(make_spec(ref, plan, "data"), dtype="bfloat16")
     model = load_model(ref, dtype="bfloat16", device="cpu")
     scorer = Scorer(spec, model=model)
-    maxima = to_maxima(scorer.calibrate(samples))
-    after = scorer.score(samples, 0, maxima).sums.elementwise_GF
+    calibration = scorer.calibrate(samples)
+    after = scorer.score(samples, 0, calibration).sums.elementwise_GF
     original = differences.OutputDifferences.of_linear
     differences.OutputDifferences.of_linear = of_rounded_outputs  # type: ignore[method-assign]
-    before = scorer.score(samples, 0, maxima).sums.elementwise_GF
+    before = scorer.score(samples, 0, calibration).sums.elementwise_GF
     differences.OutputDifferences.of_linear = original  # type: ignore[method-assign]
     scorer = Scorer(make_spec(ref, plan, "data"), model=model.float())
-    exact = scorer.score(samples, 0, maxima).sums.elementwise_GF
+    exact = scorer.score(samples, 0, calibration).sums.elementwise_GF
     summary: dict[str, Any] = {**describe_machine(), "tokens": options.samples * options.seq_len}
     for column, name in enumerate(FORMATS):
         for title, sums in (("before", before), ("after", after)):

@@ -79,7 +79,7 @@ class WaitingScorer:
 
     wait_s: float
 
-    def score(self, samples: Any, first_sample: int, maxima: Any, shard: int) -> Any:
+    def score(self, samples: Any, first_sample: int, calibration: Any, shard: int) -> Any:
         """Shaped like :class:`~autoquant_ray.score.scorer.ShardScores`."""
         generator = np.random.default_rng(first_sample)
         seconds = self.wait_s * generator.uniform(0.8, 1.2)

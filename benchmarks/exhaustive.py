@@ -38,7 +38,6 @@ from autoquant_ray.allocate.certainty.total_error import ratio_stderr
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.evaluate.allocation_search import search_allocations, split_shards
 from autoquant_ray.evaluate.audit_pairs import choose_pairs, median_ratio, solve_again
 from autoquant_ray.evaluate.rivals import shuffle_scores
@@ -107,10 +106,12 @@ class World:
             "formats": plan.formats,
             "step_tokens": 10_000,
         }
-        maxima = self.score(
+        calibration = self.score(
             Scorer(ScoringSpec(**fields, labels="model", label_draws=1, seed=seed), model=model)
         )
-        self.runner = AllocationRunner(EvaluationSpec(**fields, maxima=maxima), model=model)
+        self.runner = AllocationRunner(
+            EvaluationSpec(**fields, calibration=calibration), model=model
+        )
         self.shards = [self.draw() for _ in range(NUM_CHOOSING + NUM_UNSEEN)]
         self.known: dict[tuple[int, str], list[np.ndarray[Any, Any]]] = {}
         self.candidates = [
@@ -134,13 +135,13 @@ class World:
         return [[int(token) for token in sample] for sample in ids]
 
     def score(self, scorer: Scorer) -> Any:
-        """Scores of all pairs, with their errors and their shards; returns the input maxima."""
-        calibration = [self.draw() for _ in range(NUM_CALIBRATION)]
-        samples = [sample for shard in calibration for sample in shard]
-        maxima = to_maxima(scorer.calibrate(samples))
+        """Scores of all pairs, with their errors and their shards; returns the calibration."""
+        shards = [self.draw() for _ in range(NUM_CALIBRATION)]
+        samples = [sample for shard in shards for sample in shard]
+        calibration = scorer.calibrate(samples)
         results = [
-            scorer.score(shard, number * NUM_SAMPLES, maxima)
-            for number, shard in enumerate(calibration)
+            scorer.score(shard, number * NUM_SAMPLES, calibration)
+            for number, shard in enumerate(shards)
         ]
         sums_SGF = np.stack([result.sums.elementwise_GF for result in results])
         scores_SGF = 0.5 * sums_SGF / results[0].num_tokens  # shards of one size
@@ -155,7 +156,7 @@ class World:
         self.buckets = pa.table(
             {"bucket": buckets, "group": groups, "format": formats, "sum": sums_SGF.flatten()}
         )
-        return maxima
+        return calibration
 
     def candidate(self, name: str, formats: dict[str, str]) -> Candidate:
         """Name an allocation."""

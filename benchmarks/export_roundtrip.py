@@ -33,7 +33,7 @@ import torch
 from machine import describe_machine
 
 import autoquant_ray
-from autoquant_ray.calibrate.files import read_maxima
+from autoquant_ray.calibrate.files import read_calibration
 from autoquant_ray.config.demo import demo_config
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.data.texts import read_pydoc
@@ -178,7 +178,7 @@ def quantized_logits(source: Source, ids: np.ndarray[Any, Any], moved: float = 0
         for scored in modules
     }
     choice = tuple(chosen[group] for group in sorted(chosen))
-    layers = QuantizedLayers(model, [], modules, menu, read_maxima(source.state.directory))
+    layers = QuantizedLayers(model, [], modules, menu, read_calibration(source.state.directory))
     with layers.quantized(0, choice, WeightCache(2**40)):
         logits = [model(torch.from_numpy(row)[None]).logits[0] for row in ids]
     return torch.stack(logits).numpy()

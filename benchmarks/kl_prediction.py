@@ -23,7 +23,6 @@ import torch
 from machine import describe_machine
 
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.data.cutting import SampleAssembler, chunk_texts, tokenize_chunk
 from autoquant_ray.data.spec import DataSpec
@@ -114,8 +113,8 @@ def make_spec(ref: ModelRef, plan: Plan, labels: str) -> ScoringSpec:
 def predict(scorer: Scorer, plan: Plan, samples: list[list[int]]) -> np.ndarray[Any, Any]:
     """Scores (G, F) in nats per token."""
     start = time.perf_counter()
-    maxima = to_maxima(scorer.calibrate(samples))
-    result = scorer.score(samples, 0, maxima)
+    calibration = scorer.calibrate(samples)
+    result = scorer.score(samples, 0, calibration)
     seconds = time.perf_counter() - start
     print(f"scored {len(plan.searched)} groups x {len(plan.formats)} formats in {seconds:.0f} s")
     return 0.5 * result.sums.elementwise_GF / result.num_tokens

@@ -26,7 +26,6 @@ from sides import CASES
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
@@ -55,12 +54,12 @@ def main() -> None:
     plan = build_plan(build_skeleton(ref), formats)
     samples = read_samples(ref, options.samples, options.seq_len)
     scorer = Scorer(dataclasses.replace(make_spec(ref, plan, "model"), step_tokens=2048))
-    maxima = to_maxima(scorer.calibrate(samples))
-    exact, _, exact_seconds = score(scorer, samples, maxima)
+    calibration = scorer.calibrate(samples)
+    exact, _, exact_seconds = score(scorer, samples, calibration)
     results = []
     for share in options.shares:
         spec = dataclasses.replace(scorer.spec, row_share=share)
-        sampled, stated, seconds = score(Scorer(spec, model=scorer.model), samples, maxima)
+        sampled, stated, seconds = score(Scorer(spec, model=scorer.model), samples, calibration)
         errors = abs(sampled - exact) / exact
         results.append(
             {
@@ -91,10 +90,12 @@ def main() -> None:
     )
 
 
-def score(scorer: Scorer, samples: list[list[int]], maxima: Any) -> tuple[Scores, Scores, float]:
+def score(
+    scorer: Scorer, samples: list[list[int]], calibration: Any
+) -> tuple[Scores, Scores, float]:
     """Scores (G, F) in nats per token, their sampling error, and the seconds."""
     start = time.perf_counter()
-    result = scorer.score(samples, 0, maxima)
+    result = scorer.score(samples, 0, calibration)
     seconds = time.perf_counter() - start
     scores = 0.5 * result.sums.elementwise_GF / result.num_tokens
     errors = 0.5 * np.sqrt(result.sums.elementwise_variance_GF) / result.num_tokens

@@ -27,7 +27,6 @@ from kl_prediction import make_spec, read_samples
 from machine import describe_machine
 from sides import CASES
 
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
@@ -88,8 +87,8 @@ def main() -> None:
 
 def scan(scorer: Scorer, samples: list[list[int]]) -> None:
     """Calibrate and score one shard."""
-    maxima = to_maxima(scorer.calibrate(samples, 0))
-    scorer.score(samples, 0, maxima, 0)
+    calibration = scorer.calibrate(samples, 0)
+    scorer.score(samples, 0, calibration, 0)
 
 
 def floor_seconds(scorer: Scorer, plan: Plan, options: argparse.Namespace) -> float:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from kl_prediction import make_spec, read_samples
 
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import read_texts
@@ -33,6 +32,7 @@ from autoquant_ray.models.find import ModelRef, find_model
 from autoquant_ray.models.load import build_skeleton, load_model
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.score.scorer import Scorer
 
@@ -134,10 +134,10 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
     scorer = Scorer(spec)
     start = time.perf_counter()
     parts = [scorer.calibrate(shard, number) for number, shard in enumerate(shards)]
-    maxima = to_maxima(merge_statistics(parts))
+    calibration = merge_calibrations(parts)
     total: Any = 0.0
     for number, shard in enumerate(shards):
-        result = scorer.score(shard, number * options.shard_samples, maxima, number)
+        result = scorer.score(shard, number * options.shard_samples, calibration, number)
         per_batch = result.num_tokens * options.batch / len(shard)
         total = total + result.sums.elementwise_GF / per_batch**2
     seconds = time.perf_counter() - start

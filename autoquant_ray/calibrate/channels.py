@@ -1,23 +1,21 @@
 """Statistics of every input channel of a linear: what SmoothQuant and AWQ are calibrated with.
 
-Maxima of ``|x|`` merge by maximum. Sums of ``|x|`` merge by sum: in float64 and in the order of
-the shards, so that their mean depends neither on who counted nor on who came first.
+Sums of ``|x|`` are float64; :class:`~autoquant_ray.quantize.calibration.Channels` says how those of
+shards merge.
 
 Shape letters: T rows (tokens), I in features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import needs_channel_maxima, needs_search
-from autoquant_ray.quantize.statistics import CHANNELS
+from autoquant_ray.quantize.calibration import Channels
 
 if TYPE_CHECKING:
     from autoquant_ray.plan.scored_modules import ScoredModule
@@ -25,62 +23,8 @@ if TYPE_CHECKING:
 _CHUNK_ELEMENTS = 2**22  # bounds the copy in float64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Channels:
-    """Inputs of one module, channel by channel, over real tokens.
-
-    Attributes:
-        largest_I: Largest absolute value, float32; None where no format needs it.
-        sum_I: Sum of absolute values, float64; None where no format needs it.
-        num_tokens: Number of tokens.
-    """
-
-    largest_I: np.ndarray[Any, np.dtype[np.float32]] | None
-    sum_I: np.ndarray[Any, np.dtype[np.float64]] | None
-    num_tokens: int
-
-    @property
-    def mean_I(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Mean of absolute values: ModelOpt's ``act_scale``."""
-        assert self.sum_I is not None
-        return (self.sum_I / self.num_tokens).astype(np.float32)
-
-    def merged(self, later: Channels) -> Channels:
-        """With those of a shard that comes after all that are in this one."""
-        largest_I, sum_I = self.largest_I, self.sum_I
-        if largest_I is not None and later.largest_I is not None:
-            largest_I = np.maximum(largest_I, later.largest_I)
-        if sum_I is not None and later.sum_I is not None:
-            sum_I = sum_I + later.sum_I
-        return Channels(
-            largest_I=largest_I, sum_I=sum_I, num_tokens=self.num_tokens + later.num_tokens
-        )
-
-    def row(self, module: str) -> dict[str, Any]:
-        """A row of ``channels.parquet``; :meth:`of_row` is the inverse."""
-        return {
-            "module": module,
-            "largest": self.largest_I,
-            "sum": self.sum_I,
-            "num_tokens": self.num_tokens,
-        }
-
-    @classmethod
-    def of_row(cls, largest: Any, sum_: Any, num_tokens: int) -> Channels:
-        """From the values of one row, as Arrow scalars."""
-        return cls(
-            largest_I=_floats(largest, np.float32),
-            sum_I=_floats(sum_, np.float64),
-            num_tokens=num_tokens,
-        )
-
-
-def _floats(values: Any, dtype: Any) -> Any:
-    return None if not values.is_valid else values.values.to_numpy().astype(dtype)
-
-
 class ChannelCollector:
-    """Collects them while batches run forward.
+    """Collects :class:`Channels` while batches run forward.
 
     Args:
         modules: Searched modules.
@@ -90,8 +34,8 @@ class ChannelCollector:
     def __init__(self, modules: Sequence[ScoredModule], formats: Sequence[Format]) -> None:
         self._wants: dict[str, tuple[bool, bool]] = {}
         for scored in modules:
-            own = range(len(formats)) if scored.formats is None else scored.formats
-            menu = [formats[index] for index in own] if formats else []
+            indices = range(len(formats)) if scored.formats is None else scored.formats
+            menu = [formats[index] for index in indices] if formats else []
             wants = (any(map(needs_channel_maxima, menu)), any(map(needs_search, menu)))
             if scored.planned.kind == "linear" and any(wants):
                 self._wants[scored.planned.name] = wants
@@ -131,17 +75,17 @@ class ChannelCollector:
         seen = self._seen[name]
         seen[:] = torch.maximum(seen[0], largest_I), seen[1] + sum_I, seen[2] + num_tokens
 
-    def statistics(self) -> Mapping[tuple[str, str], Channels]:
-        """(module, ``channels``) -> what was seen since :meth:`clear`."""
-        found = {}
+    def channels(self) -> dict[str, Channels]:
+        """Module -> what was seen since :meth:`clear`."""
+        channels = {}
         for name, (largest_I, sum_I, num_tokens) in self._seen.items():
             wants_largest, wants_sum = self._wants[name]
-            found[name, CHANNELS] = Channels(
+            channels[name] = Channels(
                 largest_I=largest_I.float().cpu().numpy() if wants_largest else None,
                 sum_I=sum_I.cpu().numpy() if wants_sum else None,
                 num_tokens=num_tokens,
             )
-        return found
+        return channels
 
 
 def _reduced(states_TI: torch.Tensor) -> list[Any]:

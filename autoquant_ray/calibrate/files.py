@@ -1,18 +1,23 @@
-"""What calibration found, between memory and the files of a run."""
+"""Calibration between memory and the files of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from autoquant_ray.calibrate.channels import Channels
-from autoquant_ray.calibrate.maxima import to_maxima
+import numpy as np
+
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_smoothed, needs_calibration, needs_search
-from autoquant_ray.quantize.awq import losses_of
-from autoquant_ray.quantize.smoothing import with_alphas
-from autoquant_ray.quantize.statistics import CHANNELS, Maxima, Statistics
+from autoquant_ray.quantize.awq import best_alphas, losses_of
+from autoquant_ray.quantize.calibration import (
+    Calibration,
+    Channels,
+    calibration_of_channels,
+    calibration_of_maxima,
+    merge_calibrations,
+)
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import (
     CALIBRATION_FILE,
@@ -22,7 +27,7 @@ from autoquant_ray.runs.names import (
 from autoquant_ray.runs.state import RunState
 
 
-def maxima_of(state: RunState) -> Maxima:
+def calibration_of(state: RunState) -> Calibration:
     """Merged calibration of a scanned run: everything that its formats need.
 
     Raises:
@@ -30,15 +35,16 @@ def maxima_of(state: RunState) -> Maxima:
     """
     directory = state.directory
     formats = [Format.from_json(entry) for entry in state.values["plan"]["formats"]]
-    for name in _missing(directory, formats):
+    for name in missing_files(directory, formats):
         raise StoreError(
             f"{directory.path(name)} does not exist, and formats of the run need it; scan with "
             "--resume, which makes it again"
         )
-    return read_maxima(directory) if needs_calibration(formats) else {}
+    return read_calibration(directory) if needs_calibration(formats) else Calibration()
 
 
-def _missing(directory: RunDirectory, formats: Sequence[Format]) -> list[str]:
+def missing_files(directory: RunDirectory, formats: Sequence[Format]) -> list[str]:
+    """The merged files that the formats of a run need and that are not there."""
     needed = {
         CALIBRATION_FILE: needs_calibration(formats),
         CHANNELS_FILE: any(map(is_smoothed, formats)),
@@ -47,45 +53,64 @@ def _missing(directory: RunDirectory, formats: Sequence[Format]) -> list[str]:
     return [name for name, is_needed in needed.items() if is_needed and not directory.exists(name)]
 
 
-def read_maxima(directory: RunDirectory) -> Maxima:
+def read_calibration(directory: RunDirectory) -> Calibration:
     """Merged calibration of a run: maxima, channels, and the best of AWQ's candidates.
 
     Raises:
         StoreError: ``calibration.parquet`` is missing, or a file is damaged.
     """
-    merged = _scalars(directory.read_table(CALIBRATION_FILE))
+    calibration = maxima_of_table(directory.read_table(CALIBRATION_FILE))
     if directory.exists(CHANNELS_FILE):
-        merged |= _channels(directory.read_table(CHANNELS_FILE))
-    maxima = to_maxima(merged)
+        channels = channels_of_table(directory.read_table(CHANNELS_FILE))
+        calibration = merge_calibrations([calibration, channels])
     if directory.exists(SEARCH_FILE):
-        maxima = with_alphas(maxima, losses_of(directory.read_table(SEARCH_FILE)))
-    return maxima
+        losses = losses_of(directory.read_table(SEARCH_FILE))
+        calibration = calibration.with_alphas(best_alphas(losses))
+    return calibration
 
 
-def _scalar_rows(statistics: Statistics) -> list[dict[str, Any]]:
+def maxima_rows(calibration: Calibration) -> list[dict[str, Any]]:
+    """Rows of ``calibration.parquet``; :func:`maxima_of_table` is the inverse."""
     return [
-        {"module": module, "statistic": statistic, "value": value}
-        for (module, statistic), value in statistics.items()
-        if statistic != CHANNELS
+        {"module": module, "statistic": name, "value": value}
+        for (module, name), value in calibration.maxima().items()
     ]
 
 
-def _channel_rows(statistics: Statistics) -> list[dict[str, Any]]:
-    return [
-        value.row(module)
-        for (module, statistic), value in sorted(statistics.items())
-        if statistic == CHANNELS
-    ]
-
-
-def _scalars(table: Any) -> Statistics:
+def maxima_of_table(table: Any) -> Calibration:
+    """The maxima in a table with the columns of ``calibration.parquet``."""
     modules, names, values = (table.column(name).to_pylist() for name in table.column_names)
-    return dict(zip(zip(modules, names, strict=True), values, strict=True))
+    return calibration_of_maxima(dict(zip(zip(modules, names, strict=True), values, strict=True)))
 
 
-def _channels(table: Any) -> Statistics:
+def channel_rows(calibration: Calibration) -> list[dict[str, Any]]:
+    """Rows of ``channels.parquet``, sorted; :func:`channels_of_table` is the inverse."""
+    return [
+        {
+            "module": module,
+            "largest": channels.largest_I,
+            "sum": channels.sum_I,
+            "num_tokens": channels.num_tokens,
+        }
+        for module, channels in sorted(calibration.channels().items())
+    ]
+
+
+def channels_of_table(table: Any) -> Calibration:
+    """The channels in a table with the columns of ``channels.parquet``."""
     columns = (table.column(name) for name in ("module", "largest", "sum", "num_tokens"))
-    return {
-        (module.as_py(), CHANNELS): Channels.of_row(largest, sum_, num_tokens.as_py())
-        for module, largest, sum_, num_tokens in zip(*columns, strict=True)
-    }
+    return calibration_of_channels(
+        {
+            module.as_py(): Channels(
+                largest_I=_floats(largest, np.float32),
+                sum_I=_floats(sum_, np.float64),
+                num_tokens=num_tokens.as_py(),
+            )
+            for module, largest, sum_, num_tokens in zip(*columns, strict=True)
+        }
+    )
+
+
+def _floats(values: Any, dtype: Any) -> Any:
+    """An Arrow list as an array; None where it is null."""
+    return None if not values.is_valid else values.values.to_numpy().astype(dtype)

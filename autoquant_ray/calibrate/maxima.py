@@ -1,26 +1,31 @@
-"""Activation statistics: the largest absolute input of every module, over real tokens only; of an
-attention whose cache is quantized, the largest key and value.
+"""The largest absolute input of every module, over real tokens only; of an attention whose cache is
+quantized, the largest key and value.
 
-Maxima merge by maximum, so shards may be computed anywhere, in any order, more than once. Formats
-that scale channels need statistics of every channel: :mod:`autoquant_ray.calibrate.channels`.
+Formats that scale channels also need records of every channel:
+:mod:`autoquant_ray.calibrate.channels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from autoquant_ray.calibrate.channels import ChannelCollector, Channels
+from autoquant_ray.calibrate.channels import ChannelCollector
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import replaced_forward
 from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.attention import CachedAttention
+from autoquant_ray.quantize.calibration import (
+    Calibration,
+    ModuleCalibration,
+    calibration_of_maxima,
+)
 from autoquant_ray.quantize.experts import FusedExperts
-from autoquant_ray.quantize.statistics import Maxima, Statistics
 
 
 class ActivationMaxima:
@@ -92,10 +97,13 @@ class ActivationMaxima:
     def settle(self) -> None:
         """Nothing waits."""
 
-    def statistics(self) -> Statistics:
+    def calibration(self) -> Calibration:
         """What was seen since :meth:`collecting` was entered."""
-        maxima: Statistics = {key: float(value) for key, value in self._maxima.items()}
-        return maxima | dict(self._channels.statistics())
+        maxima = {key: float(value) for key, value in self._maxima.items()}
+        modules = dict(calibration_of_maxima(maxima).modules)
+        for name, channels in self._channels.channels().items():
+            modules[name] = replace(modules.get(name, ModuleCalibration()), channels=channels)
+        return Calibration(modules)
 
     def _linear_hook(self, name: str) -> Callable[..., None]:
         sees_tokens = not is_of_tower(name)  # the rows of a tower are no tokens: all are real
@@ -158,24 +166,3 @@ class ActivationMaxima:
             return
         seen = values.amax()
         self._maxima[key] = torch.maximum(self._maxima[key], seen) if key in self._maxima else seen
-
-
-def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
-    """Merge maxima by maximum, channels in the order of the parts (of the shards); keys sorted."""
-    merged: Statistics = {}
-    for part in parts:
-        for key, value in part.items():
-            before = merged.get(key)
-            if isinstance(value, Channels):
-                merged[key] = value if before is None else before.merged(value)
-            else:
-                merged[key] = value if before is None else max(value, before)
-    return dict(sorted(merged.items()))
-
-
-def to_maxima(statistics: Statistics) -> Maxima:
-    """Nest statistics by module, as the scoring core takes them."""
-    maxima: Maxima = {}
-    for (module, statistic), value in statistics.items():
-        maxima.setdefault(module, {})[statistic] = value
-    return maxima

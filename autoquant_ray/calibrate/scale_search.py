@@ -28,7 +28,7 @@ from autoquant_ray.quantize.awq import (
     channel_scales,
     weight_importance,
 )
-from autoquant_ray.quantize.statistics import CHANNELS, Maxima
+from autoquant_ray.quantize.calibration import Calibration
 
 _CHUNK_ELEMENTS = 2**24
 _MIN_CHUNK_ROWS = 512
@@ -64,7 +64,7 @@ class ScaleSearch:
                 self._modules[name] = model.get_submodule(name)
                 self._menus[name] = list(by_weight.values())
         self._layers = layers
-        self._maxima: Maxima = {}
+        self._calibration = Calibration()
         self._real_T: torch.Tensor | None = None
         self._gathered: dict[str, list[torch.Tensor]] = {}
         self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
@@ -81,16 +81,16 @@ class ScaleSearch:
         return max(sizes.values(), default=0)
 
     @contextmanager
-    def searching(self, maxima: Maxima) -> Iterator[None]:
+    def searching(self, calibration: Calibration) -> Iterator[None]:
         """While open, forward passes are measured; call :meth:`set_mask` before each.
 
         Args:
-            maxima: Merged calibration.
+            calibration: Of all shards.
         """
-        self._maxima, self._losses = maxima, {}
+        self._calibration, self._losses = calibration, {}
         with ExitStack() as stack:
             for name, module in self._modules.items():
-                if CHANNELS in maxima.get(name, {}):
+                if calibration.of(name).channels is not None:
                     handle = module.register_forward_pre_hook(self._hook(name))
                     stack.callback(handle.remove)
             yield
@@ -137,7 +137,9 @@ class ScaleSearch:
         self._last = None
         for name, inputs in self._gathered.items():
             weight_OI: Any = self._modules[name].weight
-            mean_I = torch.from_numpy(self._maxima[name][CHANNELS].mean_I).to(weight_OI.device)
+            channels = self._calibration.of(name).channels
+            assert channels is not None  # it has a hook
+            mean_I = torch.from_numpy(channels.mean_I).to(weight_OI.device)
             for formats in self._menus[name]:
                 attributes = formats[0].weight
                 importance_I = weight_importance(weight_OI, attributes)

@@ -38,19 +38,19 @@ class ShardWorker:
         return os.getpid()
 
     def calibrate(self, task: ShardTask) -> Any:
-        """Activation statistics of a shard."""
+        """Calibration of a shard."""
         with _own_errors(f"calibrating shard {task.shard}"):
             return self._runner.calibrate(task.samples, task.shard)
 
-    def search(self, task: ShardTask, maxima: Any) -> Any:
+    def search(self, task: ShardTask, calibration: Any) -> Any:
         """Losses of AWQ's candidates on a shard."""
         with _own_errors(f"searching scales on shard {task.shard}"):
-            return self._runner.search(task.samples, maxima)
+            return self._runner.search(task.samples, calibration)
 
-    def score(self, task: ShardTask, maxima: Any) -> Any:
+    def score(self, task: ShardTask, calibration: Any) -> Any:
         """Sensitivity sums of a shard."""
         with _own_errors(f"scoring shard {task.shard}"):
-            return self._runner.score(task.samples, task.first_sample, maxima, task.shard)
+            return self._runner.score(task.samples, task.first_sample, calibration, task.shard)
 
     def evaluate(self, task: ShardTask, choices: list[tuple[int, ...]]) -> Any:
         """Divergences of a shard under allocations."""

@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from autoquant_ray.allocate.candidate import Candidate
-from autoquant_ray.calibrate.files import maxima_of
+from autoquant_ray.calibrate.files import calibration_of
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.placement import connected, place_workers, require_resources
@@ -29,8 +29,8 @@ from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.memory import GIB, footprint
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
-from autoquant_ray.quantize.statistics import Maxima
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import Lease, lease
 from autoquant_ray.runs.names import EVALUATION, SAMPLES, part_name
@@ -183,7 +183,7 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
     plan = make_plan(scan, ref, device=scan.device)
     skip = num_seen(state, scan, is_given=config.data is not None)
     folder = f"{EVALUATION}/{data_key(state, scan, skip)}"
-    maxima = maxima_of(state)
+    calibration = calibration_of(state)
     with connected(scan) as resources, lease(directory) as run_lease, ExitStack() as stack:
         require_resources(scan, resources)
         facts = held_out_samples(directory, folder, scan, ref, skip, state)
@@ -195,13 +195,15 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
         ).at_most(facts["num_shards"])
 
         def start_pool() -> WorkerPool:
-            spec = _evaluation_spec(scan, ref, plan, maxima)
+            spec = _evaluation_spec(scan, ref, plan, calibration)
             return stack.enter_context(WorkerPool(spec, placement, directory.append_event))
 
         yield Measurement(state, plan, folder, facts, start_pool, run_lease)
 
 
-def _evaluation_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima) -> EvaluationSpec:
+def _evaluation_spec(
+    scan: ScanConfig, ref: ModelRef, plan: Plan, calibration: Calibration
+) -> EvaluationSpec:
     return EvaluationSpec(
         model=ref,
         dtype=scan.dtype,
@@ -209,7 +211,7 @@ def _evaluation_spec(scan: ScanConfig, ref: ModelRef, plan: Plan, maxima: Maxima
         num_threads=scan.cpus_per_worker,
         modules=scored_modules(plan),
         formats=plan.formats,
-        maxima=maxima,
+        calibration=calibration,
         step_tokens=scan.step_tokens,
         placement=scan.placement,
         activation_bytes=round(scan.activation_cache_gib * GIB),

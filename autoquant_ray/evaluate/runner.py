@@ -28,8 +28,8 @@ from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.layers import first_output
 from autoquant_ray.plan.memory import GIB
 from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import FRONT, UNQUANTIZED, FormatNumbers, QuantizedLayers
-from autoquant_ray.quantize.statistics import Maxima
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Pass
@@ -58,7 +58,7 @@ class EvaluationSpec:
         num_threads: Threads of CPU kernels.
         modules: All searched modules with their group index.
         formats: The menu that choices point into.
-        maxima: Calibrated input maxima.
+        calibration: Of the scan.
         step_tokens: Tokens, padding included, per step.
         placement: ``resident``, ``offload`` or ``split``.
         activation_bytes: Memory for hidden states inside the layers.
@@ -70,7 +70,7 @@ class EvaluationSpec:
     num_threads: int
     modules: tuple[ScoredModule, ...]
     formats: tuple[Format, ...]
-    maxima: Maxima
+    calibration: Calibration
     step_tokens: int
     placement: str = "resident"
     activation_bytes: int = GIB
@@ -125,7 +125,7 @@ class AllocationRunner:
         self._layerwise = LayerwiseBackward(self.model, residence)
         self._head = VocabularyLoss(self.model)
         self._quantized = QuantizedLayers(
-            self.model, self._layerwise.layers, spec.modules, spec.formats, spec.maxima
+            self.model, self._layerwise.layers, spec.modules, spec.formats, spec.calibration
         )
         self._planner = VisitPacker(spec.step_tokens, token_bytes=0, room=0)
 

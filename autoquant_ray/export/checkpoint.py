@@ -123,23 +123,23 @@ def _require_package(layout: str) -> None:
 
 def _write(source: Source, folder: Path, layout: str) -> Source:
     """Fill the folder; the source by the names that its files have."""
-    from autoquant_ray.calibrate.files import maxima_of
+    from autoquant_ray.calibrate.files import calibration_of
     from autoquant_ray.export.model import finish_folder, load_for_export
 
-    maxima = maxima_of(source.state)
+    calibration = calibration_of(source.state)
     model, ref, sixteen_bits = load_for_export(source)
     stored = source
     if layout == COMPRESSED_TENSORS:
         from autoquant_ray.export.compressed_tensors import write_compressed
 
-        write_compressed(model, source, maxima, folder, sixteen_bits)
+        write_compressed(model, source, calibration, folder, sixteen_bits)
     else:
         from autoquant_ray.export.modelopt import round_to_16_bits, write_modelopt
         from autoquant_ray.export.names import as_stored, require_experts_as_stored
 
         stored = as_stored(model, source)
         require_experts_as_stored(model, source, stored, ref.weights_folder)
-        write_modelopt(model, source, maxima, folder)
+        write_modelopt(model, source, calibration, folder)
         round_to_16_bits(folder, stored, sixteen_bits)
     finish_folder(folder, ref, sixteen_bits.dtype)
     return stored

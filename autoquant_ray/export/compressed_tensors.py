@@ -11,7 +11,7 @@ Shape letters: O out features, I in features.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,22 @@ from autoquant_ray.export.layouts import (
 from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.quantizers import make_quantizer, make_weight_quantizer
-from autoquant_ray.quantize.statistics import Maxima
 
 _STRATEGIES = {"tensor": "tensor", "channel": "channel", "block": "group", "token": "token"}
 _NUMBERS = {"fp8": ("float", 8), "int8": ("int", 8), "int4": ("int", 4)}
 
 
 def write_compressed(
-    model: Any, source: Source, maxima: Maxima, folder: Path, sixteen_bits: SixteenBits
+    model: Any, source: Source, calibration: Calibration, folder: Path, sixteen_bits: SixteenBits
 ) -> None:
     """Write the model's config and its packed weights.
 
     Args:
         model: The loaded model; it is changed.
         source: Which formats.
-        maxima: Calibrated input maxima.
+        calibration: Of the scan.
         folder: An empty folder.
         sixteen_bits: Rounds what is not quantized; its type is that of the scales of blocks.
     """
@@ -59,7 +59,8 @@ def write_compressed(
     for scheme in schemes.values():
         for name in scheme.targets:
             format_, module = source.formats[name], model.get_submodule(name)
-            parts = _pack(module.weight, format_, scheme, maxima.get(name, {}), sixteen_bits.dtype)
+            maxima = calibration.of(name).maxima
+            parts = _pack(module.weight, format_, scheme, maxima, sixteen_bits.dtype)
             packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             module.weight = None  # the packed one takes its place
     rest = {name: sixteen_bits.rounded(name, tensor) for name, tensor in _distinct(model)}
@@ -117,7 +118,7 @@ def _pack(
     weight_OI: torch.Tensor,
     format_: Format,
     scheme: QuantizationScheme,
-    maxima: dict[str, float],
+    maxima: Mapping[str, float],
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """The tensors of one packed layer, without its name."""

@@ -18,7 +18,7 @@ from autoquant_ray.formats.format import NONE
 from autoquant_ray.wording import few
 
 if TYPE_CHECKING:
-    from autoquant_ray.quantize.statistics import Maxima
+    from autoquant_ray.quantize.calibration import Calibration
 
 SCALES = ("k_scale", "v_scale")
 """Kinds of tensors; they stay in float32."""
@@ -57,29 +57,29 @@ def require_caches(caches: Mapping[str, str], layout: str, *, holds_caches: bool
     )
 
 
-def set_cache_maxima(model: Any, caches: Mapping[str, str], maxima: Maxima) -> None:
+def set_cache_maxima(model: Any, caches: Mapping[str, str], calibration: Calibration) -> None:
     """Give the quantizers of keys and values the scan's maxima.
 
     Args:
         model: As ``mtq.quantize`` made it.
         caches: Attention -> its cache's format.
-        maxima: Calibrated maxima.
+        calibration: Of the scan.
     """
     import torch
 
     for name, format_ in caches.items():
         for part in ("k_bmm", "v_bmm") if format_ != NONE else ():
             quantizer = getattr(model.get_submodule(name), f"{part}_quantizer")
-            quantizer.amax = torch.tensor(maxima[name][f"{part}_amax"])
+            quantizer.amax = torch.tensor(calibration.of(name).maxima[f"{part}_amax"])
 
 
-def check_caches(folder: Path, caches: Mapping[str, str], maxima: Maxima) -> None:
+def check_caches(folder: Path, caches: Mapping[str, str], calibration: Calibration) -> None:
     """Check what was written of the KV cache.
 
     Args:
         folder: The checkpoint.
         caches: Attention -> its cache's format.
-        maxima: Calibrated maxima.
+        calibration: Of the scan.
 
     Raises:
         CheckpointError: Another format than the allocation's, or other scales than the scan's.
@@ -100,7 +100,8 @@ def check_caches(folder: Path, caches: Mapping[str, str], maxima: Maxima) -> Non
                     scales[name.rpartition(".")[2]].append(float(value.float()))
     for kind in SCALES:
         part = kind.replace("scale", "bmm_amax")
-        expected = [maxima[n][part] / _LARGEST for n, f in caches.items() if f != NONE]
+        quantized = [name for name, format_ in caches.items() if format_ != NONE]
+        expected = [calibration.of(name).maxima[part] / _LARGEST for name in quantized]
         written = sorted(scales[kind])
         if len(written) != len(expected) or not all(
             math.isclose(a, b, rel_tol=_TOLERANCE)

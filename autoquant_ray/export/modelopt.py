@@ -21,18 +21,18 @@ from autoquant_ray.export.layouts import block_size
 from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.names import clean, names_required
 from autoquant_ray.export.source import Source
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.quantizers import needs_static_maximum
-from autoquant_ray.quantize.statistics import Maxima
 
 
-def write_modelopt(model: Any, source: Source, maxima: Maxima, folder: Path) -> None:
+def write_modelopt(model: Any, source: Source, calibration: Calibration, folder: Path) -> None:
     """Write the model's config and its packed weights, all in the type that the model has.
 
     Args:
         model: The loaded model; it is changed.
         source: Which formats.
-        maxima: Calibrated input maxima.
+        calibration: Of the scan.
         folder: An empty folder.
 
     Raises:
@@ -43,15 +43,15 @@ def write_modelopt(model: Any, source: Source, maxima: Maxima, folder: Path) -> 
     from modelopt.torch.export import export_hf_checkpoint
 
     mtq.quantize(model, load_quantization_config(source.manifest))
-    _set_input_maxima(model, source, maxima)
-    set_cache_maxima(model, source.caches, maxima)
+    _set_input_maxima(model, source, calibration)
+    set_cache_maxima(model, source.caches, calibration)
     _quantize_weights(model, source)
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
     with names_required():
         export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
     _correct_configs(folder)
-    check_caches(folder, source.caches, maxima)
+    check_caches(folder, source.caches, calibration)
 
 
 def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) -> None:
@@ -80,14 +80,14 @@ def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) ->
         index.write_text(json.dumps(content, indent=2))
 
 
-def _set_input_maxima(model: Any, source: Source, maxima: Maxima) -> None:
+def _set_input_maxima(model: Any, source: Source, calibration: Calibration) -> None:
     for name in source.formats:
         module = model.get_submodule(name)
         for prefix in source.modules[name]["prefixes"]:
             quantizer = getattr(module, f"{prefix}input_quantizer")
             if not quantizer.is_enabled or not needs_static_maximum(quantizer):
                 continue
-            maximum = maxima.get(name, {}).get(f"{prefix}input_amax")
+            maximum = calibration.of(name).maxima.get(f"{prefix}input_amax")
             if maximum is None:
                 raise FormatError(
                     f"{name} saw no input in the scan's calibration, so its input has no scale; "

@@ -11,6 +11,7 @@ Shape letters: T tokens, H hidden, E experts, O out features, I in features.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -93,7 +94,7 @@ class FusedExperts:
         self,
         format_: Format,
         weights: dict[str, torch.Tensor],
-        maxima: dict[str, float],
+        maxima: Mapping[str, float],
         inputs: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         """Output ``(T, H)`` under a format.

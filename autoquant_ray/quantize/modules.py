@@ -20,6 +20,7 @@ from autoquant_ray.models.layers import replaced_forward
 from autoquant_ray.models.quantizable import PlannedModule, is_of_tower
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.attention import CachedAttention
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.quantizers import make_input_quantizer, quantized_weight
 from autoquant_ray.quantize.single_experts import OneExpert, by_module, run_apart, runnable_experts
 from autoquant_ray.quantize.smoothing import (
@@ -28,7 +29,6 @@ from autoquant_ray.quantize.smoothing import (
     smoothed_input,
     smoothed_weight,
 )
-from autoquant_ray.quantize.statistics import Maxima
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.quantize.weight_search import WeightScales
 
@@ -49,7 +49,7 @@ class QuantizedLayers:
         layers: Its decoder layers in order.
         modules: All modules that may be quantized.
         formats: The menu that choices point into.
-        maxima: Calibrated input maxima.
+        calibration: Of the scan.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class QuantizedLayers:
         layers: Sequence[torch.nn.Module],
         modules: Sequence[ScoredModule],
         formats: Sequence[Format],
-        maxima: Maxima,
+        calibration: Calibration,
     ) -> None:
         self._formats = formats
-        self._maxima = maxima
+        self._calibration = calibration
         self._scales = WeightScales(model)
         number_of = {m: number for number, layer in enumerate(layers) for m in layer.modules()}
         self._by_layer: dict[int, list[tuple[ScoredModule, Any]]] = {}
@@ -110,10 +110,12 @@ class QuantizedLayers:
     def _forward(
         self, planned: PlannedModule, module: Any, format_: Format, weights: WeightCache
     ) -> Callable[..., Any]:
-        maxima = self._maxima.get(planned.name, {})
+        calibration = self._calibration.of(planned.name)
         if planned.is_cache:
             attention = self._attentions[planned.name]
-            return lambda *inputs, **named: attention.run(format_, maxima, inputs, named)
+            return lambda *inputs, **named: attention.run(
+                format_, calibration.maxima, inputs, named
+            )
         if (experts := self._experts.get(planned.name)) is not None:
             kept = {
                 name: weights.get(
@@ -122,15 +124,15 @@ class QuantizedLayers:
                 )
                 for name in experts.parameters
             }
-            return lambda *inputs: experts.run(format_, kept, maxima, inputs)
-        scale_I = input_scales(format_, module.weight, maxima)
+            return lambda *inputs: experts.run(format_, kept, calibration.maxima, inputs)
+        scale_I = input_scales(format_, module.weight, calibration)
         weight_OI = weights.get(
             (planned.name, format_.weight_key),
             lambda: quantized_weight(
                 format_, smoothed_weight(module.weight, scale_I), self._scales, planned.name
             ),
         )
-        maximum = input_maximum(maxima, scale_I, module.weight.dtype)
+        maximum = input_maximum(calibration, scale_I, module.weight.dtype)
         quantizer = make_input_quantizer(format_.input, maximum, module.weight[:0])
 
         def forward(states: torch.Tensor) -> torch.Tensor:

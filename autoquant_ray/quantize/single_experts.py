@@ -10,7 +10,7 @@ features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -52,7 +52,7 @@ class OneExpert:
         self,
         format_: Format,
         weights: dict[str, torch.Tensor],
-        maxima: dict[str, float],
+        maxima: Mapping[str, float],
         inputs: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         """Output ``(R, H)``, routing weights applied, under a format that leaves inputs alone.

@@ -10,7 +10,6 @@ Shape letters: C rows, I in features, O out features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,39 +17,15 @@ import torch
 from autoquant_ray.formats.algorithms import SMOOTHQUANT
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_smoothed, method_of
-from autoquant_ray.quantize.awq import Losses, best_alphas, channel_scales, weight_importance
-from autoquant_ray.quantize.statistics import CHANNELS
-
-Maxima = dict[str, dict[str, Any]]
-"""Module -> statistic -> value, as in :mod:`autoquant_ray.score.sensitivity`."""
-
-Statistics = Mapping[str, Any]
-"""Statistics of one module by name, from calibration."""
+from autoquant_ray.quantize.awq import channel_scales, weight_importance
+from autoquant_ray.quantize.calibration import ModuleCalibration
 
 _SMALLEST, _LARGEST = 1e-4, 1e4
 _EPSILON = 2.0**-31
 
 
-def alpha_name(format_name: str) -> str:
-    """Name of the statistic that holds the alpha found for a format."""
-    return f"awq_alpha {format_name}"
-
-
-def with_alphas(maxima: Maxima, losses: Losses) -> Maxima:
-    """Calibration together with what a search has found.
-
-    Args:
-        maxima: Merged calibration.
-        losses: Merged losses of the search.
-    """
-    merged = {module: dict(statistics) for module, statistics in maxima.items()}
-    for (module, format_), alpha in best_alphas(losses).items():
-        merged[module][alpha_name(format_)] = alpha
-    return merged
-
-
 def input_scales(
-    format_: Format, weight_OI: torch.Tensor, statistics: Statistics
+    format_: Format, weight_OI: torch.Tensor, calibration: ModuleCalibration
 ) -> torch.Tensor | None:
     """Factors of the input channels of a linear, float32 ``(I,)``; None where a format has none.
 
@@ -59,12 +34,12 @@ def input_scales(
     Args:
         format_: The format.
         weight_OI: The linear's weight, in the model's dtype.
-        statistics: Of the linear.
+        calibration: Of the linear.
     """
     if not is_smoothed(format_):
         return None
-    channels = statistics.get(CHANNELS)
-    alpha = statistics.get(alpha_name(format_.name))
+    channels = calibration.channels
+    alpha = calibration.alphas.get(format_.name)
     if channels is not None and method_of(format_) == SMOOTHQUANT:
         return _smoothquant_scales(format_, weight_OI, torch.from_numpy(channels.largest_I))
     if channels is None or alpha is None:
@@ -100,19 +75,18 @@ def smoothed_input(states: torch.Tensor, scale_I: torch.Tensor | None) -> torch.
 
 
 def input_maximum(
-    statistics: Statistics, scale_I: torch.Tensor | None, dtype: torch.dtype
+    calibration: ModuleCalibration, scale_I: torch.Tensor | None, dtype: torch.dtype
 ) -> float | None:
     """Largest absolute value of ``x * p`` in calibration; None where nothing was collected.
 
     Args:
-        statistics: Of the linear.
+        calibration: Of the linear.
         scale_I: Its factors; None without.
         dtype: Of the weight, to which ModelOpt rounds the result.
     """
-    channels = statistics.get(CHANNELS)
+    channels = calibration.channels
     if scale_I is None or channels is None or channels.largest_I is None:
-        maximum: float | None = statistics.get("input_amax")
-        return maximum
+        return calibration.maxima.get("input_amax")
     largest_I = torch.from_numpy(channels.largest_I).to(scale_I.device, dtype)
     return float((largest_I * scale_I).amax().to(dtype))
 

@@ -20,6 +20,7 @@ import torch
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_smoothed
 from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.quantize.calibration import ModuleCalibration
 from autoquant_ray.quantize.inputs import QuantizedInputs
 from autoquant_ray.quantize.quantizers import quantized_weight
 from autoquant_ray.quantize.single_experts import Runnable
@@ -68,7 +69,7 @@ class OutputDifferences:
         self,
         planned: PlannedModule,
         module: Any,
-        statistics: Mapping[str, Any],
+        calibration: ModuleCalibration,
         output_TO: torch.Tensor,
         input_TI: torch.Tensor,
         only: Only = None,
@@ -82,7 +83,7 @@ class OutputDifferences:
         Args:
             planned: The module's entry in the plan.
             module: The module in the model.
-            statistics: Its calibration; needed by static input quantizers and scaled channels.
+            calibration: Of the module; needed by static input quantizers and scaled channels.
             output_TO: Its output.
             input_TI: Its input.
             only: Formats to compute.
@@ -93,11 +94,11 @@ class OutputDifferences:
             format_of_weight = formats[0][1]
             own = (planned.name, format_of_weight.weight_key)
             quantizes_inputs = any(format_.input is not None for _, format_ in formats)
-            scale_I = self._factors(planned, module, format_of_weight, statistics)
+            scale_I = self._factors(planned, module, format_of_weight, calibration)
             quantize = partial(
                 _in_float32, module.weight, scale_I, format_of_weight, self._scales, planned.name
             )
-            maximum = input_maximum(statistics, scale_I, module.weight.dtype)
+            maximum = input_maximum(calibration, scale_I, module.weight.dtype)
             error_OI, weight_OI = None, None
             if not is_single or not quantizes_inputs:
                 error_OI = self._weights.get(
@@ -127,14 +128,14 @@ class OutputDifferences:
                     )
 
     def _factors(
-        self, planned: PlannedModule, module: Any, format_: Format, statistics: Mapping[str, Any]
+        self, planned: PlannedModule, module: Any, format_: Format, calibration: ModuleCalibration
     ) -> torch.Tensor | None:
         """Factors of the input channels; None under a format without."""
         if not is_smoothed(format_):
             return None
 
         def make() -> torch.Tensor:
-            scale_I = input_scales(format_, module.weight, statistics)
+            scale_I = input_scales(format_, module.weight, calibration)
             assert scale_I is not None
             return scale_I
 
@@ -144,7 +145,7 @@ class OutputDifferences:
         self,
         experts: Runnable,
         name: str,
-        maxima: dict[str, float],
+        maxima: Mapping[str, float],
         output_TO: torch.Tensor,
         inputs: tuple[torch.Tensor, ...],
         only: Only = None,

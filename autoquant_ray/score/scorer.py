@@ -24,7 +24,7 @@ from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.memory import GIB, room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.awq import Losses
-from autoquant_ray.quantize.statistics import CHANNELS, Maxima, Statistics
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Gradients, Pass
@@ -150,8 +150,8 @@ class Scorer:
     def _num_draws(self) -> int:
         return self.spec.label_draws if self.spec.labels == "model" else 1
 
-    def calibrate(self, samples: Samples, shard: int | None = None) -> Statistics:
-        """Input maxima of all modules over the samples.
+    def calibrate(self, samples: Samples, shard: int | None = None) -> Calibration:
+        """Largest inputs of all modules over the samples, and their channels where needed.
 
         Args:
             samples: The shard's samples.
@@ -177,18 +177,18 @@ class Scorer:
                 done.append(run_watched(self._backward, self._loss, steps, self._maxima, keep=keep))
         if keep and shard is not None:
             self._kept[shard] = done
-        statistics = self._maxima.statistics()
-        for (module, statistic), value in statistics.items():
-            if statistic != CHANNELS and not np.isfinite(value):
-                raise NonFiniteError(f"{statistic} of {module} is {value}")
-        return statistics
+        calibration = self._maxima.calibration()
+        for (module, name), value in calibration.maxima().items():
+            if not np.isfinite(value):
+                raise NonFiniteError(f"{name} of {module} is {value}")
+        return calibration
 
-    def search(self, samples: Samples, maxima: Maxima) -> Losses:
+    def search(self, samples: Samples, calibration: Calibration) -> Losses:
         """Losses of AWQ's candidates over the samples.
 
         Args:
             samples: The shard's samples.
-            maxima: Merged calibration.
+            calibration: Of all shards.
 
         Raises:
             NonFiniteError: A loss is NaN or infinite.
@@ -196,14 +196,18 @@ class Scorer:
         room = self.spec.activation_bytes // 2 if self.is_layerwise else 0
         packer = VisitPacker(self.spec.step_tokens, self._search.token_bytes, room)
         visits = self._visits_to_watch(packer, samples)
-        with self._search.searching(maxima):
+        with self._search.searching(calibration):
             for visit in visits:
                 steps = self._steps(samples, visit)
                 run_watched(self._backward, self._loss, steps, self._search)
         return self._search.losses()
 
     def score(
-        self, samples: Samples, first_sample: int, maxima: Maxima, shard: int | None = None
+        self,
+        samples: Samples,
+        first_sample: int,
+        calibration: Calibration,
+        shard: int | None = None,
     ) -> ShardScores:
         """Sensitivity sums of the samples.
 
@@ -211,7 +215,7 @@ class Scorer:
             samples: The shard's samples.
             first_sample: Position of the first of them in the whole data set; label draws are
                 seeded by the seed and this position, never by the worker or the shard layout.
-            maxima: Merged calibration, the same at every call.
+            calibration: Of all shards, the same at every call.
             shard: Use the layer inputs that :meth:`calibrate` kept of the same samples.
 
         Raises:
@@ -220,7 +224,7 @@ class Scorer:
         start = time.perf_counter()
         loss, num_tokens = 0.0, 0
         kept = None if shard is None else self._kept.pop(shard, None)
-        with self._hooks.scoring(maxima, seed=(self.spec.seed, first_sample)):
+        with self._hooks.scoring(calibration, seed=(self.spec.seed, first_sample)):
             for number, visit in enumerate(self._packer.visits(samples)):
                 self._weights.resize(self._cache_bytes if self._reuses(samples, visit) else 0)
                 passes = kept[number] if kept else self._forward(samples, visit)

@@ -32,8 +32,8 @@ from autoquant_ray.errors import changed_input
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.single_experts import by_module, routed_apart, runnable_experts
-from autoquant_ray.quantize.statistics import Maxima
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.differences import Difference, OutputDifferences
 from autoquant_ray.score.expert_tokens import TokenCounts
@@ -102,7 +102,7 @@ class SensitivityHooks:
         )
         self._num_rows_G = [0] * num_groups
         self._tokens = TokenCounts(self._modules)
-        self._maxima: Maxima = {}
+        self._calibration = Calibration()
         self._seed: tuple[int, ...] = ()
 
     def sums(self) -> SensitivitySums:
@@ -118,17 +118,17 @@ class SensitivityHooks:
         )
 
     @contextmanager
-    def scoring(self, maxima: Maxima, seed: tuple[int, ...] = (0,)) -> Iterator[None]:
+    def scoring(self, calibration: Calibration, seed: tuple[int, ...] = (0,)) -> Iterator[None]:
         """While open, every backward pass through the model adds to the sums.
 
         Args:
-            maxima: Calibrated input maxima; needed by formats with a static input quantizer.
+            calibration: Of all shards; needed by formats with a static input quantizer.
             seed: Of the drawn rows, non-negative integers; the module's name is added to it.
         """
         self._sums_4GF.zero_()
         self._num_rows_G = [0] * len(self._num_rows_G)
         self._tokens.forget()
-        self._maxima, self._seed = maxima, seed
+        self._calibration, self._seed = calibration, seed
         handles = [
             module.register_forward_hook(self._hook_of(own), with_kwargs=True)
             for own, module in self._modules
@@ -144,7 +144,7 @@ class SensitivityHooks:
         first = own[0]
         if not first.planned.is_cache:
             return self._forward_hook(own)
-        maxima = self._maxima.get(first.planned.name, {})
+        maxima = self._calibration.of(first.planned.name).maxima
         return self._caches.forward_hook(first, maxima, self._seed, self._add)
 
     def _forward_hook(self, own: Sequence[ScoredModule]) -> Callable[..., None]:
@@ -224,12 +224,12 @@ class SensitivityHooks:
         self, scored: ScoredModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]
     ) -> Iterator[Difference]:
         planned, only = scored.planned, scored.formats
-        maxima = self._maxima.get(planned.name, {})
+        calibration = self._calibration.of(planned.name)
         if (experts := self._experts.get(planned.name)) is not None:
             return self._differences.of_experts(
-                experts, planned.name, maxima, output_TO, tuple(inputs), only
+                experts, planned.name, calibration.maxima, output_TO, tuple(inputs), only
             )
-        return self._differences.of_linear(planned, module, maxima, output_TO, inputs[0], only)
+        return self._differences.of_linear(planned, module, calibration, output_TO, inputs[0], only)
 
     def _output_again(
         self, planned: PlannedModule, module: Any, inputs: list[torch.Tensor]

@@ -11,23 +11,23 @@ from functools import partial
 from typing import Any
 
 from autoquant_ray.calibrate.files import (
-    _channel_rows,
-    _channels,
-    _missing,
-    _scalar_rows,
-    _scalars,
-    read_maxima,
+    channel_rows,
+    channels_of_table,
+    maxima_of_table,
+    maxima_rows,
+    missing_files,
+    read_calibration,
 )
-from autoquant_ray.calibrate.maxima import merge_statistics
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.formats.smoothed import is_smoothed, needs_calibration, needs_search
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.quantize.awq import Losses, loss_rows, losses_of, merge_losses
-from autoquant_ray.quantize.statistics import CHANNELS, Maxima
+from autoquant_ray.quantize.calibration import Calibration, merge_calibrations
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import (
     CALIBRATION,
     CALIBRATION_FILE,
+    CHANNELS,
     CHANNELS_FILE,
     SEARCH,
     SEARCH_FILE,
@@ -38,14 +38,14 @@ from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.shards import Work, collect, intact_parts, tasks_of
 
 
-def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -> Maxima:
+def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -> Calibration:
     """Statistics of inputs -> ``calibration.parquet``, and ``channels.parquet`` where needed.
 
     Skipped when no format needs any.
     """
     directory = state.directory
     if not needs_calibration(plan.formats):
-        return {}
+        return Calibration()
     has_channels = any(map(is_smoothed, plan.formats))
     there = not has_channels or directory.exists(CHANNELS_FILE)
     if not (there and state.is_done("calibrate", fingerprint)):
@@ -68,26 +68,28 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
             shards = intact_parts(state, CALIBRATION, lambda _shard, table: table.num_rows > 0)
             # Read in the order of the shards, a few at a time: sums do not depend on arrival.
             if has_channels:
-                channels = merge_statistics(map(_channels, Parts(directory, CHANNELS, shards)))
-                directory.write_table(CHANNELS_FILE, _channel_rows(channels))
-            merged = merge_statistics(map(_scalars, Parts(directory, CALIBRATION, shards)))
-            directory.write_table(CALIBRATION_FILE, _scalar_rows(merged))
-    return read_maxima(directory)
+                tables = Parts(directory, CHANNELS, shards)
+                channels = merge_calibrations(map(channels_of_table, tables))
+                directory.write_table(CHANNELS_FILE, channel_rows(channels))
+            tables = Parts(directory, CALIBRATION, shards)
+            merged = merge_calibrations(map(maxima_of_table, tables))
+            directory.write_table(CALIBRATION_FILE, maxima_rows(merged))
+    return read_calibration(directory)
 
 
 def search_scales(
-    state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerprint: str
-) -> Maxima:
+    state: RunState, pool: WorkerPool, plan: Plan, calibration: Calibration, fingerprint: str
+) -> Calibration:
     """Losses of AWQ's candidates -> ``search.parquet``; the calibration with the best of them.
 
     Skipped when no format needs it.
     """
     directory = state.directory
     if not any(map(needs_search, plan.formats)):
-        return maxima
+        return calibration
     if not state.is_done("search", fingerprint):
         with state.stage("search", fingerprint):
-            shared = pool.share(maxima)
+            shared = pool.share(calibration)
             done = intact_parts(state, SEARCH, lambda _shard, _table: True)
             work = Work(
                 stage="search",
@@ -102,20 +104,20 @@ def search_scales(
             shards = intact_parts(state, SEARCH, lambda _shard, _table: True)
             losses = merge_losses(map(losses_of, Parts(directory, SEARCH, shards)))
             _write_losses(directory, SEARCH_FILE, losses)
-    return read_maxima(directory)
+    return read_calibration(directory)
 
 
 def is_calibrated(state: RunState, plan: Plan) -> bool:
     """Whether every merged file that the formats of a run need is there."""
-    return not _missing(state.directory, plan.formats)
+    return not missing_files(state.directory, plan.formats)
 
 
 def _write_statistics(directory: RunDirectory, has_channels: bool, outcome: Outcome) -> str:
-    shard, found = outcome.task.shard, outcome.result
+    shard, calibration = outcome.task.shard, outcome.result
     if has_channels:
-        name = part_name(CHANNELS, shard)
-        directory.write_table(name, _channel_rows(found))
-    return directory.write_table(part_name(CALIBRATION, shard), _scalar_rows(found))
+        directory.write_table(part_name(CHANNELS, shard), channel_rows(calibration))
+    rows = maxima_rows(calibration)
+    return directory.write_table(part_name(CALIBRATION, shard), rows)
 
 
 def _write_losses(directory: RunDirectory, name: str, losses: Losses) -> str:

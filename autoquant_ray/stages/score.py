@@ -18,7 +18,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.silent_experts import note_silent_experts, silent_experts
-from autoquant_ray.quantize.statistics import Maxima
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.runs.names import PLAN_FILE, RESAMPLING_FILE, SCORES, SENSITIVITY_FILE, part_name
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
@@ -66,7 +66,9 @@ def is_scored(state: RunState, plan: Plan, fingerprint: str) -> bool:
     return False
 
 
-def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerprint: str) -> None:
+def score(
+    state: RunState, pool: WorkerPool, plan: Plan, calibration: Calibration, fingerprint: str
+) -> None:
     """Sensitivity sums of every shard -> ``scores/shard-*.parquet``.
 
     With ``stop_when_stable``, of the first shards until the allocation is stable. Workers go on
@@ -92,13 +94,13 @@ def score(state: RunState, pool: WorkerPool, plan: Plan, maxima: Maxima, fingerp
 
     state.values.pop("stopping", None)
     with state.stage("score", fingerprint):
-        shared_maxima = ray.put(maxima)
+        shared = ray.put(calibration)
         done = intact_parts(state, SCORES, _is_complete(plan))
         if not any(is_enough(shard) for shard in sorted({*done, *state.left_out})):
             work = Work(
                 stage="score",
                 tasks=tasks_of(state, done),
-                submit=lambda worker, task: worker.score.remote(task, shared_maxima),
+                submit=lambda worker, task: worker.score.remote(task, shared),
                 num_done=len(done),
                 write=write,
                 is_enough=is_enough,

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def score(model_folder: Any, make_samples: Any, device: str, formats: tuple[str, ...]) -> Any:
-    from autoquant_ray.calibrate.maxima import to_maxima
+
     from autoquant_ray.models.load import build_skeleton
 
     ref = find_model(str(model_folder("qwen3")))
@@ -41,7 +41,7 @@ def score(model_folder: Any, make_samples: Any, device: str, formats: tuple[str,
     )
     scorer = Scorer(spec)
     samples = make_samples([24, 17, 31])
-    return scorer.score(samples, 0, to_maxima(scorer.calibrate(samples)))
+    return scorer.score(samples, 0, scorer.calibrate(samples))
 
 
 def test_scores_cuda_equal_cpu(model_folder: Any, make_samples: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from autoquant_ray.calibrate.files import read_maxima
+from autoquant_ray.calibrate.files import maxima_rows, read_calibration
 from autoquant_ray.calibrate.maxima import ActivationMaxima
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.export.source import read_source
@@ -61,10 +61,7 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
     with collector.collecting(), torch.no_grad():
         collector.set_mask(None)
         model(torch.randint(0, 256, (2, 48), generator=generator))
-    rows = [
-        {"module": module, "statistic": statistic, "value": value}
-        for (module, statistic), value in collector.statistics().items()
-    ]
+    rows = maxima_rows(collector.calibration())
     directory.write_table("calibration.parquet", rows)
     return {row["module"]: row["value"] for row in rows}
 
@@ -120,7 +117,7 @@ def logits_of_solution(directory: Any, solution: str, ids_BS: torch.Tensor) -> t
         index[source.formats[groups[g]].name] if groups[g] in source.formats else UNQUANTIZED
         for g in sorted(groups)
     )
-    quantized = QuantizedLayers(model, [], modules, menu, read_maxima(directory))
+    quantized = QuantizedLayers(model, [], modules, menu, read_calibration(directory))
     with quantized.quantized(0, choice, WeightCache(2**40)), torch.no_grad():
         logits: torch.Tensor = model(ids_BS).logits
     return logits

@@ -19,7 +19,6 @@ from modelopt_scores import modelopt_scores, of_text, quantized_by_modelopt
 
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import quantization_config
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.errors import AutoQuantError, one_line
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.format import NONE
@@ -29,6 +28,7 @@ from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.models.quantizable import sees_images
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.scorer import Scorer, ScoringSpec
@@ -57,7 +57,7 @@ class Family:
     model: Any
     plan: Any = None
     scorer: Any = None
-    maxima: Any = None
+    calibration: Any = None
     scores_GF: Any = None
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -158,17 +158,17 @@ def try_scan(family: Family) -> str:
     )
     scorer = family.scorer = Scorer(spec)
     shards = family.shards
-    statistics = merge_statistics(scorer.calibrate(shard) for shard in shards)
-    family.maxima = to_maxima(statistics)
-    scored = [scorer.score(shard, 0, family.maxima) for shard in shards]
+    family.calibration = merge_calibrations(scorer.calibrate(shard) for shard in shards)
+    scored = [scorer.score(shard, 0, family.calibration) for shard in shards]
     family.scores_GF = sum(one.sums.elementwise_GF / one.num_tokens**2 for one in scored)
     assert (family.scores_GF > 0).all(), "a group has no score"
     experts = {m.planned.name for m in spec.modules if m.planned.kind == "experts"}
     assert all(set(one.sums.expert_tokens) == experts for one in scored), "no routed tokens"
     samples = [sample for shard in shards for sample in shard]
     padded = Scorer(dataclasses.replace(spec), model=scorer.model)
-    assert merge_statistics([padded.calibrate(samples)]) == pytest.approx(statistics, rel=1e-5)
-    together_GF = padded.score(samples, 0, family.maxima).sums.elementwise_GF
+    maxima = merge_calibrations([padded.calibrate(samples)]).maxima()
+    assert maxima == pytest.approx(family.calibration.maxima(), rel=1e-5)
+    together_GF = padded.score(samples, 0, family.calibration).sums.elementwise_GF
     apart_GF = sum(one.sums.elementwise_GF for one in scored)
     for index, format_ in enumerate(family.plan.formats):
         # The last bits differ, and may move an input over the edge to its next quantized value.
@@ -240,7 +240,7 @@ def try_quantize(family: Family) -> str:
         num_threads=1,
         modules=spec.modules,
         formats=spec.formats,
-        maxima=family.maxima,
+        calibration=family.calibration,
         step_tokens=100_000,
     )
     runner = AllocationRunner(evaluation, model=family.scorer.model)
@@ -254,7 +254,7 @@ def try_quantize(family: Family) -> str:
 
 def try_export(family: Family) -> str:
     """A plan in FP8 and 16 bits, exported and read back, is what was planned."""
-    assert family.maxima is not None, "not scanned"
+    assert family.calibration is not None, "not scanned"
     refusal = _refusal(family)
     if refusal is None:
         return "yes"
@@ -266,7 +266,7 @@ def try_export(family: Family) -> str:
 def _refusal(family: Family, **options: str) -> str | None:
     """The first clause of an export's error; None where there is none."""
     try:
-        require_export(family.folder, family.model, family.maxima, **options)
+        require_export(family.folder, family.model, family.calibration, **options)
     except AutoQuantError as error:
         return re.split(r": | [(]|; ", one_line(error))[0]
     return None

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from written_runs import made_up_run
 
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.calibrate.files import maxima_rows
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import AutoQuantError
 from autoquant_ray.export.checkpoint import export_run
@@ -27,8 +28,8 @@ from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model, fingerprint_model
 from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
-from autoquant_ray.quantize.statistics import Maxima
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.solve import solve_run
 
@@ -37,13 +38,15 @@ _LARGEST = 448
 _PARTS = ("weight_scale", "input_scale")
 
 
-def require_export(folder: Path, model: Any, maxima: Maxima, *, sixteen_bits: str = "") -> None:
+def require_export(
+    folder: Path, model: Any, calibration: Calibration, *, sixteen_bits: str = ""
+) -> None:
     """Export a model in FP8 and 16 bits, and compare what is read with what was planned.
 
     Args:
         folder: The model's own.
         model: As it is there, in float32.
-        maxima: Calibrated input maxima.
+        calibration: Of the inputs.
         sixteen_bits: Pattern of groups that stay in 16 bits.
 
     Raises:
@@ -53,7 +56,7 @@ def require_export(folder: Path, model: Any, maxima: Maxima, *, sixteen_bits: st
     plan = build_plan(model, resolve_formats((FORMAT,), device="cpu"))
     quantized = [name for name in _mixed(plan) if not fnmatch.fnmatch(name, sixteen_bits)]
     with tempfile.TemporaryDirectory() as place:
-        directory = _solved_run(folder, Path(place) / "run", plan, quantized, maxima)
+        directory = _solved_run(folder, Path(place) / "run", plan, quantized, calibration)
         out = Path(place) / "out"
         try:
             export_run(directory, str(out))
@@ -69,7 +72,11 @@ def require_export(folder: Path, model: Any, maxima: Maxima, *, sixteen_bits: st
             tensor, expected[name], rtol=1e-6, atol=1e-7, msg=f"{name} holds other values"
         )
     modules = [m for group in plan.searched if group.name in quantized for m in group.modules]
-    planned = {value / _LARGEST for module in modules for value in maxima[module.name].values()}
+    planned = {
+        value / _LARGEST
+        for module in modules
+        for value in calibration.of(module.name).maxima.values()
+    }
     stored = {t.item() for name, t in tensors.items() if name.endswith(".input_scale")}
     assert sorted(stored) == pytest.approx(sorted(planned), rel=1e-6), "other scales of inputs"
 
@@ -86,7 +93,7 @@ def _mixed(plan: Plan) -> list[str]:
 
 
 def _solved_run(
-    folder: Path, out: Path, plan: Plan, quantized: list[str], maxima: Maxima
+    folder: Path, out: Path, plan: Plan, quantized: list[str], calibration: Calibration
 ) -> RunDirectory:
     config = ScanConfig(
         model=str(folder),
@@ -99,12 +106,7 @@ def _solved_run(
     )
     fingerprint = fingerprint_model(find_model(str(folder)))
     directory = made_up_run(config, plan, folder.name, fingerprint)
-    rows = [
-        {"module": module, "statistic": statistic, "value": value}
-        for module, values in maxima.items()
-        for statistic, value in values.items()
-    ]
-    directory.write_table("calibration.parquet", rows)
+    directory.write_table("calibration.parquet", maxima_rows(calibration))
     pins = {group.name: FORMAT if group.name in quantized else NONE for group in plan.searched}
     solve_run(directory, SolveOptions(bits=16, pins=pins), folder="")
     return directory

@@ -10,7 +10,6 @@ import numpy as np
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.losses import average_bits
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.evaluate.table import Measured
 from autoquant_ray.formats.format import NONE
@@ -32,9 +31,9 @@ class Laboratory:
         spec = prepared.scorer.spec
         self.plan = prepared.plan
         self.names = [group.name for group in self.plan.searched]
-        calibration = make_samples(LENGTHS * 4, seed=99)
-        maxima = to_maxima(prepared.scorer.calibrate(calibration))
-        sums_GF = prepared.scorer.score(calibration, 0, maxima)
+        samples = make_samples(LENGTHS * 4, seed=99)
+        calibration = prepared.scorer.calibrate(samples)
+        sums_GF = prepared.scorer.score(samples, 0, calibration)
         scores_GF = 0.5 * sums_GF.sums.elementwise_GF / sums_GF.num_tokens
         self.scores = {
             (name, format_): float(scores_GF[g, f])
@@ -46,7 +45,9 @@ class Laboratory:
         fields = ("model", "dtype", "device", "num_threads", "modules", "formats")
         self.runner = AllocationRunner(
             EvaluationSpec(
-                **{name: getattr(spec, name) for name in fields}, maxima=maxima, step_tokens=10_000
+                **{name: getattr(spec, name) for name in fields},
+                calibration=calibration,
+                step_tokens=10_000,
             ),
             model=prepared.model,
         )

@@ -25,6 +25,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ConfigError, ScoreError
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.calibration import calibration_of_maxima
 from autoquant_ray.report.expert_rows import by_format
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
@@ -62,8 +63,9 @@ def scored(make_spec: Any, make_samples: Any) -> Any:
     model = family_model("Qwen3-MoE")
     plan = build_plan(model, resolve_formats(FORMATS, device="cpu"), expert_groups=2)
     scorer = Scorer(make_spec(plan), model=model)
-    maxima = {m.name: {"input_amax": 8.0} for g in plan.searched for m in g.modules}
-    shards = [scorer.score(make_samples([20, 20], seed=n), 0, maxima) for n in range(3)]
+    names = [module.name for group in plan.searched for module in group.modules]
+    calibration = calibration_of_maxima({(name, "input_amax"): 8.0 for name in names})
+    shards = [scorer.score(make_samples([20, 20], seed=n), 0, calibration) for n in range(3)]
     return plan, [_without(shard, plan, SILENT) for shard in shards]
 
 

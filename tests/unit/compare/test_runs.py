@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from autoquant_ray.allocate.options import solve_options
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
+from autoquant_ray.calibrate.files import maxima_rows
 from autoquant_ray.cli.main import main
 from autoquant_ray.compare.drift import render_drift
 from autoquant_ray.compare.runs import compare_runs
@@ -25,6 +25,7 @@ from autoquant_ray.data.texts import DataSpec, read_texts
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import CALIBRATION, part_name
 from autoquant_ray.score.scorer import Scorer
@@ -78,10 +79,10 @@ def scan(
         spec = make_spec(plan, labels="model", step_tokens=2048, seed=config.seed)
         scorer = Scorer(spec, model=model)
         shards = first_samples(config)
-        statistics = [scorer.calibrate(shard) for shard in shards]
-        merged = merge_statistics(statistics)
+        calibrations = [scorer.calibrate(shard) for shard in shards]
+        merged = merge_calibrations(calibrations)
         scores = [
-            scorer.score(shard, number * SHARD_SAMPLES, to_maxima(merged))
+            scorer.score(shard, number * SHARD_SAMPLES, merged)
             for number, shard in enumerate(shards)
         ]
         weights = tmp_path_factory.mktemp("weights")
@@ -89,11 +90,8 @@ def scan(
         directory: RunDirectory = write_run(
             config, plan, identity(fingerprint, shards), scores, weights=weights
         )
-        for number, of_shard in enumerate(statistics):
-            rows = [
-                {"module": module, "statistic": name, "value": value}
-                for (module, name), value in of_shard.items()
-            ]
+        for number, of_shard in enumerate(calibrations):
+            rows = maxima_rows(of_shard)
             directory.write_table(part_name(CALIBRATION, number), rows)
         solve_run(directory, solve_options(config), folder="")
         return directory

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec, ShardEvaluation
 from autoquant_ray.models.find import ModelRef
+from autoquant_ray.quantize.calibration import calibration_of_maxima
 from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
@@ -31,7 +31,7 @@ def make_evaluation(prepared: Any, samples: list[list[int]], **changes: Any) -> 
         "num_threads": 1,
         "modules": spec.modules,
         "formats": spec.formats,
-        "maxima": to_maxima(prepared.scorer.calibrate(samples)),
+        "calibration": prepared.scorer.calibrate(samples),
         "step_tokens": 60,
     }
     return AllocationRunner(EvaluationSpec(**(fields | changes)), model=prepared.model)
@@ -136,10 +136,11 @@ def test_allocation_that_breaks_leaves_the_others_alone(
 ) -> None:
     prepared = make_scorer("llama", FORMATS)
     samples = make_samples(LENGTHS)
-    maxima = to_maxima(prepared.scorer.calibrate(samples))
+    calibration = prepared.scorer.calibrate(samples)
     broken = prepared.plan.searched[0].modules[0].name
-    maxima[broken]["input_amax"] = float("nan")
-    runner = make_evaluation(prepared, samples, maxima=maxima)
+    maxima = calibration.maxima() | {(broken, "input_amax"): float("nan")}
+    calibration = calibration_of_maxima(maxima)
+    runner = make_evaluation(prepared, samples, calibration=calibration)
     groups = len(prepared.plan.searched)
     fine: FormatNumbers = (0,) * groups  # weights only
     bad: FormatNumbers = (2, *(0,) * (groups - 1))

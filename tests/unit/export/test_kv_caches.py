@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from written_runs import made_up_run
 
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.calibrate.files import read_maxima
+from autoquant_ray.calibrate.files import read_calibration
 from autoquant_ray.cli.main import main
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ConfigError, FormatError
@@ -64,12 +64,12 @@ def test_one_format_for_all_caches_is_written_with_its_scales(
     directory = solved(family, "kv_fp8", "kv_fp8")
     lines = export_run(directory, str(tmp_path / "out"), engine="vllm", gpu="hopper").lines()
     assert lines[1] == "KV cache: kv_fp8 in 2 attentions"
-    maxima, tensors = read_maxima(directory), load_folder(tmp_path / "out")
+    calibration, tensors = read_calibration(directory), load_folder(tmp_path / "out")
     for group in CACHES:
         attention = group.removesuffix(".kv")
         for part in "kv":
             scale = tensors[f"{attention}.{part}_proj.{part}_scale"]
-            expected = maxima[attention][f"{part}_bmm_amax"] / 448
+            expected = calibration.of(attention).maxima[f"{part}_bmm_amax"] / 448
             assert float(scale) == pytest.approx(expected, rel=1e-6)
     told = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
     assert told["quantization"]["kv_cache_quant_algo"] == "FP8"

@@ -10,7 +10,6 @@ import numpy as np
 import pydantic
 import pytest
 
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.stage_fields import stage_fingerprints
 from autoquant_ray.distributed.placement import place_workers, require_resources
@@ -183,7 +182,7 @@ def test_scores_with_the_hooks_of_a_split_model_are_the_same(
         scorer = Scorer(spec, model=model)
         assert scorer.is_layerwise
         samples = make_samples([24, 17])
-        statistics = scorer.calibrate(samples)
-        results.append((statistics, scorer.score(samples, 0, to_maxima(statistics)).sums))
+        calibration = scorer.calibrate(samples)
+        results.append((calibration, scorer.score(samples, 0, calibration).sums))
     assert results[0][0] == results[1][0]
     np.testing.assert_array_equal(results[0][1].elementwise_GF, results[1][1].elementwise_GF)

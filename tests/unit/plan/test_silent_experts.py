@@ -11,6 +11,7 @@ import torch
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.plan.silent_experts import experts_with_few_tokens
+from autoquant_ray.quantize.calibration import Calibration, calibration_of_maxima
 from autoquant_ray.runs.names import SCORES
 from autoquant_ray.runs.schemas import SCHEMAS
 from autoquant_ray.solve import rewrite_reports, solve_run
@@ -28,16 +29,17 @@ def prepared(make_scorer: Any) -> Any:
 def scored(prepared: Any, make_samples: Any) -> Any:
     """Two shards, the second with padding, and their scores."""
     shards = [make_samples([24, 24], seed=1), make_samples([17, 9, 5], seed=2)]
-    maxima = {name: dict.fromkeys(keys, 8.0) for name, keys in _statistics(prepared).items()}
-    return shards, [prepared.scorer.score(shard, 0, maxima) for shard in shards]
+    calibration = calibration_of_maxima(dict.fromkeys(_maxima(prepared), 8.0))
+    return shards, [prepared.scorer.score(shard, 0, calibration) for shard in shards]
 
 
-def _statistics(prepared: Any) -> dict[str, list[str]]:
-    return {
-        module.name: [f"{prefix}input_amax" for prefix in module.quantizer_prefixes]
+def _maxima(prepared: Any) -> list[tuple[str, str]]:
+    return [
+        (module.name, f"{prefix}input_amax")
         for group in prepared.plan.searched
         for module in group.modules
-    }
+        for prefix in module.quantizer_prefixes
+    ]
 
 
 def test_counts_are_those_of_the_routers_on_predicting_tokens(prepared: Any, scored: Any) -> None:
@@ -71,7 +73,7 @@ def _routes(model: Any, sample: list[int]) -> dict[str, torch.Tensor]:
 def test_counts_do_not_depend_on_drawn_rows(scored: Any, make_scorer: Any) -> None:
     shards, scores = scored
     drawn = make_scorer("qwen3_moe", ("wint4_afp16",), row_share=0.3)
-    found = drawn.scorer.score(shards[1], 0, {}).sums.expert_tokens
+    found = drawn.scorer.score(shards[1], 0, Calibration()).sums.expert_tokens
     assert found == scores[1].sums.expert_tokens
 
 

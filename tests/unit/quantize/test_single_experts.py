@@ -21,6 +21,7 @@ from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.layers import require_gradient
 from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.quantize.calibration import Calibration, calibration_of_maxima
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
@@ -44,18 +45,23 @@ class Apart:
         return torch.tensor(self.samples)
 
     @property
-    def maxima(self) -> Any:
+    def calibration(self) -> Any:
         """Made up."""
-        return {
-            module.name: {f"{prefix}input_amax": 8.0 for prefix in module.quantizer_prefixes}
-            for group in self.plan.searched
-            for module in group.modules
-        }
+        return calibration_of_maxima(
+            {
+                (module.name, f"{prefix}input_amax"): 8.0
+                for group in self.plan.searched
+                for module in group.modules
+                for prefix in module.quantizer_prefixes
+            }
+        )
 
     def score(self, **changes: Any) -> Any:
         spec = dataclasses.replace(self.spec, **changes)
         return (
-            Scorer(spec, model=copy.deepcopy(self.model)).score(self.samples, 0, self.maxima).sums
+            Scorer(spec, model=copy.deepcopy(self.model))
+            .score(self.samples, 0, self.calibration)
+            .sums
         )
 
 
@@ -144,8 +150,8 @@ def test_sums_of_a_shard_do_not_depend_on_the_shards_before(
     apart: Apart, make_samples: Any
 ) -> None:
     scorer = Scorer(apart.spec, model=copy.deepcopy(apart.model))
-    scorer.score(make_samples([30, 7], seed=5), 0, apart.maxima)
-    again = scorer.score(apart.samples, 0, apart.maxima).sums
+    scorer.score(make_samples([30, 7], seed=5), 0, apart.calibration)
+    again = scorer.score(apart.samples, 0, apart.calibration).sums
     first = apart.score()
     assert again.elementwise_GF.tobytes() == first.elementwise_GF.tobytes()
     assert again.token_GF.tobytes() == first.token_GF.tobytes()
@@ -189,7 +195,7 @@ def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
     quantized = quantized_by_modelopt(apart.model, [apart.ids_BS], entries, algorithm)
     fields = {f.name for f in dataclasses.fields(EvaluationSpec)} & set(vars(apart.spec))
     spec = EvaluationSpec(
-        **{n: getattr(apart.spec, n) for n in fields} | {"formats": menu}, maxima={}
+        **{n: getattr(apart.spec, n) for n in fields} | {"formats": menu}, calibration=Calibration()
     )
     runner = AllocationRunner(spec, model=copy.deepcopy(apart.model))
     index = {name: number for number, name in enumerate(names)} | {NONE: UNQUANTIZED}

@@ -16,13 +16,12 @@ import pytest
 import torch
 from modelopt_scores import modelopt_scores, of_text, summed_by_step
 
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.quantize.awq import best_alphas, merge_losses
 from autoquant_ray.quantize.block_formats import for_cpu
-from autoquant_ray.quantize.smoothing import input_maximum, input_scales, with_alphas
-from autoquant_ray.quantize.statistics import Maxima
+from autoquant_ray.quantize.calibration import Calibration, merge_calibrations
+from autoquant_ray.quantize.smoothing import input_maximum, input_scales
 from autoquant_ray.score.scorer import Scorer
 
 SMOOTHQUANT, INT4_AWQ, NVFP4_AWQ = "INT8_SMOOTHQUANT_CFG", "INT4_AWQ_CFG", "NVFP4_AWQ_LITE_CFG"
@@ -30,10 +29,11 @@ SHARDS = [[24, 24], [24, 24], [24, 24]]
 EXACT = {"rtol": 2e-3, "atol": 2e-6}
 
 
-def calibrate(scorer: Any, shards: list[Any]) -> Maxima:
+def calibrate(scorer: Any, shards: list[Any]) -> Calibration:
     """Both passes over the shards, merged."""
-    maxima = to_maxima(merge_statistics(scorer.calibrate(shard) for shard in shards))
-    return with_alphas(maxima, merge_losses(scorer.search(shard, maxima) for shard in shards))
+    calibration = merge_calibrations(scorer.calibrate(shard) for shard in shards)
+    losses = merge_losses(scorer.search(shard, calibration) for shard in shards)
+    return calibration.with_alphas(best_alphas(losses))
 
 
 def quantized_by_modelopt(model: Any, batches: list[torch.Tensor], preset: str) -> Any:
@@ -67,8 +67,8 @@ def test_scales_and_candidates_equal_modelopt(
 ) -> None:
     prepared = make_scorer(family, (preset,))
     shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
-    maxima = calibrate(prepared.scorer, shards)
-    losses = merge_losses(prepared.scorer.search(shard, maxima) for shard in shards)
+    calibration = calibrate(prepared.scorer, shards)
+    losses = merge_losses(prepared.scorer.search(shard, calibration) for shard in shards)
     alphas = best_alphas(losses)
     theirs = quantized_by_modelopt(prepared.model, [torch.tensor(s) for s in shards], preset)
     (format_,) = prepared.plan.formats
@@ -77,7 +77,7 @@ def test_scales_and_candidates_equal_modelopt(
             name = planned.name
             module = theirs.get_submodule(name)
             weight = prepared.model.get_submodule(name).weight
-            scales = input_scales(format_, weight, maxima[name])
+            scales = input_scales(format_, weight, calibration.of(name))
             assert scales is not None
             torch.testing.assert_close(scales, module.input_quantizer.pre_quant_scale)
             if preset != SMOOTHQUANT:
@@ -88,7 +88,8 @@ def test_scales_and_candidates_equal_modelopt(
                 assert own == pytest.approx(expected, rel=1e-3)
             if format_.input is not None:
                 largest = float(module.input_quantizer.amax)
-                assert input_maximum(maxima[name], scales, weight.dtype) == pytest.approx(largest)
+                maximum = input_maximum(calibration.of(name), scales, weight.dtype)
+                assert maximum == pytest.approx(largest)
 
 
 @pytest.mark.parametrize("presets", [(SMOOTHQUANT, "INT8_DEFAULT_CFG"), (INT4_AWQ,)])
@@ -97,8 +98,8 @@ def test_scores_equal_modelopt(
 ) -> None:
     prepared = make_scorer("llama", presets)
     shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
-    maxima = calibrate(prepared.scorer, shards)
-    ours = summed_by_step(prepared.scorer, shards, maxima)
+    calibration = calibrate(prepared.scorer, shards)
+    ours = summed_by_step(prepared.scorer, shards, calibration)
     theirs = modelopt_scores(
         prepared.model, [of_text(torch.tensor(shard)) for shard in shards], presets
     )
@@ -107,7 +108,9 @@ def test_scores_equal_modelopt(
         assert scores_F == pytest.approx(expected, rel=1e-3), name
 
 
-def evaluated(prepared: Any, scorer: Any, maxima: Maxima, samples: list[Any]) -> list[Any]:
+def evaluated(
+    prepared: Any, scorer: Any, calibration: Calibration, samples: list[Any]
+) -> list[Any]:
     """KL per token of each sample, with every group under the first format."""
     spec = EvaluationSpec(
         model=ModelRef(name="in memory", path="unused"),
@@ -116,7 +119,7 @@ def evaluated(prepared: Any, scorer: Any, maxima: Maxima, samples: list[Any]) ->
         num_threads=1,
         modules=scorer.spec.modules,
         formats=scorer.spec.formats,
-        maxima=maxima,
+        calibration=calibration,
         step_tokens=100,
     )
     choice = (0,) * len(prepared.plan.searched)
@@ -157,17 +160,18 @@ def test_evaluation_equals_mtq_quantize(
     prepared.model.to(dtype)
     scorer = Scorer(prepared.scorer.spec, model=prepared.model)
     shards = [make_samples(lengths, seed=n) for n, lengths in enumerate(SHARDS)]
-    maxima = calibrate(scorer, shards)
+    calibration = calibrate(scorer, shards)
     samples = make_samples([24, 17], seed=9)
     theirs = quantized_by_modelopt(prepared.model, [torch.tensor(s) for s in shards], preset)
-    losses = {
-        (name, preset, module.awq_lite.best_alpha): 0.0
+    alphas = {
+        (name, preset): module.awq_lite.best_alpha
         for name, module in theirs.named_modules()
         if hasattr(module, "awq_lite")
     }
-    maxima = with_alphas(maxima, losses)
+    calibration = calibration.with_alphas(alphas)
     tolerance = EXACT if dtype == torch.float32 else {"rtol": 0.3, "atol": 2e-2}
-    for sample, kl_N in zip(samples, evaluated(prepared, scorer, maxima, samples), strict=True):
+    divergences_of_samples = evaluated(prepared, scorer, calibration, samples)
+    for sample, kl_N in zip(samples, divergences_of_samples, strict=True):
         expected = divergences(prepared.model, theirs, sample)
         assert expected.mean() > 1e-3
         np.testing.assert_allclose(kl_N, expected, **tolerance)
@@ -179,11 +183,12 @@ def test_padding_changes_no_statistic_and_no_loss(make_scorer: Any, make_samples
     alone = make_scorer("llama", (NVFP4_AWQ,), step_tokens=24).scorer
     results = []
     for scorer in (padded, alone):
-        maxima = to_maxima(scorer.calibrate(samples))
+        calibration = scorer.calibrate(samples)
         name = "model.layers.1.mlp.down_proj"
-        channels = maxima[name]["channels"]
+        channels = calibration.of(name).channels
+        assert channels is not None
         assert channels.num_tokens == 50
-        results.append((channels.largest_I, channels.mean_I, scorer.search(samples, maxima)))
+        results.append((channels.largest_I, channels.mean_I, scorer.search(samples, calibration)))
     for first, second in zip(*results, strict=True):
         if isinstance(first, dict):
             assert first == pytest.approx(second, rel=1e-4)
@@ -196,10 +201,11 @@ def test_search_between_calibration_and_scores_changes_no_bit_of_kept_inputs(
 ) -> None:
     samples = make_samples([24, 17, 9])
     scorer = make_scorer("llama", (INT4_AWQ, "wint8_aint8"), step_tokens=60).scorer
-    maxima = to_maxima(scorer.calibrate(samples, shard=5))
-    maxima = with_alphas(maxima, scorer.search(samples, maxima))
-    kept = scorer.score(samples, 0, maxima, shard=5)
-    fresh = scorer.score(samples, 0, maxima, shard=5)
+    calibration = scorer.calibrate(samples, shard=5)
+    alphas = best_alphas(scorer.search(samples, calibration))
+    calibration = calibration.with_alphas(alphas)
+    kept = scorer.score(samples, 0, calibration, shard=5)
+    fresh = scorer.score(samples, 0, calibration, shard=5)
     assert np.array_equal(kept.sums.elementwise_GF, fresh.sums.elementwise_GF)
 
 
@@ -208,10 +214,10 @@ def test_scores_bfloat16_stay_near_float32(make_scorer: Any, make_samples: Any) 
     prepared = make_scorer("llama", (SMOOTHQUANT, INT4_AWQ))
     prepared.model.to(torch.bfloat16)
     half = Scorer(prepared.scorer.spec, model=prepared.model)
-    maxima = calibrate(half, [samples])
-    rounded = half.score(samples, 0, maxima).sums.elementwise_GF
+    calibration = calibrate(half, [samples])
+    rounded = half.score(samples, 0, calibration).sums.elementwise_GF
     prepared.model.to(torch.float32)
-    exact = Scorer(prepared.scorer.spec, model=prepared.model).score(samples, 0, maxima).sums
+    exact = Scorer(prepared.scorer.spec, model=prepared.model).score(samples, 0, calibration).sums
     ratios = rounded / exact.elementwise_GF
     # Scaled weights and inputs are rounded to 16 bits once more.
     np.testing.assert_allclose(ratios, 1, atol=0.25)

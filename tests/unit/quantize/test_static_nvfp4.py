@@ -28,10 +28,10 @@ from modelopt_scores import (
 from autoquant_ray import load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.formats.format import Format, attributes_to_json
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.quantize.block_formats import quantize_static_blocks
+from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.quantizers import quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.solve import solve_run
@@ -150,8 +150,8 @@ def test_scores_equal_modelopt_search(
 
     prepared = make_scorer(family, (name,))
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
-    ours_G = summed_by_step(prepared.scorer, shards, maxima)[:, 0]
+    calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
+    ours_G = summed_by_step(prepared.scorer, shards, calibration)[:, 0]
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     theirs = scores_of_config(make_model(family), batches, for_cpu(getattr(mtq, name)))
     assert set(theirs) == set(prepared.names)

@@ -17,11 +17,11 @@ from modelopt_scores import (
 )
 
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.experts import FusedExperts, prepare_experts
 from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
@@ -137,8 +137,8 @@ def test_scores_equal_modelopt_search(
     custom = {"mine": {"weight": weight, "input": FP8, "algorithm": {"method": "mse"}}}
     prepared = make_scorer(family, ("mine", "wint4_afp16"), custom=custom)
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
-    ours_G = summed_by_step(prepared.scorer, shards, maxima)[:, 0]
+    calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
+    ours_G = summed_by_step(prepared.scorer, shards, calibration)[:, 0]
     config = {
         "quant_cfg": [
             *NOTHING,

@@ -17,12 +17,12 @@ from modelopt_scores import of_text, scores_of_config, summed_by_step
 
 from autoquant_ray import load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.menu import PAIRS, resolve_formats
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.block_formats import BACKEND, for_cpu
+from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.solve import solve_run
@@ -45,8 +45,8 @@ def test_all_pairs_and_block_presets_score_in_one_pass_and_in_order(
     formats = (*PAIRS, *BLOCK_PRESETS)
     prepared = make_scorer("llama", formats, labels="model")
     shards = [make_samples([24] * 4, seed=1), make_samples([17, 30], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
-    sums_GF = sum(prepared.scorer.score(s, 0, maxima).sums.elementwise_GF for s in shards)
+    calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
+    sums_GF = sum(prepared.scorer.score(s, 0, calibration).sums.elementwise_GF for s in shards)
     assert sums_GF.shape == (len(prepared.names), len(PAIRS) + len(BLOCK_PRESETS))
     assert np.isfinite(sums_GF).all()
     assert (sums_GF > 0).all()
@@ -72,7 +72,7 @@ def test_scores_do_not_depend_on_the_other_formats(make_scorer: Any, make_sample
 
     def scores(formats: tuple[str, ...]) -> Any:
         scorer = make_scorer("llama", formats).scorer
-        return scorer.score(samples, 0, to_maxima(scorer.calibrate(samples))).sums.elementwise_GF
+        return scorer.score(samples, 0, scorer.calibrate(samples)).sums.elementwise_GF
 
     together = scores(("MXFP4_DEFAULT_CFG", "wint8_aint8", "NVFP4_DEFAULT_CFG"))
     np.testing.assert_array_equal(together[:, 2:], scores(("NVFP4_DEFAULT_CFG",)))
@@ -92,8 +92,8 @@ def test_scores_equal_modelopt_search_with_the_backend(
     """All calibrate by maximum, as our manifests say; MX presets leave the FP8 inputs dynamic."""
     prepared = make_scorer(family, presets)
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
-    ours = summed_by_step(prepared.scorer, shards, maxima)
+    calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
+    ours = summed_by_step(prepared.scorer, shards, calibration)
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     for index, preset in enumerate(presets):
         config = for_cpu(getattr(mtq, preset)) | {"algorithm": "max"}
@@ -160,7 +160,7 @@ def test_manifest_quantizes_on_cpu_to_the_formats_and_the_loss_that_evaluate_mea
         num_threads=1,
         modules=prepared.scorer.spec.modules,
         formats=prepared.scorer.spec.formats,
-        maxima=to_maxima(prepared.scorer.calibrate(samples)),
+        calibration=prepared.scorer.calibrate(samples),
         step_tokens=60,
     )
     choice = tuple(menu.index(f) if f != "none" else UNQUANTIZED for f in pins.values())
@@ -203,5 +203,5 @@ def test_custom_mx_format_that_no_preset_has_scores(
     model = make_model("llama")
     plan = build_plan(model, resolve_formats(("mine",), device="cpu", custom=custom))
     scorer = Scorer(make_spec(plan), model=model)
-    sums = scorer.score(make_samples([24]), 0, to_maxima(scorer.calibrate(make_samples([24]))))
+    sums = scorer.score(make_samples([24]), 0, scorer.calibrate(make_samples([24])))
     assert (sums.sums.elementwise_GF > 0).all()

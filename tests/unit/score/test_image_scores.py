@@ -10,7 +10,7 @@ import torch
 from chats import with_processor, write_pairs
 from modelopt_scores import Batch, modelopt_scores
 
-from autoquant_ray.calibrate.maxima import ActivationMaxima, to_maxima
+from autoquant_ray.calibrate.maxima import ActivationMaxima
 from autoquant_ray.data.chat_encoding import ConversationEncoder, Encoded
 from autoquant_ray.data.conversations import Conversation, load_images
 from autoquant_ray.data.samples import RichSample
@@ -23,6 +23,7 @@ from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.quantize.calibration import Calibration, merge_calibrations
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.score.visits import make_step
@@ -80,13 +81,10 @@ def test_scores_with_images_equal_modelopt(family: str, make_scorer: Any, sample
     assert prepared.scorer.is_layerwise
     # ModelOpt's calibration sees padding, ours does not.
     shards = [[sample] for sample in samples]
-    maxima: dict[tuple[str, str], float] = {}
-    for shard in shards:
-        for key, value in prepared.scorer.calibrate(shard).items():
-            maxima[key] = max(value, maxima.get(key, 0.0))
+    calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
     ours = np.zeros((len(prepared.names), len(formats)))
     for shard in shards:
-        scores = prepared.scorer.score(shard, 0, to_maxima(maxima))
+        scores = prepared.scorer.score(shard, 0, calibration)
         assert scores.num_tokens == 9  # eight words and the end of the turn
         ours += scores.sums.elementwise_GF / scores.num_tokens**2
 
@@ -107,12 +105,12 @@ def test_towers_channels_count_every_patch_once(full_scorer: Any, samples_of: An
     name = "model.visual.blocks.0.attn.qkv"
     found = []
     for _ in range(2):
-        maxima = to_maxima(scorer.calibrate(samples))
-        assert maxima[name]["channels"].num_tokens == num_patches
-        found.append(scorer.search(samples, maxima))
+        calibration = scorer.calibrate(samples)
+        assert calibration.channels()[name].num_tokens == num_patches
+        found.append(scorer.search(samples, calibration))
     assert found[0] == found[1]
     fresh = full_scorer("qwen3_vl", ("INT4_AWQ_CFG",))[1]
-    assert fresh.search(samples, maxima) == found[0]  # a worker that has calibrated nothing
+    assert fresh.search(samples, calibration) == found[0]  # a worker that has calibrated nothing
     assert any(module == name for module, _, _ in found[0])
 
 
@@ -162,7 +160,7 @@ def test_scores_of_the_vision_tower_equal_one_whole_graph(
     samples = samples_of(family)
     names = [group.name for group in plan.searched]
     assert any("visual" in name for name in names)
-    ours = scorer.score(samples, 0, {}).sums.elementwise_GF[:, 0]
+    ours = scorer.score(samples, 0, Calibration()).sums.elementwise_GF[:, 0]
 
     theirs = whole_graph_sums(plan, scorer.model, batch_of(samples))
     assert set(theirs) == set(names)
@@ -184,9 +182,9 @@ def test_scores_of_the_vision_tower_ignore_how_steps_are_grouped(
             step_tokens=30,
             activation_bytes=room,
         )
-        maxima = to_maxima(scorer.calibrate(samples, 0))
-        assert any(name.startswith("model.visual") for name in maxima)
-        found.append(scorer.score(samples, 0, maxima, 0).sums)
+        calibration = scorer.calibrate(samples, 0)
+        assert any(name.startswith("model.visual") for name in calibration.modules)
+        found.append(scorer.score(samples, 0, calibration, 0).sums)
     assert np.array_equal(found[0].elementwise_GF, found[1].elementwise_GF)
     assert (found[0].elementwise_GF > 0).all()
 
@@ -199,7 +197,7 @@ def test_model_that_adds_after_its_last_layer_is_refused(
     plan = build_plan(model, resolve_formats((PRESET,), device="cpu"))
     scorer = Scorer(make_spec(plan), model=model)
     with pytest.raises(ModelError, match=r"cannot be scored with images.*give data without images"):
-        scorer.score(samples_of("qwen3_vl"), 0, {})
+        scorer.score(samples_of("qwen3_vl"), 0, Calibration())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -209,7 +207,9 @@ def test_evaluation_runs_the_vision_tower_quantized(
     plan, scorer = full_scorer(family, (PRESET,))
     fields = ("model", "dtype", "device", "num_threads", "modules", "formats")
     spec = EvaluationSpec(
-        **{name: getattr(scorer.spec, name) for name in fields}, maxima={}, step_tokens=10_000
+        **{name: getattr(scorer.spec, name) for name in fields},
+        calibration=Calibration(),
+        step_tokens=10_000,
     )
     samples = samples_of(family)
     own = tuple(UNQUANTIZED for _ in plan.searched)
@@ -249,5 +249,5 @@ def test_mask_of_tokens_hides_no_patch_of_a_tower() -> None:
         maxima.set_mask(torch.tensor([[1, 1, 0]]))
         for module in model.values():
             module(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]))  # three tokens, or patches
-    found = {name: value for (name, _), value in maxima.statistics().items()}
+    found = {name: value for (name, _), value in maxima.calibration().maxima().items()}
     assert found == {"visual": 3.0, "layer": 2.0}

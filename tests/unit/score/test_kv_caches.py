@@ -13,13 +13,13 @@ from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
 
 from autoquant_ray.allocate.quant_cfg import cache_entries, quantizer_entries
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.layers import require_gradient
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.attention import CachedAttention, Call
 from autoquant_ray.quantize.block_formats import for_cpu
+from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.loss import draw_uniforms, sample_labels
 from autoquant_ray.score.scorer import Scorer
@@ -122,8 +122,8 @@ def test_sums_equal_their_definition(
 ) -> None:
     samples = make_samples(LENGTHS, seed=5)
     model, plan, scorer = prepare(family, labels=labels)
-    maxima = to_maxima(scorer.calibrate(samples))
-    scores = scorer.score(samples, 0, maxima)
+    calibration = scorer.calibrate(samples)
+    scores = scorer.score(samples, 0, calibration)
     column = {name: number for number, name in enumerate(FORMATS)}
     rows = {group.name: number for number, group in enumerate(plan.searched)}
     expected = definition(model, plan, samples, labels)
@@ -139,8 +139,8 @@ def test_sums_equal_their_definition(
 def test_maxima_padded_batch_ignores_padding(prepare: Any, make_samples: Any) -> None:
     samples = make_samples(LENGTHS, seed=5)
     model, plan, scorer = prepare("Llama")
-    together = scorer.calibrate(samples)
-    alone = merge_statistics(scorer.calibrate([sample]) for sample in samples)
+    together = scorer.calibrate(samples).maxima()
+    alone = merge_calibrations(scorer.calibrate([sample]) for sample in samples).maxima()
     choice = {group.name: "kv_fp8" for group in plan.searched if group.is_cache}
     other = quantized(model, plan, choice, samples)
     for group in plan.searched:
@@ -155,13 +155,13 @@ def test_maxima_padded_batch_ignores_padding(prepare: Any, make_samples: Any) ->
 def test_any_batching_and_draws_of_rows_agree(prepare: Any, make_samples: Any) -> None:
     samples = make_samples(LENGTHS * 3, seed=6)
     _, plan, whole = prepare("Qwen3", labels="model", label_draws=2)
-    maxima = to_maxima(whole.calibrate(samples))
-    expected = whole.score(samples, 0, maxima).sums
+    calibration = whole.calibrate(samples)
+    expected = whole.score(samples, 0, calibration).sums
     _, _, single = prepare("Qwen3", labels="model", label_draws=2, step_tokens=2)
-    found = single.score(samples, 0, maxima).sums
+    found = single.score(samples, 0, calibration).sums
     np.testing.assert_allclose(found.elementwise_GF, expected.elementwise_GF, rtol=1e-4)
     _, _, drawn = prepare("Qwen3", labels="model", label_draws=2, row_share=0.5)
-    sums = drawn.score(samples, 0, maxima).sums
+    sums = drawn.score(samples, 0, calibration).sums
     for number, group in enumerate(plan.searched):
         if group.is_cache:
             for column in (0, 2):
@@ -216,7 +216,7 @@ def divergence(model: Any, other: Any, samples: list[list[int]]) -> float:
 def test_score_predicts_the_divergence_of_a_single_format(prepare: Any, make_samples: Any) -> None:
     samples = make_samples([32] * 12, seed=7)
     model, plan, scorer = prepare("Llama", labels="model", label_draws=4)
-    scores = scorer.score(samples, 0, to_maxima(scorer.calibrate(samples)))
+    scores = scorer.score(samples, 0, scorer.calibrate(samples))
     for number, group in enumerate(plan.searched):
         for column, name in ((0, "kv_fp8"), (2, "kv_nvfp4")) if group.is_cache else ():
             predicted = 0.5 * scores.sums.elementwise_GF[number, column] / scores.num_tokens
@@ -236,7 +236,7 @@ def test_evaluation_equals_mtq_quantize(family: str, prepare: Any, make_samples:
     evaluation = AllocationRunner(
         EvaluationSpec(
             **{name: getattr(spec, name) for name in fields},
-            maxima=to_maxima(scorer.calibrate(samples)),
+            calibration=scorer.calibrate(samples),
         ),
         model=model,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from modelopt_scores import modelopt_scores, of_text, summed_by_step
 
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
+from autoquant_ray.quantize.calibration import merge_calibrations
 
 FORMATS = (
     "INT8_DEFAULT_CFG",
@@ -24,8 +24,8 @@ def test_scores_one_step_per_shard_equal_modelopt(
 ) -> None:
     prepared = make_scorer(family, FORMATS)
     shards = [make_samples([24, 24, 24], seed=1), make_samples([17, 17], seed=2)]
-    maxima = to_maxima(merge_statistics(prepared.scorer.calibrate(shard) for shard in shards))
-    ours = summed_by_step(prepared.scorer, shards, maxima)
+    calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
+    ours = summed_by_step(prepared.scorer, shards, calibration)
 
     batches = [of_text(torch.tensor(shard)) for shard in shards]
     theirs = modelopt_scores(prepared.model, batches, FORMATS)

@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.errors import ModelError
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import ModelRef, find_model
 from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import build_plan
-from autoquant_ray.quantize.smoothing import with_alphas
+from autoquant_ray.quantize.awq import best_alphas
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.loading import load_placed
 from autoquant_ray.score.scorer import Scorer, ScoringSpec
@@ -53,8 +52,8 @@ def placed_spec(make_spec: Any) -> Any:
 
 
 def run(scorer: Scorer, samples: Any) -> Any:
-    statistics = scorer.calibrate(samples)
-    return statistics, scorer.score(samples, 0, to_maxima(statistics))
+    calibration = scorer.calibrate(samples)
+    return calibration, scorer.score(samples, 0, calibration)
 
 
 def test_search_and_scores_of_scaled_channels_offloaded_equal_resident(
@@ -65,9 +64,10 @@ def test_search_and_scores_of_scaled_channels_offloaded_equal_resident(
     found = []
     for placement in ("resident", "offload"):
         scorer = Scorer(placed_spec(model_folder("llama"), placement, "bfloat16", formats))
-        maxima = to_maxima(scorer.calibrate(samples, 0))
-        losses = scorer.search(samples, maxima)
-        found.append((losses, scorer.score(samples, 0, with_alphas(maxima, losses), 0).sums))
+        calibration = scorer.calibrate(samples, 0)
+        losses = scorer.search(samples, calibration)
+        calibration = calibration.with_alphas(best_alphas(losses))
+        found.append((losses, scorer.score(samples, 0, calibration, 0).sums))
     (losses, sums), (offloaded_losses, offloaded_sums) = found
     assert offloaded_losses == losses
     assert losses
@@ -107,9 +107,9 @@ def test_scores_of_caches_offloaded_are_those_of_resident_to_the_byte(
     found = []
     for placement in ("resident", "offload"):
         spec = placed_spec(model_folder("qwen3"), placement, dtype, formats)
-        statistics, scores = run(Scorer(spec), samples)
+        calibration, scores = run(Scorer(spec), samples)
         caches = [m.group for m in spec.modules if m.planned.is_cache]
-        found.append((statistics, scores.sums.elementwise_GF[caches]))
+        found.append((calibration, scores.sums.elementwise_GF[caches]))
     assert found[0][0] == found[1][0]
     assert found[0][1].tobytes() == found[1][1].tobytes()
     assert (found[0][1][:, 1:] > 0).all()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoquant_ray.calibrate.maxima import to_maxima
 from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.score.row_sampling import draw_rows
 
 FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
@@ -24,13 +24,13 @@ def test_sampled_sums_are_unbiased_and_their_variance_covers(
 ) -> None:
     samples = make_samples(LENGTHS)
     exact = make_scorer(family, FORMATS)
-    maxima = to_maxima(exact.scorer.calibrate(samples))
-    expected = exact.scorer.score(samples, 0, maxima).sums
+    calibration = exact.scorer.calibrate(samples)
+    expected = exact.scorer.score(samples, 0, calibration).sums
     estimates, scores = [], []
     sampled = make_scorer(family, FORMATS, row_share=0.25)
     for seed in range(NUM_SEEDS):
         sampled.scorer.spec = dataclasses.replace(sampled.scorer.spec, seed=seed)
-        sums = sampled.scorer.score(samples, 0, maxima).sums
+        sums = sampled.scorer.score(samples, 0, calibration).sums
         for name in ("elementwise", "token"):
             true_GF = getattr(expected, f"{name}_GF")
             variance_GF = getattr(sums, f"{name}_variance_GF")
@@ -54,11 +54,13 @@ def test_sampled_sums_repeat_for_a_seed_and_differ_between_seeds_and_shards(
     first = make_scorer("llama", FORMATS, row_share=0.2, seed=3)
     again = make_scorer("llama", FORMATS, row_share=0.2, seed=3)
     other = make_scorer("llama", FORMATS, row_share=0.2, seed=4)
-    maxima = to_maxima(first.scorer.calibrate(samples))
-    sums = [p.scorer.score(samples, 0, maxima).sums.elementwise_GF for p in (first, again, other)]
+    calibration = first.scorer.calibrate(samples)
+    sums = [
+        p.scorer.score(samples, 0, calibration).sums.elementwise_GF for p in (first, again, other)
+    ]
     assert np.array_equal(sums[0], sums[1])
     assert not np.allclose(sums[0], sums[2], rtol=1e-6)
-    moved = first.scorer.score(samples, 8, maxima).sums.elementwise_GF
+    moved = first.scorer.score(samples, 8, calibration).sums.elementwise_GF
     assert not np.allclose(sums[0], moved, rtol=1e-6)
 
 
@@ -68,8 +70,8 @@ def test_sampled_sums_do_not_depend_on_how_steps_are_visited(
     samples = make_samples(LENGTHS)
     together = make_scorer("llama", FORMATS, row_share=0.3, step_tokens=60)
     apart = make_scorer("llama", FORMATS, row_share=0.3, step_tokens=60, activation_bytes=0)
-    maxima = to_maxima(together.scorer.calibrate(samples))
-    one, other = (p.scorer.score(samples, 0, maxima).sums for p in (together, apart))
+    calibration = together.scorer.calibrate(samples)
+    one, other = (p.scorer.score(samples, 0, calibration).sums for p in (together, apart))
     assert np.array_equal(one.elementwise_GF, other.elementwise_GF)
     assert np.array_equal(one.token_variance_GF, other.token_variance_GF)
 
@@ -79,7 +81,7 @@ def test_sampled_nan_gradient_is_an_error(make_scorer: Any, make_samples: Any) -
     with torch.no_grad():
         prepared.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError):
-        prepared.scorer.score(make_samples([8]), 0, {})
+        prepared.scorer.score(make_samples([8]), 0, Calibration())
 
 
 def test_draw_rows_never_draws_a_row_without_a_gradient() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from autoquant_ray.calibrate.maxima import merge_statistics, to_maxima
 from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.quantize.calibration import Calibration, merge_calibrations
 from autoquant_ray.score import scorer as scorer_module
 from autoquant_ray.score.loss import sample_labels
 from autoquant_ray.score.rows import live_rows
@@ -25,11 +25,11 @@ FORMATS = (
 LENGTHS = [24, 7, 31, 12, 18, 24, 9, 15]
 
 
-def total(prepared: Any, shards: list[Any], maxima: Any) -> tuple[np.ndarray, np.ndarray, int]:
+def total(prepared: Any, shards: list[Any], calibration: Any) -> tuple[np.ndarray, np.ndarray, int]:
     """Elementwise sums, token sums and token count over shards."""
     elementwise, token, count, first = 0.0, 0.0, 0, 0
     for shard in shards:
-        scores = prepared.scorer.score(shard, first, maxima)
+        scores = prepared.scorer.score(shard, first, calibration)
         elementwise = elementwise + scores.sums.elementwise_GF
         token = token + scores.sums.token_GF
         count += scores.num_tokens
@@ -42,15 +42,15 @@ def test_sums_any_batching_are_the_same(family: str, make_scorer: Any, make_samp
     samples = make_samples(LENGTHS)
     whole = make_scorer(family, FORMATS)
     single = make_scorer(family, FORMATS, step_tokens=2)
-    maxima = to_maxima(whole.scorer.calibrate(samples))
-    expected = total(whole, [samples], maxima)
+    calibration = whole.scorer.calibrate(samples)
+    expected = total(whole, [samples], calibration)
     assert expected[2] == sum(LENGTHS) - len(LENGTHS)
     for prepared, shards in (
         (single, [samples]),
         (whole, [[sample] for sample in samples]),
         (whole, [samples[:1], samples[1:6], samples[6:]]),
     ):
-        elementwise, token, count = total(prepared, shards, maxima)
+        elementwise, token, count = total(prepared, shards, calibration)
         assert count == expected[2]
         np.testing.assert_allclose(elementwise, expected[0], rtol=1e-5)
         np.testing.assert_allclose(token, expected[1], rtol=1e-5)
@@ -62,8 +62,9 @@ def test_maxima_padded_batch_ignores_padding(
 ) -> None:
     samples = make_samples(LENGTHS)
     prepared = make_scorer(family, FORMATS)
-    padded = prepared.scorer.calibrate(samples)
-    alone = merge_statistics(prepared.scorer.calibrate([sample]) for sample in samples)
+    padded = prepared.scorer.calibrate(samples).maxima()
+    shards = [prepared.scorer.calibrate([sample]) for sample in samples]
+    alone = merge_calibrations(shards).maxima()
     assert set(padded) == set(alone)
     for key, value in alone.items():
         assert padded[key] == pytest.approx(value, rel=1e-5), key
@@ -89,8 +90,8 @@ def test_sums_linear_equal_their_definition(
 
     prepared = make_scorer(family, ("wint8_aint8",))
     samples = make_samples([20])
-    maxima = to_maxima(prepared.scorer.calibrate(samples))
-    scores = prepared.scorer.score(samples, 0, maxima)
+    calibration = prepared.scorer.calibrate(samples)
+    scores = prepared.scorer.score(samples, 0, calibration)
     ids = torch.tensor(samples)
 
     model = copy.deepcopy(prepared.model)
@@ -128,8 +129,8 @@ def test_sums_many_draws_average_single_draws(
     """K draws over one forward pass are the mean of K passes that use each draw alone."""
     samples = make_samples([16, 16])
     several = make_scorer("qwen3", FORMATS, labels="model", label_draws=3)
-    maxima = to_maxima(several.scorer.calibrate(samples))
-    together = several.scorer.score(samples, 0, maxima).sums.elementwise_GF
+    calibration = several.scorer.calibrate(samples)
+    together = several.scorer.score(samples, 0, calibration).sums.elementwise_GF
 
     single = make_scorer("qwen3", FORMATS, labels="model", label_draws=1)
     apart = []
@@ -141,7 +142,7 @@ def test_sums_many_draws_average_single_draws(
                 "draw_uniforms",
                 lambda s, p, _, n, d=draw, f=original: f(s, p, 3, n)[d : d + 1],
             )
-            apart.append(single.scorer.score(samples, 0, maxima).sums.elementwise_GF)
+            apart.append(single.scorer.score(samples, 0, calibration).sums.elementwise_GF)
     np.testing.assert_allclose(together, np.mean(apart, axis=0), rtol=1e-5)
 
 
@@ -150,7 +151,7 @@ def test_sums_seed_changes_draws_and_same_seed_repeats(make_scorer: Any, make_sa
     results = []
     for seed in (0, 0, 1):
         prepared = make_scorer("llama", ("wint4_afp16",), labels="model", seed=seed)
-        results.append(prepared.scorer.score(samples, 0, {}).sums.elementwise_GF)
+        results.append(prepared.scorer.score(samples, 0, Calibration()).sums.elementwise_GF)
     assert np.array_equal(results[0], results[1])
     assert not np.allclose(results[0], results[2])
 
@@ -174,7 +175,7 @@ def test_score_nan_gradient_is_an_error(make_scorer: Any, make_samples: Any) -> 
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError):
-        prepared.scorer.score(make_samples([8]), 0, {})
+        prepared.scorer.score(make_samples([8]), 0, Calibration())
 
 
 def test_model_without_a_plain_chain_gives_the_same_sums(
@@ -182,8 +183,8 @@ def test_model_without_a_plain_chain_gives_the_same_sums(
 ) -> None:
     samples = make_samples([12, 20])
     plain = make_scorer("llama", FORMATS)
-    maxima = to_maxima(plain.scorer.calibrate(samples))
-    expected = total(plain, [samples], maxima)
+    calibration = plain.scorer.calibrate(samples)
+    expected = total(plain, [samples], calibration)
 
     broken = make_scorer("llama", FORMATS)
     broken.model.model.layers[1].register_forward_pre_hook(
@@ -192,7 +193,7 @@ def test_model_without_a_plain_chain_gives_the_same_sums(
     broken.scorer = scorer_module.Scorer(broken.scorer.spec, model=broken.model)
     assert plain.scorer.is_layerwise
     assert not broken.scorer.is_layerwise
-    elementwise, token, _ = total(broken, [samples], maxima)
+    elementwise, token, _ = total(broken, [samples], calibration)
     np.testing.assert_allclose(elementwise, expected[0], rtol=1e-5)
     np.testing.assert_allclose(token, expected[1], rtol=1e-5)
 
@@ -220,11 +221,11 @@ def test_sums_bfloat16_stay_near_float32(
     prepared = make_scorer("llama", formats)
     prepared.model.to(torch.bfloat16)
     half = scorer_module.Scorer(prepared.scorer.spec, model=prepared.model)
-    maxima = to_maxima(half.calibrate(samples))
-    rounded = half.score(samples, 0, maxima).sums.elementwise_GF
+    calibration = half.calibrate(samples)
+    rounded = half.score(samples, 0, calibration).sums.elementwise_GF
     prepared.model.to(torch.float32)
     single = scorer_module.Scorer(prepared.scorer.spec, model=prepared.model)
-    exact = single.score(samples, 0, maxima).sums.elementwise_GF
+    exact = single.score(samples, 0, calibration).sums.elementwise_GF
     ratios = rounded / exact
     weight_only = [formats.index("wint4_afp16"), formats.index("wint8_afp16")]
     np.testing.assert_allclose(ratios[:, weight_only], 1, atol=0.02)
@@ -238,9 +239,9 @@ def test_sums_layer_inputs_kept_from_calibration_change_no_bit(
 ) -> None:
     samples = make_samples(LENGTHS)
     prepared = make_scorer(family, FORMATS, step_tokens=60)
-    maxima = to_maxima(prepared.scorer.calibrate(samples, shard=5))
-    kept = prepared.scorer.score(samples, 0, maxima, shard=5)
-    fresh = prepared.scorer.score(samples, 0, maxima, shard=5)
+    calibration = prepared.scorer.calibrate(samples, shard=5)
+    kept = prepared.scorer.score(samples, 0, calibration, shard=5)
+    fresh = prepared.scorer.score(samples, 0, calibration, shard=5)
     assert np.array_equal(kept.sums.elementwise_GF, fresh.sums.elementwise_GF)
     assert np.array_equal(kept.sums.token_GF, fresh.sums.token_GF)
     assert kept.loss == fresh.loss
@@ -255,15 +256,15 @@ def test_layer_inputs_are_kept_only_where_there_is_room(
     hidden = prepared.model.config.hidden_size * prepared.model.config.num_hidden_layers * 4
     room_for_one = 2 * (32 * hidden)
     prepared = make_scorer("llama", FORMATS, activation_bytes=room_for_one)
-    maxima = {}
+    calibration = Calibration()
     for shard in (0, 1):
-        maxima = to_maxima(prepared.scorer.calibrate(samples, shard=shard))
+        calibration = prepared.scorer.calibrate(samples, shard=shard)
     ran: list[int] = []
     original = prepared.scorer._forward
     monkeypatch.setattr(prepared.scorer, "_forward", lambda *a: ran.append(1) or original(*a))
-    prepared.scorer.score(samples, 0, maxima, shard=0)
+    prepared.scorer.score(samples, 0, calibration, shard=0)
     assert not ran
-    prepared.scorer.score(samples, 0, maxima, shard=1)
+    prepared.scorer.score(samples, 0, calibration, shard=1)
     assert ran
 
 
@@ -277,8 +278,8 @@ def test_sums_weight_cache_of_any_size_changes_no_bit(
         prepared = make_scorer(
             "qwen3_moe", FORMATS, weight_cache_bytes=cached, step_tokens=24, activation_bytes=2**20
         )
-        maxima = to_maxima(prepared.scorer.calibrate(samples))
-        results.append(prepared.scorer.score(samples, 0, maxima).sums.elementwise_GF)
+        calibration = prepared.scorer.calibrate(samples)
+        results.append(prepared.scorer.score(samples, 0, calibration).sums.elementwise_GF)
     assert np.array_equal(*results)
 
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from autoquant_ray.calibrate.files import maxima_of, read_maxima
+from autoquant_ray.calibrate.files import calibration_of, read_calibration
 from autoquant_ray.distributed.pool import Outcome
 from autoquant_ray.errors import StoreError
-from autoquant_ray.quantize.statistics import CHANNELS
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import SAMPLES, part_name
+from autoquant_ray.runs.names import CHANNELS, SAMPLES, part_name
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.calibrate import calibrate, is_calibrated, search_scales
 
@@ -54,7 +53,7 @@ class Pool:
         worker = SimpleNamespace(
             calibrate=SimpleNamespace(remote=lambda task: self._scorer.calibrate(task.samples)),
             search=SimpleNamespace(
-                remote=lambda task, maxima: self._scorer.search(task.samples, maxima)
+                remote=lambda task, calibration: self._scorer.search(task.samples, calibration)
             ),
         )
         for task in sorted(tasks, key=lambda task: task.shard, reverse=self._last_first):
@@ -88,8 +87,8 @@ def contents(directory: RunDirectory) -> dict[str, bytes]:
 
 
 def run_stages(state: RunState, plan: Any, *pools: Any) -> Any:
-    maxima = calibrate(state, pools[0], plan, "mark")
-    return search_scales(state, pools[-1], plan, maxima, "mark")
+    calibration = calibrate(state, pools[0], plan, "mark")
+    return search_scales(state, pools[-1], plan, calibration, "mark")
 
 
 def test_files_are_the_same_in_any_order_of_arrival_and_after_a_kill(started: Any) -> None:
@@ -132,14 +131,14 @@ def test_damaged_part_of_channels_is_done_again(started: Any) -> None:
 
 def test_best_candidates_and_channels_are_read_back(started: Any) -> None:
     state, plan, scorer = started("run")
-    maxima = run_stages(state, plan, Pool(scorer))
+    calibration = run_stages(state, plan, Pool(scorer))
     name = "model.layers.0.mlp.down_proj"
-    assert maxima[name][CHANNELS].num_tokens == NUM_SHARDS * 31
-    assert 0 <= maxima[name]["awq_alpha INT4_AWQ_CFG"] <= 1.1
-    assert "awq_alpha INT8_SMOOTHQUANT_CFG" not in maxima[name]
-    names = state.directory.read_table("calibration.parquet").column("statistic")
+    assert calibration.of(name).channels.num_tokens == NUM_SHARDS * 31
+    assert 0 <= calibration.of(name).alphas["INT4_AWQ_CFG"] <= 1.1
+    assert "INT8_SMOOTHQUANT_CFG" not in calibration.of(name).alphas
+    names = state.directory.read_table("calibration.parquet", "calibration").column("statistic")
     assert set(names.to_pylist()) == {"input_amax"}
-    assert read_maxima(state.directory).keys() == maxima.keys()
+    assert read_calibration(state.directory).modules.keys() == calibration.modules.keys()
 
 
 @pytest.mark.parametrize("name", ["calibration.parquet", "channels.parquet", "search.parquet"])
@@ -149,12 +148,13 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(name: str, started: A
     run_stages(state, plan, Pool(scorer))
     expected = contents(state.directory)
     assert is_calibrated(state, plan)
-    assert maxima_of(state).keys() == read_maxima(state.directory).keys()
+    calibration = read_calibration(state.directory)
+    assert calibration_of(state).modules.keys() == calibration.modules.keys()
 
     Path(state.directory.path(name)).unlink()
     assert not is_calibrated(state, plan)
     with pytest.raises(StoreError, match=rf"{name} does not exist.*--resume"):
-        maxima_of(state)
+        calibration_of(state)
     again = Pool(scorer)
     run_stages(state, plan, again)
     assert again.done == []
@@ -177,8 +177,11 @@ def test_shard_left_out_of_calibration_stays_out_once_others_are_scored(started:
 def test_menu_without_such_formats_writes_no_such_files(started: Any, make_scorer: Any) -> None:
     state, _, _ = started("run")
     prepared = make_scorer("llama", ("wint8_aint8",))
-    maxima = run_stages(state, prepared.plan, Pool(prepared.scorer))
-    assert set(maxima["model.layers.0.mlp.down_proj"]) == {"input_amax"}
+    calibration = run_stages(state, prepared.plan, Pool(prepared.scorer))
+    record = calibration.of("model.layers.0.mlp.down_proj")
+    assert set(record.maxima) == {"input_amax"}
+    assert record.channels is None
+    assert not record.alphas
     assert not state.directory.exists("channels.parquet")
     assert not state.directory.exists("search.parquet")
     assert state.directory.list_parts(CHANNELS) == []

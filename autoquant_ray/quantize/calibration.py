@@ -1,0 +1,149 @@
+"""What calibration knows of a model's inputs, as quantizers take it.
+
+A shard gives a :class:`Calibration`, and so does the merge of all shards. Maxima merge by maximum,
+so shards may be computed anywhere, in any order, more than once. Sums of channels merge in float64
+and in the order of the shards, so that their mean depends neither on who counted nor on who came
+first.
+
+Shape letters: I in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels:
+    """Inputs of one module, channel by channel, over real tokens.
+
+    Attributes:
+        largest_I: Largest absolute value, float32; None where no format needs it.
+        sum_I: Sum of absolute values, float64; None where no format needs it.
+        num_tokens: Number of tokens.
+    """
+
+    largest_I: np.ndarray[Any, np.dtype[np.float32]] | None
+    sum_I: np.ndarray[Any, np.dtype[np.float64]] | None
+    num_tokens: int
+
+    @property
+    def mean_I(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Mean of absolute values: ModelOpt's ``act_scale``."""
+        assert self.sum_I is not None
+        return (self.sum_I / self.num_tokens).astype(np.float32)
+
+    def merged(self, later: Channels) -> Channels:
+        """With those of a shard that comes after all that are in this record."""
+        largest_I, sum_I = self.largest_I, self.sum_I
+        if largest_I is not None and later.largest_I is not None:
+            largest_I = np.maximum(largest_I, later.largest_I)
+        if sum_I is not None and later.sum_I is not None:
+            sum_I = sum_I + later.sum_I
+        return Channels(
+            largest_I=largest_I, sum_I=sum_I, num_tokens=self.num_tokens + later.num_tokens
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleCalibration:
+    """What calibration knows of one module.
+
+    Attributes:
+        maxima: Name (``input_amax``, ``k_bmm_amax``, ...) -> largest absolute value.
+        channels: Its input channels; None where no format scales them, or no token came.
+        alphas: Name of a format that AWQ searches -> exponent of the best candidate.
+    """
+
+    maxima: Mapping[str, float] = field(default_factory=dict)
+    channels: Channels | None = None
+    alphas: Mapping[str, float] = field(default_factory=dict)
+
+    def merged(self, later: ModuleCalibration) -> ModuleCalibration:
+        """With that of a shard that comes after all that are in this record; no alphas."""
+        maxima = dict(self.maxima)
+        for name, value in later.maxima.items():
+            maxima[name] = max(value, maxima[name]) if name in maxima else value
+        channels = self.channels or later.channels
+        if self.channels is not None and later.channels is not None:
+            channels = self.channels.merged(later.channels)
+        return ModuleCalibration(maxima=maxima, channels=channels)
+
+
+_UNSEEN = ModuleCalibration()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration knows of a model.
+
+    Attributes:
+        modules: Module name -> its record; modules that saw no token are not among them.
+    """
+
+    modules: Mapping[str, ModuleCalibration] = field(default_factory=dict)
+
+    def of(self, module: str) -> ModuleCalibration:
+        """The record of a module; an empty one where it saw no token."""
+        return self.modules.get(module, _UNSEEN)
+
+    def maxima(self) -> dict[tuple[str, str], float]:
+        """(module, name) -> largest absolute value: the rows of ``calibration.parquet``."""
+        return {
+            (module, name): value
+            for module, record in self.modules.items()
+            for name, value in record.maxima.items()
+        }
+
+    def channels(self) -> dict[str, Channels]:
+        """Module -> its channels, where it has any: the rows of ``channels.parquet``."""
+        return {
+            module: record.channels
+            for module, record in self.modules.items()
+            if record.channels is not None
+        }
+
+    def with_alphas(self, alphas: Mapping[tuple[str, str], float]) -> Calibration:
+        """Together with the result of AWQ's search.
+
+        Args:
+            alphas: (module, format) -> exponent of the best candidate.
+        """
+        modules = dict(self.modules)
+        for (module, format_), alpha in alphas.items():
+            record = modules[module]
+            modules[module] = replace(record, alphas={**record.alphas, format_: alpha})
+        return Calibration(modules)
+
+
+def calibration_of_maxima(maxima: Mapping[tuple[str, str], float]) -> Calibration:
+    """The inverse of :meth:`Calibration.maxima`."""
+    nested: dict[str, dict[str, float]] = {}
+    for (module, name), value in maxima.items():
+        nested.setdefault(module, {})[name] = value
+    return Calibration(
+        {module: ModuleCalibration(maxima=values) for module, values in nested.items()}
+    )
+
+
+def calibration_of_channels(channels: Mapping[str, Channels]) -> Calibration:
+    """The inverse of :meth:`Calibration.channels`."""
+    return Calibration({m: ModuleCalibration(channels=record) for m, record in channels.items()})
+
+
+def merge_calibrations(parts: Iterable[Calibration]) -> Calibration:
+    """Merge shards in their order; modules and names are sorted."""
+    merged: dict[str, ModuleCalibration] = {}
+    for part in parts:
+        for module, record in part.modules.items():
+            merged[module] = merged.get(module, _UNSEEN).merged(record)
+    return Calibration(
+        {
+            module: replace(record, maxima=dict(sorted(record.maxima.items())))
+            for module, record in sorted(merged.items())
+        }
+    )
