@@ -1,4 +1,5 @@
-"""Budgets to formats: the problem, its options, the search, losses, manifests.
+"""Budgets to formats: the problem, its options, the search, the allocation, its manifests.
 
-Imports ``plan``, ``serving``, ``runs``, ``config``, ``formats`` and below. Neither torch nor Ray.
+Imports ``allocate.knapsack``, ``plan``, ``serving``, ``runs``, ``config``, ``formats`` and below.
+No torch, no Ray.
 """

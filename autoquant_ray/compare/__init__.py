@@ -1,4 +1,4 @@
-"""Two runs and many nights: comparison, drift, nightly jobs, history, site.
+"""Two runs and many nights: comparison, drift, nightly jobs, history, the site.
 
-Imports ``jobs``, ``report``, ``allocate``, ``runs`` and below. Neither torch nor Ray of its own.
+Imports ``jobs``, ``report``, ``allocate``, ``runs`` and below. No torch, no Ray in its own files.
 """

@@ -1,5 +1,6 @@
 """Checkpoints for serving engines; recipes for other tools.
 
-Imports ``score``, ``allocate``, ``quantize``, ``serving`` and below; torch in three files, never
-Ray.
+Imports ``calibrate``, ``quantize``, ``allocate``, ``serving``, ``runs`` and below; torch in three
+files, no Ray. A format is exported only if its name in the checkpoint says all of it
+(``serving.layer_formats``), and what was written is read back before anybody may use it.
 """

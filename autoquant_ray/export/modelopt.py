@@ -4,6 +4,10 @@ Weights are calibrated by their own maxima, as in the scan; the input maxima are
 exporter writes every tensor in the type that the model computes in. Where that is float32, what is
 not quantized is rounded to 16 bits here afterwards, and so are the scales of blocks: the manifest
 counts both as 16 bits, and so do the kernels that read them.
+
+``export_hf_checkpoint`` (ModelOpt 0.47) is always given the type: without it, it fails on a
+``config.json`` that states one ("Invalid device string: 'bfloat16'"). It takes a format's name from
+the weights and drops the inputs' part of it.
 """
 
 from __future__ import annotations

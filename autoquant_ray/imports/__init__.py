@@ -1,4 +1,4 @@
-"""Plans that other tools made: ModelOpt's manifests, AutoRound's and mlx-lm's files.
+"""Scores and allocations that other tools made: ModelOpt's manifests, AutoRound, mlx-lm.
 
-Imports ``export``, ``allocate``, ``runs`` and below. Neither torch nor Ray.
+Imports ``export``, ``solve``, ``allocate``, ``runs`` and below. No torch, no Ray.
 """

@@ -1,6 +1,6 @@
 """Reports for people: Markdown and HTML, written from a run's files alone.
 
-Imports ``allocate`` with its packages, ``plan``, ``runs`` and below. Neither torch nor Ray.
+Imports ``allocate.certainty``, ``allocate``, ``plan``, ``runs`` and below. No torch, no Ray.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ floors, nothing else. Imports inside functions and for type checkers count like 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,3 +192,31 @@ def test_every_package_says_what_lives_there() -> None:
         and len((ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").splitlines()) < 2
     ]
     assert not silent
+
+
+def test_packages_say_they_import_what_the_table_lets_them() -> None:
+    wrong = []
+    for room, file in (
+        (name, file) for name, file in MODULES.items() if file.name == "__init__.py"
+    ):
+        text = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
+        imported = re.search(r"Imports (.*?)\.(\s|$)", text, re.DOTALL)
+        names = re.findall(r"``([\w.]+)``", imported[1] if imported else "")
+        wrong += [f"{room}: {n}" for n in names if FLOOR_OF.get(n, 0) >= FLOOR_OF[room]]
+        files = {name.partition(".")[0] for name in TORCH_FILES}
+        if room in TORCH_PACKAGES | files and "torch" not in text.replace("No torch", ""):
+            wrong.append(f"{room} does not say that it imports torch")
+        if room in RAY_PACKAGES and not re.search(r"(?<!no )(?<!No )(?<!never )\bRay\b", text):
+            wrong.append(f"{room} does not say that it imports Ray")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_contributing_shows_the_table() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
+    described = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert sorted(described) == sorted(FLOOR_OF)
+    drawn = re.findall(r'^ +floor(\d+)\["(.*)"\]$', text, re.MULTILINE)
+    assert [tuple(names.split(" · ")) for _, names in drawn] == list(FLOORS)
+    chain = " --> ".join(f"floor{number}" for number in range(len(FLOORS), 0, -1))
+    assert chain in text

@@ -1,4 +1,4 @@
 """How sure a solution is, and why: resampled shards, error bars, flips, explanations.
 
-Imports ``allocate``, ``allocate.knapsack``, ``runs`` and below. Neither torch nor Ray.
+Imports ``allocate``, ``allocate.knapsack``, ``runs`` and below. No torch, no Ray.
 """
