@@ -111,8 +111,7 @@ class Run:
 
         Where there are any, the scores lack a part of the data; the commands exit with 3.
         """
-        found: list[dict[str, Any]] = RunState.open(self._directory).values["quarantined"]
-        return found
+        return [{**entry} for entry in RunState.open(self._directory).record.quarantined]
 
     @property
     def solutions(self) -> list[str]:
@@ -256,8 +255,8 @@ class Run:
     def _repr_html_(self) -> str:
         state = RunState.open(self._directory)
         if not self._directory.exists(MANIFEST_JSON):
-            stages = ", ".join(f"{name} {e['state']}" for name, e in state.values["stages"].items())
-            facts = [("Model", state.values["model"]["name"]), ("Stages", stages or "none yet")]
+            stages = ", ".join(f"{name} {e['state']}" for name, e in state.record.stages.items())
+            facts = [("Model", state.record.model["name"]), ("Stages", stages or "none yet")]
             return facts_html(f"Unfinished run {self.path}", facts)
         content = collect_content(state, "")
         return facts_html(content.title, content.facts)

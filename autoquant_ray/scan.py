@@ -46,6 +46,7 @@ from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import lease
+from autoquant_ray.runs.record import QuarantinedShard
 from autoquant_ray.runs.state import Mode, RunState, require_target
 from autoquant_ray.score.scorer import ScoringSpec
 from autoquant_ray.solve import Solution, solve_run
@@ -66,7 +67,7 @@ class SearchResult:
     """
 
     solution: Solution
-    quarantined: list[dict[str, Any]]
+    quarantined: list[QuarantinedShard]
 
 
 def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None) -> SearchResult:
@@ -106,16 +107,16 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         identity = _identity(config, ref) | ({} if run_id is None else {"run_id": run_id})
         with lease(directory) as held:
             state = RunState.start(directory, config, mode, identity, held)
-            with metrics_of(directory, state.values["run_id"]):
+            with metrics_of(directory, state.record.run_id):
                 solution = _run_stages(state, config, ref, plan, placement)
-    return SearchResult(solution=solution, quarantined=state.values["quarantined"])
+    return SearchResult(solution=solution, quarantined=state.record.quarantined)
 
 
 def _run_stages(
     state: RunState, config: ScanConfig, ref: ModelRef, plan: Plan, placement: Placement
 ) -> Solution:
     """Every stage that is not up to date, in order."""
-    directory, fingerprints = state.directory, state.values["fingerprints"]
+    directory, fingerprints = state.directory, state.record.fingerprints
     marks = stage_fingerprints(config, **fingerprints)
     chats = fingerprint_chats(ref)
     if samples_stage.has_samples(state, marks["shards"]):
@@ -149,7 +150,7 @@ def _run_stages(
         directory.append_event("workers_stopped")
     stages.aggregate(state, config, marks["aggregate"])
     solution = solve_run(directory, solve_options(config), folder="")
-    directory.append_event("run_done", quarantined=len(state.values["quarantined"]))
+    directory.append_event("run_done", quarantined=len(state.record.quarantined))
     return solution
 
 
@@ -170,7 +171,7 @@ def _resolve_placement(
         return config
     earlier = None
     if resumed is not None and resumed.exists():
-        earlier = RunState.open(resumed).values["config"].get("placement")
+        earlier = (RunState.open(resumed).record.config or {}).get("placement")
     if earlier in ("resident", "offload", "split"):
         return config.model_copy(update={"placement": earlier})
     placement, reason = choose_placement(

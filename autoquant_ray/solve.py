@@ -123,15 +123,15 @@ def write_solution(
     directory = state.directory
     formats = chosen_formats(problem, allocation)
     problem = served_problem(problem, options, formats)
-    plan = state.values["plan"]
-    is_imported = "imported_from" in state.values
+    plan = state.plan
+    is_imported = state.record.is_imported
     summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
     summary |= domain_summary(state, problem, scores, options, formats)
     config = quantization_config(problem, formats, plan)
     is_foreign = "imported_from" in (notes or {})
     certainty = None if is_foreign else certainty_of(state, problem, scores, options, formats)
     stability = None if certainty is None else certainty.to_json()
-    manifest = build_manifest(state.values, options, summary, config, stability) | dict(notes or {})
+    manifest = build_manifest(state.record, options, summary, config, stability) | dict(notes or {})
     start = solution_folder(name)
     paths = {
         MANIFEST_TABLE: directory.write_table(
@@ -151,7 +151,7 @@ def write_solution(
         formats=formats,
         paths=paths,
         added_bytes=added,
-        shards_used=describe_stopping(state.values),
+        shards_used=describe_stopping(state.record),
         certainty=certainty,
     )
 

@@ -162,7 +162,7 @@ def quantized_logits(source: Source, ids: np.ndarray[Any, Any], moved: float = 0
 
     ``moved`` changes the weights that are not quantized by this relative amount at random.
     """
-    scan = ScanConfig.model_validate(source.state.values["config"])
+    scan = ScanConfig.model_validate(source.state.record.config)
     model: Any = load_model(find_model(scan.model), dtype=scan.dtype, device="cpu")
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -203,7 +203,7 @@ def smallest_within(directory: RunDirectory, largest_kl: float) -> SolveOptions:
 
 def _options(state: RunState, bits: float) -> SolveOptions:
     """A budget in bits, with the scan's own limit on the KV cache."""
-    return SolveOptions(bits=bits, kv_bytes_per_token=(state.values["config"] or {}).get(KV_BYTES))
+    return SolveOptions(bits=bits, kv_bytes_per_token=(state.record.config or {}).get(KV_BYTES))
 
 
 def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> Point:

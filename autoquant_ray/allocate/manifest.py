@@ -21,6 +21,7 @@ from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.formats.stored_size import format_bits
 from autoquant_ray.runs.directory import SCHEMA_VERSION
+from autoquant_ray.runs.record import RunRecord
 
 
 def solution_summary(
@@ -90,7 +91,7 @@ def manifest_rows(
 
 
 def build_manifest(
-    run: Mapping[str, Any],
+    run: RunRecord,
     options: SolveOptions,
     solution: Mapping[str, Any],
     config: Mapping[str, Any] | None,
@@ -108,9 +109,9 @@ def build_manifest(
     """
     return {
         "schema_version": SCHEMA_VERSION,
-        "run_id": run["run_id"],
-        "model": run["model"],
-        "dataset": run["dataset"] | {key: run.get(key) for key in ("used", "stopping")},
+        "run_id": run.run_id,
+        "model": run.model,
+        "dataset": {**run.dataset, "used": run.used, "stopping": run.stopping},
         "budget": {
             "bits": options.bits,
             "bytes": options.bytes,

@@ -53,13 +53,12 @@ def load_problem(state: RunState) -> tuple[Problem, Scores]:
         StoreError: A file is missing or damaged.
         ScoreError: A searched group lacks a score.
     """
-    if "plan" not in state.values:
-        raise StoreError(f"{state.directory.uri} has no plan yet; finish the scan with --resume")
+    summary = state.plan
     if not state.directory.exists(SENSITIVITY_FILE):
         missing = state.directory.path(SENSITIVITY_FILE)
         raise StoreError(f"{missing} does not exist; finish the scan with --resume")
     plan_rows = state.directory.read_table(PLAN_FILE).to_pylist()
-    problem = Problem.from_plan(plan_rows, state.values["plan"])
+    problem = Problem.from_plan(plan_rows, summary)
     table = state.directory.read_table(SENSITIVITY_FILE)
     scores = {
         (row["group"], row["format"]): row["score"]
@@ -73,7 +72,7 @@ def load_problem(state: RunState) -> tuple[Problem, Scores]:
         {group.name: group.num_weights for group in problem.searched},
         problem.summary.get("experts", ()),
         scores,
-        (state.values.get("config") or {}).get("expert_groups", LAYER),
+        (state.record.config or {}).get("expert_groups", LAYER),
     )
     return replace(problem, experts=experts), scores
 

@@ -34,7 +34,7 @@ def calibration_of(state: RunState) -> Calibration:
         StoreError: A file is missing, or damaged.
     """
     directory = state.directory
-    formats = [Format.from_json(entry) for entry in state.values["plan"]["formats"]]
+    formats = [Format.from_json(entry) for entry in state.plan["formats"]]
     for name in missing_files(directory, formats):
         raise StoreError(
             f"{directory.path(name)} does not exist, and formats of the run need it; scan with "

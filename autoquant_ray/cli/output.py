@@ -41,7 +41,7 @@ def _console() -> Console:
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The object that ``plan --json`` prints."""
-    summary = plan.summary()
+    summary: dict[str, Any] = {**plan.summary()}
     keys = ("unsearched", "tied_groups", "other_bytes", "other_modules", "flops_per_token")
     return {
         "groups": plan.rows(),

@@ -44,7 +44,7 @@ from autoquant_ray.jobs.file import NightlyJob
 from autoquant_ray.jobs.names import parse_date
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import Lease, lease
-from autoquant_ray.runs.names import DRIFT_JSON, DRIFT_MARKDOWN, RUN_FILE
+from autoquant_ray.runs.names import DRIFT_JSON, DRIFT_MARKDOWN
 from autoquant_ray.runs.state import Mode, RunState
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def _scan(tonight: _Tonight, scan: Scan) -> None:
     config = tonight.job.config(out=directory.uri)
     if is_good(directory):
         tonight.is_shown = True
-        changes = changed_fields(RunState.open(directory).values["config"], config)
+        changes = changed_fields(RunState.open(directory).config, config)
         changes = [change for change in changes if not change.endswith(" -> auto")]
         if changes:
             tonight.notes.append(
@@ -178,7 +178,7 @@ def _scan(tonight: _Tonight, scan: Scan) -> None:
 def _write(tonight: _Tonight, comparison: Comparison | None) -> Night:
     """``drift.json``, ``drift.md`` and the history's row."""
     directory = tonight.directory
-    quarantined = RunState.open(directory).values["quarantined"]
+    quarantined = RunState.open(directory).record.quarantined
     status = "quarantined" if quarantined else "done"
     verdict = "baseline" if comparison is None else comparison.verdict
     needs_a_look = verdict == "drift" or bool(quarantined)
@@ -236,10 +236,9 @@ def _row(
     """A row of the history without numbers; a night that is only shown keeps its end."""
     run_id, seconds, started, finished = "", None, tonight.started, _utc_now()
     if tonight.nights.is_run(tonight.name):
-        values = tonight.directory.read_json(RUN_FILE)
-        run_id, started = values.get("run_id", ""), values.get("created", started)
-        spent = [stage.get("seconds") for stage in values.get("stages", {}).values()]
-        seconds = sum(one for one in spent if one is not None)
+        record = RunState.open(tonight.directory).record
+        run_id, started = record.run_id, record.created or started
+        seconds = sum(stage.get("seconds", 0) for stage in record.stages.values())
     if tonight.is_shown:
         rows = [one for one in read_history(tonight.folder) if one["run"] == tonight.name]
         finished = rows[0]["finished"] if rows else finished

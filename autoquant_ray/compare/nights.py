@@ -107,10 +107,10 @@ def is_finished(directory: RunDirectory) -> bool:
         state = RunState.open(directory)
     except StoreError:
         return False
-    is_scored = state.values["stages"].get("aggregate", {}).get("state") == "done"
+    is_scored = state.record.is_done("aggregate")
     return is_scored and directory.exists(MANIFEST_JSON)
 
 
 def is_good(directory: RunDirectory) -> bool:
     """Whether a run is finished and no shard was left out."""
-    return is_finished(directory) and not RunState.open(directory).values["quarantined"]
+    return is_finished(directory) and not RunState.open(directory).record.quarantined

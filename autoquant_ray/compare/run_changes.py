@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from autoquant_ray.config.stage_fields import ADDED_FIELDS, STAGE_FIELDS
+from autoquant_ray.runs.record import RunRecord
 
 Kind = Literal["model", "data", "formats", "config", "versions"]
 _SHOWN_ELSEWHERE = {"model", "data", "formats"}
@@ -36,13 +37,11 @@ class Change:
         return f"{self.name} {self.before} -> {self.after}"
 
 
-def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
-    """Compare the contents of two ``run.json``; an imported run has a name and no fingerprints."""
+def find_changes(before: RunRecord, after: RunRecord) -> list[Change]:
+    """Compare the records of two runs; an imported run has a name and no fingerprints."""
     rows = [*_identities(before, after), *_menus(before, after), *_configs(before, after)]
-    rows += [
-        ("versions", name, *_both(name, before.get("versions", {}), after.get("versions", {})))
-        for name in before.get("versions", {}) | after.get("versions", {})
-    ]
+    versions = before.versions or {}, after.versions or {}
+    rows += [("versions", name, *_both(name, *versions)) for name in versions[0] | versions[1]]
     return [
         Change(kind=kind, name=name, before=_shown(old), after=_shown(new))
         for kind, name, old, new in rows
@@ -50,26 +49,26 @@ def find_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Ch
     ]
 
 
-def changed_weights(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str] | None:
+def changed_weights(before: RunRecord, after: RunRecord) -> list[str] | None:
     """Groups whose weights differ, in the model's order; None where a run has no hashes."""
-    old, new = before.get("weights"), after.get("weights")
+    old, new = before.weights, after.weights
     if not old or not new:
         return None
     return [name for name in new if name in old and old[name] != new[name]]
 
 
-def same_tokens(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+def same_tokens(before: RunRecord, after: RunRecord) -> bool:
     """Whether both runs scored the very same samples."""
-    hashes = [run["dataset"].get("tokens_sha256") for run in (before, after)]
+    hashes = [run.dataset.get("tokens_sha256") for run in (before, after)]
     return hashes[0] is not None and hashes[0] == hashes[1]
 
 
 Row = tuple[Kind, str, Any, Any]
 
 
-def _identities(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Row]:
+def _identities(before: RunRecord, after: RunRecord) -> Iterator[Row]:
     for name, key in (("name", "name"), ("fingerprint of the files", "fingerprint")):
-        yield "model", name, *_both(key, before["model"], after["model"])
+        yield "model", name, *_both(key, before.model, after.model)
     sources = (
         ("name", "name"),
         ("fingerprint of the source", "source_fingerprint"),
@@ -78,18 +77,19 @@ def _identities(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
         ("tokens", "num_tokens"),
     )
     for name, key in sources:
-        yield "data", name, *_both(key, before["dataset"], after["dataset"])
+        yield "data", name, *_both(key, before.dataset, after.dataset)
 
 
-def _menus(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Row]:
-    old, new = ([entry["name"] for entry in run["plan"]["formats"]] for run in (before, after))
+def _menus(before: RunRecord, after: RunRecord) -> Iterator[Row]:
+    plans = (run.plan for run in (before, after))
+    old, new = ([entry["name"] for entry in plan["formats"]] for plan in plans if plan is not None)
     yield "formats", "menu", old, new
 
 
-def _configs(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Row]:
-    if before["config"] is None or after["config"] is None:
+def _configs(before: RunRecord, after: RunRecord) -> Iterator[Row]:
+    if before.config is None or after.config is None:
         return
-    configs = (ADDED_FIELDS | before["config"], ADDED_FIELDS | after["config"])
+    configs = (ADDED_FIELDS | before.config, ADDED_FIELDS | after.config)
     for fields in STAGE_FIELDS.values():
         for name in fields:
             if name not in _SHOWN_ELSEWHERE:

@@ -57,10 +57,10 @@ def compare_runs(
         StoreError: Not a finished run, or its files are damaged.
     """
     first, second = _Side(before), _Side(after)
-    changes = find_changes(first.values, second.values)
+    changes = find_changes(first.record, second.record)
     keys = [key for key in second.rows if key in first.rows]
     moves, test = _moves(first, second, keys, significance)
-    weights = changed_weights(first.values, second.values)
+    weights = changed_weights(first.record, second.record)
     moved = _moved_groups(first, second, keys, moves)
     moved.sort(key=lambda group: group.group not in (weights or ()))  # stable: then by size
     comparison = Comparison(
@@ -99,7 +99,7 @@ class _Side:
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
         self.state = RunState.open(directory)
-        self.values = self.state.values
+        self.record = self.state.record
         self.problem: Problem
         self.problem, self.scores = load_problem(self.state)
         table = directory.read_table(SENSITIVITY_FILE)
@@ -123,12 +123,12 @@ class _Side:
         solution = self.manifest["solution"]
         names = ("predicted_kl_nats", "effective_bits", "weight_bytes")
         return {
-            "run_id": self.values["run_id"],
+            "run_id": self.record.run_id,
             "uri": self.directory.uri,
-            "created": self.values.get("created"),
-            "model": self.values["model"]["name"],
+            "created": self.record.created,
+            "model": self.record.model["name"],
             "num_shards": self.num_shards,
-            "num_quarantined": len(self.values["quarantined"]),
+            "num_quarantined": len(self.record.quarantined),
             **{name: solution[name] for name in names},
         }
 
@@ -145,7 +145,7 @@ class _Side:
 
     def _maxima_deviations(self, keys: Sequence[Key]) -> Floats:
         """Standard deviation over shards of the logarithm of each pair's input maximum."""
-        formats = self.values["plan"]["formats"]
+        formats = self.state.plan["formats"]
         static = {f["name"] for f in formats if has_integer_input(f)}
         groups = {group for group, format_ in keys if format_ in static}
         if not groups or not self._has(CALIBRATION):
@@ -166,7 +166,7 @@ class _Side:
 
         Parts also have rows of experts that no shard has a token for, and that have no score.
         """
-        column = f"{self.values['config']['estimator']}_sum"
+        column = f"{self.state.config['estimator']}_sum"
         for part in Parts(self.directory, SCORES, self.state.used_shards):
             names = (part.column(name).to_pylist() for name in ("group", "format"))
             place_of = {key: place for place, key in enumerate(zip(*names, strict=True))}
@@ -180,7 +180,7 @@ class _Side:
         return self._has(SCORES)
 
     def _has(self, folder: str) -> bool:
-        if self.values["config"] is None:
+        if self.record.config is None:
             return False
         return set(self.state.used_shards) <= set(self.directory.list_parts(folder))
 
@@ -202,7 +202,7 @@ def _moves(
 
 def _is_paired(first: _Side, second: _Side) -> bool:
     return (
-        same_tokens(first.values, second.values)
+        same_tokens(first.record, second.record)
         and first.state.num_shards == second.state.num_shards
         and first.state.used_shards == second.state.used_shards
         and len(first.state.used_shards) > 1

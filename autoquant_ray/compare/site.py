@@ -23,6 +23,7 @@ from autoquant_ray.runs.names import (
     RUN_FILE,
 )
 from autoquant_ray.runs.parts import map_ahead
+from autoquant_ray.runs.record import RunRecord
 
 _DEPTH = 3
 """How far below the folder runs are looked for."""
@@ -141,7 +142,8 @@ def _read_run(folder: RunDirectory, name: str) -> _Found | None:
         values = folder.read_json(f"{name}/{RUN_FILE}")
         if not isinstance(values, dict) or "schema_version" not in values:
             return None
-        row = replace(_run_row(name, values), report=report)
+        record = RunRecord.from_json(values, folder.path(f"{name}/{RUN_FILE}"))
+        row = replace(_run_row(name, record), report=report)
         if row.status not in ("done", "quarantined"):
             return _Found(row=row, formats={})
         return _with_solution(folder, row)
@@ -150,11 +152,10 @@ def _read_run(folder: RunDirectory, name: str) -> _Found | None:
         return _Found(row=row, formats={})
 
 
-def _run_row(name: str, values: dict[str, Any]) -> RunRow:
+def _run_row(name: str, record: RunRecord) -> RunRow:
     """A row from ``run.json`` alone."""
-    stages = values["stages"]
-    is_done = "imported_from" in values or stages.get("aggregate", {}).get("state") == "done"
-    left_out = values["quarantined"]
+    stages, left_out = record.stages, record.quarantined
+    is_done = record.is_imported or record.is_done("aggregate")
     if not is_done:
         running = [stage for stage, entry in stages.items() if entry.get("state") != "done"]
         where = f"in the stage {running[-1]!r}" if running else "between stages"
@@ -167,8 +168,8 @@ def _run_row(name: str, values: dict[str, Any]) -> RunRow:
     seconds = [entry["seconds"] for entry in stages.values() if "seconds" in entry]
     return RunRow(
         name=name,
-        model=str(values["model"]["name"]),
-        started=str(values["created"]),
+        model=str(record.model["name"]),
+        started=str(record.created),
         status=status,
         problem=problem,
         seconds=sum(seconds) if seconds else None,

@@ -40,8 +40,8 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
         ConfigError: The data is cut into samples differently, so that unseen samples cannot be
             told from seen ones; or it is one of several sources of the scan.
     """
-    scanned = ScanConfig.model_validate(state.values["config"])
-    is_same_data = fingerprint_data(scan.data) == state.values["fingerprints"]["data"]
+    scanned = ScanConfig.model_validate(state.config)
+    is_same_data = fingerprint_data(scan.data) == state.record.fingerprints["data"]
     if not is_same_data:
         if not is_given:
             raise StoreError(
@@ -60,7 +60,7 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
             f"--data must be those of the scan (pack {scanned.pack}, {scanned.seq_len}), "
             "otherwise text that it calibrated on would be measured; give other data with --data"
         )
-    dataset = state.values["dataset"]
+    dataset = state.record.dataset
     if "num_loss_tokens" in dataset:
         _require_same_choice(scanned, scan)
     if isinstance(scan.data, str):
@@ -103,10 +103,10 @@ def _require_not_among(scanned: ScanConfig, scan: ScanConfig) -> None:
 
 def data_key(state: RunState, scan: ScanConfig, skip: Skip) -> str:
     """Digest of everything that measured numbers depend on, except the allocation."""
-    fingerprints = state.values["fingerprints"]
+    fingerprints = state.record.fingerprints
     measured = stage_fingerprints(scan, fingerprints["model"], fingerprint_data(scan.data))
     scanned = stage_fingerprints(
-        ScanConfig.model_validate(state.values["config"]),
+        ScanConfig.model_validate(state.config),
         fingerprints["model"],
         fingerprints["data"],
     )
@@ -141,15 +141,15 @@ def held_out_samples(
     """
     marker, chats = f"{folder}/data.json", fingerprint_chats(ref)
     if not directory.exists(marker):
-        tokenizer = TokenizerRef.of(ref, f"{state.values['fingerprints']['model']}-{chats}")
+        tokenizer = TokenizerRef.of(ref, f"{state.record.fingerprints['model']}-{chats}")
         with tempfile.TemporaryDirectory(prefix="autoquant-") as name:
             scratch = RunDirectory(name)
-            facts = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip)
+            read = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip)
             for shard in scratch.list_parts(SAMPLES):
                 content = scratch.read_bytes(part_name(SAMPLES, shard))
                 directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)
         source = [fingerprint_data(scan.data), scan.text_field, scan.split]
-        facts |= {"name": data_name(scan.data), "source": source, "skipped": skip}
+        facts = {**read, "name": data_name(scan.data), "source": source, "skipped": skip}
         if "num_loss_tokens" in facts:
             facts["chat_fingerprint"] = chats
         directory.write_json(marker, facts)

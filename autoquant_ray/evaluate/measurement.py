@@ -174,9 +174,9 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
         AutoQuantError: One of its subclasses; finished parts are kept.
     """
     directory = state.directory
-    if state.values["config"] is None:
+    if state.record.config is None:
         raise StoreError(f"{directory.uri} was imported: there is no model to measure")
-    scan = config.scan_config(state.values["config"])
+    scan = config.scan_config(state.config)
     ref = require_model(state, scan)
     if config.data is None:
         require_same_chats(state, fingerprint_chats(ref))

@@ -140,7 +140,7 @@ def _modelopt_scores(state: RunState) -> dict[tuple[str, str], float]:
     """ModelOpt's scores: clamped to that of the coarser format before it in ModelOpt's order."""
     compressions = {
         entry["name"]: entry["modelopt_compression"]
-        for entry in state.values["plan"]["formats"]
+        for entry in state.plan["formats"]
         if entry.get("weight")
     }
     table = state.directory.read_table(SENSITIVITY_FILE)

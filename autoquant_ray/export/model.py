@@ -52,7 +52,7 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
         StoreError: The model changed since the run.
         ModelError: It cannot be loaded.
     """
-    scan = ScanConfig.model_validate(source.state.values["config"])
+    scan = ScanConfig.model_validate(source.state.config)
     ref = require_model(source.state, scan)
     model: Any = load_model(ref, dtype=scan.dtype, device="cpu")
     own = own_dtype(ref)

@@ -52,14 +52,14 @@ def read_solution(directory: RunDirectory, solution: str) -> ExportedSolution:
     if not directory.exists(name):
         known = ", ".join(directory.list_folders(SOLUTIONS)) or "none"
         raise StoreError(f"{directory.path(name)} does not exist; solutions of the run: {known}")
-    entries = state.values["plan"]["formats"]
+    entries = state.plan["formats"]
     if not all(map(is_described, entries)):
         raise StoreError(
             f"{directory.uri} was imported and only names its formats; scan the model to "
             "export a plan"
         )
     rows = directory.read_table(name).to_pylist()
-    facts = state.values["plan"]["modules"]
+    facts = state.plan["modules"]
     caches = {r["module"]: r["format"] for r in rows if not facts[r["module"]]["prefixes"]}
     rows = [row for row in rows if row["module"] not in caches]
     chosen, group_of, modules = fuse_experts(

@@ -175,7 +175,7 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
         groups: dict[str, list[str]] = {}
         for module, group in source.groups.items():
             groups.setdefault(group, []).append(module)
-        require_served(groups, chosen, formats_of(source.state.values["plan"]), engine, gpu)
+        require_served(groups, chosen, formats_of(source.state.plan), engine, gpu)
         return
     if engine != "vllm" and len(set(chosen.values())) > 1:
         raise ConfigError(

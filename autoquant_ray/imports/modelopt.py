@@ -21,7 +21,8 @@ from autoquant_ray.errors import DataError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import PLAN_FILE, SENSITIVITY_FILE
-from autoquant_ray.runs.state import RunState, new_run_values, require_target
+from autoquant_ray.runs.record import RunRecord
+from autoquant_ray.runs.state import RunState, new_record, require_target
 from autoquant_ray.solve import Solution, solve_run
 
 _SUFFIX = ".quant_recipe"
@@ -46,8 +47,8 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
     bits = _budget_bits(path, manifest)
     require_target(directory, "overwrite" if overwrite else "new")
     options = SolveOptions(bits=bits, bits_over="all", cost="modelopt")
-    state = RunState(directory, _run_values(path, directory, manifest, rows))
-    check_feasible(Problem.from_plan(rows, state.values["plan"]), options)
+    state = RunState(directory, _record(path, directory, manifest, rows))
+    check_feasible(Problem.from_plan(rows, state.plan), options)
     directory.clear()
     state.save()
     directory.write_table(PLAN_FILE, rows)
@@ -178,15 +179,15 @@ def _budget_bits(path: str, manifest: Mapping[str, Any]) -> float:
     return float(wanted)
 
 
-def _run_values(
+def _record(
     path: str, directory: RunDirectory, manifest: Mapping[str, Any], rows: list[dict[str, Any]]
-) -> dict[str, Any]:
+) -> RunRecord:
     weights = {row["group"]: row["num_weights"] for row in rows}
     names = list(dict.fromkeys(row["format"] for row in rows if row["format"] != NONE))
     unsearched = [row["group"] for row in rows if not row["is_searched"]]
     dataset = manifest.get("dataset") or {}
     model = manifest.get("model") or {}
-    return new_run_values(directory.uri) | {
+    entries = {
         "imported_from": path,
         "config": None,
         "model": {"name": str(model.get("id", "unknown")), "fingerprint": None},
@@ -201,3 +202,4 @@ def _run_values(
             "other_modules": {},
         },
     }
+    return new_record(directory, entries)

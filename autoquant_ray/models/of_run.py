@@ -16,7 +16,7 @@ def require_model(state: RunState, scan: ScanConfig) -> ModelRef:
     """
     ref = find_model(scan.model, trust_remote_code=scan.trust_remote_code)
     require_weights(ref)
-    if fingerprint_model(ref) != state.values["fingerprints"]["model"]:
+    if fingerprint_model(ref) != state.record.fingerprints["model"]:
         raise StoreError(
             f"model {scan.model} changed since {state.directory.uri} was made; scan it again"
         )

@@ -30,6 +30,7 @@ from autoquant_ray.plan.experts import apart_key, split_experts
 from autoquant_ray.plan.group import UNQUANTIZED_BITS, PlannedGroup
 from autoquant_ray.plan.kv_caches import cache_modules
 from autoquant_ray.plan.work import flops_per_token
+from autoquant_ray.runs.record import PlanSummary
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,7 @@ class Plan:
         costs = [[g.kv_bytes(f) or 0.0 for f in self.choices(g)] for g in self.groups]
         return sum(map(min, costs)), sum(map(max, costs))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> PlanSummary:
         """What ``run.json`` keeps so that ``solve`` and ``report`` need no model."""
         return {
             "formats": [format_.to_json() for format_ in self.formats],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.models.quantizable import expert_place
+from autoquant_ray.runs.record import PlanSummary
 
 Counts = list[int]
 """Tokens of each expert of a group."""
@@ -41,7 +42,7 @@ def without_tokens(tokens: Mapping[str, Counts | None]) -> tuple[str, ...]:
     )
 
 
-def note_silent_experts(plan: dict[str, Any], groups: Iterable[str]) -> None:
+def note_silent_experts(plan: PlanSummary, groups: Iterable[str]) -> None:
     """Say in a plan's summary which experts stay in 16 bits because they saw no token.
 
     Args:
@@ -52,7 +53,7 @@ def note_silent_experts(plan: dict[str, Any], groups: Iterable[str]) -> None:
     plan["unsearched"] = others | dict.fromkeys(groups, NO_TOKEN)
 
 
-def silent_experts(plan: Mapping[str, Any]) -> list[str]:
+def silent_experts(plan: PlanSummary) -> list[str]:
     """Experts that stay in 16 bits because they saw no token.
 
     Args:

@@ -24,6 +24,7 @@ from autoquant_ray.report.measured import MeasuredData, measured_sections
 from autoquant_ray.report.reproduce import Reproduction, reproduction
 from autoquant_ray.report.sources import ScoresWithErrors, Sources, gather_evidence, read_sources
 from autoquant_ray.runs.names import AUDIT_FILE, MANIFEST_JSON, solution_folder
+from autoquant_ray.runs.record import PlanSummary
 from autoquant_ray.runs.state import RunState
 
 
@@ -101,15 +102,15 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         StoreError: A file is missing or damaged.
     """
     sources = read_sources(state, start)
-    run, problem = sources.run, sources.problem
+    run, plan, problem = sources.run, state.plan, sources.problem
     groups = list(problem.groups.values())
-    unsearched = run["plan"]["unsearched"]
+    unsearched = plan["unsearched"]
     kept = (sources.manifest.get("stability") or {}).get("kept", {})
     formats = dict.fromkeys(unsearched, NONE) | sources.formats
     rows = group_rows(groups, formats, sources.scores, kept, unsearched)
-    experts = single_experts(run["plan"].get("modules", {}))
+    experts = single_experts(plan.get("modules", {}))
     return ReportContent(
-        title=f"Quantization plan for {run['model']['name'].rstrip('/').rpartition('/')[2]}",
+        title=f"Quantization plan for {run.model['name'].rstrip('/').rpartition('/')[2]}",
         numbers=headline(sources),
         concerns=find_concerns(gather_evidence(sources)),
         facts=report_facts(sources),
@@ -120,8 +121,8 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         dots=_dots(sources),
         formats=list(dict.fromkeys(row["format"] for row in sources.table)),
         scores=sources.scores,
-        unit="no unit (imported)" if "imported_from" in run else "nats per token",
-        warnings=_warnings(run, sources.rows),
+        unit="no unit (imported)" if run.is_imported else "nats per token",
+        warnings=_warnings(plan, sources.rows),
         measured=measured_sections(
             sources.evaluations, sources.name, sources.key, sources.is_by_domain
         ),
@@ -206,10 +207,10 @@ def format_score(entry: tuple[float, float | None] | None) -> str:
     return f"{score:.4e}" if error is None else f"{score:.4e} ± {error:.1e}"
 
 
-def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+def _warnings(plan: PlanSummary, rows: list[dict[str, Any]]) -> list[str]:
     warnings = []
     chosen = {row["group"]: row["format"] for row in rows}
-    for group in run["plan"]["tied_groups"]:
+    for group in plan["tied_groups"]:
         if chosen.get(group, NONE) == NONE:
             text = "it stays in 16 bits and shares the embedding's bytes"
         else:
@@ -220,7 +221,7 @@ def _warnings(run: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
                 "bits counts it as a saving"
             )
         warnings.append(f"{group} is tied to the input embedding: {text}.")
-    others = run["plan"]["other_modules"]
+    others = plan["other_modules"]
     if others:
         names = ", ".join(list(others)[:3]) + (", ..." if len(others) > 3 else "")
         warnings.append(

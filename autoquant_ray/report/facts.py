@@ -11,6 +11,7 @@ from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.report.headline import budget_text
 from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.sources import Sources
+from autoquant_ray.runs.record import RunRecord
 
 _MAX_NAMED = 5
 
@@ -18,11 +19,11 @@ _MAX_NAMED = 5
 def report_facts(sources: Sources) -> list[tuple[str, str]]:
     """(label, value) of every line."""
     run, manifest, table = sources.run, sources.manifest, sources.table
-    solution, config = manifest["solution"], run["config"]
+    solution, config = manifest["solution"], run.config
     facts = [
-        ("Run", run["run_id"]),
+        ("Run", run.run_id),
         ("Scheme", scheme(run, table)),
-        ("Model", run["model"]["name"]),
+        ("Model", run.model["name"]),
         ("Dataset", dataset(run, table)),
         ("Budget", budget_text(manifest["budget"])),
         ("Effective bits (searched groups)", f"{solution['effective_bits']:.4f}"),
@@ -97,26 +98,26 @@ def _predicted(sources: Sources) -> str:
     return f"{predicted:.6g} ± {error.stderr:.2g} nats per token (one standard error, {how})"
 
 
-def scheme(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
+def scheme(run: RunRecord, table: list[dict[str, Any]]) -> str:
     """The menu, and how it was scored."""
     formats = ", ".join(dict.fromkeys(row["format"] for row in table))
-    config = run["config"]
+    config = run.config
     if not config:
-        return f"{formats}; imported from {run['imported_from']}"
+        return f"{formats}; imported from {run.imported_from}"
     draws = f" ({config['label_draws']} draws)" if config["label_draws"] > 1 else ""
     share = config.get("sample_rows", 1)  # runs of earlier versions lack it
     rows = "" if share == 1 else f", {share:.0%} of the rows"
     return f"{formats}; {config['estimator']} sums, labels from the {config['labels']}{draws}{rows}"
 
 
-def dataset(run: dict[str, Any], table: list[dict[str, Any]]) -> str:
+def dataset(run: RunRecord, table: list[dict[str, Any]]) -> str:
     """What the scores were measured on; where shards were not used, also what there was."""
-    data = run["dataset"]
+    data = run.dataset
     if "num_samples" not in data:
         return str(data.get("name", "unknown"))
     counts = data["counts"]
     shards = table[0]["num_shards"] if table else 0
-    used = run.get("used", data)
+    used = run.used or data
     if used["num_samples"] < data["num_samples"]:
         amount = (
             f"{used['num_tokens']} of {data['num_tokens']} tokens, {used['num_samples']} of "

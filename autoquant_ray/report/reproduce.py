@@ -11,6 +11,7 @@ import yaml
 
 from autoquant_ray.allocate.cards import Hardware, load_hardware, shipped_cards
 from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.runs.record import RunRecord
 
 _CONFIG_FILE = "scan.yaml"
 _CARD_FILE = "hardware.yaml"
@@ -32,7 +33,7 @@ class Reproduction:
 
 
 def reproduction(
-    run: Mapping[str, Any],
+    run: RunRecord,
     manifest: Mapping[str, Any],
     name: str,
     read_manifest: Callable[[str], Mapping[str, Any]],
@@ -45,7 +46,7 @@ def reproduction(
         name: Of the solution; '' for the scan's own.
         read_manifest: Gives the manifest of another solution that this one was made from.
     """
-    config = run["config"]
+    config = run.config
     commands: list[str] = []
     if config:
         while "made_from" in manifest:
@@ -153,20 +154,20 @@ def _plain(default: Any) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
-def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    config, dataset = run["config"], run["dataset"]
-    facts = [("Created", run["created"])] if "created" in run else []
+def _facts(run: RunRecord) -> list[tuple[str, str]]:
+    config, dataset = run.config, run.dataset
+    facts = [] if run.created is None else [("Created", run.created)]
     if config:
         order = config.get("data_seed")  # runs of earlier versions lack it
         seed = "none, the data's own order" if order is None else order
         facts += [("Seed", str(config["seed"])), ("Seed of the data's order", str(seed))]
-    facts += [(f"Hash of the {kind}", str(mark)) for kind, mark in run["fingerprints"].items()]
+    facts += [(f"Hash of the {kind}", str(mark)) for kind, mark in run.fingerprints.items()]
     if "tokens_sha256" in dataset:
         facts.append(("SHA-256 of the tokens", dataset["tokens_sha256"]))
-    if run.get("versions"):
-        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    if run.versions:
+        versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         facts.append(("Versions", versions))
-    seconds = {name: stage.get("seconds") for name, stage in run["stages"].items()}
+    seconds = {name: stage.get("seconds") for name, stage in run.stages.items()}
     spent = [f"{name} {value:,.1f} s" for name, value in seconds.items() if value is not None]
     if spent:
         facts.append(("Time spent", ", ".join(spent)))

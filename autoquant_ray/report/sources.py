@@ -25,6 +25,7 @@ from autoquant_ray.runs.names import (
     SENSITIVITY_FILE,
     solution_of,
 )
+from autoquant_ray.runs.record import RunRecord
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.kv_cache import cache_problem
 from autoquant_ray.serving.menus import formats_of, why_unserved
@@ -62,9 +63,9 @@ class Sources:
     evaluations: list[dict[str, Any]]
 
     @property
-    def run(self) -> dict[str, Any]:
+    def run(self) -> RunRecord:
         """Content of ``run.json``."""
-        return self.state.values
+        return self.state.record
 
     @property
     def predicted(self) -> float:
@@ -115,7 +116,7 @@ def read_sources(state: RunState, start: str) -> Sources:
     for row in table:
         scores.setdefault(row["group"], {})[row["format"]] = (row["score"], row["score_stderr"])
     plan = directory.read_table(PLAN_FILE).to_pylist()
-    unsearched = state.values["plan"]["unsearched"]
+    unsearched = state.plan["unsearched"]
     formats = {row["group"]: row["format"] for row in rows if row["group"] not in unsearched}
 
     def optional(name: str) -> Any:
@@ -129,7 +130,7 @@ def read_sources(state: RunState, start: str) -> Sources:
         rows=rows,
         table=table,
         scores=scores,
-        problem=Problem.from_plan(plan, state.values["plan"]),
+        problem=Problem.from_plan(plan, state.plan),
         formats=formats,
         error=total_error(formats, table, optional(RESAMPLING_FILE)),
         evaluations=[] if evaluations is None else evaluations.to_pylist(),
@@ -138,7 +139,7 @@ def read_sources(state: RunState, start: str) -> Sources:
 
 def _unserved(sources: Sources) -> str | None:
     """Why no engine serves the plan; None too where the formats are only names (imported)."""
-    plan, budget = sources.run["plan"], sources.manifest["budget"]
+    plan, budget = sources.state.plan, sources.manifest["budget"]
     if not all(map(is_described, plan["formats"])):
         return None
     problem, chosen = sources.problem, sources.formats
@@ -154,7 +155,7 @@ def gather_evidence(sources: Sources) -> Evidence:
     """What is known for and against the plan."""
     solution = sources.manifest["solution"]
     stability = sources.manifest.get("stability") or {}
-    config = sources.run["config"]
+    config = sources.run.config
     found = (
         ChosenFormat(group=group, format=format_, score=entry[0], stderr=entry[1])
         for group, format_ in sources.formats.items()
@@ -170,7 +171,7 @@ def gather_evidence(sources: Sources) -> Evidence:
         choices=[choice for choice in found if choice.score > 0],
         is_satisfied=solution["is_satisfied"],
         num_shards=sources.table[0]["num_shards"] if config and sources.table else None,
-        quarantined=sources.run["quarantined"],
+        quarantined=sources.run.quarantined,
         labels=config["labels"] if config else None,
         measured=sources.measured,
         coin_tosses=stability.get("coin_tosses", ()),
@@ -180,7 +181,7 @@ def gather_evidence(sources: Sources) -> Evidence:
         by_domain=sources.is_by_domain,
         unserved=_unserved(sources),
         by_measurement=sources.is_by_measurement,
-        silent_experts=silent_experts(sources.run["plan"]),
+        silent_experts=silent_experts(sources.state.plan),
         few_tokens=experts_with_few_tokens(sources.table, min_tokens),
         min_expert_tokens=min_tokens,
     )

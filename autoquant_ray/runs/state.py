@@ -30,9 +30,9 @@ from autoquant_ray.runs.names import (
     SEARCH_FILE,
     SENSITIVITY_FILE,
 )
+from autoquant_ray.runs.record import PlanSummary, RunRecord, StageEntry
 
 Mode = Literal["new", "resume", "overwrite"]
-_REQUIRED_KEYS = {"run_id", "config", "model", "dataset", "fingerprints", "stages", "quarantined"}
 _OUTPUTS = {
     "plan": PLAN_FILE,
     "calibrate": CALIBRATION_FILE,
@@ -48,15 +48,15 @@ class RunState:
 
     Args:
         directory: Where the run lives.
-        values: Content of ``run.json``.
+        record: Content of ``run.json``.
         lease: Held by whoever writes; None for readers.
     """
 
     def __init__(
-        self, directory: RunDirectory, values: dict[str, Any], lease: Lease | None = None
+        self, directory: RunDirectory, record: RunRecord, lease: Lease | None = None
     ) -> None:
         self.directory = directory
-        self.values = values
+        self.record = record
         self._lease = lease
         self._replaces_a_run = False
 
@@ -74,10 +74,7 @@ class RunState:
             raise StoreError(
                 f"{directory.uri} has schema version {version}, this program reads {SCHEMA_VERSION}"
             )
-        missing = sorted(_REQUIRED_KEYS - set(values))
-        if missing:
-            raise StoreError(f"{directory.path(RUN_FILE)} is damaged: it lacks {missing}")
-        return cls(directory, values, lease)
+        return cls(directory, RunRecord.from_json(values, directory.path(RUN_FILE)), lease)
 
     @classmethod
     def start(
@@ -108,8 +105,8 @@ class RunState:
             state = cls.open(directory, lease)
             state._require_same(config, identity)
             return state
-        values = new_run_values(directory.uri) | {"config": config.model_dump(mode="json")}
-        state = cls(directory, values | identity, lease)
+        record = new_record(directory, {"config": config.model_dump(mode="json")} | identity)
+        state = cls(directory, record, lease)
         state._replaces_a_run = directory.exists()
         return state
 
@@ -131,54 +128,73 @@ class RunState:
 
     def save(self) -> None:
         """Write ``run.json``."""
-        self.directory.write_json(RUN_FILE, self.values)
+        self.directory.write_json(RUN_FILE, self.record.to_json())
+
+    @property
+    def plan(self) -> PlanSummary:
+        """The plan's summary.
+
+        Raises:
+            StoreError: The scan has not come that far.
+        """
+        if self.record.plan is None:
+            raise StoreError(f"{self.directory.uri} has no plan yet; finish the scan with --resume")
+        return self.record.plan
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config of the scan.
+
+        Raises:
+            StoreError: The run was imported.
+        """
+        if self.record.config is None:
+            raise StoreError(f"{self.directory.uri} was imported: it has no config of a scan")
+        return self.record.config
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
         """Whether a stage is finished with this fingerprint and its file is still there."""
-        entry = self.values["stages"].get(stage, {})
-        finished = entry.get("state") == "done" and entry.get("fingerprint") == fingerprint
+        entry = self.record.stages.get(stage)
+        if entry is None or (entry["state"], entry.get("fingerprint")) != ("done", fingerprint):
+            return False
         output = _OUTPUTS.get(stage)
-        return bool(finished and (output is None or self.directory.exists(output)))
+        return output is None or self.directory.exists(output)
 
     def reopen(self, *stages: str) -> None:
         """Forget that stages are done, and delete scores that no longer hold."""
         for stage in stages:
-            self.values["stages"].pop(stage, None)
+            self.record.stages.pop(stage, None)
         for name in (SENSITIVITY_FILE, FRONTIER_FILE, MANIFEST_JSON, MANIFEST_TABLE):
             self.directory.delete(name)
 
     @property
     def num_shards(self) -> int:
         """Number of shards of the run's data, quarantined ones included."""
-        return int(self.values["dataset"]["num_shards"])
+        return int(self.record.dataset["num_shards"])
 
     @property
     def left_out(self) -> set[int]:
         """Quarantined shards."""
-        return {entry["shard"] for entry in self.values["quarantined"]}
+        return {entry["shard"] for entry in self.record.quarantined}
 
     @property
     def used_shards(self) -> list[int]:
         """Shards that the result is made of: not left out, nor after the scan was stable."""
         left_out = self.left_out
         shards = [shard for shard in range(self.num_shards) if shard not in left_out]
-        stopping = self.values.get("stopping")
+        stopping = self.record.stopping
         return shards if stopping is None else shards[: stopping["shards_used"]]
 
     @contextmanager
-    def stage(self, name: str, fingerprint: str) -> Iterator[dict[str, Any]]:
-        """Run a stage: notes its start, its end, its seconds, and what the body puts in.
-
-        Yields:
-            The stage's entry of ``run.json``; the body may add facts to it.
-        """
+    def stage(self, name: str, fingerprint: str) -> Iterator[None]:
+        """Run a stage: notes its start, its end and its seconds."""
         start = time.perf_counter()
-        entry: dict[str, Any] = {"state": "running", "fingerprint": fingerprint}
-        self.values["stages"][name] = entry
+        entry: StageEntry = {"state": "running", "fingerprint": fingerprint}
+        self.record.stages[name] = entry
         self.save()
         self.directory.append_event("stage_started", stage=name)
         try:
-            yield entry
+            yield
         except BaseException as error:
             with suppress(StoreError):  # the store may be what failed
                 self.directory.append_event("stage_stopped", stage=name, error=type(error).__name__)
@@ -193,8 +209,7 @@ class RunState:
 
     def quarantine(self, shard: int, stage: str, reason: str) -> None:
         """Note a shard that is left out of the result."""
-        entry = {"shard": shard, "stage": stage, "reason": reason}
-        self.values["quarantined"].append(entry)
+        self.record.quarantined.append({"shard": shard, "stage": stage, "reason": reason})
         self.save()
 
     def release_quarantine(self) -> None:
@@ -203,20 +218,20 @@ class RunState:
         Once calibration (or AWQ's search) is finished, shards that it left out stay out: letting
         them in would change the maxima (or scales) under which the other shards were scored.
         """
-        stages, parts_of = self.values["stages"], self.directory.list_parts
-        done = {s for s in ("calibrate", "search") if stages.get(s, {}).get("state") == "done"}
-        if self.values["quarantined"]:  # where a merged file was lost, parts tell what was finished
+        parts_of = self.directory.list_parts
+        done = {stage for stage in ("calibrate", "search") if self.record.is_done(stage)}
+        if self.record.quarantined:  # where a merged file was lost, parts tell what was finished
             done |= {"calibrate", "search"} if parts_of(SCORES) else set()
             done |= {"calibrate"} if parts_of(SEARCH) else set()
-        kept = [entry for entry in self.values["quarantined"] if entry["stage"] in done]
-        if len(kept) < len(self.values["quarantined"]):
-            self.values["quarantined"] = kept
+        kept = [entry for entry in self.record.quarantined if entry["stage"] in done]
+        if len(kept) < len(self.record.quarantined):
+            self.record.quarantined = kept
             self.reopen("score", "aggregate")
 
     def _require_same(self, config: ScanConfig, identity: dict[str, Any]) -> None:
-        if self.values["config"] is None:
+        if self.record.config is None:
             raise StoreError(f"{self.directory.uri} was imported and cannot be resumed")
-        changes = changed_fields(self.values["config"], config)
+        changes = changed_fields(self.record.config, config)
         if changes:
             raise ChangedError(
                 f"{self.directory.uri} was made with another config ({changes[0]}); use the same "
@@ -224,7 +239,7 @@ class RunState:
             )
         self._require_same_versions()
         for kind, value in identity["fingerprints"].items():
-            if self.values["fingerprints"].get(kind) != value:
+            if self.record.fingerprints.get(kind) != value:
                 raise ChangedError(
                     f"the {kind} changed since {self.directory.uri} was started; give another "
                     "--out or --overwrite"
@@ -232,11 +247,10 @@ class RunState:
 
     def _require_same_versions(self) -> None:
         """Parts of two versions must not be mixed; a finished run is only read."""
-        is_done = self.values["stages"].get("aggregate", {}).get("state") == "done"
-        if is_done and not self.values["quarantined"]:
+        if self.record.is_done("aggregate") and not self.record.quarantined:
             return
         for name, now in _versions().items():
-            before = self.values["versions"].get(name)
+            before = (self.record.versions or {}).get(name)
             if name in _NUMERIC_PACKAGES and before != now:
                 raise ChangedError(
                     f"{self.directory.uri} was started with {name} {before}, this is {now}; go on "
@@ -258,16 +272,22 @@ def require_target(directory: RunDirectory, mode: Mode) -> None:
             raise StoreError(f"{directory.uri} holds a run; give --resume or --overwrite")
 
 
-def new_run_values(uri: str) -> dict[str, Any]:
-    """What every ``run.json`` starts with."""
-    return {
+def new_record(directory: RunDirectory, entries: dict[str, Any]) -> RunRecord:
+    """The record of a run that starts now.
+
+    Args:
+        directory: Where the run will live.
+        entries: What it is made from; a ``run_id`` instead of folder and time.
+    """
+    values = {
         "schema_version": SCHEMA_VERSION,
-        "run_id": _run_id(uri),
+        "run_id": _run_id(directory.uri),
         "created": _utc_now(),
         "versions": _versions(),
         "stages": {},
         "quarantined": [],
     }
+    return RunRecord.from_json(values | entries, directory.path(RUN_FILE))
 
 
 def _run_id(uri: str) -> str:

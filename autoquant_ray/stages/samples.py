@@ -15,12 +15,13 @@ from autoquant_ray.config.sources import data_name
 from autoquant_ray.data.cutting import DataCounts, require_usable
 from autoquant_ray.data.domain_shards import in_turn
 from autoquant_ray.data.sample_parts import digest_bytes, rich_part, text_part
-from autoquant_ray.data.samples import RichSample, num_predicted, token_ids
+from autoquant_ray.data.samples import RichSample, Sample, num_predicted, token_ids
 from autoquant_ray.errors import ChangedError, DataError
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import DOMAINS_FILE, SAMPLES, part_name
 from autoquant_ray.runs.parts import map_ahead
+from autoquant_ray.runs.record import DatasetFacts
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.sources import Skip, Source, data_specs
 
@@ -31,7 +32,7 @@ def has_samples(state: RunState, fingerprint: str) -> bool:
     """Whether all sample shards are there."""
     if not state.is_done("shards", fingerprint):
         return False
-    has_domains = len(state.values["dataset"].get("domains", {})) > 1
+    has_domains = len(state.record.dataset.get("domains", {})) > 1
     if has_domains and not state.directory.exists(DOMAINS_FILE):
         return False
     return state.directory.list_parts(SAMPLES) == list(range(state.num_shards))
@@ -39,7 +40,7 @@ def has_samples(state: RunState, fingerprint: str) -> bool:
 
 def read_samples(
     config: ScanConfig, tokenizer: TokenizerRef, scratch: RunDirectory, *, skip: Skip = 0
-) -> dict[str, Any]:
+) -> DatasetFacts:
     """Read, tokenize and cut the data into ``samples/shard-*.parquet`` of a scratch directory.
 
     A shard holds samples of one domain. ``domains.parquet`` says which, where there are several.
@@ -56,44 +57,83 @@ def read_samples(
     Raises:
         DataError: The data cannot be read or holds no usable sample.
     """
-    digest = hashlib.sha256()
-    num_samples, num_tokens = 0, 0
-    rich = Counter[str]()
-    told: list[dict[str, Any]] = []
     sources = [
         Source(name, spec, skip, skips_bad=config.skip_bad_samples)
         for name, spec in data_specs(config).items()
     ]
-    for domain, shard in in_turn([s.shards(tokenizer, config.shard_samples) for s in sources]):
-        lengths_N = np.fromiter(map(len, shard), dtype=np.int32)
-        tokens_T = np.concatenate([np.asarray(token_ids(sample)) for sample in shard])
-        with_more = [sample for sample in shard if isinstance(sample, RichSample)]
-        if with_more:
-            table = rich_part(num_samples, with_more)
-            rich.update(_rich_facts(with_more))
-        else:
-            table = text_part(num_samples, lengths_N, tokens_T)
-        scratch.write_table(part_name(SAMPLES, len(told)), table)
-        digest.update(np.insert(tokens_T, lengths_N.cumsum() - lengths_N, lengths_N).tobytes())
-        digest.update(digest_bytes(with_more))
-        num_tokens, num_samples = num_tokens + len(tokens_T), num_samples + len(shard)
-        sizes = {"num_samples": len(shard), "num_tokens": len(tokens_T)}
-        told.append({"shard": len(told), "domain": domain, **sizes})
-    counts = _checked_counts(sources, {row["domain"] for row in told}, config)
-    facts = {
-        "counts": dict(vars(counts)),
-        "num_samples": num_samples,
-        "num_tokens": num_tokens,
-        "num_shards": len(told),
-        "tokens_sha256": digest.hexdigest(),
-    }
-    facts |= rich
+    written = _WrittenShards(scratch)
+    for domain, samples in in_turn([s.shards(tokenizer, config.shard_samples) for s in sources]):
+        written.add(domain, samples)
+    domains = written.domains()
+    counts = _checked_counts(sources, set(domains), config)
+    facts = written.facts(counts)
     if reasons := [reason for source in sources for reason in source.reasons]:
         facts["bad_samples"] = reasons
-    domains = _domain_facts(told)
     if len(domains) > 1:
-        scratch.write_table(DOMAINS_FILE, told)
-    return facts | ({"domains": domains} if any(domains) else {})
+        scratch.write_table(DOMAINS_FILE, written.rows)
+    if any(domains):
+        facts["domains"] = domains
+    return facts
+
+
+class _WrittenShards:
+    """Shards of samples as they are written, and what is counted of them.
+
+    Args:
+        scratch: Where the shards are written.
+
+    Attributes:
+        rows: Of ``domains.parquet``: one per shard.
+    """
+
+    def __init__(self, scratch: RunDirectory) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._scratch = scratch
+        self._digest = hashlib.sha256()
+        self._totals = Counter[str]()
+        self._rich_totals = Counter[str]()
+
+    def add(self, domain: str, samples: Sequence[Sample]) -> None:
+        """Write the next shard: samples of one domain."""
+        lengths_N = np.fromiter(map(len, samples), dtype=np.int32)
+        tokens_T = np.concatenate([np.asarray(token_ids(sample)) for sample in samples])
+        first_sample, shard = self._totals["num_samples"], len(self.rows)
+        rich_samples = [sample for sample in samples if isinstance(sample, RichSample)]
+        if rich_samples:
+            table = rich_part(first_sample, rich_samples)
+            self._rich_totals.update(_rich_facts(rich_samples))
+        else:
+            table = text_part(first_sample, lengths_N, tokens_T)
+        self._scratch.write_table(part_name(SAMPLES, shard), table)
+        lengths_and_tokens = np.insert(tokens_T, lengths_N.cumsum() - lengths_N, lengths_N)
+        self._digest.update(lengths_and_tokens.tobytes())
+        self._digest.update(digest_bytes(rich_samples))
+        sizes = {"num_samples": len(samples), "num_tokens": len(tokens_T)}
+        self._totals.update(sizes)
+        self.rows.append({"shard": shard, "domain": domain, **sizes})
+
+    def facts(self, counts: DataCounts) -> DatasetFacts:
+        """What ``run.json`` says of the samples, whatever their domains."""
+        facts: DatasetFacts = {
+            "counts": dict(vars(counts)),
+            "num_samples": self._totals["num_samples"],
+            "num_tokens": self._totals["num_tokens"],
+            "num_shards": len(self.rows),
+            "tokens_sha256": self._digest.hexdigest(),
+        }
+        if self._rich_totals:
+            facts["num_loss_tokens"] = self._rich_totals["num_loss_tokens"]
+            facts["num_samples_with_images"] = self._rich_totals["num_samples_with_images"]
+        return facts
+
+    def domains(self) -> dict[str, dict[str, int]]:
+        """Domain -> samples, tokens and shards, by name; '' where the data has none."""
+        totals: dict[str, dict[str, int]] = {}
+        for row in self.rows:
+            sizes = {"num_samples": row["num_samples"], "num_tokens": row["num_tokens"]}
+            before = totals.get(row["domain"], {})
+            totals[row["domain"]] = dict(Counter(before) + Counter(sizes | {"num_shards": 1}))
+        return dict(sorted(totals.items()))
 
 
 def _rich_facts(samples: Sequence[RichSample]) -> dict[str, int]:
@@ -103,30 +143,26 @@ def _rich_facts(samples: Sequence[RichSample]) -> dict[str, int]:
     }
 
 
-def _domain_facts(told: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Domain -> samples, tokens and shards, by name."""
-    facts: dict[str, dict[str, int]] = {}
-    for row in told:
-        sizes = {"num_samples": row["num_samples"], "num_tokens": row["num_tokens"]}
-        before = facts.get(row["domain"], {})
-        facts[row["domain"]] = dict(Counter(before) + Counter(sizes | {"num_shards": 1}))
-    return dict(sorted(facts.items()))
+def _checked_counts(sources: list[Source], domains: set[str], config: ScanConfig) -> DataCounts:
+    """The counts of all sources together; checks that there is something to work with.
 
-
-def _checked_counts(sources: list[Source], found: set[str], config: ScanConfig) -> DataCounts:
-    """The counts of all sources together; checks that there is something to work with."""
+    Args:
+        sources: All that were read.
+        domains: Of the samples that were found.
+        config: Names the data in the error.
+    """
     total: Counter[str] = Counter()
     for source in sources:
         require_usable(source.counts, source.spec.source)
         total.update(vars(source.counts))
-        if source.name and source.name not in found:
+        if source.name and source.name not in domains:
             logger.warning(
                 "%s holds no samples after the %d that calibration used; its domain %s is left out",
                 source.spec.source,
                 source.skipped,
                 source.name,
             )
-    if not found:
+    if not domains:
         raise DataError(
             f"{data_name(config.data)} holds no samples after the "
             f"{sum(source.skipped for source in sources)} that calibration used; give other "
@@ -136,7 +172,7 @@ def _checked_counts(sources: list[Source], found: set[str], config: ScanConfig) 
 
 
 def keep_samples(
-    state: RunState, scratch: RunDirectory, facts: dict[str, Any], fingerprint: str
+    state: RunState, scratch: RunDirectory, facts: DatasetFacts, fingerprint: str
 ) -> None:
     """Move finished sample shards from the scratch directory into the run."""
     with state.stage("shards", fingerprint):
@@ -149,7 +185,7 @@ def keep_samples(
             pass
         if scratch.exists(DOMAINS_FILE):
             state.directory.write_bytes(DOMAINS_FILE, scratch.read_bytes(DOMAINS_FILE))
-        state.values["dataset"] |= facts
+        state.record.dataset |= facts
 
 
 def require_same_chats(state: RunState, fingerprint: str) -> None:
@@ -162,7 +198,7 @@ def require_same_chats(state: RunState, fingerprint: str) -> None:
     Raises:
         ChangedError: They were changed.
     """
-    if state.values["dataset"].get("chat_fingerprint", fingerprint) != fingerprint:
+    if state.record.dataset.get("chat_fingerprint", fingerprint) != fingerprint:
         raise ChangedError(
             f"the model's chat template or processor changed since {state.directory.uri} was made; "
             "put it back, or scan again"

@@ -43,12 +43,12 @@ def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | No
     if state.is_done("plan", fingerprint):
         return
     with state.stage("plan", fingerprint):
-        silent = silent_experts(state.values["plan"]) if "plan" in state.values else []
-        state.values["plan"] = plan.summary()
-        note_silent_experts(state.values["plan"], silent)  # until scores are added up again
+        silent = silent_experts(state.plan) if state.record.plan is not None else []
+        state.record.plan = plan.summary()
+        note_silent_experts(state.plan, silent)  # until scores are added up again
         if weights is not None:
             modules = {g.name: [m.name for m in g.modules] for g in plan.groups if not g.is_cache}
-            state.values["weights"] = hash_groups(weights, modules)
+            state.record.weights = hash_groups(weights, modules)
         state.directory.write_table(PLAN_FILE, plan.rows())
 
 
@@ -92,7 +92,7 @@ def score(
     def is_enough(shard: int) -> bool:
         return rule is not None and stopping_stage.is_enough(state, rule, shard)
 
-    state.values.pop("stopping", None)
+    state.record.stopping = None
     with state.stage("score", fingerprint):
         shared = ray.put(calibration)
         done = intact_parts(state, SCORES, _is_complete(plan))
@@ -121,9 +121,9 @@ def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
         result = aggregate_parts(parts, plan_rows, config.estimator)
         directory.write_table(RESAMPLING_FILE, result.buckets)
         write_domain_scores(state, plan_rows, config.estimator, result.left_out)
-        note_silent_experts(state.values["plan"], result.left_out)
+        note_silent_experts(state.plan, result.left_out)
         directory.write_table(SENSITIVITY_FILE, result.rows)
-        state.values["used"] = stopping_stage.used_data(state, state.used_shards)
+        state.record.used = stopping_stage.used_data(state, state.used_shards)
 
 
 def check_budget(plan: Plan, config: ScanConfig) -> None:

@@ -94,7 +94,7 @@ def collect(state: RunState, pool: WorkerPool, work: Work) -> None:
             "with --resume"
         )
     if len(state.left_out) == state.num_shards:
-        reason = state.values["quarantined"][0]["reason"]
+        reason = state.record.quarantined[0]["reason"]
         raise WorkerError(f"every shard failed, the first with: {reason}")
 
 

@@ -22,6 +22,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.runs.names import SAMPLES, SCORES, part_name
+from autoquant_ray.runs.record import UsedData
 from autoquant_ray.runs.state import RunState
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
     """The rule that the run's config asks for."""
-    config = ScanConfig.model_validate(state.values["config"])
+    config = ScanConfig.model_validate(state.config)
     if config.stop_when_stable is None:
         return None
     if state.num_shards <= MIN_SHARDS:
@@ -68,7 +69,7 @@ def is_enough(state: RunState, rule: StoppingRule, shard: int) -> bool:
     sums_K = None
     if shard not in state.left_out:
         table = state.directory.read_table(part_name(SCORES, shard))
-        sums_K = part_sums(table, state.values["config"]["estimator"])
+        sums_K = part_sums(table, state.config["estimator"])
     num_checks = len(rule.checks)
     is_enough = rule.add(shard, sums_K)
     for check in rule.checks[num_checks:]:
@@ -83,10 +84,10 @@ def is_enough(state: RunState, rule: StoppingRule, shard: int) -> bool:
 
 def keep_used(state: RunState, rule: StoppingRule) -> None:
     """Note the decision, and forget everything about the shards after it."""
-    state.values["stopping"] = rule.summary()
-    state.values["quarantined"] = [
+    state.record.stopping = rule.summary()
+    state.record.quarantined = [
         entry
-        for entry in state.values["quarantined"]
+        for entry in state.record.quarantined
         if entry["shard"] < rule.end or entry["stage"] != "score"
     ]
     state.save()
@@ -95,9 +96,9 @@ def keep_used(state: RunState, rule: StoppingRule) -> None:
             state.directory.delete(part_name(SCORES, shard))
 
 
-def used_data(state: RunState, shards: Sequence[int]) -> dict[str, int]:
+def used_data(state: RunState, shards: Sequence[int]) -> UsedData:
     """Numbers of shards, samples and tokens that the result is made of."""
-    dataset = state.values["dataset"]
+    dataset = state.record.dataset
     if len(shards) == state.num_shards:
         num_samples, num_tokens = dataset["num_samples"], dataset["num_tokens"]
     else:

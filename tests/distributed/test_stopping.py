@@ -201,7 +201,7 @@ def made_up_scan(make_model: Any, tmp_path: Path) -> Any:
                 rows = [{"sample": 2 * shard + i, "tokens": [1] * 8} for i in range(2)]
                 state.directory.write_table(part_name(SAMPLES, shard), rows)
         pool = Arrivals(plan, order, broken)
-        config = ScanConfig.model_validate(state.values["config"])
+        config = ScanConfig.model_validate(state.record.config)
         state.release_quarantine()
         if not stages.is_scored(state, plan, "score"):
             stages.score(state, pool, plan, {}, "score")  # type: ignore[arg-type]
@@ -216,7 +216,7 @@ IN_ORDER = list(range(40))
 
 def kept(state: RunState) -> Any:
     """The result of a made-up scan with its quarantine."""
-    return *result_of(Path(state.directory.uri)), state.values["quarantined"], state.values["used"]
+    return *result_of(Path(state.directory.uri)), state.record.quarantined, state.record.used
 
 
 def test_score_any_order_of_arrival_leaves_the_same_files(
@@ -224,11 +224,11 @@ def test_score_any_order_of_arrival_leaves_the_same_files(
 ) -> None:
     broken = (3, 25, 39)
     reference, pool = made_up_scan(IN_ORDER, broken)
-    stopping = reference.values["stopping"]
+    stopping = reference.record.stopping
     assert [check["shards"] for check in stopping["checks"]][:2] == [8, 12]
     assert 8 < stopping["shards_used"] < 30
     assert pool.yielded == IN_ORDER[: stopping["shards_used"] + 1]
-    assert [entry["shard"] for entry in reference.values["quarantined"]] == [3]
+    assert [entry["shard"] for entry in reference.record.quarantined] == [3]
     assert 3 not in reference.directory.list_parts("scores")
     rng = np.random.default_rng(0)
     late = [39, 25, 30, 29, 3, *(s for s in IN_ORDER if s not in (39, 25, 30, 29, 3))]
@@ -239,23 +239,23 @@ def test_score_any_order_of_arrival_leaves_the_same_files(
 
 def test_score_too_noisy_to_stop_uses_everything(ray_local: None, made_up_scan: Any) -> None:
     state, _ = made_up_scan(IN_ORDER, share=1e-9)
-    stopping = state.values["stopping"]
+    stopping = state.record.stopping
     assert stopping["is_stable"] is False
     assert [check["shards"] for check in stopping["checks"]] == [8, 12, 18, 27, 40]
     assert stopping["expected_regret"] == stopping["checks"][-1]["expected_regret"] > 1e-9
-    assert state.values["used"] == {"num_shards": 40, "num_samples": 80, "num_tokens": 640}
+    assert state.record.used == {"num_shards": 40, "num_samples": 80, "num_tokens": 640}
     state, _ = made_up_scan(IN_ORDER, broken=(3,), share=1e-9)
-    assert state.values["used"] == {"num_shards": 39, "num_samples": 78, "num_tokens": 624}
-    assert state.values["stopping"]["shards_used"] == 39
+    assert state.record.used == {"num_shards": 39, "num_samples": 78, "num_tokens": 624}
+    assert state.record.stopping["shards_used"] == 39
 
 
 def test_score_resume_decides_on_parts_that_are_there(ray_local: None, made_up_scan: Any) -> None:
     """All parts on disk, as after a kill between the last result and the decision."""
     reference, _ = made_up_scan(IN_ORDER)
-    used = reference.values["stopping"]["shards_used"]
+    used = reference.record.stopping["shards_used"]
     whole, _ = made_up_scan(IN_ORDER, share=1e-9)
-    whole.values["config"]["stop_when_stable"] = 0.25
-    whole.values["stages"].pop("score")
+    whole.record.config["stop_when_stable"] = 0.25
+    whole.record.stages.pop("score")
     whole.reopen("aggregate")
     state, pool = made_up_scan(IN_ORDER, state=whole)
     assert pool.yielded == []

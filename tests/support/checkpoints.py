@@ -107,7 +107,7 @@ def unpack_modelopt(tensors: Mapping[str, torch.Tensor], module: str, algo: str)
 def logits_of_solution(directory: Any, solution: str, ids_BS: torch.Tensor) -> torch.Tensor:
     """Logits of the run's model under a solution, as ``evaluate`` quantizes it."""
     source = read_source(directory, solution)
-    scan = ScanConfig.model_validate(source.state.values["config"])
+    scan = ScanConfig.model_validate(source.state.record.config)
     model = load_model(find_model(scan.model), dtype="float32", device="cpu")
     menu = resolve_formats(scan.formats, device="cpu", custom=scan.custom_formats)
     modules = scored_modules(build_plan(model, menu, scan.disable))

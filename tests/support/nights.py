@@ -62,7 +62,7 @@ class Scans:
             RunState.open(directory).quarantine(7, "score", "it killed three workers")
         elif mode == "resume":
             state = RunState.open(directory)
-            state.values["quarantined"] = []
+            state.record.quarantined = []
             state.save()
         solve_run(directory, solve_options(config), folder="")
 

@@ -51,7 +51,7 @@ def choices_ms(directory: Any, latency: Latency) -> tuple[dict[tuple[str, str], 
 
     By the formulas of the docstring, and by nothing of ours.
     """
-    plan = RunState.open(directory).values["plan"]
+    plan = RunState.open(directory).record.plan
     batch, bandwidth = latency.batch, latency.hardware.memory_bandwidth.value
     rates = {pair: figure.value for pair, figure in latency.hardware.matmul_rates.items()}
     pairs = {"wint4_afp16": "16x16", "wfp8_afp8": "fp8xfp8", NONE: "16x16"}

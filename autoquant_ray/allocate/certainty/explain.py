@@ -56,7 +56,7 @@ def explain_group(directory: RunDirectory, name: str, solution: str = "") -> Exp
     problem, scores = load_problem(state)
     start = solution_folder(solution)
     options = solution_options(state, start)
-    others: dict[str, int] = state.values["plan"]["other_modules"]
+    others: dict[str, int] = state.plan["other_modules"]
     known = {group.name: group.module_names for group in problem.groups.values()}
     found = find_group(name, {other: [other] for other in others} | known)
     group = problem.groups.get(found)
@@ -70,7 +70,7 @@ def _unsearched(
     state: RunState, solution: str, group: GroupChoices | None, module: str
 ) -> Explanation:
     """A group that stays in 16 bits; without one, a module that ModelOpt cannot quantize."""
-    plan = state.values["plan"]
+    plan = state.plan
     weights = plan["other_modules"][module] if group is None else group.num_weights
     return Explanation(
         run=state.directory.uri,
@@ -115,7 +115,7 @@ class _Story:
         certainty = certainty_of(self._state, *arguments)
         shards = find_shards(self._state, group.name, self._problem, self._options)
         chosen = self._formats[group.name]
-        is_imported = "imported_from" in self._state.values
+        is_imported = self._state.record.is_imported
         return Explanation(
             run=directory.uri,
             solution=solution_of(self._start),

@@ -53,7 +53,7 @@ class ShardParts:
     def __init__(self, state: RunState) -> None:
         self._shards = state.used_shards
         self._parts = Parts(state.directory, SCORES, self._shards)
-        self._column = f"{state.values['config']['estimator']}_sum"
+        self._column = f"{state.config['estimator']}_sum"
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -157,7 +157,7 @@ def find_shards(
     """
     if options.domains:
         return ShardFindings(reason="the plan weighs domains, shards are of all tokens alike")
-    if "imported_from" in state.values:
+    if state.record.is_imported:
         return ShardFindings(reason="imported scores have no shards")
     missing = sorted(set(state.used_shards) - set(state.directory.list_parts(SCORES)))
     if missing:

@@ -11,9 +11,8 @@ Knows nothing of files, workers or Ray. A limit on the number of formats is not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.arrays import Floats, Mask
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.record import RunRecord, Stopping
 
 MIN_SHARDS = 8
 """Fewer shards do not show their spread; no scan stops before."""
@@ -114,7 +114,7 @@ class StoppingRule:
                 self._check()
         return self.is_stable
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Stopping:
         """The ``stopping`` object of ``run.json``."""
         return {
             "threshold": self._threshold,
@@ -138,7 +138,7 @@ class StoppingRule:
         self.checks.append(Check(shards=count, expected_regret=regret))
 
 
-def describe_stopping(run: Mapping[str, Any]) -> str | None:
+def describe_stopping(run: RunRecord) -> str | None:
     """One line on how much of the data was used and why.
 
     Args:
@@ -147,7 +147,7 @@ def describe_stopping(run: Mapping[str, Any]) -> str | None:
     Returns:
         None for a scan that was not asked to stop.
     """
-    stopping, used, dataset = run.get("stopping"), run.get("used"), run["dataset"]
+    stopping, used, dataset = run.stopping, run.used, run.dataset
     if not stopping or not used:
         return None
     amount = (

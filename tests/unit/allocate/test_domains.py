@@ -96,7 +96,7 @@ def test_domain_without_a_scored_shard_is_left_out(domain_run: RunDirectory) -> 
     from autoquant_ray.stages.domain_scores import write_domain_scores
 
     state = RunState.open(domain_run)
-    state.values["quarantined"] = [{"shard": 5, "stage": "score", "reason": "made up"}]
+    state.record.quarantined = [{"shard": 5, "stage": "score", "reason": "made up"}]
     rows = domain_run.read_table("plan.parquet").to_pylist()
     write_domain_scores(state, rows, "elementwise")
     assert set(domains_of(domain_run).scores) == {"chat", "code"}

@@ -189,7 +189,7 @@ def test_plan_that_is_written_again_knows_the_expert_without_tokens(
     scored: Any, expert_run: Any
 ) -> None:
     state = RunState.open(expert_run())
-    fingerprint = state.values["stages"]["plan"]["fingerprint"]
+    fingerprint = state.record.stages["plan"]["fingerprint"]
     Path(state.directory.path("plan.parquet")).unlink()
     write_plan(state, scored[0], fingerprint)
     problem, _ = load_problem(RunState.open(state.directory))

@@ -117,7 +117,7 @@ def leave_partial(config: ScanConfig, **versions: str) -> None:
     """What a killed scan leaves."""
     config = config.model_copy(update={"device": "cpu", "dtype": "float32"})
     state = RunState.start(RunDirectory(config.out), config, "new", make_identity("model"))
-    state.values["versions"] |= versions
+    state.record.versions |= versions
     state.begin()
 
 

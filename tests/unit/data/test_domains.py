@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from records import make_record
 
 from autoquant_ray.cli.main import main
 from autoquant_ray.config.evaluation import EvaluationConfig
@@ -274,17 +275,17 @@ def test_sources_take_turns_until_all_end() -> None:
 
 def seen_state(own: ScanConfig, tmp_path: Path) -> RunState:
     facts = {"a": {"num_samples": 3}, "b": {"num_samples": 4}}
-    values = {
-        "config": own.model_dump(mode="json"),
-        "fingerprints": {"data": fingerprint_data(own.data)},
-        "dataset": {"num_samples": 7, "domains": facts},
-    }
-    return RunState(RunDirectory(str(tmp_path / "run")), values)
+    record = make_record(
+        config=own.model_dump(mode="json"),
+        fingerprints={"data": fingerprint_data(own.data)},
+        dataset={"num_samples": 7, "domains": facts},
+    )
+    return RunState(RunDirectory(str(tmp_path / "run")), record)
 
 
 def measured(state: RunState, **changes: Any) -> ScanConfig:
     evaluation = EvaluationConfig.model_validate({"run": "r"} | changes)
-    return evaluation.scan_config(state.values["config"])
+    return evaluation.scan_config(state.record.config)
 
 
 def test_what_calibration_used_is_known_for_each_source(tmp_path: Path) -> None:
@@ -321,7 +322,7 @@ def test_own_data_packed_without_its_domains_is_refused(tagged: Path, tmp_path: 
 def test_own_chats_chosen_otherwise_are_refused(tagged: Path, tmp_path: Path) -> None:
     state = seen_state(config(data=str(tagged)), tmp_path)
     assert num_seen(state, measured(state, seq_len=9), is_given=False) == 7
-    state.values["dataset"]["num_loss_tokens"] = 12
+    state.record.dataset["num_loss_tokens"] = 12
     assert num_seen(state, measured(state), is_given=False) == 7
     for changes in ({"seq_len": 9}, {"loss_on": "answer"}):
         with pytest.raises(ConfigError, match=r"must be those of the scan .*give other data"):
@@ -332,9 +333,9 @@ def test_calibration_file_that_grew_is_not_unseen(make_run: Any, tmp_path: Path)
     state = RunState.open(make_run())
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "x"}\n')
-    state.values["config"]["data"] = str(file)
-    state.values["fingerprints"]["data"] = fingerprint_data(str(file))
-    scan = EvaluationConfig(run="run", data=str(file)).scan_config(state.values["config"])
+    state.record.config["data"] = str(file)
+    state.record.fingerprints["data"] = fingerprint_data(str(file))
+    scan = EvaluationConfig(run="run", data=str(file)).scan_config(state.record.config)
     assert num_seen(state, scan, is_given=True) == 8
     file.write_text('{"text": "x"}\n{"text": "y"}\n')
     with pytest.raises(ConfigError, match="changed since the scan"):
@@ -342,7 +343,7 @@ def test_calibration_file_that_grew_is_not_unseen(make_run: Any, tmp_path: Path)
 
 
 def test_wrong_field_of_an_evaluation_is_one_line(make_run: Any) -> None:
-    config = RunState.open(make_run()).values["config"]
+    config = RunState.open(make_run()).record.config
     config["data"] = {"a": "a.jsonl", "b": "b.jsonl"}
     with pytest.raises(ConfigError):
         EvaluationConfig(run="run", samples=1).scan_config(config)

@@ -178,12 +178,12 @@ def test_config_of_the_page_is_a_file_for_scan(tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run")
     solve_run(directory, SolveOptions(bits=6), folder="")
     state = RunState.open(directory)
-    state.values["config"] |= {"custom_formats": custom, "formats": ["mine", "wint8_aint8"]}
+    state.record.config |= {"custom_formats": custom, "formats": ["mine", "wint8_aint8"]}
     made = collect_content(state, "").reproduction
     assert made.commands == ["autoquant-ray scan --config scan.yaml"]
     file = tmp_path / "scan.yaml"
     file.write_text(made.config)
-    assert load_config(ScanConfig, str(file), {}) == ScanConfig(**state.values["config"])
+    assert load_config(ScanConfig, str(file), {}) == ScanConfig(**state.record.config)
 
 
 def test_command_of_a_speed_and_of_domains() -> None:
@@ -258,7 +258,7 @@ def test_commands_of_an_allocation_made_in_steps(tmp_path: Path) -> None:
         },
     }
     known = {"bits-6.00": {"budget": budget}, "bits-6.00-audited": audited}
-    run = RunState.open(put_scored_run(tmp_path / "run")).values
+    run = RunState.open(put_scored_run(tmp_path / "run")).record
     made = reproduction(run, refined, "bits-6.00-audited-refined", known.__getitem__)
     assert made.commands[1:] == [
         "autoquant-ray solve runs/some-run --bits 6.0",

@@ -164,7 +164,7 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(name: str, started: A
 def test_shard_left_out_of_calibration_stays_out_once_others_are_scored(started: Any) -> None:
     """Also where ``calibration.parquet`` was lost and making it again was interrupted."""
     state, _, _ = started("run")
-    state.values["stages"]["calibrate"] = {"state": "stopped", "fingerprint": "mark"}
+    state.record.stages["calibrate"] = {"state": "stopped", "fingerprint": "mark"}
     state.quarantine(0, "calibrate", "odd")
     state.release_quarantine()
     assert state.left_out == {0}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from records import make_record
 
 from autoquant_ray.allocate.allocation import Allocation
 from autoquant_ray.allocate.certainty.resampling import assess
@@ -246,14 +247,14 @@ def stopping(regret: float | None, is_stable: bool) -> dict[str, Any]:
 def test_describe_stopping_says_how_much_was_used(
     regret: float | None, is_stable: bool, words: list[str]
 ) -> None:
-    text = describe_stopping(RUN | {"stopping": stopping(regret, is_stable)})
+    text = describe_stopping(make_record(**RUN, stopping=stopping(regret, is_stable)))
     assert text is not None
     assert text.startswith("12 of 40 shards (96 of 320 samples, 2700 of 9000 tokens); ")
     assert all(part in text for part in words)
 
 
 def test_describe_stopping_of_other_scans_is_nothing() -> None:
-    assert describe_stopping(RUN) is None
+    assert describe_stopping(make_record(**RUN)) is None
 
 
 @pytest.mark.parametrize(
