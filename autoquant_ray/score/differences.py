@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,6 +40,20 @@ Difference = tuple[int, slice, torch.Tensor]
 _CHUNK_ELEMENTS = {"cpu": 2**20}
 _CHUNK_ELEMENTS_ELSEWHERE = 2**26
 _MIN_CHUNK_ROWS = 512  # fewer make the product itself slower
+
+
+class _LinearWeights(NamedTuple):
+    """Of a linear, under formats that quantize its weight alike.
+
+    Attributes:
+        scale_I: Factors of its input channels; None without.
+        error_OI: ``Wq - W``; None where it is not needed.
+        weight_OI: ``Wq``; None where no format quantizes inputs.
+    """
+
+    scale_I: torch.Tensor | None
+    error_OI: torch.Tensor | None
+    weight_OI: torch.Tensor | None
 
 
 class OutputDifferences:
@@ -91,41 +105,51 @@ class OutputDifferences:
         chunks = self._chunks(output_TO)
         is_single = input_TI.dtype == torch.float32
         for formats in self._menu(only):
-            format_of_weight = formats[0][1]
-            own = (planned.name, format_of_weight.weight_key)
-            quantizes_inputs = any(format_.input is not None for _, format_ in formats)
-            scale_I = self._factors(planned, module, format_of_weight, calibration)
-            quantize = partial(
-                _in_float32, module.weight, scale_I, format_of_weight, self._scales, planned.name
+            weights = self._linear_weights(
+                planned, module, calibration, formats, is_single=is_single
             )
-            maximum = input_maximum(calibration, scale_I, module.weight.dtype)
-            error_OI, weight_OI = None, None
-            if not is_single or not quantizes_inputs:
-                error_OI = self._weights.get(
-                    (*own, "error"), partial(_error, module.weight, scale_I, quantize)
-                )
-            if quantizes_inputs:
-                weight_OI = self._weights.get(
-                    (*own, "weight"), partial(_quantized, module.weight, quantize)
-                )
+            maximum = input_maximum(calibration, weights.scale_I, module.weight.dtype)
+            menu = [format_ for _, format_ in formats]
             for rows in chunks:
                 inputs = self._inputs.of(
-                    [format_ for _, format_ in formats],
-                    maximum,
-                    scale_I,
-                    input_TI,
-                    rows,
-                    as_error=not is_single,
+                    menu, maximum, weights.scale_I, input_TI, rows, as_error=not is_single
                 )
-                if is_single and weight_OI is not None:
+                if is_single and weights.weight_OI is not None:
                     yield from self._single(
-                        formats, inputs, rows, output_TO, input_TI, weight_OI, module.bias
+                        formats, inputs, rows, output_TO, input_TI, weights.weight_OI, module.bias
                     )
                 else:
-                    assert error_OI is not None
+                    assert weights.error_OI is not None
                     yield from self._from_errors(
-                        formats, inputs, rows, input_TI, error_OI, weight_OI
+                        formats, inputs, rows, input_TI, weights.error_OI, weights.weight_OI
                     )
+            del weights  # not held while the next are made
+
+    def _linear_weights(
+        self,
+        planned: PlannedModule,
+        module: Any,
+        calibration: ModuleCalibration,
+        formats: Formats,
+        *,
+        is_single: bool,
+    ) -> _LinearWeights:
+        """What inputs are multiplied with under formats that quantize the weight alike."""
+        format_ = formats[0][1]
+        key = (planned.name, format_.weight_key)
+        scale_I = self._factors(planned, module, format_, calibration)
+        quantize = partial(_in_float32, module.weight, scale_I, format_, self._scales, planned.name)
+        quantizes_inputs = any(format_.input is not None for _, format_ in formats)
+        error_OI, weight_OI = None, None
+        if not is_single or not quantizes_inputs:
+            error_OI = self._weights.get(
+                (*key, "error"), partial(_error, module.weight, scale_I, quantize)
+            )
+        if quantizes_inputs:
+            weight_OI = self._weights.get(
+                (*key, "weight"), partial(_quantized, module.weight, quantize)
+            )
+        return _LinearWeights(scale_I, error_OI, weight_OI)
 
     def _factors(
         self, planned: PlannedModule, module: Any, format_: Format, calibration: ModuleCalibration

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from autoquant_ray.arrays import Floats
-from autoquant_ray.errors import changed_input
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.scored_modules import ScoredModule
@@ -37,8 +36,8 @@ from autoquant_ray.quantize.single_experts import by_module, routed_apart, runna
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.differences import Difference, OutputDifferences
 from autoquant_ray.score.expert_tokens import TokenCounts
+from autoquant_ray.score.gradient_book import GradientBook
 from autoquant_ray.score.kv_caches import CacheHooks
-from autoquant_ray.score.row_sampling import name_seed
 from autoquant_ray.score.rows import ChosenRows, as_rows, choose_rows, row_values
 
 
@@ -54,7 +53,7 @@ class SensitivitySums:
         token_variance_GF: The same of ``token_GF``.
         num_rows_G: Rows with a gradient seen by each group, summed over its modules.
         expert_tokens: Fused experts module -> such rows routed to each of its experts; single
-            expert -> a list of one.
+            expert -> a list of its own tokens alone.
     """
 
     elementwise_GF: Floats
@@ -92,8 +91,8 @@ class SensitivityHooks:
         self._row_share = row_share
         self._modules = by_module(model, modules)
         self._experts = runnable_experts(self._modules)
-        firsts = [(own[0], module) for own, module in self._modules]
-        self._caches = CacheHooks(firsts, formats, num_draws, row_share)
+        firsts = [(entries[0], module) for entries, module in self._modules]
+        self._caches = CacheHooks(firsts, formats, row_share)
         num_groups = 1 + max(scored.group for scored in modules)
         device = next(model.parameters()).device
         # elementwise, token, and the variances of both
@@ -130,8 +129,8 @@ class SensitivityHooks:
         self._tokens.forget()
         self._calibration, self._seed = calibration, seed
         handles = [
-            module.register_forward_hook(self._hook_of(own), with_kwargs=True)
-            for own, module in self._modules
+            module.register_forward_hook(self._hook_of(entries, module), with_kwargs=True)
+            for entries, module in self._modules
         ]
         try:
             yield
@@ -140,18 +139,20 @@ class SensitivityHooks:
                 handle.remove()
             self._differences.forget()
 
-    def _hook_of(self, own: Sequence[ScoredModule]) -> Callable[..., None]:
-        first = own[0]
-        if not first.planned.is_cache:
-            return self._forward_hook(own)
-        maxima = self._calibration.of(first.planned.name).maxima
-        return self._caches.forward_hook(first, maxima, self._seed, self._add)
+    def _hook_of(self, entries: Sequence[ScoredModule], module: Any) -> Callable[..., None]:
+        first = entries[0].planned
+        if not first.is_cache:
+            return self._forward_hook(entries, module)
+        book = GradientBook(first.name, first.label, self._num_draws, self._seed)
+        maxima = self._calibration.of(first.name).maxima
+        return self._caches.forward_hook(entries[0], maxima, book, self._add)
 
-    def _forward_hook(self, own: Sequence[ScoredModule]) -> Callable[..., None]:
-        name, num_calls = own[0].planned.path, 0
+    def _forward_hook(self, entries: Sequence[ScoredModule], module: Any) -> Callable[..., None]:
+        name = entries[0].planned.path
+        book = GradientBook(name, name, self._num_draws, self._seed)
 
         def hook(
-            module: torch.nn.Module,
+            _: torch.nn.Module,
             arguments: tuple[Any, ...],
             keywords: dict[str, Any],
             output: torch.Tensor,
@@ -159,34 +160,21 @@ class SensitivityHooks:
             if not output.requires_grad:
                 return
             inputs = tuple(as_rows(value.detach()) for value in (*arguments, *keywords.values()))
-            output_TO = as_rows(output.detach())
-            versions = [tensor._version for tensor in (output_TO, *inputs)]
-            gradients: list[torch.Tensor] = []
 
-            def on_gradient(gradient: torch.Tensor) -> None:
-                nonlocal num_calls
-                gradients.append(as_rows(gradient))
-                if len(gradients) < self._num_draws:
+            def score(
+                output_TO: torch.Tensor | None, gradients: list[torch.Tensor], seed: tuple[int, ...]
+            ) -> None:
+                live_T = self._tokens.add(name, inputs, gradients)
+                experts = [e for entry in entries if (e := entry.planned.expert) is not None]
+                if not experts:
+                    self._score(entries[0], module, output_TO, (*inputs, *gradients), seed)
                     return
-                seed = (*self._seed, name_seed(name), num_calls)
-                num_calls += 1
-                now = [tensor._version for tensor in (output_TO, *inputs)]
-                if now[1:] != versions[1:]:
-                    raise changed_input(name)
-                is_changed = now != versions
-                with torch.no_grad():
-                    live_T = self._tokens.add(name, inputs, gradients)
-                    numbers = [e for one in own if (e := one.planned.expert) is not None]
-                    if not numbers:
-                        states = (*inputs, *gradients)
-                        self._score(own[0], module, None if is_changed else output_TO, states, seed)
-                    parts = routed_apart(inputs, live_T, numbers) if numbers else ()
-                    for one, number, (rows, routed) in zip(own, numbers, parts, strict=False):
-                        states = (*routed, *(g[rows] for g in gradients))
-                        self._score(one, module, None, states, (*seed, number))
-                gradients.clear()
+                routed = routed_apart(inputs, live_T, experts)
+                for entry, expert, (rows, states) in zip(entries, experts, routed, strict=True):
+                    states = [*states, *(gradient[rows] for gradient in gradients)]
+                    self._score(entry, module, None, states, (*seed, expert))
 
-            output.register_hook(on_gradient)
+            book.open(output, as_rows(output.detach()), inputs, score)
 
         return hook
 
@@ -212,7 +200,7 @@ class SensitivityHooks:
         rows = choose_rows(gradients, states[0], self._row_share, seed)
         if not rows.num_live:
             return
-        inputs = [rows.of(one) for one in states[:num_inputs]]
+        inputs = [rows.of(tensor) for tensor in states[:num_inputs]]
         if output_TO is None:
             output_TO = self._output_again(scored.planned, module, inputs)
         else:

@@ -136,7 +136,7 @@ def test_best_candidates_and_channels_are_read_back(started: Any) -> None:
     assert calibration.of(name).channels.num_tokens == NUM_SHARDS * 31
     assert 0 <= calibration.of(name).alphas["INT4_AWQ_CFG"] <= 1.1
     assert "INT8_SMOOTHQUANT_CFG" not in calibration.of(name).alphas
-    names = state.directory.read_table("calibration.parquet", "calibration").column("statistic")
+    names = state.directory.read_table("calibration.parquet").column("statistic")
     assert set(names.to_pylist()) == {"input_amax"}
     assert read_calibration(state.directory).modules.keys() == calibration.modules.keys()
 
