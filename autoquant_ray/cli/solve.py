@@ -69,8 +69,8 @@ _OPTIONS = (
         "--latency",
         metavar="HARDWARE",
         help="Predict the speed of decoding on a card (a100, b200, h100, h200, rtx4090, or a "
-        "YAML file of one's own, with the keys of autoquant_ray/hardware/h100.yaml): a roofline "
-        "bound, not a measurement.",
+        "YAML file of yours, with the keys of autoquant_ray/allocate/hardware/h100.yaml): a "
+        "roofline bound, not a measurement.",
     ),
     click.option(
         "--batch", type=click.IntRange(min=1), help="Sequences decoded at once.  [default: 1]"
