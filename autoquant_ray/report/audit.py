@@ -1,4 +1,4 @@
-"""The part of a report that holds single scores against measurements."""
+"""The section of a report that compares single scores with measurements."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _NUM_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class AuditData:
-    """What an audit of a solution found.
+    """The audit section of a report.
 
     Attributes:
         title: What was measured.
-        verdict: How far predictions and measurements are apart, and what it changed.
-        rows: Cells under ``HEADS``, the pairs that the prediction misjudges most.
+        verdict: How far predictions and measurements differ, and what changed.
+        rows: Cells under ``HEADS``, for the pairs with the largest prediction errors.
     """
 
     title: str
@@ -33,38 +33,39 @@ def audit_section(pairs: Sequence[AuditedPair], summary: Mapping[str, Any]) -> A
     """Lay out an audit.
 
     Args:
-        pairs: What was measured.
+        pairs: The measured pairs.
         summary: The ``audit`` object of ``manifest.json``.
     """
     shown = most_wrong(pairs, summary["median_ratio"])[:_NUM_SHOWN]
-    most = f"; shown are the {len(shown)} misjudged most" if len(shown) < len(pairs) else ""
+    is_cut = len(shown) < len(pairs)
+    note = f"; the {len(shown)} with the largest prediction errors are shown" if is_cut else ""
     return AuditData(
         title=f"{len(pairs)} pairs of group and format, each quantized alone, on "
-        f"{summary['num_samples']} samples that the scan has not seen{most}",
+        f"{summary['num_samples']} samples that the scan has not seen{note}",
         verdict=audit_verdict(summary),
         rows=[_cells(pair) for pair in shown],
     )
 
 
 def audit_verdict(summary: Mapping[str, Any]) -> str:
-    """How far predictions and measurements are apart, and what it changed.
+    """How far predictions and measurements differ, and what changed.
 
     Args:
         summary: The ``audit`` object of ``manifest.json``.
     """
     worst, factor = summary["worst"], summary["median_ratio"]
     if factor is None:
-        apart = "No pair has lost anything that can be held against its prediction."
+        comparison = "No pair has a loss that can be compared with its prediction."
     else:
         ratio = "infinite" if worst["ratio"] is None else f"{worst['ratio']:.2f}"
-        apart = (
-            f"Measured is {factor:.2f} of the predicted in the median; furthest from that is "
+        comparison = (
+            f"The median ratio of measured to predicted loss is {factor:.2f}; furthest from it is "
             f"{worst['group']} in {worst['format']}: {ratio}."
         )
     changed = summary["num_changed"]
     if not changed:
-        return f"{apart} The plan stays as it is."
-    return f"{apart} {changed} group{'s' if changed > 1 else ''} changed format."
+        return f"{comparison} The allocation is unchanged."
+    return f"{comparison} {changed} group{'s' if changed > 1 else ''} changed format."
 
 
 def _cells(pair: AuditedPair) -> tuple[str, ...]:
@@ -83,16 +84,17 @@ def _with_error(value: float, error: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditedPair:
-    """One group quantized in one format, everything else in 16 bits.
+    """Loss of a group quantized in a format, everything else in 16 bits.
 
     Attributes:
         group: Name of the group.
         format: Name of the format.
-        predicted: Its score in nats per token, from the calibration data.
+        predicted: The score in nats per token, from the calibration data.
         predicted_stderr: Standard error of the score; None for a single shard.
         measured: Mean KL(P || Q) in nats per token, on other data; may be infinite.
-        measured_stderr: Its standard error over samples; None for one sample, or if infinite.
-        num_samples: Samples that it was measured on.
+        measured_stderr: Standard error of ``measured`` over samples; None for a single sample, or
+            where ``measured`` is infinite.
+        num_samples: Samples of the measurement.
     """
 
     group: str
@@ -105,16 +107,16 @@ class AuditedPair:
 
     @property
     def ratio(self) -> float | None:
-        """Measured over predicted; None where one of them is 0, or the measured one infinite."""
+        """Measured over predicted; None where either is 0, or ``measured`` is infinite."""
         if not (self.predicted > 0 and 0 < self.measured < math.inf):
             return None
         return self.measured / self.predicted
 
 
 def most_wrong(pairs: Sequence[AuditedPair], factor: float | None) -> list[AuditedPair]:
-    """The pairs that the prediction misjudges most, given the common factor; worst first.
+    """Pairs in order of their prediction error after correction by the common factor, worst first.
 
-    A pair whose measurement is infinite comes before all others, one without any ratio last.
+    A pair with an infinite measurement comes first, a pair without a ratio last.
     """
 
     def error(pair: AuditedPair) -> float:
@@ -126,7 +128,7 @@ def most_wrong(pairs: Sequence[AuditedPair], factor: float | None) -> list[Audit
 
 
 def read_pairs(directory: RunDirectory, solution: str) -> list[AuditedPair]:
-    """An audited solution's rows of ``audit.parquet``, in their order."""
+    """An audited solution's rows of ``audit.parquet``, in the order of the file."""
     rows = directory.read_table(AUDIT_FILE).to_pylist()
     names = [field.name for field in fields(AuditedPair)]
     return [

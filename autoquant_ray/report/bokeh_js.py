@@ -1,7 +1,7 @@
-"""BokehJS, the library that draws the report's chart, as text to be put into a page.
+"""BokehJS, the library that draws the report's chart, as text to embed in a page.
 
-The files are those of the installed ``bokeh`` package, found without importing it: the import alone
-takes 0.4 s of a ``solve`` that takes one second. Their licence (BSD) stands at their head.
+The files come from the installed ``bokeh`` package, which is not imported: the import alone would
+take 0.4 s of a ``solve`` that takes one second. Their licence (BSD) is in their header.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from autoquant_ray.errors import AutoQuantError
 
 _FILES = ("bokeh.min.js", "bokeh-api.min.js")
-"""The models and their views; the functions by which a script makes a figure."""
+"""The core with models and views, and the plotting interface that our script uses."""
 
 
 def bokeh_scripts() -> list[str]:

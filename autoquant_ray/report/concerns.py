@@ -1,7 +1,8 @@
-"""Reasons to doubt a plan, in words, the gravest first.
+"""Reasons to doubt a solution, in words, the gravest first.
 
-Pure: numbers in, sentences out. Each says what is wrong, by how much, and what to do. Thresholds
-stand here as constants; where one comes from a measurement, it says so.
+Pure functions: numbers in, sentences out. Each sentence says what is wrong, by how much, and what
+to do. Thresholds are constants of this module; where a threshold was measured, its docstring says
+so.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ from autoquant_ray.report.measured import IN_RANGE
 from autoquant_ray.wording import few
 
 MOST = 0.25
-"""Share of the predicted loss from which a single group is named."""
+"""Share of the predicted loss from which a single group is a concern."""
 WIDE = 0.1
-"""Error of the predicted KL, as a share of it, from which it is called wide."""
+"""Relative standard error of the predicted KL from which it is a concern."""
 FEWEST_BITS = 5.0
-"""Effective bits below which layers interact so much that the sum of their scores falls short: on a
-small Llama the sum was within 16% at 6 bits and above, 21% at 5, 1.2 times too low at 4.5 and 2
-times at 3.6."""
+"""Effective bits below which layers interact so much that the sum of their scores is too low:
+measured on a small Llama, the sum was within 16% at 6 bits and above, within 21% at 5, too low by a
+factor of 1.2 at 4.5 and by a factor of 2 at 3.6."""
 REGRET = 0.01
-"""Expected regret, as a share of the predicted KL, from which coin tosses matter."""
+"""Expected regret, as a share of the predicted KL, from which coin tosses are a concern."""
 NO_BETTER = 0.9
-"""Share of the null's loss from which a plan is hardly better than one from shuffled scores."""
+"""Share of the loss with shuffled scores from which a solution is hardly better than those."""
 _MAX_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concern:
-    """One reason.
+    """A reason to doubt a solution.
 
     Attributes:
-        is_grave: The plan should not be used as it is; otherwise it needs a look.
-        title: In a few words.
-        text: What is wrong, by how much, what to do.
+        is_grave: The solution should not be used as it is; otherwise it needs a look.
+        title: The reason in a few words.
+        text: What is wrong, by how much, and what to do.
     """
 
     is_grave: bool
@@ -47,7 +48,7 @@ class Concern:
 
 
 def find_concerns(evidence: Evidence) -> list[Concern]:
-    """All reasons that hold; grave ones first, otherwise in the order in which to look."""
+    """All reasons that apply; grave ones first, otherwise in the order in which to look."""
     rules = (
         _unsatisfied,
         _rivals,
@@ -65,121 +66,125 @@ def find_concerns(evidence: Evidence) -> list[Concern]:
         _tosses,
         _largest,
     )
-    found = [concern for rule in rules for concern in rule(evidence)]
-    return sorted(found, key=lambda concern: not concern.is_grave)
+    concerns = [concern for rule in rules for concern in rule(evidence)]
+    return sorted(concerns, key=lambda concern: not concern.is_grave)
 
 
-def _unsatisfied(known: Evidence) -> Iterator[Concern]:
-    if not known.is_satisfied:
-        yield _grave("The budget is not met", "Solve it again, or give a larger budget.")
+def _unsatisfied(evidence: Evidence) -> Iterator[Concern]:
+    if not evidence.is_satisfied:
+        yield _grave("The budget is not met", "Solve again, or give a larger budget.")
 
 
-def _rivals(known: Evidence) -> Iterator[Concern]:
-    """A rival that loses less within the same budget, measured."""
-    if known.by_domain:
+def _rivals(evidence: Evidence) -> Iterator[Concern]:
+    """A rival with less measured loss within the same budget."""
+    if evidence.by_domain:
         return
-    for own, *rivals in known.measured:
-        better = [row for row in rivals if _is_surely_better(row) and _is_no_larger(row, own)]
+    for solution, *rivals in evidence.measured:
+        better = [row for row in rivals if _is_surely_better(row) and _is_no_larger(row, solution)]
         if better:
             best = min(better, key=lambda row: float(row["kl_mean"]))
             yield _grave(
-                "Another plan loses less",
-                f"Measured on {own['dataset']}, {best['name']} loses {best['kl_mean']:.4g} nats "
-                f"per token, this plan {own['kl_mean']:.4g}, under the same budget. Use that one, "
-                "or search by measured KL with 'refine'.",
+                "Another allocation loses less",
+                f"Measured on {solution['dataset']}, {best['name']} loses {best['kl_mean']:.4g} "
+                f"nats per token, this solution {solution['kl_mean']:.4g}, under the same budget. "
+                "Use the other one, or search by measured KL with 'refine'.",
             )
 
 
 def _is_surely_better(rival: Mapping[str, Any]) -> bool:
-    """By two standard errors of the difference, where they are known."""
+    """Whether a rival loses less by two standard errors of the difference, if it has one."""
     return bool(rival["kl_above_solution"] + 2 * (rival["kl_above_solution_stderr"] or 0.0) < 0)
 
 
-def _is_no_larger(rival: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Rivals from elsewhere have their own size; all others were made for the same budget."""
+def _is_no_larger(rival: Mapping[str, Any], solution: Mapping[str, Any]) -> bool:
+    """Whether a rival is within the size: files and other solutions had other budgets."""
     is_foreign = str(rival["name"]).startswith(("file ", "solution "))
-    return not is_foreign or bool(rival["weight_bytes"] <= own["weight_bytes"])
+    return not is_foreign or bool(rival["weight_bytes"] <= solution["weight_bytes"])
 
 
-def _null(known: Evidence) -> Iterator[Concern]:
-    own = known.predicted if known.objective is None else known.objective
-    if known.null is not None and own > NO_BETTER * known.null and not known.by_measurement:
+def _null(evidence: Evidence) -> Iterator[Concern]:
+    """A loss close to that of the null hypothesis, scores shuffled among the groups."""
+    if evidence.null is None or evidence.by_measurement:
+        return
+    loss = evidence.predicted if evidence.objective is None else evidence.objective
+    if loss > NO_BETTER * evidence.null:
         yield _grave(
             "Hardly better than shuffled scores",
-            f"Plans from shuffled scores would lose {known.null:.4g}, this one "
-            f"{own:.4g}: at this budget the choice of groups matters little, or the "
-            "scores say little.",
+            f"With scores shuffled among the groups, the predicted loss is {evidence.null:.4g}; "
+            f"this solution has {loss:.4g}. At this budget it matters little which groups get "
+            "which format, or the scores carry little information.",
         )
 
 
-def _measured(known: Evidence) -> Iterator[Concern]:
-    for own, *_ in known.measured:
-        if not math.isfinite(own["kl_mean"]):
+def _measured(evidence: Evidence) -> Iterator[Concern]:
+    for solution, *_ in evidence.measured:
+        if not math.isfinite(solution["kl_mean"]):
             yield _grave(
-                "The plan breaks the model",
-                f"Measured on {own['dataset']}, its KL is not finite: a format overflows. Leave "
-                "formats out with --allow, or give a larger budget.",
+                "The solution breaks the model",
+                f"Measured on {solution['dataset']}, its KL is not finite: a format overflows. "
+                "Exclude formats with --allow, or give a larger budget.",
             )
             continue
-        if not (own["kl_mean"] > 0 and own["predicted_kl"] > 0):
+        if not (solution["kl_mean"] > 0 and solution["predicted_kl"] > 0):
             continue
-        ratio = own["kl_mean"] / own["predicted_kl"]
+        ratio = solution["kl_mean"] / solution["predicted_kl"]
         if not 1 / IN_RANGE <= ratio <= IN_RANGE:
             yield _look(
                 "The prediction does not hold",
-                f"Measured on {own['dataset']}, the plan loses {ratio:.3g} times what was "
-                f"predicted, more than a factor of {IN_RANGE:g} apart. Trust the measured number; "
-                "'refine' searches by it.",
+                f"Measured on {solution['dataset']}, the loss is {ratio:.3g} times the prediction; "
+                f"within a factor of {IN_RANGE:g} is normal. Trust the measured number; 'refine' "
+                "searches by measured loss.",
             )
 
 
-def _unserved(known: Evidence) -> Iterator[Concern]:
-    if known.unserved is not None:
-        yield _look("No engine serves it as it is", known.unserved)
+def _unserved(evidence: Evidence) -> Iterator[Concern]:
+    if evidence.unserved is not None:
+        yield _look("No engine serves it as it is", evidence.unserved)
 
 
-def _low_bits(known: Evidence) -> Iterator[Concern]:
-    is_low = round(known.effective_bits, 1) < FEWEST_BITS
-    if is_low and not known.measured and known.labels is not None:
+def _low_bits(evidence: Evidence) -> Iterator[Concern]:
+    is_low = round(evidence.effective_bits, 1) < FEWEST_BITS
+    if is_low and not evidence.measured and evidence.labels is not None:
         yield _look(
             "Below the range of the prediction",
-            f"At {known.effective_bits:.2f} bits (below {FEWEST_BITS:g}) layers interact, and the "
-            "predicted KL tends to be too low. Measure the plan with 'evaluate'.",
+            f"At {evidence.effective_bits:.2f} bits (below {FEWEST_BITS:g}) layers interact, and "
+            "the predicted KL tends to be too low. Measure the solution with 'evaluate'.",
         )
 
 
-def _quarantined(known: Evidence) -> Iterator[Concern]:
-    for entry in known.quarantined:
+def _quarantined(evidence: Evidence) -> Iterator[Concern]:
+    for entry in evidence.quarantined:
         yield _look(
             "Data was left out",
-            f"Shard {entry['shard']} was left out while {entry['stage']}: {entry['reason']}. The "
-            "plan knows nothing of its samples.",
+            f"Shard {entry['shard']} was left out in the stage {entry['stage']}: "
+            f"{entry['reason']}. The scores do not cover its samples.",
         )
 
 
-def _experts(known: Evidence) -> Iterator[Concern]:
-    if known.few_tokens:
-        number = sum(len(one.experts) for one in known.few_tokens)
-        least = min(known.few_tokens, key=lambda one: one.fewest)
+def _experts(evidence: Evidence) -> Iterator[Concern]:
+    if evidence.few_tokens:
+        number = sum(len(group.experts) for group in evidence.few_tokens)
+        least = min(evidence.few_tokens, key=lambda group: group.fewest)
         yield _look(
             "Experts that saw few tokens",
-            f"{_count(number, 'routed expert')} of {_count(len(known.few_tokens), 'group')} saw "
-            f"fewer than {known.min_expert_tokens} tokens, the fewest {least.fewest} in "
-            f"{least.group}: the scores say little of them. Use more --samples.",
+            f"{_count(number, 'routed expert')} of {_count(len(evidence.few_tokens), 'group')} saw "
+            f"fewer than {evidence.min_expert_tokens} tokens, the fewest {least.fewest} in "
+            f"{least.group}: their scores are unreliable. Use more --samples.",
         )
 
 
-def _silent_experts(known: Evidence) -> Iterator[Concern]:
-    if known.silent_experts:
+def _silent_experts(evidence: Evidence) -> Iterator[Concern]:
+    if evidence.silent_experts:
         yield _look(
             "Experts that saw no token",
-            f"{_count(len(known.silent_experts), 'routed expert')} saw no token, the first "
-            f"{known.silent_experts[0]}: without a score, 16 bits are kept. Use more --samples.",
+            f"{_count(len(evidence.silent_experts), 'routed expert')} saw no token, the first "
+            f"{evidence.silent_experts[0]}: without a score they stay in 16 bits. Use more "
+            "--samples.",
         )
 
 
-def _labels(known: Evidence) -> Iterator[Concern]:
-    if known.labels == "data":
+def _labels(evidence: Evidence) -> Iterator[Concern]:
+    if evidence.labels == "data":
         yield _look(
             "Labels from the data",
             "The scores use the data's next tokens as labels (empirical Fisher), which biases the "
@@ -187,63 +192,64 @@ def _labels(known: Evidence) -> Iterator[Concern]:
         )
 
 
-def _shards(known: Evidence) -> Iterator[Concern]:
-    if known.num_shards is None or known.num_shards >= MIN_SHARDS:
+def _shards(evidence: Evidence) -> Iterator[Concern]:
+    if evidence.num_shards is None or evidence.num_shards >= MIN_SHARDS:
         return
-    if known.num_shards == 1:
-        text = "The scores come from a single shard, so nothing says how far off they are."
+    if evidence.num_shards == 1:
+        text = "The scores come from a single shard, so their standard error is unknown."
     else:
         text = (
-            f"The scores come from {known.num_shards} shards; fewer than {MIN_SHARDS} hardly show "
-            "their spread, and the error bars are rough."
+            f"The scores come from {evidence.num_shards} shards; with fewer than {MIN_SHARDS}, "
+            "standard errors are rough."
         )
     yield _look("Few shards", f"{text} Use more --samples, or a smaller --shard-samples.")
 
 
-def _wide_total(known: Evidence) -> Iterator[Concern]:
-    if known.stderr is not None and known.stderr > WIDE * known.predicted > 0:
+def _wide_total(evidence: Evidence) -> Iterator[Concern]:
+    if evidence.stderr is not None and evidence.stderr > WIDE * evidence.predicted > 0:
         yield _look(
-            "A wide error bar",
-            f"The predicted KL is {known.predicted:.4g} ± {known.stderr:.2g}: an error of "
-            f"{known.stderr / known.predicted:.0%}. Score more samples.",
+            "A large standard error",
+            f"The predicted KL is {evidence.predicted:.4g} ± {evidence.stderr:.2g}, a relative "
+            f"error of {evidence.stderr / evidence.predicted:.0%}. Score more samples.",
         )
 
 
-def _wide_choices(known: Evidence) -> Iterator[Concern]:
-    unsure = [c for c in known.choices if c.stderr is not None and c.stderr >= c.score]
+def _wide_choices(evidence: Evidence) -> Iterator[Concern]:
+    unsure = [c for c in evidence.choices if c.stderr is not None and c.stderr >= c.score]
     if unsure:
         named = few([f"{c.group} ({c.format})" for c in unsure], _MAX_NAMED)
-        share = _share(unsure, known)
+        share = _share(unsure, evidence)
         yield _look(
-            "Scores within their own error",
+            "Scores within their standard error",
             f"{_count(len(unsure), 'chosen format')} with a score no larger than its standard "
             f"error, together {share} of the predicted loss: {named}. Score more samples.",
         )
 
 
-def _tosses(known: Evidence) -> Iterator[Concern]:
-    if known.by_measurement:
+def _tosses(evidence: Evidence) -> Iterator[Concern]:
+    if evidence.by_measurement:
         return
-    if known.coin_tosses and (known.expected_regret or 0.0) >= REGRET:
-        tossed = [c for c in known.choices if c.group in set(known.coin_tosses)]
+    if evidence.coin_tosses and (evidence.expected_regret or 0.0) >= REGRET:
+        tossed = [c for c in evidence.choices if c.group in set(evidence.coin_tosses)]
         yield _look(
             "Coin tosses that matter",
-            f"{_count(len(known.coin_tosses), 'group')} with an undecided format, together "
-            f"{_share(tossed, known)} of the predicted loss: {few(known.coin_tosses, _MAX_NAMED)}. "
-            f"The plan is expected to lose {known.expected_regret:.1%} because its scores are "
-            "estimates. Score more samples.",
+            f"{_count(len(evidence.coin_tosses), 'group')} with an undecided format, together "
+            f"{_share(tossed, evidence)} of the predicted loss: "
+            f"{few(evidence.coin_tosses, _MAX_NAMED)}. "
+            f"Errors of the scores are expected to cost {evidence.expected_regret:.1%} of the "
+            "predicted KL. Score more samples.",
         )
 
 
-def _largest(known: Evidence) -> Iterator[Concern]:
-    largest = max(known.choices, key=lambda choice: choice.score, default=None)
-    if largest is None or len(known.choices) < 2 or largest.score < MOST * known.predicted:
+def _largest(evidence: Evidence) -> Iterator[Concern]:
+    largest = max(evidence.choices, key=lambda choice: choice.score, default=None)
+    if largest is None or len(evidence.choices) < 2 or largest.score < MOST * evidence.predicted:
         return
-    share = largest.score / known.predicted
+    share = largest.score / evidence.predicted
     yield _look(
         f"One group takes {'most' if share > 0.5 else 'much'} of the loss",
         f"{largest.group} in {largest.format} takes {share:.0%} of the predicted loss. "
-        f"'explain' with {largest.group} tells what 16 bits for it would cost elsewhere.",
+        f"'explain' with {largest.group} shows what keeping it in 16 bits would cost elsewhere.",
     )
 
 
@@ -255,8 +261,8 @@ def _look(title: str, text: str) -> Concern:
     return Concern(is_grave=False, title=title, text=text)
 
 
-def _share(choices: Sequence[ChosenFormat], known: Evidence) -> str:
-    return f"{sum(choice.score for choice in choices) / known.predicted:.1%}"
+def _share(choices: Sequence[ChosenFormat], evidence: Evidence) -> str:
+    return f"{sum(choice.score for choice in choices) / evidence.predicted:.1%}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""What a report says, read from a run's files; the writers only lay it out."""
+"""Content of a report, collected from a run's files; Markdown and HTML only lay it out."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from autoquant_ray.runs.state import RunState
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One quantizable layer of the table.
+    """A quantizable layer of the table.
 
     Attributes:
-        sensitivity: Largest score of its group over the menu: what the harshest format would
-            cost; None for an unsearched layer.
-        note: Why it is not searched.
-        kv_bytes: Of a KV cache: bytes that a token of context takes; None for weights.
+        sensitivity: Largest score of its group over the menu, the predicted loss of the harshest
+            format; None for an unsearched layer.
+        note: Why the layer is not searched.
+        kv_bytes: For a KV cache, bytes per token of context; None for weights.
     """
 
     name: str
@@ -51,25 +51,25 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportContent:
-    """Everything a report shows. A section more is a field more here, and a part of each layout.
+    """Everything a report shows. A new section is a field here and a part of each layout.
 
     Attributes:
-        numbers: The head.
-        concerns: Reasons to doubt the plan, the gravest first.
-        facts: (label, value) lines of the head.
-        mix: How much of the model each format holds.
-        layers: Sorted by sensitivity, unsearched ones last.
-        groups: The same for groups.
+        numbers: The key numbers.
+        concerns: Reasons to doubt the solution, the gravest first.
+        facts: (label, value) pairs.
+        mix: How much of the model is in each format.
+        layers: Layers by sensitivity, unsearched ones last.
+        groups: Groups by sensitivity, unsearched ones last.
         heat: Layers by kinds of modules; None for a model that is too large for it.
         dots: Points of the frontier.
         formats: The menu.
         scores: Group -> format -> (score, standard error or None).
         unit: Unit of the scores.
         warnings: Sentences that the reader must see.
-        measured: What evaluations of this solution found.
-        reproduction: How to make it again.
-        audit: Of a solution that an audit made: which scores were measured.
-        domains: What it loses in each domain; None where the data has none.
+        measured: Results of this solution's evaluations.
+        reproduction: How to reproduce the solution.
+        audit: For an audited solution, which scores were measured.
+        domains: Loss by domain; None where the data has no domains.
     """
 
     title: str
@@ -168,7 +168,7 @@ def _layers(
     experts: Mapping[str, int],
     groups: Mapping[str, GroupChoices],
 ) -> list[Layer]:
-    """One per row of the manifest; single experts as :func:`by_format` shows them."""
+    """A layer per row of the manifest; single experts merged as in :func:`by_format`."""
     by_name = {group.name: group for group in shown}
     layers = [
         Layer(
@@ -194,13 +194,13 @@ def _layers(
             chosen=group.chosen,
             note=group.note,
         )
-        for group in by_format([one for one in shown if one.name in experts], experts)
+        for group in by_format([row for row in shown if row.name in experts], experts)
     ]
     return sorted(layers, key=lambda x: (x.sensitivity is None, -(x.sensitivity or 0.0)))
 
 
 def format_score(entry: tuple[float, float | None] | None) -> str:
-    """A score with its standard error where it has one."""
+    """A score with its standard error, if it has one."""
     if entry is None:
         return "-"
     score, error = entry
@@ -212,19 +212,20 @@ def _warnings(plan: PlanSummary, rows: list[dict[str, Any]]) -> list[str]:
     chosen = {row["group"]: row["format"] for row in rows}
     for group in plan["tied_groups"]:
         if chosen.get(group, NONE) == NONE:
-            text = "it stays in 16 bits and shares the embedding's bytes"
+            text = "it stays in 16 bits and shares the embedding's storage"
         else:
             added = sum(row["weight_bytes"] for row in rows if row["group"] == group)
             text = (
-                "quantized, it is stored beside the embedding and adds "
-                f"{added / 2**20:,.1f} MiB to the model. A budget in bytes counts that; one in "
-                "bits counts it as a saving"
+                "quantized, it is stored in addition to the embedding and adds "
+                f"{added / 2**20:,.1f} MiB to the model. A budget in bytes counts that; a budget "
+                "in bits counts it as a saving"
             )
         warnings.append(f"{group} is tied to the input embedding: {text}.")
     others = plan["other_modules"]
     if others:
         names = ", ".join(list(others)[:3]) + (", ..." if len(others) > 3 else "")
         warnings.append(
-            f"{len(others)} modules hold matrices that stay in 16 bits, not searched: {names}"
+            f"{len(others)} modules hold matrices that are not searched and stay in 16 bits: "
+            f"{names}"
         )
     return warnings

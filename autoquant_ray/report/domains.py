@@ -1,4 +1,4 @@
-"""The part of a report that says who pays: what a plan loses in each domain of the data."""
+"""The section of a report that says what a solution loses in each domain of the data."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ DOMAIN_HEADS = ("Domain", "Weight", "Tokens", "Predicted KL", "If all counted al
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSection:
-    """What each domain loses.
+    """The domain section of a report.
 
     Attributes:
-        text: What was made least, who pays most, and how to change it.
-        rows: Cells under ``DOMAIN_HEADS``, the domain that loses most first.
+        text: What the solution minimizes, and which domain loses most.
+        rows: Cells under ``DOMAIN_HEADS``, the domain with the largest loss first.
     """
 
     text: str
@@ -32,33 +32,33 @@ def domain_section(manifest: Mapping[str, Any]) -> DomainSection | None:
     if not domains:
         return None
     ranked = sorted(domains.items(), key=lambda item: -item[1]["predicted_kl_nats"])
-    tokens = sum(one["num_tokens"] for one in domains.values())
-    first, facts = ranked[0]
+    tokens = sum(domain["num_tokens"] for domain in domains.values())
+    worst, facts = ranked[0]
     text = (
-        f"{_objective(manifest)} Predicted KL in nats per token of each domain; {first} loses "
-        f"most, {facts['predicted_kl_nats']:.4g}. Beside it, what the domain would lose under the "
-        "plan of the same budget and constraints that weighs all domains alike."
+        f"{_objective(manifest)} Predicted KL in nats per token of each domain; {worst} loses "
+        f"most, {facts['predicted_kl_nats']:.4g}. For comparison, the loss of each domain under "
+        "the allocation that has the same budget and constraints but weighs all domains equally."
     )
-    is_by_token = not any(one["weight"] is not None for one in domains.values())
+    is_by_token = not any(domain["weight"] is not None for domain in domains.values())
     is_worst = manifest["budget"].get("worst_domain", False)
     return DomainSection(
         text=text,
         rows=[
             (
                 name,
-                _weight(one, tokens, is_by_token, is_worst),
-                f"{one['num_tokens']:,}",
-                f"{one['predicted_kl_nats']:.4g}",
-                f"{one['equal_kl_nats']:.4g}",
-                _difference(one["predicted_kl_nats"], one["equal_kl_nats"]),
+                _weight(domain, tokens, is_by_token, is_worst),
+                f"{domain['num_tokens']:,}",
+                f"{domain['predicted_kl_nats']:.4g}",
+                f"{domain['equal_kl_nats']:.4g}",
+                _difference(domain["predicted_kl_nats"], domain["equal_kl_nats"]),
             )
-            for name, one in ranked
+            for name, domain in ranked
         ],
     )
 
 
 def is_by_domain(budget: Mapping[str, Any]) -> bool:
-    """Whether a plan was made for domains rather than for all tokens alike.
+    """Whether a solution was made for domains rather than for all tokens equally.
 
     Args:
         budget: The ``budget`` object of ``manifest.json``; those of earlier versions lack domains.
@@ -67,13 +67,13 @@ def is_by_domain(budget: Mapping[str, Any]) -> bool:
 
 
 def describe_domains(budget: Mapping[str, Any]) -> list[str]:
-    """What a budget says about domains, in words; nothing where it says nothing.
+    """What a budget says about domains, in words; empty where it says nothing.
 
     Args:
         budget: The ``budget`` object of ``manifest.json``; those of earlier versions lack domains.
     """
     if budget.get("worst_domain"):
-        return ["least loss of the worst domain"]
+        return ["smallest loss of the worst domain"]
     weights = budget.get("domains") or {}
     named = ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items())
     return [f"domains weighted {named}"] if named else []
@@ -83,20 +83,20 @@ def _objective(manifest: Mapping[str, Any]) -> str:
     budget, solution = manifest["budget"], manifest["solution"]
     if budget.get("worst_domain"):
         return (
-            "The plan makes the largest loss of a domain least, proven to within "
-            f"{solution['optimality_gap']:.2g} of it. How sure its decisions are was not assessed: "
-            "no fast solver solves its resamples."
+            "The solution minimizes the largest loss of any domain; it is optimal to within "
+            f"{solution['optimality_gap']:.2g}. The certainty of its decisions was not assessed: "
+            "no fast solver exists for its resamples."
         )
     if budget.get("domains"):
-        return "The plan makes the weighted loss of the domains least."
-    return "All tokens count alike in the plan, so that a domain weighs as much as it has tokens."
+        return "The solution minimizes the weighted loss of the domains."
+    return "All tokens count equally, so a domain's weight is its share of the tokens."
 
 
-def _weight(one: Mapping[str, Any], tokens: int, is_by_token: bool, is_worst: bool) -> str:
+def _weight(domain: Mapping[str, Any], tokens: int, is_by_token: bool, is_worst: bool) -> str:
     if is_worst:
         return "-"
-    return f"{one['num_tokens'] / tokens if is_by_token else one['weight']:.1%}"
+    return f"{domain['num_tokens'] / tokens if is_by_token else domain['weight']:.1%}"
 
 
-def _difference(own: float, equal: float) -> str:
-    return "-" if equal == 0 else f"{own / equal - 1:+.1%}"
+def _difference(predicted: float, equal: float) -> str:
+    return "-" if equal == 0 else f"{predicted / equal - 1:+.1%}"

@@ -1,4 +1,4 @@
-"""What is known of a plan when its report is written: the input of the reasons for concern."""
+"""Facts about a solution that its reasons for concern are derived from."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from autoquant_ray.plan.silent_experts import FewTokens
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenFormat:
-    """A searched group under its chosen format, which loses something.
+    """A searched group in its chosen format, with a loss above 0.
 
     Attributes:
         score: Predicted loss in nats per token, above 0.
-        stderr: Its standard error; None where unknown.
+        stderr: Standard error of the score; None where unknown.
     """
 
     group: str
@@ -26,30 +26,30 @@ class ChosenFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What is known about a plan.
+    """Facts about a solution.
 
     Attributes:
         predicted: Summed score, nats per token (imported: no unit).
-        stderr: Its standard error; None where unknown.
+        stderr: Standard error of ``predicted``; None where unknown.
         effective_bits: Average stored bits over the searched groups.
-        choices: Groups that lose something.
+        choices: Groups with a loss above 0.
         is_satisfied: Whether the budget is met.
         num_shards: Shards behind the scores; None for imported scores.
         quarantined: Entries of ``run.json``.
         labels: ``model``, ``data``, or None for imported scores.
-        measured: Rows of ``evaluation.parquet``, a list per data set: the solution's, then its
-            rivals', shuffled plans merged into one.
-        coin_tosses: Groups whose format is not decided.
+        measured: Rows of ``evaluation.parquet``, a list per data set: the solution's row, then
+            those of its rivals, allocations from shuffled scores merged into a single row.
+        coin_tosses: Groups whose format is undecided.
         expected_regret: Share of the predicted KL; None where unknown.
-        null: Loss of plans from shuffled scores; None where unknown.
-        objective: What a plan for weighted domains made least, which its null is of; None where it
-            is the predicted loss.
-        by_domain: It was made for domains; rivals that weigh all tokens alike say nothing of it.
-        by_measurement: Measured losses chose it: it is not what the scores alone would choose.
+        null: Loss of allocations from shuffled scores; None where unknown.
+        objective: The weighted loss that a solution for domains minimizes, comparable with
+            ``null``; None where it is the predicted loss.
+        by_domain: Made for domains; rivals that weigh all tokens equally do not compare with it.
+        by_measurement: Chosen by measured losses, so not what the scores alone would choose.
         few_tokens: Experts that saw fewer than ``min_expert_tokens``.
-        silent_experts: Experts that are groups of their own and saw none: they stay in 16 bits.
-        unserved: Why the engine that it is for, or every engine known, cannot serve it; None where
-            one can.
+        silent_experts: Single-expert groups that saw no token: they stay in 16 bits.
+        unserved: Why the requested serving engine, or any supported one, cannot serve the
+            solution; None where an engine can.
     """
 
     predicted: float

@@ -1,6 +1,6 @@
-"""Rows of single experts as a report shows them: those of a layer with one format together.
+"""Rows of single experts as a report shows them: merged by layer and format.
 
-A model with 48 layers of 128 experts has 6,144 groups; by layer and format a page can show them.
+A model with 48 layers of 128 experts has 6,144 groups, too many for a page to show singly.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from autoquant_ray.report.groups import GroupRow
 
 
 def single_experts(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Single expert -> its number.
+    """Group of a single expert -> number of the expert.
 
     Args:
-        modules: Of the plan's summary.
+        modules: The ``modules`` object of the plan's summary.
     """
     return {name: facts["expert"] for name, facts in modules.items() if "expert" in facts}
 
 
 def by_format(rows: Sequence[GroupRow], experts: Mapping[str, int]) -> list[GroupRow]:
-    """The rows, in their order, with experts of a layer and a format as one named after its range.
+    """Merge experts of a layer that have the same format into a row named after their range.
 
-    A score is that of all its experts together.
+    The score of a merged row is the sum over its experts.
 
     Args:
-        rows: Of groups.
+        rows: Rows of groups.
         experts: From :func:`single_experts`.
     """
     members: dict[tuple[str, ...], list[GroupRow]] = {}
@@ -39,20 +39,20 @@ def by_format(rows: Sequence[GroupRow], experts: Mapping[str, int]) -> list[Grou
         owner = row.name.rpartition(".")[0]
         key = (owner, row.chosen, row.note or "") if row.name in experts else (row.name,)
         members.setdefault(key, []).append(row)
-    folded = [
-        own[0]
-        if own[0].name not in experts
-        else _together(own, f"{key[0]}.{{{_ranges([experts[row.name] for row in own])}}}")
-        for key, own in members.items()
+    merged = [
+        same[0]
+        if same[0].name not in experts
+        else _merged(same, f"{key[0]}.{{{_ranges([experts[row.name] for row in same])}}}")
+        for key, same in members.items()
     ]
-    return sorted(folded, key=lambda row: (row.sensitivity is None, -(row.sensitivity or 0.0)))
+    return sorted(merged, key=lambda row: (row.sensitivity is None, -(row.sensitivity or 0.0)))
 
 
 def by_layer(rows: Sequence[GroupRow], experts: Mapping[str, int]) -> list[GroupRow]:
-    """The rows with all experts of a layer as one, named after their module.
+    """Merge all experts of a layer into a row named after their module.
 
     Args:
-        rows: Of groups.
+        rows: Rows of groups.
         experts: From :func:`single_experts`.
     """
     members: dict[str, list[GroupRow]] = {}
@@ -60,21 +60,21 @@ def by_layer(rows: Sequence[GroupRow], experts: Mapping[str, int]) -> list[Group
         name = row.name.rpartition(".")[0] if row.name in experts else row.name
         members.setdefault(name, []).append(row)
     return [
-        own[0] if own[0].name not in experts else _together(own, name)
-        for name, own in members.items()
+        same[0] if same[0].name not in experts else _merged(same, name)
+        for name, same in members.items()
     ]
 
 
 def layer_order(names: Sequence[str], experts: Mapping[str, int]) -> list[str]:
-    """Names of groups as :func:`by_layer` has them, in the same order."""
+    """Names of the rows of :func:`by_layer`, in the order of the groups."""
     owners = (name.rpartition(".")[0] if name in experts else name for name in names)
     return list(dict.fromkeys(owners))
 
 
-def _together(rows: Sequence[GroupRow], name: str) -> GroupRow:
+def _merged(rows: Sequence[GroupRow], name: str) -> GroupRow:
     formats = dict.fromkeys(f for row in rows for f in row.scores)
-    known = [row for row in rows if row.scores]  # one that saw no token has none
-    scores = {f: (math.fsum(row.scores[f][0] for row in known), None) for f in formats}
+    scored = [row for row in rows if row.scores]  # experts that saw no token have no scores
+    scores = {f: (math.fsum(row.scores[f][0] for row in scored), None) for f in formats}
     counts = Counter(row.chosen for row in rows)
     mixed = (f"{'16 bits' if f == NONE else f} x {count}" for f, count in counts.items())
     num_weights = sum(row.num_weights for row in rows)
@@ -100,5 +100,5 @@ def _ranges(numbers: Sequence[int]) -> str:
     """``0-3,7`` of 0, 1, 2, 3 and 7."""
     ordered = sorted(numbers)
     runs = itertools.groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0])
-    ends = [(own[0][1], own[-1][1]) for own in (list(run) for _, run in runs)]
+    ends = [(run[0][1], run[-1][1]) for run in (list(pairs) for _, pairs in runs)]
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)

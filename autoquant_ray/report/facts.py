@@ -1,4 +1,4 @@
-"""The lines of a report's head: what was scanned, what it gave, how sure it is."""
+"""The facts of a report: what was scanned, the result, and how certain it is."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_NAMED = 5
 
 
 def report_facts(sources: Sources) -> list[tuple[str, str]]:
-    """(label, value) of every line."""
+    """Collect (label, value) pairs."""
     run, manifest, table = sources.run, sources.manifest, sources.table
     solution, config = manifest["solution"], run.config
     facts = [
@@ -36,9 +36,9 @@ def report_facts(sources: Sources) -> list[tuple[str, str]]:
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
         ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
     ]
-    for own, *_ in sources.measured:
-        value = with_error(own["kl_mean"], own["kl_stderr"])
-        facts.append(("Measured KL", f"{value} nats per token on {own['dataset']}"))
+    for row, *_ in sources.measured:
+        value = with_error(row["kl_mean"], row["kl_stderr"])
+        facts.append(("Measured KL", f"{value} nats per token on {row['dataset']}"))
     if LATENCY in solution:
         facts.append(("Predicted decode speed", describe_prediction(solution[LATENCY])))
     if manifest.get("stability") and not sources.is_by_measurement:
@@ -53,7 +53,7 @@ def report_facts(sources: Sources) -> list[tuple[str, str]]:
 
 
 def _cache_facts(sources: Sources) -> list[tuple[str, str]]:
-    """What a token of context takes; nothing where no cache was to choose."""
+    """Size of the KV cache per token of context; empty where no cache was searched."""
     size = sources.manifest["solution"].get(KV_BYTES)
     if size is None:
         return []
@@ -62,11 +62,11 @@ def _cache_facts(sources: Sources) -> list[tuple[str, str]]:
 
 
 def _stability_facts(stability: dict[str, Any], what: str) -> list[tuple[str, str]]:
-    """How sure the plan is, in words.
+    """How certain the solution is, in words.
 
     Args:
-        stability: Of ``manifest.json``.
-        what: What the plan made least.
+        stability: The ``stability`` object of ``manifest.json``.
+        what: The quantity that the solution minimizes.
     """
     tosses = stability["coin_tosses"]
     named = ", ".join(tosses[:_MAX_NAMED]) + (", ..." if len(tosses) > _MAX_NAMED else "")
@@ -80,9 +80,7 @@ def _stability_facts(stability: dict[str, Any], what: str) -> list[tuple[str, st
         ("Expected regret", f"{stability['expected_regret']:.2%} of the {what}"),
     ]
     if stability["null_score"] is not None:
-        facts.append(
-            ("Null", f"{stability['null_score']:.4g}: {what} of plans from shuffled scores")
-        )
+        facts.append(("Null", f"{stability['null_score']:.4g}: {what} with shuffled scores"))
     return facts
 
 
@@ -92,26 +90,26 @@ def _predicted(sources: Sources) -> str:
         return "unknown"
     if error is None:
         return f"{predicted:.6g} nats per token"
-    how = "from the spread of the plan's own total over the shards"
+    kind = "standard error of the total over shards"
     if error.is_bound:
-        how = "at most; the sum of the scores' own"
-    return f"{predicted:.6g} ± {error.stderr:.2g} nats per token (one standard error, {how})"
+        kind = "at most; sum of the scores' standard errors"
+    return f"{predicted:.6g} ± {error.stderr:.2g} nats per token ({kind})"
 
 
 def scheme(run: RunRecord, table: list[dict[str, Any]]) -> str:
-    """The menu, and how it was scored."""
+    """The menu of formats, and how it was scored."""
     formats = ", ".join(dict.fromkeys(row["format"] for row in table))
     config = run.config
     if not config:
         return f"{formats}; imported from {run.imported_from}"
     draws = f" ({config['label_draws']} draws)" if config["label_draws"] > 1 else ""
-    share = config.get("sample_rows", 1)  # runs of earlier versions lack it
+    share = config.get("sample_rows", 1)  # not in runs of earlier versions
     rows = "" if share == 1 else f", {share:.0%} of the rows"
     return f"{formats}; {config['estimator']} sums, labels from the {config['labels']}{draws}{rows}"
 
 
 def dataset(run: RunRecord, table: list[dict[str, Any]]) -> str:
-    """What the scores were measured on; where shards were not used, also what there was."""
+    """The data of the scores; where some shards were not used, also how much there was."""
     data = run.dataset
     if "num_samples" not in data:
         return str(data.get("name", "unknown"))

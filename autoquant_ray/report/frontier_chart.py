@@ -1,7 +1,7 @@
-"""The frontier of a report as data of a chart: predicted loss (log) against size.
+"""Data of a report's frontier chart: predicted loss (log scale) against size.
 
-What is shown, between which limits, and each number as text; the page's own script draws it with
-BokehJS (``bokeh_js.py``, ``assets/frontier.js``). Each point is also a row of a table.
+Prepares the points, the limits of the axes, and each number as text; a script of the page draws
+them with BokehJS (``bokeh_js.py``, ``assets/frontier.js``). Each point is also a row of a table.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 
 _MAX_DECADES = 5
 _MARGIN = 0.04
-"""Of an axis' length, beyond the outermost points."""
+"""Margin beyond the outermost points, as a share of an axis' length."""
 LEGEND = {
-    "curve": "best plan of its size",
-    "knee": "knee: beyond it bytes buy less",
-    "plan": "this plan",
+    "curve": "best allocation of its size",
+    "knee": "knee: diminishing returns beyond",
+    "plan": "this solution",
     "uniform": "one format everywhere",
     "measured": "measured",
 }
-"""Kinds of points and what they are; all but the measured ones are predictions."""
+"""Kinds of points -> text of the legend; all but the measured ones are predictions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,12 @@ class Dot:
     """A point of the chart.
 
     Attributes:
-        kind: One of ``LEGEND``.
-        name: What it is.
+        kind: A key of ``LEGEND``.
+        name: Name of the allocation.
         bits: Average stored bits over the searched groups.
-        num_bytes: Of the whole model.
+        num_bytes: Size of the whole model.
         loss: Nats per token (imported: no unit).
-        stderr: None where unknown.
+        stderr: Standard error of ``loss``; None where unknown.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Dot:
 
     @property
     def texts(self) -> tuple[str, str, str, str]:
-        """Name, bits, size of the model and loss with its error, for people."""
+        """Name, bits, size of the model, and loss with its standard error, formatted."""
         error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
         return (
             self.name,
@@ -67,13 +67,13 @@ def chart_data(dots: Sequence[Dot]) -> dict[str, Any] | None:
     """Prepare the points for the page's script.
 
     Args:
-        dots: In any order; those that are not ``visible`` are left out.
+        dots: Points in any order; those that are not ``visible`` are left out.
 
     Returns:
         JSON values: ``points`` (columns of equal length, in order of bits), ``legend`` (pairs of
-        kind and text), ``bits`` and ``loss`` (ends of the axes) and ``sizes`` (bits and bytes along
-        the curve; None where more bits are not more bytes, as with a head that shares the
-        embedding's). None where fewer than two points of the curve can be shown.
+        kind and text), ``bits`` and ``loss`` (limits of the axes) and ``sizes`` (bits and bytes
+        along the curve; None where bytes do not grow with bits, as with a head tied to the
+        embedding). None where fewer than two points of the curve are visible.
     """
     shown = sorted(visible(dots), key=lambda dot: dot.bits)
     curve = [dot for dot in shown if dot.kind in ("curve", "knee")]
@@ -102,10 +102,10 @@ def chart_data(dots: Sequence[Dot]) -> dict[str, Any] | None:
 
 
 def visible(dots: Sequence[Dot]) -> list[Dot]:
-    """Points that have a place on the log axis.
+    """Points that fit on the log axis.
 
-    Left out is what loses nothing, loses less than a hundred-thousandth of the most, or breaks the
-    model.
+    Leaves out points without a loss, with less than a hundred-thousandth of the largest loss, and
+    with an infinite loss.
     """
     losing = [dot for dot in dots if 0 < dot.loss < math.inf]
     most = max((dot.loss for dot in losing), default=0.0)
@@ -113,7 +113,7 @@ def visible(dots: Sequence[Dot]) -> list[Dot]:
 
 
 def _error_bar(dot: Dot) -> tuple[float, float]:
-    """One standard error below and above; far down where the lower end is no loss at all."""
+    """A standard error below and above the loss; the lower end stays above 0 on the log axis."""
     error = dot.stderr or 0.0
     low = dot.loss - error
     return (low if low > 0 else dot.loss * 10.0**-_MAX_DECADES), dot.loss + error
@@ -126,7 +126,7 @@ def _linear_ends(dots: Sequence[Dot]) -> tuple[float, float]:
 
 
 def _log_ends(dots: Sequence[Dot]) -> tuple[float, float]:
-    """Room for all marks, and for error bars upwards."""
+    """Limits that include all points and the upper ends of their error bars."""
     low = math.log10(min(dot.loss for dot in dots))
     high = math.log10(max(_error_bar(dot)[1] for dot in dots))
     margin = _MARGIN * (high - low) or 0.5

@@ -1,4 +1,4 @@
-"""The points of a report's frontier: all sizes, this plan, uniform formats, what was measured."""
+"""Points of a report's frontier: the curve, this solution, uniform formats, measurements."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def frontier_dots(
     """Collect the points.
 
     Args:
-        directory: The run; ``frontier.parquet`` is read where ``frontier`` wrote it.
+        directory: The run; ``frontier.parquet`` is used if the command ``frontier`` wrote it.
         problem: Groups with their costs.
         scores: (group, format) -> nats per token.
-        plan: The solution that the report is about.
-        evaluations: Rows of ``evaluation.parquet``. Plans from shuffled scores are not shown.
+        solution: The solution that the report is about.
+        evaluations: Rows of ``evaluation.parquet``; allocations from shuffled scores are not shown.
     """
     if directory.exists(FRONTIER_FILE):
         rows = directory.read_table(FRONTIER_FILE).to_pylist()
@@ -34,8 +34,8 @@ def frontier_dots(
     else:
         curve = sweep_points(problem, scores)
     dots = [
-        _dot("knee" if p.is_knee else "curve", "knee" if p.is_knee else "best plan", p)
-        for p in curve
+        _dot("knee" if point.is_knee else "curve", "knee" if point.is_knee else "best", point)
+        for point in curve
     ]
     uniform = uniform_points(problem, scores)
     dots += [_dot("uniform", f"all {name}", point) for name, point in uniform.items()]

@@ -1,4 +1,4 @@
-"""Groups as a report shows them: one row per group, and what each format holds together."""
+"""Groups as a report shows them: a row per group, and totals per format."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ ScoresWithErrors = Mapping[str, Mapping[str, tuple[float, float | None]]]
 
 @dataclass(frozen=True, kw_only=True)
 class GroupRow:
-    """One group.
+    """A group with its chosen format.
 
     Attributes:
         modules: Names of its layers.
-        chosen: Its format; ``none`` for 16 bits.
-        num_bytes: Stored bytes under that format, scales included.
-        num_bits: The same per weight.
-        share: Of the predicted loss; None for an unsearched group.
-        sensitivity: Its largest score over the menu; None for an unsearched group.
+        chosen: The chosen format; ``none`` for 16 bits.
+        num_bytes: Stored bytes in that format, scales included.
+        num_bits: Stored bits per weight.
+        share: Share of the predicted loss; None for an unsearched group.
+        sensitivity: Largest score over the menu; None for an unsearched group.
         scores: Format -> (score, standard error or None).
-        kept: Share of the resamples in which it keeps its format; None where unknown.
-        note: Why it is not searched.
+        kept: Share of the resamples in which the group keeps its format; None where unknown.
+        note: Why the group is not searched.
     """
 
     name: str
@@ -57,13 +57,9 @@ def group_rows(
         kept: Group -> share of the resamples in which it keeps its format.
         unsearched: Group -> why it is not searched.
     """
-    losses = {
-        group.name: scores[group.name][formats[group.name]][0]
-        if formats[group.name] in scores.get(group.name, {})
-        else 0.0
-        for group in groups
-    }
+    losses = {group.name: _loss(group.name, formats, scores) for group in groups}
     total = math.fsum(losses.values())
+    shares = {name: loss / total if total > 0 else 0.0 for name, loss in losses.items()}
     rows = [
         GroupRow(
             name=group.name,
@@ -72,9 +68,7 @@ def group_rows(
             chosen=formats[group.name],
             num_bytes=group.rows[formats[group.name]]["weight_bytes"],
             num_bits=group.rows[formats[group.name]]["weight_bits"],
-            share=None
-            if group.name in unsearched
-            else (losses[group.name] / total if total > 0 else 0.0),
+            share=None if group.name in unsearched else shares[group.name],
             sensitivity=max((s for s, _ in scores.get(group.name, {}).values()), default=None),
             scores=scores.get(group.name, {}),
             kept=kept.get(group.name),
@@ -85,12 +79,18 @@ def group_rows(
     return sorted(rows, key=lambda row: (row.sensitivity is None, -(row.sensitivity or 0.0)))
 
 
+def _loss(group: str, formats: Mapping[str, str], scores: ScoresWithErrors) -> float:
+    """Predicted loss of a group in its chosen format; 16 bits lose nothing."""
+    entry = scores.get(group, {}).get(formats[group])
+    return 0.0 if entry is None else entry[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixRow:
-    """How much of the model one format holds.
+    """How much of the model is in a format.
 
     Attributes:
-        share: Of all weights that can be quantized, 0 to 1.
+        share: Share of all weights that can be quantized, 0 to 1.
         lost: Share of the predicted loss.
     """
 
@@ -102,7 +102,7 @@ class MixRow:
 
 
 def format_mix(rows: Sequence[GroupRow]) -> list[MixRow]:
-    """Formats in use, most weights first."""
+    """Formats in use, the one with most weights first."""
     by_format: dict[str, list[GroupRow]] = {}
     for row in rows:
         by_format.setdefault(row.chosen, []).append(row)

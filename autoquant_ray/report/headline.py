@@ -1,4 +1,4 @@
-"""The few numbers at the head of a report."""
+"""The key numbers at the head of a report."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _COSTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """One of the few numbers that a reader wants first.
+    """A key number.
 
     Attributes:
-        note: What belongs to it: unit, data set, what was asked for.
+        note: Its context: unit, data set or budget.
     """
 
     label: str
@@ -33,28 +33,14 @@ class Number:
 
 
 def headline(sources: Sources) -> list[Number]:
-    """Predicted and measured loss, size and budget."""
+    """Predicted and measured loss, size, budget, and certainty."""
     solution, budget = sources.manifest["solution"], sources.manifest["budget"]
-    error = None if sources.error is None else sources.error.stderr
-    is_bound = sources.error is not None and sources.error.is_bound
-    imported = solution["predicted_kl_nats"] is None
-    unit = f"nats per token, ± {'at most ' if is_bound else ''}one standard error"
-    numbers = [
-        Number(
-            label="Total score" if imported else "Predicted KL",
-            value=with_error(sources.predicted, error),
-            note="imported, no unit" if imported else unit,
-        )
-    ]
-    for own, *_ in sources.measured:
-        size = f"{own['num_tokens']:,} tokens of {own['dataset']}"
-        value = with_error(own["kl_mean"], own["kl_stderr"])
-        numbers.append(Number(label="Measured KL", value=value, note=f"nats per token, on {size}"))
-    whole = sources.problem.other_bytes + sum(
+    unquantized_bytes = sources.problem.other_bytes + sum(
         group.cost(NONE, "model") for group in sources.problem.groups.values()
     )
-    share = solution["weight_bytes"] / whole
-    numbers += [
+    share = solution["weight_bytes"] / unquantized_bytes
+    return [
+        *_losses(sources),
         Number(
             label="Effective bits",
             value=f"{solution['effective_bits']:.3f}",
@@ -66,15 +52,37 @@ def headline(sources: Sources) -> list[Number]:
             note=f"all weights, {share:.0%} of the model in {UNQUANTIZED_BITS} bits",
         ),
         Number(label="Budget", value=_budget_value(budget), note=budget_text(budget)),
+        *_decisions(sources),
     ]
-    stability = sources.manifest.get("stability")
-    if stability and not sources.is_by_measurement:
-        value = f"{stability['num_certain']} of {stability['num_groups']}"
-        note = (
-            f"groups are certain of their format, {len(stability['coin_tosses'])} are coin tosses"
+
+
+def _losses(sources: Sources) -> list[Number]:
+    error = None if sources.error is None else sources.error.stderr
+    is_bound = sources.error is not None and sources.error.is_bound
+    is_imported = sources.manifest["solution"]["predicted_kl_nats"] is None
+    unit = f"nats per token, ± {'at most ' if is_bound else ''}one standard error"
+    numbers = [
+        Number(
+            label="Total score" if is_imported else "Predicted KL",
+            value=with_error(sources.predicted, error),
+            note="imported, no unit" if is_imported else unit,
         )
-        numbers.append(Number(label="Decisions", value=value, note=note))
+    ]
+    for row, *_ in sources.measured:
+        size = f"{row['num_tokens']:,} tokens of {row['dataset']}"
+        value = with_error(row["kl_mean"], row["kl_stderr"])
+        numbers.append(Number(label="Measured KL", value=value, note=f"nats per token, on {size}"))
     return numbers
+
+
+def _decisions(sources: Sources) -> list[Number]:
+    """How many groups are certain of their format; empty where that is unknown."""
+    stability = sources.manifest.get("stability")
+    if not stability or sources.is_by_measurement:
+        return []
+    value = f"{stability['num_certain']} of {stability['num_groups']}"
+    note = f"groups are certain of their format, {len(stability['coin_tosses'])} are coin tosses"
+    return [Number(label="Decisions", value=value, note=note)]
 
 
 def _budget_value(budget: dict[str, Any]) -> str:
@@ -85,7 +93,7 @@ def _budget_value(budget: dict[str, Any]) -> str:
 
 
 def _speed(budget: dict[str, Any]) -> list[str]:
-    """The speed asked for; empty where only a prediction was, or nothing."""
+    """The requested speed; empty where there is no limit."""
     latency = budget.get("latency") or {}
     limits = {
         "ms_per_token": "at most {:g} ms per token",
@@ -113,8 +121,8 @@ def budget_text(budget: dict[str, Any]) -> str:
         where = f" on {budget['gpu']}" if budget["gpu"] is not None else ""
         parts.append(f"served by {budget['engine']}{where}")
     if (experts := budget.get("expert_groups")) is not None:
-        told = {"layer": "one format for a layer's experts", "expert": "experts apart"}
-        parts.append(told.get(experts, f"experts of a layer in {experts} clusters"))
+        texts = {"layer": "one format for a layer's experts", "expert": "a format per expert"}
+        parts.append(texts.get(experts, f"experts of a layer in {experts} clusters"))
     if budget["max_formats"] is not None:
         parts.append(f"at most {budget['max_formats']} formats")
     parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())

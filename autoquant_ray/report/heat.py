@@ -1,8 +1,8 @@
-"""The heat map of a report: layers down, kinds of modules across, coloured by sensitivity.
+"""The heat map of a report: a row per layer, a column per kind of module, coloured by sensitivity.
 
-A module's name is read as ``STACK.LAYER.KIND``: ``model.layers.4.mlp.gate_proj`` is of the kind
-``mlp.gate_proj`` in layer 4 of the stack ``model.layers``. A name without a number stands alone.
-The page draws it as a table, so that it is read out, copied and scrolled as one.
+A module's name is parsed as ``STACK.LAYER.KIND``: ``model.layers.4.mlp.gate_proj`` is of the kind
+``mlp.gate_proj`` in layer 4 of the stack ``model.layers``. Names without a number are outside the
+layers. The page shows the map as a table, which screen readers can read and people can copy.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from autoquant_ray.report.groups import GroupRow
 NUM_LEVELS = 7
 _MAX_CELLS = 6_000
 _NAME = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)")
-_ALONE = "outside the layers"
+_OUTSIDE = "outside the layers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One group in one layer.
+    """A group in a layer.
 
     Attributes:
         level: 0 (least sensitive) to 6 on a log scale; None for an unsearched group.
@@ -37,12 +37,12 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class HeatMap:
-    """Layers x kinds of one stack of layers.
+    """Layers x kinds of a stack of layers.
 
     Attributes:
-        stack: What stands before the layer's number.
-        kinds: Columns: (where, names of the modules there).
-        rows: (layer, one cell or None per column).
+        stack: The part of the names before the layer's number.
+        kinds: Columns: (parent module, names of the modules in it).
+        rows: (layer, a cell or None per column).
     """
 
     stack: str
@@ -55,7 +55,7 @@ class Heat:
     """All heat maps of a model.
 
     Attributes:
-        maps: One per stack of layers, then the groups outside the layers.
+        maps: A map per stack of layers, then the groups outside the layers.
         steps: Sensitivities, in the scores' unit, at which the levels begin.
     """
 
@@ -63,29 +63,44 @@ class Heat:
     steps: list[float]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scale:
+    """Levels of equal width on a log scale.
+
+    Attributes:
+        low: Logarithm of the smallest sensitivity.
+        width: Width of a level.
+    """
+
+    low: float
+    width: float
+
+    def level_of(self, sensitivity: float | None) -> int | None:
+        """Level of a sensitivity; None for an unsearched group."""
+        if sensitivity is None:
+            return None
+        if sensitivity <= 0 or self.width == 0:
+            return 0
+        return max(0, min(NUM_LEVELS - 1, int((math.log(sensitivity) - self.low) / self.width)))
+
+    def steps(self) -> list[float]:
+        """Sensitivities at which the levels begin."""
+        return [math.exp(self.low + self.width * level) for level in range(NUM_LEVELS)]
+
+
 def heat_maps(rows: Sequence[GroupRow], order: Sequence[str]) -> Heat | None:
     """Lay groups out by layer and kind.
 
     Args:
         rows: All groups.
-        order: Names of the groups in the model's order.
+        order: Names of the groups in the order of the model.
 
     Returns:
         None where no group was searched, and for a model with more than 6,000 groups.
     """
-    known = [row.sensitivity for row in rows if row.sensitivity is not None and row.sensitivity > 0]
-    if not known or len(rows) > _MAX_CELLS:
+    scale = _scale(rows)
+    if scale is None or len(rows) > _MAX_CELLS:
         return None
-    low, high = math.log(min(known)), math.log(max(known))
-    width = (high - low) / NUM_LEVELS
-
-    def level_of(sensitivity: float | None) -> int | None:
-        if sensitivity is None:
-            return None
-        if sensitivity <= 0 or width == 0:
-            return 0
-        return max(0, min(NUM_LEVELS - 1, int((math.log(sensitivity) - low) / width)))
-
     by_name = {row.name: row for row in rows}
     stacks: dict[str, dict[tuple[str, str], Cell]] = {}
     modules: dict[tuple[str, str], list[str]] = {}
@@ -95,19 +110,25 @@ def heat_maps(rows: Sequence[GroupRow], order: Sequence[str]) -> Heat | None:
         cell = Cell(
             group=name,
             format="16 bits" if row.chosen == NONE else row.chosen,
-            level=level_of(row.sensitivity),
+            level=scale.level_of(row.sensitivity),
             sensitivity=row.sensitivity,
         )
         stacks.setdefault(stack, {})[layer, kind] = cell
         of_kind = modules.setdefault((stack, kind), [])
         of_kind += [m for m in map(_last_part, row.modules) if m not in of_kind]
-    alone = stacks.pop(_ALONE, None)
-    if alone is not None:
-        stacks[_ALONE] = alone
+    order_of_maps = sorted(stacks, key=lambda stack: stack == _OUTSIDE)  # outside last
     return Heat(
-        maps=[_heat_map(stack, cells, modules) for stack, cells in stacks.items()],
-        steps=[math.exp(low + width * level) for level in range(NUM_LEVELS)],
+        maps=[_heat_map(stack, stacks[stack], modules) for stack in order_of_maps],
+        steps=scale.steps(),
     )
+
+
+def _scale(rows: Sequence[GroupRow]) -> _Scale | None:
+    """Scale from the smallest to the largest positive sensitivity; None if there is none."""
+    logs = [math.log(row.sensitivity) for row in rows if row.sensitivity and row.sensitivity > 0]
+    if not logs:
+        return None
+    return _Scale(low=min(logs), width=(max(logs) - min(logs)) / NUM_LEVELS)
 
 
 def _heat_map(
@@ -120,7 +141,7 @@ def _heat_map(
     return HeatMap(
         stack=stack,
         kinds=[("", ["format"])]
-        if stack == _ALONE
+        if stack == _OUTSIDE
         else [(kind.rpartition(".")[0], modules[stack, kind]) for kind in kinds],
         rows=[(layer, [cells.get((layer, kind)) for kind in kinds]) for layer in layers],
     )
@@ -128,10 +149,10 @@ def _heat_map(
 
 def _place(name: str) -> tuple[str, str, str]:
     """(stack, layer, kind) of a group's name."""
-    found = _NAME.fullmatch(name)
-    if found is None:
-        return _ALONE, name, ""
-    return found["stack"], found["layer"], found["kind"]
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return _OUTSIDE, name, ""
+    return match["stack"], match["layer"], match["kind"]
 
 
 def _last_part(module: str) -> str:

@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page, no network; without JavaScript all but its chart."""
+"""``report.html``: a self-contained page; needs no network, and JavaScript only for the chart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autoquant_ray.report.measured import HEADS
 from autoquant_ray.report.page import render_page
 
 _MAX_CELLS = 30_000
-"""Cells of the table of groups; more would make a page that browsers open slowly."""
+"""Limit for the table of groups; browsers are slow to open larger pages."""
 
 
 def render_html(content: ReportContent) -> str:
@@ -46,7 +46,7 @@ def render_html(content: ReportContent) -> str:
 
 
 def _chosen(content: ReportContent) -> str:
-    """The plan in a sentence."""
+    """The allocation in a sentence."""
     parts = [
         f"{_format_name(row.format)} for {row.num_groups} group{'s' * (row.num_groups != 1)} "
         f"({_percent(row.share)} of the weights)"
@@ -56,7 +56,7 @@ def _chosen(content: ReportContent) -> str:
 
 
 def _summary(content: ReportContent, shown: list[Dot]) -> str:
-    """The chart in words, for those who do not see it."""
+    """The chart in words, for readers who cannot see it."""
     curve = sorted((d for d in shown if d.kind in ("curve", "knee")), key=lambda d: d.bits)
     if not curve:
         return ""
@@ -70,7 +70,7 @@ def _summary(content: ReportContent, shown: list[Dot]) -> str:
             if dot.kind == "knee"
         ),
         *(
-            f"This plan: {dot.bits:.2f} bits, {dot.loss:#.3g}."
+            f"This solution: {dot.bits:.2f} bits, {dot.loss:#.3g}."
             for dot in shown
             if dot.kind == "plan"
         ),
@@ -78,7 +78,7 @@ def _summary(content: ReportContent, shown: list[Dot]) -> str:
     if any(dot.stderr is not None for dot in shown):
         texts.append("Bars are one standard error.")
     if len(shown) < len(content.dots):
-        texts.append("What loses nothing, or next to nothing, is not drawn.")
+        texts.append("Points with no loss, or a negligible one, are not drawn.")
     return " ".join(texts)
 
 

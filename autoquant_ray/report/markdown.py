@@ -1,4 +1,4 @@
-"""``report.md``: the plan as a text that people and review tools read."""
+"""``report.md``: the solution as text, for people and for tools that diff or review it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from autoquant_ray.report.domains import DOMAIN_HEADS
 from autoquant_ray.report.measured import HEADS, MeasuredData
 
 _EXPLANATION = (
-    "Sensitivity is the largest score of the layer's group over the menu: what its harshest "
-    "format would cost. Layers of one group share a format and a score. Size cost is the stored "
-    "size under the chosen format, scales included."
+    "Sensitivity is the largest score of the layer's group over the menu: the predicted loss of "
+    "the harshest format. Layers of a group share a format and a score. Size cost is the stored "
+    "size in the chosen format, scales included."
 )
 
 
@@ -23,15 +23,15 @@ def render_markdown(content: ReportContent) -> str:
     lines += [_concerns(content), ""]
     lines += [f"- **{label}:** {plain_text(value)}" for label, value in content.facts]
     if content.warnings:
-        lines += ["", "## To know", ""]
+        lines += ["", "## Notes", ""]
         lines += [f"- {plain_text(warning)}" for warning in content.warnings]
     if content.domains is not None:
-        lines += ["", "## Who pays", "", plain_text(content.domains.text), ""]
+        lines += ["", "## Loss by domain", "", plain_text(content.domains.text), ""]
         lines += _table(DOMAIN_HEADS, content.domains.rows)
     for section in content.measured:
-        lines += _section("Predicted against measured", HEADS, section)
+        lines += _section("Predicted and measured loss", HEADS, section)
     if content.audit is not None:
-        lines += _section("Scores against measured", AUDIT_HEADS, content.audit)
+        lines += _section("Predicted and measured scores", AUDIT_HEADS, content.audit)
     lines += ["", "## Layers", "", _EXPLANATION, ""]
     lines += ["| Layer | Num Bits | Sensitivity | Size Cost | Chosen |", "|---|---|---|---|---|"]
     for layer in content.layers:
@@ -53,7 +53,7 @@ def render_markdown(content: ReportContent) -> str:
 
 
 def _section(title: str, heads: tuple[str, ...], section: MeasuredData | AuditData) -> list[str]:
-    """What was measured: a title, a verdict and a table."""
+    """A section on measurements: a title, a verdict and a table."""
     lines = ["", f"## {title}", "", plain_text(section.title) + ".", ""]
     return [*lines, plain_text(section.verdict), "", *_table(heads, section.rows)]
 
@@ -64,30 +64,27 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _reproduction(content: ReportContent) -> list[str]:
-    again = content.reproduction
-    lines = ["", "## Make it again", ""]
-    if again.commands:
-        lines += [
-            "```console",
-            *(" ".join(f"$ {command}".split("\n")) for command in again.commands),
-        ]
-        lines += ["```", ""]
-    return lines + [f"- **{label}:** {plain_text(value)}" for label, value in again.facts]
+    reproduction = content.reproduction
+    lines = ["", "## How to reproduce", ""]
+    if reproduction.commands:
+        commands = (" ".join(f"$ {command}".split("\n")) for command in reproduction.commands)
+        lines += ["```console", *commands, "```", ""]
+    return lines + [f"- **{label}:** {plain_text(value)}" for label, value in reproduction.facts]
 
 
 def _concerns(content: ReportContent) -> str:
-    """Reasons to doubt the plan, before anything else."""
+    """Reasons to doubt the solution, before anything else."""
     if not content.concerns:
-        return "No reason for concern was found."
+        return "No concerns."
     lines = [
         f"- **{plain_text(concern.title)}{' (grave)' if concern.is_grave else ''}.** "
         f"{plain_text(concern.text)}"
         for concern in content.concerns
     ]
-    return "\n".join(["## Reasons for concern", "", *lines, "", "## The plan"])
+    return "\n".join(["## Concerns", "", *lines, "", "## The solution"])
 
 
 def plain_text(value: str) -> str:
-    """Keep names from the model or the data from being read as markup."""
+    """Escape names from the model or the data, so that they are not read as markup."""
     escaped = value.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
     return " ".join(escaped.split())

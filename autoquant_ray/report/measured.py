@@ -1,4 +1,4 @@
-"""The part of a report that holds predictions against measurements."""
+"""The section of a report that compares predictions with measurements."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADS = (
     "Same top token",
 )
 IN_RANGE = 1.5
-"""Predicted and measured KL within this factor: the budget is in the range of the prediction."""
+"""Factor between predicted and measured KL within which the prediction is said to hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class MeasuredData:
     """A solution and its rivals on one data set.
 
     Attributes:
-        title: What they were measured on.
-        verdict: What it means, in a sentence.
+        title: The data.
+        verdict: What the numbers mean, in a sentence or two.
         rows: Cells under ``HEADS``.
     """
 
@@ -40,13 +40,13 @@ class MeasuredData:
 def measured_sections(
     rows: Sequence[dict[str, Any]], solution: str, allocation: str, is_by_domain: bool = False
 ) -> list[MeasuredData]:
-    """Lay out a solution's rows of ``evaluation.parquet``, one section per data set.
+    """Lay out a solution's rows of ``evaluation.parquet``, a section per data set.
 
     Args:
         rows: All rows of the file.
-        solution: Name of the solution; '' for the run's own.
-        allocation: Digest of its formats now; measurements of what it was before are not shown.
-        is_by_domain: It was made for domains rather than for all tokens alike.
+        solution: Name of the solution; '' for the scan's.
+        allocation: Current digest of its formats; measurements of earlier formats are not shown.
+        is_by_domain: Whether it was made for domains rather than for all tokens equally.
     """
     return [_section(shown, is_by_domain) for shown in measured_rows(rows, solution, allocation)]
 
@@ -54,12 +54,12 @@ def measured_sections(
 def measured_rows(
     rows: Sequence[dict[str, Any]], solution: str, allocation: str
 ) -> list[list[dict[str, Any]]]:
-    """A solution's row and its rivals' per data set, shuffled scores merged into one row; last.
+    """Per data set: a solution's row, its rivals' rows, and a mean row for shuffled scores.
 
     Args:
         rows: All rows of ``evaluation.parquet``.
-        solution: Name of the solution; '' for the run's own.
-        allocation: Digest of its formats now.
+        solution: Name of the solution; '' for the scan's.
+        allocation: Current digest of its formats.
     """
     by_data: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -73,18 +73,18 @@ def measured_rows(
 
 
 def _section(shown: list[dict[str, Any]], is_by_domain: bool) -> MeasuredData:
-    own = shown[0]
-    perplexity = f"{own['reference_perplexity']:.4g}"
+    solution = shown[0]
     return MeasuredData(
-        title=f"{own['num_tokens']:,} tokens of {own['num_samples']} samples of {own['dataset']}; "
-        f"perplexity of the model itself {perplexity}",
+        title=f"{solution['num_tokens']:,} tokens in {solution['num_samples']} samples of "
+        f"{solution['dataset']}; perplexity of the unquantized model "
+        f"{solution['reference_perplexity']:.4g}",
         verdict=verdict(shown, is_by_domain),
         rows=[cells(row) for row in shown],
     )
 
 
 def merge_random(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put the mean of the allocations from shuffled scores in their place; last."""
+    """Replace the rows of allocations from shuffled scores by their mean, as the last row."""
     random = [row for row in rows if row["name"].startswith("random ")]
     others = [row for row in rows if not row["name"].startswith("random ")]
     if not random:
@@ -95,9 +95,9 @@ def merge_random(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(value, float)
     }
     kls = [row["kl_mean"] for row in random]
-    spread = sum((kl - merged["kl_mean"]) ** 2 for kl in kls)
+    squares = sum((kl - merged["kl_mean"]) ** 2 for kl in kls)
     merged["kl_stderr"] = (
-        math.sqrt(spread / (len(kls) - 1) / len(kls)) if len(kls) > 1 else random[0]["kl_stderr"]
+        math.sqrt(squares / (len(kls) - 1) / len(kls)) if len(kls) > 1 else random[0]["kl_stderr"]
     )
     merged["kl_above_solution_stderr"] = None
     name = f"shuffled scores, mean of {len(random)}"
@@ -105,40 +105,40 @@ def merge_random(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def verdict(rows: Sequence[dict[str, Any]], is_by_domain: bool = False) -> str:
-    """How the solution fares: against its prediction, and against its rivals.
+    """How the solution compares with its prediction and with its rivals.
 
     Args:
-        rows: The solution's and its rivals'.
-        is_by_domain: The solution was made for domains; rivals that are not say nothing of it.
+        rows: Rows of the solution and of its rivals.
+        is_by_domain: Whether the solution was made for domains; rivals that weigh all tokens
+            equally then do not compare with it.
     """
-    own = rows[0]
-    texts = [_prediction(own)]
+    solution = rows[0]
+    texts = [_prediction(solution)]
     if is_by_domain:
-        texts.append("All tokens count alike here, which is not what the plan was made for.")
+        texts.append("All tokens count equally here, but the solution was made for domains.")
         return " ".join(texts)
     for row in rows[1:]:
-        if row["name"].startswith("uniform") and row["kl_mean"] < own["kl_mean"]:
-            texts.append(f"{row['name']} loses less at no more bytes: do not use this plan.")
-    if rows[-1]["name"].startswith("shuffled") and rows[-1]["kl_mean"] <= own["kl_mean"]:
-        texts.append("It is no better than shuffled scores: the scan told nothing here.")
+        if row["name"].startswith("uniform") and row["kl_mean"] < solution["kl_mean"]:
+            texts.append(f"{row['name']} loses less at no more bytes: do not use this solution.")
+    if rows[-1]["name"].startswith("shuffled") and rows[-1]["kl_mean"] <= solution["kl_mean"]:
+        texts.append("It is no better than shuffled scores: the scores carry no information here.")
     return " ".join(texts)
 
 
-def _prediction(own: dict[str, Any]) -> str:
-    if not own["kl_mean"] > 0 or not own["predicted_kl"] > 0:
+def _prediction(solution: dict[str, Any]) -> str:
+    if not solution["kl_mean"] > 0 or not solution["predicted_kl"] > 0:
         return "Nothing was lost."
-    ratio = own["predicted_kl"] / own["kl_mean"]
+    ratio = solution["predicted_kl"] / solution["kl_mean"]
     if 1 / IN_RANGE <= ratio <= IN_RANGE:
-        return f"The prediction holds: {ratio:.2f} of what was measured."
-    kind = "less" if ratio < 1 else "more"
+        return f"The prediction holds: {ratio:.2f} times the measured loss."
     return (
-        f"The prediction does not hold at this budget: {ratio:.2f} of what was measured, "
-        f"{kind} than a factor of {IN_RANGE} allows. Trust the measured number."
+        f"The prediction does not hold at this budget: it is {ratio:.2f} times the measured loss, "
+        f"and a factor of {IN_RANGE} is normal. Trust the measured number."
     )
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """One row under ``HEADS``."""
+    """Cells of a row under ``HEADS``."""
     return (
         row["name"],
         f"{row['effective_bits']:.3f}",
@@ -155,6 +155,6 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def with_error(value: float, error: float | None, *, signed: bool = False) -> str:
-    """A number with its standard error where it has one."""
+    """A number with its standard error, if it has one."""
     text = f"{value:+.3g}" if signed else f"{value:.4g}"
     return text if error is None else f"{text} ± {error:.1g}"

@@ -1,9 +1,9 @@
-"""What the two HTML pages share: one file that asks for nothing else, readable without JavaScript.
+"""What both HTML pages share: a self-contained file, readable without JavaScript.
 
-Jinja2 escapes every name. A page's scripts and its own style are named by their hash in a content
-security policy that forbids everything else, so that no text of a model, a job or an error could
-run even if it got through. A library that makes ``style`` elements while it draws needs inline
-styles, which such a text could then restyle the page with; it could still load nothing.
+Jinja2 escapes every name. The content security policy allows only the page's scripts and style, by
+their hashes, so that text from a model, a job or an error could not run even if it were not
+escaped. A library that creates ``style`` elements while it draws needs inline styles; unescaped
+text could then restyle the page, but still load nothing.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def render_page(
     libraries: Sequence[str] = (),
     **values: Any,
 ) -> str:
-    """Fill a template; it also gets ``style``, ``scripts`` and the ``policy`` that allows them.
+    """Render a template; it also gets ``style``, ``scripts`` and the ``policy`` that allows them.
 
     Args:
         template: File name among the assets.
-        styles: File names of its style, in order.
-        scripts: File names of its script, in order.
-        libraries: Scripts that run before its own, as text; they may make styles.
-        values: What the template shows.
+        styles: File names of style sheets, in order.
+        scripts: File names of scripts, in order.
+        libraries: Scripts that run before those, as text; they may create styles.
+        values: Variables of the template.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS),
