@@ -184,7 +184,7 @@ def print_audit(audit: Audit) -> None:
     console.print(escape(section.title), soft_wrap=True)
     console.print(table)
     console.print(escape(section.verdict), soft_wrap=True)
-    console.print(f"audited plan: {escape(audit.start.rstrip('/'))}", soft_wrap=True)
+    console.print(f"audited solution: {escape(audit.start.rstrip('/'))}", soft_wrap=True)
 
 
 def print_refinement(run: str, refined: Any) -> None:
@@ -200,8 +200,8 @@ def print_refinement(run: str, refined: Any) -> None:
         f"{text(refined.after)} after, difference {text(refined.difference)} nats per token"
     )
     console.print(
-        f"{refined.num_trials} plans tried, {refined.num_flips} of them to score the plan's "
-        f"neighbours again; {refined.num_accepted} improvements taken"
+        f"{refined.num_trials} allocations tried, {refined.num_flips} of them single changes of "
+        f"the start; {refined.num_accepted} improvements accepted"
     )
     print_solution(run, refined.solution)
 

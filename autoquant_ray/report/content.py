@@ -110,7 +110,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
     rows = group_rows(groups, formats, sources.scores, kept, unsearched)
     experts = single_experts(plan.get("modules", {}))
     return ReportContent(
-        title=f"Quantization plan for {run.model['name'].rstrip('/').rpartition('/')[2]}",
+        title=f"Quantization of {run.model['name'].rstrip('/').rpartition('/')[2]}",
         numbers=headline(sources),
         concerns=find_concerns(gather_evidence(sources)),
         facts=report_facts(sources),
@@ -149,8 +149,8 @@ def _audit(sources: Sources) -> AuditData | None:
 def _dots(sources: Sources) -> list[Dot]:
     solution = sources.manifest["solution"]
     dot = Dot(
-        kind="plan",
-        name="this plan",
+        kind="solution",
+        name="this solution",
         bits=solution["effective_bits"],
         num_bytes=solution["weight_bytes"],
         loss=sources.predicted,

@@ -18,7 +18,7 @@ _MARGIN = 0.04
 LEGEND = {
     "curve": "best allocation of its size",
     "knee": "knee: diminishing returns beyond",
-    "plan": "this solution",
+    "solution": "this solution",
     "uniform": "one format everywhere",
     "measured": "measured",
 }

@@ -72,7 +72,7 @@ def _summary(content: ReportContent, shown: list[Dot]) -> str:
         *(
             f"This solution: {dot.bits:.2f} bits, {dot.loss:#.3g}."
             for dot in shown
-            if dot.kind == "plan"
+            if dot.kind == "solution"
         ),
     ]
     if any(dot.stderr is not None for dot in shown):

@@ -75,13 +75,13 @@ def _reproduction(content: ReportContent) -> list[str]:
 def _concerns(content: ReportContent) -> str:
     """Reasons to doubt the solution, before anything else."""
     if not content.concerns:
-        return "No concerns."
+        return "No reasons for concern were found."
     lines = [
         f"- **{plain_text(concern.title)}{' (grave)' if concern.is_grave else ''}.** "
         f"{plain_text(concern.text)}"
         for concern in content.concerns
     ]
-    return "\n".join(["## Concerns", "", *lines, "", "## The solution"])
+    return "\n".join(["## Reasons for concern", "", *lines, "", "## The solution"])
 
 
 def plain_text(value: str) -> str:

@@ -19,9 +19,9 @@ from autoquant_ray.solve import rewrite_reports, solve_run
 
 DATA = f"{EVIL}</script><!--<script>document.title='hacked'</script>\u2028 $$x$$ @name"
 LEGEND = [
-    "best plan of its size",
+    "best allocation of its size",
     "knee: beyond it bytes buy less",
-    "this plan",
+    "this solution",
     "one format everywhere",
     "measured",
 ]
@@ -93,7 +93,7 @@ def test_points_are_the_rows_of_the_table(open_page: Any) -> None:
     expect(page.locator("#frontier-summary")).to_contain_text("This plan: 4.9")
     page.get_by_text("The numbers of this chart").click()
     table = page.get_by_role("table", name="Points of the chart")
-    expect(table.get_by_role("row", name="this plan")).to_be_visible()
+    expect(table.get_by_role("row", name="this solution")).to_be_visible()
     rows = table.locator("tbody tr").evaluate_all(
         "rows => rows.map((row) => [...row.cells].map((cell) => cell.textContent))"
     )
@@ -168,7 +168,7 @@ def test_wheel_scrolls_the_page_and_a_drag_zooms(open_page: Any) -> None:
 def test_colours_are_those_of_the_page(scheme: str, open_page: Any) -> None:
     page = open_page(color_scheme=scheme).page
     wait_for_chart(page)
-    name = page.locator(CHART_TEXT, has_text="this plan")
+    name = page.locator(CHART_TEXT, has_text="this solution")
     axis = page.locator(CHART_TEXT, has_text="stored bits per searched weight")
     expect(name).to_have_css("fill", INK[scheme])
     expect(axis).to_have_css("fill", SOFT[scheme])
@@ -187,7 +187,7 @@ def test_texts_fit_and_do_not_overlap(width: int, open_page: Any) -> None:
     frame = place.bounding_box()
     assert frame is not None
     texts = place.evaluate(TEXTS)
-    assert {"this plan", *LEGEND} <= {entry["text"] for entry in texts}
+    assert {"this solution", *LEGEND} <= {entry["text"] for entry in texts}
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
     for entry in texts:
         left, top, right, bottom = entry["box"]

@@ -73,7 +73,7 @@ def numbers_of(page: Page, column: int) -> dict[str, float]:
 
 def test_page_opens_offline_without_a_request_or_complaint(open_page: Any, address: str) -> None:
     opened = open_page(offline=True)
-    for title in ("Reasons for concern", "Loss against size", "All groups", "Make it again"):
+    for title in ("Reasons for concern", "Loss against size", "All groups", "How to reproduce"):
         expect(opened.page.get_by_role("heading", name=title)).to_be_visible()
     expect(opened.page.get_by_role("img", name="Loss against size")).to_be_visible()
     wait_for_chart(opened.page)
@@ -102,7 +102,7 @@ def test_numbers_are_those_of_the_files(open_page: Any, run: Path) -> None:
 def test_hostile_names_are_text(open_page: Any) -> None:
     opened = open_page()
     expect(opened.page.get_by_role("heading", level=1)).to_contain_text(MODEL)
-    expect(opened.page.get_by_text(f"Shard 3 was left out while score: {EVIL}")).to_be_visible()
+    expect(opened.page.get_by_text(f"Shard 3 was left out in the stage score: {EVIL}")).to_be_visible()
     assert any(name.startswith(FIRST) for name in shown_names(opened.page))
     assert opened.page.evaluate("document.title") != "hacked"
     assert opened.page.locator("script").count() == 4

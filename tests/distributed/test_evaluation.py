@@ -118,7 +118,7 @@ def test_rivals_keep_the_budget(evaluated: Path) -> None:
 def test_report_shows_it(evaluated: Path) -> None:
     for name in ("report.md", "report.html"):
         text = (evaluated / name).read_text()
-        assert "Predicted against measured" in text
+        assert "Predicted and measured loss" in text
         assert f"{rows_of(evaluated)['solution']['kl_mean']:.4g}" in text
         assert "shuffled scores, mean of 3" in text
 
@@ -252,7 +252,7 @@ def test_audit_measures_pairs_and_solves_again(
     assert manifest["audit"] == told["audit"]
     assert told["audit"]["num_pairs"] == 4
     for report in ("report.md", "report.html"):
-        assert "Scores against measured" in (folder / report).read_text()
+        assert "Predicted and measured scores" in (folder / report).read_text()
     rows = {row["name"]: row for row in told["rows"]}
     assert list(rows) == ["solution", "unaudited"]
     assert rows["solution"]["num_samples"] == 2

@@ -68,4 +68,4 @@ SPOT = """(kind) => {
 def wait_for_chart(page: Page) -> None:
     """Until the library has drawn it, with the names beside its points."""
     page.wait_for_function("() => Bokeh.documents[0]?.is_idle")
-    page.locator(CHART_TEXT, has_text="this plan").wait_for()
+    page.locator(CHART_TEXT, has_text="this solution").wait_for()

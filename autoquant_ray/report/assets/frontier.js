@@ -9,10 +9,10 @@
     curve: { marker: "circle", size: 6, fill: "good", line: "good", line_width: 1 },
     uniform: { marker: "square", size: 9, fill: "panel", line: "look", line_width: 2 },
     knee: { marker: "diamond", size: 16, fill: "panel", line: "good", line_width: 2.5 },
-    plan: { marker: "star", size: 20, fill: "ink", line: "panel", line_width: 1 },
+    solution: { marker: "star", size: 20, fill: "ink", line: "panel", line_width: 1 },
     measured: { marker: "circle", size: 17, fill: null, line: "bad", line_width: 2.5 },
   };
-  const NAMED = ["plan", "knee", "uniform"]; // most important first: there may be no room for all
+  const NAMED = ["solution", "knee", "uniform"]; // most important first: there may be no room for all
   const kinds = Object.keys(KINDS).filter((kind) => points.kind.includes(kind));
   const indices = points.kind.map((_, i) => i);
   const rows = (isTaken) => Object.fromEntries(Object.entries(points).map(
@@ -103,7 +103,7 @@
   for (const kind of kinds) {
     const { marker, size, line_width } = KINDS[kind];
     const isOne = (i) => points.kind[i] === kind;
-    if (["plan", "measured"].includes(kind)) {
+    if (["solution", "measured"].includes(kind)) {
       bars[kind] = new Bokeh.Whisker({
         base: { field: "bits" }, lower: { field: "low" }, upper: { field: "high" },
         source: new Bokeh.ColumnDataSource({ data: rows(isOne) }), name: `${kind} errors`,
@@ -168,7 +168,7 @@
     });
     const data = { x: [], y: [], text: [], right: [], up: [], align: [], style: [] };
     for (const i of NAMED.flatMap((kind) => shown.filter((k) => points.kind[k] === kind))) {
-      const style = points.kind[i] === "plan" ? "bold" : "normal";
+      const style = points.kind[i] === "solution" ? "bold" : "normal";
       pen.font = `${style} 12px ${font}`;
       const wide = pen.measureText(points.name[i]).width;
       for (const [right, up, align] of [[11, 0, "left"], [8, 14, "left"], [-11, 0, "right"],

@@ -283,7 +283,7 @@ def test_run_without_domains_says_how_to_get_them(make_run: Any) -> None:
     result = run_command("solve", make_run().uri, "--bits", "6", "--worst-domain")
     assert result.exit_code == 2
     assert "--domain-field" in result.stderr
-    assert "Who pays" not in str(result.stdout)
+    assert "Loss by domain" not in str(result.stdout)
 
 
 def test_reports_say_who_pays(make_run: Any) -> None:
@@ -297,17 +297,17 @@ def test_reports_say_who_pays(make_run: Any) -> None:
         for solution in (plain, worst, weighted)
     }
     for text in texts.values():
-        assert "## Who pays" in text
+        assert "## Loss by domain" in text
         assert "co\\|de" in text
         assert "&lt;b>chat" in text
-    assert "All tokens count alike" in texts[plain.name]
+    assert "All tokens count equally" in texts[plain.name]
     assert "| 50.0% |" in texts[plain.name]
     assert "proven to within" in texts[worst.name]
-    assert "least loss of the worst domain" in texts[worst.name]
+    assert "smallest loss of the worst domain" in texts[worst.name]
     assert "domains weighted co\\|de 1" in texts[weighted.name]
     for solution in (plain, worst, weighted):
         page = run.read_bytes(f"solutions/{solution.name}/report.html").decode()
-        assert "Who pays" in page
+        assert "Loss by domain" in page
         assert "<b>chat" not in page
         for name, one in solution.summary["domains"].items():
             assert f"{one['predicted_kl_nats']:.4g}" in page, name
@@ -318,7 +318,7 @@ def test_reports_without_domains_do_not_mention_them(make_run: Any) -> None:
     solution = solve_run(run, SolveOptions(bits=BITS))
     assert "domains" not in solution.summary
     for name in ("report.md", "report.html"):
-        assert b"Who pays" not in run.read_bytes(f"solutions/{solution.name}/{name}")
+        assert b"Loss by domain" not in run.read_bytes(f"solutions/{solution.name}/{name}")
 
 
 def test_weights_are_normalised_once() -> None:

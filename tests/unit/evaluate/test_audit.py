@@ -151,8 +151,8 @@ def test_section_names_the_worst(solved: Any) -> None:
     assert section.rows[0][:2] == chosen[7]
     assert len(section.rows) == 10
     assert section.verdict == (
-        f"Measured is 1.50 of the predicted in the median; furthest from that is {chosen[7][0]} in "
-        f"{chosen[7][1]}: 6.00. 2 groups changed format."
+        "The median ratio of measured to predicted loss is 1.50; furthest from it is "
+        f"{chosen[7][0]} in {chosen[7][1]}: 6.00. 2 groups changed format."
     )
 
 
@@ -167,9 +167,9 @@ def test_what_is_printed_names_pairs_and_allocation(
     print_audit(found)
     printed = capsys.readouterr().out
     assert all(pair.group in printed for pair in pairs)
-    assert "Measured is 2.00 of the predicted in the median" in printed
-    assert "The plan stays as it is." in printed
-    assert "audited plan: solutions/scan-audited" in printed
+    assert "The median ratio of measured to predicted loss is 2.00" in printed
+    assert "The allocation is unchanged." in printed
+    assert "audited solution: solutions/scan-audited" in printed
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75])

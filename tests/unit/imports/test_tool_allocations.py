@@ -198,5 +198,5 @@ def test_larger_rival_from_elsewhere_is_no_reason_for_concern() -> None:
         return [concern.title for concern in find_concerns(known)]
 
     assert titles(name="file x.json", weight_bytes=11) == []
-    assert titles(name="file x.json", weight_bytes=10) == ["Another plan loses less"]
-    assert titles(name="modelopt", weight_bytes=11) == ["Another plan loses less"]
+    assert titles(name="file x.json", weight_bytes=10) == ["Another allocation loses less"]
+    assert titles(name="modelopt", weight_bytes=11) == ["Another allocation loses less"]

@@ -47,13 +47,13 @@ def measured(kl: float, predicted: float = 0.1, **rivals: tuple[float, float | N
     return [[own, *others]]
 
 
-def titles(known: Evidence) -> list[str]:
-    return [concern.title for concern in find_concerns(known)]
+def titles(facts: Evidence) -> list[str]:
+    return [concern.title for concern in find_concerns(facts)]
 
 
-def only(known: Evidence) -> str:
+def only(facts: Evidence) -> str:
     """The text of the one concern there is."""
-    (concern,) = find_concerns(known)
+    (concern,) = find_concerns(facts)
     return concern.text
 
 
@@ -74,10 +74,10 @@ def test_large_group_is_named_with_its_share() -> None:
         ),
         ChosenFormat(group="b", format="wint4_afp16", score=0.04, stderr=None),
     ]
-    known = evidence(choices=choices)
-    assert titles(known) == ["One group takes most of the loss"]
-    assert "model.layers.1.mlp.down_proj in wfp8_afp8 takes 60%" in only(known)
-    assert "'explain' with model.layers.1.mlp.down_proj tells" in only(known)
+    facts = evidence(choices=choices)
+    assert titles(facts) == ["One group takes most of the loss"]
+    assert "model.layers.1.mlp.down_proj in wfp8_afp8 takes 60%" in only(facts)
+    assert "'explain' with model.layers.1.mlp.down_proj shows" in only(facts)
 
 
 def test_group_of_a_quarter_takes_much_and_less_is_not_named() -> None:
@@ -91,7 +91,7 @@ def test_group_of_a_quarter_takes_much_and_less_is_not_named() -> None:
 
 
 def test_wide_error_bar_says_how_wide() -> None:
-    assert "0.1 ± 0.012: an error of 12%" in only(evidence(stderr=0.012))
+    assert "0.1 ± 0.012, a relative error of 12%" in only(evidence(stderr=0.012))
     assert titles(evidence(stderr=0.0099)) == []
     assert titles(evidence(stderr=None)) == []
 
@@ -116,12 +116,12 @@ def test_few_bits_are_doubted_until_they_are_measured() -> None:
 
 @pytest.mark.parametrize(("kl", "shown"), [(0.16, "1.6 times"), (0.05, "0.5 times"), (0.14, None)])
 def test_measured_beyond_the_range_is_told(kl: float, shown: str | None) -> None:
-    known = evidence(measured=measured(kl))
+    facts = evidence(measured=measured(kl))
     if shown is None:
-        assert find_concerns(known) == []
+        assert find_concerns(facts) == []
     else:
-        assert titles(known) == ["The prediction does not hold"]
-        assert f"Measured on held-out, the plan loses {shown} what was predicted" in only(known)
+        assert titles(facts) == ["The prediction does not hold"]
+        assert f"Measured on held-out, the loss is {shown} the prediction" in only(facts)
 
 
 def test_nothing_measured_has_no_ratio() -> None:
@@ -130,23 +130,23 @@ def test_nothing_measured_has_no_ratio() -> None:
 
 def test_allocation_that_breaks_the_model_is_grave() -> None:
     (concern,) = find_concerns(evidence(measured=measured(math.inf)))
-    assert (concern.title, concern.is_grave) == ("The plan breaks the model", True)
+    assert (concern.title, concern.is_grave) == ("The solution breaks the model", True)
 
 
 def test_rival_that_is_surely_better_is_grave() -> None:
     rivals = measured(0.1, uniform_wfp8_afp8=(-0.03, 0.01), modelopt=(-0.01, 0.002))
     (concern,) = find_concerns(evidence(measured=rivals))
     assert concern.is_grave
-    assert "uniform wfp8 afp8 loses 0.07 nats per token, this plan 0.1" in concern.text
+    assert "uniform wfp8 afp8 loses 0.07 nats per token, this solution 0.1" in concern.text
     assert find_concerns(evidence(measured=measured(0.1, modelopt=(-0.01, 0.006)))) == []
 
 
 def test_coin_tosses_matter_only_with_regret() -> None:
-    known = evidence(coin_tosses=["a", "b"], expected_regret=0.02)
-    assert titles(known) == ["Coin tosses that matter"]
-    text = only(known)
+    facts = evidence(coin_tosses=["a", "b"], expected_regret=0.02)
+    assert titles(facts) == ["Coin tosses that matter"]
+    text = only(facts)
     assert "2 groups with an undecided format, together 38.0% of the predicted loss: a, b." in text
-    assert "expected to lose 2.0%" in text
+    assert "expected to cost 2.0%" in text
     assert titles(evidence(coin_tosses=["a", "b"], expected_regret=0.005)) == []
     assert titles(evidence(expected_regret=0.02)) == []
 
@@ -154,7 +154,7 @@ def test_coin_tosses_matter_only_with_regret() -> None:
 def test_allocation_near_the_null_is_grave() -> None:
     (concern,) = find_concerns(evidence(null=0.105))
     assert concern.is_grave
-    assert "would lose 0.105, this one 0.1" in concern.text
+    assert "the predicted loss is 0.105; this solution has 0.1." in concern.text
     assert find_concerns(evidence(null=0.12)) == []
 
 
@@ -162,7 +162,7 @@ def test_each_shard_left_out_is_named() -> None:
     left_out = [{"shard": n, "stage": "score", "reason": "a NaN in the loss"} for n in (3, 7)]
     found = find_concerns(evidence(quarantined=left_out))
     assert [c.title for c in found] == ["Data was left out"] * 2
-    assert "Shard 3 was left out while score: a NaN in the loss." in found[0].text
+    assert "Shard 3 was left out in the stage score: a NaN in the loss." in found[0].text
 
 
 def test_labels_of_the_data_are_biased() -> None:
@@ -171,7 +171,7 @@ def test_labels_of_the_data_are_biased() -> None:
 
 @pytest.mark.parametrize(
     ("num_shards", "shown"),
-    [(1, "a single shard"), (7, "from 7 shards; fewer than 8"), (8, None), (None, None)],
+    [(1, "a single shard"), (7, "from 7 shards; with fewer than 8"), (8, None), (None, None)],
 )
 def test_few_shards_are_told(num_shards: int | None, shown: str | None) -> None:
     found = find_concerns(evidence(num_shards=num_shards))
@@ -180,22 +180,22 @@ def test_few_shards_are_told(num_shards: int | None, shown: str | None) -> None:
 
 
 def test_grave_ones_come_first() -> None:
-    known = evidence(measured=[*measured(0.3), *measured(math.inf)], labels="data")
-    assert [c.is_grave for c in find_concerns(known)] == [True, False, False]
+    facts = evidence(measured=[*measured(0.3), *measured(math.inf)], labels="data")
+    assert [c.is_grave for c in find_concerns(facts)] == [True, False, False]
 
 
 def test_allocation_that_loses_nothing_has_none() -> None:
-    known = evidence(predicted=0.0, stderr=0.0, choices=[], null=None, effective_bits=16.0)
-    assert find_concerns(known) == []
+    facts = evidence(predicted=0.0, stderr=0.0, choices=[], null=None, effective_bits=16.0)
+    assert find_concerns(facts) == []
     assert find_concerns(evidence(predicted=0.0, stderr=0.0, choices=[], null=0.0)) == []
 
 
 def test_allocation_for_domains_is_not_held_against_allocations_for_all_tokens() -> None:
     better = measured(0.1, modelopt=(-0.05, 0.001))
-    assert "Another plan loses less" in titles(evidence(measured=better))
+    assert "Another allocation loses less" in titles(evidence(measured=better))
     assert titles(evidence(measured=better, by_domain=True)) == []
     assert titles(evidence(null=0.01, objective=0.001)) == []
-    assert "this one 0.02" in only(evidence(null=0.01, objective=0.02))
+    assert "this solution has 0.02" in only(evidence(null=0.01, objective=0.02))
 
 
 def test_allocation_that_measurements_chose_is_not_held_against_its_scores() -> None:

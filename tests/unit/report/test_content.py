@@ -49,7 +49,7 @@ def test_predicted_loss_has_its_error_in_both_reports(run: RunDirectory) -> None
     solution = run.read_json("manifest.json")["solution"]
     for name in ("report.md", "report.html"):
         found = re.search(
-            r"(0\.\d+) ± (\S+) nats per token \(one standard error", text_of(run, name)
+            r"(0\.\d+) ± (\S+) nats per token \(standard error of the total over shards\)", text_of(run, name)
         )
         assert found is not None
         assert float(found[1]) == pytest.approx(solution["predicted_kl_nats"], rel=1e-5)
@@ -60,7 +60,7 @@ def test_concerns_come_before_the_allocation(tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run", num_shards=4, config={"labels": "data"})
     solve_run(directory, SolveOptions(bits=4.5), folder="")
     text = text_of(directory)
-    concerns = text[: text.index("## The plan")]
+    concerns = text[: text.index("## The solution")]
     for title in ("Below the range of the prediction", "Labels from the data", "Few shards"):
         assert f"**{title}.**" in concerns
         assert title in text_of(directory, "report.html")
@@ -71,7 +71,7 @@ def test_run_without_shards_has_a_bound_for_its_error(tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run")
     directory.delete("resampling.parquet")
     solve_run(directory, SolveOptions(bits=6), folder="")
-    assert "(one standard error, at most; the sum of the scores' own)" in text_of(directory)
+    assert "(at most; sum of the scores' standard errors)" in text_of(directory)
     assert "Certainty" not in text_of(directory, "report.html")
 
 
@@ -91,7 +91,7 @@ def test_names_from_model_and_data_are_escaped(tmp_path: Path) -> None:
     parser.feed(page)
     assert parser.count == 4, "two of the library, the data, and our own"
     assert EVIL not in page
-    assert "<script>" not in text_of(directory).partition("## Make it again")[0]
+    assert "<script>" not in text_of(directory).partition("## How to reproduce")[0]
 
 
 # --- Heat map and table
@@ -153,7 +153,7 @@ def test_page_of_a_large_run_stays_below_its_limit(run: RunDirectory) -> None:
     assert int(left_out[1]) + page.count('<tr data-format="') == len(rows)
 
 
-# --- Make it again
+# --- How to reproduce
 
 
 @pytest.mark.parametrize(

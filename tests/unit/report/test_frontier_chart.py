@@ -76,7 +76,7 @@ def test_measured_allocations_are_in_the_head_the_concerns_and_the_chart(tmp_pat
 
 def test_without_measurements_there_are_four_kinds_of_points(run: RunDirectory) -> None:
     dots = collect_content(RunState.open(run), "").dots
-    assert {dot.kind for dot in dots} == {"curve", "knee", "plan", "uniform"}
+    assert {dot.kind for dot in dots} == {"curve", "knee", "solution", "uniform"}
     assert {dot.name for dot in dots if dot.kind == "uniform"} == {f"all {f}" for f in FORMATS}
 
 
@@ -95,7 +95,7 @@ def test_chart_leaves_out_what_loses_nothing_and_has_room_for_the_rest() -> None
     assert points["bits"] == [4.0, 5.0, 6.0]
     assert points["size_text"] == ("4.00 MiB", "5.00 MiB", "6.00 MiB")
     assert chart["sizes"] == {"bits": points["bits"], "bytes": [2**20 * n for n in (4, 5, 6)]}
-    assert chart["legend"] == [("curve", "best plan of its size")]
+    assert chart["legend"] == [("curve", "best allocation of its size")]
     low, high = chart["loss"]
     assert 0.005 < low < 0.01
     assert low * high == pytest.approx(0.01), "equal room at both ends of a log axis"
@@ -106,11 +106,11 @@ def test_chart_leaves_out_what_loses_nothing_and_has_room_for_the_rest() -> None
     ("error", "low", "text"), [(0.25, 0.35, "0.6000 ± 0.25"), (None, 0.6, "0.6000")]
 )
 def test_error_is_a_bar_around_the_point(error: float | None, low: float, text: str) -> None:
-    solution = Dot(kind="plan", name="this plan", bits=4.5, num_bytes=1.0, loss=0.6, stderr=error)
+    solution = Dot(kind="solution", name="this solution", bits=4.5, num_bytes=1.0, loss=0.6, stderr=error)
     chart = chart_data([solution, *dots_of(1.0, 0.1)])
     assert chart is not None
     points = chart["points"]
-    assert points["kind"] == ["curve", "plan", "curve"]
+    assert points["kind"] == ["curve", "solution", "curve"]
     assert points["low"][1] == pytest.approx(low)
     assert points["high"][1] == pytest.approx(1.2 - low)
     assert points["loss_text"][1] == text
@@ -118,7 +118,7 @@ def test_error_is_a_bar_around_the_point(error: float | None, low: float, text: 
 
 
 def test_error_larger_than_the_loss_reaches_below_the_axis() -> None:
-    solution = Dot(kind="plan", name="this plan", bits=4.5, num_bytes=1.0, loss=0.6, stderr=1.5)
+    solution = Dot(kind="solution", name="this solution", bits=4.5, num_bytes=1.0, loss=0.6, stderr=1.5)
     chart = chart_data([solution, *dots_of(1.0, 0.1)])
     assert chart is not None
     assert 0 < chart["points"]["low"][1] < chart["loss"][0] < 0.1
