@@ -83,8 +83,8 @@ def _objective(manifest: Mapping[str, Any]) -> str:
     budget, solution = manifest["budget"], manifest["solution"]
     if budget.get("worst_domain"):
         return (
-            "The solution minimizes the largest loss of any domain; it is optimal to within "
-            f"{solution['optimality_gap']:.2g}. The certainty of its decisions was not assessed: "
+            "The solution minimizes the largest loss of any domain, proven optimal to within "
+            f"{solution['optimality_gap']:.2g} of that loss. The certainty of its decisions was not assessed: "
             "no fast solver exists for its resamples."
         )
     if budget.get("domains"):

@@ -102,7 +102,9 @@ def test_numbers_are_those_of_the_files(open_page: Any, run: Path) -> None:
 def test_hostile_names_are_text(open_page: Any) -> None:
     opened = open_page()
     expect(opened.page.get_by_role("heading", level=1)).to_contain_text(MODEL)
-    expect(opened.page.get_by_text(f"Shard 3 was left out in the stage score: {EVIL}")).to_be_visible()
+    expect(
+        opened.page.get_by_text(f"Shard 3 was left out in the stage score: {EVIL}")
+    ).to_be_visible()
     assert any(name.startswith(FIRST) for name in shown_names(opened.page))
     assert opened.page.evaluate("document.title") != "hacked"
     assert opened.page.locator("script").count() == 4

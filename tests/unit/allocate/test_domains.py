@@ -302,7 +302,7 @@ def test_reports_say_who_pays(make_run: Any) -> None:
         assert "&lt;b>chat" in text
     assert "All tokens count equally" in texts[plain.name]
     assert "| 50.0% |" in texts[plain.name]
-    assert "proven to within" in texts[worst.name]
+    assert "proven optimal to within" in texts[worst.name]
     assert "smallest loss of the worst domain" in texts[worst.name]
     assert "domains weighted co\\|de 1" in texts[weighted.name]
     for solution in (plain, worst, weighted):

@@ -49,7 +49,8 @@ def test_predicted_loss_has_its_error_in_both_reports(run: RunDirectory) -> None
     solution = run.read_json("manifest.json")["solution"]
     for name in ("report.md", "report.html"):
         found = re.search(
-            r"(0\.\d+) ± (\S+) nats per token \(standard error of the total over shards\)", text_of(run, name)
+            r"(0\.\d+) ± (\S+) nats per token \(standard error of the total over shards\)",
+            text_of(run, name),
         )
         assert found is not None
         assert float(found[1]) == pytest.approx(solution["predicted_kl_nats"], rel=1e-5)

@@ -106,7 +106,9 @@ def test_chart_leaves_out_what_loses_nothing_and_has_room_for_the_rest() -> None
     ("error", "low", "text"), [(0.25, 0.35, "0.6000 ± 0.25"), (None, 0.6, "0.6000")]
 )
 def test_error_is_a_bar_around_the_point(error: float | None, low: float, text: str) -> None:
-    solution = Dot(kind="solution", name="this solution", bits=4.5, num_bytes=1.0, loss=0.6, stderr=error)
+    solution = Dot(
+        kind="solution", name="this solution", bits=4.5, num_bytes=1.0, loss=0.6, stderr=error
+    )
     chart = chart_data([solution, *dots_of(1.0, 0.1)])
     assert chart is not None
     points = chart["points"]
@@ -118,7 +120,9 @@ def test_error_is_a_bar_around_the_point(error: float | None, low: float, text: 
 
 
 def test_error_larger_than_the_loss_reaches_below_the_axis() -> None:
-    solution = Dot(kind="solution", name="this solution", bits=4.5, num_bytes=1.0, loss=0.6, stderr=1.5)
+    solution = Dot(
+        kind="solution", name="this solution", bits=4.5, num_bytes=1.0, loss=0.6, stderr=1.5
+    )
     chart = chart_data([solution, *dots_of(1.0, 0.1)])
     assert chart is not None
     assert 0 < chart["points"]["low"][1] < chart["loss"][0] < 0.1
