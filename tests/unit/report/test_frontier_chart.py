@@ -24,6 +24,9 @@ from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import rewrite_reports, solve_run
 
 
+SOLUTION = Dot(kind="solution", name="this solution", bits=4.5, num_bytes=1.0, loss=0.6)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     directory = put_scored_run(tmp_path_factory.mktemp("runs") / "run")
