@@ -23,7 +23,6 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import rewrite_reports, solve_run
 
-
 SOLUTION = Dot(kind="solution", name="this solution", bits=4.5, num_bytes=1.0, loss=0.6)
 
 
