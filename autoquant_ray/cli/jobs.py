@@ -112,7 +112,7 @@ def jobs() -> None:
     """
 
 
-def _about_one_job(command: Callable[..., Any]) -> Callable[..., Any]:
+def _takes_run_id(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("run_id")(_ADDRESS(prints_result(command)))
 
 
@@ -134,7 +134,7 @@ def list_(address: str) -> Result:
 
 
 @jobs.command()
-@_about_one_job
+@_takes_run_id
 def status(run_id: str, address: str) -> Result:
     """Show the state of the job RUN_ID and, once it is over, its exit code.
 
@@ -150,7 +150,7 @@ def status(run_id: str, address: str) -> Result:
 
 @jobs.command()
 @click.option("--follow", is_flag=True, help="Go on until the job ends; end with its exit code.")
-@_about_one_job
+@_takes_run_id
 def logs(run_id: str, follow: bool, address: str) -> Result:
     """Show what the job RUN_ID has written.
 
@@ -171,7 +171,7 @@ def logs(run_id: str, follow: bool, address: str) -> Result:
 
 
 @jobs.command()
-@_about_one_job
+@_takes_run_id
 def stop(run_id: str, address: str) -> Result:
     """Stop the job RUN_ID and wait for its end; submitted again, it goes on.
 

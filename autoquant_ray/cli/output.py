@@ -64,8 +64,8 @@ def print_plan(plan: Plan) -> None:
         name, is_cache = ("none", False) if format_ is None else (format_.name, format_.kv)
         table.add_column(f"{name} {'B/token' if is_cache else 'MiB'}", justify="right")
     for name, groups in _shown_together(plan.groups):
-        own = plan.choices(groups[0])
-        sizes = [_size(groups, f) if f in own else "-" for f in (*plan.formats, None)]
+        choices = plan.choices(groups[0])
+        sizes = [_size(groups, f) if f in choices else "-" for f in (*plan.formats, None)]
         reason = "" if groups[0].reason is None else f" ({groups[0].reason})"
         num_weights = sum(group.num_weights for group in groups)
         table.add_row(escape(name + reason), f"{num_weights:,}", *sizes)
@@ -94,10 +94,12 @@ def _shown_together(groups: Sequence[PlannedGroup]) -> list[tuple[str, list[Plan
     lines: dict[tuple[str, str | None], list[PlannedGroup]] = {}
     for group in groups:
         lines.setdefault((group.modules[0].path, group.reason), []).append(group)
-    return [
-        (own[0].name if own[0].modules[0].expert is None else f"{path}: {len(own)} experts", own)
-        for (path, _), own in lines.items()
-    ]
+    return [(_line_name(path, members), members) for (path, _), members in lines.items()]
+
+
+def _line_name(path: str, members: Sequence[PlannedGroup]) -> str:
+    is_expert = members[0].modules[0].expert is not None
+    return f"{path}: {len(members)} experts" if is_expert else members[0].name
 
 
 def print_solution(run: str, solution: Solution) -> None:
@@ -121,10 +123,10 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"total score: {summary['score']:.4g} (imported, no unit)")
     else:
         console.print(f"predicted KL: {predicted:.4g} nats per token")
-    for name, one in summary.get("domains", {}).items():
+    for name, domain in summary.get("domains", {}).items():
         console.print(
-            f"  in {escape(name)}: {one['predicted_kl_nats']:.4g} ({one['equal_kl_nats']:.4g} if "
-            "all domains counted alike)"
+            f"  in {escape(name)}: {domain['predicted_kl_nats']:.4g} "
+            f"({domain['equal_kl_nats']:.4g} if all domains counted alike)"
         )
     if solution.certainty is not None:
         sure = solution.certainty
@@ -133,7 +135,7 @@ def print_solution(run: str, solution: Solution) -> None:
             f"coin tosses; expected regret {sure.expected_regret:.2%}"
         )
         if sure.null_score is not None:
-            is_weighted = any(one["weight"] for one in summary.get("domains", {}).values())
+            is_weighted = any(domain["weight"] for domain in summary.get("domains", {}).values())
             what = ", domains as weighted" if is_weighted else ""
             console.print(f"shuffled scores would lose: {sure.null_score:.4g} nats per token{what}")
     console.print(f"weights of the whole model: {summary['weight_bytes'] / 2**20:,.1f} MiB")
@@ -223,7 +225,7 @@ def print_frontier(run: str, points: Sequence[Point]) -> None:
     console.print(escape(_short(f"{run.rstrip('/')}/{FRONTIER_FILE}")), soft_wrap=True)
 
 
-def print_explanation(told: Explanation) -> None:
+def print_explanation(explanation: Explanation) -> None:
     """What the group got and why, one line per format, and what does not fit a table."""
     from autoquant_ray.allocate.certainty.explanation import (
         HEADS,
@@ -233,16 +235,16 @@ def print_explanation(told: Explanation) -> None:
     )
 
     console = _console()
-    for line in head_lines(told):
+    for line in head_lines(explanation):
         console.print(escape(line), soft_wrap=True)
-    if told.formats:
+    if explanation.formats:
         table = Table(box=box.SIMPLE)
         for number, head in enumerate(HEADS):
             table.add_column(head, justify="right" if number else "left")
-        for row in table_rows(told):
+        for row in table_rows(explanation):
             table.add_row(*map(escape, row))
         console.print(table)
-    for line in note_lines(told):
+    for line in note_lines(explanation):
         console.print(escape(line), soft_wrap=True)
 
 

@@ -80,8 +80,8 @@ class EvaluationConfig(BaseModel):
         Args:
             scan: ``config`` of ``run.json``.
         """
-        own = set(ScanConfig.model_fields) & set(type(self).model_fields)
-        given = {name: getattr(self, name) for name in own if getattr(self, name) is not None}
+        shared = set(ScanConfig.model_fields) & set(type(self).model_fields)
+        given = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
         if given.get("data", scan["data"]) != scan["data"]:
             given["domain_field"] = None
         return validate(ScanConfig, scan | given)

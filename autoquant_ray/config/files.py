@@ -106,7 +106,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 def first_problem(
     error: ValidationError,
     place: Callable[[str, str], str],
-    known: Sequence[str],
+    keys: Sequence[str],
     not_shown: Sequence[str] = (),
 ) -> str:
     """The first of pydantic's errors as one line.
@@ -114,7 +114,7 @@ def first_problem(
     Args:
         error: What pydantic raised.
         place: Names where a key stands, from its dotted name and that name's first part.
-        known: Keys that exist, for a hint.
+        keys: Keys that exist, for a hint.
         not_shown: Keys whose value is not repeated.
     """
     first = error.errors()[0]
@@ -124,8 +124,8 @@ def first_problem(
     name = ".".join(str(part) for part in first["loc"] if part != "[key]")
     where = place(name, str(first["loc"][0]))
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"closest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+        close = difflib.get_close_matches(name, keys, n=3)
+        hint = f"closest: {', '.join(close)}" if close else f"known: {', '.join(keys)}"
         return f"{where}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{where} is missing"

@@ -80,21 +80,21 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
     digests: dict[str, str] = {}
     previous = model
     for stage, fields in STAGE_FIELDS.items():
-        own = {
+        inputs = {
             name: values[name]
             for name in fields
             if name not in ADDED_FIELDS or values[name] != ADDED_FIELDS[name]
         }
         if stage == "shards":
-            own["data_fingerprint"] = data
+            inputs["data_fingerprint"] = data
         if stage == "score" and config.stop_when_stable is not None:
             later = (*STAGE_FIELDS["aggregate"], *STAGE_FIELDS["allocate"])
-            own |= {
+            inputs |= {
                 name: values[name]
                 for name in later
                 if name not in ADDED_FIELDS or values[name] != ADDED_FIELDS[name]
             }
-        text = json.dumps([previous, own], sort_keys=True)
+        text = json.dumps([previous, inputs], sort_keys=True)
         previous = hashlib.sha256(text.encode()).hexdigest()[:16]
         digests[stage] = previous
     return digests
@@ -104,9 +104,9 @@ def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
     """Name the result-changing fields in which two configs differ, as ``name: old -> new``."""
     values = after.model_dump(mode="json")
     names = [name for fields in STAGE_FIELDS.values() for name in fields]
-    known = ADDED_FIELDS | before
+    earlier = ADDED_FIELDS | before
     return [
-        f"{name}: {known[name]} -> {values[name]}"
+        f"{name}: {earlier[name]} -> {values[name]}"
         for name in names
-        if name in known and known[name] != values[name]
+        if name in earlier and earlier[name] != values[name]
     ]

@@ -52,27 +52,27 @@ class ConversationSamples:
         Raises:
             DataError: A bad one that is not to be skipped, or more domains than a run may have.
         """
-        for domain, one in encoded:
+        for domain, result in encoded:
             self._counts.read += 1
             if domain not in self._domains:
                 require_room(len(self._domains), domain, self._spec)
                 self._domains.add(domain)
-            sample = self._usable(one)
+            sample = self._usable(result)
             if sample is not None:
                 self._counts.used += 1
                 yield domain, sample
             if self._counts.used >= self._spec.num_samples:
                 return
 
-    def _usable(self, one: Encoded | BadSample) -> RichSample | None:
-        if isinstance(one, BadSample):
-            self._skip(one.reason)
+    def _usable(self, encoded: Encoded | BadSample) -> RichSample | None:
+        if isinstance(encoded, BadSample):
+            self._skip(encoded.reason)
             return None
-        seq_len, sample = self._spec.seq_len, one.sample
-        if one.num_fixed > seq_len:
+        seq_len, sample = self._spec.seq_len, encoded.sample
+        if encoded.num_fixed > seq_len:
             self._skip(
-                f"{one.where}: its images end at token {one.num_fixed} of {len(sample)}, after "
-                f"--seq-len {seq_len}; raise it, or give smaller images"
+                f"{encoded.where}: its images end at token {encoded.num_fixed} of {len(sample)}, "
+                f"after --seq-len {seq_len}; raise it, or give smaller images"
             )
             return None
         if len(sample) < MIN_SAMPLE_TOKENS:

@@ -105,14 +105,14 @@ def chat_of(messages: Any, images: Sequence[Any], where: str, folder: Path) -> C
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: 'messages' is not a list of messages, or an empty one")
     waiting = iter(images)
-    found: list[ImageFile] = []
-    read = [_message(message, waiting, found, where, folder) for message in messages]
+    image_files: list[ImageFile] = []
+    read = [_message(message, waiting, image_files, where, folder) for message in messages]
     if next(waiting, None) is not None:
         raise DataError(f"{where}: {len(images)} images, more than the messages have places for")
-    if not found:
+    if not image_files:
         for message in read:
             message["content"] = "".join(part["text"] for part in message["content"])
-    return Conversation(messages=read, images=tuple(found), where=where)
+    return Conversation(messages=read, images=tuple(image_files), where=where)
 
 
 def load_images(conversation: Conversation) -> Conversation | BadSample:
@@ -129,7 +129,7 @@ def load_images(conversation: Conversation) -> Conversation | BadSample:
 
 
 def _message(
-    message: Any, waiting: Iterator[Any], found: list[ImageFile], where: str, folder: Path
+    message: Any, waiting: Iterator[Any], image_files: list[ImageFile], where: str, folder: Path
 ) -> Message:
     """A message with its content as parts; adds its images to those found."""
     role = message.get("role") if isinstance(message, dict) else None
@@ -144,11 +144,11 @@ def _message(
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         elif kind in ("image", "image_url"):
-            own = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
-            value = next(waiting, None) if own is None else own
+            inline = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+            value = next(waiting, None) if inline is None else inline
             if value is None:
                 raise DataError(f"{where}: an image part without an image")
-            found.append(_image(value, len(found) + 1, where, folder))
+            image_files.append(_image(value, len(image_files) + 1, where, folder))
             parts.append({"type": "image"})
         else:
             raise DataError(f"{where}: a part of type {kind!r}; give parts of text and images")

@@ -80,9 +80,9 @@ def check_checkpoint(folder: Path, source: Source, layout: str) -> StoredTensors
     stored = StoredTensors.of(folder)
     resolve = _resolve_modelopt if layout == MODELOPT else _resolve_compressed
     wrong = [
-        f"{module} as {found or '16 bits'} instead of {wanted or '16 bits'}"
+        f"{module} as {format_ or '16 bits'} instead of {wanted or '16 bits'}"
         for module in source.modules
-        if (found := resolve(config, module)) != (wanted := _wanted(source, module, layout))
+        if (format_ := resolve(config, module)) != (wanted := _wanted(source, module, layout))
     ]
     if wrong:
         raise CheckpointError(f"the exporter wrote layers in other formats: {_few(wrong)}")
@@ -137,11 +137,11 @@ def _resolve_modelopt(config: Mapping[str, Any], module: str) -> str | None:
 
 def _resolve_compressed(config: Mapping[str, Any], module: str) -> str | None:
     """Format of a layer: that of the one group which names it, unless it is ignored."""
-    found = [
+    names = [
         str(group["format"])
         for group in config["config_groups"].values()
         if module in group["targets"]
     ]
-    if len(found) > 1 or (found and module in config["ignore"]):
-        return f"several: {', '.join(found)}"
-    return found[0] if found else None
+    if len(names) > 1 or (names and module in config["ignore"]):
+        return f"several: {', '.join(names)}"
+    return names[0] if names else None

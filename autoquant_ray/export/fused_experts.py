@@ -50,7 +50,7 @@ def fuse_experts(
     return (
         formats,
         {name: group for name, group in groups.items() if name not in fused},
-        {name: own for name, own in facts.items() if name not in fused},
+        {name: values for name, values in facts.items() if name not in fused},
     )
 
 
@@ -65,8 +65,10 @@ def unfused_names(chosen: Mapping[str, str], modules: Facts) -> dict[str, str]:
     for name, format_ in chosen.items():
         facts = modules.get(name, {})
         linears = [_LINEARS.get(p, (p,)) for p in facts["prefixes"]] if "expert" in facts else []
-        own = [f"{name}.{one.removesuffix('_')}" for several in linears for one in several]
-        names |= dict.fromkeys(own or [name], format_)
+        single_names = [
+            f"{name}.{linear.removesuffix('_')}" for several in linears for linear in several
+        ]
+        names |= dict.fromkeys(single_names or [name], format_)
     return names
 
 

@@ -88,9 +88,9 @@ def check_caches(folder: Path, caches: Mapping[str, str], calibration: Calibrati
 
     wanted = "FP8" if _EXPORTED in caches.values() else None
     content = json.loads((folder / "hf_quant_config.json").read_text())
-    found = content["quantization"].get("kv_cache_quant_algo")
-    if found != wanted:
-        raise CheckpointError(f"the exporter wrote a KV cache in {found} instead of {wanted}")
+    algo = content["quantization"].get("kv_cache_quant_algo")
+    if algo != wanted:
+        raise CheckpointError(f"the exporter wrote a KV cache in {algo} instead of {wanted}")
     scales: dict[str, list[float]] = {kind: [] for kind in SCALES}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

@@ -56,8 +56,8 @@ def stored_as(format_: Format, layout: str) -> str | None:
         return None
     if layout == COMPRESSED_TENSORS:
         return _COMPRESSED.get(grids(format_))
-    found = layer_algo(format_)
-    return found.algo if found is not None and found.algo in _PACKED_BY_MODELOPT else None
+    algo = layer_algo(format_)
+    return algo.algo if algo is not None and algo.algo in _PACKED_BY_MODELOPT else None
 
 
 def grids(format_: Format) -> tuple[str, str]:

@@ -55,10 +55,10 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
     scan = ScanConfig.model_validate(source.state.config)
     ref = require_model(source.state, scan)
     model: Any = load_model(ref, dtype=scan.dtype, device="cpu")
-    own = own_dtype(ref)
-    dtype = model.dtype if model.dtype != torch.float32 else own
+    file_dtype = own_dtype(ref)
+    dtype = model.dtype if model.dtype != torch.float32 else file_dtype
     kept: frozenset[str] = frozenset()
-    if own in _16_BITS and ref.weights_folder is not None:
+    if file_dtype in _16_BITS and ref.weights_folder is not None:
         dtypes = StoredTensors.of(ref.weights_folder).dtypes
         kept = frozenset(name for name, stored in dtypes.items() if stored == "F32")
     sixteen_bits = SixteenBits(dtype=dtype if dtype in _16_BITS else torch.bfloat16, kept=kept)

@@ -93,12 +93,12 @@ def require_experts_as_stored(
             f"--format {MODELOPT} cannot hold transposed experts ({few(wrong, _MOST_NAMES)}); "
             "leave them in 16 bits (solve --allow '*experts=none')"
         )
-    own = StoredTensors.of(own_files).nbytes if own_files is not None else {}
+    file_sizes = StoredTensors.of(own_files).nbytes if own_files is not None else {}
     fused = [
         name
         for memory, name in zip(source.modules, stored.modules, strict=True)
-        if own and stored.is_experts(name) and memory not in transposed
-        if not any(f"{name.partition('.')[2]}.0." in tensor for tensor in own)
+        if file_sizes and stored.is_experts(name) and memory not in transposed
+        if not any(f"{name.partition('.')[2]}.0." in tensor for tensor in file_sizes)
     ]
     if fused:
         raise FormatError(

@@ -39,10 +39,10 @@ def make_recipe(chosen: Mapping[str, str], formats: Iterable[Format], tool: str)
     used = dict.fromkeys(chosen.values())
     missing = [name for name in used if counterparts[name] is None]
     if missing:
-        known = [n for n, found in counterparts.items() if found is not None]
+        available = [n for n, entry in counterparts.items() if entry is not None]
         raise FormatError(
             f"{tool} has no counterpart of {few(missing, _MAX_NAMED)}; of this run's formats it "
-            f"has {', '.join(known)}: solve again with --allow '*={','.join(known)}'"
+            f"has {', '.join(available)}: solve again with --allow '*={','.join(available)}'"
         )
     layers = {module: counterparts[name] for module, name in chosen.items()}
     if tool == "llama.cpp":
@@ -91,8 +91,9 @@ class _TensorNames:
             ) from None
         numbers = [int(part) for name in modules for part in name.split(".") if part.isdigit()]
         num_blocks = max(numbers, default=0) + 1
-        own = [a for a in gguf.MODEL_ARCH if a != gguf.MODEL_ARCH.MMPROJ]  # a file of its own
-        self._maps = (gguf.get_tensor_name_map(a, num_blocks) for a in own)
+        # MMPROJ is a file of its own.
+        architectures = [a for a in gguf.MODEL_ARCH if a != gguf.MODEL_ARCH.MMPROJ]
+        self._maps = (gguf.get_tensor_name_map(a, num_blocks) for a in architectures)
         self._seen: list[Any] = []
 
     def of(self, module: str) -> list[str] | None:
@@ -106,18 +107,18 @@ class _TensorNames:
             names = [f"{name}.{part}" for part in _FUSED_EXPERTS]
         elif expert := _EXPERT.match(name):
             names = [f"{expert[1]}.{expert[2]}"]
-        found = [self._find(one) for one in names]
-        return None if None in found else [str(one) for one in found]
+        tensors = [self._find(part) for part in names]
+        return None if None in tensors else [str(tensor) for tensor in tensors]
 
     def _find(self, name: str) -> str | None:
-        for number, known in enumerate(self._seen):
-            if (found := known.get_name(name)) is not None:
+        for number, tensor_names in enumerate(self._seen):
+            if (tensor := tensor_names.get_name(name)) is not None:
                 self._seen.insert(0, self._seen.pop(number))
-                return str(found)
-        for known in self._maps:
-            self._seen.append(known)
-            if (found := known.get_name(name)) is not None:
-                return str(found)
+                return str(tensor)
+        for tensor_names in self._maps:
+            self._seen.append(tensor_names)
+            if (tensor := tensor_names.get_name(name)) is not None:
+                return str(tensor)
         return None
 
 

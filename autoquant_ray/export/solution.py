@@ -50,8 +50,8 @@ def read_solution(directory: RunDirectory, solution: str) -> ExportedSolution:
     state = RunState.open(directory)
     name = f"{solution_folder(solution)}{MANIFEST_TABLE}"
     if not directory.exists(name):
-        known = ", ".join(directory.list_folders(SOLUTIONS)) or "none"
-        raise StoreError(f"{directory.path(name)} does not exist; solutions of the run: {known}")
+        names = ", ".join(directory.list_folders(SOLUTIONS)) or "none"
+        raise StoreError(f"{directory.path(name)} does not exist; solutions of the run: {names}")
     entries = state.plan["formats"]
     if not all(map(is_described, entries)):
         raise StoreError(

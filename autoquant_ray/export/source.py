@@ -139,14 +139,14 @@ def require_packable(source: Source, layout: str) -> None:
     problems = _problems(source, layout)
     if not problems:
         return
-    told = "; ".join(
+    listed = "; ".join(
         f"{problem} ({few(groups, _MOST_NAMES)})" for problem, groups in problems.items()
     )
-    others = [one for one in LAYOUTS if one != layout and not _problems(source, one)]
+    others = [other for other in LAYOUTS if other != layout and not _problems(source, other)]
     or_else = f", or give --format {others[0]}" if others else ""
     raise FormatError(
-        f"--format {layout} cannot hold this solution: {told}. Solve again with other formats for "
-        f"these groups (solve --allow 'PATTERN=FORMATS'){or_else}"
+        f"--format {layout} cannot hold this solution: {listed}. Solve again with other formats "
+        f"for these groups (solve --allow 'PATTERN=FORMATS'){or_else}"
     )
 
 
@@ -170,7 +170,7 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
             f"no source says that {engine}{'' if gpu is None else f' on {gpu}'} serves a KV cache "
             f"in {', '.join(used)} (docs/engines.md); choose another engine or GPU"
         )
-    chosen = {source.groups[module]: one.name for module, one in source.formats.items()}
+    chosen = {source.groups[module]: format_.name for module, format_ in source.formats.items()}
     if layout == MODELOPT:
         groups: dict[str, list[str]] = {}
         for module, group in source.groups.items():
@@ -184,11 +184,11 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
             "--max-formats 1"
         )
     for fused in engine_modules(source.modules, engine):
-        own = {source.groups[member]: None for member in fused.members}
-        if len({chosen.get(group) for group in own}) > 1:
+        fused_groups = {source.groups[member]: None for member in fused.members}
+        if len({chosen.get(group) for group in fused_groups}) > 1:
             raise ConfigError(
-                f"{engine} fuses {few(list(own), _MOST_NAMES)} into one module, which has one "
-                "format; give them the same (solve --pin)"
+                f"{engine} fuses {few(list(fused_groups), _MOST_NAMES)} into one module, which has "
+                "one format; give them the same (solve --pin)"
             )
 
 
@@ -219,5 +219,5 @@ def _problem(source: Source, module: str, format_: Format, layout: str) -> str |
         return f"{format_.name}: ModelOpt packs no 4-bit integers of fused experts"
     shapes = source.modules[module]["shapes"]
     reasons = (shape_problem(format_, shape) for shape in shapes)
-    reason = next((one for one in reasons if one is not None), None)
+    reason = next((text for text in reasons if text is not None), None)
     return None if reason is None else f"{format_.name}: {reason}"

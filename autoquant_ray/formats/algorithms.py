@@ -53,9 +53,9 @@ def checked_algorithm(owner: str, given: Any) -> dict[str, Any] | None:
         )
     unknown = sorted(str(name) for name in set(arguments) - set(ARGUMENTS[method]))
     if unknown:
-        known = ", ".join(ARGUMENTS[method]) or "no arguments"
+        taken = ", ".join(ARGUMENTS[method]) or "no arguments"
         raise FormatError(
-            f"{owner}: the algorithm {method} has no argument {unknown[0]!r}; it takes {known}"
+            f"{owner}: the algorithm {method} has no argument {unknown[0]!r}; it takes {taken}"
         )
     return None if method == MAX else {"method": method} | _with_defaults(owner, method, arguments)
 
@@ -110,8 +110,8 @@ def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | d
     sets: dict[str, dict[str, Any]] = {}
     for name, algorithm in algorithms.items():
         if algorithm is not None:
-            one = sets.setdefault(json.dumps(algorithm), {"algorithm": dict(algorithm)})
-            one.setdefault("quantizers", []).append(name)
+            entry = sets.setdefault(json.dumps(algorithm), {"algorithm": dict(algorithm)})
+            entry.setdefault("quantizers", []).append(name)
     if not sets:
         return MAX
     if len(sets) == 1 and None not in algorithms.values():

@@ -122,13 +122,13 @@ def _custom_attributes(
 
 
 def _preset_attributes(
-    name: str, known: list[str]
+    name: str, names: list[str]
 ) -> tuple[Attributes, Attributes | None, Attributes | None]:
     """Weight, input and algorithm of a preset; None for the algorithm 'max'."""
     import modelopt.torch.quantization as mtq
 
     if name not in mtq.config.choices:
-        hint = ", ".join(closest_formats(name, known) or known[:4])
+        hint = ", ".join(closest_formats(name, names) or names[:4])
         raise FormatError(f"unknown format {name!r}; closest: {hint}")
     preset = getattr(mtq.config, name)
     algorithm = checked_algorithm(f"format {name}", preset.get("algorithm"))
@@ -203,7 +203,7 @@ def check_device(formats: Sequence[Format], device: str) -> None:
                 ) from None
 
 
-def closest_formats(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+def closest_formats(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """Names to suggest for an unknown one, whatever its case.
 
     Names that contain it come first, ModelOpt's default presets (``..._DEFAULT_CFG``) before
@@ -211,14 +211,14 @@ def closest_formats(name: str, known: Iterable[str], count: int = 3) -> list[str
 
     Args:
         name: What was asked for.
-        known: All names.
+        names: All names.
         count: How many at most.
     """
     wanted = name.lower()
-    by_lower = {one.lower(): one for one in known}
+    by_lower = {candidate.lower(): candidate for candidate in names}
     containing = sorted(
-        (one for one in by_lower if wanted in one),
-        key=lambda one: (one != wanted, not one.endswith("default_cfg"), len(one)),
+        (lower for lower in by_lower if wanted in lower),
+        key=lambda lower: (lower != wanted, not lower.endswith("default_cfg"), len(lower)),
     )
     similar = difflib.get_close_matches(wanted, by_lower, n=count, cutoff=0.3)
-    return [by_lower[one] for one in dict.fromkeys([*containing, *similar])][:count]
+    return [by_lower[lower] for lower in dict.fromkeys([*containing, *similar])][:count]

@@ -97,8 +97,8 @@ def blocks_of(attributes: Mapping[str, Any]) -> Blocks:
     if scale not in (E4M3_SCALE, E8M0_SCALE):
         raise ValueError(f"scale_bits {scale} is not known there, only (4, 3) and (8, 0)")
     if num_bits not in NUMBERS or (scale == E4M3_SCALE and num_bits != (2, 1)):
-        known = [(2, 1)] if scale == E4M3_SCALE else list(NUMBERS)
-        names = ", ".join(str(one) for one in known)
+        numbers = [(2, 1)] if scale == E4M3_SCALE else list(NUMBERS)
+        names = ", ".join(str(number) for number in numbers)
         raise ValueError(
             f"num_bits {num_bits} with scale_bits {scale}: only {names} is known there"
         )

@@ -45,5 +45,5 @@ def format_bits(format_: Format, shape: tuple[int, ...], *, is_linear: bool = Tr
         shape: As in :func:`stored_bits`.
         is_linear: Whether it is a linear's weight: experts have no such factors.
     """
-    own = smoothing_bits(format_, shape) if is_linear else 0
-    return stored_bits(format_.weight, shape) + own
+    factor_bits = smoothing_bits(format_, shape) if is_linear else 0
+    return stored_bits(format_.weight, shape) + factor_bits

@@ -71,10 +71,10 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> ModelRef:
     if path.is_dir():
         gguf_file = None
         if not (path / "config.json").exists():
-            found = sorted(file.name for file in path.glob("*.gguf"))
-            if len(found) != 1:
+            files = sorted(file.name for file in path.glob("*.gguf"))
+            if len(files) != 1:
                 raise ModelError(f"model folder {name} holds no config.json and no single GGUF")
-            gguf_file = found[0]
+            gguf_file = files[0]
         return ModelRef(
             name=name,
             path=str(path.absolute()),
@@ -129,8 +129,8 @@ def fingerprint_model(ref: ModelRef) -> str:
 
 def fingerprint_chats(ref: ModelRef) -> str:
     """Hash a model's chat template and processor, which samples of plain text do not depend on."""
-    found = {file for pattern in CHAT_FILES for file in Path(ref.path).glob(pattern)}
-    return fingerprint_files(sorted(file for file in found if file.is_file()))
+    files = {file for pattern in CHAT_FILES for file in Path(ref.path).glob(pattern)}
+    return fingerprint_files(sorted(file for file in files if file.is_file()))
 
 
 def _load_config(ref: ModelRef) -> Any:

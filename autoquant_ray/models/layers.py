@@ -53,15 +53,15 @@ def head_owner(model: Any) -> Any:
 @contextmanager
 def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module run another ``forward`` while the context is open."""
-    own = module.__dict__.get("forward")
+    original = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if original is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = original
 
 
 def first_output(output: Any) -> torch.Tensor:

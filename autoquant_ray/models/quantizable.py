@@ -40,8 +40,8 @@ def expert_place(name: str) -> tuple[str, int] | None:
     Args:
         name: ``model.layers.0.mlp.experts.3``, or a module inside such an expert.
     """
-    found = None if "shared_expert" in name else _EXPERT.fullmatch(name)
-    return None if found is None else (found[1], int(found[2]))
+    match = None if "shared_expert" in name else _EXPERT.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +105,11 @@ class PlannedModule:
 
     def to_json(self) -> dict[str, Any]:
         """What ``run.json`` keeps of it."""
-        own = {
+        facts = {
             "prefixes": list(self.quantizer_prefixes),
             "shapes": [list(shape) for shape in self.shapes],
         }
-        return own if self.expert is None else own | {"expert": self.expert}
+        return facts if self.expert is None else facts | {"expert": self.expert}
 
 
 def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:

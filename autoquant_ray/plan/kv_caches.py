@@ -36,21 +36,21 @@ def cache_modules(model: Any, formats: Sequence[Format]) -> list[PlannedModule]:
     asked = [format_.name for format_ in formats if format_.kv is not None]
     if not asked:
         return []
-    found = []
+    caches = []
     for name, module in model.named_modules():
         if is_of_tower(name) or not _is_wrapped(module):
             continue
         cached = _cached_shapes(module, model.config.get_text_config())
         if cached is not None:
-            found.append(
+            caches.append(
                 PlannedModule(name=name, kind="attention", parameters=(), shapes=(), cached=cached)
             )
-    if not found:
+    if not caches:
         raise ModelError(
             f"{type(model).__name__} has no attention whose cached keys and values ModelOpt can "
             f"quantize; leave {', '.join(asked)} out of the formats"
         )
-    return found
+    return caches
 
 
 def register_attention(module: Any) -> None:
@@ -85,15 +85,15 @@ def _cached_shapes(module: Any, config: Any) -> tuple[tuple[int, int], tuple[int
         return None
     if "past_key_values" not in inspect.signature(type(module).forward).parameters:
         return None
-    own = getattr(module, "config", config)
-    heads_of_queries = own.num_attention_heads
-    width = getattr(module, "head_dim", None) or getattr(own, "head_dim", None)
-    width = int(width or own.hidden_size // heads_of_queries)
+    attention_config = getattr(module, "config", config)
+    heads_of_queries = attention_config.num_attention_heads
+    width = getattr(module, "head_dim", None) or getattr(attention_config, "head_dim", None)
+    width = int(width or attention_config.hidden_size // heads_of_queries)
     keys, values = (getattr(parts.get(n), "out_features", None) for n in ("k_proj", "v_proj"))
     if keys is None:
         if not any(name in parts for name in _FUSED):
             return None
-        heads = getattr(module, "num_key_value_heads", None) or own.num_key_value_heads
+        heads = getattr(module, "num_key_value_heads", None) or attention_config.num_key_value_heads
         return (heads, width), (heads, width)
     heads = keys // width
     # Some models take the keys for values too, and have no projection of their own for them.

@@ -177,8 +177,8 @@ def build_plan(
         )
     has_images, apart = coverage == "full", is_apart(expert_groups)
     members = [*modules, *caches]
-    found = _group(model, members, disable, has_images=has_images, experts_apart=apart)
-    groups = tuple(_unless_nothing_fits(group, formats) for group in found)
+    grouped = _group(model, members, disable, has_images=has_images, experts_apart=apart)
+    groups = tuple(_unless_nothing_fits(group, formats) for group in grouped)
     plan = Plan(
         groups=groups,
         formats=tuple(formats),

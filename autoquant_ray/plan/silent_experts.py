@@ -87,11 +87,11 @@ def experts_with_few_tokens(rows: Iterable[Mapping[str, Any]], min_tokens: int) 
         min_tokens: Fewer are too few.
     """
     counts = {row["group"]: row.get("expert_tokens") or [] for row in rows}
-    found = []
+    with_few = []
     for group, tokens in counts.items():
         few = tuple(number for number, count in enumerate(tokens) if count < min_tokens)
         if few:
-            found.append(
+            with_few.append(
                 FewTokens(group=group, experts=few, fewest=min(tokens), num_experts=len(tokens))
             )
-    return found
+    return with_few

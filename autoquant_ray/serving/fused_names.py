@@ -49,11 +49,11 @@ def engine_modules(names: Iterable[str], engine: str) -> list[EngineModule]:
         engine: One of ``ENGINES``.
     """
     names = list(names)
-    known = set(names)
+    present = set(names)
     members: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        members.setdefault(_place(name, known, engine), []).append(name)
-    return [EngineModule(parent, own, tuple(found)) for (parent, own), found in members.items()]
+        members.setdefault(_place(name, present, engine), []).append(name)
+    return [EngineModule(parent, part, tuple(held)) for (parent, part), held in members.items()]
 
 
 def served_algo(module: EngineModule, algos: Algos, engine: str) -> str | None:
@@ -80,26 +80,26 @@ def is_kept_whole(module: EngineModule, algo: str | None, engine: str) -> bool:
     return module.name == _HEAD or is_left
 
 
-def _place(name: str, known: set[str], engine: str) -> tuple[str, str]:
+def _place(name: str, names: set[str], engine: str) -> tuple[str, str]:
     """Parent and last part of the engine's module that holds a module."""
     parts = name.split(".")
     if _EXPERTS in parts:
         end = parts.index(_EXPERTS)
         return ".".join(parts[:end]), _EXPERTS
-    parent, _, own = name.rpartition(".")
+    parent, _, part = name.rpartition(".")
     for fused, shards in FUSED[engine]:
-        present = [shard for shard in shards if f"{parent}.{shard}" in known]
-        if own in shards and len(present) > 1:
+        present = [shard for shard in shards if f"{parent}.{shard}" in names]
+        if part in shards and len(present) > 1:
             return parent, fused
-    return parent, own
+    return parent, part
 
 
 def _vllm(module: EngineModule, algos: Algos) -> str | None:
     """vLLM after its pull requests #46756 and #47318: ``quantization/modelopt.py``."""
-    found = _listed(module, algos)
-    if found is None and module.name == _EXPERTS:  # "...moe.experts" listed beside, not below
-        found = _first(algos, lambda key: key.startswith(f"{module.parent}."))
-    return found
+    algo = _listed(module, algos)
+    if algo is None and module.name == _EXPERTS:  # "...moe.experts" listed beside, not below
+        algo = _first(algos, lambda key: key.startswith(f"{module.parent}."))
+    return algo
 
 
 def _sglang(module: EngineModule, algos: Algos) -> str | None:

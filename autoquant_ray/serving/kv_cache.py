@@ -150,7 +150,7 @@ def cache_problem(
             "again with --engine"
         )
     engines: Sequence[str] = ENGINES if engine is None else [engine]
-    if any(names[0] in served_formats(one, gpu) for one in engines):
+    if any(names[0] in served_formats(name, gpu) for name in engines):
         return None
     where = " or ".join(engines) + ("" if gpu is None else f" on {gpu}")
     return f"no source says that {where} serves {names[0]} (docs/engines.md)"

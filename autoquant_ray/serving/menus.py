@@ -79,21 +79,21 @@ def served_sets(
         ConfigError: An unknown engine or GPU, or it serves no format of the menu.
     """
     algos = {format_.name: layer_algo(format_) for format_ in formats}
-    modules = engine_modules([name for own in groups.values() for name in own], engine)
-    group_of = {name: group for group, own in groups.items() for name in own}
+    modules = engine_modules([name for names in groups.values() for name in names], engine)
+    group_of = {name: group for group, names in groups.items() for name in names}
     holders = [
         (module, tuple(dict.fromkeys(group_of[name] for name in module.members)))
         for module in modules
     ]
     target = engine if gpu is None else f"{engine} on {gpu}"
-    found = []
+    served = []
     for menu in _menus(formats, engine, gpu):
         permitted = _permitted(holders, searched, menu, algos, engine)
         ties = joined([groups for _, groups in holders], searched)
-        found.append(Served(target=target, menu=menu, permitted=permitted, ties=ties))
+        served.append(Served(target=target, menu=menu, permitted=permitted, ties=ties))
         if len({algos[name] for name in menu}) > 1:
-            found += _quantized_experts(found.pop(), holders, searched, engine)
-    return found
+            served += _quantized_experts(served.pop(), holders, searched, engine)
+    return served
 
 
 def _quantized_experts(
@@ -114,15 +114,17 @@ def _quantized_experts(
                 experts |= set(groups)
     if not sets:
         return [served]
-    own = served.permitted
-    stay = {group for one in sets if not set(one) <= set(own) for group in one}
-    shared = {group: frozenset({NONE}) if group in stay else own[group] for group in own}
+    permitted = served.permitted
+    stay = {group for together in sets if not set(together) <= set(permitted) for group in together}
+    shared = {
+        group: frozenset({NONE}) if group in stay else permitted[group] for group in permitted
+    }
     ties = joined([*sets, *served.ties], searched)
-    found = [replace(served, permitted=shared, ties=ties)]
-    if all(len(own.get(group, ())) > 1 for group in experts):
-        quantized = {g: names - {NONE} if g in experts else names for g, names in own.items()}
-        found.insert(0, replace(served, permitted=quantized))
-    return found
+    ways = [replace(served, permitted=shared, ties=ties)]
+    if all(len(permitted.get(group, ())) > 1 for group in experts):
+        quantized = {g: names - {NONE} if g in experts else names for g, names in permitted.items()}
+        ways.insert(0, replace(served, permitted=quantized))
+    return ways
 
 
 def require_served(
@@ -150,12 +152,14 @@ def require_served(
         reason = unserved_reason(None, engine, None, mixed=True)
         raise NotServedError(f"{engine} cannot serve {', '.join(nameless)}: {reason}")
     layers = {
-        name: algos.get(chosen.get(group, NONE)) for group, own in groups.items() for name in own
+        name: algos.get(chosen.get(group, NONE))
+        for group, modules in groups.items()
+        for name in modules
     }
-    group_of = {name: group for group, own in groups.items() for name in own}
-    found = violations(layers, engine, gpu, group_of)
-    if found:
-        raise NotServedError(describe_violations(found, engine, gpu))
+    group_of = {name: group for group, modules in groups.items() for name in modules}
+    refusals = violations(layers, engine, gpu, group_of)
+    if refusals:
+        raise NotServedError(describe_violations(refusals, engine, gpu))
 
 
 def why_unserved(
@@ -229,10 +233,10 @@ def _menus(formats: Sequence[Format], engine: str, gpu: str | None) -> list[tupl
     menus = [menu for menu in menus if menu]
     if not menus:
         where = engine if gpu is None else f"{engine} on {gpu}"
-        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ConfigError(
-            f"{where} serves no format of the menu ({told}); scan with other --formats, or choose "
-            "another --engine or --gpu (docs/engines.md)"
+            f"{where} serves no format of the menu ({listed}); scan with other --formats, or "
+            "choose another --engine or --gpu (docs/engines.md)"
         )
     return menus
 
@@ -250,12 +254,13 @@ def _permitted(
         for name in menu:
             algo = algos[name]
             assert algo is not None
-            is_found = all(group in permitted for group in groups)  # else a member stays in 16 bits
-            is_found &= not is_kept_whole(module, algo.algo, engine)
-            if is_found and mixed:
+            # A group that is not searched is a member that stays in 16 bits.
+            is_served = all(group in permitted for group in groups)
+            is_served &= not is_kept_whole(module, algo.algo, engine)
+            if is_served and mixed:
                 alone = dict.fromkeys(module.members, algo.algo)
-                is_found = served_algo(module, alone, engine) == algo.algo
-            if not is_found:
+                is_served = served_algo(module, alone, engine) == algo.algo
+            if not is_served:
                 for group in groups:
                     permitted.get(group, set()).discard(name)
     return {group: frozenset(names) for group, names in permitted.items()}
@@ -263,7 +268,7 @@ def _permitted(
 
 def joined(sets: Sequence[Sequence[str]], searched: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Sets that overlap as one, in the order of the groups; those of one group are left out."""
-    root = {group: group for one in (*sets, searched) for group in one}
+    root = {group: group for groups in (*sets, searched) for group in groups}
 
     def find(group: str) -> str:
         while root[group] != group:
@@ -276,4 +281,4 @@ def joined(sets: Sequence[Sequence[str]], searched: Sequence[str]) -> tuple[tupl
     members: dict[str, list[str]] = {}
     for group in searched:
         members.setdefault(find(group), []).append(group)
-    return tuple(tuple(one) for one in members.values() if len(one) > 1)
+    return tuple(tuple(groups) for groups in members.values() if len(groups) > 1)

@@ -140,7 +140,7 @@ def servable_formats(
 def violations(
     layers: Layers, engine: str, gpu: str | None, group_of: Mapping[str, str] | None = None
 ) -> list[Violation]:
-    """Everything of an allocation that an engine would refuse, or serve otherwise than planned.
+    """What an engine would refuse of an allocation, or serve otherwise than it was exported.
 
     Args:
         layers: The allocation. Names are those of the checkpoint.
@@ -155,20 +155,20 @@ def violations(
     quantized = {name: algo for name, algo in layers.items() if algo is not None}
     mixed = len(set(quantized.values())) > 1
     modules = engine_modules(layers, engine)
-    found = [
+    refusals = [
         *_fused(layers, modules, engine),
         *_merged(_unserved(quantized, engine, generation, mixed)),
         *_merged(_group_sizes(quantized, engine, mixed)),
         *_merged(_misread(layers, modules, engine, mixed)),
     ]
-    return [_with_groups(violation, group_of or {}) for violation in found]
+    return [_with_groups(violation, group_of or {}) for violation in refusals]
 
 
-def describe_violations(found: Sequence[Violation], engine: str, gpu: str | None) -> str:
+def describe_violations(refusals: Sequence[Violation], engine: str, gpu: str | None) -> str:
     """The first violations in one line, with their groups."""
     where = engine if gpu is None else f"{engine} on {gpu}"
-    texts = [f"{few(v.groups, _MAX_NAMED)}: {v.reason}; {v.remedy}" for v in found[:_MAX_NAMED]]
-    more = len(found) - _MAX_NAMED
+    texts = [f"{few(v.groups, _MAX_NAMED)}: {v.reason}; {v.remedy}" for v in refusals[:_MAX_NAMED]]
+    more = len(refusals) - _MAX_NAMED
     rest = f"; and {more} more reasons" if more > 0 else ""
     return f"{where} cannot serve this plan: {'; '.join(texts)}{rest}"
 
@@ -208,13 +208,13 @@ def _misread(
 ) -> Iterator[Violation]:
     """Modules that are found under another algorithm than theirs, or not at all."""
     algos = {name: algo.algo for name, algo in layers.items() if algo is not None}
-    known = rows_of(engine)
+    rows = rows_of(engine)
     for module in modules:
         wanted = {layers[member] for member in module.members}
-        own = next(iter(wanted))
-        if len(wanted) > 1 or (own is not None and own.algo not in known):
+        wanted_algo = next(iter(wanted))
+        if len(wanted) > 1 or (wanted_algo is not None and wanted_algo.algo not in rows):
             continue
-        exported = None if own is None else own.algo
+        exported = None if wanted_algo is None else wanted_algo.algo
         if mixed:
             served = served_algo(module, algos, engine)
         else:
@@ -231,11 +231,11 @@ def _violation(modules: Iterable[str], reason: str, remedy: str) -> Violation:
     return Violation(modules=tuple(modules), groups=(), reason=reason, remedy=remedy)
 
 
-def _merged(found: Iterable[Violation]) -> list[Violation]:
+def _merged(refusals: Iterable[Violation]) -> list[Violation]:
     """One violation per reason."""
     merged: dict[tuple[str, str], list[str]] = {}
-    for one in found:
-        merged.setdefault((one.reason, one.remedy), []).extend(one.modules)
+    for refusal in refusals:
+        merged.setdefault((refusal.reason, refusal.remedy), []).extend(refusal.modules)
     return [
         _violation(dict.fromkeys(modules), reason, remedy)
         for (reason, remedy), modules in merged.items()
