@@ -1,4 +1,12 @@
 """The scoring core, and the scorer that a worker runs.
 
-Imports ``calibrate``, ``quantize``, ``plan``, ``models`` and below, and torch; never Ray.
+Imports ``calibrate``, ``quantize``, ``plan``, ``models`` and below, and torch. No Ray.
+
+Gradient checkpointing that stops its recomputation early skips modules, and with them their hooks;
+:mod:`~autoquant_ray.score.backward` visits layers by hand instead. The parameters of an offloaded
+layer are on the meta device outside a visit (:mod:`~autoquant_ray.score.residence`): read a weight
+when it is used, since a reference taken before is stale and one kept leaks a layer. Some
+vision-language models add the tower's output between decoder layers (DeepStack), which
+:mod:`~autoquant_ray.score.entrance` notes; it must be added wherever a layer runs. The first step
+with images runs the tower twice, for a check, before anything watches.
 """

@@ -1,4 +1,4 @@
 """The stages of a scan, file to file: samples, calibrate, score, aggregate.
 
-Imports ``score``, ``calibrate``, ``distributed``, ``allocate`` and below, and Ray.
+Imports ``calibrate``, ``allocate``, ``distributed``, ``quantize``, ``plan`` and below, and Ray.
 """
