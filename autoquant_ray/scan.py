@@ -77,7 +77,7 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         config: What to do.
         mode: ``new`` refuses an existing run directory, ``resume`` goes on with it, ``overwrite``
             deletes it first.
-        run_id: Of a run that is started; default: folder and time. A resumed run keeps its own.
+        run_id: Of a run that is started; default: folder and time. A resumed run keeps its id.
 
     Raises:
         AutoQuantError: One of its subclasses; the run directory stays resumable.

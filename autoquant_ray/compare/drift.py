@@ -1,4 +1,4 @@
-"""``drift.md``: what a comparison found, in the order in which one wants to read it.
+"""``drift.md``: the comparison of two runs, the verdict first.
 
 The verdict is the first line, then why and what to do, then the numbers.
 """

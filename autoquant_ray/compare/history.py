@@ -41,8 +41,8 @@ def put_row(folder: RunDirectory, row: Mapping[str, Any]) -> None:
     for attempt in range(_TRIES):
         try:
             with lease(folder, _HISTORY_LOCK):
-                rows = [one for one in read_history(folder) if one["run"] != row["run"]]
-                rows = sorted([*rows, dict(row)], key=lambda one: (one["date"], one["run"]))
+                rows = [other for other in read_history(folder) if other["run"] != row["run"]]
+                rows = sorted([*rows, dict(row)], key=lambda night: (night["date"], night["run"]))
                 folder.write_table(HISTORY_FILE, rows)
                 return
         except HeldError:

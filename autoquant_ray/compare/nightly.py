@@ -184,9 +184,9 @@ def _write(tonight: _Tonight, comparison: Comparison | None) -> Night:
     needs_a_look = verdict == "drift" or bool(quarantined)
     exit_code = EXIT_NEEDS_A_LOOK if needs_a_look else EXIT_DONE
     tonight.notes.extend(
-        f"Shard {one['shard']} was left out while {one['stage']}: {one['reason']}. Started again "
-        "today, the job tries it once more."
-        for one in quarantined
+        f"Shard {entry['shard']} was left out in the stage {entry['stage']}: {entry['reason']}. "
+        "Started again today, the job tries it once more."
+        for entry in quarantined
     )
     facts = run_facts(directory) if comparison is None else comparison.after
     subject = f"{tonight.job.name}, {tonight.date}"
@@ -221,11 +221,11 @@ def _numbers(facts: dict[str, Any], comparison: Comparison | None) -> dict[str, 
         "num_shards": facts["num_shards"],
     }
     if comparison is not None:
-        known = [value for value in comparison.spearman.values() if value is not None]
+        correlations = [value for value in comparison.spearman.values() if value is not None]
         numbers |= {
             "num_changed": len(comparison.format_changes),
             "num_moved": len(comparison.moved),
-            "min_spearman": min(known, default=None),
+            "min_spearman": min(correlations, default=None),
         }
     return numbers
 
@@ -240,7 +240,7 @@ def _row(
         run_id, started = record.run_id, record.created or started
         seconds = sum(stage.get("seconds", 0) for stage in record.stages.values())
     if tonight.is_shown:
-        rows = [one for one in read_history(tonight.folder) if one["run"] == tonight.name]
+        rows = [row for row in read_history(tonight.folder) if row["run"] == tonight.name]
         finished = rows[0]["finished"] if rows else finished
     return {
         "job": tonight.job.name,
@@ -274,14 +274,14 @@ def _failures_noted(tonight: _Tonight) -> Iterator[None]:
 
 def _note_unfinished(tonight: _Tonight) -> None:
     """Say which earlier nights never ended, and give them a row if they have none."""
-    known = {row["run"] for row in read_history(tonight.folder)}
+    in_history = {row["run"] for row in read_history(tonight.folder)}
     for name in tonight.nights.before(tonight.date):
         directory = run_folder(tonight.folder, name)
         if is_finished(directory):
             continue
         date = tonight.nights.date(name)
         tonight.notes.append(f"{name} never finished; go on with it with --date {date}.")
-        if name not in known:
+        if name not in in_history:
             earlier = _Tonight(
                 job=tonight.job, date=date, folder=tonight.folder, nights=tonight.nights
             )

@@ -102,6 +102,6 @@ def _both(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> tupl
 
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(str(one) for one in value) or "none"
+        return ", ".join(str(item) for item in value) or "none"
     text = "none" if value is None else str(value)
     return f"{text[:12]}..." if len(text) in (32, 64) and text.isalnum() else text

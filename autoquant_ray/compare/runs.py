@@ -215,12 +215,12 @@ def _moved_groups(
     first: _Side, second: _Side, keys: Sequence[Key], moves: Moves
 ) -> list[MovedGroup]:
     """Groups with a significant move of at least :data:`MIN_CHANGE`, the largest change first."""
-    found: dict[str, list[tuple[float, int]]] = {}
+    moves_of: dict[str, list[tuple[float, int]]] = {}
     for index in np.flatnonzero(moves.is_significant_K).tolist():
         size = _log_change(first.rows[keys[index]]["score"], second.rows[keys[index]]["score"])
         if size >= math.log1p(MIN_CHANGE):
-            found.setdefault(keys[index][0], []).append((size, index))
-    ranked = sorted(found.items(), key=lambda item: -max(item[1])[0])
+            moves_of.setdefault(keys[index][0], []).append((size, index))
+    ranked = sorted(moves_of.items(), key=lambda item: -max(item[1])[0])
     moved = []
     for group, sizes in ranked:
         index = max(sizes)[1]

@@ -95,7 +95,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
+class _SiteRun:
     """A run's row with the formats of its groups, where it has any."""
 
     row: RunRow
@@ -115,11 +115,11 @@ def collect_jobs(folder: RunDirectory) -> list[Job]:
         nights = folder.read_table(HISTORY_FILE).to_pylist()
     names = list(_run_names(folder, ""))
     rows = map_ahead(lambda name: _read_run(folder, name), names)
-    found = {one.row.name: one for one in rows if one is not None}
-    if not found and not nights:
+    runs = {run.row.name: run for run in rows if run is not None}
+    if not runs and not nights:
         folder.require_bucket()
         raise StoreError(f"{folder.uri} holds no run; give the folder that holds the runs")
-    return _nightly_jobs(nights, found) + _model_jobs(list(found.values()))
+    return _nightly_jobs(nights, runs) + _model_jobs(list(runs.values()))
 
 
 def _run_names(folder: RunDirectory, start: str) -> Iterator[str]:
@@ -134,7 +134,7 @@ def _run_names(folder: RunDirectory, start: str) -> Iterator[str]:
             yield from _run_names(folder, path)
 
 
-def _read_run(folder: RunDirectory, name: str) -> _Found | None:
+def _read_run(folder: RunDirectory, name: str) -> _SiteRun | None:
     """A run's row; None for another program's ``run.json``."""
     files = set(folder.list_files(name))
     report = next((f"{name}/{f}" for f in (REPORT_HTML, REPORT_MARKDOWN) if f in files), None)
@@ -145,11 +145,11 @@ def _read_run(folder: RunDirectory, name: str) -> _Found | None:
         record = RunRecord.from_json(values, folder.path(f"{name}/{RUN_FILE}"))
         row = replace(_run_row(name, record), report=report)
         if row.status not in ("done", "quarantined"):
-            return _Found(row=row, formats={})
+            return _SiteRun(row=row, formats={})
         return _with_solution(folder, row)
     except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
         row = RunRow(name=name, status="damaged", problem=_explain(error), report=report)
-        return _Found(row=row, formats={})
+        return _SiteRun(row=row, formats={})
 
 
 def _run_row(name: str, record: RunRecord) -> RunRow:
@@ -176,45 +176,46 @@ def _run_row(name: str, record: RunRecord) -> RunRow:
     )
 
 
-def _with_solution(folder: RunDirectory, row: RunRow) -> _Found:
+def _with_solution(folder: RunDirectory, row: RunRow) -> _SiteRun:
     """Add what the run's own budget gave."""
     if not folder.exists(f"{row.name}/{MANIFEST_JSON}"):
         problem = "scored, but its budget was not solved; go on with --resume"
-        return _Found(row=replace(row, status="unfinished", problem=problem), formats={})
+        return _SiteRun(row=replace(row, status="unfinished", problem=problem), formats={})
     solution = folder.read_json(f"{row.name}/{MANIFEST_JSON}")["solution"]
     table = folder.read_table(f"{row.name}/{MANIFEST_TABLE}")
-    formats = {one["group"]: one["format"] for one in table.select(["group", "format"]).to_pylist()}
+    columns = (table.column(name).to_pylist() for name in ("group", "format"))
+    formats = dict(zip(*columns, strict=True))
     row = replace(
         row,
         predicted_kl_nats=solution["predicted_kl_nats"],
         effective_bits=solution["effective_bits"],
         weight_bytes=round(solution["weight_bytes"]),
     )
-    return _Found(row=row, formats=formats)
+    return _SiteRun(row=row, formats=formats)
 
 
-def _nightly_jobs(nights: list[dict[str, Any]], found: dict[str, _Found]) -> list[Job]:
-    """Jobs of the history; takes their runs out of ``found``."""
+def _nightly_jobs(nights: list[dict[str, Any]], runs: dict[str, _SiteRun]) -> list[Job]:
+    """Jobs of the history; takes their runs out of ``runs``."""
     jobs = []
-    for name in sorted({night["job"] for night in nights}):
-        own = [night for night in nights if night["job"] == name]
-        rows = []
-        known = {night["run"] for night in own}
-        mine = {run: one for run, one in found.items() if run in known or _is_night(run, name)}
-        sizes = {len(one.formats) for one in mine.values() if one.formats}
+    for job in sorted({night["job"] for night in nights}):
+        nights_of_job = [night for night in nights if night["job"] == job]
+        names = {night["run"] for night in nights_of_job}
+        runs_of_job = {
+            name: run for name, run in runs.items() if name in names or _is_night(name, job)
+        }
+        sizes = {len(run.formats) for run in runs_of_job.values() if run.formats}
         size = sizes.pop() if len(sizes) == 1 else None  # runs that were deleted had it too
-        for night in own:
-            rows.append(_night_row(night, mine.get(night["run"]), size))
-        rows += [one.row for run, one in mine.items() if run not in known]
-        for run in mine:
-            del found[run]
-        jobs.append(Job(name=name, is_nightly=True, rows=sorted(rows, key=_age)))
+        rows = [_night_row(night, runs_of_job.get(night["run"]), size) for night in nights_of_job]
+        rows += [run.row for name, run in runs_of_job.items() if name not in names]
+        for name in runs_of_job:
+            del runs[name]
+        jobs.append(Job(name=job, is_nightly=True, rows=sorted(rows, key=_age)))
     return jobs
 
 
-def _night_row(night: dict[str, Any], found: _Found | None, num_groups: int | None) -> RunRow:
+def _night_row(night: dict[str, Any], run: _SiteRun | None, num_groups: int | None) -> RunRow:
     status = _STATUS_OF_HISTORY.get(night["status"], "failed")
-    row = found.row if found is not None else RunRow(name=night["run"])
+    row = run.row if run is not None else RunRow(name=night["run"])
     problem = night["error"] or (row.problem if status == "quarantined" else None)
     if problem is None and status != "done":
         problem = f"exit code {night['exit_code']}"
@@ -234,28 +235,28 @@ def _night_row(night: dict[str, Any], found: _Found | None, num_groups: int | No
     )
 
 
-def _model_jobs(found: list[_Found]) -> list[Job]:
-    """The other runs by model, each compared with the one before it."""
-    by_model: dict[str, list[_Found]] = {}
-    for one in sorted(found, key=lambda one: _age(one.row)):
-        by_model.setdefault(one.row.model or "unknown model", []).append(one)
+def _model_jobs(runs: list[_SiteRun]) -> list[Job]:
+    """The other runs by model, each compared with its predecessor."""
+    by_model: dict[str, list[_SiteRun]] = {}
+    for run in sorted(runs, key=lambda run: _age(run.row)):
+        by_model.setdefault(run.row.model or "unknown model", []).append(run)
     jobs = []
-    for model, runs in sorted(by_model.items()):
+    for model, runs_of_model in sorted(by_model.items()):
         rows, before = [], None
-        for one in runs:
-            rows.append(one.row if before is None else _with_churn(one, before))
-            before = one if one.formats else before
+        for run in runs_of_model:
+            rows.append(run.row if before is None else _with_churn(run, before))
+            before = run if run.formats else before
         jobs.append(Job(name=model, is_nightly=False, rows=rows))
     return jobs
 
 
-def _with_churn(one: _Found, before: _Found) -> RunRow:
-    if not one.formats:
-        return one.row
-    groups = one.formats.keys() | before.formats.keys()
-    changed = [group for group in groups if one.formats.get(group) != before.formats.get(group)]
+def _with_churn(run: _SiteRun, before: _SiteRun) -> RunRow:
+    if not run.formats:
+        return run.row
+    groups = run.formats.keys() | before.formats.keys()
+    changed = [group for group in groups if run.formats.get(group) != before.formats.get(group)]
     return replace(
-        one.row,
+        run.row,
         compared_with=before.row.name,
         num_changed=len(changed),
         num_groups=len(groups),

@@ -184,14 +184,16 @@ def _change(rows: list[RunRow]) -> str | None:
 
 def _summary(values: list[float | None], form: str) -> str:
     """A chart in one sentence, for those who do not see it."""
-    known = [value for value in values if value is not None]
-    if not known:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return "No run has this number yet."
     if len(values) == 1:
-        return f"One run: {form.format(known[0])}."
-    ends = f"from {form.format(known[0])} to {form.format(known[-1])}"
-    span = f"lowest {form.format(min(known))}, highest {form.format(max(known))}"
-    return f"{len(known)} of {len(values)} runs: {ends}; {span}. The table below has every number."
+        return f"One run: {form.format(numbers[0])}."
+    ends = f"from {form.format(numbers[0])} to {form.format(numbers[-1])}"
+    span = f"lowest {form.format(min(numbers))}, highest {form.format(max(numbers))}"
+    return (
+        f"{len(numbers)} of {len(values)} runs: {ends}; {span}. The table below has every number."
+    )
 
 
 def _shown(value: float | None, form: str) -> str:

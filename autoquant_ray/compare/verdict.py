@@ -159,7 +159,9 @@ def _first(names: Sequence[str]) -> str:
 
 def _groups(comparison: Comparison) -> list[str]:
     """Groups that came or went, unless the config or the menu says which there are."""
-    if any(one.kind == "formats" or one.name in _CHOOSES_GROUPS for one in comparison.changes):
+    if any(
+        change.kind == "formats" or change.name in _CHOOSES_GROUPS for change in comparison.changes
+    ):
         return []
     named = (("are gone", comparison.only_before), ("are new", comparison.only_after))
     return [

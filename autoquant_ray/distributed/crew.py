@@ -1,4 +1,4 @@
-"""The workers of a pool: started, loaded, replaced when they die, more when the cluster grows."""
+"""The workers of a pool: start, load, replace dead ones, start more when the cluster grows."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Crew:
         self.loading.clear()
 
     def finish_loading(self, reference: Any) -> None:
-        """A worker of ``loading`` is ready or dead.
+        """Move a worker out of ``loading``: it is ready or dead.
 
         Raises:
             AutoQuantError: It cannot load the model; others could not either.
@@ -75,7 +75,7 @@ class Crew:
         try:
             process_id = ray.get(reference)
         except RayTaskError as error:
-            raise own_error(error) from None
+            raise error_of_task(error) from None
         except RayError as error:
             self.bury(worker, None, error)
         else:
@@ -83,7 +83,7 @@ class Crew:
             self._on_event("worker_ready", pid=process_id, num_workers=len(self.ready))
 
     def bury(self, worker: Any, shard: int | None, error: RayError) -> Decision:
-        """Drop a dead worker and start another within the budget; what happens to its shard."""
+        """Drop a dead worker, start another within the budget; returns the fate of its shard."""
         self.ready.pop(worker, None)
         ray.kill(worker)
         decision = self.policy.on_worker_death(shard)
@@ -120,7 +120,7 @@ class Crew:
             self.start(count)
 
     def require_workers(self) -> None:
-        """Check that there is somebody to wait for.
+        """Check that there are workers to wait for.
 
         Raises:
             WorkerError: All workers are gone and the replacement budget is spent.
@@ -144,7 +144,7 @@ class Crew:
             )
 
 
-def own_error(error: RayTaskError) -> AutoQuantError:
+def error_of_task(error: RayTaskError) -> AutoQuantError:
     """The error of this package that a worker raised, or what it raised as a WorkerError."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, AutoQuantError):

@@ -55,7 +55,7 @@ def _encode(
     chunk: list[Conversation | BadSample], tokenizer_ref: TokenizerRef, loss_on: str
 ) -> list[Encoded | BadSample]:
     encoder = _cached_encoder(tokenizer_ref, loss_on)
-    return [one if isinstance(one, BadSample) else encoder.encode(one) for one in chunk]
+    return [chat if isinstance(chat, BadSample) else encoder.encode(chat) for chat in chunk]
 
 
 @lru_cache(maxsize=1)

@@ -1,11 +1,19 @@
-"""What to do when a worker dies or a shard fails: decisions only, no actions, no Ray."""
+"""What to do when a worker dies, a shard fails or a cluster does not start: decisions, no Ray."""
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.errors import NonFiniteError, one_line
+
+logger = logging.getLogger(__name__)
+
+MAX_STARTS = 3
+_TIMED_OUT = re.compile(r"timed out|within \d+ (s\b|seconds)|deadline exceeded", re.IGNORECASE)
 
 
 class Decision(Enum):
@@ -55,3 +63,37 @@ class FailurePolicy:
             return False
         self.num_replacements += 1
         return True
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether the start of a local cluster took too long, as it does on a busy machine.
+
+    Ray raises :class:`TimeoutError`, :class:`RuntimeError` or plain :class:`Exception` for it, by
+    the process that it waited for; what they have in common is their text.
+    """
+    return isinstance(error, TimeoutError) or _TIMED_OUT.search(str(error)) is not None
+
+
+def start_in_time(start: Callable[[], object], clean_up: Callable[[], object]) -> None:
+    """Start something; where that times out, try again, three times in all.
+
+    Args:
+        start: Starts it.
+        clean_up: Removes what a start that timed out has left.
+
+    Raises:
+        RuntimeError: No start was in time.
+        Exception: What ``start`` raised for any other reason, at once.
+    """
+    for tries in range(1, MAX_STARTS + 1):
+        try:
+            start()
+        except Exception as error:
+            if not is_timeout(error):
+                raise
+            clean_up()
+            if tries == MAX_STARTS:
+                raise RuntimeError(f"{one_line(error)} ({tries} times)") from None
+            logger.warning("Ray did not start in time, trying again: %s", one_line(error))
+        else:
+            return

@@ -102,7 +102,7 @@ class RunMetrics:
 
     Args:
         run_id: Tag of everything recorded.
-        make: Makes what records one metric; Ray's metrics unless told otherwise.
+        make: Makes what records one metric; default: Ray's metrics.
         clock: Seconds, monotonic.
     """
 
@@ -121,7 +121,7 @@ class RunMetrics:
         self._throughput = Throughput(clock)
 
     def __call__(self, event: str, **details: Any) -> None:
-        """Take one event; unknown ones change nothing."""
+        """Take an event; kinds that are unknown here change nothing."""
         if not self._is_on:
             return
         try:
@@ -157,8 +157,8 @@ class RunMetrics:
         if metric.name not in self._records:
             self._records[metric.name] = self._make(metric)
         if value or metric.kind == "gauge":  # Ray refuses to add nothing to a counter
-            known = {"run_id": self._run_id, "stage": self._stage}
-            self._records[metric.name](value, {tag: known[tag] for tag in metric.tags})
+            tags = {"run_id": self._run_id, "stage": self._stage}
+            self._records[metric.name](value, {tag: tags[tag] for tag in metric.tags})
 
 
 @contextmanager

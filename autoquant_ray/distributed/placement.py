@@ -12,6 +12,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.distributed.failure import start_in_time
 from autoquant_ray.errors import ClusterError, one_line
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def connected(config: ScanConfig) -> Iterator[dict[str, float]]:
         yield dict(ray.cluster_resources())
         return
     try:
-        with _own_sigterm():
+        with _kept_sigterm():
             _connect(config)
     except (OSError, ValueError, RuntimeError) as error:
         reason = one_line(error)
@@ -101,7 +103,7 @@ def connected(config: ScanConfig) -> Iterator[dict[str, float]]:
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
+def _kept_sigterm() -> Iterator[None]:
     """Keep the program's SIGTERM handler: ``ray.init`` sets one that ends the process at once."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -140,13 +142,15 @@ def _connect(config: ScanConfig) -> None:
     asked = config.workers * config.cpus_per_worker if isinstance(config.workers, int) else 0
     if asked > (os.cpu_count() or 1):
         logger.warning("the workers ask for %d CPUs, this machine has %s", asked, os.cpu_count())
-    ray.init(
+    start = partial(
+        ray.init,
         address="local",
         num_cpus=max(os.cpu_count() or 1, asked, config.cpus_per_worker),
         object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         include_dashboard=False,
         **common,
     )
+    start_in_time(start, clean_up=ray.shutdown)
 
 
 def resolve_device(config: ScanConfig, resources: Mapping[str, float]) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from autoquant_ray.distributed.crew import Crew, OnEvent, own_error
+from autoquant_ray.distributed.crew import Crew, OnEvent, error_of_task
 from autoquant_ray.distributed.failure import Decision
 from autoquant_ray.distributed.interrupts import StopRequest
 from autoquant_ray.distributed.placement import Placement
@@ -137,25 +137,30 @@ class WorkerPool:
         window = 2 * self._placement.num_workers if self._owners else 1
         queue = ShardQueue(tasks, self._owners, window)
         try:
-            while not stop.is_made:
-                self._feed(queue, submit)
-                queue.read_ahead()
-                if queue.is_done:
-                    return
-                if queue.has_fresh:
-                    self._crew.grow()
-                self._crew.require_workers()
-                for reference in self._wait(queue):
-                    outcome = self._receive(reference, queue)
-                    if outcome is not None:
-                        if not stop.is_made:
-                            self._feed(queue, submit)  # before the caller writes the result
-                        yield outcome
-            yield from self._drain(queue, stop)
+            yield from self._outcomes(queue, submit, stop)
         finally:
             for call in self._calls.values():
                 if call.queue is queue:
                     call.task = None
+
+    def _outcomes(
+        self, queue: ShardQueue, submit: Submit, stop: StopRequest
+    ) -> Generator[Outcome, None, None]:
+        while not stop.is_made:
+            self._feed(queue, submit)
+            queue.read_ahead()
+            if queue.is_done:
+                return
+            if queue.has_fresh:
+                self._crew.grow()
+            self._crew.require_workers()
+            for reference in self._wait(queue):
+                outcome = self._receive(reference, queue)
+                if outcome is not None:
+                    if not stop.is_made:
+                        self._feed(queue, submit)  # before the caller writes the result
+                    yield outcome
+        yield from self._drain(queue, stop)
 
     def _drain(self, queue: ShardQueue, stop: StopRequest) -> Generator[Outcome, None, None]:
         """Take what is in flight while the stop allows; start nothing, not even a worker."""
@@ -229,14 +234,14 @@ class WorkerPool:
         try:
             result = ray.get(reference)
         except RayTaskError as error:
-            own = own_error(error)
-            decision = self._crew.policy.on_error(own)
+            cause = error_of_task(error)
+            decision = self._crew.policy.on_error(cause)
             self._on_event(
-                "shard_failed", shard=task.shard, decision=decision.value, reason=one_line(own)
+                "shard_failed", shard=task.shard, decision=decision.value, reason=one_line(cause)
             )
             if decision is Decision.FAIL:
-                raise own from None
-            return self._quarantine(task, str(own), queue)
+                raise cause from None
+            return self._quarantine(task, str(cause), queue)
         except RayError as error:  # the worker, its node, or its result is gone
             if self._on_death(call.worker, task, error) is Decision.RETRY:
                 queue.lose(task.shard, call.start_s)

@@ -33,33 +33,33 @@ class ShardWorker:
 
     def load(self, spec: Any) -> int:
         """Load the model with the spec's ``build()``; returns the process id."""
-        with _own_errors("loading the model"):
+        with _named_errors("loading the model"):
             self._runner = spec.build()
         return os.getpid()
 
     def calibrate(self, task: ShardTask) -> Any:
         """Calibration of a shard."""
-        with _own_errors(f"calibrating shard {task.shard}"):
+        with _named_errors(f"calibrating shard {task.shard}"):
             return self._runner.calibrate(task.samples, task.shard)
 
     def search(self, task: ShardTask, calibration: Any) -> Any:
         """Losses of AWQ's candidates on a shard."""
-        with _own_errors(f"searching scales on shard {task.shard}"):
+        with _named_errors(f"searching scales on shard {task.shard}"):
             return self._runner.search(task.samples, calibration)
 
     def score(self, task: ShardTask, calibration: Any) -> Any:
         """Sensitivity sums of a shard."""
-        with _own_errors(f"scoring shard {task.shard}"):
+        with _named_errors(f"scoring shard {task.shard}"):
             return self._runner.score(task.samples, task.first_sample, calibration, task.shard)
 
     def evaluate(self, task: ShardTask, choices: list[tuple[int, ...]]) -> Any:
         """Divergences of a shard under allocations."""
-        with _own_errors(f"evaluating shard {task.shard}"):
+        with _named_errors(f"evaluating shard {task.shard}"):
             return self._runner.evaluate(task.samples, choices)
 
 
 @contextmanager
-def _own_errors(doing: str) -> Iterator[None]:
+def _named_errors(doing: str) -> Iterator[None]:
     """Let only this package's errors leave the process, each naming what was being done."""
     try:
         yield

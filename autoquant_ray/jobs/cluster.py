@@ -157,18 +157,18 @@ class Jobs:
         Raises:
             ConfigError: The cluster does not know it.
         """
-        found = self.find(check_run_id(run_id))
-        if found is None:
+        job = self.find(check_run_id(run_id))
+        if job is None:
             raise ConfigError(
                 f"{self.address} knows no job {run_id!r}; 'autoquant-ray jobs list' shows its jobs"
             )
-        return found
+        return job
 
     def all(self) -> list[JobView]:
         """All jobs that this program submitted and the cluster knows, oldest first."""
         with self._asking():
-            found = self._client.list_jobs()
-        ours = [_view(info) for info in found if _OURS in (info.metadata or {})]
+            infos = self._client.list_jobs()
+        ours = [_view(info) for info in infos if _OURS in (info.metadata or {})]
         return sorted(ours, key=lambda job: job.started or 0.0)
 
     def logs(self, run_id: str) -> str:

@@ -126,7 +126,7 @@ class SweepJob(_Job):
         """Bits become floats; texts become bytes, an int."""
         if not isinstance(value, list | tuple):
             return value
-        budgets = tuple(_parse_budget(one) for one in value)
+        budgets = tuple(_parse_budget(budget) for budget in value)
         if len(set(budgets)) < len(budgets):
             raise ValueError("a budget is named twice")
         return budgets
@@ -226,26 +226,26 @@ def make_job(values: dict[str, Any], path: str) -> Job:
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"{path}: kind: {kind!r} is unknown; known: {', '.join(_KINDS)}")
     job_class = _KINDS[kind]
-    own_fields = set(job_class.model_fields) - {"scan"}
-    own = {key: value for key, value in values.items() if key in own_fields}
-    scan = {key: value for key, value in values.items() if key not in own_fields}
+    job_fields = set(job_class.model_fields) - {"scan"}
+    of_job = {key: value for key, value in values.items() if key in job_fields}
+    scan = {key: value for key, value in values.items() if key not in job_fields}
     clash = sorted(job_class.LEFT_OUT & set(scan))
     if clash:
         raise ConfigError(f"{path}: {clash[0]}: a {kind} job sets it itself; leave it out")
-    if kind == "scan" and "name" not in own:
-        own["name"] = slug(str(scan.get("out")))
-    with _one_line(path, sorted(own_fields | (set(ScanConfig.model_fields) - job_class.LEFT_OUT))):
-        job = job_class.model_validate({**own, "scan": scan})
+    if kind == "scan" and "name" not in of_job:
+        of_job["name"] = slug(str(scan.get("out")))
+    with _one_line(path, sorted(job_fields | (set(ScanConfig.model_fields) - job_class.LEFT_OUT))):
+        job = job_class.model_validate({**of_job, "scan": scan})
         _validate_scans(job)
     return job
 
 
 @contextmanager
-def _one_line(path: str, known: Sequence[str]) -> Iterator[None]:
+def _one_line(path: str, keys: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        line = first_problem(error, lambda name, _root: f"{path}: {name}", known, _NOT_SHOWN)
+        line = first_problem(error, lambda name, _root: f"{path}: {name}", keys, _NOT_SHOWN)
         raise ConfigError(line if line.startswith(path) else f"{path}: {line}") from None
 
 

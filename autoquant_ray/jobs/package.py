@@ -1,9 +1,10 @@
 """What travels to a cluster with a job, and what must not.
 
 The job file, validated here, travels alone in a working directory of the job; with a wheel, the
-package inside it travels too. Weights and secrets never do: models are read where the workers are,
-and secrets are looked up by name in the environment of the cluster. What a user wrote never
-reaches a shell: the command line of the driver is made of quoted words.
+package inside it is unpacked and travels too: as a wheel among ``py_modules``, it would be
+installed by pip with its dependencies. Weights and secrets never travel: models are read where the
+workers are, and secrets are looked up by name in the environment of the cluster. What a user wrote
+never reaches a shell: the command line of the driver is made of quoted words.
 """
 
 from __future__ import annotations
@@ -93,12 +94,7 @@ def make_package(
     _require_no_secret(job.secrets, env)
     if wheel is not None:
         _require_wheel(wheel)
-    command: tuple[str, ...]
-    run_id, command = job.run_id, ("run", _JOB_FILE, "--run-id", job.run_id)
-    if runs is not None:
-        date = parse_date(None)
-        run_id, command = f"{job.name}-{date}", ("nightly", _JOB_FILE, "--date", date)
-        command = (*command, "--runs", runs)
+    run_id, command = _command(job, runs)
     return Package(
         job=job,
         run_id=run_id,
@@ -107,6 +103,14 @@ def make_package(
         env=dict(env),
         wheel=wheel,
     )
+
+
+def _command(job: Job, runs: str | None) -> tuple[str, tuple[str, ...]]:
+    """Run id, and what the driver is called with; of a nightly job, of today's night."""
+    if runs is None:
+        return job.run_id, ("run", _JOB_FILE, "--run-id", job.run_id)
+    date = parse_date(None)
+    return f"{job.name}-{date}", ("nightly", _JOB_FILE, "--date", date, "--runs", runs)
 
 
 def entrypoint(command: Sequence[str]) -> str:

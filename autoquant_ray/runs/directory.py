@@ -200,13 +200,13 @@ class RunDirectory:
 
     def list_folders(self, folder: str) -> list[str]:
         """Names of the folders inside a folder, sorted."""
-        found = self._list(folder)
-        return sorted(i.base_name for i in found if i.type == pa.fs.FileType.Directory)
+        infos = self._list(folder)
+        return sorted(i.base_name for i in infos if i.type == pa.fs.FileType.Directory)
 
     def list_files(self, folder: str) -> list[str]:
         """Names of the files inside a folder, sorted."""
-        found = self._list(folder)
-        return sorted(i.base_name for i in found if i.type == pa.fs.FileType.File)
+        infos = self._list(folder)
+        return sorted(i.base_name for i in infos if i.type == pa.fs.FileType.File)
 
     def delete_if_empty(self, folder: str) -> None:
         """Delete a folder that holds nothing; object stores have no folders of their own."""
@@ -246,10 +246,10 @@ class RunDirectory:
 
     def _list(self, folder: str) -> list[Any]:
         root = f"{self._root}/{folder}".rstrip("/")
-        found: list[Any] = []
+        infos: list[Any] = []
         with self._reaching("list", folder), suppress(FileNotFoundError):  # deleted meanwhile
-            found = self._base.get_file_info(pa.fs.FileSelector(root, allow_not_found=True))
-        return found
+            infos = self._base.get_file_info(pa.fs.FileSelector(root, allow_not_found=True))
+        return infos
 
     @contextmanager
     def _reaching(self, verb: str, name: str) -> Iterator[None]:

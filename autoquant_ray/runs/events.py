@@ -1,8 +1,9 @@
 """The schema of ``events.jsonl``: one JSON object per line, one line per state change.
 
 Every event of a run passes through :meth:`~autoquant_ray.runs.directory.RunDirectory.append_event`,
-which writes the line and tells the listener (the metrics). A class below is one kind of line; its
-docstring and descriptions are the documentation (``docs/metrics-and-events.md``).
+which writes the line and tells the listener (the metrics). Each class below is one kind of line; a
+new kind needs one, and a test compares the package's calls with them. Docstrings and descriptions
+are the documentation (``docs/metrics-and-events.md``).
 
 Lines are in the order in which the driver learned of things. A resumed run appends. A line that a
 killed driver left unfinished has no line break at its end.

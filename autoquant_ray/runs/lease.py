@@ -1,8 +1,8 @@
 """A lock that a crashed holder cannot keep, on any store that a run directory can be on.
 
 Every contender writes a claim of its own into a folder and then lists the folder: whoever finds
-another live claim withdraws. Of two contenders the one that lists last sees the other's claim, so
-at most one holds; this needs no more of the store than that a finished write is listed, which
+another live claim withdraws. Of two contenders, whichever lists last sees the other's claim, so
+at most one holds the lease. All this needs of the store is that a finished write is listed, which
 local disks, S3 and GCS give. A claim lives until it expires; its holder renews it from a thread. A
 claim of a dead process of this machine is dead at once. The clocks of the machines must agree
 within seconds.
@@ -77,7 +77,7 @@ class Lease:
     Args:
         directory: Where the folder of claims is.
         folder: Its name.
-        claim: Our own claim, written.
+        claim: Our claim, already written.
         ttl_s: Seconds from a renewal to the expiry.
     """
 
@@ -161,11 +161,11 @@ def lease(
 
 
 def _claim(directory: RunDirectory, folder: str, ttl_s: float) -> Claim:
-    """Write a claim and find no other live one, or withdraw and try again."""
+    """Write a claim; if another live claim is there, withdraw and try again."""
     for _ in range(_TRIES):
         _wait_for_dead(directory, folder, ttl_s)
         now = time.time()
-        own = Claim(
+        claim = Claim(
             id=uuid.uuid4().hex,
             holder=f"process {os.getpid()} on {platform.node()}",
             machine=_machine(),
@@ -175,21 +175,21 @@ def _claim(directory: RunDirectory, folder: str, ttl_s: float) -> Claim:
             expires=now + ttl_s,
         )
         try:
-            directory.write_json(_file(folder, own.id), asdict(own))
-            others = _live_claims(directory, folder, own.id)
+            directory.write_json(_file(folder, claim.id), asdict(claim))
+            others = _live_claims(directory, folder, besides=claim.id)
         except BaseException:
             with suppress(StoreError):
-                directory.delete(_file(folder, own.id))
+                directory.delete(_file(folder, claim.id))
             raise
         if not others:
-            return own
-        directory.delete(_file(folder, own.id))
+            return claim
+        directory.delete(_file(folder, claim.id))
         time.sleep(random.uniform(0.1, 0.5))
     raise _held(directory, others)
 
 
 def _wait_for_dead(directory: RunDirectory, folder: str, ttl_s: float) -> None:
-    """Return once no claim is live; raise as soon as one is known to be at work."""
+    """Return once no claim is live; raise as soon as a claim is seen to be renewed."""
     seen = {claim.id: claim for claim in _live_claims(directory, folder)}
     if not seen:
         return
@@ -208,11 +208,11 @@ def _wait_for_dead(directory: RunDirectory, folder: str, ttl_s: float) -> None:
             return
 
 
-def _live_claims(directory: RunDirectory, folder: str, own: str = "") -> list[Claim]:
-    """Others' live claims, oldest first; what a dead one left is deleted."""
+def _live_claims(directory: RunDirectory, folder: str, besides: str = "") -> list[Claim]:
+    """Others' live claims, oldest first; files of dead claims are deleted."""
     now, live = time.time(), []
     for name in directory.list_files(folder):
-        if not name.endswith(".json") or name == f"{own}.json":
+        if not name.endswith(".json") or name == f"{besides}.json":
             continue
         claim = _read(directory, f"{folder}/{name}")
         if claim is None:

@@ -40,33 +40,38 @@ def score_part(
     row_of, column_of = _positions(groups), _positions(formats)
     rows_K = np.array([row_of[group] for group, _ in keys_K], dtype=np.intp)
     columns_K = np.array([column_of[format_] for _, format_ in keys_K], dtype=np.intp)
-    unseen_K = np.equal(scores.sums.num_rows_G, 0)[rows_K]
+    sums = scores.sums
+    unseen_K = np.equal(sums.num_rows_G, 0)[rows_K]
 
     def values(sums_GF: Floats) -> pa.Array:
         return pa.array(sums_GF[rows_K, columns_K], mask=unseen_K)
 
-    is_first_K = np.diff(rows_K, prepend=-1) != 0
     columns = {
         "shard": np.full(num_rows, shard),
         "group": [group for group, _ in keys_K],
         "format": [format_ for _, format_ in keys_K],
-        "elementwise_sum": values(scores.sums.elementwise_GF),
-        "token_sum": values(scores.sums.token_GF),
+        "elementwise_sum": values(sums.elementwise_GF),
+        "token_sum": values(sums.token_GF),
         "num_tokens": np.full(num_rows, scores.num_tokens),
         "num_samples": np.full(num_rows, scores.num_samples),
         "seconds": np.full(num_rows, scores.seconds),
-        "elementwise_variance": values(scores.sums.elementwise_variance_GF),
-        "token_variance": values(scores.sums.token_variance_GF),
-        # The same for all formats of a group: kept with the first.
-        "expert_tokens": pa.array(
-            [
-                scores.sums.expert_tokens.get(group) if is_first else None
-                for (group, _), is_first in zip(keys_K, is_first_K, strict=True)
-            ],
-            type=pa.list_(pa.int64()),
-        ),
+        "elementwise_variance": values(sums.elementwise_variance_GF),
+        "token_variance": values(sums.token_variance_GF),
+        "expert_tokens": _once_per_group(keys_K, sums.expert_tokens),
     }
     return pa.table(columns, schema=SCHEMAS[SCORES])
+
+
+def _once_per_group(
+    keys_K: Sequence[tuple[str, str]], expert_tokens: Mapping[str, Counts]
+) -> pa.Array:
+    """Tokens of experts, which are the same for all formats of a group: in its first row only."""
+    previous_K = [None, *(group for group, _ in keys_K)]
+    counts_K = [
+        expert_tokens.get(group) if group != previous else None
+        for (group, _), previous in zip(keys_K, previous_K, strict=False)
+    ]
+    return pa.array(counts_K, type=pa.list_(pa.int64()))
 
 
 def _positions(names: Sequence[str]) -> dict[str, int]:
@@ -80,14 +85,14 @@ def is_complete_part(table: pa.Table, shard: int, keys: Sequence[tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregate:
-    """What all shards say together.
+    """Scores over all shards.
 
     Attributes:
         rows: Of ``sensitivity.parquet``.
         left_out: Experts that are groups of their own and saw no token: they have no row.
         buckets: Content of ``resampling.parquet``: the sums behind the scores in at most 64
-            buckets of successive shards with their tokens, from which a solution's certainty and
-            the error of its total are found without reading the shards again.
+            buckets of successive shards with their tokens. A solution's certainty and the error of
+            its total are computed from them, without reading the shards again.
     """
 
     rows: list[dict[str, Any]]
@@ -104,17 +109,6 @@ def aggregate_parts(
 ) -> Aggregate:
     """Rows of ``sensitivity.parquet``, and the sums that can be resampled.
 
-    ``score = 1/2 * sum / num_tokens`` in nats per token. ``score_stderr`` is the standard error
-    of that ratio from its spread over shards (the usual ratio estimator: with ``e_s`` and
-    ``n_s`` of S shards and ``R = sum e / sum n``, the variance is
-    ``S/(S-1) * sum (e_s - R n_s)^2 / (sum n)^2``); null for a single shard. The spread contains
-    the noise of row sampling; where few shards make it look smaller than that noise alone, the
-    noise counts. ``sampling_stderr`` is that noise: the standard error against scoring all rows of
-    the same shards, zero where all were scored. ``modelopt_score``
-    is what ``mtq.auto_quantize`` would report if every shard were one of its scoring batches.
-    ``expert_tokens`` are the tokens that each expert of a group of fused experts saw; null for
-    other groups, and where a shard's part does not say.
-
     The parts are read twice, one at a time, so memory does not grow with their number.
 
     Args:
@@ -130,47 +124,79 @@ def aggregate_parts(
     """
     if not len(parts):
         raise ScoreError("no shard was scored; see the quarantined shards in run.json")
-    costs = {(row["group"], row["format"]): row for row in plan_rows if row["is_searched"]}
     buckets_BK = np.zeros((min(len(parts), num_buckets), parts[0].num_rows))
     tokens_B = np.zeros(len(buckets_BK), dtype=np.int64)
     totals = _add_up(parts, f"{estimator}_sum", buckets_BK, tokens_B)
-    groups = dict.fromkeys(group for group, _ in totals.keys_K)
-    expert_tokens = dict(zip(groups, totals.expert_tokens_G or (), strict=True))
-    silent = without_tokens(expert_tokens)
+    silent = without_tokens(totals.expert_tokens)
     left_out = silent if left_out is None else left_out
     _require_scores(totals, silent)
-    sums_K = totals.elementwise_K if estimator == "elementwise" else totals.token_K
-    scores_K = 0.5 * sums_K / totals.num_tokens
-    variances_K = totals.elementwise_variance_K
-    if estimator == "token":
-        variances_K = totals.token_variance_K
-    noise_K = 0.5 * np.sqrt(variances_K) / totals.num_tokens
-    errors_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
-    if errors_K is not None:
-        errors_K = np.maximum(errors_K, noise_K)
-    rows = [
-        {
-            "group": group,
-            "format": format_,
-            "score": float(scores_K[index]),
-            "score_stderr": None if errors_K is None else float(errors_K[index]),
-            "elementwise": float(totals.elementwise_K[index]),
-            "token": float(totals.token_K[index]),
-            "modelopt_score": float(totals.modelopt_K[index]),
-            "num_tokens": totals.num_tokens,
-            "num_shards": len(parts),
-            "weight_bits": costs[group, format_]["weight_bits"],
-            "weight_bytes": costs[group, format_]["weight_bytes"],
-            "sampling_stderr": float(noise_K[index]),
-            "expert_tokens": expert_tokens[group],
-        }
-        for index, (group, format_) in enumerate(totals.keys_K)
-        if group not in left_out
-    ]
     kept_K = np.array([group not in left_out for group, _ in totals.keys_K])
+    rows = _sensitivity_rows(totals, _estimate(parts, totals, estimator), plan_rows, kept_K)
     keys = [(row["group"], row["format"]) for row in rows]
     buckets = _bucket_table(keys, buckets_BK[:, kept_K], tokens_B)
     return Aggregate(rows=rows, buckets=buckets, left_out=tuple(left_out))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Estimate:
+    """Scores of K (group, format) in nats per token.
+
+    Attributes:
+        scores_K: ``1/2 * sum / num_tokens``.
+        stderrs_K: Standard errors over shards; None for a single shard. Where few shards make them
+            smaller than the noise of row sampling, which they contain, the noise counts.
+        sampling_stderrs_K: Of row sampling: the standard errors against scoring all rows of the
+            same shards, zero where all were scored.
+    """
+
+    scores_K: Floats
+    stderrs_K: Floats | None
+    sampling_stderrs_K: Floats
+
+
+def _estimate(parts: Sequence[pa.Table], totals: _Totals, estimator: str) -> _Estimate:
+    if estimator == "elementwise":
+        sums_K, variances_K = totals.elementwise_K, totals.elementwise_variance_K
+    else:
+        sums_K, variances_K = totals.token_K, totals.token_variance_K
+    scores_K = 0.5 * sums_K / totals.num_tokens
+    noise_K = 0.5 * np.sqrt(variances_K) / totals.num_tokens
+    stderrs_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
+    if stderrs_K is not None:
+        stderrs_K = np.maximum(stderrs_K, noise_K)
+    return _Estimate(scores_K=scores_K, stderrs_K=stderrs_K, sampling_stderrs_K=noise_K)
+
+
+def _sensitivity_rows(
+    totals: _Totals, estimate: _Estimate, plan_rows: Sequence[Mapping[str, Any]], kept_K: Mask
+) -> list[dict[str, Any]]:
+    """Rows of ``sensitivity.parquet``, of the pairs that are kept.
+
+    ``modelopt_score`` is what ``mtq.auto_quantize`` would report if every shard were one of its
+    scoring batches. ``expert_tokens`` are the tokens that each expert of a group of fused experts
+    saw; null for other groups, and where a shard's part does not say.
+    """
+    costs = {(row["group"], row["format"]): row for row in plan_rows if row["is_searched"]}
+    stderrs_K = estimate.stderrs_K
+    return [
+        {
+            "group": group,
+            "format": format_,
+            "score": float(estimate.scores_K[k]),
+            "score_stderr": None if stderrs_K is None else float(stderrs_K[k]),
+            "elementwise": float(totals.elementwise_K[k]),
+            "token": float(totals.token_K[k]),
+            "modelopt_score": float(totals.modelopt_K[k]),
+            "num_tokens": totals.num_tokens,
+            "num_shards": totals.num_parts,
+            "weight_bits": costs[group, format_]["weight_bits"],
+            "weight_bytes": costs[group, format_]["weight_bytes"],
+            "sampling_stderr": float(estimate.sampling_stderrs_K[k]),
+            "expert_tokens": totals.expert_tokens[group],
+        }
+        for k, (group, format_) in enumerate(totals.keys_K)
+        if kept_K[k]
+    ]
 
 
 def _bucket_table(
@@ -198,8 +224,15 @@ class _Totals:
     token_variance_K: Floats
     modelopt_K: Floats
     is_unseen_K: Mask
+    num_parts: int
     num_tokens: int = 0
     expert_tokens_G: list[Counts | None] | None = None
+
+    @property
+    def expert_tokens(self) -> dict[str, Counts | None]:
+        """Group -> tokens of its experts."""
+        groups = dict.fromkeys(group for group, _ in self.keys_K)
+        return dict(zip(groups, self.expert_tokens_G or (), strict=True))
 
 
 def _add_up(
@@ -215,6 +248,7 @@ def _add_up(
         token_variance_K=np.zeros(num_rows),
         modelopt_K=np.zeros(num_rows),
         is_unseen_K=np.ones(num_rows, dtype=np.bool_),
+        num_parts=len(parts),
     )
     for number, part in enumerate(parts):
         num_tokens = _num_tokens(part)
@@ -270,7 +304,11 @@ def _require_scores(totals: _Totals, silent: Collection[str]) -> None:
 def _standard_errors(
     parts: Sequence[pa.Table], column: str, ratios_K: Floats, num_tokens: int
 ) -> Floats | None:
-    """Standard errors of ratios of sums; None for a single part."""
+    """Standard errors of ratios of sums, from their scatter over the parts; None for a single part.
+
+    The usual ratio estimator: with ``e_s`` and ``n_s`` of S parts and ``R = sum e / sum n``, the
+    variance is ``S/(S-1) * sum (e_s - R n_s)^2 / (sum n)^2``.
+    """
     if len(parts) < 2:
         return None
     squares_K = np.zeros_like(ratios_K)

@@ -22,7 +22,7 @@ from autoquant_ray.stages.aggregate import NUM_BUCKETS, aggregate_parts
 
 logger = logging.getLogger(__name__)
 
-_MIN_BUCKETS = 8  # of a domain: fewer would not show its spread
+_MIN_BUCKETS = 8  # of a domain: fewer would not show how its sums vary
 
 
 def write_domain_scores(
@@ -31,11 +31,11 @@ def write_domain_scores(
     estimator: str,
     left_out: Collection[str] = (),
 ) -> None:
-    """``domain_sensitivity.parquet`` and ``domain_resampling.parquet``, of several domains.
+    """Write ``domain_sensitivity.parquet`` and ``domain_resampling.parquet``, if there are domains.
 
-    A domain that has no shard left, or a group without a gradient in all its shards, has no score
-    and is left out with a warning: the whole run's scores do not need it. An expert that saw none
-    of a domain's tokens loses nothing there.
+    A domain is left out with a warning if none of its shards is used, or if a group has no gradient
+    in any of them; the scores of the run do not depend on it. An expert that saw none of a domain's
+    tokens loses nothing there.
 
     Args:
         state: The run.

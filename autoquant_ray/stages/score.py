@@ -1,13 +1,14 @@
 """The stages of a scan. Each reads files, writes files, and is skipped when it is up to date.
 
-Nothing here decides how work is spread; the pool does. Nothing here computes a score; the scorer
-does. A stage's parts (one file per shard) are never recomputed while they are intact.
+The pool decides which worker gets which shard, and the scorer in the worker computes the scores. A
+stage's parts (one file per shard) are never recomputed while they are intact.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from autoquant_ray.distributed.pool import Outcome, WorkerPool
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.silent_experts import note_silent_experts, silent_experts
 from autoquant_ray.quantize.calibration import Calibration
+from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import PLAN_FILE, RESAMPLING_FILE, SCORES, SENSITIVITY_FILE, part_name
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_plan(state: RunState, plan: Plan, fingerprint: str, weights: Path | None = None) -> None:
-    """``plan.parquet``, and what later commands need instead of the model: summary, hashes.
+    """Write ``plan.parquet``, and the summary and hashes that spare later commands the model.
 
     Args:
         state: The run.
@@ -72,22 +74,12 @@ def score(
     """Sensitivity sums of every shard -> ``scores/shard-*.parquet``.
 
     With ``stop_when_stable``, of the first shards until the allocation is stable. Workers go on
-    with later shards while that is being found out; what they find is dropped.
+    with later shards while that is decided; what they return is dropped.
     """
     import ray
 
     rule = stopping_stage.make_rule(state, plan)
-    groups, experts = [group.name for group in plan.searched], {*plan.single_experts}
-    keys, formats = plan.score_keys, [format_.name for format_ in plan.formats]
-
-    def write(outcome: Outcome) -> str:
-        shard = outcome.task.shard
-        num_rows_G = outcome.result.sums.num_rows_G
-        known = zip(groups, num_rows_G, strict=True)
-        if unseen := [g for g, rows in known if not rows and g not in experts]:
-            logger.warning("shard %d gave no gradient to %s", shard, ", ".join(unseen[:3]))
-        part = score_part(shard, keys, formats, outcome.result)
-        return state.directory.write_table(part_name(SCORES, shard), part)
+    formats, experts = [format_.name for format_ in plan.formats], {*plan.single_experts}
 
     def is_enough(shard: int) -> bool:
         return rule is not None and stopping_stage.is_enough(state, rule, shard)
@@ -102,7 +94,7 @@ def score(
                 tasks=tasks_of(state, done),
                 submit=lambda worker, task: worker.score.remote(task, shared),
                 num_done=len(done),
-                write=write,
+                write=partial(_write_part, state.directory, plan.score_keys, formats, experts),
                 is_enough=is_enough,
             )
             collect(state, pool, work)
@@ -110,8 +102,24 @@ def score(
             stopping_stage.keep_used(state, rule)
 
 
+def _write_part(
+    directory: RunDirectory,
+    keys_K: Sequence[tuple[str, str]],
+    formats: Sequence[str],
+    experts: Collection[str],
+    outcome: Outcome,
+) -> str:
+    """Write a shard's scores; returns the path."""
+    shard, groups = outcome.task.shard, dict.fromkeys(group for group, _ in keys_K)
+    num_rows = zip(groups, outcome.result.sums.num_rows_G, strict=True)
+    if unseen := [group for group, rows in num_rows if not rows and group not in experts]:
+        logger.warning("shard %d gave no gradient to %s", shard, ", ".join(unseen[:3]))
+    part = score_part(shard, keys_K, formats, outcome.result)
+    return directory.write_table(part_name(SCORES, shard), part)
+
+
 def aggregate(state: RunState, config: ScanConfig, fingerprint: str) -> None:
-    """``sensitivity.parquet`` from the shards' parts."""
+    """Add up the shards' parts into ``sensitivity.parquet``."""
     if state.is_done("aggregate", fingerprint):
         return
     directory = state.directory

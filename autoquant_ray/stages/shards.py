@@ -21,7 +21,7 @@ from autoquant_ray.runs.state import RunState
 
 
 def read_tasks(directory: RunDirectory, folder: str, shards: Iterable[int]) -> Iterator[ShardTask]:
-    """Shards as workers take them, read one at a time when the next one is wanted.
+    """Shards in the form that workers take, each read only when it is asked for.
 
     Args:
         directory: The run.
@@ -47,7 +47,7 @@ class Work:
     Attributes:
         stage: Its name.
         tasks: Shards to do.
-        submit: How to start one on a worker.
+        submit: How to start a task on a worker.
         num_done: Shards that were done before.
         write: Writes a shard's part.
         is_enough: Whether the stage may end after this shard; asked once per shard.
@@ -62,7 +62,7 @@ class Work:
 
 
 def collect(state: RunState, pool: WorkerPool, work: Work) -> None:
-    """Write each shard's part as it arrives, until it is enough; note the quarantined ones.
+    """Write each shard's part as it arrives, until there are enough; note quarantined shards.
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C; what was in flight has been written, as far as it ended

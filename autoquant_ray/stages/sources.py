@@ -1,4 +1,4 @@
-"""One source of the calibration data: read, made tokens of over the cluster, cut into samples."""
+"""One source of the calibration data: read, tokenized on the cluster, cut into samples."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from autoquant_ray.models.tokenizer import TokenizerRef
 Skip = int | Mapping[str, int]
 """Samples left out at the start of the data, or of each of several sources, by name."""
 
-Made: TypeAlias = "array[int] | RichSample"
-"""A sample of plain text, or one of a chat."""
+SourceSample: TypeAlias = "array[int] | RichSample"
+"""A sample of plain text, or of a chat."""
 
 _MIN_CHUNK_TEXTS, _MAX_CHUNK_TEXTS = 64, 1024
-_CHUNK_CHATS = 8  # what a processor makes of an image is many times its file
+_CHUNK_CHATS = 8  # an image is many times its file once it is processed
 
 
 class Source:
-    """One source of the data, read as far as its samples are wanted.
+    """One source of the data, read only as far as samples are needed.
 
     Args:
-        name: Domain of all its texts; '' where they are of none, or say it themselves.
-        spec: What to read; samples that are left out come on top.
+        name: Domain of all its texts; '' where there are no domains, or the rows name theirs.
+        spec: What to read. Its number of samples does not include those that are left out.
         skip: Samples left out at the start.
         skips_bad: Skip chats that cannot be used.
     """
@@ -59,12 +59,14 @@ class Source:
         """Why chats were skipped."""
         return self._chats.reasons
 
-    def shards(self, tokenizer: TokenizerRef, size: int) -> Iterator[tuple[str, list[Made]]]:
+    def shards(
+        self, tokenizer: TokenizerRef, size: int
+    ) -> Iterator[tuple[str, list[SourceSample]]]:
         """Shards with their domains, without the samples that are left out."""
         samples = itertools.islice(self._samples(tokenizer), self.skipped, None)
         return shards_by_domain(samples, size)
 
-    def _samples(self, tokenizer: TokenizerRef) -> Iterator[tuple[str, Made]]:
+    def _samples(self, tokenizer: TokenizerRef) -> Iterator[tuple[str, SourceSample]]:
         rows = read_rows(self.spec)
         first = next(rows, None)
         rows = itertools.chain([] if first is None else [first], rows)
@@ -94,7 +96,7 @@ class Source:
             loss_on=self.spec.loss_on,
             look_ahead=look_ahead_of(self.spec.num_samples // _CHUNK_CHATS),
         )
-        return self._chats.take((domains.popleft(), one) for one in stream)
+        return self._chats.take((domains.popleft(), chat) for chat in stream)
 
     def _is_mixed(self) -> DataError:
         return DataError(

@@ -54,7 +54,9 @@ def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
     has_GF = scored_choices(costs)
     if served is not None:
         permitted = [served.permitted[group.name] for group in problem.searched]
-        costs = costs.keep(np.array([[f in own for f in (*formats, NONE)] for own in permitted]))
+        costs = costs.keep(
+            np.array([[f in names for f in (*formats, NONE)] for names in permitted])
+        )
     return StoppingRule(
         costs,
         threshold=config.stop_when_stable,
@@ -65,7 +67,7 @@ def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
 
 
 def is_enough(state: RunState, rule: StoppingRule, shard: int) -> bool:
-    """Let the rule see a shard that has its part or is left out; tell what it found."""
+    """Give the rule a shard that has its part or is left out; logs each check that it makes."""
     sums_K = None
     if shard not in state.left_out:
         table = state.directory.read_table(part_name(SCORES, shard))
