@@ -67,7 +67,7 @@ def without_domains(options: SolveOptions) -> SolveOptions:
     if options.domains or options.worst_domain:
         logger.warning(
             "measurements lower the KL of the data as a whole, not by the domains that the "
-            "solution was solved for; the new plan may give some of their gain back"
+            "solution was solved for; the new allocation may give some of their gain back"
         )
     return replace(options, domains={}, worst_domain=False)
 

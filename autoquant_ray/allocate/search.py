@@ -123,14 +123,16 @@ def served_problem(problem: Problem, options: SolveOptions, formats: Mapping[str
         [group.name for group in problem.caches], own, options.engine, options.gpu
     )
     if reason is not None:
-        raise NotServedError(f"{options.engine} cannot serve this plan: {reason}")
+        raise NotServedError(f"{options.engine} cannot serve this allocation: {reason}")
     groups = _weights(problem)
     weights = {name: chosen for name, chosen in own.items() if name in groups}
     require_served(groups, weights, formats_of(problem.summary), options.engine, options.gpu)
     for one in served_problems(problem, options):
         if one.served is not None and one.served.permits(own):
             return one
-    raise NotServedError(f"the plan uses formats that {options.engine} does not serve together")
+    raise NotServedError(
+        f"the allocation uses formats that {options.engine} does not serve together"
+    )
 
 
 def _weights(problem: Problem) -> dict[str, list[str]]:

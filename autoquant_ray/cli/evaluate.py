@@ -52,7 +52,11 @@ def evaluate(run: str, **flags: Any) -> Result:
 @click.command()
 @click.argument("run")
 @click.option(
-    "--trials", type=click.IntRange(min=1), default=200, show_default=True, help="Plans to try."
+    "--trials",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Allocations to try.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of swaps.")
 @config_options(EvaluationConfig, exclude=("run", "against", "num_random", "audit"))
@@ -60,10 +64,9 @@ def evaluate(run: str, **flags: Any) -> Result:
 def refine(run: str, trials: int, seed: int, **flags: Any) -> Result:
     """Search around RUN's allocation by measured KL, within the same budget.
 
-    On half of the unseen data the plan's neighbours are scored again, around the quantized model,
-    and swaps are tried; the best plans race on a quarter, and what is said about the winner is
-    measured on the rest. Writes solutions/NAME-refined. May be killed
-    and started again.
+    On half of the unseen data the solution's neighbours are scored again, around the quantized
+    model, and swaps are tried; the best allocations race on a quarter, and what is said about the
+    winner is measured on the rest. Writes solutions/NAME-refined. May be killed and started again.
 
     \b
     Example:
@@ -77,7 +80,7 @@ def refinement(fields: dict[str, Any], trials: int, seed: int) -> Result:
 
     Args:
         fields: Of :class:`EvaluationConfig`.
-        trials: Plans to try.
+        trials: Allocations to try.
         seed: Of the choice of swaps.
     """
     from autoquant_ray.cli.output import print_refinement

@@ -21,8 +21,8 @@ def explain(run: str, group: str, solution: str) -> Result:
     """Say why GROUP of RUN got its format.
 
     For every format: what it loses, what it costs, how often the resampled shards chose it, what
-    the whole plan would lose with it, and the shards that its score comes from. GROUP is the name
-    of a group or of one of its layers, or a part of it that fits no other group.
+    the whole allocation would lose with it, and the shards that its score comes from. GROUP is the
+    name of a group or of one of its layers, or a part of it that fits no other group.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""The command ``export``: a plan for where it is to be used."""
+"""The command ``export``: a solution for where it is to be used."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def export(
     solution: str,
     overwrite: bool,
 ) -> Result:
-    """Write RUN's plan in the form that another program reads.
+    """Write a solution of RUN in the form that another program reads.
 
-    A checkpoint is a folder with the packed weights, checked against the plan; the model must fit
-    this machine's memory. With --engine nothing is written that this engine would not serve as
-    planned.
+    A checkpoint is a folder with the packed weights, checked against the solution; the model must
+    fit this machine's memory. With --engine nothing is written that this engine would not serve as
+    it was chosen.
 
     \b
     Example:

@@ -143,7 +143,7 @@ def scan(
     "num_trials",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Then search around the solution by measured KL, as 'refine' does, with N plans.",
+    help="Then search around the solution by measured KL, as 'refine' does, with N allocations.",
 )
 @prints_result
 def solve(

@@ -51,8 +51,8 @@ class EvaluationConfig(BaseModel):
         default=None,
         ge=1,
         description="Before that, measure this many scores, of the pairs (group, format) that "
-        "matter most to the plan, each alone on half of the data, and solve the budget again with "
-        "them. Writes audit.parquet and solutions/NAME-audited.",
+        "matter most to the solution, each alone on half of the data, and solve the budget again "
+        "with them. Writes audit.parquet and solutions/NAME-audited.",
     )
     workers: int | str | None = Field(default=None, description="Number of workers, or auto.")
     cpus_per_worker: int | None = Field(default=None, ge=1, description="Threads per worker.")

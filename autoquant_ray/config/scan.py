@@ -98,7 +98,7 @@ class ScanConfig(SearchSpace):
         default=None, ge=1, description="At most this many distinct formats, 16 bits not counted."
     )
     engine: str | None = Field(
-        default=None, description="Only plans that this can serve: vllm, sglang or trtllm."
+        default=None, description="Only allocations that this can serve: vllm, sglang or trtllm."
     )
     gpu: str | None = Field(
         default=None, description="On ampere, ada, hopper, blackwell, or a card such as h100."

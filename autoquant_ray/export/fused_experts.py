@@ -1,7 +1,7 @@
 """Experts that were chosen apart, as exports see them: one module again where a layer's agree.
 
-Checkpoints and other tools hold a layer's experts in one format each. Where a plan gives all of
-them the same, it is the plan of the fused module.
+Checkpoints and other tools hold a layer's experts in one format each. Where a solution gives all
+of them the same, it is that of the fused module.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def require_fused(chosen: Mapping[str, str], modules: Facts, what: str) -> None:
     mixed = _layers(chosen, modules)
     if mixed:
         raise ConfigError(
-            f"{what} holds the experts of a layer in one format, and the plan gives several in "
+            f"{what} holds the experts of a layer in one format, and the solution gives several in "
             f"{few(list(mixed), _MOST_NAMES)}; solve again with --engine, or, where every expert "
             "saw a token, with --expert-groups layer"
         )

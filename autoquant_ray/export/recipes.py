@@ -1,4 +1,4 @@
-"""A plan as a recipe for tools that quantize by themselves: llama.cpp, AutoRound, mlx-lm.
+"""A solution as a recipe for tools that quantize by themselves: llama.cpp, AutoRound, mlx-lm.
 
 Names are the tool's own: llama.cpp's tensor names come from the maps of its package ``gguf``.
 """
@@ -66,8 +66,8 @@ def _llama_cpp(layers: Mapping[str, str]) -> str:
         for tensor in tensors or ():
             if lines.setdefault(tensor, type_) != type_:
                 raise ConfigError(
-                    f"llama.cpp keeps {tensor} in one type, and the plan gives {lines[tensor]} and "
-                    f"{type_}; solve again with one format for the experts of a layer"
+                    f"llama.cpp keeps {tensor} in one type, and the solution gives {lines[tensor]} "
+                    f"and {type_}; solve again with one format for the experts of a layer"
                 )
     return "".join(
         f"--tensor-type ^{re.escape(tensor)}\\.weight$={type_}\n" for tensor, type_ in lines.items()
@@ -126,13 +126,15 @@ def _mlx(layers: Mapping[str, Any]) -> str:
     """The ``quantization`` object of an MLX model's ``config.json``, every layer by its name."""
     quantized = [entry for entry in layers.values() if entry]
     if not quantized:
-        raise ConfigError("the plan leaves every layer in 16 bits; there is nothing to quantize")
+        raise ConfigError(
+            "the solution leaves every layer in 16 bits; there is nothing to quantize"
+        )
     names: dict[str, Any] = {}
     for module, entry in layers.items():
         for name in _mlx_names(module):
             if names.setdefault(name, entry) != entry:
                 raise ConfigError(
-                    f"mlx-lm keeps {name} in one format, and the plan gives {names[name]} and "
+                    f"mlx-lm keeps {name} in one format, and the solution gives {names[name]} and "
                     f"{entry}; solve again with one format for the experts of a layer"
                 )
     return json.dumps({**quantized[0], **names}, indent=2) + "\n"

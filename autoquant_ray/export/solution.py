@@ -56,7 +56,7 @@ def read_solution(directory: RunDirectory, solution: str) -> ExportedSolution:
     if not all(map(is_described, entries)):
         raise StoreError(
             f"{directory.uri} was imported and only names its formats; scan the model to "
-            "export a plan"
+            "export a solution"
         )
     rows = directory.read_table(name).to_pylist()
     facts = state.plan["modules"]

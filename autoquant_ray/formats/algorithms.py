@@ -25,7 +25,7 @@ ARGUMENTS: Mapping[str, Sequence[str]] = {
 """Method -> its arguments."""
 
 SETS: Final = "autoquant_ray_sets"
-"""Method of a plan of several algorithms, see :mod:`autoquant_ray.quantize.calibration_mode`."""
+"""Method of an allocation of several: see :mod:`autoquant_ray.quantize.calibration_mode`."""
 
 MAX_CANDIDATES = 256
 """Scales that a search may try: what one byte can number."""
@@ -98,7 +98,7 @@ def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
 
 
 def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | dict[str, Any]:
-    """The ``algorithm`` of a whole plan, for ``mtq.quantize``; JSON-safe.
+    """The ``algorithm`` of a whole allocation, for ``mtq.quantize``; JSON-safe.
 
     Args:
         algorithms: Name of every quantizer -> its format's algorithm.
@@ -120,7 +120,7 @@ def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | d
 
 
 def by_sets(algorithm: str | Mapping[str, Any]) -> bool:
-    """Whether the algorithm of a plan needs this package's mode."""
+    """Whether the algorithm of an allocation needs this package's mode."""
     return isinstance(algorithm, Mapping) and algorithm["method"] == SETS
 
 

@@ -1,8 +1,8 @@
 """What serving engines accept of the KV cache: one format for all of it, where a source says so.
 
 A checkpoint names one format of the cache (``kv_cache_quant_algo``) and a scale per attention. So
-all caches of a plan share a format, and none is quantized where some attention's cache is not
-searched. Read in the engines' public sources and documents; none of it was run.
+all caches of an allocation share a format, and none is quantized where some attention's cache is
+not searched. Read in the engines' public sources and documents; none of it was run.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def with_caches(
 def cache_problem(
     caches: Collection[str], chosen: Mapping[str, str], engine: str | None, gpu: str | None
 ) -> str | None:
-    """Why an engine cannot serve the caches of a plan; None where it can.
+    """Why an engine cannot serve the caches of an allocation; None where it can.
 
     Args:
         caches: Groups that are caches.

@@ -170,7 +170,7 @@ def describe_violations(refusals: Sequence[Violation], engine: str, gpu: str | N
     texts = [f"{few(v.groups, _MAX_NAMED)}: {v.reason}; {v.remedy}" for v in refusals[:_MAX_NAMED]]
     more = len(refusals) - _MAX_NAMED
     rest = f"; and {more} more reasons" if more > 0 else ""
-    return f"{where} cannot serve this plan: {'; '.join(texts)}{rest}"
+    return f"{where} cannot serve this allocation: {'; '.join(texts)}{rest}"
 
 
 def _unserved(
