@@ -137,16 +137,20 @@ class CachedAttention:
             maxima: As in :meth:`run`.
         """
         is_single = call.hidden.dtype == torch.float32
-        own = call if is_single else call.in_float32()
+        if not is_single:
+            call = call.in_float32()
+
+        def run() -> torch.Tensor:
+            return first_output(self._run(call.arguments, call.keywords, as_float32=not is_single))
+
         if output is None or not is_single:
             self._set({part: disabled_quantizer() for part in PARTS})
-            output = first_output(self._run(own.arguments, own.keywords, as_float32=not is_single))
-        found = []
+            output = run()
+        differences = []
         for format_ in formats:
-            self._quantize(format_, maxima, own.hidden[:0])
-            changed = self._run(own.arguments, own.keywords, as_float32=not is_single)
-            found.append(first_output(changed) - output)
-        return found
+            self._quantize(format_, maxima, call.hidden[:0])
+            differences.append(run() - output)
+        return differences
 
     def _quantize(self, format_: Format, maxima: Mapping[str, float], like: torch.Tensor) -> None:
         self._set(
@@ -206,7 +210,7 @@ def _mapped(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, tuple | list):
-        return type(value)([_mapped(change, one) for one in value])
+        return type(value)([_mapped(change, part) for part in value])
     if isinstance(value, dict):
-        return {key: _mapped(change, one) for key, one in value.items()}
+        return {key: _mapped(change, part) for key, part in value.items()}
     return value

@@ -86,8 +86,8 @@ def best_alphas(losses: Losses) -> dict[tuple[str, str], float]:
     """(module, format) -> candidate with the smallest loss; of equals, the smallest candidate."""
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for (module, format_, alpha), loss in losses.items():
-        found = (loss, alpha)
-        best[module, format_] = min(best.get((module, format_), found), found)
+        candidate = (loss, alpha)
+        best[module, format_] = min(best.get((module, format_), candidate), candidate)
     return {key: alpha for key, (_, alpha) in best.items()}
 
 

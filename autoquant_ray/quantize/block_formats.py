@@ -54,7 +54,7 @@ def for_cpu(config: Mapping[str, Any]) -> dict[str, Any]:
 
     def named(attributes: Any) -> Any:
         if isinstance(attributes, list):
-            return [named(one) for one in attributes]
+            return [named(entry) for entry in attributes]
         if not attributes or is_static_nvfp4(attributes):
             return attributes
         runs_by_kernel = is_scaled_by_block(attributes)

@@ -81,21 +81,9 @@ def calibrate_sets(
     for quantizer in quantizers.values():
         if quantizer.is_nvfp4_static and next(model.parameters()).device.type == "cpu":
             StaticBlocksOnCpu.from_tensor_quantizer(quantizer)
-    parts = _parts(quantizers, sets, others)
-    last = parts[-1][1] if parts else {}
-    left: list[tuple[TensorQuantizer, bool]] = []
-    aside: list[_SetAside] = []
-    for algorithm, members in parts:
-        kept = _SetAside(model, members) if _scales(algorithm) and members is not last else None
-        with _only(quantizers, members):
-            _calibrate(model, forward_loop, algorithm)
-            left += [(quantizer, quantizer.is_enabled) for quantizer in members.values()]
-        if kept is not None:
-            kept.swap()
-            aside.append(kept)
-    for kept in aside:
-        kept.swap()
-    for quantizer, is_enabled in left:
+    for quantizer, is_enabled in _calibrate_parts(
+        model, forward_loop, quantizers, _parts(quantizers, sets, others)
+    ):
         if is_enabled:
             quantizer.enable()
         else:
@@ -104,26 +92,49 @@ def calibrate_sets(
         state.restore_from_members()  # later sets computed it anew, from maxima after a search
 
 
+def _calibrate_parts(
+    model: Any,
+    forward_loop: ForwardLoop | None,
+    quantizers: Quantizers,
+    parts: Sequence[tuple[Algorithm, Quantizers]],
+) -> list[tuple[TensorQuantizer, bool]]:
+    """Calibrate sets in order; returns quantizers, all disabled, and whether each was enabled."""
+    last = parts[-1][1] if parts else {}
+    results: list[tuple[TensorQuantizer, bool]] = []
+    aside: list[_SetAside] = []
+    for algorithm, members in parts:
+        kept = _SetAside(model, members) if _scales(algorithm) and members is not last else None
+        with _only(quantizers, members):
+            _calibrate(model, forward_loop, algorithm)
+            results += [(quantizer, quantizer.is_enabled) for quantizer in members.values()]
+        if kept is not None:
+            kept.swap()
+            aside.append(kept)
+    for kept in aside:
+        kept.swap()
+    return results
+
+
 def _parts(
     quantizers: Quantizers, sets: Sequence[Mapping[str, Any]], others: Algorithm
 ) -> list[tuple[Algorithm, Quantizers]]:
     """Algorithms with their quantizers; those that scale weights come last."""
-    known = {name: _normalize_fused_experts_quantizer_name(name) for name in quantizers}
+    normal_names = {name: _normalize_fused_experts_quantizer_name(name) for name in quantizers}
     rest = dict(quantizers)
     parts: list[tuple[Algorithm, Quantizers]] = []
-    for one in sets:
-        wanted = set(one["quantizers"])
+    for set_ in sets:
+        wanted = set(set_["quantizers"])
         members = {
             name: rest.pop(name)
-            for name, normal in known.items()
+            for name, normal in normal_names.items()
             if name in rest and not wanted.isdisjoint((name, normal))
         }
         if not members:
             raise ValueError(
-                f"the set of {one['algorithm']} names no enabled quantizer of the model "
-                f"(its first: {next(iter(one['quantizers']), None)})"
+                f"the set of {set_['algorithm']} names no enabled quantizer of the model "
+                f"(its first: {next(iter(set_['quantizers']), None)})"
             )
-        parts.append((one["algorithm"], members))
+        parts.append((set_["algorithm"], members))
     if rest:
         parts.append((others, rest))
     return sorted(parts, key=lambda part: _scales(part[0]))

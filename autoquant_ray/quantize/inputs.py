@@ -50,9 +50,7 @@ class QuantizedInputs:
         """
         if all(format_.input is None for format_ in formats):
             return {}
-        if not self._is_last(input_TI):
-            self._input, self._version = input_TI, input_TI._version
-            self._kept, self._quantizers = {}, {}
+        self._start(input_TI)
         if scale_I is not None:
             return {
                 format_.input_key: quantized_input(
@@ -108,12 +106,16 @@ class QuantizedInputs:
         """Forget the last input."""
         self._input, self._kept, self._quantizers = None, {}, {}
 
-    def _is_last(self, input_TI: torch.Tensor) -> bool:
+    def _start(self, input_TI: torch.Tensor) -> None:
+        """Forget the last input unless it is this one."""
         last = self._input
-        return (
+        is_last = (
             last is not None
             and last.data_ptr() == input_TI.data_ptr()
             and last.shape == input_TI.shape
             and last.stride() == input_TI.stride()
             and self._version == input_TI._version
         )
+        if not is_last:
+            self._input, self._version = input_TI, input_TI._version
+            self._kept, self._quantizers = {}, {}

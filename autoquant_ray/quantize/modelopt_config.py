@@ -40,18 +40,22 @@ def load_quantization_config(
         entry | ({"cfg": attributes_from_json(entry["cfg"])} if "cfg" in entry else {})
         for entry in config["quant_cfg"]
     ]
-    restored = {"quant_cfg": entries, "algorithm": config["algorithm"]}
-    quantizers = [entry.get("cfg") or {} for entry in entries]
+    return _runnable({"quant_cfg": entries, "algorithm": config["algorithm"]}, device)
+
+
+def _runnable(config: dict[str, Any], device: str) -> dict[str, Any]:
+    """The config with what it needs registered with ModelOpt; on CPU, with its backend named."""
+    quantizers = [entry.get("cfg") or {} for entry in config["quant_cfg"]]
     by_block = any(map(is_scaled_by_block, quantizers)) and _is_on_cpu(device)
     if by_block and any(map(is_static_nvfp4, quantizers)):
-        restored["algorithm"] = on_cpu(config["algorithm"])
-    if by_sets(restored["algorithm"]):
+        config["algorithm"] = on_cpu(config["algorithm"])
+    if by_sets(config["algorithm"]):
         import autoquant_ray.quantize.calibration_mode  # noqa: F401
     if not by_block:
-        return restored
+        return config
     from autoquant_ray.quantize.block_formats import for_cpu
 
-    return for_cpu(restored)
+    return for_cpu(config)
 
 
 def _is_on_cpu(device: str) -> bool:

@@ -22,7 +22,12 @@ from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.attention import CachedAttention
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.quantizers import make_input_quantizer, quantized_weight
-from autoquant_ray.quantize.single_experts import OneExpert, by_module, run_apart, runnable_experts
+from autoquant_ray.quantize.single_experts import (
+    SingleExpert,
+    by_module,
+    run_apart,
+    runnable_experts,
+)
 from autoquant_ray.quantize.smoothing import (
     input_maximum,
     input_scales,
@@ -89,15 +94,15 @@ class QuantizedLayers:
             choice: Formats of all groups.
             weights: Keeps quantized weights between calls.
         """
-        apart: dict[Any, list[tuple[OneExpert, PlannedModule, Format]]] = {}
+        apart: dict[Any, list[tuple[SingleExpert, PlannedModule, Format]]] = {}
         with ExitStack() as stack:
             for scored, module in self._by_layer.get(number, []):
                 index = choice[scored.group]
                 if index == UNQUANTIZED:
                     continue
                 planned, format_ = scored.planned, self._formats[index]
-                if isinstance(one := self._experts.get(planned.name), OneExpert):
-                    apart.setdefault(module, []).append((one, planned, format_))
+                if isinstance(expert := self._experts.get(planned.name), SingleExpert):
+                    apart.setdefault(module, []).append((expert, planned, format_))
                     continue
                 forward = self._forward(planned, module, format_, weights)
                 stack.enter_context(replaced_forward(module, forward))

@@ -83,7 +83,7 @@ def quantized_weight(
         scales: Those of the model.
         name: The module's name; parameter and expert in a module of many.
     """
-    recall = partial(scales.found.get, (name, format_.weight_key, weight_OI.dtype))
+    recall = partial(scales.searched.get, (name, format_.weight_key, weight_OI.dtype))
     largest = scales.largest(name[0]) if is_static_nvfp4(format_.weight) else None
     return fake_quantize_weight(format_.weight, weight_OI, format_.algorithm, recall, largest)
 

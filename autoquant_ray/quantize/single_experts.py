@@ -24,7 +24,7 @@ from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.quantize.weight_search import WeightScales
 
 
-class OneExpert:
+class SingleExpert:
     """One expert of a fused experts module.
 
     Args:
@@ -78,7 +78,7 @@ class OneExpert:
         return self.experts.weights_of(name)[self.number : self.number + 1]
 
 
-Runnable = FusedExperts | OneExpert
+Runnable = FusedExperts | SingleExpert
 """All experts of a module, or one of them."""
 
 
@@ -91,31 +91,31 @@ Scored = TypeVar("Scored", bound=_Scored)
 
 
 def by_module(model: Any, modules: Iterable[Scored]) -> list[tuple[list[Scored], Any]]:
-    """Entries with the module that holds them: one each, or all experts of a fused module."""
+    """Entries with the module that holds them: a single entry, or all experts of a fused module."""
     members: dict[str, list[Scored]] = {}
-    for one in modules:
-        members.setdefault(one.planned.path, []).append(one)
-    return [(own, model.get_submodule(path)) for path, own in members.items()]
+    for entry in modules:
+        members.setdefault(entry.planned.path, []).append(entry)
+    return [(entries, model.get_submodule(path)) for path, entries in members.items()]
 
 
 def runnable_experts(modules: Iterable[tuple[Sequence[_Scored], Any]]) -> dict[str, Runnable]:
     """Name -> what runs it, of all fused experts modules and single experts."""
-    found: dict[str, Runnable] = {}
-    for own, module in modules:
-        planned = own[0].planned
+    runnable: dict[str, Runnable] = {}
+    for entries, module in modules:
+        planned = entries[0].planned
         if planned.kind == "experts":
-            found[planned.name] = FusedExperts(module, planned)
+            runnable[planned.name] = FusedExperts(module, planned)
         elif planned.expert is not None:
             experts = FusedExperts(module, planned)
-            for one in own:
-                assert one.planned.expert is not None
-                found[one.planned.name] = OneExpert(experts, one.planned.expert)
-    return found
+            for entry in entries:
+                assert entry.planned.expert is not None
+                runnable[entry.planned.name] = SingleExpert(experts, entry.planned.expert)
+    return runnable
 
 
 @torch.no_grad()
 def run_apart(
-    chosen: Sequence[tuple[OneExpert, PlannedModule, Format]],
+    chosen: Sequence[tuple[SingleExpert, PlannedModule, Format]],
     weights: WeightCache,
     scales: WeightScales,
 ) -> Callable[..., torch.Tensor]:
@@ -128,11 +128,11 @@ def run_apart(
     """
     experts = chosen[0][0].experts
     mixed = {name: experts.weights_of(name).detach().clone() for name in experts.parameters}
-    for one, planned, format_ in chosen:
+    for expert, planned, format_ in chosen:
         for name, weights_EOI in mixed.items():
-            weights_EOI[one.number] = weights.get(
+            weights_EOI[expert.number] = weights.get(
                 (planned.name, format_.weight_key, name),
-                partial(one.quantized_weight, name, format_, scales),
+                partial(expert.quantized_weight, name, format_, scales),
             )[0]
     return lambda *inputs: experts.run_weights(mixed, inputs)
 
@@ -155,14 +155,8 @@ def routed_apart(
     Raises:
         WorkerError: The module takes something else.
     """
-    number = next((n for n, one in enumerate(inputs) if not one.is_floating_point()), 0)
-    routes_TK = inputs[number]
-    others = [one for n, one in enumerate(inputs) if n not in (0, number)]
-    if number == 0 or any(one.shape != routes_TK.shape for one in others):
-        raise WorkerError(
-            "the experts of this model take other inputs than states, routes and their weights, so "
-            "that they cannot be told apart; leave out --expert-groups"
-        )
+    routes_at = _place_of_routes(inputs)
+    routes_TK = inputs[routes_at]
     live_L = live_T.nonzero()[:, 0].to(routes_TK.device)
     chosen_N = routes_TK[live_L].flatten().long()
     order_N = chosen_N.argsort(stable=True)
@@ -172,14 +166,23 @@ def routed_apart(
         places_R = order_N[start:end]
         rows_R = live_L[places_R // routes_TK.shape[1]]
         columns_R = places_R % routes_TK.shape[1]
-        yield (
-            rows_R,
-            [
-                routes_TK.new_zeros(len(rows_R), 1)
-                if n == number
-                else one[rows_R]
-                if n == 0
-                else one[rows_R, columns_R][:, None]
-                for n, one in enumerate(inputs)
-            ],
+        routed = [states[rows_R, columns_R][:, None] for states in inputs[1:]]
+        routed[routes_at - 1] = routes_TK.new_zeros(len(rows_R), 1)
+        yield rows_R, [inputs[0][rows_R], *routed]
+
+
+def _place_of_routes(inputs: Sequence[torch.Tensor]) -> int:
+    """Which input holds the routes.
+
+    Raises:
+        WorkerError: The inputs are not states, routes and their weights.
+    """
+    integers = [n for n, states in enumerate(inputs) if not states.is_floating_point()]
+    routes_at = integers[0] if integers else 0
+    others = [states for n, states in enumerate(inputs) if n not in (0, routes_at)]
+    if routes_at == 0 or any(states.shape != inputs[routes_at].shape for states in others):
+        raise WorkerError(
+            "the experts of this model take other inputs than states, routes and their weights, so "
+            "that they cannot be told apart; leave out --expert-groups"
         )
+    return routes_at

@@ -45,9 +45,9 @@ def search_scales(
         quantizer, **{name: algorithm[name] for name in ARGUMENTS[MSE]}
     )
     search = partial(_search, quantizer, weight_OI, calibrator)
-    found = search() if recall is None else recall(search)
-    is_numbers = found.dtype == torch.uint8
-    quantizer.amax = _maxima(calibrator, found.long()) if is_numbers else found
+    result = search() if recall is None else recall(search)
+    is_numbers = result.dtype == torch.uint8
+    quantizer.amax = _maxima(calibrator, result.long()) if is_numbers else result
 
 
 def finish_static_blocks(
@@ -78,11 +78,11 @@ class WeightScales:
         model: The model.
 
     Attributes:
-        found: Keeps what searches find.
+        searched: Keeps the results of searches.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.found = WeightCache(SEARCHED_BYTES)
+        self.searched = WeightCache(SEARCHED_BYTES)
         self._model = model
         self._largest: dict[tuple[str, ...], torch.Tensor] = {}
         fused: dict[Any, list[str]] = {}
@@ -103,7 +103,7 @@ class WeightScales:
         if names is None:
             return None
         if names not in self._largest:
-            weights = (self._model.get_submodule(one).weight for one in names)
+            weights = (self._model.get_submodule(name).weight for name in names)
             maxima = [weight.detach().abs().amax().float().cpu() for weight in weights]
             self._largest[names] = torch.stack(maxima).amax()
         return self._largest[names]
@@ -117,12 +117,12 @@ def _search(quantizer: Any, weight_OI: torch.Tensor, calibrator: Any) -> torch.T
     _run_and_load_max_stats(quantizer, partial(_collect_weight_stats, weight=weight_OI))
     best = quantizer.amax
     numbers = torch.zeros_like(best, dtype=torch.long)
-    is_found = torch.zeros_like(best, dtype=torch.bool)
+    is_numbered = torch.zeros_like(best, dtype=torch.bool)
     for number in range(len(calibrator._generate_candidates(best.device))):
         is_this = _maxima(calibrator, torch.full_like(numbers, number)).to(best.dtype) == best
-        numbers[is_this], is_found = number, is_found | is_this
+        numbers[is_this], is_numbered = number, is_numbered | is_this
     quantizer.amax = largest
-    return numbers.to(torch.uint8) if bool(is_found.all()) else best.clone()
+    return numbers.to(torch.uint8) if bool(is_numbered.all()) else best.clone()
 
 
 def _maxima(calibrator: Any, numbers: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,8 @@ weights above all) is prepared once for all of them.
 
 This is exact only for a plain chain: layer i+1 takes layer i's output unchanged, nothing else
 carries a gradient from layer to layer (shared keys and values, per-layer inputs), and no linear
-runs outside the layers. :mod:`autoquant_ray.score.backward` checks that; any other model is run
-with
-one ordinary graph: same numbers, more memory.
+runs outside the layers. :func:`chain_links` and :func:`gradients_agree` check that; any other
+model is run with one ordinary graph: same numbers, more memory.
 
 With images a vision tower runs before the layers, and some models add more of its output between
 the first ones. What is added is noted on the way in. Where the tower itself is scored, it is run
@@ -106,15 +105,15 @@ class LayerwiseBackward:
         passes = [self.enter(step) for step in steps]
         for number, layer in enumerate(self.layers):
             with self.visit_forward(number):
-                for one in passes:
+                for pass_ in passes:
                     if before_step is not None:
-                        before_step(one.step)
-                    assert one.hidden_BSH is not None
-                    hidden_BSH = one.entering(number, one.hidden_BSH)
+                        before_step(pass_.step)
+                    assert pass_.hidden_BSH is not None
+                    hidden_BSH = pass_.entering(number, pass_.hidden_BSH)
                     if keep:
-                        one.inputs.append(hidden_BSH)
-                    arguments, keywords = one.calls[number]
-                    one.hidden_BSH = first_output(layer(hidden_BSH, *arguments, **keywords))
+                        pass_.inputs.append(hidden_BSH)
+                    arguments, keywords = pass_.calls[number]
+                    pass_.hidden_BSH = first_output(layer(hidden_BSH, *arguments, **keywords))
                     del hidden_BSH
                 if after_layer is not None:
                     after_layer()
@@ -151,28 +150,28 @@ class LayerwiseBackward:
 
         return visit
 
-    def finish(self, one: Pass, *, with_graph: bool) -> torch.Tensor:
+    def finish(self, pass_: Pass, *, with_graph: bool) -> torch.Tensor:
         """Final hidden states ``(B, S, H)``, detached: what follows the layers (a norm), or all.
 
         Args:
-            one: From :meth:`forward`.
+            pass_: From :meth:`forward`.
             with_graph: Prepare for :meth:`backward`.
         """
         with ExitStack() as stack, torch.set_grad_enabled(with_graph):
             if self.is_layerwise:
-                assert one.hidden_BSH is not None
-                one.leaf = one.hidden_BSH.detach().requires_grad_(with_graph)
+                assert pass_.hidden_BSH is not None
+                pass_.leaf = pass_.hidden_BSH.detach().requires_grad_(with_graph)
                 for number, layer in enumerate(self.layers):
-                    stack.enter_context(replaced_forward(layer, self._giving(one.leaf, number)))
+                    stack.enter_context(replaced_forward(layer, self._giving(pass_.leaf, number)))
             elif with_graph:
                 handle = self.embedding.register_forward_hook(require_gradient)
                 stack.callback(handle.remove)
             # What the layers give is there already: no vision tower is needed again.
-            step = one.step._replace(inputs=NO_INPUTS)
+            step = pass_.step._replace(inputs=NO_INPUTS)
             if not self.is_layerwise:
-                step = with_gradients(one.step) if self.reaches_front else one.step
+                step = with_gradients(pass_.step) if self.reaches_front else pass_.step
             output = self.call_base(step)
-        one.output = output if with_graph else None
+        pass_.output = output if with_graph else None
         return output.detach()
 
     def backward(self, passes: Sequence[Pass], gradients: Sequence[Gradients]) -> None:
@@ -192,28 +191,30 @@ class LayerwiseBackward:
     ) -> Iterator[list[Gradients]]:
         """Visit the layers from last to first; yields the gradients at each one's inputs."""
         flowing = []
-        for one, own in zip(passes, gradients, strict=True):
-            assert one.output is not None
-            flowing.append(_pull(one.output, own, [] if one.leaf is None else [one.leaf]))
-            one.output = one.leaf = one.hidden_BSH = None
+        for pass_, at_output in zip(passes, gradients, strict=True):
+            assert pass_.output is not None
+            flowing.append(
+                _pull(pass_.output, at_output, [] if pass_.leaf is None else [pass_.leaf])
+            )
+            pass_.output = pass_.leaf = pass_.hidden_BSH = None
         if not self.is_layerwise:
             return
         at_front: list[dict[int, Gradients]] = [{} for _ in passes]
         for number in reversed(range(len(self.layers))):
             with self.residence.visit(number, max(number - 1, 0)):
-                for index, one in enumerate(passes):
-                    hidden_BSH = one.inputs.pop().detach().requires_grad_(True)
-                    arguments, keywords = one.calls.pop()
+                for index, pass_ in enumerate(passes):
+                    hidden_BSH = pass_.inputs.pop().detach().requires_grad_(True)
+                    arguments, keywords = pass_.calls.pop()
                     with torch.enable_grad():
                         output = self.layers[number](hidden_BSH, *arguments, **keywords)
                     flowing[index] = _pull(first_output(output), flowing[index], [hidden_BSH])
                     del output, hidden_BSH
-                    if self.reaches_front and (number == 0 or number in one.added):
+                    if self.reaches_front and (number == 0 or number in pass_.added):
                         at_front[index][number] = flowing[index]
             yield flowing
         if self.reaches_front:
-            for one, gradients_at in zip(passes, at_front, strict=True):
-                self._entrance.pull(one.step, gradients_at)
+            for pass_, gradients_at in zip(passes, at_front, strict=True):
+                self._entrance.pull(pass_.step, gradients_at)
 
     def call_base(self, step: Step) -> torch.Tensor:
         """Run the whole base model; its final hidden states ``(B, S, H)``."""
@@ -298,10 +299,10 @@ def gradients_agree(backward: LayerwiseBackward) -> bool:
     """Whether layer by layer and one ordinary graph give the same gradients on a probe."""
     generator = torch.Generator().manual_seed(0)
     try:
-        (one,) = backward.forward([_probe(backward)], keep=True)
-        hidden_BSH = backward.finish(one, with_graph=True)
+        (pass_,) = backward.forward([_probe(backward)], keep=True)
+        hidden_BSH = backward.finish(pass_, with_graph=True)
         gradient = torch.randn(hidden_BSH.shape, generator=generator).to(hidden_BSH)
-        flowing = backward.pull_layers([one], [[gradient]])
+        flowing = backward.pull_layers([pass_], [[gradient]])
         layerwise = [gradients[0][0] for gradients in flowing][::-1]
     except (RuntimeError, TypeError, ValueError, AttributeError):
         # A layer run again found what an earlier run had changed, or needs an extra output.

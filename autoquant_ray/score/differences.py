@@ -5,6 +5,10 @@ is quantized once per distinct weight quantizer and kept in a :class:`WeightCach
 per distinct input quantizer. Chunks keep the products in the processor's cache until they are
 reduced.
 
+In float32, ``Y_f`` of a linear is one product and ``Y`` is at hand. In 16 bits the difference of two
+rounded outputs would be mostly rounding: there, quantization errors are formed in float32 and
+multiplied separately, ``X dW^T + dX Wq^T``.
+
 Shape letters: T rows, C rows of a chunk, I in features, O out features.
 """
 
@@ -90,10 +94,6 @@ class OutputDifferences:
     ) -> Iterator[Difference]:
         """Differences of a linear module, one weight quantizer after another.
 
-        In float32, ``Y_f`` is one product and ``Y`` is at hand. In 16 bits the difference of two
-        rounded outputs would be mostly rounding: there, quantization errors are formed in
-        float32 and multiplied apart, ``X dW^T + dX Wq^T``.
-
         Args:
             planned: The module's entry in the plan.
             module: The module in the model.
@@ -103,43 +103,42 @@ class OutputDifferences:
             only: Formats to compute.
         """
         chunks = self._chunks(output_TO)
-        is_single = input_TI.dtype == torch.float32
+        single = input_TI.dtype == torch.float32
         for formats in self._menu(only):
-            weights = self._linear_weights(
-                planned, module, calibration, formats, is_single=is_single
-            )
-            maximum = input_maximum(calibration, weights.scale_I, module.weight.dtype)
             menu = [format_ for _, format_ in formats]
+            weights = self._linear_weights(planned, module, calibration, menu, is_single=single)
+            scale_I, error_OI, weight_OI = weights
+            maximum = input_maximum(calibration, scale_I, module.weight.dtype)
             for rows in chunks:
                 inputs = self._inputs.of(
-                    menu, maximum, weights.scale_I, input_TI, rows, as_error=not is_single
+                    menu, maximum, scale_I, input_TI, rows, as_error=not single
                 )
-                if is_single and weights.weight_OI is not None:
+                if single and weight_OI is not None:
                     yield from self._single(
-                        formats, inputs, rows, output_TO, input_TI, weights.weight_OI, module.bias
+                        formats, inputs, rows, output_TO, input_TI, weight_OI, module.bias
                     )
                 else:
-                    assert weights.error_OI is not None
+                    assert error_OI is not None
                     yield from self._from_errors(
-                        formats, inputs, rows, input_TI, weights.error_OI, weights.weight_OI
+                        formats, inputs, rows, input_TI, error_OI, weight_OI
                     )
-            del weights  # not held while the next are made
+            del weights, error_OI, weight_OI  # not held while the next are made
 
     def _linear_weights(
         self,
         planned: PlannedModule,
         module: Any,
         calibration: ModuleCalibration,
-        formats: Formats,
+        formats: Sequence[Format],
         *,
         is_single: bool,
     ) -> _LinearWeights:
         """What inputs are multiplied with under formats that quantize the weight alike."""
-        format_ = formats[0][1]
+        format_ = formats[0]
         key = (planned.name, format_.weight_key)
         scale_I = self._factors(planned, module, format_, calibration)
         quantize = partial(_in_float32, module.weight, scale_I, format_, self._scales, planned.name)
-        quantizes_inputs = any(format_.input is not None for _, format_ in formats)
+        quantizes_inputs = any(format_.input is not None for format_ in formats)
         error_OI, weight_OI = None, None
         if not is_single or not quantizes_inputs:
             error_OI = self._weights.get(

@@ -106,11 +106,11 @@ class Entrance:
         """
         if not step.inputs:
             return self._enter(step, None)[0]
-        one, final_BSH = self._enter(step, 0.0)
+        pass_, final_BSH = self._enter(step, 0.0)
         if not self._is_checked:
-            self._require_sums(one, final_BSH)
+            self._require_sums(pass_, final_BSH)
             self._is_checked = True
-        return one
+        return pass_
 
     @torch.no_grad()
     def check(self, steps: Iterable[Step]) -> None:
@@ -138,21 +138,21 @@ class Entrance:
         Returns:
             The pass, and what the model makes of the last layer's output.
         """
-        one = Pass(step)
+        pass_ = Pass(step)
         with ExitStack() as stack:
             for number, layer in enumerate(self._layers):
-                stack.enter_context(replaced_forward(layer, self._noting(one, number, value)))
+                stack.enter_context(replaced_forward(layer, self._noting(pass_, number, value)))
             final_BSH = call_base(self._base, step)
-        one.given = None
-        return one, final_BSH
+        pass_.given = None
+        return pass_, final_BSH
 
     def _require_sums(self, zeros: Pass, final_BSH: torch.Tensor) -> None:
         """Check that what was noted is added to what a layer gives out, and nothing to the last."""
         ones, _ = self._enter(zeros.step, 1.0)
         _, plain_BSH = self._enter(zeros.step._replace(inputs=NO_INPUTS), 0.0)
-        found = [(ones.added[n], 1 + zeros.added[n]) for n in ones.added if n in zeros.added]
-        found.append((final_BSH, plain_BSH))
-        is_same = all(torch.allclose(*pair, rtol=1e-2, atol=1e-2) for pair in found)
+        pairs = [(ones.added[n], 1 + zeros.added[n]) for n in ones.added if n in zeros.added]
+        pairs.append((final_BSH, plain_BSH))
+        is_same = all(torch.allclose(*pair, rtol=1e-2, atol=1e-2) for pair in pairs)
         if not is_same or set(ones.added) != set(zeros.added):
             raise ModelError(
                 f"{type(self._base).__name__} cannot be scored with images: it does more to what "
@@ -184,20 +184,20 @@ class Entrance:
                 retain_graph=draw < num_draws - 1,
             )
 
-    def _noting(self, one: Pass, number: int, value: float | None) -> Callable[..., Any]:
+    def _noting(self, pass_: Pass, number: int, value: float | None) -> Callable[..., Any]:
         """A layer's forward that computes nothing, and notes what it is called with."""
         extra = self._num_extra_outputs[number]
 
         def forward(hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-            one.calls.append((arguments, keywords))
+            pass_.calls.append((arguments, keywords))
             if number == 0:
-                one.hidden_BSH = hidden_states
-            elif value is not None and hidden_states is not one.given:
-                one.added[number] = hidden_states
+                pass_.hidden_BSH = hidden_states
+            elif value is not None and hidden_states is not pass_.given:
+                pass_.added[number] = hidden_states
             if value is None:
-                one.given = hidden_states
+                pass_.given = hidden_states
             elif number == 0:
-                one.given = torch.full_like(hidden_states, value, requires_grad=False)
-            return one.given if extra is None else (one.given, *[None] * extra)
+                pass_.given = torch.full_like(hidden_states, value, requires_grad=False)
+            return pass_.given if extra is None else (pass_.given, *[None] * extra)
 
         return forward

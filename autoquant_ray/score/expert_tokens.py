@@ -52,15 +52,17 @@ class TokenCounts:
         self._linears: dict[str, str] = {}
         groups: dict[int, str] = {}
         places: set[Any] = set()
-        for own, module in modules:
-            first = own[0].planned
-            group = groups.setdefault(own[0].group, first.name)
+        for entries, module in modules:
+            first = entries[0].planned
+            group = groups.setdefault(entries[0].group, first.name)
             place = expert_place(first.name)
             if first.kind == "linear" and place is not None and place not in places:
                 places.add(place)
                 self._linears[first.name] = group
             if first.kind in ("experts", "expert"):
-                self._names[first.path] = [(one.planned.name, one.planned.expert) for one in own]
+                self._names[first.path] = [
+                    (entry.planned.name, entry.planned.expert) for entry in entries
+                ]
                 self._num_experts[first.path] = len(getattr(module, first.parameters[0]))
         self._counts: dict[str, torch.Tensor] = {}
 
@@ -93,17 +95,17 @@ class TokenCounts:
 
     def by_name(self) -> dict[str, Counts]:
         """Group -> tokens of its experts; of a single expert, a list of one."""
-        found: dict[str, Counts] = {}
+        counts_of: dict[str, Counts] = {}
         for path, names in self._names.items():
             if path not in self._counts:
                 continue
             numbers: Counts = self._counts[path].tolist()
             for name, expert in names:
-                found[name] = numbers if expert is None else [numbers[expert]]
+                counts_of[name] = numbers if expert is None else [numbers[expert]]
         for name, group in self._linears.items():
             count = int(self._counts[name]) if name in self._counts else 0
-            found.setdefault(group, []).append(count)
-        return found
+            counts_of.setdefault(group, []).append(count)
+        return counts_of
 
     def forget(self) -> None:
         """Start from zero."""

@@ -167,8 +167,11 @@ def offload_map(
         elif not any(layer.startswith(prefix) for layer in layers):
             places[name] = device
         else:
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            places.update({prefix + own_name: device for own_name, _ in own})
+            tensors = [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]
+            places.update({prefix + tensor_name: device for tensor_name, _ in tensors})
             for child_name, child in module.named_children():
                 place(prefix + child_name, child)
 

@@ -69,17 +69,10 @@ class VocabularyLoss:
                 labels_Kn = sample_labels(probabilities_nV, uniforms_KN[:, rows])
             losses_Kn = _token_losses(logits_nV.detach(), probabilities_nV, labels_Kn)
             total += losses_Kn.mean(0).sum().to(total.device)
-            for draw, labels_n in enumerate(labels_Kn):
-                is_last = draw == num_draws - 1
-                # Hooks on the head may hold a gradient until they have seen those of all draws.
-                gradient_nV = probabilities_nV if is_last else probabilities_nV.clone()
-                own_n1 = gradient_nV.gather(1, labels_n[:, None])
-                gradient_nV.scatter_(1, labels_n[:, None], own_n1 - 1)  # p - onehot
-                (pulled_nH,) = torch.autograd.grad(
-                    logits_nV, hidden_nH, gradient_nV, retain_graph=not is_last
-                )
-                gradients[draw][rows] = pulled_nH
-            del logits_nV, probabilities_nV, gradient_nV
+            pulled = _pull_through_head(logits_nV, hidden_nH, probabilities_nV, labels_Kn)
+            for gradient_NH, pulled_nH in zip(gradients, pulled, strict=True):
+                gradient_NH[rows] = pulled_nH
+            del logits_nV, probabilities_nV
         return gradients, total
 
     def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
@@ -96,6 +89,25 @@ class VocabularyLoss:
         """Let hooks on the head see its input, without computing the logits."""
         with replaced_forward(self._head, lambda states: states[..., :1]):
             self.logits(hidden_NH)
+
+
+def _pull_through_head(
+    logits_nV: torch.Tensor,
+    hidden_nH: torch.Tensor,
+    probabilities_nV: torch.Tensor,
+    labels_Kn: torch.Tensor,
+) -> Iterator[torch.Tensor]:
+    """Gradients ``(n, H)`` of the loss under each draw of labels; uses up the probabilities."""
+    for draw, labels_n in enumerate(labels_Kn):
+        is_last = draw == len(labels_Kn) - 1
+        # Hooks on the head may hold a gradient until they have seen those of all draws.
+        gradient_nV = probabilities_nV if is_last else probabilities_nV.clone()
+        label_n1 = gradient_nV.gather(1, labels_n[:, None])
+        gradient_nV.scatter_(1, labels_n[:, None], label_n1 - 1)  # p - onehot
+        (pulled_nH,) = torch.autograd.grad(
+            logits_nV, hidden_nH, gradient_nV, retain_graph=not is_last
+        )
+        yield pulled_nH
 
 
 class _BaseOutput:

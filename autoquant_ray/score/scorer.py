@@ -1,4 +1,4 @@
-"""One model in one process: turns a shard's samples into statistics or sensitivity sums.
+"""One model in one process: turns a shard's samples into a calibration or sensitivity sums.
 
 Everything that a worker computes happens here, without Ray, so that tests and benchmarks can run
 the same code in their own process. The same shard gives the same bytes in any process that uses
@@ -8,6 +8,7 @@ the same number of threads on the same kind of device.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +163,7 @@ class Scorer:
         """
         visits = self._visits_to_watch(self._packer, samples)
         room = self.spec.activation_bytes // 2 - sum(
-            one.nbytes for kept in self._kept.values() for visit in kept for one in visit
+            pass_.nbytes for kept in self._kept.values() for visit in kept for pass_ in visit
         )
         keep = (
             shard is not None
@@ -222,32 +223,38 @@ class Scorer:
             NonFiniteError: The loss or a sum is NaN or infinite.
         """
         start = time.perf_counter()
-        loss, num_tokens = 0.0, 0
+        loss = 0.0
         kept = None if shard is None else self._kept.pop(shard, None)
         with self._hooks.scoring(calibration, seed=(self.spec.seed, first_sample)):
             for number, visit in enumerate(self._packer.visits(samples)):
                 self._weights.resize(self._cache_bytes if self._reuses(samples, visit) else 0)
                 passes = kept[number] if kept else self._forward(samples, visit)
-                gradients = []
-                for one, positions in zip(passes, visit, strict=True):
-                    chosen = [samples[p] for p in positions]
-                    step_loss, pulled = self._loss_gradients(
-                        one, chosen, [first_sample + p for p in positions]
-                    )
-                    gradients.append(pulled)
+                for step_loss in self._score_visit(passes, visit, samples, first_sample):
                     loss += step_loss
-                    num_tokens += sum(map(num_predicted, chosen))
-                self._backward.backward(passes, gradients)
         sums = self._hooks.sums()
         if not (np.isfinite(sums.elementwise_GF).all() and np.isfinite(sums.token_GF).all()):
             raise NonFiniteError("a gradient or an output difference is NaN or infinite")
         return ShardScores(
             sums=sums,
-            num_tokens=num_tokens,
+            num_tokens=sum(map(num_predicted, samples)),
             num_samples=len(samples),
             loss=loss,
             seconds=time.perf_counter() - start,
         )
+
+    def _score_visit(
+        self, passes: Sequence[Pass], visit: Visit, samples: Samples, first_sample: int
+    ) -> list[float]:
+        """Add the sums of a visit; returns the losses of its steps in nats."""
+        losses, gradients = [], []
+        for pass_, positions in zip(passes, visit, strict=True):
+            loss, pulled = self._loss_gradients(
+                pass_, [samples[p] for p in positions], [first_sample + p for p in positions]
+            )
+            losses.append(loss)
+            gradients.append(pulled)
+        self._backward.backward(passes, gradients)
+        return losses
 
     def _visits_to_watch(self, packer: VisitPacker, samples: Samples) -> list[Visit]:
         visits = packer.visits(samples)
@@ -265,11 +272,11 @@ class Scorer:
         ]
 
     def _loss_gradients(
-        self, one: Pass, samples: Samples, positions: list[int]
+        self, pass_: Pass, samples: Samples, positions: list[int]
     ) -> tuple[float, Gradients]:
         """Loss of a step in nats, and its gradients at the final hidden states, one per draw."""
-        hidden_BSH = self._backward.finish(one, with_graph=True)
-        ids_BS = one.step.ids_BS
+        hidden_BSH = self._backward.finish(pass_, with_graph=True)
+        ids_BS = pass_.step.ids_BS
         device = hidden_BSH.device  # a split model ends on another one than it begins
         rows_N = predicting_rows(samples).to(device)
         targets_N, uniforms_KN = None, None

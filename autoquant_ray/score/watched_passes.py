@@ -24,7 +24,7 @@ class Watcher(Protocol):
 
 
 def run_watched(
-    runner: LayerwiseBackward,
+    layerwise: LayerwiseBackward,
     head: VocabularyLoss,
     steps: Sequence[Step],
     watcher: Watcher,
@@ -34,29 +34,29 @@ def run_watched(
     """Run steps through the layers and into the head, whose output is not computed.
 
     Args:
-        runner: Of the model.
+        layerwise: Runs the model.
         head: Of the model.
         steps: Of one visit.
         watcher: Its hooks are in place.
         keep: Keep what the backward pass needs.
     """
-    passes: list[Pass] = runner.forward(
+    passes: list[Pass] = layerwise.forward(
         steps,
         keep=keep,
         before_step=lambda step: watcher.set_mask(step.mask_BS),
         after_layer=watcher.settle,
     )
-    for one in passes:
-        mask_BS = one.step.mask_BS
+    for pass_ in passes:
+        mask_BS = pass_.step.mask_BS
         watcher.set_mask(mask_BS)
-        hidden_BSH = runner.finish(one, with_graph=False)
+        hidden_BSH = layerwise.finish(pass_, with_graph=False)
         hidden_TH = hidden_BSH.reshape(-1, hidden_BSH.shape[-1])
         real: Any = slice(None)
         if mask_BS is not None:
             real = mask_BS.reshape(-1).bool().to(hidden_TH.device)
         watcher.set_mask(None)
         head.feed_head(hidden_TH[real])
-        if not runner.is_layerwise:
+        if not layerwise.is_layerwise:
             watcher.settle()  # all modules of this step
     watcher.settle()
     return passes
