@@ -1,4 +1,4 @@
-"""Statistics of every input channel of a linear: what SmoothQuant and AWQ are calibrated with.
+"""Collects statistics of every input channel of a linear, for SmoothQuant and AWQ.
 
 Sums of ``|x|`` are float64; :class:`~autoquant_ray.quantize.calibration.Channels` says how those of
 shards merge.
@@ -43,11 +43,11 @@ class ChannelCollector:
         self._last: tuple[torch.Tensor, list[Any]] | None = None
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget everything seen."""
         self._seen, self._last = {}, None
 
     def release(self) -> None:
-        """Hold no input any longer."""
+        """Release the last input."""
         self._last = None
 
     def wants(self, name: str) -> bool:

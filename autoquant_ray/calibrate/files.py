@@ -1,4 +1,4 @@
-"""Calibration between memory and the files of a run."""
+"""Reads and writes the calibration of a run."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class ActivationMaxima:
         self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
 
     def settle(self) -> None:
-        """Nothing waits."""
+        """Nothing to do: every input is reduced at once."""
 
     def calibration(self) -> Calibration:
         """What was seen since :meth:`collecting` was entered."""

@@ -1,8 +1,8 @@
 """AWQ's search on a shard: the squared output error of every linear under every candidate.
 
-The inputs of a layer's linears are gathered while steps run forward, and looked at when the layer
-is about to be left: each candidate's weight is then quantized once for all steps of a visit. The
-losses of steps are added one after another, so that the grouping of steps changes no number.
+The inputs of a layer's linears are gathered while steps run forward, and evaluated just before the
+visit of the layer ends: each candidate's weight is then quantized once for all steps of the visit.
+The losses of steps are added in their order, so that the grouping of steps changes no number.
 
 Shape letters: T rows (tokens), I in features, O out features.
 """
@@ -85,7 +85,7 @@ class ScaleSearch:
         """While open, forward passes are measured; call :meth:`set_mask` before each.
 
         Args:
-            calibration: Of all shards.
+            calibration: Merged over all shards.
         """
         self._calibration, self._losses = calibration, {}
         with ExitStack() as stack:

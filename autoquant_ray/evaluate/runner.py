@@ -58,7 +58,7 @@ class EvaluationSpec:
         num_threads: Threads of CPU kernels.
         modules: All searched modules with their group index.
         formats: The menu that choices point into.
-        calibration: Of the scan.
+        calibration: From the scan.
         step_tokens: Tokens, padding included, per step.
         placement: ``resident``, ``offload`` or ``split``.
         activation_bytes: Memory for hidden states inside the layers.

@@ -49,7 +49,7 @@ def write_compressed(
     Args:
         model: The loaded model; it is changed.
         source: Which formats.
-        calibration: Of the scan.
+        calibration: From the scan.
         folder: An empty folder.
         sixteen_bits: Rounds what is not quantized; its type is that of the scales of blocks.
     """

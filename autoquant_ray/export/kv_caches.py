@@ -63,7 +63,7 @@ def set_cache_maxima(model: Any, caches: Mapping[str, str], calibration: Calibra
     Args:
         model: As ``mtq.quantize`` made it.
         caches: Attention -> its cache's format.
-        calibration: Of the scan.
+        calibration: From the scan.
     """
     import torch
 
@@ -79,7 +79,7 @@ def check_caches(folder: Path, caches: Mapping[str, str], calibration: Calibrati
     Args:
         folder: The checkpoint.
         caches: Attention -> its cache's format.
-        calibration: Of the scan.
+        calibration: From the scan.
 
     Raises:
         CheckpointError: Another format than the allocation's, or other scales than the scan's.

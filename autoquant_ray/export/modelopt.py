@@ -36,7 +36,7 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
     Args:
         model: The loaded model; it is changed.
         source: Which formats.
-        calibration: Of the scan.
+        calibration: From the scan.
         folder: An empty folder.
 
     Raises:

@@ -5,6 +5,10 @@ A candidate ``alpha`` gives the scale ``mean|x|^alpha / importance^(1 - alpha)``
 ModelOpt 0.47). The weight is multiplied by it before it is quantized, the input divided. Of all
 candidates the one with the smallest squared output error is taken, the first of equals.
 
+ModelOpt's AWQ and SmoothQuant divide weights in place, a tied embedding included. Its AWQ search
+runs with fused experts already quantized, and ``mtq.auto_quantize`` calibrates AWQ on a quarter of
+its calibration steps: comparisons with it must allow for that.
+
 Shape letters: I in features, O out features.
 """
 

@@ -64,7 +64,7 @@ class FusedExperts:
 
     @torch.no_grad()
     def quantized_weight(self, name: str, format_: Format, scales: WeightScales) -> torch.Tensor:
-        """Fake-quantize a parameter, every expert's slice ``(O, I)`` by itself or all as one.
+        """Fake-quantize a parameter: every expert's slice ``(O, I)`` by itself, or all together.
 
         Args:
             name: The parameter's.

@@ -54,7 +54,7 @@ class QuantizedLayers:
         layers: Its decoder layers in order.
         modules: All modules that may be quantized.
         formats: The menu that choices point into.
-        calibration: Of the scan.
+        calibration: From the scan.
     """
 
     def __init__(

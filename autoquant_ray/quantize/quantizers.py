@@ -5,6 +5,9 @@ Nothing here rounds a number by itself: a :class:`Format`'s attributes configure
 may then be searched (:mod:`autoquant_ray.quantize.weight_search`). Where that needs a CUDA kernel
 and the values are on CPU, :mod:`autoquant_ray.quantize.block_formats` steps in through ModelOpt's
 hook for such a case.
+
+ModelOpt's quantizers keep state that depends on the shape of what they quantized (they reshape
+blocks): every weight gets a new quantizer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Experts told apart: one slice of a fused experts module, run on the tokens routed to it.
+"""Single experts: one slice of a fused experts module, run on the tokens routed to it.
 
 The module itself computes an expert: its shadow (:mod:`autoquant_ray.quantize.experts`) gets the
 expert's slice alone as its weights, and each of the expert's tokens with that one route. So all
-experts together cost what the module costs, and no family's forward is written again here.
+experts together cost what the module costs, and no family's forward is written again here. The
+model has no module of a single expert's name: its module is that of ``PlannedModule.path``.
 
 Shape letters: T tokens, R tokens of one expert, K routes of a token, H hidden, O out features, I in
 features.
@@ -60,8 +61,7 @@ class SingleExpert:
         Args:
             format_: The format.
             weights: Parameter name -> :meth:`quantized_weight` under it.
-            maxima: Not needed: experts share the quantizer of their inputs, so that none of them
-                has one of its own.
+            maxima: Not needed: experts share the quantizer of their inputs.
             inputs: From :func:`routed_apart`.
         """
         assert format_.input is None, f"{format_.name} quantizes the inputs of a single expert"

@@ -23,7 +23,7 @@ class WeightCache:
         self._kept: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The tensor of ``key``; made and, where it fits, kept if it is not there."""
+        """The tensor of ``key``; if it is missing it is made, and kept where it fits."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]

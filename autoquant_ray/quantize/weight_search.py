@@ -1,8 +1,11 @@
-"""Weight scales by least squared error: ModelOpt's algorithm ``mse``; remembering what it found.
+"""Weight scales by least squared error (ModelOpt's algorithm ``mse``), and a memory of results.
 
 ModelOpt's own calibrators try the candidates. A search quantizes a weight once per candidate, so
 its result is kept in a compact form: the number of the candidate per scale, one byte each. The
 scales are always formed from these numbers, so it makes no difference whether they were kept.
+
+ModelOpt quantizes static NVFP4 weights of fused layers under one scale, and finds these layers by
+their names. A weight alone does not show it: :class:`WeightScales` does.
 """
 
 from __future__ import annotations
@@ -94,8 +97,9 @@ class WeightScales:
         self._fused = {name: tuple(names) for names in fused.values() for name in names}
 
     def largest(self, name: str) -> torch.Tensor | None:
-        """Largest absolute weight of the layers that engines fuse with a layer, float32; as
-        ModelOpt finds them by their names. None for other modules.
+        """Largest absolute weight of the layers that serving engines fuse with a layer, float32.
+
+        ModelOpt finds these layers by their names. None for other modules.
 
         All of them must be in memory, as they are while their decoder layer is visited.
         """
@@ -103,7 +107,7 @@ class WeightScales:
         if names is None:
             return None
         if names not in self._largest:
-            weights = (self._model.get_submodule(name).weight for name in names)
+            weights = (self._model.get_submodule(fused).weight for fused in names)
             maxima = [weight.detach().abs().amax().float().cpu() for weight in weights]
             self._largest[names] = torch.stack(maxima).amax()
         return self._largest[names]

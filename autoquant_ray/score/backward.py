@@ -3,9 +3,10 @@
 The forward pass keeps only each decoder layer's input. The backward pass visits the layers from
 last to first, runs a layer again with a graph, and pulls the gradient through it: gradient
 checkpointing by hand, so that hooks see exactly one graph-building pass per layer, several
-gradients share one recomputation, and nothing of a layer outlives the visit. A visit of a layer
-serves several steps at once, in both directions: what is prepared for a layer (its quantized
-weights above all) is prepared once for all of them.
+gradients share one recomputation, and nothing of a layer outlives the visit. (PyTorch's gradient
+checkpointing stops its recomputation early, and skips modules together with their hooks.) A visit
+of a layer serves several steps at once, in both directions: what is prepared for a layer (its
+quantized weights above all) is prepared once for all of them.
 
 This is exact only for a plain chain: layer i+1 takes layer i's output unchanged, nothing else
 carries a gradient from layer to layer (shared keys and values, per-layer inputs), and no linear
@@ -13,8 +14,9 @@ runs outside the layers. :func:`chain_links` and :func:`gradients_agree` check t
 model is run with one ordinary graph: same numbers, more memory.
 
 With images a vision tower runs before the layers, and some models add more of its output between
-the first ones. What is added is noted on the way in. Where the tower itself is scored, it is run
-again with a graph at the end, and all gradients at what it gave are pulled through it.
+the first ones (DeepStack). What is added is noted on the way in, and added again wherever a layer
+runs (:meth:`~autoquant_ray.score.entrance.Pass.entering`). Where the tower itself is scored, it is
+run again with a graph at the end, and all gradients at its outputs are pulled through it.
 
 Shape letters: B samples, S positions, H hidden.
 """

@@ -5,8 +5,8 @@ is quantized once per distinct weight quantizer and kept in a :class:`WeightCach
 per distinct input quantizer. Chunks keep the products in the processor's cache until they are
 reduced.
 
-In float32, ``Y_f`` of a linear is one product and ``Y`` is at hand. In 16 bits the difference of two
-rounded outputs would be mostly rounding: there, quantization errors are formed in float32 and
+In float32, ``Y_f`` of a linear is one product and ``Y`` is at hand. In 16 bits the difference of
+two rounded outputs would be mostly rounding: there, quantization errors are formed in float32 and
 multiplied separately, ``X dW^T + dX Wq^T``.
 
 Shape letters: T rows, C rows of a chunk, I in features, O out features.
@@ -80,7 +80,7 @@ class OutputDifferences:
         self._inputs = QuantizedInputs()
 
     def forget(self) -> None:
-        """Keep nothing of the inputs seen."""
+        """Release the inputs seen so far."""
         self._inputs.clear()
 
     def of_linear(

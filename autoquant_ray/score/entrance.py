@@ -1,8 +1,12 @@
 """What precedes the decoder layers: embeddings, and a vision tower where there are images.
 
-It runs with the layers' forward replaced, so that nothing of theirs is computed. Some models add
-more of the tower's output between the first layers; what they add is noted. Where the tower
+It runs with the layers' forward replaced, so that the layers compute nothing. Some models add more
+of the tower's output between the first layers (DeepStack); what they add is noted. Where the tower
 itself is scored, gradients are pulled through it here.
+
+The first step with images runs the vision tower again, for a check of the model. A sum over tokens
+must count each token once, so :meth:`Entrance.check` does that before anything watches (a maximum
+would not change, a sum does).
 
 Shape letters: B samples, S positions, H hidden.
 """
@@ -31,7 +35,7 @@ class Pass:
     Attributes:
         step: What is run.
         calls: Arguments of each decoder layer beside the hidden states.
-        given: What the layers give out while :meth:`Entrance.enter` runs.
+        given: What the layers return while :meth:`Entrance.enter` runs.
         added: What comes on top of the output of the layer before, by the layer that it enters.
         inputs: Input of each layer, ``(B, S, H)``, where they are kept.
         hidden_BSH: Output of the last layer that ran.
@@ -114,9 +118,9 @@ class Entrance:
 
     @torch.no_grad()
     def check(self, steps: Iterable[Step]) -> None:
-        """Do what :meth:`enter` checks of its first step with images, once, ahead of it.
+        """Run the check that :meth:`enter` makes on its first step with images, ahead of time.
 
-        The check runs the tower more often than once, which must not be counted by what watches.
+        The check runs the tower several times, which watchers must not count.
 
         Args:
             steps: Read up to the first with images; not at all after a check.
@@ -131,9 +135,9 @@ class Entrance:
             self.enter(first)
 
     def _enter(self, step: Step, value: float | None) -> tuple[Pass, torch.Tensor]:
-        """The same, while each layer gives out its own input, or a tensor filled with a value.
+        """As :meth:`enter`; each layer returns its own input, or a tensor filled with a value.
 
-        With a value, the input of a layer that is not the very tensor given out is noted.
+        With a value, the input of a layer is noted where it is not the very tensor returned before.
 
         Returns:
             The pass, and what the model makes of the last layer's output.
@@ -147,7 +151,7 @@ class Entrance:
         return pass_, final_BSH
 
     def _require_sums(self, zeros: Pass, final_BSH: torch.Tensor) -> None:
-        """Check that what was noted is added to what a layer gives out, and nothing to the last."""
+        """Check that what was noted is added to a layer's output, and nothing to the last."""
         ones, _ = self._enter(zeros.step, 1.0)
         _, plain_BSH = self._enter(zeros.step._replace(inputs=NO_INPUTS), 0.0)
         pairs = [(ones.added[n], 1 + zeros.added[n]) for n in ones.added if n in zeros.added]

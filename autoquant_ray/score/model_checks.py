@@ -46,7 +46,7 @@ def require_linears(
         holding: Brings a module's weights to the device.
 
     Raises:
-        ModelError: One does not; names it.
+        ModelError: A linear does not; the message names it.
     """
     for scored in modules:
         module: Any = model.get_submodule(scored.planned.path)

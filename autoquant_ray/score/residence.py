@@ -5,6 +5,9 @@ while a layer is visited its parameters are on the device, otherwise they are on
 that code which forgets to visit fails instead of computing nonsense. The layer that comes next is
 read by one background thread during the visit, so at most two layers are held.
 
+A weight is read from its module when it is used: a reference taken before the visit is stale, and a
+reference kept after it leaks a layer.
+
 The files are memory-mapped. On a CPU, in the type that the files hold, a layer's parameters *are*
 the mapping: nothing is copied, and the pages belong to the file cache, which the system may drop
 and read again. Everywhere else they are copied and converted, once per visit.

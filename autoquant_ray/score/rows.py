@@ -37,8 +37,8 @@ class ChosenRows:
 def live_rows(gradients_TO: list[torch.Tensor]) -> ChosenRows:
     """Rows where any gradient is not zero (NaN counts).
 
-    A few dead rows are cheaper to compute along, and to leave out of the sums, than to copy all
-    others: every sample's last token is dead.
+    Computing a few dead rows and leaving them out of the sums is cheaper than copying all others:
+    every sample's last token is dead.
     """
     # Nearly every live row shows in any few columns; only the others are looked at whole.
     live_T = torch.stack([g[:, :_FIRST_COLUMNS].ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)

@@ -2,7 +2,8 @@
 
 Everything that a worker computes happens here, without Ray, so that tests and benchmarks can run
 the same code in their own process. The same shard gives the same bytes in any process that uses
-the same number of threads on the same kind of device.
+the same number of threads on the same kind of device. The number of CPU threads can change the last
+bits of a sum: it comes from the config, never from the number of workers.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class Scorer:
 
         Args:
             samples: The shard's samples.
-            calibration: Of all shards.
+            calibration: Merged over all shards.
 
         Raises:
             NonFiniteError: A loss is NaN or infinite.
@@ -216,7 +217,7 @@ class Scorer:
             samples: The shard's samples.
             first_sample: Position of the first of them in the whole data set; label draws are
                 seeded by the seed and this position, never by the worker or the shard layout.
-            calibration: Of all shards, the same at every call.
+            calibration: Merged over all shards, the same at every call.
             shard: Use the layer inputs that :meth:`calibrate` kept of the same samples.
 
         Raises:

@@ -14,6 +14,9 @@ The output difference is computed in the backward pass, when the gradient is kno
 gradient is not zero: padding costs nothing. With a row share below 1 it is computed on rows drawn
 by importance (:mod:`autoquant_ray.score.row_sampling`).
 
+``mtq.auto_quantize`` clamps scores along its sorted formats: a comparison with it takes one format
+at a time.
+
 Shape letters: T rows (tokens) with a gradient, C rows of a chunk, I in features, O out features.
 """
 
@@ -121,7 +124,7 @@ class SensitivityHooks:
         """While open, every backward pass through the model adds to the sums.
 
         Args:
-            calibration: Of all shards; needed by formats with a static input quantizer.
+            calibration: Merged over all shards; needed by formats with a static input quantizer.
             seed: Of the drawn rows, non-negative integers; the module's name is added to it.
         """
         self._sums_4GF.zero_()

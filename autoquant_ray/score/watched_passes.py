@@ -14,7 +14,7 @@ from autoquant_ray.score.step import Step
 
 
 class Watcher(Protocol):
-    """What watches: hooks on modules, told which tokens are real."""
+    """Hooks that watch the inputs of modules, and that must know which tokens are real."""
 
     def set_mask(self, mask_BS: torch.Tensor | None) -> None:
         """Say which tokens of the next batch are real (1); None means all."""

@@ -2,7 +2,7 @@
 
 Both write one part per shard and merge the parts in the order of the shards. Statistics of single
 channels are large (12 bytes per input channel of every linear whose formats need them, at most)
-and lie in files of their own, written before the shard's scalars: where these are, all are.
+and lie in separate files, written before the shard's scalars: a shard with scalars is complete.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
                 tasks=tasks_of(state, done),
                 submit=lambda worker, task: worker.calibrate.remote(task),
                 num_done=len(done),
-                write=partial(_write_statistics, directory, has_channels),
+                write=partial(_write_calibration, directory, has_channels),
             )
             collect(state, pool, work)
             shards = intact_parts(state, CALIBRATION, lambda _shard, table: table.num_rows > 0)
@@ -112,7 +112,7 @@ def is_calibrated(state: RunState, plan: Plan) -> bool:
     return not missing_files(state.directory, plan.formats)
 
 
-def _write_statistics(directory: RunDirectory, has_channels: bool, outcome: Outcome) -> str:
+def _write_calibration(directory: RunDirectory, has_channels: bool, outcome: Outcome) -> str:
     shard, calibration = outcome.task.shard, outcome.result
     if has_channels:
         directory.write_table(part_name(CHANNELS, shard), channel_rows(calibration))
