@@ -134,7 +134,7 @@ def test_weights_equal_modelopt_bit_for_bit_with_scales_that_fused_layers_share(
     shared = quantized_weight(format_, own, scales, "model.layers.0.self_attn.q_proj")
     assert not torch.equal(alone, shared)  # k_proj has the largest weight
     if name in PRESETS:
-        assert scales.found.nbytes > 0
+        assert scales.searched.nbytes > 0
 
 
 @pytest.mark.parametrize(("family", "name"), [("llama", PRESETS[0]), ("qwen3_moe", PRESETS[1])])

@@ -119,9 +119,9 @@ def test_what_was_found_is_kept_in_one_byte_per_scale_and_changes_no_bit(
     values[2, :16] = 0.0
     scales = WeightScales(torch.nn.Identity())
     first = quantized_weight(format_, values, scales, "a")
-    assert scales.found.nbytes == {4: 32, 8: 8, (4, 3): 1}[format_.weight["num_bits"]]
+    assert scales.searched.nbytes == {4: 32, 8: 8, (4, 3): 1}[format_.weight["num_bits"]]
     assert torch.equal(first, quantized_weight(format_, values, scales, "a"))
-    scales.found.resize(0)
+    scales.searched.resize(0)
     assert torch.equal(first, quantized_weight(format_, values, scales, "a"))
     other = quantized_weight(format_, values.flip(1) * 2, scales, "b")
     assert torch.equal(
