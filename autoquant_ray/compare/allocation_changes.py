@@ -36,13 +36,13 @@ class FormatChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Regret:
-    """What the first run's plan costs under the second run's scores.
+    """What the first run's allocation costs under the second run's scores.
 
     Attributes:
-        kept_nats: Predicted KL of the first run's plan, nats per token.
-        own_nats: Predicted KL of the second run's own allocation.
-        kept_bytes: Stored bytes of the searched groups under the first run's plan.
-        own_bytes: The same under the second run's own.
+        kept_nats: Predicted KL of the first run's allocation, nats per token.
+        own_nats: Predicted KL of the second run's allocation.
+        kept_bytes: Stored bytes of the searched groups under the first run's allocation.
+        own_bytes: The same under the second run's allocation.
         nats: ``kept_nats - own_nats``; below 0 where the first allocation was allowed more bytes.
         relative: ``nats / own_nats``; None where that is 0.
     """

@@ -67,18 +67,18 @@ def advice(comparison: Comparison) -> str:
     num_changed = len(comparison.format_changes)
     if loss is None or relative is None:
         judgement = (
-            "The earlier plan cannot be judged by the later scores: solve anew for this model."
+            "The later scores cannot judge the earlier allocation: solve again for this model."
         )
     elif relative < MIN_REGRET:
         judgement = (
-            f"Keep the earlier plan: by the later scores it is within {max(relative, 0):.2%} of "
+            "Keep the earlier allocation: by the later scores it is within "
+            f"{max(relative, 0):.2%} of the best."
         )
-        judgement += "the best one."
     else:
         judgement = (
-            f"By the later scores the earlier plan loses {relative:.1%} more ({loss.nats:.3g} "
+            f"By the later scores the earlier allocation loses {relative:.1%} more "
+            f"({loss.nats:.3g} nats per token) than the new allocation."
         )
-        judgement += "nats per token) than the new one."
     if comparison.verdict == "same":
         return "Nothing." if not num_changed else f"Nothing is wrong with the scores. {judgement}"
     if comparison.verdict == "noise":
@@ -158,9 +158,9 @@ def _allocations(comparison: Comparison) -> list[str]:
     lines = ["## Formats that would change", "", "Sizes and scores are those of the later run."]
     if loss is not None:
         lines[-1] += (
-            f" The earlier plan: {loss.kept_nats:.5g} nats per token, {loss.kept_bytes:,.0f} bytes "
-            f"in the searched groups. The new plan: {loss.own_nats:.5g} nats per token, "
-            f"{loss.own_bytes:,.0f} bytes."
+            f" The earlier allocation: {loss.kept_nats:.5g} nats per token, "
+            f"{loss.kept_bytes:,.0f} bytes in the searched groups. The new allocation: "
+            f"{loss.own_nats:.5g} nats per token, {loss.own_bytes:,.0f} bytes."
         )
     rows = [
         (

@@ -56,7 +56,7 @@ class PairScores:
 
     def cautious_stderr(self) -> Floats:
         """Standard errors that no luck made small, with the noise of the maxima."""
-        stderr_K = _not_by_luck(self.stderr_K, self.score_K)
+        stderr_K = _at_least_median_share(self.stderr_K, self.score_K)
         errors_K: Floats = np.hypot(stderr_K, 2 * self.maxima_K * self.score_K)
         return errors_K
 
@@ -99,7 +99,9 @@ def find_moves(
     if paired_stderr_K is None:
         stderr_K = np.hypot(before.cautious_stderr(), after.cautious_stderr())
     else:
-        stderr_K = _not_by_luck(paired_stderr_K, np.maximum(before.score_K, after.score_K))
+        stderr_K = _at_least_median_share(
+            paired_stderr_K, np.maximum(before.score_K, after.score_K)
+        )
     freedom = max(min(before.num_shards, after.num_shards) - 1, 1)
     p_K = 2 * stats.t.sf(_ratio(np.abs(difference_K), stderr_K), freedom)
     return Moves(
@@ -136,11 +138,11 @@ def benjamini_hochberg(p_K: Floats, significance: float) -> Mask:
     ``p_k <= k / m * significance``, and all before it.
     """
     tested_J = np.flatnonzero(~np.isnan(p_K))
-    is_found_K = np.zeros(len(p_K), dtype=np.bool_)
+    is_discovery_K = np.zeros(len(p_K), dtype=np.bool_)
     if len(tested_J):
         adjusted_J = stats.false_discovery_control(p_K[tested_J], method="bh")
-        is_found_K[tested_J] = adjusted_J <= significance
-    return is_found_K
+        is_discovery_K[tested_J] = adjusted_J <= significance
+    return is_discovery_K
 
 
 def rank_correlation(before: Sequence[float], after: Sequence[float]) -> float | None:
@@ -150,11 +152,11 @@ def rank_correlation(before: Sequence[float], after: Sequence[float]) -> float |
     return float(stats.spearmanr(before, after).statistic)
 
 
-def _not_by_luck(stderr_K: Floats, score_K: Floats) -> Floats:
+def _at_least_median_share(stderr_K: Floats, score_K: Floats) -> Floats:
     """Standard errors of at least their median share of the scores; NaN stays."""
     shares_K = _ratio(stderr_K, score_K)
-    known_K = shares_K[np.isfinite(shares_K)]
-    median = float(np.median(known_K)) if len(known_K) else 0.0
+    finite_K = shares_K[np.isfinite(shares_K)]
+    median = float(np.median(finite_K)) if len(finite_K) else 0.0
     errors_K: Floats = np.where(np.isnan(stderr_K), np.nan, np.fmax(stderr_K, median * score_K))
     return errors_K
 

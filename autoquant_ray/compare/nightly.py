@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from autoquant_ray.errors import (
     ChangedError,
     HeldError,
     InfeasibleBudgetError,
+    StoreError,
     one_line,
 )
 from autoquant_ray.jobs.file import NightlyJob
@@ -235,7 +236,7 @@ def _row(
 ) -> dict[str, Any]:
     """A row of the history without numbers; a night that is only shown keeps its end."""
     run_id, seconds, started, finished = "", None, tonight.started, _utc_now()
-    if tonight.nights.is_run(tonight.name):
+    with suppress(StoreError):  # without a run, or with a damaged one, the night still has its row
         record = RunState.open(tonight.directory).record
         run_id, started = record.run_id, record.created or started
         seconds = sum(stage.get("seconds", 0) for stage in record.stages.values())

@@ -72,7 +72,7 @@ class Comparison:
         only_before: Searched groups that the second run lacks.
         only_after: Searched groups that the first run lacks.
         format_changes: Groups that would get another format.
-        regret: Of keeping the first run's plan; None where that cannot be told.
+        regret: Of keeping the first run's allocation; None where the scores do not say.
     """
 
     verdict: Verdict
@@ -177,11 +177,10 @@ def _allocations(comparison: Comparison, is_equal: bool) -> list[str]:
     is_other_problem = _has_changed(comparison, "plan") or _has_changed(comparison, "allocate")
     if not is_equal or loss is None or is_other_problem:
         return []
-    if abs(loss.relative or 0.0) < MIN_REGRET:
+    distance = abs(loss.relative or 0.0)
+    if distance < MIN_REGRET:
         return []
-    return [
-        f"Equal scores gave another plan, {abs(loss.relative or 0.0):.1%} apart in predicted KL."
-    ]
+    return [f"Equal scores gave another allocation, {distance:.1%} apart in predicted KL."]
 
 
 def _no_alarm(comparison: Comparison, is_equal: bool) -> list[str]:

@@ -250,7 +250,7 @@ def test_group_left_out_by_the_config_is_no_drift(scan: Scan, first: RunDirector
     ]
     back = compare_runs(scan(0, disable=("lm_head", "*layers.0.mlp*")), first)
     assert back.only_after == comparison.only_before
-    assert back.regret is not None  # the earlier plan left those groups in 16 bits
+    assert back.regret is not None  # the earlier allocation left those groups in 16 bits
 
 
 def test_caches_that_the_menu_adds_are_no_drift(scan: Scan, first: RunDirectory) -> None:
