@@ -22,6 +22,7 @@ from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.certainty.explanation import Explanation
 from autoquant_ray.allocate.frontier import Point, frontier_of, smallest_within
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.compare.runs import compare_runs
 from autoquant_ray.compare.verdict import Comparison
 from autoquant_ray.config.evaluation import EvaluationConfig
@@ -43,7 +44,7 @@ from autoquant_ray.runs.names import (
     solution_folder,
 )
 from autoquant_ray.runs.state import Mode, RunState
-from autoquant_ray.solve import Solution, rewrite_reports, solve_run
+from autoquant_ray.solve import Solution, rewrite_reports, solve_run, solve_scored
 
 if TYPE_CHECKING:
     from autoquant_ray.evaluate.evaluate import Evaluation
@@ -171,7 +172,8 @@ class Run:
 
     def solve_within(self, largest_kl: float) -> Solution:
         """Solve the fewest bits that are predicted to lose at most so many nats per token."""
-        return solve_run(self._directory, smallest_within(self._directory, largest_kl))
+        run = ScoredRun.read(RunState.open(self._directory))
+        return solve_scored(run, smallest_within(run, largest_kl))
 
     def frontier(self, num_points: int = 64) -> list[Point]:
         """Predicted loss at every size.
@@ -258,7 +260,7 @@ class Run:
             stages = ", ".join(f"{name} {e['state']}" for name, e in state.record.stages.items())
             facts = [("Model", state.record.model["name"]), ("Stages", stages or "none yet")]
             return facts_html(f"Unfinished run {self.path}", facts)
-        content = collect_content(state, "")
+        content = collect_content(ScoredRun.read(state), "")
         return facts_html(content.title, content.facts)
 
     def __repr__(self) -> str:

@@ -16,13 +16,11 @@ from autoquant_ray.allocate.allocation import Allocation
 from autoquant_ray.allocate.certainty.solution import Certainty, certainty_of
 from autoquant_ray.allocate.certainty.stopping import describe_stopping
 from autoquant_ray.allocate.domains import domain_summary, solve_domains
-from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.losses import chosen_formats
 from autoquant_ray.allocate.manifest import build_manifest, manifest_rows, solution_summary
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import quantization_config
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import served_problem
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.format import NONE
@@ -45,6 +43,7 @@ class Solution:
         added_bytes: Heads tied to the embedding that are quantized -> bytes that this adds.
         shards_used: How many shards were used and why, for a scan that was asked to stop early.
         certainty: How sure it is; None where there are no shards to resample.
+        sensitivities: Searched groups with the largest score over the menu, most sensitive first.
     """
 
     name: str
@@ -54,6 +53,7 @@ class Solution:
     added_bytes: dict[str, float]
     shards_used: str | None
     certainty: Certainty | None
+    sensitivities: list[tuple[str, float]]
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -90,20 +90,21 @@ def solve_run(
         ConfigError: A constraint names something that does not exist.
         StoreError: Not a run, or its files are damaged.
     """
-    state = RunState.open(directory)
-    problem, scores = load_problem(state)
-    problem = problem.timed(options.latency)
+    return solve_scored(ScoredRun.read(RunState.open(directory)), options, folder)
+
+
+def solve_scored(run: ScoredRun, options: SolveOptions, folder: str | None = None) -> Solution:
+    """The same as :func:`solve_run` for a run that has been read."""
+    problem = run.problem.timed(options.latency)
     name = solution_name(options) if folder is None else folder.rstrip("/")
     if problem.experts is not None and options.expert_groups is None:
         options = replace(options, expert_groups=problem.experts.scanned_as)
-    allocation = solve_domains(state, problem, scores, options)
-    return write_solution(state, problem, scores, options, allocation, name)
+    allocation = solve_domains(run.state, problem, run.scores, options)
+    return write_solution(run.with_problem(problem), options, allocation, name)
 
 
 def write_solution(
-    state: RunState,
-    problem: Problem,
-    scores: Scores,
+    run: ScoredRun,
     options: SolveOptions,
     allocation: Allocation,
     name: str,
@@ -112,48 +113,63 @@ def write_solution(
     """Write an allocation's manifests and reports.
 
     Args:
-        state: The run.
-        problem: Its groups with their costs.
-        scores: (group, format) -> nats per token.
+        run: The run, with the problem that was solved.
         options: Budget and constraints that the allocation meets.
         allocation: What to write.
         name: Folder below ``solutions/``; '' for the run's own folder.
         notes: More keys of ``manifest.json``: how the allocation was chosen.
     """
-    directory = state.directory
-    formats = chosen_formats(problem, allocation)
-    problem = served_problem(problem, options, formats)
-    plan = state.plan
-    is_imported = state.record.is_imported
-    summary = solution_summary(problem, allocation, scores_are_nats=not is_imported)
-    summary |= domain_summary(state, problem, scores, options, formats)
-    config = quantization_config(problem, formats, plan)
+    formats = chosen_formats(run.problem, allocation)
+    run = run.with_problem(served_problem(run.problem, options, formats))
     is_foreign = "imported_from" in (notes or {})
-    certainty = None if is_foreign else certainty_of(state, problem, scores, options, formats)
-    stability = None if certainty is None else certainty.to_json()
-    manifest = build_manifest(state.record, options, summary, config, stability) | dict(notes or {})
+    certainty = None
+    if not is_foreign:
+        certainty = certainty_of(run.state, run.problem, run.scores, options, formats)
+    manifest = _manifest(run, options, allocation, formats, certainty) | dict(notes or {})
     start = solution_folder(name)
-    paths = {
-        MANIFEST_TABLE: directory.write_table(
-            f"{start}{MANIFEST_TABLE}", manifest_rows(problem, formats, scores, plan)
-        ),
-        MANIFEST_JSON: directory.write_json(f"{start}{MANIFEST_JSON}", manifest),
-    }
-    paths |= write_reports(state, start)
-    added = {
-        group.name: group.cost(formats[group.name], "model")
-        for group in problem.groups.values()
-        if group.is_tied and formats[group.name] != NONE
-    }
+    paths = _write_manifests(run, start, manifest, formats) | write_reports(run, start)
     return Solution(
         name=name,
-        summary=summary,
+        summary=manifest["solution"],
         formats=formats,
         paths=paths,
-        added_bytes=added,
-        shards_used=describe_stopping(state.record),
+        added_bytes={
+            group.name: group.cost(formats[group.name], "model")
+            for group in run.problem.groups.values()
+            if group.is_tied and formats[group.name] != NONE
+        },
+        shards_used=describe_stopping(run.state.record),
         certainty=certainty,
+        sensitivities=run.sensitivities,
     )
+
+
+def _manifest(
+    run: ScoredRun,
+    options: SolveOptions,
+    allocation: Allocation,
+    formats: dict[str, str],
+    certainty: Certainty | None,
+) -> dict[str, Any]:
+    """Content of ``manifest.json`` without the notes."""
+    record, problem = run.state.record, run.problem
+    summary = solution_summary(problem, allocation, scores_are_nats=not record.is_imported)
+    summary |= domain_summary(run.state, problem, run.scores, options, formats)
+    config = quantization_config(problem, formats, run.state.plan)
+    stability = None if certainty is None else certainty.to_json()
+    return build_manifest(record, options, summary, config, stability)
+
+
+def _write_manifests(
+    run: ScoredRun, start: str, manifest: Mapping[str, Any], formats: Mapping[str, str]
+) -> dict[str, str]:
+    """Write both manifests; returns file name -> full path."""
+    directory = run.state.directory
+    rows = manifest_rows(run.problem, formats, run.scores, run.state.plan)
+    return {
+        MANIFEST_TABLE: directory.write_table(f"{start}{MANIFEST_TABLE}", rows),
+        MANIFEST_JSON: directory.write_json(f"{start}{MANIFEST_JSON}", manifest),
+    }
 
 
 def solution_name(options: SolveOptions) -> str:
@@ -199,12 +215,12 @@ def rewrite_reports(directory: RunDirectory) -> list[str]:
     Raises:
         StoreError: Not a run, or its files are damaged.
     """
-    state = RunState.open(directory)
+    run = ScoredRun.read(RunState.open(directory))
     starts = [solution_folder(name) for name in directory.list_folders(SOLUTIONS)]
     paths: list[str] = []
     for start in ["", *starts]:
         if directory.exists(f"{start}{MANIFEST_JSON}"):
-            paths.extend(write_reports(state, start).values())
+            paths.extend(write_reports(run, start).values())
     if not paths:
         raise StoreError(f"{directory.uri} has no solution yet; finish the scan first")
     return paths

@@ -7,19 +7,19 @@ Between the steps of the sweep an allocation is not the best one for its size, o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from autoquant_ray.allocate.allocation import frontier_allocations
 from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.losses import average_bits, model_bytes, predicted_loss
-from autoquant_ray.allocate.options import BITS_PER_BYTE, SolveOptions
+from autoquant_ray.allocate.options import BITS_PER_BYTE, UNQUANTIZED_BITS, SolveOptions
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import load_problem
-from autoquant_ray.allocate.search import search
+from autoquant_ray.allocate.read import ScoredRun
+from autoquant_ray.allocate.search import search, ties_of
+from autoquant_ray.allocate.ties import Ties, merged, spread
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
@@ -47,19 +47,28 @@ class Point:
     is_knee: bool = False
 
 
-def sweep_points(problem: Problem, scores: Scores, num_points: int = NUM_POINTS) -> list[Point]:
+def sweep_points(
+    problem: Problem, scores: Scores, ties: Ties = (), num_points: int = NUM_POINTS
+) -> list[Point]:
     """Points along the whole reachable range, the knee marked.
 
     Args:
         problem: Groups with their costs.
         scores: (group, format) -> nats per token.
+        ties: Groups that share a format, such as the experts of a cluster.
         num_points: Number of budgets, evenly spaced in bits.
     """
-    low, high = reachable_bits(problem)
+    low, high = reachable_bits(problem, ties)
+    groups = [group.name for group in problem.searched]
     weights = sum(group.num_weights for group in problem.searched)
     limits = [float(bits) * weights / BITS_PER_BYTE for bits in np.linspace(low, high, num_points)]
-    found = frontier_allocations(problem.choices(scores), "storage", limits)
-    return mark_knee([point_of(problem, scores, one.formats) for one in found])
+    allocations = frontier_allocations(merged(problem.choices(scores), ties), "storage", limits)
+    return mark_knee(
+        [
+            point_of(problem, scores, spread(allocation.formats, groups, ties))
+            for allocation in allocations
+        ]
+    )
 
 
 def uniform_points(problem: Problem, scores: Scores) -> dict[str, Point]:
@@ -118,13 +127,21 @@ def find_knee(points: Sequence[Point]) -> int | None:
     return losing[int(np.argmax(1 - x - y))]
 
 
-def reachable_bits(problem: Problem) -> tuple[float, float]:
-    """Least and most average stored bits over the searched groups."""
+def reachable_bits(problem: Problem, ties: Ties = ()) -> tuple[float, float]:
+    """Least and most average stored bits over the searched groups.
+
+    Args:
+        problem: Groups with their costs.
+        ties: Groups that share a format.
+    """
+    nothing = {(group.name, name): 0.0 for group in problem.searched for name in group.rows}
+    costs: dict[str, list[float]] = {}
+    for choice in merged(problem.choices(nothing), ties):
+        costs.setdefault(choice.group, []).append(choice.costs["storage"])
     weights = sum(group.num_weights for group in problem.searched)
 
-    def average(choose: Any) -> float:
-        costs = (choose(g.cost(f, "storage") for f in g.rows) for g in problem.searched)
-        return BITS_PER_BYTE * math.fsum(costs) / weights
+    def average(choose: Callable[[Sequence[float]], float]) -> float:
+        return BITS_PER_BYTE * math.fsum(map(choose, costs.values())) / weights
 
     return rounded_up(average(min)), average(max)
 
@@ -150,23 +167,20 @@ def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[P
     """
     if num_points < 2:
         raise ConfigError(f"a frontier of {num_points} points: give 2 or more")
-    state = RunState.open(directory)
-    problem, scores = load_problem(state)
-    low, high = reachable_bits(problem)
-    points = [
-        _solve(problem, scores, _options(state, float(bits)))
-        for bits in np.linspace(low, high, num_points)
-    ]
-    points = mark_knee(points)
+    run = ScoredRun.read(RunState.open(directory))
+    low, high = _reachable_bits(run)
+    points = mark_knee(
+        [_solve(run, _options(run, float(bits))) for bits in np.linspace(low, high, num_points)]
+    )
     directory.write_table(FRONTIER_FILE, [vars(point) for point in points])
     return points
 
 
-def smallest_within(directory: RunDirectory, largest_kl: float) -> SolveOptions:
+def smallest_within(run: ScoredRun, largest_kl: float) -> SolveOptions:
     """The smallest budget whose solution is predicted to lose at most so much.
 
     Args:
-        directory: A run whose scores are complete.
+        run: The run.
         largest_kl: Nats per token.
 
     Returns:
@@ -176,35 +190,39 @@ def smallest_within(directory: RunDirectory, largest_kl: float) -> SolveOptions:
         InfeasibleBudgetError: Even 16 bits are not enough: the loss asked for is negative, or less
             than what the limit on the KV cache loses.
     """
-    state = RunState.open(directory)
-    problem, scores = load_problem(state)
     if not largest_kl >= 0:
         raise InfeasibleBudgetError(
             f"a predicted KL of {largest_kl:g} cannot be met; 16 bits lose 0"
         )
-    low, high = reachable_bits(problem)
-    lost = _solve(problem, scores, _options(state, high)).predicted_kl
+    low, high = _reachable_bits(run)
+    lost = _solve(run, _options(run, high)).predicted_kl
     if lost > largest_kl:
         raise InfeasibleBudgetError(
             f"a predicted KL of {largest_kl:g} cannot be met: the run's limit on the KV cache "
             f"alone loses {lost:.4g}"
         )
-    if _solve(problem, scores, _options(state, low)).predicted_kl <= largest_kl:
-        return _options(state, low)
+    if _solve(run, _options(run, low)).predicted_kl <= largest_kl:
+        return _options(run, low)
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2
-        if _solve(problem, scores, _options(state, middle)).predicted_kl <= largest_kl:
+        if _solve(run, _options(run, middle)).predicted_kl <= largest_kl:
             high = middle
         else:
             low = middle
-    exact = _solve(problem, scores, _options(state, high))
-    return _options(state, min(high, rounded_up(exact.effective_bits)))
+    exact = _solve(run, _options(run, high))
+    return _options(run, min(high, rounded_up(exact.effective_bits)))
 
 
-def _options(state: RunState, bits: float) -> SolveOptions:
+def _reachable_bits(run: ScoredRun) -> tuple[float, float]:
+    return reachable_bits(run.problem, ties_of(run.problem, _options(run, UNQUANTIZED_BITS)))
+
+
+def _options(run: ScoredRun, bits: float) -> SolveOptions:
     """A budget in bits, with the scan's own limit on the KV cache."""
-    return SolveOptions(bits=bits, kv_bytes_per_token=(state.record.config or {}).get(KV_BYTES))
+    config = run.state.record.config or {}
+    return SolveOptions(bits=bits, kv_bytes_per_token=config.get(KV_BYTES))
 
 
-def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> Point:
-    return point_of(problem, scores, search(problem, scores, options).formats)
+def _solve(run: ScoredRun, options: SolveOptions) -> Point:
+    formats = search(run.problem, run.scores, options).formats
+    return point_of(run.problem, run.scores, formats)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from autoquant_ray.allocate.expert_clusters import experts_of
-from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.load import Latency
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.config.expert_groups import LAYER
 from autoquant_ray.errors import ScoreError, StoreError
 from autoquant_ray.formats.format import NONE
-from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, MANIFEST_TABLE, PLAN_FILE, SENSITIVITY_FILE
 from autoquant_ray.runs.state import RunState
 
@@ -37,7 +37,12 @@ def solution_options(state: RunState, start: str) -> SolveOptions:
         raise StoreError(
             f"{state.directory.path(start)} is not a solution; solutions of the run: {names}"
         )
-    budget = state.directory.read_json(f"{start}{MANIFEST_JSON}")["budget"]
+    return options_of(state.directory.read_json(f"{start}{MANIFEST_JSON}"))
+
+
+def options_of(manifest: Mapping[str, Any]) -> SolveOptions:
+    """Budget and constraints of the content of a ``manifest.json``."""
+    budget = manifest["budget"]
     return SolveOptions(**budget | {"latency": Latency.from_json(budget.get("latency"))})
 
 
@@ -46,48 +51,88 @@ def is_chosen_by_measurement(manifest: Mapping[str, Any]) -> bool:
     return not {"chosen_on", "refinement"}.isdisjoint(manifest)
 
 
-def load_problem(state: RunState) -> tuple[Problem, Scores]:
-    """Groups with their costs, and the measured scores, of a run.
+@dataclass(frozen=True, kw_only=True)
+class ScoredRun:
+    """A run with its problem and its scores: ``plan.parquet`` and ``sensitivity.parquet``.
 
-    Raises:
-        StoreError: A file is missing or damaged.
-        ScoreError: A searched group lacks a score.
+    A command reads it once and hands it on.
+
+    Attributes:
+        state: The run.
+        problem: Its groups with their costs.
+        rows: Rows of ``sensitivity.parquet``.
     """
-    summary = state.plan
-    if not state.directory.exists(SENSITIVITY_FILE):
-        missing = state.directory.path(SENSITIVITY_FILE)
-        raise StoreError(f"{missing} does not exist; finish the scan with --resume")
-    plan_rows = state.directory.read_table(PLAN_FILE).to_pylist()
-    problem = Problem.from_plan(plan_rows, summary)
-    table = state.directory.read_table(SENSITIVITY_FILE)
-    scores = {
-        (row["group"], row["format"]): row["score"]
-        for row in table.select(["group", "format", "score"]).to_pylist()
-    }
-    for group in problem.searched:
-        for format_ in group.rows:
-            if format_ != NONE and scores.get((group.name, format_)) is None:
-                raise ScoreError(f"group {group.name} has no score for {format_}")
-    experts = experts_of(
-        {group.name: group.num_weights for group in problem.searched},
-        problem.summary.get("experts", ()),
-        scores,
-        (state.record.config or {}).get("expert_groups", LAYER),
-    )
-    return replace(problem, experts=experts), scores
 
+    state: RunState
+    problem: Problem
+    rows: list[dict[str, Any]]
 
-def score_errors(directory: RunDirectory) -> dict[tuple[str, str], float | None]:
-    """(group, format) -> standard error of its score; None where there is no spread."""
-    table = directory.read_table(SENSITIVITY_FILE)
-    rows = table.select(["group", "format", "score_stderr"]).to_pylist()
-    return {(row["group"], row["format"]): row["score_stderr"] for row in rows}
+    @classmethod
+    def read(cls, state: RunState) -> ScoredRun:
+        """Read a run whose scores are complete.
 
+        Raises:
+            StoreError: A file is missing or damaged.
+            ScoreError: A searched group lacks a score.
+        """
+        directory = state.directory
+        summary = state.plan
+        if not directory.exists(SENSITIVITY_FILE):
+            missing = directory.path(SENSITIVITY_FILE)
+            raise StoreError(f"{missing} does not exist; finish the scan with --resume")
+        plan_rows = directory.read_table(PLAN_FILE).to_pylist()
+        rows = directory.read_table(SENSITIVITY_FILE).to_pylist()
+        problem = Problem.from_plan(plan_rows, summary)
+        run = cls(state=state, problem=problem, rows=rows)
+        for group in problem.searched:
+            for format_ in group.rows:
+                if format_ != NONE and run.scores.get((group.name, format_)) is None:
+                    raise ScoreError(f"group {group.name} has no score for {format_}")
+        experts = experts_of(
+            {group.name: group.num_weights for group in problem.searched},
+            problem.summary.get("experts", ()),
+            run.scores,
+            (state.record.config or {}).get("expert_groups", LAYER),
+        )
+        return replace(run, problem=replace(problem, experts=experts))
 
-def group_sensitivities(directory: RunDirectory) -> list[tuple[str, float]]:
-    """Searched groups with the largest score over the menu, most sensitive first."""
-    table = directory.read_table(SENSITIVITY_FILE)
-    largest: dict[str, float] = {}
-    for row in table.select(["group", "score"]).to_pylist():
-        largest[row["group"]] = max(row["score"], largest.get(row["group"], 0.0))
-    return sorted(largest.items(), key=lambda item: -item[1])
+    def with_problem(self, problem: Problem) -> ScoredRun:
+        """The same run with another problem, such as one that is timed."""
+        return self if problem is self.problem else replace(self, problem=problem)
+
+    @cached_property
+    def scores(self) -> dict[tuple[str, str], float]:
+        """(group, format) -> score in nats per token."""
+        return {(row["group"], row["format"]): row["score"] for row in self.rows}
+
+    @cached_property
+    def errors(self) -> dict[tuple[str, str], float | None]:
+        """(group, format) -> standard error of its score; None where a single shard gives none."""
+        return {(row["group"], row["format"]): row["score_stderr"] for row in self.rows}
+
+    @property
+    def sensitivities(self) -> list[tuple[str, float]]:
+        """Searched groups with the largest score over the menu, most sensitive first."""
+        largest: dict[str, float] = {}
+        for row in self.rows:
+            largest[row["group"]] = max(row["score"], largest.get(row["group"], 0.0))
+        return sorted(largest.items(), key=lambda item: -item[1])
+
+    @property
+    def modelopt_scores(self) -> dict[tuple[str, str], float]:
+        """ModelOpt's scores: at most that of the coarser format before it in ModelOpt's order."""
+        compressions = {
+            entry["name"]: entry["modelopt_compression"]
+            for entry in self.problem.summary["formats"]
+            if entry.get("weight")
+        }
+        scores: dict[tuple[str, str], float] = {}
+        lowest: dict[str, float] = {}
+        for row in sorted(self.rows, key=lambda row: compressions.get(row["format"], 1.0)):
+            group = row["group"]
+            if row["format"] not in compressions:  # ModelOpt does not search caches
+                scores[group, row["format"]] = row["modelopt_score"]
+                continue
+            lowest[group] = min(row["modelopt_score"], lowest.get(group, math.inf))
+            scores[group, row["format"]] = lowest[group]
+        return scores

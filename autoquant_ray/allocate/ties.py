@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autoquant_ray.allocate.allocation import Allocation, Budget, Choice, solve
@@ -36,22 +36,36 @@ def solve_tied(
     """
     if not ties:
         return solve(choices, budgets, max_formats=max_formats)
+    allocation = solve(merged(choices, ties), budgets, max_formats=max_formats)
+    groups = [choice.group for choice in choices]
+    return replace(allocation, formats=spread(allocation.formats, groups, ties))
+
+
+def spread(formats: Mapping[str, str], groups: Iterable[str], ties: Ties) -> dict[str, str]:
+    """Formats of all groups from those of each tie's first group.
+
+    Args:
+        formats: Group -> format, the groups of a tie after its first one left out.
+        groups: All groups, in the order of the result; may repeat.
+        ties: Groups that share a format.
+    """
     first = {group: tie[0] for tie in ties for group in tie}
-    found = solve(_merged(choices, ties), budgets, max_formats=max_formats)
-    groups = dict.fromkeys(choice.group for choice in choices)
-    formats = {group: found.formats[first.get(group, group)] for group in groups}
-    return replace(found, formats=formats)
+    return {group: formats[first.get(group, group)] for group in groups}
 
 
-def _merged(choices: Sequence[Choice], ties: Ties) -> list[Choice]:
-    """One choice per tie and common format, with the sums of its groups."""
+def merged(choices: Sequence[Choice], ties: Ties) -> list[Choice]:
+    """One choice per tie and common format, with the sums of its groups.
+
+    Raises:
+        NotServedError: The groups of a tie have no format in common.
+    """
     table = {(choice.group, choice.format): choice for choice in choices}
     of_group: dict[str, list[str]] = {}
     for choice in choices:
         of_group.setdefault(choice.group, []).append(choice.format)
     members = {tie[0]: tuple(tie) for tie in ties}
     behind = {group for tie in ties for group in tie[1:]}
-    merged = []
+    together = []
     for group, names in of_group.items():
         if group in behind:
             continue
@@ -63,12 +77,15 @@ def _merged(choices: Sequence[Choice], ties: Ties) -> list[Choice]:
                 "in common; allow one of their formats"
             )
         for name in common:
-            own = [table[other, name] for other in tie]
-            merged.append(
+            parts = [table[other, name] for other in tie]
+            together.append(
                 replace(
-                    own[0],
-                    score=math.fsum(one.score for one in own),
-                    costs={key: math.fsum(one.costs[key] for one in own) for key in own[0].costs},
+                    parts[0],
+                    score=math.fsum(part.score for part in parts),
+                    costs={
+                        resource: math.fsum(part.costs[resource] for part in parts)
+                        for resource in parts[0].costs
+                    },
                 )
             )
-    return merged
+    return together

@@ -41,9 +41,11 @@ def frontier(
       autoquant-ray frontier runs/qwen3 --target-kl 0.02
     """
     from autoquant_ray.allocate.frontier import frontier_of, smallest_within
+    from autoquant_ray.allocate.read import ScoredRun
     from autoquant_ray.cli.output import print_frontier, print_solution
     from autoquant_ray.runs.directory import RunDirectory
-    from autoquant_ray.solve import solve_run
+    from autoquant_ray.runs.state import RunState
+    from autoquant_ray.solve import solve_scored
 
     target = _target(target_kl, target_ppl_increase)
     directory = RunDirectory(run)
@@ -54,7 +56,8 @@ def frontier(
             json=lambda: [vars(point) for point in sizes], show=lambda: print_frontier(run, sizes)
         )
     with only_ours_on_stdout():
-        solution = solve_run(directory, smallest_within(directory, target))
+        scored = ScoredRun.read(RunState.open(directory))
+        solution = solve_scored(scored, smallest_within(scored, target))
     return Result(json=solution.to_json, show=lambda: print_solution(run, solution))
 
 

@@ -104,16 +104,12 @@ def _line_name(path: str, members: Sequence[PlannedGroup]) -> str:
 
 def print_solution(run: str, solution: Solution) -> None:
     """The ten most sensitive groups, the totals, and the written files."""
-    from autoquant_ray.allocate.read import group_sensitivities
-    from autoquant_ray.runs.directory import RunDirectory
-
     console = _console()
-    ranked = group_sensitivities(RunDirectory(run))
     table = Table(title="Most sensitive groups", box=box.SIMPLE)
     table.add_column("Group", overflow="fold", no_wrap=True)
     table.add_column("Harshest format's score", justify="right")
     table.add_column("Chosen")
-    for group, sensitivity in ranked[:_TOP_GROUPS]:
+    for group, sensitivity in solution.sensitivities[:_TOP_GROUPS]:
         table.add_row(escape(group), f"{sensitivity:.3e}", escape(solution.formats[group]))
     console.print(table)
     summary = solution.summary

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.arrays import Floats
 from autoquant_ray.compare.allocation_changes import format_changes, regret
 from autoquant_ray.compare.moved_scores import (
@@ -35,7 +35,6 @@ from autoquant_ray.runs.names import (
     MANIFEST_JSON,
     MANIFEST_TABLE,
     SCORES,
-    SENSITIVITY_FILE,
 )
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
@@ -101,10 +100,10 @@ class _Side:
         self.state = RunState.open(directory)
         self.record = self.state.record
         self.problem: Problem
-        self.problem, self.scores = load_problem(self.state)
-        table = directory.read_table(SENSITIVITY_FILE)
+        run = ScoredRun.read(self.state)
+        self.problem, self.scores = run.problem, run.scores
         self.rows: dict[Key, dict[str, Any]] = {
-            (row["group"], row["format"]): row for row in table.to_pylist()
+            (row["group"], row["format"]): row for row in run.rows
         }
         if not directory.exists(MANIFEST_JSON):
             raise StoreError(f"{directory.uri} has no solution yet; finish the scan with --resume")

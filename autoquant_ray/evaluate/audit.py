@@ -26,8 +26,7 @@ from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import (
-    load_problem,
-    score_errors,
+    ScoredRun,
     solution_formats,
     solution_options,
 )
@@ -98,12 +97,15 @@ def audit_json(pairs: list[AuditedPair], num_changed: int) -> dict[str, Any]:
     }
 
 
-def audit_solution(measurement: Measurement, start: str, config: EvaluationConfig) -> Audit:
+def audit_solution(
+    run: ScoredRun, measurement: Measurement, start: str, config: EvaluationConfig
+) -> Audit:
     """Measure the pairs that matter most to a solution and solve its budget again.
 
     Writes ``audit.parquet`` and the solution ``<name>-audited``.
 
     Args:
+        run: The run.
         measurement: The data; its first part is used.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
         config: Its ``audit`` is the number of pairs.
@@ -112,13 +114,12 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
         DataError: The data makes fewer than three shards.
         AutoQuantError: One of its subclasses; finished measurements are kept.
     """
-    state = measurement.state
-    problem, scores = load_problem(state)
+    state, scores = run.state, run.scores
     options = without_domains(solution_options(state, start))
-    problem = problem.timed(options.latency)
+    problem = run.problem.timed(options.latency)
     formats = solution_formats(state, start, problem)
     problem = served_problem(problem, options, formats)
-    stderrs = score_errors(state.directory)
+    stderrs = run.errors
     shares = _shares(state, problem, scores, options, formats)
     chosen = choose_pairs(problem, scores, stderrs, shares, options, formats, config.audit or 0)
     if not chosen:
@@ -137,7 +138,7 @@ def audit_solution(measurement: Measurement, start: str, config: EvaluationConfi
     notes = {"audit": audit_json(pairs, num_changed)} | _origin(measurement, start, config)
     allocation = as_allocation(problem, scores, options, audited)
     return Audit(
-        solution=write_solution(state, problem, scores, options, allocation, name, notes),
+        solution=write_solution(run.with_problem(problem), options, allocation, name, notes),
         before=make_candidate(problem, scores, "unaudited", formats),
         pairs=pairs,
         num_changed=num_changed,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant_ray.allocate.candidate import SOLUTION, Candidate
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.evaluate.audit import Audit, audit_solution
 from autoquant_ray.evaluate.chosen_on import untouched_shards
@@ -55,25 +56,27 @@ def evaluate_run(config: EvaluationConfig) -> Evaluation:
         AutoQuantError: One of its subclasses; finished parts are kept.
     """
     state = RunState.open(RunDirectory(config.run))
+    run = ScoredRun.read(state)
     start = solution_folder(config.solution)
-    candidates = collect_candidates(state, start, config.against, num_random=config.num_random)
+    candidates = collect_candidates(run, start, config.against, num_random=config.num_random)
     with measuring(state, config) as measurement:
         if config.audit is None:
             measured = measurement.measure(candidates, untouched_shards(measurement, start))
-            return record(measurement, start, candidates, measured)
+            return record(run, measurement, start, candidates, measured)
         untouched_shards(measurement, start)
-        audit = audit_solution(measurement, start, config)
+        audit = audit_solution(run, measurement, start, config)
         candidates = collect_candidates(
-            state, audit.start, config.against, num_random=config.num_random
+            run, audit.start, config.against, num_random=config.num_random
         )
         candidates.insert(1, audit.before)
         measured = measurement.measure(candidates, untouched_shards(measurement, audit.start))
-        evaluation = record(measurement, audit.start, candidates, measured)
+        evaluation = record(run, measurement, audit.start, candidates, measured)
         paths = {AUDIT_FILE: audit.path} | evaluation.paths
         return replace(evaluation, audit=audit, paths=paths)
 
 
 def record(
+    run: ScoredRun,
     measurement: Measurement,
     start: str,
     candidates: Sequence[Candidate],
@@ -85,7 +88,8 @@ def record(
     same name; keeps all others.
 
     Args:
-        measurement: The data, and the run.
+        run: The run.
+        measurement: The data.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
         candidates: The solution and its rivals.
         measured: What each of them loses.
@@ -109,5 +113,5 @@ def record(
     } | {labels["data_key"]}
     kept = [r for r in before if r["solution"] != labels["solution"] or r["data_key"] not in stale]
     path = directory.write_table(EVALUATION_FILE, [*kept, *rows])
-    paths = {EVALUATION_FILE: path} | write_reports(measurement.state, start)
+    paths = {EVALUATION_FILE: path} | write_reports(run, start)
     return Evaluation(rows=rows, left_out=dict(measurement.left_out), paths=paths)

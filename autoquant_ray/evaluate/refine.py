@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant_ray.allocate.candidate import SOLUTION, as_allocation, without_domains
-from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
+from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
 from autoquant_ray.allocate.search import served_problem
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.evaluate.allocation_search import SearchResult, search_allocations
@@ -89,25 +89,25 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
     """
     state = RunState.open(RunDirectory(config.run))
     start = solution_folder(config.solution)
-    problem, scores = load_problem(state)
+    run = ScoredRun.read(state)
     options = without_domains(solution_options(state, start))
-    problem = problem.timed(options.latency)
+    problem = run.problem.timed(options.latency)
     formats = solution_formats(state, start, problem)
-    problem = served_problem(problem, options, formats)
+    run = run.with_problem(served_problem(problem, options, formats))
     with measuring(state, config) as measurement:
         untouched_shards(measurement, start)
         result = search_allocations(
             measurement.measure,
             measurement.facts["num_shards"],
-            problem,
-            scores,
+            run.problem,
+            run.scores,
             options,
             formats,
             num_trials=num_trials,
             seed=seed,
         )
         name = f"{config.solution or 'scan'}-refined"
-        allocation = as_allocation(problem, scores, options, result.winner)
+        allocation = as_allocation(run.problem, run.scores, options, result.winner)
         figures = _figures(result, measurement)
         manifest = state.directory.read_json(f"{start}{MANIFEST_JSON}")
         notes = {
@@ -115,15 +115,15 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
             "made_from": made_from("refine", config, trials=num_trials, seed=seed),
             "chosen_on": chosen_also_on(manifest, measurement, num_parts=2),
         }
-        solution = write_solution(state, problem, scores, options, allocation, name, notes)
-        _record(measurement, name, result)
+        solution = write_solution(run, options, allocation, name, notes)
+        _record(run, measurement, name, result)
     return Refinement(solution=solution, **vars(figures))
 
 
-def _record(measurement: Measurement, name: str, result: SearchResult) -> None:
+def _record(run: ScoredRun, measurement: Measurement, name: str, result: SearchResult) -> None:
     """Write the evaluation of the refined solution, beside what it was before."""
     candidates = [replace(result.winner, name=SOLUTION), replace(result.start, name="unrefined")]
-    record(measurement, solution_folder(name), candidates, [result.after, result.before])
+    record(run, measurement, solution_folder(name), candidates, [result.after, result.before])
 
 
 def _figures(result: SearchResult, measurement: Measurement) -> Figures:

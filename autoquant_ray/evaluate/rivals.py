@@ -13,11 +13,9 @@ from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.kv_caches import shuffled_order
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
+from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
 from autoquant_ray.allocate.search import search, served_problems
 from autoquant_ray.formats.format import NONE
-from autoquant_ray.runs.names import SENSITIVITY_FILE
-from autoquant_ray.runs.state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +24,12 @@ NUM_RANDOM = 20
 
 
 def collect_candidates(
-    state: RunState, start: str, against: Sequence[str], *, num_random: int = NUM_RANDOM
+    run: ScoredRun, start: str, against: Sequence[str], *, num_random: int = NUM_RANDOM
 ) -> list[Candidate]:
     """A solution and its rivals.
 
     Args:
-        state: A finished run.
+        run: A finished run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
         against: Members of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
             (:mod:`autoquant_ray.imports.tool_allocations`). ``uniform``: every format of the menu
@@ -48,9 +46,9 @@ def collect_candidates(
     """
     from autoquant_ray.imports.tool_allocations import rival_allocation
 
-    problem, scores = load_problem(state)
+    state, scores = run.state, run.scores
     options = solution_options(state, start)
-    problem = problem.timed(options.latency)
+    problem = run.problem.timed(options.latency)
     chosen = solution_formats(state, start, problem)
     candidates = [make_candidate(problem, scores, SOLUTION, chosen)]
     rivals = [rival_allocation(state, n, problem, options) for n in against if n not in KINDS]
@@ -58,7 +56,7 @@ def collect_candidates(
     if "uniform" in against:
         candidates += _uniform(problem, scores, options, chosen)
     if "modelopt" in against:
-        formats = _solve(problem, _modelopt_scores(state), options)
+        formats = _solve(problem, run.modelopt_scores, options)
         candidates.append(make_candidate(problem, scores, "modelopt", formats))
     if "random" in against:
         candidates += _random(problem, scores, options, num_random)
@@ -134,24 +132,3 @@ def _everywhere(problem: Problem, options: SolveOptions, name: str) -> dict[str,
         if name in served.served.menu and served.served.permits(formats):
             return formats
     return None
-
-
-def _modelopt_scores(state: RunState) -> dict[tuple[str, str], float]:
-    """ModelOpt's scores: clamped to that of the coarser format before it in ModelOpt's order."""
-    compressions = {
-        entry["name"]: entry["modelopt_compression"]
-        for entry in state.plan["formats"]
-        if entry.get("weight")
-    }
-    table = state.directory.read_table(SENSITIVITY_FILE)
-    rows = table.select(["group", "format", "modelopt_score"]).to_pylist()
-    scores: dict[tuple[str, str], float] = {}
-    lowest: dict[str, float] = {}
-    for row in sorted(rows, key=lambda row: compressions.get(row["format"], 1.0)):
-        group = row["group"]
-        if row["format"] not in compressions:  # ModelOpt does not search caches
-            scores[group, row["format"]] = row["modelopt_score"]
-            continue
-        lowest[group] = min(row["modelopt_score"], lowest.get(group, math.inf))
-        scores[group, row["format"]] = lowest[group]
-    return scores

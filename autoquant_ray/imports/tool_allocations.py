@@ -7,12 +7,11 @@ import re
 from pathlib import Path
 
 from autoquant_ray.allocate.candidate import as_allocation, make_candidate
-from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.kv_caches import cache_summary
 from autoquant_ray.allocate.losses import average_bits, model_bytes
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
+from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
 from autoquant_ray.errors import ConfigError, DataError
 from autoquant_ray.export.tool_formats import mlx_config
 from autoquant_ray.formats.format import NONE
@@ -122,10 +121,9 @@ def import_allocation(path: str, directory: RunDirectory, name: str | None = Non
             f"--name {name!r} is no name of a solution; give letters, digits, '.', '_' and '-'"
         )
     _require_imported(directory, name)
-    state = RunState.open(directory)
-    problem, scores = load_problem(state)
-    formats = foreign_allocation(path, problem, solution_options(state, ""))
-    return _write(state, problem, scores, formats, name, path)
+    run = ScoredRun.read(RunState.open(directory))
+    formats = foreign_allocation(path, run.problem, solution_options(run.state, ""))
+    return _write(run, formats, name, path)
 
 
 def _require_imported(directory: RunDirectory, name: str) -> None:
@@ -137,21 +135,15 @@ def _require_imported(directory: RunDirectory, name: str) -> None:
         )
 
 
-def _write(
-    state: RunState,
-    problem: Problem,
-    scores: Scores,
-    formats: dict[str, str],
-    name: str,
-    path: str,
-) -> Solution:
+def _write(run: ScoredRun, formats: dict[str, str], name: str, path: str) -> Solution:
+    problem = run.problem
     has_caches = any(group.is_cache for group in problem.searched)
     cached = cache_summary(problem.caches, dict.fromkeys(problem.groups, NONE) | formats)
     options = SolveOptions(
         bytes=math.ceil(model_bytes(problem, formats)),
         kv_bytes_per_token=cached[KV_BYTES] if has_caches else None,
     )
-    candidate = make_candidate(problem, scores, name, formats)
-    allocation = as_allocation(problem, scores, options, candidate)
+    candidate = make_candidate(problem, run.scores, name, formats)
+    allocation = as_allocation(problem, run.scores, options, candidate)
     notes = {"imported_from": Path(path).name}
-    return write_solution(state, problem, dict(scores), options, allocation, name, notes)
+    return write_solution(run, options, allocation, name, notes)

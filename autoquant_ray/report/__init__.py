@@ -5,25 +5,25 @@ Imports ``allocate.certainty``, ``allocate``, ``plan``, ``runs`` and below. No t
 
 from __future__ import annotations
 
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.report.html import render_html
 from autoquant_ray.report.markdown import render_markdown
 from autoquant_ray.runs.names import REPORT_HTML, REPORT_MARKDOWN
-from autoquant_ray.runs.state import RunState
 
 
-def write_reports(state: RunState, start: str) -> dict[str, str]:
+def write_reports(run: ScoredRun, start: str) -> dict[str, str]:
     """Write ``report.md`` and ``report.html`` next to a solution's manifests.
 
     Args:
-        state: The run.
+        run: The run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
 
     Returns:
         File name -> full path.
     """
-    content = collect_content(state, start)
+    content = collect_content(run, start)
     texts = {REPORT_MARKDOWN: render_markdown(content), REPORT_HTML: render_html(content)}
     return {
-        name: state.directory.write_text(f"{start}{name}", text) for name, text in texts.items()
+        name: run.state.directory.write_text(f"{start}{name}", text) for name, text in texts.items()
     }

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from autoquant_ray.allocate.group_choices import GroupChoices
+from autoquant_ray.allocate.read import ScoredRun, options_of
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.report.audit import AuditData, audit_section, read_pairs
@@ -91,18 +92,18 @@ class ReportContent:
     domains: DomainSection | None = None
 
 
-def collect_content(state: RunState, start: str) -> ReportContent:
+def collect_content(run: ScoredRun, start: str) -> ReportContent:
     """Read the report's content.
 
     Args:
-        state: The run.
+        run: The run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
 
     Raises:
         StoreError: A file is missing or damaged.
     """
-    sources = read_sources(state, start)
-    run, plan, problem = sources.run, state.plan, sources.problem
+    sources = read_sources(run, start)
+    record, plan, problem = run.state.record, run.state.plan, run.problem
     groups = list(problem.groups.values())
     unsearched = plan["unsearched"]
     kept = (sources.manifest.get("stability") or {}).get("kept", {})
@@ -110,7 +111,7 @@ def collect_content(state: RunState, start: str) -> ReportContent:
     rows = group_rows(groups, formats, sources.scores, kept, unsearched)
     experts = single_experts(plan.get("modules", {}))
     return ReportContent(
-        title=f"Quantization of {run.model['name'].rstrip('/').rpartition('/')[2]}",
+        title=f"Quantization of {record.model['name'].rstrip('/').rpartition('/')[2]}",
         numbers=headline(sources),
         concerns=find_concerns(gather_evidence(sources)),
         facts=report_facts(sources),
@@ -119,15 +120,15 @@ def collect_content(state: RunState, start: str) -> ReportContent:
         groups=by_format(rows, experts) if experts else rows,
         heat=heat_maps(by_layer(rows, experts), layer_order(list(problem.groups), experts)),
         dots=_dots(sources),
-        formats=list(dict.fromkeys(row["format"] for row in sources.table)),
+        formats=list(dict.fromkeys(row["format"] for row in run.rows)),
         scores=sources.scores,
-        unit="no unit (imported)" if run.is_imported else "nats per token",
+        unit="no unit (imported)" if record.is_imported else "nats per token",
         warnings=_warnings(plan, sources.rows),
         measured=measured_sections(
             sources.evaluations, sources.name, sources.key, sources.is_by_domain
         ),
         reproduction=reproduction(
-            run, sources.manifest, sources.name, partial(_manifest_of, state)
+            record, sources.manifest, sources.name, partial(_manifest_of, run.state)
         ),
         audit=_audit(sources),
         domains=domain_section(sources.manifest),
@@ -139,7 +140,7 @@ def _manifest_of(state: RunState, name: str) -> dict[str, Any]:
 
 
 def _audit(sources: Sources) -> AuditData | None:
-    summary, directory = sources.manifest.get("audit"), sources.state.directory
+    summary, directory = sources.manifest.get("audit"), sources.scored.state.directory
     if summary is None or not directory.exists(AUDIT_FILE):
         return None
     pairs = read_pairs(directory, sources.name)
@@ -156,10 +157,11 @@ def _dots(sources: Sources) -> list[Dot]:
         loss=sources.predicted,
         stderr=None if sources.error is None else sources.error.stderr,
     )
-    scores = {(g, f): s for g, of in sources.scores.items() for f, (s, _) in of.items()}
-    evaluations = sources.evaluations
-    problem = sources.problem.with_held_caches(sources.formats)
-    return frontier_dots(sources.state.directory, problem, scores, dot, evaluations)
+    scored, options = sources.scored, options_of(sources.manifest)
+    problem = scored.problem.with_held_caches(sources.formats)
+    return frontier_dots(
+        scored.with_problem(problem), options.expert_groups, dot, sources.evaluations
+    )
 
 
 def _layers(

@@ -18,7 +18,7 @@ _MAX_NAMED = 5
 
 def report_facts(sources: Sources) -> list[tuple[str, str]]:
     """Collect (label, value) pairs."""
-    run, manifest, table = sources.run, sources.manifest, sources.table
+    run, manifest, table = sources.run, sources.manifest, sources.scored.rows
     solution, config = manifest["solution"], run.config
     facts = [
         ("Run", run.run_id),
@@ -57,7 +57,7 @@ def _cache_facts(sources: Sources) -> list[tuple[str, str]]:
     size = sources.manifest["solution"].get(KV_BYTES)
     if size is None:
         return []
-    whole = sum(group.cost(NONE, KV_BYTES) for group in sources.problem.groups.values())
+    whole = sum(group.cost(NONE, KV_BYTES) for group in sources.scored.problem.groups.values())
     return [("KV cache", f"{size:,.0f} bytes per token of context, {whole:,.0f} in 16 bits")]
 
 

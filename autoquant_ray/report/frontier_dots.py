@@ -6,38 +6,40 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoquant_ray.allocate.frontier import Point, sweep_points, uniform_points
-from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.read import ScoredRun
+from autoquant_ray.config.expert_groups import ExpertGroups
 from autoquant_ray.report.frontier_chart import Dot
-from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import FRONTIER_FILE
 
 
 def frontier_dots(
-    directory: RunDirectory,
-    problem: Problem,
-    scores: Mapping[tuple[str, str], float],
+    run: ScoredRun,
+    expert_groups: ExpertGroups | None,
     solution: Dot,
     evaluations: Sequence[Mapping[str, Any]],
 ) -> list[Dot]:
     """Collect the points.
 
     Args:
-        directory: The run; ``frontier.parquet`` is used if the command ``frontier`` wrote it.
-        problem: Groups with their costs.
-        scores: (group, format) -> nats per token.
+        run: The run. Where ``frontier`` wrote ``frontier.parquet``, that is the curve, unless the
+            solution clusters experts in another way than the scan.
+        expert_groups: How the solution clusters experts; None: as scanned.
         solution: The solution that the report is about.
-        evaluations: Rows of ``evaluation.parquet``; allocations from shuffled scores are not shown.
+        evaluations: Rows of ``evaluation.parquet``. Allocations from shuffled scores
+            are not shown.
     """
-    if directory.exists(FRONTIER_FILE):
-        rows = directory.read_table(FRONTIER_FILE).to_pylist()
-        curve = [Point(**row) for row in rows]
+    problem, directory, experts = run.problem, run.state.directory, run.problem.experts
+    ties = () if experts is None else experts.ties(expert_groups)
+    is_as_scanned = experts is None or ties == experts.ties(None)
+    if is_as_scanned and directory.exists(FRONTIER_FILE):
+        curve = [Point(**row) for row in directory.read_table(FRONTIER_FILE).to_pylist()]
     else:
-        curve = sweep_points(problem, scores)
+        curve = sweep_points(problem, run.scores, ties)
     dots = [
         _dot("knee" if point.is_knee else "curve", "knee" if point.is_knee else "best", point)
         for point in curve
     ]
-    uniform = uniform_points(problem, scores)
+    uniform = uniform_points(problem, run.scores)
     dots += [_dot("uniform", f"all {name}", point) for name, point in uniform.items()]
     measured: dict[tuple[str, str], Dot] = {}
     for row in evaluations:

@@ -35,8 +35,9 @@ class Number:
 def headline(sources: Sources) -> list[Number]:
     """Predicted and measured loss, size, budget, and certainty."""
     solution, budget = sources.manifest["solution"], sources.manifest["budget"]
-    unquantized_bytes = sources.problem.other_bytes + sum(
-        group.cost(NONE, "model") for group in sources.problem.groups.values()
+    problem = sources.scored.problem
+    unquantized_bytes = problem.other_bytes + sum(
+        group.cost(NONE, "model") for group in problem.groups.values()
     )
     share = solution["weight_bytes"] / unquantized_bytes
     return [

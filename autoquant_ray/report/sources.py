@@ -7,8 +7,7 @@ from typing import Any
 
 from autoquant_ray.allocate.certainty.total_error import TotalError, total_error
 from autoquant_ray.allocate.losses import allocation_key
-from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import is_chosen_by_measurement
+from autoquant_ray.allocate.read import ScoredRun, is_chosen_by_measurement
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.kv_cache import is_described
@@ -20,13 +19,10 @@ from autoquant_ray.runs.names import (
     EVALUATION_FILE,
     MANIFEST_JSON,
     MANIFEST_TABLE,
-    PLAN_FILE,
     RESAMPLING_FILE,
-    SENSITIVITY_FILE,
     solution_of,
 )
 from autoquant_ray.runs.record import RunRecord
-from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.kv_cache import cache_problem
 from autoquant_ray.serving.menus import formats_of, why_unserved
 
@@ -39,25 +35,21 @@ class Sources:
     """One solution with the run that it belongs to.
 
     Attributes:
-        state: The run.
+        scored: The run.
         name: Of the solution; '' for the scan's own.
         manifest: Content of its ``manifest.json``.
         rows: Rows of its ``manifest.parquet``.
-        table: Rows of ``sensitivity.parquet``.
-        scores: The same by group and format.
-        problem: Groups with their costs.
+        scores: The run's scores by group and format.
         formats: Searched group -> chosen format.
         error: Of the predicted KL; None where unknown.
         evaluations: Rows of ``evaluation.parquet``, of all solutions.
     """
 
-    state: RunState
+    scored: ScoredRun
     name: str
     manifest: dict[str, Any]
     rows: list[dict[str, Any]]
-    table: list[dict[str, Any]]
     scores: ScoresWithErrors
-    problem: Problem
     formats: dict[str, str]
     error: TotalError | None
     evaluations: list[dict[str, Any]]
@@ -65,7 +57,7 @@ class Sources:
     @property
     def run(self) -> RunRecord:
         """Content of ``run.json``."""
-        return self.state.record
+        return self.scored.state.record
 
     @property
     def predicted(self) -> float:
@@ -95,28 +87,26 @@ class Sources:
         return measured_rows(self.evaluations, self.name, self.key)
 
 
-def read_sources(state: RunState, start: str) -> Sources:
-    """Read a solution and its run.
+def read_sources(scored: ScoredRun, start: str) -> Sources:
+    """Read a solution of a run.
 
     Args:
-        state: The run.
+        scored: The run.
         start: Folder of the solution with a trailing slash, or '' for the scan's own.
 
     Raises:
         StoreError: A file is missing or damaged.
     """
-    directory = state.directory
+    directory = scored.state.directory
     manifest = directory.read_json(f"{start}{MANIFEST_JSON}")
     if not isinstance(manifest, dict) or not {"solution", "budget"} <= set(manifest):
         name = directory.path(f"{start}{MANIFEST_JSON}")
         raise StoreError(f"{name} is damaged: it lacks solution or budget; solve the budget again")
     rows = directory.read_table(f"{start}{MANIFEST_TABLE}").to_pylist()
-    table = directory.read_table(SENSITIVITY_FILE).to_pylist()
     scores: ScoresWithErrors = {}
-    for row in table:
+    for row in scored.rows:
         scores.setdefault(row["group"], {})[row["format"]] = (row["score"], row["score_stderr"])
-    plan = directory.read_table(PLAN_FILE).to_pylist()
-    unsearched = state.plan["unsearched"]
+    unsearched = scored.state.plan["unsearched"]
     formats = {row["group"]: row["format"] for row in rows if row["group"] not in unsearched}
 
     def optional(name: str) -> Any:
@@ -124,25 +114,23 @@ def read_sources(state: RunState, start: str) -> Sources:
 
     evaluations = optional(EVALUATION_FILE)
     return Sources(
-        state=state,
+        scored=scored,
         name=solution_of(start),
         manifest=manifest,
         rows=rows,
-        table=table,
         scores=scores,
-        problem=Problem.from_plan(plan, state.plan),
         formats=formats,
-        error=total_error(formats, table, optional(RESAMPLING_FILE)),
+        error=total_error(formats, scored.rows, optional(RESAMPLING_FILE)),
         evaluations=[] if evaluations is None else evaluations.to_pylist(),
     )
 
 
 def _unserved(sources: Sources) -> str | None:
     """Why no engine serves the plan; None too where the formats are only names (imported)."""
-    plan, budget = sources.state.plan, sources.manifest["budget"]
+    plan, budget = sources.scored.state.plan, sources.manifest["budget"]
     if not all(map(is_described, plan["formats"])):
         return None
-    problem, chosen = sources.problem, sources.formats
+    problem, chosen = sources.scored.problem, sources.formats
     groups = {name: g.module_names for name, g in problem.groups.items() if not g.is_cache}
     engine, gpu = budget.get("engine"), budget.get("gpu")
     weights = {name: format_ for name, format_ in chosen.items() if name in groups}
@@ -155,7 +143,7 @@ def gather_evidence(sources: Sources) -> Evidence:
     """What is known for and against the plan."""
     solution = sources.manifest["solution"]
     stability = sources.manifest.get("stability") or {}
-    config = sources.run.config
+    config, rows = sources.run.config, sources.scored.rows
     found = (
         ChosenFormat(group=group, format=format_, score=entry[0], stderr=entry[1])
         for group, format_ in sources.formats.items()
@@ -170,7 +158,7 @@ def gather_evidence(sources: Sources) -> Evidence:
         effective_bits=solution["effective_bits"],
         choices=[choice for choice in found if choice.score > 0],
         is_satisfied=solution["is_satisfied"],
-        num_shards=sources.table[0]["num_shards"] if config and sources.table else None,
+        num_shards=rows[0]["num_shards"] if config and rows else None,
         quarantined=sources.run.quarantined,
         labels=config["labels"] if config else None,
         measured=sources.measured,
@@ -181,7 +169,7 @@ def gather_evidence(sources: Sources) -> Evidence:
         by_domain=sources.is_by_domain,
         unserved=_unserved(sources),
         by_measurement=sources.is_by_measurement,
-        silent_experts=silent_experts(sources.state.plan),
-        few_tokens=experts_with_few_tokens(sources.table, min_tokens),
+        silent_experts=silent_experts(sources.scored.state.plan),
+        few_tokens=experts_with_few_tokens(rows, min_tokens),
         min_expert_tokens=min_tokens,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.formats.stored_size import stored_bits
@@ -110,7 +111,7 @@ def put_scored_run(
 
 def evaluation_row(directory: RunDirectory, **changes: Any) -> dict[str, Any]:
     """What ``evaluate`` would have written of the run's own solution."""
-    sources = read_sources(RunState.open(directory), "")
+    sources = read_sources(ScoredRun.read(RunState.open(directory)), "")
     solution = sources.manifest["solution"]
     row = dict.fromkeys(SCHEMAS[EVALUATION_FILE].names, 0.0) | {
         "solution": "",

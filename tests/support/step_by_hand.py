@@ -12,7 +12,7 @@ import numpy as np
 from autoquant_ray.allocate.cards import Hardware
 from autoquant_ray.allocate.load import Latency
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import Plan, build_plan
@@ -79,7 +79,8 @@ def step_ms(directory: Any, formats: Mapping[str, str], latency: Latency) -> flo
 
 def times_sizes_losses(directory: Any, latency: Latency) -> tuple[Any, Any, Any]:
     """Times, bytes of the model and losses of all allocations, in one order."""
-    problem, scores = load_problem(RunState.open(directory))
+    scored_run = ScoredRun.read(RunState.open(directory))
+    problem, scores = scored_run.problem, scored_run.scores
     groups = problem.searched
     ms, rest = choices_ms(directory, latency)
     rest += sum(ms[g.name, NONE] for g in problem.unsearched)

@@ -22,11 +22,9 @@ from autoquant_ray.allocate.domains import solve_for, wanted_domains
 from autoquant_ray.allocate.group_choices import GroupChoices, Scores
 from autoquant_ray.allocate.group_names import find_group
 from autoquant_ray.allocate.options import BITS_PER_BYTE, UNQUANTIZED_BITS, SolveOptions
-from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import (
+    ScoredRun,
     is_chosen_by_measurement,
-    load_problem,
-    score_errors,
     solution_formats,
     solution_options,
 )
@@ -53,7 +51,8 @@ def explain_group(directory: RunDirectory, name: str, solution: str = "") -> Exp
         StoreError: Not a run, no such solution, or files are damaged.
     """
     state = RunState.open(directory)
-    problem, scores = load_problem(state)
+    run = ScoredRun.read(state)
+    problem = run.problem
     start = solution_folder(solution)
     options = solution_options(state, start)
     others: dict[str, int] = state.plan["other_modules"]
@@ -63,7 +62,7 @@ def explain_group(directory: RunDirectory, name: str, solution: str = "") -> Exp
     if group is None or not group.is_searched:
         return _unsearched(state, solution, group, found)
     timed = problem.timed(options.latency)
-    return _Story(state, timed, scores, options, start).explain(timed.groups[found])
+    return _Story(run.with_problem(timed), options, start).explain(timed.groups[found])
 
 
 def _unsearched(
@@ -88,14 +87,13 @@ def _unsearched(
 class _Story:
     """One solution of a run, about whose groups can be told."""
 
-    def __init__(
-        self, state: RunState, problem: Problem, scores: Scores, options: SolveOptions, start: str
-    ) -> None:
-        self._state = state
-        self._problem = problem
+    def __init__(self, run: ScoredRun, options: SolveOptions, start: str) -> None:
+        self._run = run
+        self._state = state = run.state
+        self._problem = problem = run.problem
         is_by_domain = bool(options.domains) or options.worst_domain
         self._domains = wanted_domains(state) if is_by_domain else None
-        self._scores = scores
+        self._scores: Scores = run.scores
         if self._domains is not None and options.domains:
             self._scores = self._domains.weighted(options.domains)
         self._options = options
@@ -153,7 +151,7 @@ class _Story:
     ) -> list[Alternative]:
         flips = Flips(self._solve, self._options, self._formats, self._solution_score)
         by_domain = self._options.domains  # the errors are of all tokens alike
-        errors = {} if by_domain else score_errors(self._state.directory)
+        errors = {} if by_domain else self._run.errors
         shares = {} if certainty is None else certainty.shares[group.name]
         return [
             Alternative(

@@ -10,7 +10,7 @@ from step_by_hand import FORMATS, every_allocation, plan_of
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import NONE
@@ -49,7 +49,8 @@ def test_active_moe_cost_is_modelopts(make_model: Any) -> None:
 
 def test_active_moe_budget_is_met_and_tight(make_run: Any) -> None:
     directory = make_run("qwen3_moe", formats=FORMATS)
-    problem, scores = load_problem(RunState.open(directory))
+    scored_run = ScoredRun.read(RunState.open(directory))
+    problem, scores = scored_run.problem, scored_run.scores
     options = SolveOptions(bits=8.5, bits_over="all", cost="active_moe")
     found = search(problem, scores, options)
     total = sum(g.weights("active_moe") for g in problem.groups.values())

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from autoquant_ray.allocate.domains import DomainScores, read_domain_scores
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem, solution_options
+from autoquant_ray.allocate.read import ScoredRun, solution_options
 from autoquant_ray.cli.main import main
 from autoquant_ray.config.domain_weights import normalised, parse_weights
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
@@ -47,7 +47,7 @@ def manifest_of(run: RunDirectory, name: str) -> dict[str, Any]:
 
 def best_losses(run: RunDirectory, bits: float) -> np.ndarray[Any, Any]:
     """Losses (plans, domains) of all allocations within a budget, by trying everything."""
-    problem, _ = load_problem(RunState.open(run))
+    problem = ScoredRun.read(RunState.open(run)).problem
     domains = domains_of(run)
     limit = bits * sum(group.num_weights for group in problem.searched) / 8
     menus = [list(group.rows) for group in problem.searched]

@@ -16,9 +16,10 @@ from families import family_model
 
 from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.expert_clusters import clusters
-from autoquant_ray.allocate.frontier import frontier_of
+from autoquant_ray.allocate.frontier import frontier_of, rounded_up
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem, solution_formats, solution_options
+from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
+from autoquant_ray.allocate.search import search
 from autoquant_ray.cli.main import main
 from autoquant_ray.compare.runs import compare_runs
 from autoquant_ray.config.scan import ScanConfig
@@ -26,6 +27,7 @@ from autoquant_ray.errors import ConfigError, ScoreError
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.calibration import calibration_of_maxima
+from autoquant_ray.report.content import collect_content
 from autoquant_ray.report.expert_rows import by_format
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
@@ -118,7 +120,7 @@ def expert_run(scored: Any, write_run: Any, tmp_path: Path) -> Any:
 
 def _formats(directory: RunDirectory, start: str) -> dict[str, str]:
     state = RunState.open(directory)
-    return solution_formats(state, start, load_problem(state)[0])
+    return solution_formats(state, start, ScoredRun.read(state).problem)
 
 
 def _experts(formats: dict[str, str], layer: str) -> list[str]:
@@ -140,7 +142,7 @@ def test_number_of_clusters_is_solved_again_and_recorded(expert_run: Any) -> Non
         most = {None: 2, "layer": 1, 3: 3, "expert": 4}[asked]
         for layer in LAYERS:
             assert len(set(_experts(solution.formats, layer)) - {"none"}) <= most
-        problem, _ = load_problem(RunState.open(directory))
+        problem = ScoredRun.read(RunState.open(directory)).problem
         for tie in problem.experts.ties(asked):
             assert len({solution.formats[group] for group in tie}) == 1
     assert losses["expert"] <= losses[3] <= losses[None] <= losses["layer"]
@@ -192,7 +194,7 @@ def test_plan_that_is_written_again_knows_the_expert_without_tokens(
     fingerprint = state.record.stages["plan"]["fingerprint"]
     Path(state.directory.path("plan.parquet")).unlink()
     write_plan(state, scored[0], fingerprint)
-    problem, _ = load_problem(RunState.open(state.directory))
+    problem = ScoredRun.read(RunState.open(state.directory)).problem
     assert not problem.groups[SILENT].is_searched
 
 
@@ -286,10 +288,8 @@ def test_recipes_of_mixed_experts_only_for_tools_with_linears(
 
 
 def test_rows_of_experts_are_shown_by_format(expert_run: Any) -> None:
-    from autoquant_ray.report.content import collect_content
-
     directory = expert_run()
-    content = collect_content(RunState.open(directory), "")
+    content = collect_content(ScoredRun.read(RunState.open(directory)), "")
     names = [layer.name for layer in content.layers]
     formats = _formats(directory, "")
     kinds = sum(len(set(_experts(formats, layer))) for layer in LAYERS)
@@ -301,3 +301,20 @@ def test_rows_of_experts_are_shown_by_format(expert_run: Any) -> None:
     assert f"{LAYERS[1]}.{{2}}" in shown
     assert content.heat is not None
     assert by_format(content.groups, {}) == content.groups
+
+
+@pytest.mark.parametrize("asked", [None, "layer", 3, "expert"])
+def test_curve_of_the_report_is_the_best_that_the_clusters_can_reach(
+    asked: Any, expert_run: Any
+) -> None:
+    directory = expert_run()
+    solution = solve_run(directory, SolveOptions(bits=6, expert_groups=asked))
+    state = RunState.open(directory)
+    content = collect_content(ScoredRun.read(state), f"solutions/{solution.name}/")
+    curve = [dot for dot in content.dots if dot.kind in ("curve", "knee")]
+    assert len(curve) > 5
+    scored_run = ScoredRun.read(state)
+    problem, scores = scored_run.problem, scored_run.scores
+    for dot in curve:
+        options = SolveOptions(bits=rounded_up(dot.bits), expert_groups=asked)
+        assert dot.loss == pytest.approx(search(problem, scores, options).score, rel=1e-9)

@@ -18,7 +18,7 @@ from autoquant_ray.allocate.frontier import (
     uniform_points,
 )
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.cli.main import main
 from autoquant_ray.errors import InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
@@ -28,7 +28,8 @@ from autoquant_ray.solve import solve_run
 
 def all_allocations(directory: Any) -> list[tuple[float, float]]:
     """(bits, loss) of every allocation there is."""
-    problem, scores = load_problem(RunState.open(directory))
+    scored_run = ScoredRun.read(RunState.open(directory))
+    problem, scores = scored_run.problem, scored_run.scores
     weights = sum(group.num_weights for group in problem.searched)
     rows = [
         [
@@ -100,7 +101,8 @@ def test_command_prints_sizes_and_solves_targets(make_run: Any) -> None:
 
 def test_sweep_stays_near_the_exact_points_and_writes_nothing(make_run: Any) -> None:
     directory = make_run(formats=("wint4_afp16", "wint8_aint8"))
-    problem, scores = load_problem(RunState.open(directory))
+    scored_run = ScoredRun.read(RunState.open(directory))
+    problem, scores = scored_run.problem, scored_run.scores
     swept = sweep_points(problem, scores)
     assert not directory.exists("frontier.parquet")
     everything = all_allocations(directory)
@@ -113,7 +115,8 @@ def test_sweep_stays_near_the_exact_points_and_writes_nothing(make_run: Any) -> 
 
 
 def test_uniform_format_loses_the_sum_of_its_scores(make_run: Any) -> None:
-    problem, scores = load_problem(RunState.open(make_run()))
+    scored_run = ScoredRun.read(RunState.open(make_run()))
+    problem, scores = scored_run.problem, scored_run.scores
     points = uniform_points(problem, scores)
     assert set(points) == {format_ for _, format_ in scores}
     for name, point in points.items():

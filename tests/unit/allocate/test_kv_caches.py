@@ -19,7 +19,7 @@ from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.frontier import frontier_of, smallest_within
 from autoquant_ray.allocate.load import latency_of
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.cli.main import main
 from autoquant_ray.cli.output import print_explanation, print_plan, print_solution
@@ -164,7 +164,8 @@ def test_presets_of_modelopt_name_our_formats(preset: str, name: str) -> None:
 
 @pytest.mark.parametrize(("bits", "limit"), [(8, 160), (5, 72), (6.5, 101), (16, 256), (4.25, 140)])
 def test_solution_is_that_of_brute_force(run: RunDirectory, bits: float, limit: float) -> None:
-    problem, scores = load_problem(RunState.open(run))
+    scored_run = ScoredRun.read(RunState.open(run))
+    problem, scores = scored_run.problem, scored_run.scores
     found = search(problem, scores, SolveOptions(bits=bits, kv_bytes_per_token=limit))
     weights = sum(group.num_weights for group in problem.searched)
     best = math.inf
@@ -226,7 +227,7 @@ def test_reports_and_rivals_have_room_for_caches(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = RunState.open(run)
-    content = collect_content(state, "")
+    content = collect_content(ScoredRun.read(state), "")
     assert "KV cache" in dict(content.facts)
     assert content.dots
     text = run.read_bytes("report.md").decode()
@@ -277,7 +278,8 @@ def test_allocation_of_another_tool_leaves_caches_in_16_bits(
 
 
 def test_what_a_cache_frees_does_not_pay_for_weights(run: RunDirectory) -> None:
-    problem, scores = load_problem(RunState.open(run))
+    scored_run = ScoredRun.read(RunState.open(run))
+    problem, scores = scored_run.problem, scored_run.scores
     options = SolveOptions(bits=5, kv_bytes_per_token=128)
     formats = search(problem, scores, options).formats
     swaps = Swaps(problem, scores, options)
@@ -304,7 +306,8 @@ def test_what_a_cache_frees_does_not_pay_for_weights(run: RunDirectory) -> None:
 def test_engines_keep_all_of_the_cache_in_one_format(
     run: RunDirectory, engine: str, gpu: str, limit: float, expected: str | None
 ) -> None:
-    problem, scores = load_problem(RunState.open(run))
+    scored_run = ScoredRun.read(RunState.open(run))
+    problem, scores = scored_run.problem, scored_run.scores
     options = SolveOptions(bits=16, kv_bytes_per_token=limit, engine=engine, gpu=gpu)
     if expected is None:
         with pytest.raises(InfeasibleBudgetError, match="bytes per token of context"):
@@ -315,7 +318,8 @@ def test_engines_keep_all_of_the_cache_in_one_format(
 
 
 def test_speed_of_an_allocation_does_not_depend_on_its_caches(run: RunDirectory) -> None:
-    problem, scores = load_problem(RunState.open(run))
+    scored_run = ScoredRun.read(RunState.open(run))
+    problem, scores = scored_run.problem, scored_run.scores
     latency = latency_of("h100", batch=8, context=2048)
     timed = problem.timed(latency)
     small, large = (

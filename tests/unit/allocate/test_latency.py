@@ -12,7 +12,7 @@ from step_by_hand import FORMATS, card, step_ms, times_sizes_losses
 
 from autoquant_ray.allocate.load import Latency, latency_of
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem, solution_options
+from autoquant_ray.allocate.read import ScoredRun, solution_options
 from autoquant_ray.allocate.search import search
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.evaluate.rivals import collect_candidates
@@ -30,7 +30,8 @@ def test_limits_on_time_and_bytes_give_the_best_allocation(
     directory = make_run(family, formats=FORMATS)
     # 24 operations in the time of a byte: at batch 48 FP8 computes and INT4 reads fewer bytes.
     latency = Latency(hardware=card(1e9, _16x16=48e9, fp8xfp8=96e9), batch=batch, context=64)
-    problem, scores = load_problem(RunState.open(directory))
+    scored_run = ScoredRun.read(RunState.open(directory))
+    problem, scores = scored_run.problem, scored_run.scores
     times, sizes, losses = times_sizes_losses(directory, latency)
     for share in (0.02, 0.3, 0.55, 0.9):
         limit_ms = times.min() + share * (times.max() - times.min())
@@ -125,7 +126,8 @@ def test_solution_keeps_the_card_and_the_load(make_run: Any, tmp_path: Path) -> 
     assert len(candidates) >= 1 + 1 + 3
     for candidate in candidates:
         assert step_ms(directory, candidate.formats, _without_fp8(latency)) <= 0.2 * (1 + 1e-9)
-    problem, scores = load_problem(state)
+    scored_run = ScoredRun.read(state)
+    problem, scores = scored_run.problem, scored_run.scores
     swaps = Swaps(problem.timed(options.latency), scores, options)
     own = candidates[0].formats
     assert swaps.fits(own)
@@ -160,7 +162,8 @@ def test_three_limits_at_once_give_the_best_allocation(make_run: Any) -> None:
     directory = make_run(formats=FORMATS)
     latency = Latency(hardware=card(1e9, _16x16=48e9, fp8xfp8=96e9), batch=48, context=8)
     times, sizes, losses = times_sizes_losses(directory, latency)
-    problem, scores = load_problem(RunState.open(directory))
+    scored_run = ScoredRun.read(RunState.open(directory))
+    problem, scores = scored_run.problem, scored_run.scores
     weights = sum(g.num_weights for g in problem.searched)
     outside = problem.other_bytes + sum(g.cost(NONE, "model") for g in problem.unsearched)
     for bits, byte_share, time_share in ((9, 0.5, 0.4), (7, 0.4, 0.5), (8, 0.9, 0.3)):

@@ -11,7 +11,7 @@ from laboratory import FORMATS, NUM_SHARDS, Laboratory
 
 from autoquant_ray.allocate.allocation import restrict
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.cli.output import print_audit
 from autoquant_ray.errors import ConfigError
@@ -37,7 +37,8 @@ OPTIONS = SolveOptions(bits=6.0)
 @pytest.fixture
 def solved(make_run: Any) -> Any:
     """A problem with its scores, and the allocation at 6 bits."""
-    problem, scores = load_problem(RunState.open(make_run()))
+    scored_run = ScoredRun.read(RunState.open(make_run()))
+    problem, scores = scored_run.problem, scored_run.scores
     return SimpleNamespace(
         problem=problem, scores=scores, formats=search(problem, scores, OPTIONS).formats
     )

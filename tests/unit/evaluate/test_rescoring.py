@@ -13,7 +13,6 @@ import pytest
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import load_problem
 from autoquant_ray.allocate.search import search
 from autoquant_ray.evaluate.allocation_search import search_allocations
 from autoquant_ray.evaluate.rescoring import choose_flips, solve_flips
@@ -27,7 +26,8 @@ OPTIONS = SolveOptions(bits=6.0)
 
 @pytest.fixture
 def problem(make_run: Any) -> tuple[Problem, dict[tuple[str, str], float]]:
-    return load_problem(RunState.open(make_run()))
+    run = ScoredRun.read(RunState.open(make_run()))
+    return run.problem, run.scores
 
 
 def test_flips_are_the_moves_that_the_scores_like_best(problem: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.errors import DataError
 from autoquant_ray.evaluate.allocation_search import split_shards
@@ -26,7 +26,8 @@ from autoquant_ray.runs.state import RunState
     ],
 )
 def test_proposals_are_all_changes_that_fit(options: SolveOptions, make_run: Any) -> None:
-    problem, scores = load_problem(RunState.open(make_run()))
+    scored_run = ScoredRun.read(RunState.open(make_run()))
+    problem, scores = scored_run.problem, scored_run.scores
     formats = search(problem, scores, options).formats
     swaps = Swaps(problem, scores, options)
     (budget,) = problem.budgets(options)

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem, solution_formats
+from autoquant_ray.allocate.read import ScoredRun, solution_formats
 from autoquant_ray.api import Run
 from autoquant_ray.cli.main import main
 from autoquant_ray.evaluate.rivals import collect_candidates
@@ -61,7 +61,7 @@ def test_allocation_comes_back_from_its_own_recipe(
     exported = read_solution(run, name)
     path = put(tmp_path, make_recipe(exported.chosen, exported.formats, tool))
     state = RunState.open(run)
-    problem, _ = load_problem(state)
+    problem = ScoredRun.read(state).problem
     assert rival(run, path) == solution_formats(state, f"solutions/{name}/", problem)
     assert {"wint4_afp16", "wint8_afp16"} <= set(rival(run, path).values())
 
@@ -98,7 +98,7 @@ def test_sensitivities_of_mlx_become_as_many_larger_groups_as_fit(
     run: RunDirectory, tmp_path: Path
 ) -> None:
     state = RunState.open(run)
-    problem, _ = load_problem(state)
+    problem = ScoredRun.read(state).problem
     modules = [m for group in problem.searched for m in group.module_names]
     values = {name: float(number) for number, name in enumerate(reversed(modules))}
     rows = [["model.embed_tokens", 1e3], *([k, v] for k, v in values.items())]

@@ -16,6 +16,7 @@ from scored_run import put_scored_run
 
 from autoquant_ray.allocate.load import latency_of
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.cli.main import main
 from autoquant_ray.cli.options import given_fields
 from autoquant_ray.config.files import load_config
@@ -145,7 +146,7 @@ def test_scores_of_one_size_have_one_colour_and_none_no_map() -> None:
 
 
 def test_page_of_a_large_run_stays_below_its_limit(run: RunDirectory) -> None:
-    content = collect_content(RunState.open(run), "")
+    content = collect_content(ScoredRun.read(RunState.open(run)), "")
     rows = content.groups * 200
     page = render_html(replace(content, groups=rows))
     assert len(page.encode()) < 5_000_000
@@ -180,7 +181,7 @@ def test_config_of_the_page_is_a_file_for_scan(tmp_path: Path) -> None:
     solve_run(directory, SolveOptions(bits=6), folder="")
     state = RunState.open(directory)
     state.record.config |= {"custom_formats": custom, "formats": ["mine", "wint8_aint8"]}
-    made = collect_content(state, "").reproduction
+    made = collect_content(ScoredRun.read(state), "").reproduction
     assert made.commands == ["autoquant-ray scan --config scan.yaml"]
     file = tmp_path / "scan.yaml"
     file.write_text(made.config)
@@ -232,7 +233,10 @@ def test_report_again_gives_the_same_bytes(run: RunDirectory) -> None:
     before = {name: text_of(run, name) for name in ("report.md", "report.html")}
     rewrite_reports(run)
     assert {name: text_of(run, name) for name in before} == before
-    assert render_html(collect_content(RunState.open(run), "")) == before["report.html"]
+    assert (
+        render_html(collect_content(ScoredRun.read(RunState.open(run)), ""))
+        == before["report.html"]
+    )
 
 
 def test_commands_of_an_allocation_made_in_steps(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from scored_run import FORMATS, evaluation_row, put_scored_run
 
 from autoquant_ray.allocate.frontier import frontier_of
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.errors import AutoQuantError
 from autoquant_ray.report.bokeh_js import bokeh_scripts
 from autoquant_ray.report.content import collect_content
@@ -38,7 +39,7 @@ def test_page_shows_the_points_of_the_file_where_there_is_one(tmp_path: Path) ->
     solve_run(directory, SolveOptions(bits=6), folder="")
 
     def curve() -> list[tuple[float, float]]:
-        dots = collect_content(RunState.open(directory), "").dots
+        dots = collect_content(ScoredRun.read(RunState.open(directory)), "").dots
         return [(dot.bits, dot.loss) for dot in dots if dot.kind in ("curve", "knee")]
 
     swept = dict(curve())
@@ -61,7 +62,7 @@ def test_measured_allocations_are_in_the_head_the_concerns_and_the_chart(tmp_pat
     other = evaluation_row(directory, solution="bits-4.50", allocation="o", data_key="e")
     directory.write_table("evaluation.parquet", [own, rival, shuffled, other])
     rewrite_reports(directory)
-    content = collect_content(RunState.open(directory), "")
+    content = collect_content(ScoredRun.read(RunState.open(directory)), "")
     measured = {dot.name: dot.loss for dot in content.dots if dot.kind == "measured"}
     assert measured == {
         "measured, the scan's own solution on held-out.jsonl": own["kl_mean"],
@@ -77,7 +78,7 @@ def test_measured_allocations_are_in_the_head_the_concerns_and_the_chart(tmp_pat
 
 
 def test_without_measurements_there_are_four_kinds_of_points(run: RunDirectory) -> None:
-    dots = collect_content(RunState.open(run), "").dots
+    dots = collect_content(ScoredRun.read(RunState.open(run)), "").dots
     assert {dot.kind for dot in dots} == {"curve", "knee", "solution", "uniform"}
     assert {dot.name for dot in dots if dot.kind == "uniform"} == {f"all {f}" for f in FORMATS}
 
@@ -144,7 +145,7 @@ def test_curve_of_one_point_has_no_chart() -> None:
 
 
 def test_page_without_a_chart_has_no_library(run: RunDirectory) -> None:
-    content = collect_content(RunState.open(run), "")
+    content = collect_content(ScoredRun.read(RunState.open(run)), "")
     with_chart = render_html(content)
     without = render_html(replace(content, dots=content.dots[:1]))
     assert "Bokeh Contributors" in with_chart, "the licence travels with the library"
@@ -155,7 +156,7 @@ def test_page_without_a_chart_has_no_library(run: RunDirectory) -> None:
 
 
 def test_names_stay_inside_the_data_of_the_chart(run: RunDirectory) -> None:
-    content = collect_content(RunState.open(run), "")
+    content = collect_content(ScoredRun.read(RunState.open(run)), "")
     name = f"{EVIL}</script><!--\u2028$$x$$"
     page = render_html(replace(content, dots=[replace(dot, name=name) for dot in content.dots]))
     found = re.search(r'<script type="application/json" id="frontier-data">(.*?)</script>', page)

@@ -15,7 +15,7 @@ from autoquant_ray.allocate.allocation import Allocation
 from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.certainty.explanation import Explanation
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
@@ -126,7 +126,8 @@ def test_refined_solution_is_compared_with_itself(make_run: Any) -> None:
     options = SolveOptions(bits=7.0)
     solve_run(directory, options, folder="")
     state = RunState.open(directory)
-    problem, scores = load_problem(state)
+    scored_run = ScoredRun.read(state)
+    problem, scores = scored_run.problem, scored_run.scores
     best = search(problem, scores, options)
     group = next(g for g, f in best.formats.items() if f == "wint8_aint8")
     formats = best.formats | {group: "wint4_afp16"}

@@ -16,7 +16,7 @@ from explanations import FORMATS, Everything, by_format, explained
 from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.certainty.explanation import head_lines
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SCORES, part_name
 from autoquant_ray.runs.parts import Parts
@@ -32,7 +32,7 @@ ODD_SHARD = 3
 def odd_run(make_run: Any) -> tuple[RunDirectory, str]:
     """Six shards of different sizes, one of which is very odd for one group; solved at 7 bits."""
     directory = make_run(formats=FORMATS, num_shards=NUM_SHARDS)
-    group = load_problem(RunState.open(directory))[0].searched[2].name
+    group = ScoredRun.read(RunState.open(directory)).problem.searched[2].name
     for shard in range(NUM_SHARDS):
         table = directory.read_table(part_name(SCORES, shard)).to_pandas()
         table["num_tokens"] = 40 + 10 * shard
@@ -183,7 +183,7 @@ def test_group_seen_in_one_shard_alone_has_no_score_without_it(
     odd_run: tuple[RunDirectory, str],
 ) -> None:
     directory, group = odd_run
-    other = load_problem(RunState.open(directory))[0].searched[0].name
+    other = ScoredRun.read(RunState.open(directory)).problem.searched[0].name
     for shard in set(range(NUM_SHARDS)) - {ODD_SHARD}:
         table = directory.read_table(part_name(SCORES, shard)).to_pylist()
         unseen = {"elementwise_sum": None, "token_sum": None}

@@ -12,7 +12,7 @@ from autoquant_ray.allocate.certainty.resampling import assess
 from autoquant_ray.allocate.certainty.solution import Certainty, assess_solution, found_certainty
 from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import load_problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solve_run
@@ -53,7 +53,8 @@ def test_alike_shards_decide_and_noisy_ones_do_not(
     noise: float, is_certain: bool, make_run: Any
 ) -> None:
     directory = make_run()
-    problem, scores = load_problem(RunState.open(directory))
+    scored_run = ScoredRun.read(RunState.open(directory))
+    problem, scores = scored_run.problem, scored_run.scores
     buckets = buckets_of(directory, noise)
     options = SolveOptions(bits=6.0)
     formats = search(problem, scores, options).formats
@@ -70,7 +71,8 @@ def test_alike_shards_decide_and_noisy_ones_do_not(
 
 def test_constraints_hold_in_the_resamples(make_run: Any) -> None:
     directory = make_run()
-    problem, scores = load_problem(RunState.open(directory))
+    scored_run = ScoredRun.read(RunState.open(directory))
+    problem, scores = scored_run.problem, scored_run.scores
     buckets = buckets_of(directory, 3.0)
     group = problem.searched[0].name
     options = SolveOptions(bits=6.0, pins={group: "wint8_aint8"})
