@@ -21,6 +21,7 @@ from machine import describe_machine
 import autoquant_ray
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.evaluate.allocation_search import split_shards
@@ -79,15 +80,15 @@ def compare(
     candidates: list[Candidate] = []
     for run in runs.values():
         run.solve(bits=bits)
-    state = RunState.open(RunDirectory(runs["model"].path))
-    candidates += collect_candidates(state, f"{SOLUTIONS}/{name}/", ["uniform"])
-    theirs = RunState.open(RunDirectory(runs["data"].path))
+    ours = ScoredRun.read(RunState.open(RunDirectory(runs["model"].path)))
+    candidates += collect_candidates(ours, f"{SOLUTIONS}/{name}/", ["uniform"])
+    theirs = ScoredRun.read(RunState.open(RunDirectory(runs["data"].path)))
     candidates += collect_candidates(theirs, f"{SOLUTIONS}/{name}/", ["modelopt"])[1:]
     fields: dict[str, Any] = {"samples": options.held_out, "solution": name}
     if options.trials:
         runs["model"].refine(options.trials, **fields)
         refined = f"{SOLUTIONS}/{name}-refined/"
-        candidates.append(rename(collect_candidates(state, refined, [])[0], "refined"))
+        candidates.append(rename(collect_candidates(ours, refined, [])[0], "refined"))
     config = EvaluationConfig(run=runs["model"].path, **fields)
     with measuring(state, config) as measurement:
         _, _, unseen = split_shards(measurement.facts["num_shards"])

@@ -196,7 +196,10 @@ def test_options_come_back_from_the_manifest(domain_run: RunDirectory) -> None:
         found = solution_options(state, start)
         assert found == options
         assert solution_name(found) == solution.name
-        names = [one.name for one in collect_candidates(state, start, ("random",), num_random=1)]
+        names = [
+            one.name
+            for one in collect_candidates(ScoredRun.read(state), start, ("random",), num_random=1)
+        ]
         assert names == ["solution", "random 1"]
 
 

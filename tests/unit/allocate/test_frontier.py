@@ -64,7 +64,9 @@ def test_smallest_size_within_a_loss(share: float, make_run: Any) -> None:
     directory = make_run(formats=("wint4_afp16", "wint8_aint8"))
     everything = all_allocations(directory)
     target = share * max(s for _, s in everything)
-    solution = solve_run(directory, smallest_within(directory, target))
+    solution = solve_run(
+        directory, smallest_within(ScoredRun.read(RunState.open(directory)), target)
+    )
     smallest = min(bits for bits, s in everything if s <= target)
     assert solution.summary["predicted_kl_nats"] <= target
     assert solution.summary["effective_bits"] == pytest.approx(smallest, rel=1e-9)
@@ -72,7 +74,7 @@ def test_smallest_size_within_a_loss(share: float, make_run: Any) -> None:
 
 def test_no_size_is_within_a_negative_loss(make_run: Any) -> None:
     with pytest.raises(InfeasibleBudgetError, match="16 bits lose 0"):
-        smallest_within(make_run(), -1.0)
+        smallest_within(ScoredRun.read(RunState.open(make_run())), -1.0)
 
 
 def test_knee_is_where_the_curve_bends() -> None:

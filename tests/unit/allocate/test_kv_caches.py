@@ -251,16 +251,19 @@ def test_reports_and_rivals_have_room_for_caches(
     assert row == [CACHES[0], "0", "-", "-", "64", "36", "128", "B/token"]
     assert "kv_fp8 B/token" in shown
     assert "KV cache: 72 to 256 bytes per token of context" in shown
-    names = [one.name for one in collect_candidates(state, "", ("uniform", "modelopt", "random"))]
+    names = [
+        one.name
+        for one in collect_candidates(ScoredRun.read(state), "", ("uniform", "modelopt", "random"))
+    ]
     assert "uniform wint4_afp16" in names
     assert not any("kv_" in name for name in names)
     assert len(frontier_of(run, 5)) >= 2
     assert compare_runs(run, run).format_changes == []
     own = run.read_json("manifest.json")["solution"]
-    within = smallest_within(run, own["score"])
+    within = smallest_within(ScoredRun.read(RunState.open(run)), own["score"])
     assert within.kv_bytes_per_token == 160
     with pytest.raises(InfeasibleBudgetError, match="limit on the KV cache alone"):
-        smallest_within(run, 0.0)
+        smallest_within(ScoredRun.read(RunState.open(run)), 0.0)
 
 
 def test_allocation_of_another_tool_leaves_caches_in_16_bits(
@@ -273,7 +276,9 @@ def test_allocation_of_another_tool_leaves_caches_in_16_bits(
     manifest = run.read_json("solutions/theirs/manifest.json")
     assert manifest["solution"]["kv_bytes_per_token"] == 256
     assert manifest["budget"]["kv_bytes_per_token"] == 256
-    found = collect_candidates(RunState.open(run), "solutions/theirs/", ("modelopt", "random"))
+    found = collect_candidates(
+        ScoredRun.read(RunState.open(run)), "solutions/theirs/", ("modelopt", "random")
+    )
     assert len(found) > 2
 
 

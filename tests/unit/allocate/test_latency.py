@@ -121,7 +121,9 @@ def test_solution_keeps_the_card_and_the_load(make_run: Any, tmp_path: Path) -> 
     options = solution_options(state, start)
     assert options.latency == latency
     assert options.bytes == 200_000
-    candidates = collect_candidates(state, start, ("uniform", "modelopt", "random"), num_random=3)
+    candidates = collect_candidates(
+        ScoredRun.read(state), start, ("uniform", "modelopt", "random"), num_random=3
+    )
     assert candidates[0].formats.items() <= solution.formats.items()
     assert len(candidates) >= 1 + 1 + 3
     for candidate in candidates:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.allocate.read import solution_options
+from autoquant_ray.allocate.read import ScoredRun, solution_options
 from autoquant_ray.allocate.search import search, served_problem
 from autoquant_ray.api import Run
 from autoquant_ray.cli.main import main
@@ -222,7 +222,7 @@ def test_solve_for_an_engine_writes_an_allocation_that_it_serves(run: RunDirecto
 def test_rivals_and_explanations_keep_to_the_engine(run: RunDirectory) -> None:
     solution = Run.open(run.uri).solve(bits=9.5, engine="trtllm", gpu="hopper")
     state, start = RunState.open(run), f"solutions/{solution.name}/"
-    rivals = collect_candidates(state, start, ("uniform", "modelopt"), num_random=1)
+    rivals = collect_candidates(ScoredRun.read(state), start, ("uniform", "modelopt"), num_random=1)
     assert "uniform wint8_aint8" not in {rival.name for rival in rivals}
     assert all("wint8_aint8" not in rival.formats.values() for rival in rivals)
     told = Run.open(run.uri).explain("0.mlp.down_proj", solution=solution.name)

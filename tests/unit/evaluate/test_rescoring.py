@@ -13,6 +13,7 @@ import pytest
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.evaluate.allocation_search import search_allocations
 from autoquant_ray.evaluate.rescoring import choose_flips, solve_flips

@@ -48,7 +48,7 @@ def put(folder: Path, content: Any) -> str:
 
 def rival(run: RunDirectory, path: str) -> dict[str, str]:
     """The formats of a file as a rival of the scan's own solution."""
-    _, found = collect_candidates(RunState.open(run), "", (path,))
+    _, found = collect_candidates(ScoredRun.read(RunState.open(run)), "", (path,))
     assert found.name == f"file {Path(path).name}"
     return found.formats
 
@@ -125,7 +125,7 @@ def test_imported_allocation_is_a_solution_and_a_rival(run: RunDirectory, tmp_pa
     manifest = run.read_json("solutions/theirs/manifest.json")
     assert manifest["imported_from"] == "Their Plan.json"
     assert manifest["stability"] is None
-    _, found = collect_candidates(RunState.open(run), "", ("theirs",))
+    _, found = collect_candidates(ScoredRun.read(RunState.open(run)), "", ("theirs",))
     assert (found.name, found.formats["lm_head"]) == ("solution theirs", "none")
 
 

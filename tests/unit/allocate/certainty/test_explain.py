@@ -135,7 +135,7 @@ def test_refined_solution_is_compared_with_itself(make_run: Any) -> None:
     worse = Allocation(
         formats=formats, score=score, costs=best.costs, optimality_gap=0.0, is_satisfied=True
     )
-    write_solution(state, problem, scores, options, worse, "scan-refined")
+    write_solution(scored_run, options, worse, "scan-refined")
     name = "solutions/scan-refined/manifest.json"
     directory.write_json(name, directory.read_json(name) | {"refinement": {}})
     found = explained(directory, group, "--solution", "scan-refined")
