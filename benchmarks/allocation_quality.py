@@ -90,7 +90,7 @@ def compare(
         refined = f"{SOLUTIONS}/{name}-refined/"
         candidates.append(rename(collect_candidates(ours, refined, [])[0], "refined"))
     config = EvaluationConfig(run=runs["model"].path, **fields)
-    with measuring(state, config) as measurement:
+    with measuring(ours.state, config) as measurement:
         _, _, unseen = split_shards(measurement.facts["num_shards"])
         results = measurement.measure(candidates, unseen)
     rows = evaluation_rows(candidates, results, {"budget": f"{bits:g}"})
