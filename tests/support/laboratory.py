@@ -74,15 +74,15 @@ class Laboratory:
         columns = [self.measure_choices(choices, shard) for shard in shards]
         results = []
         for number in range(len(candidates)):
-            samples = [one for column in columns for one in column[number]]
+            samples = [sample for column in columns for sample in column[number]]
             results.append(
                 Measured(
-                    kl_N=np.concatenate([one.kl_N for one in samples]).astype(np.float64),
-                    kl_S=np.array([one.kl_N.astype(np.float64).sum() for one in samples]),
+                    kl_N=np.concatenate([sample.kl_N for sample in samples]).astype(np.float64),
+                    kl_S=np.array([sample.kl_N.astype(np.float64).sum() for sample in samples]),
                     loss=0.0,
                     reference_loss=0.0,
                     num_agreeing=0,
-                    tokens_S=np.array([float(len(one.kl_N)) for one in samples]),
+                    tokens_S=np.array([float(len(sample.kl_N)) for sample in samples]),
                 )
             )
         return results

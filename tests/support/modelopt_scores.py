@@ -36,17 +36,17 @@ def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, targets)
 
 
-def summed_by_step(scorer: Any, shards: Sequence[Any], maxima: Any) -> Any:
+def summed_by_step(scorer: Any, shards: Sequence[Any], calibration: Any) -> Any:
     """Our sums as ModelOpt's search adds up its own, ``(groups, formats)``: a shard is a step, and
     its loss a mean over tokens.
 
     Args:
         scorer: Ours.
         shards: Samples of each.
-        maxima: Merged calibration.
+        calibration: Merged calibration.
     """
-    scored = [scorer.score(shard, 0, maxima) for shard in shards]
-    return sum(one.sums.elementwise_GF / one.num_tokens**2 for one in scored)
+    scored = [scorer.score(shard, 0, calibration) for shard in shards]
+    return sum(scores.sums.elementwise_GF / scores.num_tokens**2 for scores in scored)
 
 
 def modelopt_scores(

@@ -53,8 +53,8 @@ MIXED = {
 
 
 def entries_of(formats: dict[str, Format]) -> list[dict[str, Any]]:
-    own = (quantizer_entries(f"{name}.", format_) for name, format_ in formats.items())
-    return [*NOTHING, *(entry for entries in own for entry in entries)]
+    of_layers = (quantizer_entries(f"{name}.", format_) for name, format_ in formats.items())
+    return [*NOTHING, *(entry for entries in of_layers for entry in entries)]
 
 
 def algorithm_of(formats: dict[str, Format]) -> Any:
@@ -100,8 +100,8 @@ def test_every_layer_is_what_modelopt_makes_of_it_alone(
     together = quantized_by_modelopt(model, batches, entries_of(MIXED), algorithm)
     changed = 0
     for name, format_ in MIXED.items():
-        own = {name: format_}
-        alone = quantized_by_modelopt(model, batches, entries_of(own), algorithm_of(own))
+        chosen = {name: format_}
+        alone = quantized_by_modelopt(model, batches, entries_of(chosen), algorithm_of(chosen))
         theirs, ours = alone.get_submodule(name), together.get_submodule(name)
         assert_equal(state_of(ours), state_of(theirs))
         states = torch.randn(3, ours.in_features, dtype=dtype)
@@ -120,7 +120,7 @@ def test_manifest_of_several_algorithms_gives_each_layer_its_own(
     solution = solve_run(directory, SolveOptions(bits=16, pins=pins))
     manifest = json.loads(Path(solution.paths["manifest.json"]).read_text())
     algorithm = manifest["quantization_config"]["algorithm"]
-    assert [one["algorithm"]["stop_multiplier"] for one in algorithm["sets"]] == [4.0, 1.1]
+    assert [set_["algorithm"]["stop_multiplier"] for set_ in algorithm["sets"]] == [4.0, 1.1]
     assert algorithm["others"] == "max"
 
     model, ids = make_model("qwen3_moe"), torch.tensor(make_samples([24] * 4))

@@ -57,7 +57,7 @@ def expected_quantizers(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def enabled_quantizers(model: torch.nn.Module) -> dict[str, Any]:
     """Quantizer name -> settings of all enabled ones; one entry for a list over experts."""
-    found: dict[str, Any] = {}
+    settings_of: dict[str, Any] = {}
     for name, module in model.named_modules():
         if not isinstance(module, TensorQuantizer) or not module.is_enabled:
             continue
@@ -67,8 +67,8 @@ def enabled_quantizers(model: torch.nn.Module) -> dict[str, Any]:
         blocks = module.block_sizes
         axis = None if blocks else module.axis
         settings = (module.num_bits, dict(blocks) if blocks else None, axis)
-        assert found.setdefault(shown, settings) == settings, name
-    return found
+        assert settings_of.setdefault(shown, settings) == settings, name
+    return settings_of
 
 
 @pytest.mark.parametrize("family", PINS)
@@ -127,9 +127,9 @@ def test_quantization_config_of_vision_model_leaves_the_tower_alone(
             load_quantization_config(manifest),
             forward_loop=lambda m: m(input_ids=ids),
         )
-    found = enabled_quantizers(quantized)
-    assert found == expected_quantizers(rows)
-    assert found
+    enabled = enabled_quantizers(quantized)
+    assert enabled == expected_quantizers(rows)
+    assert enabled
 
 
 def test_quantization_config_of_imported_manifest_is_refused() -> None:

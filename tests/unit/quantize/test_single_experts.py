@@ -127,7 +127,7 @@ def _by_replacement(apart: Apart) -> dict[str, dict[str, tuple[float, float]]]:
     num_predicted = apart.ids_BS[:, 1:].numel()
     with torch.enable_grad():
         (next_token_loss(model, of_text(apart.ids_BS)) * num_predicted).backward()
-    found: dict[str, dict[str, tuple[float, float]]] = {}
+    scores: dict[str, dict[str, tuple[float, float]]] = {}
     for group in groups:
         (planned,) = group.modules
         arguments, output_TO = calls[planned.path]
@@ -139,11 +139,11 @@ def _by_replacement(apart: Apart) -> dict[str, dict[str, tuple[float, float]]]:
                     weight_OI.copy_(fake_quantize_weight(format_.weight, weight_OI.clone()))
                 product_TO = (module(*arguments) - output_TO) * gradients[planned.path]
             product_TO = product_TO.flatten(0, -2).double()
-            found.setdefault(group.name, {})[format_.name] = (
+            scores.setdefault(group.name, {})[format_.name] = (
                 float(product_TO.square().sum()),
                 float(product_TO.sum(dim=1).square().sum()),
             )
-    return found
+    return scores
 
 
 def test_sums_of_a_shard_do_not_depend_on_the_shards_before(
@@ -250,8 +250,8 @@ class _ExpertsOfLinears(torch.nn.ModuleList):
         for number, expert in enumerate(self):
             rows, places = (routes_TK == number).nonzero(as_tuple=True)
             if len(rows):
-                own = expert(states_TH[rows]) * weights_TK[rows, places, None]
-                output_TH = output_TH.index_add(0, rows, own)
+                states_RH = expert(states_TH[rows]) * weights_TK[rows, places, None]
+                output_TH = output_TH.index_add(0, rows, states_RH)
         return output_TH
 
 
@@ -267,8 +267,8 @@ def test_experts_of_linears_are_apart_too_and_their_tokens_are_counted(
     menu = resolve_formats(FORMATS, device="cpu")
     samples = make_samples(LENGTHS, seed=1)
 
-    def sums(one: Any, plan: Plan) -> Any:
-        return Apart(one, plan, make_spec(plan), samples).score()
+    def sums(scored_model: Any, plan: Plan) -> Any:
+        return Apart(scored_model, plan, make_spec(plan), samples).score()
 
     plan = build_plan(model, menu, expert_groups="expert")
     name = "model.layers.0.mlp.experts"

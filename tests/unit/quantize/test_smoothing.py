@@ -84,8 +84,8 @@ def test_scales_and_candidates_equal_modelopt(
                 assert alphas[name, preset] == module.awq_lite.best_alpha
                 size = sum(SHARDS[0]) * len(weight)  # ModelOpt adds up the mean of every batch
                 expected = {alpha: size * loss for alpha, loss in module.awq_lite.loss.items()}
-                own = {a: loss for (n, _, a), loss in losses.items() if n == name}
-                assert own == pytest.approx(expected, rel=1e-3)
+                ours = {a: loss for (n, _, a), loss in losses.items() if n == name}
+                assert ours == pytest.approx(expected, rel=1e-3)
             if format_.input is not None:
                 largest = float(module.input_quantizer.amax)
                 maximum = input_maximum(calibration.of(name), scales, weight.dtype)
@@ -124,7 +124,7 @@ def evaluated(
     )
     choice = (0,) * len(prepared.plan.searched)
     evaluation = AllocationRunner(spec, model=prepared.model).evaluate(samples, [choice])
-    return [one.kl_N for one in evaluation.divergences[0]]
+    return [divergence.kl_N for divergence in evaluation.divergences[0]]
 
 
 @torch.no_grad()

@@ -125,13 +125,13 @@ def test_weights_equal_modelopt_bit_for_bit_with_scales_that_fused_layers_share(
     scales = WeightScales(model)
     for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj"):
         layer = theirs.get_submodule(f"model.layers.0.{part}")
-        own = model.get_submodule(f"model.layers.0.{part}").weight
+        weight = model.get_submodule(f"model.layers.0.{part}").weight
         for _ in range(2):
-            ours = quantized_weight(format_, own, scales, f"model.layers.0.{part}")
+            ours = quantized_weight(format_, weight, scales, f"model.layers.0.{part}")
             assert torch.equal(ours, layer.weight_quantizer(layer.weight)), part
-    own = model.get_submodule("model.layers.0.self_attn.q_proj").weight
-    alone = quantized_weight(format_, own, WeightScales(torch.nn.Identity()), "somewhere")
-    shared = quantized_weight(format_, own, scales, "model.layers.0.self_attn.q_proj")
+    weight = model.get_submodule("model.layers.0.self_attn.q_proj").weight
+    alone = quantized_weight(format_, weight, WeightScales(torch.nn.Identity()), "somewhere")
+    shared = quantized_weight(format_, weight, scales, "model.layers.0.self_attn.q_proj")
     assert not torch.equal(alone, shared)  # k_proj has the largest weight
     if name in PRESETS:
         assert scales.searched.nbytes > 0
@@ -183,7 +183,7 @@ def test_manifest_quantizes_on_cpu_without_a_kernel(
     assert compared == set(menu)
     assert torch.isfinite(quantized(ids).logits).all()
     on_cuda = load_quantization_config(manifest, device="cuda")["algorithm"]
-    assert [one["algorithm"]["method"] for one in on_cuda["sets"]] == ["mse", "mse"]
+    assert [set_["algorithm"]["method"] for set_ in on_cuda["sets"]] == ["mse", "mse"]
 
 
 def test_plan_of_static_weights_alone_is_calibrated_by_the_mode_on_cpu_only() -> None:

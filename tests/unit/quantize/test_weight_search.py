@@ -56,10 +56,10 @@ def test_weights_equal_modelopt_bit_for_bit(
     differs_from_max = 0
     for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
         name = f"model.layers.0.{part}"
-        own = model.get_submodule(name).weight
-        ours = fake_quantize_weight(format_.weight, own, format_.algorithm)
+        weight = model.get_submodule(name).weight
+        ours = fake_quantize_weight(format_.weight, weight, format_.algorithm)
         assert torch.equal(ours, of_modelopt(theirs.get_submodule(name)))
-        differs_from_max += not torch.equal(ours, fake_quantize_weight(format_.weight, own))
+        differs_from_max += not torch.equal(ours, fake_quantize_weight(format_.weight, weight))
     assert differs_from_max
 
 
@@ -89,7 +89,7 @@ def test_experts_equal_modelopt_bit_for_bit(family: str) -> None:
         else:
             quantizers = getattr(theirs, f"{name}_weight_quantizers")
             pairs = zip(quantizers, getattr(theirs, name), strict=True)
-            expected = torch.stack([quantizer(one) for quantizer, one in pairs])
+            expected = torch.stack([quantizer(slice_) for quantizer, slice_ in pairs])
         assert torch.equal(ours, expected)
         assert torch.equal(ours, experts.quantized_weight(name, format_, scales))
 
@@ -99,13 +99,15 @@ def test_scales_are_those_of_the_smallest_error_by_hand() -> None:
     weight[0, 0], weight[1] = 30.0, 0.0
     format_ = searched({"num_bits": 3, "axis": 0}, NARROW)
     ours = fake_quantize_weight(format_.weight, weight, format_.algorithm)
-    for row, found in zip(weight.double(), ours.double(), strict=True):
+    for row, quantized in zip(weight.double(), ours.double(), strict=True):
         errors = []
         for multiplier in torch.linspace(0.5, 1.2, 11).double():
             step = row.abs().max() * multiplier / 3
             on_grid = (row / step).round().clamp(-4, 3) * step if step else row * 0
             errors.append(float((on_grid - row).square().sum()))
-        assert float((found - row).square().sum()) == pytest.approx(min(errors), rel=1e-5, abs=1e-9)
+        assert float((quantized - row).square().sum()) == pytest.approx(
+            min(errors), rel=1e-5, abs=1e-9
+        )
     assert len({float(row.abs().max()) for row in ours}) == len(weight)
 
 

@@ -134,7 +134,7 @@ def test_manifest_quantizes_on_cpu_to_the_formats_and_the_loss_that_evaluate_mea
             load_quantization_config(manifest, device="cpu"),
             forward_loop=lambda m: [m(torch.tensor([s])) for s in samples],
         )
-    formats = {one.name: one for one in resolve_formats(menu, device="cpu")}
+    formats = {format_.name: format_ for format_ in resolve_formats(menu, device="cpu")}
     expected = {}
     for row in pq.read_table(solution.paths["manifest.parquet"]).to_pylist():
         assert row["format"] == pins[row["group"]]
@@ -165,7 +165,7 @@ def test_manifest_quantizes_on_cpu_to_the_formats_and_the_loss_that_evaluate_mea
     )
     choice = tuple(menu.index(f) if f != "none" else UNQUANTIZED for f in pins.values())
     measured = AllocationRunner(spec, model=prepared.model).evaluate(samples, [choice])
-    ours = np.concatenate([one.kl_N for one in measured.divergences[0]])
+    ours = np.concatenate([divergence.kl_N for divergence in measured.divergences[0]])
     np.testing.assert_allclose(ours, np.concatenate(kl), rtol=5e-3, atol=5e-6)
     assert ours.mean() > 1e-3
 

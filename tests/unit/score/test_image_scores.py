@@ -94,7 +94,9 @@ def test_scores_with_images_equal_modelopt(family: str, make_scorer: Any, sample
     theirs = modelopt_scores(prepared.model, batches, formats)
     assert set(theirs) == set(prepared.names)
     for name, scores_F in zip(prepared.names, ours, strict=True):
-        assert scores_F == pytest.approx([theirs[name][one] for one in formats], rel=1e-4), name
+        assert scores_F == pytest.approx(
+            [theirs[name][format_] for format_ in formats], rel=1e-4
+        ), name
 
 
 def test_towers_channels_count_every_patch_once(full_scorer: Any, samples_of: Any) -> None:
@@ -103,15 +105,15 @@ def test_towers_channels_count_every_patch_once(full_scorer: Any, samples_of: An
     samples = samples_of("qwen3_vl")
     num_patches = sum(len(sample.tensors["pixel_values"]) for sample in samples)
     name = "model.visual.blocks.0.attn.qkv"
-    found = []
+    losses = []
     for _ in range(2):
         calibration = scorer.calibrate(samples)
         assert calibration.channels()[name].num_tokens == num_patches
-        found.append(scorer.search(samples, calibration))
-    assert found[0] == found[1]
+        losses.append(scorer.search(samples, calibration))
+    assert losses[0] == losses[1]
     fresh = full_scorer("qwen3_vl", ("INT4_AWQ_CFG",))[1]
-    assert fresh.search(samples, calibration) == found[0]  # a worker that has calibrated nothing
-    assert any(module == name for module, _, _ in found[0])
+    assert fresh.search(samples, calibration) == losses[0]  # a worker that has calibrated nothing
+    assert any(module == name for module, _, _ in losses[0])
 
 
 def whole_graph_sums(plan: Any, model: Any, batch: Batch) -> dict[str, float]:
@@ -172,7 +174,7 @@ def test_scores_of_the_vision_tower_ignore_how_steps_are_grouped(
     full_scorer: Any, samples_of: Any
 ) -> None:
     samples, presets = samples_of("qwen3_vl"), (PRESET, "INT8_DEFAULT_CFG")
-    found = []
+    sums = []
     for room in (2**30, 0):
         _, scorer = full_scorer(
             "qwen3_vl",
@@ -184,9 +186,9 @@ def test_scores_of_the_vision_tower_ignore_how_steps_are_grouped(
         )
         calibration = scorer.calibrate(samples, 0)
         assert any(name.startswith("model.visual") for name in calibration.modules)
-        found.append(scorer.score(samples, 0, calibration, 0).sums)
-    assert np.array_equal(found[0].elementwise_GF, found[1].elementwise_GF)
-    assert (found[0].elementwise_GF > 0).all()
+        sums.append(scorer.score(samples, 0, calibration, 0).sums)
+    assert np.array_equal(sums[0].elementwise_GF, sums[1].elementwise_GF)
+    assert (sums[0].elementwise_GF > 0).all()
 
 
 def test_model_that_adds_after_its_last_layer_is_refused(
@@ -212,12 +214,12 @@ def test_evaluation_runs_the_vision_tower_quantized(
         step_tokens=10_000,
     )
     samples = samples_of(family)
-    own = tuple(UNQUANTIZED for _ in plan.searched)
+    unquantized = tuple(UNQUANTIZED for _ in plan.searched)
     tower = tuple(
         0 if group.name.startswith("model.visual") else UNQUANTIZED for group in plan.searched
     )
-    result = AllocationRunner(spec, model=scorer.model).evaluate(samples, [own, tower])
-    assert all(one.kl_N.max() < 1e-6 for one in result.divergences[0])
+    result = AllocationRunner(spec, model=scorer.model).evaluate(samples, [unquantized, tower])
+    assert all(divergence.kl_N.max() < 1e-6 for divergence in result.divergences[0])
 
     ids, in_loss, inputs = batch_of(samples)
     assert in_loss is not None
@@ -235,7 +237,7 @@ def test_evaluation_runs_the_vision_tower_quantized(
                 scale = weight.abs().amax(dim=1, keepdim=True) / 127
                 weight.copy_((weight / scale).round().clamp(-128, 127) * scale)
         expected = (p.exp() * (p - log_probabilities())).sum(dim=-1)
-    measured = np.concatenate([one.kl_N for one in result.divergences[1]])
+    measured = np.concatenate([divergence.kl_N for divergence in result.divergences[1]])
     assert measured == pytest.approx(expected.numpy(), rel=1e-2, abs=1e-6)
     assert measured.sum() > 1e-5
 
@@ -249,5 +251,5 @@ def test_mask_of_tokens_hides_no_patch_of_a_tower() -> None:
         maxima.set_mask(torch.tensor([[1, 1, 0]]))
         for module in model.values():
             module(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]))  # three tokens, or patches
-    found = {name: value for (name, _), value in maxima.calibration().maxima().items()}
-    assert found == {"visual": 3.0, "layer": 2.0}
+    largest = {name: value for (name, _), value in maxima.calibration().maxima().items()}
+    assert largest == {"visual": 3.0, "layer": 2.0}

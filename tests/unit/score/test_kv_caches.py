@@ -158,8 +158,8 @@ def test_any_batching_and_draws_of_rows_agree(prepare: Any, make_samples: Any) -
     calibration = whole.calibrate(samples)
     expected = whole.score(samples, 0, calibration).sums
     _, _, single = prepare("Qwen3", labels="model", label_draws=2, step_tokens=2)
-    found = single.score(samples, 0, calibration).sums
-    np.testing.assert_allclose(found.elementwise_GF, expected.elementwise_GF, rtol=1e-4)
+    sums_of_single = single.score(samples, 0, calibration).sums
+    np.testing.assert_allclose(sums_of_single.elementwise_GF, expected.elementwise_GF, rtol=1e-4)
     _, _, drawn = prepare("Qwen3", labels="model", label_draws=2, row_share=0.5)
     sums = drawn.score(samples, 0, calibration).sums
     for number, group in enumerate(plan.searched):
@@ -188,10 +188,10 @@ def test_differences_of_a_bfloat16_attention_are_formed_in_float32(
     arguments, keywords, output = seen[0]
     call, maxima = Call.of(arguments, keywords), {"k_bmm_amax": 4.0, "v_bmm_amax": 4.0}
     formats = [plan.formats[0], plan.formats[2]]
-    found = CachedAttention(module, planned).differences(call, output[0], formats, maxima)
+    rounded = CachedAttention(module, planned).differences(call, output[0], formats, maxima)
     single = copy.deepcopy(module).float()
     exact = CachedAttention(single, planned).differences(call.in_float32(), None, formats, maxima)
-    for ours, theirs in zip(found, exact, strict=True):
+    for ours, theirs in zip(rounded, exact, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         assert theirs.abs().max() > 0.01
@@ -222,8 +222,8 @@ def test_score_predicts_the_divergence_of_a_single_format(prepare: Any, make_sam
             predicted = 0.5 * scores.sums.elementwise_GF[number, column] / scores.num_tokens
             other = quantized(model, plan, {group.name: name}, samples)
             measured = divergence(model, other, samples)
-            told = f"{group.name} {name}: predicted {predicted:.3e}, measured {measured:.3e}"
-            assert 0.7 < predicted / measured < 1.4, told
+            message = f"{group.name} {name}: predicted {predicted:.3e}, measured {measured:.3e}"
+            assert 0.7 < predicted / measured < 1.4, message
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -254,5 +254,5 @@ def test_evaluation_equals_mtq_quantize(family: str, prepare: Any, make_samples:
     result = evaluation.evaluate(samples, indices)
     for choice, ours in zip(choices, result.divergences, strict=True):
         other = quantized(model, plan, choice, samples)
-        kl = np.concatenate([one.kl_N for one in ours]).mean()
+        kl = np.concatenate([sample.kl_N for sample in ours]).mean()
         assert kl == pytest.approx(divergence(model, other, samples), rel=2e-3)

@@ -61,14 +61,14 @@ def test_search_and_scores_of_scaled_channels_offloaded_equal_resident(
 ) -> None:
     samples = make_samples([24, 17, 31])
     formats = ("NVFP4_AWQ_LITE_CFG", "INT8_SMOOTHQUANT_CFG")
-    found = []
+    results = []
     for placement in ("resident", "offload"):
         scorer = Scorer(placed_spec(model_folder("llama"), placement, "bfloat16", formats))
         calibration = scorer.calibrate(samples, 0)
         losses = scorer.search(samples, calibration)
         calibration = calibration.with_alphas(best_alphas(losses))
-        found.append((losses, scorer.score(samples, 0, calibration, 0).sums))
-    (losses, sums), (offloaded_losses, offloaded_sums) = found
+        results.append((losses, scorer.score(samples, 0, calibration, 0).sums))
+    (losses, sums), (offloaded_losses, offloaded_sums) = results
     assert offloaded_losses == losses
     assert losses
     assert np.array_equal(offloaded_sums.elementwise_GF, sums.elementwise_GF)
@@ -104,16 +104,16 @@ def test_scores_of_caches_offloaded_are_those_of_resident_to_the_byte(
 ) -> None:
     samples = make_samples([24, 17, 31])
     formats = ("wfp8_afp8", "kv_fp8", "kv_nvfp4")
-    found = []
+    results = []
     for placement in ("resident", "offload"):
         spec = placed_spec(model_folder("qwen3"), placement, dtype, formats)
         calibration, scores = run(Scorer(spec), samples)
         caches = [m.group for m in spec.modules if m.planned.is_cache]
-        found.append((calibration, scores.sums.elementwise_GF[caches]))
-    assert found[0][0] == found[1][0]
-    assert found[0][1].tobytes() == found[1][1].tobytes()
-    assert (found[0][1][:, 1:] > 0).all()
-    assert len(found[0][1]) == 2
+        results.append((calibration, scores.sums.elementwise_GF[caches]))
+    assert results[0][0] == results[1][0]
+    assert results[0][1].tobytes() == results[1][1].tobytes()
+    assert (results[0][1][:, 1:] > 0).all()
+    assert len(results[0][1]) == 2
 
 
 def test_parameters_outside_visits_are_on_meta(
@@ -165,7 +165,7 @@ def test_probe_and_passes_hold_one_visited_layer(bfloat16_folder: Path, make_sam
     assert num_probed == 2 * (1 + 2 + 1)  # identity, layer by layer, one whole graph; two layers
     steps = [Step(torch.tensor([sample])) for sample in make_samples([9, 7, 8])]
     passes = backward.forward(steps, keep=True)
-    ones = [torch.ones_like(backward.finish(one, with_graph=True)) for one in passes]
+    ones = [torch.ones_like(backward.finish(pass_, with_graph=True)) for pass_ in passes]
     backward.backward(passes, [[gradient] for gradient in ones])
     assert len(alive) == num_probed + 2 * 2 * len(steps)
     assert set(alive) == {1}

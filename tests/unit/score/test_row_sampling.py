@@ -71,9 +71,9 @@ def test_sampled_sums_do_not_depend_on_how_steps_are_visited(
     together = make_scorer("llama", FORMATS, row_share=0.3, step_tokens=60)
     apart = make_scorer("llama", FORMATS, row_share=0.3, step_tokens=60, activation_bytes=0)
     calibration = together.scorer.calibrate(samples)
-    one, other = (p.scorer.score(samples, 0, calibration).sums for p in (together, apart))
-    assert np.array_equal(one.elementwise_GF, other.elementwise_GF)
-    assert np.array_equal(one.token_variance_GF, other.token_variance_GF)
+    sums, sums_apart = (p.scorer.score(samples, 0, calibration).sums for p in (together, apart))
+    assert np.array_equal(sums.elementwise_GF, sums_apart.elementwise_GF)
+    assert np.array_equal(sums.token_variance_GF, sums_apart.token_variance_GF)
 
 
 def test_sampled_nan_gradient_is_an_error(make_scorer: Any, make_samples: Any) -> None:
