@@ -15,7 +15,7 @@ from autoquant_ray.errors import changed_input
 from autoquant_ray.score.row_sampling import name_seed
 from autoquant_ray.score.rows import as_rows
 
-Score = Callable[[torch.Tensor | None, list[torch.Tensor], tuple[int, ...]], None]
+OnGradients = Callable[[torch.Tensor | None, list[torch.Tensor], tuple[int, ...]], None]
 """Scores a module: its output if that is still as it was, gradients of all draws, seed of rows."""
 
 
@@ -37,7 +37,11 @@ class GradientBook:
         self._num_calls = 0
 
     def open(
-        self, output: torch.Tensor, kept: torch.Tensor, inputs: Sequence[torch.Tensor], score: Score
+        self,
+        output: torch.Tensor,
+        kept: torch.Tensor,
+        inputs: Sequence[torch.Tensor],
+        score: OnGradients,
     ) -> None:
         """Score a call of the module as soon as the gradients at its output are there.
 
