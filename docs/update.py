@@ -89,18 +89,20 @@ def tools_table() -> str:
         format_ = Format(name=name, weight=weight, input=inputs, modelopt_compression=1.0)
         algo = layer_algo(format_)
         cells = [_tool_text(of(format_)) for of in COUNTERPARTS.values()]
-        own = "-" if algo is None else f"`{algo.algo}`"
-        rows.append(f"| `{name}` | {own} | {' | '.join(cells)} |")
+        algo_text = "-" if algo is None else f"`{algo.algo}`"
+        rows.append(f"| `{name}` | {algo_text} | {' | '.join(cells)} |")
     return "\n".join([*rows, ""])
 
 
-def _tool_text(found: Any) -> str:
-    if found is None:
+def _tool_text(counterpart: Any) -> str:
+    if counterpart is None:
         return "-"
-    if isinstance(found, str):
-        return f"`{found}`"
-    shown = {k: v for k, v in found.items() if k in ("bits", "group_size", "mode", "data_type")}
-    shown |= {k: v for k, v in found.items() if k == "act_bits" and v < 16}
+    if isinstance(counterpart, str):
+        return f"`{counterpart}`"
+    shown = {
+        k: v for k, v in counterpart.items() if k in ("bits", "group_size", "mode", "data_type")
+    }
+    shown |= {k: v for k, v in counterpart.items() if k == "act_bits" and v < 16}
     return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 

@@ -41,12 +41,12 @@ def test_tables_are_those_of_the_files(solved: Run) -> None:
 
 def test_solving_writes_what_the_command_would(solved: Run) -> None:
     group = solved.plan.column("group")[0].as_py()
-    found = solved.solve(bits=6.5, pins={group: "none"}, allow={"*o_proj": ["wfp8_afp8"]})
-    assert solved.solutions == [found.name]
-    assert found.formats[group] == "none"
-    assert {f for g, f in found.formats.items() if g.endswith("o_proj")} == {"wfp8_afp8"}
-    assert solved.manifest(found.name)["budget"]["pins"] == {group: "none"}
-    size = int(found.summary["weight_bytes"])
+    solution = solved.solve(bits=6.5, pins={group: "none"}, allow={"*o_proj": ["wfp8_afp8"]})
+    assert solved.solutions == [solution.name]
+    assert solution.formats[group] == "none"
+    assert {f for g, f in solution.formats.items() if g.endswith("o_proj")} == {"wfp8_afp8"}
+    assert solved.manifest(solution.name)["budget"]["pins"] == {group: "none"}
+    size = int(solution.summary["weight_bytes"])
     assert solved.solve(bytes=f"{size + 1}").summary["weight_bytes"] <= size + 1
 
 
@@ -86,8 +86,8 @@ def test_wrong_options_of_solving_are_refused(solved: Run) -> None:
 def test_loss_and_size_find_each_other(solved: Run) -> None:
     points = solved.frontier(9)
     losing = [point for point in points if point.predicted_kl > 0]
-    found = solved.solve_within(losing[-1].predicted_kl)
-    assert found.summary["effective_bits"] <= losing[-1].effective_bits * (1 + 1e-9)
+    solution = solved.solve_within(losing[-1].predicted_kl)
+    assert solution.summary["effective_bits"] <= losing[-1].effective_bits * (1 + 1e-9)
     assert list(pandas.DataFrame(points).columns) == [
         "effective_bits",
         "weight_bytes",
@@ -99,9 +99,9 @@ def test_loss_and_size_find_each_other(solved: Run) -> None:
 def test_explanation_is_that_of_a_solution(solved: Run) -> None:
     name = solved.solve(bits=5).name
     groups = dict.fromkeys(solved.sensitivity.column("group").to_pylist())
-    own = {group: solved.explain(group).chosen for group in groups}
+    chosen = {group: solved.explain(group).chosen for group in groups}
     other = {group: solved.explain(group, name).chosen for group in groups}
-    assert own != other
+    assert chosen != other
     assert solved.explain("1.mlp.down_proj").group == "model.layers.1.mlp.down_proj"
     with pytest.raises(StoreError, match="is not a solution"):
         solved.explain("lm_head", "bits-9.00")
@@ -176,7 +176,7 @@ def test_document_names_everything_that_a_run_can_do() -> None:
         if not name.startswith("_"):
             called = re.search(rf"`run\.{name}\((.*?)\)`", text)
             assert called is not None, name
-            known = {p for p in inspect.signature(member).parameters if p != "self"}
+            parameters = {p for p in inspect.signature(member).parameters if p != "self"}
             given = [part.strip() for part in called[1].split(",")]
             plain = {part for part in given if part and "=" not in part and part != "..."}
-            assert plain <= known, name
+            assert plain <= parameters, name

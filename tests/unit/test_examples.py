@@ -36,12 +36,12 @@ def test_job_file_of_a_scan_serves_the_scan_command() -> None:
 
 def test_rows_of_the_data_page_are_what_it_says(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    found: dict[str, list[int]] = {}
+    num_images: dict[str, list[int]] = {}
     for section in page.split("\n## ")[1:]:
         for row in re.findall(r"```json\n(.*?)\n```", section):
             path = tmp_path / "row.jsonl"
             path.write_text(row)
             ((content, _),) = read_rows(DataSpec(source=str(path), num_samples=1, seq_len=9))
             images = -1 if isinstance(content, str) else len(content.images)
-            found.setdefault(section.partition("\n")[0], []).append(images)
-    assert found == {"Text": [-1], "Chats": [0, 0], "Images": [1, 2, 1, 1], "Domains": [-1]}
+            num_images.setdefault(section.partition("\n")[0], []).append(images)
+    assert num_images == {"Text": [-1], "Chats": [0, 0], "Images": [1, 2, 1, 1], "Domains": [-1]}

@@ -87,15 +87,15 @@ def imports_of(name: str) -> Iterator[tuple[str, bool]]:
 
 def imported_modules(name: str) -> set[str]:
     """Modules of the package that a module imports, itself left out."""
-    found = set()
+    names = set()
     for full, _ in imports_of(name):
         if full.partition(".")[0] != ROOT:
             continue
         path = full.partition(".")[2] or "__init__"
         while path not in MODULES and "." in path:
             path = path.rpartition(".")[0]
-        found.add(path if path in MODULES else "__init__")
-    return found - {name}
+        names.add(path if path in MODULES else "__init__")
+    return names - {name}
 
 
 def room_of(name: str) -> str:

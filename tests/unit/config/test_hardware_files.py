@@ -63,8 +63,8 @@ def test_every_shipped_figure_has_its_source(card: str) -> None:
 def _figures(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, dict):
         return []
-    own = [value] if "value" in value else []
-    return own + [figure for item in value.values() for figure in _figures(item)]
+    figures = [value] if "value" in value else []
+    return figures + [figure for item in value.values() for figure in _figures(item)]
 
 
 def test_shipped_cards_are_package_data() -> None:

@@ -31,8 +31,8 @@ def test_answers_whose_thoughts_the_template_drops() -> None:
     ]
     whole = _without_earlier_thoughts(turns, False)
     spans = answer_spans(_without_earlier_thoughts, chat(turns))
-    found = [whole[span.start : span.end] for span in spans]
-    assert found == ["first answer", "<think>short</think>second answer<end>"]
+    texts = [whole[span.start : span.end] for span in spans]
+    assert texts == ["first answer", "<think>short</think>second answer<end>"]
 
 
 def test_answer_that_the_template_rewrites_is_refused() -> None:

@@ -82,8 +82,8 @@ def test_stored_texts_have_two_columns_and_come_back_plain(tmp_path: Path) -> No
     part = text_part(0, np.array([2, 1], dtype=np.int32), np.array([5, 6, 7], dtype=np.int32))
     assert part.column_names == ["sample", "tokens"]
     directory.write_table(part_name(SAMPLES, 0), part)
-    found = samples_of(directory.read_table(part_name(SAMPLES, 0)))
-    assert [np.asarray(one).tolist() for one in found] == [[5, 6], [7]]
+    samples = samples_of(directory.read_table(part_name(SAMPLES, 0)))
+    assert [np.asarray(sample).tolist() for sample in samples] == [[5, 6], [7]]
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "|O"])

@@ -50,14 +50,17 @@ def test_rows_with_messages_are_chats(kind: str, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
     path = write_rows(tmp_path / f"d.{kind}", [{"messages": TURNS}])
     of_parts = write_rows(tmp_path / f"p.{kind}", [{"messages": turns}])
-    assert [one.messages for one in read(path)] == [TURNS]
-    assert [m["content"] for one in read(of_parts) for m in one.messages] == ["w1 w2", "w1 w2"]
+    assert [conversation.messages for conversation in read(path)] == [TURNS]
+    assert [m["content"] for conversation in read(of_parts) for m in conversation.messages] == [
+        "w1 w2",
+        "w1 w2",
+    ]
 
 
 def test_rows_with_prompt_and_answer_are_chats_of_two(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl", [{"prompt": "w1", "answer": "w2"}])
-    (found,) = read(path)
-    assert found.messages == [
+    (conversation,) = read(path)
+    assert conversation.messages == [
         {"role": "user", "content": "w1"},
         {"role": "assistant", "content": "w2"},
     ]
@@ -80,9 +83,9 @@ def test_images_are_paths_beside_the_data_or_their_content(kind: str, tmp_path: 
         forms = [{"bytes": png, "path": "elsewhere.png"}]
     for form in forms:
         row = {"prompt": "w1", "answer": "w2", "image": form}
-        (found,) = read(write_rows(tmp_path / f"d.{kind}", [row]))
-        assert [part["type"] for part in found.messages[0]["content"]] == ["image", "text"]
-        loaded = load_images(found)
+        (conversation,) = read(write_rows(tmp_path / f"d.{kind}", [row]))
+        assert [part["type"] for part in conversation.messages[0]["content"]] == ["image", "text"]
+        loaded = load_images(conversation)
         assert isinstance(loaded, Conversation)
         assert [image.content for image in loaded.images] == [png]
 
@@ -96,8 +99,8 @@ def test_image_parts_hold_their_image_or_take_the_next_one(tmp_path: Path) -> No
         {"type": "text", "text": "w1"},
     ]
     row = {"messages": [{"role": "user", "content": parts}], "images": ["a.png"]}
-    (found,) = read(write_rows(tmp_path / "d.jsonl", [row]))
-    loaded = load_images(found)
+    (conversation,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+    loaded = load_images(conversation)
     assert isinstance(loaded, Conversation)
     assert [image.content for image in loaded.images] == [b"a.png", b"b.png"]
 
@@ -139,10 +142,10 @@ def test_options_that_do_not_go_with_the_rows_are_refused(tmp_path: Path) -> Non
 
 
 def test_loss_on_all_counts_every_token_of_the_template(encoder_of: Any) -> None:
-    found = encoded(encoder_of(loss_on="all"))
-    assert found.sample.tokens_T.tolist() == TOKENS
-    assert found.sample.in_loss_T.all()
-    assert num_predicted(found.sample) == len(TOKENS) - 1
+    result = encoded(encoder_of(loss_on="all"))
+    assert result.sample.tokens_T.tolist() == TOKENS
+    assert result.sample.in_loss_T.all()
+    assert num_predicted(result.sample) == len(TOKENS) - 1
 
 
 def test_loss_on_answer_counts_the_answers_and_their_end_marks(encoder_of: Any) -> None:
@@ -211,10 +214,10 @@ def test_images_become_tensors_and_placeholders_do_not_count(
     (row,) = read(write_pairs(tmp_path, [(64, 48)]))
     loaded = load_images(row)
     assert isinstance(loaded, Conversation)
-    found = encoded(ConversationEncoder(TokenizerRef(model=str(vision_folder)), "all"), loaded)
-    sample = found.sample
+    result = encoded(ConversationEncoder(TokenizerRef(model=str(vision_folder)), "all"), loaded)
+    sample = result.sample
     assert sample.tokens_T[2:8].tolist() == [251, 250, 250, 250, 250, 252]
-    assert found.num_fixed == 7
+    assert result.num_fixed == 7
     assert np.flatnonzero(~sample.in_loss_T).tolist() == [3, 4, 5, 6]
     assert sample.tensors["pixel_values"].shape == (16, 1536)
     assert sample.tensors["image_grid_thw"].tolist() == [[1, 4, 4]]
@@ -232,9 +235,9 @@ def test_image_that_cannot_be_used_is_named(vision_folder: Path, tmp_path: Path)
     missing, damaged = read(write_pairs(tmp_path, [(64, 48), (32, 32)]))
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").write_bytes(b"no image")
-    found = load_images(missing)
-    assert isinstance(found, BadSample)
-    assert found.reason.endswith(
+    result = load_images(missing)
+    assert isinstance(result, BadSample)
+    assert result.reason.endswith(
         "line 1: image " + str(tmp_path / "0.png") + " cannot be read: No such file or directory"
     )
     loaded = load_images(damaged)

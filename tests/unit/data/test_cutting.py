@@ -154,9 +154,9 @@ def test_assembler_arrays_give_the_samples_of_lists(pack: bool) -> None:
     spec = spec_of("x", seq_len=4, pack=pack)
     of_lists, of_arrays = SampleAssembler(spec), SampleAssembler(spec)
     samples = of_lists.add(token_lists, empty) + of_lists.finish()
-    found = of_arrays.add(arrays, empty) + of_arrays.finish()
-    assert all(isinstance(sample, array) for sample in found)
-    assert [sample.tolist() for sample in found] == samples
+    cut = of_arrays.add(arrays, empty) + of_arrays.finish()
+    assert all(isinstance(sample, array) for sample in cut)
+    assert [sample.tolist() for sample in cut] == samples
     assert of_arrays.counts == of_lists.counts
 
 

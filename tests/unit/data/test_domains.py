@@ -123,7 +123,7 @@ def test_equal_shares_divide_everything() -> None:
 
 def test_domains_change_the_shards_and_nothing_before() -> None:
     kinds = [config(), config(domain_field="kind"), config(data={"a": "d.txt"})]
-    marks = [stage_fingerprints(one, "m", "d") for one in kinds]
+    marks = [stage_fingerprints(config, "m", "d") for config in kinds]
     assert len({mark["plan"] for mark in marks}) == 1
     assert len({mark["score"] for mark in marks}) == 3
     before = config().model_dump(mode="json")
@@ -143,7 +143,7 @@ def test_fields_that_earlier_runs_lack_change_nothing_at_their_defaults() -> Non
         (name, value), *_ = changes.items()
         default = getattr(plain, name)
         assert changed_fields(before, other) == [f"{name}: {default} -> {value}"]
-        marks = [stage_fingerprints(one, "m", "d") for one in (plain, other)]
+        marks = [stage_fingerprints(config, "m", "d") for config in (plain, other)]
         assert marks[0][stage] != marks[1][stage]
 
 
@@ -153,11 +153,11 @@ def test_fingerprint_of_several_sources_knows_names_and_contents(tmp_path: Path)
         path.write_text(path.name)
     first, second = map(str, paths)
     assert fingerprint_data(first) == fingerprint_source(first)
-    known = fingerprint_data({"a": first, "b": second})
-    assert known == fingerprint_data({"b": second, "a": first})
-    assert known != fingerprint_data({"a": second, "b": first})
+    fingerprint = fingerprint_data({"a": first, "b": second})
+    assert fingerprint == fingerprint_data({"b": second, "a": first})
+    assert fingerprint != fingerprint_data({"a": second, "b": first})
     paths[1].write_text("changed")
-    assert known != fingerprint_data({"a": first, "b": second})
+    assert fingerprint != fingerprint_data({"a": first, "b": second})
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
@@ -273,11 +273,11 @@ def test_sources_take_turns_until_all_end() -> None:
     assert "".join(in_turn(streams)) == "a1b2c345"
 
 
-def seen_state(own: ScanConfig, tmp_path: Path) -> RunState:
+def seen_state(config: ScanConfig, tmp_path: Path) -> RunState:
     facts = {"a": {"num_samples": 3}, "b": {"num_samples": 4}}
     record = make_record(
-        config=own.model_dump(mode="json"),
-        fingerprints={"data": fingerprint_data(own.data)},
+        config=config.model_dump(mode="json"),
+        fingerprints={"data": fingerprint_data(config.data)},
         dataset={"num_samples": 7, "domains": facts},
     )
     return RunState(RunDirectory(str(tmp_path / "run")), record)
@@ -296,9 +296,9 @@ def test_what_calibration_used_is_known_for_each_source(tmp_path: Path) -> None:
     assert num_seen(state, measured(state), is_given=False) == {"a": 3, "b": 4}
     other = measured(state, data=str(tmp_path / "c.txt"))
     assert num_seen(state, other, is_given=True) == 0
-    own_part = measured(state, data=sources["b"])
+    held_out_part = measured(state, data=sources["b"])
     with pytest.raises(ConfigError, match="is the domain b of the scan"):
-        num_seen(state, own_part, is_given=True)
+        num_seen(state, held_out_part, is_given=True)
     (tmp_path / "b.txt").write_text("changed")
     with pytest.raises(StoreError, match="changed since"):
         num_seen(state, measured(state), is_given=False)

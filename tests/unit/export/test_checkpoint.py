@@ -123,7 +123,7 @@ def test_every_expert_is_packed_by_itself(solved_run: Any, tmp_path: Path) -> No
         unpacked = unpack_modelopt(tensors, name, "FP8")
         # gate and up of one expert are one matrix in the model, quantized under one scale
         pair = [name.replace(a, b) for a, b in (("up_proj", "gate_proj"), ("gate_proj", "up_proj"))]
-        together = torch.cat([source[f"{one}.weight"] for one in dict.fromkeys([name, *pair])])
+        together = torch.cat([source[f"{layer}.weight"] for layer in dict.fromkeys([name, *pair])])
         expected = fake_quantize_weight(format_.weight, together)[: len(unpacked)]
         torch.testing.assert_close(unpacked, expected, rtol=1e-6, atol=1e-7)
         assert tensors[f"{name}.weight_scale"].dtype == torch.float32
@@ -142,9 +142,9 @@ def test_experts_chosen_apart_are_packed_where_those_of_a_layer_agree(
     for groups in ("layer", "expert"):
         more = {"expert_groups": groups, "name": groups}
         directory, *_ = solved_run("qwen3_moe", choice, ("wfp4_afp16",), **more)
-        told = export_run(directory, str(tmp_path / f"out-{groups}"))
+        checkpoint = export_run(directory, str(tmp_path / f"out-{groups}"))
         written.append(load_folder(tmp_path / f"out-{groups}"))
-        assert told.bytes_on_disk == pytest.approx(told.weight_bytes, rel=0.01)
+        assert checkpoint.bytes_on_disk == pytest.approx(checkpoint.weight_bytes, rel=0.01)
     together, apart = written
     assert together.keys() == apart.keys()
     assert all(torch.equal(tensor, apart[name]) for name, tensor in together.items())
@@ -225,9 +225,9 @@ def test_compressed_tensors_folder_is_read_by_transformers_alone(
     expected = logits_of_solution(directory, "", ids)
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
-        found = model(ids).logits
-    assert (expected.argmax(-1) == found.argmax(-1)).float().mean() >= 0.99
-    assert (expected - found).abs().mean() < 0.002 * expected.std()
+        logits = model(ids).logits
+    assert (expected.argmax(-1) == logits.argmax(-1)).float().mean() >= 0.99
+    assert (expected - logits).abs().mean() < 0.002 * expected.std()
     types = {str(load_folder(out)[f"{name}.weight"].dtype) for name in ("model.norm", KEPT[:-7])}
     assert types == {"torch.float16", "torch.float32"}
     config = json.loads((out / "config.json").read_text())["quantization_config"]

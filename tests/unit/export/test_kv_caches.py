@@ -71,8 +71,8 @@ def test_one_format_for_all_caches_is_written_with_its_scales(
             scale = tensors[f"{attention}.{part}_proj.{part}_scale"]
             expected = calibration.of(attention).maxima[f"{part}_bmm_amax"] / 448
             assert float(scale) == pytest.approx(expected, rel=1e-6)
-    told = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
-    assert told["quantization"]["kv_cache_quant_algo"] == "FP8"
+    config = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())
+    assert config["quantization"]["kv_cache_quant_algo"] == "FP8"
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"] == {"dynamic": False, "num_bits": 8, "type": "float"}
 

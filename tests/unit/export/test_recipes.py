@@ -112,11 +112,11 @@ def test_dictionary_of_mlx_has_defaults_and_every_layer() -> None:
         "model.language_model.layers.1.self_attn.o_proj": "wfp4_afp16",
         "lm_head": NONE,
     }
-    found = json.loads(make_recipe(chosen, FORMATS, "mlx-lm"))
-    assert (found["group_size"], found["bits"], found["mode"]) == (128, 4, "affine")
-    assert found["model.layers.0.mlp.switch_mlp.up_proj"]["bits"] == 8
-    assert found["language_model.model.layers.1.self_attn.o_proj"]["mode"] == "nvfp4"
-    assert found["lm_head"] is False
+    recipe = json.loads(make_recipe(chosen, FORMATS, "mlx-lm"))
+    assert (recipe["group_size"], recipe["bits"], recipe["mode"]) == (128, 4, "affine")
+    assert recipe["model.layers.0.mlp.switch_mlp.up_proj"]["bits"] == 8
+    assert recipe["language_model.model.layers.1.self_attn.o_proj"]["mode"] == "nvfp4"
+    assert recipe["lm_head"] is False
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,10 @@ def test_dictionary_of_mlx_has_defaults_and_every_layer() -> None:
     ],
 )
 def test_formats_without_counterpart_are_named(tool: str, refused: set[str]) -> None:
-    found = {name for name, format_ in BY_NAME.items() if COUNTERPARTS[tool](format_) is None}
-    assert found == refused
+    without_counterpart = {
+        name for name, format_ in BY_NAME.items() if COUNTERPARTS[tool](format_) is None
+    }
+    assert without_counterpart == refused
     with pytest.raises(FormatError, match=f"{tool} has no counterpart of {min(refused)}; of this"):
         make_recipe({"a": min(refused), "b": "wint4_afp16"}, FORMATS, tool)
 

@@ -49,14 +49,14 @@ def test_folder_holds_the_weights_that_were_measured(
     for name, format_ in read_source(directory).formats.items():
         expected = fake_weight(folder, name, format_)
         if read is None:
-            found = unpack_modelopt(tensors, name, ALGORITHMS[format_.name])
+            weight = unpack_modelopt(tensors, name, ALGORITHMS[format_.name])
         else:
-            found = read.get_submodule(name).weight.detach().float()
+            weight = read.get_submodule(name).weight.detach().float()
         tolerance = 2**-8 if "int4" in format_.name else 1e-6  # 16-bit scales of blocks
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-7)
+        torch.testing.assert_close(weight, expected, rtol=tolerance, atol=1e-7)
         if format_.name == "int4_g32_mse":
             unsearched = fake_weight(folder, name, plain["int4_g32"])
-            assert (found - unsearched).abs().max() > 1e-3
+            assert (weight - unsearched).abs().max() > 1e-3
         seen.add(format_.name)
     assert seen == set(MENU)
 
@@ -74,8 +74,8 @@ def test_static_nvfp4_folder_holds_the_weights_that_were_measured(
     scales = WeightScales(make_model("llama"))
     for name, format_ in read_source(directory).formats.items():
         expected = quantized_weight(format_, weights[f"{name}.weight"], scales, name)
-        found = unpack_modelopt(tensors, name, "NVFP4")
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        weight = unpack_modelopt(tensors, name, "NVFP4")
+        torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
         scale = tensors[f"{name}.input_scale"].item()
         assert scale == pytest.approx(maxima[name] / (6 * 448), rel=1e-6)
 
@@ -90,18 +90,22 @@ def test_every_expert_is_packed_with_its_searched_scales(
     format_ = next(iter(read_source(directory).formats.values()))
     algo = ALGORITHMS.get(name, "NVFP4")
     tolerance = 2**-8 if "int4" in name else 1e-6
-    for layer in [one.removesuffix(".weight") for one in source if ".experts." in one]:
+    for layer in [
+        layer_name.removesuffix(".weight") for layer_name in source if ".experts." in layer_name
+    ]:
         # gate and up of one expert are one matrix in the model, quantized under one scale
         pair = [
             layer.replace(a, b) for a, b in (("up_proj", "gate_proj"), ("gate_proj", "up_proj"))
         ]
         names = sorted({layer, *pair}) if "down_proj" not in layer else [layer]
-        together = torch.cat([source[f"{one}.weight"] for one in names])
+        together = torch.cat([source[f"{layer_name}.weight"] for layer_name in names])
         expected = fake_quantize_weight(format_.weight, together, format_.algorithm)
         rows = len(source[f"{layer}.weight"])
         start = names.index(layer) * rows
-        found = unpack_modelopt(tensors, layer, algo)
-        torch.testing.assert_close(found, expected[start : start + rows], rtol=tolerance, atol=1e-7)
+        weight = unpack_modelopt(tensors, layer, algo)
+        torch.testing.assert_close(
+            weight, expected[start : start + rows], rtol=tolerance, atol=1e-7
+        )
 
 
 def test_blocks_of_integers_in_fused_experts_are_refused(solved_run: Any, tmp_path: Path) -> None:

@@ -48,9 +48,9 @@ def put(folder: Path, content: Any) -> str:
 
 def rival(run: RunDirectory, path: str) -> dict[str, str]:
     """The formats of a file as a rival of the scan's own solution."""
-    _, found = collect_candidates(ScoredRun.read(RunState.open(run)), "", (path,))
-    assert found.name == f"file {Path(path).name}"
-    return found.formats
+    _, candidate = collect_candidates(ScoredRun.read(RunState.open(run)), "", (path,))
+    assert candidate.name == f"file {Path(path).name}"
+    return candidate.formats
 
 
 @pytest.mark.parametrize("tool", ["auto-round", "mlx-lm"])
@@ -76,11 +76,13 @@ def test_quantization_config_of_autoround_has_defaults_and_patterns(
             f"{LAYER}self_attn.o_proj": {"bits": 16, "data_type": "fp"},
         },
     }  # fmt: skip
-    found = rival(run, put(tmp_path, {"model_type": "llama", "quantization_config": config}))
-    assert found[f"{LAYER}mlp.down_proj"] == found["model.layers.1.mlp.down_proj"] == "wint8_afp16"
-    assert found[f"{LAYER}self_attn.o_proj"] == found["lm_head"] == "none"
-    assert found["model.layers.1.self_attn.o_proj"] == "wint4_afp16"
-    assert found[f"{LAYER}mlp.gate_proj"] == "wint4_afp16"
+    formats = rival(run, put(tmp_path, {"model_type": "llama", "quantization_config": config}))
+    assert (
+        formats[f"{LAYER}mlp.down_proj"] == formats["model.layers.1.mlp.down_proj"] == "wint8_afp16"
+    )
+    assert formats[f"{LAYER}self_attn.o_proj"] == formats["lm_head"] == "none"
+    assert formats["model.layers.1.self_attn.o_proj"] == "wint4_afp16"
+    assert formats[f"{LAYER}mlp.gate_proj"] == "wint4_afp16"
 
 
 def test_layers_of_a_group_share_the_widest(
@@ -89,8 +91,8 @@ def test_layers_of_a_group_share_the_widest(
     entries = {f"{LAYER}self_attn.{p}_proj": "W4A16" for p in "qk"}
     entries[f"{LAYER}self_attn.v_proj"] = {"bits": 8, "group_size": 128}
     with caplog.at_level(logging.WARNING):
-        found = rival(run, put(tmp_path, entries))
-    assert found[f"{LAYER}self_attn.q_proj"] == "wint8_afp16"
+        formats = rival(run, put(tmp_path, entries))
+    assert formats[f"{LAYER}self_attn.q_proj"] == "wint8_afp16"
     assert "1 group(s) different bits" in caplog.text
 
 
@@ -102,16 +104,16 @@ def test_sensitivities_of_mlx_become_as_many_larger_groups_as_fit(
     modules = [m for group in problem.searched for m in group.module_names]
     values = {name: float(number) for number, name in enumerate(reversed(modules))}
     rows = [["model.embed_tokens", 1e3], *([k, v] for k, v in values.items())]
-    found = rival(run, put(tmp_path, rows))
-    assert set(found.values()) == {"wint4_afp16", "wint8_afp16"}
+    formats = rival(run, put(tmp_path, rows))
+    assert set(formats.values()) == {"wint4_afp16", "wint8_afp16"}
     order = [group.name for group in problem.searched]  # most sensitive first
-    larger = [found[name] == "wint8_afp16" for name in order]
+    larger = [formats[name] == "wint8_afp16" for name in order]
     assert larger == sorted(larger, reverse=True)
-    bits = sum(g.cost(found[g.name], "storage") for g in problem.searched) * 8
+    bits = sum(g.cost(formats[g.name], "storage") for g in problem.searched) * 8
     weights = sum(g.num_weights for g in problem.searched)
     assert bits / weights <= 6.0
     following = order[larger.index(False)]
-    more = found | {following: "wint8_afp16"}
+    more = formats | {following: "wint8_afp16"}
     assert sum(g.cost(more[g.name], "storage") for g in problem.searched) * 8 / weights > 6.0
 
 
@@ -125,23 +127,23 @@ def test_imported_allocation_is_a_solution_and_a_rival(run: RunDirectory, tmp_pa
     manifest = run.read_json("solutions/theirs/manifest.json")
     assert manifest["imported_from"] == "Their Plan.json"
     assert manifest["stability"] is None
-    _, found = collect_candidates(ScoredRun.read(RunState.open(run)), "", ("theirs",))
-    assert (found.name, found.formats["lm_head"]) == ("solution theirs", "none")
+    _, candidate = collect_candidates(ScoredRun.read(RunState.open(run)), "", ("theirs",))
+    assert (candidate.name, candidate.formats["lm_head"]) == ("solution theirs", "none")
 
 
 def test_import_replaces_nothing_of_the_run(run: RunDirectory, tmp_path: Path) -> None:
-    own = Run.open(run.uri).solutions[0]
+    solution = Run.open(run.uri).solutions[0]
     lines = {
-        own: "is a solution of the run itself; give another --name",
+        solution: "is a solution of the run itself; give another --name",
         "../theirs": "--name '../theirs' is no name of a solution",
         "": "--name '' is no name of a solution",
     }
-    before = [run.read_bytes(f"{start}manifest.json") for start in ("", f"solutions/{own}/")]
+    before = [run.read_bytes(f"{start}manifest.json") for start in ("", f"solutions/{solution}/")]
     for name, line in lines.items():
         words = ["import", put(tmp_path, {"lm_head": "W4A16"}), "--into", run.uri, "--name", name]
         result = CliRunner().invoke(main, words)
         assert (result.exit_code, line in result.output) == (2, True)
-    after = [run.read_bytes(f"{start}manifest.json") for start in ("", f"solutions/{own}/")]
+    after = [run.read_bytes(f"{start}manifest.json") for start in ("", f"solutions/{solution}/")]
     assert after == before
     assert not run.exists("theirs/manifest.json")
 
@@ -188,14 +190,14 @@ def test_unknown_rival_names_what_there_is(run: RunDirectory) -> None:
 
 
 def test_larger_rival_from_elsewhere_is_no_reason_for_concern() -> None:
-    own: dict[str, Any] = {"name": "solution", "dataset": "d", "weight_bytes": 10}
-    own |= {"kl_mean": 0.2, "predicted_kl": 0.2}
-    other = own | {"kl_mean": 0.1, "kl_above_solution": -0.1, "kl_above_solution_stderr": 0.0}
+    row: dict[str, Any] = {"name": "solution", "dataset": "d", "weight_bytes": 10}
+    row |= {"kl_mean": 0.2, "predicted_kl": 0.2}
+    other = row | {"kl_mean": 0.1, "kl_above_solution": -0.1, "kl_above_solution_stderr": 0.0}
 
     def titles(**changes: Any) -> list[str]:
-        known = Evidence(predicted=0.2, stderr=None, effective_bits=6, choices=[])
-        known = dataclasses.replace(known, measured=[[own, other | changes]])
-        return [concern.title for concern in find_concerns(known)]
+        evidence = Evidence(predicted=0.2, stderr=None, effective_bits=6, choices=[])
+        evidence = dataclasses.replace(evidence, measured=[[row, other | changes]])
+        return [concern.title for concern in find_concerns(evidence)]
 
     assert titles(name="file x.json", weight_bytes=11) == []
     assert titles(name="file x.json", weight_bytes=10) == ["Another allocation loses less"]

@@ -75,7 +75,7 @@ def test_factors_of_input_channels_count_but_not_for_fused_experts(make_model: A
 def test_tied_head_takes_no_factors_of_input_channels(make_model: Any) -> None:
     names = ("INT4_AWQ_CFG", "wint8_afp16")
     plan = build_plan(make_model("qwen3"), resolve_formats(names, device="cpu"))
-    menus = {group.name: [one.name for one in plan.menu(group)] for group in plan.searched}
+    menus = {group.name: [format_.name for format_ in plan.menu(group)] for group in plan.searched}
     assert menus.pop("lm_head") == ["wint8_afp16"]
     assert all(menu == list(names) for menu in menus.values())
     alone = build_plan(make_model("qwen3"), resolve_formats(names[:1], device="cpu"))

@@ -56,10 +56,10 @@ def test_counts_are_those_of_the_routers_on_predicting_tokens(prepared: Any, sco
 
 def _routes(model: Any, sample: list[int]) -> dict[str, torch.Tensor]:
     """Experts ``(T, K)`` of each token, by the routers themselves."""
-    found: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
     handles = [
         model.get_submodule(name.replace("experts", "gate")).register_forward_hook(
-            lambda _, __, out, name=name: found.update({name: out[-1]})
+            lambda _, __, out, name=name: outputs.update({name: out[-1]})
         )
         for name in EXPERTS
     ]
@@ -67,14 +67,14 @@ def _routes(model: Any, sample: list[int]) -> dict[str, torch.Tensor]:
         model(input_ids=torch.tensor([sample]), use_cache=False)
     for handle in handles:
         handle.remove()
-    return found
+    return outputs
 
 
 def test_counts_do_not_depend_on_drawn_rows(scored: Any, make_scorer: Any) -> None:
     shards, scores = scored
     drawn = make_scorer("qwen3_moe", ("wint4_afp16",), row_share=0.3)
-    found = drawn.scorer.score(shards[1], 0, Calibration()).sums.expert_tokens
-    assert found == scores[1].sums.expert_tokens
+    expert_tokens = drawn.scorer.score(shards[1], 0, Calibration()).sums.expert_tokens
+    assert expert_tokens == scores[1].sums.expert_tokens
 
 
 def test_counts_add_up_over_shards_and_are_unknown_where_a_part_does_not_say(
@@ -82,10 +82,13 @@ def test_counts_add_up_over_shards_and_are_unknown_where_a_part_does_not_say(
 ) -> None:
     _, scores = scored
     formats = [format_.name for format_ in prepared.plan.formats]
-    parts = [score_part(n, prepared.plan.score_keys, formats, one) for n, one in enumerate(scores)]
+    parts = [
+        score_part(n, prepared.plan.score_keys, formats, shard_scores)
+        for n, shard_scores in enumerate(scores)
+    ]
     rows = aggregate_parts(parts, prepared.plan.rows(), "elementwise").rows
     for row in rows:
-        counts = [one.sums.expert_tokens.get(row["group"]) for one in scores]
+        counts = [shard_scores.sums.expert_tokens.get(row["group"]) for shard_scores in scores]
         is_experts = row["group"] in EXPERTS
         assert row["expert_tokens"] == (np.sum(counts, axis=0).tolist() if is_experts else None)
     nothing = {"expert_tokens": [None] * parts[0].num_rows}
@@ -101,8 +104,8 @@ def test_experts_with_few_tokens_are_found_once_per_group() -> None:
         for group, tokens in (("a", [40, 3, 0]), ("b", [32, 90, 33]), ("c", None))
         for format_ in ("x", "y")
     ]
-    (found,) = experts_with_few_tokens(rows, 32)
-    assert dataclasses.astuple(found) == ("a", (1, 2), 0, 3)
+    (few,) = experts_with_few_tokens(rows, 32)
+    assert dataclasses.astuple(few) == ("a", (1, 2), 0, 3)
     assert experts_with_few_tokens(rows, 0) == []
 
 

@@ -77,10 +77,10 @@ def test_names_of_formats_are_those_that_modelopt_writes(name: str) -> None:
     entries = [{"quantizer_name": "*", "enable": False}, *quantizer_entries("0.", format_)]
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
     theirs = get_quant_config(model)["quantization"]
-    own = layer_algo(format_)
-    if own is not None:
-        assert theirs["quant_algo"].upper() == own.algo
-        assert theirs.get("group_size", own.group_size) == own.group_size
+    algo = layer_algo(format_)
+    if algo is not None:
+        assert theirs["quant_algo"].upper() == algo.algo
+        assert theirs.get("group_size", algo.group_size) == algo.group_size
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,11 @@ def test_format_that_is_served_alone_is_refused_beside_others() -> None:
     assert servable_formats(menu, "vllm", "hopper", mixed=False) == {menu[0].name: None}
     layers = given(llama(), o_proj=LayerAlgo("FP8_PER_CHANNEL_PER_TOKEN"))
     assert violations(layers, "vllm", "hopper") == []
-    (found,) = violations(given(layers, down_proj=FP8), "vllm", "hopper")
-    assert found.modules == ("model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj")
+    (violation,) = violations(given(layers, down_proj=FP8), "vllm", "hopper")
+    assert violation.modules == (
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.1.self_attn.o_proj",
+    )
 
 
 def test_allocation_with_fused_modules_in_one_format_has_no_violation() -> None:
@@ -157,10 +160,10 @@ def test_allocation_with_fused_modules_in_one_format_has_no_violation() -> None:
 @pytest.mark.parametrize("other", [None, NVFP4])
 def test_fused_modules_in_different_formats_are_named(engine: str, other: LayerAlgo | None) -> None:
     layers = given(llama(1), q_proj=FP8, k_proj=other, v_proj=FP8, down_proj=NVFP4)
-    (found,) = violations(layers, engine, "blackwell")
-    assert found.modules == tuple(f"model.layers.0.self_attn.{p}_proj" for p in "qkv")
-    assert "fuses" in found.reason
-    groups = {name: "model.layers.0.self_attn.q_proj" for name in found.modules}
+    (violation,) = violations(layers, engine, "blackwell")
+    assert violation.modules == tuple(f"model.layers.0.self_attn.{p}_proj" for p in "qkv")
+    assert "fuses" in violation.reason
+    groups = {name: "model.layers.0.self_attn.q_proj" for name in violation.modules}
     (named,) = violations(layers, engine, "blackwell", groups)
     assert named.groups == ("model.layers.0.self_attn.q_proj",)
     assert "give them the same format" in describe_violations([named], engine, "blackwell")
@@ -181,8 +184,8 @@ def test_linear_attention_pairs_share_a_format(first: str, second: str) -> None:
     layers: dict[str, LayerAlgo | None] = dict.fromkeys([*names, f"{start}out_proj"], FP8)
     assert violations(layers, "vllm", "hopper") == []
     layers[start + second] = None
-    (found,) = violations(layers, "vllm", "hopper")
-    assert set(found.modules) == {start + first, start + second}
+    (violation,) = violations(layers, "vllm", "hopper")
+    assert set(violation.modules) == {start + first, start + second}
 
 
 def experts(algo: LayerAlgo | None, shared: LayerAlgo | None) -> dict[str, LayerAlgo | None]:
@@ -199,39 +202,39 @@ def test_experts_of_a_layer_share_a_format() -> None:
         assert violations(layers, engine, "blackwell") == []
     layers["model.layers.0.mlp.experts.1.down_proj"] = NVFP4
     for engine in ENGINES:
-        (found,) = violations(layers, engine, "blackwell")
-        assert len(found.modules) == 6
-        assert all(".experts." in name for name in found.modules)
+        (violation,) = violations(layers, engine, "blackwell")
+        assert len(violation.modules) == 6
+        assert all(".experts." in name for name in violation.modules)
 
 
 def test_vllm_reads_16_bit_experts_by_their_neighbours() -> None:
     layers = experts(None, FP8) | {"model.layers.0.self_attn.o_proj": NVFP4}
-    (found,) = violations(layers, "vllm", "blackwell")
-    assert "would read them as FP8, not 16 bits" in found.reason
+    (violation,) = violations(layers, "vllm", "blackwell")
+    assert "would read them as FP8, not 16 bits" in violation.reason
     assert violations(layers, "sglang", "blackwell") == []
 
 
 def test_one_group_size_for_all_nvfp4_layers() -> None:
     layers = given(llama(1), o_proj=NVFP4, down_proj=LayerAlgo("W4A16_NVFP4", 32))
-    (found,) = violations(layers, "vllm", "blackwell")
-    assert found.modules == ("model.layers.0.mlp.down_proj",)
-    assert "group sizes 16 and 32" in found.reason
+    (violation,) = violations(layers, "vllm", "blackwell")
+    assert violation.modules == ("model.layers.0.mlp.down_proj",)
+    assert "group sizes 16 and 32" in violation.reason
 
 
 @pytest.mark.parametrize("engine", ["sglang", "trtllm"])
 def test_quantized_head_would_be_read_as_16_bits(engine: str) -> None:
     for layers in (given(llama(1), lm_head=FP8, o_proj=NVFP4), given(llama(1), lm_head=FP8)):
-        (found,) = violations(layers, engine, "blackwell")
-        assert found.modules == ("lm_head",)
-        assert "as 16 bits, not FP8" in found.reason
+        (violation,) = violations(layers, engine, "blackwell")
+        assert violation.modules == ("lm_head",)
+        assert "as 16 bits, not FP8" in violation.reason
         assert violations(layers, "vllm", "blackwell") == []
 
 
 def test_trtllm_finds_standalone_linears_by_exact_names_only() -> None:
     parts = {p: FP8 for p in ("q_proj", "k_proj", "v_proj", "o_proj")}
     layers = given(llama(1, "model.language_model."), **parts, gate_proj=NVFP4, up_proj=NVFP4)
-    (found,) = violations(layers, "trtllm", "blackwell")
-    assert found.modules == ("model.language_model.layers.0.self_attn.o_proj",)
+    (violation,) = violations(layers, "trtllm", "blackwell")
+    assert violation.modules == ("model.language_model.layers.0.self_attn.o_proj",)
     assert violations(layers, "vllm", "blackwell") == []
 
 
@@ -240,8 +243,8 @@ def test_trtllm_does_not_find_a_checkpoints_own_fused_qkv() -> None:
         f"model.layers.0.{p}" for p in ("self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj")
     ]
     layers: dict[str, LayerAlgo | None] = dict.fromkeys(names, FP8) | {names[2]: NVFP4}
-    (found,) = violations(layers, "trtllm", "blackwell")
-    assert found.modules == (names[0],)
+    (violation,) = violations(layers, "trtllm", "blackwell")
+    assert violation.modules == (names[0],)
     assert violations(layers, "vllm", "blackwell") == []
 
 
