@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.05,
     show_default=True,
-    help="False discovery rate of the groups that are said to have moved.",
+    help="False discovery rate of the groups reported as moved.",
 )
 @prints_result
 def compare(before: str, after: str, significance: float) -> Result:
@@ -51,7 +51,9 @@ def compare(before: str, after: str, significance: float) -> Result:
 @click.command()
 @click.argument("job_file", metavar="JOB.yaml")
 @click.option("--runs", required=True, help="Folder of the runs and of history.parquet.")
-@click.option("--keep", type=click.IntRange(min=1), help="Runs to keep, instead of the job's.")
+@click.option(
+    "--keep", type=click.IntRange(min=1), help="Runs to keep, instead of the job's number."
+)
 @click.option("--date", metavar="YYYY-MM-DD", help="Night to run. [default: today in UTC]")
 @click.option("--address", help="Ray cluster, instead of the job file's: see scan --address.")
 @prints_result

@@ -58,7 +58,9 @@ def evaluate(run: str, **flags: Any) -> Result:
     show_default=True,
     help="Allocations to try.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of swaps.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed for the choice of swaps."
+)
 @config_options(EvaluationConfig, exclude=("run", "against", "num_random", "audit"))
 @prints_result
 def refine(run: str, trials: int, seed: int, **flags: Any) -> Result:

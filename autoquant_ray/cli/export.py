@@ -18,7 +18,7 @@ FORMATS = (*LAYOUTS, RECIPE)
 
 @click.command()
 @click.argument("run")
-@click.option("--out", required=True, help="Folder to write; of a recipe a file.")
+@click.option("--out", required=True, help="Folder to write; for a recipe, the file.")
 @click.option(
     "--format",
     "kind",
@@ -29,9 +29,9 @@ FORMATS = (*LAYOUTS, RECIPE)
     "quantizes by itself.",
 )
 @engine_options
-@click.option("--tool", type=click.Choice(TOOLS), help="Of a recipe: whom it is for.")
+@click.option("--tool", type=click.Choice(TOOLS), help="For a recipe: the tool that reads it.")
 @click.option("--solution", default="", help="Folder below solutions/. Default: the scan's own.")
-@click.option("--overwrite", is_flag=True, help="Of a recipe: replace what is there.")
+@click.option("--overwrite", is_flag=True, help="For a recipe: replace an existing file.")
 @prints_result
 def export(
     run: str,

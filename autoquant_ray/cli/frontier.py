@@ -21,7 +21,7 @@ from autoquant_ray.errors import ConfigError
 @click.option(
     "--target-ppl-increase",
     metavar="SHARE",
-    help="The same for a rise of the perplexity, such as 2%: a KL of ln(1.02), which holds where "
+    help="The same as a rise of the perplexity, such as 2%: a KL of ln(1.02), which holds where "
     "the data is like the model's own text.",
 )
 @prints_result

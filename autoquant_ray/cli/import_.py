@@ -18,7 +18,7 @@ from autoquant_ray.errors import ConfigError
     help="Scanned run that gets a solution, from AutoRound's layer_config, or mlx-lm's "
     "quantization or sensitivities.",
 )
-@click.option("--name", help="Of that solution.  [default: the file's]")
+@click.option("--name", help="Name of that solution.  [default: the file's]")
 @prints_result
 def import_(
     file: str,

@@ -21,7 +21,7 @@ _ADDRESS = click.option(
     envvar="RAY_API_SERVER_ADDRESS",
     required=True,
     help="The cluster's dashboard, such as http://HOST:8265. Default: the environment variable "
-    "RAY_API_SERVER_ADDRESS; RAY_ADDRESS is not looked at.",
+    "RAY_API_SERVER_ADDRESS; RAY_ADDRESS is ignored.",
 )
 
 
