@@ -70,7 +70,7 @@ def _figures(value: Any) -> list[dict[str, Any]]:
 def test_shipped_cards_are_package_data() -> None:
     project = Path(__file__).parents[3] / "pyproject.toml"
     data = tomllib.loads(project.read_text())["tool"]["setuptools"]["package-data"]
-    matched = {path for glob in data["autoquant_ray"] for path in FOLDER.parent.glob(glob)}
+    matched = {path for glob in data["autoquant_ray.allocate"] for path in FOLDER.parent.glob(glob)}
     assert matched == set(FOLDER.iterdir())
 
 
