@@ -42,6 +42,7 @@ from autoquant_ray.evaluate.allocation_search import search_allocations, split_s
 from autoquant_ray.evaluate.audit_pairs import choose_pairs, median_ratio, solve_again
 from autoquant_ray.evaluate.rivals import shuffle_scores
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
+from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.evaluate.table import Measured, mean_kl
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
@@ -113,15 +114,15 @@ class World:
             EvaluationSpec(**fields, calibration=calibration), model=model
         )
         self.shards = [self.draw() for _ in range(NUM_CHOOSING + NUM_UNSEEN)]
-        self.known: dict[tuple[int, str], list[np.ndarray[Any, Any]]] = {}
+        self.measured: dict[tuple[int, str], list[np.ndarray[Any, Any]]] = {}
         self.candidates = [
             self.candidate("one of all", dict(zip(self.names, formats, strict=True)))
             for formats in itertools.product(FORMATS, repeat=len(self.names))
         ]
         self.unseen = range(NUM_CHOOSING, NUM_CHOOSING + NUM_UNSEEN)
-        self.losses = [mean_kl(one) for one in self.measure(self.candidates, self.unseen)]
+        self.losses = [mean_kl(losses) for losses in self.measure(self.candidates, self.unseen)]
         alone = [self.alone(name, FORMATS[0]) for name in self.names]
-        single = [mean_kl(one) for one in self.measure(alone, self.unseen)]
+        single = [mean_kl(losses) for losses in self.measure(alone, self.unseen)]
         print(
             f"model {seed}: {len(self.candidates)} allocations of {len(self.names)} groups "
             f"measured in {time.perf_counter() - start:.0f} s; losses {min(self.losses):.4f} to "
@@ -170,25 +171,27 @@ class World:
         """Measure allocations on shards; each (allocation, shard) once."""
         index = {NONE: UNQUANTIZED} | {name: number for number, name in enumerate(FORMATS)}
         for shard in shards:
-            new = list({p.key: p for p in candidates if (shard, p.key) not in self.known}.values())
+            new = list(
+                {p.key: p for p in candidates if (shard, p.key) not in self.measured}.values()
+            )
             for start in range(0, len(new), 729):  # neighbours share their first groups
                 some = new[start : start + 729]
                 choices = [tuple(index[p.formats[name]] for name in self.names) for p in some]
-                found = self.runner.evaluate(self.shards[shard], choices)
-                for candidate, samples in zip(some, found.divergences, strict=True):
-                    self.known[shard, candidate.key] = [one.kl_N for one in samples]
+                result = self.runner.evaluate(self.shards[shard], choices)
+                for candidate, samples in zip(some, result.divergences, strict=True):
+                    self.measured[shard, candidate.key] = [sample.kl_N for sample in samples]
         return [self.together(candidate, shards) for candidate in candidates]
 
     def together(self, candidate: Candidate, shards: Sequence[int]) -> Measured:
         """What is known of an allocation on some shards; only its KL."""
-        samples = [one for shard in shards for one in self.known[shard, candidate.key]]
+        samples = [kl_N for shard in shards for kl_N in self.measured[shard, candidate.key]]
         return Measured(
             kl_N=np.concatenate(samples).astype(np.float64),
-            kl_S=np.array([one.sum(dtype=np.float64) for one in samples]),
+            kl_S=np.array([kl_N.sum(dtype=np.float64) for kl_N in samples]),
             loss=0.0,
             reference_loss=0.0,
             num_agreeing=0,
-            tokens_S=np.array([float(len(one)) for one in samples]),
+            tokens_S=np.array([float(len(kl_N)) for kl_N in samples]),
         )
 
     def compare(self, share: float, num_trials: int) -> list[dict[str, Any]]:
@@ -213,7 +216,9 @@ class World:
         fits = np.array(sizes) <= bits * (1 + 1e-9)
         fitting = np.sort(np.array(self.losses)[fits])
         rows = [self.row([candidate], bits, fitting) for candidate in candidates]
-        rows.append(self.row([self.candidate("shuffled", one) for one in shuffled], bits, fitting))
+        rows.append(
+            self.row([self.candidate("shuffled", formats) for formats in shuffled], bits, fitting)
+        )
         best = self.candidates[int(np.argmin(np.where(fits, self.losses, np.inf)))]
         return [*rows, self.row([self.candidate("best", best.formats)], bits, fitting)]
 
@@ -225,24 +230,18 @@ class World:
         num_trials: int,
     ) -> dict[str, str]:
         """The allocation after a refinement."""
-        found = search_allocations(
-            self.measure,
-            NUM_CHOOSING,
-            self.problem,
-            scores,
-            options,
-            formats,
-            num_trials=num_trials,
-        )
-        return found.winner.formats
+        start = StartingPoint(problem=self.problem, scores=scores, options=options, formats=formats)
+        result = search_allocations(self.measure, NUM_CHOOSING, start, num_trials=num_trials)
+        return result.winner.formats
 
     def audit(self, options: SolveOptions, solved: dict[str, str]) -> dict[str, str]:
         """The formats after an audit, on the first part of the shards, as ``evaluate --audit``."""
         sure = assess_solution(self.problem, self.scores, options, solved, self.buckets)
         shares = {} if sure is None else sure.shares
-        chosen = choose_pairs(
-            self.problem, self.scores, self.errors, shares, options, solved, NUM_AUDITED
+        start = StartingPoint(
+            problem=self.problem, scores=self.scores, options=options, formats=solved
         )
+        chosen = choose_pairs(start, self.errors, shares, NUM_AUDITED)
         first, _, _ = split_shards(NUM_CHOOSING)
         results = self.measure([self.alone(*pair) for pair in chosen], first)
         pairs = [
@@ -251,20 +250,20 @@ class World:
                 format=format_,
                 predicted=self.scores[group, format_],
                 predicted_stderr=self.errors[group, format_],
-                measured=mean_kl(one),
-                measured_stderr=ratio_stderr(one.kl_S, one.tokens_S),
-                num_samples=len(one.kl_S),
+                measured=mean_kl(losses),
+                measured_stderr=ratio_stderr(losses.kl_S, losses.tokens_S),
+                num_samples=len(losses.kl_S),
             )
-            for (group, format_), one in zip(chosen, results, strict=True)
+            for (group, format_), losses in zip(chosen, results, strict=True)
         ]
         print(f"audit: median of measured / predicted {median_ratio(pairs):.2f}")
-        return solve_again(self.problem, self.scores, pairs, options, solved)
+        return solve_again(start, pairs)
 
     def row(
         self, candidates: Sequence[Candidate], bits: float, fitting: np.ndarray[Any, Any]
     ) -> dict[str, Any]:
         """Mean over allocations: what they lose, and how many of those that fit lose less."""
-        losses = [mean_kl(one) for one in self.measure(candidates, self.unseen)]
+        losses = [mean_kl(losses) for losses in self.measure(candidates, self.unseen)]
         ranks = [int((fitting < loss * (1 - 1e-9)).sum()) for loss in losses]
         return {
             "model": self.seed,

@@ -182,7 +182,7 @@ def print_audit(audit: Audit) -> None:
     console.print(escape(section.title), soft_wrap=True)
     console.print(table)
     console.print(escape(section.verdict), soft_wrap=True)
-    console.print(f"audited solution: {escape(audit.start.rstrip('/'))}", soft_wrap=True)
+    console.print(f"audited solution: {escape(audit.folder.rstrip('/'))}", soft_wrap=True)
 
 
 def print_refinement(run: str, refined: Any) -> None:

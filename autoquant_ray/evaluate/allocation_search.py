@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from autoquant_ray.allocate.candidate import Candidate, make_candidate
-from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.errors import DataError
 from autoquant_ray.evaluate.rescoring import Flip, choose_flips, scores_around, solve_flips
+from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.evaluate.swaps import Change, Swaps, combine
 from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
 
@@ -69,13 +68,9 @@ class _Search:
     """State of the search: every allocation measured so far on the first part."""
 
     run: Measure
-    problem: Problem
-    scores: Mapping[tuple[str, str], float]
+    origin: StartingPoint
     shards: Sequence[int]
     seen: dict[str, tuple[Candidate, Measured]] = field(default_factory=dict)
-
-    def candidate(self, name: str, formats: Mapping[str, str]) -> Candidate:
-        return make_candidate(self.problem, self.scores, name, formats)
 
     def measure(self, candidates: list[Candidate]) -> list[Measured]:
         """Measure allocations; if a shard newly fails, the earlier ones again without it."""
@@ -95,10 +90,7 @@ class _Search:
 def search_allocations(
     measure: Measure,
     num_shards: int,
-    problem: Problem,
-    scores: Mapping[tuple[str, str], float],
-    options: SolveOptions,
-    formats: Mapping[str, str],
+    origin: StartingPoint,
     *,
     num_trials: int,
     seed: int = 0,
@@ -108,10 +100,7 @@ def search_allocations(
     Args:
         measure: Measures allocations.
         num_shards: Shards of the data.
-        problem: Groups with their costs.
-        scores: (group, format) -> predicted loss; they order the trials.
-        options: Budgets and constraints that hold for every allocation.
-        formats: The start: searched group -> format.
+        origin: The start; its scores order the trials, its constraints hold for all of them.
         num_trials: Allocations to measure on the first part at most.
         seed: For drawing among proposals.
 
@@ -119,11 +108,12 @@ def search_allocations(
         DataError: There are fewer than three shards.
     """
     first, second, third = split_shards(num_shards)
-    search = _Search(measure, problem, scores, first)
-    start = search.candidate("solution", formats)
+    search = _Search(measure, origin, first)
+    start = origin.candidate("solution", origin.formats)
     search.measure([start])
-    rescored, differences = _rescore(search, start, options, num_trials // _FLIPS)
-    swaps = Swaps(problem, scores_around(scores, formats, differences), options)
+    rescored, differences = _rescore(search, start, num_trials // _FLIPS)
+    scores = scores_around(origin.scores, origin.formats, differences)
+    swaps = Swaps(origin.problem, scores, origin.options)
     num_left = num_trials - (len(search.seen) - 1)
     num_swaps = _climb(search, swaps, rescored, num_left, seed)
     winner = _race(measure, _racing(search, swaps, start), second)
@@ -156,15 +146,12 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
     return shards[:half], shards[half : half + quarter], shards[half + quarter :]
 
 
-def _rescore(
-    search: _Search, start: Candidate, options: SolveOptions, count: int
-) -> tuple[Candidate, dict[Flip, float]]:
+def _rescore(search: _Search, start: Candidate, count: int) -> tuple[Candidate, dict[Flip, float]]:
     """Measure flips of the start, and solve the budget again with the measured differences.
 
     Args:
         search: Has measured the start.
         start: The start.
-        options: Budgets and constraints.
         count: Number of flips.
 
     Returns:
@@ -172,19 +159,20 @@ def _rescore(
         by the new scores, or a flip within the budget. And per flip, the measured difference to
         the start in nats per token plus a standard error, a cautious estimate of its gain.
     """
-    problem, formats = search.problem, start.formats
-    swaps = Swaps(problem, search.scores, options)
+    origin, formats = search.origin, start.formats
+    swaps = Swaps(origin.problem, origin.scores, origin.options)
     flips = choose_flips(swaps, formats, count)
     if not flips:
         return start, {}
-    flipped = [search.candidate("flip", {**formats, group: format_}) for group, format_ in flips]
+    flipped = [origin.candidate("flip", {**formats, group: format_}) for group, format_ in flips]
     measured = search.measure(flipped)
     estimates = [paired_difference(losses, search.losses(start)) for losses in measured]
     differences = {
         flip: difference + (error or 0.0)
         for flip, (difference, error) in zip(flips, estimates, strict=True)
     }
-    rescored = search.candidate("rescored", solve_flips(problem, options, formats, differences))
+    solved = solve_flips(origin.problem, origin.options, formats, differences)
+    rescored = origin.candidate("rescored", solved)
     if rescored.key not in search.seen:
         search.measure([rescored])
     fitting = [candidate for candidate in [rescored, *flipped] if swaps.fits(candidate.formats)]
@@ -225,7 +213,7 @@ def _climb(search: _Search, swaps: Swaps, start: Candidate, num_trials: int, see
 
 
 def _changed(search: _Search, current: Candidate, change: Change) -> Candidate:
-    return search.candidate("swap", {**current.formats, **dict(change)})
+    return search.origin.candidate("swap", {**current.formats, **dict(change)})
 
 
 def _draw(
@@ -265,7 +253,7 @@ def _combined(
         merged = {**formats, **dict(change)}
         if swaps.fits(merged):
             formats, num_merged = merged, num_merged + 1
-    combined = search.candidate("swap", formats)
+    combined = search.origin.candidate("swap", formats)
     return combined if num_merged > 1 and combined.key not in search.seen else None
 
 

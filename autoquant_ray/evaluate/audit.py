@@ -16,21 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.allocate.candidate import (
     Candidate,
-    as_allocation,
-    make_candidate,
-    without_domains,
 )
 from autoquant_ray.allocate.certainty.solution import certainty_of
 from autoquant_ray.allocate.certainty.total_error import ratio_stderr
-from autoquant_ray.allocate.group_choices import Scores
-from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import (
     ScoredRun,
-    solution_formats,
-    solution_options,
 )
-from autoquant_ray.allocate.search import served_problem
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluate.allocation_search import split_shards
@@ -42,12 +33,13 @@ from autoquant_ray.evaluate.audit_pairs import (
     write_pairs,
 )
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, made_from
+from autoquant_ray.evaluate.starting_point import StartingPoint, starting_point, write_candidate
 from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.audit import AuditedPair, most_wrong
 from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder, solution_of
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.solve import Solution, write_solution
+from autoquant_ray.solve import Solution
 
 if TYPE_CHECKING:
     from autoquant_ray.evaluate.measurement import Measurement
@@ -72,7 +64,7 @@ class Audit:
     path: str
 
     @property
-    def start(self) -> str:
+    def folder(self) -> str:
         """Folder of the audited solution with a trailing slash."""
         return solution_folder(self.solution.name)
 
@@ -98,7 +90,7 @@ def audit_json(pairs: list[AuditedPair], num_changed: int) -> dict[str, Any]:
 
 
 def audit_solution(
-    run: ScoredRun, measurement: Measurement, start: str, config: EvaluationConfig
+    run: ScoredRun, measurement: Measurement, folder: str, config: EvaluationConfig
 ) -> Audit:
     """Measure the pairs that matter most to a solution and solve its budget again.
 
@@ -107,48 +99,40 @@ def audit_solution(
     Args:
         run: The run.
         measurement: The data; its first part is used.
-        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+        folder: Folder of the solution with a trailing slash, or '' for the scan's own.
         config: Its ``audit`` is the number of pairs.
 
     Raises:
         DataError: The data makes fewer than three shards.
         AutoQuantError: One of its subclasses; finished measurements are kept.
     """
-    state, scores = run.state, run.scores
-    options = without_domains(solution_options(state, start))
-    problem = run.problem.timed(options.latency)
-    formats = solution_formats(state, start, problem)
-    problem = served_problem(problem, options, formats)
-    stderrs = run.errors
-    shares = _shares(state, problem, scores, options, formats)
-    chosen = choose_pairs(problem, scores, stderrs, shares, options, formats, config.audit or 0)
+    state = run.state
+    origin = starting_point(run, folder)
+    chosen = choose_pairs(origin, run.errors, _shares(state, origin), config.audit or 0)
     if not chosen:
         raise ConfigError(
             "--audit: the constraints leave every group in 16 bits, so there is no score to "
             "measure; audit another solution"
         )
-    pairs = measure_pairs(measurement, problem, scores, stderrs, chosen)
-    name = f"{solution_of(start) or 'scan'}-audited"
-    audited = make_candidate(
-        problem, scores, name, solve_again(problem, scores, pairs, options, formats)
-    )
-    num_changed = sum(formats[group] != audited.formats[group] for group in formats)
+    pairs = measure_pairs(measurement, origin, run.errors, chosen)
+    name = f"{solution_of(folder) or 'scan'}-audited"
+    audited = origin.candidate(name, solve_again(origin, pairs))
+    num_changed = sum(audited.formats[g] != format_ for g, format_ in origin.formats.items())
     measurement.require_lease()
     path = write_pairs(state.directory, name, measurement.data_key, pairs)
-    notes = {"audit": audit_json(pairs, num_changed)} | _origin(measurement, start, config)
-    allocation = as_allocation(problem, scores, options, audited)
+    notes = {"audit": audit_json(pairs, num_changed)} | _provenance(measurement, folder, config)
     return Audit(
-        solution=write_solution(run.with_problem(problem), options, allocation, name, notes),
-        before=make_candidate(problem, scores, "unaudited", formats),
+        solution=write_candidate(run, origin, audited, notes),
+        before=origin.candidate("unaudited", origin.formats),
         pairs=pairs,
         num_changed=num_changed,
         path=path,
     )
 
 
-def _origin(measurement: Measurement, start: str, config: EvaluationConfig) -> dict[str, Any]:
+def _provenance(measurement: Measurement, folder: str, config: EvaluationConfig) -> dict[str, Any]:
     """Notes of the manifest: how to make the audited solution again, and which data chose it."""
-    manifest = measurement.state.directory.read_json(f"{start}{MANIFEST_JSON}")
+    manifest = measurement.state.directory.read_json(f"{folder}{MANIFEST_JSON}")
     return {
         "made_from": made_from("evaluate", config),
         "chosen_on": chosen_also_on(manifest, measurement, num_parts=1),
@@ -157,8 +141,7 @@ def _origin(measurement: Measurement, start: str, config: EvaluationConfig) -> d
 
 def measure_pairs(
     measurement: Measurement,
-    problem: Problem,
-    scores: Scores,
+    origin: StartingPoint,
     stderrs: dict[Pair, float | None],
     chosen: list[Pair],
 ) -> list[AuditedPair]:
@@ -166,15 +149,14 @@ def measure_pairs(
 
     Args:
         measurement: The data.
-        problem: Groups with their costs.
-        scores: (group, format) -> predicted loss in nats per token.
+        origin: The problem with its scores.
         stderrs: Standard errors of the scores.
         chosen: The pairs.
     """
     first, _, _ = split_shards(measurement.facts["num_shards"])
-    unquantized = {group.name: NONE for group in problem.searched}
+    unquantized = {group.name: NONE for group in origin.problem.searched}
     candidates = [
-        make_candidate(problem, scores, f"{group} {format_}", unquantized | {group: format_})
+        origin.candidate(f"{group} {format_}", unquantized | {group: format_})
         for group, format_ in chosen
     ]
     measured = measurement.measure(candidates, first)
@@ -182,7 +164,7 @@ def measure_pairs(
         AuditedPair(
             group=group,
             format=format_,
-            predicted=scores[group, format_],
+            predicted=origin.scores[group, format_],
             predicted_stderr=stderrs[group, format_],
             measured=mean_kl(losses),
             measured_stderr=ratio_stderr(losses.kl_S, losses.tokens_S),
@@ -192,14 +174,8 @@ def measure_pairs(
     ]
 
 
-def _shares(
-    state: RunState,
-    problem: Problem,
-    scores: Scores,
-    options: SolveOptions,
-    formats: dict[str, str],
-) -> dict[Pair, float]:
+def _shares(state: RunState, origin: StartingPoint) -> dict[Pair, float]:
     """Pair -> share of the resamples that choose it; empty where shards cannot be resampled."""
-    certainty = certainty_of(state, problem, scores, options, formats)
+    certainty = certainty_of(state, origin.problem, origin.scores, origin.options, origin.formats)
     nested = {} if certainty is None else certainty.shares
     return {(group, f): share for group, of in nested.items() for f, share in of.items()}

@@ -33,10 +33,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import allowed_choices, ties_of
 from autoquant_ray.allocate.ties import solve_tied
+from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.audit import AuditedPair
 from autoquant_ray.runs.directory import RunDirectory
@@ -47,28 +46,23 @@ Pair = tuple[str, str]
 
 
 def choose_pairs(
-    problem: Problem,
-    scores: Mapping[Pair, float],
+    origin: StartingPoint,
     stderrs: Mapping[Pair, float | None],
     shares: Mapping[Pair, float],
-    options: SolveOptions,
-    formats: Mapping[str, str],
     count: int,
 ) -> list[Pair]:
     """The pairs that matter most to an allocation, by the rule above; deterministic.
 
     Args:
-        problem: Groups with their costs.
-        scores: (group, format) -> predicted loss in nats per token.
+        origin: The allocation; pairs that its constraints forbid are never measured.
         stderrs: Standard errors of the scores; None where there is a single shard.
         shares: Share of the resamples whose allocation holds the pair; empty where unknown.
-        options: Constraints of the allocation; a pair that they forbid is never measured.
-        formats: The allocation: searched group -> format.
         count: Number of pairs; fewer are returned if there are no more.
     """
+    scores, formats = origin.scores, origin.formats
     allowed = [
         (choice.group, choice.format)
-        for choice in allowed_choices(problem, scores, options)
+        for choice in allowed_choices(origin.problem, scores, origin.options)
         if choice.format != NONE
     ]
 
@@ -128,26 +122,18 @@ def audited_scores(scores: Mapping[Pair, float], pairs: Sequence[AuditedPair]) -
     return rescaled | dict.fromkeys(broken, worst)
 
 
-def solve_again(
-    problem: Problem,
-    scores: Mapping[Pair, float],
-    pairs: Sequence[AuditedPair],
-    options: SolveOptions,
-    formats: Mapping[str, str],
-) -> dict[str, str]:
+def solve_again(origin: StartingPoint, pairs: Sequence[AuditedPair]) -> dict[str, str]:
     """The best allocation within the same budget and constraints, by the audited scores.
 
     Args:
-        problem: Groups with their costs.
-        scores: (group, format) -> predicted loss in nats per token.
+        origin: The audited allocation; it is returned where nothing else is better.
         pairs: The measurements.
-        options: Budgets and constraints.
-        formats: The audited allocation; it is returned where nothing else is better.
 
     Returns:
         Searched group -> format.
     """
-    audited = audited_scores(scores, pairs)
+    problem, options, formats = origin.problem, origin.options, origin.formats
+    audited = audited_scores(origin.scores, pairs)
     choices, budgets = allowed_choices(problem, audited, options), problem.budgets(options)
     solved = solve_tied(
         choices, budgets, ties_of(problem, options), max_formats=options.max_formats

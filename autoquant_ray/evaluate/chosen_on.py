@@ -64,23 +64,23 @@ def made_from(command: str, config: EvaluationConfig, **options: Any) -> dict[st
     return {"command": command, "solution": config.solution, "options": given | options}
 
 
-def untouched_shards(measurement: Measurement, start: str) -> list[int] | None:
+def untouched_shards(measurement: Measurement, folder: str) -> list[int] | None:
     """Shards that played no part in choosing a solution; None if none of them did.
 
     Args:
         measurement: The data.
-        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+        folder: Folder of the solution with a trailing slash, or '' for the scan's own.
 
     Raises:
         ConfigError: The solution was chosen on the same data cut into other samples, so that these
             shards are unknown.
     """
-    manifest = measurement.state.directory.read_json(f"{start}{MANIFEST_JSON}")
+    manifest = measurement.state.directory.read_json(f"{folder}{MANIFEST_JSON}")
     entries = [e for e in chosen_on(manifest) if e["source"] == measurement.facts["source"]]
     for entry in entries:
         if entry["data_key"] != measurement.data_key:
             raise ConfigError(
-                f"{start.rstrip('/')} was chosen on this data cut in another way; give the "
+                f"{folder.rstrip('/')} was chosen on this data cut in another way; give the "
                 "--samples and --seq-len of its refinement or audit, so that only samples that "
                 "played no part in it are measured, or give other data with --data"
             )

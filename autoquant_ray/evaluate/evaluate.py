@@ -57,20 +57,20 @@ def evaluate_run(config: EvaluationConfig) -> Evaluation:
     """
     state = RunState.open(RunDirectory(config.run))
     run = ScoredRun.read(state)
-    start = solution_folder(config.solution)
-    candidates = collect_candidates(run, start, config.against, num_random=config.num_random)
+    folder = solution_folder(config.solution)
+    candidates = collect_candidates(run, folder, config.against, num_random=config.num_random)
     with measuring(state, config) as measurement:
         if config.audit is None:
-            measured = measurement.measure(candidates, untouched_shards(measurement, start))
-            return record(run, measurement, start, candidates, measured)
-        untouched_shards(measurement, start)
-        audit = audit_solution(run, measurement, start, config)
+            measured = measurement.measure(candidates, untouched_shards(measurement, folder))
+            return record(run, measurement, folder, candidates, measured)
+        untouched_shards(measurement, folder)
+        audit = audit_solution(run, measurement, folder, config)
         candidates = collect_candidates(
-            run, audit.start, config.against, num_random=config.num_random
+            run, audit.folder, config.against, num_random=config.num_random
         )
         candidates.insert(1, audit.before)
-        measured = measurement.measure(candidates, untouched_shards(measurement, audit.start))
-        evaluation = record(run, measurement, audit.start, candidates, measured)
+        measured = measurement.measure(candidates, untouched_shards(measurement, audit.folder))
+        evaluation = record(run, measurement, audit.folder, candidates, measured)
         paths = {AUDIT_FILE: audit.path} | evaluation.paths
         return replace(evaluation, audit=audit, paths=paths)
 
@@ -78,7 +78,7 @@ def evaluate_run(config: EvaluationConfig) -> Evaluation:
 def record(
     run: ScoredRun,
     measurement: Measurement,
-    start: str,
+    folder: str,
     candidates: Sequence[Candidate],
     measured: Sequence[Measured],
 ) -> Evaluation:
@@ -90,14 +90,14 @@ def record(
     Args:
         run: The run.
         measurement: The data.
-        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+        folder: Folder of the solution with a trailing slash, or '' for the scan's own.
         candidates: The solution and its rivals.
         measured: What each of them loses.
     """
     directory = measurement.state.directory
     measurement.require_lease()
     labels = {
-        "solution": solution_of(start),
+        "solution": solution_of(folder),
         "dataset": measurement.facts["name"],
         "data_key": measurement.data_key,
     }
@@ -113,5 +113,5 @@ def record(
     } | {labels["data_key"]}
     kept = [r for r in before if r["solution"] != labels["solution"] or r["data_key"] not in stale]
     path = directory.write_table(EVALUATION_FILE, [*kept, *rows])
-    paths = {EVALUATION_FILE: path} | write_reports(run, start)
+    paths = {EVALUATION_FILE: path} | write_reports(run, folder)
     return Evaluation(rows=rows, left_out=dict(measurement.left_out), paths=paths)

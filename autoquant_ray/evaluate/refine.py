@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoquant_ray.allocate.candidate import SOLUTION, as_allocation, without_domains
-from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
-from autoquant_ray.allocate.search import served_problem
+from autoquant_ray.allocate.candidate import SOLUTION
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.evaluate.allocation_search import SearchResult, search_allocations
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, made_from, untouched_shards
 from autoquant_ray.evaluate.evaluate import record
 from autoquant_ray.evaluate.measurement import Measurement, measuring
+from autoquant_ray.evaluate.starting_point import starting_point, write_candidate
 from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.solve import Solution, write_solution
+from autoquant_ray.solve import Solution
 
 Estimate = tuple[float, float | None]
 """Mean in nats per token, and its standard error."""
@@ -88,34 +88,27 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
         AutoQuantError: One of its subclasses; finished measurements are kept.
     """
     state = RunState.open(RunDirectory(config.run))
-    start = solution_folder(config.solution)
+    folder = solution_folder(config.solution)
     run = ScoredRun.read(state)
-    options = without_domains(solution_options(state, start))
-    problem = run.problem.timed(options.latency)
-    formats = solution_formats(state, start, problem)
-    run = run.with_problem(served_problem(problem, options, formats))
+    origin = starting_point(run, folder)
     with measuring(state, config) as measurement:
-        untouched_shards(measurement, start)
+        untouched_shards(measurement, folder)
         result = search_allocations(
             measurement.measure,
             measurement.facts["num_shards"],
-            run.problem,
-            run.scores,
-            options,
-            formats,
+            origin,
             num_trials=num_trials,
             seed=seed,
         )
         name = f"{config.solution or 'scan'}-refined"
-        allocation = as_allocation(run.problem, run.scores, options, result.winner)
         figures = _figures(result, measurement)
-        manifest = state.directory.read_json(f"{start}{MANIFEST_JSON}")
+        manifest = state.directory.read_json(f"{folder}{MANIFEST_JSON}")
         notes = {
             "refinement": figures.to_json(),
             "made_from": made_from("refine", config, trials=num_trials, seed=seed),
             "chosen_on": chosen_also_on(manifest, measurement, num_parts=2),
         }
-        solution = write_solution(run, options, allocation, name, notes)
+        solution = write_candidate(run, origin, replace(result.winner, name=name), notes)
         _record(run, measurement, name, result)
     return Refinement(solution=solution, **vars(figures))
 

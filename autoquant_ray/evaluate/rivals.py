@@ -24,13 +24,13 @@ NUM_RANDOM = 20
 
 
 def collect_candidates(
-    run: ScoredRun, start: str, against: Sequence[str], *, num_random: int = NUM_RANDOM
+    run: ScoredRun, folder: str, against: Sequence[str], *, num_random: int = NUM_RANDOM
 ) -> list[Candidate]:
     """A solution and its rivals.
 
     Args:
         run: A finished run.
-        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+        folder: Folder of the solution with a trailing slash, or '' for the scan's own.
         against: Members of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
             (:mod:`autoquant_ray.imports.tool_allocations`). ``uniform``: every format of the menu
             that fits the budget when all groups take it (a group that lacks it stays in 16 bits).
@@ -47,9 +47,9 @@ def collect_candidates(
     from autoquant_ray.imports.tool_allocations import rival_allocation
 
     state, scores = run.state, run.scores
-    options = solution_options(state, start)
+    options = solution_options(state, folder)
     problem = run.problem.timed(options.latency)
-    chosen = solution_formats(state, start, problem)
+    chosen = solution_formats(state, folder, problem)
     candidates = [make_candidate(problem, scores, SOLUTION, chosen)]
     rivals = [rival_allocation(state, n, problem, options) for n in against if n not in KINDS]
     candidates += [make_candidate(problem, scores, name, formats) for name, formats in rivals]

@@ -9,8 +9,11 @@ import numpy as np
 
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.losses import average_bits
+from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.search import search
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
+from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.evaluate.table import Measured
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.quantize.modules import FormatNumbers
@@ -56,6 +59,13 @@ class Laboratory:
     def bits(self, formats: dict[str, str]) -> float:
         """Average stored bits of an allocation."""
         return average_bits(self.problem.searched, formats)
+
+    def starting_point(self, options: SolveOptions) -> StartingPoint:
+        """The best allocation by the scores."""
+        formats = search(self.problem, self.scores, options).formats
+        return StartingPoint(
+            problem=self.problem, scores=self.scores, options=options, formats=formats
+        )
 
     def choice(self, formats: dict[str, str]) -> FormatNumbers:
         index = {NONE: -1} | {name: number for number, name in enumerate(FORMATS)}

@@ -9,7 +9,6 @@ import pytest
 from laboratory import FORMATS, LENGTHS, NUM_SHARDS, Laboratory
 
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.search import search
 from autoquant_ray.evaluate.allocation_search import search_allocations
 from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
@@ -63,38 +62,32 @@ def test_refined_plan_is_among_the_best_of_all(
         pins=dict.fromkeys(pinned(laboratory), NONE),
         allow={name: FORMATS for name in free_groups(laboratory)},
     )
-    formats = search(laboratory.problem, laboratory.scores, options).formats
+    start = laboratory.starting_point(options)
     found = search_allocations(
         laboratory.measure,
         NUM_SHARDS,
-        laboratory.problem,
-        laboratory.scores,
-        options,
-        formats,
+        start,
         num_trials=60,
     )
     assert laboratory.bits(found.winner.formats) <= budget * (1 + 1e-9)
     fitting = sorted(kl for size, kl in everything if size <= budget * (1 + 1e-9))
     (winner,) = laboratory.measure([found.winner], range(NUM_SHARDS))
-    (start,) = laboratory.measure([found.start], range(NUM_SHARDS))
+    (unrefined,) = laboratory.measure([found.start], range(NUM_SHARDS))
     rank = sum(kl < mean_kl(winner) * (1 - 1e-6) for kl in fitting)
     assert rank <= max(1, 0.01 * len(fitting))
     on_first = [laboratory.measure([p], range(2))[0] for p in (found.winner, found.start)]
     assert mean_kl(on_first[0]) <= mean_kl(on_first[1])
-    assert mean_kl(winner) <= 1.02 * mean_kl(start)
+    assert mean_kl(winner) <= 1.02 * mean_kl(unrefined)
 
 
 def test_same_seed_finds_the_same(laboratory: Laboratory) -> None:
     options = SolveOptions(bits=6.0)
-    formats = search(laboratory.problem, laboratory.scores, options).formats
+    start = laboratory.starting_point(options)
     found = [
         search_allocations(
             laboratory.measure,
             NUM_SHARDS,
-            laboratory.problem,
-            laboratory.scores,
-            options,
-            formats,
+            start,
             num_trials=24,
             seed=seed,
         )

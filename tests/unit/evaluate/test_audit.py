@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from laboratory import FORMATS, NUM_SHARDS, Laboratory
 
 from autoquant_ray.allocate.allocation import restrict
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.cli.output import print_audit
@@ -25,6 +28,7 @@ from autoquant_ray.evaluate.audit_pairs import (
     write_pairs,
 )
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, untouched_shards
+from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.audit import AuditedPair, audit_section, most_wrong, read_pairs
@@ -35,13 +39,16 @@ OPTIONS = SolveOptions(bits=6.0)
 
 
 @pytest.fixture
-def solved(make_run: Any) -> Any:
+def solved(make_run: Any) -> StartingPoint:
     """A problem with its scores, and the allocation at 6 bits."""
     scored_run = ScoredRun.read(RunState.open(make_run()))
-    problem, scores = scored_run.problem, scored_run.scores
-    return SimpleNamespace(
-        problem=problem, scores=scores, formats=search(problem, scores, OPTIONS).formats
-    )
+    return starting(scored_run.problem, scored_run.scores, OPTIONS)
+
+
+def starting(problem: Problem, scores: Scores, options: SolveOptions) -> StartingPoint:
+    """The best allocation by the scores."""
+    formats = search(problem, scores, options).formats
+    return StartingPoint(problem=problem, scores=scores, options=options, formats=formats)
 
 
 def audited(scores: dict[Any, float], factors: dict[Any, float]) -> list[AuditedPair]:
@@ -60,7 +67,7 @@ def audited(scores: dict[Any, float], factors: dict[Any, float]) -> list[Audited
     ]
 
 
-def test_pairs_come_from_both_lists_in_turn(solved: Any) -> None:
+def test_pairs_come_from_both_lists_in_turn(solved: StartingPoint) -> None:
     """Undecided pairs with the widest error, and the allocation's own with the largest loss."""
     scores, formats = solved.scores, solved.formats
     errors = dict.fromkeys(scores, 1.0)
@@ -74,7 +81,7 @@ def test_pairs_come_from_both_lists_in_turn(solved: Any) -> None:
     assert len(set(expected)) == 6
 
     def choose(count: int, options: SolveOptions = OPTIONS) -> list[tuple[str, str]]:
-        return choose_pairs(solved.problem, scores, errors, shares, options, formats, count)
+        return choose_pairs(replace(solved, options=options), errors, shares, count)
 
     assert choose(6) == expected
     assert choose(3) == expected[:3]
@@ -85,19 +92,19 @@ def test_pairs_come_from_both_lists_in_turn(solved: Any) -> None:
     assert [f for g, f in choose(1000, pinned) if g == names[1]] == ["wint8_aint8"]
 
 
-def test_pairs_without_errors_are_the_costly_ones(solved: Any) -> None:
+def test_pairs_without_errors_are_the_costly_ones(solved: StartingPoint) -> None:
     """A single shard has neither errors nor resamples."""
     errors = dict.fromkeys(solved.scores, None)
-    chosen = choose_pairs(solved.problem, solved.scores, errors, {}, OPTIONS, solved.formats, 4)
+    chosen = choose_pairs(solved, errors, {}, 4)
     losses = [solved.scores[pair] for pair in chosen]
     own = [solved.scores[pair] for pair in solved.formats.items() if pair[1] != NONE]
     assert losses == sorted(own, reverse=True)[:4]
 
 
-def test_common_factor_changes_no_allocation(solved: Any) -> None:
+def test_common_factor_changes_no_allocation(solved: StartingPoint) -> None:
     """Everything that was measured is 3 times its prediction: the scale, not the pairs."""
     pairs = audited(solved.scores, {pair: 3.0 for pair in solved.formats.items()})
-    again = solve_again(solved.problem, solved.scores, pairs, OPTIONS, solved.formats)
+    again = solve_again(solved, pairs)
     assert again == solved.formats
     raw = solved.scores | {(pair.group, pair.format): pair.measured for pair in pairs}
     assert search(solved.problem, raw, OPTIONS).formats != solved.formats
@@ -105,11 +112,11 @@ def test_common_factor_changes_no_allocation(solved: Any) -> None:
     assert rescaled == pytest.approx({pair: 3 * score for pair, score in solved.scores.items()})
 
 
-def test_pair_that_loses_more_leaves_the_allocation(solved: Any) -> None:
+def test_pair_that_loses_more_leaves_the_allocation(solved: StartingPoint) -> None:
     own = [pair for pair in solved.formats.items() if pair[1] != NONE]
     worst = max(own, key=solved.scores.__getitem__)
     pairs = audited(solved.scores, dict.fromkeys(own, 1.0) | {worst: 40.0})
-    again = solve_again(solved.problem, solved.scores, pairs, OPTIONS, solved.formats)
+    again = solve_again(solved, pairs)
     assert again[worst[0]] != worst[1]
     (budget,) = solved.problem.budgets(OPTIONS)
     cost = sum(g.cost(again[g.name], budget.resource) for g in solved.problem.searched)
@@ -118,19 +125,18 @@ def test_pair_that_loses_more_leaves_the_allocation(solved: Any) -> None:
     assert most_wrong(pairs, 1.0)[0] == next(p for p in pairs if (p.group, p.format) == worst)
 
 
-def test_pair_that_breaks_the_model_is_a_last_resort(solved: Any) -> None:
+def test_pair_that_breaks_the_model_is_a_last_resort(solved: StartingPoint) -> None:
     group, format_ = next(pair for pair in solved.formats.items() if pair[1] == "wint4_afp16")
     pairs = audited(solved.scores, {(group, format_): math.inf})
-    again = solve_again(solved.problem, solved.scores, pairs, OPTIONS, solved.formats)
+    again = solve_again(solved, pairs)
     assert again[group] != format_
     assert median_ratio(pairs) is None
     pinned = SolveOptions(bits=6.0, pins={group: format_})
-    formats = search(solved.problem, solved.scores, pinned).formats
-    again = solve_again(solved.problem, solved.scores, pairs, pinned, formats)
+    again = solve_again(starting(solved.problem, solved.scores, pinned), pairs)
     assert again[group] == format_
 
 
-def test_table_keeps_what_others_found(solved: Any, make_run: Any) -> None:
+def test_table_keeps_what_others_found(solved: StartingPoint, make_run: Any) -> None:
     directory = make_run(name="other")
     first = audited(solved.scores, {pair: 2.0 for pair in list(solved.scores)[:3]})
     second = audited(solved.scores, {pair: math.inf for pair in list(solved.scores)[3:5]})
@@ -143,7 +149,7 @@ def test_table_keeps_what_others_found(solved: Any, make_run: Any) -> None:
     assert [row["ratio"] for row in rows] == [pytest.approx(2.0)] * 3 + [None] * 2
 
 
-def test_section_names_the_worst(solved: Any) -> None:
+def test_section_names_the_worst(solved: StartingPoint) -> None:
     chosen = list(solved.scores)[:12]
     pairs = audited(solved.scores, dict.fromkeys(chosen, 1.5) | {chosen[7]: 6.0})
     worst = {"group": chosen[7][0], "format": chosen[7][1], "ratio": 6.0}
@@ -158,12 +164,12 @@ def test_section_names_the_worst(solved: Any) -> None:
 
 
 def test_what_is_printed_names_pairs_and_allocation(
-    solved: Any, capsys: pytest.CaptureFixture[str]
+    solved: StartingPoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = audited(solved.scores, dict.fromkeys(list(solved.scores)[:3], 2.0))
     summary = audit_json(pairs, 0)
     found: Any = SimpleNamespace(
-        pairs=pairs, start="solutions/scan-audited/", to_json=lambda: summary
+        pairs=pairs, folder="solutions/scan-audited/", to_json=lambda: summary
     )
     print_audit(found)
     printed = capsys.readouterr().out
@@ -187,18 +193,18 @@ def test_audited_allocation_is_no_worse(share: float, laboratory: Laboratory) ->
         pins={head: NONE},
         allow={name: FORMATS for name in laboratory.names[:-1]},
     )
-    formats = search(problem, scores, options).formats
+    start = starting(problem, scores, options)
     kept = restrict(problem.choices(scores), options.pins, options.allow)
     chosen = [(c.group, c.format) for c in kept if c.format != NONE]
     measurement: Any = SimpleNamespace(facts={"num_shards": NUM_SHARDS}, measure=laboratory.measure)
-    pairs = measure_pairs(measurement, problem, scores, dict.fromkeys(chosen), chosen)
+    pairs = measure_pairs(measurement, start, dict.fromkeys(chosen), chosen)
     ratios = sorted(pair.ratio or 0.0 for pair in pairs)
     assert 0.5 < ratios[0] <= ratios[-1] < 2  # the score has a unit
-    again = solve_again(problem, scores, pairs, options, formats)
+    again = solve_again(start, pairs)
     assert laboratory.bits(again) <= options.bits * (1 + 1e-9)
-    candidates = [SimpleNamespace(formats=one) for one in (formats, again)]
+    candidates = [SimpleNamespace(formats=formats) for formats in (start.formats, again)]
     _, second, third = split_shards(NUM_SHARDS)
-    before, after = (mean_kl(one) for one in laboratory.measure(candidates, second + third))
+    before, after = (mean_kl(losses) for losses in laboratory.measure(candidates, second + third))
     assert after <= 1.02 * before
 
 

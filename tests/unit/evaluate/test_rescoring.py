@@ -17,6 +17,7 @@ from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.evaluate.allocation_search import search_allocations
 from autoquant_ray.evaluate.rescoring import choose_flips, solve_flips
+from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.evaluate.swaps import Swaps
 from autoquant_ray.evaluate.table import Measured
 from autoquant_ray.formats.format import NONE
@@ -107,11 +108,10 @@ def test_one_pass_finds_the_best_where_losses_add_up(problem: Any) -> None:
     best = search(groups, truth, OPTIONS).formats
     num_flips = len(Swaps(groups, scores, OPTIONS).moves(start))
     assert loss(best) < loss(start)
-    found = search_allocations(
-        measure, 4, groups, scores, OPTIONS, start, num_trials=4 * num_flips, seed=1
-    )
+    origin = StartingPoint(problem=groups, scores=scores, options=OPTIONS, formats=start)
+    found = search_allocations(measure, 4, origin, num_trials=4 * num_flips, seed=1)
     assert found.num_flips == num_flips
     assert loss(found.winner.formats) == pytest.approx(loss(best))
-    few = search_allocations(measure, 4, groups, scores, OPTIONS, start, num_trials=3)
+    few = search_allocations(measure, 4, origin, num_trials=3)
     assert few.num_flips == 0
     assert few.num_trials == 3
