@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -52,20 +53,24 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
         return 0
     if (scan.text_field, scan.split) != (scanned.text_field, scanned.split):
         return 0
-    cuts = [(config.pack, config.seq_len, config.domain_field) for config in (scan, scanned)]
-    is_cut_alike = cuts[0] == cuts[1]
-    if not is_cut_alike and (scan.pack or scanned.pack):
-        raise ConfigError(
-            f"on the scan's data ({data_name(scanned.data)}), --pack, --seq-len and the form of "
-            f"--data must be those of the scan (pack {scanned.pack}, {scanned.seq_len}), "
-            "otherwise text that it calibrated on would be measured; give other data with --data"
-        )
+    _require_same_cut(scanned, scan)
     dataset = state.record.dataset
     if "num_loss_tokens" in dataset:
         _require_same_choice(scanned, scan)
     if isinstance(scan.data, str):
         return int(dataset["num_samples"])
     return {name: facts["num_samples"] for name, facts in dataset["domains"].items()}
+
+
+def _require_same_cut(scanned: ScanConfig, scan: ScanConfig) -> None:
+    """Check the fields that decide where packed text is cut, and with it which text was seen."""
+    cuts = [(config.pack, config.seq_len, config.domain_field) for config in (scan, scanned)]
+    if cuts[0] != cuts[1] and (scan.pack or scanned.pack):
+        raise ConfigError(
+            f"on the scan's data ({data_name(scanned.data)}), --pack, --seq-len and the form of "
+            f"--data must be those of the scan (pack {scanned.pack}, {scanned.seq_len}), "
+            "otherwise text that it calibrated on would be measured; give other data with --data"
+        )
 
 
 def _require_same_choice(scanned: ScanConfig, scan: ScanConfig) -> None:
@@ -115,22 +120,16 @@ def data_key(state: RunState, scan: ScanConfig, skip: Skip) -> str:
 
 
 def held_out_samples(
-    directory: RunDirectory,
-    folder: str,
-    scan: ScanConfig,
-    ref: ModelRef,
-    skip: Skip,
-    state: RunState,
+    state: RunState, folder: str, scan: ScanConfig, ref: ModelRef, skip: Skip
 ) -> dict[str, Any]:
     """Write held-out samples as shards below the evaluation's folder, unless they are there.
 
     Args:
-        directory: The run directory.
-        folder: The evaluation's folder below it.
+        state: The run.
+        folder: The evaluation's folder below the run directory.
         scan: Config of the data.
         ref: The model, for its tokenizer.
         skip: Samples to skip at the start of the data or of each source.
-        state: The run.
 
     Returns:
         Facts about the data, as in ``data.json``.
@@ -139,15 +138,11 @@ def held_out_samples(
         DataError: The data cannot be read.
         StoreError: The chat template or the processor has changed since the samples were made.
     """
+    directory = state.directory
     marker, chats = f"{folder}/data.json", fingerprint_chats(ref)
     if not directory.exists(marker):
         tokenizer = TokenizerRef.of(ref, f"{state.record.fingerprints['model']}-{chats}")
-        with tempfile.TemporaryDirectory(prefix="autoquant-") as name:
-            scratch = RunDirectory(name)
-            read = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip)
-            for shard in scratch.list_parts(SAMPLES):
-                content = scratch.read_bytes(part_name(SAMPLES, shard))
-                directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)
+        read = _write_shards(directory, folder, scan, tokenizer, skip)
         source = [fingerprint_data(scan.data), scan.text_field, scan.split]
         facts = {**read, "name": data_name(scan.data), "source": source, "skipped": skip}
         if "num_loss_tokens" in facts:
@@ -160,3 +155,16 @@ def held_out_samples(
             "made; restore it, or delete that folder"
         )
     return stored
+
+
+def _write_shards(
+    directory: RunDirectory, folder: str, scan: ScanConfig, tokenizer: TokenizerRef, skip: Skip
+) -> Mapping[str, Any]:
+    """Read the data and write its shards below the folder; returns facts about the data."""
+    with tempfile.TemporaryDirectory(prefix="autoquant-") as name:
+        scratch = RunDirectory(name)
+        facts = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip)
+        for shard in scratch.list_parts(SAMPLES):
+            content = scratch.read_bytes(part_name(SAMPLES, shard))
+            directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)
+    return facts

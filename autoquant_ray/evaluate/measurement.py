@@ -186,7 +186,7 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
     calibration = calibration_of(state)
     with connected(scan) as resources, lease(directory) as run_lease, ExitStack() as stack:
         require_resources(scan, resources)
-        facts = held_out_samples(directory, folder, scan, ref, skip, state)
+        facts = held_out_samples(state, folder, scan, ref, skip)
         placement = place_workers(
             scan,
             resources,

@@ -152,13 +152,12 @@ class AllocationRunner:
         for number, chosen in enumerate(positions):
             step_samples = [samples[p] for p in chosen]
             rows_N = predicting_rows(step_samples).to(hidden[unquantized][number].device)
-            targets_N = steps[number].ids_BS.roll(-1, dims=1).flatten().to(rows_N.device)[rows_N]
             loss_N, results = compare(
                 self._head,
                 hidden[unquantized][number].flatten(0, 1)[rows_N],
                 [hidden[choice][number].flatten(0, 1)[rows_N] for choice in choices],
                 [self._quantized_head(choice, head_weights) for choice in choices],
-                targets_N,
+                _next_tokens(steps[number]).to(rows_N.device)[rows_N],
             )
             if not loss_N.isfinite().all():
                 raise NonFiniteError("a prediction of the unquantized model is NaN or infinite")
@@ -202,13 +201,7 @@ class AllocationRunner:
         """Per choice and step, final hidden states ``(B, S, H)``."""
         if not self._layerwise.is_layerwise:
             return [self._whole(steps, choice) for choice in choices]
-        fronts: dict[Prefix, list[Pass]] = {}
-        prefixes: list[Prefix] = []
-        for choice in choices:
-            prefixes.append((self._quantized.signature(FRONT, choice),))
-            if prefixes[-1] not in fronts:
-                with self._quantized.quantized(FRONT, choice, WeightCache(_UNBOUNDED)):
-                    fronts[prefixes[-1]] = [self._layerwise.enter(step) for step in steps]
+        prefixes, fronts = self._enter(steps, choices)
         shared: dict[Prefix, list[Any]] = {
             prefix: [front.hidden_BSH for front in passes] for prefix, passes in fronts.items()
         }
@@ -238,6 +231,19 @@ class AllocationRunner:
         }
         return [finished[prefix] for prefix in prefixes]
 
+    def _enter(
+        self, steps: Sequence[Step], choices: Sequence[FormatNumbers]
+    ) -> tuple[list[Prefix], dict[Prefix, list[Pass]]]:
+        """The prefix of each choice, and per prefix, the steps as they enter the first layer."""
+        prefixes: list[Prefix] = []
+        fronts: dict[Prefix, list[Pass]] = {}
+        for choice in choices:
+            prefixes.append((self._quantized.signature(FRONT, choice),))
+            if prefixes[-1] not in fronts:
+                with self._quantized.quantized(FRONT, choice, WeightCache(_UNBOUNDED)):
+                    fronts[prefixes[-1]] = [self._layerwise.enter(step) for step in steps]
+        return prefixes, fronts
+
     def _whole(self, steps: Sequence[Step], choice: FormatNumbers) -> list[torch.Tensor]:
         """Final hidden states per step, for a model that is not a plain chain of layers."""
         weights = WeightCache(_UNBOUNDED)
@@ -245,6 +251,11 @@ class AllocationRunner:
             for number in range(FRONT, len(self._layerwise.layers) + 1):
                 stack.enter_context(self._quantized.quantized(number, choice, weights))
             return [self._layerwise.call_base(step) for step in steps]
+
+
+def _next_tokens(step: Step) -> torch.Tensor:
+    """The token after each position of a step, flattened ``(B * S)``."""
+    return step.ids_BS.roll(-1, dims=1).flatten()
 
 
 def _run_layer(

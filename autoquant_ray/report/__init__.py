@@ -12,18 +12,16 @@ from autoquant_ray.report.markdown import render_markdown
 from autoquant_ray.runs.names import REPORT_HTML, REPORT_MARKDOWN
 
 
-def write_reports(run: ScoredRun, start: str) -> dict[str, str]:
+def write_reports(run: ScoredRun, folder: str) -> dict[str, str]:
     """Write ``report.md`` and ``report.html`` next to a solution's manifests.
 
     Args:
         run: The run.
-        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+        folder: Folder of the solution with a trailing slash, or '' for the scan's own.
 
     Returns:
         File name -> full path.
     """
-    content = collect_content(run, start)
+    content, directory = collect_content(run, folder), run.state.directory
     texts = {REPORT_MARKDOWN: render_markdown(content), REPORT_HTML: render_html(content)}
-    return {
-        name: run.state.directory.write_text(f"{start}{name}", text) for name, text in texts.items()
-    }
+    return {name: directory.write_text(f"{folder}{name}", text) for name, text in texts.items()}

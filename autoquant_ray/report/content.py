@@ -92,23 +92,19 @@ class ReportContent:
     domains: DomainSection | None = None
 
 
-def collect_content(run: ScoredRun, start: str) -> ReportContent:
+def collect_content(run: ScoredRun, folder: str) -> ReportContent:
     """Read the report's content.
 
     Args:
         run: The run.
-        start: Folder of the solution with a trailing slash, or '' for the scan's own.
+        folder: Folder of the solution with a trailing slash, or '' for the scan's own.
 
     Raises:
         StoreError: A file is missing or damaged.
     """
-    sources = read_sources(run, start)
+    sources = read_sources(run, folder)
     record, plan, problem = run.state.record, run.state.plan, run.problem
-    groups = list(problem.groups.values())
-    unsearched = plan["unsearched"]
-    kept = (sources.manifest.get("stability") or {}).get("kept", {})
-    formats = dict.fromkeys(unsearched, NONE) | sources.formats
-    rows = group_rows(groups, formats, sources.scores, kept, unsearched)
+    rows = _group_rows(run, sources)
     experts = single_experts(plan.get("modules", {}))
     return ReportContent(
         title=f"Quantization of {record.model['name'].rstrip('/').rpartition('/')[2]}",
@@ -133,6 +129,14 @@ def collect_content(run: ScoredRun, start: str) -> ReportContent:
         audit=_audit(sources),
         domains=domain_section(sources.manifest),
     )
+
+
+def _group_rows(run: ScoredRun, sources: Sources) -> list[GroupRow]:
+    groups = list(run.problem.groups.values())
+    unsearched = run.state.plan["unsearched"]
+    kept = (sources.manifest.get("stability") or {}).get("kept", {})
+    formats = dict.fromkeys(unsearched, NONE) | sources.formats
+    return group_rows(groups, formats, sources.scores, kept, unsearched)
 
 
 def _manifest_of(state: RunState, name: str) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def gather_evidence(sources: Sources) -> Evidence:
     solution = sources.manifest["solution"]
     stability = sources.manifest.get("stability") or {}
     config, rows = sources.run.config, sources.scored.rows
-    found = (
+    chosen = (
         ChosenFormat(group=group, format=format_, score=entry[0], stderr=entry[1])
         for group, format_ in sources.formats.items()
         if (entry := sources.scores.get(group, {}).get(format_)) is not None
@@ -156,7 +156,7 @@ def gather_evidence(sources: Sources) -> Evidence:
         predicted=sources.predicted,
         stderr=None if error is None or error.is_bound else error.stderr,
         effective_bits=solution["effective_bits"],
-        choices=[choice for choice in found if choice.score > 0],
+        choices=[choice for choice in chosen if choice.score > 0],
         is_satisfied=solution["is_satisfied"],
         num_shards=rows[0]["num_shards"] if config and rows else None,
         quarantined=sources.run.quarantined,
