@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test
+.PHONY: demo test test-fast
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/autoquant-ray demo
 
+# Everything: unit tests, scans on local Ray clusters, pages in a browser. Three files at a time, since
+# processes that start and wait leave room on two cores.
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 25
+
+# While you work: the unit tests alone, without Ray and without a browser.
+test-fast: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile tests/unit
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,7 @@
-"""Small random models, tokenizers and samples that several test folders share."""
+"""The environment of all tests, and small models, samples and files that several folders share.
+
+Nothing heavy is imported here: the process that hands out the tests imports this file too.
+"""
 
 from __future__ import annotations
 
@@ -16,128 +19,49 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ["HOME"] = tempfile.mkdtemp(prefix="autoquant-home-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ |= {  # on a busy machine Ray's processes take long to start, and to answer
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    "RAY_gcs_server_port_wait_time_s": "600",
+    "RAY_gcs_server_request_timeout_seconds": "600",
+    "RAY_health_check_failure_threshold": "100",
+    "RAY_py_gcs_connect_timeout_s": "600",
+    "RAY_worker_register_timeout_seconds": "600",
+}
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-import transformers
 import yaml
-
-VOCABULARY = 256
-VISION = {
-    "depth": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_heads": 2,
-    "out_hidden_size": 64,
-}
-DECODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-
-IMAGE_TOKENS = {
-    "image_token_id": 250,
-    "video_token_id": 249,
-    "vision_start_token_id": 251,
-    "vision_end_token_id": 252,
-}
+from warm_commands import own_fork_server
 
 
-def small_config(family: str) -> Any:
-    """Config of a small random model, by family."""
-    if family == "llama":
-        return transformers.LlamaConfig(**DECODER, tie_word_embeddings=False)
-    if family == "qwen3":
-        return transformers.Qwen3Config(**DECODER, tie_word_embeddings=True)
-    if family == "qwen3_moe":
-        return transformers.Qwen3MoeConfig(
-            **DECODER,
-            tie_word_embeddings=False,
-            moe_intermediate_size=48,
-            num_experts=8,
-            num_experts_per_tok=2,
-            decoder_sparse_step=1,
-        )
-    if family == "falcon":  # adds to a linear's output in place
-        return transformers.FalconConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            initializer_range=0.2,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    if family == "gemma3n":  # layers share keys and values, and take inputs of their own
-        return transformers.Gemma3nTextConfig(
-            **(DECODER | {"num_hidden_layers": 4, "intermediate_size": [160] * 4}),
-            num_kv_shared_layers=2,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-            vocab_size_per_layer_input=VOCABULARY,
-            hidden_size_per_layer_input=16,
-            laurel_rank=8,
-            activation_sparsity_pattern=[0.0] * 4,
-            tie_word_embeddings=True,
-        )
-    if family == "qwen2_5_vl":
-        text = DECODER | {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
-        vision = VISION | {"fullatt_block_indexes": [1]}
-        return transformers.Qwen2_5_VLConfig(
-            text_config=text, vision_config=vision, tie_word_embeddings=False, **IMAGE_TOKENS
-        )
-    assert family == "qwen3_vl"
-    text = DECODER | {"rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
-    vision = VISION | {"deepstack_visual_indexes": [0]}
-    return transformers.Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=False, **IMAGE_TOKENS
-    )
-
-
-def small_model(family: str, seed: int = 0) -> torch.nn.Module:
-    """A small random model in float32, evaluation mode."""
-    torch.manual_seed(seed)
-    config = small_config(family)
-    is_vision = family.endswith("_vl")
-    auto = (
-        transformers.AutoModelForImageTextToText if is_vision else transformers.AutoModelForCausalLM
-    )
-    model: torch.nn.Module = auto.from_config(config, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
-
-
-def random_samples(lengths: list[int], seed: int = 0) -> list[list[int]]:
-    """Random token ids of the given lengths."""
-    generator = np.random.default_rng(seed)
-    return [generator.integers(0, VOCABULARY, size=length).tolist() for length in lengths]
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        own_fork_server()
 
 
 @pytest.fixture(scope="session")
 def make_model() -> Any:
+    from small_models import small_model
+
     return small_model
 
 
 @pytest.fixture(scope="session")
 def make_samples() -> Any:
+    from small_models import random_samples
+
     return random_samples
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Save small models with a word tokenizer, once per family."""
+    from small_models import make_tokenizer, small_model
+
     saved: dict[str, Path] = {}
 
     def save(family: str) -> Path:
@@ -148,16 +72,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return saved[family]
 
     return save
-
-
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A word tokenizer: the token of the word ``w17`` is 17."""
-    import tokenizers
-
-    vocabulary = {f"w{index}": index for index in range(VOCABULARY)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab=vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture
@@ -173,10 +87,10 @@ def job_file(tmp_path: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_file(tmp_path_factory: pytest.TempPathFactory, make_samples: Any) -> Path:
     """Twelve lines of 6 to 40 words."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     lengths = [12, 40, 6, 23, 31, 17, 28, 9, 35, 14, 20, 26]
-    lines = [" ".join(f"w{token}" for token in sample) for sample in random_samples(lengths)]
+    lines = [" ".join(f"w{token}" for token in sample) for sample in make_samples(lengths)]
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,41 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from warm_commands import run_warm
+from warm_commands import WarmProcess, run_warm, warm_ray
 
 
 @pytest.fixture(scope="module")
 def ray_local() -> Iterator[None]:
     """Four CPUs (whatever the machine has), small object store, no dashboard."""
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=150 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    with warm_ray():
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=150 * 2**20,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     yield
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def command() -> Any:
-    """Arguments of the command line -> arguments of a process."""
+def start_command() -> Any:
+    """Start the command line in a session of its own, with what it imports imported already."""
 
-    def build(*arguments: Any) -> list[str]:
-        return [sys.executable, "-m", "autoquant_ray", *(str(argument) for argument in arguments)]
+    def start(*arguments: Any, ray_is_warm: bool = True) -> WarmProcess:
+        return WarmProcess([str(argument) for argument in arguments], os.environ, ray_is_warm)
 
-    return build
+    return start
 
 
 @pytest.fixture(scope="session")
 def run_command() -> Any:
     """Run the command line to its end."""
 
-    def run(*arguments: Any, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-        words = [str(argument) for argument in arguments]
-        return run_warm(words, os.environ | {"RAY_AUTH_MODE": "disabled"}, timeout)
+    def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+        return run_warm([str(argument) for argument in arguments], os.environ)
 
     return run
 
@@ -95,35 +94,32 @@ class ScanWatch:
         return [e["shard"] for e in self.events(run, "shard_done") if e["stage"] == "score"]
 
     @staticmethod
-    def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    def wait_for(condition: Callable[[], bool], process: Any) -> None:
         """Poll until the condition holds; fails if the process ends first."""
-        for _ in range(6000):
-            if condition():
-                return
+        while not condition():
             try:
                 process.wait(timeout=0.02)
             except subprocess.TimeoutExpired:
                 continue
-            pytest.fail("the scan ended before the condition held")
-        pytest.fail("the condition never held")
+            assert condition(), "the process ended before the condition held"
+            return
 
-    def kill_worker(self, run: Path, arguments: list[str], after: int) -> None:
-        """Run a scan to its end; its first worker is killed once so many shards are scored."""
-        with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as scan:
+    def kill_worker(self, run: Path, scan: WarmProcess, after: int) -> None:
+        """Let a scan run to its end; its first worker is killed once so many shards are scored."""
+        with scan:
             self.wait_for(lambda: len(self.scored(run)) >= after, scan)
             os.kill(self.events(run, "worker_ready")[0]["pid"], signal.SIGKILL)
-            _, stderr = scan.communicate(timeout=240)
+            _, stderr = scan.communicate()
         assert scan.returncode == 0, stderr
         assert len(self.events(run, "worker_died")) == 1
 
-    def kill_driver(self, run: Path, arguments: list[str], after: int) -> dict[str, int]:
-        """Start a scan and kill it once so many shards are scored; its parts and their times."""
-        with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as scan:
+    def kill_driver(self, run: Path, scan: WarmProcess, after: int) -> dict[str, int]:
+        """Kill a scan once so many shards are scored; its parts and their times."""
+        with scan:
             self.wait_for(lambda: len(self.scored(run)) >= after, scan)
             children = psutil.Process(scan.pid).children(recursive=True)
-            scan.send_signal(signal.SIGKILL)
-            scan.wait(timeout=60)
-        psutil.wait_procs(children, timeout=30)
+            scan.kill()
+        psutil.wait_procs(children)
         return self.part_times(run)
 
     @staticmethod

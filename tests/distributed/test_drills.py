@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from warm_commands import warm_ray
 
 NUM_SHARDS = 12
 ALL = range(NUM_SHARDS)
@@ -31,7 +32,7 @@ def drills() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def shared(drills: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A cluster, and a scan that nothing disturbed."""
-    with drills.setting(tmp_path_factory.mktemp("drills")) as setting:
+    with warm_ray(), drills.setting(tmp_path_factory.mktemp("drills")) as setting:
         yield setting
 
 

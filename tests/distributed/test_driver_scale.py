@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from ray import cloudpickle
+from warm_commands import warm_ray
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.placement import place_workers
@@ -58,7 +59,7 @@ def test_score_on_two_nodes_with_a_straggler_counts_every_shard_once(
             num_tasks_alive.append(sum(isinstance(o, ShardTask) for o in gc.get_objects()))
 
     monkeypatch.setattr(state.directory, "append_event", on_event)
-    with benchmark.cluster(2, 4) as resources:
+    with warm_ray(), benchmark.cluster(2, 4) as resources:
         placement = place_workers(config, resources, device="cuda", worker_bytes=1)
         assert (placement.num_workers, placement.gpus_per_worker) == (NUM_WORKERS, 1)
         with WorkerPool(spec, placement, on_event) as pool:

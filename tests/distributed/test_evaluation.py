@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import warnings
 from pathlib import Path
@@ -134,7 +132,7 @@ def test_two_workers_give_the_same_bytes(
 
 
 def test_killed_evaluation_goes_on(
-    scanned: Path, evaluated: Path, command: Any, run_command: Any, watch: Any, tmp_path: Path
+    scanned: Path, evaluated: Path, start_command: Any, run_command: Any, watch: Any, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(scanned, run)
@@ -143,12 +141,9 @@ def test_killed_evaluation_goes_on(
         found = (run / "evaluation").glob("*/*/shard-*.parquet")
         return {str(p): p.stat().st_mtime_ns for p in found if p.parent.name != "samples"}
 
-    arguments = command("evaluate", run, *RIVALS, "1")
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with start_command("evaluate", run, *RIVALS, "1") as process:
         watch.wait_for(lambda: len(parts()) > 0, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
+        process.kill()
     before = parts()
     done = run_command("evaluate", run, *RIVALS, "1")
     assert done.returncode == 0, done.stderr

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from warm_commands import WarmProcess
 
 # Many draws make a shard slow enough that a signal lands in the middle of the scan.
 SLOW = ("--shard-samples", "1", "--label-draws", "12", "--workers", "1")
@@ -28,14 +28,14 @@ def undisturbed(
 
 
 @pytest.fixture
-def start(tmp_path: Path, command: Any, scan_arguments: Any) -> Any:
-    """Start a scan in a session of its own, so that its process group can be signalled."""
+def start(tmp_path: Path, start_command: Any, scan_arguments: Any) -> Any:
+    """Start a scan."""
 
-    def start(*extra: Any) -> subprocess.Popen[str]:
-        arguments = command(*scan_arguments(tmp_path / "run", *SLOW, *extra))
-        return subprocess.Popen(
-            arguments, stderr=subprocess.PIPE, text=True, start_new_session=True
+    def start(*extra: Any, **options: Any) -> WarmProcess:
+        scan: WarmProcess = start_command(
+            *scan_arguments(tmp_path / "run", *SLOW, *extra), **options
         )
+        return scan
 
     return start
 
@@ -53,7 +53,7 @@ def resume(tmp_path: Path, run_command: Any, scan_arguments: Any) -> Callable[[]
 
 
 @contextmanager
-def frozen_worker(watch: Any, run: Path, scan: subprocess.Popen[str]) -> Iterator[None]:
+def frozen_worker(watch: Any, run: Path, scan: WarmProcess) -> Iterator[None]:
     """The scan's only worker gets no further once a shard is scored."""
     watch.wait_for(lambda: watch.scored(run), scan)
     worker = watch.events(run, "worker_ready")[0]["pid"]
@@ -70,13 +70,14 @@ def test_scan_asked_to_stop_keeps_the_shard_in_flight(
     sent: str, undisturbed: bytes, tmp_path: Path, start: Any, resume: Any, watch: Any
 ) -> None:
     run = tmp_path / "run"
-    with start("--grace-s", "60") as scan:
+    # A terminal's Ctrl-C reaches only workers that are of the scan's own session.
+    with start("--grace-s", "100000", ray_is_warm=sent == "SIGTERM") as scan:
         watch.wait_for(lambda: watch.scored(run), scan)
         if sent == "SIGTERM":
             scan.send_signal(signal.SIGTERM)
         else:  # a terminal sends it to the workers too
             os.killpg(scan.pid, signal.SIGINT)
-        _, stderr = scan.communicate(timeout=120)
+        _, stderr = scan.communicate()
     assert scan.returncode == 130, stderr
     (request,) = watch.events(run, "stop_requested")
     scored = watch.scored(run)
@@ -102,7 +103,7 @@ def test_scan_worker_slower_than_the_grace_period_is_not_waited_for(
     run = tmp_path / "run"
     with start("--grace-s", "1") as scan, frozen_worker(watch, run, scan):
         scan.send_signal(signal.SIGTERM)
-        _, stderr = scan.communicate(timeout=60)
+        _, stderr = scan.communicate()
     assert scan.returncode == 130, stderr
     (request,) = watch.events(run, "stop_requested")
     assert set(request["shards"]) - set(watch.scored(run))
@@ -117,7 +118,7 @@ def test_scan_second_signal_stops_at_once(
         scan.send_signal(signal.SIGTERM)
         watch.wait_for(lambda: watch.events(run, "stop_requested"), scan)
         scan.send_signal(signal.SIGTERM)
-        _, stderr = scan.communicate(timeout=60)
+        _, stderr = scan.communicate()
     assert scan.returncode == 130, stderr
     assert "--resume" in stderr.splitlines()[-1]
     assert resume() == undisturbed
@@ -132,7 +133,7 @@ def test_scan_asked_to_stop_while_workers_load_waits_for_nothing(
             lambda: any(e["stage"] == "calibrate" for e in watch.events(run, "stage_started")), scan
         )
         scan.send_signal(signal.SIGTERM)
-        _, stderr = scan.communicate(timeout=60)
+        _, stderr = scan.communicate()
     assert scan.returncode == 130, stderr
     assert f"0 of {NUM_SHARDS} shards" in stderr.splitlines()[-1]
     assert watch.events(run, "worker_ready") == []

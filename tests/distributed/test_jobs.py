@@ -49,7 +49,7 @@ class Head:
         """Run a command against the cluster; keywords set variables, None unsets one."""
         changed = {name: value for name, value in (self.env | env).items() if value is not None}
         return subprocess.run(
-            self.arguments(*arguments), capture_output=True, text=True, env=changed, timeout=240
+            self.arguments(*arguments), capture_output=True, text=True, env=changed
         )
 
     def arguments(self, *arguments: Any) -> list[str]:
@@ -61,7 +61,7 @@ class Head:
         """What Ray's dashboard tells of a job, as text."""
         request = urllib.request.Request(f"{self.address}/api/jobs/{run_id}")
         request.add_header("Authorization", f"Bearer {self.token}")
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request) as answer:
             return str(answer.read().decode())
 
 
@@ -104,7 +104,7 @@ def head() -> Iterator[Head]:
         assert any("--block" in line for line in process.stdout), "ray start failed"
         yield Head(f"http://127.0.0.1:{port}", token, env)
         process.terminate()
-        process.wait(timeout=60)
+        process.wait()
 
 
 @pytest.fixture
@@ -182,17 +182,15 @@ def test_stopped_job_goes_on_when_it_is_submitted_again(
         worker = watch.events(run, "worker_ready")[0]["pid"]
         os.kill(worker, signal.SIGSTOP)  # the job cannot end before it is stopped
         follower.send_signal(signal.SIGINT)
-        _, stderr = follower.communicate(timeout=60)
+        _, stderr = follower.communicate()
     assert follower.returncode == 130
     assert f"{run_id} runs on; stop it with: autoquant-ray jobs stop {run_id}" in stderr
     assert f"{run_id}: is there already and runs" in head.run("submit", path).stdout
 
     with subprocess.Popen(head.arguments("jobs", "stop", run_id), env=head.env) as stop:
-        try:
-            stop.wait(timeout=15)
-        except subprocess.TimeoutExpired:  # a driver that waits for the shard in flight
-            os.kill(worker, signal.SIGCONT)
-        assert stop.wait(timeout=120) == 0
+        watch.wait_for(lambda: bool(watch.events(run, "stop_requested")), stop)
+        os.kill(worker, signal.SIGCONT)  # the driver waits for the shard in flight
+        assert stop.wait() == 0
     assert f"{run_id}: STOPPED, exit code 130" in head.run("jobs", "status", run_id).stdout
     assert not (run / "sensitivity.parquet").exists()
     before = watch.part_times(run)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,8 @@ def model(model_folder: Any, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def night(model: Path, text_file: Path, command: Any, tmp_path: Path) -> Any:
-    """Arguments of the process that runs the night of a day."""
+def night(model: Path, text_file: Path, tmp_path: Path) -> Any:
+    """Arguments of the command that runs the night of a day."""
     job = {
         "kind": "nightly",
         "name": "tiny",
@@ -42,25 +40,11 @@ def night(model: Path, text_file: Path, command: Any, tmp_path: Path) -> Any:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(job))
 
-    def build(day: int, *extra: Any) -> list[str]:
+    def build(day: int, *extra: Any) -> list[Any]:
         date = f"2026-11-{day:02d}"
-        arguments: list[str] = command(
-            "nightly", path, "--runs", tmp_path / "runs", "--date", date, *extra
-        )
-        return arguments
+        return ["nightly", path, "--runs", tmp_path / "runs", "--date", date, *extra]
 
     return build
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-    )
 
 
 def history(tmp_path: Path) -> list[tuple[str, str, str, int]]:
@@ -74,17 +58,17 @@ def triple_weight(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_nights_same_then_drift(night: Any, model: Path, tmp_path: Path) -> None:
-    first = run(night(1))
+def test_nights_same_then_drift(night: Any, model: Path, tmp_path: Path, run_command: Any) -> None:
+    first = run_command(*night(1))
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("# baseline: tiny, 2026-11-01\n")
-    second = run(night(2, "--json"))
+    second = run_command(*night(2, "--json"))
     assert second.returncode == 0, second.stderr
     assert json.loads(second.stdout)["verdict"] == "same"
     scores = [tmp_path / "runs" / name / "sensitivity.parquet" for name in RUNS[:2]]
     assert scores[0].read_bytes() == scores[1].read_bytes()
     triple_weight(model)
-    third = run(night(3))
+    third = run_command(*night(3))
     assert third.returncode == 3, third.stderr
     assert third.stdout.startswith("# drift: tiny, 2026-11-03 against tiny-2026-11-02\n")
     moved = json.loads((tmp_path / "runs" / RUNS[2] / "drift.json").read_text())
@@ -97,24 +81,24 @@ def test_nights_same_then_drift(night: Any, model: Path, tmp_path: Path) -> None
 
 
 def test_killed_night_goes_on_and_overlapping_tick_leaves(
-    night: Any, watch: Any, tmp_path: Path
+    night: Any, watch: Any, tmp_path: Path, start_command: Any, run_command: Any
 ) -> None:
     run_folder = tmp_path / "runs" / RUNS[0]
-    with subprocess.Popen(night(1), stderr=subprocess.PIPE, text=True) as at_work:
+    with start_command(*night(1)) as at_work:
         locks = tmp_path / "runs" / ".locks" / "tiny"
         watch.wait_for(lambda: any(locks.glob("*.json")), at_work)
-        overlapping = run(night(1))
-        at_work.communicate(timeout=240)
+        overlapping = run_command(*night(1))
+        at_work.wait()
     assert overlapping.returncode == 0, overlapping.stderr
     assert f"in use by process {at_work.pid} on " in overlapping.stdout
     assert at_work.returncode == 0
     whole = (run_folder / "sensitivity.parquet").read_bytes()
 
     run_folder = tmp_path / "runs" / RUNS[1]
-    before = watch.kill_driver(run_folder, night(2), after=2)
+    before = watch.kill_driver(run_folder, start_command(*night(2)), after=2)
     assert before
     assert len(history(tmp_path)) == 1
-    again = run(night(2))
+    again = run_command(*night(2))
     assert again.returncode == 0, again.stderr
     after = watch.part_times(run_folder)
     assert {name: after[name] for name in before} == before

@@ -30,7 +30,6 @@ def test_example_of_the_document_runs(model_folder: Any, tmp_path: Path) -> None
         text=True,
         check=False,
         cwd=tmp_path,
-        timeout=240,
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},
     )
     assert done.returncode == 0, done.stderr

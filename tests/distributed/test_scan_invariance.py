@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +64,11 @@ def test_scan_any_number_of_workers_gives_identical_bytes(
 
 
 def test_scan_killed_worker_gives_identical_bytes(
-    undisturbed: Path, tmp_path: Path, command: Any, scan_arguments: Any, watch: Any
+    undisturbed: Path, tmp_path: Path, start_command: Any, scan_arguments: Any, watch: Any
 ) -> None:
     run = tmp_path / "run"
     watch.kill_worker(
-        run, command(*scan_arguments(run, *SLOW, "--workers", "2", family=FAMILY)), after=2
+        run, start_command(*scan_arguments(run, *SLOW, "--workers", "2", family=FAMILY)), after=2
     )
     assert sorted(watch.scored(run)) == list(range(12))
     assert sensitivity(run) == sensitivity(undisturbed)
@@ -78,14 +77,14 @@ def test_scan_killed_worker_gives_identical_bytes(
 def test_scan_killed_driver_resumes_without_repeating_finished_shards(
     undisturbed: Path,
     tmp_path: Path,
-    command: Any,
+    start_command: Any,
     run_command: Any,
     scan_arguments: Any,
     watch: Any,
 ) -> None:
     run = tmp_path / "run"
-    arguments = command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY))
-    finished = watch.kill_driver(run, arguments, after=3)
+    scan = start_command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY))
+    finished = watch.kill_driver(run, scan, after=3)
     assert 3 <= len(finished) < 12
     assert not (run / "sensitivity.parquet").exists()
 
@@ -101,17 +100,16 @@ def test_scan_killed_driver_resumes_without_repeating_finished_shards(
 def test_scan_interrupted_by_sigterm_exits_130_and_resumes(
     undisturbed: Path,
     tmp_path: Path,
-    command: Any,
+    start_command: Any,
     run_command: Any,
     scan_arguments: Any,
     watch: Any,
 ) -> None:
     run = tmp_path / "run"
-    arguments = command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY))
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as scan:
+    with start_command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY)) as scan:
         watch.wait_for(lambda: len(watch.scored(run)) >= 1, scan)
         scan.send_signal(signal.SIGTERM)
-        _, stderr = scan.communicate(timeout=120)
+        _, stderr = scan.communicate()
     assert scan.returncode == 130
     assert "--resume" in stderr.splitlines()[-1]
     assert run_command(*scan_arguments(run, *SLOW, "--resume", family=FAMILY)).returncode == 0

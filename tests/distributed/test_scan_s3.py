@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,19 +50,17 @@ def score_parts(store: ObjectStore, run: str) -> dict[str, Any]:
 def test_killed_driver_resumes_and_every_command_works(
     store: ObjectStore,
     local: Path,
-    command: Any,
+    start_command: Any,
     run_command: Any,
     scan_arguments: Any,
     watch: Any,
 ) -> None:
     run = "s3://bucket/killed/run"
-    arguments = command(*scan_arguments(run, *SLOW))
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as scan:
+    with start_command(*scan_arguments(run, *SLOW)) as scan:
         watch.wait_for(lambda: len(store.keys(f"killed/run/{SCORES}/")) >= 3, scan)
         children = psutil.Process(scan.pid).children(recursive=True)
         scan.kill()
-        scan.wait(timeout=60)
-    psutil.wait_procs(children, timeout=30)
+    psutil.wait_procs(children)
     kept = score_parts(store, "killed/run")
     assert 3 <= len(kept) < NUM_SHARDS
     assert "sensitivity.parquet" not in store.keys("killed/run/")

@@ -104,24 +104,26 @@ def test_stopped_scan_with_three_workers_is_identical(
 
 
 def test_stopped_scan_with_a_killed_worker_is_identical(
-    undisturbed: Path, tmp_path: Path, command: Any, scan_arguments: Any, watch: Any
+    undisturbed: Path, tmp_path: Path, start_command: Any, scan_arguments: Any, watch: Any
 ) -> None:
     run = tmp_path / "run"
-    watch.kill_worker(run, command(*scan_arguments(run, *STOPPING, "--workers", "2")), after=2)
+    watch.kill_worker(
+        run, start_command(*scan_arguments(run, *STOPPING, "--workers", "2")), after=2
+    )
     assert result_of(run) == result_of(undisturbed)
 
 
 def test_stopped_scan_with_a_killed_driver_resumes_to_the_same(
     undisturbed: Path,
     tmp_path: Path,
-    command: Any,
+    start_command: Any,
     run_command: Any,
     scan_arguments: Any,
     watch: Any,
 ) -> None:
     run = tmp_path / "run"
-    arguments = command(*scan_arguments(run, *STOPPING, "--workers", "1"))
-    kept = watch.kill_driver(run, arguments, after=3)
+    scan = start_command(*scan_arguments(run, *STOPPING, "--workers", "1"))
+    kept = watch.kill_driver(run, scan, after=3)
     assert 3 <= len(kept) < 8
     resumed = run_command(*scan_arguments(run, *STOPPING, "--workers", "1", "--resume"))
     assert resumed.returncode == 0, resumed.stderr
