@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from scored_run import put_scored_run
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
@@ -29,7 +30,6 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.menus import why_unserved
 from autoquant_ray.serving.rules import layer_algo, violations
-from tests.support.scored_run import put_scored_run
 
 _FP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 _PER_TOKEN = {"num_bits": (4, 3), "axis": None, "type": "dynamic", "block_sizes": {-1: None}}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from scored_run import put_scored_run
 
 from autoquant_ray.api import Run
 from autoquant_ray.cli.main import main
@@ -18,7 +19,6 @@ from autoquant_ray.export.recipes import TOOLS, make_recipe
 from autoquant_ray.export.tool_formats import COUNTERPARTS
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.menu import PAIRS, resolve_formats
-from tests.support.scored_run import put_scored_run
 
 _FP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 FORMATS = [

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from scored_run import put_scored_run
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun, solution_formats
@@ -23,7 +24,6 @@ from autoquant_ray.report.evidence import Evidence
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solve_run
-from tests.support.scored_run import put_scored_run
 
 MENU = ("wint4_afp16", "wint8_afp16", "wfp8_afp8")
 LAYER = "model.layers.0."
