@@ -28,7 +28,6 @@ from autoquant_ray.compare.verdict import Comparison
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.config.values import parse_bytes
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.imports.modelopt import import_manifest
 from autoquant_ray.imports.tool_allocations import import_allocation
@@ -152,11 +151,7 @@ class Run:
             ConfigError: An unknown or a wrong option.
             InfeasibleBudgetError: With the reachable range.
         """
-        try:
-            size = parse_bytes(bytes) if isinstance(bytes, str) else bytes
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        return solve_run(self._directory, SolveOptions.checked({"bytes": size, **options}))
+        return solve_run(self._directory, SolveOptions(bytes=bytes, **options))
 
     def import_allocation(self, file: str, name: str | None = None) -> Solution:
         """Make a solution of what AutoRound or mlx-lm chose.

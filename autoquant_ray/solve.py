@@ -6,10 +6,8 @@ reports into a solution's folder (the run's own folder for the budget of the sca
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.allocate.allocation import Allocation
@@ -96,9 +94,9 @@ def solve_run(
 def solve_scored(run: ScoredRun, options: SolveOptions, folder: str | None = None) -> Solution:
     """The same as :func:`solve_run` for a run that has been read."""
     problem = run.problem.timed(options.latency)
-    name = solution_name(options) if folder is None else folder.rstrip("/")
+    name = options.name if folder is None else folder.rstrip("/")
     if problem.experts is not None and options.expert_groups is None:
-        options = replace(options, expert_groups=problem.experts.scanned_as)
+        options = options.replaced(expert_groups=problem.experts.scanned_as)
     allocation = solve_domains(run.state, problem, run.scores, options)
     return write_solution(run.with_problem(problem), options, allocation, name)
 
@@ -170,43 +168,6 @@ def _write_manifests(
         MANIFEST_TABLE: directory.write_table(f"{start}{MANIFEST_TABLE}", rows),
         MANIFEST_JSON: directory.write_json(f"{start}{MANIFEST_JSON}", manifest),
     }
-
-
-def solution_name(options: SolveOptions) -> str:
-    """``bits-4.50``, ``bytes-1500000``, with a short hash where there are more constraints."""
-    parts = []
-    if options.bits is not None:
-        text = f"{options.bits:.2f}"
-        parts.append(f"bits-{text if float(text) == options.bits else repr(options.bits)}")
-    if options.bytes is not None:
-        parts.append(f"bytes-{options.bytes}")
-    rest: dict[str, Any] = {
-        "bits_over": options.bits_over if options.bits is not None else "searched",
-        "cost": options.cost if options.bits is not None else "storage",
-        "max_formats": options.max_formats,
-        "pins": sorted(options.pins.items()),
-        "allow": sorted((pattern, list(formats)) for pattern, formats in options.allow.items()),
-    }
-    if options.kv_bytes_per_token is not None:
-        parts.append(f"kv-{options.kv_bytes_per_token:g}")
-    if options.worst_domain:
-        parts.append("worst-domain")
-    if options.domains:
-        rest["domains"] = sorted((name, f"{w:.9g}") for name, w in options.domains.items())
-    if options.latency is not None:
-        parts += options.latency.name_parts
-        rest["latency"] = options.latency.to_json()
-    parts += [name for name in (options.engine, options.gpu) if name is not None]
-    parts += [] if options.expert_groups is None else [f"experts-{options.expert_groups}"]
-    if rest != {
-        "bits_over": "searched",
-        "cost": "storage",
-        "max_formats": None,
-        "pins": [],
-        "allow": [],
-    }:
-        parts.append(hashlib.sha256(json.dumps(rest).encode()).hexdigest()[:6])
-    return "-".join(parts)
 
 
 def rewrite_reports(directory: RunDirectory) -> list[str]:

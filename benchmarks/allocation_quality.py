@@ -31,7 +31,6 @@ from autoquant_ray.evaluate.table import evaluation_rows, mean_kl
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SOLUTIONS
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.solve import solution_name
 
 FORMATS = ("wint4_afp16", "wint8_afp16", "wfp8_afp16")
 
@@ -76,7 +75,7 @@ def compare(
     runs: dict[str, autoquant_ray.Run], bits: float, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Rows of one budget: ours, refined, ModelOpt's, uniform; measured on the last quarter."""
-    name = solution_name(SolveOptions(bits=bits))
+    name = SolveOptions(bits=bits).name
     candidates: list[Candidate] = []
     for run in runs.values():
         run.solve(bits=bits)

@@ -69,7 +69,7 @@ def without_domains(options: SolveOptions) -> SolveOptions:
             "measurements lower the KL of the data as a whole, not by the domains that the "
             "solution was solved for; the new allocation may give some of their gain back"
         )
-    return replace(options, domains={}, worst_domain=False)
+    return options.replaced(domains={}, worst_domain=False)
 
 
 def as_allocation(

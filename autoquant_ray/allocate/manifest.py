@@ -18,7 +18,6 @@ from autoquant_ray.allocate.options import BITS_PER_BYTE, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import is_linear
 from autoquant_ray.formats.format import NONE, Format
-from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.formats.stored_size import format_bits
 from autoquant_ray.runs.directory import SCHEMA_VERSION
 from autoquant_ray.runs.record import RunRecord
@@ -112,22 +111,7 @@ def build_manifest(
         "run_id": run.run_id,
         "model": run.model,
         "dataset": {**run.dataset, "used": run.used, "stopping": run.stopping},
-        "budget": {
-            "bits": options.bits,
-            "bytes": options.bytes,
-            "bits_over": options.bits_over,
-            "cost": options.cost,
-            "max_formats": options.max_formats,
-            "pins": dict(options.pins),
-            "allow": {pattern: list(formats) for pattern, formats in options.allow.items()},
-            "domains": dict(options.domains),
-            "worst_domain": options.worst_domain,
-            "latency": None if options.latency is None else options.latency.to_json(),
-            "engine": options.engine,
-            "gpu": options.gpu,
-            "expert_groups": options.expert_groups,
-            **({} if (limit := options.kv_bytes_per_token) is None else {KV_BYTES: limit}),
-        },
+        "budget": options.to_json(),
         "solution": dict(solution),
         "quantization_config": config,
         "stability": stability,

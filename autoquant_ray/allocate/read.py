@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from autoquant_ray.allocate.expert_clusters import experts_of
-from autoquant_ray.allocate.load import Latency
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.config.expert_groups import LAYER
@@ -42,8 +41,7 @@ def solution_options(state: RunState, start: str) -> SolveOptions:
 
 def options_of(manifest: Mapping[str, Any]) -> SolveOptions:
     """Budget and constraints of the content of a ``manifest.json``."""
-    budget = manifest["budget"]
-    return SolveOptions(**budget | {"latency": Latency.from_json(budget.get("latency"))})
+    return SolveOptions.from_json(manifest["budget"])
 
 
 def is_chosen_by_measurement(manifest: Mapping[str, Any]) -> bool:

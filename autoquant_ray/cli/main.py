@@ -18,19 +18,12 @@ from autoquant_ray.cli.export import export
 from autoquant_ray.cli.frontier import frontier
 from autoquant_ray.cli.import_ import import_
 from autoquant_ray.cli.jobs import jobs, submit
-from autoquant_ray.cli.options import config_options, given_fields, mapping_option
+from autoquant_ray.cli.options import config_options, given_fields
 from autoquant_ray.cli.run import run, scan_result
-from autoquant_ray.cli.solve import (
-    domain_options,
-    engine_options,
-    experts_option,
-    latency_options,
-    take_latency,
-)
+from autoquant_ray.cli.solve import budget_options, take_budget
 from autoquant_ray.config.files import load_config
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.search_space import SearchSpace
-from autoquant_ray.config.values import parse_bytes
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.version import VERSION
 
@@ -108,36 +101,7 @@ def scan(
 
 @main.command()
 @click.argument("run")
-@click.option("--bits", type=float, help="Budget: average stored bits per searched weight.")
-@click.option("--bytes", "max_bytes", help="Budget: bytes of the whole model, e.g. 2.5GiB.")
-@click.option(
-    "--bits-over",
-    type=click.Choice(["searched", "all"]),
-    default="searched",
-    show_default=True,
-    help="Weights that --bits averages over.",
-)
-@click.option(
-    "--cost",
-    type=click.Choice(["storage", "modelopt", "active_moe"]),
-    default="storage",
-    show_default=True,
-    help="Cost that --bits counts: stored bytes with scales, or ModelOpt's number; active_moe: of "
-    "routed experts only the share that a token visits.",
-)
-@click.option(
-    "--kv-bytes-per-token",
-    type=float,
-    metavar="N",
-    help="Limit: bytes that a token of context takes in the KV cache, over all layers.",
-)
-@latency_options
-@engine_options
-@experts_option
-@mapping_option("--pin", "GROUP=FORMAT", "Fix a group's format. May be repeated.")
-@mapping_option("--allow", "PATTERN=F1,F2", "Formats that groups may take. May be repeated.")
-@click.option("--max-formats", type=click.IntRange(min=1), help="Most distinct formats.")
-@domain_options
+@budget_options
 @click.option(
     "--refine",
     "num_trials",
@@ -146,15 +110,7 @@ def scan(
     help="Then search around the solution by measured KL, as 'refine' does, with N allocations.",
 )
 @prints_result
-def solve(
-    run: str,
-    bits: float | None,
-    max_bytes: str | None,
-    pin: dict[str, str],
-    allow: dict[str, str],
-    num_trials: int | None,
-    **options: Any,
-) -> Result:
+def solve(run: str, num_trials: int | None, **options: Any) -> Result:
     """Solve the finished scan RUN for another budget, in seconds, without model, torch or Ray.
 
     With --refine it needs all three, and takes longer.
@@ -165,25 +121,13 @@ def solve(
       autoquant-ray solve runs/qwen3 --latency h100 --batch 8 --tokens-per-second 1500
       autoquant-ray solve runs/qwen3 --bits 6 --engine vllm --gpu hopper
     """
-    from autoquant_ray.allocate.options import SolveOptions
     from autoquant_ray.cli.output import print_solution
     from autoquant_ray.runs.directory import RunDirectory
     from autoquant_ray.solve import solve_run
 
-    try:
-        num_bytes = None if max_bytes is None else parse_bytes(max_bytes)
-    except ValueError as error:
-        raise ConfigError(f"--bytes: {error}") from None
-    solve_options = SolveOptions(
-        bits=bits,
-        bytes=num_bytes,
-        pins=pin,
-        allow={pattern: tuple(names.split(",")) for pattern, names in allow.items()},
-        latency=take_latency(options),
-        **options,
-    )
+    budget = take_budget(options)
     with only_ours_on_stdout():
-        solution = solve_run(RunDirectory(run), solve_options)
+        solution = solve_run(RunDirectory(run), budget)
     if num_trials is not None:
         return refinement({"run": run, "solution": solution.name}, num_trials, seed=0)
     return Result(json=solution.to_json, show=lambda: print_solution(run, solution))

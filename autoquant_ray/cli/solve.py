@@ -1,76 +1,110 @@
-"""The options of ``solve`` that say how the domains of the calibration data count."""
+"""The options of ``solve``, built from the fields of a budget, each of which is described once."""
 
 from __future__ import annotations
 
+import types
+import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import click
+from pydantic.fields import FieldInfo
 
 from autoquant_ray.allocate.load import Latency, latency_of
+from autoquant_ray.allocate.options import SolveOptions, Written, written_options
+from autoquant_ray.cli.options import mapping_option
 from autoquant_ray.config.domain_weights import parse_weights
 from autoquant_ray.config.expert_groups import parse_expert_groups
-from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.values import parse_bytes
 from autoquant_ray.errors import ConfigError
 
 
-def domain_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--domains`` and ``--worst-domain``."""
-
-    def parse(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, float]:
-        return {} if text is None else parse_weights(text)
-
-    command = click.option(
-        "--worst-domain",
-        is_flag=True,
-        help="Least loss of the domain that loses most, with a proven gap.",
-    )(command)
-    return click.option(
-        "--domains",
-        metavar="NAME=WEIGHT,...",
-        callback=parse,
-        help="Least weighted loss of the domains, such as code=0.7,chat=0.3; one that is not named "
-        "counts nothing. Without it all tokens count alike.",
-    )(command)
-
-
-_TARGET_FIELDS = ("engine", "gpu")
-
-
-def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--engine`` and ``--gpu``, described as a scan's own."""
-    for name in reversed(_TARGET_FIELDS):
-        text = ScanConfig.model_fields[name].description
-        command = click.option(f"--{name}", metavar=name.upper(), help=text)(command)
+def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add one option per field of :class:`SolveOptions`; one that is not given is the default."""
+    for name, written in reversed(written_options().items()):
+        if name == "latency":
+            command = latency_options(command)
+        else:
+            field = SolveOptions.model_fields[name]
+            command = _option(name, field, written)(command)
     return command
 
 
-def experts_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--expert-groups`` of ``solve``."""
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--engine`` and ``--gpu`` alone."""
+    for name in ("gpu", "engine"):
+        field, written = SolveOptions.model_fields[name], written_options()[name]
+        command = _option(name, field, written)(command)
+    return command
+
+
+def take_budget(flags: dict[str, Any]) -> SolveOptions:
+    """The budget of a command's flags.
+
+    Raises:
+        ConfigError: A value that its field cannot take.
+    """
+    latency = take_latency(flags)
+    allow = {pattern: tuple(names.split(",")) for pattern, names in flags.pop("allow").items()}
+    return SolveOptions(latency=latency, allow=allow, pins=flags.pop("pin"), **flags)
+
+
+def _option(name: str, field: FieldInfo, written: Written) -> Callable[..., Any]:
+    flag = f"--{(written.flag or name).replace('_', '-')}"
+    text = field.description or ""
+    if field.annotation is bool:
+        return click.option(flag, name, is_flag=True, help=text)
+    if name in _PARSERS:
+        parse = _parser(flag, _PARSERS[name])
+        return click.option(flag, name, metavar=written.metavar, callback=parse, help=text)
+    if isinstance(field.default, dict):
+        return mapping_option(flag, written.metavar or "", text)
     return click.option(
-        "--expert-groups",
-        metavar="GROUPS",
-        callback=_expert_groups,
-        help="Of a run scanned with --expert-groups expert or K: layer, expert, or another K. "
-        "[default: as scanned]",
-    )(command)
+        flag,
+        name,
+        type=_click_type(field, written),
+        metavar=written.metavar,
+        default=field.default,
+        show_default=field.default is not None,
+        help=text,
+    )
 
 
-def _expert_groups(_: click.Context, __: click.Parameter, value: str | None) -> Any:
-    try:
-        return None if value is None else parse_expert_groups(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "bytes": parse_bytes,
+    "expert_groups": parse_expert_groups,
+    "domains": parse_weights,
+}
+"""Fields whose value is written in a way of its own -> what reads it."""
+
+
+def _parser(flag: str, parse: Callable[[str], Any]) -> Callable[..., Any]:
+    def read(_: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+        if value is None:
+            return SolveOptions.model_fields[parameter.name or ""].default
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ConfigError(f"{flag}: {error}") from None
+
+    return read
+
+
+def _click_type(field: FieldInfo, written: Written) -> Any:
+    if typing.get_origin(field.annotation) is Literal:
+        return click.Choice(typing.get_args(field.annotation))
+    if written.least is not None:
+        return click.IntRange(min=written.least)
+    kinds = [k for k in typing.get_args(field.annotation) if k is not types.NoneType]
+    return kinds[0] if kinds else field.annotation
 
 
 _LATENCY_FIELDS = ("batch", "context", "tokens_per_second", "ms_per_token")
 _OPTIONS = (
     click.option(
         "--latency",
-        metavar="HARDWARE",
-        help="Predict the speed of decoding on a card (a100, b200, h100, h200, rtx4090, or a "
-        "YAML file of yours, with the keys of autoquant_ray/allocate/hardware/h100.yaml): a "
-        "roofline bound, not a measurement.",
+        metavar=written_options()["latency"].metavar,
+        help=SolveOptions.model_fields["latency"].description,
     ),
     click.option(
         "--batch", type=click.IntRange(min=1), help="Sequences decoded at once.  [default: 1]"

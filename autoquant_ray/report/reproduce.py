@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from autoquant_ray.allocate.cards import Hardware, load_hardware, shipped_cards
+from autoquant_ray.allocate.cards import load_hardware, shipped_cards
+from autoquant_ray.allocate.load import Latency
+from autoquant_ray.allocate.options import SolveOptions, written_options
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.runs.record import RunRecord
 
@@ -54,7 +56,8 @@ def reproduction(
             commands.insert(0, _measured_command(config["out"], made))
             name, manifest = made["solution"], read_manifest(made["solution"])
         if name:
-            commands.insert(0, solve_command(config["out"], manifest["budget"]))
+            options = SolveOptions.from_json(manifest["budget"])
+            commands.insert(0, solve_command(config["out"], options))
         commands.insert(0, scan_command(config))
     return Reproduction(
         commands=commands,
@@ -89,46 +92,41 @@ def scan_command(config: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def solve_command(run: str, budget: Mapping[str, Any]) -> str:
+def solve_command(run: str, options: SolveOptions) -> str:
     """The command that solves a budget.
 
     Args:
         run: Run directory.
-        budget: The ``budget`` object of ``manifest.json``.
+        options: Budget and constraints; what is not given is not written.
     """
     words = ["autoquant-ray", "solve", run]
-    for name in ("bits", "bytes", "max_formats", "kv_bytes_per_token"):
-        if budget.get(name) is not None:
-            words += [f"--{name.replace('_', '-')}", str(budget[name])]
-    if budget["bits_over"] != "searched":
-        words += ["--bits-over", budget["bits_over"]]
-    if budget["cost"] != "storage":
-        words += ["--cost", budget["cost"]]
-    words += _latency_words(budget.get("latency"))
-    for name in ("engine", "gpu", "expert_groups"):
-        given = budget.get(name)
-        words += [] if given is None else [f"--{name.replace('_', '-')}", str(given)]
-    domains = budget.get("domains") or {}
-    if domains:
-        words += ["--domains", ",".join(f"{name}={weight}" for name, weight in domains.items())]
-    if budget.get("worst_domain"):
-        words.append("--worst-domain")
-    for group, format_ in budget["pins"].items():
-        words += ["--pin", f"{group}={format_}"]
-    for pattern, formats in budget["allow"].items():
-        words += ["--allow", f"{pattern}={','.join(formats)}"]
+    for name, written in written_options().items():
+        value, default = getattr(options, name), SolveOptions.model_fields[name].default
+        if value == default:
+            continue
+        flag = f"--{(written.flag or name).replace('_', '-')}"
+        if isinstance(value, Latency):
+            words += _latency_words(value)
+        elif value is True:
+            words.append(flag)
+        elif name == "domains":
+            words += [flag, ",".join(f"{domain}={weight}" for domain, weight in value.items())]
+        elif isinstance(value, Mapping):
+            pairs = (
+                (key, of if isinstance(of, str) else ",".join(of)) for key, of in value.items()
+            )
+            words += [word for key, of in pairs for word in (flag, f"{key}={of}")]
+        else:
+            words += [flag, str(value)]
     return shlex.join(words)
 
 
-def _latency_words(latency: Mapping[str, Any] | None) -> list[str]:
-    if latency is None:
-        return []
-    card = Hardware.model_validate(latency["hardware"])
-    shipped = (name for name in shipped_cards() if load_hardware(name) == card)
+def _latency_words(latency: Latency) -> list[str]:
+    shipped = (name for name in shipped_cards() if load_hardware(name) == latency.hardware)
     words = ["--latency", next(shipped, _CARD_FILE)]
     for name in ("batch", "context", "tokens_per_second", "ms_per_token"):
-        if latency[name] is not None:
-            words += [f"--{name.replace('_', '-')}", str(latency[name])]
+        if (value := getattr(latency, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return words
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.allocate.allocation import Allocation
@@ -74,7 +74,7 @@ class Flips:
         for pattern, names in self._options.allow.items():
             if fnmatch.fnmatch(group, pattern) and format_ not in names:
                 return Flip(others={}, reason=f"--allow {pattern}={','.join(names)} leaves it out")
-        options = replace(self._options, pins={**self._options.pins, group: format_})
+        options = self._options.replaced(pins={**self._options.pins, group: format_})
         try:
             found = self._solve(options)
         except (InfeasibleBudgetError, NotServedError) as error:

@@ -21,7 +21,7 @@ from autoquant_ray.evaluate.rivals import collect_candidates
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.solve import rewrite_reports, solution_name, solve_run
+from autoquant_ray.solve import rewrite_reports, solve_run
 
 DOMAINS = ("code", "chat", "code", "chat", "code", "law")
 BITS = 6.0
@@ -195,7 +195,7 @@ def test_options_come_back_from_the_manifest(domain_run: RunDirectory) -> None:
         start = f"solutions/{solution.name}/"
         found = solution_options(state, start)
         assert found == options
-        assert solution_name(found) == solution.name
+        assert found.name == solution.name
         names = [
             one.name
             for one in collect_candidates(ScoredRun.read(state), start, ("random",), num_random=1)
@@ -205,7 +205,7 @@ def test_options_come_back_from_the_manifest(domain_run: RunDirectory) -> None:
 
 def test_names_of_solutions_differ_by_their_domains() -> None:
     names = [
-        solution_name(SolveOptions(bits=6, **options))
+        SolveOptions(bits=6, **options).name
         for options in (
             {},
             {"worst_domain": True},
@@ -215,7 +215,7 @@ def test_names_of_solutions_differ_by_their_domains() -> None:
     ]
     assert names[:2] == ["bits-6.00", "bits-6.00-worst-domain"]
     assert len(set(names)) == 4
-    assert solution_name(SolveOptions(bits=6, domains={"b": 0.5, "a": 0.5})) == names[2]
+    assert SolveOptions(bits=6, domains={"b": 0.5, "a": 0.5}).name == names[2]
 
 
 def test_certainty_of_weighted_allocation_is_that_of_its_domains(domain_run: RunDirectory) -> None:

@@ -253,7 +253,7 @@ def test_bad_numbers_of_clusters_are_refused(value: str, expert_run: Any) -> Non
     assert result.exit_code == 2
     assert f"{value!r} must be 'layer', 'expert', or a number of clusters" in result.stderr
     with pytest.raises(ConfigError, match="number of clusters per layer of at least 2"):
-        SolveOptions.checked({"bits": 6, "expert_groups": value})
+        SolveOptions(**{"bits": 6, "expert_groups": value})
 
 
 def test_run_scored_by_layer_has_no_single_experts(make_run: Any) -> None:

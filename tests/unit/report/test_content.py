@@ -194,22 +194,18 @@ def test_command_of_a_speed_and_of_domains() -> None:
         domains={"code": 0.75, "chat": 0.25},
         cost="active_moe",
     )
-    budget = {"bits": None, "bytes": None, "max_formats": None} | {
-        name: getattr(options, name) for name in ("bits_over", "cost", "pins", "allow", "domains")
-    }
-    assert options.latency is not None
-    budget["latency"] = options.latency.to_json()
-    text = solve_command("runs/a", budget)
+    text = solve_command("runs/a", options)
     assert text == (
-        "autoquant-ray solve runs/a --cost active_moe --latency h100 --batch 8 --context 1024 "
-        "--tokens-per-second 1500.0 --domains chat=0.25,code=0.75"
+        "autoquant-ray solve runs/a --cost active_moe --domains chat=0.25,code=0.75 "
+        "--latency h100 --batch 8 --context 1024 --tokens-per-second 1500.0"
     )
     context = main.commands["solve"].make_context("solve", shlex.split(text)[2:])  # type: ignore[attr-defined]
     assert (context.params["latency"], context.params["batch"]) == ("h100", 8)
     assert context.params["domains"] == options.domains
-    own = options.latency.to_json()
-    own["hardware"]["name"] = "a card of our own"
-    assert "--latency hardware.yaml" in solve_command("runs/a", budget | {"latency": own})
+    budget = options.to_json()
+    budget["latency"]["hardware"]["name"] = "another card"
+    other = SolveOptions.from_json(budget)
+    assert "--latency hardware.yaml" in solve_command("runs/a", other)
 
 
 def test_another_budget_has_its_command(run: RunDirectory) -> None:
