@@ -209,7 +209,7 @@ _MEASURE = """
 import json, resource, subprocess, sys
 out = subprocess.run([sys.executable, "-m", "autoquant_ray", "plan", sys.argv[1], "--json",
                       "--formats", "wint4_afp16,wfp8_afp8,wint8_aint8"],
-                     capture_output=True, text=True, check=True, timeout=60)
+                     capture_output=True, text=True, check=True)
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 print(json.dumps({"plan": json.loads(out.stdout), "peak": peak}))
 """
@@ -235,7 +235,6 @@ def test_plan_4b_vision_language_model_stays_small(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=90,
         ).stdout
     )
     plan = measured["plan"]

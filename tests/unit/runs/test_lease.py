@@ -99,11 +99,12 @@ def test_renewed_claim_of_another_machine_is_respected(tmp_path: Path) -> None:
 
 def test_holder_renews(tmp_path: Path) -> None:
     directory = RunDirectory(str(tmp_path))
-    with lease(directory, ttl_s=0.6) as held:
+    pause = threading.Event()
+    with lease(directory, ttl_s=6) as held:
         (name,) = directory.list_files(LOCK)
         first = directory.read_json(f"{LOCK}/{name}")["expires"]
-        while time.time() < first + 0.3:
-            time.sleep(0.05)
+        while directory.read_json(f"{LOCK}/{name}")["expires"] == first:
+            pause.wait(0.05)
         held.require()
         assert directory.read_json(f"{LOCK}/{name}")["expires"] > first
 
@@ -112,10 +113,12 @@ def test_lease_that_cannot_be_renewed_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = RunDirectory(str(tmp_path))
+    before = set(threading.enumerate())
     with lease(directory, ttl_s=0.3) as held:
+        (renewing,) = set(threading.enumerate()) - before
         expires = time.time() + 0.3
         monkeypatch.setattr("autoquant_ray.runs.lease.time.time", lambda: expires + 5)
-        held._thread.join(timeout=10)
+        renewing.join()
         with pytest.raises(HeldError, match="lost"):
             held.require()
 

@@ -210,8 +210,7 @@ def test_reading_thread_ends_with_the_engine(model_folder: Any, placed_spec: Any
     (reader,) = (t for t in set(threading.enumerate()) - before if t.name.startswith("read-ahead"))
     del scorer
     gc.collect()
-    reader.join(timeout=30)
-    assert not reader.is_alive()
+    reader.join()
 
 
 def test_converted_experts_leave_no_files_behind(
