@@ -10,7 +10,26 @@ import autoquant_ray
 
 PACKAGE = Path(autoquant_ray.__file__).parent
 FILLERS = {"one", "own", "found", "known", "told"}
-PACKAGES = ("evaluate", "report")
+PACKAGES = (
+    "calibrate",
+    "cli",
+    "compare",
+    "config",
+    "data",
+    "distributed",
+    "evaluate",
+    "export",
+    "formats",
+    "jobs",
+    "models",
+    "plan",
+    "quantize",
+    "report",
+    "runs",
+    "score",
+    "serving",
+    "stages",
+)
 """Packages, with everything below them, whose names are checked."""
 
 
