@@ -124,8 +124,10 @@ class Run:
         Raises:
             StoreError: There is no such solution.
         """
-        found: dict[str, Any] = self._directory.read_json(f"{self._start(solution)}{MANIFEST_JSON}")
-        return found
+        manifest: dict[str, Any] = self._directory.read_json(
+            f"{self._start(solution)}{MANIFEST_JSON}"
+        )
+        return manifest
 
     def quantization_config(
         self, solution: str = "", *, device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -275,13 +275,13 @@ def _check_numbers(choice: Choice, resources: list[str]) -> None:
             raise ScoreError(f"{named}: the cost {resource!r} must be finite and >= 0, not {cost}")
 
 
-def _check_known(subject: str, name: str, known: Iterable[str]) -> None:
-    if name not in (names := sorted(set(known))):
+def _check_known(subject: str, name: str, valid_names: Iterable[str]) -> None:
+    if name not in (names := sorted(set(valid_names))):
         raise ConfigError(_unknown(f"{subject} does not exist", name, names))
 
 
-def _unknown(complaint: str, name: str, known: Iterable[str]) -> str:
-    names = sorted(known)
+def _unknown(complaint: str, name: str, valid_names: Iterable[str]) -> str:
+    names = sorted(valid_names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
     return f"{complaint}; closest: {', '.join(close)}"
 

@@ -109,6 +109,6 @@ def load_hardware(named: str) -> Hardware:
     try:
         return Hardware.model_validate(read_yaml(path))
     except ValidationError as error:
-        known = [*Hardware.model_fields, "value", "source"]
-        line = first_problem(error, lambda name, _: f"hardware file {path}: {name}", known)
+        keys = [*Hardware.model_fields, "value", "source"]
+        line = first_problem(error, lambda name, _: f"hardware file {path}: {name}", keys)
         raise ConfigError(line) from None

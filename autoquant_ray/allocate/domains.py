@@ -85,7 +85,7 @@ def solve_for(domains: DomainScores, problem: Problem, options: SolveOptions) ->
     """
     if options.domains:
         return search(problem, domains.weighted(options.domains), options)
-    return best_served(problem, options, lambda one: _solve_worst(one, domains, options))
+    return best_served(problem, options, lambda variant: _solve_worst(variant, domains, options))
 
 
 def domain_summary(
@@ -114,7 +114,7 @@ def domain_summary(
         return {}
     equal = search(problem, domains.weighted(domains.equal_weights), options).formats
     own_losses, equal_losses = domains.losses(formats), domains.losses(equal)
-    told = {
+    summaries = {
         name: {
             "num_tokens": domains.num_tokens[name],
             "weight": options.domains.get(name, 0.0) if options.domains else None,
@@ -123,7 +123,7 @@ def domain_summary(
         }
         for name in domains.scores
     }
-    return {"domains": told, "predicted_kl_nats": predicted_loss(scores, formats)}
+    return {"domains": summaries, "predicted_kl_nats": predicted_loss(scores, formats)}
 
 
 def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions) -> Allocation:
@@ -148,7 +148,10 @@ def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions)
     resources = [budget.resource for budget in budgets]
     costs_RGF = np.stack([array(lambda c, name=name: c.costs[name], 0.0) for name in resources])
     scores_DGF = np.stack(
-        [array(lambda c, own=own: _score(c, own), np.inf) for own in domains.scores.values()]
+        [
+            array(lambda c, scores=scores: _score(c, scores), np.inf)
+            for scores in domains.scores.values()
+        ]
     )
     answer = solve_worst(
         Knapsack(
@@ -166,8 +169,8 @@ def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions)
         table[group, formats[column]]
         for group, column in zip(groups, answer.columns_G, strict=True)
     ]
-    found = allocations.solve(chosen, budgets)
-    return replace(found, score=answer.score, optimality_gap=answer.gap)
+    allocation = allocations.solve(chosen, budgets)
+    return replace(allocation, score=answer.score, optimality_gap=answer.gap)
 
 
 def _score(choice: Choice, scores: Scores) -> float:
@@ -223,9 +226,9 @@ class DomainScores:
         """
         for name in names:
             if name not in self.scores:
-                known = ", ".join(self.scores)
+                domains = ", ".join(self.scores)
                 raise ConfigError(
-                    f"--domains: the run has no scores of a domain {name!r}; it has: {known}"
+                    f"--domains: the run has no scores of a domain {name!r}; it has: {domains}"
                 )
 
 

@@ -69,11 +69,13 @@ def experts_of(
     layers: dict[str, dict[str, dict[str, float]]] = {}
     for (group, format_), score in scores.items():
         if group in weights and group in places:
-            own = layers.setdefault(places[group][0], {}).setdefault(group, {})
-            own[format_] = score / weights[group]
+            format_scores = layers.setdefault(places[group][0], {}).setdefault(group, {})
+            format_scores[format_] = score / weights[group]
     return Experts(
         scanned_as=scanned_as,
-        sensitivities={layer: _sensitivities(own) for layer, own in layers.items()},
+        sensitivities={
+            layer: _sensitivities(layer_scores) for layer, layer_scores in layers.items()
+        },
     )
 
 
@@ -96,11 +98,15 @@ def require_apart(apart: Sequence[str], expert_groups: ExpertGroups | None) -> N
 
 def _sensitivities(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Means of logarithms; a format under which some expert of the layer loses nothing has none."""
-    formats = dict.fromkeys(name for own in scores.values() for name in own)
-    usable = [f for f in formats if all(own.get(f, 0.0) > 0 for own in scores.values())]
+    formats = dict.fromkeys(name for format_scores in scores.values() for name in format_scores)
+    usable = [
+        f
+        for f in formats
+        if all(format_scores.get(f, 0.0) > 0 for format_scores in scores.values())
+    ]
     return {
-        group: math.fsum(math.log(own[f]) for f in usable) / max(1, len(usable))
-        for group, own in scores.items()
+        group: math.fsum(math.log(format_scores[f]) for f in usable) / max(1, len(usable))
+        for group, format_scores in scores.items()
     }
 
 

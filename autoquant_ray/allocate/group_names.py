@@ -25,22 +25,22 @@ def find_group(name: str, groups: Mapping[str, Sequence[str]]) -> str:
     """
     if name in groups:
         return name
-    known = {module: group for group, modules in groups.items() for module in modules}
-    if name in known:
-        return known[name]
+    group_of = {module: group for group, modules in groups.items() for module in modules}
+    if name in group_of:
+        return group_of[name]
     names = {group: {group, *modules} for group, modules in groups.items()}
     for start in (".", ""):
         fragment = f"{start}{name}{start}"
-        found = [
+        matches = [
             group
-            for group, own in names.items()
-            if name and any(fragment in f"{start}{one}{start}" for one in own)
+            for group, aliases in names.items()
+            if name and any(fragment in f"{start}{alias}{start}" for alias in aliases)
         ]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise ConfigError(f"{name!r} fits {len(found)} groups; give one of: {_few(found)}")
-    everything = sorted({*groups, *known})
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise ConfigError(f"{name!r} fits {len(matches)} groups; give one of: {_few(matches)}")
+    everything = sorted({*groups, *group_of})
     close = difflib.get_close_matches(name, everything, n=_MAX_NAMED, cutoff=0.4)
     raise ConfigError(f"no group or module is named {name!r}; closest: {_few(close or everything)}")
 

@@ -60,8 +60,8 @@ def shuffled_order(groups: Sequence[GroupChoices], generator: np.random.Generato
     """An order of groups that puts weights in the places of weights, caches in those of caches."""
     order = np.arange(len(groups), dtype=np.intp)
     for is_cache in (False, True):
-        own = np.flatnonzero([group.is_cache == is_cache for group in groups])
-        order[own] = own[generator.permutation(len(own))]
+        places = np.flatnonzero([group.is_cache == is_cache for group in groups])
+        order[places] = places[generator.permutation(len(places))]
     return order
 
 

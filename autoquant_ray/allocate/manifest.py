@@ -59,7 +59,7 @@ def manifest_rows(
     problem: Problem, formats: Mapping[str, str], scores: Scores, summary: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Rows of ``manifest.parquet``: one per module. ``score`` is that of the module's group."""
-    known = {
+    menu = {
         entry["name"]: Format.from_json(entry)
         for entry in summary["formats"]
         if entry.get("weight")
@@ -73,9 +73,9 @@ def manifest_rows(
             weights = sum(math.prod(shape) for shape in shapes)
             row = group.rows[chosen]
             bits = float(weights) * row["weight_bits"]
-            if chosen in known:
-                own, linear = known[chosen], is_linear(facts)
-                bits = float(sum(format_bits(own, s, is_linear=linear) for s in shapes))
+            if chosen in menu:
+                format_, linear = menu[chosen], is_linear(facts)
+                bits = float(sum(format_bits(format_, s, is_linear=linear) for s in shapes))
             rows.append(
                 {
                     "module": module,

@@ -23,15 +23,15 @@ def quantization_config(
     :func:`~autoquant_ray.formats.algorithms.of_allocation`. None for an imported manifest, which
     does not name all modules of a fused group.
     """
-    known = {entry["name"]: entry for entry in summary["formats"] if is_described(entry)}
+    menu = {entry["name"]: entry for entry in summary["formats"] if is_described(entry)}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithms: dict[str, Any] = {}
     apart = ApartExperts()
     for group in problem.groups.values():
         chosen = formats[group.name]
-        if chosen != NONE and chosen not in known:
+        if chosen != NONE and chosen not in menu:
             return None
-        format_ = None if chosen == NONE else Format.from_json(known[chosen])
+        format_ = None if chosen == NONE else Format.from_json(menu[chosen])
         for module in group.module_names:
             facts = summary["modules"].get(module, {"prefixes": ()})
             if "expert" in facts:
@@ -39,12 +39,12 @@ def quantization_config(
                 continue
             if format_ is None:
                 continue
-            own = cache_entries(module, format_) if format_.kv is not None else []
+            module_entries = cache_entries(module, format_) if format_.kv is not None else []
             for prefix in facts["prefixes"]:
-                own += quantizer_entries(f"{module}.{prefix}", format_)
+                module_entries += quantizer_entries(f"{module}.{prefix}", format_)
             algorithm = module_algorithm(format_, is_linear=is_linear(facts))
-            algorithms |= {entry["quantizer_name"]: algorithm for entry in own}
-            entries.extend(own)
+            algorithms |= {entry["quantizer_name"]: algorithm for entry in module_entries}
+            entries.extend(module_entries)
     entries.extend(apart.entries())
     return {
         "quant_cfg": [attributes_to_json(entry) for entry in entries],

@@ -40,9 +40,11 @@ def search(problem: Problem, scores: Scores, options: SolveOptions) -> Allocatio
     require_cache_limit(problem.caches, options.kv_bytes_per_token)
     refuse_parts(options.pins, {g.name: g.module_names for g in problem.groups.values()})
 
-    def solve(one: Problem) -> Allocation:
-        choices, budgets = allowed_choices(one, scores, options), one.budgets(options)
-        return solve_tied(choices, budgets, ties_of(one, options), max_formats=options.max_formats)
+    def solve(variant: Problem) -> Allocation:
+        choices, budgets = allowed_choices(variant, scores, options), variant.budgets(options)
+        return solve_tied(
+            choices, budgets, ties_of(variant, options), max_formats=options.max_formats
+        )
 
     return best_served(problem.timed(options.latency), options, solve)
 
@@ -63,22 +65,22 @@ def best_served(
         options: Budget, constraints, engine.
         solve: Finds the best allocation of a problem under one menu.
     """
-    found: list[Allocation] = []
+    allocations: list[Allocation] = []
     refused: list[AutoQuantError] = []
-    for one in served_problems(problem, options):
+    for variant in served_problems(problem, options):
         try:
-            found.append(solve(one))
+            allocations.append(solve(variant))
         except NotServedError as error:
             refused.append(error)
         except InfeasibleBudgetError as error:
-            if one.served is None:
+            if variant.served is None:
                 raise
-            menu = ", ".join(one.served.menu)
-            text = f"{error}; formats that {one.served.target} serves together: {menu}"
+            menu = ", ".join(variant.served.menu)
+            text = f"{error}; formats that {variant.served.target} serves together: {menu}"
             refused.append(InfeasibleBudgetError(text))
-    if not found:
+    if not allocations:
         raise refused[0]
-    return min(found, key=lambda allocation: allocation.score)
+    return min(allocations, key=lambda allocation: allocation.score)
 
 
 def served_problems(problem: Problem, options: SolveOptions) -> list[Problem]:
@@ -118,18 +120,18 @@ def served_problem(problem: Problem, options: SolveOptions, formats: Mapping[str
     """
     if options.engine is None:
         return problem
-    own = {group.name: formats[group.name] for group in problem.searched}
+    searched_formats = {group.name: formats[group.name] for group in problem.searched}
     reason = cache_problem(
-        [group.name for group in problem.caches], own, options.engine, options.gpu
+        [group.name for group in problem.caches], searched_formats, options.engine, options.gpu
     )
     if reason is not None:
         raise NotServedError(f"{options.engine} cannot serve this allocation: {reason}")
     groups = _weights(problem)
-    weights = {name: chosen for name, chosen in own.items() if name in groups}
+    weights = {name: chosen for name, chosen in searched_formats.items() if name in groups}
     require_served(groups, weights, formats_of(problem.summary), options.engine, options.gpu)
-    for one in served_problems(problem, options):
-        if one.served is not None and one.served.permits(own):
-            return one
+    for variant in served_problems(problem, options):
+        if variant.served is not None and variant.served.permits(searched_formats):
+            return variant
     raise NotServedError(
         f"the allocation uses formats that {options.engine} does not serve together"
     )
@@ -154,7 +156,7 @@ def allowed_choices(problem: Problem, scores: Scores, options: SolveOptions) -> 
     left = {choice.group for choice in kept}
     for choice in choices:
         if choice.group not in left:
-            asked = ", ".join(one.format for one in choices if one.group == choice.group)
+            asked = ", ".join(other.format for other in choices if other.group == choice.group)
             raise NotServedError(
                 f"group {choice.group!r} is to take {asked}, and {problem.served.target} serves "
                 f"there {', '.join(sorted(permitted[choice.group]))}; see docs/engines.md"

@@ -59,21 +59,21 @@ def sensitivities(
     """
     if not isinstance(content, list):
         return None
-    found: dict[str, list[float]] = {}
-    group_of = {name: group for group, own in groups.items() for name in own}
+    sensitivities: dict[str, list[float]] = {}
+    group_of = {name: group for group, modules in groups.items() for name in modules}
     for entry in content:
         is_pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
         if not is_pair or isinstance(entry[1], bool) or not isinstance(entry[1], int | float):
             raise DataError(f"{path}: {entry!r} is not a layer's name and its sensitivity")
         module = _ours(entry[0])
         if module is not None and module in group_of:
-            found.setdefault(group_of[module], []).append(float(entry[1]))
+            sensitivities.setdefault(group_of[module], []).append(float(entry[1]))
         elif module is not None and module not in others:
             raise DataError(f"{path} names {entry[0]!r}, which is no layer of this run")
-    missing = [group for group in groups if group not in found]
+    missing = [group for group in groups if group not in sensitivities]
     if missing:
         raise DataError(f"{path} has no sensitivity of {few(missing, _MAX_NAMED)}")
-    return {group: sum(values) / len(values) for group, values in found.items()}
+    return {group: sum(values) / len(values) for group, values in sensitivities.items()}
 
 
 def read_allocation(
@@ -108,7 +108,7 @@ def read_allocation(
             f"{path} is neither AutoRound's layer_config nor mlx-lm's quantization or sensitivities"
         )
     is_mlx = "bits" in content and "quant_method" not in content
-    modules = [name for own in groups.values() for name in own]
+    modules = [name for names in groups.values() for name in names]
     entries = (_mlx_entries if is_mlx else _auto_round)(path, content, [*modules, *others])
     counterpart = mlx_config if is_mlx else auto_round_config
     chosen = {
@@ -129,8 +129,8 @@ def _auto_round(
         default = {k: v for k, v in content.items() if not isinstance(v, dict | list)}
         layers = content.get("extra_config") or {}
     in_blocks = [name for name in modules if re.search(r"\.\d+\.", name)]
-    found: dict[str, Mapping[str, Any] | None] = dict.fromkeys(modules)
-    found |= {name: default for name in in_blocks if default}
+    entries: dict[str, Mapping[str, Any] | None] = dict.fromkeys(modules)
+    entries |= {name: default for name in in_blocks if default}
     for key, value in layers.items():
         entry = _SCHEMES.get(value.upper()) if isinstance(value, str) else value
         if isinstance(entry, dict) and isinstance(entry.get("scheme"), str):
@@ -138,10 +138,10 @@ def _auto_round(
         if not isinstance(entry, dict) or not {"bits", *default} & set(entry):
             raise DataError(f"{path}: {key!r}: {value!r} says no bits")
         for name in _matching(path, key, modules):
-            found[name] = default | entry
+            entries[name] = default | entry
     return {
         name: None if entry is None or entry.get("bits", 16) >= 16 else entry
-        for name, entry in found.items()
+        for name, entry in entries.items()
     }
 
 
@@ -150,14 +150,16 @@ def _matching(path: str, key: str, modules: Sequence[str]) -> list[str]:
     if key in modules:
         return [key]
     try:
-        found = [name for name in modules if re.search(key, name)]
+        matches = [name for name in modules if re.search(key, name)]
         # Experts one by one in the tool, one module here.
-        found = found or [name for name in modules if re.match(rf"{re.escape(name)}\.\d+\.", key)]
+        matches = matches or [
+            name for name in modules if re.match(rf"{re.escape(name)}\.\d+\.", key)
+        ]
     except re.error:
-        found = []
-    if not found:
+        matches = []
+    if not matches:
         raise DataError(f"{path} names {key!r}, which fits no layer of this run")
-    return found
+    return matches
 
 
 def _mlx_entries(
@@ -165,19 +167,19 @@ def _mlx_entries(
 ) -> dict[str, Mapping[str, Any] | None]:
     default = {"group_size": 64, "mode": "affine"}
     default |= {k: content[k] for k in ("group_size", "bits", "mode") if k in content}
-    found: dict[str, Mapping[str, Any] | None] = dict.fromkeys(modules, default)
+    entries: dict[str, Mapping[str, Any] | None] = dict.fromkeys(modules, default)
     for key, value in content.items():
         if key in default:
             continue
         module = _ours(key)
         if module is None:
             continue
-        if module not in found:
+        if module not in entries:
             raise DataError(f"{path} names {key!r}, which is no layer of this run")
         if not isinstance(value, bool | dict):
             raise DataError(f"{path}: {key!r}: {value!r} is neither true, false nor parameters")
-        found[module] = None if value is False else default | (value if value is not True else {})
-    return found
+        entries[module] = None if value is False else default | (value if value is not True else {})
+    return entries
 
 
 def _ours(name: str) -> str | None:
@@ -199,19 +201,19 @@ def _format_of(
 ) -> str:
     """The format of the menu with the same bits and kinds; with the same groups if there is one."""
 
-    def kind(one: Mapping[str, Any]) -> tuple[Any, ...]:
-        data_type = one.get("data_type", one.get("mode", "int"))
-        return one.get("bits"), one.get("act_bits") or 16, data_type
+    def kind(config: Mapping[str, Any]) -> tuple[Any, ...]:
+        data_type = config.get("data_type", config.get("mode", "int"))
+        return config.get("bits"), config.get("act_bits") or 16, data_type
 
-    known = {f.name: found for f in formats if (found := counterpart(f)) is not None}
-    same = [name for name, one in known.items() if kind(one) == kind(entry)]
+    configs = {f.name: config for f in formats if (config := counterpart(f)) is not None}
+    same = [name for name, config in configs.items() if kind(config) == kind(entry)]
     if not same:
         shown = {k: v for k, v in entry.items() if k in ("bits", "act_bits", "data_type", "mode")}
         raise DataError(
             f"{path}: {module} has {shown}, and no format of the run has that (it could take "
-            f"{', '.join(known) or 'none of its formats'}); scan with such a format too"
+            f"{', '.join(configs) or 'none of its formats'}); scan with such a format too"
         )
-    alike = [n for n in same if known[n].get("group_size") == entry.get("group_size")]
+    alike = [n for n in same if configs[n].get("group_size") == entry.get("group_size")]
     return (alike or same)[0]
 
 
@@ -219,10 +221,11 @@ def _by_group(
     path: str, chosen: Mapping[str, str], groups: Groups, formats: Sequence[Format]
 ) -> dict[str, str]:
     widths = {format_.name: format_.modelopt_compression for format_ in formats} | {NONE: 1.0}
-    found = {
-        g: max((chosen[name] for name in own), key=widths.__getitem__) for g, own in groups.items()
+    widest = {
+        g: max((chosen[name] for name in modules), key=widths.__getitem__)
+        for g, modules in groups.items()
     }
-    uneven = [g for g, own in groups.items() if len({chosen[name] for name in own}) > 1]
+    uneven = [g for g, modules in groups.items() if len({chosen[name] for name in modules}) > 1]
     if uneven:
         logger.warning(
             "%s gives layers of %d group(s) different bits, such as %s; here they share the widest",
@@ -230,4 +233,4 @@ def _by_group(
             len(uneven),
             uneven[0],
         )
-    return found
+    return widest

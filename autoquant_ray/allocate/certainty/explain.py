@@ -56,13 +56,13 @@ def explain_group(directory: RunDirectory, name: str, solution: str = "") -> Exp
     start = solution_folder(solution)
     options = solution_options(state, start)
     others: dict[str, int] = state.plan["other_modules"]
-    known = {group.name: group.module_names for group in problem.groups.values()}
-    found = find_group(name, {other: [other] for other in others} | known)
-    group = problem.groups.get(found)
+    module_names = {group.name: group.module_names for group in problem.groups.values()}
+    group_name = find_group(name, {other: [other] for other in others} | module_names)
+    group = problem.groups.get(group_name)
     if group is None or not group.is_searched:
-        return _unsearched(state, solution, group, found)
+        return _unsearched(state, solution, group, group_name)
     timed = problem.timed(options.latency)
-    return _Story(run.with_problem(timed), options, start).explain(timed.groups[found])
+    return _Story(run.with_problem(timed), options, start).explain(timed.groups[group_name])
 
 
 def _unsearched(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autoquant_ray.allocate.certainty.flips import Flip
 from autoquant_ray.allocate.certainty.shard_shares import ShardShare
@@ -11,125 +11,126 @@ from autoquant_ray.allocate.certainty.solution import CERTAIN, COIN_TOSS
 from autoquant_ray.notebook import lines_html, table_html
 from autoquant_ray.wording import few
 
-if TYPE_CHECKING:
-    pass
-
 HEADS = ("Format", "Bits", "MiB", "Score", "Resamples", "Price of the flip", "Others change")
 _MAX_NAMED = 5
 _NUM_SHARDS = 3
 
 
-def head_lines(told: Explanation) -> list[str]:
+def head_lines(explanation: Explanation) -> list[str]:
     """What the group is, what it got, and what bound the choice."""
-    modules = few(told.module_names, _MAX_NAMED)
-    is_cache = any(one.kv_bytes is not None for one in told.formats)
-    what = "its KV cache" if is_cache else f"{told.num_weights:,} weights"
-    lines = [f"group: {told.group}", f"modules: {modules}; {what}"]
-    if told.reason is not None:
-        size = f"{told.weight_bytes / 2**20:,.2f} MiB"
-        return [*lines, f"not searched, stays in 16 bits ({size}): {told.reason}"]
-    name = f"solution {told.solution}" if told.solution else "the scan's own solution"
-    lines.append(f"{name}: {told.budget}, loses {told.plan_score:.4g} ({told.unit})")
-    lines.append(f"chosen: {told.chosen}{_why_sure(told)}")
-    lines += [f"--allow {p}={','.join(names)} applies" for p, names in told.allow.items()]
-    if told.is_refined:
+    modules = few(explanation.module_names, _MAX_NAMED)
+    is_cache = any(alternative.kv_bytes is not None for alternative in explanation.formats)
+    what = "its KV cache" if is_cache else f"{explanation.num_weights:,} weights"
+    lines = [f"group: {explanation.group}", f"modules: {modules}; {what}"]
+    if explanation.reason is not None:
+        size = f"{explanation.weight_bytes / 2**20:,.2f} MiB"
+        return [*lines, f"not searched, stays in 16 bits ({size}): {explanation.reason}"]
+    name = f"solution {explanation.solution}" if explanation.solution else "the scan's own solution"
+    lines.append(
+        f"{name}: {explanation.budget}, loses {explanation.plan_score:.4g} ({explanation.unit})"
+    )
+    lines.append(f"chosen: {explanation.chosen}{_why_sure(explanation)}")
+    lines += [f"--allow {p}={','.join(names)} applies" for p, names in explanation.allow.items()]
+    if explanation.is_refined:
         lines.append("chosen by measured KL; prices are of plans that the scores alone choose")
-    if told.is_tied:
+    if explanation.is_tied:
         lines.append("tied to the embedding: in 16 bits it adds nothing to the model's bytes")
     return lines
 
 
-def _why_sure(told: Explanation) -> str:
-    if told.pin is not None:
+def _why_sure(explanation: Explanation) -> str:
+    if explanation.pin is not None:
         return ", fixed by --pin"
-    share = next((a.resampled_share for a in told.formats if a.is_chosen), None)
+    share = next((a.resampled_share for a in explanation.formats if a.is_chosen), None)
     if share is None:
         return ""
     verdict = " (certain)" if share >= CERTAIN else " (a coin toss)" if share < COIN_TOSS else ""
-    others = [a.format for a in told.formats if (a.resampled_share or 0) >= CERTAIN]
+    others = [a.format for a in explanation.formats if (a.resampled_share or 0) >= CERTAIN]
     if others and share < COIN_TOSS:  # resamples are solved near the best plan, not exactly
         verdict = f" (these, solved approximately, take {others[0]}: see the prices of the flips)"
-    return f", in {share:.0%} of {told.num_resamples} resamples of the shards{verdict}"
+    return f", in {share:.0%} of {explanation.num_resamples} resamples of the shards{verdict}"
 
 
-def table_rows(told: Explanation) -> list[tuple[str, ...]]:
+def table_rows(explanation: Explanation) -> list[tuple[str, ...]]:
     """One row per format, under ``HEADS``."""
     return [
         (
-            f"{one.format} *" if one.is_chosen else one.format,
-            f"{one.weight_bits:.3f}",
-            f"{one.weight_bytes / 2**20:,.2f}"
-            if one.kv_bytes is None
-            else f"{one.kv_bytes:,.0f} B/token",
-            f"{one.score:.3e}" + ("" if one.score_stderr is None else f" ± {one.score_stderr:.0e}"),
-            "-" if one.resampled_share is None else f"{one.resampled_share:.0%}",
-            _price(one, told),
-            str(len(one.flip.others)) if one.flip.reason is None else "-",
+            f"{alternative.format} *" if alternative.is_chosen else alternative.format,
+            f"{alternative.weight_bits:.3f}",
+            f"{alternative.weight_bytes / 2**20:,.2f}"
+            if alternative.kv_bytes is None
+            else f"{alternative.kv_bytes:,.0f} B/token",
+            f"{alternative.score:.3e}"
+            + ("" if alternative.score_stderr is None else f" ± {alternative.score_stderr:.0e}"),
+            "-" if alternative.resampled_share is None else f"{alternative.resampled_share:.0%}",
+            _price(alternative, explanation),
+            str(len(alternative.flip.others)) if alternative.flip.reason is None else "-",
         )
-        for one in told.formats
+        for alternative in explanation.formats
     ]
 
 
-def _price(one: Alternative, told: Explanation) -> str:
-    change = one.flip.change
+def _price(alternative: Alternative, explanation: Explanation) -> str:
+    change = alternative.flip.change
     if change is None:
         return "not possible"
-    if one.is_chosen and change == 0:
+    if alternative.is_chosen and change == 0:
         return "-"
-    relative = f" ({change / told.plan_score:+.1%})" if told.plan_score else ""
+    relative = f" ({change / explanation.plan_score:+.1%})" if explanation.plan_score else ""
     return f"{change:+.2e}{relative}"
 
 
-def note_lines(told: Explanation) -> list[str]:
+def note_lines(explanation: Explanation) -> list[str]:
     """What does not fit a table: groups that change with a flip, and where the scores come from."""
-    if told.reason is not None:
+    if explanation.reason is not None:
         return []
     lines = [
         "* chosen. Price of the flip: change of the whole plan's predicted loss when the budget is "
         "solved again with that format"
     ]
-    for one in told.formats:
-        lines += _flip_lines(one)
-    if told.no_shards is not None:
-        return [*lines, f"shards: {told.no_shards}"]
+    for alternative in explanation.formats:
+        lines += _flip_lines(alternative)
+    if explanation.no_shards is not None:
+        return [*lines, f"shards: {explanation.no_shards}"]
     lines += [
-        f"{one.format}: share of the score (and of the tokens) of the largest of {told.num_shards} "
-        f"shards: {_shares(one)}"
-        for one in told.formats
-        if one.shards
+        f"{alternative.format}: share of the score (and of the tokens) of the largest of "
+        f"{explanation.num_shards} shards: {_shares(alternative)}"
+        for alternative in explanation.formats
+        if alternative.shards
     ]
-    return lines + _without_lines(told)
+    return lines + _without_lines(explanation)
 
 
-def _without_lines(told: Explanation) -> list[str]:
+def _without_lines(explanation: Explanation) -> list[str]:
     shards: dict[str, list[str]] = {}
-    for shard, format_ in told.without_shard.items():
-        effect = f"the group {'keeps' if format_ == told.chosen else 'gets'} {format_}"
+    for shard, format_ in explanation.without_shard.items():
+        effect = f"the group {'keeps' if format_ == explanation.chosen else 'gets'} {format_}"
         text = "some group has no score" if format_ is None else effect
         shards.setdefault(text, []).append(str(shard))
     return [f"without shard {' or '.join(names)} {text}" for text, names in shards.items()]
 
 
-def _flip_lines(one: Alternative) -> list[str]:
-    if one.flip.reason is not None:
-        return [f"{one.format}: not possible: {one.flip.reason}"]
-    if not one.flip.others:
+def _flip_lines(alternative: Alternative) -> list[str]:
+    if alternative.flip.reason is not None:
+        return [f"{alternative.format}: not possible: {alternative.flip.reason}"]
+    if not alternative.flip.others:
         return []
-    changes = [f"{g} {before} -> {after}" for g, (before, after) in one.flip.others.items()]
-    return [f"{one.format}: also changes {few(changes, _MAX_NAMED)}"]
+    changes = [f"{g} {before} -> {after}" for g, (before, after) in alternative.flip.others.items()]
+    return [f"{alternative.format}: also changes {few(changes, _MAX_NAMED)}"]
 
 
-def _shares(one: Alternative) -> str:
+def _shares(alternative: Alternative) -> str:
     parts = [
-        f"shard {s.shard} {s.share:.1%} ({s.token_share:.1%})" for s in one.shards[:_NUM_SHARDS]
+        f"shard {s.shard} {s.share:.1%} ({s.token_share:.1%})"
+        for s in alternative.shards[:_NUM_SHARDS]
     ]
     return ", ".join(parts)
 
 
-def explanation_html(told: Explanation) -> str:
+def explanation_html(explanation: Explanation) -> str:
     """The same for a notebook."""
-    table = table_html(HEADS, table_rows(told)) if told.formats else ""
-    return f"{lines_html(head_lines(told))}{table}{lines_html(note_lines(told))}"
+    table = table_html(HEADS, table_rows(explanation)) if explanation.formats else ""
+    return f"{lines_html(head_lines(explanation))}{table}{lines_html(note_lines(explanation))}"
 
 
 @dataclass(frozen=True, kw_only=True)

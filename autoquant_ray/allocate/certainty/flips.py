@@ -76,16 +76,16 @@ class Flips:
                 return Flip(others={}, reason=f"--allow {pattern}={','.join(names)} leaves it out")
         options = self._options.replaced(pins={**self._options.pins, group: format_})
         try:
-            found = self._solve(options)
+            allocation = self._solve(options)
         except (InfeasibleBudgetError, NotServedError) as error:
             return Flip(others={}, reason=str(error))
-        is_same = format_ == self._formats[group] and found.score >= self._score
-        formats = self._formats if is_same else found.formats
+        is_same = format_ == self._formats[group] and allocation.score >= self._score
+        formats = self._formats if is_same else allocation.formats
         return Flip(
-            score=self._score if is_same else found.score,
-            change=0.0 if is_same else found.score - self._score,
+            score=self._score if is_same else allocation.score,
+            change=0.0 if is_same else allocation.score - self._score,
             others=self._changes(formats, group),
-            optimality_gap=found.optimality_gap,
+            optimality_gap=allocation.optimality_gap,
         )
 
     def _changes(self, formats: Mapping[str, str], group: str) -> dict[str, tuple[str, str]]:

@@ -97,10 +97,10 @@ def compare_resamples(knapsack: Knapsack, truth: Knapsack, totals_BGF: Floats) -
     Returns:
         The comparison, or None where an allocation within the limits was not found.
     """
-    own = allocate(truth)
-    if own is None:
+    allocation = allocate(truth)
+    if allocation is None:
         return None
-    columns_G, price = own
+    columns_G, price = allocation
     score = truth.score(columns_G)
     losses = []
     share_GF = np.zeros_like(truth.scores_GF)

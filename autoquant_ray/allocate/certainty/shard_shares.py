@@ -180,10 +180,10 @@ def _formats_without(
     options: SolveOptions,
 ) -> dict[int, str | None]:
     first = (shares[0] for shares in largest.values() if shares)
-    tried = sorted({one.shard for one in first if one.share >= MIN_SHARE})
+    tried = sorted({share.shard for share in first if share.share >= MIN_SHARE})
     if group in options.pins or len(parts) < 2 or options.worst_domain:
         return {}
-    groups = {one.name for one in problem.searched}
+    groups = {g.name for g in problem.searched}
     scores = parts.scores_without(tried, groups) if tried else {}
     return {
         shard: search(problem, scores[shard], options).formats[group] if shard in scores else None

@@ -116,11 +116,11 @@ def assess_solution(
     if num_buckets < 2 or sums_SGF[0].size > MAX_CHOICES:
         return None
     costs, truth = as_arrays(problem, scores, options, formats, menu)
-    found = assess(costs, sums_SGF, (0, num_buckets))
+    stability = assess(costs, sums_SGF, (0, num_buckets))
     return (
         None
-        if found is None
-        else found_certainty(problem, formats, menu, truth, found, num_buckets)
+        if stability is None
+        else certainty_from(problem, formats, menu, truth, stability, num_buckets)
     )
 
 
@@ -167,12 +167,12 @@ def as_arrays(
     return costs, replace(costs, scores_GF=costs.scores_GF + scores_GF)
 
 
-def found_certainty(
+def certainty_from(
     problem: Problem,
     formats: Mapping[str, str],
     menu: Sequence[str],
     truth: Knapsack,
-    found: Stability,
+    stability: Stability,
     num_buckets: int,
 ) -> Certainty:
     """Give what resampling found the groups' names, and add the null.
@@ -187,14 +187,14 @@ def found_certainty(
     """
     groups, columns = problem.searched, [*menu, NONE]
     own_G = np.array([columns.index(formats[group.name]) for group in groups])
-    kept_G = found.share_of(own_G)
+    kept_G = stability.share_of(own_G)
     return Certainty(
         num_buckets=num_buckets,
-        expected_regret=found.expected_regret,
+        expected_regret=stability.expected_regret,
         kept={g.name: float(share) for g, share in zip(groups, kept_G, strict=True)},
         shares={
             group.name: {name: share_F[columns.index(name)] for name in group.rows}
-            for group, share_F in zip(groups, found.share_GF.tolist(), strict=True)
+            for group, share_F in zip(groups, stability.share_GF.tolist(), strict=True)
         },
         null_score=_null_score(truth, groups),
     )
@@ -227,10 +227,10 @@ def _null_score(truth: Any, groups: Sequence[GroupChoices]) -> float | None:
     for number in range(NUM_SHUFFLES):
         order_G = shuffled_order(groups, np.random.default_rng(number))
         shuffled_GF: Floats = np.where(truth.present_GF, finite_GF[order_G], np.inf)
-        found = allocate(replace(truth, scores_GF=shuffled_GF))
-        if found is None:
+        allocation = allocate(replace(truth, scores_GF=shuffled_GF))
+        if allocation is None:
             return None
-        losses.append(truth.score(found[0]))
+        losses.append(truth.score(allocation[0]))
     return math.fsum(losses) / len(losses)
 
 
@@ -285,19 +285,21 @@ def assess_weighted(
     totals_BGF = np.zeros((NUM_RESAMPLES, num_groups, len(menu) + 1))
     num_buckets = 0
     for number, (name, weight) in enumerate(options.domains.items()):
-        own = buckets.filter(pc.equal(buckets.column("domain"), name))
-        sums_SGF = bucket_sums(own, problem, menu)
-        tokens_S = own.column("bucket_tokens").to_numpy()[:: len(own) // len(sums_SGF)]
+        domain_buckets = buckets.filter(pc.equal(buckets.column("domain"), name))
+        sums_SGF = bucket_sums(domain_buckets, problem, menu)
+        tokens_S = domain_buckets.column("bucket_tokens").to_numpy()[
+            :: len(domain_buckets) // len(sums_SGF)
+        ]
         if len(tokens_S) < 2:
             return None
         totals_BGF += weight * _resampled_scores(sums_SGF, tokens_S, number)
         num_buckets += len(tokens_S)
     scores = domains.weighted(options.domains)
     costs, truth = as_arrays(problem, scores, options, formats, menu)
-    found = compare_resamples(costs, truth, totals_BGF)
-    if found is None:
+    stability = compare_resamples(costs, truth, totals_BGF)
+    if stability is None:
         return None
-    return found_certainty(problem, formats, menu, truth, found, num_buckets)
+    return certainty_from(problem, formats, menu, truth, stability, num_buckets)
 
 
 def _resampled_scores(sums_SGF: Floats, tokens_S: Floats, seed: int) -> Floats:

@@ -49,9 +49,9 @@ def search(knapsack: Knapsack, multipliers_R: Floats, answer: Answer, width: int
             break
     columns_G = run.result()
     if columns_G is not None and knapsack.is_within(columns_G):
-        found = (knapsack.score(columns_G), knapsack.costs(columns_G))
-        if found < (answer.score, knapsack.costs(answer.columns_G)):
-            answer = Answer(columns_G=columns_G, score=found[0], lower=answer.lower)
+        rank = (knapsack.score(columns_G), knapsack.costs(columns_G))
+        if rank < (answer.score, knapsack.costs(answer.columns_G)):
+            answer = Answer(columns_G=columns_G, score=rank[0], lower=answer.lower)
     lower = max(answer.lower, min(answer.score, run.base_score + run.let_go))
     return Answer(columns_G=answer.columns_G, score=answer.score, lower=lower)
 

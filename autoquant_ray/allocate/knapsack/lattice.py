@@ -168,9 +168,9 @@ def fill(lattice: Lattice, multipliers_R: Floats, prefix_G: Indices, answer: Ans
     rounding += 2 * price * SLACK * float(knapsack.limits_R[0])
     columns_G = _deal(moves, prefix_G, walk.taken())
     if columns_G is not None and knapsack.is_within(columns_G):
-        found = (knapsack.score(columns_G), knapsack.costs(columns_G))
-        if found < (answer.score, knapsack.costs(answer.columns_G)):
-            answer = Answer(columns_G=columns_G, score=found[0], lower=answer.lower)
+        rank = (knapsack.score(columns_G), knapsack.costs(columns_G))
+        if rank < (answer.score, knapsack.costs(answer.columns_G)):
+            answer = Answer(columns_G=columns_G, score=rank[0], lower=answer.lower)
     lower = max(answer.lower, lowest + length - rounding)
     return replace(answer, lower=min(answer.score, lower))
 

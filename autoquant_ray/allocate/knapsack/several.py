@@ -64,7 +64,7 @@ def solve_several(knapsack: Knapsack) -> Answer | None:
     if not answer.is_proven:
         polished = solve_milp(tighten(knapsack, multipliers_R, answer.score)) or answer
         lower = max(answer.lower, polished.lower)
-        best = min(answer, polished, key=lambda found: found.score)
+        best = min(answer, polished, key=lambda candidate: candidate.score)
         best = replace(best, lower=min(best.score, lower))
         answer = search(knapsack, multipliers_R, best, WIDTHS[1])
     return answer if knapsack.is_within(answer.columns_G) else None
@@ -113,10 +113,10 @@ def solve_milp(
     if first is None:
         return None
     for cut in TIGHTER:
-        found = model.solve(cut, rough) if cut else first
-        if found is not None and knapsack.is_within(found[0]):
-            score = knapsack.score(found[0])
-            return Answer(columns_G=found[0], score=score, lower=min(score, first[1]))
+        candidate = model.solve(cut, rough) if cut else first
+        if candidate is not None and knapsack.is_within(candidate[0]):
+            score = knapsack.score(candidate[0])
+            return Answer(columns_G=candidate[0], score=score, lower=min(score, first[1]))
     # Rounding hides whether the limits can be met: a score above all lets the search decide.
     above = 1.0 + 2 * float(knapsack.scores_GF[knapsack.present_GF].sum())
     return Answer(columns_G=first[0], score=above, lower=first[1])
@@ -125,7 +125,7 @@ def solve_milp(
 def relaxed_multipliers(knapsack: Knapsack) -> Floats:
     """Multipliers (R,) of the linear relaxation: score lost per cost, >= 0."""
     model = LinearModel(knapsack, None, None)
-    found = linprog(
+    relaxation = linprog(
         model.objective,
         A_ub=model.usage,
         b_ub=model.room_R,
@@ -134,9 +134,9 @@ def relaxed_multipliers(knapsack: Knapsack) -> Floats:
         bounds=(0, 1),
         method="highs",
     )
-    if found.status != 0:
+    if relaxation.status != 0:
         return np.zeros(len(knapsack.limits_R))
-    scaled_R = np.maximum(0.0, -np.asarray(found.ineqlin.marginals, dtype=np.float64))
+    scaled_R = np.maximum(0.0, -np.asarray(relaxation.ineqlin.marginals, dtype=np.float64))
     return scaled_R * model.cost_scale_R / model.score_scale
 
 
@@ -190,17 +190,17 @@ class LinearModel:
     def solve(self, cut: float, rough: bool) -> tuple[Indices, float] | None:
         """Columns (G,) and HiGHS' lower bound, or None where it found no allocation."""
         extra = 0 if self.max_formats is None else len(self.counted)
-        found = milp(
+        result = milp(
             np.concatenate((self.objective, np.zeros(extra))),
             constraints=self.constraints(cut),
             integrality=np.ones(len(self.objective) + extra),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": _ROUGH_GAP} if rough else _EXACT,
         )
-        if found.x is None:
+        if result.x is None:
             return None
         chosen_GF = np.zeros(self.shape)
-        chosen_GF[self.groups, self.columns] = found.x[: len(self.objective)]
+        chosen_GF[self.groups, self.columns] = result.x[: len(self.objective)]
         # HiGHS' own absolute gap and its row tolerance are taken off its bound.
-        proven = (float(found.mip_dual_bound) - 1e-6) / self.score_scale
+        proven = (float(result.mip_dual_bound) - 1e-6) / self.score_scale
         return chosen_GF.argmax(axis=1), self.base_score + max(proven, 0.0)

@@ -39,8 +39,8 @@ def solve_single(knapsack: Knapsack) -> Answer | None:
         answer = fill(lattice, multiplier_R, relaxed.prefix_G, answer)
     if _is_large(knapsack, multiplier_R, answer):
         kept = knapsack.keep(_core(knapsack, relaxed, answer))
-        found = search(kept, multiplier_R, answer, WIDTHS[0])
-        answer = replace(found, lower=answer.lower)
+        core_answer = search(kept, multiplier_R, answer, WIDTHS[0])
+        answer = replace(core_answer, lower=answer.lower)
     for width in WIDTHS:
         enough = _PATIENCE[width] if len(knapsack.scores_GF) > _PATIENT_GROUPS else 0.0
         if answer.gap <= enough and (enough == 0 or _is_large(knapsack, multiplier_R, answer)):

@@ -60,10 +60,10 @@ def solve_worst(
     best = _weighted(knapsack, scores_DGF, equal_D, max_formats, free)
     if best is None or best.is_proven:
         return best
-    found = _WorstModel(knapsack, scores_DGF, best, None, free).multipliers()
-    if found is None:
-        found = equal_D, np.zeros(len(knapsack.limits_R))
-    weights_D, multipliers_R = found
+    multipliers = _WorstModel(knapsack, scores_DGF, best, None, free).multipliers()
+    if multipliers is None:
+        multipliers = equal_D, np.zeros(len(knapsack.limits_R))
+    weights_D, multipliers_R = multipliers
     best = _better(best, _weighted(knapsack, scores_DGF, weights_D, max_formats, free))
     mixed = _mixed(knapsack, scores_DGF, weights_D)
     for gap, num_nodes in _ROUNDS:
@@ -162,19 +162,19 @@ class _WorstModel:
         """Multipliers of the relaxation: (D,) of the domains, summing to 1, and (R,) of costs."""
         model = self._model
         none = sparse.csr_array((len(model.room_R), 1))
-        one = sparse.csr_array((model.choose_one.shape[0], 1))
-        found = linprog(
+        loss_column = sparse.csr_array((model.choose_one.shape[0], 1))
+        relaxation = linprog(
             self._objective,
             A_ub=sparse.vstack([self._losses, sparse.hstack([model.usage, none])]),
             b_ub=np.concatenate((np.zeros(self._num_domains), model.room_R)),
-            A_eq=sparse.hstack([model.choose_one, one]),
+            A_eq=sparse.hstack([model.choose_one, loss_column]),
             b_eq=np.ones(model.choose_one.shape[0]),
             bounds=[(0, 1)] * self._num_choices + [(0, None)],
             method="highs",
         )
-        if found.status != 0:
+        if relaxation.status != 0:
             return None
-        all_N = np.maximum(0.0, -np.asarray(found.ineqlin.marginals, dtype=np.float64))
+        all_N = np.maximum(0.0, -np.asarray(relaxation.ineqlin.marginals, dtype=np.float64))
         weights_D, prices_R = all_N[: self._num_domains], all_N[self._num_domains :]
         total = float(weights_D.sum())
         if total <= 0:
@@ -198,26 +198,26 @@ class _WorstModel:
         rows.append(LinearConstraint(self._losses, -np.inf, 0))
         is_choice = np.ones(len(self._objective))
         is_choice[-1] = 0
-        found = milp(
+        result = milp(
             self._objective,
             constraints=rows,
             integrality=is_choice,
             bounds=Bounds(0, np.where(is_choice > 0, 1.0, np.inf)),
             options={"mip_rel_gap": gap, "node_limit": num_nodes},
         )
-        bound = found.mip_dual_bound
+        bound = result.mip_dual_bound
         lower = 0.0 if bound is None else max(0.0, (float(bound) - _TOLERANCE) / self._scale)
-        if found.x is None or not math.isfinite(lower):
+        if result.x is None or not math.isfinite(lower):
             return None, 0.0
         chosen_GF = np.zeros(self._model.shape)
-        chosen_GF[self._model.groups, self._model.columns] = found.x[: self._num_choices]
+        chosen_GF[self._model.groups, self._model.columns] = result.x[: self._num_choices]
         return chosen_GF.argmax(axis=1), lower
 
 
-def _within_reach(knapsack: Knapsack, scores_DGF: Floats, known: float) -> Mask:
-    """Choices that can be part of an allocation with a largest loss of at most ``known``."""
+def _within_reach(knapsack: Knapsack, scores_DGF: Floats, largest_loss: float) -> Mask:
+    """Choices that can be part of an allocation with a largest loss of at most ``largest_loss``."""
     least_DG = scores_DGF.min(axis=2)
-    spare_D = np.maximum(0.0, known - least_DG.sum(axis=1)) + MARGIN * known
+    spare_D = np.maximum(0.0, largest_loss - least_DG.sum(axis=1)) + MARGIN * largest_loss
     within_GF: Mask = (scores_DGF - least_DG[:, :, None] <= spare_D[:, None, None]).all(axis=0)
     return within_GF & knapsack.present_GF
 

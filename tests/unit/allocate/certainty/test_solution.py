@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autoquant_ray.allocate.certainty.resampling import assess
-from autoquant_ray.allocate.certainty.solution import Certainty, assess_solution, found_certainty
+from autoquant_ray.allocate.certainty.solution import Certainty, assess_solution, certainty_from
 from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
@@ -103,7 +103,7 @@ def test_null_does_not_take_a_format_that_a_group_lacks_for_free() -> None:
     sums_SGF = np.nan_to_num(np.stack([truth.scores_GF] * 2), posinf=0.0)
     found = assess(truth, sums_SGF, (0,))
     assert found is not None
-    both: Certainty = found_certainty(
+    both: Certainty = certainty_from(
         problem, {"a": "y", "b": "y"}, ["x", "y", "z"], truth, found, 2
     )
     assert both.null_score == pytest.approx(1.0)
