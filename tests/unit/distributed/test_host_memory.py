@@ -10,7 +10,7 @@ import pytest
 CODE = """
 import resource, sys
 if sys.argv[1] == "reused":
-    from autoquant_ray.host_memory import reuse_freed_memory
+    from autoquant_ray.distributed.host_memory import reuse_freed_memory
     reuse_freed_memory()
 import torch
 torch.ones(2**24).sum()
