@@ -116,7 +116,8 @@ def summarize(rounds: list[dict[str, Any]], options: argparse.Namespace) -> dict
     names = [name for name in rounds[0] if name != "core"]
     counted = [name for name in names if name not in NEEDS_BACKEND]
     totals = [
-        sum(one[name]["seconds"] for name in counted) / one["core"]["seconds"] for one in rounds
+        sum(results[name]["seconds"] for name in counted) / results["core"]["seconds"]
+        for results in rounds
     ]
     return {
         "model": options.model or "SmolLM2-135M",
@@ -126,21 +127,22 @@ def summarize(rounds: list[dict[str, Any]], options: argparse.Namespace) -> dict
         "rounds": options.rounds,
         "formats_here": len(PAIRS),
         "formats_modelopt": len(counted),
-        "seconds_here": [round(one["core"]["seconds"], 1) for one in rounds],
+        "seconds_here": [round(results["core"]["seconds"], 1) for results in rounds],
         "seconds_modelopt": {
-            name: round(statistics.median(one[name]["seconds"] for one in rounds), 1)
+            name: round(statistics.median(results[name]["seconds"] for results in rounds), 1)
             for name in names
         },
         "times_faster_per_format": {
-            name: round(statistics.median(ratio(one, name) for one in rounds), 2) for name in names
+            name: round(statistics.median(ratio(results, name) for results in rounds), 2)
+            for name in names
         },
         "times_faster_in_total": round(statistics.median(totals), 2),
         "peak_gib": {
-            "here": round(max(one["core"]["peak_gib"] for one in rounds), 2),
-            "modelopt": round(max(one[n]["peak_gib"] for one in rounds for n in names), 2),
+            "here": round(max(results["core"]["peak_gib"] for results in rounds), 2),
+            "modelopt": round(max(results[n]["peak_gib"] for results in rounds for n in names), 2),
         },
         "largest_relative_score_difference": float(
-            f"{max(score_difference(name, one) for one in rounds for name in names):.2g}"
+            f"{max(score_difference(name, results) for results in rounds for name in names):.2g}"
         ),
     }
 

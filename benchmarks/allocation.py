@@ -10,6 +10,7 @@ line per case and the machine as the last line of JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 
@@ -47,6 +48,9 @@ CASES = [
 
 def main() -> None:
     """Time the cases."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for num_groups, num_formats, law, sizes in CASES:
         scores_GF, costs_GF = make_arrays(num_groups, num_formats, law, sizes)
         choices = make_choices(scores_GF, costs_GF)

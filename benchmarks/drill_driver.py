@@ -10,6 +10,7 @@ are created, so that the first calls that this process makes of them are shards:
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -74,11 +75,24 @@ def loaded_workers() -> Any:
     return stack
 
 
+def parse() -> argparse.Namespace:
+    """Arguments of this driver; those of the command line stay as they are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pacing", type=Path, help="JSON of how scorers are slowed down.")
+    parser.add_argument("disturbance", help="none, die-before-noting:N or loaded-workers.")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="Arguments of autoquant-ray, its command first."
+    )
+    return parser.parse_args()
+
+
 def main() -> None:
     """Run the command line."""
-    pacing_file, disturbance, *arguments = sys.argv[1:]
-    pacing = drill_kit.Pacing(**json.loads(Path(pacing_file).read_text()))
-    name, _, number = disturbance.partition(":")
+    options = parse()
+    pacing = drill_kit.Pacing(**json.loads(options.pacing.read_text()))
+    name, _, number = options.disturbance.partition(":")
     with ExitStack() as stack:
         stack.enter_context(drill_kit.paced(pacing))
         if name == "die-before-noting":
@@ -86,8 +100,8 @@ def main() -> None:
         elif name == "loaded-workers":
             stack.enter_context(loaded_workers())
         elif name != "none":
-            sys.exit(f"unknown disturbance {disturbance!r}")
-        cli.main(arguments)
+            sys.exit(f"unknown disturbance {options.disturbance!r}")
+        cli.main(options.arguments)
 
 
 if __name__ == "__main__":

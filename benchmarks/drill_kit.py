@@ -77,18 +77,18 @@ class PacedScorer:
         return self._scorer.score(samples, first_sample, calibration, shard)
 
     def _pass(self, stage: str, shard: int) -> None:
-        own = f"{stage} {shard} {os.getpid()} {ray.get_runtime_context().get_node_id()}\n"
+        call = f"{stage} {shard} {os.getpid()} {ray.get_runtime_context().get_node_id()}\n"
         with open(self._folder / "calls.txt", "a", encoding="utf-8") as stream:
-            stream.write(own)
+            stream.write(call)
         time.sleep(self._pacing.pace_s)
         if (stage, shard) == (self._pacing.stage, self._pacing.shard):
             try:
-                os.link(self._write_own(own), self._folder / "held")
+                os.link(self._write_call(call), self._folder / "held")
             except FileExistsError:
                 return
             self._hold()
 
-    def _write_own(self, text: str) -> Path:
+    def _write_call(self, text: str) -> Path:
         path = self._folder / f"held-by-{os.getpid()}"
         path.write_text(text)
         return path

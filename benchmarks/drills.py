@@ -5,6 +5,7 @@ Every drill disturbs a scan of a tiny model, lets it end or goes on with it, and
 fault to the next finished shard and to the end of the shard that was hit; ends with JSON.
 
     python benchmarks/drills.py
+    python benchmarks/drills.py "disk full" SIGTERM
 
 The seconds hold the start of a worker process (torch, transformers and ModelOpt imported) where one
 is needed, and next to no time for loading the model. Node health is checked every 0.5 s and a node
@@ -14,6 +15,7 @@ making it read-only mounts a tmpfs, which needs root on Linux; without it these 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -277,9 +279,27 @@ DRILLS: dict[str, Callable[[Setting], Drill]] = {
 }
 
 
+def parse() -> list[str]:
+    """Names of the drills to run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"Drills to run; all by default: {'; '.join(DRILLS)}.",
+    )
+    names: list[str] = parser.parse_args().names
+    for name in names:
+        if name not in DRILLS:
+            parser.error(f"there is no drill {name!r}; the drills are: {'; '.join(DRILLS)}")
+    return names or list(DRILLS)
+
+
 def main() -> None:
     """Run all drills, or those that are named; print seconds, and JSON at the end."""
-    names = sys.argv[1:] or list(DRILLS)
+    names = parse()
     rows = []
     with tempfile.TemporaryDirectory(prefix="drills-") as folder, setting(Path(folder)) as shared:
         for name in names:

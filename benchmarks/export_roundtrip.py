@@ -116,24 +116,24 @@ def compare(
             "seconds": round(time.perf_counter() - start, 1),
         }
     source = read_source(RunDirectory(run.path), name)
-    formats = Counter(one.name for one in source.formats.values())
+    formats = Counter(format_.name for format_ in source.formats.values())
     formats["none"] = len(source.groups) - len(source.formats)
     ids = token_ids(folder / "compressed-tensors", -(-positions // WINDOW))
-    found = read_elsewhere(folder, ids)
+    actual = read_elsewhere(folder, ids)
     expected = quantized_logits(source, ids)
     return {
         "modules": dict(formats),
         "exports": sizes,
-        "same_top_1": agreement(expected, found, positions),
+        "same_top_1": agreement(expected, actual, positions),
         "same_top_1_itself": agreement(expected, quantized_logits(source, ids, 1e-6), positions),
-        "mean_logit_difference": round(float(np.abs(expected - found).mean()), 4),
+        "mean_logit_difference": round(float(np.abs(expected - actual).mean()), 4),
         "logit_deviation": round(float(expected.std()), 4),
     }
 
 
-def agreement(one: Logits, other: Logits, positions: int) -> float:
+def agreement(expected: Logits, actual: Logits, positions: int) -> float:
     """Share of positions with the same likeliest token."""
-    same = (one.argmax(-1) == other.argmax(-1)).reshape(-1)[:positions]
+    same = (expected.argmax(-1) == actual.argmax(-1)).reshape(-1)[:positions]
     return round(float(same.mean()), 4)
 
 
@@ -152,8 +152,8 @@ def read_elsewhere(folder: Path, ids: np.ndarray[Any, Any]) -> Logits:
     np.save(folder / "ids.npy", ids)
     arguments = [folder / "compressed-tensors", folder / "ids.npy", folder / "logits.npy"]
     subprocess.run([sys.executable, "-c", READER, *map(str, arguments)], check=True)
-    found: Logits = np.load(folder / "logits.npy")
-    return found
+    logits: Logits = np.load(folder / "logits.npy")
+    return logits
 
 
 @torch.no_grad()

@@ -165,14 +165,14 @@ def watch(process: subprocess.Popen[bytes]) -> int:
 
 def find_workers(driver: psutil.Process) -> list[psutil.Process]:
     """The worker actors below a driver process."""
-    found = []
+    workers = []
     for child in driver.children(recursive=True):
         try:
             if "ShardWorker" in " ".join(child.cmdline()):
-                found.append(child)
+                workers.append(child)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return workers
 
 
 def anonymous_bytes(process_id: int) -> int:

@@ -128,8 +128,8 @@ def main() -> None:
         command("demo", "--out", "runs/demo")
         solve("runs/demo", [["--bits", "5"], ["--bits", "4.5"], ["--bytes", "150MiB"]])
     for path in sorted(Path("runs").rglob("*")):
-        if (found := digest(path)) is not None:
-            print(found, path)
+        if (checksum := digest(path)) is not None:
+            print(checksum, path)
 
 
 def save_model(name: str) -> None:

@@ -132,8 +132,8 @@ def profile(scorer: Scorer, samples: list[list[int]]) -> None:
     events: Any = profiler.key_averages()
     for event in events:
         name = event.key.removeprefix("aten::")
-        found = (kind for kind, starts in KINDS.items() if name.startswith(starts))
-        shares[next(found, "other (hooks, graph, Python)")] += event.self_cpu_time_total
+        kinds = (kind for kind, starts in KINDS.items() if name.startswith(starts))
+        shares[next(kinds, "other (hooks, graph, Python)")] += event.self_cpu_time_total
     for kind, microseconds in shares.most_common():
         print(f"  {kind:30s} {100 * microseconds / shares.total():5.1f}%")
 

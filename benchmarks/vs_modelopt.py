@@ -71,7 +71,7 @@ def main() -> None:
         "threads": options.threads,
         "samples": options.samples,
         "batch": options.batch,
-        "modelopt_seconds": [round(one["modelopt"]["seconds"], 1) for one in rounds],
+        "modelopt_seconds": [round(results["modelopt"]["seconds"], 1) for results in rounds],
         "sides": {name: summarize(name, rounds) for name in names},
     }
     print(json.dumps(summary))
@@ -143,15 +143,15 @@ def run_side(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def summarize(name: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Ratios to ModelOpt of one side, and how its scores compare."""
-    ratios = [one["modelopt"]["seconds"] / one[name]["seconds"] for one in rounds]
-    memory = [one[name]["peak_gib"] / one["modelopt"]["peak_gib"] for one in rounds]
+    ratios = [results["modelopt"]["seconds"] / results[name]["seconds"] for results in rounds]
+    memory = [results[name]["peak_gib"] / results["modelopt"]["peak_gib"] for results in rounds]
     ours, theirs = pair_scores(rounds[0][name]["scores"], rounds[0]["modelopt"]["scores"])
     return {
-        "seconds": [round(one[name]["seconds"], 1) for one in rounds],
+        "seconds": [round(results[name]["seconds"], 1) for results in rounds],
         "times_faster": round(statistics.median(ratios), 2),
         "min_max": [round(min(ratios), 2), round(max(ratios), 2)],
         "memory_share": round(statistics.median(memory), 2),
-        "peak_gib": round(max(one[name]["peak_gib"] for one in rounds), 2),
+        "peak_gib": round(max(results[name]["peak_gib"] for results in rounds), 2),
         "largest_relative_score_difference": float(f"{np.max(abs(ours - theirs) / theirs):.2g}"),
         "median_relative_score_difference": float(f"{np.median(abs(ours - theirs) / theirs):.2g}"),
         "spearman": round(float(scipy.stats.spearmanr(ours, theirs).statistic), 5),

@@ -45,7 +45,7 @@ def main() -> None:
         print(f"round {number + 1}: {seconds[1][-1]:.1f} s, {seconds[2][-1]:.1f} s", flush=True)
     if len(digests) > 1:
         sys.exit("the scores differ between one and two workers")
-    ratios = [one / two for one, two in zip(seconds[1], seconds[2], strict=True)]
+    ratios = [single / double for single, double in zip(seconds[1], seconds[2], strict=True)]
     summary: dict[str, Any] = {
         **describe_machine(),
         "tokens": options.samples * options.seq_len,

@@ -112,9 +112,9 @@ def chat(turns: list[dict[str, Any]] = TURNS) -> Conversation:
 
 
 def encoded(encoder: ConversationEncoder, conversation: Conversation | None = None) -> Encoded:
-    found = encoder.encode(conversation or chat())
-    assert isinstance(found, Encoded)
-    return found
+    sample = encoder.encode(conversation or chat())
+    assert isinstance(sample, Encoded)
+    return sample
 
 
 def made(length: int, in_loss: list[int], images: int = 0, fixed: int = 0) -> Encoded:

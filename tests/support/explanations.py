@@ -21,12 +21,12 @@ def explained(directory: RunDirectory, *arguments: Any) -> dict[str, Any]:
     """What ``explain --json`` prints."""
     done = run("explain", directory.uri, *arguments, "--json")
     assert done.exit_code == 0, done.output
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    explanation: dict[str, Any] = json.loads(done.stdout)
+    return explanation
 
 
-def by_format(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {entry["format"]: entry for entry in found["formats"]}
+def by_format(explanation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {entry["format"]: entry for entry in explanation["formats"]}
 
 
 @dataclass(frozen=True)

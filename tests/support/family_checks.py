@@ -160,16 +160,20 @@ def try_scan(family: Family) -> str:
     shards = family.shards
     family.calibration = merge_calibrations(scorer.calibrate(shard) for shard in shards)
     scored = [scorer.score(shard, 0, family.calibration) for shard in shards]
-    family.scores_GF = sum(one.sums.elementwise_GF / one.num_tokens**2 for one in scored)
+    family.scores_GF = sum(
+        shard_score.sums.elementwise_GF / shard_score.num_tokens**2 for shard_score in scored
+    )
     assert (family.scores_GF > 0).all(), "a group has no score"
     experts = {m.planned.name for m in spec.modules if m.planned.kind == "experts"}
-    assert all(set(one.sums.expert_tokens) == experts for one in scored), "no routed tokens"
+    assert all(set(shard_score.sums.expert_tokens) == experts for shard_score in scored), (
+        "no routed tokens"
+    )
     samples = [sample for shard in shards for sample in shard]
     padded = Scorer(dataclasses.replace(spec), model=scorer.model)
     maxima = merge_calibrations([padded.calibrate(samples)]).maxima()
     assert maxima == pytest.approx(family.calibration.maxima(), rel=1e-5)
     together_GF = padded.score(samples, 0, family.calibration).sums.elementwise_GF
-    apart_GF = sum(one.sums.elementwise_GF for one in scored)
+    apart_GF = sum(shard_score.sums.elementwise_GF for shard_score in scored)
     for index, format_ in enumerate(family.plan.formats):
         # The last bits differ, and may move an input over the edge to its next quantized value.
         tolerance = 1e-4 if format_.input is None else 0.05
@@ -247,8 +251,8 @@ def try_quantize(family: Family) -> str:
     for shard, ids_BS in zip(family.shards, family.batches, strict=True):
         (ours,) = runner.evaluate(shard, [choice]).divergences
         theirs_BN = _divergence(family.model, quantized, ids_BS)
-        for one, theirs_N in zip(ours, theirs_BN, strict=True):
-            assert one.kl_N == pytest.approx(theirs_N.numpy(), rel=1e-2, abs=1e-5)
+        for divergence, theirs_N in zip(ours, theirs_BN, strict=True):
+            assert divergence.kl_N == pytest.approx(theirs_N.numpy(), rel=1e-2, abs=1e-5)
     return "yes"
 
 
@@ -276,7 +280,7 @@ def _refusal(family: Family, **options: str) -> str | None:
 def _divergence(model: Any, quantized: Any, ids_BS: torch.Tensor) -> torch.Tensor:
     """KL divergence ``(B, N)`` of every prediction in nats."""
     exact, changed = (
-        one(input_ids=ids_BS, use_cache=False).logits[:, :-1].double().log_softmax(dim=-1)
-        for one in (model, quantized)
+        network(input_ids=ids_BS, use_cache=False).logits[:, :-1].double().log_softmax(dim=-1)
+        for network in (model, quantized)
     )
     return (exact.exp() * (exact - changed)).sum(dim=-1)

@@ -122,7 +122,7 @@ def _fake_quantized(model: Any, plan: Plan, quantized: list[str]) -> dict[str, t
                 name = f"{module.name}.{parameter}"
                 exact = model.get_parameter(name)
                 slices = [exact] if exact.dim() == 2 or module.is_transposed else list(exact)
-                fake = [fake_quantize_weight(format_.weight, one) for one in slices]
+                fake = [fake_quantize_weight(format_.weight, slice_) for slice_ in slices]
                 weights[name] = torch.stack(fake).reshape(exact.shape)
     return weights
 
@@ -140,7 +140,7 @@ def _loaded(tensors: dict[str, torch.Tensor], out: Path, kind: Any) -> dict[str,
     del config["quantization_config"]
     (unpacked / "config.json").write_text(json.dumps(config))
     model, problems = kind.from_pretrained(unpacked, dtype="float32", output_loading_info=True)
-    found = {key: sorted(names) for key, names in problems.items() if names}
-    assert not found, f"transformers does not find its weights: {found}"
+    faults = {key: sorted(names) for key, names in problems.items() if names}
+    assert not faults, f"transformers does not find its weights: {faults}"
     state: dict[str, torch.Tensor] = model.state_dict()
     return state

@@ -1,4 +1,4 @@
-"""Names are names of things: words that name nothing are not bound in the package."""
+"""Names of the package, the benchmarks and the tests' support are names of things."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import autoquant_ray
 
-PACKAGE = Path(autoquant_ray.__file__).parent
+ROOT = Path(__file__).parents[2]
+FOLDERS = (Path(autoquant_ray.__file__).parent, ROOT / "benchmarks", ROOT / "tests" / "support")
 FILLERS = {"one", "own", "found", "known", "told"}
 
 
@@ -33,8 +34,9 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def test_names_are_names_of_things() -> None:
     wrong = [
-        f"{file.relative_to(PACKAGE)}:{line} binds {name!r}"
-        for file in sorted(PACKAGE.rglob("*.py"))
+        f"{file.relative_to(folder.parent)}:{line} binds {name!r}"
+        for folder in FOLDERS
+        for file in sorted(folder.rglob("*.py"))
         for line, name in bound_names(ast.parse(file.read_text(encoding="utf-8")))
         if name in FILLERS
     ]
