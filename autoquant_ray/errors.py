@@ -109,7 +109,7 @@ def changed_input(name: str, label: str | None = None) -> WorkerError:
         name: The module.
         label: What leaves it out of the search; default its name.
     """
-    return WorkerError(f"the model changes the input of {name} in place; --disable {label or name}")
+    return WorkerError(f"the model changes the input of {name} in place; `disable` {label or name}")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

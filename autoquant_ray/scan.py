@@ -128,7 +128,7 @@ def _run_stages(
             facts = samples_stage.read_samples(config, tokenizer, scratch)
             if config.coverage == "full" and not facts.get("num_samples_with_images"):
                 raise DataError(
-                    f"--coverage full searches the vision tower, but {data_name(config.data)} "
+                    f"`coverage` full searches the vision tower, but {data_name(config.data)} "
                     "holds no images; give data with images, or leave it out"
                 )
             if "num_loss_tokens" in facts:

@@ -51,7 +51,7 @@ class Budget:
         resource: Key in :attr:`Choice.costs`.
         limit: In the resource's unit. Meeting it exactly counts as met.
         unit_per_bit: Cost of one average bit; error texts then speak of bits. None: of bytes.
-        description: How the user wrote it, such as ``--bits 3.5``.
+        description: How the user wrote it, with the option between back quotes.
         fixed: Cost outside the choices that the user's own number includes; added to the
             reachable range in error texts.
         reachable: Words a reachable range (lowest, highest cost) in the user's unit; None: bits or

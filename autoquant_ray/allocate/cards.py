@@ -104,7 +104,7 @@ def load_hardware(named: str) -> Hardware:
     path = str(FOLDER / f"{named.lower()}.yaml") if named.lower() in cards else named
     if not Path(path).is_file():
         raise ConfigError(
-            f"--latency {named!r} is neither a card ({', '.join(cards)}) nor a hardware file"
+            f"`latency` {named!r} is neither a card ({', '.join(cards)}) nor a hardware file"
         )
     try:
         return Hardware.model_validate(read_yaml(path))

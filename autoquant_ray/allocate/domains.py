@@ -71,8 +71,8 @@ def wanted_domains(state: RunState) -> DomainScores:
         )
     if domains is None:
         raise ConfigError(
-            f"{state.directory.uri} has no scores by domain; scan with --domain-field FIELD, or "
-            "with two --data NAME=SOURCE or more"
+            f"{state.directory.uri} has no scores by domain; scan with `domain_field` FIELD, or "
+            "with two `data` NAME=SOURCE or more"
         )
     return domains
 
@@ -131,8 +131,8 @@ def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions)
     if ties := ties_of(problem, options):
         whom = "clusters of experts" if options.engine is None else options.engine
         raise ConfigError(
-            f"--worst-domain cannot be solved for {whom}: one format for {few(ties[0], 2)}; weigh "
-            "the domains with --domains"
+            f"`worst_domain` cannot be solved for {whom}: one format for {few(ties[0], 2)}; weigh "
+            "the domains with `domains`"
         )
     choices = allowed_choices(problem, equal, options)
     budgets = problem.budgets(options)
@@ -228,7 +228,7 @@ class DomainScores:
             if name not in self.scores:
                 domains = ", ".join(self.scores)
                 raise ConfigError(
-                    f"--domains: the run has no scores of a domain {name!r}; it has: {domains}"
+                    f"`domains`: the run has no scores of a domain {name!r}; it has: {domains}"
                 )
 
 

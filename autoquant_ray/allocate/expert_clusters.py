@@ -91,8 +91,8 @@ def require_apart(apart: Sequence[str], expert_groups: ExpertGroups | None) -> N
     """
     if expert_groups not in (None, LAYER) and not apart:
         raise ConfigError(
-            f"--expert-groups {expert_groups}: this run has no scores of single experts; scan the "
-            f"model again with --expert-groups {expert_groups}, or leave it out"
+            f"`expert_groups` {expert_groups}: this run has no scores of single experts; scan the "
+            f"model again with `expert_groups` {expert_groups}, or leave it out"
         )
 
 

@@ -70,7 +70,7 @@ class StepTime:
     def __init__(self, latency: Latency, plan: Mapping[str, Any]) -> None:
         if "step" not in plan:
             raise ConfigError(
-                "--latency needs what a decode step reads besides the groups, which this run does "
+                "`latency` needs what a decode step reads besides the groups, which this run does "
                 "not hold (imported, or made by an earlier version); scan the model again"
             )
         self.latency = latency
@@ -164,7 +164,7 @@ class StepTime:
             return 0.0
         if group.active_share is None:
             raise ConfigError(
-                f"--latency needs the share of the experts of {group.name} that a token visits, "
+                f"`latency` needs the share of the experts of {group.name} that a token visits, "
                 "which the model's config does not name; such a model has no prediction"
             )
         weight_bytes = float(group.rows[format_]["weight_bytes"])

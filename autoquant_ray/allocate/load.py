@@ -35,7 +35,7 @@ class Latency:
             if getattr(self, flag) < 1:
                 raise ConfigError(f"--{flag} {getattr(self, flag)} must be at least 1")
         if None not in (self.ms_per_token, self.tokens_per_second):
-            raise ConfigError("--ms-per-token and --tokens-per-second exclude each other")
+            raise ConfigError("`ms_per_token` and `tokens_per_second` exclude each other")
         for flag in ("ms_per_token", "tokens_per_second"):
             speed = getattr(self, flag)
             if speed is not None and not 0 < speed < math.inf:
@@ -53,9 +53,9 @@ class Latency:
     @property
     def target(self) -> str:
         """The limit as the user wrote it, with the load."""
-        speed = f"--ms-per-token {self.ms_per_token:g}" if self.ms_per_token is not None else ""
+        speed = f"`ms_per_token` {self.ms_per_token:g}" if self.ms_per_token is not None else ""
         if self.tokens_per_second is not None:
-            speed = f"--tokens-per-second {self.tokens_per_second:g}"
+            speed = f"`tokens_per_second` {self.tokens_per_second:g}"
         return f"{speed} on {self.hardware.name} (batch {self.batch}, context {self.context})"
 
     @property

@@ -185,11 +185,11 @@ class SolveOptions(BaseModel):
         limit_ms = None if self.latency is None else self.latency.limit_ms
         if self.bits is None and self.bytes is None and limit_ms is None:
             raise ConfigError(
-                "give a budget: --bits B, --bytes N, or --latency HARDWARE with "
-                "--tokens-per-second X or --ms-per-token Y"
+                "give a budget: `bits` B, `bytes` N, or `latency` HARDWARE with "
+                "`tokens_per_second` X or `ms_per_token` Y"
             )
         if self.bits is not None and not 0 < self.bits <= UNQUANTIZED_BITS:
-            raise ConfigError(f"--bits {self.bits} must be above 0 and at most 16")
+            raise ConfigError(f"`bits` {self.bits} must be above 0 and at most 16")
         if (problem := positive_problem(self.kv_bytes_per_token)) is not None:
             raise ConfigError(problem)
         return self
@@ -266,3 +266,11 @@ def solve_options(config: ScanConfig) -> SolveOptions:
     values = {name: getattr(config, name) for name in names}
     experts = None if config.expert_groups == LAYER else config.expert_groups
     return SolveOptions(**values | {"expert_groups": experts})
+
+
+OPTION_NAMES = frozenset(SolveOptions.model_fields) | {
+    "ms_per_token",
+    "tokens_per_second",
+    "formats",
+}
+"""Options that a reason for or against a solution may name."""

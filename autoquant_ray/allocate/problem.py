@@ -177,7 +177,7 @@ class Problem:
                     resource="model",
                     limit=options.bytes - fixed,
                     unit_per_bit=None,
-                    description=f"--bytes {options.bytes}",
+                    description=f"`bytes` {options.bytes}",
                     fixed=fixed,
                 )
             )
@@ -189,7 +189,7 @@ class Problem:
     def _bits_budget(self, bits: float, options: SolveOptions) -> Budget:
         if options.cost == ACTIVE_MOE and not self.has_active_moe:
             raise ConfigError(
-                "--cost active_moe needs the share of the experts that a token visits; this run "
+                "`cost` active_moe needs the share of the experts that a token visits; this run "
                 "names none (no experts, imported, or made by an earlier version)"
             )
         weights = sum(group.weights(options.cost) for group in self.searched)
@@ -203,5 +203,5 @@ class Problem:
             resource=options.cost,
             limit=limit,
             unit_per_bit=weights * per_bit,
-            description=f"--bits {bits:g}{note}",
+            description=f"`bits` {bits:g}{note}",
         )

@@ -77,7 +77,7 @@ class ScoredRun:
         summary = state.plan
         if not directory.exists(SENSITIVITY_FILE):
             missing = directory.path(SENSITIVITY_FILE)
-            raise StoreError(f"{missing} does not exist; finish the scan with --resume")
+            raise StoreError(f"{missing} does not exist; finish the scan with `resume`")
         plan_rows = directory.read_table(PLAN_FILE).to_pylist()
         rows = directory.read_table(SENSITIVITY_FILE).to_pylist()
         problem = Problem.from_plan(plan_rows, summary)

@@ -38,7 +38,7 @@ def calibration_of(state: RunState) -> Calibration:
     for name in missing_files(directory, formats):
         raise StoreError(
             f"{directory.path(name)} does not exist, and formats of the run need it; scan with "
-            "--resume, which makes it again"
+            "`resume`, which makes it again"
         )
     return read_calibration(directory) if needs_calibration(formats) else Calibration()
 

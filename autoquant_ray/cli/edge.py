@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from autoquant_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, AutoQuantError, one_line
+from autoquant_ray.wording import as_flags
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,9 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except AutoQuantError as error:
-            self._stop(f"error: {error}", error.exit_code)
+            self._stop(as_flags(f"error: {error}", option_names(self)), error.exit_code)
         except KeyboardInterrupt as error:
-            line = str(error) or (
+            line = as_flags(str(error), option_names(self)) or (
                 "interrupted; finished shards are kept, go on with --resume (other commands: start "
                 "again)"
             )
@@ -122,14 +123,31 @@ def wants_json() -> bool:
     return bool(click.get_current_context().params["as_json"])
 
 
+def option_names(command: click.Command) -> set[str]:
+    """Options of a command and of all commands below it, as Python names them."""
+    flags = (flag for parameter in command.params for flag in parameter.opts)
+    names = {flag[2:].replace("-", "_") for flag in flags if flag.startswith("--")}
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    return names.union(*map(option_names, below))
+
+
+class _FlagFormatter(logging.Formatter):
+    """Log lines in the words of the command line."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__("%(message)s")
+        self._names = names
+
+    def format(self, record: logging.LogRecord) -> str:
+        return as_flags(super().format(record), self._names)
+
+
 def set_up_logging(verbose: bool) -> None:
     """Our own messages on stderr; libraries' warnings only with ``--verbose``."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(message)s",
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    program = click.get_current_context().find_root().command
+    handler.setFormatter(_FlagFormatter(option_names(program)))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("autoquant_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
     if verbose:
         logging.getLogger().setLevel(logging.DEBUG)

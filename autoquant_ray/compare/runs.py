@@ -106,7 +106,7 @@ class _Side:
             (row["group"], row["format"]): row for row in run.rows
         }
         if not directory.exists(MANIFEST_JSON):
-            raise StoreError(f"{directory.uri} has no solution yet; finish the scan with --resume")
+            raise StoreError(f"{directory.uri} has no solution yet; finish the scan with `resume`")
         self.manifest = directory.read_json(MANIFEST_JSON)
         modules = directory.read_table(MANIFEST_TABLE)
         columns = (modules.column(name).to_pylist() for name in ("group", "format"))

@@ -46,7 +46,7 @@ def write_site(folder: RunDirectory, out: str | None = None) -> str:
         parent, _, name = head.rpartition("/")
         place = RunDirectory(f"{parent or ('/' if out.startswith('/') else '.')}{mark}{options}")
     if not name or (place.exists(name) and _MARKER.encode() not in place.read_bytes(name)):
-        raise StoreError(f"{place.path(name)} is not a page of ours; give another --out")
+        raise StoreError(f"{place.path(name)} is not a page of ours; give another `out`")
     title = folder.uri.partition("?")[0].rstrip("/").rpartition("/")[2] or folder.uri
     return place.write_text(name, render_site(jobs, title, _linker(folder, place)))
 

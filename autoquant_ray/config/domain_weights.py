@@ -26,11 +26,11 @@ def parse_weights(text: str) -> dict[str, float]:
             weight = math.nan
         if not name or math.isnan(weight):
             raise ConfigError(
-                f"--domains: {part.strip()!r} is not NAME=WEIGHT; write for example "
+                f"`domains`: {part.strip()!r} is not NAME=WEIGHT; write for example "
                 "code=0.5,chat=0.5"
             )
         if name in weights:
-            raise ConfigError(f"--domains: {name!r} is named twice; give it one weight")
+            raise ConfigError(f"`domains`: {name!r} is named twice; give it one weight")
         weights[name] = weight
     return weights
 
@@ -43,10 +43,10 @@ def normalised(weights: Mapping[str, float]) -> dict[str, float]:
     """
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
-            raise ConfigError(f"--domains: the weight of {name!r} must be 0 or more, not {weight}")
+            raise ConfigError(f"`domains`: the weight of {name!r} must be 0 or more, not {weight}")
     total = math.fsum(weights.values())
     if weights and not 0 < total < math.inf:
-        raise ConfigError("--domains: all weights are 0; give one domain a weight above 0")
+        raise ConfigError("`domains`: all weights are 0; give one domain a weight above 0")
     scale = 1.0 if abs(total - 1) <= _ROUNDING else total
     return {name: weights[name] / scale for name in sorted(weights) if weights[name] > 0}
 
@@ -58,4 +58,4 @@ def check_objective(weights: Mapping[str, float], worst_domain: bool) -> None:
         ConfigError: Both are.
     """
     if weights and worst_domain:
-        raise ConfigError("--domains and --worst-domain exclude each other; give one of them")
+        raise ConfigError("`domains` and `worst_domain` exclude each other; give one of them")

@@ -217,8 +217,8 @@ class ScanConfig(SearchSpace):
     def _check_experts(self) -> Self:
         if self.expert_groups != LAYER and self.stop_when_stable is not None:
             raise ValueError(
-                "--stop-when-stable cannot judge experts apart, some of which see no token in the "
-                "first shards; leave it out, or --expert-groups"
+                "`stop_when_stable` cannot judge experts apart, some of which see no token in the "
+                "first shards; leave it out, or `expert_groups`"
             )
         return self
 
@@ -243,6 +243,6 @@ class ScanConfig(SearchSpace):
         if self.placement == "split" and (self.device == "cpu" or (self.gpus_per_worker or 0) < 2):
             raise ValueError(
                 "placement split spreads a model over the GPUs of one worker; give "
-                "--gpus-per-worker 2 or more and a device that is not cpu"
+                "`gpus_per_worker` 2 or more and a device that is not cpu"
             )
         return self

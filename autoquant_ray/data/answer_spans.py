@@ -130,5 +130,5 @@ def _cannot_tell(conversation: Conversation, index: int) -> DataError:
     return DataError(
         f"{conversation.where}: where the answer of message {index + 1} begins and ends cannot be "
         "told, because the model's chat template writes the messages before it otherwise than "
-        "alone; give --loss-on all, or one answer per chat"
+        "alone; give `loss_on` all, or one answer per chat"
     )

@@ -72,7 +72,7 @@ class ConversationSamples:
         if encoded.num_fixed > seq_len:
             self._skip(
                 f"{encoded.where}: its images end at token {encoded.num_fixed} of {len(sample)}, "
-                f"after --seq-len {seq_len}; raise it, or give smaller images"
+                f"after `seq_len` {seq_len}; raise it, or give smaller images"
             )
             return None
         if len(sample) < MIN_SAMPLE_TOKENS:
@@ -87,7 +87,7 @@ class ConversationSamples:
 
     def _skip(self, reason: str) -> None:
         if not self._skips_bad:
-            raise DataError(f"{reason}; skip such samples with --skip-bad-samples")
+            raise DataError(f"{reason}; skip such samples with `skip_bad_samples`")
         self._counts.bad += 1
         if len(self.reasons) < _MAX_REASONS:
             self.reasons.append(reason)

@@ -178,8 +178,8 @@ def require_usable(counts: DataCounts, source: str) -> None:
         if counts.no_answer or counts.bad:
             raise DataError(
                 f"data source {source} holds no usable sample: of {counts.read} chats read, "
-                f"{counts.no_answer} have no answer within --seq-len and {counts.bad} have an "
-                "image that cannot be used; raise --seq-len, or give others"
+                f"{counts.no_answer} have no answer within `seq_len` and {counts.bad} have an "
+                "image that cannot be used; raise `seq_len`, or give others"
             )
         raise DataError(
             f"data source {source} holds no usable sample: of {counts.read} texts read, "

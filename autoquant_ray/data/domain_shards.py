@@ -91,7 +91,7 @@ def require_room(num_domains: int, following: str, spec: DataSpec) -> None:
     if num_domains >= MAX_DOMAINS:
         raise DataError(
             f"data source {spec.source}: field {spec.domain_field!r} has more than {MAX_DOMAINS} "
-            f"values, the next is {following!r}; name a coarser column with --domain-field"
+            f"values, the next is {following!r}; name a coarser column with `domain_field`"
         )
 
 

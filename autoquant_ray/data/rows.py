@@ -34,17 +34,17 @@ def columns_of(columns: Collection[str], spec: DataSpec, where: str = "") -> lis
     wanted = _content_fields(columns, spec)
     chat = wanted is not None
     if wanted is None:
-        _require_field(spec.text_field, "--text-field", columns, spec, where)
+        _require_field(spec.text_field, "`text_field`", columns, spec, where)
         wanted = [spec.text_field]
     if chat and spec.pack:
         raise DataError(
-            f"data source {spec.source} holds chats or prompts, and --pack chops one running "
+            f"data source {spec.source} holds chats or prompts, and `pack` chops one running "
             "text; leave it out"
         )
     if not chat:
         require_answers(spec)
     if spec.domain_field is not None:
-        _require_field(spec.domain_field, "--domain-field", columns, spec, where)
+        _require_field(spec.domain_field, "`domain_field`", columns, spec, where)
         wanted.append(spec.domain_field)
     return list(dict.fromkeys(wanted))
 
@@ -58,7 +58,7 @@ def require_answers(spec: DataSpec) -> None:
     if spec.loss_on == "answer":
         raise DataError(
             f"data source {spec.source} holds plain text, which has no answers; give rows with "
-            "'messages', or with 'prompt' and 'answer', or --loss-on all"
+            "'messages', or with 'prompt' and 'answer', or `loss_on` all"
         )
 
 

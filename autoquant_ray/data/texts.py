@@ -85,7 +85,7 @@ def require_source(source: str) -> None:
 def _require_separate_lines(spec: DataSpec) -> None:
     if spec.pack and spec.shuffle_seed is not None:
         raise DataError(
-            f"data source {spec.source} is one running text with --pack, --data-seed would shuffle "
+            f"data source {spec.source} is one running text with `pack`, `data_seed` would shuffle "
             "its lines; give JSONL or Parquet with one document per row, or leave out one of both"
         )
 
@@ -95,7 +95,7 @@ def _require_columns(spec: DataSpec) -> None:
     if spec.domain_field is not None:
         raise DataError(
             f"data source {spec.source} has no field {spec.domain_field!r}: it has no columns; "
-            "give JSONL or Parquet, or name the domains with --data NAME=SOURCE"
+            "give JSONL or Parquet, or name the domains with `data` NAME=SOURCE"
         )
 
 

@@ -132,7 +132,7 @@ class Crew:
         if not self.loading:
             raise WorkerError(
                 f"all workers died ({self._num_started} were started); finished shards are kept, "
-                "start again with --resume"
+                "start again with `resume`"
             )
         now_s = time.monotonic()
         if self._none_ready_since_s is None:
@@ -140,7 +140,7 @@ class Crew:
         if now_s - self._none_ready_since_s > _START_TIMEOUT_S:
             raise ClusterError(
                 f"no worker started within {_START_TIMEOUT_S:g} s; the cluster has "
-                f"{ray.cluster_resources()}; finished shards are kept, start again with --resume"
+                f"{ray.cluster_resources()}; finished shards are kept, start again with `resume`"
             )
 
 

@@ -180,9 +180,9 @@ def require_resources(config: ScanConfig, resources: Mapping[str, float]) -> Non
     device = config.device
     gpus = gpus_per_worker(config, device)
     if config.placement == "split" and device != "cuda":
-        raise ClusterError("--placement split needs GPUs, but the workers compute on the CPU")
+        raise ClusterError("`placement` split needs GPUs, but the workers compute on the CPU")
     if device == "cuda" and gpus == 0:
-        raise ClusterError("--device cuda needs --gpus-per-worker above 0")
+        raise ClusterError("`device` cuda needs `gpus_per_worker` above 0")
     asked = config.workers if isinstance(config.workers, int) else 1
     needed = {"CPU": asked * config.cpus_per_worker, "GPU": asked * gpus}
     for name, amount in needed.items():
@@ -190,7 +190,7 @@ def require_resources(config: ScanConfig, resources: Mapping[str, float]) -> Non
         if amount > has:
             raise ClusterError(
                 f"{asked} worker(s) need {amount:g} {name}, the cluster has {has:g}; lower "
-                f"--workers, --cpus-per-worker or --gpus-per-worker"
+                f"`workers`, `cpus_per_worker` or `gpus_per_worker`"
             )
 
 
@@ -219,7 +219,7 @@ def device_bytes(config: ScanConfig, device: str) -> int:
         for node in nodes
         if node["Resources"].get("GPU", 0) >= share
     ]
-    remedy = "give --placement resident, offload or split"
+    remedy = "give `placement` resident, offload or split"
     if not tasks:
         raise ClusterError(f"no node has {share:g} GPU that could tell its memory; {remedy}")
     try:

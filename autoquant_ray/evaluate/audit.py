@@ -111,7 +111,7 @@ def audit_solution(
     chosen = choose_pairs(origin, run.errors, _shares(state, origin), config.audit or 0)
     if not chosen:
         raise ConfigError(
-            "--audit: the constraints leave every group in 16 bits, so there is no score to "
+            "`audit`: the constraints leave every group in 16 bits, so there is no score to "
             "measure; audit another solution"
         )
     pairs = measure_pairs(measurement, origin, run.errors, chosen)

@@ -81,8 +81,8 @@ def untouched_shards(measurement: Measurement, folder: str) -> list[int] | None:
         if entry["data_key"] != measurement.data_key:
             raise ConfigError(
                 f"{folder.rstrip('/')} was chosen on this data cut in another way; give the "
-                "--samples and --seq-len of its refinement or audit, so that only samples that "
-                "played no part in it are measured, or give other data with --data"
+                "`samples` and `seq_len` of its refinement or audit, so that only samples that "
+                "played no part in it are measured, or give other data with `data`"
             )
     if not entries:
         return None

@@ -47,7 +47,7 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
         if not is_given:
             raise StoreError(
                 f"data {data_name(scan.data)} has changed since {state.directory.uri} was made, so "
-                "the samples that the scan has not seen are unknown; give other data with --data"
+                "the samples that the scan has not seen are unknown; give other data with `data`"
             )
         _require_not_among(scanned, scan)
         return 0
@@ -67,9 +67,9 @@ def _require_same_cut(scanned: ScanConfig, scan: ScanConfig) -> None:
     cuts = [(config.pack, config.seq_len, config.domain_field) for config in (scan, scanned)]
     if cuts[0] != cuts[1] and (scan.pack or scanned.pack):
         raise ConfigError(
-            f"on the scan's data ({data_name(scanned.data)}), --pack, --seq-len and the form of "
-            f"--data must be those of the scan (pack {scanned.pack}, {scanned.seq_len}), "
-            "otherwise text that it calibrated on would be measured; give other data with --data"
+            f"on the scan's data ({data_name(scanned.data)}), `pack`, `seq_len` and the form of "
+            f"`data` must be those of the scan (pack {scanned.pack}, {scanned.seq_len}), "
+            "otherwise text that it calibrated on would be measured; give other data with `data`"
         )
 
 
@@ -78,9 +78,9 @@ def _require_same_choice(scanned: ScanConfig, scan: ScanConfig) -> None:
     fields = ("seq_len", "loss_on", "skip_bad_samples")
     if any(getattr(scanned, name) != getattr(scan, name) for name in fields):
         raise ConfigError(
-            f"on the scan's data ({data_name(scanned.data)}), --seq-len and --loss-on must be "
+            f"on the scan's data ({data_name(scanned.data)}), `seq_len` and `loss_on` must be "
             f"those of the scan ({scanned.seq_len}, {scanned.loss_on}), otherwise chats that it "
-            "calibrated on would be measured; give other data with --data"
+            "calibrated on would be measured; give other data with `data`"
         )
 
 
@@ -101,7 +101,7 @@ def _require_not_among(scanned: ScanConfig, scan: ScanConfig) -> None:
         if fingerprint_source(source) == given:
             raise ConfigError(
                 f"{scan.data} is the domain {name} of the scan, which calibrated on a part of it; "
-                "leave out --data to measure on the samples of all domains that the scan has not "
+                "leave out `data` to measure on the samples of all domains that the scan has not "
                 "seen, or give other data"
             )
 

@@ -93,7 +93,7 @@ def export_run(
         AutoQuantError: One of its subclasses; nothing is left at ``out``.
     """
     if layout not in LAYOUTS:
-        raise ConfigError(f"--format {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+        raise ConfigError(f"`format` {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
     check_target(engine, gpu)
     source = read_source(directory, solution)
     target = require_new_folder(out)
@@ -116,7 +116,7 @@ def export_run(
 def _require_package(layout: str) -> None:
     if layout == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
         raise ConfigError(
-            f"--format {layout} needs the package compressed-tensors: pip install "
+            f"`format` {layout} needs the package compressed-tensors: pip install "
             "'autoquant-ray[export]'"
         )
 
@@ -152,7 +152,7 @@ def _written_beside(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise StoreError(f"--out {target} cannot be written: {one_line(error)}") from None
+        raise StoreError(f"`out` {target} cannot be written: {one_line(error)}") from None
     try:
         yield folder
         folder.chmod(target.parent.stat().st_mode & 0o777)

@@ -87,8 +87,8 @@ def require_fused(chosen: Mapping[str, str], modules: Facts, what: str) -> None:
     if mixed:
         raise ConfigError(
             f"{what} holds the experts of a layer in one format, and the solution gives several in "
-            f"{few(list(mixed), _MOST_NAMES)}; solve again with --engine, or, where every expert "
-            "saw a token, with --expert-groups layer"
+            f"{few(list(mixed), _MOST_NAMES)}; solve again with `engine`, or, where every expert "
+            "saw a token, with `expert_groups` layer"
         )
 
 

@@ -47,12 +47,12 @@ def require_caches(caches: Mapping[str, str], layout: str, *, holds_caches: bool
     named = few(quantized, _MOST_NAMES)
     if not holds_caches:
         raise FormatError(
-            f"--format {layout} cannot hold formats of the KV cache ({named}); give --format "
-            "modelopt, or solve with these groups in 16 bits (--allow '*.kv=none')"
+            f"`format` {layout} cannot hold formats of the KV cache ({named}); give `format` "
+            "modelopt, or solve with these groups in 16 bits (`allow` '*.kv=none')"
         )
     raise FormatError(
-        f"--format {layout} holds the KV cache in {_EXPORTED} for all attentions or in 16 bits, "
-        f"and this solution has {', '.join(sorted(used))} ({named}); solve with --allow "
+        f"`format` {layout} holds the KV cache in {_EXPORTED} for all attentions or in 16 bits, "
+        f"and this solution has {', '.join(sorted(used))} ({named}); solve with `allow` "
         f"'*.kv={_EXPORTED}'"
     )
 

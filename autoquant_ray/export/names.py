@@ -90,8 +90,8 @@ def require_experts_as_stored(
     wrong = [name for name in source.formats if name in transposed]
     if wrong:
         raise FormatError(
-            f"--format {MODELOPT} cannot hold transposed experts ({few(wrong, _MOST_NAMES)}); "
-            "leave them in 16 bits (solve --allow '*experts=none')"
+            f"`format` {MODELOPT} cannot hold transposed experts ({few(wrong, _MOST_NAMES)}); "
+            "leave them in 16 bits (solve `allow` '*experts=none')"
         )
     file_sizes = StoredTensors.of(own_files).nbytes if own_files is not None else {}
     fused = [
@@ -102,7 +102,7 @@ def require_experts_as_stored(
     ]
     if fused:
         raise FormatError(
-            f"--format {MODELOPT} cannot hold experts that the model's own files keep fused "
+            f"`format` {MODELOPT} cannot hold experts that the model's own files keep fused "
             f"({few(fused, _MOST_NAMES)}): ModelOpt writes them one by one, even in 16 bits, under "
             "names that readers of this model do not know"
         )
@@ -110,6 +110,6 @@ def require_experts_as_stored(
 
 def _cannot_name(reason: str) -> FormatError:
     return FormatError(
-        f"--format {MODELOPT} cannot give this model's tensors the form of its own files "
+        f"`format` {MODELOPT} cannot give this model's tensors the form of its own files "
         f"({reason}): ModelOpt's exporter does not take back what transformers does on loading"
     )

@@ -116,12 +116,12 @@ def require_new_folder(path: str) -> Path:
         ConfigError: It holds something, is a file, or is no local path.
     """
     if "://" in path:
-        raise ConfigError(f"--out {path}: a checkpoint is written to a local folder; copy it then")
+        raise ConfigError(f"`out` {path}: a checkpoint is written to a local folder; copy it then")
     folder = Path(path).expanduser().absolute()
     if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"--out {path} is not empty; give a new folder")
+        raise ConfigError(f"`out` {path} is not empty; give a new folder")
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {path} is a file; give a new folder")
+        raise ConfigError(f"`out` {path} is a file; give a new folder")
     return folder
 
 
@@ -143,10 +143,10 @@ def require_packable(source: Source, layout: str) -> None:
         f"{problem} ({few(groups, _MOST_NAMES)})" for problem, groups in problems.items()
     )
     others = [other for other in LAYOUTS if other != layout and not _problems(source, other)]
-    or_else = f", or give --format {others[0]}" if others else ""
+    or_else = f", or give `format` {others[0]}" if others else ""
     raise FormatError(
-        f"--format {layout} cannot hold this solution: {listed}. Solve again with other formats "
-        f"for these groups (solve --allow 'PATTERN=FORMATS'){or_else}"
+        f"`format` {layout} cannot hold this solution: {listed}. Solve again with other formats "
+        f"for these groups (solve `allow` 'PATTERN=FORMATS'){or_else}"
     )
 
 
@@ -180,15 +180,15 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
     if engine != "vllm" and len(set(chosen.values())) > 1:
         raise ConfigError(
             f"{engine} reads {COMPRESSED_TENSORS} with one format only, and this solution has "
-            f"{', '.join(sorted(set(chosen.values())))}; give --format {MODELOPT}, or solve with "
-            "--max-formats 1"
+            f"{', '.join(sorted(set(chosen.values())))}; give `format` {MODELOPT}, or solve with "
+            "`max_formats` 1"
         )
     for fused in engine_modules(source.modules, engine):
         fused_groups = {source.groups[member]: None for member in fused.members}
         if len({chosen.get(group) for group in fused_groups}) > 1:
             raise ConfigError(
                 f"{engine} fuses {few(list(fused_groups), _MOST_NAMES)} into one module, which has "
-                "one format; give them the same (solve --pin)"
+                "one format; give them the same (solve `pins`)"
             )
 
 

@@ -25,7 +25,7 @@ KV_PRESETS = {"FP8_KV_CFG": "kv_fp8", "NVFP4_KV_CFG": "kv_nvfp4"}
 KV_BYTES = "kv_bytes_per_token"
 """Name of the cost: bytes that a token of context takes in the cache. A column of ``plan.parquet``,
 0 for weights."""
-KV_OPTION = "--kv-bytes-per-token"
+KV_OPTION = "`kv_bytes_per_token`"
 
 _SIXTEEN = 16
 
@@ -104,7 +104,7 @@ def limit_problem(has_caches: bool, limit: float | None) -> str | None:
         )
     if limit is not None and not has_caches:
         return (
-            f"{KV_OPTION} needs formats of the KV cache to choose from: scan with --formats "
+            f"{KV_OPTION} needs formats of the KV cache to choose from: scan with `formats` "
             f"{','.join(KV_FORMATS)} beside those of weights"
         )
     return None

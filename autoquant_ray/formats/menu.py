@@ -139,7 +139,7 @@ def _preset_attributes(
             "with one weight quantizer can be scanned"
         )
     if weight is None:
-        base = KV_PRESETS.get(name, "its base format, and --disable for the other layers")
+        base = KV_PRESETS.get(name, "its base format, and `disable` for the other layers")
         raise FormatError(
             f"format {name} sets no weight quantizer for every layer (it is a recipe for the KV "
             f"cache or for some layers); use {base}"
@@ -199,7 +199,7 @@ def check_device(formats: Sequence[Format], device: str) -> None:
             except ValueError as error:
                 raise FormatError(
                     f"format {format_.name} cannot run on cpu: {error}; scan on a GPU "
-                    "(--device cuda) or choose another format"
+                    "(`device` cuda) or choose another format"
                 ) from None
 
 

@@ -68,7 +68,7 @@ def _read(path: str) -> dict[str, Any]:
     if not isinstance(layers, dict) or not layers:
         raise DataError(
             f"manifest {path} has no 'layer_sensitivity' mapping of layers; a file of AutoRound or "
-            "mlx-lm goes into a scanned run: --into RUN"
+            "mlx-lm goes into a scanned run: `into` RUN"
         )
     for section in ("scheme", "model", "dataset", "autoquant_state"):
         if not isinstance(manifest.get(section) or {}, dict):

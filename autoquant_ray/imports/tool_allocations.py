@@ -96,7 +96,7 @@ def rival_allocation(
     if Path(against).is_file():
         return f"file {Path(against).name}", foreign_allocation(against, problem, options)
     raise ConfigError(
-        f"--against {against!r} is unknown; known: uniform, modelopt, random, a solution of the "
+        f"`against` {against!r} is unknown; known: uniform, modelopt, random, a solution of the "
         f"run ({', '.join(solutions) or 'none yet'}), or a file of AutoRound or mlx-lm"
     )
 
@@ -118,7 +118,7 @@ def import_allocation(path: str, directory: RunDirectory, name: str | None = Non
     name = slug(Path(path).stem) if name is None else name
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"--name {name!r} is no name of a solution; give letters, digits, '.', '_' and '-'"
+            f"`name` {name!r} is no name of a solution; give letters, digits, '.', '_' and '-'"
         )
     _require_imported(directory, name)
     run = ScoredRun.read(RunState.open(directory))
@@ -131,7 +131,7 @@ def _require_imported(directory: RunDirectory, name: str) -> None:
     file = f"{solution_folder(name)}{MANIFEST_JSON}"
     if directory.exists(file) and "imported_from" not in directory.read_json(file):
         raise ConfigError(
-            f"{directory.path(file)} is a solution of the run itself; give another --name"
+            f"{directory.path(file)} is a solution of the run itself; give another `name`"
         )
 
 

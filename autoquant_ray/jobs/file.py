@@ -271,8 +271,8 @@ def require_runs(job: Job, runs: str | None, path: str) -> None:
         ConfigError: It is missing, or does not belong there.
     """
     if isinstance(job, NightlyJob) and runs is None:
-        raise ConfigError(f"{path} is a nightly job; give the folder of its runs with --runs DIR")
+        raise ConfigError(f"{path} is a nightly job; give the folder of its runs with `runs` DIR")
     if not isinstance(job, NightlyJob) and runs is not None:
         raise ConfigError(
-            f"--runs is for nightly jobs; {path} is a {job.kind} job with its own out"
+            f"`runs` is for nightly jobs; {path} is a {job.kind} job with its own out"
         )

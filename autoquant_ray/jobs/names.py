@@ -43,5 +43,5 @@ def parse_date(date: str | None) -> str:
     except ValueError:
         day = None
     if day != date:
-        raise ConfigError(f"--date {date!r} is not a day of the form YYYY-MM-DD")
+        raise ConfigError(f"`date` {date!r} is not a day of the form YYYY-MM-DD")
     return date

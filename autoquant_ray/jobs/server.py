@@ -64,10 +64,10 @@ def _checked(address: str) -> str:
     except ValueError:
         is_right, has_user = False, False
     if has_user:
-        raise ConfigError("--address holds a user name or password; tokens go by RAY_AUTH_TOKEN")
+        raise ConfigError("`address` holds a user name or password; tokens go by RAY_AUTH_TOKEN")
     if not is_right:
         raise ConfigError(
-            f"--address {address} is not the address of a Ray dashboard; write for example "
+            f"`address` {address} is not the address of a Ray dashboard; write for example "
             "http://HOST:8265"
         )
     return address.rstrip("/")

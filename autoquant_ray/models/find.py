@@ -109,7 +109,7 @@ def require_mappable(ref: ModelRef) -> None:
     if ref.gguf_file is not None:
         raise ModelError(
             f"model {ref.name} is a GGUF file, but offload needs safetensors; convert it, or give "
-            "--placement resident"
+            "`placement` resident"
         )
 
 
@@ -140,5 +140,5 @@ def _load_config(ref: ModelRef) -> Any:
         return transformers.AutoConfig.from_pretrained(ref.path, **ref.load_arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         needs_code = "trust_remote_code" in str(error)
-        hint = " (its own code needs --trust-remote-code)" if needs_code else ""
+        hint = " (its own code needs `trust_remote_code`)" if needs_code else ""
         raise ModelError(f"config of model {ref.name}: {one_line(error)}{hint}") from None

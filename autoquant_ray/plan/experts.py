@@ -37,13 +37,13 @@ def split_experts(
     split = [single for module in modules for single in _split(model, module)]
     if all(expert_place(module.name) is None for module in split):
         raise ConfigError(
-            f"{type(model).__name__} has no routed experts to tell apart; leave out --expert-groups"
+            f"{type(model).__name__} has no routed experts to tell apart; leave out `expert_groups`"
         )
     is_fused = len(split) > len(modules)
     of_weights = [format_ for format_ in formats if format_.kv is None]
     if is_fused and all(format_.input is not None for format_ in of_weights):
         raise ConfigError(
-            "--expert-groups needs a format that leaves inputs in 16 bits, because experts share "
+            "`expert_groups` needs a format that leaves inputs in 16 bits, because experts share "
             f"the quantizer of their inputs, and {', '.join(f.name for f in of_weights)} "
             f"quantize{'s' if len(of_weights) == 1 else ''} them; add one such as wint4_afp16"
         )
@@ -65,13 +65,13 @@ def _split(model: torch.nn.Module, module: PlannedModule) -> Iterator[PlannedMod
     if module.is_transposed:
         raise ConfigError(
             f"{module.name} ({type(owner).__name__}) is quantized by ModelOpt as one tensor, so "
-            "that its experts cannot be told apart; leave out --expert-groups"
+            "that its experts cannot be told apart; leave out `expert_groups`"
         )
     if set(others) != set(module.parameters):
         raise ConfigError(
             f"{module.name} ({type(owner).__name__}) has parameters beside its experts' weights "
             f"({', '.join(sorted(set(others) - set(module.parameters)))}), so that its experts "
-            "cannot be told apart; leave out --expert-groups"
+            "cannot be told apart; leave out `expert_groups`"
         )
     for number in range(module.shapes[0][0]):
         yield replace(

@@ -168,11 +168,11 @@ def build_plan(
     for pattern in disable:
         if not any(module.matches(pattern) for module in (*modules, *caches)):
             raise ConfigError(
-                f"--disable {pattern!r} matches no layer; names look like {modules[0].name!r}"
+                f"`disable` {pattern!r} matches no layer; names look like {modules[0].name!r}"
             )
     if coverage == "full" and not any(sees_images(module.name) for module in modules):
         raise ConfigError(
-            f"{type(model).__name__} has no vision tower that --coverage full would search; leave "
+            f"{type(model).__name__} has no vision tower that `coverage` full would search; leave "
             "it out"
         )
     has_images, apart = coverage == "full", is_apart(expert_groups)

@@ -112,7 +112,7 @@ class CachedAttention:
         if seen != self._planned.cached:
             raise WorkerError(
                 f"{self._planned.name} caches keys and values of (heads, width) {seen}, the plan "
-                f"has {self._planned.cached}; --disable {self._planned.label}"
+                f"has {self._planned.cached}; `disable` {self._planned.label}"
             )
         maxima = {f"{part}_amax": r.maximum for part, r in zip(PARTS, recorders, strict=True)}
         return output, {key: value for key, value in maxima.items() if value is not None}

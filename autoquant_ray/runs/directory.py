@@ -267,5 +267,5 @@ class RunDirectory:
                 raise StoreError(text) from None
             raise StoreLostError(
                 f"{text}; what was written before is kept: when this is in order, go on with "
-                "--resume"
+                "`resume`"
             ) from None

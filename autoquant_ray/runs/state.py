@@ -138,7 +138,7 @@ class RunState:
             StoreError: The scan has not come that far.
         """
         if self.record.plan is None:
-            raise StoreError(f"{self.directory.uri} has no plan yet; finish the scan with --resume")
+            raise StoreError(f"{self.directory.uri} has no plan yet; finish the scan with `resume`")
         return self.record.plan
 
     @property
@@ -235,14 +235,14 @@ class RunState:
         if changes:
             raise ChangedError(
                 f"{self.directory.uri} was made with another config ({changes[0]}); use the same "
-                "values, 'solve' for a new budget, or --overwrite"
+                "values, 'solve' for a new budget, or `overwrite`"
             )
         self._require_same_versions()
         for kind, value in identity["fingerprints"].items():
             if self.record.fingerprints.get(kind) != value:
                 raise ChangedError(
                     f"the {kind} changed since {self.directory.uri} was started; give another "
-                    "--out or --overwrite"
+                    "`out` or `overwrite`"
                 )
 
     def _require_same_versions(self) -> None:
@@ -254,7 +254,7 @@ class RunState:
             if name in _NUMERIC_PACKAGES and before != now:
                 raise ChangedError(
                     f"{self.directory.uri} was started with {name} {before}, this is {now}; go on "
-                    "with the same version, or --overwrite"
+                    "with the same version, or `overwrite`"
                 )
 
 
@@ -269,7 +269,7 @@ def require_target(directory: RunDirectory, mode: Mode) -> None:
     if directory.exists():
         directory.require_run()
         if mode == "new":
-            raise StoreError(f"{directory.uri} holds a run; give --resume or --overwrite")
+            raise StoreError(f"{directory.uri} holds a run; give `resume` or `overwrite`")
 
 
 def new_record(directory: RunDirectory, entries: dict[str, Any]) -> RunRecord:

@@ -74,7 +74,7 @@ class LayerwiseBackward:
         if not self.is_layerwise and self.residence.is_offloaded:
             raise ModelError(
                 f"{type(model).__name__} is not a plain chain of decoder layers and cannot be "
-                "offloaded; give --placement resident"
+                "offloaded; give `placement` resident"
             )
         if not self.is_layerwise:
             logger.warning(

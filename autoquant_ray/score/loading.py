@@ -108,7 +108,7 @@ def _load_offloaded(ref: ModelRef, *, dtype: str, device: str) -> tuple[torch.nn
     if not names:
         raise ModelError(
             f"{type(skeleton).__name__} has no list of decoder layers and cannot be offloaded; "
-            "give --placement resident"
+            "give `placement` resident"
         )
     place: int | str = torch.cuda.current_device() if device == "cuda" else "cpu"
     with tempfile.TemporaryDirectory(prefix="autoquant-offload-") as folder:
@@ -205,7 +205,7 @@ def split_map(
         gib = sum(free_bytes.values()) * SPLIT_SHARE / 2**30
         raise ModelError(
             f"model {name} does not fit {len(free_bytes)} GPUs with {gib:.1f} GiB for weights; "
-            "raise --gpus-per-worker, or give --placement offload"
+            "raise `gpus_per_worker`, or give `placement` offload"
         )
     return places
 

@@ -60,5 +60,5 @@ def require_linears(
             name = scored.planned.name
             raise ModelError(
                 f"{name} ({type(module).__name__}) is a linear with a forward of its own; "
-                f"--disable {name}"
+                f"`disable` {name}"
             )

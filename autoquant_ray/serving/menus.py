@@ -206,7 +206,7 @@ def formats_of(plan: Mapping[str, Any]) -> list[Format]:
     """
     if not all(map(is_described, plan["formats"])):
         raise ConfigError(
-            "--engine needs to know what the formats are; an imported run only names them, so scan "
+            "`engine` needs to know what the formats are; an imported run only names them, so scan "
             "the model"
         )
     return [Format.from_json(entry) for entry in plan["formats"] if entry.get("weight")]
@@ -235,8 +235,8 @@ def _menus(formats: Sequence[Format], engine: str, gpu: str | None) -> list[tupl
         where = engine if gpu is None else f"{engine} on {gpu}"
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ConfigError(
-            f"{where} serves no format of the menu ({listed}); scan with other --formats, or "
-            "choose another --engine or --gpu (docs/engines.md)"
+            f"{where} serves no format of the menu ({listed}); scan with other `formats`, or "
+            "choose another `engine` or `gpu` (docs/engines.md)"
         )
     return menus
 

@@ -64,11 +64,11 @@ def target_problem(engine: str | None, gpu: str | None) -> str | None:
         gpu: A generation, a card such as ``h100``, or None: any GPU.
     """
     if engine is not None and engine not in ENGINES:
-        return f"--engine {engine!r} is unknown; known: {', '.join(ENGINES)}"
+        return f"`engine` {engine!r} is unknown; known: {', '.join(ENGINES)}"
     if gpu is not None and generation_of(gpu) not in GENERATIONS:
-        return f"--gpu {gpu!r} is unknown; known: {', '.join([*GENERATIONS, *CARDS])}"
+        return f"`gpu` {gpu!r} is unknown; known: {', '.join([*GENERATIONS, *CARDS])}"
     if engine is None and gpu is not None:
-        return f"--gpu {gpu} needs an engine; give --engine {', '.join(ENGINES)}"
+        return f"`gpu` {gpu} needs an engine; give `engine` {', '.join(ENGINES)}"
     return None
 
 

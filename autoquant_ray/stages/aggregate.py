@@ -297,7 +297,7 @@ def _require_scores(totals: _Totals, silent: Collection[str]) -> None:
     if missing:
         raise ScoreError(
             f"{len(missing)} group(s) received no gradient and have no score, first "
-            f"{missing[0]!r}; use longer or more samples, or --disable them"
+            f"{missing[0]!r}; use longer or more samples, or `disable` them"
         )
 
 

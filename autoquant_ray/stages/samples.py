@@ -166,7 +166,7 @@ def _checked_counts(sources: list[Source], domains: set[str], config: ScanConfig
         raise DataError(
             f"{data_name(config.data)} holds no samples after the "
             f"{sum(source.skipped for source in sources)} that calibration used; give other "
-            "data with --data, or a larger source"
+            "data with `data`, or a larger source"
         )
     return DataCounts(**total)
 

@@ -91,7 +91,7 @@ def collect(state: RunState, pool: WorkerPool, work: Work) -> None:
     if stop.is_made:
         raise Interrupted(
             f"interrupted: stage {work.stage} has {num_kept} of {total} shards, all kept; go on "
-            "with --resume"
+            "with `resume`"
         )
     if len(state.left_out) == state.num_shards:
         reason = state.record.quarantined[0]["reason"]

@@ -35,16 +35,16 @@ def make_rule(state: RunState, plan: Plan) -> StoppingRule | None:
         return None
     if state.num_shards <= MIN_SHARDS:
         logger.warning(
-            "--stop-when-stable has no effect on %d shards: it needs more than %d; make them "
-            "smaller with --shard-samples",
+            "`stop_when_stable` has no effect on %d shards: it needs more than %d; make them "
+            "smaller with `shard_samples`",
             state.num_shards,
             MIN_SHARDS,
         )
     if config.max_formats is not None:
-        logger.warning("--stop-when-stable does not consider --max-formats")
+        logger.warning("`stop_when_stable` does not consider `max_formats`")
     if config.engine is not None:
         logger.warning(
-            "--stop-when-stable considers only the first set of formats that %s serves together",
+            "`stop_when_stable` considers only the first set of formats that %s serves together",
             config.engine,
         )
     problem, options = Problem.from_plan(plan.rows(), plan.summary()), solve_options(config)

@@ -40,7 +40,7 @@ def test_scan_existing_run_without_flag_is_refused(ray_local: None, make_config:
     config = make_config()
     run_search(config)
     before = Path(config.out, "run.json").read_bytes()
-    with pytest.raises(StoreError, match=r"--resume or --overwrite"):
+    with pytest.raises(StoreError, match=r"`resume` or `overwrite`"):
         run_search(config)
     assert Path(config.out, "run.json").read_bytes() == before
 

@@ -138,7 +138,7 @@ def test_imported_manifest_is_a_run(tmp_path: Path) -> None:
     path.write_text(json.dumps(manifest))
     run = Run.import_manifest(str(path), str(tmp_path / "run"))
     assert run.explain("a").chosen == "FP8"
-    with pytest.raises(StoreError, match="--overwrite"):
+    with pytest.raises(StoreError, match="`overwrite`"):
         Run.import_manifest(str(path), str(tmp_path / "run"))
 
 

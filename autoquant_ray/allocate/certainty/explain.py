@@ -21,7 +21,12 @@ from autoquant_ray.allocate.certainty.solution import Certainty, certainty_of
 from autoquant_ray.allocate.domains import solve_for, wanted_domains
 from autoquant_ray.allocate.group_choices import GroupChoices, Scores
 from autoquant_ray.allocate.group_names import find_group
-from autoquant_ray.allocate.options import BITS_PER_BYTE, UNQUANTIZED_BITS, SolveOptions
+from autoquant_ray.allocate.options import (
+    BITS_PER_BYTE,
+    OPTION_NAMES,
+    UNQUANTIZED_BITS,
+    SolveOptions,
+)
 from autoquant_ray.allocate.read import (
     ScoredRun,
     is_chosen_by_measurement,
@@ -34,6 +39,7 @@ from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder, solution_of
 from autoquant_ray.runs.state import RunState
+from autoquant_ray.wording import as_flags
 
 _NO_QUANTIZER = "ModelOpt has no quantizer for this module"
 
@@ -184,4 +190,5 @@ class _Story:
         if self._served.served is not None:
             text += f" served by {self._served.served.target}"
         limit = self._options.max_formats
-        return text if limit is None else f"{text} with at most {limit} formats"
+        text += "" if limit is None else f" with at most {limit} formats"
+        return as_flags(text, OPTION_NAMES)

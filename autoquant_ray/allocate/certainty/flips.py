@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.allocate.allocation import Allocation
-from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.options import OPTION_NAMES, SolveOptions
 from autoquant_ray.errors import InfeasibleBudgetError
 from autoquant_ray.serving.menus import NotServedError
+from autoquant_ray.wording import as_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Flips:
         try:
             allocation = self._solve(options)
         except (InfeasibleBudgetError, NotServedError) as error:
-            return Flip(others={}, reason=str(error))
+            return Flip(others={}, reason=as_flags(str(error), OPTION_NAMES))
         is_same = format_ == self._formats[group] and allocation.score >= self._score
         formats = self._formats if is_same else allocation.formats
         return Flip(

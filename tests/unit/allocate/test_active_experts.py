@@ -70,5 +70,5 @@ def test_active_moe_budget_is_met_and_tight(make_run: Any) -> None:
 
 
 def test_active_moe_without_experts_is_refused(make_run: Any) -> None:
-    with pytest.raises(ConfigError, match="--cost active_moe needs the share of the experts"):
+    with pytest.raises(ConfigError, match="`cost` active_moe needs the share of the experts"):
         solve_run(make_run(), SolveOptions(bits=8, cost="active_moe"))

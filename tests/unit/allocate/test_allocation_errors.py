@@ -28,17 +28,17 @@ def test_frontier_allocation_below_the_cheapest_raises() -> None:
 
 def test_solve_infeasible_bits_names_the_range() -> None:
     choices = [choice(f"g{g}", f, 0, c) for g in "ab" for f, c in (("int4", 414), ("none", 1600))]
-    limit = Budget(resource="storage", limit=700, unit_per_bit=200, description="--bits 3.5")
+    limit = Budget(resource="storage", limit=700, unit_per_bit=200, description="`bits` 3.5")
     with pytest.raises(
         InfeasibleBudgetError,
-        match=r"--bits 3\.5 cannot be met: reachable is 4\.14 to 16\.00 average bits",
+        match=r"`bits` 3\.5 cannot be met: reachable is 4\.14 to 16\.00 average bits",
     ):
         solve(choices, [limit])
 
 
 def test_solve_infeasible_bits_range_can_be_asked_for() -> None:
     choices = [choice("g", "int4", 0, 4.140625), choice("g", "none", 0, 16)]
-    limit = Budget(resource="storage", limit=4.14, unit_per_bit=1, description="--bits 4.14")
+    limit = Budget(resource="storage", limit=4.14, unit_per_bit=1, description="`bits` 4.14")
     with pytest.raises(InfeasibleBudgetError, match=r"reachable is 4\.15 to"):
         solve(choices, [limit])
 
@@ -55,7 +55,7 @@ def test_solve_infeasible_bytes_names_the_range() -> None:
 def test_solve_infeasible_under_max_formats_names_the_range_under_it() -> None:
     choices = [choice(g, f, 0, 1 if g == f else 5) for g in "ab" for f in ("a", "b", "none")]
     assert solve(choices, [budget(2)]).is_satisfied
-    limit = Budget(resource="storage", limit=2, unit_per_bit=2, description="--bits 1")
+    limit = Budget(resource="storage", limit=2, unit_per_bit=2, description="`bits` 1")
     with pytest.raises(InfeasibleBudgetError, match=r"reachable is 3\.00 to 5\.00 average bits"):
         solve(choices, [limit], max_formats=1)
 

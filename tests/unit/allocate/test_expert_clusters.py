@@ -258,7 +258,7 @@ def test_bad_numbers_of_clusters_are_refused(value: str, expert_run: Any) -> Non
 
 def test_run_scored_by_layer_has_no_single_experts(make_run: Any) -> None:
     directory = make_run("qwen3_moe")
-    with pytest.raises(ConfigError, match="scan the model again with --expert-groups expert"):
+    with pytest.raises(ConfigError, match="scan the model again with `expert_groups` expert"):
         solve_run(directory, SolveOptions(bits=6, expert_groups="expert"))
     assert solve_run(directory, SolveOptions(bits=6, expert_groups="layer")).summary["is_satisfied"]
 

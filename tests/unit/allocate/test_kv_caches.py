@@ -135,15 +135,15 @@ def test_model_without_such_a_cache_is_refused(family: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"formats": FORMATS}, "need a limit of their own.*give --kv-bytes-per-token"),
-        ({"formats": FORMATS[:2], "kv_bytes_per_token": 9}, "scan with --formats kv_fp8,kv_nvfp4"),
+        ({"formats": FORMATS}, "need a limit of their own.*give `kv_bytes_per_token`"),
+        ({"formats": FORMATS[:2], "kv_bytes_per_token": 9}, "scan with `formats` kv_fp8,kv_nvfp4"),
         ({"formats": FORMATS, "kv_bytes_per_token": 0}, "must be a number above 0"),
         ({"formats": FORMATS, "kv_bytes_per_token": math.inf}, "must be a number above 0"),
         ({"formats": FORMATS[2:], "kv_bytes_per_token": 9}, "name a format of weights too"),
         ({"formats": FORMATS[3:], "kv_bytes_per_token": 9}, "kv_nvfp4 quantizes the KV cache"),
         (
             {"formats": FORMATS[:2], "expert_groups": "expert", "stop_when_stable": "1%"},
-            "^--stop-when-stable cannot judge experts apart.*or --expert-groups$",
+            "^`stop_when_stable` cannot judge experts apart.*or `expert_groups`$",
         ),
         (
             {"formats": FORMATS, "custom_formats": {"kv_fp8": {"weight": {"num_bits": 8}}}},

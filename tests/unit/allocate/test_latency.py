@@ -86,8 +86,8 @@ def test_without_a_limit_the_allocation_is_that_of_the_other_budget(make_run: An
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
-        ({"ms_per_token": 1e-9}, r"--ms-per-token 1e-09 on NVIDIA H100 SXM .* reachable is "),
-        ({"tokens_per_second": 1e12}, r"--tokens-per-second 1e\+12 on .* tokens per second"),
+        ({"ms_per_token": 1e-9}, r"`ms_per_token` 1e-09 on NVIDIA H100 SXM .* reachable is "),
+        ({"tokens_per_second": 1e12}, r"`tokens_per_second` 1e\+12 on .* tokens per second"),
     ],
 )
 def test_speed_that_cannot_be_reached_names_the_range(

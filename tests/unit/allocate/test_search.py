@@ -173,7 +173,7 @@ def test_menu_of_which_nothing_is_served_is_refused_with_the_remedy() -> None:
         ConfigError, match=r"vllm on hopper serves no format.*int4: vllm does not"
     ) as e:
         search(problem, scores, SolveOptions(bits=8, engine="vllm", gpu="h100"))
-    assert "choose another --engine" in str(e.value)
+    assert "choose another `engine` or `gpu`" in str(e.value)
     assert "\n" not in str(e.value)
 
 

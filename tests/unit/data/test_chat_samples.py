@@ -39,7 +39,7 @@ def test_samples_are_cut_counted_and_skipped(caplog: pytest.LogCaptureFixture) -
     assert counts == DataCounts(read=6, used=2, too_short=1, cut=1, no_answer=1, bad=2)
     assert rules.reasons == [
         "row 1: image a.png cannot be read",
-        "row of 9: its images end at token 7 of 9, after --seq-len 6; raise it, or give smaller "
+        "row of 9: its images end at token 7 of 9, after `seq_len` 6; raise it, or give smaller "
         "images",
     ]
     assert "skipped: row 1" in caplog.text
@@ -47,7 +47,7 @@ def test_samples_are_cut_counted_and_skipped(caplog: pytest.LogCaptureFixture) -
 
 def test_bad_sample_stops_by_default() -> None:
     rules = ConversationSamples(spec_of("d"), DataCounts(), skips_bad=False)
-    with pytest.raises(DataError, match="row 1: gone; skip such samples with --skip-bad-samples"):
+    with pytest.raises(DataError, match="row 1: gone; skip such samples with `skip_bad_samples`"):
         list(rules.take([("", BadSample("row 1: gone"))]))
 
 

@@ -134,10 +134,10 @@ def test_options_that_do_not_go_with_the_rows_are_refused(tmp_path: Path) -> Non
     texts = write_rows(tmp_path / "t.jsonl", [{"text": "w1"}])
     lines = tmp_path / "t.txt"
     lines.write_text("w1\n")
-    with pytest.raises(DataError, match="--pack chops one running text"):
+    with pytest.raises(DataError, match="`pack` chops one running text"):
         read(chats, pack=True)
     for source in (texts, lines, "pydoc"):
-        with pytest.raises(DataError, match=r"has no answers.*--loss-on all"):
+        with pytest.raises(DataError, match=r"has no answers.*`loss_on` all"):
             read(source, loss_on="answer")
 
 

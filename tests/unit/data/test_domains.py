@@ -187,7 +187,7 @@ def test_packed_rows_are_separated_within_their_domain(tagged: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"text": "t"}, r"line 2 has no field 'kind'; it has: text; name one with --domain-field"),
+        ({"text": "t"}, r"line 2 has no field 'kind'; it has: text; name one with `domain_field`"),
         ({"text": "t", "kind": " "}, r"line 2: field 'kind' holds '', which is no domain"),
         ({"text": "t", "kind": "a,b"}, r"line 2: field 'kind' holds 'a,b', which is no domain"),
         ({"text": "t", "kind": None}, r"line 2: field 'kind' holds NoneType, not text"),

@@ -151,7 +151,7 @@ def test_experts_chosen_apart_are_packed_where_those_of_a_layer_agree(
     mixed = choice | {"*0.mlp.experts.3": "none"}
     more = {"expert_groups": "expert", "name": "mixed"}
     directory, *_ = solved_run("qwen3_moe", mixed, ("wfp4_afp16",), **more)
-    with pytest.raises(ConfigError, match=r"several in model.layers.0.mlp.experts; .*--engine"):
+    with pytest.raises(ConfigError, match=r"several in model.layers.0.mlp.experts; .*`engine`"):
         export_run(directory, str(tmp_path / "out-mixed"))
     assert not (tmp_path / "out-mixed").exists()
 

@@ -131,9 +131,9 @@ def test_night_is_named_by_its_date_and_read_back_by_our_own_command_line() -> N
 @pytest.mark.parametrize(
     ("values", "runs", "message"),
     [
-        (NIGHTLY, None, "give the folder of its runs with --runs DIR"),
+        (NIGHTLY, None, "give the folder of its runs with `runs` DIR"),
         (NIGHTLY, "runs", "--runs: runs would be looked for on the cluster"),
-        (SCAN, "/runs", "--runs is for nightly jobs"),
+        (SCAN, "/runs", "`runs` is for nightly jobs"),
     ],
 )
 def test_folder_of_runs_belongs_to_nightly_jobs(

@@ -113,7 +113,7 @@ def test_auto_grows_with_the_cluster_and_a_number_does_not() -> None:
 
 
 def test_split_without_gpus_is_refused() -> None:
-    with pytest.raises(pydantic.ValidationError, match="--gpus-per-worker 2 or more"):
+    with pytest.raises(pydantic.ValidationError, match="`gpus_per_worker` 2 or more"):
         make_config(placement="split")
     with pytest.raises(pydantic.ValidationError, match="device that is not cpu"):
         make_config(placement="split", gpus_per_worker=2, device="cpu")
@@ -161,7 +161,7 @@ def test_split_map_uses_every_gpu_and_keeps_layers_whole(
 
 def test_split_map_never_spills_to_the_host(model_folder: Any) -> None:
     skeleton = build_skeleton(find_model(str(model_folder("llama"))))
-    with pytest.raises(ModelError, match=r"m does not fit 2 GPUs .*--gpus-per-worker"):
+    with pytest.raises(ModelError, match=r"m does not fit 2 GPUs .*`gpus_per_worker`"):
         split_map(skeleton, {0: 50_000, 1: 50_000}, name="m")
 
 

@@ -57,7 +57,7 @@ def test_scan_without_a_plan_is_unfinished_and_an_imported_run_has_no_config(
     directory = RunDirectory(str(tmp_path))
     directory.write_text("run.json", json.dumps(make_record(config=None).to_json()))
     state = RunState.open(directory)
-    with pytest.raises(StoreError, match="has no plan yet; finish the scan with --resume"):
+    with pytest.raises(StoreError, match="has no plan yet; finish the scan with `resume`"):
         _ = state.plan
     with pytest.raises(StoreError, match="was imported"):
         _ = state.config

@@ -89,7 +89,7 @@ def test_events_on_a_full_disk_are_whole_lines_and_the_error_is_no_usage_error(
     )
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"1 cannot write {tmp_path}/events.jsonl")
-    assert "--resume" in line
+    assert "`resume`" in line
     text = (tmp_path / "events.jsonl").read_text()
     assert 900 < len(text) <= 1000
     assert {json.loads(event)["shard"] for event in text.splitlines()} == {7}

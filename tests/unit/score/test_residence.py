@@ -228,10 +228,10 @@ def test_converted_experts_leave_no_files_behind(
 
 def test_offload_gguf_is_refused(tmp_path: Path) -> None:
     ref = ModelRef(name="model.gguf", path=str(tmp_path), gguf_file="model.gguf")
-    with pytest.raises(ModelError, match=r"model\.gguf is a GGUF file.*--placement resident"):
+    with pytest.raises(ModelError, match=r"model\.gguf is a GGUF file.*`placement` resident"):
         load_placed(ref, dtype="float32", device="cpu", placement="offload")
 
 
 def test_offload_model_that_is_no_chain_is_refused(model_folder: Any, placed_spec: Any) -> None:
-    with pytest.raises(ModelError, match=r"Gemma3n.* cannot be offloaded.*--placement resident"):
+    with pytest.raises(ModelError, match=r"Gemma3n.* cannot be offloaded.*`placement` resident"):
         Scorer(placed_spec(model_folder("gemma3n"), "offload", "float32"))

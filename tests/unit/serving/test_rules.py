@@ -250,9 +250,9 @@ def test_trtllm_does_not_find_a_checkpoints_own_fused_qkv() -> None:
 
 def test_unknown_engine_and_gpu_are_named() -> None:
     assert [check_target("vllm", gpu) for gpu in ("H100", "ada", None)] == ["hopper", "ada", None]
-    with pytest.raises(ConfigError, match=r"--engine 'tgi' is unknown; known: vllm, sglang"):
+    with pytest.raises(ConfigError, match=r"`engine` 'tgi' is unknown; known: vllm, sglang"):
         check_target("tgi", None)
-    with pytest.raises(ConfigError, match=r"--gpu 'v100' is unknown; known: ampere"):
+    with pytest.raises(ConfigError, match=r"`gpu` 'v100' is unknown; known: ampere"):
         check_target("vllm", "v100")
 
 
