@@ -145,8 +145,9 @@ class _FlagFormatter(logging.Formatter):
 def set_up_logging(verbose: bool) -> None:
     """Our own messages on stderr; libraries' warnings only with ``--verbose``."""
     handler = logging.StreamHandler(sys.stderr)
-    program = click.get_current_context().find_root().command
-    handler.setFormatter(_FlagFormatter(option_names(program)))
+    context = click.get_current_context(silent=True)
+    names = set() if context is None else option_names(context.find_root().command)
+    handler.setFormatter(_FlagFormatter(names))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("autoquant_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
     if verbose:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from command_line import invoke
 
 from autoquant_ray.api import Run
 from autoquant_ray.cli.edge import Result, prints_result, wants_json
@@ -75,7 +76,7 @@ def test_logging_is_set_up_before_the_command_runs(flags: list[str], level: int)
     ],
 )
 def test_error_names_a_field_in_python_and_its_flag_on_the_command_line(
-    make_run: Any, invoke: Any, options: dict[str, Any], words: tuple[str, ...], name: str
+    make_run: Any, options: dict[str, Any], words: tuple[str, ...], name: str
 ) -> None:
     run = make_run()
     with pytest.raises(AutoQuantError) as caught:
