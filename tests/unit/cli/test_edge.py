@@ -9,7 +9,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from command_line import invoke
+from command_line import run as run_command
 
 from autoquant_ray.api import Run
 from autoquant_ray.cli.edge import Result, prints_result, wants_json
@@ -83,7 +83,7 @@ def test_error_names_a_field_in_python_and_its_flag_on_the_command_line(
         Run.open(run.uri).solve(**options)
     assert f"`{name}`" in str(caught.value)
     assert "--" not in str(caught.value)
-    result = invoke("solve", run.uri, *words)
+    result = run_command("solve", run.uri, *words)
     assert result.exit_code == caught.value.exit_code
     assert f"--{name.replace('_', '-')}" in result.stderr
     assert "`" not in result.stderr
