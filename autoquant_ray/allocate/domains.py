@@ -8,14 +8,14 @@ minimises ``sum_d w_d * KL_d(x)``: a knapsack like any other, with weighted scor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from autoquant_ray.allocate import allocation as allocations
-from autoquant_ray.allocate.allocation import Allocation, Choice
+from autoquant_ray.allocate.allocation import Allocation, Budget, Choice
 from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.knapsack.worst import solve_worst
@@ -138,39 +138,48 @@ def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions)
     budgets = problem.budgets(options)
     groups = list(dict.fromkeys(choice.group for choice in choices))
     formats = list(dict.fromkeys(choice.format for choice in choices))
+    knapsack, scores_DGF = _domain_arrays(choices, budgets, domains)
+    free = formats.index(NONE) if NONE in formats else None
+    answer = solve_worst(knapsack, scores_DGF, options.max_formats, free)
+    if answer is None:
+        return search(problem, equal, options)  # raises, with the reachable range
+    chosen = dict(zip(groups, (formats[column] for column in answer.columns_G), strict=True))
+    taken = [choice for choice in choices if choice.format == chosen[choice.group]]
+    allocation = allocations.solve(taken, budgets)
+    return replace(allocation, score=answer.score, optimality_gap=answer.gap)
+
+
+def _domain_arrays(
+    choices: Sequence[Choice], budgets: Sequence[Budget], domains: DomainScores
+) -> tuple[Knapsack, Floats]:
+    """A knapsack without losses, and the loss of every choice in each domain (D, G, F).
+
+    Groups and formats stand in the order in which the choices name them.
+    """
+    groups = list(dict.fromkeys(choice.group for choice in choices))
+    formats = list(dict.fromkeys(choice.format for choice in choices))
     table = {(choice.group, choice.format): choice for choice in choices}
 
-    def array(value: Any, missing: float) -> Floats:
+    def array(values: Mapping[tuple[str, str], float], missing: float) -> Floats:
         keys = [[(group, name) for name in formats] for group in groups]
-        rows = [[value(table[key]) if key in table else missing for key in row] for row in keys]
-        return np.array(rows, dtype=np.float64)
+        return np.array([[values.get(key, missing) for key in row] for row in keys], np.float64)
 
-    resources = [budget.resource for budget in budgets]
-    costs_RGF = np.stack([array(lambda c, name=name: c.costs[name], 0.0) for name in resources])
+    costs_RGF = [
+        array({key: choice.costs[budget.resource] for key, choice in table.items()}, 0.0)
+        for budget in budgets
+    ]
     scores_DGF = np.stack(
         [
-            array(lambda c, scores=scores: _score(c, scores), np.inf)
+            array({key: _score(choice, scores) for key, choice in table.items()}, np.inf)
             for scores in domains.scores.values()
         ]
     )
-    answer = solve_worst(
-        Knapsack(
-            scores_GF=np.where(np.isfinite(scores_DGF[0]), 0.0, np.inf),
-            costs_RGF=costs_RGF,
-            limits_R=np.array([float(budget.limit) for budget in budgets]),
-        ),
-        scores_DGF,
-        options.max_formats,
-        formats.index(NONE) if NONE in formats else None,
+    knapsack = Knapsack(
+        scores_GF=np.where(np.isfinite(scores_DGF[0]), 0.0, np.inf),
+        costs_RGF=np.stack(costs_RGF),
+        limits_R=np.array([float(budget.limit) for budget in budgets]),
     )
-    if answer is None:
-        return search(problem, equal, options)  # raises, with the reachable range
-    chosen = [
-        table[group, formats[column]]
-        for group, column in zip(groups, answer.columns_G, strict=True)
-    ]
-    allocation = allocations.solve(chosen, budgets)
-    return replace(allocation, score=answer.score, optimality_gap=answer.gap)
+    return knapsack, scores_DGF
 
 
 def _score(choice: Choice, scores: Scores) -> float:

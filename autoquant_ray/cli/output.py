@@ -105,13 +105,7 @@ def _line_name(path: str, members: Sequence[PlannedGroup]) -> str:
 def print_solution(run: str, solution: Solution) -> None:
     """The ten most sensitive groups, the totals, and the written files."""
     console = _console()
-    table = Table(title="Most sensitive groups", box=box.SIMPLE)
-    table.add_column("Group", overflow="fold", no_wrap=True)
-    table.add_column("Harshest format's score", justify="right")
-    table.add_column("Chosen")
-    for group, sensitivity in solution.sensitivities[:_TOP_GROUPS]:
-        table.add_row(escape(group), f"{sensitivity:.3e}", escape(solution.formats[group]))
-    console.print(table)
+    console.print(_sensitive_groups(solution))
     summary = solution.summary
     predicted = summary["predicted_kl_nats"]
     console.print(f"effective bits: {summary['effective_bits']:.4f}")
@@ -148,6 +142,17 @@ def print_solution(run: str, solution: Solution) -> None:
         )
     for path in solution.paths.values():
         console.print(escape(_short(path)), soft_wrap=True)
+
+
+def _sensitive_groups(solution: Solution) -> Table:
+    """The most sensitive groups with their formats."""
+    table = Table(title="Most sensitive groups", box=box.SIMPLE)
+    table.add_column("Group", overflow="fold", no_wrap=True)
+    table.add_column("Harshest format's score", justify="right")
+    table.add_column("Chosen")
+    for group, sensitivity in solution.sensitivities[:_TOP_GROUPS]:
+        table.add_row(escape(group), f"{sensitivity:.3e}", escape(solution.formats[group]))
+    return table
 
 
 def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:

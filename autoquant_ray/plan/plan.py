@@ -165,18 +165,14 @@ def build_plan(
     if is_apart(expert_groups):
         modules = split_experts(model, modules, formats)
     caches = cache_modules(model, formats)
-    for pattern in disable:
-        if not any(module.matches(pattern) for module in (*modules, *caches)):
-            raise ConfigError(
-                f"`disable` {pattern!r} matches no layer; names look like {modules[0].name!r}"
-            )
-    if coverage == "full" and not any(sees_images(module.name) for module in modules):
+    has_images, apart = coverage == "full", is_apart(expert_groups)
+    members = [*modules, *caches]
+    _require_matches(members, disable)
+    if has_images and not any(sees_images(module.name) for module in modules):
         raise ConfigError(
             f"{type(model).__name__} has no vision tower that `coverage` full would search; leave "
             "it out"
         )
-    has_images, apart = coverage == "full", is_apart(expert_groups)
-    members = [*modules, *caches]
     grouped = _group(model, members, disable, has_images=has_images, experts_apart=apart)
     groups = tuple(_unless_nothing_fits(group, formats) for group in grouped)
     plan = Plan(
@@ -196,6 +192,15 @@ def build_plan(
     if not any(group.num_weights for group in plan.searched):
         raise ConfigError("every layer is disabled; nothing is left to search")
     return plan
+
+
+def _require_matches(modules: Sequence[PlannedModule], disable: Sequence[str]) -> None:
+    """Refuse a glob that matches no module: it would disable less than the user thinks."""
+    for pattern in disable:
+        if not any(module.matches(pattern) for module in modules):
+            raise ConfigError(
+                f"`disable` {pattern!r} matches no layer; names look like {modules[0].name!r}"
+            )
 
 
 def _group(

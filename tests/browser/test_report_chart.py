@@ -20,7 +20,7 @@ from autoquant_ray.solve import rewrite_reports, solve_run
 DATA = f"{EVIL}</script><!--<script>document.title='hacked'</script>\u2028 $$x$$ @name"
 LEGEND = [
     "best allocation of its size",
-    "knee: beyond it bytes buy less",
+    "knee: diminishing returns beyond",
     "this solution",
     "one format everywhere",
     "measured",
@@ -68,7 +68,7 @@ def test_chart_shows_the_numbers_of_the_files(open_page: Any, run: Path) -> None
     opened = open_page(offline=True)
     points = drawn(opened.page)
     manifest = fastparquet.ParquetFile(str(run / "manifest.parquet")).to_pandas()
-    ((_, loss, low, high),) = rows_of(points, "plan", "bits", "loss", "low", "high")
+    ((_, loss, low, high),) = rows_of(points, "solution", "bits", "loss", "low", "high")
     assert loss == pytest.approx(manifest.drop_duplicates("group")["score"].sum())
     assert low < loss < high
     curve = fastparquet.ParquetFile(str(run / "frontier.parquet")).to_pandas()
@@ -90,8 +90,8 @@ def test_points_are_the_rows_of_the_table(open_page: Any) -> None:
     points = drawn(page)
     chart = page.get_by_role("img", name="Loss against size")
     assert chart.get_attribute("aria-describedby") == "frontier-summary"
-    expect(page.locator("#frontier-summary")).to_contain_text("This plan: 4.9")
-    page.get_by_text("The numbers of this chart").click()
+    expect(page.locator("#frontier-summary")).to_contain_text("This solution: 4.9")
+    page.get_by_text("Numbers of this chart").click()
     table = page.get_by_role("table", name="Points of the chart")
     expect(table.get_by_role("row", name="this solution")).to_be_visible()
     rows = table.locator("tbody tr").evaluate_all(
@@ -110,7 +110,7 @@ def test_pointing_at_the_allocation_tells_its_numbers(open_page: Any) -> None:
     page = opened.page
     points = drawn(page)
     page.locator("#frontier").scroll_into_view_if_needed()
-    for kind in ("plan", "measured"):
+    for kind in ("solution", "measured"):
         page.mouse.move(*page.evaluate(SPOT, kind))
         tooltip = page.locator(".bk-Tooltip")
         expect(tooltip).to_be_visible()
@@ -129,13 +129,13 @@ def test_legend_names_every_kind_and_hides_it(open_page: Any) -> None:
     wait_for_chart(page)
     expect(page.locator("#frontier-missing")).to_be_hidden()
     assert page.locator("#frontier .bk-label").all_inner_texts() == LEGEND
-    for name in ("measured", "measured errors", "uniform", "plan"):
+    for name in ("measured", "measured errors", "uniform", "solution"):
         assert is_shown(page, name)
     entries = page.locator("#frontier .bk-item")
     entries.filter(has_text="measured").click()
     assert not is_shown(page, "measured")
     assert not is_shown(page, "measured errors")
-    assert is_shown(page, "plan")
+    assert is_shown(page, "solution")
     names = page.locator(CHART_TEXT, has_text="all w")
     assert names.count() > 2
     entries.filter(has_text="one format everywhere").click()

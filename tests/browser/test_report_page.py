@@ -141,7 +141,7 @@ def test_rows_are_filtered_and_counted(open_page: Any) -> None:
     expect(status).to_have_text(f"0 of {NUM_GROUPS} groups shown")
     page.get_by_role("button", name="Show all").click()
     expect(status).to_have_text(f"{NUM_GROUPS} of {NUM_GROUPS} groups shown")
-    page.get_by_label("Chosen format").select_option("none")
+    page.get_by_role("combobox", name="Chosen format").select_option("none")
     unsearched = shown_names(page)
     assert "visual.blocks.0.attn.qkv" in unsearched
     expect(status).to_have_text(f"{len(unsearched)} of {NUM_GROUPS} groups shown")
@@ -183,5 +183,5 @@ def test_page_without_javascript_has_all_rows_and_no_dead_controls(open_page: An
     expect(page.get_by_label("Names contain")).to_be_hidden()
     expect(page.locator("#frontier")).to_be_hidden()
     expect(page.get_by_text("The chart needs JavaScript")).to_be_visible()
-    expect(page.get_by_text("This plan: 4.")).to_be_visible()
+    expect(page.get_by_text("This solution: 4.")).to_be_visible()
     assert page.locator("th button").count() == 0
