@@ -67,7 +67,8 @@ def test_score_on_two_nodes_with_a_straggler_counts_every_shard_once(
 
     done = Counter(shard for event, shard in events if event == "shard_done")
     assert done == Counter(range(NUM_SHARDS))
-    assert [event for event, _ in events].count("shard_copied") == 1
+    copies = Counter(shard for event, shard in events if event == "shard_copied")
+    assert set(copies.values()) == {1}  # the straggler's; on a busy machine others' last ones too
     assert 0 < max(num_tasks_alive) <= NUM_WORKERS + 4
     assert state.directory.list_parts(SCORES) == list(range(NUM_SHARDS))
     assert totals(Parts(state.directory, SCORES, range(NUM_SHARDS))) == totals(
