@@ -201,7 +201,9 @@ def test_calibration_text_is_never_measured_as_unseen(
     done = run_command("evaluate", run, "--data", text_file, "--against", "none")
     assert done.returncode == 0, done.stderr
     assert rows_of(run)["solution"]["num_samples"] == 12 - NUM_CALIBRATION
-    assert "--pack and --seq-len must be" in refusal(run_command("evaluate", run, "--pack", "true"))
+    assert "--seq-len and the form of --data must be" in refusal(
+        run_command("evaluate", run, "--pack", "true")
+    )
 
 
 def test_refined_allocation_is_measured_on_what_chose_nothing(
