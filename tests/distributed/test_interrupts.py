@@ -128,7 +128,8 @@ def test_scan_asked_to_stop_while_workers_load_waits_for_nothing(
     tmp_path: Path, start: Any, watch: Any
 ) -> None:
     run = tmp_path / "run"
-    with start("--grace-s", "100000") as scan:
+    # Forked workers would be ready too soon.
+    with start("--grace-s", "100000", ray_is_warm=False) as scan:
         watch.wait_for(
             lambda: any(e["stage"] == "calibrate" for e in watch.events(run, "stage_started")), scan
         )
