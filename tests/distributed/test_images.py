@@ -87,7 +87,7 @@ def test_missing_image_stops_before_anything_is_written(make_config: Any) -> Non
     config = make_config(skip_bad_samples=False)
     with pytest.raises(DataError, match=r"line 2: image .*/1.png cannot be read") as caught:
         run_search(config)
-    assert "--skip-bad-samples" in str(caught.value)
+    assert "`skip_bad_samples`" in str(caught.value)
     assert caught.value.exit_code == 2
     assert not (Path(config.out) / "run.json").exists()
 
