@@ -10,8 +10,9 @@ URIs are printed and written to ``run.json``. MinIO, Ceph and the like are found
 from __future__ import annotations
 
 import os
+import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import pyarrow.fs
 from autoquant_ray.errors import StoreError, one_line
 
 _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 10.0, 5
+_THREAD_START_S = 10.0
 """Of one request to S3: a refused connection is given up after about ten seconds, a server that
 never answers after about one minute."""
 _GS_RETRY_S = 20
@@ -221,8 +223,34 @@ def _put_object(filesystem: Any, target: str, content: bytes) -> None:
         stream.write(content)
         stream.close()
 
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(upload).result()
+    _run_to_the_end(upload)
+
+
+def _run_to_the_end(work: Callable[[], None]) -> None:
+    """Run in a thread, and wait for its end even if a signal comes; then that signal is raised.
+
+    ``ThreadPoolExecutor`` forgets a thread, and does not wait for it, when the signal comes while
+    the thread starts.
+    """
+    has_begun, has_ended = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        has_begun.set()
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            errors.append(error)
+        finally:
+            has_ended.set()
+
+    try:
+        threading.Thread(target=run).start()
+    finally:
+        if has_begun.wait(_THREAD_START_S):  # a signal may have come before there was a thread
+            has_ended.wait()
+    if errors:
+        raise errors[0]
 
 
 def _write_and_rename(target: str, content: bytes) -> None:

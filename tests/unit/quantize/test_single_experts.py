@@ -213,7 +213,7 @@ def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
 @pytest.mark.parametrize(
     ("family", "formats", "said"),
     [
-        ("Llama", FORMATS, "has no routed experts to tell apart; leave out --expert-groups"),
+        ("Llama", FORMATS, "has no routed experts to tell apart; leave out `expert_groups`"),
         ("GPT-OSS", FORMATS, "quantized by ModelOpt as one tensor"),
         ("Qwen3-MoE", ("wfp8_afp8",), "and wfp8_afp8 quantizes them; add one such as wint4_afp16"),
         ("Qwen3-MoE", ("wfp8_afp8", "kv_fp8"), "and wfp8_afp8 quantizes them; add one"),
