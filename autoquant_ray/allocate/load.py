@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autoquant_ray.allocate.cards import Hardware, load_hardware
+from autoquant_ray.allocate.cards import Hardware, load_hardware, shipped_cards
 from autoquant_ray.errors import ConfigError
+
+CARD_FILE = "hardware.yaml"
+"""What a card that is not shipped is called in a printed command."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,15 @@ class Latency:
         if self.tokens_per_second is not None:
             speed = f"`tokens_per_second` {self.tokens_per_second:g}"
         return f"{speed} on {self.hardware.name} (batch {self.batch}, context {self.context})"
+
+    def words(self) -> list[str]:
+        """The card, load and limit as words of a command line."""
+        shipped = (name for name in shipped_cards() if load_hardware(name) == self.hardware)
+        words = ["--latency", next(shipped, CARD_FILE)]
+        for name in ("batch", "context", "tokens_per_second", "ms_per_token"):
+            if (value := getattr(self, name)) is not None:
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        return words
 
     @property
     def name_parts(self) -> list[str]:

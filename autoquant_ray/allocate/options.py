@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -24,8 +24,8 @@ from pydantic import (
 )
 
 from autoquant_ray.allocate.load import Latency
-from autoquant_ray.config.domain_weights import check_objective, normalised
-from autoquant_ray.config.expert_groups import LAYER, ExpertGroups
+from autoquant_ray.config.domain_weights import check_objective, normalised, parse_weights
+from autoquant_ray.config.expert_groups import LAYER, ExpertGroups, parse_expert_groups
 from autoquant_ray.config.files import first_problem
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.values import parse_bytes
@@ -45,6 +45,9 @@ class Written:
         flag: Of ``solve``, where it is not the field's name.
         metavar: Of the flag.
         least: Smallest number that the flag takes.
+        read: Makes the value of the flag's text, where that is written in a way of its own; raises
+            ValueError. None: the field's type says how.
+        is_joined: All entries of a mapping are written after one flag, not a flag for each.
         part: Value -> what it adds to the name of a solution's folder. None: it goes into the
             digest at the end of the name.
         needs: Field without which the value counts as the default.
@@ -56,10 +59,16 @@ class Written:
     flag: str | None = None
     metavar: str | None = None
     least: int | None = None
+    read: Callable[[str], Any] | None = None
+    is_joined: bool = False
     part: Callable[[Any], str] | None = None
     needs: str | None = None
     is_in_every_digest: bool = False
     is_in_every_manifest: bool = True
+
+    def flag_of(self, name: str) -> str:
+        """The flag of the field of that name."""
+        return f"--{(self.flag or name).replace('_', '-')}"
 
 
 def _bits_part(bits: float) -> str:
@@ -91,7 +100,7 @@ class SolveOptions(BaseModel):
     bytes: Annotated[
         int | None,
         BeforeValidator(lambda value: parse_bytes(value) if isinstance(value, str) else value),
-        Written(part=lambda number: f"bytes-{number}"),
+        Written(read=parse_bytes, part=lambda number: f"bytes-{number}"),
     ] = Field(default=None, description="Budget: bytes of the whole model, e.g. 2.5GiB.")
     kv_bytes_per_token: Annotated[
         float | None,
@@ -122,7 +131,10 @@ class SolveOptions(BaseModel):
         Mapping[str, tuple[str, ...]],
         Written(metavar="PATTERN=F1,F2", is_in_every_digest=True),
     ] = Field(default={}, description="Formats that groups may take. May be repeated.")
-    domains: Annotated[Mapping[str, float], Written(metavar="NAME=WEIGHT,...")] = Field(
+    domains: Annotated[
+        Mapping[str, float],
+        Written(metavar="NAME=WEIGHT,...", read=parse_weights, is_joined=True),
+    ] = Field(
         default={},
         description="Least weighted loss of the domains, such as code=0.7,chat=0.3; one that is "
         "not named counts nothing. Without it all tokens count alike.",
@@ -144,7 +156,11 @@ class SolveOptions(BaseModel):
     )
     expert_groups: Annotated[
         ExpertGroups | None,
-        Written(metavar="GROUPS", part=lambda groups: f"experts-{groups}"),
+        Written(
+            metavar="GROUPS",
+            read=parse_expert_groups,
+            part=lambda groups: f"experts-{groups}",
+        ),
     ] = Field(
         default=None,
         description="Of a run scanned with --expert-groups expert or K: layer, expert, or another "
@@ -220,6 +236,33 @@ class SolveOptions(BaseModel):
         if not is_plain:
             parts.append(hashlib.sha256(json.dumps(digest).encode()).hexdigest()[:6])
         return "-".join(parts)
+
+    def words(self, without: Collection[str] = ()) -> list[str]:
+        """The options as words of a command line; what is not given is not written.
+
+        Args:
+            without: Fields to leave out.
+        """
+        words: list[str] = []
+        for name, written in written_options().items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value == default or name in without:
+                continue
+            flag = written.flag_of(name)
+            if isinstance(value, Latency):
+                words += value.words()
+            elif value is True:
+                words.append(flag)
+            elif isinstance(value, Mapping):
+                entries = [
+                    f"{key}={','.join(of) if isinstance(of, tuple) else of}"
+                    for key, of in value.items()
+                ]
+                pairs = [",".join(entries)] if written.is_joined else entries
+                words += [word for entry in pairs for word in (flag, entry)]
+            else:
+                words += [flag, str(value)]
+        return words
 
     def to_json(self) -> dict[str, Any]:
         """The ``budget`` object of ``manifest.json``."""

@@ -13,9 +13,6 @@ from pydantic.fields import FieldInfo
 from autoquant_ray.allocate.load import Latency, latency_of
 from autoquant_ray.allocate.options import SolveOptions, Written, written_options
 from autoquant_ray.cli.options import mapping_option
-from autoquant_ray.config.domain_weights import parse_weights
-from autoquant_ray.config.expert_groups import parse_expert_groups
-from autoquant_ray.config.values import parse_bytes
 from autoquant_ray.errors import ConfigError
 
 
@@ -50,12 +47,12 @@ def take_budget(flags: dict[str, Any]) -> SolveOptions:
 
 
 def _option(name: str, field: FieldInfo, written: Written) -> Callable[..., Any]:
-    flag = f"--{(written.flag or name).replace('_', '-')}"
+    flag = written.flag_of(name)
     text = field.description or ""
     if field.annotation is bool:
         return click.option(flag, name, is_flag=True, help=text)
-    if name in _PARSERS:
-        parse = _parser(flag, _PARSERS[name])
+    if written.read is not None:
+        parse = _parser(flag, written.read)
         return click.option(flag, name, metavar=written.metavar, callback=parse, help=text)
     if isinstance(field.default, dict):
         return mapping_option(flag, written.metavar or "", text)
@@ -68,14 +65,6 @@ def _option(name: str, field: FieldInfo, written: Written) -> Callable[..., Any]
         show_default=field.default is not None,
         help=text,
     )
-
-
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    "bytes": parse_bytes,
-    "expert_groups": parse_expert_groups,
-    "domains": parse_weights,
-}
-"""Fields whose value is written in a way of its own -> what reads it."""
 
 
 def _parser(flag: str, parse: Callable[[str], Any]) -> Callable[..., Any]:

@@ -108,7 +108,7 @@ def _speed(budget: dict[str, Any]) -> list[str]:
 
 
 def budget_text(budget: dict[str, Any]) -> str:
-    """Budget and constraints in words."""
+    """Budget and constraints in words; an option without words of its own by its name."""
     parts = []
     if budget["bits"] is not None:
         over = "searched groups" if budget["bits_over"] == "searched" else "all quantizable weights"
@@ -126,6 +126,13 @@ def budget_text(budget: dict[str, Any]) -> str:
         parts.append(texts.get(experts, f"experts of a layer in {experts} clusters"))
     if budget["max_formats"] is not None:
         parts.append(f"at most {budget['max_formats']} formats")
+    others = {name: value for name, value in budget.items() if name not in _WORDED and value}
+    parts.extend(f"{name.replace('_', ' ')} {value}" for name, value in others.items())
     parts.extend(f"{group} = {format_}" for group, format_ in budget["pins"].items())
     parts.extend(f"{pattern} in {', '.join(f)}" for pattern, f in budget["allow"].items())
     return "; ".join([*parts, *describe_domains(budget)])
+
+
+_WORDED = {"bits", "bytes", "bits_over", "cost", "latency", KV_BYTES, "engine", "gpu"}
+_WORDED |= {"expert_groups", "max_formats", "pins", "allow", "domains", "worst_domain"}
+"""Options that :func:`budget_text` words."""

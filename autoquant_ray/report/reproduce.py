@@ -9,14 +9,12 @@ from typing import Any
 
 import yaml
 
-from autoquant_ray.allocate.cards import load_hardware, shipped_cards
-from autoquant_ray.allocate.load import Latency
-from autoquant_ray.allocate.options import SolveOptions, written_options
+from autoquant_ray.allocate.load import CARD_FILE
+from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.runs.record import RunRecord
 
 _CONFIG_FILE = "scan.yaml"
-_CARD_FILE = "hardware.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,35 +97,7 @@ def solve_command(run: str, options: SolveOptions) -> str:
         run: Run directory.
         options: Budget and constraints; what is not given is not written.
     """
-    words = ["autoquant-ray", "solve", run]
-    for name, written in written_options().items():
-        value, default = getattr(options, name), SolveOptions.model_fields[name].default
-        if value == default:
-            continue
-        flag = f"--{(written.flag or name).replace('_', '-')}"
-        if isinstance(value, Latency):
-            words += _latency_words(value)
-        elif value is True:
-            words.append(flag)
-        elif name == "domains":
-            words += [flag, ",".join(f"{domain}={weight}" for domain, weight in value.items())]
-        elif isinstance(value, Mapping):
-            pairs = (
-                (key, of if isinstance(of, str) else ",".join(of)) for key, of in value.items()
-            )
-            words += [word for key, of in pairs for word in (flag, f"{key}={of}")]
-        else:
-            words += [flag, str(value)]
-    return shlex.join(words)
-
-
-def _latency_words(latency: Latency) -> list[str]:
-    shipped = (name for name in shipped_cards() if load_hardware(name) == latency.hardware)
-    words = ["--latency", next(shipped, _CARD_FILE)]
-    for name in ("batch", "context", "tokens_per_second", "ms_per_token"):
-        if (value := getattr(latency, name)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
+    return shlex.join(["autoquant-ray", "solve", run, *options.words()])
 
 
 def _measured_command(run: str, made: Mapping[str, Any]) -> str:
@@ -142,9 +112,9 @@ def _measured_command(run: str, made: Mapping[str, Any]) -> str:
 
 def _card(commands: Sequence[str]) -> list[tuple[str, str]]:
     """Where the figures of a card of one's own are."""
-    if not any(_CARD_FILE in command for command in commands):
+    if not any(CARD_FILE in command for command in commands):
         return []
-    return [(_CARD_FILE, "the card's figures, in manifest.json under budget, latency, hardware")]
+    return [(CARD_FILE, "the card's figures, in manifest.json under budget, latency, hardware")]
 
 
 def _plain(default: Any) -> Any:

@@ -9,6 +9,7 @@ Read from a run's files, which stay as they are; needs neither the model, torch 
 from __future__ import annotations
 
 import fnmatch
+import shlex
 from collections.abc import Mapping
 
 from autoquant_ray.allocate.allocation import Allocation
@@ -23,7 +24,6 @@ from autoquant_ray.allocate.group_choices import GroupChoices, Scores
 from autoquant_ray.allocate.group_names import find_group
 from autoquant_ray.allocate.options import (
     BITS_PER_BYTE,
-    OPTION_NAMES,
     UNQUANTIZED_BITS,
     SolveOptions,
 )
@@ -39,7 +39,6 @@ from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder, solution_of
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.wording import as_flags
 
 _NO_QUANTIZER = "ModelOpt has no quantizer for this module"
 
@@ -129,7 +128,7 @@ class _Story:
             reason=None,
             chosen=chosen,
             weight_bytes=group.cost(chosen, "storage"),
-            budget=self._budget(),
+            budget=shlex.join(self._options.words(without=("pins", "allow"))),
             unit="no unit (imported)" if is_imported else "nats per token",
             plan_score=self._solution_score,
             pin=self._options.pins.get(group.name),
@@ -180,15 +179,3 @@ class _Story:
         if self._domains is None:
             return search(self._problem, self._scores, options)
         return solve_for(self._domains, self._problem, options)
-
-    def _budget(self) -> str:
-        text = " and ".join(b.description for b in self._problem.budgets(self._options))
-        if self._options.domains:
-            text += f" for {', '.join(f'{d}={w:g}' for d, w in self._options.domains.items())}"
-        if self._options.worst_domain:
-            text += " for the worst domain"
-        if self._served.served is not None:
-            text += f" served by {self._served.served.target}"
-        limit = self._options.max_formats
-        text += "" if limit is None else f" with at most {limit} formats"
-        return as_flags(text, OPTION_NAMES)

@@ -226,7 +226,7 @@ def test_rivals_and_explanations_keep_to_the_engine(run: RunDirectory) -> None:
     assert "uniform wint8_aint8" not in {rival.name for rival in rivals}
     assert all("wint8_aint8" not in rival.formats.values() for rival in rivals)
     told = Run.open(run.uri).explain("0.mlp.down_proj", solution=solution.name)
-    assert told.budget == "--bits 9.5 served by trtllm on hopper"
+    assert told.budget == "--bits 9.5 --engine trtllm --gpu hopper"
     by_name = {one.format: one for one in told.formats}
     assert "trtllm on hopper serves there" in (by_name["wint8_aint8"].flip.reason or "")
     assert by_name["wfp8_afp8"].flip.reason is None
