@@ -123,6 +123,14 @@ class SolveOptions(BaseModel):
     max_formats: Annotated[int | None, Written(least=1, is_in_every_digest=True)] = Field(
         default=None, description="Most distinct formats."
     )
+    max_group_kl: Annotated[float | None, Written(metavar="NATS", is_in_every_manifest=False)] = (
+        Field(
+            default=None,
+            ge=0,
+            allow_inf_nan=False,
+            description="Most that a single group may be predicted to lose, in nats per token.",
+        )
+    )
     pins: Annotated[
         Mapping[str, str],
         Written(flag="pin", metavar="GROUP=FORMAT", is_in_every_digest=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from autoquant_ray.allocate.allocation import Allocation, Choice, restrict
@@ -143,12 +143,15 @@ def _weights(problem: Problem) -> dict[str, list[str]]:
 
 
 def allowed_choices(problem: Problem, scores: Scores, options: SolveOptions) -> list[Choice]:
-    """The choices that pins, allowed formats and the engine leave.
+    """The choices that pins, allowed formats, the limit of a group's loss and the engine leave.
 
     Raises:
         ConfigError: A constraint names something that does not exist, or nothing is left.
+        InfeasibleBudgetError: A group loses more than the limit in every format that it may take.
     """
     choices = restrict(problem.choices(scores), options.pins, options.allow)
+    if options.max_group_kl is not None:
+        choices = _within_loss(choices, options.max_group_kl)
     if problem.served is None:
         return choices
     permitted = problem.served.permitted
@@ -160,6 +163,19 @@ def allowed_choices(problem: Problem, scores: Scores, options: SolveOptions) -> 
             raise NotServedError(
                 f"group {choice.group!r} is to take {asked}, and {problem.served.target} serves "
                 f"there {', '.join(sorted(permitted[choice.group]))}; see docs/engines.md"
+            )
+    return kept
+
+
+def _within_loss(choices: Sequence[Choice], limit: float) -> list[Choice]:
+    kept = [choice for choice in choices if choice.score <= limit]
+    left = {choice.group for choice in kept}
+    for group in dict.fromkeys(choice.group for choice in choices):
+        if group not in left:
+            least = min(choice.score for choice in choices if choice.group == group)
+            raise InfeasibleBudgetError(
+                f"`max_group_kl` {limit:g} cannot be met: group {group!r} loses at least {least:g} "
+                "in the formats that it may take"
             )
     return kept
 

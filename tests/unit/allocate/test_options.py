@@ -21,6 +21,7 @@ EVERYTHING = {
     "bits_over": "all",
     "cost": "modelopt",
     "max_formats": 3,
+    "max_group_kl": 0.25,
     "pins": {"lm_head": "none"},
     "allow": {"*.o_proj": ("wfp8_afp8", "none")},
     "domains": {"chat": 0.25, "code": 0.75},
@@ -45,7 +46,7 @@ def test_every_option_can_be_asked_for_in_the_command_that_a_report_prints() -> 
 def test_manifest_holds_every_option_and_gives_it_back() -> None:
     options = SolveOptions(**EVERYTHING)
     budget = options.to_json()
-    assert list(budget)[-1] == "kv_bytes_per_token"
+    assert list(budget)[-2:] == ["kv_bytes_per_token", "max_group_kl"]
     assert set(budget) == set(SolveOptions.model_fields)
     assert SolveOptions.from_json(budget) == options
     assert "kv_bytes_per_token" not in SolveOptions(bits=5).to_json()
@@ -64,7 +65,8 @@ def test_every_option_is_in_the_name_of_the_folder(name: str) -> None:
 
 
 def test_names_of_folders_stay_what_they_were() -> None:
-    assert SolveOptions(**EVERYTHING).name == (
+    before = {name: value for name, value in EVERYTHING.items() if name != "max_group_kl"}
+    assert SolveOptions(**before).name == (
         "bits-4.50-bytes-1500000-kv-1024-tps-1500-vllm-hopper-experts-4-190eff"
     )
     assert SolveOptions(bytes=10, cost="modelopt", bits_over="all").name == "bytes-10"
