@@ -1,7 +1,7 @@
-"""Collects statistics of every input channel of a linear, for SmoothQuant and AWQ.
+"""Collects statistics of every input channel of a linear, for SmoothQuant, AWQ and ``weighted``.
 
-Sums of ``|x|`` are float64; :class:`~autoquant_ray.quantize.calibration.Channels` says how those of
-shards merge.
+Sums of ``|x|`` and ``x^2`` are float64; :class:`~autoquant_ray.quantize.calibration.Channels` says
+how those of shards merge.
 
 Shape letters: T rows (tokens), I in features.
 """
@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.smoothed import needs_channel_maxima, needs_search
+from autoquant_ray.formats.smoothed import (
+    needs_channel_maxima,
+    needs_channel_squares,
+    needs_search,
+)
 from autoquant_ray.quantize.calibration import Channels
 
 if TYPE_CHECKING:
@@ -32,13 +36,17 @@ class ChannelCollector:
     """
 
     def __init__(self, modules: Sequence[ScoredModule], formats: Sequence[Format]) -> None:
-        self._wants: dict[str, tuple[bool, bool]] = {}
+        self._wants: dict[str, tuple[bool, bool, bool]] = {}
         for scored in modules:
-            indices = range(len(formats)) if scored.formats is None else scored.formats
-            menu = [formats[index] for index in indices] if formats else []
-            wants = (any(map(needs_channel_maxima, menu)), any(map(needs_search, menu)))
+            menu = scored.menu(formats)
+            wants = (
+                any(map(needs_channel_maxima, menu)),
+                any(map(needs_search, menu)),
+                any(map(needs_channel_squares, menu)),
+            )
             if scored.planned.kind == "linear" and any(wants):
                 self._wants[scored.planned.name] = wants
+        self._wants_any = [any(column) for column in zip(*self._wants.values(), strict=True)]
         self._seen: dict[str, list[Any]] = {}
         self._last: tuple[torch.Tensor, list[Any]] | None = None
 
@@ -65,35 +73,54 @@ class ChannelCollector:
         # Projections that share an input (q, k and v) are called with the very same tensor.
         if self._last is None or self._last[0] is not states:
             states_TI = states.detach().reshape(-1, states.shape[-1])
-            self._last = (states, _reduced(states_TI if real_T is None else states_TI[real_T]))
-        largest_I, sum_I, num_tokens = self._last[1]
+            self._last = (states, self._reduced(states_TI if real_T is None else states_TI[real_T]))
+        largest_I, *sums, num_tokens = self._last[1]
         if num_tokens == 0:
             return
         if name not in self._seen:
-            self._seen[name] = [largest_I, sum_I, num_tokens]
+            self._seen[name] = self._last[1]
             return
-        seen = self._seen[name]
-        seen[:] = torch.maximum(seen[0], largest_I), seen[1] + sum_I, seen[2] + num_tokens
+        before_I, *before, tokens_before = self._seen[name]
+        added = [total_I + more_I for total_I, more_I in zip(before, sums, strict=True)]
+        self._seen[name] = [torch.maximum(before_I, largest_I), *added, tokens_before + num_tokens]
+
+    def _reduced(self, states_TI: torch.Tensor) -> list[Any]:
+        """Largest, sums of absolute values and of squares, and number of rows.
+
+        Sums that no module wants are zeros.
+        """
+        if len(states_TI) == 0:
+            return [None, None, None, 0]
+        _, wants_sum, wants_squares = self._wants_any
+        largest_I = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=0)
+        sum_I = torch.zeros_like(largest_I, dtype=torch.float64)
+        for chunk_CI in _chunks(states_TI) if wants_sum else ():
+            sum_I += chunk_CI.abs().sum(dim=0, dtype=torch.float64)
+        square_sum_I = square_sum(states_TI) if wants_squares else torch.zeros_like(sum_I)
+        return [largest_I, sum_I, square_sum_I, len(states_TI)]
 
     def channels(self) -> dict[str, Channels]:
         """Module -> what was seen since :meth:`clear`."""
         channels = {}
-        for name, (largest_I, sum_I, num_tokens) in self._seen.items():
-            wants_largest, wants_sum = self._wants[name]
+        for name, (largest_I, sum_I, square_sum_I, num_tokens) in self._seen.items():
+            wants_largest, wants_sum, wants_squares = self._wants[name]
             channels[name] = Channels(
                 largest_I=largest_I.float().cpu().numpy() if wants_largest else None,
                 sum_I=sum_I.cpu().numpy() if wants_sum else None,
+                square_sum_I=square_sum_I.cpu().numpy() if wants_squares else None,
                 num_tokens=num_tokens,
             )
         return channels
 
 
-def _reduced(states_TI: torch.Tensor) -> list[Any]:
-    """Largest, sum of absolute values, and number of rows."""
-    if len(states_TI) == 0:
-        return [None, None, 0]
-    largest_I = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=0)
-    sum_I = torch.zeros(states_TI.shape[1], dtype=torch.float64, device=states_TI.device)
-    for chunk_CI in states_TI.split(max(1, _CHUNK_ELEMENTS // states_TI.shape[1])):
-        sum_I += chunk_CI.abs().sum(dim=0, dtype=torch.float64)
-    return [largest_I, sum_I, len(states_TI)]
+def square_sum(states_TI: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of every channel, float64 ``(I,)``."""
+    sum_I = states_TI.new_zeros(states_TI.shape[1], dtype=torch.float64)
+    for chunk_CI in _chunks(states_TI):
+        sum_I += chunk_CI.double().square_().sum(dim=0)
+    return sum_I
+
+
+def _chunks(states_TI: torch.Tensor) -> Sequence[torch.Tensor]:
+    chunks: Sequence[torch.Tensor] = states_TI.split(max(1, _CHUNK_ELEMENTS // states_TI.shape[1]))
+    return chunks

@@ -9,7 +9,7 @@ import numpy as np
 
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.smoothed import is_smoothed, needs_calibration, needs_search
+from autoquant_ray.formats.smoothed import needs_calibration, needs_channels, needs_search
 from autoquant_ray.quantize.awq import best_alphas, losses_of
 from autoquant_ray.quantize.calibration import (
     Calibration,
@@ -47,7 +47,7 @@ def missing_files(directory: RunDirectory, formats: Sequence[Format]) -> list[st
     """The merged files that the formats of a run need and that are not there."""
     needed = {
         CALIBRATION_FILE: needs_calibration(formats),
-        CHANNELS_FILE: any(map(is_smoothed, formats)),
+        CHANNELS_FILE: any(map(needs_channels, formats)),
         SEARCH_FILE: any(map(needs_search, formats)),
     }
     return [name for name, is_needed in needed.items() if is_needed and not directory.exists(name)]
@@ -91,22 +91,27 @@ def channel_rows(calibration: Calibration) -> list[dict[str, Any]]:
             "largest": channels.largest_I,
             "sum": channels.sum_I,
             "num_tokens": channels.num_tokens,
+            "square_sum": channels.square_sum_I,
+            "part": part,
         }
-        for module, channels in sorted(calibration.channels().items())
+        for (module, part), channels in sorted(calibration.channels().items())
     ]
 
 
 def channels_of_table(table: Any) -> Calibration:
     """The channels in a table with the columns of ``channels.parquet``."""
-    columns = (table.column(name) for name in ("module", "largest", "sum", "num_tokens"))
+    columns = ("module", "part", "largest", "sum", "square_sum", "num_tokens")
     return calibration_of_channels(
         {
-            module.as_py(): Channels(
+            (module.as_py(), part.as_py() or ""): Channels(
                 largest_I=_floats(largest, np.float32),
                 sum_I=_floats(sum_, np.float64),
+                square_sum_I=_floats(square_sum, np.float64),
                 num_tokens=num_tokens.as_py(),
             )
-            for module, largest, sum_, num_tokens in zip(*columns, strict=True)
+            for module, part, largest, sum_, square_sum, num_tokens in zip(
+                *(table.column(name) for name in columns), strict=True
+            )
         }
     )
 

@@ -1,8 +1,8 @@
 """The largest absolute input of every module, over real tokens only; of an attention whose cache is
 quantized, the largest key and value.
 
-Formats that scale channels also need records of every channel:
-:mod:`autoquant_ray.calibrate.channels`.
+Formats that scale channels, or weight errors by them, also need records of every channel:
+:mod:`autoquant_ray.calibrate.channels`, :mod:`autoquant_ray.calibrate.expert_channels`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from autoquant_ray.calibrate.channels import ChannelCollector
+from autoquant_ray.calibrate.expert_channels import ExpertChannels
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import replaced_forward
 from autoquant_ray.models.quantizable import is_of_tower
@@ -44,6 +45,7 @@ class ActivationMaxima:
         formats: Sequence[Format] = (),
     ) -> None:
         self._channels = ChannelCollector(modules, formats)
+        self._of_experts = ExpertChannels(model, modules, formats)
         # Inputs of single experts stay in 16 bits.
         watched = [m.planned for m in modules if m.planned.expert is None]
         self._modules = [(planned, model.get_submodule(planned.name)) for planned in watched]
@@ -75,6 +77,7 @@ class ActivationMaxima:
         """While open, forward passes are watched; call :meth:`set_mask` before each."""
         self._maxima = {}
         self._channels.clear()
+        self._of_experts.clear()
         with ExitStack() as stack:
             for planned, module in self._modules:
                 if planned.kind == "experts":
@@ -86,6 +89,8 @@ class ActivationMaxima:
                 else:
                     handle = module.register_forward_pre_hook(self._linear_hook(planned.name))
                     stack.callback(handle.remove)
+            for handle in self._of_experts.watch(self._matching_mask):
+                stack.callback(handle.remove)
             yield
         self._last = None
         self._channels.release()
@@ -103,6 +108,8 @@ class ActivationMaxima:
         modules = dict(calibration_of_maxima(maxima).modules)
         for name, channels in self._channels.channels().items():
             modules[name] = replace(modules.get(name, ModuleCalibration()), channels=channels)
+        for name, experts in self._of_experts.experts().items():
+            modules[name] = replace(modules.get(name, ModuleCalibration()), experts=experts)
         return Calibration(modules)
 
     def _linear_hook(self, name: str) -> Callable[..., None]:

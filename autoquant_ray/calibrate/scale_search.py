@@ -54,9 +54,8 @@ class ScaleSearch:
         self._modules: dict[str, torch.nn.Module] = {}
         self._menus: dict[str, list[list[Format]]] = {}
         for scored in modules:
-            indices = range(len(formats)) if scored.formats is None else scored.formats
             by_weight: dict[str, list[Format]] = {}
-            for format_ in (formats[index] for index in indices):
+            for format_ in scored.menu(formats):
                 if needs_search(format_) and scored.planned.kind == "linear":
                     by_weight.setdefault(format_.weight_key, []).append(format_)
             if by_weight:

@@ -112,7 +112,8 @@ class SearchSpace(BaseModel):
 
     @model_validator(mode="after")
     def _check_custom_formats_are_named(self) -> Self:
-        unused = sorted(set(self.custom_formats) - set(self.formats))
+        plain = {name.rpartition(":")[0] for name in self.formats}
+        unused = sorted(set(self.custom_formats) - set(self.formats) - plain)
         if unused:
             raise ValueError(f"custom format {unused[0]!r} is not among the formats; name it there")
         if (problem := menu_problem(self.formats, self.custom_formats)) is not None:

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.formats.algorithms import WEIGHTED
 
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": (
@@ -32,7 +33,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "loss_on",
         "skip_bad_samples",
     ),
-    "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker"),
+    "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker", "min_expert_tokens"),
     "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
     "aggregate": ("estimator",),
     "allocate": (
@@ -85,6 +86,8 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
             for name in fields
             if name not in ADDED_FIELDS or values[name] != ADDED_FIELDS[name]
         }
+        if not _is_weighted(config):
+            inputs.pop("min_expert_tokens", None)
         if stage == "shards":
             inputs["data_fingerprint"] = data
         if stage == "score" and config.stop_when_stable is not None:
@@ -104,9 +107,21 @@ def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
     """Name the result-changing fields in which two configs differ, as ``name: old -> new``."""
     values = after.model_dump(mode="json")
     names = [name for fields in STAGE_FIELDS.values() for name in fields]
+    if not _is_weighted(after):
+        names.remove("min_expert_tokens")
     earlier = ADDED_FIELDS | before
     return [
         f"{name}: {earlier[name]} -> {values[name]}"
         for name in names
         if name in earlier and earlier[name] != values[name]
     ]
+
+
+def _is_weighted(config: ScanConfig) -> bool:
+    """Whether a format's scales rest on the tokens that each expert saw."""
+
+    def method(name: str) -> Any:
+        algorithm = (config.custom_formats.get(name) or {}).get("algorithm")
+        return algorithm.get("method") if isinstance(algorithm, dict) else algorithm
+
+    return any(name.endswith(f":{WEIGHTED}") or method(name) == WEIGHTED for name in config.formats)

@@ -35,7 +35,8 @@ from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.quantize.calibration import Calibration
-from autoquant_ray.quantize.quantizers import make_quantizer, make_weight_quantizer
+from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of
+from autoquant_ray.quantize.weight_search import WeightScales
 
 _STRATEGIES = {"tensor": "tensor", "channel": "channel", "block": "group", "token": "token"}
 _NUMBERS = {"fp8": ("float", 8), "int8": ("int", 8), "int4": ("int", 4)}
@@ -56,11 +57,13 @@ def write_compressed(
     schemes = _schemes(source)
     targets = [module for scheme in schemes.values() for module in scheme.targets]
     packed: dict[str, torch.Tensor] = {}
+    scales = WeightScales(model, calibration)
     for scheme in schemes.values():
         for name in scheme.targets:
             format_, module = source.formats[name], model.get_submodule(name)
             maxima = calibration.of(name).maxima
-            parts = _pack(module.weight, format_, scheme, maxima, sixteen_bits.dtype)
+            quantizer = quantizer_of(format_, module.weight, scales, name)
+            parts = _pack(module.weight, quantizer, format_, scheme, maxima, sixteen_bits.dtype)
             packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             module.weight = None  # the packed one takes its place
     rest = {name: sixteen_bits.rounded(name, tensor) for name, tensor in _distinct(model)}
@@ -116,13 +119,13 @@ def _common_format(schemes: dict[str, QuantizationScheme]) -> str:
 @torch.no_grad()
 def _pack(
     weight_OI: torch.Tensor,
+    quantizer: Any,
     format_: Format,
     scheme: QuantizationScheme,
     maxima: Mapping[str, float],
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """The tensors of one packed layer, without its name."""
-    quantizer = make_weight_quantizer(format_.weight, weight_OI, format_.algorithm)
     scale = quantizer.amax.float() / quantizer.maxbound
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all zeros: any scale will do
     is_blocks = block_size(format_) > 0

@@ -1,6 +1,6 @@
 """A quantized model -> a folder in ModelOpt's layout, written by ModelOpt's own exporter.
 
-Weights are calibrated by their own maxima, as in the scan; the input maxima are the scan's. The
+Weights are calibrated as in the scan; the input maxima and mean squares are the scan's. The
 exporter writes every tensor in the type that the model computes in. Where that is float32, what is
 not quantized is rounded to 16 bits here afterwards, and so are the scales of blocks: the manifest
 counts both as 16 bits, and so do the kernels that read them.
@@ -25,9 +25,12 @@ from autoquant_ray.export.layouts import block_size
 from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.names import clean, names_required
 from autoquant_ray.export.source import Source
+from autoquant_ray.formats.algorithms import without_weighted
+from autoquant_ray.formats.smoothed import needs_channel_squares
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
-from autoquant_ray.quantize.quantizers import needs_static_maximum
+from autoquant_ray.quantize.quantizers import needs_static_maximum, quantizer_of
+from autoquant_ray.quantize.weight_search import WeightScales
 
 
 def write_modelopt(model: Any, source: Source, calibration: Calibration, folder: Path) -> None:
@@ -46,7 +49,8 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
 
-    mtq.quantize(model, load_quantization_config(source.manifest))
+    mtq.quantize(model, without_weighted(load_quantization_config(source.manifest)))
+    _set_weighted_scales(model, source, WeightScales(model, calibration))
     _set_input_maxima(model, source, calibration)
     set_cache_maxima(model, source.caches, calibration)
     _quantize_weights(model, source)
@@ -82,6 +86,24 @@ def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) ->
         content = json.loads(index.read_text())
         content["metadata"]["total_size"] = total
         index.write_text(json.dumps(content, indent=2))
+
+
+@torch.no_grad()
+def _set_weighted_scales(model: Any, source: Source, scales: WeightScales) -> None:
+    """Give weights the scales that were searched with the scan's mean squares."""
+    for name, format_ in source.formats.items():
+        if not needs_channel_squares(format_):
+            continue
+        module = model.get_submodule(name)
+        if not source.is_experts(name):
+            searched = quantizer_of(format_, module.weight, scales, name)
+            module.weight_quantizer.amax = searched.amax
+            continue
+        for parameter in (p.removesuffix("_") for p in source.modules[name]["prefixes"]):
+            weights_EOI = getattr(module, parameter)
+            for expert, quantizer in enumerate(getattr(module, f"{parameter}_weight_quantizers")):
+                key = (name, parameter, str(expert))
+                quantizer.amax = quantizer_of(format_, weights_EOI[expert], scales, *key).amax
 
 
 def _set_input_maxima(model: Any, source: Source, calibration: Calibration) -> None:

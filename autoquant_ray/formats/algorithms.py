@@ -2,7 +2,9 @@
 
 ``max`` takes the largest value of a tensor, ``mse`` tries multiples of it and keeps the one with
 the smallest squared error. Names, defaults and ranges of the arguments are those of ModelOpt's own
-config classes. Only arguments that change a scale can be given.
+config classes. Only arguments that change a scale can be given. ``weighted`` is this package's: the
+search of ``mse`` with each squared error weighted by the mean square of the input channel that the
+weight is multiplied with, which is the squared error of the output if channels are uncorrelated.
 """
 
 from __future__ import annotations
@@ -15,14 +17,30 @@ from typing import Any, Final
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.numbers import is_static_nvfp4
 
-MAX, MSE, SMOOTHQUANT, AWQ_LITE = "max", "mse", "smoothquant", "awq_lite"
+MAX, MSE, WEIGHTED = "max", "mse", "weighted"
+SMOOTHQUANT, AWQ_LITE = "smoothquant", "awq_lite"
+_MULTIPLIERS = ("step_size", "start_multiplier", "stop_multiplier")
 ARGUMENTS: Mapping[str, Sequence[str]] = {
     MAX: (),
-    MSE: ("step_size", "start_multiplier", "stop_multiplier", "fp8_scale_sweep"),
+    MSE: (*_MULTIPLIERS, "fp8_scale_sweep"),
+    WEIGHTED: _MULTIPLIERS,
     SMOOTHQUANT: ("alpha",),
     AWQ_LITE: ("alpha_step",),
 }
 """Method -> its arguments."""
+
+SEARCHES = (MSE, WEIGHTED)
+"""Methods that try multiples of a weight's maximum."""
+
+METHODS = (MAX, MSE, WEIGHTED)
+"""Methods that can be given behind a format's name: ``wint4_afp16:weighted``."""
+
+WEIGHTED_DEFAULTS: Mapping[str, Any] = {
+    "step_size": 0.025,
+    "start_multiplier": 0.7,
+    "stop_multiplier": 1.05,
+}
+"""15 multiples; those of ModelOpt's ``mse``, from 0.25 to 4 in steps of 0.1, are too coarse."""
 
 SETS: Final = "autoquant_ray_sets"
 """Method of an allocation of several: see :mod:`autoquant_ray.quantize.calibration_mode`."""
@@ -71,15 +89,21 @@ def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
     Raises:
         FormatError: There is no scale to search, or the candidates are none or too many.
     """
-    if algorithm["method"] != MSE:
+    method = algorithm["method"]
+    if method not in SEARCHES:
         return
     sizes = weight.get("block_sizes") or {}
     if "dynamic" in (weight.get("type"), sizes.get("type")):
         raise FormatError(
-            f"{owner}: the algorithm mse has no scale to search, because its weights are scaled "
-            "anew at each use (type: dynamic); give them static scales, or use max"
+            f"{owner}: the algorithm {method} has no scale to search, because its weights are "
+            "scaled anew at each use (type: dynamic); give them static scales, or use max"
         )
-    if algorithm["fp8_scale_sweep"]:
+    if method == WEIGHTED and [axis for axis in sizes if isinstance(axis, int)] not in ([], [-1]):
+        raise FormatError(
+            f"{owner}: the algorithm weighted needs blocks of the last axis (-1), whose values "
+            "are multiplied with different input channels; leave other axes out, or use mse"
+        )
+    if algorithm.get("fp8_scale_sweep"):
         if not is_static_nvfp4(weight):
             raise FormatError(
                 f"{owner}: fp8_scale_sweep searches the scales of static NVFP4 weights only; "
@@ -89,12 +113,25 @@ def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
     start, stop, step = (
         algorithm[name] for name in ("start_multiplier", "stop_multiplier", "step_size")
     )
-    number = math.ceil((stop - start) / step) + 1
-    if start > stop or number > MAX_CANDIDATES:
+    number = num_multipliers(algorithm) if stop >= start else 0
+    if not 1 <= number <= MAX_CANDIDATES:
         raise FormatError(
             f"{owner}: multipliers from {start:g} to {stop:g} in steps of {step:g} are "
-            f"{max(0, number)} candidates; there must be 1 to {MAX_CANDIDATES}"
+            f"{number} candidates; there must be 1 to {MAX_CANDIDATES}"
         )
+
+
+def num_multipliers(algorithm: Mapping[str, Any]) -> int:
+    """How many multiples of a maximum a search tries, both ends included.
+
+    ``weighted`` tries those that its step reaches. ``mse`` counts as ModelOpt does, where a step
+    that divides the range by floating-point luck may add a multiple.
+    """
+    start, stop, step = (
+        float(algorithm[name]) for name in ("start_multiplier", "stop_multiplier", "step_size")
+    )
+    steps = (stop - start) / step
+    return 1 + (round(steps) if algorithm["method"] == WEIGHTED else math.ceil(steps))
 
 
 def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | dict[str, Any]:
@@ -104,8 +141,8 @@ def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | d
         algorithms: Name of every quantizer -> its format's algorithm.
 
     Returns:
-        ``max``; or the one algorithm that all have; or :data:`SETS` with a set of quantizers for
-        each algorithm but ``max``.
+        ``max``; or the one algorithm of ModelOpt's that all have; or :data:`SETS` with a set of
+        quantizers for each algorithm but ``max``.
     """
     sets: dict[str, dict[str, Any]] = {}
     for name, algorithm in algorithms.items():
@@ -114,9 +151,22 @@ def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | d
             entry.setdefault("quantizers", []).append(name)
     if not sets:
         return MAX
-    if len(sets) == 1 and None not in algorithms.values():
-        return dict(next(iter(sets.values()))["algorithm"])
+    only = next(iter(sets.values()))["algorithm"]
+    if len(sets) == 1 and None not in algorithms.values() and only["method"] != WEIGHTED:
+        return dict(only)
     return {"method": SETS, "sets": list(sets.values()), "others": MAX}
+
+
+def without_weighted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of ``mtq.quantize`` with ``max`` for ``weighted``, which needs inputs."""
+    algorithm = config["algorithm"]
+    if not by_sets(algorithm):
+        return dict(config)
+    sets = [
+        set_ | {"algorithm": MAX} if set_["algorithm"]["method"] == WEIGHTED else set_
+        for set_ in algorithm["sets"]
+    ]
+    return {**config, "algorithm": algorithm | {"sets": sets}}
 
 
 def by_sets(algorithm: str | Mapping[str, Any]) -> bool:
@@ -137,6 +187,7 @@ def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dic
 
     classes: dict[str, Any] = {
         MSE: config.MseCalibConfig,
+        WEIGHTED: config.MseCalibConfig,
         SMOOTHQUANT: config.SmoothQuantCalibConfig,
         AWQ_LITE: config.AWQLiteCalibConfig,
     }
@@ -145,8 +196,9 @@ def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dic
         if value is None or isinstance(value, bool) != is_switch:
             wanted = "true or false" if is_switch else "a number"
             raise FormatError(f"{owner}: algorithm.{name}: must be {wanted} (got {value!r})")
+    given = {**WEIGHTED_DEFAULTS, **arguments} if method == WEIGHTED else dict(arguments)
     try:
-        full = classes[method](method=method, **arguments).model_dump()
+        full = classes[method](**given).model_dump()
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

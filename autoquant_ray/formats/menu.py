@@ -4,6 +4,8 @@ A format is a pair of quantizers, one for a module's weight and one for its inpu
 ModelOpt's own ``QuantizerAttributeConfig`` fields, so that what is scored is what
 ``mtq.quantize`` will do. Names: the pairs ``w{fp4,fp8,int4,int8}_a{fp16,fp8,int8,int4}``,
 ``kv_fp8`` and ``kv_nvfp4``, ModelOpt's presets by their own name, and custom entries of the config.
+Behind a name may stand how weight scales are found, as in ``wint4_afp16:weighted``
+(:data:`~autoquant_ray.formats.algorithms.METHODS`); the stored bytes are the same.
 
 A preset is applied to a module as ``mtq.auto_quantize`` applies it: only entries that match the
 bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*lm_head*``) do not.
@@ -15,10 +17,11 @@ import copy
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from autoquant_ray.errors import FormatError, one_line
-from autoquant_ray.formats.algorithms import checked_algorithm
+from autoquant_ray.formats.algorithms import MAX, METHODS, checked_algorithm
 from autoquant_ray.formats.checks import check_quantizers
 from autoquant_ray.formats.format import (
     Attributes,
@@ -86,6 +89,9 @@ def known_formats() -> list[str]:
 
 def _resolve(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -> Format:
     algorithm: Attributes | None = None
+    plain, colon, method = name.rpartition(":")
+    if colon and name not in custom:
+        return _with_method(_resolve(plain, custom), name, method)
     if name in custom:
         weight, input_ = _custom_attributes(name, custom[name])
         algorithm = checked_algorithm(f"custom format {name!r}", custom[name].get("algorithm"))
@@ -102,6 +108,33 @@ def _resolve(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -
         modelopt_compression=_modelopt_compression(name, weight, input_),
         algorithm=algorithm,
     )
+
+
+def _with_method(format_: Format, name: str, method: str) -> Format:
+    """A format whose weight scales are found by a method.
+
+    NVFP4 weights, which ModelOpt scales at each use, get stored scales of the same size.
+    """
+    if method not in METHODS:
+        raise FormatError(
+            f"format {name}: {method!r} is no method of rounding; after the colon may stand "
+            f"{', '.join(METHODS)}"
+        )
+    if format_.kv is not None:
+        raise FormatError(
+            f"format {name}: a KV cache has no stored scales to choose; leave ':' out"
+        )
+    if format_.algorithm is not None:
+        raise FormatError(
+            f"format {name}: {format_.name} has the algorithm {format_.algorithm['method']} "
+            "already; leave ':' out, or give its quantizers as a custom format"
+        )
+    weight = format_.weight
+    blocks = weight.get("block_sizes") or {}
+    if method != MAX and is_static_nvfp4(weight | {"block_sizes": {**blocks, "type": "static"}}):
+        weight = weight | {"block_sizes": {**blocks, "type": "static"}}
+    algorithm = checked_algorithm(f"format {name}", method)
+    return replace(format_, name=name, weight=weight, algorithm=algorithm)
 
 
 def _custom_attributes(

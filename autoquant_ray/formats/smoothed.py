@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from autoquant_ray.formats.algorithms import AWQ_LITE, SMOOTHQUANT
+from autoquant_ray.formats.algorithms import AWQ_LITE, SMOOTHQUANT, WEIGHTED
 
 if TYPE_CHECKING:
     from autoquant_ray.formats.format import Attributes, Format
@@ -46,6 +46,16 @@ def needs_channel_maxima(format_: Format) -> bool:
     return is_smoothed(format_) and format_.input is not None
 
 
+def needs_channel_squares(format_: Format) -> bool:
+    """Whether a format needs the mean square of the input of every channel."""
+    return method_of(format_) == WEIGHTED
+
+
+def needs_channels(format_: Format) -> bool:
+    """Whether a format needs statistics of every input channel."""
+    return is_smoothed(format_) or needs_channel_squares(format_)
+
+
 def needs_search(format_: Format) -> bool:
     """Whether a format needs the mean absolute input of every channel, and a search with it."""
     return method_of(format_) == AWQ_LITE
@@ -61,7 +71,7 @@ def num_search_products(format_: Format) -> int:
 def needs_calibration(formats: Iterable[Format]) -> bool:
     """Whether a menu needs a pass over the data before scores."""
     return any(
-        format_.input is not None or format_.kv is not None or is_smoothed(format_)
+        format_.input is not None or format_.kv is not None or needs_channels(format_)
         for format_ in formats
     )
 

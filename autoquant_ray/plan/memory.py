@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.formats.algorithms import MSE, SEARCHED_BYTES
+from autoquant_ray.formats.algorithms import SEARCHED_BYTES, SEARCHES
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import method_of
 from autoquant_ray.plan.group import UNQUANTIZED_BITS
@@ -105,7 +105,7 @@ def searched_bytes(num_weights: int, formats: Sequence[Format]) -> int:
     blocks = {
         format_.weight_key: int((format_.weight.get("block_sizes") or {}).get(-1) or num_weights)
         for format_ in formats
-        if method_of(format_) == MSE
+        if method_of(format_) in SEARCHES
     }
     return min(SEARCHED_BYTES, sum(num_weights // block for block in blocks.values()))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoquant_ray.formats.format import Format
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.plan import Plan
 
@@ -21,6 +23,12 @@ class ScoredModule:
     group: int
     planned: PlannedModule
     formats: tuple[int, ...] | None = None
+
+    def menu(self, formats: Sequence[Format]) -> list[Format]:
+        """The formats to score, of a plan's."""
+        if self.formats is None:
+            return list(formats)
+        return [formats[index] for index in self.formats] if formats else []
 
 
 def scored_modules(plan: Plan) -> tuple[ScoredModule, ...]:

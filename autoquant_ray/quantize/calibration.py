@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from autoquant_ray.models.quantizable import expert_place
+
 
 @dataclass(frozen=True, kw_only=True)
 class Channels:
@@ -24,11 +26,13 @@ class Channels:
     Attributes:
         largest_I: Largest absolute value, float32; None where no format needs it.
         sum_I: Sum of absolute values, float64; None where no format needs it.
+        square_sum_I: Sum of squares, float64; None where no format needs it.
         num_tokens: Number of tokens.
     """
 
     largest_I: np.ndarray[Any, np.dtype[np.float32]] | None
     sum_I: np.ndarray[Any, np.dtype[np.float64]] | None
+    square_sum_I: np.ndarray[Any, np.dtype[np.float64]] | None = None
     num_tokens: int
 
     @property
@@ -37,15 +41,26 @@ class Channels:
         assert self.sum_I is not None
         return (self.sum_I / self.num_tokens).astype(np.float32)
 
+    def without_squares(self) -> Channels | None:
+        """The same without the sum of squares; None if nothing else is there."""
+        if self.largest_I is None and self.sum_I is None:
+            return None
+        return replace(self, square_sum_I=None)
+
     def merged(self, later: Channels) -> Channels:
         """With those of a shard that comes after all that are in this record."""
-        largest_I, sum_I = self.largest_I, self.sum_I
+        largest_I, sum_I, square_sum_I = self.largest_I, self.sum_I, self.square_sum_I
         if largest_I is not None and later.largest_I is not None:
             largest_I = np.maximum(largest_I, later.largest_I)
         if sum_I is not None and later.sum_I is not None:
             sum_I = sum_I + later.sum_I
+        if square_sum_I is not None and later.square_sum_I is not None:
+            square_sum_I = square_sum_I + later.square_sum_I
         return Channels(
-            largest_I=largest_I, sum_I=sum_I, num_tokens=self.num_tokens + later.num_tokens
+            largest_I=largest_I,
+            sum_I=sum_I,
+            square_sum_I=square_sum_I,
+            num_tokens=self.num_tokens + later.num_tokens,
         )
 
 
@@ -55,12 +70,15 @@ class ModuleCalibration:
 
     Attributes:
         maxima: Name (``input_amax``, ``k_bmm_amax``, ...) -> largest absolute value.
-        channels: Its input channels; None where no format scales them, or no token came.
+        channels: Its input channels; None where no format needs them, or no token came.
+        experts: Of fused experts, ``PARAMETER.NUMBER`` (``PARAMETER`` where all experts are
+            quantized as one tensor) -> input channels over the tokens routed there.
         alphas: Name of a format that AWQ searches -> exponent of the best candidate.
     """
 
     maxima: Mapping[str, float] = field(default_factory=dict)
     channels: Channels | None = None
+    experts: Mapping[str, Channels] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
 
     def merged(self, later: ModuleCalibration) -> ModuleCalibration:
@@ -71,7 +89,10 @@ class ModuleCalibration:
         channels = self.channels or later.channels
         if self.channels is not None and later.channels is not None:
             channels = self.channels.merged(later.channels)
-        return ModuleCalibration(maxima=maxima, channels=channels)
+        experts = dict(self.experts)
+        for part, more in later.experts.items():
+            experts[part] = experts[part].merged(more) if part in experts else more
+        return ModuleCalibration(maxima=maxima, channels=channels, experts=experts)
 
 
 _UNSEEN = ModuleCalibration()
@@ -99,13 +120,40 @@ class Calibration:
             for name, value in record.maxima.items()
         }
 
-    def channels(self) -> dict[str, Channels]:
-        """Module -> its channels, where it has any: the rows of ``channels.parquet``."""
-        return {
-            module: record.channels
-            for module, record in self.modules.items()
-            if record.channels is not None
-        }
+    def channels(self) -> dict[tuple[str, str], Channels]:
+        """(module, part) -> channels: the rows of ``channels.parquet``.
+
+        The part is '' for a linear's input, else as in ``ModuleCalibration.experts``.
+        """
+        channels = {}
+        for module, record in self.modules.items():
+            if record.channels is not None:
+                channels[module, ""] = record.channels
+            channels |= {(module, part): value for part, value in record.experts.items()}
+        return channels
+
+    def with_enough_tokens(self, least: int) -> tuple[Calibration, list[str]]:
+        """Without the mean squares of experts that saw few tokens; and the names of these experts.
+
+        Scales of their weights then stay at the maxima.
+
+        Args:
+            least: Fewer tokens are few.
+        """
+        modules = dict(self.modules)
+        few: set[str] = set()
+        for name, record in self.modules.items():
+            kept = {k: v for k, v in record.experts.items() if v.num_tokens >= least}
+            for part in record.experts.keys() - kept.keys():
+                few.add(".".join((name, *part.split(".")[1:])))
+            modules[name] = replace(record, experts=kept)
+            channels = record.channels
+            if channels is None or channels.square_sum_I is None:
+                continue
+            if expert_place(name) is not None and channels.num_tokens < least:
+                few.add(name)
+                modules[name] = replace(record, channels=channels.without_squares())
+        return Calibration(modules), sorted(few)
 
     def with_alphas(self, alphas: Mapping[tuple[str, str], float]) -> Calibration:
         """Together with the result of AWQ's search.
@@ -130,9 +178,17 @@ def calibration_of_maxima(maxima: Mapping[tuple[str, str], float]) -> Calibratio
     )
 
 
-def calibration_of_channels(channels: Mapping[str, Channels]) -> Calibration:
+def calibration_of_channels(channels: Mapping[tuple[str, str], Channels]) -> Calibration:
     """The inverse of :meth:`Calibration.channels`."""
-    return Calibration({m: ModuleCalibration(channels=record) for m, record in channels.items()})
+    parts: dict[str, dict[str, Channels]] = {}
+    for (module, part), record in channels.items():
+        parts.setdefault(module, {})[part] = record
+    return Calibration(
+        {
+            module: ModuleCalibration(channels=records.pop("", None), experts=records)
+            for module, records in parts.items()
+        }
+    )
 
 
 def merge_calibrations(parts: Iterable[Calibration]) -> Calibration:
@@ -143,7 +199,11 @@ def merge_calibrations(parts: Iterable[Calibration]) -> Calibration:
             merged[module] = merged.get(module, _UNSEEN).merged(record)
     return Calibration(
         {
-            module: replace(record, maxima=dict(sorted(record.maxima.items())))
+            module: replace(
+                record,
+                maxima=dict(sorted(record.maxima.items())),
+                experts=dict(sorted(record.experts.items())),
+            )
             for module, record in sorted(merged.items())
         }
     )

@@ -4,7 +4,8 @@ An ``algorithm`` of ModelOpt's applies to every enabled quantizer: ``awq_lite`` 
 also touch layers whose format is plain ``max``. :data:`~autoquant_ray.formats.algorithms.SETS` is
 registered with ModelOpt when this module is imported. It takes sets of quantizers and runs
 ModelOpt's own calibration of one set after another, while the quantizers of all others are
-disabled; at the end all are enabled.
+disabled; at the end all are enabled. ``weighted``, which ModelOpt does not have, takes the mean
+squares of input channels from the forward loop.
 
 Each set sees the inputs of the unquantized model. Algorithms that scale weights (``smoothquant``,
 ``awq_lite``) run last, and until the last of them has run, their layers get the original weights
@@ -36,8 +37,9 @@ from modelopt.torch.quantization.utils.core_utils import (
 )
 from pydantic import Field
 
-from autoquant_ray.formats.algorithms import MAX, SETS
+from autoquant_ray.formats.algorithms import MAX, SETS, WEIGHTED
 from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
+from autoquant_ray.quantize.input_squares import InputSquares
 
 Algorithm = str | dict[str, Any]
 ForwardLoop = Callable[[Any], Any]
@@ -142,12 +144,24 @@ def _parts(
 
 def _scales(algorithm: Algorithm) -> bool:
     """Whether an algorithm changes weights."""
+    if _is_weighted(algorithm):
+        return False
     ((name, _),) = get_modelike_from_algo_cfg(algorithm)
     return bool(CalibrateModeRegistry[name].config_class._mutates_weights)
 
 
+def _is_weighted(algorithm: Algorithm) -> bool:
+    return isinstance(algorithm, Mapping) and algorithm["method"] == WEIGHTED
+
+
 def _calibrate(model: Any, forward_loop: ForwardLoop | None, algorithm: Algorithm) -> None:
-    """What ``mtq.calibrate`` does."""
+    """What ``mtq.calibrate`` does; ``weighted``: by maximum, then by the search."""
+    if isinstance(algorithm, dict) and _is_weighted(algorithm):
+        squares = InputSquares(model)
+        with squares.collecting():
+            _calibrate(model, forward_loop, MAX)
+        squares.search(algorithm)
+        return
     ((name, arguments),) = get_modelike_from_algo_cfg(algorithm)
     mode = CalibrateModeRegistry[name]
     mode.convert(model, mode.config_class(**arguments), forward_loop=forward_loop)

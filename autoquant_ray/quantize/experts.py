@@ -11,7 +11,7 @@ Shape letters: T tokens, H hidden, E experts, O out features, I in features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,14 +48,14 @@ class FusedExperts:
 
     def __init__(self, module: torch.nn.Module, planned: PlannedModule) -> None:
         self.parameters = planned.parameters
-        self._is_transposed = planned.is_transposed
-        self._name = planned.name
+        self.is_transposed = planned.is_transposed
+        self._name = planned.path
         self._module = module
         self._shadow: Any = shadow_of(module)
         self._resting = dict(self._shadow._parameters)
         self._passing = disabled_quantizer()
         self._leave_inputs()
-        if self._is_transposed:  # its weights come quantized: spares two copies in every run
+        if self.is_transposed:  # its weights come quantized: spares two copies in every run
             self._shadow.__dict__["quantize_weight"] = nullcontext
             return
         for name in self.parameters:
@@ -75,7 +75,7 @@ class FusedExperts:
             ``(E, O, I)``, transposed where the module stores it so.
         """
         slices = getattr(self._module, name)
-        if self._is_transposed:
+        if self.is_transposed:
             whole = slices.mT.contiguous()
             return quantized_weight(format_, whole, scales, self._name, name).mT
         return torch.stack(
@@ -143,6 +143,39 @@ class FusedExperts:
         seen = {key: recorder.maximum for key, recorder in recorders.items()}
         return output, {key: maximum for key, maximum in seen.items() if maximum is not None}
 
+    @torch.no_grad()
+    def input_channels(
+        self,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        expert: int | None = None,
+    ) -> dict[str, tuple[torch.Tensor, int]]:
+        """Sums over the tokens of both projections' inputs, and how many tokens these are.
+
+        Args:
+            reduce: ``(T, I)`` -> the sum over its rows.
+            inputs: Arguments of the module's ``forward``; of a single expert, its tokens with one
+                route each, of number 0.
+            expert: Run this expert alone; None: all together.
+
+        Returns:
+            Parameter name -> sum and number of tokens; without parameters that saw none.
+        """
+        recorders = {name: _SumRecorder(reduce) for name in self.parameters}
+        for name, recorder in recorders.items():
+            setattr(self._shadow, f"{name}_input_quantizer", recorder)
+        alone = {} if expert is None else {n: self.slice_of(n, expert) for n in self.parameters}
+        self._run_shadow(tuple(inputs), _as_parameters(alone))
+        return {
+            name: (recorder.total, recorder.num_tokens)
+            for name, recorder in recorders.items()
+            if recorder.total is not None
+        }
+
+    def slice_of(self, name: str, expert: int) -> torch.Tensor:
+        """A parameter of one expert, ``(1, O, I)``."""
+        return self.weights_of(name)[expert : expert + 1]
+
     def _leave_inputs(self) -> None:
         for name in self.parameters:
             setattr(self._shadow, f"{name}_input_quantizer", self._passing)
@@ -176,6 +209,24 @@ class _MaximumRecorder(torch.nn.Module):
         if states.numel():
             seen = states.abs().amax()
             self.maximum = seen if self.maximum is None else torch.maximum(self.maximum, seen)
+        return states
+
+
+class _SumRecorder(torch.nn.Module):
+    """Stands in for an input quantizer and sums over the rows of what passes."""
+
+    def __init__(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._reduce = reduce
+        self.total: torch.Tensor | None = None
+        self.num_tokens = 0
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        rows = states.reshape(-1, states.shape[-1])
+        if len(rows):
+            added = self._reduce(rows)
+            self.total = added if self.total is None else self.total + added
+            self.num_tokens += len(rows)
         return states
 
 

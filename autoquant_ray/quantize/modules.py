@@ -67,7 +67,7 @@ class QuantizedLayers:
     ) -> None:
         self._formats = formats
         self._calibration = calibration
-        self._scales = WeightScales(model)
+        self._scales = WeightScales(model, calibration)
         number_of = {m: number for number, layer in enumerate(layers) for m in layer.modules()}
         self._by_layer: dict[int, list[tuple[ScoredModule, Any]]] = {}
         self._experts = runnable_experts(by_module(model, modules))

@@ -19,9 +19,9 @@ import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 
-from autoquant_ray.formats.algorithms import MSE
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
+from autoquant_ray.formats.smoothed import needs_channel_squares
 from autoquant_ray.quantize.block_formats import BACKEND
 from autoquant_ray.quantize.weight_search import (
     Recall,
@@ -55,6 +55,7 @@ def fake_quantize_weight(
     algorithm: Attributes | None = None,
     recall: Recall | None = None,
     largest: torch.Tensor | None = None,
+    squares_I: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Quantize and dequantize one weight tensor.
 
@@ -66,11 +67,13 @@ def fake_quantize_weight(
         recall: Remembers the scales of a search; None searches anew.
         largest: For static NVFP4, the largest absolute weight of all layers that share its second
             scale; None: its own.
+        squares_I: Mean square of every input channel, float32; ``weighted`` without it leaves the
+            scales at the maxima.
 
     Returns:
         Tensor like ``weight_OI``.
     """
-    quantizer = make_weight_quantizer(attributes, weight_OI, algorithm, recall, largest)
+    quantizer = make_weight_quantizer(attributes, weight_OI, algorithm, recall, largest, squares_I)
     quantized: torch.Tensor = quantizer(weight_OI)
     return quantized
 
@@ -86,9 +89,25 @@ def quantized_weight(
         scales: Those of the model.
         name: The module's name; parameter and expert in a module of many.
     """
-    recall = partial(scales.searched.get, (name, format_.weight_key, weight_OI.dtype))
-    largest = scales.largest(name[0]) if is_static_nvfp4(format_.weight) else None
-    return fake_quantize_weight(format_.weight, weight_OI, format_.algorithm, recall, largest)
+    quantized: torch.Tensor = quantizer_of(format_, weight_OI, scales, *name)(weight_OI)
+    return quantized
+
+
+@torch.no_grad()
+def quantizer_of(
+    format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str
+) -> TensorQuantizer:
+    """The quantizer of :func:`quantized_weight`, calibrated; arguments as there."""
+    needs_squares = needs_channel_squares(format_)
+    dtype = torch.float32 if needs_squares else weight_OI.dtype
+    return make_weight_quantizer(
+        format_.weight,
+        weight_OI,
+        format_.algorithm,
+        partial(scales.searched.get, (name, format_.weight_key, dtype)),
+        scales.largest(name[0]) if is_static_nvfp4(format_.weight) else None,
+        scales.squares(name, weight_OI.device) if needs_squares else None,
+    )
 
 
 @torch.no_grad()
@@ -98,6 +117,7 @@ def make_weight_quantizer(
     algorithm: Attributes | None = None,
     recall: Recall | None = None,
     largest: torch.Tensor | None = None,
+    squares_I: torch.Tensor | None = None,
 ) -> TensorQuantizer:
     """Build the calibrated quantizer of one weight matrix; arguments as above."""
     quantizer = make_quantizer(attributes, weight_OI.device)
@@ -109,8 +129,7 @@ def make_weight_quantizer(
         quantizer.enable_quant()
         quantizer.disable_calib()
         finish_static_blocks(quantizer, weight_OI, largest)
-    if algorithm is not None and algorithm["method"] == MSE:
-        search_scales(quantizer, weight_OI, algorithm, recall)
+    search_scales(quantizer, weight_OI, algorithm, recall, squares_I)
     return quantizer
 
 

@@ -71,11 +71,8 @@ class SingleExpert:
         self, inputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Unquantized output ``(R, H)``, routing weights applied; no maxima."""
-        weights = {name: self._slice(name) for name in self.parameters}
+        weights = {name: self.experts.slice_of(name, self.number) for name in self.parameters}
         return self.experts.run_weights(weights, inputs), {}
-
-    def _slice(self, name: str) -> torch.Tensor:
-        return self.experts.weights_of(name)[self.number : self.number + 1]
 
 
 Runnable = FusedExperts | SingleExpert

@@ -1,8 +1,13 @@
-"""Weight scales by least squared error (ModelOpt's algorithm ``mse``), and a memory of results.
+"""Weight scales by least squared error, plain or weighted by channel, and a memory of results.
 
 ModelOpt's own calibrators try the candidates. A search quantizes a weight once per candidate, so
 its result is kept in a compact form: the number of the candidate per scale, one byte each. The
 scales are always formed from these numbers, so it makes no difference whether they were kept.
+
+``weighted`` is ModelOpt's search (algorithm ``mse``) with another measure of error:
+``sum_j E[x_j^2] (w_j - q_j)^2``, where ``x_j`` is the input that ``w_j`` is multiplied with. It
+always searches in float32, so that its result does not depend on the type in which a model
+computes.
 
 ModelOpt quantizes static NVFP4 weights of fused layers under one scale, and finds these layers by
 their names. A weight alone does not show it: :class:`WeightScales` does.
@@ -11,11 +16,12 @@ their names. A weight alone does not show it: :class:`WeightScales` does.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from modelopt.torch.quantization.calib import MseCalibrator
 from modelopt.torch.quantization.model_calib import (
     _collect_weight_stats,
     _make_weight_mse_calibrator,
@@ -24,9 +30,17 @@ from modelopt.torch.quantization.model_calib import (
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import StaticBlockScaleQuantizer
 from modelopt.torch.quantization.utils import SHARED_PATTERNS
 
-from autoquant_ray.formats.algorithms import ARGUMENTS, MSE, SEARCHED_BYTES
+from autoquant_ray.formats.algorithms import (
+    ARGUMENTS,
+    MSE,
+    SEARCHED_BYTES,
+    SEARCHES,
+    WEIGHTED,
+    num_multipliers,
+)
 from autoquant_ray.formats.format import Attributes
 from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
 
 Recall = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
@@ -34,20 +48,32 @@ Recall = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
 
 
 def search_scales(
-    quantizer: Any, weight_OI: torch.Tensor, algorithm: Attributes, recall: Recall | None
+    quantizer: Any,
+    weight_OI: torch.Tensor,
+    algorithm: Attributes | None,
+    recall: Recall | None,
+    squares_I: torch.Tensor | None = None,
 ) -> None:
-    """Replace a quantizer's maxima by those under which its weight changes least.
+    """Replace a quantizer's maxima by those under which its weight, or its output, changes least.
 
     Args:
         quantizer: ModelOpt's, calibrated by maximum.
         weight_OI: Its weight.
-        algorithm: ModelOpt's ``mse`` with all its arguments.
+        algorithm: ``mse`` or ``weighted`` with all arguments; another leaves the maxima.
         recall: Remembers; None searches anew.
+        squares_I: Mean square of every input channel, for ``weighted``; None leaves the maxima.
     """
-    calibrator: Any = _make_weight_mse_calibrator(
-        quantizer, **{name: algorithm[name] for name in ARGUMENTS[MSE]}
-    )
-    search = partial(_search, quantizer, weight_OI, calibrator)
+    method = None if algorithm is None else algorithm["method"]
+    if algorithm is None or method not in SEARCHES or (method == WEIGHTED and squares_I is None):
+        return
+    if squares_I is not None and method == WEIGHTED:
+        calibrator = _weighted_calibrator(quantizer, algorithm, squares_I)
+        search = partial(_search_weighted, quantizer, weight_OI.float(), calibrator)
+    else:
+        calibrator = _make_weight_mse_calibrator(
+            quantizer, **{name: algorithm[name] for name in ARGUMENTS[MSE]}
+        )
+        search = partial(_search, quantizer, weight_OI, calibrator)
     result = search() if recall is None else recall(search)
     is_numbers = result.dtype == torch.uint8
     quantizer.amax = _maxima(calibrator, result.long()) if is_numbers else result
@@ -79,13 +105,16 @@ class WeightScales:
 
     Args:
         model: The model.
+        calibration: Merged over all shards; it may be set later.
 
     Attributes:
         searched: Keeps the results of searches.
+        calibration: As given.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, calibration: Calibration | None = None) -> None:
         self.searched = WeightCache(SEARCHED_BYTES)
+        self.calibration = Calibration() if calibration is None else calibration
         self._model = model
         self._largest: dict[tuple[str, ...], torch.Tensor] = {}
         fused: dict[Any, list[str]] = {}
@@ -95,6 +124,21 @@ class WeightScales:
                 keys = [(n, match.groups()) for n, match in enumerate(matches) if match]
                 fused.setdefault(keys[0] if keys else name, []).append(name)
         self._fused = {name: tuple(names) for names in fused.values() for name in names}
+
+    def squares(self, name: Sequence[str], device: torch.device) -> torch.Tensor | None:
+        """Mean square of every input channel of a weight, float32 ``(I,)``; None if not known.
+
+        Args:
+            name: The module's name; parameter and expert in a module of many.
+            device: Where the weight is.
+        """
+        module, *part = name
+        record = self.calibration.of(module)
+        channels = record.experts.get(".".join(part)) if part else record.channels
+        if channels is None or channels.square_sum_I is None:
+            return None
+        mean_I = channels.square_sum_I / channels.num_tokens
+        return torch.from_numpy(mean_I).to(device, torch.float32)
 
     def largest(self, name: str) -> torch.Tensor | None:
         """Largest absolute weight of the layers that serving engines fuse with a layer, float32.
@@ -111,6 +155,48 @@ class WeightScales:
             maxima = [weight.detach().abs().amax().float().cpu() for weight in weights]
             self._largest[names] = torch.stack(maxima).amax()
         return self._largest[names]
+
+
+def _weighted_calibrator(
+    quantizer: Any, algorithm: Attributes, squares_I: torch.Tensor
+) -> MseCalibrator:
+    """ModelOpt's calibrator with the weighted error, in float32.
+
+    Blocks none of whose channels was ever other than 0 are searched by plain squared error.
+    """
+    blocks = quantizer.block_sizes or {}
+    size = blocks.get(-1) or len(squares_I)
+    smallest = squares_I.mean().clamp(min=torch.finfo(torch.float32).tiny) * 1e-12
+    padded_I = torch.nn.functional.pad(squares_I.maximum(smallest), (0, -len(squares_I) % size))
+
+    def error(values: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        squared = (values - quantized).square_()
+        return (squared.reshape(-1, len(padded_I)) * padded_I).reshape(values.shape)
+
+    start, stop = algorithm["start_multiplier"], algorithm["stop_multiplier"]
+    steps = num_multipliers(algorithm) - 1
+    calibrator: Any = _make_weight_mse_calibrator(
+        quantizer,
+        step_size=(stop - start) / (steps - 0.5) if steps else 1.0,  # ModelOpt rounds up
+        start_multiplier=start,
+        stop_multiplier=stop,
+        fp8_scale_sweep=False,
+        error_func=error,
+    )
+    calibrator._initial_amax = calibrator._initial_amax.float()
+    return calibrator
+
+
+def _search_weighted(
+    quantizer: Any, weight_OI: torch.Tensor, calibrator: MseCalibrator
+) -> torch.Tensor:
+    """Numbers of the best candidates, uint8, the first of equals."""
+    largest, before = quantizer.amax.clone(), quantizer._calibrator
+    quantizer._calibrator = calibrator
+    _run_and_load_max_stats(quantizer, partial(_collect_weight_stats, weight=weight_OI))
+    quantizer.amax, quantizer._calibrator = largest, before
+    losses: Any = calibrator._losses_sum
+    return torch.stack(losses).argmin(dim=0).to(torch.uint8)
 
 
 def _search(quantizer: Any, weight_OI: torch.Tensor, calibrator: Any) -> torch.Tensor:

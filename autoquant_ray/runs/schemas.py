@@ -59,6 +59,8 @@ _CHANNELS = pa.schema(
         "largest": pa.list_(pa.float32()),
         "sum": pa.list_(_FLOAT),
         "num_tokens": _INT,
+        "square_sum": pa.list_(_FLOAT),
+        "part": _STRING,
     }
 )
 _SEARCH = pa.schema({"module": _STRING, "format": _STRING, "alpha": _FLOAT, "loss": _FLOAT})
@@ -211,6 +213,8 @@ ADDED_COLUMNS = {
     "sampling_stderr",
     "bucket_tokens",
     "expert_tokens",
+    "square_sum",
+    "part",
     "in_loss",
     "tensors",
     "kv_bytes_per_token",

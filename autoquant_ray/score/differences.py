@@ -24,7 +24,7 @@ import torch
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_smoothed
 from autoquant_ray.models.quantizable import PlannedModule
-from autoquant_ray.quantize.calibration import ModuleCalibration
+from autoquant_ray.quantize.calibration import Calibration, ModuleCalibration
 from autoquant_ray.quantize.inputs import QuantizedInputs
 from autoquant_ray.quantize.quantizers import quantized_weight
 from autoquant_ray.quantize.single_experts import Runnable
@@ -78,6 +78,10 @@ class OutputDifferences:
         self._scales = WeightScales(model)
         self._scratch = torch.empty(0)
         self._inputs = QuantizedInputs()
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Use the statistics of all shards for the scales of weights."""
+        self._scales.calibration = calibration
 
     def forget(self) -> None:
         """Release the inputs seen so far."""

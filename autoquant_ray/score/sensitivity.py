@@ -131,6 +131,7 @@ class SensitivityHooks:
         self._num_rows_G = [0] * len(self._num_rows_G)
         self._tokens.forget()
         self._calibration, self._seed = calibration, seed
+        self._differences.calibrate(calibration)
         handles = [
             module.register_forward_hook(self._hook_of(entries, module), with_kwargs=True)
             for entries, module in self._modules

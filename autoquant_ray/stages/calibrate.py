@@ -7,6 +7,7 @@ and lie in separate files, written before the shard's scalars: a shard with scal
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from autoquant_ray.calibrate.files import (
     read_calibration,
 )
 from autoquant_ray.distributed.pool import Outcome, WorkerPool
-from autoquant_ray.formats.smoothed import is_smoothed, needs_calibration, needs_search
+from autoquant_ray.formats.smoothed import needs_calibration, needs_channels, needs_search
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.quantize.awq import Losses, loss_rows, losses_of, merge_losses
 from autoquant_ray.quantize.calibration import Calibration, merge_calibrations
@@ -36,6 +37,11 @@ from autoquant_ray.runs.names import (
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.shards import Work, collect, intact_parts, tasks_of
+from autoquant_ray.wording import few
+
+_MOST_NAMES = 4
+
+logger = logging.getLogger(__name__)
 
 
 def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -> Calibration:
@@ -46,7 +52,7 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
     directory = state.directory
     if not needs_calibration(plan.formats):
         return Calibration()
-    has_channels = any(map(is_smoothed, plan.formats))
+    has_channels = any(map(needs_channels, plan.formats))
     there = not has_channels or directory.exists(CHANNELS_FILE)
     if not (there and state.is_done("calibrate", fingerprint)):
         with state.stage("calibrate", fingerprint):
@@ -70,11 +76,27 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
             if has_channels:
                 tables = Parts(directory, CHANNELS, shards)
                 channels = merge_calibrations(map(channels_of_table, tables))
+                channels = _with_enough_tokens(state, channels)
                 directory.write_table(CHANNELS_FILE, channel_rows(channels))
             tables = Parts(directory, CALIBRATION, shards)
             merged = merge_calibrations(map(maxima_of_table, tables))
             directory.write_table(CALIBRATION_FILE, maxima_rows(merged))
     return read_calibration(directory)
+
+
+def _with_enough_tokens(state: RunState, channels: Calibration) -> Calibration:
+    """Statistics without those that rest on few tokens; the log says which."""
+    least = state.config["min_expert_tokens"]
+    enough, names = channels.with_enough_tokens(least)
+    if names:
+        logger.warning(
+            "%d expert(s) saw fewer than %d tokens (`min_expert_tokens`), so their weights are "
+            "scaled by maximum, not by the weighted search: %s",
+            len(names),
+            least,
+            few(names, _MOST_NAMES),
+        )
+    return enough
 
 
 def search_scales(

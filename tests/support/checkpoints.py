@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from autoquant_ray.calibrate.files import maxima_rows, read_calibration
+from autoquant_ray.calibrate.files import channel_rows, maxima_rows, read_calibration
 from autoquant_ray.calibrate.maxima import ActivationMaxima
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.formats.smoothed import needs_channels
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
 from autoquant_ray.plan.plan import build_plan
@@ -35,6 +36,11 @@ CUSTOM = {
         "weight": {"num_bits": 4, "block_sizes": {"-1": 32, "type": "static"}},
         "input": None,
         "algorithm": {"method": "mse"},
+    },
+    "int4_g32_weighted": {
+        "weight": {"num_bits": 4, "block_sizes": {"-1": 32, "type": "static"}},
+        "input": None,
+        "algorithm": {"method": "weighted"},
     },
     "int8_mse": {
         "weight": {"num_bits": 8, "axis": 0},
@@ -56,13 +62,16 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
     model = load_model(find_model(str(folder)), dtype="float32", device="cpu")
     prepare_experts(model)
     plan = build_plan(model, resolve_formats(formats, device="cpu", custom=CUSTOM))
-    collector = ActivationMaxima(model, scored_modules(plan))
+    collector = ActivationMaxima(model, scored_modules(plan), plan.formats)
     generator = torch.Generator().manual_seed(7)
     with collector.collecting(), torch.no_grad():
         collector.set_mask(None)
         model(torch.randint(0, 256, (2, 48), generator=generator))
-    rows = maxima_rows(collector.calibration())
+    calibration = collector.calibration()
+    rows = maxima_rows(calibration)
     directory.write_table("calibration.parquet", rows)
+    if any(map(needs_channels, plan.formats)):
+        directory.write_table("channels.parquet", channel_rows(calibration))
     return {row["module"]: row["value"] for row in rows}
 
 

@@ -10,21 +10,24 @@ import torch
 import transformers
 from checkpoints import CUSTOM, fake_weight, load_folder, unpack_modelopt
 
+from autoquant_ray.calibrate.files import read_calibration
 from autoquant_ray.errors import FormatError
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
+from autoquant_ray.quantize.quantizers import quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 
 SEARCHED = {
-    "*self_attn.*": "int4_g32_mse",
+    "*0.self_attn.*": "int4_g32_mse",
+    "*1.self_attn.*": "int4_g32_weighted",
     "*layers.0.mlp.*": "int8_mse",
     "*layers.1.mlp.*": "fp8_mse",
     "lm_head": "int4_g32",
 }
 ALGORITHMS = {
     "int4_g32_mse": "W4A16_AWQ",
+    "int4_g32_weighted": "W4A16_AWQ",
     "int4_g32": "W4A16_AWQ",
     "int8_mse": "W8A8_SQ_PER_CHANNEL",
     "fp8_mse": "FP8",
@@ -45,16 +48,18 @@ def test_folder_holds_the_weights_that_were_measured(
         read = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         read(torch.tensor([[1, 2]]))  # unpacks
     seen = set()
+    scales = WeightScales(torch.nn.Identity(), read_calibration(directory))
     plain = {f.name: f for f in resolve_formats(("int4_g32",), device="cpu", custom=CUSTOM)}
     for name, format_ in read_source(directory).formats.items():
-        expected = fake_weight(folder, name, format_)
+        source = load_folder(folder)[f"{name}.weight"]
+        expected = quantized_weight(format_, source, scales, name)
         if read is None:
             weight = unpack_modelopt(tensors, name, ALGORITHMS[format_.name])
         else:
             weight = read.get_submodule(name).weight.detach().float()
         tolerance = 2**-8 if "int4" in format_.name else 1e-6  # 16-bit scales of blocks
         torch.testing.assert_close(weight, expected, rtol=tolerance, atol=1e-7)
-        if format_.name == "int4_g32_mse":
+        if format_.name in ("int4_g32_mse", "int4_g32_weighted"):
             unsearched = fake_weight(folder, name, plain["int4_g32"])
             assert (weight - unsearched).abs().max() > 1e-3
         seen.add(format_.name)
@@ -80,7 +85,7 @@ def test_static_nvfp4_folder_holds_the_weights_that_were_measured(
         assert scale == pytest.approx(maxima[name] / (6 * 448), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fp8_mse", STATIC[1]])
+@pytest.mark.parametrize("name", ["fp8_mse", STATIC[1], "wfp8_afp8:weighted"])
 def test_every_expert_is_packed_with_its_searched_scales(
     name: str, solved_run: Any, tmp_path: Path
 ) -> None:
@@ -88,7 +93,8 @@ def test_every_expert_is_packed_with_its_searched_scales(
     export_run(directory, str(tmp_path / "out"))
     tensors, source = load_folder(tmp_path / "out"), load_folder(folder)
     format_ = next(iter(read_source(directory).formats.values()))
-    algo = ALGORITHMS.get(name, "NVFP4")
+    algo = "FP8" if "fp8_" in name else "NVFP4"
+    scales = WeightScales(torch.nn.Identity(), read_calibration(directory))
     tolerance = 2**-8 if "int4" in name else 1e-6
     for layer in [
         layer_name.removesuffix(".weight") for layer_name in source if ".experts." in layer_name
@@ -99,7 +105,9 @@ def test_every_expert_is_packed_with_its_searched_scales(
         ]
         names = sorted({layer, *pair}) if "down_proj" not in layer else [layer]
         together = torch.cat([source[f"{layer_name}.weight"] for layer_name in names])
-        expected = fake_quantize_weight(format_.weight, together, format_.algorithm)
+        experts, number = layer.rpartition(".")[0].rsplit(".", 1)
+        part = "down_proj" if "down_proj" in layer else "gate_up_proj"
+        expected = quantized_weight(format_, together, scales, experts, part, number)
         rows = len(source[f"{layer}.weight"])
         start = names.index(layer) * rows
         weight = unpack_modelopt(tensors, layer, algo)

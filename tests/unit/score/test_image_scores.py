@@ -108,7 +108,7 @@ def test_towers_channels_count_every_patch_once(full_scorer: Any, samples_of: An
     losses = []
     for _ in range(2):
         calibration = scorer.calibrate(samples)
-        assert calibration.channels()[name].num_tokens == num_patches
+        assert calibration.channels()[name, ""].num_tokens == num_patches
         losses.append(scorer.search(samples, calibration))
     assert losses[0] == losses[1]
     fresh = full_scorer("qwen3_vl", ("INT4_AWQ_CFG",))[1]

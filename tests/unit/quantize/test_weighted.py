@@ -1,0 +1,201 @@
+"""Weight scales by squared error weighted by channel: by hand, and within ``mtq.quantize``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import family_model
+from modelopt_scores import NOTHING, quantized_by_modelopt
+
+from autoquant_ray.allocate.quant_cfg import quantizer_entries
+from autoquant_ray.errors import FormatError
+from autoquant_ray.formats.algorithms import of_allocation
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize import calibration_mode  # noqa: F401 (registers the mode)
+from autoquant_ray.quantize.experts import FusedExperts
+from autoquant_ray.quantize.quantizers import (
+    fake_quantize_weight,
+    make_weight_quantizer,
+    quantized_weight,
+)
+from autoquant_ray.quantize.weight_search import WeightScales
+from autoquant_ray.score.scorer import Scorer
+
+INT4 = {"num_bits": 4, "block_sizes": {-1: 16, "type": "static"}}
+INT8 = {"num_bits": 8, "axis": 0}
+FP8 = {"num_bits": (4, 3), "axis": None}
+NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
+MULTIPLIERS = np.linspace(0.7, 1.05, 15).astype(np.float32)
+
+
+def format_of(name: str, custom: Any = None) -> Format:
+    return resolve_formats((name,), device="cpu", custom=custom)[0]
+
+
+def weighted(weight: Any) -> Format:
+    return format_of("mine:weighted", {"mine": {"weight": weight}})
+
+
+def drawn(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+def squares_of(width: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(9).lognormal(0, 2, width).astype(np.float32))
+
+
+@pytest.mark.parametrize("width", [64, 40], ids=["whole blocks", "a partial block"])
+@pytest.mark.parametrize("weight", [INT4, INT8, FP8], ids=["int4", "int8", "fp8"])
+def test_scales_are_those_of_the_smallest_weighted_error_by_hand(weight: Any, width: int) -> None:
+    weight_OI, squares_I = drawn((6, width)), squares_of(width)
+    format_ = weighted(weight)
+    ours = fake_quantize_weight(format_.weight, weight_OI, format_.algorithm, squares_I=squares_I)
+    plain = fake_quantize_weight(format_.weight, weight_OI)
+    size = {4: 16, 8: width}.get(weight["num_bits"], 0)
+    regions = (
+        [np.s_[o, start : start + size] for o in range(6) for start in range(0, width, size)]
+        if size
+        else [np.s_[:, :]]
+    )
+    is_better = 0
+    for region in regions:
+        values = weight_OI.numpy()[region].astype(np.float64)
+        weights = np.broadcast_to(squares_I.numpy(), (6, width))[region]
+        errors = []
+        for multiplier in MULTIPLIERS:
+            largest = np.abs(values).max() * multiplier
+            if size:
+                top = 2 ** (weight["num_bits"] - 1) - 1
+                step = largest / top
+                on_grid = np.clip(np.round(values / step), -top - 1, top) * step
+            else:
+                step = largest / 448
+                scaled = torch.from_numpy(np.clip(values / step, -448, 448)).float()
+                on_grid = scaled.to(torch.float8_e4m3fn).double().numpy() * step
+            errors.append((weights * (on_grid - values) ** 2).sum())
+        error = (weights * (ours.numpy()[region].astype(np.float64) - values) ** 2).sum()
+        assert error == pytest.approx(min(errors), rel=1e-4)
+        is_better += error < 0.999 * (weights * (plain.numpy()[region] - values) ** 2).sum()
+    assert is_better
+
+
+def test_static_nvfp4_takes_the_best_of_its_candidates() -> None:
+    weight_OI, squares_I = drawn((8, 64)), squares_of(64)
+    format_ = weighted(NVFP4)
+    quantizer = make_weight_quantizer(
+        format_.weight, weight_OI, format_.algorithm, squares_I=squares_I
+    )
+    ours = quantizer(weight_OI)
+    largest = make_weight_quantizer(format_.weight, weight_OI)
+
+    def errors(quantized_OI: torch.Tensor) -> torch.Tensor:
+        return ((quantized_OI - weight_OI).square() * squares_I).unflatten(1, (-1, 16)).sum(dim=2)
+
+    tried = []
+    for multiplier in MULTIPLIERS:
+        candidate = make_weight_quantizer(format_.weight, weight_OI)
+        candidate.amax = largest.amax * float(multiplier)
+        tried.append(errors(candidate(weight_OI)))
+    assert torch.equal(errors(ours), torch.stack(tried).amin(dim=0))
+    assert errors(ours).sum() < 0.95 * errors(largest(weight_OI)).sum()
+
+
+def test_result_does_not_depend_on_the_type_of_the_model() -> None:
+    weight_OI, squares_I = drawn((6, 64)).bfloat16(), squares_of(64)
+    algorithm = weighted(INT4).algorithm
+    maxima = [
+        make_weight_quantizer(INT4, values, algorithm, squares_I=squares_I).amax
+        for values in (weight_OI, weight_OI.float())
+    ]
+    assert torch.equal(*maxima)
+
+
+def test_channels_that_were_never_used_are_rounded_by_plain_squared_error() -> None:
+    weight_OI, squares_I = drawn((4, 32)), torch.ones(32)
+    squares_I[:16] = 0
+    algorithm = weighted(INT4).algorithm
+    ours = fake_quantize_weight(INT4, weight_OI, algorithm, squares_I=squares_I)
+    plain = fake_quantize_weight(INT4, weight_OI, algorithm, squares_I=torch.ones(32))
+    assert torch.equal(ours, plain)
+
+
+def test_without_statistics_scales_stay_at_the_maxima() -> None:
+    format_ = weighted(INT4)
+    scales = WeightScales(torch.nn.Identity())
+    ours = quantized_weight(format_, drawn((4, 32)), scales, "nowhere")
+    assert torch.equal(ours, fake_quantize_weight(INT4, drawn((4, 32))))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3-MoE", "GPT-OSS"])
+def test_scan_and_mtq_quantize_find_the_same_scales(
+    family: str, make_spec: Any, make_samples: Any
+) -> None:
+    """ModelOpt's hooks see the inputs of a whole model, ours those of a layer or an expert."""
+    model = family_model(family)
+    formats = [format_of("wint4_afp16:weighted"), format_of("wint8_aint8:weighted")]
+    plan = build_plan(model, formats)
+    samples = make_samples([24, 24, 24])
+    calibration = Scorer(make_spec(plan), model=model).calibrate(samples)
+    modules = [module for group in plan.searched for module in group.modules]
+    entries, algorithms = [*NOTHING], {}
+    for number, module in enumerate(modules):
+        for prefix in module.quantizer_prefixes:
+            entries += quantizer_entries(f"{module.name}.{prefix}", formats[number % 2])
+            for part in ("weight_quantizer", "input_quantizer"):
+                algorithms[f"{module.name}.{prefix}{part}"] = formats[number % 2].algorithm
+    batches = [torch.tensor([sample]) for sample in samples]
+    theirs = quantized_by_modelopt(model, batches, entries, of_allocation(algorithms))
+    scales = WeightScales(model, calibration)
+    for number, planned in enumerate(modules):
+        module, their = (m.get_submodule(planned.path) for m in (model, theirs))
+        for ours, expected in weights_of(module, their, planned, formats[number % 2], scales):
+            assert torch.equal(ours, expected), planned.name
+
+
+def weights_of(
+    module: Any, their: Any, planned: PlannedModule, format_: Format, scales: WeightScales
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights as we quantize them, and as a module of ``mtq.quantize`` does."""
+    if planned.kind == "linear":
+        ours = quantized_weight(format_, module.weight, scales, planned.name)
+        yield ours, their.weight_quantizer(module.weight)
+        return
+    experts = FusedExperts(module, planned)
+    for name in planned.parameters:
+        ours = experts.quantized_weight(name, format_, scales)
+        if planned.is_transposed:
+            weight = getattr(module, name).mT.contiguous()
+            yield ours.mT, getattr(their, f"{name}_weight_quantizer")(weight)
+            continue
+        for expert, quantizer in enumerate(getattr(their, f"{name}_weight_quantizers")):
+            yield ours[expert], quantizer(getattr(module, name)[expert])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wint4_afp16:nearest", "'nearest' is no method of rounding"),
+        ("kv_fp8:weighted", "has no stored scales"),
+        ("INT4_AWQ_CFG:weighted", "has the algorithm awq_lite already"),
+        ("MXFP4_DEFAULT_CFG:weighted", "type: dynamic"),
+        ("wint_afp16:weighted", "wint4_afp16"),
+    ],
+)
+def test_method_that_a_format_cannot_have_is_refused(name: str, words: str) -> None:
+    with pytest.raises(FormatError, match=words) as error:
+        format_of(name)
+    assert len(str(error.value)) <= 400
+
+
+def test_method_keeps_the_stored_bytes_and_gives_nvfp4_stored_scales() -> None:
+    assert format_of("wint4_afp16:max").algorithm is None
+    nvfp4 = format_of("wfp4_afp16:weighted")
+    assert nvfp4.weight["block_sizes"]["type"] == "static"
+    assert format_of("wfp4_afp16:max").weight["block_sizes"]["type"] == "dynamic"
