@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from autoquant_ray.allocate.allocation import Budget, Choice
@@ -111,24 +112,24 @@ class Problem:
         }
         return replace(self, groups=groups, step=step)
 
-    @property
+    @cached_property
     def resources(self) -> list[str]:
         """Names of the costs that every choice has."""
         names = [*RESOURCES, "model", *([KV_BYTES] if self.caches else [])]
         names += [ACTIVE_MOE] if self.has_active_moe else []
         return names if self.step is None else [*names, LATENCY]
 
-    @property
+    @cached_property
     def searched(self) -> list[GroupChoices]:
         """Groups for which a format is chosen."""
         return [group for group in self.groups.values() if group.is_searched]
 
-    @property
+    @cached_property
     def unsearched(self) -> list[GroupChoices]:
         """Groups that stay in 16 bits."""
         return [group for group in self.groups.values() if not group.is_searched]
 
-    @property
+    @cached_property
     def caches(self) -> list[GroupChoices]:
         """Groups that are KV caches, searched or not."""
         return [group for group in self.groups.values() if group.is_cache]
