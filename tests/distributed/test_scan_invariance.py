@@ -11,7 +11,7 @@ import pytest
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.scan import run_search
 
-FORMATS = ("wint4_afp16", "wint8_aint8", "NVFP4_AWQ_LITE_CFG", "MXFP6_DEFAULT_CFG", "kv_nvfp4")
+FORMATS = ("wint4_afp16", "wint4_afp16:weighted", "wint8_aint8", "NVFP4_AWQ_LITE_CFG", "kv_nvfp4")
 KV_BYTES = 200
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
 FAMILY = "qwen3_moe"  # linears, routed experts and caches

@@ -199,3 +199,35 @@ def test_method_keeps_the_stored_bytes_and_gives_nvfp4_stored_scales() -> None:
     nvfp4 = format_of("wfp4_afp16:weighted")
     assert nvfp4.weight["block_sizes"]["type"] == "static"
     assert format_of("wfp4_afp16:max").weight["block_sizes"]["type"] == "dynamic"
+
+
+def test_experts_that_saw_few_tokens_keep_their_maxima(make_scorer: Any, make_samples: Any) -> None:
+    prepared = make_scorer("qwen3_moe", ("wint4_afp16", "wint4_afp16:weighted"))
+    samples = make_samples([24, 24])
+    calibration = prepared.scorer.calibrate(samples)
+    counts = {
+        (module, part): channels.num_tokens
+        for (module, part), channels in calibration.channels().items()
+        if part
+    }
+    assert counts
+    least = sorted(counts.values())[len(counts) // 2] + 1
+    enough, few = calibration.with_enough_tokens(least)
+    assert few
+    assert set(few) == {
+        f"{module}.{part.partition('.')[2]}" for (module, part), n in counts.items() if n < least
+    }
+    without, every = calibration.with_enough_tokens(10**9)
+    assert set(few) < set(every)
+    scores = {
+        name: prepared.scorer.score(samples, 0, statistics).sums.elementwise_GF
+        for name, statistics in (("all", calibration), ("few", enough), ("none", without))
+    }
+    for number, group in enumerate(prepared.names):
+        plain, by_all = scores["all"][number]
+        if group.endswith("experts"):
+            assert by_all < plain
+            assert scores["none"][number, 1] == plain
+            assert scores["few"][number, 1] not in (plain, by_all)
+        else:
+            assert scores["none"][number, 1] == by_all != plain
