@@ -36,12 +36,14 @@ from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solve_scored
 
 _GGUF_BLOCK, _STEPS = 32, 15
-CUSTOM = {"int4": {"weight": {"num_bits": 4, "block_sizes": {"-1": 64, "type": "static"}}}}
-PLAIN = ("int4", "wint8_afp16", "wfp8_afp16")
+_INT4, _INT8, _FP8 = "wint4_g64_afp16", "wint8_afp16", "wfp8_afp16"
+_WEIGHTED = tuple(f"{name}:weighted" for name in (_INT4, _INT8, _FP8))
 MENUS = {
-    "max": PLAIN,
-    "mse": ("int4:mse", "wint8_afp16", "wfp8_afp16"),
-    "weighted": ("int4:weighted", "wint8_afp16:weighted", "wfp8_afp16:weighted"),
+    "max": (_INT4, _INT8, _FP8),
+    "mse": (f"{_INT4}:mse", _INT8, _FP8),
+    "weighted": _WEIGHTED,
+    "max, wider": (_INT4, "wint5_g64_afp16", "wint6_g64_afp16", _INT8, _FP8),
+    "weighted, wider": (*_WEIGHTED, "wint5_g64_afp16:weighted", "wint6_g64_afp16:weighted"),
 }
 
 
@@ -86,7 +88,6 @@ def scan(model: str, out: str, options: argparse.Namespace) -> autoquant_ray.Run
         pack=True,
         out=out,
         formats=tuple(dict.fromkeys(name for menu in MENUS.values() for name in menu)),
-        custom_formats=CUSTOM,
         bits=options.bits[0],
         samples=options.samples,
         seq_len=options.seq_len,
@@ -112,7 +113,7 @@ def measure(run: autoquant_ray.Run, bits: float, options: argparse.Namespace) ->
     rows = evaluation_rows(candidates, results, {"budget": f"{bits:g}"})
     for row, result in zip(rows, results, strict=True):
         print(
-            f"{bits:4g} bits {row['name']:10s} {row['effective_bits']:.3f} predicted "
+            f"{bits:4g} bits {row['name']:16s} {row['effective_bits']:.3f} predicted "
             f"{row['predicted_kl']:.4f} measured {mean_kl(result):.4f} ± "
             f"{row['kl_stderr'] or 0:.4f}",
             flush=True,

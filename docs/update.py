@@ -17,7 +17,7 @@ from autoquant_ray.errors import FormatError
 from autoquant_ray.export.tool_formats import COUNTERPARTS
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS, cache_bytes
-from autoquant_ray.formats.menu import PAIRS, known_formats, resolve_formats
+from autoquant_ray.formats.menu import BLOCK_INTEGERS, PAIRS, known_formats, resolve_formats
 from autoquant_ray.formats.numbers import describe, is_scaled_by_block
 from autoquant_ray.formats.smoothed import method_of
 from autoquant_ray.formats.stored_size import format_bits
@@ -85,7 +85,7 @@ def tools_table() -> str:
     """One row per pair of weights and inputs."""
     rows = ["| format | quant_algo | " + " | ".join(COUNTERPARTS) + " |"]
     rows.append("|---|---|" + "---|" * len(COUNTERPARTS))
-    for name, (weight, inputs) in PAIRS.items():
+    for name, (weight, inputs) in (PAIRS | BLOCK_INTEGERS).items():
         format_ = Format(name=name, weight=weight, input=inputs, modelopt_compression=1.0)
         algo = layer_algo(format_)
         cells = [_tool_text(of(format_)) for of in COUNTERPARTS.values()]

@@ -17,6 +17,7 @@ from autoquant_ray.formats.smoothed import is_smoothed
 from autoquant_ray.serving.layer_formats import E2M1, E4M3, E8M0, Numbers
 
 _GGUF_BLOCK = 32
+_AUTO_ROUND_BITS = (2, 3, 4, 8)
 _MLX_GROUPS = (32, 64, 128)
 _MLX_BITS = (2, 3, 4, 5, 6, 8)
 SIXTEEN_BITS: dict[str, Any] = {"llama.cpp": "bf16", "auto-round": {"bits": 16}, "mlx-lm": False}
@@ -34,8 +35,9 @@ def gguf_type(format_: Format) -> str | None:
     has_scales = weight.axis == 0 or weight.block >= _GGUF_BLOCK
     if not has_scales or not weight.is_flat or weight.scale is not None:
         return None
-    # Symmetric, a 16-bit scale per 32 weights; in blocks of 32 where ours are larger.
-    return {4: "q4_0", 8: "q8_0"}.get(weight.bits)
+    # Symmetric: a 16-bit scale per 32 weights, or (k) a narrow one per 16 in blocks of 256.
+    # llama.cpp takes another type in place of a k where rows are no multiple of 256.
+    return {3: "q3_k", 4: "q4_0", 5: "q5_0", 6: "q6_k", 8: "q8_0"}.get(weight.bits)
 
 
 def auto_round_config(format_: Format) -> dict[str, Any] | None:
@@ -48,6 +50,8 @@ def auto_round_config(format_: Format) -> dict[str, Any] | None:
     if not weight.is_flat or weight.scale is not None:
         return None
     is_float = weight.bits == E4M3
+    if not is_float and weight.bits not in _AUTO_ROUND_BITS:
+        return None
     group = weight.block or (-1 if weight.axis == 0 else 0)
     entry = {"bits": 8 if is_float else weight.bits, "group_size": group, "sym": True}
     entry["data_type"] = "fp" if is_float else "int"

@@ -2,8 +2,9 @@
 
 A format is a pair of quantizers, one for a module's weight and one for its input, described by
 ModelOpt's own ``QuantizerAttributeConfig`` fields, so that what is scored is what
-``mtq.quantize`` will do. Names: the pairs ``w{fp4,fp8,int4,int8}_a{fp16,fp8,int8,int4}``,
-``kv_fp8`` and ``kv_nvfp4``, ModelOpt's presets by their own name, and custom entries of the config.
+``mtq.quantize`` will do. Names: the pairs ``w{fp4,fp8,int4,int8}_a{fp16,fp8,int8,int4}``, integers
+of 3 to 6 bits in blocks of 128, 64 or 32 (``wint5_afp16``, ``wint5_g64_afp16``), ``kv_fp8`` and
+``kv_nvfp4``, ModelOpt's presets by their own name, and custom entries of the config.
 Behind a name may stand how weight scales are found, as in ``wint4_afp16:weighted``
 (:data:`~autoquant_ray.formats.algorithms.METHODS`); the stored bytes are the same.
 
@@ -55,6 +56,18 @@ PAIRS: dict[str, tuple[Attributes, Attributes | None]] = {
 }
 """The 16 weight/activation pairs."""
 
+_WIDTHS, _BLOCKS = (3, 4, 5, 6), (128, 64, 32)
+BLOCK_INTEGERS: dict[str, tuple[Attributes, Attributes | None]] = {
+    f"wint{bits}_{'' if block == max(_BLOCKS) else f'g{block}_'}afp16": (
+        {"num_bits": bits, "block_sizes": {-1: block, "type": "static"}},
+        None,
+    )
+    for bits in _WIDTHS
+    for block in _BLOCKS
+    if (bits, block) != (4, 128)  # one of the pairs
+}
+"""Weights as integers of other widths and in other blocks, inputs in 16 bits."""
+
 
 def resolve_formats(
     names: tuple[str, ...],
@@ -81,10 +94,10 @@ def resolve_formats(
 
 
 def known_formats() -> list[str]:
-    """All names that can be asked for, pairs first, then ModelOpt's presets."""
+    """All names that can be asked for, pairs first, ModelOpt's presets last."""
     import modelopt.torch.quantization as mtq
 
-    return [*PAIRS, *KV_FORMATS, *sorted(mtq.config.choices)]
+    return [*PAIRS, *BLOCK_INTEGERS, *KV_FORMATS, *sorted(mtq.config.choices)]
 
 
 def _resolve(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -> Format:
@@ -97,8 +110,8 @@ def _resolve(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -
         algorithm = checked_algorithm(f"custom format {name!r}", custom[name].get("algorithm"))
     elif (kv := KV_FORMATS.get(name)) is not None:
         return Format(name=name, weight={}, input=None, modelopt_compression=1.0, kv=kv)
-    elif name in PAIRS:
-        weight, input_ = PAIRS[name]
+    elif (pair := PAIRS.get(name) or BLOCK_INTEGERS.get(name)) is not None:
+        weight, input_ = pair
     else:
         weight, input_, algorithm = _preset_attributes(name, [*custom, *known_formats()])
     return Format(
