@@ -53,6 +53,7 @@ from autoquant_ray.solve import Solution, solve_run
 from autoquant_ray.stages import calibrate as calibration_stage
 from autoquant_ray.stages import samples as samples_stage
 from autoquant_ray.stages import score as stages
+from autoquant_ray.stages.fit import fit
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ def _run_stages(
             mark = marks["calibrate"]
             calibration = calibration_stage.calibrate(state, pool, plan, mark)
             calibration = calibration_stage.search_scales(state, pool, plan, calibration, mark)
+            calibration = fit(state, pool, plan, calibration, mark)
             stages.score(state, pool, plan, calibration, marks["score"])
         directory.append_event("workers_stopped")
     stages.aggregate(state, config, marks["aggregate"])

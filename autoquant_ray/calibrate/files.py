@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.smoothed import needs_calibration, needs_channels, needs_search
+from autoquant_ray.formats.smoothed import (
+    needs_calibration,
+    needs_channel_squares,
+    needs_channels,
+    needs_search,
+)
 from autoquant_ray.quantize.awq import best_alphas, losses_of
 from autoquant_ray.quantize.calibration import (
     Calibration,
     Channels,
+    Rounding,
     calibration_of_channels,
     calibration_of_maxima,
     merge_calibrations,
@@ -22,6 +29,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import (
     CALIBRATION_FILE,
     CHANNELS_FILE,
+    ROUNDING_FILE,
     SEARCH_FILE,
 )
 from autoquant_ray.runs.state import RunState
@@ -40,7 +48,9 @@ def calibration_of(state: RunState) -> Calibration:
             f"{directory.path(name)} does not exist, and formats of the run need it; scan with "
             "`resume`, which makes it again"
         )
-    return read_calibration(directory) if needs_calibration(formats) else Calibration()
+    if not needs_calibration(formats):
+        return Calibration()
+    return read_calibration(directory, formats)
 
 
 def missing_files(directory: RunDirectory, formats: Sequence[Format]) -> list[str]:
@@ -49,12 +59,17 @@ def missing_files(directory: RunDirectory, formats: Sequence[Format]) -> list[st
         CALIBRATION_FILE: needs_calibration(formats),
         CHANNELS_FILE: any(map(needs_channels, formats)),
         SEARCH_FILE: any(map(needs_search, formats)),
+        ROUNDING_FILE: any(map(needs_channel_squares, formats)),
     }
     return [name for name, is_needed in needed.items() if is_needed and not directory.exists(name)]
 
 
-def read_calibration(directory: RunDirectory) -> Calibration:
-    """Merged calibration of a run: maxima, channels, and the best of AWQ's candidates.
+def read_calibration(directory: RunDirectory, formats: Sequence[Format] = ()) -> Calibration:
+    """Merged calibration of a run: maxima, channels, the best of AWQ's candidates, fitted scales.
+
+    Args:
+        directory: The run.
+        formats: Its menu, of which scales were fitted.
 
     Raises:
         StoreError: ``calibration.parquet`` is missing, or a file is damaged.
@@ -66,6 +81,9 @@ def read_calibration(directory: RunDirectory) -> Calibration:
     if directory.exists(SEARCH_FILE):
         losses = losses_of(directory.read_table(SEARCH_FILE))
         calibration = calibration.with_alphas(best_alphas(losses))
+    if directory.exists(ROUNDING_FILE):
+        rounding = rounding_of(directory.read_table(ROUNDING_FILE), formats)
+        calibration = replace(calibration, rounding=rounding)
     return calibration
 
 
@@ -114,6 +132,31 @@ def channels_of_table(table: Any) -> Calibration:
             )
         }
     )
+
+
+def rounding_rows(rounding: Rounding, formats: Sequence[Format]) -> list[dict[str, Any]]:
+    """Rows of ``rounding.parquet``; :func:`rounding_of` is the inverse.
+
+    Of formats that round a weight alike, the first of the menu is named.
+    """
+    names = {format_.weight_key: format_.name for format_ in reversed(formats)}
+    return [
+        {"module": module, "part": part, "format": names[key], "multipliers": values.tobytes()}
+        for (module, part, key), values in rounding.items()
+    ]
+
+
+def rounding_of(table: Any, formats: Sequence[Format]) -> Rounding:
+    """The fitted scales in a table with the columns of ``rounding.parquet``."""
+    keys = {format_.name: format_.weight_key for format_ in formats}
+    columns = (table.column(name) for name in ("module", "part", "format", "multipliers"))
+    return {
+        (module.as_py(), part.as_py(), keys[name.as_py()]): np.frombuffer(
+            values.as_buffer(), np.uint8
+        )
+        for module, part, name, values in zip(*columns, strict=True)
+        if name.as_py() in keys
+    }
 
 
 def _floats(values: Any, dtype: Any) -> Any:

@@ -25,12 +25,12 @@ from autoquant_ray.distributed.failure import Decision
 from autoquant_ray.distributed.interrupts import StopRequest
 from autoquant_ray.distributed.placement import Placement
 from autoquant_ray.distributed.shard_queue import ShardQueue
-from autoquant_ray.distributed.task import ShardTask
+from autoquant_ray.distributed.task import ShardTask, Task
 from autoquant_ray.errors import one_line
 
 logger = logging.getLogger(__name__)
 
-Submit = Callable[[Any, ShardTask], Any]
+Submit = Callable[[Any, Any], Any]
 """Calls an actor's method with a task and returns the reference of its result."""
 
 _POLL_S = 0.5
@@ -39,10 +39,10 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """End of one shard.
+    """End of one shard, or of one layer.
 
     Attributes:
-        task: The shard.
+        task: What was given to :meth:`WorkerPool.run`.
         result: What the worker returned; None if quarantined.
         reason: Why it was quarantined; None if it was not.
         seconds: From the call to its result.
@@ -50,7 +50,7 @@ class Outcome:
         num_workers: Workers alive when it ended.
     """
 
-    task: ShardTask
+    task: Any
     result: Any = None
     reason: str | None = None
     seconds: float = 0.0
@@ -63,7 +63,7 @@ class _Call:
     """A call in flight; ``task`` is None once its result is not wanted."""
 
     worker: Any
-    task: ShardTask | None
+    task: Task | None
     start_s: float
     queue: ShardQueue
 
@@ -108,7 +108,7 @@ class WorkerPool:
 
     def run(
         self,
-        tasks: Iterable[ShardTask],
+        tasks: Iterable[Task],
         submit: Submit,
         stop: StopRequest | None = None,
     ) -> Generator[Outcome, None, None]:
@@ -227,9 +227,7 @@ class WorkerPool:
         except RayError as error:
             self._on_death(worker, None, error)
 
-    def _settle(
-        self, reference: Any, call: _Call, task: ShardTask, queue: ShardQueue
-    ) -> Outcome | None:
+    def _settle(self, reference: Any, call: _Call, task: Task, queue: ShardQueue) -> Outcome | None:
         """Take a finished call's result; None means that the shard must be tried again."""
         try:
             result = ray.get(reference)
@@ -251,7 +249,8 @@ class WorkerPool:
         now_s = time.monotonic()
         queue.finish(task.shard, call.start_s, now_s)
         self._ignore_copies(task.shard)
-        self._owners[task.shard] = call.worker
+        if isinstance(task, ShardTask):
+            self._owners[task.shard] = call.worker
         return Outcome(
             task=task,
             result=result,
@@ -260,7 +259,7 @@ class WorkerPool:
             num_workers=len(self._crew.ready),
         )
 
-    def _quarantine(self, task: ShardTask, reason: str, queue: ShardQueue) -> Outcome:
+    def _quarantine(self, task: Task, reason: str, queue: ShardQueue) -> Outcome:
         queue.give_up(task.shard)
         self._ignore_copies(task.shard)
         self._on_event("shard_quarantined", shard=task.shard, reason=reason)
@@ -271,7 +270,7 @@ class WorkerPool:
             if call.task is not None and call.task.shard == shard:
                 call.task = None
 
-    def _on_death(self, worker: Any, task: ShardTask | None, error: RayError) -> Decision:
+    def _on_death(self, worker: Any, task: Task | None, error: RayError) -> Decision:
         for shard in [s for s, owner in self._owners.items() if owner == worker]:
             del self._owners[shard]  # in place: the running queue looks here too
         return self._crew.bury(worker, None if task is None else task.shard, error)

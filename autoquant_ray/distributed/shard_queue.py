@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
-from autoquant_ray.distributed.task import ShardTask
+from autoquant_ray.distributed.task import Task
 
 MAX_COPIES = 2
 """Calls that may compute the same shard at the same time."""
@@ -30,7 +30,7 @@ _MIN_FINISHED = 3
 
 @dataclass
 class _Running:
-    task: ShardTask
+    task: Task
     starts_s: list[float] = field(default_factory=list)
 
 
@@ -47,15 +47,15 @@ class ShardQueue:
 
     def __init__(
         self,
-        tasks: Iterable[ShardTask],
+        tasks: Iterable[Task],
         owners: Mapping[int, Hashable] | None = None,
         window: int = 1,
     ) -> None:
         self._fresh = iter(tasks)
         self._owners = {} if owners is None else owners
         self._window = window
-        self._next: list[ShardTask] = []
-        self._lost: deque[ShardTask] = deque()
+        self._next: list[Task] = []
+        self._lost: deque[Task] = deque()
         self._running: dict[int, _Running] = {}
         self._sorted_durations_s: list[float] = []
 
@@ -74,10 +74,10 @@ class ShardQueue:
         """Whether a shard waits for its first worker; reliable after :meth:`read_ahead`."""
         return bool(self._next)
 
-    def take(self, now_s: float, worker: Hashable = None) -> ShardTask | None:
+    def take(self, now_s: float, worker: Hashable = None) -> Task | None:
         """The shard for a worker that is free now; None if there is nothing useful to do."""
         if self._lost:
-            task: ShardTask | None = self._lost.popleft()
+            task: Task | None = self._lost.popleft()
         else:
             task = self._take_fresh(worker) or self._take_slow(now_s)
         if task is not None:
@@ -113,7 +113,7 @@ class ShardQueue:
             return None
         return max(0.0, min(starts_s) + limit_s - now_s)
 
-    def _take_fresh(self, worker: Hashable) -> ShardTask | None:
+    def _take_fresh(self, worker: Hashable) -> Task | None:
         """The worker's own first, then one that is nobody's, then any."""
         self.read_ahead()
         if not self._next:
@@ -124,7 +124,7 @@ class ShardQueue:
                 return self._next.pop(owners.index(wanted))
         return self._next.pop(0)
 
-    def _take_slow(self, now_s: float) -> ShardTask | None:
+    def _take_slow(self, now_s: float) -> Task | None:
         if self.seconds_to_copy(now_s) != 0.0:
             return None
         return min(filter(_may_copy, self._running.values()), key=lambda r: r.starts_s[0]).task

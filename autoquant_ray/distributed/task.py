@@ -1,11 +1,32 @@
-"""A shard as a worker takes it."""
+"""A shard or a layer as a worker takes it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from autoquant_ray.data.samples import Sample
+
+
+class Task(Protocol):
+    """What a stage consists of: shards, or layers."""
+
+    @property
+    def shard(self) -> int:
+        """Its number in the stage."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTask:
+    """The weights of one decoder layer.
+
+    Attributes:
+        shard: The layer's number; the number of layers stands for what is outside of them.
+    """
+
+    shard: int
 
 
 @dataclass(frozen=True, kw_only=True)

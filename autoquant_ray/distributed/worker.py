@@ -19,7 +19,7 @@ import ray
 
 from autoquant_ray.distributed.host_memory import reuse_freed_memory
 from autoquant_ray.distributed.placement import Placement
-from autoquant_ray.distributed.task import ShardTask
+from autoquant_ray.distributed.task import LayerTask, ShardTask
 from autoquant_ray.errors import AutoQuantError, WorkerError, one_line
 
 
@@ -46,6 +46,11 @@ class ShardWorker:
         """Losses of AWQ's candidates on a shard."""
         with _named_errors(f"searching scales on shard {task.shard}"):
             return self._runner.search(task.samples, calibration)
+
+    def fit(self, task: LayerTask, calibration: Any) -> Any:
+        """Scales of a layer's weights."""
+        with _named_errors(f"fitting layer {task.shard}"):
+            return self._runner.fit(task.shard, calibration)
 
     def score(self, task: ShardTask, calibration: Any) -> Any:
         """Sensitivity sums of a shard."""

@@ -97,6 +97,10 @@ class ModuleCalibration:
 
 _UNSEEN = ModuleCalibration()
 
+Rounding = Mapping[tuple[str, str, str], np.ndarray[Any, np.dtype[np.uint8]]]
+"""(module, part as in ``ModuleCalibration.experts`` or '', ``Format.weight_key``) -> for each scale
+of the weight, in order, the number of the multiple of its maximum that was found best."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -104,9 +108,11 @@ class Calibration:
 
     Attributes:
         modules: Module name -> its record; modules that saw no token are not among them.
+        rounding: What was fitted to a weight.
     """
 
     modules: Mapping[str, ModuleCalibration] = field(default_factory=dict)
+    rounding: Rounding = field(default_factory=dict)
 
     def of(self, module: str) -> ModuleCalibration:
         """The record of a module; an empty one where it saw no token."""
@@ -153,7 +159,7 @@ class Calibration:
             if expert_place(name) is not None and channels.num_tokens < least:
                 few.add(name)
                 modules[name] = replace(record, channels=channels.without_squares())
-        return Calibration(modules), sorted(few)
+        return replace(self, modules=modules), sorted(few)
 
     def with_alphas(self, alphas: Mapping[tuple[str, str], float]) -> Calibration:
         """Together with the result of AWQ's search.
@@ -165,7 +171,7 @@ class Calibration:
         for (module, format_), alpha in alphas.items():
             record = modules[module]
             modules[module] = replace(record, alphas={**record.alphas, format_: alpha})
-        return Calibration(modules)
+        return replace(self, modules=modules)
 
 
 def calibration_of_maxima(maxima: Mapping[tuple[str, str], float]) -> Calibration:

@@ -12,9 +12,10 @@ blocks): every weight gets a new quantizer.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -104,10 +105,39 @@ def quantizer_of(
         format_.weight,
         weight_OI,
         format_.algorithm,
-        partial(scales.searched.get, (name, format_.weight_key, dtype)),
+        scales.recall(name, format_, dtype),
         scales.largest(name[0]) if is_static_nvfp4(format_.weight) else None,
         scales.squares(name, weight_OI.device) if needs_squares else None,
     )
+
+
+@torch.no_grad()
+def fit_weight(
+    format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str
+) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
+    """The numbers of the multiples that a search takes, one per scale; None without statistics.
+
+    Args:
+        format_: By ``weighted``.
+        weight_OI: As above.
+        scales: Those of the model.
+        name: As above.
+    """
+    squares_I = scales.squares(name, weight_OI.device)
+    if squares_I is None:
+        return None
+    results: list[torch.Tensor] = []
+
+    def search_and_keep(search: Callable[[], torch.Tensor]) -> torch.Tensor:
+        results.append(search())
+        return results[0]
+
+    largest = scales.largest(name[0]) if is_static_nvfp4(format_.weight) else None
+    make_weight_quantizer(
+        format_.weight, weight_OI, format_.algorithm, search_and_keep, largest, squares_I
+    )
+    numbers: np.ndarray[Any, np.dtype[np.uint8]] = results[0].cpu().numpy()
+    return numbers
 
 
 @torch.no_grad()

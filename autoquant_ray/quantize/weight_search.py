@@ -38,7 +38,7 @@ from autoquant_ray.formats.algorithms import (
     WEIGHTED,
     num_multipliers,
 )
-from autoquant_ray.formats.format import Attributes
+from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
@@ -75,6 +75,7 @@ def search_scales(
         )
         search = partial(_search, quantizer, weight_OI, calibrator)
     result = search() if recall is None else recall(search)
+    result = result.to(quantizer.amax.device)
     is_numbers = result.dtype == torch.uint8
     quantizer.amax = _maxima(calibrator, result.long()) if is_numbers else result
 
@@ -124,6 +125,20 @@ class WeightScales:
                 keys = [(n, match.groups()) for n, match in enumerate(matches) if match]
                 fused.setdefault(keys[0] if keys else name, []).append(name)
         self._fused = {name: tuple(names) for names in fused.values() for name in names}
+
+    def recall(self, name: Sequence[str], format_: Format, dtype: torch.dtype) -> Recall:
+        """What gives the result of a search for a weight: that of the run, where it was fitted.
+
+        Args:
+            name: The module's name; parameter and expert in a module of many.
+            format_: The format.
+            dtype: In which the search runs.
+        """
+        module, *part = name
+        fitted = self.calibration.rounding.get((module, ".".join(part), format_.weight_key))
+        if fitted is not None:
+            return lambda _: torch.from_numpy(fitted)
+        return partial(self.searched.get, (tuple(name), format_.weight_key, dtype))
 
     def squares(self, name: Sequence[str], device: torch.device) -> torch.Tensor | None:
         """Mean square of every input channel of a weight, float32 ``(I,)``; None if not known.

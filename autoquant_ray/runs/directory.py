@@ -187,10 +187,10 @@ class RunDirectory:
             raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
 
     def list_parts(self, folder: str) -> list[int]:
-        """Numbers of the shards that have a part in a folder, sorted."""
+        """Numbers of the shards (or layers) that have a part in a folder, sorted."""
         names = {info.base_name for info in self._list(folder)}
         numbers = (int(name[6:-8]) for name in names if name[6:-8].isdecimal())
-        return sorted(n for n in numbers if part_name("", n).removeprefix("/") in names)
+        return sorted(n for n in numbers if part_name(folder, n).rpartition("/")[2] in names)
 
     def delete(self, name: str) -> None:
         """Delete one file if it is there."""

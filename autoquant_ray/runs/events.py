@@ -16,10 +16,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 Stage = Annotated[
-    Literal["shards", "plan", "calibrate", "search", "score", "aggregate", "evaluate"],
+    Literal["shards", "plan", "calibrate", "search", "fit", "score", "aggregate", "evaluate"],
     Field(description="Its name."),
 ]
-Shard = Annotated[int, Field(ge=0, description="Number of the shard.")]
+Shard = Annotated[
+    int, Field(ge=0, description="Number of the shard; in the stage `fit`, of the decoder layer.")
+]
 NumWorkers = Annotated[
     int, Field(ge=0, description="Workers that have the model loaded and live, after the event.")
 ]

@@ -21,10 +21,14 @@ SOLUTIONS = "solutions"
 SAMPLES, CALIBRATION, SCORES = "samples", "calibration", "scores"
 CHANNELS, SEARCH = "channels", "search"
 """Folders that hold one part per shard."""
+ROUNDING = "rounding"
+"""Folder that holds one part per decoder layer, and one for what is outside of them."""
 CALIBRATION_FILE, CHANNELS_FILE = "calibration.parquet", "channels.parquet"
 """Merged statistics of inputs: numbers, and values per input channel where formats need them."""
 SEARCH_FILE = "search.parquet"
 """Merged losses of AWQ's candidates."""
+ROUNDING_FILE = "rounding.parquet"
+"""Fitted scales of weights, of all layers."""
 EVALUATION = "evaluation"
 """Folder of what was measured: per data set, per allocation, one part per shard."""
 EVALUATION_FILE, AUDIT_FILE = "evaluation.parquet", "audit.parquet"
@@ -43,13 +47,14 @@ DRIFT_JSON, DRIFT_MARKDOWN = "drift.json", "drift.md"
 HISTORY_FILE = "history.parquet"
 """Of a folder of runs, beside them: one row per run."""
 
-RUN_FOLDERS = {SAMPLES, CALIBRATION, CHANNELS, SEARCH, SCORES, SOLUTIONS, EVALUATION}
+RUN_FOLDERS = {SAMPLES, CALIBRATION, CHANNELS, SEARCH, ROUNDING, SCORES, SOLUTIONS, EVALUATION}
 RUN_FILES = {
     RUN_FILE,
     PLAN_FILE,
     CALIBRATION_FILE,
     CHANNELS_FILE,
     SEARCH_FILE,
+    ROUNDING_FILE,
     DOMAINS_FILE,
     DOMAIN_SCORES_FILE,
     DOMAIN_RESAMPLING_FILE,
@@ -68,16 +73,16 @@ RUN_FILES = {
 }
 
 
-_PART = re.compile(r"shard-\d{6,}\.parquet")
+_PART = re.compile(r"(shard|layer)-\d{6,}\.parquet")
 
 
-def part_name(folder: str, shard: int) -> str:
-    """Name of one shard's part, for example ``scores/shard-000012.parquet``."""
-    return f"{folder}/shard-{shard:06d}.parquet"
+def part_name(folder: str, number: int) -> str:
+    """Name of the part of a shard or a layer, for example ``scores/shard-000012.parquet``."""
+    return f"{folder}/{'layer' if folder == ROUNDING else 'shard'}-{number:06d}.parquet"
 
 
 def is_part(name: str) -> bool:
-    """Whether a file is one shard's part, by its name."""
+    """Whether a file is the part of a shard or a layer, by its name."""
     return _PART.fullmatch(name.rpartition("/")[2]) is not None
 
 

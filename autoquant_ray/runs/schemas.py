@@ -20,6 +20,8 @@ from autoquant_ray.runs.names import (
     MANIFEST_TABLE,
     PLAN_FILE,
     RESAMPLING_FILE,
+    ROUNDING,
+    ROUNDING_FILE,
     SAMPLES,
     SCORES,
     SEARCH,
@@ -64,6 +66,9 @@ _CHANNELS = pa.schema(
     }
 )
 _SEARCH = pa.schema({"module": _STRING, "format": _STRING, "alpha": _FLOAT, "loss": _FLOAT})
+_ROUNDING = pa.schema(
+    {"module": _STRING, "part": _STRING, "format": _STRING, "multipliers": pa.binary()}
+)
 
 SCHEMAS: dict[str, pa.Schema] = {
     PLAN_FILE: pa.schema(
@@ -93,6 +98,8 @@ SCHEMAS: dict[str, pa.Schema] = {
     CHANNELS_FILE: _CHANNELS,
     SEARCH: _SEARCH,
     SEARCH_FILE: _SEARCH,
+    ROUNDING: _ROUNDING,
+    ROUNDING_FILE: _ROUNDING,
     SCORES: pa.schema(
         {
             "shard": _INT,

@@ -24,6 +24,7 @@ from autoquant_ray.runs.names import (
     MANIFEST_JSON,
     MANIFEST_TABLE,
     PLAN_FILE,
+    ROUNDING_FILE,
     RUN_FILE,
     SCORES,
     SEARCH,
@@ -37,6 +38,7 @@ _OUTPUTS = {
     "plan": PLAN_FILE,
     "calibrate": CALIBRATION_FILE,
     "search": SEARCH_FILE,
+    "fit": ROUNDING_FILE,
     "aggregate": SENSITIVITY_FILE,
 }
 _NUMERIC_PACKAGES = ("autoquant-ray", "torch", "transformers", "nvidia-modelopt", "numpy")

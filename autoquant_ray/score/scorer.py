@@ -26,10 +26,11 @@ from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.memory import GIB, room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.awq import Losses
-from autoquant_ray.quantize.calibration import Calibration
+from autoquant_ray.quantize.calibration import Calibration, Rounding
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Gradients, Pass
+from autoquant_ray.score.fitting import fit_layer
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.score.model_checks import require_head, require_linears
@@ -111,11 +112,11 @@ class Scorer:
 
     def __init__(self, spec: ScoringSpec, model: Any = None) -> None:
         self.spec = spec
-        self.model, residence = set_up_model(spec, model)
+        self.model, self._residence = set_up_model(spec, model)
         self._device = self.model.get_input_embeddings().weight.device
         self._backward = LayerwiseBackward(
             self.model,
-            residence,
+            self._residence,
             reaches_front=any(is_of_tower(scored.planned.name) for scored in spec.modules),
         )
         self._loss = VocabularyLoss(self.model)
@@ -203,6 +204,25 @@ class Scorer:
                 steps = self._steps(samples, visit)
                 run_watched(self._backward, self._loss, steps, self._search)
         return self._search.losses()
+
+    def fit(self, layer: int, calibration: Calibration) -> Rounding:
+        """Scales of a layer's weights that are fitted to statistics.
+
+        Args:
+            layer: Its number; the number of layers stands for what is outside of them.
+            calibration: Merged over all shards.
+        """
+        spec = self.spec
+        rounding: Rounding = fit_layer(
+            self.model,
+            self._residence,
+            self._backward.layers,
+            spec.modules,
+            spec.formats,
+            layer,
+            calibration,
+        )
+        return rounding
 
     def score(
         self,

@@ -20,8 +20,8 @@ SLOW = (*SLOW, "--kv-bytes-per-token", str(KV_BYTES))
 
 
 def sensitivity(run: Path) -> list[bytes]:
-    """The scores, and AWQ's statistics and losses that they were made with."""
-    names = ("sensitivity.parquet", "channels.parquet", "search.parquet")
+    """The scores, and the statistics, AWQ's losses and fitted scales that they were made with."""
+    names = ("sensitivity.parquet", "channels.parquet", "search.parquet", "rounding.parquet")
     return [(run / name).read_bytes() for name in names]
 
 

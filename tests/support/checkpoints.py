@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from autoquant_ray.calibrate.files import channel_rows, maxima_rows, read_calibration
+from autoquant_ray.calibrate.files import channel_rows, maxima_rows, read_calibration, rounding_rows
 from autoquant_ray.calibrate.maxima import ActivationMaxima
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.formats.smoothed import needs_channels
+from autoquant_ray.formats.smoothed import needs_channel_squares, needs_channels
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
 from autoquant_ray.plan.plan import build_plan
@@ -26,6 +26,8 @@ from autoquant_ray.quantize.experts import prepare_experts
 from autoquant_ray.quantize.modules import UNQUANTIZED, QuantizedLayers
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.score.fitting import fit_layer
+from autoquant_ray.score.residence import Resident
 
 CUSTOM = {
     "int4_g32": {
@@ -72,6 +74,11 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
     directory.write_table("calibration.parquet", rows)
     if any(map(needs_channels, plan.formats)):
         directory.write_table("channels.parquet", channel_rows(calibration))
+    if any(map(needs_channel_squares, plan.formats)):
+        rounding = fit_layer(
+            model, Resident(), [], scored_modules(plan), plan.formats, 0, calibration
+        )
+        directory.write_table("rounding.parquet", rounding_rows(rounding, plan.formats))
     return {row["module"]: row["value"] for row in rows}
 
 

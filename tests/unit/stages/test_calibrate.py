@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from stage_pool import Killed, Pool
 
 from autoquant_ray.calibrate.files import calibration_of, read_calibration
-from autoquant_ray.distributed.pool import Outcome
 from autoquant_ray.errors import StoreError
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import CHANNELS, SAMPLES, part_name
@@ -19,48 +17,6 @@ from autoquant_ray.stages.calibrate import calibrate, is_calibrated, search_scal
 
 FORMATS = ("INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_AWQ_LITE_CFG", "wint8_afp16")
 NUM_SHARDS = 4
-
-
-class Killed(BaseException):
-    """The driver is gone."""
-
-
-class Pool:
-    """Stands for the workers.
-
-    Args:
-        scorer: Computes.
-        last_first: Give the results of the last shards first.
-        dies_after: Be killed after so many results.
-    """
-
-    grace_s = 0.0
-
-    def __init__(
-        self, scorer: Any, *, last_first: bool = False, dies_after: int | None = None
-    ) -> None:
-        self._scorer = scorer
-        self._last_first = last_first
-        self._dies_after = dies_after
-        self.done: list[int] = []
-
-    def share(self, value: Any) -> Any:
-        """As the pool of real workers."""
-        return value
-
-    def run(self, tasks: Any, submit: Any, _stop: Any) -> Iterator[Outcome]:
-        """As the pool of real workers."""
-        worker = SimpleNamespace(
-            calibrate=SimpleNamespace(remote=lambda task: self._scorer.calibrate(task.samples)),
-            search=SimpleNamespace(
-                remote=lambda task, calibration: self._scorer.search(task.samples, calibration)
-            ),
-        )
-        for task in sorted(tasks, key=lambda task: task.shard, reverse=self._last_first):
-            if len(self.done) == self._dies_after:
-                raise Killed
-            self.done.append(task.shard)
-            yield Outcome(task=task, result=submit(worker, task))
 
 
 @pytest.fixture

@@ -1,0 +1,119 @@
+"""The stage that fits scales on files: in any order, killed, resumed, lost; and used everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from stage_pool import Killed, Pool
+
+from autoquant_ray.calibrate.files import calibration_of
+from autoquant_ray.errors import StoreError
+from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
+from autoquant_ray.quantize.weight_search import WeightScales
+from autoquant_ray.runs.names import ROUNDING, SAMPLES, part_name
+from autoquant_ray.runs.state import RunState
+from autoquant_ray.stages.calibrate import calibrate, is_calibrated
+from autoquant_ray.stages.fit import fit
+
+FORMATS = (
+    "wint4_afp16",
+    "wint4_g32_afp16:weighted",
+    "wint8_afp16:weighted",
+    "wint8_aint8:weighted",
+)
+NUM_SHARDS, NUM_PARTS = 2, 3
+PARTS = list(range(NUM_PARTS))
+
+
+@pytest.fixture(params=["llama", "qwen3_moe"])
+def started(request: Any, make_run: Any, make_scorer: Any, make_samples: Any) -> Any:
+    """A run directory with samples and no more; returns its state, its plan and a scorer."""
+    prepared = make_scorer(request.param, FORMATS)
+
+    def start(name: str) -> tuple[RunState, Any, Any]:
+        directory = make_run(request.param, formats=FORMATS, name=name, num_shards=NUM_SHARDS)
+        for shard in range(NUM_SHARDS):
+            rows = [{"sample": shard, "tokens": make_samples([24], seed=shard)[0]}]
+            directory.write_table(part_name(SAMPLES, shard), rows)
+        return RunState.open(directory), prepared.plan, prepared.scorer
+
+    return start
+
+
+def run_stages(state: RunState, plan: Any, scorer: Any, pool: Any = None) -> Any:
+    calibration = calibrate(state, Pool(scorer), plan, "mark")  # type: ignore[arg-type]
+    return fit(state, pool or Pool(scorer), plan, calibration, "mark")
+
+
+def test_files_are_the_same_in_any_order_of_arrival_and_after_a_kill(started: Any) -> None:
+    state, plan, scorer = started("whole")
+    run_stages(state, plan, scorer)
+    expected = state.directory.read_bytes("rounding.parquet")
+    assert state.directory.list_parts(ROUNDING) == PARTS
+
+    state, plan, scorer = started("mixed")
+    run_stages(state, plan, scorer, Pool(scorer, last_first=True))
+    assert state.directory.read_bytes("rounding.parquet") == expected
+
+    state, plan, scorer = started("killed")
+    with pytest.raises(Killed):
+        run_stages(state, plan, scorer, Pool(scorer, dies_after=2))
+    assert not state.directory.exists("rounding.parquet")
+    Path(state.directory.path(part_name(ROUNDING, 0))).write_bytes(b"PAR1 cut off")
+    resumed = Pool(scorer)
+    run_stages(RunState.open(state.directory), plan, scorer, resumed)
+    assert resumed.done == [0, 2]
+    assert state.directory.read_bytes("rounding.parquet") == expected
+
+
+def test_lost_file_is_missed_and_made_again_from_the_parts(started: Any) -> None:
+    state, plan, scorer = started("run")
+    run_stages(state, plan, scorer)
+    expected = state.directory.read_bytes("rounding.parquet")
+    assert is_calibrated(state, plan)
+    Path(state.directory.path("rounding.parquet")).unlink()
+    assert not is_calibrated(state, plan)
+    with pytest.raises(StoreError, match=r"rounding.parquet does not exist.*`resume`"):
+        calibration_of(state)
+    again = Pool(scorer)
+    run_stages(state, plan, scorer, again)
+    assert again.done == []
+    assert state.directory.read_bytes("rounding.parquet") == expected
+
+
+def test_scores_are_those_of_a_search_in_every_worker(started: Any, make_samples: Any) -> None:
+    """What was fitted once is what each use would find; and it is used, not found again."""
+    state, plan, scorer = started("run")
+    fitted = run_stages(state, plan, scorer)
+    statistics = calibrate(state, Pool(scorer), plan, "mark")  # type: ignore[arg-type]
+    object.__setattr__(statistics, "rounding", {})
+    samples = make_samples([24])
+    scores = [
+        scorer.score(samples, 0, calibration).sums.elementwise_GF
+        for calibration in (fitted, statistics)
+    ]
+    assert np.array_equal(*scores)
+    moved = {key: np.zeros_like(values) for key, values in fitted.rounding.items()}
+    object.__setattr__(fitted, "rounding", moved)
+    changed = scorer.score(samples, 0, fitted).sums.elementwise_GF
+    is_fitted = [":" in name for name in FORMATS]
+    assert (changed[:, is_fitted] != scores[0][:, is_fitted]).any()
+    assert np.array_equal(changed[:, 0], scores[0][:, 0])
+
+
+def test_formats_that_round_a_weight_alike_share_what_was_fitted(started: Any) -> None:
+    state, plan, scorer = started("run")
+    run_stages(state, plan, scorer)
+    table = state.directory.read_table("rounding.parquet")
+    assert set(table.column("format").to_pylist()) == set(FORMATS[1:3])
+    calibration = calibration_of(state)
+    name = "model.layers.0.self_attn.q_proj"
+    weight = scorer.model.get_submodule(name).weight
+    scales = WeightScales(scorer.model, calibration)
+    int8, both = (quantized_weight(f, weight, scales, name) for f in plan.formats[2:])
+    assert torch.equal(int8, both)
+    assert not torch.equal(int8, fake_quantize_weight(plan.formats[2].weight, weight))
