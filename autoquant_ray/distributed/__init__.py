@@ -3,6 +3,6 @@
 Imports ``models``, ``data``, ``config``, ``runs`` and below, and Ray. A worker loads the scoring
 core by name when it starts, so that a driver holds neither torch nor a model.
 
-``ray.init`` installs a SIGTERM handler of its own; ``placement`` puts ours back. ``ray.cancel`` on
+``ray.init`` installs a SIGTERM handler of its own; ``placement`` restores ours. ``ray.cancel`` on
 a task that finishes at that moment aborts the driver (Ray 2.60); it is never called.
 """

@@ -33,7 +33,7 @@ class Crew:
 
     Attributes:
         ready: Worker -> process id, of those that have the model.
-        loading: Reference of the end of loading -> worker; also of those that wait for a place.
+        loading: Reference of a pending ``load`` -> its worker, which may still wait for a place.
         policy: Budgets of failures.
         is_replacing: Whether dead workers are replaced.
     """
@@ -83,7 +83,7 @@ class Crew:
             self._on_event("worker_ready", pid=process_id, num_workers=len(self.ready))
 
     def bury(self, worker: Any, shard: int | None, error: RayError) -> Decision:
-        """Drop a dead worker, start another within the budget; returns the fate of its shard."""
+        """Drop a dead worker, replace it within the budget; returns what to do with its shard."""
         self.ready.pop(worker, None)
         ray.kill(worker)
         decision = self.policy.on_worker_death(shard)
@@ -103,8 +103,8 @@ class Crew:
     def grow(self) -> None:
         """Start workers where the cluster has become larger, up to what was asked for.
 
-        Room that it had before is not filled again here: workers that died there are replaced
-        within their budget, and a replacement waits for a place where there is none.
+        Room that it had before is not refilled here: dead workers are replaced within their
+        budget, and a replacement waits until the cluster has a place for it.
         """
         now_s = time.monotonic()
         if now_s < self._next_look_s:
@@ -124,7 +124,7 @@ class Crew:
 
         Raises:
             WorkerError: All workers are gone and the replacement budget is spent.
-            ClusterError: None has been ready for too long.
+            ClusterError: No worker has become ready in time.
         """
         if self.ready:
             self._none_ready_since_s = None
@@ -145,7 +145,7 @@ class Crew:
 
 
 def error_of_task(error: RayTaskError) -> AutoQuantError:
-    """The error of this package that a worker raised, or what it raised as a WorkerError."""
+    """What a worker raised: an error of this package as it is, any other as a WorkerError."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, AutoQuantError):
         return cause

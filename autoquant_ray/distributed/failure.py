@@ -17,7 +17,7 @@ _TIMED_OUT = re.compile(r"timed out|within \d+ (s\b|seconds)|deadline exceeded",
 
 
 class Decision(Enum):
-    """Fate of the shard that was in a failed worker's hands."""
+    """What happens to a shard that a worker failed to compute."""
 
     RETRY = "retry"
     QUARANTINE = "quarantine"
@@ -30,9 +30,9 @@ class FailurePolicy:
 
     A killed worker says nothing about its shard (out of memory, preemption, a crash), so the
     shard goes to another worker; a shard that has killed ``max_kills_per_shard`` workers is
-    quarantined. A NaN or infinity would come back on any worker: quarantined at once. Any other
-    error is a defect or a wrong input that would repeat on every shard: the run fails, with the
-    finished shards kept.
+    quarantined. A shard with a NaN or infinity, which would come back on any worker, is
+    quarantined at once. Any other error is a defect or a wrong input that would repeat on every
+    shard: the run fails, with the finished shards kept.
 
     Attributes:
         max_replacements: Workers that may be started in place of dead ones.
@@ -45,7 +45,7 @@ class FailurePolicy:
     kills: dict[int, int] = field(default_factory=dict)
 
     def on_worker_death(self, shard: int | None) -> Decision:
-        """A worker died; ``shard`` is what it worked on, None if nobody waited for its result."""
+        """A worker died; ``shard`` is what it worked on, None if its result was not needed."""
         if shard is None:
             return Decision.RETRY
         self.kills[shard] = self.kills.get(shard, 0) + 1
@@ -68,8 +68,8 @@ class FailurePolicy:
 def is_timeout(error: BaseException) -> bool:
     """Whether the start of a local cluster took too long, as it does on a busy machine.
 
-    Ray raises :class:`TimeoutError`, :class:`RuntimeError` or plain :class:`Exception` for it, by
-    the process that it waited for; what they have in common is their text.
+    Ray raises :class:`TimeoutError`, :class:`RuntimeError` or plain :class:`Exception` for it,
+    depending on the process that it waited for; only the text tells that it was a timeout.
     """
     return isinstance(error, TimeoutError) or _TIMED_OUT.search(str(error)) is not None
 

@@ -2,7 +2,7 @@
 
 By default glibc gives every large tensor fresh pages and returns them when it is freed, so that the
 kernel zeroes gigabytes of pages again and again; on small matrices that costs about a tenth of the
-time. ``benchmarks/vs_modelopt.py`` measures with it, as the workers run with it.
+time. ``benchmarks/vs_modelopt.py`` uses the same settings as the workers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C while workers compute: the first asks to stop, the second stops at once.
 
-Only the main thread of a process can take signals; anywhere else nobody can ask.
+Only the main thread of a process receives signals; in other threads no stop can be requested.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether, and since when, the program is asked to stop.
+    """A request to stop, and the grace period that it starts.
 
     Args:
         grace_s: Seconds that work in flight may still take.
@@ -28,15 +28,15 @@ class StopRequest:
 
     @property
     def is_made(self) -> bool:
-        """Whether somebody asked."""
+        """Whether a stop has been requested."""
         return self._deadline_s is not None
 
     def make(self) -> None:
-        """Ask; the grace period starts."""
+        """Request the stop; the grace period starts."""
         self._deadline_s = time.monotonic() + self.grace_s
 
     def seconds_left(self) -> float:
-        """What is left of the grace period, at least 0; all of it before anybody asked."""
+        """What is left of the grace period, at least 0; all of it before a stop is requested."""
         if self._deadline_s is None:
             return self.grace_s
         return max(0.0, self._deadline_s - time.monotonic())
@@ -46,14 +46,14 @@ class StopRequest:
 def stop_on_signal(grace_s: float) -> Iterator[StopRequest]:
     """Note the first SIGTERM or Ctrl-C instead of being interrupted by it.
 
-    The body must look at the request and end. The next signal raises KeyboardInterrupt wherever
+    The body must check the request and return. The next signal raises KeyboardInterrupt wherever
     the body is. Signals that the process ignores stay ignored.
 
     Args:
-        grace_s: Seconds that the body may go on for after the first signal.
+        grace_s: Seconds that the body may still run after the first signal.
 
     Yields:
-        The request, made once a signal has arrived.
+        The request; ``is_made`` becomes true with the first signal.
     """
     request = StopRequest(grace_s)
 

@@ -2,7 +2,7 @@
 
 One object in the driver listens to every event; nothing else in the program counts anything. Ray
 puts ``ray_`` before the names and ``_total`` after those of counters. A metric that cannot be
-recorded switches the metrics off and never touches the scan.
+recorded switches the metrics off and never affects the scan.
 """
 
 from __future__ import annotations
@@ -94,15 +94,15 @@ class Record(Protocol):
     """Adds to a counter or sets a gauge."""
 
     def __call__(self, value: float, tags: dict[str, str]) -> None:
-        """Tags must be all of the metric's."""
+        """Record a value; the tags must be exactly the metric's."""
 
 
 class RunMetrics:
-    """Turns events into metrics; to be called with every event.
+    """Turns events into metrics; call it with every event.
 
     Args:
         run_id: Tag of everything recorded.
-        make: Makes what records one metric; default: Ray's metrics.
+        make: Makes the recorder of one metric; default: Ray's.
         clock: Seconds, monotonic.
     """
 
@@ -121,7 +121,7 @@ class RunMetrics:
         self._throughput = Throughput(clock)
 
     def __call__(self, event: str, **details: Any) -> None:
-        """Take an event; kinds that are unknown here change nothing."""
+        """Handle an event; kinds that concern no metric are ignored."""
         if not self._is_on:
             return
         try:
@@ -163,10 +163,10 @@ class RunMetrics:
 
 @contextmanager
 def metrics_of(directory: RunDirectory, run_id: str) -> Iterator[None]:
-    """Record the metrics of everything that happens to a run meanwhile.
+    """Record the events of a run as metrics while the body runs.
 
     Args:
-        directory: Its events are listened to.
+        directory: Of the run.
         run_id: Tag of the metrics.
     """
     metrics = RunMetrics(run_id)

@@ -34,7 +34,7 @@ _PROBE_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """How many workers, what each reserves, and how it holds memory.
+    """How many workers, what each reserves, and whether it keeps freed memory.
 
     Attributes:
         num_workers: To start with.
@@ -171,11 +171,11 @@ def require_resources(config: ScanConfig, resources: Mapping[str, float]) -> Non
     """Check that the cluster has what is asked for, before anything waits for it.
 
     Args:
-        config: Resolved device.
+        config: With the device resolved.
         resources: The cluster's totals, as ``ray.cluster_resources()`` gives them.
 
     Raises:
-        ClusterError: It has not; says what it has.
+        ClusterError: The cluster has too little; the message says what it has.
     """
     device = config.device
     gpus = gpus_per_worker(config, device)
@@ -195,10 +195,10 @@ def require_resources(config: ScanConfig, resources: Mapping[str, float]) -> Non
 
 
 def device_bytes(config: ScanConfig, device: str) -> int:
-    """Memory that one worker may use on its device: the least of all nodes that could run it.
+    """Memory that one worker may use on its device: the least over the nodes that could run it.
 
-    The driver may have no GPU, so a small task on each GPU node is asked for its first one's
-    memory; a fraction of a GPU counts for that fraction. On CPU it is the memory of the host.
+    The driver may have no GPU, so a small task on each GPU node reads the memory of its first
+    GPU; a worker on a fraction of a GPU may use that fraction. On CPU it is the host's memory.
 
     Raises:
         ClusterError: A GPU node does not answer.
@@ -221,16 +221,16 @@ def device_bytes(config: ScanConfig, device: str) -> int:
     ]
     remedy = "give `placement` resident, offload or split"
     if not tasks:
-        raise ClusterError(f"no node has {share:g} GPU that could tell its memory; {remedy}")
+        raise ClusterError(f"no node has {share:g} GPU whose memory could be read; {remedy}")
     try:
         sizes = ray.get(tasks, timeout=_PROBE_TIMEOUT_S)
     except GetTimeoutError:
         raise ClusterError(
-            f"a GPU node did not tell its memory within {_PROBE_TIMEOUT_S:g} s; {remedy}"
+            f"a GPU node did not report its memory within {_PROBE_TIMEOUT_S:g} s; {remedy}"
         ) from None
     except RayError as error:
         reason = one_line(error.cause if isinstance(error, RayTaskError) else error)
-        raise ClusterError(f"a GPU node cannot tell its memory: {reason}; {remedy}") from None
+        raise ClusterError(f"the memory of a GPU node cannot be read: {reason}; {remedy}") from None
     return int(min(sizes) * share)
 
 
@@ -241,7 +241,7 @@ def _gpu_bytes() -> int:
 
 
 def _host_bytes(node: Mapping[str, Any]) -> int:
-    """Memory of a node; of this machine, what does not change from run to run."""
+    """Memory of a node; of this machine, the total, which does not change from run to run."""
     if node["NodeManagerAddress"] != ray.util.get_node_ip_address():
         return int(node["Resources"].get("memory", 0))
     limit = Path("/sys/fs/cgroup/memory.max")

@@ -1,11 +1,13 @@
-"""A pool of workers that pull shards: reassigns lost shards, replaces dead workers, lets no slow
-worker hold the end of a stage, ends in order when it is asked to stop.
+"""A pool of workers that pull shards.
+
+It reassigns lost shards, replaces dead workers, computes a shard twice rather than wait for a slow
+worker at the end of a stage, and lets the shards in flight finish when it is asked to stop.
 
 Calls are never cancelled (``ray.cancel`` can abort the driver, Ray 2.60). A worker that still
-computes a copy nobody needs stays out of the next stage until its call ends; killing it would cost
-loading the model again, likely on the same slow GPU.
+computes a copy that is no longer needed joins the next stage when that call ends; killing it would
+mean loading the model again, likely on the same slow GPU.
 
-Results come in the order in which they are finished; whoever needs an order sorts by shard.
+Results come in the order in which they are finished; a caller that needs an order sorts by shard.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ Submit = Callable[[Any, Any], Any]
 """Calls an actor's method with a task and returns the reference of its result."""
 
 _POLL_S = 0.5
-"""Longest wait before the pool looks for a request to stop, and for a larger cluster."""
+"""Longest wait between two checks for a request to stop and for a larger cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class _Call:
 
 
 class WorkerPool:
-    """Starts workers, feeds them, and closes them on exit.
+    """Starts workers, gives them shards, and kills them on exit.
 
     Args:
         spec: Scoring or evaluation spec, sent to every worker.
@@ -103,7 +105,7 @@ class WorkerPool:
 
     @staticmethod
     def share(value: Any) -> Any:
-        """Put a large value where every worker can read it; calls take what is returned."""
+        """Put a large value into Ray's object store; pass the returned reference to the calls."""
         return ray.put(value)
 
     def run(
@@ -114,21 +116,21 @@ class WorkerPool:
     ) -> Generator[Outcome, None, None]:
         """Compute every task once; a slow one may be computed twice, its first result counts.
 
-        Calls that are still running at the end, or when the generator is closed early, are left
-        to run out: their workers get nothing until then, and what they return is ignored.
+        Calls that are still running at the end, or when the generator is closed early, are not
+        cancelled: their workers get no other task until they end, and their results are ignored.
 
         Args:
-            tasks: Pulled a few ahead of the workers. A worker gets by preference a shard that it
+            tasks: A few are pulled in advance. A worker gets by preference a shard that it
                 finished in an earlier stage.
             submit: How to start a task on a worker.
             stop: Once it is made, no task is started, those in flight are waited for as long as
-                it allows, and the generator ends with tasks left: the caller must look at it.
+                it allows, and the generator ends with tasks left: the caller must check it.
 
         Raises:
             AutoQuantError: An error that would repeat on other workers; finished tasks were
                 yielded before.
             WorkerError: All workers are gone and the replacement budget is spent.
-            ClusterError: No worker has found a place in the cluster for too long.
+            ClusterError: No worker has become ready in time.
         """
         stop = StopRequest(self.grace_s) if stop is None else stop
         self._crew.policy.kills.clear()
@@ -163,7 +165,7 @@ class WorkerPool:
         yield from self._drain(queue, stop)
 
     def _drain(self, queue: ShardQueue, stop: StopRequest) -> Generator[Outcome, None, None]:
-        """Take what is in flight while the stop allows; start nothing, not even a worker."""
+        """Receive what is in flight within the grace period; start nothing, not even a worker."""
         self._crew.is_replacing = False
         shards = sorted(call.task.shard for call in self._wanted(queue).values() if call.task)
         self._on_event("stop_requested", shards=shards)
@@ -208,7 +210,7 @@ class WorkerPool:
         return list(ready)
 
     def _receive(self, reference: Any, queue: ShardQueue) -> Outcome | None:
-        """Take what has arrived: a loaded worker, an unwanted copy, or the end of a shard."""
+        """Handle what has arrived: a loaded worker, an unwanted copy, or the end of a shard."""
         if reference in self._crew.loading:
             self._crew.finish_loading(reference)
             return None
@@ -219,7 +221,7 @@ class WorkerPool:
         return self._settle(reference, call, call.task, queue)
 
     def _discard(self, reference: Any, worker: Any) -> None:
-        """End a call whose result is not wanted: only the worker's death matters."""
+        """Finish a call whose result is not wanted; it matters only if the worker has died."""
         try:
             ray.get(reference)
         except RayTaskError as error:
@@ -272,5 +274,5 @@ class WorkerPool:
 
     def _on_death(self, worker: Any, task: Task | None, error: RayError) -> Decision:
         for shard in [s for s, owner in self._owners.items() if owner == worker]:
-            del self._owners[shard]  # in place: the running queue looks here too
+            del self._owners[shard]  # in place: the running queue reads it too
         return self._crew.bury(worker, None if task is None else task.shard, error)

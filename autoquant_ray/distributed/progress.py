@@ -1,7 +1,7 @@
 """Progress of the driver: a bar on a terminal or in a notebook, plain lines elsewhere.
 
-Bar and lines go to stderr. A notebook's bar is one output of its cell that is replaced, so that it
-needs no widgets, which rich's own bar does.
+Bar and lines go to stderr. In a notebook the bar is one output of the cell, updated in place; it
+needs no widgets, as rich's own bar does.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _cell_output(display: Any, title: str, total: int, done: int) -> Iterator[Ad
 
 @contextmanager
 def _logging_moved(stderr: Any) -> Iterator[None]:
-    """Let log lines pass through rich, which puts them above the bar; else they tear it apart."""
+    """Send log lines through rich, which prints them above the bar; else they would break it."""
     handlers = [
         handler
         for handler in logging.getLogger().handlers

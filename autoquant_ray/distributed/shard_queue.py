@@ -1,10 +1,10 @@
 """Which shard a free worker gets: decisions only, no Ray, no clock of its own.
 
 A shard that was lost with its worker comes first, then a fresh one, by preference one whose layer
-inputs the worker has kept from calibration. When neither is left, a free
-worker gets a copy of the shard that has been running longest, if that is unusually long: a worker
-that is several times slower than the others (a throttled GPU, a busy node) then does not hold the
-run. Whichever copy ends first counts; both would give the same bytes.
+inputs the worker has kept from calibration. When neither is left, a free worker gets a copy of the
+shard that has been running longest, if that is unusually long: a worker that is several times
+slower than the others (a throttled GPU, a busy node) then does not delay the run. The copy that
+ends first counts; both would give the same bytes.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class _Running:
 class ShardQueue:
     """The shards of one stage: lost, fresh and running.
 
-    Times are seconds of any one monotonic clock.
+    Times are in seconds, all of the same monotonic clock.
 
     Args:
-        tasks: Fresh shards, pulled as the window empties.
-        owners: Shard -> the worker that has its layer inputs; it is served first there.
-        window: Fresh shards among which an owner may choose, 1 or more.
+        tasks: Fresh shards, pulled to keep the window full.
+        owners: Shard -> the worker that has its layer inputs and gets it by preference.
+        window: Fresh shards among which a worker's own are looked for, 1 or more.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ShardQueue:
         return len(self._running[shard].starts_s)
 
     def finish(self, shard: int, start_s: float, now_s: float) -> None:
-        """The call that was started at ``start_s`` gave the result; copies no longer matter."""
+        """The call that was started at ``start_s`` returned the result; copies no longer matter."""
         del self._running[shard]
         insort(self._sorted_durations_s, now_s - start_s)
 
@@ -106,7 +106,7 @@ class ShardQueue:
             self._lost.append(running.task)
 
     def seconds_to_copy(self, now_s: float) -> float | None:
-        """Time until :meth:`take` would give a copy; None if only another event can bring one."""
+        """Time until :meth:`take` would give a copy; None if another event must come first."""
         limit_s = self._slow_after_s()
         starts_s = [r.starts_s[0] for r in self._running.values() if _may_copy(r)]
         if limit_s is None or not starts_s:
@@ -114,7 +114,7 @@ class ShardQueue:
         return max(0.0, min(starts_s) + limit_s - now_s)
 
     def _take_fresh(self, worker: Hashable) -> Task | None:
-        """The worker's own first, then one that is nobody's, then any."""
+        """A shard that the worker owns, else one without an owner, else any."""
         self.read_ahead()
         if not self._next:
             return None

@@ -1,4 +1,4 @@
-"""A shard or a layer as a worker takes it."""
+"""A shard or a layer as it is sent to a worker."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class LayerTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """One shard, handed over whole.
+    """One shard with all of its samples.
 
     Attributes:
         shard: Its number.
         first_sample: Position of its first sample in the data set.
-        samples: Token ids per sample, int32, or what else a sample holds.
+        samples: Token ids per sample, int32, or rich samples.
     """
 
     shard: int

@@ -2,7 +2,7 @@
 
 The driver reads, tasks tokenize, results come back in input order, so the samples are the same as
 with one process. Not more than ``look_ahead`` chunks are in flight, so the driver's memory stays
-bounded and little is tokenized in vain when enough samples have been found.
+bounded and few texts are tokenized that no sample needs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def look_ahead_of(num_chunks: int) -> int:
     """How many chunks to have in flight: two per CPU of the cluster, from 4 to 64.
 
     Args:
-        num_chunks: Chunks that will be needed, about; more would be tokenized in vain.
+        num_chunks: About how many chunks will be needed; more would be tokenized for nothing.
     """
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     return max(_MIN_LOOK_AHEAD, min(2 * num_cpus, num_chunks, _MAX_LOOK_AHEAD))
@@ -43,7 +43,7 @@ def tokenize_stream(
 ) -> Generator[tuple[list[bool], list[array[int]]], None, None]:
     """Tokenize chunks of texts in Ray tasks.
 
-    Closing the generator early leaves at most ``look_ahead`` tasks to run out. They are not
+    Closing the generator early leaves at most ``look_ahead`` tasks running. They are not
     cancelled: in Ray 2.60 a cancelled task that finishes at that moment aborts the whole driver
     (a failed check in its task manager).
 

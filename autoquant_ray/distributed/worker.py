@@ -1,7 +1,7 @@
 """The Ray actor around a :class:`~autoquant_ray.score.scorer.Scorer`: no arithmetic lives here.
 
-The spec that is sent builds what computes (for an evaluation an allocation runner), so nothing
-here imports torch; a benchmark of the driver sends a spec whose scorer only waits.
+The spec that the driver sends builds the scorer (for an evaluation, an allocation runner), so
+nothing here imports torch; a benchmark of the driver sends a spec whose scorer only waits.
 
 Constructing the actor is cheap; ``load`` reads the model, so that its errors arrive as results
 and not as a dead actor.

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster: submit, follow, look at, stop, through Ray's own job server.
+"""Jobs on a Ray cluster: submit, follow, show and stop them through Ray's own job server.
 
 Nothing here runs a scan; the driver on the cluster is ``autoquant-ray run``.
 """
@@ -37,9 +37,9 @@ from autoquant_ray.version import VERSION
 logger = logging.getLogger(__name__)
 
 STOP_WAIT_S = 120
-"""Seconds that Ray lets a stopped driver end by itself before it kills it."""
+"""Seconds that Ray gives a stopped driver to exit before it is killed."""
 _SETTLE_S = 3.0
-"""Ray watches a job for up to 2 s after its end, by id; its successor has the same id."""
+"""Ray watches a job by its id for up to 2 s after its end; a resubmitted job has the same id."""
 _POLL_S = 0.5
 _OURS = "autoquant_ray"
 """Key of a job's metadata that tells our jobs from others'."""
@@ -48,13 +48,13 @@ _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 @dataclass(frozen=True, kw_only=True)
 class JobView:
-    """A job as the cluster knows it.
+    """What the cluster reports about a job.
 
     Attributes:
         run_id: Also the id of Ray's submission.
         state: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
         exit_code: Of the job; None until it is over. 130 where it was stopped.
-        message: Ray's words on a job whose driver did not come to its end; else empty.
+        message: Ray's message on a job whose driver left no exit code; else empty.
         started: Seconds since the epoch.
         ended: The same; None until it is over.
     """
@@ -85,7 +85,7 @@ class JobView:
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What became of a submission.
+    """The outcome of a submission.
 
     Attributes:
         run_id: Of the job.
@@ -104,9 +104,9 @@ class Jobs:
         address: ``http://HOST:8265``, of the dashboard.
 
     Raises:
-        ConfigError: Not such an address.
-        ClusterError: Nobody answers there, or no Ray dashboard.
-        TokenError: It wants a token, or another one.
+        ConfigError: Not an address of this form.
+        ClusterError: Nothing answers there, or not a Ray dashboard.
+        TokenError: It requires a token, or refused the one that it got.
     """
 
     def __init__(self, address: str) -> None:
@@ -142,7 +142,7 @@ class Jobs:
         return Submission(run_id=run_id, outcome="submitted")
 
     def find(self, run_id: str) -> JobView | None:
-        """A job; None if the cluster does not know it."""
+        """A job; None if the cluster has none with this id."""
         with self._asking(run_id):
             try:
                 return _view(self._client.get_job_info(run_id))
@@ -155,17 +155,17 @@ class Jobs:
         """A job.
 
         Raises:
-            ConfigError: The cluster does not know it.
+            ConfigError: The cluster has no such job.
         """
         job = self.find(check_run_id(run_id))
         if job is None:
             raise ConfigError(
-                f"{self.address} knows no job {run_id!r}; 'autoquant-ray jobs list' shows its jobs"
+                f"{self.address} has no job {run_id!r}; 'autoquant-ray jobs list' shows its jobs"
             )
         return job
 
     def all(self) -> list[JobView]:
-        """All jobs that this program submitted and the cluster knows, oldest first."""
+        """All jobs on the cluster that this program submitted, oldest first."""
         with self._asking():
             infos = self._client.list_jobs()
         ours = [_view(info) for info in infos if _OURS in (info.metadata or {})]
@@ -178,9 +178,9 @@ class Jobs:
             return str(self._client.get_job_logs(run_id))
 
     def follow(self, run_id: str, write: Callable[[str], None]) -> JobView:
-        """Hand over a job's log as it grows, until the job is over.
+        """Pass on a job's log as it grows, until the job is over.
 
-        A connection that breaks is made again, and goes on where it broke.
+        A broken connection is opened again, and the log continues where it broke off.
         """
         seen = 0
         job = self.view(run_id)
@@ -193,7 +193,7 @@ class Jobs:
             time.sleep(_POLL_S)
 
     async def _tail(self, run_id: str, write: Callable[[str], None], skip: int) -> int:
-        """Hand over the log after its first ``skip`` characters; returns how many it has."""
+        """Pass on the log after its first ``skip`` characters; returns its length so far."""
         seen = 0
         try:
             async for text in self._client.tail_job_logs(run_id):
@@ -206,18 +206,18 @@ class Jobs:
         return max(seen, skip)
 
     def stop(self, run_id: str) -> JobView:
-        """Ask a job's driver to end, and wait for it; a job that is over is left alone.
+        """Stop a job's driver and wait until it has exited; a job that is over is left alone.
 
-        The driver keeps finished shards; the same job submitted again goes on.
+        Finished shards are kept; the same job submitted again continues from them.
 
         Raises:
-            ClusterError: It does not end.
+            ClusterError: It does not exit.
         """
         job = self.view(run_id)
         last = time.monotonic() + STOP_WAIT_S + 30
         while not job.is_over:
             if time.monotonic() > last:
-                raise ClusterError(f"{run_id} does not end; look at 'autoquant-ray jobs logs'")
+                raise ClusterError(f"{run_id} does not stop; look at 'autoquant-ray jobs logs'")
             with self._asking(run_id):
                 self._client.stop_job(run_id)
             time.sleep(_POLL_S)
@@ -242,7 +242,7 @@ class Jobs:
 
 
 def _request(package: Package, folder: str) -> dict[str, Any]:
-    """Arguments of Ray's ``submit_job``. The driver reserves nothing: it only hands out work."""
+    """Arguments of Ray's ``submit_job``. The driver reserves nothing: the workers compute."""
     return {
         "submission_id": package.run_id,
         "entrypoint": entrypoint(package.command),
@@ -269,7 +269,7 @@ def _view(info: Any) -> JobView:
 
 
 def _exit_code(state: str, code: int | None) -> int | None:
-    """The driver's exit code as a shell would tell it."""
+    """The driver's exit code as a shell would report it."""
     if state not in _OVER:
         return None
     if code is None:

@@ -1,8 +1,8 @@
-"""Job files: one YAML file that says what to run, for a laptop, a Ray job or a cron.
+"""Job files: one YAML file that says what to run, for a laptop, a Ray job or cron.
 
 A job is one scan, a sweep of several models and budgets, or a nightly scan. Keys that are not the
 job's own are a scan's, validated by :class:`~autoquant_ray.config.scan.ScanConfig`; a file without
-``kind`` is one scan, so that it also serves ``autoquant-ray scan --config``.
+``kind`` is one scan, which ``autoquant-ray scan --config`` reads too.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class _Job(BaseModel):
             name, equals, _ = text.partition("=")
             what = f"{name}=..." if equals and is_variable(name) else f"entry {number}"
             raise ValueError(
-                f"{what} is not the name of an environment variable; a secret's value never "
-                "stands in a job file"
+                f"{what} is not the name of an environment variable; a secret's value does "
+                "not belong in a job file"
             )
         return value
 
@@ -75,7 +75,7 @@ class _Job(BaseModel):
         return f"{self.name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     def at(self, address: str | None) -> Self:
-        """The job on another Ray cluster than the file's; None leaves the file's."""
+        """The same job on another Ray cluster; None keeps the cluster that the file names."""
         if address is None:
             return self
         return self.model_copy(update={"scan": self.scan | {"address": address}})
@@ -175,7 +175,7 @@ class NightlyJob(_Job):
         default=0.05,
         gt=0,
         lt=1,
-        description="False discovery rate of the groups that are said to have moved.",
+        description="False discovery rate of the groups that are reported as moved.",
     )
 
     def config(self, out: str) -> ScanConfig:

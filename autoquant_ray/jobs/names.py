@@ -1,4 +1,4 @@
-"""Names in and around job files: of runs made from paths, of environment variables, run ids."""
+"""Checks of names that jobs use: environment variables, run ids, dates."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def is_variable(text: str) -> bool:
 
 
 def check_run_id(text: str) -> str:
-    """A run id as it was given.
+    """The run id, unchanged, if it is valid.
 
     Raises:
-        ConfigError: It could name a path, or has other characters than run ids have.
+        ConfigError: It could name a path, or has characters that a run id may not have.
     """
     if not _RUN_ID.fullmatch(text) or ".." in text:
         raise ConfigError(
@@ -34,7 +34,7 @@ def parse_date(date: str | None) -> str:
     """A day of a nightly job as ``YYYY-MM-DD``; None gives today's UTC date.
 
     Raises:
-        ConfigError: Not such a day.
+        ConfigError: Not a day of this form.
     """
     if date is None:
         return time.strftime("%Y-%m-%d", time.gmtime())

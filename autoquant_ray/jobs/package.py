@@ -1,10 +1,10 @@
-"""What travels to a cluster with a job, and what must not.
+"""What is sent to a cluster with a job, and what must not be.
 
-The job file, validated here, travels alone in a working directory of the job; with a wheel, the
-package inside it is unpacked and travels too: as a wheel among ``py_modules``, it would be
-installed by pip with its dependencies. Weights and secrets never travel: models are read where the
-workers are, and secrets are looked up by name in the environment of the cluster. What a user wrote
-never reaches a shell: the command line of the driver is made of quoted words.
+The job file, validated here, is alone in the job's working directory. With a wheel, the package
+inside it is unpacked beside the file: as a wheel among ``py_modules``, it would be installed by pip
+with its dependencies. Weights and secrets are never sent: models are read where the workers are,
+and secrets are looked up by name in the environment of the cluster. A shell never interprets what a
+user wrote: the driver's command line is made of quoted words.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Package:
 
     Attributes:
         job: Validated.
-        run_id: Of the run, and of Ray's submission: a night's is its job's name and date.
-        command: Words of the driver's command line after the program's name.
+        run_id: Of the run and of Ray's submission; of a nightly job, its name and the date.
+        command: The driver's arguments, after the program's name.
         values: Content of its file.
         env: Environment variables of the driver and the workers, shown by Ray's dashboard.
         wheel: Wheel of this package to run; None takes what is installed on the cluster.
@@ -75,7 +75,7 @@ def make_package(
     wheel: str | None,
     runs: str | None = None,
 ) -> Package:
-    """Check that a job can run on a cluster, and that nothing secret would travel with it.
+    """Check that a job can run on a cluster, and that nothing secret would be sent with it.
 
     Args:
         values: Content of the job file.
@@ -106,7 +106,7 @@ def make_package(
 
 
 def _command(job: Job, runs: str | None) -> tuple[str, tuple[str, ...]]:
-    """Run id, and what the driver is called with; of a nightly job, of today's night."""
+    """Run id and arguments of the driver; of a nightly job, those of today."""
     if runs is None:
         return job.run_id, ("run", _JOB_FILE, "--run-id", job.run_id)
     date = parse_date(None)
@@ -160,7 +160,7 @@ def _require_no_secret(secrets: tuple[str, ...], env: Mapping[str, str]) -> None
             )
         if _SOUNDS_SECRET.search(name):
             logger.warning(
-                "--env %s: Ray's dashboard shows its value; a secret belongs into the cluster's "
+                "--env %s: Ray's dashboard shows its value; a secret belongs in the cluster's "
                 "environment, its name under secrets",
                 name,
             )

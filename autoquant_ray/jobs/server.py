@@ -1,4 +1,4 @@
-"""Connect to the job server of a Ray cluster, or say in seconds why not."""
+"""Connect to the job server of a Ray cluster, or report within seconds why that failed."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def connect(address: str) -> JobSubmissionClient:
     """A client of the cluster's job server.
 
     Ray's client would follow ``RAY_API_SERVER_ADDRESS`` or ``RAY_ADDRESS`` instead of the address
-    that it is given; here the given one holds.
+    that it is given; here the given address is used.
 
     Args:
         address: ``http://HOST:8265``, of the dashboard.
 
     Raises:
-        ConfigError: Not such an address.
-        ClusterError: Nobody answers there, or no Ray dashboard.
-        TokenError: It wants a token, or another one.
+        ConfigError: Not an address of this form.
+        ClusterError: Nothing answers there, or not a Ray dashboard.
+        TokenError: It requires a token, or refused the one that it got.
     """
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -64,7 +64,7 @@ def _checked(address: str) -> str:
     except ValueError:
         is_right, has_user = False, False
     if has_user:
-        raise ConfigError("`address` holds a user name or password; tokens go by RAY_AUTH_TOKEN")
+        raise ConfigError("`address` holds a user name or password; pass a token in RAY_AUTH_TOKEN")
     if not is_right:
         raise ConfigError(
             f"`address` {address} is not the address of a Ray dashboard; write for example "
@@ -93,7 +93,7 @@ def _require_dashboard(address: str) -> None:
 
 
 def _require_token_file() -> None:
-    """An unreadable token file would end this process inside Ray."""
+    """Fail with a message; Ray would end this process at an unreadable token file."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if path and not os.environ.get("RAY_AUTH_TOKEN") and not os.access(Path(path), os.R_OK):
         raise TokenError(f"RAY_AUTH_TOKEN_PATH: {path} cannot be read")

@@ -1,8 +1,8 @@
 """A sweep: one scan per model, every budget solved from it.
 
-The first budget that a model can meet is its scan's own; the others are solved from the scores
-and stand in ``solutions/``. A model that fails does not stop the others. Run again, a sweep goes
-on: finished scans are only read.
+The scan of a model is run at the first budget that the model can meet; the others are solved from
+its scores, into ``solutions/``. A model that fails does not stop the others. A sweep that is run
+again continues: finished scans are only read.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SweepRow:
         model: As the job names it.
         run: Run directory.
         budget: ``bits 4.5`` or ``bytes 1500000``.
-        exit_code: What a scan or a solve of its own would have ended with.
+        exit_code: What a scan or a solve of this row alone would have returned.
         error: Why there is no solution, or what to look at; None where all is well.
         effective_bits: Average stored bits over the searched groups.
         predicted_kl_nats: Predicted KL divergence, nats per token.
@@ -67,7 +67,7 @@ class SweepRow:
 
 
 def run_sweep(job: SweepJob, run_id: str) -> list[SweepRow]:
-    """Scan every model, or go on with its scan, and solve every budget.
+    """Scan every model, or resume its scan, and solve every budget.
 
     Args:
         job: What to do.
@@ -84,7 +84,7 @@ def run_sweep(job: SweepJob, run_id: str) -> list[SweepRow]:
 
 
 def worst_code(rows: Sequence[SweepRow]) -> int:
-    """The exit code of the row that went worst."""
+    """The worst exit code of all rows."""
     return max((row.exit_code for row in rows), key=_FROM_GOOD_TO_BAD.index)
 
 

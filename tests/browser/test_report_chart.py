@@ -36,9 +36,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = put_scored_run(folder, num_layers=3)
     solve_run(directory, SolveOptions(bits=5), folder="")
     frontier_of(directory, 16)
-    own = evaluation_row(directory, dataset=DATA)
-    rival = own | {"name": "uniform", "allocation": "u", "effective_bits": 4.2, "kl_stderr": 9.0}
-    directory.write_table("evaluation.parquet", [own, rival])
+    solution = evaluation_row(directory, dataset=DATA)
+    rival = solution | {
+        "name": "uniform",
+        "allocation": "u",
+        "effective_bits": 4.2,
+        "kl_stderr": 9.0,
+    }
+    directory.write_table("evaluation.parquet", [solution, rival])
     rewrite_reports(directory)
     return folder
 
@@ -55,8 +60,8 @@ def drawn(page: Page) -> dict[str, list[Any]]:
 
 
 def rows_of(points: dict[str, list[Any]], kind: str, *columns: str) -> list[tuple[Any, ...]]:
-    found = [i for i, name in enumerate(points["kind"]) if name == kind]
-    return [tuple(points[column][i] for column in columns) for i in found]
+    indices = [i for i, name in enumerate(points["kind"]) if name == kind]
+    return [tuple(points[column][i] for column in columns) for i in indices]
 
 
 def is_shown(page: Page, name: str) -> bool:
@@ -73,8 +78,12 @@ def test_chart_shows_the_numbers_of_the_files(open_page: Any, run: Path) -> None
     assert low < loss < high
     curve = fastparquet.ParquetFile(str(run / "frontier.parquet")).to_pandas()
     curve = curve[curve["predicted_kl"] > curve["predicted_kl"].max() * 1e-5]
-    found = rows_of(points, "curve", "bits", "loss") + rows_of(points, "knee", "bits", "loss")
-    assert sorted(found) == sorted(zip(curve["effective_bits"], curve["predicted_kl"], strict=True))
+    curve_points = rows_of(points, "curve", "bits", "loss") + rows_of(
+        points, "knee", "bits", "loss"
+    )
+    assert sorted(curve_points) == sorted(
+        zip(curve["effective_bits"], curve["predicted_kl"], strict=True)
+    )
     evaluation = fastparquet.ParquetFile(str(run / "evaluation.parquet")).to_pandas()
     expected = evaluation.set_index("effective_bits")[["kl_mean", "kl_stderr"]]
     measured = rows_of(points, "measured", "bits", "loss", "high")
@@ -195,10 +204,10 @@ def test_texts_fit_and_do_not_overlap(width: int, open_page: Any) -> None:
         assert left >= frame["x"] - 1, entry
         assert right <= frame["x"] + frame["width"] + 1, entry
         assert frame["y"] - 1 <= top < bottom <= frame["y"] + frame["height"] + 1, entry
-    for one, other in itertools.combinations(texts, 2):
-        a, b = one["box"], other["box"]
+    for first, second in itertools.combinations(texts, 2):
+        a, b = first["box"], second["box"]
         apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] + 3 or b[3] <= a[1] + 3
-        assert apart, (one, other)
+        assert apart, (first, second)
 
 
 def test_chart_fits_on_white_paper(open_page: Any) -> None:

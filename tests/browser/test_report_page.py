@@ -59,7 +59,7 @@ def column_of(page: Page, name: str) -> int:
 
 def numbers_of(page: Page, column: int) -> dict[str, float]:
     """Group -> the number behind the cell of a column."""
-    found = (
+    cells = (
         table_of(page)
         .locator("tbody")
         .evaluate(
@@ -68,7 +68,7 @@ def numbers_of(page: Page, column: int) -> dict[str, float]:
             column,
         )
     )
-    return {name: float(number) for name, number in found if number}
+    return {name: float(number) for name, number in cells if number}
 
 
 def test_page_opens_offline_without_a_request_or_complaint(open_page: Any, address: str) -> None:

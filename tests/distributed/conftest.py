@@ -86,8 +86,8 @@ class ScanWatch:
         """The events of one kind so far."""
         path = run / "events.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("}")]
-        return [event for event in found if event["event"] == name]
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        return [event for event in events if event["event"] == name]
 
     def scored(self, run: Path) -> list[int]:
         """Shards scored so far, in the order in which they ended."""

@@ -27,7 +27,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, make_samples: Any) -> dict
     folder = tmp_path_factory.mktemp("domains")
     rows: dict[str, list[dict[str, str]]] = {}
     for seed, (name, lengths) in enumerate(LENGTHS.items()):
-        texts = (" ".join(f"w{t}" for t in one) for one in make_samples(lengths, seed))
+        texts = (" ".join(f"w{t}" for t in tokens) for tokens in make_samples(lengths, seed))
         rows[name] = [{"text": text, "kind": name} for text in texts]
     rows["all"] = [row for pair in zip(rows["chat"], rows["code"], strict=True) for row in pair]
     paths = {name: folder / f"{name}.jsonl" for name in rows}
@@ -87,8 +87,8 @@ def test_domain_scores_are_those_of_a_scan_of_the_domain_alone(
 
 
 def test_domain_scores_add_up_to_the_whole_by_their_tokens(scanned: Path) -> None:
-    told = json.loads((scanned / "manifest.json").read_text())["solution"]["domains"]
-    tokens = {name: told[name]["num_tokens"] for name in LENGTHS}
+    domains = json.loads((scanned / "manifest.json").read_text())["solution"]["domains"]
+    tokens = {name: domains[name]["num_tokens"] for name in LENGTHS}
     parts = {name: scores_of(scanned / "domain_sensitivity.parquet", name) for name in LENGTHS}
     for key, score in scores_of(scanned / "sensitivity.parquet").items():
         mixed = sum(tokens[name] * parts[name][key] for name in LENGTHS) / sum(tokens.values())
@@ -109,8 +109,8 @@ def test_tagged_rows_in_turn_give_the_shards_of_named_sources(
     named = make_config({name: str(sources[name]) for name in LENGTHS})
     tagged = make_config(str(sources["all"]), domain_field="kind")
     assert read(named, tmp_path / "named") == read(tagged, tmp_path / "tagged")
-    told = [(tmp_path / name / "domains.parquet").read_bytes() for name in ("named", "tagged")]
-    assert told[0] == told[1]
+    files = [(tmp_path / name / "domains.parquet").read_bytes() for name in ("named", "tagged")]
+    assert files[0] == files[1]
 
 
 def samples_in(folder: Path) -> list[list[tuple[int, ...]]]:
@@ -122,11 +122,11 @@ def samples_in(folder: Path) -> list[list[tuple[int, ...]]]:
 def test_single_domain_gives_the_same_files_as_none(
     pack: bool, make_config: Any, sources: dict[str, Path], tmp_path: Path
 ) -> None:
-    one = str(sources["code"])
+    path = str(sources["code"])
     changes = {"pack": pack, "seq_len": 10, "samples": 7}
-    plain, files = read(make_config(one, **changes), tmp_path / "plain")
+    plain, files = read(make_config(path, **changes), tmp_path / "plain")
     for number, config in enumerate(
-        (make_config(one, domain_field="kind", **changes), make_config({"code": one}, **changes))
+        (make_config(path, domain_field="kind", **changes), make_config({"code": path}, **changes))
     ):
         facts, same = read(config, tmp_path / str(number))
         assert same == files
@@ -145,17 +145,17 @@ def test_shards_hold_one_domain_and_what_is_skipped_is_what_came_first(
     field = {"domain_field": "kind"} if is_tagged else {}
     config = make_config(source, pack=pack, seq_len=12, samples=5, **field)
     facts, _ = read(config, tmp_path / "first")
-    told = pq.read_table(tmp_path / "first" / "domains.parquet").to_pylist()
+    rows = pq.read_table(tmp_path / "first" / "domains.parquet").to_pylist()
     owners = {
         token
-        for row, shard in zip(told, samples_in(tmp_path / "first"), strict=True)
+        for row, shard in zip(rows, samples_in(tmp_path / "first"), strict=True)
         for sample in shard
         for token in [(row["domain"], *sample)]
     }
     own_tokens = {name: tokens_of(sources[name]) for name in LENGTHS}
     for name, *tokens in owners:
         assert " ".join(map(str, tokens)) in own_tokens[name]
-    assert facts["num_samples"] == 5 == sum(row["num_samples"] for row in told)
+    assert facts["num_samples"] == 5 == sum(row["num_samples"] for row in rows)
     assert {n: f["num_samples"] for n, f in facts["domains"].items()} == {"chat": 3, "code": 2}
 
     seen = {n: f["num_samples"] for n, f in facts["domains"].items()}

@@ -90,7 +90,7 @@ def test_solution_equals_the_manifest_quantized_by_modelopt(
         for tokens in pq.read_table(path)["tokens"].to_pylist()
     ]
     assert len(samples) == 6
-    assert not {tuple(one) for one in samples} & {tuple(one) for one in used}
+    assert not {tuple(tokens) for tokens in samples} & {tuple(tokens) for tokens in used}
     chosen = set(pq.read_table(evaluated / "manifest.parquet")["format"].to_pylist())
     assert {"kv_fp8", "kv_nvfp4"} < chosen
     expected = measure(model_folder("llama"), evaluated, samples, used)
@@ -138,8 +138,8 @@ def test_killed_evaluation_goes_on(
     shutil.copytree(scanned, run)
 
     def parts() -> dict[str, int]:
-        found = (run / "evaluation").glob("*/*/shard-*.parquet")
-        return {str(p): p.stat().st_mtime_ns for p in found if p.parent.name != "samples"}
+        paths = (run / "evaluation").glob("*/*/shard-*.parquet")
+        return {str(p): p.stat().st_mtime_ns for p in paths if p.parent.name != "samples"}
 
     with start_command("evaluate", run, *RIVALS, "1") as process:
         watch.wait_for(lambda: len(parts()) > 0, process)
@@ -173,18 +173,18 @@ def test_solve_refines_within_the_budget(scanned: Path, run_command: Any, tmp_pa
     limit = ("--kv-bytes-per-token", "100")
     done = run_command("solve", run, "--bits", "7", *limit, "--refine", "8", "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["name"] == "bits-7.00-kv-100-refined"
-    assert found["kv_bytes_per_token"] <= 100
-    assert found["effective_bits"] <= 7 * (1 + 1e-9)
-    assert 0 < found["refinement"]["num_trials"] <= 8
-    folder = run / "solutions" / found["name"]
+    solution = json.loads(done.stdout)
+    assert solution["name"] == "bits-7.00-kv-100-refined"
+    assert solution["kv_bytes_per_token"] <= 100
+    assert solution["effective_bits"] <= 7 * (1 + 1e-9)
+    assert 0 < solution["refinement"]["num_trials"] <= 8
+    folder = run / "solutions" / solution["name"]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["refinement"] == found["refinement"]
+    assert manifest["refinement"] == solution["refinement"]
     rows = {row["name"]: row for row in pq.read_table(run / "evaluation.parquet").to_pylist()}
-    assert rows["solution"]["solution"] == found["name"]
-    assert rows["solution"]["kl_mean"] == found["refinement"]["kl_after"]
-    assert rows["unrefined"]["kl_mean"] == found["refinement"]["kl_before"]
+    assert rows["solution"]["solution"] == solution["name"]
+    assert rows["solution"]["kl_mean"] == solution["refinement"]["kl_after"]
+    assert rows["unrefined"]["kl_mean"] == solution["refinement"]["kl_before"]
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> str:
@@ -213,10 +213,10 @@ def test_refined_allocation_is_measured_on_what_chose_nothing(
     shutil.copytree(scanned, run)
     done = run_command("refine", run, "--trials", "3", "--json")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)["refinement"]["kl_after"]
+    kl_after = json.loads(done.stdout)["refinement"]["kl_after"]
     done = run_command("evaluate", run, "--solution", "scan-refined", "--against", "none")
     assert done.returncode == 0, done.stderr
-    assert rows_of(run)["solution"]["kl_mean"] == told
+    assert rows_of(run)["solution"]["kl_mean"] == kl_after
     other = run_command("evaluate", run, "--solution", "scan-refined", "--samples", "5")
     assert "was chosen on this data cut in another way" in refusal(other)
 
@@ -231,7 +231,7 @@ def test_audit_measures_pairs_and_solves_again(
         shutil.copytree(scanned, run)
         done = run_command("evaluate", run, *arguments, workers)
         assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
     for name in ("audit.parquet", "evaluation.parquet", "solutions/scan-audited/manifest.parquet"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
     pairs = pq.read_table(runs[1] / "audit.parquet").to_pylist()
@@ -246,10 +246,10 @@ def test_audit_measures_pairs_and_solves_again(
         assert pair["num_samples"] == 4
     folder = runs[1] / "solutions" / "scan-audited"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["audit"] == told["audit"]
-    assert told["audit"]["num_pairs"] == 4
+    assert manifest["audit"] == printed["audit"]
+    assert printed["audit"]["num_pairs"] == 4
     for report in ("report.md", "report.html"):
         assert "Predicted and measured scores" in (folder / report).read_text()
-    rows = {row["name"]: row for row in told["rows"]}
+    rows = {row["name"]: row for row in printed["rows"]}
     assert list(rows) == ["solution", "unaudited"]
     assert rows["solution"]["num_samples"] == 2

@@ -161,7 +161,7 @@ def test_submit_gives_the_bytes_of_a_scan_and_interprets_nothing(
     assert again.returncode == 0, again.stderr
     assert again.stdout.startswith(f"{run_id}: has finished already\n")
     listed = json.loads(head.run("jobs", "list", "--json").stdout)
-    assert [(one["run_id"], one["exit_code"]) for one in listed] == [(run_id, 0)]
+    assert [(view["run_id"], view["exit_code"]) for view in listed] == [(run_id, 0)]
     assert f"{run_id}: SUCCEEDED, exit code 0" in head.run("jobs", "status", run_id).stdout
     assert "effective bits" in head.run("jobs", "logs", run_id).stdout
 
@@ -244,7 +244,7 @@ def test_cluster_is_closed_without_its_token(
 @pytest.mark.parametrize("command", ["status", "logs", "stop"])
 def test_jobs_refuses_a_job_that_the_cluster_does_not_know(command: str, head: Head) -> None:
     line = one_line(head.run("jobs", command, "small-00000000"), 2)
-    assert "knows no job 'small-00000000'" in line
+    assert "has no job 'small-00000000'" in line
 
 
 def test_address_of_the_command_wins_over_the_environment(head: Head) -> None:
@@ -272,8 +272,8 @@ def test_sweep_goes_on_after_a_failed_model_and_is_shown_in_place(
     run = next((tmp_path / "run").iterdir())
     assert (run / "sensitivity.parquet").read_bytes() == expected
     assert json.loads((run / "run.json").read_text())["run_id"] == f"{run_id}-{run.name}"
-    found = sorted(folder.name for folder in (run / "solutions").iterdir())
-    assert found == ["bits-6.00", "bytes-1000000"]
+    solutions = sorted(folder.name for folder in (run / "solutions").iterdir())
+    assert solutions == ["bits-6.00", "bytes-1000000"]
     written = (run / "sensitivity.parquet").stat().st_mtime_ns
 
     again = run_command("run", path, "--address", "local", "--json")

@@ -79,7 +79,9 @@ def test_device_bytes_of_gpus_that_do_not_answer_is_an_error_with_the_remedy() -
             object_store_memory=150 * 2**20,
         )
     try:
-        with pytest.raises(ClusterError, match=r"cannot tell its memory: .*; give `placement`"):
+        with pytest.raises(
+            ClusterError, match=r"memory of a GPU node cannot be read: .*; give `placement`"
+        ):
             device_bytes(config, "cuda")
         assert GIB < device_bytes(config, "cpu") <= psutil.virtual_memory().total
     finally:

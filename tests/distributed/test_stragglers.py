@@ -75,11 +75,11 @@ def wait_for_file(path: Path) -> None:
 
 def number_of_call(folder: Path, shard: int) -> int:
     """Which call of this shard this is, from 0."""
-    own = folder / f"call-of-{os.getpid()}"
-    own.write_text(str(os.getpid()))
+    process_file = folder / f"call-of-{os.getpid()}"
+    process_file.write_text(str(os.getpid()))
     for number in itertools.count():
         try:
-            os.link(own, folder / f"call-{shard}-{number}")
+            os.link(process_file, folder / f"call-{shard}-{number}")
         except FileExistsError:
             continue
         return number
@@ -151,8 +151,8 @@ def test_pool_copy_that_dies_leaves_the_original_running(two_workers: Pool) -> N
 
     with WorkerPool(NoModelSpec(), PLACEMENT, on_event) as pool:
         two_workers.pool = pool
-        found = results(two_workers.run(6, copy_dies))
-    assert [shard for shard, _ in found] == list(range(6))
+        returned = results(two_workers.run(6, copy_dies))
+    assert [shard for shard, _ in returned] == list(range(6))
     assert [died["shard"] for died in two_workers.named("worker_died")] == [0]
     assert two_workers.named("shard_quarantined") == []
 
@@ -206,7 +206,7 @@ def test_pool_dropped_generator_that_ends_late_does_not_disturb_the_next(
     next(dropped)
     process_of_first_call(two_workers)
     following = two_workers.run(6, first_call_of_shard_0_waits)
-    found = [next(following).result]
+    returned = [next(following).result]
     dropped.close()
-    found += [outcome.result for outcome in following]
-    assert sorted(shard for shard, _ in found) == list(range(6))
+    returned += [outcome.result for outcome in following]
+    assert sorted(shard for shard, _ in returned) == list(range(6))

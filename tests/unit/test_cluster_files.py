@@ -60,9 +60,9 @@ def inside(value: Any, kind: type[Any]) -> Iterator[Any]:
 
 
 def ray_cluster(manifest: Manifest) -> RayClusterSpec:
-    (found,) = inside(manifest, RayClusterSpec)
-    assert isinstance(found, RayClusterSpec)
-    return found
+    (cluster,) = inside(manifest, RayClusterSpec)
+    assert isinstance(cluster, RayClusterSpec)
+    return cluster
 
 
 def parse_command(words: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Names of the package, the benchmarks and the tests' support are names of things."""
+"""Names of the package, the benchmarks and the tests are names of things."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import autoquant_ray
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = (Path(autoquant_ray.__file__).parent, ROOT / "benchmarks", ROOT / "tests" / "support")
+FOLDERS = (Path(autoquant_ray.__file__).parent, ROOT / "benchmarks", ROOT / "tests")
 FILLERS = {"one", "own", "found", "known", "told"}
 
 

@@ -34,16 +34,16 @@ def test_active_moe_cost_is_modelopts(make_model: Any) -> None:
     theirs = get_auto_quantize_cost_model("active_moe")
     modules = dict(model.named_modules())
     weighted = set()
-    for one in problem.groups.values():
-        factor = theirs.module_cost_weight(one.module_names, constraints["cost"])
+    for group in problem.groups.values():
+        factor = theirs.module_cost_weight(group.module_names, constraints["cost"])
         weighted.add(factor)
-        numel = sum(_get_module_weight_numel(modules[name]) for name in one.module_names)
-        assert one.weights("active_moe") == numel * factor
+        numel = sum(_get_module_weight_numel(modules[name]) for name in group.module_names)
+        assert group.weights("active_moe") == numel * factor
         for format_ in [*plan.formats, None]:
             name = NONE if format_ is None else format_.name
             compression = 1.0 if format_ is None else format_.modelopt_compression
             expected = numel * factor * compression
-            assert one.cost(name, "active_moe") == pytest.approx(expected, rel=1e-12)
+            assert group.cost(name, "active_moe") == pytest.approx(expected, rel=1e-12)
     assert weighted == {1.0, 0.25}
 
 
@@ -52,16 +52,16 @@ def test_active_moe_budget_is_met_and_tight(make_run: Any) -> None:
     scored_run = ScoredRun.read(RunState.open(directory))
     problem, scores = scored_run.problem, scored_run.scores
     options = SolveOptions(bits=8.5, bits_over="all", cost="active_moe")
-    found = search(problem, scores, options)
+    allocation = search(problem, scores, options)
     total = sum(g.weights("active_moe") for g in problem.groups.values())
     outside = sum(g.cost(NONE, "active_moe") for g in problem.unsearched)
-    assert (found.costs["active_moe"] + outside) * 16 / total <= 8.5 * (1 + 1e-9)
+    assert (allocation.costs["active_moe"] + outside) * 16 / total <= 8.5 * (1 + 1e-9)
     best = min(
         math.fsum(0.0 if f == NONE else scores[g.name, f] for g, f in chosen)
         for chosen in every_allocation(problem)
         if (math.fsum(g.cost(f, "active_moe") for g, f in chosen) + outside) * 16 / total <= 8.5
     )
-    assert found.score == pytest.approx(best, rel=1e-9)
+    assert allocation.score == pytest.approx(best, rel=1e-9)
     solution = solve_run(directory, options)
     assert solution.summary["active_moe_effective_bits"] <= 8.5
     assert solution.summary["active_moe_effective_bits"] != pytest.approx(

@@ -56,11 +56,11 @@ def brute_force(
     choices: Sequence[Choice], budgets: Sequence[Budget], max_formats: int | None = None
 ) -> Best | None:
     """Least score, and least cost in the first budget's resource among allocations of it."""
-    found = (
+    totals = (
         (math.fsum(c.score for c in p), math.fsum(c.costs[budgets[0].resource] for c in p))
         for p in combinations(choices, budgets, max_formats)
     )
-    return min(found, default=None)
+    return min(totals, default=None)
 
 
 def random_choices(
@@ -105,29 +105,29 @@ def assert_matches(
         with pytest.raises(InfeasibleBudgetError):
             solve(choices, budgets, max_formats=max_formats)
         return
-    found = solve(choices, budgets, max_formats=max_formats)
-    assert_consistent(choices, budgets, found, max_formats)
-    assert found.score == pytest.approx(expected[0], rel=1e-15, abs=0)
-    assert found.optimality_gap == 0.0
+    allocation = solve(choices, budgets, max_formats=max_formats)
+    assert_consistent(choices, budgets, allocation, max_formats)
+    assert allocation.score == pytest.approx(expected[0], rel=1e-15, abs=0)
+    assert allocation.optimality_gap == 0.0
 
 
 def assert_consistent(
     choices: Sequence[Choice],
     budgets: Sequence[Budget],
-    found: Allocation,
+    allocation: Allocation,
     max_formats: int | None = None,
 ) -> None:
     """The allocation is one of the choices, within the budgets, and its sums are its own."""
     table = {(c.group, c.format): c for c in choices}
-    picked = [table[item] for item in found.formats.items()]
-    assert list(found.formats) == list(dict.fromkeys(c.group for c in choices))
-    assert found.score == math.fsum(c.score for c in picked)
+    picked = [table[item] for item in allocation.formats.items()]
+    assert list(allocation.formats) == list(dict.fromkeys(c.group for c in choices))
+    assert allocation.score == math.fsum(c.score for c in picked)
     for b in budgets:
-        assert found.costs[b.resource] == math.fsum(c.costs[b.resource] for c in picked)
-        assert found.costs[b.resource] <= b.limit * (1 + 1e-12)
-    assert found.is_satisfied
+        assert allocation.costs[b.resource] == math.fsum(c.costs[b.resource] for c in picked)
+        assert allocation.costs[b.resource] <= b.limit * (1 + 1e-12)
+    assert allocation.is_satisfied
     if max_formats is not None:
-        assert len(set(found.formats.values()) - {"none"}) <= max_formats
+        assert len(set(allocation.formats.values()) - {"none"}) <= max_formats
 
 
 @pytest.mark.parametrize("seed", range(500))
@@ -182,11 +182,11 @@ def test_solve_forty_groups_equals_cbc(seed: int) -> None:
         for b in bits
     ]
     limit = float(sizes.sum()) * rng.uniform(3.5, 9) / 8
-    found = solve(choices, [budget(limit)])
-    assert_consistent(choices, [budget(limit)], found)
-    assert found.optimality_gap == 0.0
-    expected = cbc_score(choices, limit, scale=1e6 / found.score)
-    assert found.score == pytest.approx(expected, rel=1e-11, abs=0)
+    allocation = solve(choices, [budget(limit)])
+    assert_consistent(choices, [budget(limit)], allocation)
+    assert allocation.optimality_gap == 0.0
+    expected = cbc_score(choices, limit, scale=1e6 / allocation.score)
+    assert allocation.score == pytest.approx(expected, rel=1e-11, abs=0)
 
 
 def cbc_score(choices: Sequence[Choice], limit: float, scale: float) -> float:
@@ -214,10 +214,10 @@ def test_solve_mixed_magnitudes_keeps_tiny_scores(seed: int) -> None:
     ]
     limit = budget(float(rng.integers(50, 80)))
     expected = brute_force(choices, [limit])
-    found = solve(choices, [limit])
+    allocation = solve(choices, [limit])
     assert expected is not None
-    assert abs(found.score - expected[0]) <= 1e-18
-    assert found.optimality_gap == 0.0
+    assert abs(allocation.score - expected[0]) <= 1e-18
+    assert allocation.optimality_gap == 0.0
 
 
 def test_solve_equal_scores_takes_the_cheaper() -> None:
@@ -228,9 +228,9 @@ def test_solve_equal_scores_takes_the_cheaper() -> None:
 def test_solve_budget_met_exactly_in_decimals_is_feasible() -> None:
     choices = [choice(f"g{g}", "a", 1.0, 0.1) for g in range(10)]
     choices += [choice(f"g{g}", "b", 2.0, 0.05) for g in range(10)]
-    found = solve(choices, [budget(1.0)])
-    assert set(found.formats.values()) == {"a"}
-    assert found.is_satisfied
+    allocation = solve(choices, [budget(1.0)])
+    assert set(allocation.formats.values()) == {"a"}
+    assert allocation.is_satisfied
 
 
 def test_solve_budget_a_little_too_small_is_respected() -> None:
@@ -257,9 +257,9 @@ def test_solve_same_input_gives_the_same_output() -> None:
 def test_solve_large_model_is_proven_optimal(bits: float) -> None:
     choices, weights = large_model()
     limit = budget(weights * bits / 8)
-    found = solve(choices, [limit])
-    assert_consistent(choices, [limit], found)
-    assert found.optimality_gap == 0.0
+    allocation = solve(choices, [limit])
+    assert_consistent(choices, [limit], allocation)
+    assert allocation.optimality_gap == 0.0
 
 
 def test_solve_large_model_scores_no_worse_than_the_frontier() -> None:
@@ -273,10 +273,12 @@ def test_solve_large_model_scores_no_worse_than_the_frontier() -> None:
 def test_solve_three_of_twelve_formats_is_proven_between_bounds() -> None:
     choices, weights = large_model()
     limit = budget(weights * 5 / 8)
-    scores = [solve(choices, [limit], max_formats=k) for k in (1, 2, 3, 12)]
-    assert all(found.optimality_gap == 0.0 for found in scores)
-    assert [found.score for found in scores] == sorted((f.score for f in scores), reverse=True)
-    assert scores[-1] == solve(choices, [limit])
+    allocations = [solve(choices, [limit], max_formats=k) for k in (1, 2, 3, 12)]
+    assert all(allocation.optimality_gap == 0.0 for allocation in allocations)
+    assert [allocation.score for allocation in allocations] == sorted(
+        (f.score for f in allocations), reverse=True
+    )
+    assert allocations[-1] == solve(choices, [limit])
 
 
 def test_solve_too_many_format_sets_to_try_finds_the_right_four() -> None:
@@ -285,10 +287,10 @@ def test_solve_too_many_format_sets_to_try_finds_the_right_four() -> None:
         for g in range(8)
         for f in range(30)
     ]
-    found = solve(choices, [budget(20)], max_formats=4)
-    assert_consistent(choices, [budget(20)], found, 4)
-    assert found.formats == {f"g{g}": f"f{g % 4}" for g in range(8)}
-    assert 0 <= found.optimality_gap < 1e-4
+    allocation = solve(choices, [budget(20)], max_formats=4)
+    assert_consistent(choices, [budget(20)], allocation, 4)
+    assert allocation.formats == {f"g{g}": f"f{g % 4}" for g in range(8)}
+    assert 0 <= allocation.optimality_gap < 1e-4
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -332,8 +334,8 @@ def test_frontier_points_are_best_at_their_cost(seed: int) -> None:
     assert points == sorted(points)
     for cost, score in points:
         expected = brute_force(choices, [budget(cost)])
-        found = frontier_allocation(choices, "storage", cost)
+        allocation = frontier_allocation(choices, "storage", cost)
         assert expected is not None
         assert score == pytest.approx(expected[0], rel=1e-12, abs=1e-300)
-        assert found.score == pytest.approx(score, rel=1e-12, abs=1e-300)
-        assert found.costs["storage"] == pytest.approx(cost, rel=1e-12)
+        assert allocation.score == pytest.approx(score, rel=1e-12, abs=1e-300)
+        assert allocation.costs["storage"] == pytest.approx(cost, rel=1e-12)

@@ -115,8 +115,10 @@ def test_solve_infinite_limit_takes_the_least_score() -> None:
 
 
 def test_solve_reports_the_costs_of_every_resource() -> None:
-    found = solve([choice("g", "a", 0, 1, second=2), choice("h", "a", 0, 3, second=4)], [budget(9)])
-    assert found.costs == {"storage": 4, "second": 6}
+    allocation = solve(
+        [choice("g", "a", 0, 1, second=2), choice("h", "a", 0, 3, second=4)], [budget(9)]
+    )
+    assert allocation.costs == {"storage": 4, "second": 6}
 
 
 def test_solve_two_limits_on_one_resource_keeps_both() -> None:

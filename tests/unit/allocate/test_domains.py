@@ -35,9 +35,9 @@ def domain_run(make_run: Any) -> RunDirectory:
 
 
 def domains_of(run: RunDirectory) -> DomainScores:
-    found = read_domain_scores(RunState.open(run))
-    assert found is not None
-    return found
+    scores = read_domain_scores(RunState.open(run))
+    assert scores is not None
+    return scores
 
 
 def manifest_of(run: RunDirectory, name: str) -> dict[str, Any]:
@@ -110,14 +110,14 @@ def test_weighted_allocation_is_the_best_of_all(domain_run: RunDirectory) -> Non
     weights = np.array([0.25, 0.75, 0.0])  # chat, code, law
     expected = float((best_losses(domain_run, BITS) @ weights).min())
     assert solution.summary["score"] == pytest.approx(expected, rel=1e-9)
-    told = solution.summary["domains"]
-    assert {name: one["weight"] for name, one in told.items()} == {
+    domains = solution.summary["domains"]
+    assert {name: domain["weight"] for name, domain in domains.items()} == {
         "chat": 0.25,
         "code": 0.75,
         "law": 0.0,
     }
-    own = math.fsum(one["weight"] * one["predicted_kl_nats"] for one in told.values())
-    assert own == pytest.approx(expected, rel=1e-9)
+    total = math.fsum(domain["weight"] * domain["predicted_kl_nats"] for domain in domains.values())
+    assert total == pytest.approx(expected, rel=1e-9)
 
 
 def test_worst_domain_allocation_is_the_best_of_all(domain_run: RunDirectory) -> None:
@@ -125,8 +125,8 @@ def test_worst_domain_allocation_is_the_best_of_all(domain_run: RunDirectory) ->
     expected = float(best_losses(domain_run, BITS).max(axis=1).min())
     assert solution.summary["score"] == pytest.approx(expected, rel=1e-9)
     assert solution.summary["optimality_gap"] < 1e-6
-    told = solution.summary["domains"].values()
-    assert max(one["predicted_kl_nats"] for one in told) == solution.summary["score"]
+    domains = solution.summary["domains"].values()
+    assert max(domain["predicted_kl_nats"] for domain in domains) == solution.summary["score"]
     assert solution.summary["effective_bits"] <= BITS + 1e-9
     assert solution.certainty is None
 
@@ -136,8 +136,8 @@ def test_equal_allocation_stands_beside_every_allocation(domain_run: RunDirector
     equal = solve_run(domain_run, SolveOptions(bits=BITS, domains=weights))
     for options in (SolveOptions(bits=BITS), SolveOptions(bits=BITS, worst_domain=True)):
         summary = solve_run(domain_run, options).summary
-        for name, one in summary["domains"].items():
-            assert one["equal_kl_nats"] == equal.summary["domains"][name]["predicted_kl_nats"]
+        for name, domain in summary["domains"].items():
+            assert domain["equal_kl_nats"] == equal.summary["domains"][name]["predicted_kl_nats"]
 
 
 def test_predicted_kl_stays_that_of_all_tokens(domain_run: RunDirectory) -> None:
@@ -148,9 +148,9 @@ def test_predicted_kl_stays_that_of_all_tokens(domain_run: RunDirectory) -> None
     assert one_sided.summary["score"] == pytest.approx(law, rel=1e-12)
     assert law < plain.summary["domains"]["law"]["predicted_kl_nats"]
     assert one_sided.summary["predicted_kl_nats"] > plain.summary["predicted_kl_nats"]
-    tokens = [one["num_tokens"] for one in plain.summary["domains"].values()]
+    tokens = [domain["num_tokens"] for domain in plain.summary["domains"].values()]
     shares = np.array(tokens) / sum(tokens)
-    losses = [one["predicted_kl_nats"] for one in one_sided.summary["domains"].values()]
+    losses = [domain["predicted_kl_nats"] for domain in one_sided.summary["domains"].values()]
     assert one_sided.summary["predicted_kl_nats"] == pytest.approx(shares @ losses, rel=1e-9)
 
 
@@ -193,12 +193,14 @@ def test_options_come_back_from_the_manifest(domain_run: RunDirectory) -> None:
         solution = solve_run(domain_run, options)
         state = RunState.open(domain_run)
         start = f"solutions/{solution.name}/"
-        found = solution_options(state, start)
-        assert found == options
-        assert found.name == solution.name
+        stored_options = solution_options(state, start)
+        assert stored_options == options
+        assert stored_options.name == solution.name
         names = [
-            one.name
-            for one in collect_candidates(ScoredRun.read(state), start, ("random",), num_random=1)
+            candidate.name
+            for candidate in collect_candidates(
+                ScoredRun.read(state), start, ("random",), num_random=1
+            )
         ]
         assert names == ["solution", "random 1"]
 
@@ -236,12 +238,12 @@ def test_certainty_of_one_domain_is_that_of_a_run_of_its_shards(make_run: Any) -
     plain = make_run(num_shards=6, name="plain")
     with_other = make_run(num_shards=8, domains=("a",) * 6 + ("b",) * 2)
     expected = solve_run(plain, SolveOptions(bits=BITS)).certainty
-    found = solve_run(with_other, SolveOptions(bits=BITS, domains={"a": 1.0})).certainty
+    certainty = solve_run(with_other, SolveOptions(bits=BITS, domains={"a": 1.0})).certainty
     assert expected is not None
-    assert found is not None
-    assert found.null_score == pytest.approx(expected.null_score, rel=1e-9)
+    assert certainty is not None
+    assert certainty.null_score == pytest.approx(expected.null_score, rel=1e-9)
     for group, share in expected.kept.items():
-        assert found.kept[group] == pytest.approx(share, abs=0.12)  # 200 other draws
+        assert certainty.kept[group] == pytest.approx(share, abs=0.12)  # 200 other draws
 
 
 def run_command(*arguments: Any) -> Result:
@@ -252,9 +254,12 @@ def test_solve_command_takes_domains(domain_run: RunDirectory) -> None:
     arguments = ("solve", domain_run.uri, "--bits", "6", "--json")
     result = run_command(*arguments, "--domains", "code=2,chat=2")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["domains"]["code"]["weight"] == 0.5
-    assert manifest_of(domain_run, told["name"])["budget"]["domains"] == {"chat": 0.5, "code": 0.5}
+    solution = json.loads(result.stdout)
+    assert solution["domains"]["code"]["weight"] == 0.5
+    assert manifest_of(domain_run, solution["name"])["budget"]["domains"] == {
+        "chat": 0.5,
+        "code": 0.5,
+    }
     worst = run_command("solve", domain_run.uri, "--bits", "6", "--worst-domain")
     assert worst.exit_code == 0, worst.output
     assert "in code: " in worst.stdout
@@ -312,8 +317,8 @@ def test_reports_say_who_pays(make_run: Any) -> None:
         page = run.read_bytes(f"solutions/{solution.name}/report.html").decode()
         assert "Loss by domain" in page
         assert "<b>chat" not in page
-        for name, one in solution.summary["domains"].items():
-            assert f"{one['predicted_kl_nats']:.4g}" in page, name
+        for name, domain in solution.summary["domains"].items():
+            assert f"{domain['predicted_kl_nats']:.4g}" in page, name
 
 
 def test_reports_without_domains_do_not_mention_them(make_run: Any) -> None:

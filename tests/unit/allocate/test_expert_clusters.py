@@ -50,11 +50,11 @@ def test_clusters_have_least_squares_of_all_partitions(count: int) -> None:
 
     ordered = np.sort(values)
     cuts = itertools.combinations(range(1, 7), min(count, 7) - 1)
-    best = min(spread(np.split(ordered, list(one))) for one in cuts)
-    found = clusters(named, count)
-    assert sorted(itertools.chain(*found)) == sorted(named)
-    assert len(found) == min(count, 7)
-    assert spread([[named[name] for name in own] for own in found]) == pytest.approx(
+    best = min(spread(np.split(ordered, list(cut))) for cut in cuts)
+    groups = clusters(named, count)
+    assert sorted(itertools.chain(*groups)) == sorted(named)
+    assert len(groups) == min(count, 7)
+    assert spread([[named[name] for name in group] for group in groups]) == pytest.approx(
         best, abs=1e-12
     )
 
@@ -158,8 +158,8 @@ def test_expert_without_tokens_stays_in_16_bits_and_is_named(expert_run: Any) ->
     assert set(_experts(solution.formats, LAYERS[1])) != {"none"}
     report = directory.read_bytes(f"solutions/{solution.name}/report.md").decode()
     assert f"1 routed expert saw no token, the first {SILENT}" in report
-    told = explain_group(directory, SILENT, solution.name)
-    assert told.reason == "this expert saw no token, so that it has no score"
+    explanation = explain_group(directory, SILENT, solution.name)
+    assert explanation.reason == "this expert saw no token, so that it has no score"
 
 
 def test_shards_are_read_by_name_where_an_expert_has_no_score(
@@ -176,15 +176,15 @@ def test_shards_are_read_by_name_where_an_expert_has_no_score(
     elementwise_GF[-1] *= 1.5
     louder = dataclasses.replace(sums, elementwise_GF=elementwise_GF)
     after = expert_run([dataclasses.replace(shards[0], sums=louder)] * 3, mode="overwrite")
-    found = compare_runs(RunDirectory(str(tmp_path / "before")), after)
-    assert found.test == "paired"
-    assert [moved.group for moved in found.moved] == [last]
+    comparison = compare_runs(RunDirectory(str(tmp_path / "before")), after)
+    assert comparison.test == "paired"
+    assert [moved.group for moved in comparison.moved] == [last]
 
-    told = json.loads(
+    explanation = json.loads(
         CliRunner().invoke(main, ["explain", after.uri, f"{LAYERS[0]}.1", "--json"]).stdout
     )
-    assert told["without_shard"]
-    assert all(one["format"] is not None for one in told["without_shard"])
+    assert explanation["without_shard"]
+    assert all(entry["format"] is not None for entry in explanation["without_shard"])
 
 
 def test_plan_that_is_written_again_knows_the_expert_without_tokens(
@@ -240,8 +240,8 @@ def test_commands_take_runs_with_clusters(expert_run: Any) -> None:
         result = CliRunner().invoke(main, words)
         assert result.exit_code == 0, result.output
     asked = ["solve", run, "--bits", "5", "--expert-groups", "4", "--json"]
-    told = json.loads(CliRunner().invoke(main, asked).stdout)
-    assert told["name"] == "bits-5.00-experts-4"
+    solution = json.loads(CliRunner().invoke(main, asked).stdout)
+    assert solution["name"] == "bits-5.00-experts-4"
     command = directory.read_bytes("solutions/bits-5.00-experts-4/report.md").decode()
     assert "--expert-groups 4" in command
 

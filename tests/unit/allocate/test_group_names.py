@@ -8,7 +8,7 @@ from autoquant_ray.allocate.group_names import find_group
 from autoquant_ray.errors import ConfigError
 
 GROUPS = {
-    f"model.layers.{layer}.{name}": [f"model.layers.{layer}.{own}" for own in (name, *others)]
+    f"model.layers.{layer}.{name}": [f"model.layers.{layer}.{module}" for module in (name, *others)]
     for layer in (1, 11, 12)
     for name, *others in (("attn.q_proj", "attn.k_proj"), ("mlp.down_proj",))
 } | {"lm_head": ["lm_head"]}

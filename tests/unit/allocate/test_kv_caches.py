@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 
 def command(*arguments: Any) -> Any:
-    return CliRunner().invoke(main, [str(one) for one in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("name", sorted(KV_PRESETS))
@@ -166,7 +166,7 @@ def test_presets_of_modelopt_name_our_formats(preset: str, name: str) -> None:
 def test_solution_is_that_of_brute_force(run: RunDirectory, bits: float, limit: float) -> None:
     scored_run = ScoredRun.read(RunState.open(run))
     problem, scores = scored_run.problem, scored_run.scores
-    found = search(problem, scores, SolveOptions(bits=bits, kv_bytes_per_token=limit))
+    allocation = search(problem, scores, SolveOptions(bits=bits, kv_bytes_per_token=limit))
     weights = sum(group.num_weights for group in problem.searched)
     best = math.inf
     assert len(problem.searched) == 6
@@ -178,8 +178,8 @@ def test_solution_is_that_of_brute_force(run: RunDirectory, bits: float, limit: 
             names = [group.name for group in problem.searched]
             pairs = zip(names, formats, strict=True)
             best = min(best, math.fsum(scores[pair] for pair in pairs if pair[1] != NONE))
-    assert found.score == pytest.approx(best, rel=1e-12)
-    assert found.costs["kv_bytes_per_token"] <= limit
+    assert allocation.score == pytest.approx(best, rel=1e-12)
+    assert allocation.costs["kv_bytes_per_token"] <= limit
 
 
 def test_what_cannot_be_met_names_the_range(run: RunDirectory) -> None:
@@ -218,8 +218,8 @@ def test_manifest_tells_mtq_quantize_which_caches(run: RunDirectory) -> None:
     for group, format_ in chosen.items():
         for part in "kv":
             name = f"{group.removesuffix('.kv')}.{part}_bmm_quantizer"
-            found = [entry["cfg"] for entry in entries if entry["quantizer_name"] == name]
-            assert found == ([] if format_ == NONE else [KV_FORMATS[format_]])
+            configs = [entry["cfg"] for entry in entries if entry["quantizer_name"] == name]
+            assert configs == ([] if format_ == NONE else [KV_FORMATS[format_]])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -234,10 +234,10 @@ def test_reports_and_rivals_have_room_for_caches(
     assert "160 bytes of KV cache per token of context" in text
     assert f"| {CACHES[0]} | " in text.replace("\\", "")
     assert "bytes per token |" in text
-    told = explain_group(run, "0.self_attn.kv")
-    assert told.group == CACHES[0]
-    assert {one.kv_bytes for one in told.formats} == {128.0, 64.0, 36.0}
-    print_explanation(told)
+    explanation = explain_group(run, "0.self_attn.kv")
+    assert explanation.group == CACHES[0]
+    assert {entry.kv_bytes for entry in explanation.formats} == {128.0, 64.0, 36.0}
+    print_explanation(explanation)
     solution = solve_run(run, SolveOptions(bits=9, kv_bytes_per_token=100))
     assert solution.name == "bits-9.00-kv-100"
     text = run.read_bytes(f"solutions/{solution.name}/report.md").decode()
@@ -252,15 +252,17 @@ def test_reports_and_rivals_have_room_for_caches(
     assert "kv_fp8 B/token" in shown
     assert "KV cache: 72 to 256 bytes per token of context" in shown
     names = [
-        one.name
-        for one in collect_candidates(ScoredRun.read(state), "", ("uniform", "modelopt", "random"))
+        candidate.name
+        for candidate in collect_candidates(
+            ScoredRun.read(state), "", ("uniform", "modelopt", "random")
+        )
     ]
     assert "uniform wint4_afp16" in names
     assert not any("kv_" in name for name in names)
     assert len(frontier_of(run, 5)) >= 2
     assert compare_runs(run, run).format_changes == []
-    own = run.read_json("manifest.json")["solution"]
-    within = smallest_within(ScoredRun.read(RunState.open(run)), own["score"])
+    summary = run.read_json("manifest.json")["solution"]
+    within = smallest_within(ScoredRun.read(RunState.open(run)), summary["score"])
     assert within.kv_bytes_per_token == 160
     with pytest.raises(InfeasibleBudgetError, match="limit on the KV cache alone"):
         smallest_within(ScoredRun.read(RunState.open(run)), 0.0)
@@ -271,15 +273,15 @@ def test_allocation_of_another_tool_leaves_caches_in_16_bits(
 ) -> None:
     file = tmp_path / "theirs.json"
     file.write_text(json.dumps({"model.layers.0.self_attn.o_proj": "W4A16"}))
-    told = command("import", file, "--into", run.uri)
-    assert told.exit_code == 0, told.output
+    result = command("import", file, "--into", run.uri)
+    assert result.exit_code == 0, result.output
     manifest = run.read_json("solutions/theirs/manifest.json")
     assert manifest["solution"]["kv_bytes_per_token"] == 256
     assert manifest["budget"]["kv_bytes_per_token"] == 256
-    found = collect_candidates(
+    candidates = collect_candidates(
         ScoredRun.read(RunState.open(run)), "solutions/theirs/", ("modelopt", "random")
     )
-    assert len(found) > 2
+    assert len(candidates) > 2
 
 
 def test_what_a_cache_frees_does_not_pay_for_weights(run: RunDirectory) -> None:
@@ -318,8 +320,8 @@ def test_engines_keep_all_of_the_cache_in_one_format(
         with pytest.raises(InfeasibleBudgetError, match="bytes per token of context"):
             search(problem, scores, options)
         return
-    found = search(problem, scores, options)
-    assert {found.formats[name] for name in CACHES} == {expected}
+    allocation = search(problem, scores, options)
+    assert {allocation.formats[name] for name in CACHES} == {expected}
 
 
 def test_speed_of_an_allocation_does_not_depend_on_its_caches(run: RunDirectory) -> None:
@@ -335,10 +337,11 @@ def test_speed_of_an_allocation_does_not_depend_on_its_caches(run: RunDirectory)
     assert timed.step is not None
     groups = list(timed.groups.values())
     allocations = [
-        {g.name: one.formats.get(g.name, NONE) for g in groups} for one in (small, large)
+        {g.name: allocation.formats.get(g.name, NONE) for g in groups}
+        for allocation in (small, large)
     ]
-    told = [timed.step.prediction(groups, formats) for formats in allocations]
-    assert told[0] == told[1]
+    predictions = [timed.step.prediction(groups, formats) for formats in allocations]
+    assert predictions[0] == predictions[1]
     assert small.costs["latency"] == large.costs["latency"] > 0
 
 

@@ -50,10 +50,10 @@ def test_limits_on_time_and_bytes_give_the_best_allocation(
             continue
         solution = solve_run(directory, options)
         assert solution.summary["predicted_kl_nats"] == pytest.approx(min(within), rel=1e-9)
-        found = solution.summary["latency"]
-        assert found["ms_per_token"] <= limit_ms * (1 + 1e-9)
+        prediction = solution.summary["latency"]
+        assert prediction["ms_per_token"] <= limit_ms * (1 + 1e-9)
         recomputed = step_ms(directory, solution.formats, latency)
-        assert found["ms_per_token"] == pytest.approx(recomputed, rel=1e-9)
+        assert prediction["ms_per_token"] == pytest.approx(recomputed, rel=1e-9)
 
 
 def test_throughput_counts_the_whole_batch(make_run: Any) -> None:
@@ -76,11 +76,11 @@ def test_throughput_counts_the_whole_batch(make_run: Any) -> None:
 def test_without_a_limit_the_allocation_is_that_of_the_other_budget(make_run: Any) -> None:
     directory = make_run(formats=FORMATS)
     plain = solve_run(directory, SolveOptions(bits=7))
-    told = solve_run(directory, SolveOptions(bits=7, latency=latency_of("h100")))
-    assert told.formats == plain.formats
+    timed = solve_run(directory, SolveOptions(bits=7, latency=latency_of("h100")))
+    assert timed.formats == plain.formats
     assert "latency" not in plain.summary
-    assert {plain.name, told.name} >= {"bits-7.00"}
-    assert told.name != plain.name
+    assert {plain.name, timed.name} >= {"bits-7.00"}
+    assert timed.name != plain.name
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_solution_keeps_the_card_and_the_load(make_run: Any, tmp_path: Path) -> 
     scored_run = ScoredRun.read(state)
     problem, scores = scored_run.problem, scored_run.scores
     swaps = Swaps(problem.timed(options.latency), scores, options)
-    own = candidates[0].formats
-    assert swaps.fits(own)
-    tried = list(swaps.proposals(own))
+    formats = candidates[0].formats
+    assert swaps.fits(formats)
+    tried = list(swaps.proposals(formats))
     assert tried
     for change in tried:
-        changed = {**own, **dict(change)}
+        changed = {**formats, **dict(change)}
         assert step_ms(directory, changed, _without_fp8(latency)) <= 0.2 * (1 + 1e-9)
 
 
@@ -153,7 +153,7 @@ def test_names_differ_by_card_load_and_speed(make_run: Any) -> None:
     loads += [{"tokens_per_second": 9}]
     options = [SolveOptions(bits=8, latency=latency_of("h100", **load)) for load in loads]
     options += [SolveOptions(bits=8, latency=latency_of("a100")), SolveOptions(bits=8)]
-    names = [solve_run(directory, one).name for one in options]
+    names = [solve_run(directory, solve_options).name for solve_options in options]
     assert len(set(names)) == len(options)
     assert names[-1] == "bits-8.00"
     assert names[3].startswith("bits-8.00-ms-1-")

@@ -150,17 +150,17 @@ def test_experts_never_stay_behind_neighbours_that_vllm_would_read_them_by() -> 
     for seed, bits in itertools.product(range(5), (6.0, 9.0, 12.0, 15.0)):
         problem, scores = make_problem(SHARED, ["fp8", "nvfp4"], seed)
         options = SolveOptions(bits=bits, engine="vllm", gpu="b200")
-        found = search(problem, scores, options)
-        assert served_problem(problem, options, found.formats).served is not None
-        assert found.score >= best_by_hand(problem, scores, options) - 1e-12
+        allocation = search(problem, scores, options)
+        assert served_problem(problem, options, allocation.formats).served is not None
+        assert allocation.score >= best_by_hand(problem, scores, options) - 1e-12
 
 
 def test_moves_of_a_refinement_keep_what_the_engine_needs() -> None:
     problem, scores = make_problem(MLA, ["fp8", "nvfp4"], 0)
     options = SolveOptions(bits=10, engine="vllm", gpu="blackwell")
     formats = search(problem, scores, options).formats
-    one = served_problem(problem, options, formats)
-    swaps = Swaps(one, scores, options)
+    served = served_problem(problem, options, formats)
+    swaps = Swaps(served, scores, options)
     changes = list(swaps.proposals(formats))
     assert {group for change in changes for group, _ in change} == {"o"}
     for change in changes:
@@ -225,9 +225,9 @@ def test_rivals_and_explanations_keep_to_the_engine(run: RunDirectory) -> None:
     rivals = collect_candidates(ScoredRun.read(state), start, ("uniform", "modelopt"), num_random=1)
     assert "uniform wint8_aint8" not in {rival.name for rival in rivals}
     assert all("wint8_aint8" not in rival.formats.values() for rival in rivals)
-    told = Run.open(run.uri).explain("0.mlp.down_proj", solution=solution.name)
-    assert told.budget == "--bits 9.5 --engine trtllm --gpu hopper"
-    by_name = {one.format: one for one in told.formats}
+    explanation = Run.open(run.uri).explain("0.mlp.down_proj", solution=solution.name)
+    assert explanation.budget == "--bits 9.5 --engine trtllm --gpu hopper"
+    by_name = {entry.format: entry for entry in explanation.formats}
     assert "trtllm on hopper serves there" in (by_name["wint8_aint8"].flip.reason or "")
     assert by_name["wfp8_afp8"].flip.reason is None
 
@@ -260,7 +260,7 @@ def test_budget_below_what_the_engine_serves_names_its_formats(run: RunDirectory
 
 
 @pytest.mark.parametrize(
-    ("chosen", "engine", "told"),
+    ("chosen", "engine", "expected"),
     [
         ({"o": "fp8", "down": "int4"}, None, None),  # trtllm
         ({"o": "fp8", "down": "int8"}, None, "serves int8 in a checkpoint of several formats"),
@@ -271,12 +271,12 @@ def test_budget_below_what_the_engine_serves_names_its_formats(run: RunDirectory
     ],
 )
 def test_report_says_what_no_engine_serves(
-    chosen: dict[str, str], engine: str | None, told: str | None
+    chosen: dict[str, str], engine: str | None, expected: str | None
 ) -> None:
     modules = {"q": DENSE["q"], "o": ["model.layers.0.self_attn.o_proj"], "down": DENSE["down"]}
-    found = why_unserved(modules, chosen, list(FORMATS.values()), engine, None)
-    assert (found is None) == (told is None)
-    assert told is None or told in (found or "")
-    known = Evidence(predicted=1.0, stderr=None, effective_bits=8, choices=[], unserved=found)
-    titles = [concern.title for concern in find_concerns(known)]
-    assert titles == ([] if told is None else ["No engine serves it as it is"])
+    reason = why_unserved(modules, chosen, list(FORMATS.values()), engine, None)
+    assert (reason is None) == (expected is None)
+    assert expected is None or expected in (reason or "")
+    evidence = Evidence(predicted=1.0, stderr=None, effective_bits=8, choices=[], unserved=reason)
+    titles = [concern.title for concern in find_concerns(evidence)]
+    assert titles == ([] if expected is None else ["No engine serves it as it is"])

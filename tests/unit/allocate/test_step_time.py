@@ -130,20 +130,20 @@ def test_prefill_counts_every_token_but_one_for_the_head() -> None:
     head, body = group(name="head", module_names=["head"]), group()
     attention = [{"layers": 1, "kv_bytes": 1, "width": 10**6, "window": None}]
     step = step_time(2, 5000, attention=attention)
-    found = step.prediction([head, body], {"head": NONE, "g": "fp8"})
+    prediction = step.prediction([head, body], {"head": NONE, "g": "fp8"})
     # Body 2e9 * 10000 / 2e15 s, head 2e9 bytes at 1e12, attention 4 * 2 * 5000 * 5001 / 2 * 1e6.
     by_hand = 10.0 + 2.0 + 1000 * 4 * 2 * 5000 * 5001 / 2 * 1e6 / 1e15
-    assert found["prefill_ms"] == pytest.approx(by_hand, rel=1e-12)
+    assert prediction["prefill_ms"] == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_prediction_sums_groups_and_names_formats_without_units() -> None:
     groups = [group(name=name, module_names=[name]) for name in "abc"]
-    found = step_time(4).prediction(groups, {"a": "int4", "b": "int8", "c": NONE})
-    assert found["ms_per_token"] == pytest.approx(0.5 + 1.0 + 2.0, rel=1e-12)
-    assert found["tokens_per_second"] == pytest.approx(4000 / 3.5, rel=1e-12)
-    assert found["formats_without_units"] == ["int8"]
-    assert found["kind"] == "roofline bound, not a measurement"
-    assert found["uncounted_layers"] == 3
+    prediction = step_time(4).prediction(groups, {"a": "int4", "b": "int8", "c": NONE})
+    assert prediction["ms_per_token"] == pytest.approx(0.5 + 1.0 + 2.0, rel=1e-12)
+    assert prediction["tokens_per_second"] == pytest.approx(4000 / 3.5, rel=1e-12)
+    assert prediction["formats_without_units"] == ["int8"]
+    assert prediction["kind"] == "roofline bound, not a measurement"
+    assert prediction["uncounted_layers"] == 3
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,8 @@ def test_equal_and_errorless_scores() -> None:
 
 
 def test_no_error_bars_is_untested() -> None:
-    one = plain([1.0, 1.0], np.nan, 1)
-    moves = find_moves(one, one, 0.05)
+    single_shard = plain([1.0, 1.0], np.nan, 1)
+    moves = find_moves(single_shard, single_shard, 0.05)
     assert np.isnan(moves.p_K).all()
     assert not moves.is_significant_K.any()
 

@@ -57,7 +57,7 @@ def test_rows_of_two_jobs_at_once_are_both_kept(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [one["run"] for one in read_history(folder)] == names
+    assert [night["run"] for night in read_history(folder)] == names
 
 
 def test_oldest_nights_are_deleted_their_rows_stay(night: Any, tmp_path: Path) -> None:

@@ -218,13 +218,13 @@ def test_regret_is_the_price_of_the_first_allocation_under_the_second_scores(
         {row["group"]: row["format"] for row in run.read_table("manifest.parquet").to_pylist()}
         for run in (first, drifted)
     ]
-    kept, own = (
+    kept_nats, own_nats = (
         sum(0.0 if name == "none" else rows[group, name] for group, name in allocation.items())
         for allocation in allocations
     )
-    assert comparison.regret.kept_nats == pytest.approx(kept)
-    assert comparison.regret.own_nats == pytest.approx(own)
-    assert comparison.regret.nats == pytest.approx(kept - own, abs=1e-12)
+    assert comparison.regret.kept_nats == pytest.approx(kept_nats)
+    assert comparison.regret.own_nats == pytest.approx(own_nats)
+    assert comparison.regret.nats == pytest.approx(kept_nats - own_nats, abs=1e-12)
     assert comparison.regret.nats >= 0
     solution = drifted.read_json("manifest.json")["solution"]
     assert comparison.regret.own_nats == pytest.approx(solution["predicted_kl_nats"])

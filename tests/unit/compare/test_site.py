@@ -48,11 +48,11 @@ class Elements(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
 
 # --- Rows
@@ -143,7 +143,7 @@ def test_names_never_become_markup(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert EVIL not in page
     assert html.escape(EVIL, quote=True).replace("&quot;", "&#34;") in page
-    tags = [tag for tag, _ in Elements(page).found]
+    tags = [tag for tag, _ in Elements(page).tags]
     assert tags.count("script") == 1
     assert "img" not in tags
 
@@ -151,7 +151,7 @@ def test_names_never_become_markup(tmp_path: Path) -> None:
 def test_page_asks_for_nothing(tmp_path: Path) -> None:
     put_everything(tmp_path)
     page = page_of(tmp_path)
-    elements = Elements(page).found
+    elements = Elements(page).tags
     (policy,) = [
         attributes["content"]
         for tag, attributes in elements
@@ -184,13 +184,13 @@ def test_links_lead_to_reports(tmp_path: Path) -> None:
     put_run(runs, "b", formats=formats_with(0))
     for out in (None, str(tmp_path / "pages" / "all.html"), str(runs / "b" / "x.html")):
         path = Path(write_site(RunDirectory(str(runs)), out))
-        links = [a["href"] for tag, a in Elements(path.read_text()).found if tag == "a"]
-        found = {
+        links = [a["href"] for tag, a in Elements(path.read_text()).tags if tag == "a"]
+        targets = {
             (path.parent / re.sub("%(..)", lambda m: chr(int(m[1], 16)), link)).resolve()
             for link in links
             if link is not None and not link.startswith("#")
         }
-        assert found == {runs / "a: #1?" / "report.md", runs / "b" / "report.html"}
+        assert targets == {runs / "a: #1?" / "report.md", runs / "b" / "report.html"}
 
 
 def test_same_runs_give_the_same_page(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def everything(laboratory: Laboratory) -> list[tuple[float, float]]:
         choices = [laboratory.choice(formats) for formats in allocations]
         result = laboratory.runner.evaluate(laboratory.shards[shard], choices)
         for number, samples in enumerate(result.divergences):
-            totals[number] += sum(one.kl_N.sum(dtype=np.float64) for one in samples)
+            totals[number] += sum(divergence.kl_N.sum(dtype=np.float64) for divergence in samples)
         num_tokens += sum(length - 1 for length in LENGTHS)
     return [
         (laboratory.bits(formats), total / num_tokens)
@@ -63,19 +63,19 @@ def test_refined_plan_is_among_the_best_of_all(
         allow={name: FORMATS for name in free_groups(laboratory)},
     )
     start = laboratory.starting_point(options)
-    found = search_allocations(
+    result = search_allocations(
         laboratory.measure,
         NUM_SHARDS,
         start,
         num_trials=60,
     )
-    assert laboratory.bits(found.winner.formats) <= budget * (1 + 1e-9)
+    assert laboratory.bits(result.winner.formats) <= budget * (1 + 1e-9)
     fitting = sorted(kl for size, kl in everything if size <= budget * (1 + 1e-9))
-    (winner,) = laboratory.measure([found.winner], range(NUM_SHARDS))
-    (unrefined,) = laboratory.measure([found.start], range(NUM_SHARDS))
+    (winner,) = laboratory.measure([result.winner], range(NUM_SHARDS))
+    (unrefined,) = laboratory.measure([result.start], range(NUM_SHARDS))
     rank = sum(kl < mean_kl(winner) * (1 - 1e-6) for kl in fitting)
     assert rank <= max(1, 0.01 * len(fitting))
-    on_first = [laboratory.measure([p], range(2))[0] for p in (found.winner, found.start)]
+    on_first = [laboratory.measure([p], range(2))[0] for p in (result.winner, result.start)]
     assert mean_kl(on_first[0]) <= mean_kl(on_first[1])
     assert mean_kl(winner) <= 1.02 * mean_kl(unrefined)
 
@@ -83,7 +83,7 @@ def test_refined_plan_is_among_the_best_of_all(
 def test_same_seed_finds_the_same(laboratory: Laboratory) -> None:
     options = SolveOptions(bits=6.0)
     start = laboratory.starting_point(options)
-    found = [
+    results = [
         search_allocations(
             laboratory.measure,
             NUM_SHARDS,
@@ -93,5 +93,5 @@ def test_same_seed_finds_the_same(laboratory: Laboratory) -> None:
         )
         for seed in (3, 3)
     ]
-    assert found[0].winner == found[1].winner
-    assert found[0].num_trials == found[1].num_trials <= 24
+    assert results[0].winner == results[1].winner
+    assert results[0].num_trials == results[1].num_trials <= 24

@@ -75,8 +75,8 @@ def test_pairs_come_from_both_lists_in_turn(solved: StartingPoint) -> None:
     undecided = [(names[1], "wfp8_afp8"), (names[2], "wint8_aint8"), (names[0], "wint4_afp16")]
     shares = dict.fromkeys(scores, 1.0) | dict(zip(undecided, (0.3, 0.5, 0.9), strict=True))
     errors[undecided[0]] = 4.0  # 1.2 at stake, then 0.5 and 0.1
-    own = [(group, format_) for group, format_ in formats.items() if format_ != NONE]
-    costly = sorted(own, key=scores.__getitem__, reverse=True)
+    solved_pairs = [(group, format_) for group, format_ in formats.items() if format_ != NONE]
+    costly = sorted(solved_pairs, key=scores.__getitem__, reverse=True)
     expected = [undecided[0], costly[0], undecided[1], costly[1], undecided[2], costly[2]]
     assert len(set(expected)) == 6
 
@@ -97,8 +97,8 @@ def test_pairs_without_errors_are_the_costly_ones(solved: StartingPoint) -> None
     errors = dict.fromkeys(solved.scores, None)
     chosen = choose_pairs(solved, errors, {}, 4)
     losses = [solved.scores[pair] for pair in chosen]
-    own = [solved.scores[pair] for pair in solved.formats.items() if pair[1] != NONE]
-    assert losses == sorted(own, reverse=True)[:4]
+    solved_losses = [solved.scores[pair] for pair in solved.formats.items() if pair[1] != NONE]
+    assert losses == sorted(solved_losses, reverse=True)[:4]
 
 
 def test_common_factor_changes_no_allocation(solved: StartingPoint) -> None:
@@ -113,9 +113,9 @@ def test_common_factor_changes_no_allocation(solved: StartingPoint) -> None:
 
 
 def test_pair_that_loses_more_leaves_the_allocation(solved: StartingPoint) -> None:
-    own = [pair for pair in solved.formats.items() if pair[1] != NONE]
-    worst = max(own, key=solved.scores.__getitem__)
-    pairs = audited(solved.scores, dict.fromkeys(own, 1.0) | {worst: 40.0})
+    solved_pairs = [pair for pair in solved.formats.items() if pair[1] != NONE]
+    worst = max(solved_pairs, key=solved.scores.__getitem__)
+    pairs = audited(solved.scores, dict.fromkeys(solved_pairs, 1.0) | {worst: 40.0})
     again = solve_again(solved, pairs)
     assert again[worst[0]] != worst[1]
     (budget,) = solved.problem.budgets(OPTIONS)
@@ -168,10 +168,10 @@ def test_what_is_printed_names_pairs_and_allocation(
 ) -> None:
     pairs = audited(solved.scores, dict.fromkeys(list(solved.scores)[:3], 2.0))
     summary = audit_json(pairs, 0)
-    found: Any = SimpleNamespace(
+    audit: Any = SimpleNamespace(
         pairs=pairs, folder="solutions/scan-audited/", to_json=lambda: summary
     )
-    print_audit(found)
+    print_audit(audit)
     printed = capsys.readouterr().out
     assert all(pair.group in printed for pair in pairs)
     assert "The median ratio of measured to predicted loss is 2.00" in printed
@@ -217,25 +217,25 @@ def test_what_chose_an_allocation_is_never_measured_as_unseen(make_run: Any) -> 
     directory = make_run()
     solve_run(directory, OPTIONS, folder="")
     manifest = directory.read_json("manifest.json")
-    own, other = make_measurement(directory, "a"), make_measurement(directory, "b", "chat")
+    on_text, on_chat = make_measurement(directory, "a"), make_measurement(directory, "b", "chat")
 
     def note(marks: list[dict[str, Any]]) -> None:
         directory.write_json("solutions/x/manifest.json", manifest | {"chosen_on": marks})
 
-    assert untouched_shards(own, "") is None
-    by_audit = chosen_also_on(manifest, own, 1)
+    assert untouched_shards(on_text, "") is None
+    by_audit = chosen_also_on(manifest, on_text, 1)
     note(by_audit)
-    assert untouched_shards(own, "solutions/x/") == [4, 5, 6, 7]
-    assert untouched_shards(other, "solutions/x/") is None
+    assert untouched_shards(on_text, "solutions/x/") == [4, 5, 6, 7]
+    assert untouched_shards(on_chat, "solutions/x/") is None
     # Refined on other data, then audited there: the list of what has chosen goes along.
-    refined = chosen_also_on({"chosen_on": by_audit}, other, 2)
-    again = chosen_also_on({"chosen_on": refined}, other, 1)
+    refined = chosen_also_on({"chosen_on": by_audit}, on_chat, 2)
+    again = chosen_also_on({"chosen_on": refined}, on_chat, 1)
     note(again)
-    assert untouched_shards(own, "solutions/x/") == [4, 5, 6, 7]
-    assert untouched_shards(other, "solutions/x/") == [6, 7]
+    assert untouched_shards(on_text, "solutions/x/") == [4, 5, 6, 7]
+    assert untouched_shards(on_chat, "solutions/x/") == [6, 7]
     with pytest.raises(ConfigError, match="chosen on this data cut in another way"):
         untouched_shards(make_measurement(directory, "c"), "solutions/x/")
     # Of a version that noted refinements only.
     earlier = {"refinement": {"data_key": "a", "source": ["text", None, None]}}
     directory.write_json("solutions/x/manifest.json", manifest | earlier)
-    assert untouched_shards(own, "solutions/x/") == [6, 7]
+    assert untouched_shards(on_text, "solutions/x/") == [6, 7]

@@ -58,7 +58,7 @@ def test_plan_from_flips_is_the_best_that_was_measured(problem: Any, seed: int) 
     differences = dict(zip(flips, rng.normal(size=len(flips)).tolist(), strict=True))
     differences[flips[0]] = math.inf
     (budget,) = groups.budgets(OPTIONS)
-    menus = {name: [own] for name, own in formats.items()}
+    menus = {name: [format_] for name, format_ in formats.items()}
     for group, other in flips[1:]:
         menus[group].append(other)
     best = math.inf
@@ -68,10 +68,10 @@ def test_plan_from_flips_is_the_best_that_was_measured(problem: Any, seed: int) 
         loss = sum(differences.get(pair, 0.0) for pair in chosen.items())
         if cost <= budget.limit and loss < best:
             best = loss
-    found = solve_flips(groups, OPTIONS, formats, differences)
+    solved = solve_flips(groups, OPTIONS, formats, differences)
     assert best < 0
-    assert sum(differences.get(pair, 0.0) for pair in found.items()) == pytest.approx(best)
-    assert all(other in menus[group] for group, other in found.items())
+    assert sum(differences.get(pair, 0.0) for pair in solved.items()) == pytest.approx(best)
+    assert all(other in menus[group] for group, other in solved.items())
 
 
 def test_flips_that_gain_nothing_leave_the_plan(problem: Any) -> None:
@@ -109,9 +109,9 @@ def test_one_pass_finds_the_best_where_losses_add_up(problem: Any) -> None:
     num_flips = len(Swaps(groups, scores, OPTIONS).moves(start))
     assert loss(best) < loss(start)
     origin = StartingPoint(problem=groups, scores=scores, options=OPTIONS, formats=start)
-    found = search_allocations(measure, 4, origin, num_trials=4 * num_flips, seed=1)
-    assert found.num_flips == num_flips
-    assert loss(found.winner.formats) == pytest.approx(loss(best))
+    result = search_allocations(measure, 4, origin, num_trials=4 * num_flips, seed=1)
+    assert result.num_flips == num_flips
+    assert loss(result.winner.formats) == pytest.approx(loss(best))
     few = search_allocations(measure, 4, origin, num_trials=3)
     assert few.num_flips == 0
     assert few.num_trials == 3

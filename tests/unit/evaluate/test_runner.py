@@ -80,15 +80,17 @@ def test_equals_mtq_quantize(family: str, make_scorer: Any, make_samples: Any) -
     result = runner.evaluate(samples, choices)
     for choice, ours in zip(choices, result.divergences, strict=True):
         quantized = quantize(prepared, choice, samples)
-        for sample, loss_N, one in zip(samples, result.reference, ours, strict=True):
+        for sample, loss_N, divergence in zip(samples, result.reference, ours, strict=True):
             log_p, log_q = (log_probabilities(m, sample) for m in (prepared.model, quantized))
             targets = torch.tensor(sample[1:])[:, None]
             kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-            np.testing.assert_allclose(one.kl_N, kl, rtol=2e-3, atol=2e-6)
-            np.testing.assert_allclose(one.loss_N, -log_q.gather(1, targets)[:, 0], rtol=1e-4)
+            np.testing.assert_allclose(divergence.kl_N, kl, rtol=2e-3, atol=2e-6)
+            np.testing.assert_allclose(
+                divergence.loss_N, -log_q.gather(1, targets)[:, 0], rtol=1e-4
+            )
             np.testing.assert_allclose(loss_N, -log_p.gather(1, targets)[:, 0], rtol=1e-4)
             agrees = log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
-            assert (one.agrees_N == agrees.numpy()).mean() > 0.95
+            assert (divergence.agrees_N == agrees.numpy()).mean() > 0.95
 
 
 def test_model_does_not_diverge_from_itself(make_scorer: Any, make_samples: Any) -> None:
@@ -96,14 +98,14 @@ def test_model_does_not_diverge_from_itself(make_scorer: Any, make_samples: Any)
     samples = make_samples(LENGTHS)
     runner = make_evaluation(prepared, samples)
     result = runner.evaluate(samples, [(UNQUANTIZED,) * len(prepared.plan.searched)])
-    for loss_N, one in zip(result.reference, result.divergences[0], strict=True):
-        assert not one.kl_N.any()
-        assert one.agrees_N.all()
-        assert (one.loss_N == loss_N).all()
+    for loss_N, divergence in zip(result.reference, result.divergences[0], strict=True):
+        assert not divergence.kl_N.any()
+        assert divergence.agrees_N.all()
+        assert (divergence.loss_N == loss_N).all()
 
 
 def flatten(result: ShardEvaluation, index: int) -> np.ndarray[Any, Any]:
-    return np.concatenate([one.kl_N for one in result.divergences[index]])
+    return np.concatenate([divergence.kl_N for divergence in result.divergences[index]])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

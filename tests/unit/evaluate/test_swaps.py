@@ -45,8 +45,8 @@ def test_proposals_are_all_changes_that_fit(options: SolveOptions, make_run: Any
             allowed[choice.group].append(choice.format)
     expected = set()
     for first, second in itertools.combinations(allowed, 2):
-        for one, two in itertools.product(allowed[first], allowed[second]):
-            allocation = {**formats, first: one, second: two}
+        for first_format, second_format in itertools.product(allowed[first], allowed[second]):
+            allocation = {**formats, first: first_format, second: second_format}
             few = options.max_formats or 99
             if cost(allocation) <= budget.limit and len(set(allocation.values()) - {NONE}) <= few:
                 expected.add(tuple(allocation.values()))

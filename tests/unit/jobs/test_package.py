@@ -161,8 +161,8 @@ def test_package_unpacks_the_job_and_only_the_package(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     package(SCAN, wheel=str(wheel)).unpack(folder)
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert found == inside | {"job.yaml"}
+    unpacked = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert unpacked == inside | {"job.yaml"}
     sent = make_job(yaml.safe_load((folder / "job.yaml").read_text()), "job.yaml")
     assert sent == package(SCAN).job
 

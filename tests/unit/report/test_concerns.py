@@ -34,7 +34,7 @@ def evidence(**changes: Any) -> Evidence:
 
 def measured(kl: float, predicted: float = 0.1, **rivals: tuple[float, float | None]) -> Any:
     """Rows of one data set: the solution, and rivals with what they lose more and its error."""
-    own = {"name": "solution", "dataset": "held-out", "kl_mean": kl, "predicted_kl": predicted}
+    solution = {"name": "solution", "dataset": "held-out", "kl_mean": kl, "predicted_kl": predicted}
     others = [
         {
             "name": name.replace("_", " "),
@@ -44,7 +44,7 @@ def measured(kl: float, predicted: float = 0.1, **rivals: tuple[float, float | N
         }
         for name, (more, error) in rivals.items()
     ]
-    return [[own, *others]]
+    return [[solution, *others]]
 
 
 def titles(facts: Evidence) -> list[str]:
@@ -160,9 +160,9 @@ def test_allocation_near_the_null_is_grave() -> None:
 
 def test_each_shard_left_out_is_named() -> None:
     left_out = [{"shard": n, "stage": "score", "reason": "a NaN in the loss"} for n in (3, 7)]
-    found = find_concerns(evidence(quarantined=left_out))
-    assert [c.title for c in found] == ["Data was left out"] * 2
-    assert "Shard 3 was left out in the stage score: a NaN in the loss." in found[0].text
+    concerns = find_concerns(evidence(quarantined=left_out))
+    assert [c.title for c in concerns] == ["Data was left out"] * 2
+    assert "Shard 3 was left out in the stage score: a NaN in the loss." in concerns[0].text
 
 
 def test_labels_of_the_data_are_biased() -> None:
@@ -174,9 +174,9 @@ def test_labels_of_the_data_are_biased() -> None:
     [(1, "a single shard"), (7, "from 7 shards; with fewer than 8"), (8, None), (None, None)],
 )
 def test_few_shards_are_told(num_shards: int | None, shown: str | None) -> None:
-    found = find_concerns(evidence(num_shards=num_shards))
-    assert [shown in concern.text for concern in found if shown] == [True] * (shown is not None)
-    assert len(found) == (shown is not None)
+    concerns = find_concerns(evidence(num_shards=num_shards))
+    assert [shown in concern.text for concern in concerns if shown] == [True] * (shown is not None)
+    assert len(concerns) == (shown is not None)
 
 
 def test_grave_ones_come_first() -> None:

@@ -49,13 +49,13 @@ def text_of(directory: RunDirectory, name: str = "report.md") -> str:
 def test_predicted_loss_has_its_error_in_both_reports(run: RunDirectory) -> None:
     solution = run.read_json("manifest.json")["solution"]
     for name in ("report.md", "report.html"):
-        found = re.search(
+        match = re.search(
             r"(0\.\d+) ± (\S+) nats per token \(standard error of the total over shards\)",
             text_of(run, name),
         )
-        assert found is not None
-        assert float(found[1]) == pytest.approx(solution["predicted_kl_nats"], rel=1e-5)
-        assert 0 < float(found[2]) < float(found[1])
+        assert match is not None
+        assert float(match[1]) == pytest.approx(solution["predicted_kl_nats"], rel=1e-5)
+        assert 0 < float(match[2]) < float(match[1])
 
 
 def test_concerns_come_before_the_allocation(tmp_path: Path) -> None:
@@ -258,9 +258,9 @@ def test_commands_of_an_allocation_made_in_steps(tmp_path: Path) -> None:
             "options": {"samples": 32, "trials": 20, "seed": 3},
         },
     }
-    known = {"bits-6.00": {"budget": budget}, "bits-6.00-audited": audited}
+    manifests = {"bits-6.00": {"budget": budget}, "bits-6.00-audited": audited}
     run = RunState.open(put_scored_run(tmp_path / "run")).record
-    made = reproduction(run, refined, "bits-6.00-audited-refined", known.__getitem__)
+    made = reproduction(run, refined, "bits-6.00-audited-refined", manifests.__getitem__)
     assert made.commands[1:] == [
         "autoquant-ray solve runs/some-run --bits 6.0",
         "autoquant-ray evaluate runs/some-run --solution bits-6.00 --audit 4",

@@ -54,25 +54,25 @@ def test_page_shows_the_points_of_the_file_where_there_is_one(tmp_path: Path) ->
 def test_measured_allocations_are_in_the_head_the_concerns_and_the_chart(tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run", num_layers=2)
     solve_run(directory, SolveOptions(bits=6), folder="")
-    own = evaluation_row(directory)
+    solution = evaluation_row(directory)
     rival = evaluation_row(
         directory, name="uniform wint4_afp16", allocation="u", effective_bits=4.1, kl_mean=9.0
     )
     shuffled = evaluation_row(directory, name="random 1", allocation="r", kl_mean=5.0)
     other = evaluation_row(directory, solution="bits-4.50", allocation="o", data_key="e")
-    directory.write_table("evaluation.parquet", [own, rival, shuffled, other])
+    directory.write_table("evaluation.parquet", [solution, rival, shuffled, other])
     rewrite_reports(directory)
     content = collect_content(ScoredRun.read(RunState.open(directory)), "")
     measured = {dot.name: dot.loss for dot in content.dots if dot.kind == "measured"}
     assert measured == {
-        "measured, the scan's own solution on held-out.jsonl": own["kl_mean"],
+        "measured, the scan's own solution on held-out.jsonl": solution["kl_mean"],
         "measured, uniform wint4_afp16 on held-out.jsonl": 9.0,
         "measured, solution bits-4.50 on held-out.jsonl": other["kl_mean"],
     }
     assert [n.label for n in content.numbers][:2] == ["Predicted KL", "Measured KL"]
     assert content.concerns[0].title == "The prediction does not hold"
     assert (
-        f"**Measured KL:** {own['kl_mean']:.4g} ± {own['kl_stderr']:.1g}"
+        f"**Measured KL:** {solution['kl_mean']:.4g} ± {solution['kl_stderr']:.1g}"
         in directory.read_bytes("report.md").decode()
     )
 
@@ -159,10 +159,10 @@ def test_names_stay_inside_the_data_of_the_chart(run: RunDirectory) -> None:
     content = collect_content(ScoredRun.read(RunState.open(run)), "")
     name = f"{EVIL}</script><!--\u2028$$x$$"
     page = render_html(replace(content, dots=[replace(dot, name=name) for dot in content.dots]))
-    found = re.search(r'<script type="application/json" id="frontier-data">(.*?)</script>', page)
-    assert found is not None
-    assert set(json.loads(found[1])["points"]["name"]) == {name}
-    assert not re.search("[<>&\u2028]", found[1])
+    match = re.search(r'<script type="application/json" id="frontier-data">(.*?)</script>', page)
+    assert match is not None
+    assert set(json.loads(match[1])["points"]["name"]) == {name}
+    assert not re.search("[<>&\u2028]", match[1])
 
 
 def test_missing_library_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,8 @@ OTHER_TYPES = {
 
 def test_parquet_files_are_exactly_those_of_the_contract(finished: RunDirectory) -> None:
     root = Path(finished.uri)
-    found = {str(path.relative_to(root)) for path in root.rglob("*.parquet")}
-    assert found == set(COLUMNS)
+    written = {str(path.relative_to(root)) for path in root.rglob("*.parquet")}
+    assert written == set(COLUMNS)
 
 
 @pytest.mark.parametrize("name", COLUMNS)

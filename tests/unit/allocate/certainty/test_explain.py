@@ -24,16 +24,18 @@ from autoquant_ray.solve import solve_run, write_solution
 EVIL = "<b>evil</b>"
 
 
-def check_flips(found: dict[str, Any], everything: Everything, bits: float, **pins: str) -> int:
+def check_flips(
+    explanation: dict[str, Any], everything: Everything, bits: float, **pins: str
+) -> int:
     """Compare every flip of a group with all allocations; returns how many are not possible."""
-    own = everything.best(bits, **pins)
-    assert own is not None
-    formats, score = own
-    assert found["chosen"] == formats[found["group"]]
+    allocation = everything.best(bits, **pins)
+    assert allocation is not None
+    formats, score = allocation
+    assert explanation["chosen"] == formats[explanation["group"]]
     num_impossible = 0
-    for format_, entry in by_format(found).items():
+    for format_, entry in by_format(explanation).items():
         flip = entry["flip"]
-        best = everything.best(bits, **(pins | {found["group"]: format_}))
+        best = everything.best(bits, **(pins | {explanation["group"]: format_}))
         assert flip["is_possible"] == (best is not None)
         if best is None:
             assert "reachable is" in flip["reason"]
@@ -45,7 +47,7 @@ def check_flips(found: dict[str, Any], everything: Everything, bits: float, **pi
         assert changes == {
             group: (formats[group], best[0][group])
             for group in everything.groups
-            if best[0][group] != formats[group] and group != found["group"]
+            if best[0][group] != formats[group] and group != explanation["group"]
         }
     return num_impossible
 
@@ -56,12 +58,12 @@ def test_price_of_every_flip_is_that_of_the_best_allocation_with_it(make_run: An
     everything = Everything.of(directory)
     num_others = 0
     for group in everything.groups:
-        found = explained(directory, group)
-        check_flips(found, everything, 7.0)
-        assert {entry["format"] for entry in found["formats"]} == {*FORMATS, "none"}
-        chosen = by_format(found)[found["chosen"]]["flip"]
+        explanation = explained(directory, group)
+        check_flips(explanation, everything, 7.0)
+        assert {entry["format"] for entry in explanation["formats"]} == {*FORMATS, "none"}
+        chosen = by_format(explanation)[explanation["chosen"]]["flip"]
         assert (chosen["change"], chosen["other_groups"]) == (0.0, [])
-        num_others += sum(len(entry["flip"]["other_groups"]) for entry in found["formats"])
+        num_others += sum(len(entry["flip"]["other_groups"]) for entry in explanation["formats"])
     assert num_others > len(everything.groups)
 
 
@@ -74,8 +76,8 @@ def test_flip_that_no_budget_allows_names_the_reachable_range(make_run: Any) -> 
         for g in everything.groups
     ]
     assert sum(impossible) > 0
-    found = run("explain", directory.uri, everything.groups[0], "--solution", "bits-4.30")
-    assert "none: not possible: --bits 4.3 cannot be met: reachable is " in found.output
+    result = run("explain", directory.uri, everything.groups[0], "--solution", "bits-4.30")
+    assert "none: not possible: --bits 4.3 cannot be met: reachable is " in result.output
 
 
 def test_pins_of_the_solution_hold_and_its_own_pin_gives_way(make_run: Any) -> None:
@@ -84,9 +86,9 @@ def test_pins_of_the_solution_hold_and_its_own_pin_gives_way(make_run: Any) -> N
     pins = {first: "none", second: "wint4_afp16"}
     name = solve_run(directory, SolveOptions(bits=8.5, pins=pins)).name
     everything = Everything.of(directory)
-    found = explained(directory, first, "--solution", name)
-    assert (found["pin"], found["chosen"]) == ("none", "none")
-    for format_, entry in by_format(found).items():
+    explanation = explained(directory, first, "--solution", name)
+    assert (explanation["pin"], explanation["chosen"]) == ("none", "none")
+    for format_, entry in by_format(explanation).items():
         best = everything.best(8.5, **{first: format_, second: "wint4_afp16"})
         free = everything.best(8.5, **{first: format_})
         assert best is not None
@@ -102,20 +104,20 @@ def test_allowed_formats_are_said_and_bind_the_flips(make_run: Any) -> None:
     directory = make_run(formats=FORMATS)
     allow = {"*.o_proj": ("wint8_aint8", "none")}
     name = solve_run(directory, SolveOptions(bits=7.0, allow=allow)).name
-    found = explained(directory, "layers.0.self_attn.o_proj", "--solution", name)
-    assert found["allow"] == {"*.o_proj": ["wint8_aint8", "none"]}
-    flip = by_format(found)["wint4_afp16"]["flip"]
+    explanation = explained(directory, "layers.0.self_attn.o_proj", "--solution", name)
+    assert explanation["allow"] == {"*.o_proj": ["wint8_aint8", "none"]}
+    flip = by_format(explanation)["wint4_afp16"]["flip"]
     assert flip["is_possible"] is False
     assert flip["reason"] == "--allow *.o_proj=wint8_aint8,none leaves it out"
-    assert by_format(found)["none"]["flip"]["is_possible"] is True
+    assert by_format(explanation)["none"]["flip"]["is_possible"] is True
 
 
 def test_unsearched_group_says_why(make_run: Any) -> None:
     directory = make_run(formats=FORMATS)
     solve_run(directory, SolveOptions(bits=7.0), folder="")
-    found = explained(directory, "lm_head")
-    assert (found["is_searched"], found["chosen"]) == (False, "none")
-    assert found["reason"] == "disabled by 'lm_head'"
+    explanation = explained(directory, "lm_head")
+    assert (explanation["is_searched"], explanation["chosen"]) == (False, "none")
+    assert explanation["reason"] == "disabled by 'lm_head'"
     shown = run("explain", directory.uri, "lm_head").output
     assert "not searched, stays in 16 bits (0.03 MiB): disabled by 'lm_head'" in shown
 
@@ -138,10 +140,10 @@ def test_refined_solution_is_compared_with_itself(make_run: Any) -> None:
     write_solution(scored_run, options, worse, "scan-refined")
     name = "solutions/scan-refined/manifest.json"
     directory.write_json(name, directory.read_json(name) | {"refinement": {}})
-    found = explained(directory, group, "--solution", "scan-refined")
-    assert (found["is_refined"], found["chosen"]) == (True, "wint4_afp16")
-    assert found["plan_score"] == pytest.approx(score)
-    back = by_format(found)["wint8_aint8"]["flip"]
+    explanation = explained(directory, group, "--solution", "scan-refined")
+    assert (explanation["is_refined"], explanation["chosen"]) == (True, "wint4_afp16")
+    assert explanation["plan_score"] == pytest.approx(score)
+    back = by_format(explanation)["wint8_aint8"]["flip"]
     assert back["change"] == pytest.approx(best.score - score)
     assert back["other_groups"] == []
     shown = run("explain", directory.uri, group, "--solution", "scan-refined").output
@@ -165,12 +167,12 @@ def test_imported_run_has_prices_but_no_shards(tmp_path: Path) -> None:
     )
     directory = RunDirectory(str(tmp_path / "run"))
     assert run("import", manifest, "--out", directory.uri).exit_code == 0
-    found = explained(directory, "b")
-    assert (found["chosen"], found["unit"]) == ("FP8", "no unit (imported)")
-    assert (found["num_shards"], found["num_resamples"]) == (None, None)
-    assert found["no_shards"] == "imported scores have no shards"
-    assert found["plan_score"] == pytest.approx(6 / 8)
-    flips = {f: entry["flip"] for f, entry in by_format(found).items()}
+    explanation = explained(directory, "b")
+    assert (explanation["chosen"], explanation["unit"]) == ("FP8", "no unit (imported)")
+    assert (explanation["num_shards"], explanation["num_resamples"]) == (None, None)
+    assert explanation["no_shards"] == "imported scores have no shards"
+    assert explanation["plan_score"] == pytest.approx(6 / 8)
+    flips = {f: entry["flip"] for f, entry in by_format(explanation).items()}
     assert (flips["INT4"]["change"], flips["INT4"]["other_groups"]) == (3 - 3 / 8, [])
     assert flips["none"]["change"] == pytest.approx(3 - 6 / 8)
     assert flips["none"]["other_groups"] == [
@@ -200,10 +202,12 @@ def test_command_refuses_in_one_line(make_run: Any) -> None:
 def test_page_of_an_explanation_is_escaped(make_run: Any) -> None:
     directory = make_run(formats=FORMATS)
     solve_run(directory, SolveOptions(bits=7.0), folder="")
-    told = explain_group(directory, "0.mlp.down_proj")
-    page = told._repr_html_()
+    explanation = explain_group(directory, "0.mlp.down_proj")
+    page = explanation._repr_html_()
     assert page.count("<tr>") == 4
     assert "model.layers.0.mlp.down_proj" in page
-    evil = Explanation(**(vars(told) | {"group": EVIL, "module_names": [EVIL], "no_shards": EVIL}))
+    evil = Explanation(
+        **(vars(explanation) | {"group": EVIL, "module_names": [EVIL], "no_shards": EVIL})
+    )
     assert EVIL not in evil._repr_html_()
     assert evil._repr_html_().count("&lt;b&gt;evil") == 3

@@ -42,9 +42,9 @@ def odd_run(make_run: Any) -> tuple[RunDirectory, str]:
         directory.write_table(part_name(SCORES, shard), rows)
     plan_rows = directory.read_table("plan.parquet").to_pylist()
     parts = Parts(directory, SCORES, range(NUM_SHARDS))
-    found = aggregate_parts(parts, plan_rows, "elementwise")
-    directory.write_table("sensitivity.parquet", found.rows)
-    directory.write_table("resampling.parquet", found.buckets)
+    aggregate = aggregate_parts(parts, plan_rows, "elementwise")
+    directory.write_table("sensitivity.parquet", aggregate.rows)
+    directory.write_table("resampling.parquet", aggregate.buckets)
     solve_run(directory, SolveOptions(bits=7.0), folder="")
     return directory, group
 
@@ -60,35 +60,37 @@ def test_shares_of_the_shards_are_those_of_the_files(odd_run: tuple[RunDirectory
     parts = score_parts(directory)
     tokens = parts.drop_duplicates("shard").set_index("shard").num_tokens
     for group in dict.fromkeys(parts.group):
-        found = explained(directory, group)
-        assert found["num_shards"] == NUM_SHARDS
+        explanation = explained(directory, group)
+        assert explanation["num_shards"] == NUM_SHARDS
         for format_ in FORMATS:
             rows = parts[(parts.group == group) & (parts.format == format_)].set_index("shard")
             shares = (rows.elementwise_sum / rows.elementwise_sum.sum()).sort_values()[::-1]
-            told = by_format(found)[format_]["shards"]
-            assert [entry["shard"] for entry in told] == list(shares.index[: len(told)])
-            assert [entry["share"] for entry in told] == pytest.approx(list(shares[: len(told)]))
-            assert [entry["token_share"] for entry in told] == pytest.approx(
-                [tokens[entry["shard"]] / tokens.sum() for entry in told]
+            shards = by_format(explanation)[format_]["shards"]
+            assert [entry["shard"] for entry in shards] == list(shares.index[: len(shards)])
+            assert [entry["share"] for entry in shards] == pytest.approx(
+                list(shares[: len(shards)])
             )
-        assert by_format(found)["none"]["shards"] == []
+            assert [entry["token_share"] for entry in shards] == pytest.approx(
+                [tokens[entry["shard"]] / tokens.sum() for entry in shards]
+            )
+        assert by_format(explanation)["none"]["shards"] == []
 
 
 def test_odd_shard_that_decides_is_named_with_what_holds_without_it(
     odd_run: tuple[RunDirectory, str],
 ) -> None:
     directory, group = odd_run
-    found = explained(directory, group)
-    assert by_format(found)[FORMATS[0]]["shards"][0]["shard"] == ODD_SHARD
-    assert by_format(found)[FORMATS[0]]["shards"][0]["share"] > 0.9
+    explanation = explained(directory, group)
+    assert by_format(explanation)[FORMATS[0]]["shards"][0]["shard"] == ODD_SHARD
+    assert by_format(explanation)[FORMATS[0]]["shards"][0]["share"] > 0.9
     parts = score_parts(directory)
     parts = parts[parts.shard != ODD_SHARD]
     tokens = parts.drop_duplicates("shard").num_tokens.sum()
     sums = parts.groupby(["group", "format"]).elementwise_sum.sum()
     best = Everything.of(directory, (0.5 * sums / tokens).to_dict()).best(7.0)
     assert best is not None
-    assert found["without_shard"] == [{"shard": ODD_SHARD, "format": best[0][group]}]
-    assert best[0][group] != found["chosen"]
+    assert explanation["without_shard"] == [{"shard": ODD_SHARD, "format": best[0][group]}]
+    assert best[0][group] != explanation["chosen"]
     shown = run("explain", directory.uri, group).output
     assert f"without shard {ODD_SHARD} the group gets {best[0][group]}" in shown
 
@@ -98,11 +100,11 @@ def test_resampled_shares_are_those_of_the_manifest(odd_run: tuple[RunDirectory,
     kept = directory.read_json("manifest.json")["stability"]["kept"]
     assert any(share < 1 for share in kept.values())
     for group, share in kept.items():
-        found = explained(directory, group)
-        shares = {f: entry["resampled_share"] for f, entry in by_format(found).items()}
-        assert shares[found["chosen"]] == share
+        explanation = explained(directory, group)
+        shares = {f: entry["resampled_share"] for f, entry in by_format(explanation).items()}
+        assert shares[explanation["chosen"]] == share
         assert sum(shares.values()) == pytest.approx(1)
-        assert found["num_resamples"] == 200
+        assert explanation["num_resamples"] == 200
 
 
 @pytest.mark.parametrize(
@@ -116,14 +118,14 @@ def test_resampled_shares_are_those_of_the_manifest(odd_run: tuple[RunDirectory,
 def test_format_that_resamples_never_take_is_no_coin_toss(
     odd_run: tuple[RunDirectory, str], chosen: float, other: float, said: str
 ) -> None:
-    told = explain_group(odd_run[0], odd_run[1])
-    second = next(one.format for one in told.formats if not one.is_chosen)
-    shares = {told.chosen: chosen, second: other}
+    explanation = explain_group(odd_run[0], odd_run[1])
+    second = next(entry.format for entry in explanation.formats if not entry.is_chosen)
+    shares = {explanation.chosen: chosen, second: other}
     formats = tuple(
-        dataclasses.replace(one, resampled_share=shares.get(one.format, 0.0))
-        for one in told.formats
+        dataclasses.replace(entry, resampled_share=shares.get(entry.format, 0.0))
+        for entry in explanation.formats
     )
-    text = head_lines(dataclasses.replace(told, formats=formats))[-1]
+    text = head_lines(dataclasses.replace(explanation, formats=formats))[-1]
     assert said in text
     assert (second in text) == (other == 1)
 
@@ -132,15 +134,15 @@ def test_scores_and_costs_are_those_of_the_files(odd_run: tuple[RunDirectory, st
     directory, group = odd_run
     table = fastparquet.ParquetFile(directory.path("sensitivity.parquet")).to_pandas()
     rows = table[table.group == group].set_index("format")
-    found = explained(directory, group)
+    explanation = explained(directory, group)
     for format_ in FORMATS:
-        entry = by_format(found)[format_]
+        entry = by_format(explanation)[format_]
         for column in ("score", "score_stderr", "weight_bits", "weight_bytes"):
             assert entry[column] == rows.loc[format_, column] > 0
-    none = by_format(found)["none"]
+    none = by_format(explanation)["none"]
     assert (none["score"], none["score_stderr"], none["weight_bits"]) == (0.0, None, 16.0)
     summary = directory.read_json("manifest.json")["solution"]
-    assert found["plan_score"] == pytest.approx(summary["predicted_kl_nats"], rel=1e-12)
+    assert explanation["plan_score"] == pytest.approx(summary["predicted_kl_nats"], rel=1e-12)
 
 
 def files(directory: RunDirectory) -> Iterator[tuple[str, bytes]]:
@@ -173,9 +175,9 @@ def test_parts_that_are_gone_or_damaged_are_said_and_the_rest_is_told(
     path.unlink()
     gone = explained(directory, group)
     assert gone["no_shards"] == "1 of 6 parts are gone, the first of shard 2"
-    for found in (damaged, gone):
-        assert (found["num_shards"], found["without_shard"]) == (None, [])
-        for format_, entry in by_format(found).items():
+    for explanation in (damaged, gone):
+        assert (explanation["num_shards"], explanation["without_shard"]) == (None, [])
+        for format_, entry in by_format(explanation).items():
             assert entry == by_format(whole)[format_] | {"shards": []}
 
 
@@ -189,6 +191,6 @@ def test_group_seen_in_one_shard_alone_has_no_score_without_it(
         unseen = {"elementwise_sum": None, "token_sum": None}
         rows = [row | (unseen if row["group"] == other else {}) for row in table]
         directory.write_table(part_name(SCORES, shard), rows)
-    found = explained(directory, group)
-    assert {"shard": ODD_SHARD, "format": None} in found["without_shard"]
+    explanation = explained(directory, group)
+    assert {"shard": ODD_SHARD, "format": None} in explanation["without_shard"]
     assert "without shard 3 some group has no score" in run("explain", directory.uri, group).output

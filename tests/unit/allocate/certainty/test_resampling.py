@@ -45,12 +45,12 @@ def brute_assess(
     def score(allocation: Any) -> float:
         return sum(truth[g][f] for g, f in enumerate(allocation))
 
-    own = brute_allocation(truth, costs, limit)
+    chosen = brute_allocation(truth, costs, limit)
     draws = np.random.default_rng(seed).integers(num_shards, size=(num, num_shards))
     others = [brute_allocation(scores(draw.tolist()), costs, limit) for draw in draws]
-    regret = sum(score(other) - score(own) for other in others) / num / score(own)
-    kept = [sum(other[g] == own[g] for other in others) / num for g in range(num_groups)]
-    return regret, kept, own
+    regret = sum(score(other) - score(chosen) for other in others) / num / score(chosen)
+    kept = [sum(other[g] == chosen[g] for other in others) / num for g in range(num_groups)]
+    return regret, kept, chosen
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -61,13 +61,13 @@ def test_assess_equals_brute_force(seed: int) -> None:
     sums_SGF = np.pad(gains_SGF.cumsum(axis=2)[:, :, ::-1], ((0, 0), (0, 0), (0, 1)))
     costs = [[1.0, 2.0, 3.0, 4.0]] * 4
     tokens = rng.integers(10, 90, size=6).tolist()
-    found = assess(unscored(costs, 9.0), sums_SGF, (seed, 6), num_resamples=60)
-    assert found is not None
-    regret, kept, own = brute_assess(sums_SGF.tolist(), tokens, costs, 9.0, (seed, 6), 60)
+    stability = assess(unscored(costs, 9.0), sums_SGF, (seed, 6), num_resamples=60)
+    assert stability is not None
+    regret, kept, chosen = brute_assess(sums_SGF.tolist(), tokens, costs, 9.0, (seed, 6), 60)
     assert regret > 0
-    assert found.expected_regret == pytest.approx(regret, rel=1e-9)
-    assert found.kept_G.tolist() == pytest.approx(kept)
-    assert found.columns_G.tolist() == list(own)
+    assert stability.expected_regret == pytest.approx(regret, rel=1e-9)
+    assert stability.kept_G.tolist() == pytest.approx(kept)
+    assert stability.columns_G.tolist() == list(chosen)
 
 
 def simulated(rng: np.random.Generator) -> tuple[Any, Any, float]:
@@ -87,23 +87,25 @@ def test_assess_predicts_the_regret_of_a_known_truth(num_shards: int) -> None:
     for repeat in range(120):
         truth_GF, costs_GF, limit = simulated(rng)
         knapsack = unscored(costs_GF, limit)
-        known = replace(knapsack, scores_GF=truth_GF)
-        best = allocate(known)
+        true_knapsack = replace(knapsack, scores_GF=truth_GF)
+        best = allocate(true_knapsack)
         noise_SGF = rng.gamma(0.8, 1 / 0.8, size=(num_shards, *truth_GF.shape))
-        found = assess(knapsack, noise_SGF * truth_GF, (repeat, num_shards), num_resamples=60)
-        assert found is not None
+        stability = assess(knapsack, noise_SGF * truth_GF, (repeat, num_shards), num_resamples=60)
+        assert stability is not None
         assert best is not None
-        expected.append(found.expected_regret)
-        actual.append(max(0.0, known.score(found.columns_G) / known.score(best[0]) - 1))
+        expected.append(stability.expected_regret)
+        actual.append(
+            max(0.0, true_knapsack.score(stability.columns_G) / true_knapsack.score(best[0]) - 1)
+        )
     assert np.mean(actual) / 1.5 < np.mean(expected) < np.mean(actual) * 1.5
 
 
 def test_assess_identical_shards_have_no_regret() -> None:
     truth_GF, costs_GF, limit = simulated(np.random.default_rng(0))
-    found = assess(unscored(costs_GF, limit), np.stack([truth_GF] * 10), (0, 10))
-    assert found is not None
-    assert found.expected_regret == 0
-    assert (found.kept_G == 1).all()
+    stability = assess(unscored(costs_GF, limit), np.stack([truth_GF] * 10), (0, 10))
+    assert stability is not None
+    assert stability.expected_regret == 0
+    assert (stability.kept_G == 1).all()
 
 
 def test_assess_names_the_coin_tosses() -> None:
@@ -113,20 +115,20 @@ def test_assess_names_the_coin_tosses() -> None:
     sums_SGF[:, :2, 0] = rng.gamma(2.0, 0.5, size=(100, 2))
     sums_SGF[:, :2, 0] *= 1 / sums_SGF[:, :2, 0].mean(axis=0)
     sums_SGF[:, 2, 0] = 50.0
-    found = assess(unscored([[1.0, 2.0]] * 3, 5.0), sums_SGF, (0, 100))
-    assert found is not None
-    assert found.kept_G[2] == 1
-    assert ((found.kept_G[:2] > 0.3) & (found.kept_G[:2] < 0.7)).all()
-    assert found.expected_regret < 1e-9
+    stability = assess(unscored([[1.0, 2.0]] * 3, 5.0), sums_SGF, (0, 100))
+    assert stability is not None
+    assert stability.kept_G[2] == 1
+    assert ((stability.kept_G[:2] > 0.3) & (stability.kept_G[:2] < 0.7)).all()
+    assert stability.expected_regret < 1e-9
 
 
 def test_assess_without_any_loss_has_no_regret() -> None:
     """The budget lets every group stay in 16 bits."""
     sums_SGF = np.random.default_rng(0).gamma(1.0, size=(9, 3, 2)) * [1.0, 0.0]
-    found = assess(unscored([[1.0, 2.0]] * 3, 6.0), sums_SGF, (0, 9))
-    assert found is not None
-    assert found.expected_regret == 0
-    assert found.columns_G.tolist() == [1, 1, 1]
+    stability = assess(unscored([[1.0, 2.0]] * 3, 6.0), sums_SGF, (0, 9))
+    assert stability is not None
+    assert stability.expected_regret == 0
+    assert stability.columns_G.tolist() == [1, 1, 1]
 
 
 def test_assess_limit_that_cannot_be_met_is_unknown() -> None:
@@ -136,9 +138,9 @@ def test_assess_limit_that_cannot_be_met_is_unknown() -> None:
 def test_assess_ignores_formats_that_a_group_lacks() -> None:
     knapsack = unscored([[1.0, 2.0], [0.0, 2.0]], 3.0)
     knapsack.scores_GF[1, 0] = np.inf
-    found = assess(knapsack, np.array([[[3.0, 0.0], [0.0, 0.0]]] * 9), (0, 9))
-    assert found is not None
-    assert found.columns_G.tolist() == [0, 1]
+    stability = assess(knapsack, np.array([[[3.0, 0.0], [0.0, 0.0]]] * 9), (0, 9))
+    assert stability is not None
+    assert stability.columns_G.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -153,9 +155,9 @@ def test_allocate_under_two_limits_is_within_both_and_near_the_best(seed: int) -
         for columns in itertools.product(range(4), repeat=6)
         if knapsack.is_within(np.array(columns))
     )
-    found = allocate(knapsack)
-    assert found is not None
-    columns_G, price = found
+    solution = allocate(knapsack)
+    assert solution is not None
+    columns_G, price = solution
     assert knapsack.is_within(columns_G)
     assert best <= knapsack.score(columns_G) <= 1.3 * best
     again = allocate(knapsack, price)

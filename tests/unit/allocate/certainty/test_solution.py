@@ -58,15 +58,16 @@ def test_alike_shards_decide_and_noisy_ones_do_not(
     buckets = buckets_of(directory, noise)
     options = SolveOptions(bits=6.0)
     formats = search(problem, scores, options).formats
-    found = assess_solution(problem, scores, options, formats, buckets)
-    assert found is not None
+    certainty = assess_solution(problem, scores, options, formats, buckets)
+    assert certainty is not None
     if is_certain:
-        assert found.num_certain >= len(problem.searched) - 1  # exact and fast may differ in one
-        assert found.expected_regret == 0
+        # Exact and fast may differ in one group.
+        assert certainty.num_certain >= len(problem.searched) - 1
+        assert certainty.expected_regret == 0
     else:
-        assert found.num_certain < len(problem.searched)
-        assert found.expected_regret > 0
-        assert set(found.coin_tosses) <= set(formats)
+        assert certainty.num_certain < len(problem.searched)
+        assert certainty.expected_regret > 0
+        assert set(certainty.coin_tosses) <= set(formats)
 
 
 def test_constraints_hold_in_the_resamples(make_run: Any) -> None:
@@ -77,9 +78,9 @@ def test_constraints_hold_in_the_resamples(make_run: Any) -> None:
     group = problem.searched[0].name
     options = SolveOptions(bits=6.0, pins={group: "wint8_aint8"})
     formats = search(problem, scores, options).formats
-    found = assess_solution(problem, scores, options, formats, buckets)
-    assert found is not None
-    assert found.kept[group] == 1.0
+    certainty = assess_solution(problem, scores, options, formats, buckets)
+    assert certainty is not None
+    assert certainty.kept[group] == 1.0
 
 
 def test_null_is_worse_than_the_solution(make_run: Any) -> None:
@@ -101,9 +102,9 @@ def test_null_does_not_take_a_format_that_a_group_lacks_for_free() -> None:
     groups = [SimpleNamespace(name=n, is_cache=False, rows={}) for n in "ab"]
     problem: Any = SimpleNamespace(searched=groups)
     sums_SGF = np.nan_to_num(np.stack([truth.scores_GF] * 2), posinf=0.0)
-    found = assess(truth, sums_SGF, (0,))
-    assert found is not None
+    stability = assess(truth, sums_SGF, (0,))
+    assert stability is not None
     both: Certainty = certainty_from(
-        problem, {"a": "y", "b": "y"}, ["x", "y", "z"], truth, found, 2
+        problem, {"a": "y", "b": "y"}, ["x", "y", "z"], truth, stability, 2
     )
     assert both.null_score == pytest.approx(1.0)

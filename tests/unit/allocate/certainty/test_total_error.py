@@ -53,10 +53,10 @@ def test_error_is_the_spread_of_totals_drawn_again(shared: float) -> None:
         common_B11 = 1 + shared * generator.normal(0, 0.3, (40, 1, 1))
         own_BGF = 1 + 0.3 * generator.normal(0, 1, (40, 2, 2))
         sums_BGF = 2 * tokens_B[:, None, None] * common_B11 * own_BGF
-        found = total_error(CHOSEN, rows_of(), buckets_of(sums_BGF, tokens_B))
-        assert found is not None
-        assert not found.is_bound
-        stated.append(found.stderr)
+        error = total_error(CHOSEN, rows_of(), buckets_of(sums_BGF, tokens_B))
+        assert error is not None
+        assert not error.is_bound
+        stated.append(error.stderr)
         totals.append((sums_BGF[:, 0, 0] + sums_BGF[:, 1, 1]).sum() / 2 / tokens_B.sum())
     assert np.mean(stated) == pytest.approx(np.std(totals), rel=0.12)
 
@@ -66,28 +66,28 @@ def test_error_of_one_group_is_its_scores_own(tmp_path: Path) -> None:
     rows = directory.read_table("sensitivity.parquet").to_pylist()
     buckets = directory.read_table("resampling.parquet")
     for row in rows[::5]:
-        found = total_error({row["group"]: row["format"]}, rows, buckets)
-        assert found is not None
-        assert found.stderr == pytest.approx(row["score_stderr"], rel=1e-9)
+        error = total_error({row["group"]: row["format"]}, rows, buckets)
+        assert error is not None
+        assert error.stderr == pytest.approx(row["score_stderr"], rel=1e-9)
 
 
 def test_noise_of_drawn_rows_is_the_least(tmp_path: Path) -> None:
     sums_BGF = np.full((4, 2, 2), 20.0)
-    found = total_error(CHOSEN, rows_of(drawn=0.3), buckets_of(sums_BGF, [10] * 4))
-    assert found is not None
-    assert found.stderr == pytest.approx(0.3 * math.sqrt(2))
+    error = total_error(CHOSEN, rows_of(drawn=0.3), buckets_of(sums_BGF, [10] * 4))
+    assert error is not None
+    assert error.stderr == pytest.approx(0.3 * math.sqrt(2))
 
 
 def test_without_shards_the_errors_are_added_as_a_bound() -> None:
-    found = total_error(CHOSEN, rows_of(0.3), None)
-    assert found is not None
-    assert (found.stderr, found.is_bound) == (pytest.approx(0.6), True)
+    error = total_error(CHOSEN, rows_of(0.3), None)
+    assert error is not None
+    assert (error.stderr, error.is_bound) == (pytest.approx(0.6), True)
 
 
 def test_buckets_of_an_earlier_version_give_the_bound() -> None:
-    found = total_error(CHOSEN, rows_of(0.3), buckets_of(np.ones((4, 2, 2)), [None] * 4))
-    assert found is not None
-    assert found.is_bound
+    error = total_error(CHOSEN, rows_of(0.3), buckets_of(np.ones((4, 2, 2)), [None] * 4))
+    assert error is not None
+    assert error.is_bound
 
 
 def test_nothing_is_known_of_a_single_shard_and_of_16_bits() -> None:

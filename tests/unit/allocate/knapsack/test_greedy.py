@@ -37,7 +37,7 @@ def test_frontier_allocations_equal_those_one_by_one() -> None:
     limits = [*np.linspace(costs[0], costs[-1] * 1.1, 20).tolist(), float("inf")]
     many = frontier_allocations(choices, "bytes", limits)
     assert many == [frontier_allocation(choices, "bytes", limit) for limit in limits]
-    assert len({found.score for found in many}) > 10
+    assert len({allocation.score for allocation in many}) > 10
 
 
 def test_frontier_allocations_with_an_infeasible_limit_raises() -> None:

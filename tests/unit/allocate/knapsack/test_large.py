@@ -61,7 +61,7 @@ def relaxed_by_highs(knapsack: Knapsack, limit: float) -> float:
     """The optimum of the linear relaxation, by HiGHS, rounded down by its tolerance."""
     num_groups, num_formats = knapsack.scores_GF.shape
     unit = knapsack.scores_GF.max()
-    found = linprog(
+    optimum = linprog(
         knapsack.scores_GF.ravel() / unit,
         A_ub=sparse.csr_array(knapsack.costs_RGF[0].ravel()[None] / limit),
         b_ub=[1.0],
@@ -69,8 +69,8 @@ def relaxed_by_highs(knapsack: Knapsack, limit: float) -> float:
         b_eq=np.ones(num_groups),
         method="highs-ds",
     )
-    assert found.status == 0
-    return float(found.fun) * unit
+    assert optimum.status == 0
+    return float(optimum.fun) * unit
 
 
 def dual_bound(knapsack: Knapsack, limit: float) -> float:
