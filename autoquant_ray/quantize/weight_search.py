@@ -181,8 +181,9 @@ def _weighted_calibrator(
     """
     blocks = quantizer.block_sizes or {}
     size = blocks.get(-1) or len(squares_I)
-    smallest = squares_I.mean().clamp(min=torch.finfo(torch.float32).tiny) * 1e-12
-    padded_I = torch.nn.functional.pad(squares_I.maximum(smallest), (0, -len(squares_I) % size))
+    mean = squares_I.mean()
+    relative_I = (squares_I / mean if mean > 0 else torch.ones_like(squares_I)).clamp(min=1e-12)
+    padded_I = torch.nn.functional.pad(relative_I, (0, -len(squares_I) % size))
 
     def error(values: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
         squared = (values - quantized).square_()

@@ -121,9 +121,10 @@ def test_channels_that_were_never_used_are_rounded_by_plain_squared_error() -> N
     weight_OI, squares_I = drawn((4, 32)), torch.ones(32)
     squares_I[:16] = 0
     algorithm = weighted(INT4).algorithm
-    ours = fake_quantize_weight(INT4, weight_OI, algorithm, squares_I=squares_I)
     plain = fake_quantize_weight(INT4, weight_OI, algorithm, squares_I=torch.ones(32))
-    assert torch.equal(ours, plain)
+    for seen_I in (squares_I, torch.zeros(32), squares_I * 1e-30):
+        ours = fake_quantize_weight(INT4, weight_OI, algorithm, squares_I=seen_I)
+        assert torch.equal(ours, plain)
 
 
 def test_without_statistics_scales_stay_at_the_maxima() -> None:
