@@ -186,7 +186,7 @@ def weights_of(
         ("kv_fp8:weighted", "has no stored scales"),
         ("INT4_AWQ_CFG:weighted", "has the algorithm awq_lite already"),
         ("MXFP4_DEFAULT_CFG:weighted", "type: dynamic"),
-        ("wint_afp16:weighted", "wint4_afp16"),
+        ("wint_afp16:weighted", "unknown format .wint_afp16."),
     ],
 )
 def test_method_that_a_format_cannot_have_is_refused(name: str, words: str) -> None:
