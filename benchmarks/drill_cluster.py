@@ -10,14 +10,15 @@ from unittest import mock
 
 import psutil
 import ray
+from nodes import WAIT_S, add_node
 from ray.cluster_utils import Cluster
 
 FAST_CHECKS = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "500",
-    "RAY_health_check_failure_threshold": "2",
+    "RAY_health_check_timeout_ms": "10000",  # the port of a dead process refuses at once
+    "RAY_health_check_failure_threshold": "4",
 }
 
 
@@ -26,7 +27,8 @@ class DrillCluster:
 
     def __init__(self) -> None:
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._cluster = Cluster()
+        add_node(self._cluster, **head)
         self._nodes: dict[Any, dict[str, Any]] = {}
         self.address: str = self._cluster.address
 
@@ -44,11 +46,11 @@ class DrillCluster:
                 self.kill(node)
         for resources in missing:
             self.add(**resources)
-        self._cluster.wait_for_nodes()
+        self._cluster.wait_for_nodes(timeout=WAIT_S)
 
     def add(self, **resources: Any) -> str:
         """Add a node; its id."""
-        node = self._cluster.add_node(object_store_memory=100 * 2**20, **resources)
+        node = add_node(self._cluster, object_store_memory=100 * 2**20, **resources)
         self._nodes[node] = resources
         return str(node.node_id)
 

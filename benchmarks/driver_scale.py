@@ -31,6 +31,7 @@ import numpy as np
 import psutil
 import ray
 from machine import describe_machine
+from nodes import add_node
 from ray.cluster_utils import Cluster
 
 from autoquant_ray.config.scan import ScanConfig
@@ -176,11 +177,11 @@ def cluster(num_nodes: int, num_gpus: int) -> Iterator[dict[str, float]]:
     """Connect to a simulated cluster; yields its resources."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     node = {"num_cpus": num_gpus, "num_gpus": num_gpus, "object_store_memory": 100 * 2**20}
-    simulated = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    simulated = Cluster()
     try:
+        add_node(simulated, **node, include_dashboard=False)
         for _ in range(num_nodes - 1):
-            simulated.add_node(**node)
-        simulated.wait_for_nodes()
+            add_node(simulated, **node)
         ray.init(address=simulated.address, log_to_driver=False, logging_level="ERROR")
         yield dict(ray.cluster_resources())
     finally:

@@ -27,6 +27,7 @@ os.environ |= {  # on a busy machine Ray's processes take long to start, and to 
     "RAY_gcs_server_request_timeout_seconds": "600",
     "RAY_health_check_failure_threshold": "100",
     "RAY_py_gcs_connect_timeout_s": "600",
+    "RAY_worker_niceness": "0",  # Ray's 15 leaves workers nothing beside other work
     "RAY_worker_register_timeout_seconds": "600",
 }
 

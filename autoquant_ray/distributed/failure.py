@@ -74,25 +74,28 @@ def is_timeout(error: BaseException) -> bool:
     return isinstance(error, TimeoutError) or _TIMED_OUT.search(str(error)) is not None
 
 
-def start_in_time(start: Callable[[], object], clean_up: Callable[[], object]) -> None:
-    """Start something; where that times out, try again, three times in all.
+def start_in_time(
+    start: Callable[[], object], clean_up: Callable[[], object], max_starts: int = MAX_STARTS
+) -> None:
+    """Start something; where that times out, try again.
 
     Args:
         start: Starts it.
         clean_up: Removes what a start that timed out has left.
+        max_starts: Tries in all.
 
     Raises:
         RuntimeError: No start was in time.
         Exception: What ``start`` raised for any other reason, at once.
     """
-    for tries in range(1, MAX_STARTS + 1):
+    for tries in range(1, max_starts + 1):
         try:
             start()
         except Exception as error:
             if not is_timeout(error):
                 raise
             clean_up()
-            if tries == MAX_STARTS:
+            if tries == max_starts:
                 raise RuntimeError(f"{one_line(error)} ({tries} times)") from None
             logger.warning("Ray did not start in time, trying again: %s", one_line(error))
         else:

@@ -13,21 +13,14 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from warm_commands import WarmProcess, run_warm, warm_ray
+from local_ray import start_local_ray
+from warm_commands import WarmProcess, run_warm
 
 
 @pytest.fixture(scope="module")
 def ray_local() -> Iterator[None]:
     """Four CPUs (whatever the machine has), small object store, no dashboard."""
-    with warm_ray():
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=150 * 2**20,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+    start_local_ray(num_cpus=4)
     yield
     ray.shutdown()
 

@@ -21,7 +21,7 @@ ALL = range(NUM_SHARDS)
 @pytest.fixture(scope="module")
 def drills() -> Iterator[Any]:
     """``benchmarks/drills.py``, which measures the same faults."""
-    names = ("drills", "drill_kit", "drill_cluster", "drill_disk", "machine")
+    names = ("drills", "drill_kit", "drill_cluster", "drill_disk", "machine", "nodes")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
         yield importlib.import_module("drills")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import ray
-from warm_commands import warm_ray
+from local_ray import start_local_ray
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.runs.directory import RunDirectory
@@ -29,16 +29,7 @@ SAMPLE = re.compile(r"^(ray_autoquant_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """A cluster that reports its metrics often; yields their address."""
-    with warm_ray():
-        ray.init(
-            address="local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=150 * 2**20,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _system_config={"metrics_report_interval_ms": 300},
-        )
+    start_local_ray(num_cpus=2, _system_config={"metrics_report_interval_ms": 300})
     (node,) = ray.nodes()
     yield f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     ray.shutdown()

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from warm_commands import warm_ray
+from local_ray import start_local_ray
 
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.config.scan import ScanConfig
@@ -70,14 +70,7 @@ def test_scan_offloaded_gguf_is_refused_with_the_remedy(tmp_path: Path, run_comm
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of the test is made up")
 def test_device_bytes_of_gpus_that_do_not_answer_is_an_error_with_the_remedy() -> None:
     config = ScanConfig(model="m", data="d", out="o", bits=8)
-    with warm_ray():
-        ray.init(
-            address="local",
-            num_cpus=1,
-            num_gpus=1,
-            include_dashboard=False,
-            object_store_memory=150 * 2**20,
-        )
+    start_local_ray(num_cpus=1, num_gpus=1)
     try:
         with pytest.raises(
             ClusterError, match=r"memory of a GPU node cannot be read: .*; give `placement`"
