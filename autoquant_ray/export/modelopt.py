@@ -129,12 +129,9 @@ def _quantize_weights(model: Any, source: Source) -> None:
     Formats whose scales are made anew from the weights are left to the exporter.
     """
     for name in source.formats:
-        quantizer = getattr(model.get_submodule(name), "weight_quantizer", None)
-        if quantizer is None or not needs_static_maximum(quantizer):
-            continue
-        if quantizer.num_bits != (2, 1):
-            weight = model.get_submodule(name).weight
-            weight.copy_(quantizer(weight))
+        for weight, quantizer in model.get_submodule(name).iter_weights_for_calibration():
+            if needs_static_maximum(quantizer) and quantizer.num_bits != (2, 1):
+                weight.copy_(quantizer(weight))
 
 
 def _is_rounded(name: str, source: Source) -> bool:
