@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from autoquant_ray.errors import FormatError
-from autoquant_ray.formats.algorithms import AWQ_LITE, SMOOTHQUANT, check_search
+from autoquant_ray.formats.algorithms import AWQ_LITE, MSE, SMOOTHQUANT, check_search
 from autoquant_ray.formats.numbers import is_static_nvfp4
 from autoquant_ray.formats.smoothed import is_smoothed, method_of
 
@@ -42,6 +43,23 @@ def check_quantizers(format_: Format) -> None:
             f"format {name} has a static input quantizer per channel or block; a static input "
             "quantizer must be per tensor (axis: null, no block_sizes)"
         )
+
+
+def cautions(formats: Iterable[Format]) -> list[str]:
+    """What was measured to go wrong with formats of a menu, one sentence each."""
+    risky = [
+        format_.name
+        for format_ in formats
+        if format_.algorithm is not None
+        and format_.algorithm["method"] == MSE
+        and format_.weight.get("num_bits") in (3, 4)
+    ]
+    if not risky:
+        return []
+    return [
+        f"{', '.join(risky)}: scales by plain squared error (mse) measured worse than max on 4-bit "
+        "integers; use NAME:weighted (docs/formats.md)"
+    ]
 
 
 def _check_smoothing(format_: Format) -> None:

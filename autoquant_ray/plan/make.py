@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from autoquant_ray.config.search_space import SearchSpace
+from autoquant_ray.formats.checks import cautions
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import Plan, build_plan
+
+logger = logging.getLogger(__name__)
 
 
 def make_plan(space: SearchSpace, ref: ModelRef, *, device: str) -> Plan:
@@ -21,6 +26,8 @@ def make_plan(space: SearchSpace, ref: ModelRef, *, device: str) -> Plan:
         AutoQuantError: Unknown format, unreadable config, nothing to search.
     """
     formats = resolve_formats(space.formats, device=device, custom=space.custom_formats)
+    for caution in cautions(formats):
+        logger.warning("%s", caution)
     return build_plan(
         build_skeleton(ref), formats, space.disable, space.coverage, space.expert_groups
     )

@@ -12,11 +12,14 @@ from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
 
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
+from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.algorithms import of_allocation
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
 from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize import calibration_mode  # noqa: F401 (registers the mode)
 from autoquant_ray.quantize.experts import FusedExperts
@@ -232,3 +235,14 @@ def test_experts_that_saw_few_tokens_keep_their_maxima(make_scorer: Any, make_sa
             assert scores["few"][number, 1] not in (plain, by_all)
         else:
             assert scores["none"][number, 1] == by_all != plain
+
+
+def test_mse_of_4_bit_integers_is_cautioned_and_nothing_else(
+    model_folder: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("wint4_afp16:mse", "wint8_afp16:mse", "wint4_afp16", "wint4_afp16:weighted")
+    ref = find_model(str(model_folder("llama")))
+    make_plan(SearchSpace(model=ref.name, formats=names), ref, device="cpu")
+    (caution,) = caplog.messages
+    assert caution.startswith("wint4_afp16:mse: ")
+    assert "weighted" in caution
