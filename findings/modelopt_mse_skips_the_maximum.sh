@@ -12,7 +12,9 @@ set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 nvidia-modelopt==0.47.0
+# modelopt.torch imports the last two and does not require them.
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check \
+    torch==2.13.0 nvidia-modelopt==0.47.0 requests==2.34.2 huggingface_hub==1.33.0
 "$folder/venv/bin/python" -W ignore - <<'PYTHON'
 import modelopt
 import modelopt.torch.quantization as mtq
