@@ -20,11 +20,10 @@ from autoquant_ray.formats.smoothed import (
     needs_search,
 )
 from autoquant_ray.quantize.calibration import Channels
+from autoquant_ray.quantize.input_squares import row_chunks, square_sum
 
 if TYPE_CHECKING:
     from autoquant_ray.plan.scored_modules import ScoredModule
-
-_CHUNK_ELEMENTS = 2**22  # bounds the copy in float64
 
 
 class ChannelCollector:
@@ -94,7 +93,7 @@ class ChannelCollector:
         _, wants_sum, wants_squares = self._wants_any
         largest_I = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=0)
         sum_I = torch.zeros_like(largest_I, dtype=torch.float64)
-        for chunk_CI in _chunks(states_TI) if wants_sum else ():
+        for chunk_CI in row_chunks(states_TI) if wants_sum else ():
             sum_I += chunk_CI.abs().sum(dim=0, dtype=torch.float64)
         square_sum_I = square_sum(states_TI) if wants_squares else torch.zeros_like(sum_I)
         return [largest_I, sum_I, square_sum_I, len(states_TI)]
@@ -111,16 +110,3 @@ class ChannelCollector:
                 num_tokens=num_tokens,
             )
         return channels
-
-
-def square_sum(states_TI: torch.Tensor) -> torch.Tensor:
-    """Sum of the squares of every channel, float64 ``(I,)``."""
-    sum_I = states_TI.new_zeros(states_TI.shape[1], dtype=torch.float64)
-    for chunk_CI in _chunks(states_TI):
-        sum_I += chunk_CI.double().square_().sum(dim=0)
-    return sum_I
-
-
-def _chunks(states_TI: torch.Tensor) -> Sequence[torch.Tensor]:
-    chunks: Sequence[torch.Tensor] = states_TI.split(max(1, _CHUNK_ELEMENTS // states_TI.shape[1]))
-    return chunks

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autoquant_ray.calibrate.channels import square_sum
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import needs_channel_squares
 from autoquant_ray.quantize.calibration import Channels
 from autoquant_ray.quantize.experts import FusedExperts
+from autoquant_ray.quantize.input_squares import square_sum
 from autoquant_ray.quantize.single_experts import by_module, routed_apart
 
 if TYPE_CHECKING:

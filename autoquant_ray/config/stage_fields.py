@@ -80,14 +80,14 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
     values = config.model_dump(mode="json")
     digests: dict[str, str] = {}
     previous = model
+    unused = _unused_fields(config)
     for stage, fields in STAGE_FIELDS.items():
         inputs = {
             name: values[name]
             for name in fields
-            if name not in ADDED_FIELDS or values[name] != ADDED_FIELDS[name]
+            if name not in unused
+            and (name not in ADDED_FIELDS or values[name] != ADDED_FIELDS[name])
         }
-        if not _is_weighted(config):
-            inputs.pop("min_expert_tokens", None)
         if stage == "shards":
             inputs["data_fingerprint"] = data
         if stage == "score" and config.stop_when_stable is not None:
@@ -106,9 +106,8 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
 def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
     """Name the result-changing fields in which two configs differ, as ``name: old -> new``."""
     values = after.model_dump(mode="json")
-    names = [name for fields in STAGE_FIELDS.values() for name in fields]
-    if not _is_weighted(after):
-        names.remove("min_expert_tokens")
+    unused = _unused_fields(after)
+    names = [name for fields in STAGE_FIELDS.values() for name in fields if name not in unused]
     earlier = ADDED_FIELDS | before
     return [
         f"{name}: {earlier[name]} -> {values[name]}"
@@ -117,11 +116,15 @@ def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
     ]
 
 
-def _is_weighted(config: ScanConfig) -> bool:
-    """Whether a format's scales rest on the tokens that each expert saw."""
+def _unused_fields(config: ScanConfig) -> set[str]:
+    """Fields that no number depends on: without a format whose scales rest on the tokens that each
+    expert saw, how many are few matters to the report alone."""
 
     def method(name: str) -> Any:
         algorithm = (config.custom_formats.get(name) or {}).get("algorithm")
         return algorithm.get("method") if isinstance(algorithm, dict) else algorithm
 
-    return any(name.endswith(f":{WEIGHTED}") or method(name) == WEIGHTED for name in config.formats)
+    is_weighted = any(
+        name.endswith(f":{WEIGHTED}") or method(name) == WEIGHTED for name in config.formats
+    )
+    return set() if is_weighted else {"min_expert_tokens"}

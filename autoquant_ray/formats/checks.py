@@ -45,8 +45,8 @@ def check_quantizers(format_: Format) -> None:
         )
 
 
-def cautions(formats: Iterable[Format]) -> list[str]:
-    """What was measured to go wrong with formats of a menu, one sentence each."""
+def caution(formats: Iterable[Format]) -> str | None:
+    """What was measured to go wrong with formats of a menu; None if nothing is known."""
     risky = [
         format_.name
         for format_ in formats
@@ -55,11 +55,11 @@ def cautions(formats: Iterable[Format]) -> list[str]:
         and format_.weight.get("num_bits") in (3, 4)
     ]
     if not risky:
-        return []
-    return [
+        return None
+    return (
         f"{', '.join(risky)}: scales by plain squared error (mse) measured worse than max on 4-bit "
         "integers; use NAME:weighted (docs/formats.md)"
-    ]
+    )
 
 
 def _check_smoothing(format_: Format) -> None:

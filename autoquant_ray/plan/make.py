@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from autoquant_ray.config.search_space import SearchSpace
-from autoquant_ray.formats.checks import cautions
+from autoquant_ray.formats.checks import caution
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import build_skeleton
@@ -26,8 +26,8 @@ def make_plan(space: SearchSpace, ref: ModelRef, *, device: str) -> Plan:
         AutoQuantError: Unknown format, unreadable config, nothing to search.
     """
     formats = resolve_formats(space.formats, device=device, custom=space.custom_formats)
-    for caution in cautions(formats):
-        logger.warning("%s", caution)
+    if (text := caution(formats)) is not None:
+        logger.warning("%s", text)
     return build_plan(
         build_skeleton(ref), formats, space.disable, space.coverage, space.expert_groups
     )

@@ -7,7 +7,7 @@ belongs to all that its input quantizer sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,21 @@ from autoquant_ray.formats.format import Attributes
 from autoquant_ray.quantize.weight_search import search_scales
 
 _INPUT = "input_quantizer"
+_CHUNK_ELEMENTS = 2**22  # bounds the copy in float64
+
+
+def row_chunks(states_TI: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The rows, so many at a time that a copy in float64 stays small."""
+    chunks: Sequence[torch.Tensor] = states_TI.split(max(1, _CHUNK_ELEMENTS // states_TI.shape[1]))
+    return chunks
+
+
+def square_sum(states_TI: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of every channel, float64 ``(I,)``."""
+    sum_I = states_TI.new_zeros(states_TI.shape[1], dtype=torch.float64)
+    for chunk_CI in row_chunks(states_TI):
+        sum_I += chunk_CI.double().square_().sum(dim=0)
+    return sum_I
 
 
 class InputSquares:
@@ -94,7 +109,7 @@ class InputSquares:
     def _add(self, quantizer: Any, states: torch.Tensor) -> None:
         states_TI = states.reshape(-1, states.shape[-1])
         if len(states_TI):
-            added_I = states_TI.double().square_().sum(dim=0)
+            added_I = square_sum(states_TI)
             before_I = self._sums.get(quantizer)
             self._sums[quantizer] = added_I if before_I is None else before_I + added_I
             self._num_rows[quantizer] = self._num_rows.get(quantizer, 0) + len(states_TI)

@@ -96,16 +96,24 @@ def quantized_weight(
 
 @torch.no_grad()
 def quantizer_of(
-    format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str
+    format_: Format,
+    weight_OI: torch.Tensor,
+    scales: WeightScales,
+    *name: str,
+    recall: Recall | None = None,
 ) -> TensorQuantizer:
-    """The quantizer of :func:`quantized_weight`, calibrated; arguments as there."""
+    """The quantizer of :func:`quantized_weight`, calibrated; arguments as there.
+
+    Args:
+        recall: In place of that of ``scales``.
+    """
     needs_squares = needs_channel_squares(format_)
     dtype = torch.float32 if needs_squares else weight_OI.dtype
     return make_weight_quantizer(
         format_.weight,
         weight_OI,
         format_.algorithm,
-        scales.recall(name, format_, dtype),
+        scales.recall(name, format_, dtype) if recall is None else recall,
         scales.largest(name[0]) if is_static_nvfp4(format_.weight) else None,
         scales.squares(name, weight_OI.device) if needs_squares else None,
     )
@@ -123,21 +131,14 @@ def fit_weight(
         scales: Those of the model.
         name: As above.
     """
-    squares_I = scales.squares(name, weight_OI.device)
-    if squares_I is None:
-        return None
     results: list[torch.Tensor] = []
 
     def search_and_keep(search: Callable[[], torch.Tensor]) -> torch.Tensor:
         results.append(search())
         return results[0]
 
-    largest = scales.largest(name[0]) if is_static_nvfp4(format_.weight) else None
-    make_weight_quantizer(
-        format_.weight, weight_OI, format_.algorithm, search_and_keep, largest, squares_I
-    )
-    numbers: np.ndarray[Any, np.dtype[np.uint8]] = results[0].cpu().numpy()
-    return numbers
+    quantizer_of(format_, weight_OI, scales, *name, recall=search_and_keep)
+    return results[0].cpu().numpy() if results else None
 
 
 @torch.no_grad()

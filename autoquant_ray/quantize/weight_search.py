@@ -63,10 +63,11 @@ def search_scales(
         recall: Remembers; None searches anew.
         squares_I: Mean square of every input channel, for ``weighted``; None leaves the maxima.
     """
-    method = None if algorithm is None else algorithm["method"]
-    if algorithm is None or method not in SEARCHES or (method == WEIGHTED and squares_I is None):
+    if algorithm is None or algorithm["method"] not in SEARCHES:
         return
-    if squares_I is not None and method == WEIGHTED:
+    if algorithm["method"] == WEIGHTED:
+        if squares_I is None:
+            return
         calibrator = _weighted_calibrator(quantizer, algorithm, squares_I)
         search = partial(_search_weighted, quantizer, weight_OI.float(), calibrator)
     else:

@@ -21,42 +21,57 @@ from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.residence import Residence
 
 
-@torch.no_grad()
-def fit_layer(
-    model: torch.nn.Module,
-    residence: Residence,
-    layers: Sequence[torch.nn.Module],
-    modules: Sequence[ScoredModule],
-    formats: Sequence[Format],
-    number: int,
-    calibration: Calibration,
-) -> Rounding:
-    """Scales of the weights in a layer, under every format that fits them.
+class LayerFitting:
+    """Fits the weights of one layer at a time.
 
     Args:
         model: The model.
-        residence: Brings the layer's weights to the device.
+        residence: Brings the weights of decoder layers to the device.
         layers: Its decoder layers.
         modules: Searched modules.
-        formats: The menu.
-        number: The layer; the number of layers stands for what is outside of them.
-        calibration: Merged over all shards.
+        formats: The menu; a module without a format that fits its scales is left alone.
     """
-    inside = {module: n for n, layer in enumerate(layers) for module in layer.modules()}
-    scales = WeightScales(model, calibration)
-    rounding: dict[tuple[str, str, str], Any] = {}
-    with residence.visit(number, None) if number < len(layers) else nullcontext():
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        residence: Residence,
+        layers: Sequence[torch.nn.Module],
+        modules: Sequence[ScoredModule],
+        formats: Sequence[Format],
+    ) -> None:
+        self._residence = residence
+        self._num_layers = len(layers)
+        self._scales = WeightScales(model)
+        inside = {module: n for n, layer in enumerate(layers) for module in layer.modules()}
+        self._by_layer: dict[int, list[tuple[PlannedModule, Any, list[Format]]]] = {}
         for scored in modules:
-            module = model.get_submodule(scored.planned.path)
-            if inside.get(module, len(layers)) != number:
-                continue
             wanted = {f.weight_key: f for f in scored.menu(formats) if needs_channel_squares(f)}
-            for part, weight in _weights(scored.planned, module) if wanted else ():
-                for key, format_ in wanted.items():
-                    fitted = fit_weight(format_, weight, scales, scored.planned.path, *part)
-                    if fitted is not None:
-                        rounding[scored.planned.path, ".".join(part), key] = fitted
-    return rounding
+            module = model.get_submodule(scored.planned.path)
+            if wanted:
+                number = inside.get(module, len(layers))
+                entry = (scored.planned, module, list(wanted.values()))
+                self._by_layer.setdefault(number, []).append(entry)
+
+    @torch.no_grad()
+    def fit(self, number: int, calibration: Calibration) -> Rounding:
+        """Scales of the weights in a layer, under every format that fits them.
+
+        Args:
+            number: The layer; the number of layers stands for what is outside of them.
+            calibration: Merged over all shards.
+        """
+        self._scales.calibration = calibration
+        is_layer = number < self._num_layers
+        rounding = {}
+        with self._residence.visit(number, None) if is_layer else nullcontext():
+            for planned, module, formats in self._by_layer.get(number, []):
+                for part, weight in _weights(planned, module):
+                    for format_ in formats:
+                        fitted = fit_weight(format_, weight, self._scales, planned.path, *part)
+                        if fitted is not None:
+                            rounding[planned.path, ".".join(part), format_.weight_key] = fitted
+        return rounding
 
 
 def _weights(planned: PlannedModule, module: Any) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from autoquant_ray.quantize.calibration import Calibration, Rounding
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Gradients, Pass
-from autoquant_ray.score.fitting import fit_layer
+from autoquant_ray.score.fitting import LayerFitting
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.score.model_checks import require_head, require_linears
@@ -112,11 +113,11 @@ class Scorer:
 
     def __init__(self, spec: ScoringSpec, model: Any = None) -> None:
         self.spec = spec
-        self.model, self._residence = set_up_model(spec, model)
+        self.model, residence = set_up_model(spec, model)
         self._device = self.model.get_input_embeddings().weight.device
         self._backward = LayerwiseBackward(
             self.model,
-            self._residence,
+            residence,
             reaches_front=any(is_of_tower(scored.planned.name) for scored in spec.modules),
         )
         self._loss = VocabularyLoss(self.model)
@@ -212,17 +213,16 @@ class Scorer:
             layer: Its number; the number of layers stands for what is outside of them.
             calibration: Merged over all shards.
         """
-        spec = self.spec
-        rounding: Rounding = fit_layer(
-            self.model,
-            self._residence,
-            self._backward.layers,
-            spec.modules,
-            spec.formats,
-            layer,
-            calibration,
-        )
+        rounding: Rounding = self._fitting.fit(layer, calibration)
         return rounding
+
+    @cached_property
+    def _fitting(self) -> LayerFitting:
+        """Made when it is first needed: most menus never do."""
+        layers, spec = self._backward.layers, self.spec
+        return LayerFitting(
+            self.model, self._backward.residence, layers, spec.modules, spec.formats
+        )
 
     def score(
         self,

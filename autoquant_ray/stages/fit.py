@@ -7,9 +7,8 @@ order. A layer's part depends on the merged statistics and on nothing else.
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Any
 
-from autoquant_ray.calibrate.files import read_calibration, rounding_of, rounding_rows
+from autoquant_ray.calibrate.files import read_calibration, rounding_rows
 from autoquant_ray.distributed.interrupts import stop_on_signal
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.distributed.progress import progress
@@ -42,10 +41,9 @@ def fit(
         with state.stage("fit", fingerprint):
             layers = range(len(plan.layer_weights) + 1)
             _fit_layers(state, pool, plan, calibration, layers)
-            merged: dict[tuple[str, str, str], Any] = {}
-            for table in Parts(directory, ROUNDING, layers):
-                merged |= rounding_of(table, plan.formats)
-            directory.write_table(ROUNDING_FILE, rounding_rows(merged, plan.formats))
+            parts = Parts(directory, ROUNDING, layers)
+            rows = [row for table in parts for row in table.to_pylist()]
+            directory.write_table(ROUNDING_FILE, rows)
     return read_calibration(directory, plan.formats)
 
 

@@ -26,7 +26,7 @@ from autoquant_ray.quantize.experts import prepare_experts
 from autoquant_ray.quantize.modules import UNQUANTIZED, QuantizedLayers
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 from autoquant_ray.quantize.weight_cache import WeightCache
-from autoquant_ray.score.fitting import fit_layer
+from autoquant_ray.score.fitting import LayerFitting
 from autoquant_ray.score.residence import Resident
 
 CUSTOM = {
@@ -75,9 +75,8 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
     if any(map(needs_channels, plan.formats)):
         directory.write_table("channels.parquet", channel_rows(calibration))
     if any(map(needs_channel_squares, plan.formats)):
-        rounding = fit_layer(
-            model, Resident(), [], scored_modules(plan), plan.formats, 0, calibration
-        )
+        fitting = LayerFitting(model, Resident(), [], scored_modules(plan), plan.formats)
+        rounding = fitting.fit(0, calibration)
         directory.write_table("rounding.parquet", rounding_rows(rounding, plan.formats))
     return {row["module"]: row["value"] for row in rows}
 

@@ -15,26 +15,18 @@ from modelopt_scores import (
     scores_of_config,
     summed_by_step,
 )
+from weight_formats import FP8, INT4, INT8, searched
 
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.experts import FusedExperts, prepare_experts
 from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 
-INT4 = {"num_bits": 4, "block_sizes": {-1: 16, "type": "static"}}
-INT8 = {"num_bits": 8, "axis": 0}
-FP8 = {"num_bits": (4, 3), "axis": None}
 NARROW = {"method": "mse", "start_multiplier": 0.5, "stop_multiplier": 1.2, "step_size": 0.07}
-
-
-def searched(weight: Any, algorithm: Any = "mse", input_: Any = None) -> Format:
-    entry = {"weight": weight, "input": input_, "algorithm": algorithm}
-    return resolve_formats(("mine",), device="cpu", custom={"mine": entry})[0]
 
 
 def of_modelopt(module: Any, prefix: str = "") -> torch.Tensor:

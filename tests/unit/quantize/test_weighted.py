@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
+from weight_formats import FP8, INT4, INT8, searched
 
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.config.search_space import SearchSpace
@@ -31,19 +32,16 @@ from autoquant_ray.quantize.quantizers import (
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.scorer import Scorer
 
-INT4 = {"num_bits": 4, "block_sizes": {-1: 16, "type": "static"}}
-INT8 = {"num_bits": 8, "axis": 0}
-FP8 = {"num_bits": (4, 3), "axis": None}
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
 MULTIPLIERS = np.linspace(0.7, 1.05, 15).astype(np.float32)
 
 
-def format_of(name: str, custom: Any = None) -> Format:
-    return resolve_formats((name,), device="cpu", custom=custom)[0]
+def format_of(name: str) -> Format:
+    return resolve_formats((name,), device="cpu")[0]
 
 
 def weighted(weight: Any) -> Format:
-    return format_of("mine:weighted", {"mine": {"weight": weight}})
+    return searched(weight, "weighted")
 
 
 def drawn(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -196,6 +194,12 @@ def test_method_that_a_format_cannot_have_is_refused(name: str, words: str) -> N
     with pytest.raises(FormatError, match=words) as error:
         format_of(name)
     assert len(str(error.value)) <= 400
+
+
+def test_format_of_the_config_takes_a_method_behind_its_name() -> None:
+    custom = {"mine": {"weight": INT4}}
+    (named,) = resolve_formats(("mine:weighted",), device="cpu", custom=custom)
+    assert (named.weight, named.algorithm) == (INT4, weighted(INT4).algorithm)
 
 
 def test_method_keeps_the_stored_bytes_and_gives_nvfp4_stored_scales() -> None:
