@@ -18,7 +18,7 @@ FAST_CHECKS = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "10000",  # the port of a dead process refuses at once
-    "RAY_health_check_failure_threshold": "4",
+    "RAY_health_check_failure_threshold": "2",
 }
 
 
