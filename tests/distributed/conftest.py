@@ -1,4 +1,4 @@
-"""A local Ray cluster for each test module, and the command line as a real process."""
+"""A Ray cluster for each test process, and the command line as a real process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from local_ray import start_local_ray
+from local_ray import local_cluster
 from warm_commands import WarmProcess, run_warm
 
 
+@pytest.fixture(scope="session")
+def cluster_address() -> Iterator[str]:
+    """Four CPUs (whatever the machine has) for tests in which no node is killed."""
+    with local_cluster(num_cpus=4) as address:
+        yield address
+
+
 @pytest.fixture(scope="module")
-def ray_local() -> Iterator[None]:
-    """Four CPUs (whatever the machine has), small object store, no dashboard."""
-    start_local_ray(num_cpus=4)
+def ray_local(cluster_address: str) -> Iterator[None]:
+    """This process is a driver on the shared cluster."""
+    ray.init(address=cluster_address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -46,8 +53,8 @@ def run_command() -> Any:
 
 
 @pytest.fixture(scope="session")
-def scan_arguments(model_folder: Any, text_file: Path) -> Any:
-    """Arguments of a small scan into a run directory."""
+def scan_arguments(model_folder: Any, text_file: Path, cluster_address: str) -> Any:
+    """Arguments of a small scan into a run directory; of two workers unless ``extra`` says more."""
 
     def build(out: Path, *extra: Any, family: str = "llama") -> list[Any]:
         return [
@@ -63,8 +70,10 @@ def scan_arguments(model_folder: Any, text_file: Path) -> Any:
             "8",
             "--shard-samples",
             "2",
+            "--workers",
+            "2",
             "--address",
-            "local",
+            cluster_address,
             *extra,
         ]
 

@@ -30,8 +30,8 @@ def peak_bytes(pid: int) -> int:
 def test_scan_demo_model_stays_within_memory(tmp_path: Path) -> None:
     # Started from nothing: a forked process would hold what others have imported.
     run = tmp_path / "run"
-    arguments = ["scan", find_demo_model(), "--data", "pydoc", "--pack", "--samples", 4]
-    arguments += ["--seq-len", 256, "--shard-samples", 4, "--workers", 1, "--address", "local"]
+    arguments = ["scan", find_demo_model(), "--data", "pydoc", "--pack", "--samples", 2]
+    arguments += ["--seq-len", 256, "--shard-samples", 2, "--workers", 1, "--address", "local"]
     arguments += ["--formats", "wint4_afp16,wfp8_afp8,wint8_aint8", "--bits", 6, "--out", run]
     worker, driver, pause = 0, 0, threading.Event()
     command = [sys.executable, "-m", "autoquant_ray", *map(str, arguments)]

@@ -19,7 +19,7 @@ from autoquant_ray import load_quantization_config
 
 NUM_CALIBRATION = 6
 FORMATS = "wint4_afp16,wint8_aint8,kv_fp8,kv_nvfp4"
-RIVALS = ("--num-random", "3", "--address", "local", "--workers")
+RIVALS = ("--num-random", "3", "--workers")
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_audit_measures_pairs_and_solves_again(
     scanned: Path, run_command: Any, tmp_path: Path
 ) -> None:
     """Four of six shards choose, the others tell; two workers give the same bytes."""
-    arguments = ("--audit", "4", "--against", "none", "--address", "local", "--json", "--workers")
+    arguments = ("--audit", "4", "--against", "none", "--json", "--workers")
     runs = [tmp_path / name for name in ("one", "two")]
     for run, workers in zip(runs, ("1", "2"), strict=True):
         shutil.copytree(scanned, run)

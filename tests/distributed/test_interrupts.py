@@ -33,7 +33,7 @@ def start(tmp_path: Path, start_command: Any, scan_arguments: Any) -> Any:
 
     def start(*extra: Any, **options: Any) -> WarmProcess:
         scan: WarmProcess = start_command(
-            *scan_arguments(tmp_path / "run", *SLOW, *extra), **options
+            *scan_arguments(tmp_path / "run", *SLOW, "--address", "local", *extra), **options
         )
         return scan
 

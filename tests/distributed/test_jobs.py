@@ -260,6 +260,7 @@ def test_sweep_goes_on_after_a_failed_model_and_is_shown_in_place(
     model_folder: Any,
     expected: bytes,
     run_command: Any,
+    cluster_address: str,
 ) -> None:
     values = {key: value for key, value in job().items() if key not in ("model", "bits")}
     models = [str(tmp_path / "missing"), str(model_folder("llama"))]
@@ -276,7 +277,7 @@ def test_sweep_goes_on_after_a_failed_model_and_is_shown_in_place(
     assert solutions == ["bits-6.00", "bytes-1000000"]
     written = (run / "sensitivity.parquet").stat().st_mtime_ns
 
-    again = run_command("run", path, "--address", "local", "--json")
+    again = run_command("run", path, "--address", cluster_address, "--json")
     assert again.returncode == 2, again.stderr
     shown = json.loads(again.stdout)
     assert shown["run_id"] == run_id

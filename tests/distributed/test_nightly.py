@@ -23,9 +23,9 @@ def model(model_folder: Any, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def night(model: Path, text_file: Path, tmp_path: Path) -> Any:
-    """Arguments of the command that runs the night of a day."""
-    job = {
+def job(model: Path, text_file: Path, cluster_address: str) -> dict[str, Any]:
+    """What every night does; a test may change it."""
+    return {
         "kind": "nightly",
         "name": "tiny",
         "model": str(model),
@@ -35,13 +35,18 @@ def night(model: Path, text_file: Path, tmp_path: Path) -> Any:
         "bits": 6,
         "shard_samples": 2,
         "workers": 1,
-        "address": "local",
+        "address": cluster_address,
     }
-    path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(job))
+
+
+@pytest.fixture
+def night(job: dict[str, Any], tmp_path: Path) -> Any:
+    """Arguments of the command that runs the night of a day."""
 
     def build(day: int, *extra: Any) -> list[Any]:
         date = f"2026-11-{day:02d}"
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(job))
         return ["nightly", path, "--runs", tmp_path / "runs", "--date", date, *extra]
 
     return build
@@ -81,7 +86,13 @@ def test_nights_same_then_drift(night: Any, model: Path, tmp_path: Path, run_com
 
 
 def test_killed_night_goes_on_and_overlapping_tick_leaves(
-    night: Any, watch: Any, tmp_path: Path, start_command: Any, run_command: Any
+    job: dict[str, Any],
+    night: Any,
+    watch: Any,
+    tmp_path: Path,
+    start_command: Any,
+    run_command: Any,
+    cluster_address: str,
 ) -> None:
     run_folder = tmp_path / "runs" / RUNS[0]
     with start_command(*night(1)) as at_work:
@@ -95,9 +106,11 @@ def test_killed_night_goes_on_and_overlapping_tick_leaves(
     whole = (run_folder / "sensitivity.parquet").read_bytes()
 
     run_folder = tmp_path / "runs" / RUNS[1]
+    job["address"] = "local"  # a cluster that ends with its driver
     before = watch.kill_driver(run_folder, start_command(*night(2)), after=2)
     assert before
     assert len(history(tmp_path)) == 1
+    job["address"] = cluster_address
     again = run_command(*night(2))
     assert again.returncode == 0, again.stderr
     after = watch.part_times(run_folder)

@@ -17,6 +17,7 @@ KV_BYTES = 200
 FAMILY = "qwen3_moe"  # linears, routed experts and caches
 SLOW = ("--shard-samples", "1", "--label-draws", "8", "--formats", ",".join(FORMATS))
 SLOW = (*SLOW, "--kv-bytes-per-token", str(KV_BYTES))
+ALONE = ("--workers", "1", "--address", "local")  # its cluster ends with it
 
 
 def sensitivity(run: Path) -> list[bytes]:
@@ -83,7 +84,7 @@ def test_scan_killed_driver_resumes_without_repeating_finished_shards(
     watch: Any,
 ) -> None:
     run = tmp_path / "run"
-    scan = start_command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY))
+    scan = start_command(*scan_arguments(run, *SLOW, *ALONE, family=FAMILY))
     finished = watch.kill_driver(run, scan, after=3)
     assert 3 <= len(finished) < 12
     assert not (run / "sensitivity.parquet").exists()
@@ -106,7 +107,7 @@ def test_scan_interrupted_by_sigterm_exits_130_and_resumes(
     watch: Any,
 ) -> None:
     run = tmp_path / "run"
-    with start_command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY)) as scan:
+    with start_command(*scan_arguments(run, *SLOW, *ALONE, family=FAMILY)) as scan:
         watch.wait_for(lambda: len(watch.scored(run)) >= 1, scan)
         scan.send_signal(signal.SIGTERM)
         _, stderr = scan.communicate()

@@ -9,12 +9,13 @@ from typing import Any
 
 import psutil
 import pytest
+from local_ray import local_cluster
 from object_store import KEYS, ObjectStore
 
 from autoquant_ray.runs.names import SCORES, part_name
 
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
-SLOW = ("--shard-samples", "1", "--label-draws", "12", "--workers", "1")
+SLOW = ("--shard-samples", "1", "--label-draws", "12")
 NUM_SHARDS = 12
 
 
@@ -30,9 +31,18 @@ def store() -> Iterator[ObjectStore]:
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory, run_command: Any, scan_arguments: Any) -> Path:
+def arguments(store: ObjectStore, scan_arguments: Any) -> Iterator[Any]:
+    """Arguments of a scan by one worker, on a cluster that knows the way to the store."""
+    with local_cluster(num_cpus=1) as address:
+        yield lambda out, *extra: scan_arguments(
+            out, "--workers", "1", "--address", address, *extra
+        )
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, run_command: Any, arguments: Any) -> Path:
     run: Path = tmp_path_factory.mktemp("local") / "run"
-    done = run_command(*scan_arguments(run, *SLOW))
+    done = run_command(*arguments(run, *SLOW))
     assert done.returncode == 0, done.stderr
     return run
 
@@ -52,11 +62,11 @@ def test_killed_driver_resumes_and_every_command_works(
     local: Path,
     start_command: Any,
     run_command: Any,
-    scan_arguments: Any,
+    arguments: Any,
     watch: Any,
 ) -> None:
     run = "s3://bucket/killed/run"
-    with start_command(*scan_arguments(run, *SLOW)) as scan:
+    with start_command(*arguments(run, *SLOW, "--address", "local")) as scan:
         watch.wait_for(lambda: len(store.keys(f"killed/run/{SCORES}/")) >= 3, scan)
         children = psutil.Process(scan.pid).children(recursive=True)
         scan.kill()
@@ -65,7 +75,7 @@ def test_killed_driver_resumes_and_every_command_works(
     assert 3 <= len(kept) < NUM_SHARDS
     assert "sensitivity.parquet" not in store.keys("killed/run/")
 
-    resumed = run_command(*scan_arguments(run, *SLOW, "--resume"))
+    resumed = run_command(*arguments(run, *SLOW, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert kept.items() <= score_parts(store, "killed/run").items()
     assert (
@@ -89,13 +99,13 @@ def test_killed_driver_resumes_and_every_command_works(
 
 
 def test_listings_do_not_grow_with_the_shards(
-    store: ObjectStore, local: Path, run_command: Any, scan_arguments: Any
+    store: ObjectStore, local: Path, run_command: Any, arguments: Any
 ) -> None:
     counts = []
     for name, shard_samples in (("few", "6"), ("many", "1")):
         before = store.count("GET", f"prefix=count%2F{name}%2F")
         run = f"s3://bucket/count/{name}"
-        done = run_command(*scan_arguments(run, "--shard-samples", shard_samples, "--workers", 1))
+        done = run_command(*arguments(run, "--shard-samples", shard_samples))
         assert done.returncode == 0, done.stderr
         counts.append(store.count("GET", f"prefix=count%2F{name}%2F") - before)
     few, many = counts
@@ -103,7 +113,7 @@ def test_listings_do_not_grow_with_the_shards(
 
 
 def test_server_gone_in_scoring_leaves_a_resumable_run(
-    store: ObjectStore, local: Path, run_command: Any, scan_arguments: Any
+    store: ObjectStore, local: Path, run_command: Any, arguments: Any
 ) -> None:
     run = "s3://bucket/gone/run"
     is_gone = []
@@ -115,7 +125,7 @@ def test_server_gone_in_scoring_leaves_a_resumable_run(
 
     store.gateway.fault = go_after_third_part
     try:
-        cut_off = run_command(*scan_arguments(run, *SLOW))
+        cut_off = run_command(*arguments(run, *SLOW))
     finally:
         store.gateway.fault = lambda _method, _path: None
     assert cut_off.returncode == 1, cut_off.stderr
@@ -126,7 +136,7 @@ def test_server_gone_in_scoring_leaves_a_resumable_run(
     kept = score_parts(store, "gone/run")
     assert len(kept) >= 3
 
-    resumed = run_command(*scan_arguments(run, *SLOW, "--resume"))
+    resumed = run_command(*arguments(run, *SLOW, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert kept.items() <= score_parts(store, "gone/run").items()
     assert (
@@ -155,9 +165,9 @@ def test_import_into_s3(store: ObjectStore, tmp_path: Path, run_command: Any) ->
 
 
 def test_missing_bucket_stops_before_any_work(
-    store: ObjectStore, run_command: Any, scan_arguments: Any
+    store: ObjectStore, run_command: Any, arguments: Any
 ) -> None:
-    done = run_command(*scan_arguments("s3://not-there/run", *SLOW))
+    done = run_command(*arguments("s3://not-there/run", *SLOW))
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "s3://not-there/run" in line

@@ -122,7 +122,8 @@ def test_stopped_scan_with_a_killed_driver_resumes_to_the_same(
     watch: Any,
 ) -> None:
     run = tmp_path / "run"
-    scan = start_command(*scan_arguments(run, *STOPPING, "--workers", "1"))
+    alone = ("--workers", "1", "--address", "local")
+    scan = start_command(*scan_arguments(run, *STOPPING, *alone))
     kept = watch.kill_driver(run, scan, after=3)
     assert 3 <= len(kept) < 8
     resumed = run_command(*scan_arguments(run, *STOPPING, "--workers", "1", "--resume"))
