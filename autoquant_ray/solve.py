@@ -14,16 +14,17 @@ from autoquant_ray.allocate.allocation import Allocation
 from autoquant_ray.allocate.certainty.solution import Certainty, certainty_of
 from autoquant_ray.allocate.certainty.stopping import describe_stopping
 from autoquant_ray.allocate.domains import domain_summary, solve_domains
-from autoquant_ray.allocate.losses import chosen_formats
+from autoquant_ray.allocate.losses import chosen_formats, uniform_format
 from autoquant_ray.allocate.manifest import build_manifest, manifest_rows, solution_summary
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.quant_cfg import quantization_config
-from autoquant_ray.allocate.read import ScoredRun
+from autoquant_ray.allocate.read import ScoredRun, is_chosen_by_measurement
 from autoquant_ray.allocate.search import served_problem
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
+from autoquant_ray.report.concerns import low_uniform
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, MANIFEST_TABLE, SOLUTIONS, solution_folder
 from autoquant_ray.runs.state import RunState
@@ -42,6 +43,7 @@ class Solution:
         shards_used: How many shards were used and why, for a scan that was asked to stop early.
         certainty: How sure it is; None where there are no shards to resample.
         sensitivities: Searched groups with the largest score over the menu, most sensitive first.
+        caution: Why the predicted KL is too low, if it is known to be.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Solution:
     shards_used: str | None
     certainty: Certainty | None
     sensitivities: list[tuple[str, float]]
+    caution: str | None
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -68,6 +71,7 @@ class Solution:
             ("Effective bits", f"{self.summary['effective_bits']:.4f}"),
             ("Weights of the whole model", f"{self.summary['weight_bytes'] / 2**20:,.1f} MiB"),
             ("Predicted KL", "unknown" if kl is None else f"{kl:.4g} nats per token"),
+            *([] if self.caution is None else [("Note", self.caution)]),
             *((kind, path) for kind, path in self.paths.items()),
         ]
         return facts_html(f"Solution {self.name}" if self.name else "The scan's solution", facts)
@@ -139,7 +143,16 @@ def write_solution(
         shards_used=describe_stopping(run.state.record),
         certainty=certainty,
         sensitivities=run.sensitivities,
+        caution=_caution(run, manifest, formats),
     )
+
+
+def _caution(run: ScoredRun, manifest: Mapping[str, Any], formats: Mapping[str, str]) -> str | None:
+    """Why the predicted KL is too low; None where there is none, or where it was measured."""
+    if run.state.record.is_imported or is_chosen_by_measurement(manifest):
+        return None
+    bits = manifest["solution"]["effective_bits"]
+    return low_uniform(bits, uniform_format(run.problem, formats))
 
 
 def _manifest(

@@ -1,4 +1,4 @@
-"""Numbers of an allocation: predicted loss, average bits, bytes of the model."""
+"""Facts of an allocation: predicted loss, bits, bytes of the model, whether it is uniform."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from autoquant_ray.allocate.group_choices import GroupChoices
 from autoquant_ray.allocate.options import BITS_PER_BYTE
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.method_names import without_method
 
 
 def chosen_formats(problem: Problem, allocation: Allocation) -> dict[str, str]:
@@ -51,3 +52,18 @@ def model_bytes(problem: Problem, formats: Mapping[str, str]) -> float:
     return problem.other_bytes + math.fsum(
         group.cost(formats.get(group.name, NONE), "model") for group in problem.groups.values()
     )
+
+
+def uniform_format(problem: Problem, formats: Mapping[str, str]) -> str | None:
+    """The format, without its method, of all quantized weights; None where they have several.
+
+    Args:
+        problem: Groups; caches do not count.
+        formats: Group -> format.
+    """
+    names = {
+        without_method(format_)
+        for group, format_ in formats.items()
+        if format_ != NONE and not problem.groups[group].is_cache
+    }
+    return names.pop() if len(names) == 1 else None

@@ -113,6 +113,8 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"total score: {summary['score']:.4g} (imported, no unit)")
     else:
         console.print(f"predicted KL: {predicted:.4g} nats per token")
+    if solution.caution is not None:
+        console.print(f"note: {escape(solution.caution)}", soft_wrap=True)
     for name, domain in summary.get("domains", {}).items():
         console.print(
             f"  in {escape(name)}: {domain['predicted_kl_nats']:.4g} "
@@ -229,9 +231,9 @@ def print_frontier(run: str, points: Sequence[Point]) -> None:
 def print_explanation(explanation: Explanation) -> None:
     """What the group got and why, one line per format, and what does not fit a table."""
     from autoquant_ray.allocate.certainty.explanation import (
-        HEADS,
         head_lines,
         note_lines,
+        table_heads,
         table_rows,
     )
 
@@ -240,7 +242,7 @@ def print_explanation(explanation: Explanation) -> None:
         console.print(escape(line), soft_wrap=True)
     if explanation.formats:
         table = Table(box=box.SIMPLE)
-        for number, head in enumerate(HEADS):
+        for number, head in enumerate(table_heads(explanation)):
             table.add_column(head, justify="right" if number else "left")
         for row in table_rows(explanation):
             table.add_row(*map(escape, row))

@@ -11,6 +11,7 @@ from autoquant_ray.allocate.group_choices import GroupChoices
 from autoquant_ray.allocate.read import ScoredRun, options_of
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.formats.method_names import has_methods, roundings
 from autoquant_ray.report.audit import AuditData, audit_section, read_pairs
 from autoquant_ray.report.concerns import Concern, find_concerns
 from autoquant_ray.report.domains import DomainSection, domain_section
@@ -18,7 +19,14 @@ from autoquant_ray.report.expert_rows import by_format, by_layer, layer_order, s
 from autoquant_ray.report.facts import report_facts
 from autoquant_ray.report.frontier_chart import Dot
 from autoquant_ray.report.frontier_dots import frontier_dots
-from autoquant_ray.report.groups import GroupRow, MixRow, format_mix, group_rows
+from autoquant_ray.report.groups import (
+    GroupRow,
+    MethodSection,
+    MixRow,
+    format_mix,
+    group_rows,
+    method_section,
+)
 from autoquant_ray.report.headline import Number, headline
 from autoquant_ray.report.heat import Heat, heat_maps
 from autoquant_ray.report.measured import MeasuredData, measured_sections
@@ -37,6 +45,8 @@ class Layer:
         sensitivity: Largest score of its group over the menu, the predicted loss of the harshest
             format; None for an unsearched layer.
         note: Why the layer is not searched.
+        method: How its weights are rounded; None where that is no question.
+        saved: What that saves its group against plain rounding, as text.
         kv_bytes: For a KV cache, bytes per token of context; None for weights.
     """
 
@@ -47,6 +57,8 @@ class Layer:
     size_bytes: float
     chosen: str
     note: str | None
+    method: str | None
+    saved: str
     kv_bytes: float | None = None
 
 
@@ -71,6 +83,7 @@ class ReportContent:
         reproduction: How to reproduce the solution.
         audit: For an audited solution, which scores were measured.
         domains: Loss by domain; None where the data has no domains.
+        methods: What methods of rounding saved; None where the menu has no methods.
     """
 
     title: str
@@ -90,6 +103,7 @@ class ReportContent:
     reproduction: Reproduction
     audit: AuditData | None = None
     domains: DomainSection | None = None
+    methods: MethodSection | None = None
 
 
 def collect_content(run: ScoredRun, folder: str) -> ReportContent:
@@ -106,6 +120,7 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
     record, plan, problem = run.state.record, run.state.plan, run.problem
     rows = _group_rows(run, sources)
     experts = single_experts(plan.get("modules", {}))
+    unit = "no unit (imported)" if record.is_imported else "nats per token"
     return ReportContent(
         title=f"Quantization of {record.model['name'].rstrip('/').rpartition('/')[2]}",
         numbers=headline(sources),
@@ -118,7 +133,7 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
         dots=_dots(sources),
         formats=list(dict.fromkeys(row["format"] for row in run.rows)),
         scores=sources.scores,
-        unit="no unit (imported)" if record.is_imported else "nats per token",
+        unit=unit,
         warnings=_warnings(plan, sources.rows),
         measured=measured_sections(
             sources.evaluations, sources.name, sources.key, sources.is_by_domain
@@ -128,15 +143,18 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
         ),
         audit=_audit(sources),
         domains=domain_section(sources.manifest),
+        methods=method_section(rows, unit),
     )
 
 
 def _group_rows(run: ScoredRun, sources: Sources) -> list[GroupRow]:
     groups = list(run.problem.groups.values())
-    unsearched = run.state.plan["unsearched"]
+    plan = run.state.plan
+    unsearched, menu = plan["unsearched"], plan["formats"]
     kept = (sources.manifest.get("stability") or {}).get("kept", {})
     formats = dict.fromkeys(unsearched, NONE) | sources.formats
-    return group_rows(groups, formats, sources.scores, kept, unsearched)
+    rounded = roundings(menu) if has_methods(entry["name"] for entry in menu) else {}
+    return group_rows(groups, formats, sources.scores, kept, unsearched, rounded=rounded)
 
 
 def _manifest_of(state: RunState, name: str) -> dict[str, Any]:
@@ -185,6 +203,8 @@ def _layers(
             size_bytes=row["weight_bytes"],
             chosen=row["format"],
             note=by_name[row["group"]].note,
+            method=by_name[row["group"]].method,
+            saved=by_name[row["group"]].saved_text,
             kv_bytes=groups[row["group"]].rows[row["format"]].get(KV_BYTES) or None,
         )
         for row in rows
@@ -199,6 +219,8 @@ def _layers(
             size_bytes=group.num_bytes,
             chosen=group.chosen,
             note=group.note,
+            method=group.method,
+            saved=group.saved_text,
         )
         for group in by_format([row for row in shown if row.name in experts], experts)
     ]

@@ -33,6 +33,8 @@ class Evidence:
         stderr: Standard error of ``predicted``; None where unknown.
         effective_bits: Average stored bits over the searched groups.
         choices: Groups with a loss above 0.
+        uniform: The format, without its method, of all quantized groups of weights; None where
+            they have several.
         is_satisfied: Whether the budget is met.
         num_shards: Shards behind the scores; None for imported scores.
         quarantined: Entries of ``run.json``.
@@ -56,6 +58,7 @@ class Evidence:
     stderr: float | None
     effective_bits: float
     choices: Sequence[ChosenFormat]
+    uniform: str | None = None
     is_satisfied: bool = True
     num_shards: int | None = None
     quarantined: Sequence[Mapping[str, Any]] = ()

@@ -93,6 +93,7 @@ def _merged(rows: Sequence[GroupRow], name: str) -> GroupRow:
         scores=scores,
         kept=None,
         note=rows[0].note if len({row.note for row in rows}) == 1 else None,
+        rounding=rows[0].rounding if len(counts) == 1 else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Groups as a report shows them: a row per group, and totals per format."""
+"""Groups as a report shows them: a row per group, and totals per format and per method."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autoquant_ray.allocate.group_choices import GroupChoices
+from autoquant_ray.formats.algorithms import MAX
+from autoquant_ray.formats.method_names import Rounding
 
 ScoresWithErrors = Mapping[str, Mapping[str, tuple[float, float | None]]]
 """Group -> format -> (score, standard error or None)."""
+
+METHOD_HEADS = ("Method", "Groups", "Weights", "Predicted loss", "Saved against plain rounding")
+_NOT_SCORED = "plain not scored"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,8 @@ class GroupRow:
         scores: Format -> (score, standard error or None).
         kept: Share of the resamples in which the group keeps its format; None where unknown.
         note: Why the group is not searched.
+        rounding: How the chosen format rounds weights; None for 16 bits, for a cache, and where no
+            format of the menu names a method.
     """
 
     name: str
@@ -39,6 +46,31 @@ class GroupRow:
     scores: Mapping[str, tuple[float, float | None]]
     kept: float | None
     note: str | None
+    rounding: Rounding | None = None
+
+    @property
+    def method(self) -> str | None:
+        """How its weights are rounded, if that is a question."""
+        return None if self.rounding is None else self.rounding.method
+
+    @property
+    def loss(self) -> float | None:
+        """Score of the chosen format; None where it has none, as 16 bits."""
+        entry = self.scores.get(self.chosen)
+        return None if entry is None else entry[0]
+
+    @property
+    def saved(self) -> float | None:
+        """Score of the chosen format rounded plainly minus its own; None where either lacks."""
+        plain = None if self.rounding is None else self.scores.get(self.rounding.plain or "")
+        return None if plain is None or self.loss is None else plain[0] - self.loss
+
+    @property
+    def saved_text(self) -> str:
+        """The same for a table; a dash where nothing could be saved."""
+        if self.method in (None, MAX):
+            return "-"
+        return _NOT_SCORED if self.saved is None else f"{self.saved:.4e}"
 
 
 def group_rows(
@@ -47,6 +79,8 @@ def group_rows(
     scores: ScoresWithErrors,
     kept: Mapping[str, float],
     unsearched: Mapping[str, str],
+    *,
+    rounded: Mapping[str, Rounding],
 ) -> list[GroupRow]:
     """Rows of all groups, the most sensitive first, unsearched ones last.
 
@@ -56,6 +90,7 @@ def group_rows(
         scores: Measured scores.
         kept: Group -> share of the resamples in which it keeps its format.
         unsearched: Group -> why it is not searched.
+        rounded: Format -> how it rounds weights; empty for a menu without methods.
     """
     losses = {group.name: _loss(group.name, formats, scores) for group in groups}
     total = math.fsum(losses.values())
@@ -73,6 +108,7 @@ def group_rows(
             scores=scores.get(group.name, {}),
             kept=kept.get(group.name),
             note=unsearched.get(group.name),
+            rounding=rounded.get(formats[group.name]),
         )
         for group in groups
     ]
@@ -118,3 +154,67 @@ def format_mix(rows: Sequence[GroupRow]) -> list[MixRow]:
         for name, of_format in by_format.items()
     ]
     return sorted(mix, key=lambda row: -row.share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSection:
+    """The section of a report that says what methods of rounding saved.
+
+    Attributes:
+        text: What is compared, and the total.
+        rows: Cells under ``METHOD_HEADS``, the method that saved most first.
+    """
+
+    text: str
+    rows: list[tuple[str, ...]]
+
+
+def method_section(rows: Sequence[GroupRow], unit: str) -> MethodSection | None:
+    """Totals per method; None where no format of the menu names a method.
+
+    Args:
+        rows: Rows of all groups.
+        unit: Of the scores.
+    """
+    by_method: dict[str, list[GroupRow]] = {}
+    for row in rows:
+        if row.method is not None and row.loss is not None:
+            by_method.setdefault(row.method, []).append(row)
+    if not by_method:
+        return None
+    chosen = [row for row in rows if row.method not in (None, MAX) and row.saved is not None]
+    loss, saved = math.fsum(row.loss or 0.0 for row in chosen), _saved(chosen)
+    text = (
+        "How the weights of each group are rounded, and what that saves: the score of the same "
+        f"format rounded plainly ({MAX}) minus the score of the chosen one, in {unit}. "
+    )
+    if chosen:
+        text += (
+            f"Together {saved:.4g}: rounded plainly in the same formats, these groups would be "
+            f"predicted to lose {loss + saved:.4g} in place of {loss:.4g}."
+        )
+    ranked = sorted(by_method.items(), key=lambda item: -_saved(item[1]))
+    return MethodSection(text=text.strip(), rows=[_method_cells(*item) for item in ranked])
+
+
+def _saved(rows: Sequence[GroupRow]) -> float:
+    return math.fsum(row.saved or 0.0 for row in rows)
+
+
+def _method_cells(method: str, rows: Sequence[GroupRow]) -> tuple[str, ...]:
+    """Cells of a method under ``METHOD_HEADS``."""
+    unknown = sum(row.saved is None for row in rows)
+    saved = f"{_saved(rows):.4g}"
+    if method == MAX:
+        saved = "-"
+    elif unknown == len(rows):
+        saved = _NOT_SCORED
+    elif unknown:
+        saved += f" ({_NOT_SCORED} for {unknown} groups)"
+    return (
+        method,
+        f"{len(rows)}",
+        f"{sum(row.num_weights for row in rows):,}",
+        f"{math.fsum(row.loss or 0.0 for row in rows):.4g}",
+        saved,
+    )

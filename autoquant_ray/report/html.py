@@ -10,6 +10,7 @@ from autoquant_ray.report.bokeh_js import bokeh_scripts
 from autoquant_ray.report.content import ReportContent, format_score
 from autoquant_ray.report.domains import DOMAIN_HEADS
 from autoquant_ray.report.frontier_chart import Dot, chart_data, size_text, visible
+from autoquant_ray.report.groups import METHOD_HEADS
 from autoquant_ray.report.measured import HEADS
 from autoquant_ray.report.page import render_page
 
@@ -34,6 +35,7 @@ def render_html(content: ReportContent) -> str:
         measured_heads=HEADS,
         audit_heads=AUDIT_HEADS,
         domain_heads=DOMAIN_HEADS,
+        method_heads=METHOD_HEADS,
         rows=content.groups[:num_rows],
         num_left_out=max(0, len(content.groups) - num_rows),
         num_resamples=NUM_RESAMPLES,

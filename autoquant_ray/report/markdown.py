@@ -8,6 +8,7 @@ from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
 from autoquant_ray.report.audit import AuditData
 from autoquant_ray.report.content import ReportContent, format_score
 from autoquant_ray.report.domains import DOMAIN_HEADS
+from autoquant_ray.report.groups import METHOD_HEADS
 from autoquant_ray.report.measured import HEADS, MeasuredData
 
 _EXPLANATION = (
@@ -28,20 +29,14 @@ def render_markdown(content: ReportContent) -> str:
     if content.domains is not None:
         lines += ["", "## Loss by domain", "", plain_text(content.domains.text), ""]
         lines += _table(DOMAIN_HEADS, content.domains.rows)
+    if content.methods is not None:
+        lines += ["", "## Rounding", "", plain_text(content.methods.text), ""]
+        lines += _table(METHOD_HEADS, content.methods.rows)
     for section in content.measured:
         lines += _section("Predicted and measured loss", HEADS, section)
     if content.audit is not None:
         lines += _section("Predicted and measured scores", AUDIT_HEADS, content.audit)
-    lines += ["", "## Layers", "", _EXPLANATION, ""]
-    lines += ["| Layer | Num Bits | Sensitivity | Size Cost | Chosen |", "|---|---|---|---|---|"]
-    for layer in content.layers:
-        sensitivity = "-" if layer.sensitivity is None else f"{layer.sensitivity:.4e}"
-        chosen = layer.chosen if layer.note is None else f"{layer.chosen} ({layer.note})"
-        size = f"{layer.size_bytes / 2**20:.3f} MiB"
-        if layer.kv_bytes is not None:
-            size = f"{layer.kv_bytes:,.0f} bytes per token"
-        cells = (layer.name, f"{layer.num_bits:.3f}", sensitivity, size, chosen)
-        lines.append(f"| {' | '.join(plain_text(cell) for cell in cells)} |")
+    lines += _layers(content)
     lines += ["", f"## Scores by group and format ({content.unit})", ""]
     lines += [f"| Group | {' | '.join(plain_text(name) for name in content.formats)} |"]
     lines += ["|---" * (1 + len(content.formats)) + "|"]
@@ -50,6 +45,32 @@ def render_markdown(content: ReportContent) -> str:
         lines.append(f"| {plain_text(group)} | {' | '.join(cells_of_group)} |")
     lines += _reproduction(content)
     return "\n".join(lines) + "\n"
+
+
+def _layers(content: ReportContent) -> list[str]:
+    """The table of layers; where the menu has methods of rounding, with what each saves."""
+    heads = ["Layer", "Num Bits", "Sensitivity", "Size Cost", "Chosen"]
+    text, has_methods = _EXPLANATION, content.methods is not None
+    if has_methods:
+        heads += ["Method", "Saved"]
+        text += (
+            " Saved is the score of the layer's group in the same format rounded plainly, minus "
+            "its score; layers of a group share that too."
+        )
+    rows = []
+    for layer in content.layers:
+        size = f"{layer.size_bytes / 2**20:.3f} MiB"
+        if layer.kv_bytes is not None:
+            size = f"{layer.kv_bytes:,.0f} bytes per token"
+        cells = [
+            layer.name,
+            f"{layer.num_bits:.3f}",
+            "-" if layer.sensitivity is None else f"{layer.sensitivity:.4e}",
+            size,
+            layer.chosen if layer.note is None else f"{layer.chosen} ({layer.note})",
+        ]
+        rows.append([*cells, layer.method or "-", layer.saved] if has_methods else cells)
+    return ["", "## Layers", "", text, "", *_table(heads, rows)]
 
 
 def _section(title: str, heads: tuple[str, ...], section: MeasuredData | AuditData) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.allocate.certainty.total_error import TotalError, total_error
-from autoquant_ray.allocate.losses import allocation_key
+from autoquant_ray.allocate.losses import allocation_key, uniform_format
 from autoquant_ray.allocate.read import ScoredRun, is_chosen_by_measurement
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import StoreError
@@ -157,6 +157,7 @@ def gather_evidence(sources: Sources) -> Evidence:
         stderr=None if error is None or error.is_bound else error.stderr,
         effective_bits=solution["effective_bits"],
         choices=[choice for choice in chosen if choice.score > 0],
+        uniform=uniform_format(sources.scored.problem, sources.formats),
         is_satisfied=solution["is_satisfied"],
         num_shards=rows[0]["num_shards"] if config and rows else None,
         quarantined=sources.run.quarantined,

@@ -19,6 +19,8 @@ from autoquant_ray.runs.schemas import SCHEMAS
 from autoquant_ray.runs.state import RunState
 
 FORMATS = tuple(f"w{w}_a{a}" for w in ("int4", "fp8", "int8") for a in ("fp16", "fp8", "int8"))
+METHODS = {"mse": 1.25, "weighted": 0.5}
+"""Method of rounding -> loss of weights over that of plain rounding, about: scores have noise."""
 NUM_TOKENS = 131_072
 _HIDDEN, _INNER, _KEYS, _VOCABULARY = 2048, 6144, 512, 32_000
 _BLOCKS = {
@@ -163,8 +165,9 @@ def _write_scores(
     tokens = NUM_TOKENS // num_shards * num_shards
     sensitivity, buckets = [], []
     for row in rows:
-        input_loss = {"fp16": 0.0, "fp8": 2e-4, "int8": 6e-4}[row["format"].rpartition("_a")[2]]
-        weight_loss = 0.9 * 2.0 ** (-2 * row["weight_bits"])
+        inputs, _, method = row["format"].rpartition("_a")[2].partition(":")
+        input_loss = {"fp16": 0.0, "fp8": 2e-4, "int8": 6e-4}[inputs]
+        weight_loss = 0.9 * 2.0 ** (-2 * row["weight_bits"]) * METHODS.get(method, 1.0)
         score = scales[row["group"]] * (weight_loss + input_loss)
         shares = generator.gamma(1 / noise**2, noise**2, num_shards)
         sums = 2 * tokens / num_shards * score * shares

@@ -36,6 +36,7 @@ from autoquant_ray.allocate.read import (
 from autoquant_ray.allocate.search import search, served_problem
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.formats.method_names import Rounding, roundings
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder, solution_of
 from autoquant_ray.runs.state import RunState
@@ -158,12 +159,15 @@ class _Story:
         by_domain = self._options.domains  # the errors are of all tokens alike
         errors = {} if by_domain else self._run.errors
         shares = {} if certainty is None else certainty.shares[group.name]
+        rounded = roundings(self._problem.summary["formats"])
         return [
             Alternative(
                 format=format_,
                 is_chosen=format_ == self._formats[group.name],
-                score=0.0 if format_ == NONE else self._scores[group.name, format_],
+                score=self._score(group.name, format_),
                 score_stderr=errors.get((group.name, format_)),
+                method=rounded[format_].method if format_ in rounded else None,
+                saved=self._saved(group, format_, rounded),
                 weight_bits=row["weight_bits"],
                 weight_bytes=row["weight_bytes"],
                 model_bytes=group.cost(format_, "model"),
@@ -174,6 +178,18 @@ class _Story:
             )
             for format_, row in group.rows.items()
         ]
+
+    def _score(self, group: str, format_: str) -> float:
+        return 0.0 if format_ == NONE else self._scores[group, format_]
+
+    def _saved(
+        self, group: GroupChoices, format_: str, rounded: Mapping[str, Rounding]
+    ) -> float | None:
+        """What a method of rounding saves against the same format rounded plainly."""
+        plain = rounded[format_].plain if format_ in rounded else None
+        if plain not in group.rows:
+            return None
+        return self._score(group.name, plain) - self._score(group.name, format_)
 
     def _solve(self, options: SolveOptions) -> Allocation:
         if self._domains is None:

@@ -8,10 +8,11 @@ from typing import Any
 from autoquant_ray.allocate.certainty.flips import Flip
 from autoquant_ray.allocate.certainty.shard_shares import ShardShare
 from autoquant_ray.allocate.certainty.solution import CERTAIN, COIN_TOSS
+from autoquant_ray.formats.algorithms import MAX
+from autoquant_ray.formats.method_names import has_methods
 from autoquant_ray.notebook import lines_html, table_html
 from autoquant_ray.wording import few
 
-HEADS = ("Format", "Bits", "MiB", "Score", "Resamples", "Price of the flip", "Others change")
 _MAX_NAMED = 5
 _NUM_SHARDS = 3
 
@@ -51,8 +52,20 @@ def _why_sure(explanation: Explanation) -> str:
     return f", in {share:.0%} of {explanation.num_resamples} resamples of the shards{verdict}"
 
 
+def table_heads(explanation: Explanation) -> tuple[str, ...]:
+    """Heads of the table of formats."""
+    saved = ("Saved",) if _names_methods(explanation) else ()
+    first, last = ("Format", "Bits", "MiB", "Score"), ("Resamples", "Price of the flip")
+    return (*first, *saved, *last, "Others change")
+
+
+def _names_methods(explanation: Explanation) -> bool:
+    return has_methods(alternative.format for alternative in explanation.formats)
+
+
 def table_rows(explanation: Explanation) -> list[tuple[str, ...]]:
-    """One row per format, under ``HEADS``."""
+    """One row per format, under :func:`table_heads`."""
+    has_saved = _names_methods(explanation)
     return [
         (
             f"{alternative.format} *" if alternative.is_chosen else alternative.format,
@@ -62,12 +75,22 @@ def table_rows(explanation: Explanation) -> list[tuple[str, ...]]:
             else f"{alternative.kv_bytes:,.0f} B/token",
             f"{alternative.score:.3e}"
             + ("" if alternative.score_stderr is None else f" ± {alternative.score_stderr:.0e}"),
+            *((_saved(alternative),) if has_saved else ()),
             "-" if alternative.resampled_share is None else f"{alternative.resampled_share:.0%}",
             _price(alternative, explanation),
             str(len(alternative.flip.others)) if alternative.flip.reason is None else "-",
         )
         for alternative in explanation.formats
     ]
+
+
+def _saved(alternative: Alternative) -> str:
+    if alternative.method in (None, MAX):
+        return "-"
+    if alternative.saved is None:
+        return "plain not scored"
+    plain = alternative.score + alternative.saved
+    return f"{alternative.saved:.2e}" + (f" ({alternative.saved / plain:.0%})" if plain else "")
 
 
 def _price(alternative: Alternative, explanation: Explanation) -> str:
@@ -88,6 +111,8 @@ def note_lines(explanation: Explanation) -> list[str]:
         "* chosen. Price of the flip: change of the whole plan's predicted loss when the budget is "
         "solved again with that format"
     ]
+    if _names_methods(explanation):
+        lines.append(f"Saved: score of the same format rounded plainly ({MAX}), minus its own")
     for alternative in explanation.formats:
         lines += _flip_lines(alternative)
     if explanation.no_shards is not None:
@@ -129,7 +154,8 @@ def _shares(alternative: Alternative) -> str:
 
 def explanation_html(explanation: Explanation) -> str:
     """The same for a notebook."""
-    table = table_html(HEADS, table_rows(explanation)) if explanation.formats else ""
+    heads, rows = table_heads(explanation), table_rows(explanation)
+    table = table_html(heads, rows) if explanation.formats else ""
     return f"{lines_html(head_lines(explanation))}{table}{lines_html(note_lines(explanation))}"
 
 
@@ -140,6 +166,10 @@ class Alternative:
     Attributes:
         score: Predicted loss in the explanation's unit; 0 for 16 bits, by definition.
         score_stderr: Its standard error; None where it is unknown, and for 16 bits.
+        method: How it rounds weights: ``max`` is plainly; None for 16 bits, caches, and imported
+            formats.
+        saved: Score of the same format rounded plainly, minus its own: 0 for plain rounding; None
+            where the run did not score that, and where there is no method.
         weight_bits: Average stored bits, scales included.
         weight_bytes: Stored bytes of the group.
         model_bytes: What the format adds to the whole model; 0 for a tied head in 16 bits.
@@ -154,6 +184,8 @@ class Alternative:
     is_chosen: bool
     score: float
     score_stderr: float | None
+    method: str | None
+    saved: float | None
     weight_bits: float
     weight_bytes: float
     model_bytes: float

@@ -41,6 +41,17 @@ def test_solve_pins_and_allowed_formats_are_kept(make_run: Any) -> None:
     assert len(set(chosen.values()) - {"none"}) <= 2
 
 
+def test_solve_says_where_a_single_format_is_predicted_too_low(make_run: Any) -> None:
+    directory = make_run()
+    for bits, has_note in ((4.3, True), (6, False)):
+        shown = run("solve", directory.uri, "--bits", bits).stdout
+        assert ("note: All quantized groups are in wint4_afp16, at " in shown) == has_note
+        report = directory.read_bytes(f"solutions/bits-{bits:.2f}/report.md").decode()
+        assert ("All quantized groups are in wint4_afp16" in report) == has_note
+    pins = ("--allow", "*=wint8_aint8")
+    assert "note: All" not in run("solve", directory.uri, "--bits", 8.5, *pins).stdout
+
+
 @pytest.mark.parametrize(
     ("option", "shown"),
     [

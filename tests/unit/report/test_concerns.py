@@ -114,6 +114,21 @@ def test_few_bits_are_doubted_until_they_are_measured() -> None:
     assert titles(evidence(effective_bits=4.0, measured=measured(0.11))) == []
 
 
+def test_single_format_of_few_bits_is_predicted_too_low() -> None:
+    text = only(evidence(effective_bits=4.13, uniform="wint4_afp16"))
+    assert text.startswith("All quantized groups are in wint4_afp16, at 4.13 bits (below 4.5)")
+    assert "1.4 to 1.5 times the predicted one" in text
+    assert "'evaluate'" in text
+    for facts in (
+        evidence(effective_bits=4.5, uniform="wfp4_afp16"),
+        evidence(effective_bits=4.13),
+    ):
+        assert "layers interact" in only(facts)
+    assert titles(evidence(effective_bits=8.0, uniform="wfp8_afp16")) == []
+    measured_already = evidence(effective_bits=4.13, uniform="f", measured=measured(0.14))
+    assert titles(measured_already) == []
+
+
 @pytest.mark.parametrize(("kl", "shown"), [(0.16, "1.6 times"), (0.05, "0.5 times"), (0.14, None)])
 def test_measured_beyond_the_range_is_told(kl: float, shown: str | None) -> None:
     facts = evidence(measured=measured(kl))
