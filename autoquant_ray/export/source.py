@@ -14,6 +14,8 @@ from autoquant_ray.export.layouts import (
     COMPRESSED_TENSORS,
     LAYOUTS,
     MODELOPT,
+    block_size,
+    grids,
     shape_problem,
     stored_as,
 )
@@ -170,22 +172,34 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
             f"no source says that {engine}{'' if gpu is None else f' on {gpu}'} serves a KV cache "
             f"in {', '.join(used)} (docs/engines.md); choose another engine or GPU"
         )
-    chosen = {source.groups[module]: format_.name for module, format_ in source.formats.items()}
-    if layout == MODELOPT:
-        groups: dict[str, list[str]] = {}
-        for module, group in source.groups.items():
-            groups.setdefault(group, []).append(module)
-        require_served(groups, chosen, formats_of(source.state.plan), engine, gpu)
+    if layout != MODELOPT:
+        _require_formats_apart(source, engine)
         return
-    if engine != "vllm" and len(set(chosen.values())) > 1:
+    chosen = {source.groups[module]: format_.name for module, format_ in source.formats.items()}
+    groups: dict[str, list[str]] = {}
+    for module, group in source.groups.items():
+        groups.setdefault(group, []).append(module)
+    require_served(groups, chosen, formats_of(source.state.plan), engine, gpu)
+
+
+def _require_formats_apart(source: Source, engine: str) -> None:
+    """Check that an engine can tell the formats of a checkpoint of compressed-tensors apart.
+
+    Formats that differ by their method of rounding alone are the same in a checkpoint.
+    """
+    stored = {
+        source.groups[module]: (*grids(format_), block_size(format_))
+        for module, format_ in source.formats.items()
+    }
+    if engine != "vllm" and len(set(stored.values())) > 1:
+        names = sorted({format_.name for format_ in source.formats.values()})
         raise ConfigError(
             f"{engine} reads {COMPRESSED_TENSORS} with one format only, and this solution has "
-            f"{', '.join(sorted(set(chosen.values())))}; give `format` {MODELOPT}, or solve with "
-            "`max_formats` 1"
+            f"{', '.join(names)}; give `format` {MODELOPT}, or solve with `max_formats` 1"
         )
     for fused in engine_modules(source.modules, engine):
         fused_groups = {source.groups[member]: None for member in fused.members}
-        if len({chosen.get(group) for group in fused_groups}) > 1:
+        if len({stored.get(group) for group in fused_groups}) > 1:
             raise ConfigError(
                 f"{engine} fuses {few(list(fused_groups), _MOST_NAMES)} into one module, which has "
                 "one format; give them the same (solve `pins`)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def test_folder_holds_the_weights_that_were_measured(
             assert (weight - unsearched).abs().max() > 1e-3
         seen.add(format_.name)
     assert seen == set(MENU)
+
+
+def test_methods_of_one_format_are_one_format_in_a_checkpoint(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    """SGLang reads this layout with one format only."""
+    menu = ("wint8_aint8", "wint8_aint8:mse", "wint8_aint8:max")
+    choice = {"*": menu[0], "*0.mlp.*": menu[1], "*1.mlp.*": menu[2]}
+    directory, _, _ = solved_run("llama", choice, menu)
+    out = tmp_path / "out"
+    export_run(directory, str(out), layout="compressed-tensors", engine="sglang")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert len(config["config_groups"]) == 1
 
 
 STATIC = ("NVFP4_FOUR_OVER_SIX_CFG", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG")
