@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,10 @@ from autoquant_ray.formats.smoothed import (
     needs_channel_squares,
     needs_channels,
     needs_search,
+    takes_factors,
 )
-from autoquant_ray.quantize.awq import best_alphas, losses_of
+from autoquant_ray.plan.fold import Fold, folds_of_summary
+from autoquant_ray.quantize.awq import best_alphas, losses_of, shared_losses
 from autoquant_ray.quantize.calibration import (
     Calibration,
     Channels,
@@ -50,7 +52,7 @@ def calibration_of(state: RunState) -> Calibration:
         )
     if not needs_calibration(formats):
         return Calibration()
-    return read_calibration(directory, formats)
+    return read_calibration(directory, formats, folds_of_summary(state.plan))
 
 
 def missing_files(directory: RunDirectory, formats: Sequence[Format]) -> list[str]:
@@ -64,12 +66,17 @@ def missing_files(directory: RunDirectory, formats: Sequence[Format]) -> list[st
     return [name for name, is_needed in needed.items() if is_needed and not directory.exists(name)]
 
 
-def read_calibration(directory: RunDirectory, formats: Sequence[Format] = ()) -> Calibration:
+def read_calibration(
+    directory: RunDirectory,
+    formats: Sequence[Format] = (),
+    folds: Mapping[str, Fold] | None = None,
+) -> Calibration:
     """Merged calibration of a run: maxima, channels, the best of AWQ's candidates, fitted scales.
 
     Args:
         directory: The run.
         formats: Its menu, of which scales were fitted.
+        folds: Linear -> fold of its input, where the menu has factors to fold.
 
     Raises:
         StoreError: ``calibration.parquet`` is missing, or a file is damaged.
@@ -78,8 +85,12 @@ def read_calibration(directory: RunDirectory, formats: Sequence[Format] = ()) ->
     if directory.exists(CHANNELS_FILE):
         channels = channels_of_table(directory.read_table(CHANNELS_FILE))
         calibration = merge_calibrations([calibration, channels])
+    if folds:
+        calibration = replace(calibration, folds=folds)
     if directory.exists(SEARCH_FILE):
         losses = losses_of(directory.read_table(SEARCH_FILE))
+        shared = {format_.name for format_ in formats if takes_factors(format_)}
+        losses = shared_losses(losses, folds or {}, shared)
         calibration = calibration.with_alphas(best_alphas(losses))
     if directory.exists(ROUNDING_FILE):
         rounding = rounding_of(directory.read_table(ROUNDING_FILE), formats)

@@ -3,6 +3,7 @@
 The inputs of a layer's linears are gathered while steps run forward, and evaluated just before the
 visit of the layer ends: each candidate's weight is then quantized once for all steps of the visit.
 The losses of steps are added in their order, so that the grouping of steps changes no number.
+Linears that read one input and share its factors have a loss each, under the same candidates.
 
 Shape letters: T rows (tokens), I in features, O out features.
 """
@@ -17,18 +18,20 @@ from typing import Any
 import torch
 
 from autoquant_ray.errors import NonFiniteError, changed_input
-from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.smoothed import needs_search
+from autoquant_ray.formats.format import Attributes, Format
+from autoquant_ray.formats.smoothed import needs_search, takes_factors
 from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.awq import (
+    PLAIN,
     Losses,
     candidate_alphas,
-    candidate_error,
     channel_scales,
+    shared_factors,
     weight_importance,
 )
 from autoquant_ray.quantize.calibration import Calibration
+from autoquant_ray.quantize.quantizers import fake_quantize_weight
 
 _CHUNK_ELEMENTS = 2**24
 _MIN_CHUNK_ROWS = 512
@@ -62,6 +65,7 @@ class ScaleSearch:
                 name = scored.planned.name
                 self._modules[name] = model.get_submodule(name)
                 self._menus[name] = list(by_weight.values())
+        self._model = model
         self._layers = layers
         self._calibration = Calibration()
         self._real_T: torch.Tensor | None = None
@@ -135,16 +139,8 @@ class ScaleSearch:
         """Measure what was gathered; called while the weights of these modules are at hand."""
         self._last = None
         for name, inputs in self._gathered.items():
-            weight_OI: Any = self._modules[name].weight
-            channels = self._calibration.of(name).channels
-            assert channels is not None  # it has a hook
-            mean_I = torch.from_numpy(channels.mean_I).to(weight_OI.device)
             for formats in self._menus[name]:
-                attributes = formats[0].weight
-                importance_I = weight_importance(weight_OI, attributes)
-                for alpha in candidate_alphas(formats[0].algorithm):
-                    scale_I = channel_scales(mean_I, importance_I, alpha)
-                    error_OI = candidate_error(weight_OI, attributes, scale_I)
+                for alpha, error_OI in self._candidates(name, formats[0]):
                     for states_TI in inputs:
                         loss = _squared_norm(states_TI, error_OI)
                         for format_ in formats:
@@ -152,6 +148,38 @@ class ScaleSearch:
                             before = self._losses.get(key)
                             self._losses[key] = loss if before is None else before + loss
         self._gathered = {}
+
+    def _candidates(self, name: str, format_: Format) -> Iterator[tuple[float, torch.Tensor]]:
+        """Candidates of a linear's factors, and the error of its weight under each."""
+        weight_OI: Any = self._modules[name].weight
+        channels = self._calibration.of(name).channels
+        assert channels is not None  # it has a hook
+        mean_I = torch.from_numpy(channels.mean_I).to(weight_OI.device)
+        attributes, alphas = format_.weight, candidate_alphas(format_.algorithm)
+        if takes_factors(format_):
+            fold = self._calibration.folds[name]
+            weights: list[Any] = [self._model.get_submodule(n).weight for n in fold.readers]
+            for alpha in (PLAIN, *alphas):
+                factors_I = shared_factors(fold, weights, attributes, mean_I, alpha)
+                # In float32, as it will be rounded: no factor is left to be applied in 16 bits.
+                error_OI = _candidate_error(weight_OI.float(), attributes, factors_I)
+                yield alpha, error_OI.to(weight_OI.dtype)
+            return
+        importance_I = weight_importance(weight_OI, attributes)
+        for alpha in alphas:
+            scale_I = channel_scales(mean_I, importance_I, alpha)
+            yield alpha, _candidate_error(weight_OI, attributes, scale_I)
+
+
+def _candidate_error(
+    weight_OI: torch.Tensor, attributes: Attributes, scale_I: torch.Tensor
+) -> torch.Tensor:
+    """``Q(W s) / s - W`` under a candidate, in the weight's dtype: times an input, its error."""
+    dtype = weight_OI.dtype
+    scaled_OI = weight_OI * scale_I.to(dtype)
+    quantized_OI = fake_quantize_weight(attributes, scaled_OI.float())
+    back_I = (1.0 / scale_I).to(dtype).float()
+    return quantized_OI.mul_(back_I).sub_(weight_OI.float()).to(dtype)
 
 
 def _squared_norm(states_TI: torch.Tensor, error_OI: torch.Tensor) -> torch.Tensor:

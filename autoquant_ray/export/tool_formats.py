@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.smoothed import is_smoothed
+from autoquant_ray.formats.smoothed import is_smoothed, takes_factors
 from autoquant_ray.serving.layer_formats import E2M1, E4M3, E8M0, Numbers
 
 _GGUF_BLOCK = 32
@@ -97,7 +97,8 @@ def counterpart(format_: Format, tool: str) -> Any:
 
     No recipe can say how input channels are scaled, so such a format has none.
     """
-    return None if is_smoothed(format_) else COUNTERPARTS[tool](format_)
+    has_factors = is_smoothed(format_) or takes_factors(format_)
+    return None if has_factors else COUNTERPARTS[tool](format_)
 
 
 def _auto_round_blocks(kind: str, weight: Numbers, inputs: Numbers | None) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@ the smallest squared error. Names, defaults and ranges of the arguments are thos
 config classes. Only arguments that change a scale can be given. ``weighted`` is this package's: the
 search of ``mse`` with each squared error weighted by the mean square of the input channel that the
 weight is multiplied with, which is the squared error of the output if channels are uncorrelated.
+``awq`` is ModelOpt's ``awq_lite`` with one set of factors for all linears that read an input, so
+that the factors can be folded into what makes it (:mod:`autoquant_ray.plan.find_folds`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.numbers import is_static_nvfp4
 
 MAX, MSE, WEIGHTED = "max", "mse", "weighted"
-SMOOTHQUANT, AWQ_LITE = "smoothquant", "awq_lite"
+SMOOTHQUANT, AWQ_LITE, AWQ = "smoothquant", "awq_lite", "awq"
 _MULTIPLIERS = ("step_size", "start_multiplier", "stop_multiplier")
 ARGUMENTS: Mapping[str, Sequence[str]] = {
     MAX: (),
@@ -26,14 +28,18 @@ ARGUMENTS: Mapping[str, Sequence[str]] = {
     WEIGHTED: _MULTIPLIERS,
     SMOOTHQUANT: ("alpha",),
     AWQ_LITE: ("alpha_step",),
+    AWQ: ("alpha_step",),
 }
 """Method -> its arguments."""
 
 SEARCHES = (MSE, WEIGHTED)
 """Methods that try multiples of a weight's maximum."""
 
-METHODS = (MAX, MSE, WEIGHTED)
+METHODS = (MAX, MSE, WEIGHTED, AWQ)
 """Methods that can be given behind a format's name: ``wint4_afp16:weighted``."""
+
+FITTED = (WEIGHTED, AWQ)
+"""Methods of this package, which fit weights to their inputs."""
 
 WEIGHTED_DEFAULTS: Mapping[str, Any] = {
     "step_size": 0.025,
@@ -152,18 +158,19 @@ def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | d
     if not sets:
         return MAX
     only = next(iter(sets.values()))["algorithm"]
-    if len(sets) == 1 and None not in algorithms.values() and only["method"] != WEIGHTED:
+    if len(sets) == 1 and None not in algorithms.values() and only["method"] not in FITTED:
         return dict(only)
     return {"method": SETS, "sets": list(sets.values()), "others": MAX}
 
 
 def without_weighted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration of ``mtq.quantize`` with ``max`` for ``weighted``, which needs inputs."""
+    """A configuration of ``mtq.quantize`` with ``max`` for methods of this package, which need
+    inputs."""
     algorithm = config["algorithm"]
     if not by_sets(algorithm):
         return dict(config)
     sets = [
-        set_ | {"algorithm": MAX} if set_["algorithm"]["method"] == WEIGHTED else set_
+        set_ | {"algorithm": MAX} if set_["algorithm"]["method"] in FITTED else set_
         for set_ in algorithm["sets"]
     ]
     return {**config, "algorithm": algorithm | {"sets": sets}}
@@ -190,6 +197,7 @@ def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dic
         WEIGHTED: config.MseCalibConfig,
         SMOOTHQUANT: config.SmoothQuantCalibConfig,
         AWQ_LITE: config.AWQLiteCalibConfig,
+        AWQ: config.AWQLiteCalibConfig,
     }
     for name, value in arguments.items():
         is_switch = isinstance(classes[method].model_fields[name].default, bool)

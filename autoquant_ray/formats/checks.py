@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.algorithms import AWQ_LITE, MSE, SMOOTHQUANT, check_search
 from autoquant_ray.formats.numbers import is_static_nvfp4
-from autoquant_ray.formats.smoothed import is_smoothed, method_of
+from autoquant_ray.formats.smoothed import has_free_rows, is_smoothed, method_of, takes_factors
 
 if TYPE_CHECKING:
     from autoquant_ray.formats.format import Attributes, Format
@@ -24,6 +24,7 @@ def check_quantizers(format_: Format) -> None:
     if format_.algorithm is not None:
         check_search(f"format {name}", format_.weight, format_.algorithm)
     _check_smoothing(format_)
+    _check_factors(format_)
     for attributes in (format_.weight, input_ or {}):
         if attributes.get("unsigned") or attributes.get("calibrator", "max") != "max":
             raise FormatError(
@@ -85,6 +86,22 @@ def _check_smoothing(format_: Format) -> None:
                 f"format {format_.name}: awq_lite needs weights in blocks of the last axis (-1) or "
                 f"without blocks, not of the axes {axes}"
             )
+
+
+def _check_factors(format_: Format) -> None:
+    """Refuse weights of which it is not known how factors are folded."""
+    if not takes_factors(format_):
+        return
+    if format_.input is not None:
+        raise FormatError(
+            f"format {format_.name}: awq is for inputs in 16 bits; take a format such as "
+            "wint4_afp16, or another method"
+        )
+    if not has_free_rows(format_):
+        raise FormatError(
+            f"format {format_.name}: awq needs integers with stored scales, one per row or per "
+            "block of a row (wint4_afp16, wint8_afp16); take such a format, or another method"
+        )
 
 
 def _has_blocks(attributes: Attributes) -> bool:

@@ -4,6 +4,9 @@ SmoothQuant (https://arxiv.org/abs/2211.10438) and AWQ (https://arxiv.org/abs/23
 ModelOpt's algorithms ``smoothquant`` and ``awq_lite`` define them: a linear's input is multiplied
 by ModelOpt's ``pre_quant_scale``, one number per input channel, and its weight is divided by it.
 Other modules (fused experts) are left to calibration by maximum, as ModelOpt leaves them.
+
+``awq`` scales channels too, but its factors are folded into the weights around an input: nothing is
+done to the input itself, and nothing more is stored.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from autoquant_ray.formats.algorithms import AWQ_LITE, SMOOTHQUANT, WEIGHTED
+from autoquant_ray.formats.algorithms import AWQ, AWQ_LITE, MAX, MSE, SMOOTHQUANT, WEIGHTED
 
 if TYPE_CHECKING:
     from autoquant_ray.formats.format import Attributes, Format
@@ -35,6 +38,26 @@ def is_smoothed(format_: Format) -> bool:
     return method_of(format_) in SMOOTHING
 
 
+def takes_factors(format_: Format) -> bool:
+    """Whether weights are multiplied by factors that are folded into what makes their input."""
+    return method_of(format_) == AWQ
+
+
+def has_free_rows(format_: Format) -> bool:
+    """Whether a weight's rows may be divided by any numbers after it was rounded.
+
+    They may where each scale belongs to one row and may be any number: the integers stay, and
+    scales are divided.
+    """
+    weight = format_.weight
+    blocks = dict(weight.get("block_sizes") or {})
+    kinds = {blocks.pop("type", "static"), weight.get("type", "static")}
+    has_own_scales = set(blocks) == {-1} or (not blocks and weight.get("axis") == 0)
+    is_integer = isinstance(weight.get("num_bits", 8), int)
+    keeps = method_of(format_) in (MAX, MSE, WEIGHTED, AWQ)
+    return is_integer and has_own_scales and kinds == {"static"} and keeps
+
+
 def module_algorithm(format_: Format, *, is_linear: bool) -> Attributes | None:
     """The algorithm that calibrates one module; None for ``max``, to which ModelOpt leaves what is
     no linear under formats that scale channels."""
@@ -53,12 +76,12 @@ def needs_channel_squares(format_: Format) -> bool:
 
 def needs_channels(format_: Format) -> bool:
     """Whether a format needs statistics of every input channel."""
-    return is_smoothed(format_) or needs_channel_squares(format_)
+    return is_smoothed(format_) or needs_channel_squares(format_) or needs_search(format_)
 
 
 def needs_search(format_: Format) -> bool:
     """Whether a format needs the mean absolute input of every channel, and a search with it."""
-    return method_of(format_) == AWQ_LITE
+    return method_of(format_) in (AWQ_LITE, AWQ)
 
 
 def num_search_products(format_: Format) -> int:

@@ -12,14 +12,14 @@ or where layers share values, the runs differ, and there is no fold.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import one_line
-from autoquant_ray.plan.fixed_answers import FixedAnswers, is_same
+from autoquant_ray.plan.fixed_answers import FixedAnswers, Scaling, is_same
 from autoquant_ray.plan.fold import NORM, ROWS, SHIFTED_NORM, Fold, fold_of_rows
 
 if TYPE_CHECKING:
@@ -171,13 +171,14 @@ class _Search:
 
         generator = torch.Generator().manual_seed(seed)
         factors = {c: _factors(c.size, generator) for c in candidates}
-        scalings, parameters = {}, {}
+        scalings: dict[str, Scaling] = {}
+        parameters: dict[str, torch.Tensor] = {}
         for candidate, factors_O in factors.items():
             module: Any = self._answers.model.get_submodule(candidate.name)
             if candidate.kind == ROWS:
                 whole_O = torch.ones(module.out_features, dtype=torch.float64)
                 whole_O[candidate.start : candidate.start + candidate.size] = factors_O
-                scalings[candidate.name] = lambda answer, divisor_O=whole_O: answer / divisor_O
+                scalings[candidate.name] = partial(torch.div, other=whole_O)
             else:
                 parameters |= _divided(candidate.name, module, candidate.kind, factors_O)
         changes, calls = _Changes(), {name: iter(seen) for name, seen in self._before.items()}
@@ -211,7 +212,12 @@ def _layer(name: str) -> str:
 def _nearest(name: str, candidates: Sequence[_Candidate]) -> _Candidate | None:
     """The candidate of the same layer whose name has most in common."""
     there = [c for c in candidates if _layer(c.name) == _layer(name)]
-    return max(there, key=lambda c: len(os.path.commonprefix([c.name, name])), default=None)
+
+    def num_common(candidate: _Candidate) -> int:
+        pairs = zip(candidate.name.split("."), name.split("."), strict=False)
+        return next((n for n, (part, other) in enumerate(pairs) if part != other), len(name))
+
+    return max(there, key=num_common, default=None)
 
 
 def _factors(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -258,8 +264,7 @@ def _norm_kind(name: str, module: Any, answers: FixedAnswers) -> str | None:
     import torch
 
     weight = getattr(module, "weight", None)
-    is_vector = isinstance(weight, torch.Tensor) and weight.dim() == 1 and not weight.is_meta
-    if not is_vector or any(True for _ in module.children()):
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or weight.is_meta:
         return None
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(4, len(weight), generator=generator, dtype=torch.float64)

@@ -63,10 +63,10 @@ class FixedAnswers:
         self._seen: dict[str, list[torch.Tensor]] = {}
         self._visit: Callable[[str, list[torch.Tensor]], None] = self._seen.__setitem__
         self._scalings: Mapping[str, Scaling] = {}
-        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        head: Any = self.model.get_output_embeddings()
         for number, (name, module) in enumerate(answered.items()):
             answer = self._answer(name, number, is_head=module is head)
-            module.forward = answer  # type: ignore[assignment]
+            module.forward = answer
 
     def run(
         self, scalings: Mapping[str, Scaling], visit: Callable[[str, list[torch.Tensor]], None]
@@ -169,4 +169,4 @@ def _fill(
                     value = value + 0.1
                 is_parameter = isinstance(tensor, torch.nn.Parameter)
                 filled = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
-                group[name] = filled  # type: ignore[assignment]
+                group[name] = filled

@@ -6,7 +6,7 @@ what makes the input is divided by it: the weight and bias of a norm, or rows of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,3 +75,14 @@ def fold_of_rows(
         repeat=repeat,
     )
     return fold if fold.rows(num_channels) == list(rows) else None
+
+
+def folds_to_json(folds: Iterable[Fold]) -> list[dict[str, Any]]:
+    """Every fold once, for the plan's summary."""
+    return [fold.to_json() for fold in dict.fromkeys(folds)]
+
+
+def folds_of_summary(summary: Mapping[str, Any]) -> dict[str, Fold]:
+    """Linear -> fold of its input, from a plan's summary."""
+    folds = map(Fold.from_json, summary.get("folds", ()))
+    return {reader: fold for fold in folds for reader in fold.readers}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.kv_cache import cache_bytes
-from autoquant_ray.formats.smoothed import is_smoothed
+from autoquant_ray.formats.smoothed import is_smoothed, takes_factors
 from autoquant_ray.formats.stored_size import format_bits
 from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.plan.fold import Fold
 
 UNQUANTIZED_BITS = 16
 
@@ -21,12 +22,14 @@ class PlannedGroup:
     Attributes:
         reason: Why the group is not searched; None for a searched group.
         is_tied: Its weight is the input embedding too (a tied head).
+        fold: Where factors of its input go; None where they cannot be folded, or no format has any.
     """
 
     name: str
     modules: tuple[PlannedModule, ...]
     reason: str | None
     is_tied: bool
+    fold: Fold | None = None
 
     @property
     def is_searched(self) -> bool:
@@ -42,10 +45,12 @@ class PlannedGroup:
         """Whether a format is among the choices of this group.
 
         Experts share the quantizer of their inputs; one that is a group takes what leaves them.
-        Scaled channels would change a tied embedding.
+        Scaled channels would change a tied embedding. Factors need an input that can be folded.
         """
         is_apart = self.modules[0].expert is not None
         if self.is_cache != (format_.kv is not None) or (is_apart and format_.input is not None):
+            return False
+        if takes_factors(format_) and self.fold is None:
             return False
         return not (self.is_tied and is_smoothed(format_))
 

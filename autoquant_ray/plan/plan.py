@@ -27,7 +27,9 @@ from autoquant_ray.models.quantizable import (
 )
 from autoquant_ray.plan.decode_step import step_facts
 from autoquant_ray.plan.experts import apart_key, split_experts
+from autoquant_ray.plan.fold import Fold, folds_to_json
 from autoquant_ray.plan.group import UNQUANTIZED_BITS, PlannedGroup
+from autoquant_ray.plan.group_folds import with_folds
 from autoquant_ray.plan.kv_caches import cache_modules
 from autoquant_ray.plan.work import flops_per_token
 from autoquant_ray.runs.record import PlanSummary
@@ -69,6 +71,11 @@ class Plan:
     def searched(self) -> list[PlannedGroup]:
         """Groups for which a format is chosen."""
         return [group for group in self.groups if group.is_searched]
+
+    @property
+    def folds(self) -> dict[str, Fold]:
+        """Linear -> fold of its input, of those that can take factors."""
+        return {m.name: g.fold for g in self.searched if g.fold is not None for m in g.modules}
 
     @property
     def single_experts(self) -> list[str]:
@@ -122,7 +129,8 @@ class Plan:
 
     def summary(self) -> PlanSummary:
         """What ``run.json`` keeps so that ``solve`` and ``report`` need no model."""
-        return {
+        folds = folds_to_json(self.folds.values())
+        summary: PlanSummary = {
             "formats": [format_.to_json() for format_ in self.formats],
             "modules": {
                 module.name: module.to_json() for group in self.groups for module in group.modules
@@ -136,6 +144,7 @@ class Plan:
             "experts": self.single_experts,
             "idle_groups": [group.name for group in self.groups if is_of_tower(group.name)],
         }
+        return {**summary, "folds": folds} if folds else summary
 
 
 def build_plan(
@@ -156,7 +165,8 @@ def build_plan(
 
     Raises:
         ConfigError: Nothing is left to search, a glob matches no module, there is no vision
-            tower for ``full``, or the experts cannot be told apart.
+            tower for ``full``, the experts cannot be told apart, or no group takes factors that
+            a format has.
         ModelError: The model has no quantizable module, or no cache for formats of caches.
     """
     modules = list(quantizable_modules(model))
@@ -174,7 +184,8 @@ def build_plan(
             "it out"
         )
     grouped = _group(model, members, disable, has_images=has_images, experts_apart=apart)
-    groups = tuple(_unless_nothing_fits(group, formats) for group in grouped)
+    folded = with_folds(model, grouped, formats)
+    groups = tuple(_unless_nothing_fits(group, formats) for group in folded)
     plan = Plan(
         groups=groups,
         formats=tuple(formats),

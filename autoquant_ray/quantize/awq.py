@@ -9,22 +9,30 @@ ModelOpt's AWQ and SmoothQuant divide weights in place, a tied embedding include
 runs with fused experts already quantized, and ``mtq.auto_quantize`` calibrates AWQ on a quarter of
 its calibration steps: comparisons with it must allow for that.
 
+Where factors are folded, all linears that read an input share them, as if they were one linear with
+the rows of all: their importance is that of all rows, their error the sum. One candidate more,
+:data:`PLAIN`, has factors of 1.
+
 Shape letters: I in features, O out features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from autoquant_ray.formats.format import Attributes
 from autoquant_ray.formats.smoothed import ALPHA_STEP
-from autoquant_ray.quantize.quantizers import fake_quantize_weight
+from autoquant_ray.plan.fold import Fold
+from autoquant_ray.quantize.folding import tied_mean
 
 Losses = dict[tuple[str, str, float], float]
 """(module, format, alpha) -> sum of squared output errors over real tokens."""
+
+PLAIN = -1.0
+"""Candidate of shared factors that leaves an input as it is."""
 
 _SMALLEST, _LARGEST = 1e-4, 1e4
 
@@ -60,21 +68,27 @@ def channel_scales(mean_I: torch.Tensor, importance_I: torch.Tensor, alpha: floa
     return scale_I / (scale_I.max() * scale_I.min()).sqrt()
 
 
-def candidate_error(
-    weight_OI: torch.Tensor, attributes: Attributes, scale_I: torch.Tensor
+def shared_factors(
+    fold: Fold,
+    weights: Sequence[torch.Tensor],
+    attributes: Attributes,
+    mean_I: torch.Tensor,
+    alpha: float,
 ) -> torch.Tensor:
-    """``Q(W s) / s - W`` under a candidate, in the weight's dtype: times an input, its error.
+    """Factors of an input's channels that can be folded, float32 ``(I,)``.
 
     Args:
-        weight_OI: A linear's weight.
-        attributes: Of the weight quantizer.
-        scale_I: From :func:`channel_scales`.
+        fold: The input; channels that one row makes get equal factors, by the mean of what they
+            are made from.
+        weights: ``(O, I)`` of all linears that read it, in the order of the fold.
+        attributes: Of their weight quantizers.
+        mean_I: Mean of ``|x|`` over real tokens.
+        alpha: The candidate.
     """
-    dtype = weight_OI.dtype
-    scaled_OI = weight_OI * scale_I.to(dtype)
-    quantized_OI = fake_quantize_weight(attributes, scaled_OI.float())
-    back_I = (1.0 / scale_I).to(dtype).float()
-    return quantized_OI.mul_(back_I).sub_(weight_OI.float()).to(dtype)
+    if alpha == PLAIN:
+        return torch.ones_like(mean_I, dtype=torch.float32)
+    importance_I = weight_importance(torch.cat(list(weights)), attributes)
+    return channel_scales(tied_mean(fold, mean_I), tied_mean(fold, importance_I), alpha)
 
 
 def merge_losses(parts: Iterable[Losses]) -> Losses:
@@ -84,6 +98,24 @@ def merge_losses(parts: Iterable[Losses]) -> Losses:
         for key, value in part.items():
             merged[key] = merged.get(key, 0.0) + value
     return dict(sorted(merged.items()))
+
+
+def shared_losses(losses: Losses, folds: Mapping[str, Fold], formats: Collection[str]) -> Losses:
+    """Losses of single linears -> under some formats, those of all that read the same input.
+
+    Args:
+        losses: Merged over all shards.
+        folds: Linear -> fold of its input.
+        formats: Names of formats whose factors are shared.
+    """
+    return {
+        (module, format_, alpha): sum(
+            losses[reader, format_, alpha] for reader in folds[module].readers
+        )
+        if format_ in formats
+        else loss
+        for (module, format_, alpha), loss in losses.items()
+    }
 
 
 def best_alphas(losses: Losses) -> dict[tuple[str, str], float]:

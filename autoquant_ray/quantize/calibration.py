@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from autoquant_ray.models.quantizable import expert_place
+from autoquant_ray.plan.fold import Fold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +110,12 @@ class Calibration:
     Attributes:
         modules: Module name -> its record; modules that saw no token are not among them.
         rounding: What was fitted to a weight.
+        folds: Linear -> fold of its input, of those that may take factors.
     """
 
     modules: Mapping[str, ModuleCalibration] = field(default_factory=dict)
     rounding: Rounding = field(default_factory=dict)
+    folds: Mapping[str, Fold] = field(default_factory=dict)
 
     def of(self, module: str) -> ModuleCalibration:
         """The record of a module; an empty one where it saw no token."""

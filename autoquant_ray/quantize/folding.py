@@ -27,7 +27,7 @@ def fold_factors(model: torch.nn.Module, fold: Fold, factors_I: torch.Tensor) ->
     Raises:
         ModelError: A weight that would be multiplied is the input embedding too.
     """
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()
     for name in fold.readers:
         weight_OI: Any = model.get_submodule(name).weight
         if weight_OI is getattr(embedding, "weight", None):

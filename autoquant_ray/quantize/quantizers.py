@@ -84,12 +84,20 @@ def quantized_weight(
 ) -> torch.Tensor:
     """A weight of a model as a format makes it; the result of a search is kept.
 
+    Where the format has factors it is rounded with them, in float32, and divided by them again:
+    what a model computes whose factors were folded.
+
     Args:
         format_: The format.
         weight_OI: As above.
         scales: Those of the model.
         name: The module's name; parameter and expert in a module of many.
     """
+    factors_I = scales.factors(name, format_)
+    if factors_I is not None:
+        scaled_OI = weight_OI.float() * factors_I
+        scaled_OI = quantizer_of(format_, scaled_OI, scales, *name)(scaled_OI)
+        return (scaled_OI / factors_I).to(weight_OI.dtype)
     quantized: torch.Tensor = quantizer_of(format_, weight_OI, scales, *name)(weight_OI)
     return quantized
 
@@ -103,6 +111,8 @@ def quantizer_of(
     recall: Recall | None = None,
 ) -> TensorQuantizer:
     """The quantizer of :func:`quantized_weight`, calibrated; arguments as there.
+
+    Where the format has factors, the weight is given with them.
 
     Args:
         recall: In place of that of ``scales``.

@@ -39,6 +39,8 @@ from autoquant_ray.formats.algorithms import (
     num_multipliers,
 )
 from autoquant_ray.formats.format import Attributes, Format
+from autoquant_ray.formats.smoothed import takes_factors
+from autoquant_ray.quantize.awq import shared_factors
 from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
@@ -155,6 +157,27 @@ class WeightScales:
             return None
         mean_I = channels.square_sum_I / channels.num_tokens
         return torch.from_numpy(mean_I).to(device, torch.float32)
+
+    def factors(self, name: Sequence[str], format_: Format) -> torch.Tensor | None:
+        """What the columns of a weight are multiplied with before it is rounded, float32 ``(I,)``.
+
+        None under a format without, and for a linear that no token reached in calibration. All
+        linears that read the same input must be in memory, as below.
+
+        Args:
+            name: The module's name; parameter and expert in a module of many.
+            format_: The format.
+        """
+        if not takes_factors(format_):
+            return None
+        record = self.calibration.of(name[0])
+        alpha = record.alphas.get(format_.name)
+        if alpha is None or record.channels is None:
+            return None
+        fold = self.calibration.folds[name[0]]
+        weights = [self._model.get_submodule(reader).weight for reader in fold.readers]
+        mean_I = torch.from_numpy(record.channels.mean_I).to(weights[0].device)
+        return shared_factors(fold, weights, format_.weight, mean_I, alpha)
 
     def largest(self, name: str) -> torch.Tensor | None:
         """Largest absolute weight of the layers that serving engines fuse with a layer, float32.

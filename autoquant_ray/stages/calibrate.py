@@ -81,7 +81,7 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
             tables = Parts(directory, CALIBRATION, shards)
             merged = merge_calibrations(map(maxima_of_table, tables))
             directory.write_table(CALIBRATION_FILE, maxima_rows(merged))
-    return read_calibration(directory, plan.formats)
+    return read_calibration(directory, plan.formats, plan.folds)
 
 
 def _with_enough_tokens(state: RunState, channels: Calibration) -> Calibration:
@@ -126,7 +126,7 @@ def search_scales(
             shards = intact_parts(state, SEARCH, lambda _shard, _table: True)
             losses = merge_losses(map(losses_of, Parts(directory, SEARCH, shards)))
             _write_losses(directory, SEARCH_FILE, losses)
-    return read_calibration(directory, plan.formats)
+    return read_calibration(directory, plan.formats, plan.folds)
 
 
 def is_calibrated(state: RunState, plan: Plan) -> bool:

@@ -44,7 +44,7 @@ def fit(
             parts = Parts(directory, ROUNDING, layers)
             rows = [row for table in parts for row in table.to_pylist()]
             directory.write_table(ROUNDING_FILE, rows)
-    return read_calibration(directory, plan.formats)
+    return read_calibration(directory, plan.formats, plan.folds)
 
 
 def _fit_layers(

@@ -68,12 +68,12 @@ def make_spec() -> Any:
 
 @pytest.fixture(scope="session")
 def make_scorer(make_model: Any, make_spec: Any) -> Any:
-    """Build a scorer; keywords replace fields of the default spec."""
+    """Build a scorer for a family or a model; keywords replace fields of the default spec."""
 
     def build(
-        family: str, formats: tuple[str, ...] = PRESETS, custom: Any = None, **changes: Any
+        family: Any, formats: tuple[str, ...] = PRESETS, custom: Any = None, **changes: Any
     ) -> Prepared:
-        model = make_model(family)
+        model = make_model(family) if isinstance(family, str) else family
         plan = build_plan(model, resolve_formats(formats, device="cpu", custom=custom))
         scorer = Scorer(make_spec(plan, **changes), model=model)
         return Prepared(model, plan, scorer, [group.name for group in plan.searched])

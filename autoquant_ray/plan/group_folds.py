@@ -1,0 +1,74 @@
+"""Which groups of a plan take formats whose factors are folded (``awq``)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autoquant_ray.errors import ConfigError
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.smoothed import has_free_rows, takes_factors
+from autoquant_ray.plan.find_folds import find_folds
+from autoquant_ray.plan.fold import ROWS, Fold
+from autoquant_ray.plan.group import PlannedGroup
+from autoquant_ray.wording import few
+
+if TYPE_CHECKING:
+    import torch
+
+_MOST_NAMES = 4
+
+logger = logging.getLogger(__name__)
+
+
+def with_folds(
+    model: torch.nn.Module, groups: Sequence[PlannedGroup], formats: Sequence[Format]
+) -> tuple[PlannedGroup, ...]:
+    """The groups with the folds of their inputs; as they are where no format has factors.
+
+    Rows of a linear may be divided only if every format that it may get leaves its rows free.
+
+    Args:
+        model: A skeleton, or a loaded model.
+        groups: Of the plan.
+        formats: The menu.
+
+    Raises:
+        ConfigError: No group at all can take factors.
+    """
+    names = [format_.name for format_ in formats if takes_factors(format_)]
+    if not names:
+        return tuple(groups)
+    linears = [g for g in groups if g.is_searched and all(m.kind == "linear" for m in g.modules)]
+    folds = find_folds(model, [[module.name for module in group.modules] for group in linears])
+    owners = {module.name: group for group in groups for module in group.modules}
+    usable = {
+        group.name: fold
+        for group in linears
+        if (fold := folds.get(group.name)) is not None and _is_free(fold, owners, formats)
+    }
+    without = [group.name for group in groups if group.is_searched and group.name not in usable]
+    if not usable:
+        raise ConfigError(
+            f"`formats` {names[0]}: no layer of this model has an input into whose source factors "
+            "can be folded; leave it out, or use another method such as weighted"
+        )
+    if without:
+        logger.info(
+            "awq: %d of %d groups take no factors, which could not be folded: %s",
+            len(without),
+            len(usable) + len(without),
+            few(without, _MOST_NAMES),
+        )
+    return tuple(replace(group, fold=usable.get(group.name)) for group in groups)
+
+
+def _is_free(fold: Fold, owners: dict[str, PlannedGroup], formats: Sequence[Format]) -> bool:
+    """Whether what makes the input may be divided whatever format it gets."""
+    owner = owners.get(fold.producer)
+    if fold.kind != ROWS or owner is None or not owner.is_searched:
+        return True
+    weights = [f for f in formats if f.weight and (takes_factors(f) or owner.takes(f))]
+    return all(map(has_free_rows, weights))
