@@ -24,6 +24,7 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
 )
 
+from autoquant_ray.export.factors import Factors
 from autoquant_ray.export.layouts import (
     COMPRESSED_TENSORS,
     SIXTEEN_BITS,
@@ -58,14 +59,21 @@ def write_compressed(
     targets = [module for scheme in schemes.values() for module in scheme.targets]
     packed: dict[str, torch.Tensor] = {}
     scales = WeightScales(model, calibration)
+    factors = Factors(model, source.formats, scales)
     for scheme in schemes.values():
         for name in scheme.targets:
             format_, module = source.formats[name], model.get_submodule(name)
             maxima = calibration.of(name).maxima
-            quantizer = quantizer_of(format_, module.weight, scales, name)
-            parts = _pack(module.weight, quantizer, format_, scheme, maxima, sixteen_bits.dtype)
+            weight, divisor_O = factors.multiplied(name, module.weight), factors.divisor(name)
+            quantizer = quantizer_of(format_, weight, scales, name)
+            parts = _pack(weight, quantizer, format_, scheme, maxima)
+            if divisor_O is not None:  # the integers stay
+                parts["weight_scale"] /= divisor_O[:, None]
+            if block_size(format_) > 0:
+                parts["weight_scale"] = parts["weight_scale"].to(sixteen_bits.dtype)
             packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             module.weight = None  # the packed one takes its place
+    factors.divide(source.formats)
     rest = {name: sixteen_bits.rounded(name, tensor) for name, tensor in _distinct(model)}
     model.save_pretrained(folder, state_dict=rest | packed)
     linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -123,13 +131,11 @@ def _pack(
     format_: Format,
     scheme: QuantizationScheme,
     maxima: Mapping[str, float],
-    dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """The tensors of one packed layer, without its name."""
     scale = quantizer.amax.float() / quantizer.maxbound
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all zeros: any scale will do
-    is_blocks = block_size(format_) > 0
-    if is_blocks:
+    if block_size(format_) > 0:
         scale = scale.reshape(len(weight_OI), -1)
     elif scale.numel() == 1:
         scale = scale.reshape(1)
@@ -137,8 +143,6 @@ def _pack(
     # Quantized before, so that a tie is not rounded the other way than in the scan.
     weight_OI = quantizer(weight_OI)
     packed = compressor.compress({"weight": weight_OI.float(), "weight_scale": scale}, scheme)
-    if is_blocks:
-        packed["weight_scale"] = packed["weight_scale"].to(dtype)
     if scheme.input_activations is not None and not scheme.input_activations.dynamic:
         largest = make_quantizer(format_.input or {}, weight_OI.device).maxbound
         packed["input_scale"] = torch.tensor([maxima["input_amax"] / largest])

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from autoquant_ray.errors import FormatError
+from autoquant_ray.export.factors import Factors
 from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxima
 from autoquant_ray.export.layouts import block_size
 from autoquant_ray.export.model import SixteenBits
@@ -49,11 +50,14 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
 
+    scales = WeightScales(model, calibration)
+    factors = Factors(model, source.formats, scales)
     mtq.quantize(model, without_weighted(load_quantization_config(source.manifest)))
-    _set_weighted_scales(model, source, WeightScales(model, calibration))
+    _set_fitted_weights(model, source, scales, factors)
     _set_input_maxima(model, source, calibration)
     set_cache_maxima(model, source.caches, calibration)
     _quantize_weights(model, source)
+    _divide_rows(model, source, factors)
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
     with names_required():
@@ -89,15 +93,18 @@ def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) ->
 
 
 @torch.no_grad()
-def _set_weighted_scales(model: Any, source: Source, scales: WeightScales) -> None:
-    """Give weights the scales that were searched with the scan's mean squares."""
+def _set_fitted_weights(model: Any, source: Source, scales: WeightScales, factors: Factors) -> None:
+    """Give weights the factors of their inputs, and the scales that the scan searched."""
     for name, format_ in source.formats.items():
-        if not needs_channel_squares(format_):
+        if not (needs_channel_squares(format_) or factors.reads(name)):
             continue
         module = model.get_submodule(name)
         if not source.is_experts(name):
-            searched = quantizer_of(format_, module.weight, scales, name)
-            module.weight_quantizer.amax = searched.amax
+            weight = factors.multiplied(name, module.weight)
+            fitted = quantizer_of(format_, weight, scales, name)
+            module.weight_quantizer.amax = fitted.amax
+            if factors.reads(name):
+                module.weight.copy_(fitted(weight))
             continue
         for parameter in (p.removesuffix("_") for p in source.modules[name]["prefixes"]):
             weights_EOI = getattr(module, parameter)
@@ -132,6 +139,21 @@ def _quantize_weights(model: Any, source: Source) -> None:
         for weight, quantizer in model.get_submodule(name).iter_weights_for_calibration():
             if needs_static_maximum(quantizer) and quantizer.num_bits != (2, 1):
                 weight.copy_(quantizer(weight))
+
+
+@torch.no_grad()
+def _divide_rows(model: Any, source: Source, factors: Factors) -> None:
+    """Fold the factors of inputs into what makes them: rounded numbers stay, scales change."""
+    for name in source.formats:
+        divisor_O = factors.divisor(name)
+        if divisor_O is None:
+            continue
+        module = model.get_submodule(name)
+        quantizer, by_row = module.weight_quantizer, divisor_O[:, None]
+        module.weight.copy_((module.weight.float() / by_row).to(module.weight.dtype))
+        largest = quantizer.amax.float().reshape(len(by_row), -1) / by_row
+        quantizer.amax = largest.reshape(quantizer.amax.shape).to(quantizer.amax.dtype)
+    factors.divide(source.formats)
 
 
 def _is_rounded(name: str, source: Source) -> bool:

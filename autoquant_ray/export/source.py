@@ -21,7 +21,7 @@ from autoquant_ray.export.layouts import (
 )
 from autoquant_ray.export.solution import read_solution
 from autoquant_ray.formats.format import NONE, Format
-from autoquant_ray.formats.smoothed import is_smoothed, method_of, takes_factors
+from autoquant_ray.formats.smoothed import is_smoothed, method_of
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder
 from autoquant_ray.runs.state import RunState
@@ -222,7 +222,7 @@ def _problems(source: Source, layout: str) -> dict[str, list[str]]:
 
 
 def _problem(source: Source, module: str, format_: Format, layout: str) -> str | None:
-    if is_smoothed(format_) or takes_factors(format_):
+    if is_smoothed(format_):
         return (
             f"{format_.name} ({method_of(format_)}) has a factor per input channel, which cannot "
             "be exported yet"

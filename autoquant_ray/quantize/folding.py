@@ -53,8 +53,15 @@ def divide_producer(model: torch.nn.Module, fold: Fold, factors_I: torch.Tensor)
     shift = 1.0 if fold.kind == SHIFTED_NORM else 0.0
     by_row = divisor_P[:, None] if fold.kind == ROWS else divisor_P
     weight.copy_(((weight.float() + shift) / by_row - shift).to(weight.dtype))
-    if getattr(module, "bias", None) is not None:
-        module.bias.copy_((module.bias.float() / divisor_P).to(module.bias.dtype))
+    divide_bias(module, divisor_P)
+
+
+@torch.no_grad()
+def divide_bias(module: Any, divisor_P: torch.Tensor | None) -> None:
+    """Divide a bias, where there is one, in place; None divides nothing."""
+    bias = getattr(module, "bias", None)
+    if bias is not None and divisor_P is not None:
+        bias.copy_((bias.float() / divisor_P.to(bias.device)).to(bias.dtype))
 
 
 def producer_divisor(fold: Fold, factors_I: torch.Tensor, num_channels: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ The unpacking here is written from the layouts alone and shares nothing with the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from safetensors.torch import load_file
 
 from autoquant_ray.calibrate.files import channel_rows, maxima_rows, read_calibration, rounding_rows
 from autoquant_ray.calibrate.maxima import ActivationMaxima
+from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.formats.smoothed import needs_channel_squares, needs_channels
+from autoquant_ray.formats.smoothed import needs_channel_squares, needs_channels, needs_search
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
+from autoquant_ray.plan.fold import folds_of_summary
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.quantize.awq import loss_rows
 from autoquant_ray.quantize.experts import prepare_experts
 from autoquant_ray.quantize.modules import UNQUANTIZED, QuantizedLayers
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
@@ -68,12 +72,20 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
     generator = torch.Generator().manual_seed(7)
     with collector.collecting(), torch.no_grad():
         collector.set_mask(None)
-        model(torch.randint(0, 256, (2, 48), generator=generator))
+        ids = torch.randint(0, 256, (2, 48), generator=generator)
+        model(ids)
     calibration = collector.calibration()
     rows = maxima_rows(calibration)
     directory.write_table("calibration.parquet", rows)
     if any(map(needs_channels, plan.formats)):
         directory.write_table("channels.parquet", channel_rows(calibration))
+    if any(map(needs_search, plan.formats)):
+        search = ScaleSearch(model, [], scored_modules(plan), plan.formats)
+        with search.searching(replace(calibration, folds=plan.folds)), torch.no_grad():
+            search.set_mask(None)
+            model(ids)
+            search.settle()
+        directory.write_table("search.parquet", loss_rows(search.losses()))
     if any(map(needs_channel_squares, plan.formats)):
         fitting = LayerFitting(model, Resident(), [], scored_modules(plan), plan.formats)
         rounding = fitting.fit(0, calibration)
@@ -132,7 +144,9 @@ def logits_of_solution(directory: Any, solution: str, ids_BS: torch.Tensor) -> t
         index[source.formats[groups[g]].name] if groups[g] in source.formats else UNQUANTIZED
         for g in sorted(groups)
     )
-    quantized = QuantizedLayers(model, [], modules, menu, read_calibration(directory))
+    folds = folds_of_summary(source.state.plan)
+    calibration = read_calibration(directory, menu, folds)
+    quantized = QuantizedLayers(model, [], modules, menu, calibration)
     with quantized.quantized(0, choice, WeightCache(2**40)), torch.no_grad():
         logits: torch.Tensor = model(ids_BS).logits
     return logits

@@ -1,0 +1,131 @@
+"""Exported checkpoints of solutions with ``awq``: nothing is left of the factors."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import load_folder, logits_of_solution, unpack_modelopt
+from small_models import make_tokenizer, small_model
+
+from autoquant_ray.calibrate.files import calibration_of
+from autoquant_ray.export.checkpoint import export_run
+from autoquant_ray.export.source import read_source
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import load_model
+from autoquant_ray.quantize.quantizers import quantized_weight
+from autoquant_ray.quantize.weight_search import WeightScales
+from autoquant_ray.runs.directory import RunDirectory
+
+AWQ, WEIGHTED, INT8 = "wint4_g32_afp16:awq", "wint4_g32_afp16:weighted", "wint8_afp16"
+MENU = (AWQ, WEIGHTED, INT8)
+ALGORITHMS = {AWQ: "W4A16_AWQ", WEIGHTED: "W4A16_AWQ", INT8: "W8A16"}
+CHOICE = {
+    "*0.self_attn.*": AWQ,
+    "*1.self_attn.q_proj": INT8,
+    "*1.self_attn.o_proj": AWQ,
+    "*0.mlp.gate_proj": WEIGHTED,
+    "*0.mlp.down_proj": AWQ,
+    "*1.mlp.gate_proj": "none",
+    "*1.mlp.down_proj": AWQ,
+    "lm_head": AWQ,
+}
+IDS = torch.arange(1, 41)[None]
+NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
+
+
+@pytest.fixture
+def loud_run(solved_run: Any, tmp_path: Path) -> Any:
+    """A run of a small model whose channels differ in size, with formats of every kind."""
+
+    def build(family: str, **more: Any) -> tuple[RunDirectory, Path]:
+        model: Any = small_model(family)
+        generator = torch.Generator().manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(torch.randn(len(parameter), generator=generator).exp())
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(len(parameter), generator=generator))
+        folder = tmp_path / "model"
+        model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        directory, _, _ = solved_run(family, CHOICE, MENU, folder=folder, **more)
+        return directory, folder
+
+    return build
+
+
+def folded(directory: RunDirectory, folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The model, and the factors of inputs and the divisors of rows by linear."""
+    source, calibration = read_source(directory), calibration_of(read_source(directory).state)
+    model: Any = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    scales = WeightScales(model, calibration)
+    factors, divisors = {}, {}
+    for name, format_ in source.formats.items():
+        factors_I = scales.factors((name,), format_)
+        if factors_I is not None:
+            factors[name] = factors_I
+            fold = calibration.folds[name]
+            divisors[fold.producer] = torch.ones(len(model.get_submodule(fold.producer).weight))
+            divisors[fold.producer][torch.tensor(fold.rows(len(factors_I)))] = factors_I
+    return model, factors, divisors
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_folder_holds_folded_weights_and_no_factor(
+    family: str, layout: str, loud_run: Any, tmp_path: Path
+) -> None:
+    directory, folder = loud_run(family)
+    model, factors, divisors = folded(directory, folder)
+    assert len(factors) == 8
+    assert all(factors_I.unique().numel() > 10 for factors_I in factors.values())
+    out = tmp_path / "out"
+    export_run(directory, str(out), layout=layout)
+    tensors = load_folder(out)
+    assert not any("pre_quant" in name for name in tensors)
+    source = read_source(directory)
+    read: Any = None
+    if layout == "compressed-tensors":
+        read = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        read(IDS)  # unpacks
+    scales = WeightScales(model, calibration_of(source.state))
+    rounded = copy.deepcopy(model)
+    if family == "qwen3":
+        rounded.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    for name, format_ in source.formats.items():
+        weight = model.get_submodule(name).weight
+        expected = quantized_weight(format_, weight, scales, name) * factors.get(name, 1)
+        expected = expected / divisors.get(name, torch.ones(1))[:, None]
+        if read is None:
+            stored = unpack_modelopt(tensors, name, ALGORITHMS[format_.name])
+        else:
+            stored = read.get_submodule(name).weight.detach().float()
+        tolerance = 1e-5 if format_.name == INT8 else 2**-8  # 16-bit scales of blocks
+        torch.testing.assert_close(stored, expected, rtol=tolerance, atol=1e-6)
+        rounded.get_submodule(name).weight.data = stored
+    for name in ("model.layers.0.input_layernorm", "model.norm"):
+        expected = model.get_submodule(name).weight / divisors[name]
+        torch.testing.assert_close(
+            tensors[f"{name}.weight"].float(), expected, rtol=2**-8, atol=1e-7
+        )
+    up, value = "model.layers.1.mlp.up_proj", "model.layers.1.self_attn.v_proj"
+    assert up not in source.formats
+    assert {up, value} <= divisors.keys()
+    expected = model.get_submodule(up).weight / divisors[up][:, None]
+    torch.testing.assert_close(tensors[f"{up}.weight"].float(), expected, rtol=2**-8, atol=1e-7)
+    for name, tensor in tensors.items():
+        if name.endswith(("norm.weight", "mlp.up_proj.weight", "mlp.gate_proj.weight")):
+            owner = name.removesuffix(".weight")
+            if owner not in source.formats:
+                rounded.get_submodule(owner).weight.data = tensor.float()
+    with torch.no_grad():
+        logits = rounded(IDS).logits
+    expected = logits_of_solution(directory, "", IDS)
+    plain = model(IDS).logits
+    error = (logits - expected).std() / (plain - expected).std()
+    assert error < 0.15  # scales, norms and what is not rounded have 16 bits in the folder
