@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.formats.algorithms import of_allocation
+from autoquant_ray.formats.algorithms import AWQ, by_sets, of_allocation
 from autoquant_ray.formats.format import NONE, Format, attributes_to_json
 from autoquant_ray.formats.kv_cache import is_described
 from autoquant_ray.formats.smoothed import module_algorithm
+from autoquant_ray.plan.fold import Fold, folds_of_summary, folds_to_json
 
 
 def quantization_config(
@@ -46,10 +47,21 @@ def quantization_config(
             algorithms |= {entry["quantizer_name"]: algorithm for entry in module_entries}
             entries.extend(module_entries)
     entries.extend(apart.entries())
+    whole = of_allocation(algorithms | apart.algorithms())
+    _add_folds(whole, folds_of_summary(summary))
     return {
         "quant_cfg": [attributes_to_json(entry) for entry in entries],
-        "algorithm": of_allocation(algorithms | apart.algorithms()),
+        "algorithm": whole,
     }
+
+
+def _add_folds(algorithm: str | dict[str, Any], folds: Mapping[str, Fold]) -> None:
+    """Say where the factors of ``awq`` go."""
+    sets = algorithm["sets"] if isinstance(algorithm, dict) and by_sets(algorithm) else ()
+    for entry in sets:
+        if entry["algorithm"]["method"] == AWQ:
+            linears = (name.removesuffix(".weight_quantizer") for name in entry["quantizers"])
+            entry["algorithm"]["folds"] = folds_to_json(folds[linear] for linear in linears)
 
 
 def is_linear(facts: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from autoquant_ray.errors import NonFiniteError, changed_input
-from autoquant_ray.formats.format import Attributes, Format
+from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import needs_search, takes_factors
 from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.scored_modules import ScoredModule
@@ -31,10 +31,7 @@ from autoquant_ray.quantize.awq import (
     weight_importance,
 )
 from autoquant_ray.quantize.calibration import Calibration
-from autoquant_ray.quantize.quantizers import fake_quantize_weight
-
-_CHUNK_ELEMENTS = 2**24
-_MIN_CHUNK_ROWS = 512
+from autoquant_ray.quantize.input_factors import candidate_error, squared_norm
 
 
 class ScaleSearch:
@@ -142,7 +139,7 @@ class ScaleSearch:
             for formats in self._menus[name]:
                 for alpha, error_OI in self._candidates(name, formats[0]):
                     for states_TI in inputs:
-                        loss = _squared_norm(states_TI, error_OI)
+                        loss = squared_norm(states_TI, error_OI)
                         for format_ in formats:
                             key = (name, format_.name, alpha)
                             before = self._losses.get(key)
@@ -162,30 +159,10 @@ class ScaleSearch:
             for alpha in (PLAIN, *alphas):
                 factors_I = shared_factors(fold, weights, attributes, mean_I, alpha)
                 # In float32, as it will be rounded: no factor is left to be applied in 16 bits.
-                error_OI = _candidate_error(weight_OI.float(), attributes, factors_I)
+                error_OI = candidate_error(weight_OI.float(), attributes, factors_I)
                 yield alpha, error_OI.to(weight_OI.dtype)
             return
         importance_I = weight_importance(weight_OI, attributes)
         for alpha in alphas:
             scale_I = channel_scales(mean_I, importance_I, alpha)
-            yield alpha, _candidate_error(weight_OI, attributes, scale_I)
-
-
-def _candidate_error(
-    weight_OI: torch.Tensor, attributes: Attributes, scale_I: torch.Tensor
-) -> torch.Tensor:
-    """``Q(W s) / s - W`` under a candidate, in the weight's dtype: times an input, its error."""
-    dtype = weight_OI.dtype
-    scaled_OI = weight_OI * scale_I.to(dtype)
-    quantized_OI = fake_quantize_weight(attributes, scaled_OI.float())
-    back_I = (1.0 / scale_I).to(dtype).float()
-    return quantized_OI.mul_(back_I).sub_(weight_OI.float()).to(dtype)
-
-
-def _squared_norm(states_TI: torch.Tensor, error_OI: torch.Tensor) -> torch.Tensor:
-    """Sum of the squared elements of ``X E^T``, float64."""
-    total = torch.zeros((), dtype=torch.float64, device=states_TI.device)
-    for chunk_CI in states_TI.split(max(_MIN_CHUNK_ROWS, _CHUNK_ELEMENTS // len(error_OI))):
-        product_CO = (chunk_CI @ error_OI.T).float()
-        total += torch.linalg.vector_norm(product_CO).double().square()
-    return total
+            yield alpha, candidate_error(weight_OI, attributes, scale_I)

@@ -4,8 +4,9 @@ An ``algorithm`` of ModelOpt's applies to every enabled quantizer: ``awq_lite`` 
 also touch layers whose format is plain ``max``. :data:`~autoquant_ray.formats.algorithms.SETS` is
 registered with ModelOpt when this module is imported. It takes sets of quantizers and runs
 ModelOpt's own calibration of one set after another, while the quantizers of all others are
-disabled; at the end all are enabled. ``weighted``, which ModelOpt does not have, takes the mean
-squares of input channels from the forward loop.
+disabled; at the end all are enabled. ``weighted`` and ``awq``, which ModelOpt does not have, take
+statistics of input channels from the forward loop. The factors of ``awq`` are folded into the model
+when all else is done: what is left is a model without any.
 
 Each set sees the inputs of the unquantized model. Algorithms that scale weights (``smoothquant``,
 ``awq_lite``) run last, and until the last of them has run, their layers get the original weights
@@ -19,11 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
-from modelopt.torch.quantization.conversion import _normalize_fused_experts_quantizer_name
+from modelopt.torch.quantization.conversion import (
+    _normalize_fused_experts_quantizer_name,
+    set_quantizer_by_cfg_context,
+)
 from modelopt.torch.quantization.mode import (
     BaseCalibrateModeDescriptor,
     CalibrateModeRegistry,
@@ -37,11 +42,14 @@ from modelopt.torch.quantization.utils.core_utils import (
 )
 from pydantic import Field
 
-from autoquant_ray.formats.algorithms import MAX, SETS, WEIGHTED
+from autoquant_ray.formats.algorithms import AWQ, FITTED, MAX, SETS, WEIGHTED
 from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
+from autoquant_ray.quantize.input_factors import InputFactors
 from autoquant_ray.quantize.input_squares import InputSquares
 
 Algorithm = str | dict[str, Any]
+_ALL_OFF: Any = [{"quantizer_name": "*", "enable": False}]
+
 ForwardLoop = Callable[[Any], Any]
 Quantizers = dict[str, TensorQuantizer]
 
@@ -83,20 +91,24 @@ def calibrate_sets(
     for quantizer in quantizers.values():
         if quantizer.is_nvfp4_static and next(model.parameters()).device.type == "cpu":
             StaticBlocksOnCpu.from_tensor_quantizer(quantizer)
+    factors: list[InputFactors] = []
+    calibrate = partial(_calibrate, model, forward_loop, factors)
     for quantizer, is_enabled in _calibrate_parts(
-        model, forward_loop, quantizers, _parts(quantizers, sets, others)
+        model, calibrate, quantizers, _parts(quantizers, sets, others)
     ):
         if is_enabled:
             quantizer.enable()
         else:
             quantizer.disable()
+    for inputs in factors:
+        inputs.fold()
     for state in iter_shared_quant_states(model, SharedWeightGlobalAmaxState):
         state.restore_from_members()  # later sets computed it anew, from maxima after a search
 
 
 def _calibrate_parts(
     model: Any,
-    forward_loop: ForwardLoop | None,
+    calibrate: Callable[[Algorithm], None],
     quantizers: Quantizers,
     parts: Sequence[tuple[Algorithm, Quantizers]],
 ) -> list[tuple[TensorQuantizer, bool]]:
@@ -107,7 +119,7 @@ def _calibrate_parts(
     for algorithm, members in parts:
         kept = _SetAside(model, members) if _scales(algorithm) and members is not last else None
         with _only(quantizers, members):
-            _calibrate(model, forward_loop, algorithm)
+            calibrate(algorithm)
             results += [(quantizer, quantizer.is_enabled) for quantizer in members.values()]
         if kept is not None:
             kept.swap()
@@ -144,23 +156,38 @@ def _parts(
 
 def _scales(algorithm: Algorithm) -> bool:
     """Whether an algorithm changes weights."""
-    if _is_weighted(algorithm):
+    if _method(algorithm) in FITTED:
         return False
     ((name, _),) = get_modelike_from_algo_cfg(algorithm)
     return bool(CalibrateModeRegistry[name].config_class._mutates_weights)
 
 
-def _is_weighted(algorithm: Algorithm) -> bool:
-    return isinstance(algorithm, Mapping) and algorithm["method"] == WEIGHTED
+def _method(algorithm: Algorithm) -> str:
+    return str(algorithm["method"]) if isinstance(algorithm, Mapping) else algorithm
 
 
-def _calibrate(model: Any, forward_loop: ForwardLoop | None, algorithm: Algorithm) -> None:
-    """What ``mtq.calibrate`` does; ``weighted``: by maximum, then by the search."""
-    if isinstance(algorithm, dict) and _is_weighted(algorithm):
+def _calibrate(
+    model: Any,
+    forward_loop: ForwardLoop | None,
+    factors: list[InputFactors],
+    algorithm: Algorithm,
+) -> None:
+    """What ``mtq.calibrate`` does; ``weighted``: by maximum, then by the search; ``awq``: by
+    maximum, and appends to the factors, which are folded later."""
+    if isinstance(algorithm, dict) and _method(algorithm) == WEIGHTED:
         squares = InputSquares(model)
         with squares.collecting():
-            _calibrate(model, forward_loop, MAX)
+            _calibrate(model, forward_loop, factors, MAX)
         squares.search(algorithm)
+        return
+    if isinstance(algorithm, dict) and _method(algorithm) == AWQ:
+        inputs = InputFactors(model, algorithm)
+        with inputs.collecting():
+            _calibrate(model, forward_loop, factors, MAX)
+        with inputs.searching(), set_quantizer_by_cfg_context(model, _ALL_OFF):
+            if forward_loop is not None:
+                forward_loop(model)
+        factors.append(inputs)
         return
     ((name, arguments),) = get_modelike_from_algo_cfg(algorithm)
     mode = CalibrateModeRegistry[name]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 import transformers
@@ -17,6 +19,7 @@ from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.source import read_source
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
+from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.quantizers import quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.runs.directory import RunDirectory
@@ -25,6 +28,7 @@ AWQ, WEIGHTED, INT8 = "wint4_g32_afp16:awq", "wint4_g32_afp16:weighted", "wint8_
 MENU = (AWQ, WEIGHTED, INT8)
 ALGORITHMS = {AWQ: "W4A16_AWQ", WEIGHTED: "W4A16_AWQ", INT8: "W8A16"}
 CHOICE = {
+    "*": "none",
     "*0.self_attn.*": AWQ,
     "*1.self_attn.q_proj": INT8,
     "*1.self_attn.o_proj": AWQ,
@@ -129,3 +133,33 @@ def test_folder_holds_folded_weights_and_no_factor(
     plain = model(IDS).logits
     error = (logits - expected).std() / (plain - expected).std()
     assert error < 0.15  # scales, norms and what is not rounded have 16 bits in the folder
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_mtq_quantize_makes_the_model_that_was_measured(family: str, loud_run: Any) -> None:
+    """From the manifest and the scan's samples: equal logits, and no factor left in the model."""
+    directory, folder = loud_run(family)
+    model: Any = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    config = load_quantization_config(read_source(directory).manifest, device="cpu")
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, 256, (2, 48), generator=generator)  # those of the run
+
+    def run(copied: Any) -> None:
+        copied(ids, use_cache=False)
+
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        quantized = mtq.quantize(copy.deepcopy(model), config, run)
+        logits, plain = quantized(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits
+    expected = logits_of_solution(directory, "", IDS)
+    assert (plain - expected).std() > 0.01 * plain.std()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(plain.std()))
+    assert not any("pre_quant" in name for name in quantized.state_dict())
+
+
+def test_mtq_quantize_without_inputs_is_refused(loud_run: Any) -> None:
+    directory, folder = loud_run("llama")
+    model: Any = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    config = load_quantization_config(read_source(directory).manifest, device="cpu")
+    with pytest.raises(ValueError, match="the algorithm awq needs inputs"):
+        mtq.quantize(model, config)
