@@ -66,9 +66,10 @@ def evaluate(run: str, **flags: Any) -> Result:
 def refine(run: str, trials: int, seed: int, **flags: Any) -> Result:
     """Search around RUN's allocation by measured KL, within the same budget.
 
-    On half of the unseen data the solution's neighbours are scored again, around the quantized
-    model, and swaps are tried; the best allocations race on a quarter, and what is said about the
-    winner is measured on the rest. Writes solutions/NAME-refined. May be killed and started again.
+    On half of the unseen data the solution's neighbours are measured, around the quantized model,
+    and swaps are tried, in the order that a backward pass on a quarter predicts; the best
+    allocations race on that quarter, and what is said about the winner is measured on the rest.
+    Writes solutions/NAME-refined. May be killed and started again.
 
     \b
     Example:

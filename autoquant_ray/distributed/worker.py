@@ -62,6 +62,11 @@ class ShardWorker:
         with _named_errors(f"evaluating shard {task.shard}"):
             return self._runner.evaluate(task.samples, choices)
 
+    def estimate(self, task: ShardTask, choice: tuple[int, ...]) -> Any:
+        """What single changes of an allocation would do to its loss on a shard."""
+        with _named_errors(f"estimating changes on shard {task.shard}"):
+            return self._runner.estimate(task.samples, task.first_sample, choice)
+
 
 @contextmanager
 def _named_errors(doing: str) -> Iterator[None]:

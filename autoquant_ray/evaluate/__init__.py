@@ -1,5 +1,5 @@
 """Measured losses: evaluating, auditing and refining a solution, and its rivals.
 
-Imports ``stages``, ``score``, ``imports``, ``report``, ``allocate`` and below; torch in two files;
-Ray.
+Imports ``stages``, ``score``, ``imports``, ``report``, ``allocate`` and below; torch in three
+files; Ray.
 """

@@ -1,10 +1,13 @@
 """Search for an allocation by measurement: swaps, a race, and an unbiased final measurement.
 
-The shards are split into three parts. On the first, single changes of the start are scored again
-(:mod:`autoquant_ray.evaluate.rescoring`), then swaps are tried, every allocation on the same tokens
-so that differences are paired, and accepted if they improve by more than their standard error. The
-best allocations then race on the second part. The reported loss of the winner is measured on the
-third, which chose nothing.
+The shards are split into three parts, none of which calibration, fitted rounding or scores have
+seen. What single changes of the start would do is predicted from a backward pass on the second part
+(:mod:`autoquant_ray.evaluate.flip_estimates`): that is the order in which changes are tried. On the
+first, which neither calibration nor this order has seen, single changes are measured
+(:mod:`autoquant_ray.evaluate.rescoring`), then swaps, every allocation on the same tokens so that
+differences are paired, and accepted if they improve by more than their standard error. Nothing is
+accepted by prediction. The best allocations then race on the second part. The reported loss of the
+winner is measured on the third, which chose nothing.
 
 Workers divide a part by shards. All allocations of a round run on a shard in the same worker, since
 they share most of their quantized weights and many of their hidden states.
@@ -16,14 +19,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.errors import DataError
-from autoquant_ray.evaluate.rescoring import Flip, choose_flips, scores_around, solve_flips
+from autoquant_ray.evaluate.flip_estimates import FlipEstimates
+from autoquant_ray.evaluate.rescoring import choose_flips, scores_around, solve_flips
 from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.evaluate.swaps import Change, Swaps, combine
 from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
@@ -32,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 Measure = Callable[[Sequence[Candidate], Sequence[int]], list[Measured]]
 """Measures allocations on the given shards."""
+
+Estimate = Callable[[Candidate, Sequence[int]], FlipEstimates | None]
+"""Predicts what single changes of an allocation do, on the given shards; None: it cannot."""
 
 _BATCH = 12  # allocations per round
 _POOL = 4  # proposals per allocation drawn from them
@@ -94,15 +101,18 @@ def search_allocations(
     *,
     num_trials: int,
     seed: int = 0,
+    estimate: Estimate | None = None,
 ) -> SearchResult:
     """Search around an allocation. Deterministic; on the first part never worse than its start.
 
     Args:
         measure: Measures allocations.
         num_shards: Shards of the data.
-        origin: The start; its scores order the trials, its constraints hold for all of them.
+        origin: The start; its constraints hold for all trials.
         num_trials: Allocations to measure on the first part at most.
         seed: For drawing among proposals.
+        estimate: Predicts changes of the start, which order the trials; without it, or where it
+            cannot, the scores do.
 
     Raises:
         DataError: There are fewer than three shards.
@@ -111,9 +121,13 @@ def search_allocations(
     search = _Search(measure, origin, first)
     start = origin.candidate("solution", origin.formats)
     search.measure([start])
-    rescored, differences = _rescore(search, start, num_trials // _FLIPS)
-    scores = scores_around(origin.scores, origin.formats, differences)
-    swaps = Swaps(origin.problem, scores, origin.options)
+    predicted = None if estimate is None else estimate(start, second)
+    if predicted is None:
+        logger.info("refine: changes are tried in the order of the scores")
+        predicted = FlipEstimates(changes={})
+    swaps = _swaps(origin, predicted, {})
+    rescored, differences = _rescore(search, swaps, start, num_trials // _FLIPS)
+    swaps = _swaps(origin, predicted, differences)
     num_left = num_trials - (len(search.seen) - 1)
     num_swaps = _climb(search, swaps, rescored, num_left, seed)
     winner = _race(measure, _racing(search, swaps, start), second)
@@ -146,13 +160,26 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
     return shards[:half], shards[half : half + quarter], shards[half + quarter :]
 
 
-def _rescore(search: _Search, start: Candidate, count: int) -> tuple[Candidate, dict[Flip, float]]:
+def _swaps(
+    origin: StartingPoint, predicted: FlipEstimates, differences: Mapping[Change, float]
+) -> Swaps:
+    """Changes in the order of what is predicted and measured around the start."""
+    measured = {change[0]: loss for change, loss in differences.items() if len(change) == 1}
+    changes = {**predicted.changes, **measured}
+    around = scores_around(origin.scores, origin.formats, changes)
+    return Swaps(origin.problem, origin.scores, origin.options, around, predicted.interactions)
+
+
+def _rescore(
+    search: _Search, swaps: Swaps, start: Candidate, count: int
+) -> tuple[Candidate, dict[Change, float]]:
     """Measure flips of the start, and solve the budget again with the measured differences.
 
     Args:
         search: Has measured the start.
+        swaps: Changes of the start in the order in which they are tried.
         start: The start.
-        count: Number of flips.
+        count: Number of flips, or of two together.
 
     Returns:
         The start, or an allocation that is better by more than its standard error: the solution
@@ -160,11 +187,10 @@ def _rescore(search: _Search, start: Candidate, count: int) -> tuple[Candidate, 
         the start in nats per token plus a standard error, a cautious estimate of its gain.
     """
     origin, formats = search.origin, start.formats
-    swaps = Swaps(origin.problem, origin.scores, origin.options)
     flips = choose_flips(swaps, formats, count)
     if not flips:
         return start, {}
-    flipped = [origin.candidate("flip", {**formats, group: format_}) for group, format_ in flips]
+    flipped = [origin.candidate("flip", {**formats, **dict(flip)}) for flip in flips]
     measured = search.measure(flipped)
     estimates = [paired_difference(losses, search.losses(start)) for losses in measured]
     differences = {

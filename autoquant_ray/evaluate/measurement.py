@@ -7,7 +7,7 @@ measured twice, and a killed measurement resumes where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -16,9 +16,10 @@ from autoquant_ray.calibrate.files import calibration_of
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.placement import connected, place_workers, require_resources
-from autoquant_ray.distributed.pool import Outcome, WorkerPool
+from autoquant_ray.distributed.pool import Outcome, Submit, WorkerPool
 from autoquant_ray.distributed.progress import progress
 from autoquant_ray.errors import StoreError, WorkerError
+from autoquant_ray.evaluate.flip_estimates import FlipEstimates, flip_rows, merge_flips
 from autoquant_ray.evaluate.held_out import data_key, held_out_samples, num_seen
 from autoquant_ray.evaluate.runner import EvaluationSpec
 from autoquant_ray.evaluate.table import Measured, collect
@@ -33,7 +34,7 @@ from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import Lease, lease
-from autoquant_ray.runs.names import EVALUATION, SAMPLES, part_name
+from autoquant_ray.runs.names import EVALUATION, FLIPS, SAMPLES, part_name
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.samples import require_same_chats
 from autoquant_ray.stages.shards import note_done, read_tasks
@@ -98,21 +99,42 @@ class Measurement:
         wanted = range(self.facts["num_shards"]) if shards is None else shards
         missing = self._missing(candidates, wanted)
         if missing:
-            if self._pool is None:
-                self._pool = self._start_pool()
-            self._run(self._pool, missing)
+            self._evaluate(missing)
         used = [shard for shard in wanted if shard not in self.left_out]
         if not used:
             raise WorkerError(f"every shard failed, the first with: {self.left_out[wanted[0]]}")
         try:
-            return [collect(self._parts(candidate, used)) for candidate in candidates]
+            folders = [f"{self.folder}/{candidate.key}" for candidate in candidates]
+            return [collect(self._parts(folder, used)) for folder in folders]
         except _DamagedPartError:
             return self.measure(candidates, shards)
 
-    def _parts(self, candidate: Candidate, shards: Sequence[int]) -> Iterator[Any]:
+    def estimate(self, candidate: Candidate, shards: Sequence[int]) -> FlipEstimates | None:
+        """Predict what single changes of an allocation do, from a backward pass on each shard.
+
+        Args:
+            candidate: The allocation.
+            shards: Shards to use; those that fail are left out.
+
+        Returns:
+            The predictions; None where every shard failed.
+        """
+        folder = f"{self.folder}/{candidate.key}/{FLIPS}"
+        finished = set(self.state.directory.list_parts(folder))
+        missing = [s for s in shards if s not in finished and s not in self.left_out]
+        failed = self._estimate(candidate, missing) if missing else {}
+        used = [shard for shard in shards if shard not in failed and shard not in self.left_out]
+        if not used:
+            return None
+        try:
+            return merge_flips(self._parts(folder, used), candidate.formats)
+        except _DamagedPartError:
+            return self.estimate(candidate, shards)
+
+    def _parts(self, folder: str, shards: Sequence[int]) -> Iterator[Any]:
         directory = self.state.directory
         for shard in shards:
-            name = part_name(f"{self.folder}/{candidate.key}", shard)
+            name = part_name(folder, shard)
             try:
                 yield directory.read_table(name)
             except StoreError as error:
@@ -141,24 +163,62 @@ class Measurement:
                     missing.setdefault(shard, []).append(candidate)
         return dict(sorted(missing.items()))
 
-    def _run(self, pool: WorkerPool, missing: Mapping[int, list[Candidate]]) -> None:
+    def _evaluate(self, missing: Mapping[int, list[Candidate]]) -> None:
+        """Measure allocations on shards."""
         directory = self.state.directory
-        outcomes = pool.run(
-            read_tasks(directory, f"{self.folder}/{SAMPLES}", missing),
-            lambda worker, task: worker.evaluate.remote(
-                task, [_choice(self._plan, candidate) for candidate in missing[task.shard]]
-            ),
-        )
-        with closing(outcomes), progress("evaluate", len(missing)) as advance:
+
+        def submit(worker: Any, task: Any) -> Any:
+            choices = [_choice(self._plan, candidate) for candidate in missing[task.shard]]
+            return worker.evaluate.remote(task, choices)
+
+        with closing(self._outcomes("evaluate", list(missing), submit)) as outcomes:
             for outcome in outcomes:
                 shard = outcome.task.shard
                 if outcome.reason is not None:
                     logger.warning("shard %d is left out: %s", shard, outcome.reason)
                     self.left_out[shard] = outcome.reason
                 else:
-                    self.require_lease()
                     _write_parts(directory, self.folder, outcome, missing[shard])
-                    note_done(directory, "evaluate", outcome)
+
+    def _estimate(self, candidate: Candidate, shards: Sequence[int]) -> dict[int, str]:
+        """Predict changes on shards; returns those that failed, with the reasons."""
+        choice, failed = _choice(self._plan, candidate), {}
+        groups = [group.name for group in self._plan.searched]
+        formats = [format_.name for format_ in self._plan.formats]
+
+        def submit(worker: Any, task: Any) -> Any:
+            return worker.estimate.remote(task, choice)
+
+        with closing(self._outcomes("estimate", shards, submit)) as outcomes:
+            for outcome in outcomes:
+                shard = outcome.task.shard
+                if outcome.reason is not None:
+                    logger.warning(
+                        "changes are not predicted on shard %d: %s", shard, outcome.reason
+                    )
+                    failed[shard] = outcome.reason
+                else:
+                    name = part_name(f"{self.folder}/{candidate.key}/{FLIPS}", shard)
+                    rows = flip_rows(outcome.result, groups, formats)
+                    self.state.directory.write_table(name, rows)
+        return failed
+
+    def _outcomes(
+        self, doing: str, shards: Sequence[int], submit: Submit
+    ) -> Generator[Outcome, None, None]:
+        """Run shards on the workers, started where they are not; the lease holds for each."""
+        if self._pool is None:
+            self._pool = self._start_pool()
+        directory = self.state.directory
+        tasks = read_tasks(directory, f"{self.folder}/{SAMPLES}", shards)
+        outcomes = self._pool.run(tasks, submit)
+        with closing(outcomes), progress(doing, len(shards)) as advance:
+            for outcome in outcomes:
+                if outcome.reason is None:
+                    self.require_lease()
+                yield outcome
+                if outcome.reason is None:
+                    note_done(directory, doing, outcome)
                 advance(f"{outcome.num_workers} worker(s)")
 
 

@@ -99,6 +99,7 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
             origin,
             num_trials=num_trials,
             seed=seed,
+            estimate=measurement.estimate,
         )
         name = f"{config.solution or 'scan'}-refined"
         figures = _figures(result, measurement)

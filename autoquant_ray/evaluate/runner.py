@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,11 @@ import torch
 from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.evaluate.divergence import TokenDivergence, compare
+from autoquant_ray.evaluate.flip_estimator import FlipEstimator, ShardFlips
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.layers import first_output
+from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.memory import GIB
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
@@ -122,7 +124,11 @@ class AllocationRunner:
         self.spec = spec
         self.model, residence = set_up_model(spec, model)
         self._device = self.model.get_input_embeddings().weight.device
-        self._layerwise = LayerwiseBackward(self.model, residence)
+        self._layerwise = LayerwiseBackward(
+            self.model,
+            residence,
+            reaches_front=any(is_of_tower(scored.planned.name) for scored in spec.modules),
+        )
         self._head = VocabularyLoss(self.model)
         self._quantized = QuantizedLayers(
             self.model, self._layerwise.layers, spec.modules, spec.formats, spec.calibration
@@ -170,6 +176,19 @@ class AllocationRunner:
         return ShardEvaluation(
             reference=reference, divergences=divergences, seconds=time.perf_counter() - start
         )
+
+    def estimate(self, samples: Samples, first_sample: int, choice: FormatNumbers) -> ShardFlips:
+        """Slopes, curvatures and interactions of the flips of an allocation.
+
+        See :meth:`~autoquant_ray.evaluate.flip_estimator.FlipEstimator.estimate`.
+        """
+        shard: ShardFlips = self._estimator.estimate(samples, first_sample, choice)
+        return shard
+
+    @cached_property
+    def _estimator(self) -> FlipEstimator:
+        """Made when it is first needed: only a refinement does."""
+        return FlipEstimator(self.spec, self.model, self._layerwise, self._head, self._quantized)
 
     def _quantized_head(
         self, choice: FormatNumbers, weights: WeightCache

@@ -77,7 +77,6 @@ class CachedAttention:
         self._resting = dict(self._shadow._parameters)
         self._set({part: disabled_quantizer() for part in (*PARTS, *_OTHERS)})
 
-    @torch.no_grad()
     def run(
         self, format_: Format, maxima: Mapping[str, float], arguments: Any, keywords: Any
     ) -> Any:

@@ -89,7 +89,6 @@ class FusedExperts:
         weight_OI = getattr(self._module, name)[expert]
         return quantized_weight(format_, weight_OI, scales, self._name, name, str(expert))
 
-    @torch.no_grad()
     def run(
         self,
         format_: Format,
@@ -112,7 +111,6 @@ class FusedExperts:
             setattr(self._shadow, f"{name}_input_quantizer", quantizer or self._passing)
         return self._run_shadow(inputs, _as_parameters(weights))
 
-    @torch.no_grad()
     def run_weights(
         self, weights: dict[str, torch.Tensor], inputs: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:

@@ -143,6 +143,7 @@ class QuantizedLayers:
         def forward(states: torch.Tensor) -> torch.Tensor:
             smoothed = smoothed_input(states, scale_I)
             quantized = smoothed if quantizer is None else quantizer(smoothed)
-            return torch.nn.functional.linear(quantized, weight_OI, module.bias)
+            weight = weight_OI.to(quantized.dtype)  # an attention may run again in float32
+            return torch.nn.functional.linear(quantized, weight, module.bias)
 
         return forward

@@ -15,6 +15,7 @@ from autoquant_ray.runs.names import (
     DOMAINS_FILE,
     EVALUATION,
     EVALUATION_FILE,
+    FLIPS,
     FRONTIER_FILE,
     HISTORY_FILE,
     MANIFEST_TABLE,
@@ -127,6 +128,19 @@ SCHEMAS: dict[str, pa.Schema] = {
             "loss": pa.list_(pa.float32()),
             "reference_loss": pa.list_(pa.float32()),
             "agrees": pa.list_(pa.bool_()),
+        }
+    ),
+    FLIPS: pa.schema(
+        {
+            "group": _STRING,
+            "format": _STRING,
+            "partner": _STRING,
+            "partner_format": _STRING,
+            "slope": _FLOAT,
+            "curvature": _FLOAT,
+            "interaction": _FLOAT,
+            "kl": _FLOAT,
+            "num_tokens": _INT,
         }
     ),
     EVALUATION_FILE: pa.schema(

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +43,14 @@ from autoquant_ray.score.residence import Residence, Resident
 from autoquant_ray.score.step import NO_INPUTS, Step
 
 logger = logging.getLogger(__name__)
+
+Within = Callable[[int], AbstractContextManager[object]]
+"""Opens what a layer runs in, by its number."""
+
+
+def nothing_else(_number: int) -> AbstractContextManager[object]:
+    """A layer runs as the model has it."""
+    return nullcontext()
 
 
 class LayerwiseBackward:
@@ -91,6 +99,7 @@ class LayerwiseBackward:
         keep: bool,
         before_step: Callable[[Step], None] | None = None,
         after_layer: Callable[[], None] | None = None,
+        within: Within = nothing_else,
     ) -> list[Pass]:
         """Run the decoder layers on several steps, layer by layer, without a graph.
 
@@ -101,12 +110,13 @@ class LayerwiseBackward:
             keep: Keep what :meth:`backward` needs.
             before_step: Called each time before a layer runs on a step.
             after_layer: Called when a layer has run on all steps, while its weights are there.
+            within: Opened around each layer by its number, while its weights are there.
         """
         if not self.is_layerwise:
             return [Pass(step) for step in steps]
         passes = [self.enter(step) for step in steps]
         for number, layer in enumerate(self.layers):
-            with self.visit_forward(number):
+            with self.visit_forward(number), within(number):
                 for pass_ in passes:
                     if before_step is not None:
                         before_step(pass_.step)
@@ -176,7 +186,12 @@ class LayerwiseBackward:
         pass_.output = output if with_graph else None
         return output.detach()
 
-    def backward(self, passes: Sequence[Pass], gradients: Sequence[Gradients]) -> None:
+    def backward(
+        self,
+        passes: Sequence[Pass],
+        gradients: Sequence[Gradients],
+        within: Within = nothing_else,
+    ) -> None:
         """Pull gradients of the loss at the final hidden states through all layers.
 
         Hooks on module outputs fire once per pass and draw, in this order. Empties the passes.
@@ -184,12 +199,16 @@ class LayerwiseBackward:
         Args:
             passes: Finished with a graph, their layer inputs kept.
             gradients: Of each pass.
+            within: Opened around each layer by its number, while its weights are there.
         """
-        for _ in self.pull_layers(passes, gradients):
+        for _ in self.pull_layers(passes, gradients, within):
             pass
 
     def pull_layers(
-        self, passes: Sequence[Pass], gradients: Sequence[Gradients]
+        self,
+        passes: Sequence[Pass],
+        gradients: Sequence[Gradients],
+        within: Within = nothing_else,
     ) -> Iterator[list[Gradients]]:
         """Visit the layers from last to first; yields the gradients at each one's inputs."""
         flowing = []
@@ -203,7 +222,7 @@ class LayerwiseBackward:
             return
         at_front: list[dict[int, Gradients]] = [{} for _ in passes]
         for number in reversed(range(len(self.layers))):
-            with self.residence.visit(number, max(number - 1, 0)):
+            with self.residence.visit(number, max(number - 1, 0)), within(number):
                 for index, pass_ in enumerate(passes):
                     hidden_BSH = pass_.inputs.pop().detach().requires_grad_(True)
                     arguments, keywords = pass_.calls.pop()

@@ -27,9 +27,19 @@ class GradientBook:
         label: What leaves it out of the search; with the seed it seeds the draws of rows.
         num_draws: Backward passes that follow each forward pass.
         seed: Non-negative integers.
+        hides_output: Score the module without its output, as if that had been changed.
     """
 
-    def __init__(self, name: str, label: str, num_draws: int, seed: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        name: str,
+        label: str,
+        num_draws: int,
+        seed: tuple[int, ...],
+        *,
+        hides_output: bool = False,
+    ) -> None:
+        self._hides_output = hides_output
         self._name = name
         self._label = label
         self._num_draws = num_draws
@@ -63,8 +73,9 @@ class GradientBook:
             kept_version, *input_versions = [tensor._version for tensor in (kept, *inputs)]
             if input_versions != versions[1:]:
                 raise changed_input(self._name, self._label)
+            is_usable = kept_version == versions[0] and not self._hides_output
             with torch.no_grad():
-                score(kept if kept_version == versions[0] else None, gradients, seed)
+                score(kept if is_usable else None, gradients, seed)
             gradients.clear()
 
         output.register_hook(on_gradient)

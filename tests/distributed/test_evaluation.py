@@ -221,6 +221,32 @@ def test_refined_allocation_is_measured_on_what_chose_nothing(
     assert "was chosen on this data cut in another way" in refusal(other)
 
 
+def test_refinement_orders_changes_alike_with_two_workers(
+    scanned: Path, run_command: Any, tmp_path: Path
+) -> None:
+    """Changes are predicted on the second part of the shards, which the search does not measure."""
+    runs = [tmp_path / name for name in ("one", "two")]
+    for run, workers in zip(runs, ("1", "2"), strict=True):
+        shutil.copytree(scanned, run)
+        done = run_command("refine", run, "--trials", "8", "--workers", workers)
+        assert done.returncode == 0, done.stderr
+    parts = sorted(path.relative_to(runs[0]) for path in runs[0].glob("evaluation/*/*/flips/*"))
+    assert [path.name for path in parts] == ["shard-000004.parquet"]
+    solution = Path("solutions/scan-refined/manifest.parquet")
+    for name in (*parts, solution, Path("evaluation.parquet")):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+    rows = pq.read_table(runs[0] / parts[0]).to_pylist()
+    plan = pq.read_table(runs[0] / "plan.parquet").to_pylist()
+    searched = {row["group"] for row in plan if row["is_searched"]}
+    assert {row["group"] for row in rows} == searched
+    names = {"wint4_afp16", "wint8_aint8", "kv_fp8", "kv_nvfp4", "none"}
+    assert {row["format"] for row in rows} == names
+    assert any(row["slope"] for row in rows if row["partner"] is None)
+    pairs = {(row["group"], row["partner"]) for row in rows if row["partner"] is not None}
+    assert all(a.rpartition(".")[0] == b.rpartition(".")[0] for a, b in pairs)
+    assert any("gate_proj" in a and "down_proj" in b for a, b in pairs)
+
+
 def test_audit_measures_pairs_and_solves_again(
     scanned: Path, run_command: Any, tmp_path: Path
 ) -> None:

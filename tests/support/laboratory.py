@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.losses import average_bits
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
+from autoquant_ray.evaluate.flip_estimates import FlipEstimates, flip_rows, merge_flips
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.evaluate.table import Measured
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.quantize.modules import FormatNumbers
+from autoquant_ray.runs.names import FLIPS
+from autoquant_ray.runs.schemas import schema_of
 
 FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
 NUM_SHARDS, LENGTHS = 4, [24, 24, 24]
@@ -28,9 +32,11 @@ class Laboratory:
     Args:
         prepared: Its scorer, from ``make_scorer``.
         make_samples: Makes random samples.
+        menu: The scorer's formats.
     """
 
-    def __init__(self, prepared: Any, make_samples: Any) -> None:
+    def __init__(self, prepared: Any, make_samples: Any, menu: tuple[str, ...] = FORMATS) -> None:
+        self.menu = menu
         spec = prepared.scorer.spec
         self.plan = prepared.plan
         self.names = [group.name for group in self.plan.searched]
@@ -41,7 +47,7 @@ class Laboratory:
         self.scores = {
             (name, format_): float(scores_GF[g, f])
             for g, name in enumerate(self.names)
-            for f, format_ in enumerate(FORMATS)
+            for f, format_ in enumerate(menu)
         }
         self.problem = Problem.from_plan(self.plan.rows(), self.plan.summary())
         self.shards = [make_samples(LENGTHS, seed=seed) for seed in range(NUM_SHARDS)]
@@ -68,7 +74,7 @@ class Laboratory:
         )
 
     def choice(self, formats: dict[str, str]) -> FormatNumbers:
-        index = {NONE: -1} | {name: number for number, name in enumerate(FORMATS)}
+        index = {NONE: -1} | {name: number for number, name in enumerate(self.menu)}
         return tuple(index[formats[name]] for name in self.names)
 
     def measure_choices(self, choices: Sequence[FormatNumbers], shard: int) -> list[Any]:
@@ -78,6 +84,17 @@ class Laboratory:
             for choice, samples in zip(new, result.divergences, strict=True):
                 self._kept[shard, choice] = samples
         return [self._kept[shard, choice] for choice in choices]
+
+    def estimate(self, candidate: Candidate, shards: Sequence[int]) -> FlipEstimates:
+        """Predictions around an allocation, by way of the parts that workers write."""
+        choice, first = self.choice(candidate.formats), len(LENGTHS)
+        results = [self.runner.estimate(self.shards[s], s * first, choice) for s in shards]
+        schema = schema_of(f"{FLIPS}/shard-000000.parquet")
+        parts = [
+            pa.Table.from_pylist(flip_rows(result, self.names, self.menu), schema=schema)
+            for result in results
+        ]
+        return merge_flips(parts, candidate.formats)
 
     def measure(self, candidates: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
         choices = [self.choice(candidate.formats) for candidate in candidates]

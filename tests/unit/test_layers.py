@@ -42,6 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 TORCH_PACKAGES = {"quantize", "calibrate", "score"}
 TORCH_FILES = {
     "evaluate.divergence",
+    "evaluate.flip_estimator",
     "evaluate.runner",
     "export.compressed_tensors",
     "export.model",

@@ -38,10 +38,13 @@ def test_flips_are_the_moves_that_the_scores_like_best(problem: Any) -> None:
     swaps = Swaps(groups, scores, OPTIONS)
     first, second = itertools.islice(swaps.proposals(formats), 2)
     flips = choose_flips(swaps, formats, 1000)
-    assert flips[: len(first)] == list(first)
-    assert set(second) <= set(flips[: len(first) + len(second)])
+    assert all(len(move) == 1 for move in flips)
+    assert [move[0] for move in flips[: len(first)]] == list(first)
+    assert {(flip,) for flip in second} <= set(flips[: len(first) + len(second)])
     assert len(set(flips)) == len(flips)
-    assert sorted(flips) == sorted((g, f) for g, f in [*scores, *_none(formats)] if formats[g] != f)
+    assert sorted(flips) == sorted(
+        ((g, f),) for g, f in [*scores, *_none(formats)] if formats[g] != f
+    )
     assert choose_flips(swaps, formats, 5) == flips[:5]
 
 
@@ -59,18 +62,18 @@ def test_plan_from_flips_is_the_best_that_was_measured(problem: Any, seed: int) 
     differences[flips[0]] = math.inf
     (budget,) = groups.budgets(OPTIONS)
     menus = {name: [format_] for name, format_ in formats.items()}
-    for group, other in flips[1:]:
+    for ((group, other),) in flips[1:]:
         menus[group].append(other)
     best = math.inf
     for combination in itertools.product(*menus.values()):
         chosen = dict(zip(menus, combination, strict=True))
         cost = sum(g.cost(chosen[g.name], budget.resource) for g in groups.searched)
-        loss = sum(differences.get(pair, 0.0) for pair in chosen.items())
+        loss = sum(differences.get((pair,), 0.0) for pair in chosen.items())
         if cost <= budget.limit and loss < best:
             best = loss
     solved = solve_flips(groups, OPTIONS, formats, differences)
     assert best < 0
-    assert sum(differences.get(pair, 0.0) for pair in solved.items()) == pytest.approx(best)
+    assert sum(differences.get((pair,), 0.0) for pair in solved.items()) == pytest.approx(best)
     assert all(other in menus[group] for group, other in solved.items())
 
 
