@@ -39,8 +39,6 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import FLIPS, SOLUTIONS, part_name
 from autoquant_ray.runs.state import RunState
 
-NUM_PAIRS = 12
-
 
 def main() -> None:
     """Scan once; compare the orders at every budget. The last line is JSON."""
@@ -53,6 +51,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=16, help="Samples to measure on.")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--flips", type=int, default=60, help="Single changes to measure.")
+    parser.add_argument("--pairs", type=int, default=12, help="Pairs of each kind to measure.")
     parser.add_argument("--trials", type=int, default=48, help="Of refine; 0 leaves it out.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +84,11 @@ def compare(run: autoquant_ray.Run, bits: float, options: argparse.Namespace) ->
     with measuring(scored.state, config) as measurement:
         world = Around(measurement, origin, np.random.default_rng(0))
         row = {"bits": bits, "kl": mean_kl(world.losses([()])[0])}
-        row |= world.rank(options.flips) | world.interactions() | world.refine(options.trials)
+        row |= world.rank(options.flips)
+        print(json.dumps(row), flush=True)
+        row |= world.interactions(options.pairs)
+        print(json.dumps(row), flush=True)
+        row |= world.refine(options.trials)
     print(json.dumps(row), flush=True)
     return row
 
@@ -151,12 +154,12 @@ class Around:
             row[name] = float(spearmanr(predicted, measured).statistic)
         return row
 
-    def interactions(self) -> dict[str, Any]:
+    def interactions(self, num_pairs: int) -> dict[str, Any]:
         """Predicted and measured interactions of pairs."""
         formats = self.origin.formats
         pairs = [pair for pair in self.products if all(formats[g] != name for g, name in pair)]
-        largest = sorted(pairs, key=lambda pair: -abs(self.products[pair]))[:NUM_PAIRS]
-        others = [pairs[i] for i in sorted(self.rng.permutation(len(pairs))[:NUM_PAIRS])]
+        largest = sorted(pairs, key=lambda pair: -abs(self.products[pair]))[:num_pairs]
+        others = [pairs[i] for i in sorted(self.rng.permutation(len(pairs))[:num_pairs])]
         chosen = list(dict.fromkeys([*largest, *others]))
         flips = list(dict.fromkeys(itertools.chain.from_iterable(chosen)))
         alone = dict(zip(flips, self.differences([(flip,) for flip in flips]), strict=True))

@@ -13,8 +13,10 @@ import torch
 from evaluations import make_evaluation, quantize, random_choices
 
 from autoquant_ray.data.samples import num_predicted
+from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.evaluate.flip_estimator import NUM_DRAWS
 from autoquant_ray.models.find import find_model
+from autoquant_ray.quantize.calibration import calibration_of_maxima
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.loss import draw_uniforms, sample_labels
 from autoquant_ray.score.scorer import Scorer
@@ -182,6 +184,17 @@ def test_one_whole_graph_gives_the_same_sums(make_scorer: Any, make_samples: Any
     ours, theirs = (sums_of(make_evaluation(p, samples), samples, choice) for p in (broken, plain))
     for sums, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sum_that_is_no_number_is_an_error(make_scorer: Any, make_samples: Any) -> None:
+    prepared = make_scorer("llama", FORMATS)
+    samples = make_samples(LENGTHS)
+    maxima = prepared.scorer.calibrate(samples).maxima()
+    broken = prepared.plan.searched[0].modules[0].name
+    calibration = calibration_of_maxima(maxima | {(broken, "input_amax"): float("nan")})
+    runner = make_evaluation(prepared, samples, calibration=calibration)
+    with pytest.raises(NonFiniteError):
+        runner.estimate(samples, 0, (2,) * len(prepared.plan.searched))
 
 
 def test_little_room_gives_the_same_sums(make_scorer: Any, make_samples: Any) -> None:

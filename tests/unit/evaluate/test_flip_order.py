@@ -124,6 +124,27 @@ def test_shards_are_added_in_their_order() -> None:
         assert merged.interactions[second, first] == merged.interactions[first, second]
 
 
+@pytest.mark.parametrize(
+    ("power", "weight"), [(2.0, 1.0), (1.5, 0.375), (1.2, 0.12), (0.9, 0.0), (2.5, 1.0)]
+)
+def test_curvature_counts_less_where_the_loss_grows_more_slowly(
+    power: float, weight: float
+) -> None:
+    """Undoing all quantization has the slope ``-p KL``."""
+    kl = 0.5
+    sums = FlipSums(
+        slope_GF=np.array([[0.0, 0.25, -0.2 * power * kl], [0.0, 0.25, -0.8 * power * kl]]),
+        curvature_GF=np.array([[0.0, 0.125, 0.0], [0.0, 0.0, 0.5]]),
+        interactions={(0, 1): np.array([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])},
+    )
+    shard = ShardFlips(sums=sums, kl=kl, num_tokens=2)
+    merged = merge_flips([part(shard, "ab", "xy")], {"a": "x", "b": "x"})
+    assert merged.changes["a", "y"] == pytest.approx((0.25 + weight * 0.125) / 2)
+    assert merged.changes["b", NONE] == pytest.approx((-0.8 * power * kl + weight * 0.5) / 2)
+    interaction = merged.interactions.get((("a", "y"), ("b", "y")), 0.0)
+    assert interaction == pytest.approx(weight)
+
+
 def test_weak_interactions_do_not_count() -> None:
     sums = FlipSums(
         slope_GF=np.ones((2, 3)),

@@ -17,6 +17,7 @@ from autoquant_ray.data.samples import RichSample
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import read_rows
 from autoquant_ray.errors import ModelError
+from autoquant_ray.evaluate.flip_estimator import NUM_DRAWS
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.quantizable import PlannedModule
@@ -253,3 +254,21 @@ def test_mask_of_tokens_hides_no_patch_of_a_tower() -> None:
             module(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]]))  # three tokens, or patches
     largest = {name: value for (name, _), value in maxima.calibration().maxima().items()}
     assert largest == {"visual": 3.0, "layer": 2.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flips_reach_the_tower(family: str, full_scorer: Any, samples_of: Any) -> None:
+    """Of the unquantized model, their curvatures are the scores."""
+    plan, scorer = full_scorer(family, (PRESET,), labels="model", label_draws=NUM_DRAWS)
+    samples = samples_of(family)
+    fields = ("model", "dtype", "device", "num_threads", "modules", "formats")
+    spec = EvaluationSpec(
+        **{name: getattr(scorer.spec, name) for name in fields},
+        calibration=Calibration(),
+        step_tokens=10_000,
+    )
+    runner = AllocationRunner(spec, model=scorer.model)
+    sums = runner.estimate(samples, 0, (UNQUANTIZED,) * len(plan.searched)).sums
+    scores = scorer.score(samples, 0, Calibration()).sums.elementwise_GF / 2
+    assert (scores[[group.name.startswith("model.visual") for group in plan.searched]] > 0).all()
+    assert sums.curvature_GF[:, :-1] == pytest.approx(scores, rel=1e-3)
