@@ -16,7 +16,17 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 Stage = Annotated[
-    Literal["shards", "plan", "calibrate", "search", "fit", "score", "aggregate", "evaluate"],
+    Literal[
+        "shards",
+        "plan",
+        "calibrate",
+        "search",
+        "fit",
+        "score",
+        "aggregate",
+        "evaluate",
+        "estimate",
+    ],
     Field(description="Its name."),
 ]
 Shard = Annotated[
