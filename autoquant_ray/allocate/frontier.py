@@ -23,6 +23,7 @@ from autoquant_ray.allocate.ties import Ties, merged, spread
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.formats.method_names import same_or_plain
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import FRONTIER_FILE
 from autoquant_ray.runs.state import RunState
@@ -72,16 +73,19 @@ def sweep_points(
 
 
 def uniform_points(problem: Problem, scores: Scores) -> dict[str, Point]:
-    """Format -> what all groups would lose under it; a group that lacks it stays in 16 bits.
+    """Format -> what all groups would lose under it.
 
-    Caches keep the first of their formats.
+    A group that lacks it takes the same format by another method, or else stays in 16 bits; caches
+    keep the first of their formats.
     """
     weights = [group for group in problem.searched if not group.is_cache]
     caches = {g.name: next(iter(g.rows)) for g in problem.searched if g.is_cache}
     names = dict.fromkeys(f for group in weights for f in group.rows if f != NONE)
     return {
         name: point_of(
-            problem, scores, caches | {g.name: name if name in g.rows else NONE for g in weights}
+            problem,
+            scores,
+            caches | {g.name: same_or_plain(name, g.rows) or NONE for g in weights},
         )
         for name in names
     }

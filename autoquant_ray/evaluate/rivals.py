@@ -16,6 +16,7 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
 from autoquant_ray.allocate.search import search, served_problems
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.method_names import same_or_plain
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ def collect_candidates(
         folder: Folder of the solution with a trailing slash, or '' for the scan's own.
         against: Members of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
             (:mod:`autoquant_ray.imports.tool_allocations`). ``uniform``: every format of the menu
-            that fits the budget when all groups take it (a group that lacks it stays in 16 bits).
+            that fits the budget when all groups take it (a group that lacks it takes the same
+            format by another method, or else stays in 16 bits).
             ``modelopt``: solved with the scores that ModelOpt would compute from this run's sums:
             per batch, clamped along its sorted formats. ``random``: solved with scores shuffled
             among the groups, the null hypothesis.
@@ -119,10 +121,11 @@ def _uniform(
 
 def _everywhere(problem: Problem, options: SolveOptions, name: str) -> dict[str, str] | None:
     """A format in every group that has it; None where the engine would not serve that."""
+    every = {group.name: group.rows for group in problem.searched}
     for served in served_problems(problem, options):
-        permitted = None if served.served is None else served.served.permitted
+        permitted = served.served.permitted if served.served else every
         formats = {
-            g.name: name if name in (g.rows if permitted is None else permitted[g.name]) else NONE
+            g.name: same_or_plain(name, [f for f in g.rows if f in permitted[g.name]]) or NONE
             for g in problem.searched
             if not g.is_cache
         }

@@ -6,7 +6,7 @@ and bytes, other scales. Plain rounding, by the maximum, is what every method is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,19 @@ class Rounding:
 def without_method(name: str) -> str:
     """The name of a format without the method behind it."""
     return _parts(name)[0]
+
+
+def same_or_plain(name: str, available: Collection[str]) -> str | None:
+    """A format, or the same one by another method, plainly if possible; None where there is none.
+
+    Args:
+        name: The format.
+        available: Formats that can be taken, in the order of the menu.
+    """
+    base = without_method(name)
+    siblings = (other for other in available if without_method(other) == base)
+    first = (other for other in (name, base, f"{base}:{MAX}") if other in available)
+    return next(first, next(siblings, None))
 
 
 def has_methods(names: Iterable[str]) -> bool:

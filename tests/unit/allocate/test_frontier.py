@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from scored_run import put_scored_run
 
 from autoquant_ray.allocate.frontier import (
     Point,
@@ -21,6 +23,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.cli.main import main
 from autoquant_ray.errors import InfeasibleBudgetError
+from autoquant_ray.evaluate.rivals import collect_candidates
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solve_run
@@ -125,3 +128,32 @@ def test_uniform_format_loses_the_sum_of_its_scores(make_run: Any) -> None:
         expected = math.fsum(score for (_, format_), score in scores.items() if format_ == name)
         assert point.predicted_kl == pytest.approx(expected)
     assert points["wint8_aint8"].weight_bytes > points["wint4_afp16"].weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("menu", "taken"),
+    [
+        (("wint4_afp16:weighted", "wint4_afp16:mse", "wint4_afp16", "wint8_aint8"), "wint4_afp16"),
+        (("wint4_afp16:weighted", "wint4_afp16:mse", "wint8_aint8"), "wint4_afp16:mse"),
+        (("wint4_afp16:weighted", "wint8_aint8"), NONE),
+    ],
+)
+def test_group_without_a_method_is_uniform_by_another(
+    menu: tuple[str, ...], taken: str, tmp_path: Path
+) -> None:
+    """As groups are that ``awq`` cannot fold."""
+    directory = put_scored_run(tmp_path / "run", formats=menu)
+    lacks = "model.layers.1.self_attn.o_proj"
+    for table in ("plan.parquet", "sensitivity.parquet", "resampling.parquet"):
+        rows = directory.read_table(table).to_pylist()
+        kept = [row for row in rows if (row["group"], row["format"]) != (lacks, menu[0])]
+        assert len(kept) < len(rows)
+        directory.write_table(table, kept)
+    solve_run(directory, SolveOptions(bits=12), folder="")
+    run = ScoredRun.read(RunState.open(directory))
+    formats = dict.fromkeys((g.name for g in run.problem.searched), menu[0]) | {lacks: taken}
+    expected = math.fsum(run.scores.get(pair, 0.0) for pair in formats.items())
+    point = uniform_points(run.problem, run.scores)[menu[0]]
+    assert point.predicted_kl == pytest.approx(expected, rel=1e-12)
+    rivals = {c.name: c.formats for c in collect_candidates(run, "", ("uniform",))}
+    assert rivals[f"uniform {menu[0]}"] == formats
