@@ -11,8 +11,8 @@ import numpy as np
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import (
+    is_fitted,
     needs_calibration,
-    needs_channel_squares,
     needs_channels,
     needs_search,
     takes_factors,
@@ -22,6 +22,8 @@ from autoquant_ray.quantize.awq import best_alphas, losses_of, shared_losses
 from autoquant_ray.quantize.calibration import (
     Calibration,
     Channels,
+    FittedCodes,
+    FittedWeight,
     Rounding,
     calibration_of_channels,
     calibration_of_maxima,
@@ -35,6 +37,16 @@ from autoquant_ray.runs.names import (
     SEARCH_FILE,
 )
 from autoquant_ray.runs.state import RunState
+
+_ROUNDING_COLUMNS = (
+    "module",
+    "part",
+    "format",
+    "multipliers",
+    "damping",
+    "codes",
+    "codes_by_unseen_half",
+)
 
 
 def calibration_of(state: RunState) -> Calibration:
@@ -61,7 +73,7 @@ def missing_files(directory: RunDirectory, formats: Sequence[Format]) -> list[st
         CALIBRATION_FILE: needs_calibration(formats),
         CHANNELS_FILE: any(map(needs_channels, formats)),
         SEARCH_FILE: any(map(needs_search, formats)),
-        ROUNDING_FILE: any(map(needs_channel_squares, formats)),
+        ROUNDING_FILE: any(map(is_fitted, formats)),
     }
     return [name for name, is_needed in needed.items() if is_needed and not directory.exists(name)]
 
@@ -71,11 +83,11 @@ def read_calibration(
     formats: Sequence[Format] = (),
     folds: Mapping[str, Fold] | None = None,
 ) -> Calibration:
-    """Merged calibration of a run: maxima, channels, the best of AWQ's candidates, fitted scales.
+    """Merged calibration of a run: maxima, channels, the best of AWQ's candidates, fitted weights.
 
     Args:
         directory: The run.
-        formats: Its menu, of which scales were fitted.
+        formats: Its menu, to which weights were fitted.
         folds: Linear -> fold of its input, where the menu has factors to fold.
 
     Raises:
@@ -152,22 +164,44 @@ def rounding_rows(rounding: Rounding, formats: Sequence[Format]) -> list[dict[st
     """
     names = {format_.weight_key: format_.name for format_ in reversed(formats)}
     return [
-        {"module": module, "part": part, "format": names[key], "multipliers": values.tobytes()}
-        for (module, part, key), values in rounding.items()
+        {"module": module, "part": part, "format": names[key]} | _fitted_columns(fitted)
+        for (module, part, key), fitted in rounding.items()
     ]
 
 
-def rounding_of(table: Any, formats: Sequence[Format]) -> Rounding:
-    """The fitted scales in a table with the columns of ``rounding.parquet``."""
-    keys = {format_.name: format_.weight_key for format_ in formats}
-    columns = (table.column(name) for name in ("module", "part", "format", "multipliers"))
+def _fitted_columns(fitted: FittedWeight) -> dict[str, Any]:
+    codes = fitted.codes
     return {
-        (module.as_py(), part.as_py(), keys[name.as_py()]): np.frombuffer(
-            values.as_buffer(), np.uint8
-        )
-        for module, part, name, values in zip(*columns, strict=True)
+        "multipliers": None if fitted.multipliers is None else fitted.multipliers.tobytes(),
+        "damping": None if codes is None else codes.damping,
+        "codes": None if codes is None else codes.whole.tobytes(),
+        "codes_by_unseen_half": None if codes is None else [c.tobytes() for c in codes.without],
+    }
+
+
+def rounding_of(table: Any, formats: Sequence[Format]) -> Rounding:
+    """What was fitted, from a table with the columns of ``rounding.parquet``."""
+    keys = {format_.name: format_.weight_key for format_ in formats}
+    columns = (table.column(name) for name in _ROUNDING_COLUMNS)
+    return {
+        (module.as_py(), part.as_py(), keys[name.as_py()]): _fitted_weight(*values)
+        for module, part, name, *values in zip(*columns, strict=True)
         if name.as_py() in keys
     }
+
+
+def _fitted_weight(multipliers: Any, damping: Any, codes: Any, by_half: Any) -> FittedWeight:
+    fitted = None
+    if codes.is_valid:
+        without = tuple(_bytes(values) for values in by_half.values)
+        fitted = FittedCodes(damping=damping.as_py(), whole=_bytes(codes), without=without)
+    return FittedWeight(
+        multipliers=_bytes(multipliers) if multipliers.is_valid else None, codes=fitted
+    )
+
+
+def _bytes(value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(value.as_buffer(), np.uint8)
 
 
 def _floats(values: Any, dtype: Any) -> Any:

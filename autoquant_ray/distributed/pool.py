@@ -103,6 +103,11 @@ class WorkerPool:
         self._crew.close()
         self._calls.clear()
 
+    @property
+    def num_workers(self) -> int:
+        """Workers that were asked for."""
+        return self._placement.num_workers
+
     @staticmethod
     def share(value: Any) -> Any:
         """Put a large value into Ray's object store; pass the returned reference to the calls."""

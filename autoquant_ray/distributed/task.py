@@ -20,13 +20,18 @@ class Task(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTask:
-    """The weights of one decoder layer.
+    """The weights of some decoder layers.
 
     Attributes:
-        shard: The layer's number; the number of layers stands for what is outside of them.
+        layers: Their numbers; the number of layers stands for what is outside of them.
     """
 
-    shard: int
+    layers: tuple[int, ...]
+
+    @property
+    def shard(self) -> int:
+        """The first of them."""
+        return self.layers[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,10 +47,10 @@ class ShardWorker:
         with _named_errors(f"searching scales on shard {task.shard}"):
             return self._runner.search(task.samples, calibration)
 
-    def fit(self, task: LayerTask, calibration: Any) -> Any:
-        """Scales of a layer's weights."""
-        with _named_errors(f"fitting layer {task.shard}"):
-            return self._runner.fit(task.shard, calibration)
+    def fit(self, task: LayerTask, calibration: Any, shards: Sequence[ShardTask]) -> Any:
+        """Scales and roundings of the weights of some layers, by the number of the layer."""
+        with _named_errors(f"fitting layers {', '.join(map(str, task.layers))}"):
+            return self._runner.fit(task.layers, calibration, shards)
 
     def score(self, task: ShardTask, calibration: Any) -> Any:
         """Sensitivity sums of a shard."""

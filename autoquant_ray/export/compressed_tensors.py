@@ -36,7 +36,7 @@ from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.quantize.calibration import Calibration
-from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of
+from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of, rounded_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 
 _STRATEGIES = {"tensor": "tensor", "channel": "channel", "block": "group", "token": "token"}
@@ -66,6 +66,7 @@ def write_compressed(
             maxima = calibration.of(name).maxima
             weight, divisor_O = factors.multiplied(name, module.weight), factors.divisor(name)
             quantizer = quantizer_of(format_, weight, scales, name)
+            weight = rounded_weight(format_, quantizer, weight, scales, name)
             parts = _pack(weight, quantizer, format_, scheme, maxima)
             if divisor_O is not None:  # the integers stay
                 parts["weight_scale"] /= divisor_O[:, None]

@@ -26,11 +26,15 @@ from autoquant_ray.export.layouts import block_size
 from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.names import clean, names_required
 from autoquant_ray.export.source import Source
-from autoquant_ray.formats.algorithms import without_weighted
-from autoquant_ray.formats.smoothed import needs_channel_squares
+from autoquant_ray.formats.algorithms import without_fits
+from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
-from autoquant_ray.quantize.quantizers import needs_static_maximum, quantizer_of
+from autoquant_ray.quantize.quantizers import (
+    needs_static_maximum,
+    quantizer_of,
+    rounded_weight,
+)
 from autoquant_ray.quantize.weight_search import WeightScales
 
 
@@ -52,7 +56,7 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
 
     scales = WeightScales(model, calibration)
     factors = Factors(model, source.formats, scales)
-    mtq.quantize(model, without_weighted(load_quantization_config(source.manifest)))
+    mtq.quantize(model, without_fits(load_quantization_config(source.manifest)))
     _set_fitted_weights(model, source, scales, factors)
     _set_input_maxima(model, source, calibration)
     set_cache_maxima(model, source.caches, calibration)
@@ -94,17 +98,18 @@ def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) ->
 
 @torch.no_grad()
 def _set_fitted_weights(model: Any, source: Source, scales: WeightScales, factors: Factors) -> None:
-    """Give weights the factors of their inputs, and the scales that the scan searched."""
+    """Give weights the factors of their inputs, and what the scan fitted to them."""
     for name, format_ in source.formats.items():
-        if not (needs_channel_squares(format_) or factors.reads(name)):
+        if not (is_fitted(format_) or factors.reads(name)):
             continue
         module = model.get_submodule(name)
         if not source.is_experts(name):
             weight = factors.multiplied(name, module.weight)
-            fitted = quantizer_of(format_, weight, scales, name)
-            module.weight_quantizer.amax = fitted.amax
-            if factors.reads(name):
-                module.weight.copy_(fitted(weight))
+            quantizer = quantizer_of(format_, weight, scales, name)
+            module.weight_quantizer.amax = quantizer.amax
+            if needs_hessians(format_) or factors.reads(name):
+                weight = rounded_weight(format_, quantizer, weight, scales, name)
+                module.weight.copy_(quantizer(weight))
             continue
         for parameter in (p.removesuffix("_") for p in source.modules[name]["prefixes"]):
             weights_EOI = getattr(module, parameter)

@@ -7,6 +7,8 @@ search of ``mse`` with each squared error weighted by the mean square of the inp
 weight is multiplied with, which is the squared error of the output if channels are uncorrelated.
 ``awq`` is ModelOpt's ``awq_lite`` with one set of factors for all linears that read an input, so
 that the factors can be folded into what makes it (:mod:`autoquant_ray.plan.find_folds`).
+``gptq`` keeps the largest values as scales and rounds column by column, see
+:mod:`autoquant_ray.quantize.gptq`; without ``perc_damp`` each weight's damping is chosen.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from typing import Any, Final
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.numbers import is_static_nvfp4
 
-MAX, MSE, WEIGHTED = "max", "mse", "weighted"
+MAX, MSE, WEIGHTED, GPTQ = "max", "mse", "weighted", "gptq"
 SMOOTHQUANT, AWQ_LITE, AWQ = "smoothquant", "awq_lite", "awq"
 _MULTIPLIERS = ("step_size", "start_multiplier", "stop_multiplier")
 ARGUMENTS: Mapping[str, Sequence[str]] = {
     MAX: (),
     MSE: (*_MULTIPLIERS, "fp8_scale_sweep"),
     WEIGHTED: _MULTIPLIERS,
+    GPTQ: ("perc_damp",),
     SMOOTHQUANT: ("alpha",),
     AWQ_LITE: ("alpha_step",),
     AWQ: ("alpha_step",),
@@ -35,10 +38,10 @@ ARGUMENTS: Mapping[str, Sequence[str]] = {
 SEARCHES = (MSE, WEIGHTED)
 """Methods that try multiples of a weight's maximum."""
 
-METHODS = (MAX, MSE, WEIGHTED, AWQ)
+METHODS = (MAX, MSE, WEIGHTED, AWQ, GPTQ)
 """Methods that can be given behind a format's name: ``wint4_afp16:weighted``."""
 
-FITTED = (WEIGHTED, AWQ)
+FITTED = (WEIGHTED, AWQ, GPTQ)
 """Methods of this package, which fit weights to their inputs."""
 
 WEIGHTED_DEFAULTS: Mapping[str, Any] = {
@@ -96,19 +99,21 @@ def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
         FormatError: There is no scale to search, or the candidates are none or too many.
     """
     method = algorithm["method"]
-    if method not in SEARCHES:
+    if method not in (*SEARCHES, GPTQ):
         return
     sizes = weight.get("block_sizes") or {}
     if "dynamic" in (weight.get("type"), sizes.get("type")):
         raise FormatError(
-            f"{owner}: the algorithm {method} has no scale to search, because its weights are "
-            "scaled anew at each use (type: dynamic); give them static scales, or use max"
+            f"{owner}: the algorithm {method} needs stored scales, but its weights are scaled "
+            "anew at each use (type: dynamic); give them static scales, or use max"
         )
-    if method == WEIGHTED and [axis for axis in sizes if isinstance(axis, int)] not in ([], [-1]):
+    if method != MSE and [axis for axis in sizes if isinstance(axis, int)] not in ([], [-1]):
         raise FormatError(
-            f"{owner}: the algorithm weighted needs blocks of the last axis (-1), whose values "
+            f"{owner}: the algorithm {method} needs blocks of the last axis (-1), whose values "
             "are multiplied with different input channels; leave other axes out, or use mse"
         )
+    if method == GPTQ:
+        return
     if algorithm.get("fp8_scale_sweep"):
         if not is_static_nvfp4(weight):
             raise FormatError(
@@ -163,7 +168,7 @@ def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | d
     return {"method": SETS, "sets": list(sets.values()), "others": MAX}
 
 
-def without_weighted(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_fits(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration of ``mtq.quantize`` with ``max`` for methods of this package, which need
     inputs."""
     algorithm = config["algorithm"]
@@ -195,6 +200,7 @@ def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dic
     classes: dict[str, Any] = {
         MSE: config.MseCalibConfig,
         WEIGHTED: config.MseCalibConfig,
+        GPTQ: config.GPTQCalibConfig,
         SMOOTHQUANT: config.SmoothQuantCalibConfig,
         AWQ_LITE: config.AWQLiteCalibConfig,
         AWQ: config.AWQLiteCalibConfig,
@@ -213,7 +219,8 @@ def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dic
         raise FormatError(
             f"{owner}: algorithm.{place}: {first['msg']} (got {first['input']!r})"
         ) from None
-    numbers = {name: full[name] for name in ARGUMENTS[method]}
+    names = given if method == GPTQ else ARGUMENTS[method]
+    numbers = {name: full[name] for name in names}
     if not all(math.isfinite(value) for value in numbers.values()):
         raise FormatError(f"{owner}: algorithm: arguments must be finite numbers (got {numbers})")
     return numbers

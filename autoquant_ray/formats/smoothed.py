@@ -14,7 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from autoquant_ray.formats.algorithms import AWQ, AWQ_LITE, MAX, MSE, SMOOTHQUANT, WEIGHTED
+from autoquant_ray.formats.algorithms import (
+    AWQ,
+    AWQ_LITE,
+    GPTQ,
+    MAX,
+    MSE,
+    SMOOTHQUANT,
+    WEIGHTED,
+)
 
 if TYPE_CHECKING:
     from autoquant_ray.formats.format import Attributes, Format
@@ -74,6 +82,16 @@ def needs_channel_squares(format_: Format) -> bool:
     return method_of(format_) == WEIGHTED
 
 
+def needs_hessians(format_: Format) -> bool:
+    """Whether a format needs the second moments of every linear's input."""
+    return method_of(format_) == GPTQ
+
+
+def is_fitted(format_: Format) -> bool:
+    """Whether something is fitted to the weights of a format, once for the whole run."""
+    return needs_channel_squares(format_) or needs_hessians(format_)
+
+
 def needs_channels(format_: Format) -> bool:
     """Whether a format needs statistics of every input channel."""
     return is_smoothed(format_) or needs_channel_squares(format_) or needs_search(format_)
@@ -94,7 +112,10 @@ def num_search_products(format_: Format) -> int:
 def needs_calibration(formats: Iterable[Format]) -> bool:
     """Whether a menu needs a pass over the data before scores."""
     return any(
-        format_.input is not None or format_.kv is not None or needs_channels(format_)
+        format_.input is not None
+        or format_.kv is not None
+        or needs_channels(format_)
+        or needs_hessians(format_)
         for format_ in formats
     )
 

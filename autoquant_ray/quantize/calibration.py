@@ -98,9 +98,43 @@ class ModuleCalibration:
 
 _UNSEEN = ModuleCalibration()
 
-Rounding = Mapping[tuple[str, str, str], np.ndarray[Any, np.dtype[np.uint8]]]
-"""(module, part as in ``ModuleCalibration.experts`` or '', ``Format.weight_key``) -> for each scale
-of the weight, in order, the number of the multiple of its maximum that was found best."""
+NUM_HALVES = 2
+"""Shards are split so, by their numbers, where what is fitted to many tokens is scored."""
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedCodes:
+    """A weight rounded by GPTQ: codes of its format's grid, one byte per weight, row by row.
+
+    Attributes:
+        damping: That was chosen.
+        whole: Fitted on all tokens.
+        without: Fitted on all tokens but those of a half, by the number of the half.
+    """
+
+    damping: float
+    whole: Bytes
+    without: tuple[Bytes, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedWeight:
+    """What was fitted to a weight under a format.
+
+    Attributes:
+        multipliers: For each scale of the weight, in order, the number of the multiple of its
+            maximum that was best; None where scales are the maxima.
+        codes: Its rounding; None where each number is rounded to the nearest.
+    """
+
+    multipliers: Bytes | None = None
+    codes: FittedCodes | None = None
+
+
+Rounding = Mapping[tuple[str, str, str], FittedWeight]
+"""(module, part as in ``ModuleCalibration.experts`` or '', ``Format.weight_key``) -> the fit."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +145,33 @@ class Calibration:
         modules: Module name -> its record; modules that saw no token are not among them.
         rounding: What was fitted to a weight.
         folds: Linear -> fold of its input, of those that may take factors.
+        unseen_half: Weights are rounded as fitted without the tokens of this half; None: with all.
     """
 
     modules: Mapping[str, ModuleCalibration] = field(default_factory=dict)
     rounding: Rounding = field(default_factory=dict)
     folds: Mapping[str, Fold] = field(default_factory=dict)
+    unseen_half: int | None = None
+
+    def for_shard(self, shard: int | None) -> Calibration:
+        """The same with weights rounded as fitted without the half of a shard.
+
+        The halves are the even and the odd shards.
+        """
+        half = None if shard is None else shard % NUM_HALVES
+        return replace(self, unseen_half=half)
+
+    def codes(self, key: tuple[str, str, str]) -> Bytes | None:
+        """Codes of a weight, as in ``rounding``; None where each number is rounded to the nearest.
+
+        Args:
+            key: As in ``rounding``.
+        """
+        fitted = self.rounding.get(key)
+        if fitted is None or fitted.codes is None:
+            return None
+        half = self.unseen_half
+        return fitted.codes.whole if half is None else fitted.codes.without[half]
 
     def of(self, module: str) -> ModuleCalibration:
         """The record of a module; an empty one where it saw no token."""

@@ -12,7 +12,7 @@ blocks): every weight gets a new quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.formats.smoothed import needs_channel_squares
 from autoquant_ray.quantize.block_formats import BACKEND
+from autoquant_ray.quantize.calibration import FittedCodes
+from autoquant_ray.quantize.gptq import DAMPINGS, fit_codes, grid_of, values_of
 from autoquant_ray.quantize.weight_search import (
     Recall,
     WeightScales,
@@ -98,8 +100,30 @@ def quantized_weight(
         scaled_OI = weight_OI.float() * factors_I
         scaled_OI = quantizer_of(format_, scaled_OI, scales, *name)(scaled_OI)
         return (scaled_OI / factors_I).to(weight_OI.dtype)
-    quantized: torch.Tensor = quantizer_of(format_, weight_OI, scales, *name)(weight_OI)
+    quantizer = quantizer_of(format_, weight_OI, scales, *name)
+    quantized: torch.Tensor = quantizer(
+        rounded_weight(format_, quantizer, weight_OI, scales, *name)
+    )
     return quantized
+
+
+@torch.no_grad()
+def rounded_weight(
+    format_: Format, quantizer: Any, weight_OI: torch.Tensor, scales: WeightScales, *name: str
+) -> torch.Tensor:
+    """What a weight's quantizer is given: the weight, or numbers of its grid that were fitted.
+
+    Args:
+        format_: The format.
+        quantizer: From :func:`quantizer_of`.
+        weight_OI: As above.
+        scales: Those of the model.
+        name: As above.
+    """
+    codes = scales.codes(name, format_)
+    if codes is None:
+        return weight_OI
+    return values_of(codes, grid_of(quantizer, weight_OI)).to(weight_OI.dtype)
 
 
 @torch.no_grad()
@@ -149,6 +173,29 @@ def fit_weight(
 
     quantizer_of(format_, weight_OI, scales, *name, recall=search_and_keep)
     return results[0].cpu().numpy() if results else None
+
+
+@torch.no_grad()
+def fit_rounding(
+    format_: Format,
+    weight_OI: torch.Tensor,
+    hessians_II: Sequence[torch.Tensor],
+    scales: WeightScales,
+    *name: str,
+) -> FittedCodes | None:
+    """The rounding of a weight by GPTQ; None where plain rounding is better.
+
+    Args:
+        format_: By ``gptq``.
+        weight_OI: As above.
+        hessians_II: Second moments of its input over the tokens of each fold.
+        scales: Those of the model.
+        name: As above.
+    """
+    quantizer = quantizer_of(format_, weight_OI, scales, *name)
+    given = (format_.algorithm or {}).get("perc_damp")
+    dampings = DAMPINGS if given is None else (given,)
+    return fit_codes(weight_OI, hessians_II, grid_of(quantizer, weight_OI), dampings)
 
 
 @torch.no_grad()

@@ -39,10 +39,10 @@ from autoquant_ray.formats.algorithms import (
     num_multipliers,
 )
 from autoquant_ray.formats.format import Attributes, Format
-from autoquant_ray.formats.smoothed import takes_factors
+from autoquant_ray.formats.smoothed import needs_hessians, takes_factors
 from autoquant_ray.quantize.awq import shared_factors
 from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
-from autoquant_ray.quantize.calibration import Calibration
+from autoquant_ray.quantize.calibration import Bytes, Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
 
 Recall = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
@@ -139,9 +139,23 @@ class WeightScales:
         """
         module, *part = name
         fitted = self.calibration.rounding.get((module, ".".join(part), format_.weight_key))
-        if fitted is not None:
-            return lambda _: torch.from_numpy(fitted)
+        if fitted is not None and fitted.multipliers is not None:
+            return partial(_given, torch.from_numpy(fitted.multipliers))
         return partial(self.searched.get, (tuple(name), format_.weight_key, dtype))
+
+    def codes(self, name: Sequence[str], format_: Format) -> Bytes | None:
+        """The rounding of a weight that was fitted, see :meth:`Calibration.codes`.
+
+        Args:
+            name: The module's name; parameter and expert in a module of many.
+            format_: The format.
+        """
+        module, *part = name
+        return self.calibration.codes((module, ".".join(part), format_.weight_key))
+
+    def unseen_half(self, format_: Format) -> int | None:
+        """The half that roundings of a format were fitted without; None for other formats."""
+        return self.calibration.unseen_half if needs_hessians(format_) else None
 
     def squares(self, name: Sequence[str], device: torch.device) -> torch.Tensor | None:
         """Mean square of every input channel of a weight, float32 ``(I,)``; None if not known.
@@ -194,6 +208,11 @@ class WeightScales:
             maxima = [weight.detach().abs().amax().float().cpu() for weight in weights]
             self._largest[names] = torch.stack(maxima).amax()
         return self._largest[names]
+
+
+def _given(result: torch.Tensor, _search: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What was searched before."""
+    return result
 
 
 def _weighted_calibrator(

@@ -68,7 +68,15 @@ _CHANNELS = pa.schema(
 )
 _SEARCH = pa.schema({"module": _STRING, "format": _STRING, "alpha": _FLOAT, "loss": _FLOAT})
 _ROUNDING = pa.schema(
-    {"module": _STRING, "part": _STRING, "format": _STRING, "multipliers": pa.binary()}
+    {
+        "module": _STRING,
+        "part": _STRING,
+        "format": _STRING,
+        "multipliers": pa.large_binary(),
+        "damping": _FLOAT,
+        "codes": pa.large_binary(),
+        "codes_by_unseen_half": pa.list_(pa.large_binary()),
+    }
 )
 
 SCHEMAS: dict[str, pa.Schema] = {

@@ -100,6 +100,7 @@ class LayerwiseBackward:
         before_step: Callable[[Step], None] | None = None,
         after_layer: Callable[[], None] | None = None,
         within: Within = nothing_else,
+        num_layers: int | None = None,
     ) -> list[Pass]:
         """Run the decoder layers on several steps, layer by layer, without a graph.
 
@@ -111,11 +112,12 @@ class LayerwiseBackward:
             before_step: Called each time before a layer runs on a step.
             after_layer: Called when a layer has run on all steps, while its weights are there.
             within: Opened around each layer by its number, while its weights are there.
+            num_layers: Stop after so many; None: all.
         """
         if not self.is_layerwise:
             return [Pass(step) for step in steps]
         passes = [self.enter(step) for step in steps]
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.layers[:num_layers]):
             with self.visit_forward(number), within(number):
                 for pass_ in passes:
                     if before_step is not None:

@@ -139,7 +139,7 @@ class OutputDifferences:
     ) -> _LinearWeights:
         """What inputs are multiplied with under formats that quantize the weight alike."""
         format_ = formats[0]
-        key = (planned.name, format_.weight_key)
+        key = (planned.name, format_.weight_key, self._scales.unseen_half(format_))
         scale_I = self._factors(planned, module, format_, calibration)
         quantize = partial(_in_float32, module.weight, scale_I, format_, self._scales, planned.name)
         quantizes_inputs = any(format_.input is not None for format_ in formats)

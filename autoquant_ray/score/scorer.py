@@ -9,14 +9,15 @@ bits of a sum: it comes from the config, never from the number of workers.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from autoquant_ray.calibrate.hessians import HessianCollector
 from autoquant_ray.calibrate.maxima import ActivationMaxima
 from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.data.samples import Samples, num_predicted
@@ -82,6 +83,20 @@ class ScoringSpec:
     def build(self) -> Scorer:
         """Load the model; called in the worker process."""
         return Scorer(self)
+
+
+class Shard(Protocol):
+    """A shard with its samples."""
+
+    @property
+    def shard(self) -> int:
+        """Its number."""
+        ...
+
+    @property
+    def samples(self) -> Samples:
+        """All of them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,15 +221,42 @@ class Scorer:
                 run_watched(self._backward, self._loss, steps, self._search)
         return self._search.losses()
 
-    def fit(self, layer: int, calibration: Calibration) -> Rounding:
-        """Scales of a layer's weights that are fitted to statistics.
+    def fit(
+        self, layers: Sequence[int], calibration: Calibration, shards: Iterable[Shard] = ()
+    ) -> dict[int, Rounding]:
+        """What is fitted to weights of some layers, by the number of the layer.
 
         Args:
-            layer: Its number; the number of layers stands for what is outside of them.
+            layers: Their numbers; the number of layers stands for what is outside of them.
             calibration: Merged over all shards.
+            shards: All of them, in order, where second moments of inputs are needed.
         """
-        rounding: Rounding = self._fitting.fit(layer, calibration)
+        rounding = {}
+        for block in self._fitting.blocks(layers):
+            hessians = self._second_moments(block, shards)
+            for layer in block:
+                rounding[layer] = self._fitting.fit(layer, calibration, hessians)
+                for name in self._fitting.linears(layer):
+                    hessians.pop(name, None)
         return rounding
+
+    def _second_moments(
+        self, layers: Sequence[int], shards: Iterable[Shard]
+    ) -> dict[str, list[torch.Tensor]]:
+        """Sums over all shards; the model runs no further than it must."""
+        linears = {n: m for layer in layers for n, m in self._fitting.linears(layer).items()}
+        if not linears:
+            return {}
+        collector = HessianCollector(linears)
+        with collector.collecting():
+            for shard in shards:
+                collector.begin(shard.shard)
+                for visit in self._visits_to_watch(self._packer, shard.samples):
+                    steps = self._steps(shard.samples, visit)
+                    run_watched(
+                        self._backward, self._loss, steps, collector, num_layers=max(layers) + 1
+                    )
+        return collector.sums()
 
     @cached_property
     def _fitting(self) -> LayerFitting:
@@ -246,6 +288,7 @@ class Scorer:
         start = time.perf_counter()
         loss = 0.0
         kept = None if shard is None else self._kept.pop(shard, None)
+        calibration = calibration.for_shard(shard)
         with self._hooks.scoring(calibration, seed=(self.spec.seed, first_sample)):
             for number, visit in enumerate(self._packer.visits(samples)):
                 self._weights.resize(self._cache_bytes if self._reuses(samples, visit) else 0)

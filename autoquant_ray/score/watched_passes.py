@@ -30,6 +30,7 @@ def run_watched(
     watcher: Watcher,
     *,
     keep: bool = False,
+    num_layers: int | None = None,
 ) -> list[Pass]:
     """Run steps through the layers and into the head, whose output is not computed.
 
@@ -39,14 +40,20 @@ def run_watched(
         steps: Of one visit.
         watcher: Its hooks are in place.
         keep: Keep what the backward pass needs.
+        num_layers: Stop after so many layers, where the model can be run layer by layer; more than
+            there are, or None: run all of it.
     """
+    stops = layerwise.is_layerwise and (num_layers or len(layerwise.layers) + 1) <= len(
+        layerwise.layers
+    )
     passes: list[Pass] = layerwise.forward(
         steps,
         keep=keep,
         before_step=lambda step: watcher.set_mask(step.mask_BS),
         after_layer=watcher.settle,
+        num_layers=num_layers if stops else None,
     )
-    for pass_ in passes:
+    for pass_ in [] if stops else passes:
         mask_BS = pass_.step.mask_BS
         watcher.set_mask(mask_BS)
         hidden_BSH = layerwise.finish(pass_, with_graph=False)

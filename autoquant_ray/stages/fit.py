@@ -1,41 +1,52 @@
-"""The stage that fits scales of weights to statistics: layers, not shards, over all workers.
+"""The stage that fits scales and roundings of weights: layers, not shards, over all workers.
 
 It writes one part per decoder layer, and one for what is outside of them, and merges them in their
-order. A layer's part depends on the merged statistics and on nothing else.
+order. A layer's part depends on the merged statistics and the shards, never on the layers that a
+worker fits together: those whose second moments of inputs have room beside each other.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from contextlib import closing
 
 from autoquant_ray.calibrate.files import read_calibration, rounding_rows
 from autoquant_ray.distributed.interrupts import stop_on_signal
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.distributed.progress import progress
-from autoquant_ray.distributed.task import LayerTask
-from autoquant_ray.errors import Interrupted, WorkerError
-from autoquant_ray.formats.smoothed import needs_channel_squares
+from autoquant_ray.distributed.task import LayerTask, ShardTask
+from autoquant_ray.errors import DataError, Interrupted, WorkerError
+from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
 from autoquant_ray.plan.plan import Plan
-from autoquant_ray.quantize.calibration import Calibration
+from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration
 from autoquant_ray.runs.names import ROUNDING, ROUNDING_FILE, part_name
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.stages.shards import intact_parts
+from autoquant_ray.stages.shards import intact_parts, tasks_of
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_CHANNEL = 4
+"""Fewer tokens are few for second moments: the log says so."""
+
+_RESULT_BYTES = 2**30
 
 
 def fit(
     state: RunState, pool: WorkerPool, plan: Plan, calibration: Calibration, fingerprint: str
 ) -> Calibration:
-    """Scales of weights -> ``rounding.parquet``; the calibration with them.
+    """Scales and roundings of weights -> ``rounding.parquet``; the calibration with them.
 
     Skipped when no format has any.
 
     Raises:
+        DataError: A rounding needs more shards than there are.
         Interrupted: SIGTERM or Ctrl-C; finished layers are kept.
         WorkerError: A layer failed on every worker that tried it.
     """
     directory = state.directory
-    if not any(map(needs_channel_squares, plan.formats)):
+    if not any(map(is_fitted, plan.formats)):
         return calibration
     if not state.is_done("fit", fingerprint):
         with state.stage("fit", fingerprint):
@@ -54,28 +65,88 @@ def _fit_layers(
     done = intact_parts(state, ROUNDING, lambda _layer, _table: True)
     missing = [layer for layer in layers if layer not in set(done)]
     shared, num_kept = pool.share(calibration), len(layers) - len(missing)
+    shards = pool.share(_shards(state, plan))
+    blocks = _blocks(plan, missing, pool.num_workers)
     with (
         stop_on_signal(pool.grace_s) as stop,
         closing(
             pool.run(
-                (LayerTask(shard=layer) for layer in missing),
-                lambda worker, task: worker.fit.remote(task, shared),
+                (LayerTask(layers=block) for block in blocks),
+                lambda worker, task: worker.fit.remote(task, shared, shards),
                 stop,
             )
         ) as outcomes,
         progress("fit", len(layers), num_kept) as advance,
     ):
         for outcome in outcomes:
-            layer = outcome.task.shard
             if outcome.reason is not None:
-                raise WorkerError(f"fitting layer {layer} failed: {outcome.reason}")
+                raise WorkerError(f"a rounding failed: {outcome.reason}")
             state.require_lease()
-            rows = rounding_rows(outcome.result, plan.formats)
-            state.directory.write_table(part_name(ROUNDING, layer), rows)
-            num_kept += 1
-            advance(f"{outcome.num_workers} worker(s)")
+            for layer, rounding in outcome.result.items():
+                rows = rounding_rows(rounding, plan.formats)
+                state.directory.write_table(part_name(ROUNDING, layer), rows)
+                num_kept += 1
+                advance(f"{outcome.num_workers} worker(s)")
     if stop.is_made:
         raise Interrupted(
             f"interrupted: stage fit has {num_kept} of {len(layers)} layers, all kept; go on with "
             "`resume`"
         )
+
+
+def _shards(state: RunState, plan: Plan) -> list[ShardTask]:
+    """All shards, if a format needs the second moments of inputs.
+
+    Raises:
+        DataError: There are fewer shards than halves.
+    """
+    names = [format_.name for format_ in plan.formats if needs_hessians(format_)]
+    if not names:
+        return []
+    tasks = list(tasks_of(state, ()))
+    if len({task.shard % NUM_HALVES for task in tasks}) < NUM_HALVES:
+        raise DataError(
+            f"{names[0]} needs an even and an odd shard, to be scored on tokens that it was not "
+            f"fitted to; this data makes {len(tasks)} shard(s); give more `samples`, or a smaller "
+            "`shard_samples`"
+        )
+    num_tokens = sum(len(sample) for task in tasks for sample in task.samples)
+    widest = max(
+        module.shapes[0][-1]
+        for group in plan.searched
+        for module in group.modules
+        if any(map(needs_hessians, plan.menu(group)))
+    )
+    if num_tokens < TOKENS_PER_CHANNEL * widest:
+        logger.warning(
+            "%s: %d tokens are few for GPTQ on inputs of %d channels; give more `samples`",
+            names[0],
+            num_tokens,
+            widest,
+        )
+    return tasks
+
+
+def _blocks(plan: Plan, layers: Sequence[int], num_workers: int) -> list[tuple[int, ...]]:
+    """Layers that a worker fits together; each alone where no pass over the data is needed.
+
+    As many as give every worker a block, and whose codes take no more than 1 GiB.
+
+    Args:
+        plan: The plan.
+        layers: In order.
+        num_workers: How many share them.
+    """
+    num_formats = sum(map(needs_hessians, plan.formats))
+    most = max(1, len(layers) // num_workers) if num_formats else 1
+    weights = [*plan.layer_weights, 0]
+    blocks: list[list[int]] = []
+    room = 0
+    for layer in layers:
+        size = num_formats * (1 + NUM_HALVES) * weights[layer]
+        if not blocks or len(blocks[-1]) >= most or size > room:
+            blocks.append([])
+            room = _RESULT_BYTES
+        blocks[-1].append(layer)
+        room -= size
+    return [tuple(block) for block in blocks]

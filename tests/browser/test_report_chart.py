@@ -154,6 +154,14 @@ def test_legend_names_every_kind_and_hides_it(open_page: Any) -> None:
     expect(page.locator(".bk-Tooltip", has_text="measured")).to_have_count(0)
 
 
+IS_STILL = """() => {
+    const frames = globalThis.scrolledTo ??= [];
+    frames.push(scrollY);
+    return frames.length > 10 && new Set(frames.slice(-10)).size === 1;
+}"""
+"""Whether the page has not scrolled in ten frames, as it is asked in each."""
+
+
 def test_wheel_scrolls_the_page_and_a_drag_zooms(open_page: Any) -> None:
     page = open_page().page
     wait_for_chart(page)
@@ -164,6 +172,7 @@ def test_wheel_scrolls_the_page_and_a_drag_zooms(open_page: Any) -> None:
     page.mouse.move(x, y)
     page.mouse.wheel(0, 60)
     page.wait_for_function("(before) => scrollY > before", arg=scrolled)
+    page.wait_for_function(IS_STILL)  # a chart that still moves would not be hit
     assert page.evaluate(range_of) == before
     x, y = page.evaluate(SPOT, "knee")
     page.mouse.move(x - 60, y - 40)

@@ -11,7 +11,8 @@ import pytest
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.scan import run_search
 
-FORMATS = ("wint4_afp16", "wint4_afp16:weighted", "wint8_aint8", "NVFP4_AWQ_LITE_CFG", "kv_nvfp4")
+FORMATS = ("wint4_afp16", "wint4_afp16:weighted", "wint4_afp16:gptq", "wint8_aint8")
+FORMATS += ("NVFP4_AWQ_LITE_CFG", "kv_nvfp4")
 KV_BYTES = 200
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
 FAMILY = "qwen3_moe"  # linears, routed experts and caches
@@ -21,7 +22,7 @@ ALONE = ("--workers", "1", "--address", "local")  # its cluster ends with it
 
 
 def sensitivity(run: Path) -> list[bytes]:
-    """The scores, and the statistics, AWQ's losses and fitted scales that they were made with."""
+    """The scores, and the statistics, AWQ's losses and fitted weights that they were made with."""
     names = ("sensitivity.parquet", "channels.parquet", "search.parquet", "rounding.parquet")
     return [(run / name).read_bytes() for name in names]
 

@@ -14,18 +14,20 @@ import torch
 from safetensors.torch import load_file
 
 from autoquant_ray.calibrate.files import channel_rows, maxima_rows, read_calibration, rounding_rows
+from autoquant_ray.calibrate.hessians import HessianCollector
 from autoquant_ray.calibrate.maxima import ActivationMaxima
 from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.formats.smoothed import needs_channel_squares, needs_channels, needs_search
+from autoquant_ray.formats.smoothed import is_fitted, needs_channels, needs_search
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
 from autoquant_ray.plan.fold import folds_of_summary
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.awq import loss_rows
+from autoquant_ray.quantize.calibration import NUM_HALVES
 from autoquant_ray.quantize.experts import prepare_experts
 from autoquant_ray.quantize.modules import UNQUANTIZED, QuantizedLayers
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
@@ -47,6 +49,11 @@ CUSTOM = {
         "weight": {"num_bits": 4, "block_sizes": {"-1": 32, "type": "static"}},
         "input": None,
         "algorithm": {"method": "weighted"},
+    },
+    "int4_g32_gptq": {
+        "weight": {"num_bits": 4, "block_sizes": {"-1": 32, "type": "static"}},
+        "input": None,
+        "algorithm": {"method": "gptq"},
     },
     "int8_mse": {
         "weight": {"num_bits": 8, "axis": 0},
@@ -86,9 +93,14 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
             model(ids)
             search.settle()
         directory.write_table("search.parquet", loss_rows(search.losses()))
-    if any(map(needs_channel_squares, plan.formats)):
+    if any(map(is_fitted, plan.formats)):
         fitting = LayerFitting(model, Resident(), [], scored_modules(plan), plan.formats)
-        rounding = fitting.fit(0, calibration)
+        moments = HessianCollector(fitting.linears(0))
+        with moments.collecting(), torch.no_grad():
+            for half in range(NUM_HALVES):
+                moments.begin(half)
+                model(torch.randint(0, 256, (4, 64), generator=generator))
+        rounding = fitting.fit(0, calibration, moments.sums())
         directory.write_table("rounding.parquet", rounding_rows(rounding, plan.formats))
     return {row["module"]: row["value"] for row in rows}
 

@@ -23,6 +23,7 @@ class Pool:
     """
 
     grace_s = 0.0
+    num_workers = 2
 
     def __init__(
         self, scorer: Any, *, last_first: bool = False, dies_after: int | None = None
@@ -44,7 +45,7 @@ class Pool:
                 remote=lambda task, calibration: self._scorer.search(task.samples, calibration)
             ),
             fit=SimpleNamespace(
-                remote=lambda task, calibration: self._scorer.fit(task.shard, calibration)
+                remote=lambda task, *shared: self._scorer.fit(task.layers, *shared)
             ),
         )
         for task in sorted(tasks, key=lambda task: task.shard, reverse=self._last_first):

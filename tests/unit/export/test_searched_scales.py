@@ -1,4 +1,4 @@
-"""Exported checkpoints of formats whose weight scales were searched."""
+"""Exported checkpoints of formats whose weight scales or rounding were fitted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ SEARCHED = {
     "*0.self_attn.*": "int4_g32_mse",
     "*1.self_attn.*": "int4_g32_weighted",
     "*layers.0.mlp.*": "int8_mse",
+    "*layers.0.mlp.down_proj": "int4_g32_gptq",
     "*layers.1.mlp.*": "fp8_mse",
     "lm_head": "int4_g32",
 }
 ALGORITHMS = {
     "int4_g32_mse": "W4A16_AWQ",
     "int4_g32_weighted": "W4A16_AWQ",
+    "int4_g32_gptq": "W4A16_AWQ",
     "int4_g32": "W4A16_AWQ",
     "int8_mse": "W8A8_SQ_PER_CHANNEL",
     "fp8_mse": "FP8",
@@ -49,8 +51,9 @@ def test_folder_holds_the_weights_that_were_measured(
         read = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         read(torch.tensor([[1, 2]]))  # unpacks
     seen = set()
-    scales = WeightScales(torch.nn.Identity(), read_calibration(directory))
-    plain = {f.name: f for f in resolve_formats(("int4_g32",), device="cpu", custom=CUSTOM)}
+    menu = resolve_formats(MENU, device="cpu", custom=CUSTOM)
+    scales = WeightScales(torch.nn.Identity(), read_calibration(directory, menu))
+    plain = {f.name: f for f in menu if f.name == "int4_g32"}
     for name, format_ in read_source(directory).formats.items():
         source = load_folder(folder)[f"{name}.weight"]
         expected = quantized_weight(format_, source, scales, name)
@@ -60,7 +63,7 @@ def test_folder_holds_the_weights_that_were_measured(
             weight = read.get_submodule(name).weight.detach().float()
         tolerance = 2**-8 if "int4" in format_.name else 1e-6  # 16-bit scales of blocks
         torch.testing.assert_close(weight, expected, rtol=tolerance, atol=1e-7)
-        if format_.name in ("int4_g32_mse", "int4_g32_weighted"):
+        if format_.name in ("int4_g32_mse", "int4_g32_weighted", "int4_g32_gptq"):
             unsearched = fake_weight(folder, name, plain["int4_g32"])
             assert (weight - unsearched).abs().max() > 1e-3
         seen.add(format_.name)

@@ -152,7 +152,7 @@ def test_scores_equal_modelopt_search(
 @pytest.mark.parametrize(
     ("weight", "algorithm", "words"),
     [
-        (INT4, "msee", "'msee'; known are max, mse, weighted, smoothquant, awq_lite"),
+        (INT4, "msee", "'msee'; known are max, mse, weighted, gptq, smoothquant, awq_lite"),
         (INT4, {"method": "mse", "step": 1}, "no argument 'step'; it takes step_size, start_"),
         (INT4, {"method": "mse", "step_size": -1}, "algorithm.step_size: .*greater than 0.*-1"),
         (INT4, {"method": "mse", "step_size": True}, "algorithm.step_size: must be a number"),

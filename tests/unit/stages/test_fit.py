@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from stage_pool import Killed, Pool
 
 from autoquant_ray.calibrate.files import calibration_of
-from autoquant_ray.errors import StoreError
+from autoquant_ray.errors import DataError, StoreError
+from autoquant_ray.quantize.calibration import FittedCodes, FittedWeight
 from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.runs.names import ROUNDING, SAMPLES, part_name
@@ -24,6 +26,8 @@ FORMATS = (
     "wint4_g32_afp16:weighted",
     "wint8_afp16:weighted",
     "wint8_aint8:weighted",
+    "wint4_g64_afp16:gptq",
+    "wfp8_afp8:gptq",
 )
 NUM_SHARDS, NUM_PARTS = 2, 3
 PARTS = list(range(NUM_PARTS))
@@ -37,7 +41,7 @@ def started(request: Any, make_run: Any, make_scorer: Any, make_samples: Any) ->
     def start(name: str) -> tuple[RunState, Any, Any]:
         directory = make_run(request.param, formats=FORMATS, name=name, num_shards=NUM_SHARDS)
         for shard in range(NUM_SHARDS):
-            rows = [{"sample": shard, "tokens": make_samples([24], seed=shard)[0]}]
+            rows = [{"sample": shard, "tokens": make_samples([160], seed=shard)[0]}]
             directory.write_table(part_name(SAMPLES, shard), rows)
         return RunState.open(directory), prepared.plan, prepared.scorer
 
@@ -92,15 +96,20 @@ def test_scores_are_those_of_a_search_in_every_worker(started: Any, make_samples
     statistics = calibrate(state, Pool(scorer), plan, "mark")  # type: ignore[arg-type]
     object.__setattr__(statistics, "rounding", {})
     samples = make_samples([24])
+    searched = [not name.endswith(":gptq") for name in FORMATS]
     scores = [
-        scorer.score(samples, 0, calibration).sums.elementwise_GF
+        scorer.score(samples, 0, calibration).sums.elementwise_GF[:, searched]
         for calibration in (fitted, statistics)
     ]
     assert np.array_equal(*scores)
-    moved = {key: np.zeros_like(values) for key, values in fitted.rounding.items()}
+    moved = {
+        key: FittedWeight(multipliers=np.zeros_like(fit.multipliers))
+        for key, fit in fitted.rounding.items()
+        if fit.multipliers is not None
+    }
     object.__setattr__(fitted, "rounding", moved)
-    changed = scorer.score(samples, 0, fitted).sums.elementwise_GF
-    is_fitted = [":" in name for name in FORMATS]
+    changed = scorer.score(samples, 0, fitted).sums.elementwise_GF[:, searched]
+    is_fitted = [":" in name for name in FORMATS if not name.endswith(":gptq")]
     assert (changed[:, is_fitted] != scores[0][:, is_fitted]).any()
     assert np.array_equal(changed[:, 0], scores[0][:, 0])
 
@@ -109,11 +118,97 @@ def test_formats_that_round_a_weight_alike_share_what_was_fitted(started: Any) -
     state, plan, scorer = started("run")
     run_stages(state, plan, scorer)
     table = state.directory.read_table("rounding.parquet")
-    assert set(table.column("format").to_pylist()) == set(FORMATS[1:3])
+    assert set(table.column("format").to_pylist()) == {*FORMATS[1:3], *FORMATS[4:]}
     calibration = calibration_of(state)
     name = "model.layers.0.self_attn.q_proj"
     weight = scorer.model.get_submodule(name).weight
     scales = WeightScales(scorer.model, calibration)
-    int8, both = (quantized_weight(f, weight, scales, name) for f in plan.formats[2:])
+    int8, both = (quantized_weight(f, weight, scales, name) for f in plan.formats[2:4])
     assert torch.equal(int8, both)
     assert not torch.equal(int8, fake_quantize_weight(plan.formats[2].weight, weight))
+
+
+def test_shard_is_scored_under_the_rounding_that_has_not_seen_it(
+    started: Any, make_samples: Any
+) -> None:
+    """Roundings of the same half and of all data may be anything; measurements take the last."""
+    state, plan, scorer = started("run")
+    fitted = run_stages(state, plan, scorer)
+    samples = make_samples([24])
+    by_gptq = [name.endswith(":gptq") for name in FORMATS]
+
+    def spoilt(*places: int | None) -> Any:
+        """The calibration with zeros in place of roundings without these halves, None: of all."""
+
+        def spoil(codes: FittedCodes) -> FittedCodes:
+            without = [np.zeros_like(c) if n in places else c for n, c in enumerate(codes.without)]
+            whole = np.zeros_like(codes.whole) if None in places else codes.whole
+            return FittedCodes(damping=codes.damping, whole=whole, without=tuple(without))
+
+        rounding = {
+            key: fit if fit.codes is None else FittedWeight(codes=spoil(fit.codes))
+            for key, fit in fitted.rounding.items()
+        }
+        return replace(fitted, rounding=rounding)
+
+    def scores(calibration: Any, shard: int | None) -> Any:
+        return scorer.score(samples, 0, calibration, shard).sums.elementwise_GF
+
+    assert any(fit.codes is not None for fit in fitted.rounding.values())
+    for shard in (0, 1):
+        assert np.array_equal(scores(spoilt(None, 1 - shard), shard), scores(fitted, shard))
+        changed = scores(spoilt(shard), shard) != scores(fitted, shard)
+        assert changed[:, by_gptq].any()
+        assert not changed[:, [not is_gptq for is_gptq in by_gptq]].any()
+    assert (scores(spoilt(None), None) != scores(fitted, None))[:, by_gptq].any()
+
+
+def test_single_shard_is_refused_in_one_line(
+    make_run: Any, make_scorer: Any, make_samples: Any
+) -> None:
+    formats = ("wint4_afp16", "wint4_afp16:gptq")
+    prepared = make_scorer("llama", formats)
+    directory = make_run("llama", formats=formats, num_shards=1)
+    rows = [{"sample": 0, "tokens": make_samples([24])[0]}]
+    directory.write_table(part_name(SAMPLES, 0), rows)
+    with pytest.raises(
+        DataError, match=r"wint4_afp16:gptq needs an even and an odd shard.*1 shard"
+    ):
+        run_stages(RunState.open(directory), prepared.plan, prepared.scorer)
+    assert not directory.exists("rounding.parquet")
+
+
+def test_layers_that_are_fitted_together_change_no_byte(started: Any) -> None:
+    state, plan, scorer = started("together")
+    pool = Pool(scorer)
+    pool.num_workers = 1
+    run_stages(state, plan, scorer, pool)
+    assert pool.done == [0]
+    expected = state.directory.read_bytes("rounding.parquet")
+    state, plan, scorer = started("apart")
+    pool = Pool(scorer)
+    pool.num_workers = NUM_PARTS
+    run_stages(state, plan, scorer, pool)
+    assert pool.done == PARTS
+    assert state.directory.read_bytes("rounding.parquet") == expected
+
+
+@pytest.mark.parametrize(("num_tokens", "is_few"), [(319, True), (320, False)])
+def test_few_tokens_are_logged(
+    num_tokens: int,
+    is_few: bool,
+    make_run: Any,
+    make_scorer: Any,
+    make_samples: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The widest input of the model has 160 channels."""
+    formats = ("wint4_afp16:gptq",)
+    prepared = make_scorer("llama", formats)
+    directory = make_run("llama", formats=formats, num_shards=NUM_SHARDS)
+    for shard, length in enumerate((300, num_tokens - 300 + 320)):
+        rows = [{"sample": shard, "tokens": make_samples([length], seed=shard)[0]}]
+        directory.write_table(part_name(SAMPLES, shard), rows)
+    run_stages(RunState.open(directory), prepared.plan, prepared.scorer)
+    text = f"{num_tokens + 320} tokens are few for GPTQ on inputs of 160 channels"
+    assert (text in caplog.text) == is_few

@@ -1,0 +1,96 @@
+"""Second moments ``sum_t x_t x_t^T`` of the inputs of some layers' linears, a sum for each half.
+
+They are summed by one process, shard after shard in their order, so that the number of workers
+changes no bit. Modules that are called with the very same tensor (q, k and v) share a sum.
+
+Shape letters: T rows (tokens), I in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from autoquant_ray.errors import changed_input
+from autoquant_ray.models.quantizable import is_of_tower
+from autoquant_ray.quantize.calibration import NUM_HALVES
+
+Hessians = Mapping[str, list[torch.Tensor]]
+"""Module name -> float32 ``(I, I)`` of each half; modules that saw no token are missing."""
+
+
+class HessianCollector:
+    """Sums second moments while batches run forward.
+
+    Args:
+        modules: Name -> linear module.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        self._modules = modules
+        self._half = 0
+        self._real_T: torch.Tensor | None = None
+        self._last: tuple[torch.Tensor, int, str] | None = None
+        self._sums: dict[str, list[torch.Tensor]] = {}
+        self._sharing: dict[str, str] = {}
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """While open, inputs are summed; call :meth:`set_mask` before each batch."""
+        with ExitStack() as stack:
+            for name, module in self._modules.items():
+                handle = module.register_forward_pre_hook(self._hook(name))
+                stack.callback(handle.remove)
+            yield
+        self.settle()
+
+    def begin(self, shard: int) -> None:
+        """The next batches are of this shard."""
+        self._half = shard % NUM_HALVES
+
+    def set_mask(self, mask_BS: torch.Tensor | None) -> None:
+        """Say which tokens of the next batch are real (1); None means all."""
+        self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+
+    def settle(self) -> None:
+        """Release the last input."""
+        self._last = None
+
+    def sums(self) -> dict[str, list[torch.Tensor]]:
+        """The sums over all batches; the collector forgets them."""
+        sums, self._sums = self._sums, {}
+        return {n: sums[first] for n, first in self._sharing.items() if first in sums}
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        sees_tokens = not is_of_tower(name)
+
+        def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+            states = arguments[0]
+            if self._last is not None and self._last[0] is states:
+                if self._last[1] != states._version:
+                    raise changed_input(name)
+                self._share(name, self._last[2])
+                return
+            self._last = (states, states._version, name)
+            states_TI = states.detach().reshape(-1, states.shape[-1])
+            if sees_tokens and self._real_T is not None and len(self._real_T) == len(states_TI):
+                states_TI = states_TI[self._real_T.to(states_TI.device)]
+            self._share(name, name)
+            if len(states_TI):
+                self._add(name, states_TI.float())
+
+        return hook
+
+    def _share(self, name: str, first: str) -> None:
+        """Note that a module has the input of another; it must always be the same other."""
+        if self._sharing.setdefault(name, first) != first:
+            raise changed_input(name)
+
+    def _add(self, name: str, states_TI: torch.Tensor) -> None:
+        if name not in self._sums:
+            width, device = states_TI.shape[1], states_TI.device
+            self._sums[name] = [torch.zeros(width, width, device=device) for _ in range(NUM_HALVES)]
+        self._sums[name][self._half].addmm_(states_TI.T, states_TI)

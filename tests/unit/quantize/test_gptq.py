@@ -1,0 +1,187 @@
+"""GPTQ: ModelOpt's own result, codes that keep it, and halves that a rounding has not seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from weight_formats import FP8, INT4, INT8
+
+from autoquant_ray.calibrate.hessians import HessianCollector
+from autoquant_ray.errors import FormatError
+from autoquant_ray.formats.algorithms import of_allocation
+from autoquant_ray.formats.format import Attributes
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.quantize import calibration_mode  # noqa: F401 (registers the mode)
+from autoquant_ray.quantize.gptq import fit_codes, gptq_codes, grid_of, plain_codes, values_of
+from autoquant_ray.quantize.quantizers import make_weight_quantizer
+
+NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
+WEIGHTS = {"int4": INT4, "int8": INT8, "fp8": FP8, "nvfp4": NVFP4}
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+def correlated(num_tokens: int, width: int, seed: int) -> torch.Tensor:
+    """Inputs that a quarter as many directions explain nearly."""
+    mixing = drawn(width // 4, width, seed=99)
+    return drawn(num_tokens, width // 4, seed=seed) @ mixing + 0.1 * drawn(
+        num_tokens, width, seed=seed + 1000
+    )
+
+
+def moments(*inputs_TI: torch.Tensor) -> list[torch.Tensor]:
+    return [input_TI.T @ input_TI for input_TI in inputs_TI]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
+def test_integers_are_those_of_modelopt(family: str, make_model: Any, make_samples: Any) -> None:
+    """Its ``gptq`` without ``layerwise``, one process, damping 0.01: 99.9% of the weights."""
+    import modelopt.torch.quantization as mtq
+
+    samples = make_samples([120, 90, 150], seed=3)
+    original, theirs = make_model(family), make_model(family)
+    linears = {
+        name: module
+        for name, module in original.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layers" in name and not name.endswith("gate")
+    }
+    collector = HessianCollector(linears)
+
+    def run(model: Any) -> None:
+        for sample in samples:
+            model(input_ids=torch.tensor(np.asarray(sample))[None], use_cache=False)
+
+    with torch.no_grad(), collector.collecting():
+        run(original)
+    sums = collector.sums()
+    config = {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            *({"quantizer_name": f"{name}.weight_quantizer", "cfg": INT4} for name in linears),
+        ],
+        "algorithm": {"method": "gptq", "layerwise": {"enable": False}},
+    }
+    mtq.quantize(theirs, config, run)
+    num_equal = num_changed = num_weights = 0
+    for name, module in linears.items():
+        weight = module.weight.detach()
+        grid = grid_of(make_weight_quantizer(INT4, weight), weight)
+        codes = gptq_codes(weight, sum(sums[name]), 0.01, grid)  # type: ignore[arg-type]
+        assert codes is not None
+        expected = (theirs.get_submodule(name).weight.detach() / grid.unit_OI).round()
+        num_equal += int((codes == expected).sum())
+        num_changed += int((codes != plain_codes(weight, grid)).sum())
+        num_weights += weight.numel()
+    assert num_changed > 0.05 * num_weights
+    assert num_equal > 0.999 * num_weights
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_quantizer_leaves_fitted_numbers_as_they_are(name: str) -> None:
+    weight_OI, inputs = drawn(24, 64), [correlated(200, 64, seed) for seed in (1, 2)]
+    weight_OI[3, 16:32] = 0  # a block of zeros
+    quantizer = make_weight_quantizer(WEIGHTS[name], weight_OI)
+    grid = grid_of(quantizer, weight_OI)
+    plain_OI = plain_codes(weight_OI, grid) * grid.unit_OI
+    torch.testing.assert_close(plain_OI, quantizer(weight_OI), rtol=1e-6, atol=0)
+    fitted = fit_codes(weight_OI, moments(*inputs), grid)
+    assert fitted is not None
+    for codes in (fitted.whole, *fitted.without):
+        values_OI = values_of(codes, grid)
+        torch.testing.assert_close(quantizer(values_OI), values_OI, rtol=1e-6, atol=0)
+    rounded = make_weight_quantizer(WEIGHTS[name], weight_OI.bfloat16())
+    values_OI = values_of(fitted.whole, grid_of(rounded, weight_OI.bfloat16()))
+    again = rounded(values_OI.bfloat16()).float()
+    torch.testing.assert_close(again, values_OI, rtol=2**-7, atol=0)
+
+
+def output_error(weight_OI: torch.Tensor, values_OI: torch.Tensor, input_TI: torch.Tensor) -> float:
+    return float((input_TI @ (values_OI - weight_OI).T).square().sum())
+
+
+def test_rounding_loses_less_on_tokens_that_it_has_not_seen() -> None:
+    weight_OI = drawn(48, 64)
+    halves = [correlated(400, 64, seed) for seed in (1, 2)]
+    quantizer = make_weight_quantizer(INT4, weight_OI)
+    grid = grid_of(quantizer, weight_OI)
+    fitted = fit_codes(weight_OI, moments(*halves), grid)
+    assert fitted is not None
+    plain = quantizer(weight_OI)
+    unseen = correlated(400, 64, 3)
+    whole = values_of(fitted.whole, grid)
+    assert output_error(weight_OI, whole, unseen) < 0.6 * output_error(weight_OI, plain, unseen)
+    for number, input_TI in enumerate(halves):
+        without = values_of(fitted.without[number], grid)
+        (other_II,) = moments(halves[1 - number])
+        alone = gptq_codes(weight_OI, other_II, fitted.damping, grid)
+        assert alone is not None
+        assert torch.equal(without, alone * grid.unit_OI)
+        seen = output_error(weight_OI, whole, input_TI)
+        assert seen < output_error(weight_OI, without, input_TI)
+
+
+def test_weight_that_plain_rounding_serves_better_keeps_it() -> None:
+    """Uncorrelated inputs, and fewer tokens than channels: all that could be fitted is noise."""
+    weight_OI = drawn(32, 64)
+    grid = grid_of(make_weight_quantizer(INT8, weight_OI), weight_OI)
+    assert fit_codes(weight_OI, moments(drawn(8, 64, seed=1), drawn(8, 64, seed=2)), grid) is None
+
+
+def test_damping_is_chosen_by_the_loss_on_the_other_half() -> None:
+    weight_OI = drawn(32, 64)
+    halves = [correlated(90, 64, seed) for seed in (1, 2)]
+    grid = grid_of(make_weight_quantizer(INT4, weight_OI), weight_OI)
+    losses = {}
+    for damping in (0.01, 0.1, 1.0):
+        codes = [gptq_codes(weight_OI, m, damping, grid) for m in reversed(moments(*halves))]
+        losses[damping] = sum(
+            output_error(weight_OI, code * grid.unit_OI, input_TI)  # type: ignore[operator]
+            for code, input_TI in zip(codes, halves, strict=True)
+        )
+    fitted = fit_codes(weight_OI, moments(*halves), grid)
+    assert fitted is not None
+    assert fitted.damping == min(losses, key=lambda damping: losses[damping])
+    (given,) = resolve_formats(
+        ("mine",),
+        device="cpu",
+        custom={"mine": {"weight": INT4, "algorithm": {"method": "gptq", "perc_damp": 0.5}}},
+    )
+    assert given.algorithm == {"method": "gptq", "perc_damp": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (
+            {"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}},
+            "type: dynamic",
+        ),
+        ({"num_bits": 4, "block_sizes": {-2: 32, "type": "static"}}, "last axis"),
+    ],
+)
+def test_format_without_scales_per_output_is_refused(weight: Attributes, reason: str) -> None:
+    entry = {"weight": weight, "algorithm": {"method": "gptq"}}
+    with pytest.raises(FormatError, match=reason):
+        resolve_formats(("mine",), device="cpu", custom={"mine": entry})
+
+
+def test_mtq_quantize_refuses_to_repeat_a_fit_that_it_has_no_data_for(make_model: Any) -> None:
+    import modelopt.torch.quantization as mtq
+
+    name = "model.layers.0.mlp.down_proj.weight_quantizer"
+    (fitted,) = resolve_formats(("wint4_afp16:gptq",), device="cpu")
+    config = {
+        "quant_cfg": [
+            {"quantizer_name": "*", "enable": False},
+            {"quantizer_name": name, "cfg": fitted.weight},
+        ],
+        "algorithm": of_allocation({name: fitted.algorithm}),
+    }
+    assert config["algorithm"]["method"] == "autoquant_ray_sets"  # type: ignore[index]
+    with pytest.raises(ValueError, match="use `autoquant-ray export` on the run"):
+        mtq.quantize(make_model("llama"), config, lambda model: model(torch.tensor([[1, 2]])))
