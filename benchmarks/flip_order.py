@@ -1,14 +1,13 @@
-"""In which order does ``refine`` try changes: by scores, or by a backward pass? SmolLM2-135M.
+"""How well are single changes of a quantized model predicted? Rank correlations on SmolLM2-135M.
 
-The demo's model is moved off its 4-bit grid (``rounding.py``), scanned and solved. Around each
-solution, random changes of single groups are measured on the first part of the held-out samples.
-Their rank correlation is printed with the difference of the scores, with the slope (first order
-alone), and with slope and curvature, both from the second part, as ``refine`` has them. For pairs
-of groups of one MLP or attention, whose interaction is predicted to be largest and at random: the
-measured difference of both together less the sum of the two alone, beside the prediction. Last,
-the solution is refined in either order, by as many trials, and measured on the third part.
+The demo's model is moved off its 4-bit grid (``rounding.py``), scored and solved. Around the
+solution, random changes of single groups are measured. Their rank correlation is printed with the
+difference of the scores, with the slope alone, with slope and curvature, and with what ``refine``
+makes of them, from a backward pass on other tokens. Then pairs of groups of one MLP or attention,
+those of the largest predicted interaction and random ones: the measured difference of both together
+less the two alone, beside the prediction. Everything runs in this process.
 
-    python benchmarks/flip_order.py --bits 4.5 5 --samples 8 --held-out 16 --flips 60 --trials 48
+    python benchmarks/flip_order.py --bits 4.5 5 --samples 16 --held-out 16 --flips 60 --pairs 12
 """
 
 from __future__ import annotations
@@ -16,188 +15,202 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import pydoc_data.topics
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import torch
 from machine import describe_machine
 from rounding import move_model
 from scipy.stats import spearmanr
 
-import autoquant_ray
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.allocate.read import ScoredRun
-from autoquant_ray.config.evaluation import EvaluationConfig
-from autoquant_ray.evaluate.allocation_search import search_allocations, split_shards
-from autoquant_ray.evaluate.measurement import Measurement, measuring
-from autoquant_ray.evaluate.starting_point import StartingPoint, starting_point
-from autoquant_ray.evaluate.swaps import Change, Swaps
-from autoquant_ray.evaluate.table import mean_kl, paired_difference
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.search import search
+from autoquant_ray.evaluate.flip_estimates import Flip, flip_rows, merge_flips
+from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.format import NONE
-from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import FLIPS, SOLUTIONS, part_name
-from autoquant_ray.runs.state import RunState
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import ModelRef, find_model
+from autoquant_ray.models.load import load_model
+from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
+from autoquant_ray.runs.names import FLIPS
+from autoquant_ray.runs.schemas import schema_of
+from autoquant_ray.score.scorer import Scorer, ScoringSpec
+
+AT_ONCE = 16
 
 
 def main() -> None:
-    """Scan once; compare the orders at every budget. The last line is JSON."""
+    """Compare predictions and measurements at every budget; the last line is JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bits", type=float, nargs="+", default=[4.5, 5])
-    parser.add_argument("--formats", nargs="+", default=["wint4_g64_afp16", "wint8_afp16"])
-    parser.add_argument("--samples", type=int, default=8, help="For the scan.")
+    parser.add_argument("--formats", nargs="+", default=["wint4_g64_afp16:max", "wint8_afp16"])
+    parser.add_argument("--samples", type=int, default=16, help="For calibration and scores.")
+    parser.add_argument("--predict-on", type=int, default=8, help="For the backward pass.")
     parser.add_argument("--held-out", type=int, default=16, help="Samples to measure on.")
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--flips", type=int, default=60, help="Single changes to measure.")
     parser.add_argument("--pairs", type=int, default=12, help="Pairs of each kind to measure.")
-    parser.add_argument("--trials", type=int, default=48, help="Of refine; 0 leaves it out.")
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        move_model(f"{folder}/model")
-        run = autoquant_ray.search(
-            model=f"{folder}/model",
-            data="pydoc",
-            pack=True,
-            out=f"{folder}/run",
-            formats=tuple(options.formats),
-            bits=options.bits[0],
-            samples=options.samples,
-            seq_len=options.seq_len,
-            shard_samples=1,
-            cpus_per_worker=2,
-            workers=1,
-            address="local",
-        )
-        rows = [compare(run, bits, options) for bits in options.bits]
+    torch.set_num_threads(options.threads)
+    world = World(options)
+    rows = [world.compare(bits) for bits in options.bits]
     print(json.dumps({**describe_machine(), "options": vars(options), "rows": rows}))
 
 
-def compare(run: autoquant_ray.Run, bits: float, options: argparse.Namespace) -> dict[str, Any]:
-    """A row: rank correlations, interactions and refinements at a budget."""
-    name = SolveOptions(bits=bits).name
-    run.solve(bits=bits)
-    scored = ScoredRun.read(RunState.open(RunDirectory(run.path)))
-    origin = starting_point(scored, f"{SOLUTIONS}/{name}/")
-    config = EvaluationConfig(run=run.path, samples=options.held_out, solution=name)
-    with measuring(scored.state, config) as measurement:
-        world = Around(measurement, origin, np.random.default_rng(0))
-        row = {"bits": bits, "kl": mean_kl(world.losses([()])[0])}
-        row |= world.rank(options.flips)
-        print(json.dumps(row), flush=True)
-        row |= world.interactions(options.pairs)
-        print(json.dumps(row), flush=True)
-        row |= world.refine(options.trials)
-    print(json.dumps(row), flush=True)
-    return row
+class World:
+    """The moved model with its scores, and tokens of three kinds."""
 
-
-class Around:
-    """A solution with what is predicted around it."""
-
-    def __init__(
-        self, measurement: Measurement, origin: StartingPoint, rng: np.random.Generator
-    ) -> None:
-        self.measurement, self.origin, self.rng = measurement, origin, rng
-        self.start = origin.candidate("start", origin.formats)
-        parts = split_shards(measurement.facts["num_shards"])
-        self.first, self.second, _ = parts
-        self.swaps = Swaps(origin.problem, origin.scores, origin.options)
-        predicted = measurement.estimate(self.start, self.second)
-        assert predicted is not None
-        self.predicted = predicted
-        folder = f"{measurement.folder}/{self.start.key}/{FLIPS}"
-        parts_of = [
-            measurement.state.directory.read_table(part_name(folder, shard)).to_pylist()
-            for shard in self.second
-        ]
-        num_tokens = sum(part[0]["num_tokens"] for part in parts_of)
-        rows = [row for part in parts_of for row in part]
-        self.slopes: dict[tuple[str, str], float] = {}
-        self.curvatures: dict[tuple[str, str], float] = {}
-        for row in (row for row in rows if row["partner"] is None):
-            flip = row["group"], row["format"]
-            self.slopes[flip] = self.slopes.get(flip, 0.0) + row["slope"]
-            self.curvatures[flip] = self.curvatures.get(flip, 0.0) + row["curvature"]
-        self.products: dict[tuple[Any, Any], float] = {}
-        for row in (row for row in rows if row["partner"] is not None):
-            pair = (row["group"], row["format"]), (row["partner"], row["partner_format"])
-            added = row["interaction"] / num_tokens
-            self.products[pair] = self.products.get(pair, 0.0) + added
-
-    def losses(self, changes: Sequence[Change]) -> list[Any]:
-        """Losses of changed solutions on the first part."""
-        formats = self.origin.formats
-        candidates = [self.origin.candidate("it", {**formats, **dict(c)}) for c in changes]
-        return self.measurement.measure(candidates, self.first)
-
-    def differences(self, changes: Sequence[Change]) -> list[float]:
-        """What changed solutions lose more, in nats per token."""
-        base, *changed = self.losses([(), *changes])
-        return [paired_difference(losses, base)[0] for losses in changed]
-
-    def rank(self, num_flips: int) -> dict[str, Any]:
-        """Rank correlations with measured changes of single groups."""
-        moves = [move[0] for move in self.swaps.moves(self.origin.formats)]
-        flips = [moves[i] for i in sorted(self.rng.permutation(len(moves))[:num_flips])]
-        measured = self.differences([(flip,) for flip in flips])
-        losses = dict(self.origin.scores) | {(group, NONE): 0.0 for group in self.origin.formats}
-        orders = {
-            "scores": [losses[f] - losses[f[0], self.origin.formats[f[0]]] for f in flips],
-            "slope": [self.slopes[flip] for flip in flips],
-            "slope and curvature": [self.slopes[f] + self.curvatures[f] for f in flips],
-            "as refine has it": [self.predicted.changes[flip] for flip in flips],
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        with tempfile.TemporaryDirectory() as folder:
+            move_model(folder)
+            ref = find_model(folder)
+            model = load_model(ref, dtype="float32", device="cpu")
+            samples = cut(Path(folder), options.seq_len)
+        ends = np.cumsum([options.samples, options.predict_on, options.held_out])
+        scored, self.predicting, self.held_out, _ = (
+            [samples[i] for i in part] for part in np.split(np.arange(len(samples)), ends)
+        )
+        plan = build_plan(model, resolve_formats(tuple(options.formats), device="cpu"))
+        self.names = [group.name for group in plan.searched]
+        self.menu = [format_.name for format_ in plan.formats]
+        self.index = {name: number for number, name in enumerate(self.menu)} | {NONE: -1}
+        fields: dict[str, Any] = {
+            "model": ModelRef(name="in memory", path="unused"),
+            "dtype": "float32",
+            "device": "cpu",
+            "num_threads": options.threads,
+            "modules": scored_modules(plan),
+            "formats": plan.formats,
+            "step_tokens": 4096,
         }
-        row: dict[str, Any] = {"num_flips": len(flips)}
-        for name, predicted in orders.items():
-            row[name] = float(spearmanr(predicted, measured).statistic)
-        return row
+        spec = ScoringSpec(**fields, labels="model", label_draws=1, seed=0)
+        scorer = Scorer(spec, model=model)
+        calibration = scorer.calibrate(scored)
+        result = scorer.score(scored, 0, calibration)
+        scores_GF = 0.5 * result.sums.elementwise_GF / result.num_tokens
+        self.scores = {
+            (name, format_): float(scores_GF[g, f])
+            for g, name in enumerate(self.names)
+            for f, format_ in enumerate(self.menu)
+        }
+        self.problem = Problem.from_plan(plan.rows(), plan.summary())
+        self.runner = AllocationRunner(
+            EvaluationSpec(**fields, calibration=calibration), model=model
+        )
 
-    def interactions(self, num_pairs: int) -> dict[str, Any]:
-        """Predicted and measured interactions of pairs."""
-        formats = self.origin.formats
-        pairs = [pair for pair in self.products if all(formats[g] != name for g, name in pair)]
-        largest = sorted(pairs, key=lambda pair: -abs(self.products[pair]))[:num_pairs]
-        others = [pairs[i] for i in sorted(self.rng.permutation(len(pairs))[:num_pairs])]
-        chosen = list(dict.fromkeys([*largest, *others]))
-        flips = list(dict.fromkeys(itertools.chain.from_iterable(chosen)))
-        alone = dict(zip(flips, self.differences([(flip,) for flip in flips]), strict=True))
-        together = self.differences(chosen)
-        rows = [
+    def compare(self, bits: float) -> dict[str, Any]:
+        """A row: rank correlations and interactions at a budget."""
+        formats = search(self.problem, self.scores, SolveOptions(bits=bits)).formats
+        shard = self.runner.estimate(self.predicting, 0, self.choice(formats, ()))
+        sums, num_tokens = shard.sums, shard.num_tokens
+        schema = schema_of(f"{FLIPS}/shard-000000.parquet")
+        part = pa.Table.from_pylist(flip_rows(shard, self.names, self.menu), schema=schema)
+        changes = merge_flips([part], formats).changes
+        rng = np.random.default_rng(0)
+        flips = draw(list(changes), self.options.flips, rng)
+        products = self.products(sums.interactions, formats, num_tokens)
+        largest = sorted(products, key=lambda pair: -abs(products[pair]))[: self.options.pairs]
+        pairs = [*largest, *draw(list(products), self.options.pairs, rng)]
+        alone = dict.fromkeys([*flips, *itertools.chain.from_iterable(pairs)])
+        losses = self.measure(formats, [(), *((flip,) for flip in alone), *pairs])
+        before = losses[()]
+        places = [(self.names.index(group), self.index[name]) for group, name in flips]
+        slopes = [float(sums.slope_GF[place]) for place in places]
+        curvatures = [float(sums.curvature_GF[place]) for place in places]
+        exact = self.scores | {(name, NONE): 0.0 for name in self.names}
+        orders = {
+            "scores": [exact[flip] - exact[flip[0], formats[flip[0]]] for flip in flips],
+            "slope": slopes,
+            "slope and curvature": [a + b for a, b in zip(slopes, curvatures, strict=True)],
+            "refine": [changes[flip] for flip in flips],
+        }
+        measured = [losses[(flip,)] - before for flip in flips]
+        interactions = [
             {
                 "pair": [" ".join(flip) for flip in pair],
-                "sum": alone[pair[0]] + alone[pair[1]],
-                "interaction": both - alone[pair[0]] - alone[pair[1]],
-                "predicted": self.products[pair],
+                "sum": losses[pair[:1]] + losses[pair[1:]] - 2 * before,
+                "interaction": losses[pair] - losses[pair[:1]] - losses[pair[1:]] + before,
+                "predicted": products[pair],
             }
-            for pair, both in zip(chosen, together, strict=True)
+            for pair in pairs
         ]
-        columns = [[row[name] for row in rows] for name in ("predicted", "interaction")]
-        return {"interactions": rows, "interaction_rank": float(spearmanr(*columns).statistic)}
-
-    def refine(self, num_trials: int) -> dict[str, Any]:
-        """Losses on the third part before and after a refinement in each order."""
-        row: dict[str, Any] = {}
-        orders = {"by scores": None, "by backward pass": self.measurement.estimate}
-        for name, estimate in orders.items() if num_trials else ():
-            result = search_allocations(
-                self.measurement.measure,
-                self.measurement.facts["num_shards"],
-                self.origin,
-                num_trials=num_trials,
-                estimate=estimate,
-            )
-            difference, error = paired_difference(result.after, result.before)
-            on_first = self.measurement.measure([result.start, result.winner], self.first)
-            row[name] = {
-                "before": mean_kl(result.before),
-                "difference": difference,
-                "stderr": error,
-                "first_part": [mean_kl(losses) for losses in on_first],
-                "num_accepted": result.num_accepted,
-            }
+        row = {
+            "bits": bits,
+            "kl": before,
+            "power": -float(sums.slope_GF[:, -1].sum()) / shard.kl,
+            "rank": {name: rank(order, measured) for name, order in orders.items()},
+            "rank of interactions": rank(
+                [entry["predicted"] for entry in interactions],
+                [entry["interaction"] for entry in interactions],
+            ),
+            "interactions": interactions,
+        }
+        print(json.dumps(row), flush=True)
         return row
+
+    def products(
+        self, interactions: Any, formats: dict[str, str], num_tokens: int
+    ) -> dict[tuple[Flip, Flip], float]:
+        """Predicted interactions of two flips, in nats per token, however small."""
+        names = [*self.menu, NONE]
+        return {
+            ((self.names[a], f), (self.names[b], p)): float(sums_FF[names.index(f), names.index(p)])
+            / num_tokens
+            for (a, b), sums_FF in interactions.items()
+            for f, p in itertools.product(names, repeat=2)
+            if formats[self.names[a]] != f and formats[self.names[b]] != p
+        }
+
+    def choice(self, formats: dict[str, str], change: Sequence[Flip]) -> tuple[int, ...]:
+        """A changed allocation as workers take it."""
+        changed = {**formats, **dict(change)}
+        return tuple(self.index[changed[name]] for name in self.names)
+
+    def measure(
+        self, formats: dict[str, str], changes: Sequence[tuple[Flip, ...]]
+    ) -> dict[tuple[Flip, ...], float]:
+        """KL in nats per token of changed allocations."""
+        losses: dict[tuple[Flip, ...], float] = {}
+        distinct = list(dict.fromkeys(changes))
+        for start in range(0, len(distinct), AT_ONCE):
+            some = distinct[start : start + AT_ONCE]
+            choices = [self.choice(formats, change) for change in some]
+            result = self.runner.evaluate(self.held_out, choices)
+            for change, samples in zip(some, result.divergences, strict=True):
+                kl_N = np.concatenate([sample.kl_N for sample in samples])
+                losses[change] = float(kl_N.mean(dtype=np.float64))
+        return losses
+
+
+def cut(folder: Path, length: int) -> list[list[int]]:
+    """Python's own documentation in samples of equal length, shuffled by a fixed seed."""
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = load_tokenizer(TokenizerRef.of(find_model(str(folder)), ""))(text)["input_ids"]
+    samples = [ids[start : start + length] for start in range(0, len(ids) - length, length)]
+    return [samples[i] for i in np.random.default_rng(0).permutation(len(samples))]
+
+
+def draw(items: list[Any], count: int, rng: np.random.Generator) -> list[Any]:
+    """Some of the items, in their order."""
+    return [items[i] for i in sorted(rng.permutation(len(items))[:count])]
+
+
+def rank(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """Spearman's rank correlation."""
+    return float(spearmanr(predicted, measured).statistic)
 
 
 if __name__ == "__main__":
