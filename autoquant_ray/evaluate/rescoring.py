@@ -95,17 +95,7 @@ def solve_flips(
     losses = {((group, name),): 0.0 for group, name in formats.items()} | finite
     nothing = {(group.name, name): 0.0 for group in problem.searched for name in group.rows}
     allowed = {(c.group, c.format): c for c in allowed_choices(problem, nothing, options)}
-    menus: dict[str, list[Flip]] = {}
-    for flip in allowed:
-        if (flip,) in losses:
-            menus.setdefault(flip[0], []).append(flip)
-    couples = {} if options.max_formats is not None else _couples(finite)
-    followers = set(couples.values())
-    units = [
-        _unit(losses, menus, (group, couples[group]) if group in couples else (group,))
-        for group in menus
-        if group not in followers
-    ]
+    units = _units(losses, allowed, {} if options.max_formats is not None else _couples(finite))
     choices, meaning = [], {}
     for unit in units:
         lowest = min(unit.values())  # the solver needs losses of 0 or more
@@ -121,6 +111,22 @@ def solve_flips(
         return dict(formats)
     new = dict(itertools.chain.from_iterable(meaning[flip] for flip in solved.formats.items()))
     return {group: new[group] for group in formats}
+
+
+def _units(
+    losses: Mapping[Change, float], flips: Iterable[Flip], couples: Mapping[str, str]
+) -> list[dict[Change, float]]:
+    """What is chosen together: formats of each group, or of two, with what they lose."""
+    menus: dict[str, list[Flip]] = {}
+    for flip in flips:
+        if (flip,) in losses:
+            menus.setdefault(flip[0], []).append(flip)
+    followers = set(couples.values())
+    return [
+        _unit(losses, menus, (group, couples[group]) if group in couples else (group,))
+        for group in menus
+        if group not in followers
+    ]
 
 
 def _couples(differences: Iterable[Change]) -> dict[str, str]:

@@ -171,6 +171,37 @@ class FlipTotals:
         self._dots = {}
 
 
+@dataclass(frozen=True)
+class _SeenRows:
+    """Rows of a module with a gradient.
+
+    Attributes:
+        group: The module's group.
+        gradients_TO: At its output: of the loss, then of each draw.
+        chosen: Which rows these are.
+        call: Number of the call; None: no interactions.
+        num_rows: Rows of the whole output.
+    """
+
+    group: int
+    gradients_TO: Sequence[torch.Tensor]
+    chosen: ChosenRows
+    call: int | None
+    num_rows: int
+
+    def part(self, rows: slice) -> FlippedRows:
+        """Some of the rows."""
+        indices, dead_T = self.chosen.indices, self.chosen.dead_T
+        if indices is None:
+            indices = torch.arange(self.num_rows, device=self.gradients_TO[0].device)
+        return FlippedRows(
+            call=self.call,
+            num_rows=self.num_rows,
+            places_C=indices[rows],
+            dead_C=None if dead_T is None else dead_T[rows],
+        )
+
+
 class FlipHooks:
     """Accumulates the sums of all flips while gradients flow backward through a quantized model.
 
@@ -276,7 +307,7 @@ class FlipHooks:
         scored: ScoredModule,
         module: Any,
         inputs: Sequence[torch.Tensor],
-        gradients: list[torch.Tensor],
+        gradients_TO: list[torch.Tensor],
         call: int | None,
     ) -> None:
         """Add what flips of a module's format do to its rows.
@@ -285,15 +316,14 @@ class FlipHooks:
             scored: The module's entry.
             module: The module.
             inputs: What it was called with.
-            gradients: At its output: of the loss, then of each draw.
+            gradients_TO: At its output: of the loss, then of each draw.
             call: Number of the call; None: no interactions.
         """
-        rows = live_rows(gradients)
+        rows = live_rows(gradients_TO)
         if not rows.num_live:
             return
-        num_rows = len(gradients[0])
         states = [rows.of(tensor) for tensor in inputs]
-        gradients = [rows.of(gradient) for gradient in gradients]
+        gradients = [rows.of(gradient_TO) for gradient_TO in gradients_TO]
         exact_TO = self._exact(scored, module, states)
         menu = range(self._num_formats) if scored.formats is None else scored.formats
         now = self._choice[scored.group]
@@ -303,7 +333,8 @@ class FlipHooks:
             base_TO = torch.cat([difference_CO.clone() for _, _, difference_CO in parts])
         others = tuple(index for index in menu if index != now)
         differences = self._of(scored, module, exact_TO, states, others)
-        self._add(scored.group, base_TO, differences, gradients, rows, (call, num_rows))
+        seen = _SeenRows(scored.group, gradients, rows, call, len(gradients_TO[0]))
+        self._add(base_TO, differences, seen)
 
     def _of(
         self,
@@ -342,42 +373,23 @@ class FlipHooks:
         base = of_format.pop(self._choice[scored.group], None)
         others = [(index, *of_rows) for index, of_rows in of_format.items()]
         base_TO = None if base is None else base[1]
-        self._add(scored.group, base_TO, others, gradients, rows, (None, len(gradients[0])))
+        seen = _SeenRows(scored.group, gradients, rows, None, len(gradients[0]))
+        self._add(base_TO, others, seen)
 
     def _add(
-        self,
-        group: int,
-        base_TO: torch.Tensor | None,
-        differences: Iterable[Difference],
-        gradients_TO: Sequence[torch.Tensor],
-        chosen: ChosenRows,
-        of_call: tuple[int | None, int],
+        self, base_TO: torch.Tensor | None, differences: Iterable[Difference], seen: _SeenRows
     ) -> None:
         """Add the flips of a group's module.
 
         Args:
-            group: The group.
             base_TO: What its format does to the module's output; None if it has none.
             differences: What the other formats do.
-            gradients_TO: Of the loss, then of each draw.
-            chosen: Which rows these are.
-            of_call: Number of the call, and rows of the whole output.
+            seen: Rows of the module.
         """
-        call, num_rows = of_call
-        places_T = chosen.indices
-        if places_T is None:
-            places_T = torch.arange(num_rows, device=gradients_TO[0].device)
-
-        def add(index: int, rows: slice, change_CO: torch.Tensor) -> None:
-            flipped = FlippedRows(
-                call=call,
-                num_rows=num_rows,
-                places_C=places_T[rows],
-                dead_C=None if chosen.dead_T is None else chosen.dead_T[rows],
-            )
-            self._totals.add(group, index, change_CO, [g[rows] for g in gradients_TO], flipped)
-
         for index, rows, difference_CO in differences:
-            add(index, rows, difference_CO if base_TO is None else difference_CO - base_TO[rows])
+            change_CO = difference_CO if base_TO is None else difference_CO - base_TO[rows]
+            gradients_CO = [gradient_TO[rows] for gradient_TO in seen.gradients_TO]
+            self._totals.add(seen.group, index, change_CO, gradients_CO, seen.part(rows))
         if base_TO is not None:
-            add(UNQUANTIZED, slice(0, len(base_TO)), -base_TO)
+            everything = seen.part(slice(0, len(base_TO)))
+            self._totals.add(seen.group, UNQUANTIZED, -base_TO, seen.gradients_TO, everything)
