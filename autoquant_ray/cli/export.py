@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -30,6 +31,11 @@ FORMATS = (*LAYOUTS, RECIPE)
 )
 @engine_options
 @click.option("--tool", type=click.Choice(TOOLS), help="For a recipe: the tool that reads it.")
+@click.option(
+    "--base",
+    help="For a recipe of a solution with awq: folder to write the model that the tool starts "
+    "from, in 16 bits, with folded factors.",
+)
 @click.option("--solution", default="", help="Folder below solutions/. Default: the scan's own.")
 @click.option("--overwrite", is_flag=True, help="For a recipe: replace an existing file.")
 @prints_result
@@ -40,6 +46,7 @@ def export(
     engine: str | None,
     gpu: str | None,
     tool: str | None,
+    base: str | None,
     solution: str,
     overwrite: bool,
 ) -> Result:
@@ -56,13 +63,15 @@ def export(
       autoquant-ray export runs/qwen3 --format recipe --tool mlx-lm --out quantization.json
     """
     if kind != RECIPE:
-        if tool is not None or overwrite:
-            raise ConfigError(f"--tool and --overwrite are for --format {RECIPE}; leave them out")
+        if tool is not None or base is not None or overwrite:
+            raise ConfigError(
+                f"--tool, --base and --overwrite are for --format {RECIPE}; leave them out"
+            )
         return _export_checkpoint(run, solution, kind, out, engine, gpu)
     if engine is not None or gpu is not None:
         raise ConfigError(f"--engine and --gpu are for a checkpoint, not for --format {RECIPE}")
-    written = _export_recipe(run, solution, tool, out, overwrite)
-    return Result(json=lambda: {"paths": [written]}, show=lambda: click.echo(written))
+    written = _export_recipe(run, solution, tool, out, base, overwrite)
+    return Result(json=lambda: {"paths": written}, show=lambda: show_lines(written))
 
 
 def _export_checkpoint(
@@ -78,7 +87,9 @@ def _export_checkpoint(
     return Result(json=written.to_json, show=lambda: show_lines(written.lines()))
 
 
-def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrite: bool) -> str:
+def _export_recipe(
+    run: str, solution: str, tool: str | None, out: str, base: str | None, overwrite: bool
+) -> list[str]:
     from autoquant_ray.export.fused_experts import require_fused, unfused_names
     from autoquant_ray.export.kv_caches import require_caches
     from autoquant_ray.export.recipes import make_recipe
@@ -97,6 +108,7 @@ def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrit
     path = Path(out)
     if path.exists() and not overwrite:
         raise ConfigError(f"--out {out} exists; give another name, or --overwrite")
+    folders = _export_base(run, solution, exported, base)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
@@ -104,4 +116,26 @@ def _export_recipe(run: str, solution: str, tool: str | None, out: str, overwrit
         part.replace(path)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error}") from None
-    return out
+    return [out, *folders]
+
+
+def _export_base(run: str, solution: str, exported: Any, base: str | None) -> list[str]:
+    """The folder with the folded model, where a solution has factors."""
+    from autoquant_ray.export.checkpoint import export_base
+    from autoquant_ray.formats.smoothed import takes_factors
+    from autoquant_ray.runs.directory import RunDirectory
+
+    used = set(exported.chosen.values())
+    names = [f.name for f in exported.formats if f.name in used and takes_factors(f)]
+    if names and base is None:
+        raise ConfigError(
+            f"--format {RECIPE}: the solution has {names[0]}, whose factors no recipe can say; "
+            "give --base FOLDER, which gets the model that the tool starts from, with these folded "
+            "in"
+        )
+    if base is None:
+        return []
+    if not names:
+        raise ConfigError("--base is for a solution with awq; leave it out")
+    with only_ours_on_stdout():
+        return [export_base(RunDirectory(run), base, solution=solution)]

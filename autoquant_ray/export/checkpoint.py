@@ -113,6 +113,39 @@ def export_run(
     )
 
 
+def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str:
+    """Write the model that a tool with a recipe starts from: in 16 bits, with folded factors.
+
+    Rounded by its maxima, it is what a solution with ``awq`` was measured as.
+
+    Args:
+        directory: A finished run.
+        out: Folder to write; new or empty.
+        solution: One of the run's solutions; '' for the scan's own.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AutoQuantError: One of its subclasses; nothing is left at ``out``.
+    """
+    from autoquant_ray.calibrate.files import calibration_of
+    from autoquant_ray.export.factors import Factors
+    from autoquant_ray.export.model import distinct_tensors, finish_folder, load_for_export
+    from autoquant_ray.quantize.weight_search import WeightScales
+
+    source = read_source(directory, solution)
+    target = require_new_folder(out)
+    calibration = calibration_of(source.state)
+    model, ref, sixteen_bits = load_for_export(source)
+    Factors(model, source.formats, WeightScales(model, calibration)).fold()
+    tensors = {name: sixteen_bits.rounded(name, t) for name, t in distinct_tensors(model)}
+    with _written_beside(target) as folder:
+        model.save_pretrained(folder, state_dict=tensors)
+        finish_folder(folder, ref, sixteen_bits.dtype)
+    return str(target)
+
+
 def _require_package(layout: str) -> None:
     if layout == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
         raise ConfigError(

@@ -11,7 +11,7 @@ Shape letters: O out features, I in features.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from autoquant_ray.export.layouts import (
     grids,
     stored_as,
 )
-from autoquant_ray.export.model import SixteenBits
+from autoquant_ray.export.model import SixteenBits, distinct_tensors
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.quantize.calibration import Calibration
@@ -75,7 +75,7 @@ def write_compressed(
             packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             module.weight = None  # the packed one takes its place
     factors.divide(source.formats)
-    rest = {name: sixteen_bits.rounded(name, tensor) for name, tensor in _distinct(model)}
+    rest = {name: sixteen_bits.rounded(name, tensor) for name, tensor in distinct_tensors(model)}
     model.save_pretrained(folder, state_dict=rest | packed)
     linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     config = QuantizationConfig(
@@ -148,12 +148,3 @@ def _pack(
         largest = make_quantizer(format_.input or {}, weight_OI.device).maxbound
         packed["input_scale"] = torch.tensor([maxima["input_amax"] / largest])
     return {name: tensor.contiguous() for name, tensor in packed.items()}
-
-
-def _distinct(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers; of those that share their memory the first."""
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield name, tensor.detach()

@@ -57,7 +57,7 @@ class Factors:
         """Divide what makes the inputs, in place.
 
         Args:
-            packed: Quantized modules, whose rounded weights and scales the caller divides by
+            packed: Modules whose rounded weights and scales the caller divides by
                 :meth:`divisor`; their biases are divided here.
         """
         for name, (fold, factors_I) in self._of_producer.items():
@@ -65,3 +65,10 @@ class Factors:
                 divide_bias(self._model.get_submodule(name), self.divisor(name))
             else:
                 divide_producer(self._model, fold, factors_I)
+
+    def fold(self) -> None:
+        """Multiply all weights and divide what makes their inputs, in place: nothing is rounded."""
+        for name in self._of_reader:
+            weight = self._model.get_submodule(name).weight
+            weight.data = self.multiplied(name, weight.data).to(weight.dtype)
+        self.divide({})

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.smoothed import is_smoothed, takes_factors
+from autoquant_ray.formats.smoothed import is_smoothed
 from autoquant_ray.serving.layer_formats import E2M1, E4M3, E8M0, Numbers
 
 _GGUF_BLOCK = 32
@@ -95,10 +95,10 @@ COUNTERPARTS: dict[str, Callable[[Format], Any]] = {
 def counterpart(format_: Format, tool: str) -> Any:
     """What a tool calls a format; None where it has no counterpart.
 
-    No recipe can say how input channels are scaled, so such a format has none.
+    No recipe can say how input channels are scaled, so such a format has none. Factors that can be
+    folded are in the model that the tool starts from.
     """
-    has_factors = is_smoothed(format_) or takes_factors(format_)
-    return None if has_factors else COUNTERPARTS[tool](format_)
+    return None if is_smoothed(format_) else COUNTERPARTS[tool](format_)
 
 
 def _auto_round_blocks(kind: str, weight: Numbers, inputs: Numbers | None) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from typing import Any
 from autoquant_ray.errors import DataError
 from autoquant_ray.export.tool_formats import auto_round_config, mlx_config
 from autoquant_ray.formats.format import NONE, Format
+from autoquant_ray.formats.smoothed import takes_factors
 from autoquant_ray.wording import few
 
 logger = logging.getLogger(__name__)
@@ -205,7 +206,9 @@ def _format_of(
         data_type = config.get("data_type", config.get("mode", "int"))
         return config.get("bits"), config.get("act_bits") or 16, data_type
 
-    configs = {f.name: config for f in formats if (config := counterpart(f)) is not None}
+    # The tool starts from the model's own weights, without factors.
+    plain = [format_ for format_ in formats if not takes_factors(format_)]
+    configs = {f.name: config for f in plain if (config := counterpart(f)) is not None}
     same = [name for name, config in configs.items() if kind(config) == kind(entry)]
     if not same:
         shown = {k: v for k, v in entry.items() if k in ("bits", "act_bits", "data_type", "mode")}

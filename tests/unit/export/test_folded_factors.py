@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ import pytest
 import torch
 import transformers
 from checkpoints import load_folder, logits_of_solution, unpack_modelopt
+from click.testing import CliRunner
 from small_models import make_tokenizer, small_model
 
 from autoquant_ray.calibrate.files import calibration_of
+from autoquant_ray.cli.main import main
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.source import read_source
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
 from autoquant_ray.quantize.modelopt_config import load_quantization_config
-from autoquant_ray.quantize.quantizers import quantized_weight
+from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.runs.directory import RunDirectory
 
@@ -46,7 +49,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")
 def loud_run(solved_run: Any, tmp_path: Path) -> Any:
     """A run of a small model whose channels differ in size, with formats of every kind."""
 
-    def build(family: str, **more: Any) -> tuple[RunDirectory, Path]:
+    def build(family: str, changes: Any = None) -> tuple[RunDirectory, Path]:
         model: Any = small_model(family)
         generator = torch.Generator().manual_seed(3)
         for name, parameter in model.named_parameters():
@@ -57,7 +60,8 @@ def loud_run(solved_run: Any, tmp_path: Path) -> Any:
         folder = tmp_path / "model"
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
-        directory, _, _ = solved_run(family, CHOICE, MENU, folder=folder, **more)
+        choice = CHOICE | (changes or {})
+        directory, _, _ = solved_run(family, choice, MENU, folder=folder)
         return directory, folder
 
     return build
@@ -163,3 +167,32 @@ def test_mtq_quantize_without_inputs_is_refused(loud_run: Any) -> None:
     config = load_quantization_config(read_source(directory).manifest, device="cpu")
     with pytest.raises(ValueError, match="the algorithm awq needs inputs"):
         mtq.quantize(model, config)
+
+
+def test_base_of_a_recipe_rounded_by_maximum_is_what_was_measured(
+    loud_run: Any, tmp_path: Path
+) -> None:
+    """Without ``weighted``, whose scales a tool chooses itself."""
+    directory, folder = loud_run("qwen3", {"*0.mlp.gate_proj": "none", "lm_head": AWQ})
+    out, base = tmp_path / "recipe.json", tmp_path / "base"
+    words = ["export", directory.uri, "--format", "recipe", "--tool", "mlx-lm", "--out", str(out)]
+    refused = CliRunner().invoke(main, words)
+    assert (refused.exit_code, "give --base FOLDER" in refused.output) == (2, True)
+    assert not out.exists()
+    result = CliRunner().invoke(main, [*words, "--base", str(base), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["paths"] == [str(out), str(base)]
+    assert json.loads(out.read_text())["model.layers.0.mlp.down_proj"]["bits"] == 4
+    assert load_folder(base)["model.norm.weight"].dtype == torch.bfloat16
+    ours: Any = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    read = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        plain = ours(IDS).logits
+        assert (read(IDS).logits - plain).std() < 0.05 * plain.std()
+        for name, format_ in read_source(directory).formats.items():
+            weight = read.get_submodule(name).weight
+            weight.copy_(fake_quantize_weight(format_.weight, weight))
+        rounded = read(IDS).logits
+    expected = logits_of_solution(directory, "", IDS)
+    # Weights that have 16 bits before they are rounded to 4 are now and then rounded otherwise.
+    assert (rounded - expected).std() < 0.5 * (plain - expected).std()
