@@ -28,6 +28,7 @@ from autoquant_ray.quantize.awq import (
     candidate_alphas,
     channel_scales,
     shared_factors,
+    shared_importance,
     weight_importance,
 )
 from autoquant_ray.quantize.calibration import Calibration
@@ -156,8 +157,9 @@ class ScaleSearch:
         if takes_factors(format_):
             fold = self._calibration.folds[name]
             weights: list[Any] = [self._model.get_submodule(n).weight for n in fold.readers]
+            importance_I = shared_importance(weights, attributes)
             for alpha in (PLAIN, *alphas):
-                factors_I = shared_factors(fold, weights, attributes, mean_I, alpha)
+                factors_I = shared_factors(fold, importance_I, mean_I, alpha)
                 # In float32, as it will be rounded: no factor is left to be applied in 16 bits.
                 error_OI = candidate_error(weight_OI.float(), attributes, factors_I)
                 yield alpha, error_OI.to(weight_OI.dtype)

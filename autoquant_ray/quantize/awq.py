@@ -68,26 +68,30 @@ def channel_scales(mean_I: torch.Tensor, importance_I: torch.Tensor, alpha: floa
     return scale_I / (scale_I.max() * scale_I.min()).sqrt()
 
 
+def shared_importance(weights: Sequence[torch.Tensor], attributes: Attributes) -> torch.Tensor:
+    """:func:`weight_importance` of all rows of several weights, float32 ``(I,)``.
+
+    Args:
+        weights: ``(O, I)`` of all linears that read an input, in the order of its fold.
+        attributes: Of their weight quantizers.
+    """
+    return weight_importance(torch.cat(list(weights)), attributes)
+
+
 def shared_factors(
-    fold: Fold,
-    weights: Sequence[torch.Tensor],
-    attributes: Attributes,
-    mean_I: torch.Tensor,
-    alpha: float,
+    fold: Fold, importance_I: torch.Tensor, mean_I: torch.Tensor, alpha: float
 ) -> torch.Tensor:
     """Factors of an input's channels that can be folded, float32 ``(I,)``.
 
     Args:
         fold: The input; channels that one row makes get equal factors, by the mean of what they
             are made from.
-        weights: ``(O, I)`` of all linears that read it, in the order of the fold.
-        attributes: Of their weight quantizers.
+        importance_I: From :func:`shared_importance`.
         mean_I: Mean of ``|x|`` over real tokens.
         alpha: The candidate.
     """
     if alpha == PLAIN:
         return torch.ones_like(mean_I, dtype=torch.float32)
-    importance_I = weight_importance(torch.cat(list(weights)), attributes)
     return channel_scales(tied_mean(fold, mean_I), tied_mean(fold, importance_I), alpha)
 
 

@@ -23,7 +23,7 @@ from modelopt.torch.quantization.utils.core_utils import enable_weight_access_an
 
 from autoquant_ray.formats.format import Attributes
 from autoquant_ray.plan.fold import ROWS, Fold
-from autoquant_ray.quantize.awq import PLAIN, candidate_alphas, shared_factors
+from autoquant_ray.quantize.awq import PLAIN, candidate_alphas, shared_factors, shared_importance
 from autoquant_ray.quantize.folding import fold_factors, producer_divisor
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 
@@ -99,7 +99,7 @@ class InputFactors:
         """Fold the best factors into the model, and calibrate its quantizers for what is there."""
         for fold in self._sums:
             losses = [float(self._losses[fold, alpha]) for alpha in self._alphas]
-            factors_I = self._factors(fold, self._alphas[losses.index(min(losses))])
+            (factors_I,) = self._factors(fold, [self._alphas[losses.index(min(losses))]])
             modules = [self._model.get_submodule(name) for name in (*fold.readers, fold.producer)]
             with ExitStack() as stack:
                 for module in modules:
@@ -117,12 +117,13 @@ class InputFactors:
                 divided = largest.reshape(num_rows, -1) / by_row.to(largest.device)
                 quantizer.amax = divided.reshape(largest.shape).to(largest.dtype)
 
-    def _factors(self, fold: Fold, alpha: float) -> torch.Tensor:
+    def _factors(self, fold: Fold, alphas: Sequence[float]) -> list[torch.Tensor]:
         modules = [self._model.get_submodule(name) for name in fold.readers]
         sum_I, num_rows = self._sums[fold]
-        weights = [module.weight for module in modules]
         attributes = _attributes(modules[0].weight_quantizer)
-        return shared_factors(fold, weights, attributes, (sum_I / num_rows).float(), alpha)
+        importance_I = shared_importance([module.weight for module in modules], attributes)
+        mean_I = (sum_I / num_rows).float()
+        return [shared_factors(fold, importance_I, mean_I, alpha) for alpha in alphas]
 
     def _collect(self, fold: Fold, states_TI: torch.Tensor) -> None:
         sum_I, num_rows = self._sums.get(fold, (0, 0))
@@ -132,8 +133,7 @@ class InputFactors:
     def _measure(self, name: str, fold: Fold, states_TI: torch.Tensor) -> None:
         module = self._model.get_submodule(name)
         attributes = _attributes(module.weight_quantizer)
-        for alpha in self._alphas:
-            factors_I = self._factors(fold, alpha)
+        for alpha, factors_I in zip(self._alphas, self._factors(fold, self._alphas), strict=True):
             error_OI = candidate_error(module.weight.float(), attributes, factors_I)
             loss = squared_norm(states_TI, error_OI.to(states_TI.dtype))
             before = self._losses.get((fold, alpha))

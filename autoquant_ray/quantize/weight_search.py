@@ -40,7 +40,7 @@ from autoquant_ray.formats.algorithms import (
 )
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.smoothed import needs_hessians, takes_factors
-from autoquant_ray.quantize.awq import shared_factors
+from autoquant_ray.quantize.awq import shared_factors, shared_importance
 from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
 from autoquant_ray.quantize.calibration import Bytes, Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
@@ -191,7 +191,8 @@ class WeightScales:
         fold = self.calibration.folds[name[0]]
         weights = [self._model.get_submodule(reader).weight for reader in fold.readers]
         mean_I = torch.from_numpy(record.channels.mean_I).to(weights[0].device)
-        return shared_factors(fold, weights, format_.weight, mean_I, alpha)
+        importance_I = shared_importance(weights, format_.weight)
+        return shared_factors(fold, importance_I, mean_I, alpha)
 
     def largest(self, name: str) -> torch.Tensor | None:
         """Largest absolute weight of the layers that serving engines fuse with a layer, float32.

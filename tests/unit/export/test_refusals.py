@@ -148,7 +148,7 @@ def test_command_writes_the_folder_and_says_how_large_it_is(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--tool", "mlx-lm"], "--tool and --overwrite are for --format recipe"),
+        (["--tool", "mlx-lm"], "--tool, --base and --overwrite are for"),
         (["--format", "recipe", "--engine", "vllm"], "--engine and --gpu are for a checkpoint"),
         (["--gpu", "h100"], "--gpu h100 needs an engine"),
     ],
