@@ -62,7 +62,7 @@ def has_free_rows(format_: Format) -> bool:
     kinds = {blocks.pop("type", "static"), weight.get("type", "static")}
     has_own_scales = set(blocks) == {-1} or (not blocks and weight.get("axis") == 0)
     is_integer = isinstance(weight.get("num_bits", 8), int)
-    keeps = method_of(format_) in (MAX, MSE, WEIGHTED, AWQ)
+    keeps = method_of(format_) in (MAX, MSE, WEIGHTED, GPTQ, AWQ)
     return is_integer and has_own_scales and kinds == {"static"} and keeps
 
 

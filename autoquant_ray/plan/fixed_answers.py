@@ -80,8 +80,9 @@ class FixedAnswers:
         import torch
 
         self._scalings, self._visit = scalings, visit
-        with torch.no_grad():
-            self.model(input_ids=torch.arange(1, NUM_TOKENS + 1)[None], use_cache=False)
+        ids_BS = torch.arange(1, NUM_TOKENS + 1)[None]
+        with torch.no_grad(), _single_thread():
+            self.model(input_ids=ids_BS, use_cache=False)
 
     @contextmanager
     def replaced(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -133,6 +134,19 @@ def is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     if not tensor.is_floating_point():
         return False
     return bool(torch.allclose(tensor, other, rtol=_SAME, atol=0.0))
+
+
+@contextmanager
+def _single_thread() -> Iterator[None]:
+    """While open, kernels run in this thread: for a few tokens, waking others takes longer."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _without_weights(model: torch.nn.Module) -> torch.nn.Module:

@@ -28,8 +28,9 @@ from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.runs.directory import RunDirectory
 
 AWQ, WEIGHTED, INT8 = "wint4_g32_afp16:awq", "wint4_g32_afp16:weighted", "wint8_afp16"
-MENU = (AWQ, WEIGHTED, INT8)
-ALGORITHMS = {AWQ: "W4A16_AWQ", WEIGHTED: "W4A16_AWQ", INT8: "W8A16"}
+GPTQ = "wint4_g32_afp16:gptq"
+MENU = (AWQ, WEIGHTED, GPTQ, INT8)
+ALGORITHMS = dict.fromkeys(MENU, "W4A16_AWQ") | {INT8: "W8A16"}
 CHOICE = {
     "*": "none",
     "*0.self_attn.*": AWQ,
@@ -88,7 +89,8 @@ def folded(directory: RunDirectory, folder: Path) -> tuple[Any, dict[str, Any], 
 def test_folder_holds_folded_weights_and_no_factor(
     family: str, layout: str, loud_run: Any, tmp_path: Path
 ) -> None:
-    directory, folder = loud_run(family)
+    divided_too = WEIGHTED if family == "llama" else GPTQ  # up_proj, by what down_proj takes
+    directory, folder = loud_run(family, {"*0.mlp.gate_proj": divided_too})
     model, factors, divisors = folded(directory, folder)
     assert len(factors) == 8
     assert all(factors_I.unique().numel() > 10 for factors_I in factors.values())

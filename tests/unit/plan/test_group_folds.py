@@ -28,7 +28,10 @@ EVERY = {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj
 BY_NORMS = {"self_attn.q_proj", "mlp.gate_proj", "lm_head"}
 
 
-@pytest.mark.parametrize("name", ["wint4_g32_afp16:max", "wint8_afp16", "wint5_g32_afp16:weighted"])
+@pytest.mark.parametrize(
+    "name",
+    ["wint4_g32_afp16:max", "wint8_afp16", "wint5_g32_afp16:weighted", "wint4_g32_afp16:gptq"],
+)
 def test_rows_are_divided_where_every_format_leaves_them_free(name: str, make_model: Any) -> None:
     assert taking(make_model("llama"), AWQ, name) == EVERY
 
