@@ -42,6 +42,9 @@ MENUS = {
     "max": (_INT4, _INT8, _FP8),
     "mse": (f"{_INT4}:mse", _INT8, _FP8),
     "weighted": _WEIGHTED,
+    "awq": (f"{_INT4}:awq", _INT8, _FP8),
+    "gptq": (f"{_INT4}:gptq", _INT8, _FP8),
+    "methods": (*_WEIGHTED, f"{_INT4}:awq", f"{_INT4}:gptq"),
     "max, wider": (_INT4, "wint5_g64_afp16", "wint6_g64_afp16", _INT8, _FP8),
     "weighted, wider": (*_WEIGHTED, "wint5_g64_afp16:weighted", "wint6_g64_afp16:weighted"),
 }

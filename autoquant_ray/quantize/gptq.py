@@ -10,7 +10,7 @@ the one whose roundings, fitted on either half, lose least on the other, and a w
 rounding would serve better keeps plain rounding. Scores of a half are measured under the rounding
 that was fitted without it (cross-fitting); the checkpoint's is fitted on all tokens.
 
-Shape letters: I in features, O out features, B columns of a block.
+Shape letters: I in features, O out features, B columns of a block, P problems.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import torch
 
 from autoquant_ray.formats.numbers import E2M1, E4M3
 from autoquant_ray.quantize.block_formats import round_to
-from autoquant_ray.quantize.calibration import Bytes, FittedCodes
+from autoquant_ray.quantize.calibration import NUM_HALVES, Bytes, FittedCodes
 
 DAMPINGS = (0.01, 0.1, 1.0)
 """Shares of the mean of the Hessian's diagonal that may be added to it."""
 
-_BLOCK = 128
+_BLOCK = 64
+_FACTOR_BYTES = 2**28
 _HUGE = 1e30
 _FLOATS = {(4, 3): E4M3, (2, 1): E2M1}
 
@@ -71,35 +72,59 @@ def plain_codes(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def gptq_codes(
-    weight_OI: torch.Tensor, hessian_II: torch.Tensor, damping: float, grid: Grid
-) -> torch.Tensor | None:
-    """Codes by GPTQ, float32 ``(O, I)``; None where the damped Hessian has no Cholesky factor.
+    weight_OI: torch.Tensor, problems: Sequence[tuple[torch.Tensor, float]], grid: Grid
+) -> list[torch.Tensor | None]:
+    """Codes by GPTQ, float32 ``(O, I)``, under several Hessians and dampings.
+
+    Problems with small Hessians are solved side by side, since most of the time would go to
+    starting operations on single columns.
 
     Args:
         weight_OI: The weight.
-        hessian_II: float32, up to a factor.
-        damping: Share of the mean of the diagonal.
+        problems: Hessian, float32 ``(I, I)`` up to a factor, and the share of the mean of its
+            diagonal that is added to it.
         grid: Of the weight's format.
+
+    Returns:
+        Of each problem; None where the damped Hessian has no Cholesky factor.
     """
-    factor_II = _inverse_factor(hessian_II, weight_OI, damping)
-    if factor_II is None:
-        return None
-    left_IO = weight_OI.float().T.contiguous()
-    codes_IO, unit_IO = torch.empty_like(left_IO), grid.unit_OI.T.contiguous()
-    for start in range(0, len(left_IO), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        values_BO, errors_BO = left_IO[block], torch.empty_like(left_IO[block])
-        factor_BB = factor_II[block, block]
-        diagonal_B = factor_BB.diagonal().tolist()
-        for column, pivot in enumerate(diagonal_B):
-            value_O, unit_O = values_BO[column], unit_IO[start + column]
-            code_O = grid.round(_in_units(value_O, unit_O))
-            codes_IO[start + column] = code_O
-            error_O = errors_BO[column]
-            torch.sub(value_O, code_O * unit_O, out=error_O).div_(pivot)
-            values_BO[column + 1 :].addr_(factor_BB[column, column + 1 :], error_O, alpha=-1)
-        left_IO[start + _BLOCK :].addmm_(factor_II[block, start + _BLOCK :].T, errors_BO, alpha=-1)
-    return codes_IO.T
+    size = max(1, _FACTOR_BYTES // (4 * weight_OI.shape[1] ** 2))
+    codes: list[torch.Tensor | None] = []
+    for start in range(0, len(problems), size):
+        factors = [
+            _inverse_factor(h_II, weight_OI, d) for h_II, d in problems[start : start + size]
+        ]
+        solved = [factor_II for factor_II in factors if factor_II is not None]
+        results = iter(_rounded_columns(weight_OI, torch.stack(solved), grid) if solved else ())
+        codes += [None if factor_II is None else next(results) for factor_II in factors]
+    return codes
+
+
+def _rounded_columns(
+    weight_OI: torch.Tensor, factors_PII: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Codes ``(P, O, I)``, column after column, a block of columns at a time."""
+    num_problems, width, _ = factors_PII.shape
+    left_PIO = weight_OI.float().T.expand(num_problems, -1, -1).contiguous()
+    codes_PIO, unit_IO = torch.empty_like(left_PIO), grid.unit_OI.T.contiguous()
+    pivots_PI1 = factors_PII.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    for start in range(0, width, _BLOCK):
+        block, rest = slice(start, start + _BLOCK), slice(start + _BLOCK, width)
+        values_PBO = left_PIO[:, block]
+        errors_PBO = torch.empty_like(values_PBO)
+        factors_PBB = factors_PII[:, block, block]
+        for column in range(values_PBO.shape[1]):
+            values_PO, unit_O = values_PBO[:, column], unit_IO[start + column]
+            codes_PO = grid.round(_in_units(values_PO, unit_O))
+            codes_PIO[:, start + column] = codes_PO
+            errors_PO = (values_PO - codes_PO * unit_O) / pivots_PI1[:, start + column]
+            errors_PBO[:, column] = errors_PO
+            later_PbO = values_PBO[:, column + 1 :]
+            later_PbO.baddbmm_(
+                factors_PBB[:, column, column + 1 :, None], errors_PO[:, None], alpha=-1
+            )
+        left_PIO[:, rest].baddbmm_(factors_PII[:, block, rest].mT, errors_PBO, alpha=-1)
+    return codes_PIO.mT
 
 
 def fit_codes(
@@ -108,7 +133,7 @@ def fit_codes(
     grid: Grid,
     dampings: Sequence[float] = DAMPINGS,
 ) -> FittedCodes | None:
-    """The rounding of a weight, fitted on all halves and without each.
+    """The rounding of a weight, fitted on all tokens and without each half.
 
     Args:
         weight_OI: The weight.
@@ -121,24 +146,27 @@ def fit_codes(
     """
     weight_OI = weight_OI.float()
     first_II, second_II = hessians_II
+    unseen = list(zip((second_II, first_II), hessians_II, strict=True))
     best_error = _loss(weight_OI, plain_codes(weight_OI, grid), grid, first_II + second_II)
+    problems = [(seen_II, damping) for damping in dampings for seen_II, _ in unseen]
+    codes = gptq_codes(weight_OI, problems, grid)
     best: tuple[float, list[torch.Tensor]] | None = None
-    for damping in dampings:
-        without = [gptq_codes(weight_OI, h_II, damping, grid) for h_II in (second_II, first_II)]
-        if any(codes is None for codes in without):
+    for number, damping in enumerate(dampings):
+        without = [c for c in codes[2 * number : 2 * number + 2] if c is not None]
+        if len(without) < NUM_HALVES:
             continue
         error = sum(
-            _loss(weight_OI, codes, grid, unseen_II)
-            for codes, unseen_II in zip(without, hessians_II, strict=True)
+            _loss(weight_OI, codes_OI, grid, unseen_II)
+            for codes_OI, (_, unseen_II) in zip(without, unseen, strict=True)
         )
         if error < best_error:
             best_error, best = error, (damping, without)
     if best is None:
         return None
-    whole = gptq_codes(weight_OI, first_II + second_II, best[0], grid)
+    (whole,) = gptq_codes(weight_OI, [(first_II + second_II, best[0])], grid)
     if whole is None:
         return None
-    packed = [_packed(codes, grid) for codes in (whole, *best[1])]
+    packed = [_packed(codes_OI, grid) for codes_OI in (whole, *best[1])]
     return FittedCodes(damping=best[0], whole=packed[0], without=tuple(packed[1:]))
 
 

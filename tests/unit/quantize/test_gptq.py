@@ -71,7 +71,7 @@ def test_integers_are_those_of_modelopt(family: str, make_model: Any, make_sampl
     for name, module in linears.items():
         weight = module.weight.detach()
         grid = grid_of(make_weight_quantizer(INT4, weight), weight)
-        codes = gptq_codes(weight, sum(sums[name]), 0.01, grid)  # type: ignore[arg-type]
+        (codes,) = gptq_codes(weight, [(sum(sums[name]), 0.01)], grid)  # type: ignore[list-item]
         assert codes is not None
         expected = (theirs.get_submodule(name).weight.detach() / grid.unit_OI).round()
         num_equal += int((codes == expected).sum())
@@ -118,7 +118,7 @@ def test_rounding_loses_less_on_tokens_that_it_has_not_seen() -> None:
     for number, input_TI in enumerate(halves):
         without = values_of(fitted.without[number], grid)
         (other_II,) = moments(halves[1 - number])
-        alone = gptq_codes(weight_OI, other_II, fitted.damping, grid)
+        (alone,) = gptq_codes(weight_OI, [(other_II, fitted.damping)], grid)
         assert alone is not None
         assert torch.equal(without, alone * grid.unit_OI)
         seen = output_error(weight_OI, whole, input_TI)
@@ -138,7 +138,8 @@ def test_damping_is_chosen_by_the_loss_on_the_other_half() -> None:
     grid = grid_of(make_weight_quantizer(INT4, weight_OI), weight_OI)
     losses = {}
     for damping in (0.01, 0.1, 1.0):
-        codes = [gptq_codes(weight_OI, m, damping, grid) for m in reversed(moments(*halves))]
+        problems = [(moment_II, damping) for moment_II in reversed(moments(*halves))]
+        codes = gptq_codes(weight_OI, problems, grid)
         losses[damping] = sum(
             output_error(weight_OI, code * grid.unit_OI, input_TI)  # type: ignore[operator]
             for code, input_TI in zip(codes, halves, strict=True)
