@@ -28,7 +28,8 @@ def with_folds(
 ) -> tuple[PlannedGroup, ...]:
     """The groups with the folds of their inputs; as they are where no format has factors.
 
-    Rows of a linear may be divided only if every format that it may get leaves its rows free.
+    Rows of a linear may be divided only if every format that it may get leaves its rows free, and
+    values of an attention only if its cache stays in 16 bits: others are scaled as they were.
 
     Args:
         model: A skeleton, or a loaded model.
@@ -44,12 +45,16 @@ def with_folds(
     linears = [g for g in groups if g.is_searched and all(m.kind == "linear" for m in g.modules)]
     folds = find_folds(model, [[module.name for module in group.modules] for group in linears])
     owners = {module.name: group for group in groups for module in group.modules}
+    cached = tuple(f"{g.modules[0].name}." for g in groups if g.is_cache and g.is_searched)
     usable = {
         group.name: fold
         for group in linears
-        if (fold := folds.get(group.name)) is not None and _is_free(fold, owners, formats)
+        if (fold := folds.get(group.name)) is not None
+        and not fold.producer.startswith(cached)
+        and _is_free(fold, owners, formats)
     }
-    without = [group.name for group in groups if group.is_searched and group.name not in usable]
+    searched = [g.name for g in groups if g.is_searched and not g.is_cache]
+    without = [name for name in searched if name not in usable]
     if not usable:
         raise ConfigError(
             f"`formats` {names[0]}: no layer of this model has an input into whose source factors "

@@ -43,6 +43,16 @@ def test_rows_are_left_alone_where_a_format_shares_scales_between_them(
     assert taking(make_model("llama"), AWQ, name) == BY_NORMS
 
 
+@pytest.mark.parametrize("name", ["kv_fp8", "kv_nvfp4"])
+def test_values_are_left_alone_where_a_cache_has_scales_for_them(
+    name: str, make_model: Any
+) -> None:
+    """Divided values would exceed the largest one that calibration saw."""
+    model = make_model("llama")
+    assert taking(model, AWQ, name) == EVERY - {"self_attn.o_proj"}
+    assert taking(model, AWQ, name, disable=("*.kv",)) == EVERY
+
+
 def test_rows_of_layers_in_16_bits_are_free(make_model: Any) -> None:
     disabled = ("*.up_proj", "*.gate_proj")
     taken = taking(make_model("llama"), AWQ, "wfp8_afp16", disable=disabled)
