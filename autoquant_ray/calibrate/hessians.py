@@ -47,9 +47,9 @@ class HessianCollector:
             yield
         self.settle()
 
-    def begin(self, shard: int) -> None:
-        """The next batches are of this shard."""
-        self._half = shard % NUM_HALVES
+    def begin(self, half: int) -> None:
+        """The next batches are of a shard in this half."""
+        self._half = half
 
     def set_mask(self, mask_BS: torch.Tensor | None) -> None:
         """Say which tokens of the next batch are real (1); None means all."""

@@ -99,7 +99,7 @@ class ModuleCalibration:
 _UNSEEN = ModuleCalibration()
 
 NUM_HALVES = 2
-"""Shards are split so, by their numbers, where what is fitted to many tokens is scored."""
+"""Of the shards of each domain, where what is fitted to many tokens is scored."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -145,20 +145,23 @@ class Calibration:
         modules: Module name -> its record; modules that saw no token are not among them.
         rounding: What was fitted to a weight.
         folds: Linear -> fold of its input, of those that may take factors.
+        halves: Shard -> the half of the data that it is in, where something was fitted to halves.
         unseen_half: Weights are rounded as fitted without the tokens of this half; None: with all.
     """
 
     modules: Mapping[str, ModuleCalibration] = field(default_factory=dict)
     rounding: Rounding = field(default_factory=dict)
     folds: Mapping[str, Fold] = field(default_factory=dict)
+    halves: Mapping[int, int] = field(default_factory=dict)
     unseen_half: int | None = None
 
     def for_shard(self, shard: int | None) -> Calibration:
-        """The same with weights rounded as fitted without the half of a shard.
+        """The same with weights rounded as fitted without the half that a shard is in.
 
-        The halves are the even and the odd shards.
+        Args:
+            shard: Its number; None, or a shard without a half: as fitted to all tokens.
         """
-        half = None if shard is None else shard % NUM_HALVES
+        half = None if shard is None else self.halves.get(shard)
         return replace(self, unseen_half=half)
 
     def codes(self, key: tuple[str, str, str]) -> Bytes | None:

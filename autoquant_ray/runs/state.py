@@ -24,6 +24,7 @@ from autoquant_ray.runs.names import (
     MANIFEST_JSON,
     MANIFEST_TABLE,
     PLAN_FILE,
+    ROUNDING,
     ROUNDING_FILE,
     RUN_FILE,
     SCORES,
@@ -224,6 +225,7 @@ class RunState:
         done = {stage for stage in ("calibrate", "search") if self.record.is_done(stage)}
         if self.record.quarantined:  # where a merged file was lost, parts tell what was finished
             done |= {"calibrate", "search"} if parts_of(SCORES) else set()
+            done |= {"calibrate", "search"} if parts_of(ROUNDING) else set()
             done |= {"calibrate"} if parts_of(SEARCH) else set()
         kept = [entry for entry in self.record.quarantined if entry["stage"] in done]
         if len(kept) < len(self.record.quarantined):

@@ -9,7 +9,7 @@ bits of a sum: it comes from the config, never from the number of workers.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -233,7 +233,7 @@ class Scorer:
         """
         rounding = {}
         for block in self._fitting.blocks(layers):
-            hessians = self._second_moments(block, shards)
+            hessians = self._second_moments(block, shards, calibration.halves)
             for layer in block:
                 rounding[layer] = self._fitting.fit(layer, calibration, hessians)
                 for name in self._fitting.linears(layer):
@@ -241,7 +241,7 @@ class Scorer:
         return rounding
 
     def _second_moments(
-        self, layers: Sequence[int], shards: Iterable[Shard]
+        self, layers: Sequence[int], shards: Iterable[Shard], halves: Mapping[int, int]
     ) -> dict[str, list[torch.Tensor]]:
         """Sums over all shards; the model runs no further than it must."""
         linears = {n: m for layer in layers for n, m in self._fitting.linears(layer).items()}
@@ -250,7 +250,7 @@ class Scorer:
         collector = HessianCollector(linears)
         with collector.collecting():
             for shard in shards:
-                collector.begin(shard.shard)
+                collector.begin(halves[shard.shard])
                 for visit in self._visits_to_watch(self._packer, shard.samples):
                     steps = self._steps(shard.samples, visit)
                     run_watched(

@@ -8,8 +8,10 @@ worker fits together: those whose second moments of inputs have room beside each
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from autoquant_ray.calibrate.files import read_calibration, rounding_rows
 from autoquant_ray.distributed.interrupts import stop_on_signal
@@ -20,7 +22,7 @@ from autoquant_ray.errors import DataError, Interrupted, WorkerError
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration
-from autoquant_ray.runs.names import ROUNDING, ROUNDING_FILE, part_name
+from autoquant_ray.runs.names import DOMAINS_FILE, ROUNDING, ROUNDING_FILE, part_name
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.shards import intact_parts, tasks_of
@@ -48,6 +50,8 @@ def fit(
     directory = state.directory
     if not any(map(is_fitted, plan.formats)):
         return calibration
+    halves = halves_of(state) if any(map(needs_hessians, plan.formats)) else {}
+    calibration = replace(calibration, halves=halves)
     if not state.is_done("fit", fingerprint):
         with state.stage("fit", fingerprint):
             layers = range(len(plan.layer_weights) + 1)
@@ -55,7 +59,25 @@ def fit(
             parts = Parts(directory, ROUNDING, layers)
             rows = [row for table in parts for row in table.to_pylist()]
             directory.write_table(ROUNDING_FILE, rows)
-    return read_calibration(directory, plan.formats, plan.folds)
+    return replace(read_calibration(directory, plan.formats, plan.folds), halves=halves)
+
+
+def halves_of(state: RunState) -> dict[int, int]:
+    """Shard -> the half that it is in: every second shard of each domain.
+
+    Shards of several domains take turns, so the parity of a shard's number would part domains.
+    """
+    domains = [""] * state.num_shards
+    if state.directory.exists(DOMAINS_FILE):
+        table = state.directory.read_table(DOMAINS_FILE)
+        for shard, domain in zip(*(table.column(n) for n in ("shard", "domain")), strict=True):
+            domains[shard.as_py()] = domain.as_py()
+    counts: Counter[str] = Counter()
+    halves = {}
+    for shard, domain in enumerate(domains):
+        halves[shard] = counts[domain] % NUM_HALVES
+        counts[domain] += 1
+    return halves
 
 
 def _fit_layers(
@@ -103,12 +125,12 @@ def _shards(state: RunState, plan: Plan) -> list[ShardTask]:
     names = [format_.name for format_ in plan.formats if needs_hessians(format_)]
     if not names:
         return []
-    tasks = list(tasks_of(state, ()))
-    if len({task.shard % NUM_HALVES for task in tasks}) < NUM_HALVES:
+    tasks, halves = list(tasks_of(state, ())), halves_of(state)
+    if len({halves[task.shard] for task in tasks}) < NUM_HALVES:
         raise DataError(
-            f"{names[0]} needs an even and an odd shard, to be scored on tokens that it was not "
-            f"fitted to; this data makes {len(tasks)} shard(s); give more `samples`, or a smaller "
-            "`shard_samples`"
+            f"{names[0]} needs two shards of one kind of data, to be scored on tokens that it was "
+            f"not fitted to; this data makes {len(tasks)} shard(s); give more `samples`, or a "
+            "smaller `shard_samples`"
         )
     num_tokens = sum(len(sample) for task in tasks for sample in task.samples)
     widest = max(

@@ -19,7 +19,7 @@ from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.runs.names import ROUNDING, SAMPLES, part_name
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.calibrate import calibrate, is_calibrated
-from autoquant_ray.stages.fit import fit
+from autoquant_ray.stages.fit import fit, halves_of
 
 FORMATS = (
     "wint4_afp16",
@@ -163,6 +163,29 @@ def test_shard_is_scored_under_the_rounding_that_has_not_seen_it(
     assert (scores(spoilt(None), None) != scores(fitted, None))[:, by_gptq].any()
 
 
+def test_halves_hold_every_domain(make_run: Any, make_scorer: Any, make_samples: Any) -> None:
+    """Shards of domains take turns: the parity of their numbers would part them."""
+    formats = ("wint4_afp16:gptq",)
+    prepared = make_scorer("llama", formats)
+    directory = make_run("llama", formats=formats, num_shards=5)
+    domains = ["a", "b", "a", "b", "c"]
+    rows = [
+        {"shard": shard, "domain": domain, "num_samples": 1, "num_tokens": 24}
+        for shard, domain in enumerate(domains)
+    ]
+    directory.write_table("domains.parquet", rows)
+    for shard in range(5):
+        sample = {"sample": shard, "tokens": make_samples([24], seed=shard)[0]}
+        directory.write_table(part_name(SAMPLES, shard), [sample])
+    state = RunState.open(directory)
+    assert halves_of(state) == {0: 0, 1: 0, 2: 1, 3: 1, 4: 0}
+    fitted = run_stages(state, prepared.plan, prepared.scorer)
+    assert [fitted.for_shard(shard).unseen_half for shard in range(5)] == [0, 0, 1, 1, 0]
+    assert fitted.for_shard(None).unseen_half is None
+    Path(directory.path("domains.parquet")).unlink()
+    assert halves_of(state) == {0: 0, 1: 1, 2: 0, 3: 1, 4: 0}
+
+
 def test_single_shard_is_refused_in_one_line(
     make_run: Any, make_scorer: Any, make_samples: Any
 ) -> None:
@@ -172,7 +195,7 @@ def test_single_shard_is_refused_in_one_line(
     rows = [{"sample": 0, "tokens": make_samples([24])[0]}]
     directory.write_table(part_name(SAMPLES, 0), rows)
     with pytest.raises(
-        DataError, match=r"wint4_afp16:gptq needs an even and an odd shard.*1 shard"
+        DataError, match=r"wint4_afp16:gptq needs two shards of one kind of data.*1 shard"
     ):
         run_stages(RunState.open(directory), prepared.plan, prepared.scorer)
     assert not directory.exists("rounding.parquet")
