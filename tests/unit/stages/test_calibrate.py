@@ -15,7 +15,8 @@ from autoquant_ray.runs.names import CHANNELS, SAMPLES, part_name
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.calibrate import calibrate, is_calibrated, search_scales
 
-FORMATS = ("INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_AWQ_LITE_CFG", "wint8_afp16")
+AWQ = "wint4_g32_afp16:awq"
+FORMATS = ("INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_AWQ_LITE_CFG", "wint8_afp16", AWQ)
 NUM_SHARDS = 4
 
 
@@ -25,7 +26,7 @@ def started(make_run: Any, make_scorer: Any, make_samples: Any) -> Any:
     prepared = make_scorer("llama", FORMATS)
 
     def start(name: str) -> tuple[RunState, Any, Any]:
-        directory = make_run(formats=FORMATS, name=name, num_shards=NUM_SHARDS)
+        directory = make_run(formats=FORMATS, name=name, num_shards=NUM_SHARDS, disable=())
         for shard in range(NUM_SHARDS):
             rows = [
                 {"sample": 2 * shard + n, "tokens": tokens}
@@ -92,6 +93,11 @@ def test_best_candidates_and_channels_are_read_back(started: Any) -> None:
     assert calibration.of(name).channels.num_tokens == NUM_SHARDS * 31
     assert 0 <= calibration.of(name).alphas["INT4_AWQ_CFG"] <= 1.1
     assert "INT8_SMOOTHQUANT_CFG" not in calibration.of(name).alphas
+    gate, up = (calibration.of(f"model.layers.0.mlp.{part}_proj") for part in ("gate", "up"))
+    assert gate.alphas[AWQ] == up.alphas[AWQ]
+    assert AWQ not in calibration.of(name).alphas  # rows under NVFP4 may not be divided
+    assert calibration_of(state).folds == calibration.folds == plan.folds
+    assert calibration_of(state).of(f"{name[:-9]}up_proj").alphas == up.alphas
     names = state.directory.read_table("calibration.parquet").column("statistic")
     assert set(names.to_pylist()) == {"input_amax"}
     assert read_calibration(state.directory).modules.keys() == calibration.modules.keys()
