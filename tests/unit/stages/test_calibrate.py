@@ -123,7 +123,7 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(name: str, started: A
     assert contents(state.directory) == expected
 
 
-def test_shard_left_out_of_calibration_stays_out_once_others_are_scored(started: Any) -> None:
+def test_shard_left_out_of_calibration_stays_out_once_others_are_used(started: Any) -> None:
     """Also where ``calibration.parquet`` was lost and making it again was interrupted."""
     state, _, _ = started("run")
     state.record.stages["calibrate"] = {"state": "stopped", "fingerprint": "mark"}
@@ -134,6 +134,10 @@ def test_shard_left_out_of_calibration_stays_out_once_others_are_scored(started:
         state.directory.delete(part_name("scores", shard))
     state.release_quarantine()
     assert state.left_out == set()
+    state.quarantine(0, "calibrate", "odd")
+    state.directory.write_table(part_name("rounding", 0), [])
+    state.release_quarantine()
+    assert state.left_out == {0}
 
 
 def test_menu_without_such_formats_writes_no_such_files(started: Any, make_scorer: Any) -> None:
