@@ -53,7 +53,7 @@ def mapping_option(flag: str, metavar: str, text: str) -> Decorator:
 def _option(name: str, field: FieldInfo) -> Decorator:
     flag = f"--{name.replace('_', '-')}"
     text = field.description or ""
-    has_default = not field.is_required() and field.default not in (None, ())
+    has_default = not field.is_required() and field.default not in (None, (), "")
     if has_default and field.annotation is not bool:
         default = field.default
         shown = ",".join(default) if isinstance(default, tuple) else default

@@ -19,7 +19,7 @@ class EvaluationConfig(BaseModel):
     run: str = Field(description="Run directory of a finished scan.")
     solution: str = Field(
         default="",
-        description="Solution to measure, a folder below solutions/. Default: the scan's own.",
+        description="Solution to start from, a folder below solutions/. Default: the scan's own.",
     )
     data: str | None = Field(
         default=None,

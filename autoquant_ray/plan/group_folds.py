@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -46,34 +46,51 @@ def with_folds(
     folds = find_folds(model, [[module.name for module in group.modules] for group in linears])
     owners = {module.name: group for group in groups for module in group.modules}
     cached = tuple(f"{g.modules[0].name}." for g in groups if g.is_cache and g.is_searched)
-    usable = {
-        group.name: fold
-        for group in linears
-        if (fold := folds.get(group.name)) is not None
-        and not fold.producer.startswith(cached)
-        and _is_free(fold, owners, formats)
-    }
-    searched = [g.name for g in groups if g.is_searched and not g.is_cache]
-    without = [name for name in searched if name not in usable]
+    usable: dict[str, Fold] = {}
+    reasons: dict[str, str] = {}
+    for group in groups:
+        fold = folds.get(group.name)
+        if fold is None:
+            reasons[group.name] = "their inputs cannot be folded"
+        elif fold.producer.startswith(cached):
+            reasons[group.name] = "their caches are searched"
+        elif fixed := _fixing(fold, owners, formats):
+            reasons[group.name] = f"{fixed} scales the rows before them together: leave it out"
+        else:
+            usable[group.name] = fold
     if not usable:
         raise ConfigError(
             f"`formats` {names[0]}: no layer of this model has an input into whose source factors "
             "can be folded; leave it out, or use another method such as weighted"
         )
-    if without:
-        logger.info(
-            "awq: %d of %d groups take no factors, which could not be folded: %s",
-            len(without),
-            len(usable) + len(without),
-            few(without, _MOST_NAMES),
-        )
+    searched = [g.name for g in groups if g.is_searched and not g.is_cache]
+    _log_reasons(searched, reasons)
     return tuple(replace(group, fold=usable.get(group.name)) for group in groups)
 
 
-def _is_free(fold: Fold, owners: dict[str, PlannedGroup], formats: Sequence[Format]) -> bool:
-    """Whether what makes the input may be divided whatever format it gets."""
+def _log_reasons(searched: Sequence[str], reasons: Mapping[str, str]) -> None:
+    """Say which groups take no factors, and why.
+
+    Args:
+        searched: All groups of weights for which a format is chosen.
+        reasons: Group that takes none -> why.
+    """
+    for reason in dict.fromkeys(reasons.values()):
+        without = [name for name in searched if reasons.get(name) == reason]
+        if without:
+            logger.info(
+                "awq: %d of %d groups take no factors (%s): %s",
+                len(without),
+                len(searched),
+                reason,
+                few(without, _MOST_NAMES),
+            )
+
+
+def _fixing(fold: Fold, owners: dict[str, PlannedGroup], formats: Sequence[Format]) -> str | None:
+    """A format under which what makes the input may not be divided; None if there is none."""
     owner = owners.get(fold.producer)
     if fold.kind != ROWS or owner is None or not owner.is_searched:
-        return True
+        return None
     weights = [f for f in formats if f.weight and (takes_factors(f) or owner.takes(f))]
-    return all(map(has_free_rows, weights))
+    return next((f.name for f in weights if not has_free_rows(f)), None)

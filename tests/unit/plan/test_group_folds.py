@@ -67,7 +67,16 @@ def test_routed_experts_take_none_and_the_log_says_so(make_model: Any, caplog: A
     with caplog.at_level(logging.INFO):
         taken = taking(make_model("qwen3_moe"), AWQ, "wint8_afp16")
     assert taken == {"self_attn.q_proj", "self_attn.o_proj", "lm_head"}
-    assert "awq: 2 of 7 groups take no factors" in caplog.text
+    line = "awq: 2 of 7 groups take no factors (their inputs cannot be folded): model.layers.0.mlp"
+    assert line in caplog.text
+
+
+def test_log_names_the_format_to_leave_out(make_model: Any, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO):
+        taking(make_model("llama"), AWQ, "wint8_afp16", "wfp8_afp16", "kv_fp8")
+    assert "awq: 2 of 9 groups take no factors (their caches are searched): " in caplog.text
+    reason = "wfp8_afp16 scales the rows before them together: leave it out"
+    assert f"awq: 2 of 9 groups take no factors ({reason}): model.layers.0.mlp" in caplog.text
 
 
 def test_bytes_are_those_of_the_plain_format(make_model: Any) -> None:
