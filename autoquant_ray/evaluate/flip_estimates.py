@@ -5,7 +5,8 @@ A *flip* gives one group another format. Around an allocation, in nats per token
     change(flip)       slope + w curvature
     change(a and b)    change(a) + change(b) + w interaction
 
-the latter for two groups of one MLP or attention, with the sums of
+the latter for two groups of one MLP or attention whose interaction is notable and more than two
+standard errors over shards from 0, with the sums of
 :mod:`autoquant_ray.score.flip_hooks`. Where the loss is quadratic in the errors of quantization, w
 is 1. A large loss grows more slowly, and there the curvature of the Fisher matrix is too large. How
 it grows is seen from the slope of undoing all quantization at once: a loss that grows like the p-th
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,9 @@ Flip = tuple[str, str]
 
 _NOTABLE = 0.1
 """Share of the two changes from which on their interaction counts."""
+
+_NUM_ERRORS = 2.0
+"""Standard errors over shards by which it must differ from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +125,18 @@ def merge_flips(parts: Iterable[pa.Table], formats: Mapping[str, str]) -> FlipEs
     for flips, interaction in second.items():
         if len(flips) < 2 or any(flip not in changes for flip in flips):
             continue
-        if abs(interaction) >= _NOTABLE * sum(abs(changes[flip]) for flip in flips):
+        is_notable = abs(interaction) >= _NOTABLE * sum(abs(changes[flip]) for flip in flips)
+        if is_notable and _is_significant(curvatures[flips]):
             interactions[flips[0], flips[1]] = interactions[flips[1], flips[0]] = interaction
     return FlipEstimates(changes=changes, interactions=interactions)
+
+
+def _is_significant(parts: Sequence[float]) -> bool:
+    """Whether the sum of shards is more than their differences explain; False for one shard."""
+    if len(parts) < 2:
+        return False
+    error = math.sqrt(len(parts)) * statistics.stdev(parts)
+    return abs(math.fsum(parts)) > _NUM_ERRORS * error
 
 
 def _curvature_weight(undone: float, kl: float) -> float:

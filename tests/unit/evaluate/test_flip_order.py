@@ -95,12 +95,13 @@ def part(shard: ShardFlips, groups: Sequence[str], formats: Sequence[str]) -> pa
 
 def test_shards_are_added_in_their_order() -> None:
     rng = np.random.default_rng(0)
+    common_FF = rng.normal(size=(3, 3))
     shards = [
         ShardFlips(
             sums=FlipSums(
                 slope_GF=rng.normal(size=(3, 3)),
                 curvature_GF=rng.random((3, 3)),
-                interactions={(0, 2): 10 * rng.normal(size=(3, 3))},
+                interactions={(0, 2): 10 * common_FF + 0.1 * rng.normal(size=(3, 3))},
             ),
             kl=0.0,  # curvatures count in full
             num_tokens=num_tokens,
@@ -138,7 +139,7 @@ def test_curvature_counts_less_where_the_loss_grows_more_slowly(
         interactions={(0, 1): np.array([[0.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]])},
     )
     shard = ShardFlips(sums=sums, kl=kl, num_tokens=2)
-    merged = merge_flips([part(shard, "ab", "xy")], {"a": "x", "b": "x"})
+    merged = merge_flips([part(shard, "ab", "xy")] * 2, {"a": "x", "b": "x"})
     assert merged.changes["a", "y"] == pytest.approx((0.25 + weight * 0.125) / 2)
     assert merged.changes["b", NONE] == pytest.approx((-0.8 * power * kl + weight * 0.5) / 2)
     interaction = merged.interactions.get((("a", "y"), ("b", "y")), 0.0)
@@ -151,11 +152,34 @@ def test_weak_interactions_do_not_count() -> None:
         curvature_GF=np.zeros((2, 3)),
         interactions={(0, 1): np.array([[0.0, 0.0, 0.0], [0.0, 0.19, 0.21], [0.0, -0.19, -0.21]])},
     )
-    merged = merge_flips(
-        [part(ShardFlips(sums=sums, kl=0.0, num_tokens=1), "ab", "xy")], {"a": "x", "b": "x"}
-    )
+    alone = part(ShardFlips(sums=sums, kl=0.0, num_tokens=1), "ab", "xy")
+    merged = merge_flips([alone] * 2, {"a": "x", "b": "x"})
     pairs = {(("a", "y"), ("b", NONE)), (("a", NONE), ("b", NONE))}
     assert set(merged.interactions) == pairs | {(b, a) for a, b in pairs}
+    assert merge_flips([alone], {"a": "x", "b": "x"}).interactions == {}
+
+
+@pytest.mark.parametrize(("spread", "counts"), [(0.9, True), (1.1, False)])
+def test_interactions_that_shards_do_not_agree_on_do_not_count(spread: float, counts: bool) -> None:
+    """Of 4 shards of mean 1 and standard deviation ``spread``: the error of the sum is twice it."""
+    offsets = spread * np.sqrt(3) / 2 * np.array([1, -1, 1, -1])
+    parts = [
+        part(
+            ShardFlips(
+                sums=FlipSums(
+                    slope_GF=np.ones((2, 2)),
+                    curvature_GF=np.zeros((2, 2)),
+                    interactions={(0, 1): np.full((2, 2), 1 + offset)},
+                ),
+                kl=0.0,
+                num_tokens=1,
+            ),
+            "ab",
+            "x",
+        )
+        for offset in offsets
+    ]
+    assert bool(merge_flips(parts, {"a": "x", "b": "x"}).interactions) == counts
 
 
 @pytest.fixture
