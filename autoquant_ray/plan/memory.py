@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.formats.algorithms import SEARCHED_BYTES, SEARCHES
 from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.smoothed import method_of
+from autoquant_ray.formats.smoothed import method_of, needs_hessians
 from autoquant_ray.plan.group import UNQUANTIZED_BITS
 from autoquant_ray.plan.plan import Plan
 
@@ -30,6 +30,12 @@ _WORK_COPIES = 3
 _LAYERS_HELD = 2
 _KEPT_BYTES = 4  # per weight and quantizer: float32, or weight and error in 16 bits
 
+MOMENT_BYTES = GIB
+"""Most bytes of second moments of inputs in memory, unless those of one layer are more."""
+
+_FACTORS_HELD = 7
+"""Of a module that GPTQ rounds: six damped inverses if they are small, one and copies if not."""
+
 LARGEST_CACHE_BYTES = 2 * GIB
 """Most bytes of quantized weights that a worker keeps where the user gives no number."""
 
@@ -43,8 +49,8 @@ class Footprint:
         offloaded_bytes: Weights held at once when layers are offloaded: everything outside the
             decoder layers, and two layers (the visited one and the next).
         work_bytes: One module's weight in float32, quantized, and the difference; quantized
-            weights that are kept; logits of one slice; every decoder layer's input for the tokens
-            of a step, or for as many as are kept.
+            weights that are kept; what GPTQ needs; logits of one slice; every decoder layer's
+            input for the tokens of a step, or for as many as are kept.
     """
 
     weight_bytes: int
@@ -89,9 +95,25 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
         work_bytes=_WORK_COPIES * 4 * largest
         + cached
         + searched_bytes(searched, plan.formats)
+        + moment_bytes(plan)
         + _LOGITS_BYTES
         + inputs,
     )
+
+
+def moment_bytes(plan: Plan) -> int:
+    """Bytes of second moments of inputs, float32, one for each half of the data, and of their
+    inverse's factors, while weights are rounded by GPTQ; 0 for a menu without it."""
+    widths = [
+        module.shapes[0][-1]
+        for group in plan.searched
+        if any(map(needs_hessians, plan.menu(group)))
+        for module in group.modules
+        if module.kind == "linear"
+    ]
+    widest = 4 * max(widths, default=0) ** 2
+    moments = sum(2 * 4 * width**2 for width in widths)
+    return max(2 * widest, min(MOMENT_BYTES, moments)) + _FACTORS_HELD * widest
 
 
 def quantized_bytes(num_weights: int, formats: Sequence[Format]) -> int:

@@ -15,13 +15,12 @@ from autoquant_ray.calibrate.hessians import Hessians
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
 from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.plan.memory import MOMENT_BYTES
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration, FittedWeight, Rounding
 from autoquant_ray.quantize.quantizers import fit_rounding, fit_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.residence import Residence
-
-_MOMENT_BYTES = 2**30
 
 
 class LayerFitting:
@@ -81,7 +80,7 @@ class LayerFitting:
             size = sum(NUM_HALVES * 4 * width**2 for width in widths)
             if not blocks or size > room:
                 blocks.append([])
-                room = _MOMENT_BYTES
+                room = MOMENT_BYTES
             blocks[-1].append(layer)
             room -= size
         return blocks

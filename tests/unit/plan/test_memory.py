@@ -186,3 +186,22 @@ def test_scores_with_the_hooks_of_a_split_model_are_the_same(
         results.append((calibration, scorer.score(samples, 0, calibration).sums))
     assert results[0][0] == results[1][0]
     np.testing.assert_array_equal(results[0][1].elementwise_GF, results[1][1].elementwise_GF)
+
+
+def test_gptq_needs_room_for_second_moments(make_model: Any) -> None:
+    """Of inputs of 64 channels, and the 160 of down_proj, in two halves; and seven factors."""
+    model = make_model("llama")
+    plans = [
+        build_plan(model, resolve_formats((name,), device="cpu"), disable=("lm_head",))
+        for name in ("wint4_afp16", "wint4_afp16:gptq")
+    ]
+    plain, fitted = (footprint(plan, make_config()).work_bytes for plan in plans)
+    linears = [
+        module
+        for layer in decoder_layers(model).values()
+        for module in layer.modules()
+        if hasattr(module, "in_features")
+    ]
+    squares = [linear.in_features**2 for linear in linears]
+    assert max(squares) == 160**2
+    assert fitted - plain == 4 * (2 * sum(squares) + 7 * max(squares))
