@@ -163,7 +163,7 @@ def test_scores_equal_modelopt_search(
         (INT4, {"method": "mse", "stop_multiplier": float("inf")}, "must be finite"),
         (INT4, {"method": "mse", "fp8_scale_sweep": True}, "static NVFP4 weights only"),
         (INT4, {"method": "max", "step_size": 1}, "max has no argument 'step_size'"),
-        (INT8 | {"type": "dynamic"}, "mse", "no scale to search"),
+        (INT8 | {"type": "dynamic"}, "mse", "needs stored scales"),
     ],
 )
 def test_algorithms_that_cannot_be_are_refused_with_the_remedy(
