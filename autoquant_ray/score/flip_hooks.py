@@ -37,12 +37,11 @@ from autoquant_ray.models.quantizable import expert_place
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
-from autoquant_ray.quantize.single_experts import by_module, routed_apart, runnable_experts
+from autoquant_ray.quantize.single_experts import routed_apart
 from autoquant_ray.quantize.weight_cache import WeightCache
-from autoquant_ray.score.differences import Difference, OutputDifferences
-from autoquant_ray.score.gradient_book import GradientBook
-from autoquant_ray.score.kv_caches import CacheHooks
-from autoquant_ray.score.rows import ChosenRows, as_rows, live_rows
+from autoquant_ray.score.differences import ComparedModules, Difference
+from autoquant_ray.score.gradient_book import GradientBook, Inputs, OnGradients
+from autoquant_ray.score.rows import ChosenRows, live_rows
 
 Pair = tuple[int, int]
 """Two groups, the one with the smaller number first."""
@@ -221,14 +220,9 @@ class FlipHooks:
         weights: WeightCache,
         num_draws: int,
     ) -> None:
-        self._differences = OutputDifferences(formats, weights, model)
+        self._compared = ComparedModules(model, modules, formats, weights)
         self._num_formats, self._num_draws = len(formats), num_draws
-        self._modules = by_module(model, modules)
-        self._experts = runnable_experts(self._modules)
-        firsts = [(entries[0], module) for entries, module in self._modules]
-        self._caches = CacheHooks(firsts, formats, row_share=1.0)
         self._totals = FlipTotals(modules, len(formats), num_draws)
-        self._calibration = Calibration()
         self._choice: FormatNumbers = ()
 
     def sums(self) -> FlipSums:
@@ -248,44 +242,20 @@ class FlipHooks:
             calibration: From the scan.
         """
         self._totals.clear()
-        self._choice, self._calibration = choice, calibration
-        self._differences.calibrate(calibration)
-        handles = [
-            module.register_forward_hook(self._hook_of(entries, module), with_kwargs=True)
-            for entries, module in self._modules
-        ]
-        try:
+        self._choice = choice
+        with self._compared.hooked(calibration, self._hook_of):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._differences.forget()
 
     def _hook_of(self, entries: Sequence[ScoredModule], module: Any) -> Callable[..., None]:
         first = entries[0].planned
         num_gradients = 1 + self._num_draws
         book = GradientBook(first.name, first.label, num_gradients, (), hides_output=True)
         if first.is_cache:
-            maxima = self._calibration.of(first.name).maxima
-            add = partial(self._add_cache, entries[0])
-            return self._caches.forward_hook(entries[0], maxima, book, add)
-        return self._forward_hook(entries, module, book)
-
-    def _forward_hook(
-        self, entries: Sequence[ScoredModule], module: Any, book: GradientBook
-    ) -> Callable[..., None]:
+            return self._compared.cache_hook(entries[0], book, partial(self._add_cache, entries[0]))
         calls = itertools.count()
         experts = [e for entry in entries if (e := entry.planned.expert) is not None]
 
-        def hook(
-            _: torch.nn.Module,
-            arguments: tuple[Any, ...],
-            keywords: dict[str, Any],
-            output: torch.Tensor,
-        ) -> None:
-            if not output.requires_grad:
-                return
-            inputs = tuple(as_rows(value.detach()) for value in (*arguments, *keywords.values()))
+        def score_of(inputs: Inputs) -> OnGradients:
             call = next(calls)
 
             def score(_: Any, gradients: list[torch.Tensor], __: Any) -> None:
@@ -298,9 +268,9 @@ class FlipHooks:
                     chosen = [gradient[rows] for gradient in gradients]
                     self._score(entry, module, states, chosen, call=None)
 
-            book.open(output, as_rows(output.detach()), inputs, score)
+            return score
 
-        return hook
+        return book.forward_hook(score_of)
 
     def _score(
         self,
@@ -324,41 +294,17 @@ class FlipHooks:
             return
         states = [rows.of(tensor) for tensor in inputs]
         gradients = [rows.of(gradient_TO) for gradient_TO in gradients_TO]
-        exact_TO = self._exact(scored, module, states)
+        exact_TO = self._compared.output_of(scored.planned, module, states)
+        differences_of = partial(self._compared.differences, scored, module, exact_TO, states)
         menu = range(self._num_formats) if scored.formats is None else scored.formats
         now = self._choice[scored.group]
         base_TO = None
         if now != UNQUANTIZED:
-            parts = self._of(scored, module, exact_TO, states, (now,))
-            base_TO = torch.cat([difference_CO.clone() for _, _, difference_CO in parts])
+            parts = [difference_CO.clone() for _, _, difference_CO in differences_of((now,))]
+            base_TO = torch.cat(parts)
         others = tuple(index for index in menu if index != now)
-        differences = self._of(scored, module, exact_TO, states, others)
         seen = _SeenRows(scored.group, gradients, rows, call, len(gradients_TO[0]))
-        self._add(base_TO, differences, seen)
-
-    def _of(
-        self,
-        scored: ScoredModule,
-        module: Any,
-        exact_TO: torch.Tensor,
-        inputs: Sequence[torch.Tensor],
-        only: tuple[int, ...],
-    ) -> Iterator[Difference]:
-        planned = scored.planned
-        calibration = self._calibration.of(planned.name)
-        if (experts := self._experts.get(planned.name)) is not None:
-            return self._differences.of_experts(
-                experts, planned.name, calibration.maxima, exact_TO, tuple(inputs), only
-            )
-        return self._differences.of_linear(planned, module, calibration, exact_TO, inputs[0], only)
-
-    def _exact(
-        self, scored: ScoredModule, module: Any, inputs: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """The output of the unquantized module at these inputs."""
-        if (experts := self._experts.get(scored.planned.name)) is not None:
-            return experts.run_and_collect(tuple(inputs))[0]
-        return torch.nn.functional.linear(inputs[0], module.weight, module.bias)
+        self._add(base_TO, differences_of(others), seen)
 
     def _add_cache(
         self,

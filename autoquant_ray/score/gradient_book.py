@@ -8,6 +8,7 @@ module's output in place (it adds a residual to it), but not its input: that is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +18,9 @@ from autoquant_ray.score.rows import as_rows
 
 OnGradients = Callable[[torch.Tensor | None, list[torch.Tensor], tuple[int, ...]], None]
 """Scores a module: its output if that is still as it was, gradients of all draws, seed of rows."""
+
+Inputs = tuple[torch.Tensor, ...]
+"""What a module was called with, as rows, without graphs."""
 
 
 class GradientBook:
@@ -45,6 +49,26 @@ class GradientBook:
         self._num_draws = num_draws
         self._seed = (*seed, name_seed(label))
         self._num_calls = 0
+
+    def forward_hook(self, score_of: Callable[[Inputs], OnGradients]) -> Callable[..., None]:
+        """A forward hook with keywords that scores each call of the module whose output is tensors.
+
+        Args:
+            score_of: Called at each call, in their order; gives what scores it later.
+        """
+
+        def hook(
+            _: torch.nn.Module,
+            arguments: tuple[Any, ...],
+            keywords: dict[str, Any],
+            output: torch.Tensor,
+        ) -> None:
+            if not output.requires_grad:
+                return
+            inputs = tuple(as_rows(value.detach()) for value in (*arguments, *keywords.values()))
+            self.open(output, as_rows(output.detach()), inputs, score_of(inputs))
+
+        return hook
 
     def open(
         self,

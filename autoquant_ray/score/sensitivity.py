@@ -32,16 +32,14 @@ import torch
 
 from autoquant_ray.arrays import Floats
 from autoquant_ray.formats.format import Format
-from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
-from autoquant_ray.quantize.single_experts import by_module, routed_apart, runnable_experts
+from autoquant_ray.quantize.single_experts import routed_apart
 from autoquant_ray.quantize.weight_cache import WeightCache
-from autoquant_ray.score.differences import Difference, OutputDifferences
+from autoquant_ray.score.differences import ComparedModules, Difference
 from autoquant_ray.score.expert_tokens import TokenCounts
-from autoquant_ray.score.gradient_book import GradientBook
-from autoquant_ray.score.kv_caches import CacheHooks
-from autoquant_ray.score.rows import ChosenRows, as_rows, choose_rows, row_values
+from autoquant_ray.score.gradient_book import GradientBook, Inputs, OnGradients
+from autoquant_ray.score.rows import ChosenRows, choose_rows, row_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +87,9 @@ class SensitivityHooks:
         num_draws: int = 1,
         row_share: float = 1.0,
     ) -> None:
-        self._differences = OutputDifferences(formats, weights, model)
+        self._compared = ComparedModules(model, modules, formats, weights, row_share)
         self._num_draws = num_draws
         self._row_share = row_share
-        self._modules = by_module(model, modules)
-        self._experts = runnable_experts(self._modules)
-        firsts = [(entries[0], module) for entries, module in self._modules]
-        self._caches = CacheHooks(firsts, formats, row_share)
         num_groups = 1 + max(scored.group for scored in modules)
         device = next(model.parameters()).device
         # elementwise, token, and the variances of both
@@ -103,8 +97,7 @@ class SensitivityHooks:
             4, num_groups, len(formats), dtype=torch.float64, device=device
         )
         self._num_rows_G = [0] * num_groups
-        self._tokens = TokenCounts(self._modules)
-        self._calibration = Calibration()
+        self._tokens = TokenCounts(self._compared.modules)
         self._seed: tuple[int, ...] = ()
 
     def sums(self) -> SensitivitySums:
@@ -130,46 +123,23 @@ class SensitivityHooks:
         self._sums_4GF.zero_()
         self._num_rows_G = [0] * len(self._num_rows_G)
         self._tokens.forget()
-        self._calibration, self._seed = calibration, seed
-        self._differences.calibrate(calibration)
-        handles = [
-            module.register_forward_hook(self._hook_of(entries, module), with_kwargs=True)
-            for entries, module in self._modules
-        ]
-        try:
+        self._seed = seed
+        with self._compared.hooked(calibration, self._hook_of):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._differences.forget()
 
     def _hook_of(self, entries: Sequence[ScoredModule], module: Any) -> Callable[..., None]:
         first = entries[0].planned
-        if not first.is_cache:
-            return self._forward_hook(entries, module)
-        book = GradientBook(first.name, first.label, self._num_draws, self._seed)
-        maxima = self._calibration.of(first.name).maxima
-        return self._caches.forward_hook(entries[0], maxima, book, self._add)
+        if first.is_cache:
+            book = GradientBook(first.name, first.label, self._num_draws, self._seed)
+            return self._compared.cache_hook(entries[0], book, self._add)
+        name = first.path
+        experts = [e for entry in entries if (e := entry.planned.expert) is not None]
 
-    def _forward_hook(self, entries: Sequence[ScoredModule], module: Any) -> Callable[..., None]:
-        name = entries[0].planned.path
-        book = GradientBook(name, name, self._num_draws, self._seed)
-
-        def hook(
-            _: torch.nn.Module,
-            arguments: tuple[Any, ...],
-            keywords: dict[str, Any],
-            output: torch.Tensor,
-        ) -> None:
-            if not output.requires_grad:
-                return
-            inputs = tuple(as_rows(value.detach()) for value in (*arguments, *keywords.values()))
-
+        def score_of(inputs: Inputs) -> OnGradients:
             def score(
                 output_TO: torch.Tensor | None, gradients: list[torch.Tensor], seed: tuple[int, ...]
             ) -> None:
                 live_T = self._tokens.add(name, inputs, gradients)
-                experts = [e for entry in entries if (e := entry.planned.expert) is not None]
                 if not experts:
                     self._score(entries[0], module, output_TO, (*inputs, *gradients), seed)
                     return
@@ -178,9 +148,9 @@ class SensitivityHooks:
                     states = [*states, *(gradient[rows] for gradient in gradients)]
                     self._score(entry, module, None, states, (*seed, expert))
 
-            book.open(output, as_rows(output.detach()), inputs, score)
+            return score
 
-        return hook
+        return GradientBook(name, name, self._num_draws, self._seed).forward_hook(score_of)
 
     def _score(
         self,
@@ -206,30 +176,12 @@ class SensitivityHooks:
             return
         inputs = [rows.of(tensor) for tensor in states[:num_inputs]]
         if output_TO is None:
-            output_TO = self._output_again(scored.planned, module, inputs)
+            # The model has since added to it in place.
+            output_TO = self._compared.output_of(scored.planned, module, inputs)
         else:
             output_TO = rows.of(output_TO)
-        differences = self._of(scored, module, output_TO, inputs)
+        differences = self._compared.differences(scored, module, output_TO, inputs, scored.formats)
         self._add(scored.group, differences, [rows.of(g) for g in gradients], rows)
-
-    def _of(
-        self, scored: ScoredModule, module: Any, output_TO: torch.Tensor, inputs: list[Any]
-    ) -> Iterator[Difference]:
-        planned, only = scored.planned, scored.formats
-        calibration = self._calibration.of(planned.name)
-        if (experts := self._experts.get(planned.name)) is not None:
-            return self._differences.of_experts(
-                experts, planned.name, calibration.maxima, output_TO, tuple(inputs), only
-            )
-        return self._differences.of_linear(planned, module, calibration, output_TO, inputs[0], only)
-
-    def _output_again(
-        self, planned: PlannedModule, module: Any, inputs: list[torch.Tensor]
-    ) -> torch.Tensor:
-        """The module's output, where the model has since added to it in place."""
-        if (experts := self._experts.get(planned.name)) is not None:
-            return experts.run_and_collect(tuple(inputs))[0]
-        return torch.nn.functional.linear(inputs[0], module.weight, module.bias)
 
     def _add(
         self,
