@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from autoquant_ray.calibrate.input_rows import InputRows
 from autoquant_ray.errors import changed_input
-from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.quantize.calibration import NUM_HALVES
 
 Hessians = Mapping[str, list[torch.Tensor]]
@@ -32,8 +32,7 @@ class HessianCollector:
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
         self._modules = modules
         self._half = 0
-        self._real_T: torch.Tensor | None = None
-        self._last: tuple[torch.Tensor, int, str] | None = None
+        self._rows = InputRows()
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._sharing: dict[str, str] = {}
 
@@ -53,11 +52,11 @@ class HessianCollector:
 
     def set_mask(self, mask_BS: torch.Tensor | None) -> None:
         """Say which tokens of the next batch are real (1); None means all."""
-        self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+        self._rows.mask.set(mask_BS)
 
     def settle(self) -> None:
         """Release the last input."""
-        self._last = None
+        self._rows.release()
 
     def sums(self) -> dict[str, list[torch.Tensor]]:
         """The sums over all batches; the collector forgets them."""
@@ -65,21 +64,10 @@ class HessianCollector:
         return {n: sums[first] for n, first in self._sharing.items() if first in sums}
 
     def _hook(self, name: str) -> Callable[..., None]:
-        sees_tokens = not is_of_tower(name)
-
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-            states = arguments[0]
-            if self._last is not None and self._last[0] is states:
-                if self._last[1] != states._version:
-                    raise changed_input(name)
-                self._share(name, self._last[2])
-                return
-            self._last = (states, states._version, name)
-            states_TI = states.detach().reshape(-1, states.shape[-1])
-            if sees_tokens and self._real_T is not None and len(self._real_T) == len(states_TI):
-                states_TI = states_TI[self._real_T.to(states_TI.device)]
-            self._share(name, name)
-            if len(states_TI):
+            first, states_TI = self._rows.of(name, arguments[0])
+            self._share(name, first)
+            if first == name and len(states_TI):
                 self._add(name, states_TI.float())
 
         return hook

@@ -16,6 +16,7 @@ import torch
 
 from autoquant_ray.calibrate.channels import ChannelCollector
 from autoquant_ray.calibrate.expert_channels import ExpertChannels
+from autoquant_ray.calibrate.input_rows import TokenMask
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import replaced_forward
 from autoquant_ray.models.quantizable import is_of_tower
@@ -60,7 +61,7 @@ class ActivationMaxima:
             if planned.is_cache
         }
         self._maxima: dict[tuple[str, str], torch.Tensor] = {}
-        self._real_T: torch.Tensor | None = None
+        self._mask = TokenMask()
         # Projections that share an input (q, k and v) are called with the very same tensor.
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -89,7 +90,7 @@ class ActivationMaxima:
                 else:
                     handle = module.register_forward_pre_hook(self._linear_hook(planned.name))
                     stack.callback(handle.remove)
-            for handle in self._of_experts.watch(self._matching_mask):
+            for handle in self._of_experts.watch(self._mask.matching):
                 stack.callback(handle.remove)
             yield
         self._last = None
@@ -97,7 +98,7 @@ class ActivationMaxima:
 
     def set_mask(self, mask_BS: torch.Tensor | None) -> None:
         """Say which tokens of the next batch are real (1); None means all."""
-        self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+        self._mask.set(mask_BS)
 
     def settle(self) -> None:
         """Nothing to do: every input is reduced at once."""
@@ -123,7 +124,7 @@ class ActivationMaxima:
             if self._channels.wants(name):
                 states = arguments[0]
                 states_TI = states.reshape(-1, states.shape[-1])
-                real_T = self._matching_mask(states_TI) if sees_tokens else None
+                real_T = self._mask.matching(states_TI) if sees_tokens else None
                 self._channels.add(name, states, real_T)
 
         return hook
@@ -132,13 +133,13 @@ class ActivationMaxima:
         """Largest absolute value of each row; where tokens are masked, of each real one."""
         states_TI = states.reshape(-1, states.shape[-1])
         largest_T = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=1)
-        real_T = self._matching_mask(states_TI) if is_masked else None
+        real_T = self._mask.matching(states_TI) if is_masked else None
         return largest_T if real_T is None else largest_T[real_T]
 
     def _experts_forward(self, name: str) -> Callable[..., torch.Tensor]:
         def forward(*arguments: torch.Tensor, **keywords: torch.Tensor) -> torch.Tensor:
             inputs = (*arguments, *keywords.values())
-            real_T = self._matching_mask(inputs[0])
+            real_T = self._mask.matching(inputs[0])
             chosen = inputs if real_T is None else tuple(value[real_T] for value in inputs)
             output, maxima = self._experts[name].run_and_collect(chosen)
             for statistic, value in maxima.items():
@@ -154,7 +155,7 @@ class ActivationMaxima:
     def _attention_forward(self, name: str) -> Callable[..., Any]:
         def forward(*arguments: Any, **keywords: Any) -> Any:
             hidden_BSH = arguments[0] if arguments else keywords["hidden_states"]
-            real_T = self._matching_mask(hidden_BSH.flatten(0, 1))
+            real_T = self._mask.matching(hidden_BSH.flatten(0, 1))
             real_BS = None if real_T is None else real_T.view(hidden_BSH.shape[:2])
             output, maxima = self._attentions[name].run_and_collect(arguments, keywords, real_BS)
             for statistic, value in maxima.items():
@@ -162,11 +163,6 @@ class ActivationMaxima:
             return output
 
         return forward
-
-    def _matching_mask(self, states_TI: torch.Tensor) -> torch.Tensor | None:
-        if self._real_T is None or len(self._real_T) != len(states_TI):
-            return None
-        return self._real_T.to(states_TI.device)
 
     def _update(self, key: tuple[str, str], values: torch.Tensor) -> None:
         if len(values) == 0:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from autoquant_ray.errors import NonFiniteError, changed_input
+from autoquant_ray.calibrate.input_rows import InputRows
+from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import needs_search, takes_factors
-from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.awq import (
     PLAIN,
@@ -66,9 +66,8 @@ class ScaleSearch:
         self._model = model
         self._layers = layers
         self._calibration = Calibration()
-        self._real_T: torch.Tensor | None = None
+        self._rows = InputRows()
         self._gathered: dict[str, list[torch.Tensor]] = {}
-        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
         self._losses: dict[tuple[str, str, float], torch.Tensor] = {}
 
     @property
@@ -95,11 +94,12 @@ class ScaleSearch:
                     handle = module.register_forward_pre_hook(self._hook(name))
                     stack.callback(handle.remove)
             yield
-        self._gathered, self._last = {}, None
+        self._gathered = {}
+        self._rows.release()
 
     def set_mask(self, mask_BS: torch.Tensor | None) -> None:
         """Say which tokens of the next batch are real (1); None means all."""
-        self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+        self._rows.mask.set(mask_BS)
 
     def losses(self) -> Losses:
         """Losses since :meth:`searching` was entered.
@@ -114,28 +114,15 @@ class ScaleSearch:
         return losses
 
     def _hook(self, name: str) -> Callable[..., None]:
-        sees_tokens = not is_of_tower(name)
-
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-            states = arguments[0]
-            if self._last is None or self._last[0] is not states:
-                self._last = (states, states._version, self._rows(states, is_masked=sees_tokens))
-            elif self._last[1] != states._version:
-                raise changed_input(name)
-            self._gathered.setdefault(name, []).append(self._last[2])
+            self._gathered.setdefault(name, []).append(self._rows.of(name, arguments[0])[1])
 
         return hook
-
-    def _rows(self, states: torch.Tensor, *, is_masked: bool) -> torch.Tensor:
-        states_TI = states.detach().reshape(-1, states.shape[-1])
-        if not is_masked or self._real_T is None or len(self._real_T) != len(states_TI):
-            return states_TI
-        return states_TI[self._real_T.to(states_TI.device)]
 
     @torch.no_grad()
     def settle(self) -> None:
         """Measure what was gathered; called while the weights of these modules are at hand."""
-        self._last = None
+        self._rows.release()
         for name, inputs in self._gathered.items():
             for formats in self._menus[name]:
                 for alpha, error_OI in self._candidates(name, formats[0]):
