@@ -24,7 +24,7 @@ from autoquant_ray.quantize.calibration import (
     Channels,
     FittedCodes,
     FittedWeight,
-    Rounding,
+    FittedWeights,
     calibration_of_channels,
     calibration_of_maxima,
     merge_calibrations,
@@ -157,7 +157,7 @@ def channels_of_table(table: Any) -> Calibration:
     )
 
 
-def rounding_rows(rounding: Rounding, formats: Sequence[Format]) -> list[dict[str, Any]]:
+def rounding_rows(rounding: FittedWeights, formats: Sequence[Format]) -> list[dict[str, Any]]:
     """Rows of ``rounding.parquet``; :func:`rounding_of` is the inverse.
 
     Of formats that round a weight alike, the first of the menu is named.
@@ -179,7 +179,7 @@ def _fitted_columns(fitted: FittedWeight) -> dict[str, Any]:
     }
 
 
-def rounding_of(table: Any, formats: Sequence[Format]) -> Rounding:
+def rounding_of(table: Any, formats: Sequence[Format]) -> FittedWeights:
     """What was fitted, from a table with the columns of ``rounding.parquet``."""
     keys = {format_.name: format_.weight_key for format_ in formats}
     columns = (table.column(name) for name in _ROUNDING_COLUMNS)

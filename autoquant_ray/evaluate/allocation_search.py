@@ -121,10 +121,7 @@ def search_allocations(
     search = _Search(measure, origin, first)
     start = origin.candidate("solution", origin.formats)
     search.measure([start])
-    predicted = None if estimate is None else estimate(start, second)
-    if predicted is None:
-        logger.info("refine: changes are tried in the order of the scores")
-        predicted = FlipEstimates(changes={})
+    predicted = _predicted(estimate, start, second)
     swaps = _swaps(origin, predicted, {})
     rescored, differences = _rescore(search, swaps, start, num_trials // _FLIPS)
     swaps = _swaps(origin, predicted, differences)
@@ -158,6 +155,15 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
     shards = list(range(num_shards))
     half = num_shards - 2 * quarter
     return shards[:half], shards[half : half + quarter], shards[half + quarter :]
+
+
+def _predicted(estimate: Estimate | None, start: Candidate, shards: Sequence[int]) -> FlipEstimates:
+    """What changes of the start do; nothing where it cannot be predicted."""
+    predicted = None if estimate is None else estimate(start, shards)
+    if predicted is not None:
+        return predicted
+    logger.info("refine: changes are tried in the order of the scores")
+    return FlipEstimates(changes={})
 
 
 def _swaps(

@@ -28,7 +28,7 @@ from autoquant_ray.plan.memory import room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import FRONT, FormatNumbers, QuantizedLayers
-from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.quantize.weight_cache import UNBOUNDED, WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward, Within
 from autoquant_ray.score.entrance import Gradients, Pass
 from autoquant_ray.score.flip_hooks import FlipHooks, FlipSums
@@ -38,7 +38,6 @@ from autoquant_ray.score.visits import VisitPacker, make_step, predicting_rows
 
 NUM_DRAWS = 2
 """Draws of labels, for curvatures and interactions."""
-_UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +173,7 @@ class FlipEstimator:
         hidden_NH = hidden_BSH.flatten(0, 1)[rows_N]
         reference_NH = reference_BSH.flatten(0, 1)[rows_N]
         pulled_NH = [torch.empty_like(hidden_NH) for _ in range(1 + NUM_DRAWS)]
-        head_weights = WeightCache(_UNBOUNDED)
+        head_weights = WeightCache(UNBOUNDED)
         losses = []
         for start in range(0, len(hidden_NH), self._head.slice_tokens):
             rows = slice(start, start + self._head.slice_tokens)
@@ -200,7 +199,7 @@ class FlipEstimator:
         return lambda number: self._opened(number, choice)
 
     def _opened(self, number: int, choice: FormatNumbers) -> AbstractContextManager[None]:
-        return self._quantized.quantized(number, choice, WeightCache(_UNBOUNDED))
+        return self._quantized.quantized(number, choice, WeightCache(UNBOUNDED))
 
     @contextmanager
     def _around(self, choice: FormatNumbers) -> Iterator[None]:

@@ -32,7 +32,7 @@ from autoquant_ray.plan.memory import GIB
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import FRONT, UNQUANTIZED, FormatNumbers, QuantizedLayers
-from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.quantize.weight_cache import UNBOUNDED, WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Pass
 from autoquant_ray.score.loading import set_up_model
@@ -45,8 +45,6 @@ Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 Prefix = tuple[FormatNumbers, ...]
 """Formats of the vision tower, then of the first layers; where equal, so are hidden states."""
-
-_UNBOUNDED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +152,7 @@ class AllocationRunner:
         hidden = self._final_states_by_choice(steps, [unquantized, *choices])
         reference: list[Any] = [None] * len(samples)
         divergences: list[list[Any]] = [[None] * len(samples) for _ in choices]
-        head_weights = WeightCache(_UNBOUNDED)
+        head_weights = WeightCache(UNBOUNDED)
         for number, chosen in enumerate(positions):
             step_samples = [samples[p] for p in chosen]
             rows_N = predicting_rows(step_samples).to(hidden[unquantized][number].device)
@@ -225,7 +223,7 @@ class AllocationRunner:
             prefix: [front.hidden_BSH for front in passes] for prefix, passes in fronts.items()
         }
         for number, layer in enumerate(self._layerwise.layers):
-            weights = WeightCache(_UNBOUNDED)  # of one layer, for one visit
+            weights = WeightCache(UNBOUNDED)  # of one layer, for one visit
             following: dict[Prefix, list[Any]] = {}
             with self._layerwise.visit_forward(number):
                 for index, choice in enumerate(choices):
@@ -259,13 +257,13 @@ class AllocationRunner:
         for choice in choices:
             prefixes.append((self._quantized.signature(FRONT, choice),))
             if prefixes[-1] not in fronts:
-                with self._quantized.quantized(FRONT, choice, WeightCache(_UNBOUNDED)):
+                with self._quantized.quantized(FRONT, choice, WeightCache(UNBOUNDED)):
                     fronts[prefixes[-1]] = [self._layerwise.enter(step) for step in steps]
         return prefixes, fronts
 
     def _whole(self, steps: Sequence[Step], choice: FormatNumbers) -> list[torch.Tensor]:
         """Final hidden states per step, for a model that is not a plain chain of layers."""
-        weights = WeightCache(_UNBOUNDED)
+        weights = WeightCache(UNBOUNDED)
         with ExitStack() as stack:
             for number in range(FRONT, len(self._layerwise.layers) + 1):
                 stack.enter_context(self._quantized.quantized(number, choice, weights))

@@ -87,8 +87,8 @@ def checked_algorithm(owner: str, given: Any) -> dict[str, Any] | None:
     return None if method == MAX else {"method": method} | _with_defaults(owner, method, arguments)
 
 
-def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, Any]) -> None:
-    """Refuse a search of weight scales that ModelOpt would skip without a word.
+def check_method(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, Any]) -> None:
+    """Refuse a method that the weights of a format cannot have; ModelOpt would skip it silently.
 
     Args:
         owner: The format in words, for errors.
@@ -96,7 +96,7 @@ def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
         algorithm: From :func:`checked_algorithm`.
 
     Raises:
-        FormatError: There is no scale to search, or the candidates are none or too many.
+        FormatError: There is no stored scale, or the candidates are none or too many.
     """
     method = algorithm["method"]
     if method not in (*SEARCHES, GPTQ):
@@ -112,8 +112,12 @@ def check_search(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
             f"{owner}: the algorithm {method} needs blocks of the last axis (-1), whose values "
             "are multiplied with different input channels; leave other axes out, or use mse"
         )
-    if method == GPTQ:
-        return
+    if method != GPTQ:
+        _check_candidates(owner, weight, algorithm)
+
+
+def _check_candidates(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, Any]) -> None:
+    """Refuse a search without candidates, or with too many."""
     if algorithm.get("fp8_scale_sweep"):
         if not is_static_nvfp4(weight):
             raise FormatError(

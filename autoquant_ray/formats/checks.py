@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from autoquant_ray.errors import FormatError
-from autoquant_ray.formats.algorithms import AWQ_LITE, MSE, SMOOTHQUANT, check_search
+from autoquant_ray.formats.algorithms import AWQ_LITE, MSE, SMOOTHQUANT, check_method
 from autoquant_ray.formats.numbers import is_static_nvfp4
 from autoquant_ray.formats.smoothed import has_free_rows, is_smoothed, method_of, takes_factors
 
@@ -22,7 +22,7 @@ def check_quantizers(format_: Format) -> None:
     """
     name, input_ = format_.name, format_.input
     if format_.algorithm is not None:
-        check_search(f"format {name}", format_.weight, format_.algorithm)
+        check_method(f"format {name}", format_.weight, format_.algorithm)
     _check_smoothing(format_)
     _check_factors(format_)
     for attributes in (format_.weight, input_ or {}):

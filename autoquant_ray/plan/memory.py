@@ -104,16 +104,21 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
 def moment_bytes(plan: Plan) -> int:
     """Bytes of second moments of inputs, float32, one for each half of the data, and of their
     inverse's factors, while weights are rounded by GPTQ; 0 for a menu without it."""
-    widths = [
+    widths = moment_widths(plan)
+    widest = 4 * max(widths, default=0) ** 2
+    moments = sum(2 * 4 * width**2 for width in widths)
+    return max(2 * widest, min(MOMENT_BYTES, moments)) + _FACTORS_HELD * widest
+
+
+def moment_widths(plan: Plan) -> list[int]:
+    """Input channels of every linear that GPTQ may round."""
+    return [
         module.shapes[0][-1]
         for group in plan.searched
         if any(map(needs_hessians, plan.menu(group)))
         for module in group.modules
         if module.kind == "linear"
     ]
-    widest = 4 * max(widths, default=0) ** 2
-    moments = sum(2 * 4 * width**2 for width in widths)
-    return max(2 * widest, min(MOMENT_BYTES, moments)) + _FACTORS_HELD * widest
 
 
 def quantized_bytes(num_weights: int, formats: Sequence[Format]) -> int:

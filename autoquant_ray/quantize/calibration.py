@@ -133,7 +133,7 @@ class FittedWeight:
     codes: FittedCodes | None = None
 
 
-Rounding = Mapping[tuple[str, str, str], FittedWeight]
+FittedWeights = Mapping[tuple[str, str, str], FittedWeight]
 """(module, part as in ``ModuleCalibration.experts`` or '', ``Format.weight_key``) -> the fit."""
 
 
@@ -150,7 +150,7 @@ class Calibration:
     """
 
     modules: Mapping[str, ModuleCalibration] = field(default_factory=dict)
-    rounding: Rounding = field(default_factory=dict)
+    rounding: FittedWeights = field(default_factory=dict)
     folds: Mapping[str, Fold] = field(default_factory=dict)
     halves: Mapping[int, int] = field(default_factory=dict)
     unseen_half: int | None = None

@@ -146,8 +146,9 @@ def fit_codes(
     """
     weight_OI = weight_OI.float()
     first_II, second_II = hessians_II
+    whole_II = first_II + second_II
     unseen = list(zip((second_II, first_II), hessians_II, strict=True))
-    best_error = _loss(weight_OI, plain_codes(weight_OI, grid), grid, first_II + second_II)
+    best_error = _loss(weight_OI, plain_codes(weight_OI, grid), grid, whole_II)
     problems = [(seen_II, damping) for damping in dampings for seen_II, _ in unseen]
     codes = gptq_codes(weight_OI, problems, grid)
     best: tuple[float, list[torch.Tensor]] | None = None
@@ -163,7 +164,7 @@ def fit_codes(
             best_error, best = error, (damping, without)
     if best is None:
         return None
-    (whole,) = gptq_codes(weight_OI, [(first_II + second_II, best[0])], grid)
+    (whole,) = gptq_codes(weight_OI, [(whole_II, best[0])], grid)
     if whole is None:
         return None
     packed = [_packed(codes_OI, grid) for codes_OI in (whole, *best[1])]

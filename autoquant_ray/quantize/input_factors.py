@@ -70,6 +70,7 @@ class InputFactors:
         self._alphas = [PLAIN, *candidate_alphas(algorithm)]
         self._folds = [Fold.from_json(entry) for entry in algorithm["folds"]]
         self._sums: dict[Fold, tuple[torch.Tensor, int]] = {}
+        self._candidates: dict[Fold, list[torch.Tensor]] = {}
         self._losses: dict[tuple[Fold, float], torch.Tensor] = {}
 
     @contextmanager
@@ -90,6 +91,7 @@ class InputFactors:
                 "the algorithm awq needs inputs; give mtq.quantize a forward_loop that runs the "
                 "model on calibration data"
             )
+        self._candidates = {fold: self._factors(fold) for fold in self._sums}
         readers = [(fold, name) for fold in self._sums for name in fold.readers]
         with self._hooks([(fold, name, partial(self._measure, name)) for fold, name in readers]):
             yield
@@ -99,7 +101,7 @@ class InputFactors:
         """Fold the best factors into the model, and calibrate its quantizers for what is there."""
         for fold in self._sums:
             losses = [float(self._losses[fold, alpha]) for alpha in self._alphas]
-            (factors_I,) = self._factors(fold, [self._alphas[losses.index(min(losses))]])
+            factors_I = self._candidates[fold][losses.index(min(losses))]
             modules = [self._model.get_submodule(name) for name in (*fold.readers, fold.producer)]
             with ExitStack() as stack:
                 for module in modules:
@@ -117,13 +119,14 @@ class InputFactors:
                 divided = largest.reshape(num_rows, -1) / by_row.to(largest.device)
                 quantizer.amax = divided.reshape(largest.shape).to(largest.dtype)
 
-    def _factors(self, fold: Fold, alphas: Sequence[float]) -> list[torch.Tensor]:
+    def _factors(self, fold: Fold) -> list[torch.Tensor]:
+        """Of every candidate."""
         modules = [self._model.get_submodule(name) for name in fold.readers]
         sum_I, num_rows = self._sums[fold]
         attributes = _attributes(modules[0].weight_quantizer)
         importance_I = shared_importance([module.weight for module in modules], attributes)
         mean_I = (sum_I / num_rows).float()
-        return [shared_factors(fold, importance_I, mean_I, alpha) for alpha in alphas]
+        return [shared_factors(fold, importance_I, mean_I, alpha) for alpha in self._alphas]
 
     def _collect(self, fold: Fold, states_TI: torch.Tensor) -> None:
         sum_I, num_rows = self._sums.get(fold, (0, 0))
@@ -133,7 +136,7 @@ class InputFactors:
     def _measure(self, name: str, fold: Fold, states_TI: torch.Tensor) -> None:
         module = self._model.get_submodule(name)
         attributes = _attributes(module.weight_quantizer)
-        for alpha, factors_I in zip(self._alphas, self._factors(fold, self._alphas), strict=True):
+        for alpha, factors_I in zip(self._alphas, self._candidates[fold], strict=True):
             error_OI = candidate_error(module.weight.float(), attributes, factors_I)
             loss = squared_norm(states_TI, error_OI.to(states_TI.dtype))
             before = self._losses.get((fold, alpha))

@@ -188,7 +188,7 @@ def fit_rounding(
     Args:
         format_: By ``gptq``.
         weight_OI: As above.
-        hessians_II: Second moments of its input over the tokens of each fold.
+        hessians_II: Second moments of its input over the tokens of each half of the data.
         scales: Those of the model.
         name: As above.
     """

@@ -7,6 +7,9 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+UNBOUNDED = 2**62
+"""A limit that keeps everything."""
+
 
 class WeightCache:
     """Keeps tensors up to a number of bytes; the least recently used one goes first.

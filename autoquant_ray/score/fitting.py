@@ -17,7 +17,7 @@ from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.memory import MOMENT_BYTES
 from autoquant_ray.plan.scored_modules import ScoredModule
-from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration, FittedWeight, Rounding
+from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration, FittedWeight, FittedWeights
 from autoquant_ray.quantize.quantizers import fit_rounding, fit_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.residence import Residence
@@ -86,7 +86,7 @@ class LayerFitting:
         return blocks
 
     @torch.no_grad()
-    def fit(self, number: int, calibration: Calibration, hessians: Hessians) -> Rounding:
+    def fit(self, number: int, calibration: Calibration, hessians: Hessians) -> FittedWeights:
         """What is fitted to the weights in a layer, under every format that fits.
 
         Args:

@@ -28,7 +28,7 @@ from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.memory import GIB, room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.awq import Losses
-from autoquant_ray.quantize.calibration import Calibration, Rounding
+from autoquant_ray.quantize.calibration import Calibration, FittedWeights
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Gradients, Pass
@@ -223,7 +223,7 @@ class Scorer:
 
     def fit(
         self, layers: Sequence[int], calibration: Calibration, shards: Iterable[Shard] = ()
-    ) -> dict[int, Rounding]:
+    ) -> dict[int, FittedWeights]:
         """What is fitted to weights of some layers, by the number of the layer.
 
         Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -20,6 +20,7 @@ from autoquant_ray.distributed.progress import progress
 from autoquant_ray.distributed.task import LayerTask, ShardTask
 from autoquant_ray.errors import DataError, Interrupted, WorkerError
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
+from autoquant_ray.plan.memory import moment_widths
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration
 from autoquant_ray.runs.names import DOMAINS_FILE, ROUNDING, ROUNDING_FILE, part_name
@@ -87,7 +88,7 @@ def _fit_layers(
     done = intact_parts(state, ROUNDING, lambda _layer, _table: True)
     missing = [layer for layer in layers if layer not in set(done)]
     shared, num_kept = pool.share(calibration), len(layers) - len(missing)
-    shards = pool.share(_shards(state, plan))
+    shards = pool.share(_shards(state, plan, calibration.halves))
     blocks = _blocks(plan, missing, pool.num_workers)
     with (
         stop_on_signal(pool.grace_s) as stop,
@@ -116,8 +117,13 @@ def _fit_layers(
         )
 
 
-def _shards(state: RunState, plan: Plan) -> list[ShardTask]:
+def _shards(state: RunState, plan: Plan, halves: Mapping[int, int]) -> list[ShardTask]:
     """All shards, if a format needs the second moments of inputs.
+
+    Args:
+        state: The run.
+        plan: Its plan.
+        halves: From :func:`halves_of`.
 
     Raises:
         DataError: There are fewer shards than halves.
@@ -125,7 +131,7 @@ def _shards(state: RunState, plan: Plan) -> list[ShardTask]:
     names = [format_.name for format_ in plan.formats if needs_hessians(format_)]
     if not names:
         return []
-    tasks, halves = list(tasks_of(state, ())), halves_of(state)
+    tasks = list(tasks_of(state, ()))
     if len({halves[task.shard] for task in tasks}) < NUM_HALVES:
         raise DataError(
             f"{names[0]} needs two shards of one kind of data, to be scored on tokens that it was "
@@ -133,12 +139,7 @@ def _shards(state: RunState, plan: Plan) -> list[ShardTask]:
             "smaller `shard_samples`"
         )
     num_tokens = sum(len(sample) for task in tasks for sample in task.samples)
-    widest = max(
-        module.shapes[0][-1]
-        for group in plan.searched
-        for module in group.modules
-        if any(map(needs_hessians, plan.menu(group)))
-    )
+    widest = max(moment_widths(plan), default=0)
     if num_tokens < TOKENS_PER_CHANNEL * widest:
         logger.warning(
             "%s: %d tokens are few for GPTQ on inputs of %d channels; give more `samples`",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from evaluations import measured_as
 from laboratory import NUM_SHARDS, Laboratory
 from scipy.stats import spearmanr
 
@@ -24,7 +25,7 @@ from autoquant_ray.evaluate.flip_estimator import ShardFlips
 from autoquant_ray.evaluate.rescoring import choose_flips, solve_flips
 from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.evaluate.swaps import Change, Swaps
-from autoquant_ray.evaluate.table import Measured, mean_kl
+from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.names import FLIPS
 from autoquant_ray.runs.schemas import schema_of
@@ -303,19 +304,7 @@ def test_pair_that_only_gains_together_is_tried_together(problem: Any) -> None:
         changed = [changes[flip] for flip in formats.items() if start[flip[0]] != flip[1]]
         return 2.0 + sum(changed) - (1.0 if {*pair} <= {*formats.items()} else 0.0)
 
-    def measure(candidates: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
-        return [
-            Measured(
-                kl_N=np.full(8, loss(candidate.formats)),
-                kl_S=np.full(4, 2 * loss(candidate.formats)),
-                loss=0.0,
-                reference_loss=0.0,
-                num_agreeing=0,
-                tokens_S=np.full(4, 2.0),
-            )
-            for candidate in candidates
-        ]
-
+    measure = measured_as(loss)
     origin = StartingPoint(problem=groups, scores=scores, options=options, formats=start)
 
     def refined(estimates: FlipEstimates | None) -> float:

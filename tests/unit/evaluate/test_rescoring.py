@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from evaluations import measured_as
 
-from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
@@ -19,7 +18,6 @@ from autoquant_ray.evaluate.allocation_search import search_allocations
 from autoquant_ray.evaluate.rescoring import choose_flips, solve_flips
 from autoquant_ray.evaluate.starting_point import StartingPoint
 from autoquant_ray.evaluate.swaps import Swaps
-from autoquant_ray.evaluate.table import Measured
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.state import RunState
 
@@ -94,19 +92,7 @@ def test_one_pass_finds_the_best_where_losses_add_up(problem: Any) -> None:
     def loss(formats: dict[str, str]) -> float:
         return math.fsum(truth[g, f] for g, f in formats.items() if f != NONE)
 
-    def measure(candidates: Sequence[Candidate], shards: Sequence[int]) -> list[Measured]:
-        return [
-            Measured(
-                kl_N=np.full(8, loss(candidate.formats)),
-                kl_S=np.full(4, 2 * loss(candidate.formats)),
-                loss=0.0,
-                reference_loss=0.0,
-                num_agreeing=0,
-                tokens_S=np.full(4, 2.0),
-            )
-            for candidate in candidates
-        ]
-
+    measure = measured_as(loss)
     start = search(groups, scores, OPTIONS).formats
     best = search(groups, truth, OPTIONS).formats
     num_flips = len(Swaps(groups, scores, OPTIONS).moves(start))

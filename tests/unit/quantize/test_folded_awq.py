@@ -15,9 +15,8 @@ import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
+from evaluations import make_evaluation
 
-from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
-from autoquant_ray.models.find import ModelRef
 from autoquant_ray.quantize.awq import PLAIN, best_alphas, merge_losses, shared_losses
 from autoquant_ray.quantize.calibration import Calibration, merge_calibrations
 from autoquant_ray.quantize.folding import fold_factors
@@ -162,17 +161,8 @@ def test_rounded_model_is_the_folded_model_rounded_by_maximum(
             weight.copy_(fake_quantize_weight(format_.weight, weight))
     choice = tuple(0 if group.fold else -1 for group in prepared.plan.searched)
     samples = make_samples([24, 17], seed=9)
-    spec = EvaluationSpec(
-        model=ModelRef(name="in memory", path="unused"),
-        dtype="float32",
-        device="cpu",
-        num_threads=1,
-        modules=prepared.scorer.spec.modules,
-        formats=prepared.plan.formats,
-        calibration=calibration,
-        step_tokens=100,
-    )
-    measured = AllocationRunner(spec, model=model).evaluate(samples, [choice]).divergences[0]
+    runner = make_evaluation(prepared, samples, calibration=calibration, step_tokens=100)
+    measured = runner.evaluate(samples, [choice]).divergences[0]
     for sample, divergence in zip(samples, measured, strict=True):
         ids = torch.tensor([sample])
         with torch.no_grad():

@@ -14,10 +14,9 @@ import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
+from evaluations import make_evaluation
 from modelopt_scores import modelopt_scores, of_text, summed_by_step
 
-from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
-from autoquant_ray.models.find import ModelRef
 from autoquant_ray.quantize.awq import best_alphas, merge_losses
 from autoquant_ray.quantize.block_formats import for_cpu
 from autoquant_ray.quantize.calibration import Calibration, merge_calibrations
@@ -112,18 +111,17 @@ def evaluated(
     prepared: Any, scorer: Any, calibration: Calibration, samples: list[Any]
 ) -> list[Any]:
     """KL per token of each sample, with every group under the first format."""
-    spec = EvaluationSpec(
-        model=ModelRef(name="in memory", path="unused"),
-        dtype="float32",
-        device="cpu",
-        num_threads=1,
-        modules=scorer.spec.modules,
-        formats=scorer.spec.formats,
+    spec = scorer.spec
+    runner = make_evaluation(
+        prepared,
+        samples,
+        modules=spec.modules,
+        formats=spec.formats,
         calibration=calibration,
         step_tokens=100,
     )
     choice = (0,) * len(prepared.plan.searched)
-    evaluation = AllocationRunner(spec, model=prepared.model).evaluate(samples, [choice])
+    evaluation = runner.evaluate(samples, [choice])
     return [divergence.kl_N for divergence in evaluation.divergences[0]]
 
 

@@ -12,14 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from evaluations import make_evaluation
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt_scores import of_text, scores_of_config, summed_by_step
 
 from autoquant_ray import load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.menu import PAIRS, resolve_formats
-from autoquant_ray.models.find import ModelRef
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.block_formats import BACKEND, for_cpu
 from autoquant_ray.quantize.calibration import merge_calibrations
@@ -153,18 +152,8 @@ def test_manifest_quantizes_on_cpu_to_the_formats_and_the_loss_that_evaluate_mea
     after = [torch.log_softmax(model(torch.tensor([s])).logits[0, :-1], -1) for s in samples]
     kl = [(p.exp() * (p - q)).sum(-1).numpy() for p, q in zip(before, after, strict=True)]
     prepared = make_scorer("llama", menu)
-    spec = EvaluationSpec(
-        model=ModelRef(name="in memory", path="unused"),
-        dtype="float32",
-        device="cpu",
-        num_threads=1,
-        modules=prepared.scorer.spec.modules,
-        formats=prepared.scorer.spec.formats,
-        calibration=prepared.scorer.calibrate(samples),
-        step_tokens=60,
-    )
     choice = tuple(menu.index(f) if f != "none" else UNQUANTIZED for f in pins.values())
-    measured = AllocationRunner(spec, model=prepared.model).evaluate(samples, [choice])
+    measured = make_evaluation(prepared, samples).evaluate(samples, [choice])
     ours = np.concatenate([divergence.kl_N for divergence in measured.divergences[0]])
     np.testing.assert_allclose(ours, np.concatenate(kl), rtol=5e-3, atol=5e-6)
     assert ours.mean() > 1e-3
