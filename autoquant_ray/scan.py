@@ -47,6 +47,7 @@ from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import lease
 from autoquant_ray.runs.record import QuarantinedShard
+from autoquant_ray.runs.rounding import drop_rounding
 from autoquant_ray.runs.state import Mode, RunState, require_target
 from autoquant_ray.score.scorer import ScoringSpec
 from autoquant_ray.solve import Solution, solve_run
@@ -117,29 +118,14 @@ def _run_stages(
     state: RunState, config: ScanConfig, ref: ModelRef, plan: Plan, placement: Placement
 ) -> Solution:
     """Every stage that is not up to date, in order."""
-    directory, fingerprints = state.directory, state.record.fingerprints
-    marks = stage_fingerprints(config, **fingerprints)
-    chats = fingerprint_chats(ref)
-    if samples_stage.has_samples(state, marks["shards"]):
-        samples_stage.require_same_chats(state, chats)
-    else:
-        tokenizer = TokenizerRef.of(ref, f"{fingerprints['model']}-{chats}")
-        with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
-            scratch = RunDirectory(folder)
-            facts = samples_stage.read_samples(config, tokenizer, scratch)
-            if config.coverage == "full" and not facts.get("num_samples_with_images"):
-                raise DataError(
-                    f"`coverage` full searches the vision tower, but {data_name(config.data)} "
-                    "holds no images; give data with images, or leave it out"
-                )
-            if "num_loss_tokens" in facts:
-                facts["chat_fingerprint"] = chats
-            state.begin()
-            samples_stage.keep_samples(state, scratch, facts, marks["shards"])
+    directory = state.directory
+    marks = stage_fingerprints(config, **state.record.fingerprints)
+    _make_samples(state, config, ref, marks["shards"])
     stages.write_plan(state, plan, marks["plan"], ref.weights_folder)
     state.release_quarantine()
-    is_calibrated = calibration_stage.is_calibrated(state, plan)
-    if not (stages.is_scored(state, plan, marks["score"]) and is_calibrated):
+    is_scored = stages.is_scored(state, plan, marks["score"])
+    is_fitted = config.keep_rounded or not is_scored  # needed afterwards, or for the scores
+    if not (is_scored and calibration_stage.is_calibrated(state, plan, has_rounding=is_fitted)):
         spec = _scoring_spec(config, ref, plan)
         placement = placement.at_most(state.num_shards)
         logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
@@ -147,13 +133,38 @@ def _run_stages(
             mark = marks["calibrate"]
             calibration = calibration_stage.calibrate(state, pool, plan, mark)
             calibration = calibration_stage.search_scales(state, pool, plan, calibration, mark)
-            calibration = fit(state, pool, plan, calibration, mark)
-            stages.score(state, pool, plan, calibration, marks["score"])
+            if is_fitted:
+                calibration = fit(state, pool, plan, calibration, mark)
+            if not is_scored:
+                stages.score(state, pool, plan, calibration, marks["score"])
         directory.append_event("workers_stopped")
+    if not config.keep_rounded:
+        drop_rounding(state)
     stages.aggregate(state, config, marks["aggregate"])
     solution = solve_run(directory, solve_options(config), folder="")
     directory.append_event("run_done", quarantined=len(state.record.quarantined))
     return solution
+
+
+def _make_samples(state: RunState, config: ScanConfig, ref: ModelRef, fingerprint: str) -> None:
+    """The run's samples, where they are not there; nothing is written before they are read."""
+    chats = fingerprint_chats(ref)
+    if samples_stage.has_samples(state, fingerprint):
+        samples_stage.require_same_chats(state, chats)
+        return
+    tokenizer = TokenizerRef.of(ref, f"{state.record.fingerprints['model']}-{chats}")
+    with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
+        scratch = RunDirectory(folder)
+        facts = samples_stage.read_samples(config, tokenizer, scratch)
+        if config.coverage == "full" and not facts.get("num_samples_with_images"):
+            raise DataError(
+                f"`coverage` full searches the vision tower, but {data_name(config.data)} "
+                "holds no images; give data with images, or leave it out"
+            )
+        if "num_loss_tokens" in facts:
+            facts["chat_fingerprint"] = chats
+        state.begin()
+        samples_stage.keep_samples(state, scratch, facts, fingerprint)
 
 
 def _resolve(config: ScanConfig, resources: Mapping[str, float]) -> ScanConfig:

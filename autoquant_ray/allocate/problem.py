@@ -11,7 +11,7 @@ embedding's bytes and adds nothing, quantized it is stored beside the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -147,6 +147,14 @@ class Problem:
             if name in held
         }
         return replace(self, groups={**self.groups, **groups})
+
+    def without(self, formats: Collection[str]) -> Problem:
+        """The same problem in which no group can take some formats."""
+        groups = {
+            name: replace(group, rows={f: r for f, r in group.rows.items() if f not in formats})
+            for name, group in self.groups.items()
+        }
+        return replace(self, groups=groups)
 
     def choices(self, scores: Mapping[tuple[str, str], float]) -> list[Choice]:
         """Choices of the searched groups; 16 bits lose nothing by definition.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from autoquant_ray.runs.names import (
     ROUNDING_FILE,
     SEARCH_FILE,
 )
+from autoquant_ray.runs.rounding import is_rounding_dropped, require_rounding
 from autoquant_ray.runs.state import RunState
 
 _ROUNDING_COLUMNS = (
@@ -49,15 +50,21 @@ _ROUNDING_COLUMNS = (
 )
 
 
-def calibration_of(state: RunState) -> Calibration:
+def calibration_of(state: RunState, used: Iterable[str] | None = None) -> Calibration:
     """Merged calibration of a scanned run: everything that its formats need.
+
+    Args:
+        state: The run.
+        used: Formats in use, which must not be among those whose fitted weights were dropped;
+            None: the whole menu.
 
     Raises:
         StoreError: A file is missing, or damaged.
     """
     directory = state.directory
     formats = [Format.from_json(entry) for entry in state.plan["formats"]]
-    for name in missing_files(directory, formats):
+    require_rounding(state, [f.name for f in formats] if used is None else used)
+    for name in missing_files(directory, formats, has_rounding=not is_rounding_dropped(state)):
         raise StoreError(
             f"{directory.path(name)} does not exist, and formats of the run need it; scan with "
             "`resume`, which makes it again"
@@ -67,13 +74,21 @@ def calibration_of(state: RunState) -> Calibration:
     return read_calibration(directory, formats, folds_of_summary(state.plan))
 
 
-def missing_files(directory: RunDirectory, formats: Sequence[Format]) -> list[str]:
-    """The merged files that the formats of a run need and that are not there."""
+def missing_files(
+    directory: RunDirectory, formats: Sequence[Format], *, has_rounding: bool = True
+) -> list[str]:
+    """The merged files that the formats of a run need and that are not there.
+
+    Args:
+        directory: The run.
+        formats: Its menu.
+        has_rounding: Whether it is to have what was fitted to weights.
+    """
     needed = {
         CALIBRATION_FILE: needs_calibration(formats),
         CHANNELS_FILE: any(map(needs_channels, formats)),
         SEARCH_FILE: any(map(needs_search, formats)),
-        ROUNDING_FILE: any(map(is_fitted, formats)),
+        ROUNDING_FILE: has_rounding and any(map(is_fitted, formats)),
     }
     return [name for name, is_needed in needed.items() if is_needed and not directory.exists(name)]
 

@@ -54,11 +54,14 @@ def _option(name: str, field: FieldInfo) -> Decorator:
     flag = f"--{name.replace('_', '-')}"
     text = field.description or ""
     has_default = not field.is_required() and field.default not in (None, (), "")
-    if has_default and field.annotation is not bool:
-        default = field.default
+    is_switch = field.annotation is bool
+    if has_default and (not is_switch or field.default):
+        default = "yes" if is_switch else field.default
         shown = ",".join(default) if isinstance(default, tuple) else default
         text += f"  [default: {shown}]"
-    if field.annotation is bool:
+    if is_switch and field.default:
+        return click.option(flag, name, type=click.Choice(("yes", "no")), default=None, help=text)
+    if is_switch:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     if name == "disable":
         return click.option(flag, name, multiple=True, metavar="PATTERN", help=text)

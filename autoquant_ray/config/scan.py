@@ -140,6 +140,12 @@ class ScanConfig(SearchSpace):
         "the worker's GPUs. auto: resident where it fits, else split with --gpus-per-worker 2 or "
         "more, else offload.",
     )
+    keep_rounded: bool = Field(
+        default=True,
+        description="Keep what weighted and gptq fitted to weights once they are scored. no: for "
+        "the allocation alone; evaluate, refine and export then refuse formats that need it, until "
+        "a scan with --resume and yes fits them again.",
+    )
     weight_cache_gib: float | Literal["auto"] = Field(
         default="auto",
         description="Memory for quantized weights per worker. auto: what one visit of a layer or "

@@ -33,6 +33,7 @@ from autoquant_ray.evaluate.audit_pairs import (
     write_pairs,
 )
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, made_from
+from autoquant_ray.evaluate.measurable import measurable
 from autoquant_ray.evaluate.starting_point import StartingPoint, starting_point, write_candidate
 from autoquant_ray.evaluate.table import mean_kl
 from autoquant_ray.formats.format import NONE
@@ -108,7 +109,8 @@ def audit_solution(
     """
     state = run.state
     origin = starting_point(run, folder)
-    chosen = choose_pairs(origin, run.errors, _shares(state, origin), config.audit or 0)
+    start = measurable(state, origin)
+    chosen = choose_pairs(start, run.errors, _shares(state, origin), config.audit or 0)
     if not chosen:
         raise ConfigError(
             "`audit`: the constraints leave every group in 16 bits, so there is no score to "
@@ -116,7 +118,7 @@ def audit_solution(
         )
     pairs = measure_pairs(measurement, origin, run.errors, chosen)
     name = f"{solution_of(folder) or 'scan'}-audited"
-    audited = origin.candidate(name, solve_again(origin, pairs))
+    audited = origin.candidate(name, solve_again(start, pairs))
     num_changed = sum(audited.formats[g] != format_ for g, format_ in origin.formats.items())
     measurement.require_lease()
     path = write_pairs(state.directory, name, measurement.data_key, pairs)

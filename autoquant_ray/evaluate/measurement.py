@@ -35,6 +35,7 @@ from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import Lease, lease
 from autoquant_ray.runs.names import EVALUATION, FLIPS, SAMPLES, part_name
+from autoquant_ray.runs.rounding import dropped_formats
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.samples import require_same_chats
 from autoquant_ray.stages.shards import note_done, read_tasks
@@ -243,7 +244,10 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
     plan = make_plan(scan, ref, device=scan.device)
     skip = num_seen(state, scan, is_given=config.data is not None)
     folder = f"{EVALUATION}/{data_key(state, scan, skip)}"
-    calibration = calibration_of(state)
+    calibration = calibration_of(state, used=())  # what is measured was checked
+    if dropped := dropped_formats(state):
+        names = ", ".join(dropped)
+        logger.warning("%s cannot be measured (`keep_rounded` no), so rivals have none", names)
     with connected(scan) as resources, lease(directory) as run_lease, ExitStack() as stack:
         require_resources(scan, resources)
         facts = held_out_samples(state, folder, scan, ref, skip)

@@ -11,6 +11,7 @@ from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.evaluate.allocation_search import SearchResult, search_allocations
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, made_from, untouched_shards
 from autoquant_ray.evaluate.evaluate import record
+from autoquant_ray.evaluate.measurable import measurable
 from autoquant_ray.evaluate.measurement import Measurement, measuring
 from autoquant_ray.evaluate.starting_point import starting_point, write_candidate
 from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
@@ -91,12 +92,13 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
     folder = solution_folder(config.solution)
     run = ScoredRun.read(state)
     origin = starting_point(run, folder)
+    start = measurable(state, origin)
     with measuring(state, config) as measurement:
         untouched_shards(measurement, folder)
         result = search_allocations(
             measurement.measure,
             measurement.facts["num_shards"],
-            origin,
+            start,
             num_trials=num_trials,
             seed=seed,
             estimate=measurement.estimate,

@@ -15,6 +15,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
 from autoquant_ray.allocate.search import search, served_problems
+from autoquant_ray.evaluate.measurable import measurable_problem, require_measurable
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.method_names import same_or_plain
 
@@ -44,7 +45,7 @@ def collect_candidates(
     Raises:
         ConfigError: An unknown kind.
         DataError: A file is not an allocation of this model.
-        StoreError: The solution does not exist.
+        StoreError: The solution does not exist, or a format of it cannot be measured.
     """
     from autoquant_ray.imports.tool_allocations import rival_allocation
 
@@ -55,6 +56,8 @@ def collect_candidates(
     candidates = [make_candidate(problem, scores, SOLUTION, chosen)]
     rivals = [rival_allocation(state, n, problem, options) for n in against if n not in KINDS]
     candidates += [make_candidate(problem, scores, name, formats) for name, formats in rivals]
+    require_measurable(state, candidates)
+    problem, options = measurable_problem(state, problem, options)
     if "uniform" in against:
         candidates += _uniform(problem, scores, options, chosen)
     if "modelopt" in against:

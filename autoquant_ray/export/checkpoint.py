@@ -136,7 +136,7 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
 
     source = read_source(directory, solution)
     target = require_new_folder(out)
-    calibration = calibration_of(source.state)
+    calibration = calibration_of(source.state, source.used)
     model, ref, sixteen_bits = load_for_export(source)
     Factors(model, source.formats, WeightScales(model, calibration)).fold()
     tensors = {name: sixteen_bits.rounded(name, t) for name, t in distinct_tensors(model)}
@@ -159,7 +159,7 @@ def _write(source: Source, folder: Path, layout: str) -> Source:
     from autoquant_ray.calibrate.files import calibration_of
     from autoquant_ray.export.model import finish_folder, load_for_export
 
-    calibration = calibration_of(source.state)
+    calibration = calibration_of(source.state, source.used)
     model, ref, sixteen_bits = load_for_export(source)
     stored = source
     if layout == COMPRESSED_TENSORS:

@@ -58,6 +58,11 @@ class Source:
         """Bytes of the whole model's weights, as the manifest counts them."""
         return float(self.manifest["solution"]["weight_bytes"])
 
+    @property
+    def used(self) -> set[str]:
+        """Names of the formats of its weights."""
+        return {format_.name for format_ in self.formats.values()}
+
     def is_experts(self, module: str) -> bool:
         """Whether a module holds fused experts."""
         return list(self.modules[module]["prefixes"]) != [""]

@@ -79,7 +79,9 @@ def scan_command(config: Mapping[str, Any]) -> str:
         if name in ("model", "custom_formats") or value is None or value == _plain(field.default):
             continue
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
+        if isinstance(value, bool) and field.default is True:
+            words += [flag, "yes" if value else "no"]
+        elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif name == "disable":
             words += [word for pattern in value for word in (flag, pattern)]

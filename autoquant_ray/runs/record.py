@@ -58,7 +58,8 @@ class StageEntry(TypedDict):
     """One stage."""
 
     state: str
-    """``running``, ``done``, or ``stopped`` by a signal."""
+    """``running``, ``done``, ``stopped`` by a signal, or ``dropped``: its files were deleted on
+    purpose."""
     fingerprint: NotRequired[str]
     """Of everything that its result depends on; another one makes it run again."""
     seconds: NotRequired[float]

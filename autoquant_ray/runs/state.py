@@ -42,6 +42,9 @@ _OUTPUTS = {
     "fit": ROUNDING_FILE,
     "aggregate": SENSITIVITY_FILE,
 }
+DROPPED = "dropped"
+"""State of a stage whose files were deleted on purpose."""
+
 _NUMERIC_PACKAGES = ("autoquant-ray", "torch", "transformers", "nvidia-modelopt", "numpy")
 _PACKAGES = ("autoquant-ray", "ray", "torch", "transformers", "nvidia-modelopt", "numpy", "scipy")
 
@@ -163,6 +166,12 @@ class RunState:
         output = _OUTPUTS.get(stage)
         return output is None or self.directory.exists(output)
 
+    @property
+    def has_dropped_rounding(self) -> bool:
+        """Whether what was fitted to weights was deleted on purpose."""
+        entry = self.record.stages.get("fit")
+        return entry is not None and entry["state"] == DROPPED
+
     def reopen(self, *stages: str) -> None:
         """Forget that stages are done, and delete scores that no longer hold."""
         for stage in stages:
@@ -241,7 +250,9 @@ class RunState:
                 f"{self.directory.uri} was made with another config ({changes[0]}); use the same "
                 "values, 'solve' for a new budget, or `overwrite`"
             )
-        self._require_same_versions()
+        refits = self.has_dropped_rounding and config.keep_rounded
+        if refits or not self.record.is_done("aggregate") or self.record.quarantined:
+            self._require_same_versions()
         for kind, value in identity["fingerprints"].items():
             if self.record.fingerprints.get(kind) != value:
                 raise ChangedError(
@@ -251,8 +262,6 @@ class RunState:
 
     def _require_same_versions(self) -> None:
         """Parts of two versions must not be mixed; a finished run is only read."""
-        if self.record.is_done("aggregate") and not self.record.quarantined:
-            return
         for name, now in _versions().items():
             before = (self.record.versions or {}).get(name)
             if name in _NUMERIC_PACKAGES and before != now:

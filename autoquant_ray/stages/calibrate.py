@@ -129,9 +129,15 @@ def search_scales(
     return read_calibration(directory, plan.formats, plan.folds)
 
 
-def is_calibrated(state: RunState, plan: Plan) -> bool:
-    """Whether every merged file that the formats of a run need is there."""
-    return not missing_files(state.directory, plan.formats)
+def is_calibrated(state: RunState, plan: Plan, *, has_rounding: bool = True) -> bool:
+    """Whether every merged file that the formats of a run need is there.
+
+    Args:
+        state: The run.
+        plan: Its plan.
+        has_rounding: Whether what was fitted to weights is among them.
+    """
+    return not missing_files(state.directory, plan.formats, has_rounding=has_rounding)
 
 
 def _write_calibration(directory: RunDirectory, has_channels: bool, outcome: Outcome) -> str:

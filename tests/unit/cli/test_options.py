@@ -100,6 +100,15 @@ def test_stop_when_stable_that_is_no_share_is_refused(share: str, scan: Any) -> 
     assert "0.01 or 1%" in line
 
 
+def test_keep_rounded_takes_yes_or_no(scan: Any, scan_yaml: Any) -> None:
+    for result in (scan(**{"keep-rounded": "no"}), scan_yaml("keep_rounded: no\n")):
+        assert NO_CLUSTER in result.stderr
+    assert "'maybe' is not one of 'yes', 'no'" in refusal(scan(**{"keep-rounded": "maybe"}))
+    line = refusal(scan_yaml("keep_rounded: maybe\n"))
+    assert "scan.yaml: keep_rounded: " in line
+    assert "'maybe'" in line
+
+
 def test_yaml_stop_when_stable_takes_percent_and_refuses_yes(scan_yaml: Any) -> None:
     assert "stop_when_stable: '0.5.1'" in refusal(scan_yaml("stop_when_stable: 0.5.1\n"))
     assert "stop_when_stable: True is not a share" in refusal(scan_yaml("stop_when_stable: yes\n"))

@@ -164,6 +164,7 @@ def test_page_of_a_large_run_stays_below_its_limit(run: RunDirectory) -> None:
         {},
         {"disable": ["*.0.mlp.*", "lm_head"], "pack": True, "bits": None, "bytes": 123456789},
         {"model": "/a folder/it's", "stop_when_stable": 0.01, "workers": 3, "sample_rows": 0.25},
+        {"keep_rounded": False, "skip_bad_samples": True},
     ],
 )
 def test_command_gives_the_same_config(changes: dict[str, Any], run: RunDirectory) -> None:

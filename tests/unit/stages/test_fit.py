@@ -16,7 +16,9 @@ from autoquant_ray.errors import DataError, StoreError
 from autoquant_ray.quantize.calibration import FittedCodes, FittedWeight
 from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
+from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import ROUNDING, SAMPLES, part_name
+from autoquant_ray.runs.rounding import drop_rounding
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.calibrate import calibrate, is_calibrated
 from autoquant_ray.stages.fit import fit, halves_of
@@ -87,6 +89,72 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(started: Any) -> None
     run_stages(state, plan, scorer, again)
     assert again.done == []
     assert state.directory.read_bytes("rounding.parquet") == expected
+
+
+def files_of(state: RunState) -> list[str]:
+    """The fitted weights of a run, as files."""
+    parts = [part_name(ROUNDING, layer) for layer in state.directory.list_parts(ROUNDING)]
+    return [*parts, *(["rounding.parquet"] if state.directory.exists("rounding.parquet") else [])]
+
+
+def test_dropped_fit_is_refused_with_the_remedy_and_made_again(started: Any) -> None:
+    state, plan, scorer = started("run")
+    run_stages(state, plan, scorer)
+    expected = state.directory.read_bytes("rounding.parquet")
+    calibration = calibration_of(state)
+    drop_rounding(state)
+    state = RunState.open(state.directory)
+    assert files_of(state) == []
+    assert not Path(state.directory.path(ROUNDING)).exists()
+    assert not is_calibrated(state, plan)
+    assert is_calibrated(state, plan, has_rounding=False)
+    with pytest.raises(StoreError) as refused:
+        calibration_of(state)
+    assert "scanned with `keep_rounded` no" in str(refused.value)
+    assert "in wint4_g32_afp16:weighted; scan again with `resume`" in str(refused.value)
+    assert len(str(refused.value)) < 400
+    left = calibration_of(state, ["wint4_afp16", "none"])
+    assert left.rounding == {}
+    assert left.modules.keys() == calibration.modules.keys()
+    again = Pool(scorer)
+    run_stages(state, plan, scorer, again)
+    assert again.done != []
+    assert state.directory.read_bytes("rounding.parquet") == expected
+    assert calibration_of(state).rounding.keys() == calibration.rounding.keys()
+    assert not state.has_dropped_rounding
+
+
+@pytest.mark.parametrize("num_deleted", range(NUM_PARTS + 1))
+def test_drop_that_is_killed_is_finished_or_taken_back(
+    num_deleted: int, started: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, plan, scorer = started("run")
+    run_stages(state, plan, scorer)
+    expected = state.directory.read_bytes("rounding.parquet")
+    deleted: list[str] = []
+
+    def delete(name: str) -> None:
+        if len(deleted) == num_deleted:
+            raise Killed
+        deleted.append(name)
+        Path(state.directory.path(name)).unlink()
+
+    monkeypatch.setattr(state.directory, "delete", delete)
+    with pytest.raises(Killed):
+        drop_rounding(state)
+    kept = len(files_of(state))
+    assert kept == NUM_PARTS + 1 - num_deleted
+
+    state = RunState.open(RunDirectory(state.directory.uri))
+    pool = Pool(scorer)
+    run_stages(state, plan, scorer, pool)
+    assert state.directory.read_bytes("rounding.parquet") == expected
+    assert state.directory.list_parts(ROUNDING) == PARTS
+    assert bool(pool.done) == (num_deleted > 0)
+
+    drop_rounding(state)
+    assert files_of(state) == []
+    drop_rounding(state)
 
 
 def test_scores_are_those_of_a_search_in_every_worker(started: Any, make_samples: Any) -> None:
