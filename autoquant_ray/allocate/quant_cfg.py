@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.formats.algorithms import AWQ, by_sets, of_allocation
+from autoquant_ray.formats.algorithms import FACTORS, by_sets, of_allocation
 from autoquant_ray.formats.format import NONE, Format, attributes_to_json
 from autoquant_ray.formats.kv_cache import is_described
 from autoquant_ray.formats.smoothed import module_algorithm
@@ -56,10 +56,10 @@ def quantization_config(
 
 
 def _add_folds(algorithm: str | dict[str, Any], folds: Mapping[str, Fold]) -> None:
-    """Say where the factors of ``awq`` go."""
+    """Say where factors go."""
     sets = algorithm["sets"] if isinstance(algorithm, dict) and by_sets(algorithm) else ()
     for entry in sets:
-        if entry["algorithm"]["method"] == AWQ:
+        if entry["algorithm"]["method"] in FACTORS:
             linears = (name.removesuffix(".weight_quantizer") for name in entry["quantizers"])
             entry["algorithm"]["folds"] = folds_to_json(folds[linear] for linear in linears)
 

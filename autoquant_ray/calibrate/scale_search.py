@@ -19,7 +19,7 @@ import torch
 
 from autoquant_ray.calibrate.input_rows import InputRows
 from autoquant_ray.errors import NonFiniteError
-from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.format import Format, attributes_key
 from autoquant_ray.formats.smoothed import needs_search, takes_factors
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.awq import (
@@ -55,14 +55,14 @@ class ScaleSearch:
         self._modules: dict[str, torch.nn.Module] = {}
         self._menus: dict[str, list[list[Format]]] = {}
         for scored in modules:
-            by_weight: dict[str, list[Format]] = {}
+            by_candidates: dict[str, list[Format]] = {}
             for format_ in scored.menu(formats):
                 if needs_search(format_) and scored.planned.kind == "linear":
-                    by_weight.setdefault(format_.weight_key, []).append(format_)
-            if by_weight:
+                    by_candidates.setdefault(_candidates_key(format_), []).append(format_)
+            if by_candidates:
                 name = scored.planned.name
                 self._modules[name] = model.get_submodule(name)
-                self._menus[name] = list(by_weight.values())
+                self._menus[name] = list(by_candidates.values())
         self._model = model
         self._layers = layers
         self._calibration = Calibration()
@@ -155,3 +155,9 @@ class ScaleSearch:
         for alpha in alphas:
             scale_I = channel_scales(mean_I, importance_I, alpha)
             yield alpha, candidate_error(weight_OI, attributes, scale_I)
+
+
+def _candidates_key(format_: Format) -> str:
+    """Equal for formats whose candidates are the same, and plainly rounded alike."""
+    alphas = candidate_alphas(format_.algorithm)
+    return f"{attributes_key(format_.weight)} {takes_factors(format_)} {alphas}"

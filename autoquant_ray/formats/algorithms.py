@@ -9,6 +9,7 @@ weight is multiplied with, which is the squared error of the output if channels 
 that the factors can be folded into what makes it (:mod:`autoquant_ray.plan.find_folds`).
 ``gptq`` keeps the largest values as scales and rounds column by column, see
 :mod:`autoquant_ray.quantize.gptq`; without ``perc_damp`` each weight's damping is chosen.
+``awq+gptq`` takes the factors of ``awq`` and rounds what they give by ``gptq``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from autoquant_ray.formats.numbers import is_static_nvfp4
 
 MAX, MSE, WEIGHTED, GPTQ = "max", "mse", "weighted", "gptq"
 SMOOTHQUANT, AWQ_LITE, AWQ = "smoothquant", "awq_lite", "awq"
+AWQ_GPTQ = "awq+gptq"
 _MULTIPLIERS = ("step_size", "start_multiplier", "stop_multiplier")
 ARGUMENTS: Mapping[str, Sequence[str]] = {
     MAX: (),
@@ -32,17 +34,24 @@ ARGUMENTS: Mapping[str, Sequence[str]] = {
     SMOOTHQUANT: ("alpha",),
     AWQ_LITE: ("alpha_step",),
     AWQ: ("alpha_step",),
+    AWQ_GPTQ: ("alpha_step", "perc_damp"),
 }
 """Method -> its arguments."""
 
 SEARCHES = (MSE, WEIGHTED)
 """Methods that try multiples of a weight's maximum."""
 
-METHODS = (MAX, MSE, WEIGHTED, AWQ, GPTQ)
+METHODS = (MAX, MSE, WEIGHTED, AWQ, GPTQ, AWQ_GPTQ)
 """Methods that can be given behind a format's name: ``wint4_afp16:weighted``."""
 
-FITTED = (WEIGHTED, AWQ, GPTQ)
+FITTED = (WEIGHTED, AWQ, GPTQ, AWQ_GPTQ)
 """Methods of this package, which fit weights to their inputs."""
+
+FACTORS = (AWQ, AWQ_GPTQ)
+"""Methods that multiply a weight's columns by factors which are folded into the model."""
+
+BY_COLUMNS = (GPTQ, AWQ_GPTQ)
+"""Methods that round a weight column by column."""
 
 WEIGHTED_DEFAULTS: Mapping[str, Any] = {
     "step_size": 0.025,
@@ -99,7 +108,7 @@ def check_method(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
         FormatError: There is no stored scale, or the candidates are none or too many.
     """
     method = algorithm["method"]
-    if method not in (*SEARCHES, GPTQ):
+    if method not in (*SEARCHES, *BY_COLUMNS):
         return
     sizes = weight.get("block_sizes") or {}
     if "dynamic" in (weight.get("type"), sizes.get("type")):
@@ -112,7 +121,7 @@ def check_method(owner: str, weight: Mapping[str, Any], algorithm: Mapping[str, 
             f"{owner}: the algorithm {method} needs blocks of the last axis (-1), whose values "
             "are multiplied with different input channels; leave other axes out, or use mse"
         )
-    if method != GPTQ:
+    if method in SEARCHES:
         _check_candidates(owner, weight, algorithm)
 
 
@@ -201,6 +210,12 @@ def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dic
     from modelopt.torch.quantization import config
     from pydantic import ValidationError
 
+    if method == AWQ_GPTQ:
+        by_part = {
+            p: {n: v for n, v in arguments.items() if n in ARGUMENTS[p]} for p in (AWQ, GPTQ)
+        }
+        first, second = (_with_defaults(owner, part, given) for part, given in by_part.items())
+        return first | second
     classes: dict[str, Any] = {
         MSE: config.MseCalibConfig,
         WEIGHTED: config.MseCalibConfig,

@@ -92,15 +92,16 @@ def _check_factors(format_: Format) -> None:
     """Refuse weights of which it is not known how factors are folded."""
     if not takes_factors(format_):
         return
+    method = method_of(format_)
     if format_.input is not None:
         raise FormatError(
-            f"format {format_.name}: awq is for inputs in 16 bits; take a format such as "
+            f"format {format_.name}: {method} is for inputs in 16 bits; take a format such as "
             "wint4_afp16, or another method"
         )
     if not has_free_rows(format_):
         raise FormatError(
-            f"format {format_.name}: awq needs integers with stored scales, one per row or per "
-            "block of a row (wint4_afp16, wint8_afp16); take such a format, or another method"
+            f"format {format_.name}: {method} needs integers with stored scales, one per row or "
+            "per block of a row (wint4_afp16, wint8_afp16); take such a format, or another method"
         )
 
 

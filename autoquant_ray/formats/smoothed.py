@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from autoquant_ray.formats.algorithms import (
-    AWQ,
     AWQ_LITE,
-    GPTQ,
+    BY_COLUMNS,
+    FACTORS,
+    FITTED,
     MAX,
     MSE,
     SMOOTHQUANT,
@@ -48,7 +49,7 @@ def is_smoothed(format_: Format) -> bool:
 
 def takes_factors(format_: Format) -> bool:
     """Whether weights are multiplied by factors that are folded into what makes their input."""
-    return method_of(format_) == AWQ
+    return method_of(format_) in FACTORS
 
 
 def has_free_rows(format_: Format) -> bool:
@@ -62,7 +63,7 @@ def has_free_rows(format_: Format) -> bool:
     kinds = {blocks.pop("type", "static"), weight.get("type", "static")}
     has_own_scales = set(blocks) == {-1} or (not blocks and weight.get("axis") == 0)
     is_integer = isinstance(weight.get("num_bits", 8), int)
-    keeps = method_of(format_) in (MAX, MSE, WEIGHTED, GPTQ, AWQ)
+    keeps = method_of(format_) in (MAX, MSE, *FITTED)
     return is_integer and has_own_scales and kinds == {"static"} and keeps
 
 
@@ -84,7 +85,7 @@ def needs_channel_squares(format_: Format) -> bool:
 
 def needs_hessians(format_: Format) -> bool:
     """Whether a format needs the second moments of every linear's input."""
-    return method_of(format_) == GPTQ
+    return method_of(format_) in BY_COLUMNS
 
 
 def is_fitted(format_: Format) -> bool:
@@ -99,7 +100,7 @@ def needs_channels(format_: Format) -> bool:
 
 def needs_search(format_: Format) -> bool:
     """Whether a format needs the mean absolute input of every channel, and a search with it."""
-    return method_of(format_) in (AWQ_LITE, AWQ)
+    return method_of(format_) in (AWQ_LITE, *FACTORS)
 
 
 def num_search_products(format_: Format) -> int:

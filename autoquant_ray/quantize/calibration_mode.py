@@ -42,7 +42,7 @@ from modelopt.torch.quantization.utils.core_utils import (
 )
 from pydantic import Field
 
-from autoquant_ray.formats.algorithms import AWQ, FITTED, GPTQ, MAX, SETS, WEIGHTED
+from autoquant_ray.formats.algorithms import AWQ, BY_COLUMNS, FITTED, MAX, SETS, WEIGHTED
 from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
 from autoquant_ray.quantize.input_factors import InputFactors
 from autoquant_ray.quantize.input_squares import InputSquares
@@ -174,10 +174,11 @@ def _calibrate(
 ) -> None:
     """What ``mtq.calibrate`` does; ``weighted``: by maximum, then by the search; ``awq``: by
     maximum, and appends to the factors, which are folded later."""
-    if isinstance(algorithm, dict) and _method(algorithm) == GPTQ:
+    if isinstance(algorithm, dict) and _method(algorithm) in BY_COLUMNS:
         raise ValueError(
-            "gptq rounds weights to the calibration data of the scan, which mtq.quantize does not "
-            "have; use `autoquant-ray export` on the run, or solve it without gptq"
+            f"{_method(algorithm)} rounds weights to the calibration data of the scan, which "
+            "mtq.quantize does not have; use `autoquant-ray export` on the run, or solve it "
+            "without that method"
         )
     if isinstance(algorithm, dict) and _method(algorithm) == WEIGHTED:
         squares = InputSquares(model)

@@ -98,8 +98,13 @@ def quantized_weight(
     factors_I = scales.factors(name, format_)
     if factors_I is not None:
         scaled_OI = weight_OI.float() * factors_I
-        scaled_OI = quantizer_of(format_, scaled_OI, scales, *name)(scaled_OI)
-        return (scaled_OI / factors_I).to(weight_OI.dtype)
+        return (_quantized(format_, scaled_OI, scales, *name) / factors_I).to(weight_OI.dtype)
+    return _quantized(format_, weight_OI, scales, *name)
+
+
+def _quantized(
+    format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str
+) -> torch.Tensor:
     quantizer = quantizer_of(format_, weight_OI, scales, *name)
     quantized: torch.Tensor = quantizer(
         rounded_weight(format_, quantizer, weight_OI, scales, *name)
@@ -185,13 +190,20 @@ def fit_rounding(
 ) -> FittedCodes | None:
     """The rounding of a weight by GPTQ; None where plain rounding is better.
 
+    Where the format has factors, so that ``W s`` is multiplied with ``x / s``, that is what is
+    rounded: all linears that read the input must be in memory.
+
     Args:
-        format_: By ``gptq``.
+        format_: By ``gptq`` or ``awq+gptq``.
         weight_OI: As above.
         hessians_II: Second moments of its input over the tokens of each half of the data.
         scales: Those of the model.
         name: As above.
     """
+    factors_I = scales.factors(name, format_)
+    if factors_I is not None:
+        weight_OI = weight_OI.float() * factors_I
+        hessians_II = [h_II / factors_I / factors_I[:, None] for h_II in hessians_II]
     quantizer = quantizer_of(format_, weight_OI, scales, *name)
     given = (format_.algorithm or {}).get("perc_damp")
     dampings = DAMPINGS if given is None else (given,)

@@ -100,7 +100,8 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
             for half in range(NUM_HALVES):
                 moments.begin(half)
                 model(torch.randint(0, 256, (4, 64), generator=generator))
-        rounding = fitting.fit(0, calibration, moments.sums())
+        merged = read_calibration(directory, plan.formats, plan.folds)
+        rounding = fitting.fit(0, merged, moments.sums())
         directory.write_table("rounding.parquet", rounding_rows(rounding, plan.formats))
     return {row["module"]: row["value"] for row in rows}
 

@@ -28,8 +28,8 @@ from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.runs.directory import RunDirectory
 
 AWQ, WEIGHTED, INT8 = "wint4_g32_afp16:awq", "wint4_g32_afp16:weighted", "wint8_afp16"
-GPTQ = "wint4_g32_afp16:gptq"
-MENU = (AWQ, WEIGHTED, GPTQ, INT8)
+GPTQ, AWQ_GPTQ = "wint4_g32_afp16:gptq", "wint4_g32_afp16:awq+gptq"
+MENU = (AWQ, WEIGHTED, GPTQ, AWQ_GPTQ, INT8)
 ALGORITHMS = dict.fromkeys(MENU, "W4A16_AWQ") | {INT8: "W8A16"}
 CHOICE = {
     "*": "none",
@@ -89,8 +89,11 @@ def folded(directory: RunDirectory, folder: Path) -> tuple[Any, dict[str, Any], 
 def test_folder_holds_folded_weights_and_no_factor(
     family: str, layout: str, loud_run: Any, tmp_path: Path
 ) -> None:
-    divided_too = WEIGHTED if family == "llama" else GPTQ  # up_proj, by what down_proj takes
-    directory, folder = loud_run(family, {"*0.mlp.gate_proj": divided_too})
+    changes = {"*0.mlp.gate_proj": WEIGHTED}  # with up_proj, divided by what down_proj takes
+    if family == "qwen3":
+        changes = {"*0.mlp.gate_proj": GPTQ, "*1.mlp.down_proj": AWQ_GPTQ}
+        changes |= {"*0.self_attn.*": AWQ_GPTQ, "lm_head": AWQ_GPTQ}
+    directory, folder = loud_run(family, changes)
     model, factors, divisors = folded(directory, folder)
     assert len(factors) == 8
     assert all(factors_I.unique().numel() > 10 for factors_I in factors.values())

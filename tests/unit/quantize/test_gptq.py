@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,21 @@ from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.algorithms import of_allocation
 from autoquant_ray.formats.format import Attributes
 from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize import calibration_mode  # noqa: F401 (registers the mode)
+from autoquant_ray.quantize.calibration import (
+    Calibration,
+    Channels,
+    FittedWeight,
+    ModuleCalibration,
+)
 from autoquant_ray.quantize.gptq import fit_codes, gptq_codes, grid_of, plain_codes, values_of
-from autoquant_ray.quantize.quantizers import make_weight_quantizer
+from autoquant_ray.quantize.quantizers import (
+    fit_rounding,
+    make_weight_quantizer,
+    quantized_weight,
+)
+from autoquant_ray.quantize.weight_search import WeightScales
 
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
 WEIGHTS = {"int4": INT4, "int8": INT8, "fp8": FP8, "nvfp4": NVFP4}
@@ -169,6 +182,41 @@ def test_format_without_scales_per_output_is_refused(weight: Attributes, reason:
     entry = {"weight": weight, "algorithm": {"method": "gptq"}}
     with pytest.raises(FormatError, match=reason):
         resolve_formats(("mine",), device="cpu", custom={"mine": entry})
+
+
+def test_factors_come_before_rounding(make_model: Any) -> None:
+    """``W s`` is rounded for inputs ``x / s``, and the result divided by ``s`` again."""
+    model = make_model("llama")
+    plan = build_plan(model, resolve_formats(("wint4_g32_afp16:awq+gptq",), device="cpu"))
+    (format_,), name = plan.formats, "model.layers.0.mlp.down_proj"
+    weight_OI = model.get_submodule(name).weight.detach()
+    width = weight_OI.shape[1]
+    loud_I = drawn(width, seed=5).exp()
+    halves = [correlated(400, width, seed) * loud_I for seed in (1, 2)]
+    sum_I = torch.cat(halves).abs().sum(dim=0).double().numpy()
+    channels = Channels(largest_I=None, sum_I=sum_I, num_tokens=800)
+    record = ModuleCalibration(channels=channels, alphas={format_.name: 0.5})
+    calibration = Calibration(modules={name: record}, folds=plan.folds)
+    factors_I = WeightScales(model, calibration).factors((name,), format_)
+    assert factors_I is not None
+    assert factors_I.std() > 0.1
+    fitted = fit_rounding(
+        format_, weight_OI, moments(*halves), WeightScales(model, calibration), name
+    )
+    assert fitted is not None
+    scaled_OI = weight_OI * factors_I
+    grid = grid_of(make_weight_quantizer(format_.weight, scaled_OI), scaled_OI)
+    scaled = [half_TI / factors_I for half_TI in halves]
+    expected = fit_codes(scaled_OI, moments(*scaled), grid)
+    assert expected is not None
+    assert fitted.damping == expected.damping
+    is_equal = fitted.whole == expected.whole
+    assert is_equal.mean() > 0.999  # the moments are scaled after they were summed, or before
+    rounding = {(name, "", format_.weight_key): FittedWeight(codes=fitted)}
+    scales = WeightScales(model, replace(calibration, rounding=rounding))
+    quantized_OI = quantized_weight(format_, weight_OI, scales, name)
+    values_OI = values_of(fitted.whole, grid) / factors_I
+    torch.testing.assert_close(quantized_OI, values_OI, rtol=1e-5, atol=1e-7)
 
 
 def test_mtq_quantize_refuses_to_repeat_a_fit_that_it_has_no_data_for(make_model: Any) -> None:
