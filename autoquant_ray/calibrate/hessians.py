@@ -16,10 +16,13 @@ import torch
 
 from autoquant_ray.calibrate.input_rows import InputRows
 from autoquant_ray.errors import changed_input
+from autoquant_ray.formats.algorithms import FACTOR_BYTES
 from autoquant_ray.quantize.calibration import NUM_HALVES
+from autoquant_ray.quantize.second_moments import SecondMoments
+from autoquant_ray.quantize.weight_cache import WeightCache
 
-Hessians = Mapping[str, list[torch.Tensor]]
-"""Module name -> float32 ``(I, I)`` of each half; modules that saw no token are missing."""
+Hessians = Mapping[str, SecondMoments]
+"""Module name -> those of its input; modules that saw no token are missing."""
 
 
 class HessianCollector:
@@ -58,9 +61,11 @@ class HessianCollector:
         """Release the last input."""
         self._rows.release()
 
-    def sums(self) -> dict[str, list[torch.Tensor]]:
+    def moments(self) -> dict[str, SecondMoments]:
         """The sums over all batches; the collector forgets them."""
-        sums, self._sums = self._sums, {}
+        kept = WeightCache(FACTOR_BYTES)
+        sums = {name: SecondMoments(halves_II, kept) for name, halves_II in self._sums.items()}
+        self._sums = {}
         return {n: sums[first] for n, first in self._sharing.items() if first in sums}
 
     def _hook(self, name: str) -> Callable[..., None]:

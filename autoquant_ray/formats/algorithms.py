@@ -70,6 +70,9 @@ SEARCHED_BYTES = 2**30
 """Most bytes that a worker keeps of what searches found, one per scale: 17 billion weights in
 blocks of 16."""
 
+FACTOR_BYTES = 2**28
+"""Most bytes that a worker keeps of the factors of Hessians, for weights with the same input."""
+
 
 def checked_algorithm(owner: str, given: Any) -> dict[str, Any] | None:
     """An algorithm with all its arguments; None for ``max``.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.formats.algorithms import SEARCHED_BYTES, SEARCHES
+from autoquant_ray.formats.algorithms import FACTOR_BYTES, SEARCHED_BYTES, SEARCHES
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import method_of, needs_hessians
 from autoquant_ray.plan.group import UNQUANTIZED_BITS
@@ -34,7 +34,10 @@ MOMENT_BYTES = GIB
 """Most bytes of second moments of inputs in memory, unless those of one layer are more."""
 
 _FACTORS_HELD = 7
-"""Of a module that GPTQ rounds: six damped inverses if they are small, one and copies if not."""
+"""Of a module that GPTQ rounds: three dampings by two halves, and the best over all tokens."""
+
+_MATRICES_HELD = 7
+"""Of a module that GPTQ rounds: the moments over all tokens, and those that a factor is made of."""
 
 LARGEST_CACHE_BYTES = 2 * GIB
 """Most bytes of quantized weights that a worker keeps where the user gives no number."""
@@ -107,7 +110,8 @@ def moment_bytes(plan: Plan) -> int:
     widths = moment_widths(plan)
     widest = 4 * max(widths, default=0) ** 2
     moments = sum(2 * 4 * width**2 for width in widths)
-    return max(2 * widest, min(MOMENT_BYTES, moments)) + _FACTORS_HELD * widest
+    factors = 2 * min(FACTOR_BYTES, _FACTORS_HELD * widest)  # used side by side, and kept
+    return max(2 * widest, min(MOMENT_BYTES, moments)) + _MATRICES_HELD * widest + factors
 
 
 def moment_widths(plan: Plan) -> list[int]:

@@ -15,20 +15,23 @@ Shape letters: I in features, O out features, B columns of a block, P problems.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from autoquant_ray.formats.algorithms import FACTOR_BYTES
 from autoquant_ray.formats.numbers import E2M1, E4M3
 from autoquant_ray.quantize.block_formats import round_to
 from autoquant_ray.quantize.calibration import NUM_HALVES, Bytes, FittedCodes
+from autoquant_ray.quantize.second_moments import SecondMoments
 
 DAMPINGS = (0.01, 0.1, 1.0)
 """Shares of the mean of the Hessian's diagonal that may be added to it."""
 
 _BLOCK = 64
-_FACTOR_BYTES = 2**28
+_JUDGED_ROWS = 256
 _HUGE = 1e30
 _FLOATS = {(4, 3): E4M3, (2, 1): E2M1}
 
@@ -68,11 +71,15 @@ def grid_of(quantizer: Any, weight_OI: torch.Tensor) -> Grid:
 
 def plain_codes(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Codes of the nearest numbers, float32 ``(O, I)``."""
-    return grid.round(_in_units(weight_OI.float(), grid.unit_OI))
+    return grid.round(weight_OI.float() / _divisor(grid.unit_OI))
 
 
 def gptq_codes(
-    weight_OI: torch.Tensor, problems: Sequence[tuple[torch.Tensor, float]], grid: Grid
+    weight_OI: torch.Tensor,
+    moments: SecondMoments,
+    problems: Sequence[tuple[int | None, float]],
+    grid: Grid,
+    is_unused_I: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
     """Codes by GPTQ, float32 ``(O, I)``, under several Hessians and dampings.
 
@@ -80,20 +87,22 @@ def gptq_codes(
     starting operations on single columns.
 
     Args:
-        weight_OI: The weight.
-        problems: Hessian, float32 ``(I, I)`` up to a factor, and the share of the mean of its
-            diagonal that is added to it.
-        grid: Of the weight's format.
+        weight_OI: The weight, or some of its rows.
+        moments: Of its input; up to a factor, the Hessians.
+        problems: Which half's (None: over all tokens), and the share of the mean of the diagonal
+            that is added to it.
+        grid: Of these rows.
+        is_unused_I: Columns of the whole weight that are 0; None: those of the rows.
 
     Returns:
         Of each problem; None where the damped Hessian has no Cholesky factor.
     """
-    size = max(1, _FACTOR_BYTES // (4 * weight_OI.shape[1] ** 2))
+    if is_unused_I is None:
+        is_unused_I = (weight_OI == 0).all(dim=0)
+    size = max(1, FACTOR_BYTES // (4 * weight_OI.shape[1] ** 2))
     codes: list[torch.Tensor | None] = []
     for start in range(0, len(problems), size):
-        factors = [
-            _inverse_factor(h_II, weight_OI, d) for h_II, d in problems[start : start + size]
-        ]
+        factors = [moments.inverse_factor(*p, is_unused_I) for p in problems[start : start + size]]
         solved = [factor_II for factor_II in factors if factor_II is not None]
         results = iter(_rounded_columns(weight_OI, torch.stack(solved), grid) if solved else ())
         codes += [None if factor_II is None else next(results) for factor_II in factors]
@@ -107,6 +116,7 @@ def _rounded_columns(
     num_problems, width, _ = factors_PII.shape
     left_PIO = weight_OI.float().T.expand(num_problems, -1, -1).contiguous()
     codes_PIO, unit_IO = torch.empty_like(left_PIO), grid.unit_OI.T.contiguous()
+    divisor_IO = _divisor(unit_IO)
     pivots_PI1 = factors_PII.diagonal(dim1=1, dim2=2).unsqueeze(2)
     for start in range(0, width, _BLOCK):
         block, rest = slice(start, start + _BLOCK), slice(start + _BLOCK, width)
@@ -114,10 +124,10 @@ def _rounded_columns(
         errors_PBO = torch.empty_like(values_PBO)
         factors_PBB = factors_PII[:, block, block]
         for column in range(values_PBO.shape[1]):
-            values_PO, unit_O = values_PBO[:, column], unit_IO[start + column]
-            codes_PO = grid.round(_in_units(values_PO, unit_O))
-            codes_PIO[:, start + column] = codes_PO
-            errors_PO = (values_PO - codes_PO * unit_O) / pivots_PI1[:, start + column]
+            values_PO, number = values_PBO[:, column], start + column
+            codes_PO = grid.round(values_PO / divisor_IO[number])
+            codes_PIO[:, number] = codes_PO
+            errors_PO = (values_PO - codes_PO.mul_(unit_IO[number])) / pivots_PI1[:, number]
             errors_PBO[:, column] = errors_PO
             later_PbO = values_PBO[:, column + 1 :]
             later_PbO.baddbmm_(
@@ -129,7 +139,7 @@ def _rounded_columns(
 
 def fit_codes(
     weight_OI: torch.Tensor,
-    hessians_II: Sequence[torch.Tensor],
+    moments: SecondMoments,
     grid: Grid,
     dampings: Sequence[float] = DAMPINGS,
 ) -> FittedCodes | None:
@@ -137,7 +147,7 @@ def fit_codes(
 
     Args:
         weight_OI: The weight.
-        hessians_II: Of the tokens of each half, sums, float32.
+        moments: Of its input.
         grid: Of the weight's format.
         dampings: To choose from.
 
@@ -145,30 +155,46 @@ def fit_codes(
         None where plain rounding loses less on tokens that GPTQ has not seen.
     """
     weight_OI = weight_OI.float()
-    first_II, second_II = hessians_II
-    whole_II = first_II + second_II
-    unseen = list(zip((second_II, first_II), hessians_II, strict=True))
-    best_error = _loss(weight_OI, plain_codes(weight_OI, grid), grid, whole_II)
-    problems = [(seen_II, damping) for damping in dampings for seen_II, _ in unseen]
-    codes = gptq_codes(weight_OI, problems, grid)
-    best: tuple[float, list[torch.Tensor]] | None = None
-    for number, damping in enumerate(dampings):
-        without = [c for c in codes[2 * number : 2 * number + 2] if c is not None]
-        if len(without) < NUM_HALVES:
-            continue
-        error = sum(
-            _loss(weight_OI, codes_OI, grid, unseen_II)
-            for codes_OI, (_, unseen_II) in zip(without, unseen, strict=True)
-        )
-        if error < best_error:
-            best_error, best = error, (damping, without)
-    if best is None:
+    damping = _best_damping(weight_OI, moments, grid, dampings)
+    if damping is None:
         return None
-    (whole,) = gptq_codes(weight_OI, [(whole_II, best[0])], grid)
-    if whole is None:
+    problems = [(None, damping), *((1 - half, damping) for half in range(NUM_HALVES))]
+    codes = gptq_codes(weight_OI, moments, problems, grid)
+    packed = [_packed(codes_OI, grid) for codes_OI in codes if codes_OI is not None]
+    if len(packed) < len(problems):
         return None
-    packed = [_packed(codes_OI, grid) for codes_OI in (whole, *best[1])]
-    return FittedCodes(damping=best[0], whole=packed[0], without=tuple(packed[1:]))
+    return FittedCodes(damping=damping, whole=packed[0], without=tuple(packed[1:]))
+
+
+def _best_damping(
+    weight_OI: torch.Tensor, moments: SecondMoments, grid: Grid, dampings: Sequence[float]
+) -> float | None:
+    """The damping whose roundings, fitted on either half, lose least on the other.
+
+    Rows are rounded independently of each other, so some of them tell.
+
+    Returns:
+        None if plain rounding loses less.
+    """
+    is_unused_I = (weight_OI == 0).all(dim=0)
+    rows = slice(None, None, max(1, len(weight_OI) // _JUDGED_ROWS))
+    weight_OI, grid = weight_OI[rows], grid._replace(unit_OI=grid.unit_OI[rows])
+    unseen = range(NUM_HALVES)
+    problems = [(1 - half, damping) for damping in dampings for half in unseen]
+    codes = iter(gptq_codes(weight_OI, moments, problems, grid, is_unused_I))
+    best = None
+    best_loss = _loss(weight_OI, plain_codes(weight_OI, grid), grid, moments.over(None))
+    for damping in dampings:
+        loss = 0.0
+        for half in unseen:
+            codes_OI = next(codes)
+            if codes_OI is None:
+                loss = math.inf
+            else:
+                loss += _loss(weight_OI, codes_OI, grid, moments.over(half))
+        if loss < best_loss:
+            best, best_loss = damping, loss
+    return best
 
 
 def values_of(codes: Bytes, grid: Grid) -> torch.Tensor:
@@ -190,9 +216,9 @@ def _packed(codes_OI: torch.Tensor, grid: Grid) -> Bytes:
     return packed
 
 
-def _in_units(values: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Numbers over the unit; 0 in a block of zeros."""
-    return torch.where(unit > 0, values / unit, 0.0)
+def _divisor(unit: torch.Tensor) -> torch.Tensor:
+    """What numbers are divided by to be in units: 0 is what comes out in a block of zeros."""
+    return torch.where(unit > 0, unit, math.inf)
 
 
 def _loss(
@@ -201,21 +227,3 @@ def _loss(
     """``tr(dW H dW^T)``: the squared error of the output."""
     error_OI = codes_OI * grid.unit_OI - weight_OI
     return float(((error_OI @ hessian_II) * error_OI).sum(dtype=torch.float64))
-
-
-def _inverse_factor(
-    hessian_II: torch.Tensor, weight_OI: torch.Tensor, damping: float
-) -> torch.Tensor | None:
-    """Upper Cholesky factor of the inverse of the damped Hessian."""
-    damped_II = hessian_II.clone()
-    is_unused_I = (weight_OI == 0).all(dim=0)
-    damped_II[is_unused_I, :] = 0
-    damped_II[:, is_unused_I] = 0
-    diagonal_I = damped_II.diagonal()
-    diagonal_I[is_unused_I] = 1
-    diagonal_I += damping * diagonal_I.mean()
-    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-    if failed:
-        return None
-    upper_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-    return None if failed or not upper_II.isfinite().all() else upper_II

@@ -12,7 +12,7 @@ blocks): every weight gets a new quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from autoquant_ray.formats.smoothed import needs_channel_squares
 from autoquant_ray.quantize.block_formats import BACKEND
 from autoquant_ray.quantize.calibration import FittedCodes
 from autoquant_ray.quantize.gptq import DAMPINGS, fit_codes, grid_of, values_of
+from autoquant_ray.quantize.second_moments import SecondMoments
 from autoquant_ray.quantize.weight_search import (
     Recall,
     WeightScales,
@@ -184,7 +185,7 @@ def fit_weight(
 def fit_rounding(
     format_: Format,
     weight_OI: torch.Tensor,
-    hessians_II: Sequence[torch.Tensor],
+    moments: SecondMoments,
     scales: WeightScales,
     *name: str,
 ) -> FittedCodes | None:
@@ -196,18 +197,18 @@ def fit_rounding(
     Args:
         format_: By ``gptq`` or ``awq+gptq``.
         weight_OI: As above.
-        hessians_II: Second moments of its input over the tokens of each half of the data.
+        moments: Of its input.
         scales: Those of the model.
         name: As above.
     """
     factors_I = scales.factors(name, format_)
     if factors_I is not None:
         weight_OI = weight_OI.float() * factors_I
-        hessians_II = [h_II / factors_I / factors_I[:, None] for h_II in hessians_II]
+        moments = moments.divided(factors_I, format_.name)
     quantizer = quantizer_of(format_, weight_OI, scales, *name)
     given = (format_.algorithm or {}).get("perc_damp")
     dampings = DAMPINGS if given is None else (given,)
-    return fit_codes(weight_OI, hessians_II, grid_of(quantizer, weight_OI), dampings)
+    return fit_codes(weight_OI, moments, grid_of(quantizer, weight_OI), dampings)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from autoquant_ray.plan.memory import GIB, room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.awq import Losses
 from autoquant_ray.quantize.calibration import Calibration, FittedWeights
+from autoquant_ray.quantize.second_moments import SecondMoments
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Gradients, Pass
@@ -242,7 +243,7 @@ class Scorer:
 
     def _second_moments(
         self, layers: Sequence[int], shards: Iterable[Shard], halves: Mapping[int, int]
-    ) -> dict[str, list[torch.Tensor]]:
+    ) -> dict[str, SecondMoments]:
         """Sums over all shards; the model runs no further than it must."""
         linears = {n: m for layer in layers for n, m in self._fitting.linears(layer).items()}
         if not linears:
@@ -256,7 +257,7 @@ class Scorer:
                     run_watched(
                         self._backward, self._loss, steps, collector, num_layers=max(layers) + 1
                     )
-        return collector.sums()
+        return collector.moments()
 
     @cached_property
     def _fitting(self) -> LayerFitting:

@@ -101,7 +101,7 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
                 moments.begin(half)
                 model(torch.randint(0, 256, (4, 64), generator=generator))
         merged = read_calibration(directory, plan.formats, plan.folds)
-        rounding = fitting.fit(0, merged, moments.sums())
+        rounding = fitting.fit(0, merged, moments.moments())
         directory.write_table("rounding.parquet", rounding_rows(rounding, plan.formats))
     return {row["module"]: row["value"] for row in rows}
 

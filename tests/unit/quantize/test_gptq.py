@@ -29,6 +29,7 @@ from autoquant_ray.quantize.quantizers import (
     make_weight_quantizer,
     quantized_weight,
 )
+from autoquant_ray.quantize.second_moments import SecondMoments
 from autoquant_ray.quantize.weight_search import WeightScales
 
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
@@ -47,8 +48,8 @@ def correlated(num_tokens: int, width: int, seed: int) -> torch.Tensor:
     )
 
 
-def moments(*inputs_TI: torch.Tensor) -> list[torch.Tensor]:
-    return [input_TI.T @ input_TI for input_TI in inputs_TI]
+def moments(*inputs_TI: torch.Tensor) -> SecondMoments:
+    return SecondMoments([input_TI.T @ input_TI for input_TI in inputs_TI])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
@@ -71,7 +72,7 @@ def test_integers_are_those_of_modelopt(family: str, make_model: Any, make_sampl
 
     with torch.no_grad(), collector.collecting():
         run(original)
-    sums = collector.sums()
+    sums = collector.moments()
     config = {
         "quant_cfg": [
             {"quantizer_name": "*", "enable": False},
@@ -84,7 +85,7 @@ def test_integers_are_those_of_modelopt(family: str, make_model: Any, make_sampl
     for name, module in linears.items():
         weight = module.weight.detach()
         grid = grid_of(make_weight_quantizer(INT4, weight), weight)
-        (codes,) = gptq_codes(weight, [(sum(sums[name]), 0.01)], grid)  # type: ignore[list-item]
+        (codes,) = gptq_codes(weight, sums[name], [(None, 0.01)], grid)
         assert codes is not None
         expected = (theirs.get_submodule(name).weight.detach() / grid.unit_OI).round()
         num_equal += int((codes == expected).sum())
@@ -130,8 +131,8 @@ def test_rounding_loses_less_on_tokens_that_it_has_not_seen() -> None:
     assert output_error(weight_OI, whole, unseen) < 0.6 * output_error(weight_OI, plain, unseen)
     for number, input_TI in enumerate(halves):
         without = values_of(fitted.without[number], grid)
-        (other_II,) = moments(halves[1 - number])
-        (alone,) = gptq_codes(weight_OI, [(other_II, fitted.damping)], grid)
+        problem = (1 - number, fitted.damping)
+        (alone,) = gptq_codes(weight_OI, moments(*halves), [problem], grid)
         assert alone is not None
         assert torch.equal(without, alone * grid.unit_OI)
         seen = output_error(weight_OI, whole, input_TI)
@@ -151,8 +152,7 @@ def test_damping_is_chosen_by_the_loss_on_the_other_half() -> None:
     grid = grid_of(make_weight_quantizer(INT4, weight_OI), weight_OI)
     losses = {}
     for damping in (0.01, 0.1, 1.0):
-        problems = [(moment_II, damping) for moment_II in reversed(moments(*halves))]
-        codes = gptq_codes(weight_OI, problems, grid)
+        codes = gptq_codes(weight_OI, moments(*halves), [(1, damping), (0, damping)], grid)
         losses[damping] = sum(
             output_error(weight_OI, code * grid.unit_OI, input_TI)  # type: ignore[operator]
             for code, input_TI in zip(codes, halves, strict=True)
