@@ -217,8 +217,8 @@ def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dic
         by_part = {
             p: {n: v for n, v in arguments.items() if n in ARGUMENTS[p]} for p in (AWQ, GPTQ)
         }
-        first, second = (_with_defaults(owner, part, given) for part, given in by_part.items())
-        return first | second
+        factors, rounding = (_with_defaults(owner, p, given) for p, given in by_part.items())
+        return factors | rounding
     classes: dict[str, Any] = {
         MSE: config.MseCalibConfig,
         WEIGHTED: config.MseCalibConfig,
