@@ -229,4 +229,5 @@ def _scoring_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> ScoringSpec:
         ),
         activation_bytes=round(config.activation_cache_gib * GIB),
         placement=config.placement,
+        min_expert_tokens=config.min_expert_tokens,
     )

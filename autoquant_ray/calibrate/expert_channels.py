@@ -17,7 +17,7 @@ from autoquant_ray.formats.smoothed import needs_channel_squares
 from autoquant_ray.quantize.calibration import Channels
 from autoquant_ray.quantize.experts import FusedExperts
 from autoquant_ray.quantize.input_squares import square_sum
-from autoquant_ray.quantize.single_experts import by_module, routed_apart
+from autoquant_ray.quantize.single_experts import by_module, sums_by_expert
 
 if TYPE_CHECKING:
     from autoquant_ray.plan.scored_modules import ScoredModule
@@ -89,14 +89,8 @@ class ExpertChannels:
             chosen = inputs if real_T is None else [states[real_T] for states in inputs]
             self._count(path, "", experts.input_channels(square_sum, chosen))
             return
-        if real_T is None:
-            real_T = torch.ones(len(inputs[0]), dtype=torch.bool, device=inputs[0].device)
-        for number, (rows, routed) in zip(
-            numbers, routed_apart(inputs, real_T, numbers), strict=True
-        ):
-            if len(rows):
-                sums = experts.input_channels(square_sum, routed, number)
-                self._count(path, f".{number}", sums)
+        for number, sums in sums_by_expert(experts, numbers, square_sum, inputs, real_T):
+            self._count(path, f".{number}", sums)
 
     def _count(self, path: str, suffix: str, sums: dict[str, tuple[torch.Tensor, int]]) -> None:
         parts = self._seen.setdefault(path, {})

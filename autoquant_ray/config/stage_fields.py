@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.formats.algorithms import WEIGHTED
+from autoquant_ray.formats.algorithms import FITTED_BY_EXPERT
 
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": (
@@ -117,14 +117,15 @@ def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
 
 
 def _unused_fields(config: ScanConfig) -> set[str]:
-    """Fields that no number depends on: without a format whose scales rest on the tokens that each
-    expert saw, how many are few matters to the report alone."""
+    """Fields that no number depends on: without a format whose weights are fitted to the tokens
+    that each expert saw, how many are few matters to the report alone."""
 
     def method(name: str) -> Any:
         algorithm = (config.custom_formats.get(name) or {}).get("algorithm")
         return algorithm.get("method") if isinstance(algorithm, dict) else algorithm
 
-    is_weighted = any(
-        name.endswith(f":{WEIGHTED}") or method(name) == WEIGHTED for name in config.formats
+    is_fitted = any(
+        name.rpartition(":")[2] in FITTED_BY_EXPERT or method(name) in FITTED_BY_EXPERT
+        for name in config.formats
     )
-    return set() if is_weighted else {"min_expert_tokens"}
+    return set() if is_fitted else {"min_expert_tokens"}

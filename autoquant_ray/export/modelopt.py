@@ -114,8 +114,12 @@ def _set_fitted_weights(model: Any, source: Source, scales: WeightScales, factor
         for parameter in (p.removesuffix("_") for p in source.modules[name]["prefixes"]):
             weights_EOI = getattr(module, parameter)
             for expert, quantizer in enumerate(getattr(module, f"{parameter}_weight_quantizers")):
-                key = (name, parameter, str(expert))
-                quantizer.amax = quantizer_of(format_, weights_EOI[expert], scales, *key).amax
+                key, weight = (name, parameter, str(expert)), weights_EOI[expert]
+                fitted = quantizer_of(format_, weight, scales, *key)
+                quantizer.amax = fitted.amax
+                if needs_hessians(format_):
+                    rounded = rounded_weight(format_, fitted, weight, scales, *key)
+                    weight.copy_(fitted(rounded))
 
 
 def _set_input_maxima(model: Any, source: Source, calibration: Calibration) -> None:

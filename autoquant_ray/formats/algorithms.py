@@ -53,6 +53,9 @@ FACTORS = (AWQ, AWQ_GPTQ)
 BY_COLUMNS = (GPTQ, AWQ_GPTQ)
 """Methods that round a weight column by column."""
 
+FITTED_BY_EXPERT = (WEIGHTED, *BY_COLUMNS)
+"""Methods that fit a routed expert's weights to the tokens that were routed to it."""
+
 WEIGHTED_DEFAULTS: Mapping[str, Any] = {
     "step_size": 0.025,
     "start_multiplier": 0.7,

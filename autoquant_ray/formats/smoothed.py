@@ -84,7 +84,7 @@ def needs_channel_squares(format_: Format) -> bool:
 
 
 def needs_hessians(format_: Format) -> bool:
-    """Whether a format needs the second moments of every linear's input."""
+    """Whether a format needs the second moments of the input of every linear and expert."""
     return method_of(format_) in BY_COLUMNS
 
 

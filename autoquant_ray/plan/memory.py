@@ -14,6 +14,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.formats.algorithms import FACTOR_BYTES, SEARCHED_BYTES, SEARCHES
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import method_of, needs_hessians
+from autoquant_ray.models.quantizable import PlannedModule, expert_place
 from autoquant_ray.plan.group import UNQUANTIZED_BITS
 from autoquant_ray.plan.plan import Plan
 
@@ -31,8 +32,14 @@ _LAYERS_HELD = 2
 _KEPT_BYTES = 4  # per weight and quantizer: float32, or weight and error in 16 bits
 
 MOMENT_BYTES = GIB
-"""Most bytes of second moments of inputs in memory, unless those of one layer are more."""
+"""Most bytes of second moments of inputs in memory, unless those of one linear or expert are more.
+"""
 
+RESULT_BYTES = GIB
+"""Most bytes of roundings that a worker gives back together, unless those of one layer are more."""
+
+_MOMENT_BYTES = 2 * 4  # float32, of each half of the data
+_CODE_BYTES = 3  # per weight: fitted to all tokens, and without each half
 _FACTORS_HELD = 7
 """Of a module that GPTQ rounds: three dampings by two halves, and the best over all tokens."""
 
@@ -52,8 +59,8 @@ class Footprint:
         offloaded_bytes: Weights held at once when layers are offloaded: everything outside the
             decoder layers, and two layers (the visited one and the next).
         work_bytes: One module's weight in float32, quantized, and the difference; quantized
-            weights that are kept; what GPTQ needs; logits of one slice; every decoder layer's
-            input for the tokens of a step, or for as many as are kept.
+            weights that are kept; what GPTQ needs and gives; logits of one slice; every decoder
+            layer's input for the tokens of a step, or for as many as are kept.
     """
 
     weight_bytes: int
@@ -99,6 +106,7 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
         + cached
         + searched_bytes(searched, plan.formats)
         + moment_bytes(plan)
+        + rounding_bytes(plan)
         + _LOGITS_BYTES
         + inputs,
     )
@@ -107,21 +115,56 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
 def moment_bytes(plan: Plan) -> int:
     """Bytes of second moments of inputs, float32, one for each half of the data, and of their
     inverse's factors, while weights are rounded by GPTQ; 0 for a menu without it."""
-    widths = moment_widths(plan)
-    widest = 4 * max(widths, default=0) ** 2
-    moments = sum(2 * 4 * width**2 for width in widths)
-    factors = 2 * min(FACTOR_BYTES, _FACTORS_HELD * widest)  # used side by side, and kept
-    return max(2 * widest, min(MOMENT_BYTES, moments)) + _MATRICES_HELD * widest + factors
+    modules = _rounded_modules(plan)
+    largest = max(map(portion_bytes, modules), default=0)
+    moments = sum(_num_portions(module) * portion_bytes(module) for module in modules)
+    factor = 4 * widest_input(plan) ** 2
+    factors = 2 * min(FACTOR_BYTES, _FACTORS_HELD * factor)  # used side by side, and kept
+    return max(largest, min(MOMENT_BYTES, moments)) + _MATRICES_HELD * factor + factors
 
 
-def moment_widths(plan: Plan) -> list[int]:
-    """Input channels of every linear that GPTQ may round."""
+def rounding_bytes(plan: Plan) -> int:
+    """Bytes of roundings by GPTQ that a worker holds before it gives them back."""
+    num_formats = sum(map(needs_hessians, plan.formats))
+    sizes = [num_formats * _CODE_BYTES * m.num_weights for m in _rounded_modules(plan)]
+    layer = num_formats * _CODE_BYTES * max(plan.layer_weights, default=0)
+    return min(sum(sizes), max(RESULT_BYTES, layer, *sizes, 0))
+
+
+def portion_bytes(module: PlannedModule) -> int:
+    """Bytes of second moments of the input of a linear, or of both inputs of one expert.
+
+    Args:
+        module: A linear, an expert, or fused experts.
+    """
+    return sum(_MOMENT_BYTES * shape[-1] ** 2 for shape in module.shapes)
+
+
+def widest_input(plan: Plan, *, of_experts: bool = False) -> int:
+    """Input channels of the widest weight that GPTQ may round; 0 where it rounds none.
+
+    Args:
+        plan: The plan.
+        of_experts: Of routed experts only.
+    """
+    modules = _rounded_modules(plan)
+    if of_experts:
+        modules = [m for m in modules if m.kind != "linear" or expert_place(m.name) is not None]
+    return max((shape[-1] for module in modules for shape in module.shapes), default=0)
+
+
+def _num_portions(module: PlannedModule) -> int:
+    return module.shapes[0][0] if module.kind == "experts" else 1
+
+
+def _rounded_modules(plan: Plan) -> list[PlannedModule]:
+    """What GPTQ may round."""
     return [
-        module.shapes[0][-1]
+        module
         for group in plan.searched
         if any(map(needs_hessians, plan.menu(group)))
         for module in group.modules
-        if module.kind == "linear"
+        if not module.is_cache
     ]
 
 

@@ -10,7 +10,7 @@ Shape letters: I in features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,6 +102,16 @@ NUM_HALVES = 2
 """Of the shards of each domain, where what is fitted to many tokens is scored."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def can_be_halved(num_tokens: Sequence[int], least: int) -> bool:
+    """Whether something can be fitted to the tokens of an expert, and without those of a half.
+
+    Args:
+        num_tokens: That were routed to it in each half.
+        least: Fewer of both together are too few.
+    """
+    return all(num_tokens) and sum(num_tokens) >= least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,11 @@ class FusedExperts:
         recorders = {name: _SumRecorder(reduce) for name in self.parameters}
         for name, recorder in recorders.items():
             setattr(self._shadow, f"{name}_input_quantizer", recorder)
-        alone = {} if expert is None else {n: self.slice_of(n, expert) for n in self.parameters}
+        alone = {}
+        if expert is not None and self.is_transposed:  # its biases are not sliced
+            inputs = [s if s.is_floating_point() else s + expert for s in inputs]
+        elif expert is not None:
+            alone = {name: self.slice_of(name, expert) for name in self.parameters}
         self._run_shadow(tuple(inputs), _as_parameters(alone))
         return {
             name: (recorder.total, recorder.num_tokens)

@@ -49,6 +49,10 @@ class Grid(NamedTuple):
     round: Callable[[torch.Tensor], torch.Tensor]
     is_integer: bool
 
+    def of_slice(self, expert: int) -> Grid:
+        """The grid of one expert's weight, where the units are those of all: ``(E, O, I)``."""
+        return self._replace(unit_OI=self.unit_OI[expert])
+
 
 def grid_of(quantizer: Any, weight_OI: torch.Tensor) -> Grid:
     """The grid of a calibrated quantizer of ModelOpt's: static, of integers, FP8 or NVFP4.

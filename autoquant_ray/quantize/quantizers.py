@@ -12,7 +12,7 @@ blocks): every weight gets a new quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,10 +126,26 @@ def rounded_weight(
         scales: Those of the model.
         name: As above.
     """
+    if weight_OI.dim() == 3:
+        return _rounded_slices(format_, quantizer, weight_OI, scales, *name)
     codes = scales.codes(name, format_)
     if codes is None:
         return weight_OI
     return values_of(codes, grid_of(quantizer, weight_OI)).to(weight_OI.dtype)
+
+
+def _rounded_slices(
+    format_: Format, quantizer: Any, weight_EOI: torch.Tensor, scales: WeightScales, *name: str
+) -> torch.Tensor:
+    """The same of experts that share a quantizer, each of which has a rounding."""
+    codes = {e: scales.codes((*name, str(e)), format_) for e in range(len(weight_EOI))}
+    fitted = {expert: values for expert, values in codes.items() if values is not None}
+    if not fitted:
+        return weight_EOI
+    grid, rounded_EOI = grid_of(quantizer, weight_EOI), weight_EOI.clone()
+    for expert, values in fitted.items():
+        rounded_EOI[expert] = values_of(values, grid.of_slice(expert)).to(weight_EOI.dtype)
+    return rounded_EOI
 
 
 @torch.no_grad()
@@ -206,9 +222,40 @@ def fit_rounding(
         weight_OI = weight_OI.float() * factors_I
         moments = moments.divided(factors_I, format_.name)
     quantizer = quantizer_of(format_, weight_OI, scales, *name)
+    return fit_codes(weight_OI, moments, grid_of(quantizer, weight_OI), _dampings(format_))
+
+
+@torch.no_grad()
+def fit_slices(
+    format_: Format,
+    weight_EOI: torch.Tensor,
+    moments: Mapping[int, SecondMoments],
+    scales: WeightScales,
+    *name: str,
+) -> dict[int, FittedCodes]:
+    """The rounding of experts that share a quantizer; without those that plain rounding serves
+    better.
+
+    Args:
+        format_: By ``gptq``.
+        weight_EOI: Of all experts.
+        moments: Expert -> those of its input.
+        scales: Those of the model.
+        name: The module's name, and the parameter.
+    """
+    if not moments:
+        return {}
+    grid = grid_of(quantizer_of(format_, weight_EOI, scales, *name), weight_EOI)
+    codes = {
+        expert: fit_codes(weight_EOI[expert], seen, grid.of_slice(expert), _dampings(format_))
+        for expert, seen in moments.items()
+    }
+    return {expert: fitted for expert, fitted in codes.items() if fitted is not None}
+
+
+def _dampings(format_: Format) -> Sequence[float]:
     given = (format_.algorithm or {}).get("perc_damp")
-    dampings = DAMPINGS if given is None else (given,)
-    return fit_codes(weight_OI, moments, grid_of(quantizer, weight_OI), dampings)
+    return DAMPINGS if given is None else (given,)
 
 
 @torch.no_grad()

@@ -111,6 +111,33 @@ def runnable_experts(modules: Iterable[tuple[Sequence[_Scored], Any]]) -> dict[s
 
 
 @torch.no_grad()
+def sums_by_expert(
+    experts: FusedExperts,
+    numbers: Sequence[int],
+    reduce: Callable[[torch.Tensor], torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    real_T: torch.Tensor | None,
+) -> Iterator[tuple[int, dict[str, tuple[torch.Tensor, int]]]]:
+    """Sums over the inputs of both projections of single experts, each run on its tokens alone.
+
+    Args:
+        experts: The whole module.
+        numbers: Which experts.
+        reduce: ``(T, I)`` -> the sum over its rows.
+        inputs: What the module is called with.
+        real_T: Which rows are tokens; None: all.
+
+    Yields:
+        Number of an expert that got tokens, and its sums, see :meth:`FusedExperts.input_channels`.
+    """
+    if real_T is None:
+        real_T = torch.ones(len(inputs[0]), dtype=torch.bool, device=inputs[0].device)
+    for number, (rows, routed) in zip(numbers, routed_apart(inputs, real_T, numbers), strict=True):
+        if len(rows):
+            yield number, experts.input_channels(reduce, routed, number)
+
+
+@torch.no_grad()
 def run_apart(
     chosen: Sequence[tuple[SingleExpert, PlannedModule, Format]],
     weights: WeightCache,

@@ -184,9 +184,10 @@ class OutputDifferences:
         """Differences of fused experts, or of one of them, by running them again."""
         for formats in self._menu(only):
             format_of_weight = formats[0][1]
+            half = self._scales.unseen_half(format_of_weight)
             weights = {
                 parameter: self._weights.get(
-                    (name, format_of_weight.weight_key, parameter),
+                    (name, format_of_weight.weight_key, half, parameter),
                     partial(experts.quantized_weight, parameter, format_of_weight, self._scales),
                 )
                 for parameter in experts.parameters

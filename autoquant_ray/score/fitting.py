@@ -5,22 +5,60 @@ Every later use of the weight (scores, measurements, exports) takes what was fou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 
-from autoquant_ray.calibrate.hessians import Hessians
+from autoquant_ray.calibrate.hessians import HessianCollector, Hessians
+from autoquant_ray.calibrate.portions import Block, Portion, blocks_of, smallest_portions
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.memory import MOMENT_BYTES
 from autoquant_ray.plan.scored_modules import ScoredModule
-from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration, FittedWeight, FittedWeights
-from autoquant_ray.quantize.quantizers import fit_rounding, fit_weight
+from autoquant_ray.quantize.calibration import (
+    Calibration,
+    FittedCodes,
+    FittedWeight,
+    FittedWeights,
+    can_be_halved,
+)
+from autoquant_ray.quantize.quantizers import fit_rounding, fit_slices, fit_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.residence import Residence
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFit:
+    """What was fitted in a layer.
+
+    Attributes:
+        rounding: To its weights.
+        expert_tokens: Routed expert that GPTQ may round -> tokens that it saw of each half.
+    """
+
+    rounding: FittedWeights
+    expert_tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+class _Entry(NamedTuple):
+    """A module whose weights are fitted, and formats, the first of each that fit alike."""
+
+    planned: PlannedModule
+    module: Any
+    formats: list[Format]
+
+    @property
+    def by_gptq(self) -> list[Format]:
+        return [format_ for format_ in self.formats if needs_hessians(format_)]
+
+    @property
+    def searched(self) -> list[Format]:
+        return [format_ for format_ in self.formats if not needs_hessians(format_)]
 
 
 class LayerFitting:
@@ -32,6 +70,8 @@ class LayerFitting:
         layers: Its decoder layers.
         modules: Searched modules.
         formats: The menu; a module without a format that is fitted is left alone.
+        min_expert_tokens: Routed experts that saw fewer keep plain rounding where GPTQ would round.
+        room: Bytes of second moments in memory; a single linear or expert may need more.
     """
 
     def __init__(
@@ -41,82 +81,144 @@ class LayerFitting:
         layers: Sequence[torch.nn.Module],
         modules: Sequence[ScoredModule],
         formats: Sequence[Format],
+        *,
+        min_expert_tokens: int = 0,
+        room: int = MOMENT_BYTES,
     ) -> None:
         self._residence = residence
+        self._min_expert_tokens = min_expert_tokens
+        self._room = room
         self._num_layers = len(layers)
         self._scales = WeightScales(model)
         inside = {module: n for n, layer in enumerate(layers) for module in layer.modules()}
-        self._by_layer: dict[int, list[tuple[PlannedModule, Any, list[Format]]]] = {}
+        self._by_layer: dict[int, list[_Entry]] = {}
         for scored in modules:
             wanted = {f.weight_key: f for f in scored.menu(formats) if is_fitted(f)}
             module = model.get_submodule(scored.planned.path)
             if wanted:
                 number = inside.get(module, len(layers))
-                entry = (scored.planned, module, list(wanted.values()))
+                entry = _Entry(scored.planned, module, list(wanted.values()))
                 self._by_layer.setdefault(number, []).append(entry)
 
-    def linears(self, number: int) -> dict[str, Any]:
-        """The linears in a layer whose rounding is fitted to second moments of their inputs.
-
-        Args:
-            number: The layer; the number of layers stands for what is outside of them.
-        """
-        return {
-            planned.name: module
-            for planned, module, formats in self._by_layer.get(number, [])
-            if planned.kind == "linear" and any(map(needs_hessians, formats))
-        }
-
-    def blocks(self, layers: Sequence[int]) -> list[list[int]]:
-        """Layers whose second moments are in memory together: 1 GiB at most, or one layer.
-
-        Args:
-            layers: In order.
-        """
-        blocks: list[list[int]] = []
-        room = 0
-        for layer in layers:
-            widths = (module.in_features for module in self.linears(layer).values())
-            size = sum(NUM_HALVES * 4 * width**2 for width in widths)
-            if not blocks or size > room:
-                blocks.append([])
-                room = MOMENT_BYTES
-            blocks[-1].append(layer)
-            room -= size
-        return blocks
-
     @torch.no_grad()
-    def fit(self, number: int, calibration: Calibration, hessians: Hessians) -> FittedWeights:
-        """What is fitted to the weights in a layer, under every format that fits.
+    def fit(
+        self,
+        layers: Sequence[int],
+        calibration: Calibration,
+        collect: Callable[[Block], HessianCollector],
+    ) -> dict[int, LayerFit]:
+        """What is fitted to the weights in some layers, by the number of the layer.
 
         Args:
-            number: The layer; the number of layers stands for what is outside of them.
+            layers: In order; the number of layers stands for what is outside of them.
             calibration: Merged over all shards.
-            hessians: Of the linears in it.
+            collect: Sums second moments for a block over all shards.
         """
         self._scales.calibration = calibration
-        is_layer = number < self._num_layers
+        rounding = {layer: self._searched(layer) for layer in layers}
+        tokens: dict[int, dict[str, Sequence[int]]] = {layer: {} for layer in layers}
+        for block in blocks_of(self._portions(layers), self._room):
+            hessians = self._hessians(block, collect, tokens)
+            for layer, portions in groupby(block, key=lambda portion: portion.layer):
+                with self._visit(layer):
+                    for portion in portions:
+                        rounding[layer].update(self._rounded(portion, hessians))
+            del hessians  # before the next pass makes others
+        return {
+            layer: LayerFit(
+                rounding=self._in_order(layer, rounding[layer]), expert_tokens=tokens[layer]
+            )
+            for layer in layers
+        }
+
+    def _portions(self, layers: Sequence[int]) -> Iterator[Portion]:
+        """What GPTQ rounds in layers."""
+        for layer in layers:
+            for entry in self._by_layer.get(layer, []):
+                if entry.by_gptq:
+                    yield from smallest_portions(layer, entry.planned, entry.module, entry.by_gptq)
+
+    def _hessians(
+        self,
+        block: Block,
+        collect: Callable[[Block], HessianCollector],
+        tokens: Mapping[int, dict[str, Sequence[int]]],
+    ) -> Hessians:
+        """Those of a block, without experts that saw few tokens; counts the tokens of experts."""
+        collector = collect(block)
+        hessians = collector.moments()
+        for portion in block:
+            for weight, expert in portion.weights():
+                if expert is not None:
+                    seen = tokens[portion.layer][expert] = collector.num_tokens(weight)
+                    if not can_be_halved(seen, self._min_expert_tokens):
+                        hessians.pop(weight, None)
+        return hessians
+
+    def _searched(self, number: int) -> dict[tuple[str, str, str], FittedWeight]:
+        """The scales of the weights in a layer, under every format that searches them."""
+        entries = [entry for entry in self._by_layer.get(number, []) if entry.searched]
         rounding = {}
-        with self._residence.visit(number, None) if is_layer else nullcontext():
-            for planned, module, formats in self._by_layer.get(number, []):
-                for part, weight in _weights(planned, module):
-                    for format_ in formats:
-                        fitted = self._fitted(format_, weight, hessians, planned.path, *part)
-                        if fitted is not None:
-                            rounding[planned.path, ".".join(part), format_.weight_key] = fitted
+        with self._visit(number) if entries else nullcontext():
+            for entry in entries:
+                path = entry.planned.path
+                for part, weight in _weights(entry.planned, entry.module):
+                    for format_ in entry.searched:
+                        numbers = fit_weight(format_, weight, self._scales, path, *part)
+                        if numbers is not None:
+                            key = (path, ".".join(part), format_.weight_key)
+                            rounding[key] = FittedWeight(multipliers=numbers)
         return rounding
 
-    def _fitted(
-        self, format_: Format, weight: torch.Tensor, hessians: Hessians, *name: str
-    ) -> FittedWeight | None:
-        if not needs_hessians(format_):
-            multipliers = fit_weight(format_, weight, self._scales, *name)
-            return None if multipliers is None else FittedWeight(multipliers=multipliers)
-        moments = hessians.get(name[0]) if len(name) == 1 else None
-        if moments is None:
-            return None
-        codes = fit_rounding(format_, weight, moments, self._scales, *name)
-        return None if codes is None else FittedWeight(codes=codes)
+    def _rounded(
+        self, portion: Portion, hessians: Hessians
+    ) -> dict[tuple[str, str, str], FittedWeight]:
+        """The roundings of the weights of a portion; weights without moments have none."""
+        return {
+            (portion.planned.path, part, format_.weight_key): FittedWeight(codes=codes)
+            for part, format_, codes in self._codes(portion, hessians)
+            if codes is not None
+        }
+
+    def _in_order(self, number: int, rounding: FittedWeights) -> FittedWeights:
+        """What was fitted in a layer, in an order that blocks do not change."""
+        keys = (
+            (entry.planned.path, part, format_.weight_key)
+            for entry in self._by_layer.get(number, [])
+            for part in _parts(entry.planned)
+            for format_ in entry.formats
+        )
+        return {key: rounding[key] for key in keys if key in rounding}
+
+    def _codes(
+        self, portion: Portion, hessians: Hessians
+    ) -> Iterator[tuple[str, Format, FittedCodes | None]]:
+        """Parts of a portion's module, formats and codes; None where plain rounding is better."""
+        path, formats, scales = portion.planned.path, portion.formats, self._scales
+        if portion.planned.kind == "linear":
+            for format_ in formats if path in hessians else ():
+                weight = portion.module.weight
+                yield "", format_, fit_rounding(format_, weight, hessians[path], scales, path)
+            return
+        for name in portion.planned.parameters:
+            keys = {n: f"{path}.{name}.{n}" for n in portion.experts}
+            moments = {n: hessians[key] for n, key in keys.items() if key in hessians}
+            weights = getattr(portion.module, name)
+            if portion.planned.is_transposed:  # its experts share a quantizer
+                whole = weights.mT.contiguous()
+                for format_ in formats:
+                    fitted = fit_slices(format_, whole, moments, scales, path, name)
+                    yield from ((f"{name}.{n}", format_, codes) for n, codes in fitted.items())
+                continue
+            for n, seen in moments.items():
+                for format_ in formats:
+                    key = (path, name, str(n))
+                    codes = fit_rounding(format_, weights[n], seen, scales, *key)
+                    yield f"{name}.{n}", format_, codes
+
+    def _visit(self, number: int) -> AbstractContextManager[None]:
+        is_layer = number < self._num_layers
+        return self._residence.visit(number, None) if is_layer else nullcontext()
 
 
 def _weights(planned: PlannedModule, module: Any) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
@@ -132,3 +234,15 @@ def _weights(planned: PlannedModule, module: Any) -> Iterator[tuple[tuple[str, .
         experts = range(len(weights)) if planned.expert is None else [planned.expert]
         for expert in experts:
             yield (name, str(expert)), weights[expert]
+
+
+def _parts(planned: PlannedModule) -> Iterator[str]:
+    """All parts to which something may be fitted, see ``FittedWeights``."""
+    if planned.kind == "linear":
+        yield ""
+        return
+    for name in planned.parameters:
+        if planned.is_transposed:
+            yield name
+        experts = range(planned.shapes[0][0]) if planned.expert is None else [planned.expert]
+        yield from (f"{name}.{expert}" for expert in experts)

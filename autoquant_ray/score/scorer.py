@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,21 +19,21 @@ import torch
 
 from autoquant_ray.calibrate.hessians import HessianCollector
 from autoquant_ray.calibrate.maxima import ActivationMaxima
+from autoquant_ray.calibrate.portions import Block, collector_of
 from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.quantizable import is_of_tower
-from autoquant_ray.plan.memory import GIB, room_for_visit
+from autoquant_ray.plan.memory import GIB, MOMENT_BYTES, room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.awq import Losses
-from autoquant_ray.quantize.calibration import Calibration, FittedWeights
-from autoquant_ray.quantize.second_moments import SecondMoments
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Gradients, Pass
-from autoquant_ray.score.fitting import LayerFitting
+from autoquant_ray.score.fitting import LayerFit, LayerFitting
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.score.model_checks import require_head, require_linears
@@ -64,6 +64,8 @@ class ScoringSpec:
         activation_bytes: For layer inputs: half of it for the steps that are visited together,
             half to keep calibrated shards until they are scored.
         placement: ``resident``, ``offload`` or ``split``.
+        min_expert_tokens: GPTQ leaves experts that saw fewer to plain rounding.
+        moment_bytes: For second moments of inputs.
     """
 
     model: ModelRef
@@ -80,6 +82,8 @@ class ScoringSpec:
     weight_cache_bytes: int | None = None
     activation_bytes: int = GIB
     placement: str = "resident"
+    min_expert_tokens: int = 0
+    moment_bytes: int = MOMENT_BYTES
 
     def build(self) -> Scorer:
         """Load the model; called in the worker process."""
@@ -224,7 +228,7 @@ class Scorer:
 
     def fit(
         self, layers: Sequence[int], calibration: Calibration, shards: Iterable[Shard] = ()
-    ) -> dict[int, FittedWeights]:
+    ) -> dict[int, LayerFit]:
         """What is fitted to weights of some layers, by the number of the layer.
 
         Args:
@@ -232,39 +236,36 @@ class Scorer:
             calibration: Merged over all shards.
             shards: All of them, in order, where second moments of inputs are needed.
         """
-        rounding = {}
-        for block in self._fitting.blocks(layers):
-            hessians = self._second_moments(block, shards, calibration.halves)
-            for layer in block:
-                rounding[layer] = self._fitting.fit(layer, calibration, hessians)
-                for name in self._fitting.linears(layer):
-                    hessians.pop(name, None)
-        return rounding
+        collect = partial(self._second_moments, shards=shards, halves=calibration.halves)
+        fits: dict[int, LayerFit] = self._fitting.fit(layers, calibration, collect)
+        return fits
 
     def _second_moments(
-        self, layers: Sequence[int], shards: Iterable[Shard], halves: Mapping[int, int]
-    ) -> dict[str, SecondMoments]:
+        self, block: Block, shards: Iterable[Shard], halves: Mapping[int, int]
+    ) -> HessianCollector:
         """Sums over all shards; the model runs no further than it must."""
-        linears = {n: m for layer in layers for n, m in self._fitting.linears(layer).items()}
-        if not linears:
-            return {}
-        collector = HessianCollector(linears)
+        collector = collector_of(block)
+        num_layers = max(portion.layer for portion in block) + 1
         with collector.collecting():
             for shard in shards:
                 collector.begin(halves[shard.shard])
                 for visit in self._visits_to_watch(self._packer, shard.samples):
                     steps = self._steps(shard.samples, visit)
-                    run_watched(
-                        self._backward, self._loss, steps, collector, num_layers=max(layers) + 1
-                    )
-        return collector.moments()
+                    run_watched(self._backward, self._loss, steps, collector, num_layers=num_layers)
+        return collector
 
     @cached_property
     def _fitting(self) -> LayerFitting:
         """Made when it is first needed: most menus never do."""
         layers, spec = self._backward.layers, self.spec
         return LayerFitting(
-            self.model, self._backward.residence, layers, spec.modules, spec.formats
+            self.model,
+            self._backward.residence,
+            layers,
+            spec.modules,
+            spec.formats,
+            min_expert_tokens=spec.min_expert_tokens,
+            room=spec.moment_bytes,
         )
 
     def score(

@@ -20,20 +20,21 @@ from autoquant_ray.distributed.progress import progress
 from autoquant_ray.distributed.task import LayerTask, ShardTask
 from autoquant_ray.errors import DataError, Interrupted, WorkerError
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
-from autoquant_ray.plan.memory import moment_widths
+from autoquant_ray.plan.memory import RESULT_BYTES, widest_input
 from autoquant_ray.plan.plan import Plan
-from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration
+from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration, can_be_halved
 from autoquant_ray.runs.names import DOMAINS_FILE, ROUNDING, ROUNDING_FILE, part_name
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.shards import intact_parts, tasks_of
+from autoquant_ray.wording import few
 
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_CHANNEL = 4
 """Fewer tokens are few for second moments: the log says so."""
 
-_RESULT_BYTES = 2**30
+_MOST_NAMES = 4
 
 
 def fit(
@@ -90,6 +91,7 @@ def _fit_layers(
     shared, num_kept = pool.share(calibration), len(layers) - len(missing)
     shards = pool.share(_shards(state, plan, calibration.halves))
     blocks = _blocks(plan, missing, pool.num_workers)
+    expert_tokens: dict[str, Sequence[int]] = {}
     with (
         stop_on_signal(pool.grace_s) as stop,
         closing(
@@ -105,15 +107,50 @@ def _fit_layers(
             if outcome.reason is not None:
                 raise WorkerError(f"a rounding failed: {outcome.reason}")
             state.require_lease()
-            for layer, rounding in outcome.result.items():
-                rows = rounding_rows(rounding, plan.formats)
+            for layer, fitted in outcome.result.items():
+                rows = rounding_rows(fitted.rounding, plan.formats)
                 state.directory.write_table(part_name(ROUNDING, layer), rows)
+                expert_tokens |= fitted.expert_tokens
                 num_kept += 1
                 advance(f"{outcome.num_workers} worker(s)")
+    _warn_of_few_tokens(state, plan, expert_tokens)
     if stop.is_made:
         raise Interrupted(
             f"interrupted: stage fit has {num_kept} of {len(layers)} layers, all kept; go on with "
             "`resume`"
+        )
+
+
+def _warn_of_few_tokens(
+    state: RunState, plan: Plan, expert_tokens: Mapping[str, Sequence[int]]
+) -> None:
+    """Log which routed experts GPTQ left to plain rounding, and how many it had few tokens for.
+
+    Args:
+        state: The run.
+        plan: Its plan.
+        expert_tokens: Expert -> tokens that it saw of each half.
+    """
+    least = state.config["min_expert_tokens"]
+    plain = sorted(e for e, seen in expert_tokens.items() if not can_be_halved(seen, least))
+    if plain:
+        logger.warning(
+            "%d expert(s) saw fewer than %d tokens (`min_expert_tokens`), or none in one half of "
+            "the shards, so GPTQ leaves their weights to plain rounding: %s",
+            len(plain),
+            least,
+            few(plain, _MOST_NAMES),
+        )
+    enough = TOKENS_PER_CHANNEL * widest_input(plan, of_experts=True)
+    thin = [e for e, seen in expert_tokens.items() if sum(seen) < enough and e not in set(plain)]
+    if thin:
+        logger.warning(
+            "%d of %d expert(s) saw fewer than %d tokens, %d per input channel, which are few for "
+            "GPTQ; give more `samples`",
+            len(thin),
+            len(expert_tokens),
+            enough,
+            TOKENS_PER_CHANNEL,
         )
 
 
@@ -139,7 +176,7 @@ def _shards(state: RunState, plan: Plan, halves: Mapping[int, int]) -> list[Shar
             "smaller `shard_samples`"
         )
     num_tokens = sum(len(sample) for task in tasks for sample in task.samples)
-    widest = max(moment_widths(plan), default=0)
+    widest = widest_input(plan)
     if num_tokens < TOKENS_PER_CHANNEL * widest:
         logger.warning(
             "%s: %d tokens are few for GPTQ on inputs of %d channels; give more `samples`",
@@ -169,7 +206,7 @@ def _blocks(plan: Plan, layers: Sequence[int], num_workers: int) -> list[tuple[i
         size = num_formats * (1 + NUM_HALVES) * weights[layer]
         if not blocks or len(blocks[-1]) >= most or size > room:
             blocks.append([])
-            room = _RESULT_BYTES
+            room = RESULT_BYTES
         blocks[-1].append(layer)
         room -= size
     return [tuple(block) for block in blocks]

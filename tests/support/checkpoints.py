@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from autoquant_ray.calibrate.files import channel_rows, maxima_rows, read_calibration, rounding_rows
-from autoquant_ray.calibrate.hessians import HessianCollector
 from autoquant_ray.calibrate.maxima import ActivationMaxima
+from autoquant_ray.calibrate.portions import collector_of
 from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.export.source import read_source
@@ -95,13 +95,18 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
         directory.write_table("search.parquet", loss_rows(search.losses()))
     if any(map(is_fitted, plan.formats)):
         fitting = LayerFitting(model, Resident(), [], scored_modules(plan), plan.formats)
-        moments = HessianCollector(fitting.linears(0))
-        with moments.collecting(), torch.no_grad():
-            for half in range(NUM_HALVES):
-                moments.begin(half)
-                model(torch.randint(0, 256, (4, 64), generator=generator))
+        halves = [torch.randint(0, 256, (4, 64), generator=generator) for _ in range(NUM_HALVES)]
+
+        def collect(block: Any) -> Any:
+            moments = collector_of(block)
+            with moments.collecting():
+                for half, ids in enumerate(halves):
+                    moments.begin(half)
+                    model(ids)
+            return moments
+
         merged = read_calibration(directory, plan.formats, plan.folds)
-        rounding = fitting.fit(0, merged, moments.moments())
+        rounding = fitting.fit([0], merged, collect)[0].rounding
         directory.write_table("rounding.parquet", rounding_rows(rounding, plan.formats))
     return {row["module"]: row["value"] for row in rows}
 
