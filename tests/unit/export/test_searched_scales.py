@@ -102,7 +102,10 @@ def test_static_nvfp4_folder_holds_the_weights_that_were_measured(
         assert scale == pytest.approx(maxima[name] / (6 * 448), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fp8_mse", STATIC[1], "wfp8_afp8:weighted"])
+@pytest.mark.parametrize(
+    "name",
+    ["fp8_mse", STATIC[1], "wfp8_afp8:weighted", "wfp8_afp8:gptq", "wfp4_afp16:gptq"],
+)
 def test_every_expert_is_packed_with_its_searched_scales(
     name: str, solved_run: Any, tmp_path: Path
 ) -> None:
@@ -111,7 +114,10 @@ def test_every_expert_is_packed_with_its_searched_scales(
     tensors, source = load_folder(tmp_path / "out"), load_folder(folder)
     format_ = next(iter(read_source(directory).formats.values()))
     algo = "FP8" if "fp8_" in name else "NVFP4"
-    scales = WeightScales(torch.nn.Identity(), read_calibration(directory))
+    calibration = read_calibration(directory, [format_])
+    scales = WeightScales(torch.nn.Identity(), calibration)
+    is_fitted = any(fit.codes is not None for fit in calibration.rounding.values())
+    assert is_fitted == name.endswith(":gptq")
     tolerance = 2**-8 if "int4" in name else 1e-6
     for layer in [
         layer_name.removesuffix(".weight") for layer_name in source if ".experts." in layer_name

@@ -18,7 +18,15 @@ from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.models.load import build_skeleton
-from autoquant_ray.plan.memory import GIB, Footprint, choose_placement, footprint
+from autoquant_ray.plan import memory
+from autoquant_ray.plan.memory import (
+    GIB,
+    Footprint,
+    choose_placement,
+    footprint,
+    moment_bytes,
+    rounding_bytes,
+)
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.score.loading import offload_map, split_map
 from autoquant_ray.score.scorer import Scorer
@@ -190,7 +198,7 @@ def test_scores_with_the_hooks_of_a_split_model_are_the_same(
 
 def test_gptq_needs_room_for_second_moments(make_model: Any) -> None:
     """Of inputs of 64 channels, and the 160 of down_proj, in two halves; seven factors, twice; and
-    seven matrices that these are made of."""
+    seven matrices that these are made of; and three roundings, a byte per weight."""
     model = make_model("llama")
     plans = [
         build_plan(model, resolve_formats((name,), device="cpu"), disable=("lm_head",))
@@ -205,4 +213,29 @@ def test_gptq_needs_room_for_second_moments(make_model: Any) -> None:
     ]
     squares = [linear.in_features**2 for linear in linears]
     assert max(squares) == 160**2
-    assert fitted - plain == 4 * (2 * sum(squares) + (7 + 2 * 7) * max(squares))
+    codes = 3 * sum(linear.weight.numel() for linear in linears)
+    assert fitted - plain == 4 * (2 * sum(squares) + (7 + 2 * 7) * max(squares)) + codes
+
+
+def test_gptq_needs_room_for_second_moments_of_every_expert(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 experts in each of 2 layers, inputs of 64 and 48 channels; experts share no moments."""
+    model = make_model("qwen3_moe")
+    plans = [
+        build_plan(model, resolve_formats((name,), device="cpu"), disable=("*attn*", "lm_head"))
+        for name in ("wint8_afp16", "wint8_afp16:gptq")
+    ]
+    assert {group.modules[0].kind for group in plans[1].searched} == {"experts"}
+    expert, factors = 2 * 4 * (64**2 + 48**2), (7 + 2 * 7) * 4 * 64**2
+    assert moment_bytes(plans[0]) == 0
+    assert moment_bytes(plans[1]) == 2 * 8 * expert + factors
+    weights = 2 * 8 * 3 * 64 * 48
+    plain, fitted = (footprint(plan, make_config()).work_bytes for plan in plans)
+    assert fitted - plain == moment_bytes(plans[1]) + 3 * weights
+    monkeypatch.setattr(memory, "MOMENT_BYTES", 3 * expert)
+    assert moment_bytes(plans[1]) == 3 * expert + factors
+    monkeypatch.setattr(memory, "MOMENT_BYTES", 1)
+    assert moment_bytes(plans[1]) == expert + factors
+    monkeypatch.setattr(memory, "RESULT_BYTES", 1)  # those of a layer are given back together
+    assert rounding_bytes(plans[1]) == 3 * plans[1].layer_weights[0] > 3 * weights / 2
