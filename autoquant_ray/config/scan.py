@@ -126,8 +126,9 @@ class ScanConfig(SearchSpace):
     min_expert_tokens: int = Field(
         default=32,
         ge=0,
-        description="Tokens below which the report names a routed expert: its share of the scores "
-        "rests on few tokens, or on none.",
+        description="Tokens below which the report names a routed expert, whose share of the "
+        "scores rests on few tokens, or on none. The methods weighted and gptq leave its weights "
+        "to plain rounding.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the label draws and of drawn rows.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

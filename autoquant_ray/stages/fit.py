@@ -2,7 +2,7 @@
 
 It writes one part per decoder layer, and one for what is outside of them, and merges them in their
 order. A layer's part depends on the merged statistics and the shards, never on the layers that a
-worker fits together: those whose second moments of inputs have room beside each other.
+worker fits together, nor on what it has in memory together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from autoquant_ray.wording import few
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_CHANNEL = 4
-"""Fewer tokens are few for second moments: the log says so."""
+"""Fewer tokens are few for second moments, of all or of a routed expert: the log says so."""
 
 _MOST_NAMES = 4
 
