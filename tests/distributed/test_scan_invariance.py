@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import parquet
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.scan import run_search
@@ -35,6 +36,14 @@ def undisturbed(
     done = run_command(*scan_arguments(run, *SLOW, "--workers", "1", family=FAMILY))
     assert done.returncode == 0, done.stderr
     return run
+
+
+def test_what_is_compared_holds_roundings_of_routed_experts(undisturbed: Path) -> None:
+    """Of experts that saw enough of so few tokens."""
+    rows = parquet.read_table(undisturbed / "rounding.parquet").to_pylist()
+    rounded = [row for row in rows if row["codes"] is not None]
+    assert {row["format"] for row in rounded} == {"wint4_afp16:gptq"}
+    assert any(row["module"].endswith("experts") and "." in row["part"] for row in rounded)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
