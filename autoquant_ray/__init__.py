@@ -12,8 +12,8 @@ from autoquant_ray.version import VERSION as __version__
 if TYPE_CHECKING:
     from autoquant_ray.allocate.load import latency_of
     from autoquant_ray.api import Run, search
+    from autoquant_ray.calibrate.modelopt_config import load_quantization_config
     from autoquant_ray.config.scan import ScanConfig
-    from autoquant_ray.quantize.modelopt_config import load_quantization_config
     from autoquant_ray.scan import run_search
     from autoquant_ray.solve import solve_run
 
@@ -24,7 +24,7 @@ _LAZY = {
     "latency_of": "autoquant_ray.allocate.load",
     "run_search": "autoquant_ray.scan",
     "solve_run": "autoquant_ray.solve",
-    "load_quantization_config": "autoquant_ray.quantize.modelopt_config",
+    "load_quantization_config": "autoquant_ray.calibrate.modelopt_config",
 }
 
 __all__ = [

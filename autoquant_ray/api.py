@@ -23,6 +23,7 @@ from autoquant_ray.allocate.certainty.explanation import Explanation
 from autoquant_ray.allocate.frontier import Point, frontier_of, smallest_within
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
+from autoquant_ray.calibrate.modelopt_config import config_of_solution
 from autoquant_ray.compare.runs import compare_runs
 from autoquant_ray.compare.verdict import Comparison
 from autoquant_ray.config.evaluation import EvaluationConfig
@@ -32,7 +33,6 @@ from autoquant_ray.errors import ConfigError
 from autoquant_ray.imports.modelopt import import_manifest
 from autoquant_ray.imports.tool_allocations import import_allocation
 from autoquant_ray.notebook import facts_html
-from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import (
@@ -135,9 +135,10 @@ class Run:
         """What ``mtq.quantize`` takes to quantize the model as a solution says.
 
         ``device`` is where the model is, see
-        :func:`~autoquant_ray.quantize.modelopt_config.load_quantization_config`.
+        :func:`~autoquant_ray.calibrate.modelopt_config.load_quantization_config`. Fitted weights
+        are taken from the run.
         """
-        return load_quantization_config(self.manifest(solution), device=device)
+        return config_of_solution(self._directory, solution, device=device)
 
     def solve(self, *, bytes: int | str | None = None, **options: Any) -> Solution:
         """Solve another budget.

@@ -130,8 +130,8 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
         AutoQuantError: One of its subclasses; nothing is left at ``out``.
     """
     from autoquant_ray.calibrate.files import calibration_of
-    from autoquant_ray.export.factors import Factors
     from autoquant_ray.export.model import distinct_tensors, finish_folder, load_for_export
+    from autoquant_ray.quantize.fitted_model import Factors
     from autoquant_ray.quantize.weight_search import WeightScales
 
     source = read_source(directory, solution)

@@ -24,7 +24,6 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
 )
 
-from autoquant_ray.export.factors import Factors
 from autoquant_ray.export.layouts import (
     COMPRESSED_TENSORS,
     SIXTEEN_BITS,
@@ -36,6 +35,7 @@ from autoquant_ray.export.model import SixteenBits, distinct_tensors
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.quantize.calibration import Calibration
+from autoquant_ray.quantize.fitted_model import Factors
 from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of, rounded_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 

@@ -19,23 +19,17 @@ from typing import Any
 
 import torch
 
+from autoquant_ray.calibrate.modelopt_config import load_quantization_config
 from autoquant_ray.errors import FormatError
-from autoquant_ray.export.factors import Factors
 from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxima
 from autoquant_ray.export.layouts import block_size
 from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.names import clean, names_required
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.algorithms import without_fits
-from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
 from autoquant_ray.quantize.calibration import Calibration
-from autoquant_ray.quantize.modelopt_config import load_quantization_config
-from autoquant_ray.quantize.quantizers import (
-    needs_static_maximum,
-    quantizer_of,
-    rounded_weight,
-)
-from autoquant_ray.quantize.weight_search import WeightScales
+from autoquant_ray.quantize.fitted_model import FittedModel, QuantizedModule
+from autoquant_ray.quantize.quantizers import needs_static_maximum
 
 
 def write_modelopt(model: Any, source: Source, calibration: Calibration, folder: Path) -> None:
@@ -54,14 +48,17 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
 
-    scales = WeightScales(model, calibration)
-    factors = Factors(model, source.formats, scales)
+    modules = {
+        name: QuantizedModule.of(name, source.modules[name], format_)
+        for name, format_ in source.formats.items()
+    }
     mtq.quantize(model, without_fits(load_quantization_config(source.manifest)))
-    _set_fitted_weights(model, source, scales, factors)
+    fitted = FittedModel(model, modules, calibration)
+    fitted.set_weights()
     _set_input_maxima(model, source, calibration)
     set_cache_maxima(model, source.caches, calibration)
     _quantize_weights(model, source)
-    _divide_rows(model, source, factors)
+    fitted.divide()  # rounded numbers stay, scales change
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
     with names_required():
@@ -96,32 +93,6 @@ def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) ->
         index.write_text(json.dumps(content, indent=2))
 
 
-@torch.no_grad()
-def _set_fitted_weights(model: Any, source: Source, scales: WeightScales, factors: Factors) -> None:
-    """Give weights the factors of their inputs, and what the scan fitted to them."""
-    for name, format_ in source.formats.items():
-        if not (is_fitted(format_) or factors.reads(name)):
-            continue
-        module = model.get_submodule(name)
-        if not source.is_experts(name):
-            weight = factors.multiplied(name, module.weight)
-            quantizer = quantizer_of(format_, weight, scales, name)
-            module.weight_quantizer.amax = quantizer.amax
-            if needs_hessians(format_) or factors.reads(name):
-                weight = rounded_weight(format_, quantizer, weight, scales, name)
-                module.weight.copy_(quantizer(weight))
-            continue
-        for parameter in (p.removesuffix("_") for p in source.modules[name]["prefixes"]):
-            weights_EOI = getattr(module, parameter)
-            for expert, quantizer in enumerate(getattr(module, f"{parameter}_weight_quantizers")):
-                key, weight = (name, parameter, str(expert)), weights_EOI[expert]
-                fitted = quantizer_of(format_, weight, scales, *key)
-                quantizer.amax = fitted.amax
-                if needs_hessians(format_):
-                    rounded = rounded_weight(format_, fitted, weight, scales, *key)
-                    weight.copy_(fitted(rounded))
-
-
 def _set_input_maxima(model: Any, source: Source, calibration: Calibration) -> None:
     for name in source.formats:
         module = model.get_submodule(name)
@@ -148,21 +119,6 @@ def _quantize_weights(model: Any, source: Source) -> None:
         for weight, quantizer in model.get_submodule(name).iter_weights_for_calibration():
             if needs_static_maximum(quantizer) and quantizer.num_bits != (2, 1):
                 weight.copy_(quantizer(weight))
-
-
-@torch.no_grad()
-def _divide_rows(model: Any, source: Source, factors: Factors) -> None:
-    """Fold the factors of inputs into what makes them: rounded numbers stay, scales change."""
-    for name in source.formats:
-        divisor_O = factors.divisor(name)
-        if divisor_O is None:
-            continue
-        module = model.get_submodule(name)
-        quantizer, by_row = module.weight_quantizer, divisor_O[:, None]
-        module.weight.copy_((module.weight.float() / by_row).to(module.weight.dtype))
-        largest = quantizer.amax.float().reshape(len(by_row), -1) / by_row
-        quantizer.amax = largest.reshape(quantizer.amax.shape).to(quantizer.amax.dtype)
-    factors.divide(source.formats)
 
 
 def _is_rounded(name: str, source: Source) -> bool:

@@ -8,6 +8,10 @@ disabled; at the end all are enabled. ``weighted`` and ``awq``, which ModelOpt d
 statistics of input channels from the forward loop. The factors of ``awq`` are folded into the model
 when all else is done: what is left is a model without any.
 
+Where the algorithm names a run, all that was fitted to the weights is taken from its files instead,
+and so are the maxima of inputs (:data:`READERS`). ``gptq`` needs that: a forward loop does not
+repeat it.
+
 Each set sees the inputs of the unquantized model. Algorithms that scale weights (``smoothquant``,
 ``awq_lite``) run last, and until the last of them has run, their layers get the original weights
 back, because ``W s (x / s)`` is ``W x`` only up to rounding.
@@ -21,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
@@ -50,6 +54,21 @@ from autoquant_ray.quantize.input_squares import InputSquares
 Algorithm = str | dict[str, Any]
 _ALL_OFF: Any = [{"quantizer_name": "*", "enable": False}]
 
+
+class Fits(Protocol):
+    """What a run fitted to the weights of a solution."""
+
+    def require_match(self, model: Any) -> None:
+        """Refuse a model with other weights."""
+
+    def put_into(self, model: Any) -> None:
+        """Set weights and maxima of a model that is calibrated by maximum."""
+
+
+READERS: dict[str, Callable[[str, str], Fits]] = {}
+"""Mode -> what reads the fits of a run and its solution: runs are read on a higher floor
+(:mod:`autoquant_ray.calibrate.solution_fits`, which puts itself here)."""
+
 ForwardLoop = Callable[[Any], Any]
 Quantizers = dict[str, TensorQuantizer]
 
@@ -63,6 +82,8 @@ class SetsCalibConfig(QuantizeAlgorithmConfig):
         description="Each has an algorithm of ModelOpt's and the names of its quantizers.",
     )
     others: Algorithm = Field(default=MAX, description="Algorithm of quantizers in no set.")
+    run: str = Field(default="", description="Run whose fits are taken; '' fits anew.")
+    solution: str = Field(default="", description="Its solution; '' for the scan's own.")
 
 
 @torch.no_grad()
@@ -71,6 +92,8 @@ def calibrate_sets(
     forward_loop: ForwardLoop | None = None,
     sets: Sequence[Mapping[str, Any]] = (),
     others: Algorithm = MAX,
+    run: str = "",
+    solution: str = "",
 ) -> None:
     """Calibrate sets of quantizers, each by its own algorithm.
 
@@ -79,10 +102,16 @@ def calibrate_sets(
         forward_loop: Runs the model on calibration data.
         sets: ``algorithm`` and ``quantizers``: names as in a ``quant_cfg`` without wildcards.
         others: Algorithm of the rest.
+        run: Whose fits are taken; '' fits anew.
+        solution: Of the run.
 
     Raises:
-        ValueError: A set names no quantizer that is enabled.
+        ValueError: A set names no quantizer that is enabled, or the model is not that of the run.
     """
+    fits = _read_fits(run, solution) if run else None
+    if fits is not None:
+        fits.require_match(model)
+        sets = [set_ for set_ in sets if _method(set_["algorithm"]) not in FITTED]
     quantizers: Quantizers = {
         name: module
         for name, module in model.named_modules()
@@ -102,8 +131,19 @@ def calibrate_sets(
             quantizer.disable()
     for inputs in factors:
         inputs.fold()
+    if fits is not None:
+        fits.put_into(model)
     for state in iter_shared_quant_states(model, SharedWeightGlobalAmaxState):
         state.restore_from_members()  # later sets computed it anew, from maxima after a search
+
+
+def _read_fits(run: str, solution: str) -> Fits:
+    if SETS not in READERS:
+        raise ValueError(
+            f"the algorithm takes what the run {run} fitted, and nothing reads it yet; get the "
+            "config from autoquant_ray.load_quantization_config"
+        )
+    return READERS[SETS](run, solution)
 
 
 def _calibrate_parts(
@@ -177,8 +217,9 @@ def _calibrate(
     if isinstance(algorithm, dict) and _method(algorithm) in BY_COLUMNS:
         raise ValueError(
             f"{_method(algorithm)} rounds weights to the calibration data of the scan, which "
-            "mtq.quantize does not have; use `autoquant-ray export` on the run, or solve it "
-            "without that method"
+            "mtq.quantize does not have; get the config from the run, "
+            "load_quantization_config('RUN'), which takes its rounding, or solve it without that "
+            "method"
         )
     if isinstance(algorithm, dict) and _method(algorithm) == WEIGHTED:
         squares = InputSquares(model)

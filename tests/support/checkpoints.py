@@ -154,6 +154,7 @@ def logits_of_solution(directory: Any, solution: str, ids_BS: torch.Tensor) -> t
     source = read_source(directory, solution)
     scan = ScanConfig.model_validate(source.state.record.config)
     model = load_model(find_model(scan.model), dtype="float32", device="cpu")
+    prepare_experts(model)
     menu = resolve_formats(scan.formats, device="cpu", custom=scan.custom_formats)
     modules = scored_modules(build_plan(model, menu, scan.disable))
     index = {format_.name: number for number, format_ in enumerate(menu)}

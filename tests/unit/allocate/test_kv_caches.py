@@ -21,6 +21,7 @@ from autoquant_ray.allocate.load import latency_of
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
+from autoquant_ray.calibrate.modelopt_config import load_quantization_config
 from autoquant_ray.cli.main import main
 from autoquant_ray.cli.output import print_explanation, print_plan, print_solution
 from autoquant_ray.compare.runs import compare_runs
@@ -38,7 +39,6 @@ from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import Plan, build_plan
-from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.report.content import collect_content
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState

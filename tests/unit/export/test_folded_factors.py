@@ -17,12 +17,12 @@ from click.testing import CliRunner
 from small_models import make_tokenizer, small_model
 
 from autoquant_ray.calibrate.files import calibration_of
+from autoquant_ray.calibrate.modelopt_config import load_quantization_config
 from autoquant_ray.cli.main import main
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.source import read_source
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
-from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.runs.directory import RunDirectory

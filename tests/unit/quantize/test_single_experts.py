@@ -14,6 +14,7 @@ from modelopt_scores import next_token_loss, of_text, quantized_by_modelopt
 
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import quantization_config
+from autoquant_ray.calibrate.modelopt_config import load_quantization_config
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.algorithms import checked_algorithm
@@ -22,7 +23,6 @@ from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.layers import require_gradient
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.calibration import Calibration, calibration_of_maxima
-from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 from autoquant_ray.score.scorer import Scorer
