@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 import warnings
@@ -12,27 +13,38 @@ from typing import Any
 
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
+import numpy as np
 import pytest
 import torch
 import transformers
 from checkpoints import logits_of_solution
+from families import family_model
+from modelopt_scores import NOTHING, quantized_by_modelopt
 from object_store import KEYS, ObjectStore
 from small_models import make_tokenizer, small_config, small_model
 
 from autoquant_ray import Run, load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.calibrate.files import calibration_of
+from autoquant_ray.calibrate.solution_fits import SolutionFits
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.algorithms import SETS
 from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.calibration import FittedCodes, FittedWeight
 from autoquant_ray.quantize.calibration_mode import READERS
+from autoquant_ray.quantize.experts import FusedExperts
+from autoquant_ray.quantize.fitted_model import QuantizedModule
 from autoquant_ray.quantize.quantizers import quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.rounding import drop_rounding
 from autoquant_ray.runs.state import RunState
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.solve import solve_run
 
 INT4 = "wint4_g32_afp16"
@@ -305,3 +317,58 @@ def test_run_in_an_object_store(loud_run: Any, store: ObjectStore) -> None:
         local = Path(directory.uri, "solutions", name) if name else directory.uri
         ours = quantized_by_run(f"{base}{end}{mark}{options}", copy.deepcopy(model))
         assert torch.equal(logits(ours), logits(quantized_by_run(local, copy.deepcopy(model))))
+
+
+@pytest.mark.parametrize("family", ["Qwen3-MoE", "GPT-OSS"])
+def test_experts_take_scales_numbers_and_maxima(
+    family: str, make_spec: Any, make_samples: Any
+) -> None:
+    """Of every expert, or of all as one tensor, transposed; numbers that no rounding would give."""
+    model = family_model(family)
+    formats = resolve_formats(("wint8_aint8:weighted", f"{INT4}:gptq"), device="cpu")
+    plan = build_plan(model, formats)
+    scorer = Scorer(make_spec(plan), model=model)
+    calibration = scorer.calibrate(make_samples([24, 24, 24]))
+    experts = [m for g in plan.searched for m in g.modules if m.kind == "experts"]
+    chosen = {planned.name: formats[number % 2] for number, planned in enumerate(experts)}
+    assert len(experts) > 1
+    modules = {p.name: QuantizedModule.of(p.name, p.to_json(), chosen[p.name]) for p in experts}
+    entries, rounding = [*NOTHING], {}
+    for planned in experts:
+        format_, module = chosen[planned.name], model.get_submodule(planned.path)
+        for prefix in planned.quantizer_prefixes:
+            entries += quantizer_entries(f"{planned.name}.{prefix}", format_)
+        for part, size in parts_of(planned, module) if format_ == formats[1] else ():
+            codes = np.random.default_rng(size).integers(-7, 8, size).astype(np.int8)
+            whole = codes.view(np.uint8)
+            fitted = FittedWeight(codes=FittedCodes(damping=0.1, whole=whole, without=()))
+            rounding[planned.path, part, format_.weight_key] = fitted
+    calibration = dataclasses.replace(calibration, rounding=rounding)
+    scales = WeightScales(model, calibration)
+    theirs = quantized_by_modelopt(model, [torch.tensor([[1, 2]])], entries, "max")
+    shapes = {planned.name: planned.shapes for planned in experts}
+    fits = SolutionFits("runs/mine", modules, shapes, calibration)
+    fits.require_match(theirs)
+    fits.put_into(theirs)
+    for planned in experts:
+        format_, their = chosen[planned.name], theirs.get_submodule(planned.path)
+        shadow = FusedExperts(model.get_submodule(planned.path), planned)
+        for name in planned.parameters:
+            ours, weights = shadow.quantized_weight(name, format_, scales), getattr(their, name)
+            if planned.is_transposed:
+                quantizer = getattr(their, f"{name}_weight_quantizer")
+                assert torch.equal(quantizer(weights.mT.contiguous()).mT, ours)
+            else:
+                quantizers = getattr(their, f"{name}_weight_quantizers")
+                quantized = [quantizer(weights[e]) for e, quantizer in enumerate(quantizers)]
+                assert torch.equal(torch.stack(quantized), ours)
+            if format_.input is not None:
+                maximum = calibration.of(planned.name).maxima[f"{name}_input_amax"]
+                assert getattr(their, f"{name}_input_quantizer").amax.item() == maximum
+
+
+def parts_of(planned: Any, module: Any) -> Iterator[tuple[str, int]]:
+    """Part and number of weights of every expert."""
+    for name in planned.parameters:
+        weights = getattr(module, name)
+        yield from ((f"{name}.{n}", weights[n].numel()) for n in range(len(weights)))

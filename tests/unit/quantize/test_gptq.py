@@ -232,5 +232,5 @@ def test_mtq_quantize_refuses_to_repeat_a_fit_that_it_has_no_data_for(make_model
         "algorithm": of_allocation({name: fitted.algorithm}),
     }
     assert config["algorithm"]["method"] == "autoquant_ray_sets"  # type: ignore[index]
-    with pytest.raises(ValueError, match="use `autoquant-ray export` on the run"):
+    with pytest.raises(ValueError, match="get the config from the run, load_quantization_config"):
         mtq.quantize(make_model("llama"), config, lambda model: model(torch.tensor([[1, 2]])))
