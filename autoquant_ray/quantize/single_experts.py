@@ -207,6 +207,7 @@ def _place_of_routes(inputs: Sequence[torch.Tensor]) -> int:
     if routes_at == 0 or any(states.shape != inputs[routes_at].shape for states in others):
         raise WorkerError(
             "the experts of this model take other inputs than states, routes and their weights, so "
-            "that they cannot be told apart; leave out `expert_groups`"
+            "that they cannot be told apart; leave out `expert_groups`, and formats by weighted or "
+            "gptq"
         )
     return routes_at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,11 +18,14 @@ from autoquant_ray.calibrate.hessians import HessianCollector, RoutedExperts
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.quantizable import quantizable_modules
 from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.experts import FusedExperts, prepare_experts
 from autoquant_ray.quantize.gptq import gptq_codes, grid_of, plain_codes, values_of
+from autoquant_ray.quantize.modules import QuantizedLayers
 from autoquant_ray.quantize.quantizers import make_weight_quantizer
 from autoquant_ray.quantize.second_moments import SecondMoments
+from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.scorer import Scorer
 
@@ -246,3 +250,34 @@ def test_experts_apart_get_the_rounding_of_experts_together(
         )
     assert roundings[0] == roundings[1]
     assert any(part for _, part, _ in roundings[0])
+
+
+@pytest.mark.parametrize("expert_groups", ["layer", "expert"])
+@torch.no_grad()
+def test_measurements_run_experts_with_what_was_fitted_to_all_tokens(
+    expert_groups: str, make_samples: Any, make_spec: Any
+) -> None:
+    model = family_model("Qwen3-MoE")
+    formats = resolve_formats((GPTQ,), device="cpu")
+    plan = build_plan(model, formats, disable=("*attn*", "lm_head"), expert_groups=expert_groups)
+    samples = make_samples(LENGTHS, seed=3)
+    calibration = fitted(Scorer(make_spec(plan), model=model), samples)
+    by_hand, num_rounded = copy.deepcopy(model), 0
+    for path in (f"model.layers.{layer}.mlp.experts" for layer in (0, 1)):
+        for name in ("gate_up_proj", "down_proj"):
+            for number, weight in enumerate(getattr(by_hand.get_submodule(path), name)):
+                quantizer = make_weight_quantizer(formats[0].weight, weight)
+                codes = calibration.codes((path, f"{name}.{number}", formats[0].weight_key))
+                num_rounded += codes is not None
+                weight.copy_(
+                    quantizer(weight)
+                    if codes is None
+                    else values_of(codes, grid_of(quantizer, weight))
+                )
+    assert num_rounded >= 4
+    layers = QuantizedLayers(model, [], scored_modules(plan), plan.formats, calibration)
+    ids = torch.tensor(samples[0])[None]
+    with layers.quantized(0, (0,) * len(plan.searched), WeightCache(2**30)):
+        logits = model(ids).logits
+    torch.testing.assert_close(logits, by_hand(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (logits - model(ids).logits).abs().max() > 0.01
