@@ -1,4 +1,4 @@
-"""Statistics of inputs, AWQ's search of scales, and their files.
+"""Statistics of inputs, AWQ's search of scales, their files; what ``mtq.quantize`` takes of a run.
 
 Imports ``quantize``, ``plan``, ``runs`` and below, and torch. No Ray.
 

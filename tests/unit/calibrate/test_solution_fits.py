@@ -17,22 +17,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import logits_of_solution
+from checkpoints import calibrated, logits_of_solution
 from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
 from object_store import KEYS, ObjectStore
 from small_models import make_tokenizer, small_config, small_model
+from written_runs import made_up_run
 
 from autoquant_ray import Run, load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
-from autoquant_ray.calibrate.files import calibration_of
+from autoquant_ray.calibrate.files import calibration_of, read_calibration
 from autoquant_ray.calibrate.solution_fits import SolutionFits
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.algorithms import SETS
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.models.find import find_model
+from autoquant_ray.models.find import find_model, fingerprint_model
 from autoquant_ray.models.load import load_model
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.calibration import FittedCodes, FittedWeight
@@ -54,7 +56,7 @@ INT8, FP8, NVFP4 = "wint8_aint8:weighted", "wfp8_afp8:gptq", "wfp4_afp16:weighte
 IDS = torch.arange(1, 41)[None]
 PLANS = {
     "weighted": {"*": WEIGHTED, "*1.mlp.*": "none"},
-    "gptq": {"*": GPTQ, "*0.self_attn.o_proj": "none", "*experts": WEIGHTED},
+    "gptq": {"*": GPTQ, "*0.self_attn.o_proj": "none", "*1.mlp.experts": WEIGHTED},
     "several": {
         "*": GPTQ,
         "*0.self_attn.*": FP8,
@@ -317,6 +319,34 @@ def test_run_in_an_object_store(loud_run: Any, store: ObjectStore) -> None:
         local = Path(directory.uri, "solutions", name) if name else directory.uri
         ours = quantized_by_run(f"{base}{end}{mark}{options}", copy.deepcopy(model))
         assert torch.equal(logits(ours), logits(quantized_by_run(local, copy.deepcopy(model))))
+
+
+def test_caches_take_the_maxima_of_the_run(model_folder: Any, tmp_path: Path) -> None:
+    folder, formats = model_folder("llama"), (WEIGHTED, "kv_fp8")
+    model: Any = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    plan = build_plan(model, resolve_formats(formats, device="cpu"))
+    config = ScanConfig(
+        model=str(folder),
+        data="made-up.txt",
+        out=str(tmp_path / "run"),
+        formats=formats,
+        device="cpu",
+        dtype="float32",
+        bits=16,
+        kv_bytes_per_token=1000,
+    )
+    directory = made_up_run(config, plan, "llama", fingerprint_model(find_model(str(folder))))
+    calibrated(directory, folder, formats)
+    pins = {g.name: "kv_fp8" if g.is_cache else WEIGHTED for g in plan.searched}
+    options = SolveOptions(bits=16, kv_bytes_per_token=1000, pins=pins)
+    solve_run(directory, options, folder="")
+    quantized, calibration = quantized_by_run(directory.uri, model), read_calibration(directory)
+    for number in (0, 1):
+        name = f"model.layers.{number}.self_attn"
+        attention, maxima = quantized.get_submodule(name), calibration.of(name).maxima
+        assert attention.k_bmm_quantizer.amax.item() == maxima["k_bmm_amax"]
+        assert attention.v_bmm_quantizer.amax.item() == maxima["v_bmm_amax"]
+    assert logits(quantized).isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["Qwen3-MoE", "GPT-OSS"])
