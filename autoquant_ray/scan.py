@@ -46,7 +46,7 @@ from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import lease
-from autoquant_ray.runs.record import QuarantinedShard
+from autoquant_ray.runs.record import QuarantinedShard, RunRecord
 from autoquant_ray.runs.rounding import drop_rounding
 from autoquant_ray.runs.state import Mode, RunState, require_target
 from autoquant_ray.score.scorer import ScoringSpec
@@ -86,19 +86,22 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         Interrupted: SIGTERM or Ctrl-C while workers computed; the same.
     """
     ref = find_model(config.model, trust_remote_code=config.trust_remote_code)
-    plan = make_plan(config, ref, device="cuda" if config.device == "auto" else config.device)
+    directory = RunDirectory(config.out)
+    resumed = RunState.open(directory).record if mode == "resume" and directory.exists() else None
+    device = "cuda" if config.device == "auto" else config.device
+    menu = resumed.plan["formats"] if resumed is not None and resumed.plan is not None else None
+    plan = make_plan(config, ref, device=device, menu=menu)
     stages.check_budget(plan, config)
     for source in sources_of(config.data).values():
         require_source(source)
     require_weights(ref)
     if config.placement == "offload":
         require_mappable(ref)
-    directory = RunDirectory(config.out)
     require_target(directory, mode)
     with connected(config) as resources:
         config = _resolve(config, resources)
         require_resources(config, resources)
-        config = _resolve_placement(config, ref, plan, directory if mode == "resume" else None)
+        config = _resolve_placement(config, ref, plan, resumed)
         check_device(plan.formats, config.device)
         placement = place_workers(
             config,
@@ -119,7 +122,8 @@ def _run_stages(
 ) -> Solution:
     """Every stage that is not up to date, in order."""
     directory = state.directory
-    marks = stage_fingerprints(config, **state.record.fingerprints)
+    menu = [format_.to_json() for format_ in plan.formats]
+    marks = stage_fingerprints(config, **state.record.fingerprints, menu=menu)
     _make_samples(state, config, ref, marks["shards"])
     stages.write_plan(state, plan, marks["plan"], ref.weights_folder)
     state.release_quarantine()
@@ -177,14 +181,12 @@ def _resolve(config: ScanConfig, resources: Mapping[str, float]) -> ScanConfig:
 
 
 def _resolve_placement(
-    config: ScanConfig, ref: ModelRef, plan: Plan, resumed: RunDirectory | None
+    config: ScanConfig, ref: ModelRef, plan: Plan, resumed: RunRecord | None
 ) -> ScanConfig:
     """Replace ``auto`` by what the device has room for, or by what the resumed run took."""
     if config.placement != "auto":
         return config
-    earlier = None
-    if resumed is not None and resumed.exists():
-        earlier = (RunState.open(resumed).record.config or {}).get("placement")
+    earlier = None if resumed is None else (resumed.config or {}).get("placement")
     if earlier in ("resident", "offload", "split"):
         return config.model_copy(update={"placement": earlier})
     placement, reason = choose_placement(

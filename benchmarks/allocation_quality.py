@@ -32,7 +32,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SOLUTIONS
 from autoquant_ray.runs.state import RunState
 
-FORMATS = ("wint4_afp16", "wint8_afp16", "wfp8_afp16")
+FORMATS = ("wint4_afp16:max", "wint8_afp16", "wfp8_afp16")
 
 
 def main() -> None:

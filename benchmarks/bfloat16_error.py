@@ -31,7 +31,7 @@ from autoquant_ray.quantize.quantizers import fake_quantize_weight, make_input_q
 from autoquant_ray.score import differences
 from autoquant_ray.score.scorer import Scorer
 
-FORMATS = ("wint8_afp16", "wint8_aint8", "wfp8_afp8", "wint4_afp16")
+FORMATS = ("wint8_afp16", "wint8_aint8", "wfp8_afp8", "wint4_afp16:max")
 
 
 def main() -> None:

@@ -258,7 +258,7 @@ def make_inputs(folder: Path) -> dict[str, Any]:
     return {
         "model": str(folder / "model"),
         "data": str(folder / "text.txt"),
-        "formats": ("wint4_afp16", "wint8_aint8"),
+        "formats": ("wint4_afp16:max", "wint8_aint8"),
         "bits": 8,
         "shard_samples": 1,
         "device": "cpu",

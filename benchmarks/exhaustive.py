@@ -53,7 +53,7 @@ from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.report.audit import AuditedPair
 from autoquant_ray.score.scorer import Scorer, ScoringSpec
 
-FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
+FORMATS = ("wint4_aint4:max", "wint4_afp16:max", "wint8_aint8")
 VOCABULARY, NUM_TOKENS, NUM_SAMPLES = 256, 32, 8
 NUM_CALIBRATION, NUM_CHOOSING, NUM_UNSEEN = 8, 8, 4
 """Shards of ``NUM_SAMPLES`` samples for the scores, for audit and refinement, and for the ranks."""

@@ -37,7 +37,7 @@ from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.score.scorer import Scorer, ScoringSpec
 
-FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8", "wint8_aint4")
+FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8", "wint8_aint4")
 
 
 def main() -> None:

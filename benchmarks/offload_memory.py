@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--formats", default="wint4_afp16,wint8_aint8")
+    parser.add_argument("--formats", default="wint4_afp16:max,wint8_aint8")
     parser.add_argument("--disable", action="append", default=[])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--placements", default="offload,resident")

@@ -37,16 +37,17 @@ from autoquant_ray.solve import solve_scored
 
 _GGUF_BLOCK, _STEPS = 32, 15
 _INT4, _INT8, _FP8 = "wint4_g64_afp16", "wint8_afp16", "wfp8_afp16"
+_WIDER = ("wint5_g64_afp16", "wint6_g64_afp16")
 _WEIGHTED = tuple(f"{name}:weighted" for name in (_INT4, _INT8, _FP8))
 MENUS = {
-    "max": (_INT4, _INT8, _FP8),
+    "max": (f"{_INT4}:max", _INT8, _FP8),
     "mse": (f"{_INT4}:mse", _INT8, _FP8),
     "weighted": _WEIGHTED,
     "awq": (f"{_INT4}:awq", _INT8, _FP8),
     "gptq": (f"{_INT4}:gptq", _INT8, _FP8),
     "methods": (*_WEIGHTED, f"{_INT4}:awq", f"{_INT4}:gptq"),
-    "max, wider": (_INT4, "wint5_g64_afp16", "wint6_g64_afp16", _INT8, _FP8),
-    "weighted, wider": (*_WEIGHTED, "wint5_g64_afp16:weighted", "wint6_g64_afp16:weighted"),
+    "max, wider": (*(f"{name}:max" for name in (_INT4, *_WIDER)), _INT8, _FP8),
+    "weighted, wider": (*_WEIGHTED, *(f"{name}:weighted" for name in _WIDER)),
 }
 
 

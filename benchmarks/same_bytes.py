@@ -8,6 +8,8 @@ outputs::
     diff old.txt new.txt
 
 Parquet files are hashed as they are; JSON without the run's id; reports without times and dates.
+Formats with few bits are given as ModelOpt's presets: the default rounding behind this package's
+names for them has changed, so that they mean another format in an old checkout.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from autoquant_ray.config.demo import find_demo_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DECODER: dict[str, Any] = {
@@ -66,12 +70,15 @@ NEMOTRON = {
     "use_mamba_kernels": False,
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-WEIGHT_ONLY = "wint4_afp16,wfp8_afp16,wint8_afp16"
+_INT4, _NVFP4 = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "W4A16_NVFP4_CFG"
+WEIGHT_ONLY = f"{_INT4},wfp8_afp16,wint8_afp16"
+DEMO = ["--data", "pydoc", "--pack", "--samples", "16", "--seq-len", "256", "--shard-samples", "2"]
+"""The demo's options, where other cases have theirs."""
 CASES: dict[str, tuple[list[str], list[list[str]]]] = {
     "llama": (
         [
             "--formats",
-            "wint4_afp16,wfp4_afp16,wfp8_afp8,wint8_aint8,kv_fp8,kv_nvfp4",
+            f"{_INT4},{_NVFP4},wfp8_afp8,wint8_aint8,kv_fp8,kv_nvfp4",
             "--kv-bytes-per-token",
             "96",
         ],
@@ -86,7 +93,7 @@ CASES: dict[str, tuple[list[str], list[list[str]]]] = {
         [["--bits", "5"], ["--bits", "6", "--expert-groups", "expert"]],
     ),
     "qwen3-vl": (
-        ["--formats", "wint4_afp16,wfp8_afp8,wint8_aint8"],
+        ["--formats", f"{_INT4},wfp8_afp8,wint8_aint8"],
         [["--bits", "5"], ["--bits", "9", "--engine", "vllm", "--allow", "*=wfp8_afp8,none"]],
     ),
     "nemotron-h": (
@@ -125,7 +132,11 @@ def main() -> None:
         )
         solve(f"runs/{name}", solutions)
     if not options.no_demo:
-        command("demo", "--out", "runs/demo")
+        command(
+            *("scan", str(find_demo_model()), "--out", "runs/demo", "--bits", "6", *DEMO),
+            *("--step-tokens", "512", "--formats", f"{_INT4},wfp8_afp8,wint8_aint8"),
+            *("--address", "local"),
+        )
         solve("runs/demo", [["--bits", "5"], ["--bits", "4.5"], ["--bytes", "150MiB"]])
     for path in sorted(Path("runs").rglob("*")):
         if (checksum := digest(path)) is not None:

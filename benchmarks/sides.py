@@ -43,8 +43,11 @@ PRESETS = (
     "INT8_WEIGHT_ONLY_CFG",
 )
 PAIRS = tuple(
-    f"w{w}_a{a}" for w in ("int4", "fp8", "int8") for a in ("fp16", "fp8", "int8", "int4")
+    f"w{w}_a{a}{method}"
+    for w, method in (("int4", ":max"), ("fp8", ""), ("int8", ""))
+    for a in ("fp16", "fp8", "int8", "int4")
 )
+"""Rounded by the maximum, as ModelOpt's search does it."""
 PADDED_LENGTH = 512
 
 

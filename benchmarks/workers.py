@@ -63,7 +63,7 @@ def scan(workers: int, options: argparse.Namespace) -> tuple[float, str]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "autoquant_ray", "scan", str(find_demo_model())]
         command += ["--data", "pydoc", "--pack", "--out", f"{folder}/run", "--bits", "6"]
-        command += ["--formats", "wint4_afp16,wfp8_afp8,wint8_aint8,wint8_afp16"]
+        command += ["--formats", "wint4_afp16:max,wfp8_afp8,wint8_aint8,wint8_afp16"]
         command += ["--workers", str(workers), "--cpus-per-worker", "1", "--address", "local"]
         for name in ("samples", "seq_len", "shard_samples"):
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]

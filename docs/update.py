@@ -85,8 +85,8 @@ def tools_table() -> str:
     """One row per pair of weights and inputs."""
     rows = ["| format | quant_algo | " + " | ".join(COUNTERPARTS) + " |"]
     rows.append("|---|---|" + "---|" * len(COUNTERPARTS))
-    for name, (weight, inputs) in (PAIRS | BLOCK_INTEGERS).items():
-        format_ = Format(name=name, weight=weight, input=inputs, modelopt_compression=1.0)
+    for name in [*PAIRS, *BLOCK_INTEGERS]:
+        (format_,) = resolve_formats((name,), device="cuda")
         algo = layer_algo(format_)
         cells = [_tool_text(of(format_)) for of in COUNTERPARTS.values()]
         algo_text = "-" if algo is None else f"`{algo.algo}`"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from autoquant_ray.config.stage_fields import ADDED_FIELDS, STAGE_FIELDS
+from autoquant_ray.formats.method_names import roundings
 from autoquant_ray.runs.record import RunRecord
 
 Kind = Literal["model", "data", "formats", "config", "versions"]
@@ -84,6 +85,15 @@ def _menus(before: RunRecord, after: RunRecord) -> Iterator[Row]:
     plans = (run.plan for run in (before, after))
     old, new = ([entry["name"] for entry in plan["formats"]] for plan in plans if plan is not None)
     yield "formats", "menu", old, new
+    yield from _methods(before, after)
+
+
+def _methods(before: RunRecord, after: RunRecord) -> Iterator[Row]:
+    """Formats of one name that are rounded by another method since."""
+    old, new = (roundings(run.plan["formats"] if run.plan else []) for run in (before, after))
+    for name in new:
+        if name in old:
+            yield "formats", f"rounding of {name}", old[name].method, new[name].method
 
 
 def _configs(before: RunRecord, after: RunRecord) -> Iterator[Row]:

@@ -40,7 +40,9 @@ class SearchSpace(BaseModel):
     formats: tuple[str, ...] = Field(
         default=("wint4_afp16", "wfp8_afp8", "wint8_aint8"),
         description="Quantization formats to choose from, separated by commas, each with a method "
-        "of rounding behind a colon if wanted (wint4_afp16:weighted); docs/formats.md lists all. "
+        "of rounding behind a colon if wanted: NAME:max rounds plainly; without it, integers of 3 "
+        "to 6 bits and NVFP4 (wint4_afp16, wfp4_afp16) are rounded by 'weighted', which reads the "
+        "data; NAME:mse can lose more than max. docs/formats.md lists all. "
         "16 bits ('none') is always a choice too.",
     )
     custom_formats: dict[str, dict[CustomKey, dict[str, Any] | None]] = Field(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.formats.algorithms import FITTED_BY_EXPERT
+from autoquant_ray.formats.algorithms import FITTED_BY_EXPERT, WEIGHTED
+from autoquant_ray.formats.menu import WEIGHTED_BY_DEFAULT
 
 STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     "plan": (
@@ -63,7 +65,13 @@ ADDED_FIELDS: dict[str, Any] = {
 """Fields that earlier versions did not have -> the value that means what those versions did."""
 
 
-def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, str]:
+Menu = Iterable[Mapping[str, Any]]
+"""Formats as ``run.json`` has them."""
+
+
+def stage_fingerprints(
+    config: ScanConfig, model: str, data: str, menu: Menu | None = None
+) -> dict[str, str]:
     """Hash each stage's own fields together with the fingerprint of the stage before.
 
     A scan that stops when it is stable scores shards for its own budget, so that its score stage
@@ -73,6 +81,7 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
         config: Resolved config (no ``auto`` left in fields that change numbers).
         model: Fingerprint of the model's files.
         data: Fingerprint of the token shards, or of the source before they exist.
+        menu: What the formats of a run are; None: what their names mean now.
 
     Returns:
         Stage name -> hexadecimal digest of 16 characters.
@@ -80,7 +89,7 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
     values = config.model_dump(mode="json")
     digests: dict[str, str] = {}
     previous = model
-    unused = _unused_fields(config)
+    unused = _unused_fields(config, menu)
     for stage, fields in STAGE_FIELDS.items():
         inputs = {
             name: values[name]
@@ -103,10 +112,18 @@ def stage_fingerprints(config: ScanConfig, model: str, data: str) -> dict[str, s
     return digests
 
 
-def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
-    """Name the result-changing fields in which two configs differ, as ``name: old -> new``."""
+def changed_fields(
+    before: dict[str, Any], after: ScanConfig, menu: Menu | None = None
+) -> list[str]:
+    """Name the result-changing fields in which two configs differ, as ``name: old -> new``.
+
+    Args:
+        before: Config of a run.
+        after: The other config.
+        menu: What the formats of the run are; None: what their names mean now.
+    """
     values = after.model_dump(mode="json")
-    unused = _unused_fields(after)
+    unused = _unused_fields(after, menu)
     names = [name for fields in STAGE_FIELDS.values() for name in fields if name not in unused]
     earlier = ADDED_FIELDS | before
     return [
@@ -116,16 +133,22 @@ def changed_fields(before: dict[str, Any], after: ScanConfig) -> list[str]:
     ]
 
 
-def _unused_fields(config: ScanConfig) -> set[str]:
+def _unused_fields(config: ScanConfig, menu: Menu | None) -> set[str]:
     """Fields that no number depends on: without a format whose weights are fitted to the tokens
     that each expert saw, how many are few matters to the report alone."""
+    algorithms = _algorithms(config) if menu is None else [f.get("algorithm") for f in menu]
+    methods = {a.get("method") if isinstance(a, Mapping) else a for a in algorithms}
+    return {"min_expert_tokens"} if methods.isdisjoint(FITTED_BY_EXPERT) else set()
 
-    def method(name: str) -> Any:
-        algorithm = (config.custom_formats.get(name) or {}).get("algorithm")
-        return algorithm.get("method") if isinstance(algorithm, dict) else algorithm
 
-    is_fitted = any(
-        name.rpartition(":")[2] in FITTED_BY_EXPERT or method(name) in FITTED_BY_EXPERT
+def _algorithms(config: ScanConfig) -> list[Any]:
+    """What the names of the formats say; presets have no algorithm that matters here."""
+    custom = config.custom_formats
+    return [
+        custom[name].get("algorithm")
+        if name in custom
+        else WEIGHTED
+        if name in WEIGHTED_BY_DEFAULT
+        else name.rpartition(":")[2]
         for name in config.formats
-    )
-    return set() if is_fitted else {"min_expert_tokens"}
+    ]

@@ -114,6 +114,7 @@ def data_key(state: RunState, scan: ScanConfig, skip: Skip) -> str:
         ScanConfig.model_validate(state.config),
         fingerprints["model"],
         fingerprints["data"],
+        state.plan["formats"],
     )
     text = json.dumps([measured["shards"], scanned["calibrate"], skip, numeric_versions()])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -241,7 +241,7 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
     ref = require_model(state, scan)
     if config.data is None:
         require_same_chats(state, fingerprint_chats(ref))
-    plan = make_plan(scan, ref, device=scan.device)
+    plan = make_plan(scan, ref, device=scan.device, menu=state.plan["formats"])
     skip = num_seen(state, scan, is_given=config.data is not None)
     folder = f"{EVALUATION}/{data_key(state, scan, skip)}"
     calibration = calibration_of(state, used=())  # what is measured was checked

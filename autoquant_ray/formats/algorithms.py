@@ -42,7 +42,7 @@ SEARCHES = (MSE, WEIGHTED)
 """Methods that try multiples of a weight's maximum."""
 
 METHODS = (MAX, MSE, WEIGHTED, AWQ, GPTQ, AWQ_GPTQ)
-"""Methods that can be given behind a format's name: ``wint4_afp16:weighted``."""
+"""Methods that can be given behind a format's name: ``wint4_afp16:awq``."""
 
 FITTED = (WEIGHTED, AWQ, GPTQ, AWQ_GPTQ)
 """Methods of this package, which fit weights to their inputs."""

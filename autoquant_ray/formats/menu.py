@@ -5,8 +5,10 @@ ModelOpt's own ``QuantizerAttributeConfig`` fields, so that what is scored is wh
 ``mtq.quantize`` will do. Names: the pairs ``w{fp4,fp8,int4,int8}_a{fp16,fp8,int8,int4}``, integers
 of 3 to 6 bits in blocks of 128, 64 or 32 (``wint5_afp16``, ``wint5_g64_afp16``), ``kv_fp8`` and
 ``kv_nvfp4``, ModelOpt's presets by their own name, and custom entries of the config.
-Behind a name may stand how weight scales are found, as in ``wint4_afp16:weighted``
-(:data:`~autoquant_ray.formats.algorithms.METHODS`); the stored bytes are the same.
+Behind a name may stand how weights are rounded, as in ``wint4_afp16:max``
+(:data:`~autoquant_ray.formats.algorithms.METHODS`); the stored bytes are the same. Without it, the
+names of :data:`WEIGHTED_BY_DEFAULT` are rounded by ``weighted``, presets by their own algorithm,
+and all others by ``max``.
 
 A preset is applied to a module as ``mtq.auto_quantize`` applies it: only entries that match the
 bare quantizer name (``*weight_quantizer``) count; entries scoped to paths (``*lm_head*``) do not.
@@ -22,7 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 from autoquant_ray.errors import FormatError, one_line
-from autoquant_ray.formats.algorithms import MAX, METHODS, checked_algorithm
+from autoquant_ray.formats.algorithms import MAX, METHODS, WEIGHTED, checked_algorithm
 from autoquant_ray.formats.checks import check_quantizers
 from autoquant_ray.formats.format import (
     Attributes,
@@ -68,6 +70,12 @@ BLOCK_INTEGERS: dict[str, tuple[Attributes, Attributes | None]] = {
 }
 """Weights as integers of other widths and in other blocks, inputs in 16 bits."""
 
+WEIGHTED_BY_DEFAULT = frozenset(
+    [*BLOCK_INTEGERS, *(f"w{weight}_a{input_}" for weight in ("fp4", "int4") for input_ in _INPUTS)]
+)
+"""Names that mean ``NAME:weighted``: with so few bits, scales by the maximum lose about twice as
+much."""
+
 
 def resolve_formats(
     names: tuple[str, ...],
@@ -100,11 +108,21 @@ def known_formats() -> list[str]:
     return [*PAIRS, *BLOCK_INTEGERS, *KV_FORMATS, *sorted(mtq.config.choices)]
 
 
-def _resolve(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -> Format:
-    algorithm: Attributes | None = None
+def _resolve(
+    name: str, custom: Mapping[str, Mapping[str, Attributes | None]], *, by_default: bool = True
+) -> Format:
+    """A format with the method behind its name, else with its default method if that is wanted."""
     plain, colon, method = name.rpartition(":")
     if colon and name not in custom:
-        return _with_method(_resolve(plain, custom), name, method)
+        return _with_method(_resolve(plain, custom, by_default=False), name, method)
+    format_ = _without_method(name, custom)
+    if by_default and name not in custom and name in WEIGHTED_BY_DEFAULT:
+        return _with_method(format_, name, WEIGHTED)
+    return format_
+
+
+def _without_method(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -> Format:
+    algorithm: Attributes | None = None
     if name in custom:
         weight, input_ = _custom_attributes(name, custom[name])
         algorithm = checked_algorithm(f"custom format {name!r}", custom[name].get("algorithm"))

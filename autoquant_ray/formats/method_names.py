@@ -1,7 +1,9 @@
 """Which formats of a menu are the same format rounded by different methods, as their names say.
 
-``wint4_afp16:weighted`` is ``wint4_afp16`` rounded by the method ``weighted``: the same quantizers
-and bytes, other scales. Plain rounding, by the maximum, is what every method is compared with.
+``wint4_afp16:max`` and ``wint4_afp16:awq`` are the same bytes rounded by different methods, and so
+is ``wint4_afp16``, whose method is not in its name: ``weighted``, or ``max`` in runs of earlier
+versions. The run's record of a format says it. Plain rounding, by the maximum, is what every method
+is compared with.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray.formats.algorithms import MAX, METHODS
+from autoquant_ray.formats.algorithms import FITTED, MAX, METHODS
 from autoquant_ray.formats.kv_cache import is_described
 
 
@@ -42,13 +44,23 @@ def same_or_plain(name: str, available: Collection[str]) -> str | None:
     """
     base = without_method(name)
     siblings = (other for other in available if without_method(other) == base)
-    first = (other for other in (name, base, f"{base}:{MAX}") if other in available)
+    first = (other for other in (name, f"{base}:{MAX}", base) if other in available)
     return next(first, next(siblings, None))
 
 
-def has_methods(names: Iterable[str]) -> bool:
+def names_methods(names: Iterable[str]) -> bool:
     """Whether a method stands behind any of the names."""
     return any(_parts(name)[1] is not None for name in names)
+
+
+def has_methods(formats: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether formats differ in how they round: their names say so, or some are fitted to inputs.
+
+    Args:
+        formats: The menu as ``run.json`` has it.
+    """
+    fitted = (f for f in formats if (f.get("algorithm") or {}).get("method") in FITTED)
+    return names_methods(f["name"] for f in formats) or any(fitted)
 
 
 def roundings(formats: Sequence[Mapping[str, Any]]) -> dict[str, Rounding]:
@@ -66,7 +78,7 @@ def roundings(formats: Sequence[Mapping[str, Any]]) -> dict[str, Rounding]:
     rounded = {}
     for name, entry in weights.items():
         base, method = _parts(name)
-        siblings = (name, base, f"{base}:{MAX}")
+        siblings = (name, f"{base}:{MAX}", base)
         rounded[name] = Rounding(
             method=method or (entry.get("algorithm") or {}).get("method", MAX),
             plain=next((sibling for sibling in siblings if sibling in plain), None),

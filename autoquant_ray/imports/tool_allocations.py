@@ -14,8 +14,10 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
 from autoquant_ray.errors import ConfigError, DataError
 from autoquant_ray.export.tool_formats import mlx_config
+from autoquant_ray.formats.algorithms import MAX
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.formats.smoothed import method_of
 from autoquant_ray.imports.tool_files import read_allocation, read_json, sensitivities
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, SOLUTIONS, slug, solution_folder
@@ -50,7 +52,9 @@ def foreign_allocation(path: str, problem: Problem, options: SolveOptions) -> di
     values = sensitivities(path, content, groups, others)
     if values is None:
         return read_allocation(path, content, groups, formats, others) | caches
-    names = [format_.name for format_ in formats if mlx_config(format_) is not None]
+    # Of formats of one size the plainly rounded one: MLX rounds by itself.
+    plain_first = sorted(formats, key=lambda format_: method_of(format_) != MAX)
+    names = [format_.name for format_ in plain_first if mlx_config(format_) is not None]
     sizes = {
         name: average_bits(problem.searched, dict.fromkeys(groups, name) | caches)
         for name in names

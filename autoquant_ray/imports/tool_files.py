@@ -17,8 +17,9 @@ from typing import Any
 
 from autoquant_ray.errors import DataError
 from autoquant_ray.export.tool_formats import auto_round_config, mlx_config
+from autoquant_ray.formats.algorithms import MAX
 from autoquant_ray.formats.format import NONE, Format
-from autoquant_ray.formats.smoothed import takes_factors
+from autoquant_ray.formats.smoothed import method_of, takes_factors
 from autoquant_ray.wording import few
 
 logger = logging.getLogger(__name__)
@@ -207,8 +208,8 @@ def _format_of(
         return config.get("bits"), config.get("act_bits") or 16, data_type
 
     # The tool starts from the model's own weights, without factors.
-    plain = [format_ for format_ in formats if not takes_factors(format_)]
-    configs = {f.name: config for f in plain if (config := counterpart(f)) is not None}
+    without = [format_ for format_ in formats if not takes_factors(format_)]
+    configs = {f.name: config for f in without if (config := counterpart(f)) is not None}
     same = [name for name, config in configs.items() if kind(config) == kind(entry)]
     if not same:
         shown = {k: v for k, v in entry.items() if k in ("bits", "act_bits", "data_type", "mode")}
@@ -217,7 +218,9 @@ def _format_of(
             f"{', '.join(configs) or 'none of its formats'}); scan with such a format too"
         )
     alike = [n for n in same if configs[n].get("group_size") == entry.get("group_size")]
-    return (alike or same)[0]
+    # It rounds by itself: plain rounding comes nearest.
+    methods = {format_.name: method_of(format_) for format_ in without}
+    return min(alike or same, key=lambda name: methods[name] != MAX)
 
 
 def _by_group(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.formats.checks import caution
-from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.menu import check_device, resolve_formats
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import Plan, build_plan
@@ -14,18 +17,30 @@ from autoquant_ray.plan.plan import Plan, build_plan
 logger = logging.getLogger(__name__)
 
 
-def make_plan(space: SearchSpace, ref: ModelRef, *, device: str) -> Plan:
+def make_plan(
+    space: SearchSpace,
+    ref: ModelRef,
+    *,
+    device: str,
+    menu: Sequence[Mapping[str, Any]] | None = None,
+) -> Plan:
     """Plan a search from the model's config alone.
 
     Args:
         space: Formats and layers left out.
         ref: The model.
         device: ``cpu`` or ``cuda``, where the formats must run.
+        menu: Formats of a run that goes on, as ``run.json`` has them: what they are counts, not
+            what their names mean now.
 
     Raises:
         AutoQuantError: Unknown format, unreadable config, nothing to search.
     """
-    formats = resolve_formats(space.formats, device=device, custom=space.custom_formats)
+    if menu is not None and [entry["name"] for entry in menu] == list(space.formats):
+        formats = [Format.from_json({**entry}) for entry in menu]
+        check_device(formats, device)
+    else:
+        formats = resolve_formats(space.formats, device=device, custom=space.custom_formats)
     if (text := caution(formats)) is not None:
         logger.warning("%s", text)
     return build_plan(

@@ -11,7 +11,7 @@ from autoquant_ray.allocate.group_choices import GroupChoices
 from autoquant_ray.allocate.read import ScoredRun, options_of
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
-from autoquant_ray.formats.method_names import has_methods, roundings
+from autoquant_ray.formats.method_names import has_methods, names_methods, roundings
 from autoquant_ray.report.audit import AuditData, audit_section, read_pairs
 from autoquant_ray.report.concerns import Concern, find_concerns
 from autoquant_ray.report.domains import DomainSection, domain_section
@@ -143,7 +143,9 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
         ),
         audit=_audit(sources),
         domains=domain_section(sources.manifest),
-        methods=method_section(rows, unit),
+        methods=method_section(
+            rows, unit, is_per_layer=names_methods(entry["name"] for entry in plan["formats"])
+        ),
     )
 
 
@@ -153,7 +155,7 @@ def _group_rows(run: ScoredRun, sources: Sources) -> list[GroupRow]:
     unsearched, menu = plan["unsearched"], plan["formats"]
     kept = (sources.manifest.get("stability") or {}).get("kept", {})
     formats = dict.fromkeys(unsearched, NONE) | sources.formats
-    rounded = roundings(menu) if has_methods(entry["name"] for entry in menu) else {}
+    rounded = roundings(menu) if has_methods(menu) else {}
     return group_rows(groups, formats, sources.scores, kept, unsearched, rounded=rounded)
 
 

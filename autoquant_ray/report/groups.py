@@ -163,18 +163,24 @@ class MethodSection:
     Attributes:
         text: What is compared, and the total.
         rows: Cells under ``METHOD_HEADS``, the method that saved most first.
+        is_per_layer: Whether tables of layers say it too: not where a format's name has but the
+            method that it always has.
     """
 
     text: str
     rows: list[tuple[str, ...]]
+    is_per_layer: bool
 
 
-def method_section(rows: Sequence[GroupRow], unit: str) -> MethodSection | None:
-    """Totals per method; None where no format of the menu names a method.
+def method_section(
+    rows: Sequence[GroupRow], unit: str, *, is_per_layer: bool
+) -> MethodSection | None:
+    """Totals per method; None where methods are no question.
 
     Args:
         rows: Rows of all groups.
         unit: Of the scores.
+        is_per_layer: As in the section.
     """
     by_method: dict[str, list[GroupRow]] = {}
     for row in rows:
@@ -185,16 +191,20 @@ def method_section(rows: Sequence[GroupRow], unit: str) -> MethodSection | None:
     chosen = [row for row in rows if row.method not in (None, MAX) and row.saved is not None]
     loss, saved = math.fsum(row.loss or 0.0 for row in chosen), _saved(chosen)
     text = (
-        "How the weights of each group are rounded, and what that saves: the score of the same "
-        f"format rounded plainly ({MAX}) minus the score of the chosen one, in {unit}. "
+        "How the weights of each group are rounded. What that saves was not scored: the menu has "
+        f"none of these formats rounded plainly (NAME:{MAX})."
     )
     if chosen:
-        text += (
+        text = (
+            "How the weights of each group are rounded, and what that saves: the score of the same "
+            f"format rounded plainly ({MAX}) minus the score of the chosen one, in {unit}. "
             f"Together {saved:.4g}: rounded plainly in the same formats, these groups would be "
             f"predicted to lose {loss + saved:.4g} in place of {loss:.4g}."
         )
     ranked = sorted(by_method.items(), key=lambda item: -_saved(item[1]))
-    return MethodSection(text=text.strip(), rows=[_method_cells(*item) for item in ranked])
+    return MethodSection(
+        text=text, rows=[_method_cells(*item) for item in ranked], is_per_layer=is_per_layer
+    )
 
 
 def _saved(rows: Sequence[GroupRow]) -> float:

@@ -50,7 +50,7 @@ def render_markdown(content: ReportContent) -> str:
 def _layers(content: ReportContent) -> list[str]:
     """The table of layers; where the menu has methods of rounding, with what each saves."""
     heads = ["Layer", "Num Bits", "Sensitivity", "Size Cost", "Chosen"]
-    text, has_methods = _EXPLANATION, content.methods is not None
+    text, has_methods = _EXPLANATION, bool(content.methods and content.methods.is_per_layer)
     if has_methods:
         heads += ["Method", "Saved"]
         text += (

@@ -244,7 +244,8 @@ class RunState:
     def _require_same(self, config: ScanConfig, identity: dict[str, Any]) -> None:
         if self.record.config is None:
             raise StoreError(f"{self.directory.uri} was imported and cannot be resumed")
-        changes = changed_fields(self.record.config, config)
+        menu = None if self.record.plan is None else self.record.plan["formats"]
+        changes = changed_fields(self.record.config, config, menu)
         if changes:
             raise ChangedError(
                 f"{self.directory.uri} was made with another config ({changes[0]}); use the same "

@@ -65,7 +65,7 @@ def scan_arguments(model_folder: Any, text_file: Path, cluster_address: str) -> 
             "--out",
             out,
             "--formats",
-            "wint4_afp16,wint8_aint8",
+            "wint4_afp16:max,wint8_aint8",
             "--bits",
             "8",
             "--shard-samples",

@@ -45,7 +45,7 @@ def make_config(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> 
             "model": str(model_folder("llama")),
             "data": data,
             "out": str(tmp_path_factory.mktemp("run") / "run"),
-            "formats": ("wint4_afp16", "wint8_afp16"),
+            "formats": ("wint4_afp16:max", "wint8_afp16"),
             "bits": 8,
             "samples": 8,
             "shard_samples": 2,

@@ -18,7 +18,7 @@ import transformers
 from autoquant_ray import load_quantization_config
 
 NUM_CALIBRATION = 6
-FORMATS = "wint4_afp16,wint8_aint8,kv_fp8,kv_nvfp4"
+FORMATS = "wint4_afp16:max,wint8_aint8,kv_fp8,kv_nvfp4"
 RIVALS = ("--num-random", "3", "--workers")
 
 
@@ -105,7 +105,7 @@ def test_solution_equals_the_manifest_quantized_by_modelopt(
 def test_rivals_keep_the_budget(evaluated: Path) -> None:
     rows = rows_of(evaluated)
     assert {"solution", "modelopt", "random 1", "random 2", "random 3"} <= set(rows)
-    assert "uniform wint4_afp16" in rows
+    assert "uniform wint4_afp16:max" in rows
     for row in rows.values():
         assert row["effective_bits"] <= 8 + 1e-9
         assert row["kl_p50"] <= row["kl_p95"] <= row["kl_p99"]
@@ -239,7 +239,7 @@ def test_refinement_orders_changes_alike_with_two_workers(
     plan = pq.read_table(runs[0] / "plan.parquet").to_pylist()
     searched = {row["group"] for row in plan if row["is_searched"]}
     assert {row["group"] for row in rows} == searched
-    names = {"wint4_afp16", "wint8_aint8", "kv_fp8", "kv_nvfp4", "none"}
+    names = {"wint4_afp16:max", "wint8_aint8", "kv_fp8", "kv_nvfp4", "none"}
     assert {row["format"] for row in rows} == names
     assert any(row["slope"] for row in rows if row["partner"] is None)
     pairs = {(row["group"], row["partner"]) for row in rows if row["partner"] is not None}

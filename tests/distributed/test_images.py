@@ -33,7 +33,7 @@ def make_config(model_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> 
             "model": str(folder),
             "data": str(data),
             "out": str(tmp_path_factory.mktemp("run") / "run"),
-            "formats": ("wint4_afp16", "wint8_aint8"),
+            "formats": ("wint4_afp16:max", "wint8_aint8"),
             "coverage": "full",
             "loss_on": "answer",
             "skip_bad_samples": True,

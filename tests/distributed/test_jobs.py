@@ -21,7 +21,7 @@ import autoquant_ray
 from autoquant_ray.jobs.file import make_job
 
 SECRET_NAME, SECRET = "AUTOQUANT_TEST_SECRET", "never-to-be-seen"
-SCAN = {"formats": ["wint4_afp16", "wint8_aint8"], "bits": 8, "shard_samples": 2, "workers": 1}
+SCAN = {"formats": ["wint4_afp16:max", "wint8_aint8"], "bits": 8, "shard_samples": 2, "workers": 1}
 
 
 def free_port() -> int:

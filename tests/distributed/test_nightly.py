@@ -30,7 +30,7 @@ def job(model: Path, text_file: Path, cluster_address: str) -> dict[str, Any]:
         "name": "tiny",
         "model": str(model),
         "data": str(text_file),
-        "formats": ["wint4_afp16", "wint8_aint8"],
+        "formats": ["wint4_afp16:max", "wint8_aint8"],
         "disable": ["lm_head"],
         "bits": 6,
         "shard_samples": 2,

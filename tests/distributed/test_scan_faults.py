@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from autoquant_ray.config import stage_fields
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ClusterError, DataError, StoreError
+from autoquant_ray.formats import menu
 from autoquant_ray.scan import run_search
 
 
@@ -26,7 +28,7 @@ def make_config(model_folder: Any, text_file: Path, tmp_path: Path) -> Any:
             "model": str(model_folder("llama")),
             "data": str(text_file),
             "out": str(tmp_path / "run"),
-            "formats": ("wint4_afp16", "wint8_aint8"),
+            "formats": ("wint4_afp16:max", "wint8_aint8"),
             "bits": 8,
             "shard_samples": 4,
             "workers": 1,
@@ -243,3 +245,33 @@ def test_scan_resume_unfinished_with_another_version_is_refused(
     Path(config.out, "run.json").write_text(json.dumps(values))
     with pytest.raises(StoreError, match=r"torch 1\.0"):
         run_search(config, "resume")
+
+
+def test_scan_resume_keeps_what_names_meant_when_the_run_was_made(
+    ray_local: None, make_config: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Earlier versions rounded a bare int4 plainly; goes on so, and a new run does not."""
+    config = make_config(formats=("wint4_afp16", "wint8_aint8"))
+    with monkeypatch.context() as earlier:
+        for module in (menu, stage_fields):
+            earlier.setattr(module, "WEIGHTED_BY_DEFAULT", frozenset())
+        run_search(config)
+    run, others = Path(config.out), {"out": str(tmp_path / "new"), "min_expert_tokens": 3}
+    before = (run / "sensitivity.parquet").read_bytes()
+    calibrated = (run / "calibration.parquet").stat().st_mtime_ns
+    for name in ("sensitivity.parquet", "scores/shard-000001.parquet"):
+        (run / name).unlink()
+    run_search(config.model_copy(update={"min_expert_tokens": 3}), "resume")
+    assert (run / "sensitivity.parquet").read_bytes() == before
+    assert (run / "calibration.parquet").stat().st_mtime_ns == calibrated
+    assert not (run / "rounding.parquet").exists()
+
+    run_search(config.model_copy(update=others))
+    scores = [
+        pq.read_table(folder / "sensitivity.parquet").to_pandas().set_index(["format"])
+        for folder in (run, tmp_path / "new")
+    ]
+    plain, weighted = (of.loc["wint4_afp16"].score.to_numpy() for of in scores)
+    assert (weighted != plain).all()
+    assert weighted.sum() < plain.sum()
+    assert (tmp_path / "new" / "rounding.parquet").exists()

@@ -59,7 +59,7 @@ def scan_config(model: Path, text_file: Path, out: Path) -> ScanConfig:
         model=str(model),
         data=str(text_file),
         out=str(out),
-        formats=("wint8_aint8", "wint4_afp16"),
+        formats=("wint8_aint8", "wint4_afp16:max"),
         bits=8,
         shard_samples=1,
         workers=2,

@@ -77,7 +77,7 @@ def test_stopped_scan_has_the_scores_of_a_scan_of_those_shards(
         model=str(model_folder("llama")),
         data=str(few),
         out=str(tmp_path / "run"),
-        formats=("wint4_afp16", "wint8_afp16"),
+        formats=("wint4_afp16:max", "wint8_afp16"),
         bits=8,
         shard_samples=1,
         workers=1,
@@ -172,7 +172,7 @@ class Arrivals:
 @pytest.fixture
 def made_up_scan(make_model: Any, tmp_path: Path) -> Any:
     """Score and aggregate 40 made-up shards that arrive in an order; returns (state, pool)."""
-    formats = ("wint4_afp16", "wint8_afp16")
+    formats = ("wint4_afp16:max", "wint8_afp16")
     plan = build_plan(make_model("llama"), resolve_formats(formats, device="cpu"))
     count = iter(range(1000))
 

@@ -45,14 +45,14 @@ def score(model_folder: Any, make_samples: Any, device: str, formats: tuple[str,
 
 
 def test_scores_cuda_equal_cpu(model_folder: Any, make_samples: Any) -> None:
-    formats = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
+    formats = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8")
     on_cpu = score(model_folder, make_samples, "cpu", formats)
     on_cuda = score(model_folder, make_samples, "cuda", formats)
     np.testing.assert_allclose(on_cuda.sums.elementwise_GF, on_cpu.sums.elementwise_GF, rtol=1e-3)
 
 
 def test_scores_fp4_on_cuda_are_finite_and_positive(model_folder: Any, make_samples: Any) -> None:
-    scores = score(model_folder, make_samples, "cuda", ("wfp4_afp16", "MXFP4_DEFAULT_CFG"))
+    scores = score(model_folder, make_samples, "cuda", ("wfp4_afp16:max", "MXFP4_DEFAULT_CFG"))
     assert np.isfinite(scores.sums.elementwise_GF).all()
     assert (scores.sums.elementwise_GF > 0).all()
 

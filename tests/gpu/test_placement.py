@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="needs a CUDA device")
 
 def make_scorer(folder: Path, placement: str, labels: str = "model") -> Scorer:
     ref = find_model(str(folder))
-    formats = resolve_formats(("wint4_afp16", "wfp8_afp8", "wint8_aint8"), device="cuda")
+    formats = resolve_formats(("wint4_afp16:max", "wfp8_afp8", "wint8_aint8"), device="cuda")
     plan = build_plan(build_skeleton(ref), formats)
     spec = ScoringSpec(
         model=ref,

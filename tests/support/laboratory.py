@@ -22,7 +22,7 @@ from autoquant_ray.quantize.modules import FormatNumbers
 from autoquant_ray.runs.names import FLIPS
 from autoquant_ray.runs.schemas import schema_of
 
-FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
+FORMATS = ("wint4_aint4:max", "wint4_afp16:max", "wint8_aint8")
 NUM_SHARDS, LENGTHS = 4, [24, 24, 24]
 
 

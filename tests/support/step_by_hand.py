@@ -18,7 +18,7 @@ from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.runs.state import RunState
 
-FORMATS = ("wint4_afp16", "wfp8_afp8")
+FORMATS = ("wint4_afp16:max", "wfp8_afp8")
 
 
 def card(bandwidth: float, **rates: float) -> Hardware:
@@ -54,7 +54,7 @@ def choices_ms(directory: Any, latency: Latency) -> tuple[dict[tuple[str, str], 
     plan = RunState.open(directory).record.plan
     batch, bandwidth = latency.batch, latency.hardware.memory_bandwidth.value
     rates = {pair: figure.value for pair, figure in latency.hardware.matmul_rates.items()}
-    pairs = {"wint4_afp16": "16x16", "wfp8_afp8": "fp8xfp8", NONE: "16x16"}
+    pairs = {"wint4_afp16:max": "16x16", "wfp8_afp8": "fp8xfp8", NONE: "16x16"}
     times = {}
     for row in directory.read_table("plan.parquet").to_pylist():
         share = plan["step"]["active_expert_ratio"] if "experts" in row["group"] else 1.0

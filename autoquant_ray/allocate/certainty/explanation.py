@@ -9,7 +9,7 @@ from autoquant_ray.allocate.certainty.flips import Flip
 from autoquant_ray.allocate.certainty.shard_shares import ShardShare
 from autoquant_ray.allocate.certainty.solution import CERTAIN, COIN_TOSS
 from autoquant_ray.formats.algorithms import MAX
-from autoquant_ray.formats.method_names import has_methods
+from autoquant_ray.formats.method_names import names_methods
 from autoquant_ray.notebook import lines_html, table_html
 from autoquant_ray.wording import few
 
@@ -60,7 +60,7 @@ def table_heads(explanation: Explanation) -> tuple[str, ...]:
 
 
 def _names_methods(explanation: Explanation) -> bool:
-    return has_methods(alternative.format for alternative in explanation.formats)
+    return names_methods(alternative.format for alternative in explanation.formats)
 
 
 def table_rows(explanation: Explanation) -> list[tuple[str, ...]]:

@@ -186,7 +186,7 @@ def test_audited_allocation_is_no_worse(share: float, laboratory: Laboratory) ->
     head = laboratory.names[-1]
     lowest, highest = (
         laboratory.bits(dict.fromkeys(laboratory.names[:-1], name) | {head: NONE})
-        for name in ("wint4_aint4", "wint8_aint8")
+        for name in ("wint4_aint4:max", "wint8_aint8")
     )
     options = SolveOptions(
         bits=lowest + share * (highest - lowest),

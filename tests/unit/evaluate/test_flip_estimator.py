@@ -21,8 +21,8 @@ from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.loss import draw_uniforms, sample_labels
 from autoquant_ray.score.scorer import Scorer
 
-FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
-WEIGHT_FORMATS = ("wint4_afp16", "wint8_afp16", "wfp8_afp16")
+FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8")
+WEIGHT_FORMATS = ("wint4_afp16:max", "wint8_afp16", "wfp8_afp16")
 
 LENGTHS = [24, 17, 9, 24]
 
@@ -213,7 +213,7 @@ def test_little_room_gives_the_same_sums(make_scorer: Any, make_samples: Any) ->
 def test_offloaded_equals_resident(
     dtype: str, model_folder: Any, make_scorer: Any, make_samples: Any
 ) -> None:
-    prepared = make_scorer("llama", ("wint4_afp16", "wint8_aint8", "kv_fp8"))
+    prepared = make_scorer("llama", ("wint4_afp16:max", "wint8_aint8", "kv_fp8"))
     samples = make_samples(LENGTHS)
     spec = make_evaluation(prepared, samples).spec
     spec = dataclasses.replace(spec, model=find_model(str(model_folder("llama"))), dtype=dtype)

@@ -33,8 +33,8 @@ from autoquant_ray.runs.state import RunState
 from autoquant_ray.score.flip_hooks import FlipSums
 
 OPTIONS = SolveOptions(bits=6.0)
-WEIGHT_FORMATS = ("wint4_afp16", "wint8_afp16", "wfp8_afp16")
-INPUT_FORMATS = ("wint4_aint4", "wint4_afp16", "wint8_aint8")
+WEIGHT_FORMATS = ("wint4_afp16:max", "wint8_afp16", "wfp8_afp16")
+INPUT_FORMATS = ("wint4_aint4:max", "wint4_afp16:max", "wint8_aint8")
 
 
 def rank_correlations(laboratory: Laboratory, formats: Mapping[str, str]) -> tuple[float, float]:

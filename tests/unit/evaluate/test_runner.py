@@ -13,7 +13,7 @@ from autoquant_ray.evaluate.runner import ShardEvaluation
 from autoquant_ray.quantize.calibration import calibration_of_maxima
 from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 
-FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
+FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8")
 LENGTHS = [24, 17, 9, 24]
 
 

@@ -117,6 +117,19 @@ def test_sensitivities_of_mlx_become_as_many_larger_groups_as_fit(
     assert sum(g.cost(more[g.name], "storage") for g in problem.searched) * 8 / weights > 6.0
 
 
+def test_tools_round_by_themselves_so_plain_rounding_comes_nearest(tmp_path: Path) -> None:
+    menu = ("wint4_afp16", "wint4_afp16:max", "wint8_afp16:weighted", "wint8_afp16")
+    run = put_scored_run(tmp_path / "run", formats=menu, num_layers=1)
+    solve_run(run, SolveOptions(bits=6.0), folder="")
+    modules = [
+        m for g in ScoredRun.read(RunState.open(run)).problem.searched for m in g.module_names
+    ]
+    formats = rival(run, put(tmp_path, dict.fromkeys(modules, "W4A16") | {modules[0]: "W8A16"}))
+    assert set(formats.values()) == {"wint4_afp16:max", "wint8_afp16"}
+    formats = rival(run, put(tmp_path, [[name, 1.0] for name in modules]))
+    assert set(formats.values()) == {"wint4_afp16:max", "wint8_afp16"}
+
+
 def test_imported_allocation_is_a_solution_and_a_rival(run: RunDirectory, tmp_path: Path) -> None:
     path = put(tmp_path, {"bits": 8, "group_size": 64, "mode": "affine", "lm_head": False})
     words = ["import", path, "--into", run.uri, "--name", "theirs"]

@@ -185,7 +185,7 @@ def test_scores_with_the_hooks_of_a_split_model_are_the_same(
             names = [*split_map(model, {0: GIB, 1: GIB}, name=family)]
             accelerate.dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
             assert "forward" in vars(model.model.layers[0].self_attn.q_proj)
-        plan = build_plan(model, resolve_formats(("wint4_afp16", "wint8_aint8"), device="cpu"))
+        plan = build_plan(model, resolve_formats(("wint4_afp16:max", "wint8_aint8"), device="cpu"))
         spec = make_spec(plan, step_tokens=64, labels="model")
         scorer = Scorer(spec, model=model)
         assert scorer.is_layerwise
@@ -202,7 +202,7 @@ def test_gptq_needs_room_for_second_moments(make_model: Any) -> None:
     model = make_model("llama")
     plans = [
         build_plan(model, resolve_formats((name,), device="cpu"), disable=("lm_head",))
-        for name in ("wint4_afp16", "wint4_afp16:gptq")
+        for name in ("wint4_afp16:max", "wint4_afp16:gptq")
     ]
     plain, fitted = (footprint(plan, make_config()).work_bytes for plan in plans)
     linears = [

@@ -22,7 +22,7 @@ EXPERTS = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
 
 @pytest.fixture(scope="module")
 def prepared(make_scorer: Any) -> Any:
-    return make_scorer("qwen3_moe", ("wint8_aint8", "wint4_afp16"))
+    return make_scorer("qwen3_moe", ("wint8_aint8", "wint4_afp16:max"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def _routes(model: Any, sample: list[int]) -> dict[str, torch.Tensor]:
 
 def test_counts_do_not_depend_on_drawn_rows(scored: Any, make_scorer: Any) -> None:
     shards, scores = scored
-    drawn = make_scorer("qwen3_moe", ("wint4_afp16",), row_share=0.3)
+    drawn = make_scorer("qwen3_moe", ("wint4_afp16:max",), row_share=0.3)
     expert_tokens = drawn.scorer.score(shards[1], 0, Calibration()).sums.expert_tokens
     assert expert_tokens == scores[1].sums.expert_tokens
 

@@ -113,7 +113,7 @@ def test_every_layer_is_what_modelopt_makes_of_it_alone(
 def test_manifest_of_several_algorithms_gives_each_layer_its_own(
     make_run: Any, make_model: Any, make_samples: Any, make_scorer: Any
 ) -> None:
-    menu = ("int4_mse", "int8_narrow", "wint8_aint8", "wint4_afp16")
+    menu = ("int4_mse", "int8_narrow", "wint8_aint8", "wint4_afp16:max")
     directory = make_run("qwen3_moe", menu, disable=(), custom=CUSTOM)
     groups = [g.name for g in make_scorer("qwen3_moe", menu, custom=CUSTOM).plan.searched]
     pins = {name: [*menu, "none"][number % 5] for number, name in enumerate(groups)}

@@ -27,7 +27,7 @@ from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 from autoquant_ray.score.scorer import Scorer
 
-FORMATS = ("wint4_afp16", "wfp8_afp8", "wfp8_afp16")
+FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wfp8_afp16")
 LENGTHS = [20, 20, 20]
 
 
@@ -91,7 +91,7 @@ def test_plan_has_a_group_per_expert_with_the_bytes_of_the_whole(apart: Apart) -
     assert apart.plan.step == together.step
     for number in _singles(apart.plan):
         menu = apart.plan.menu(apart.plan.searched[number])
-        assert [f.name for f in menu] == ["wint4_afp16", "wfp8_afp16"]
+        assert [f.name for f in menu] == ["wint4_afp16:max", "wfp8_afp16"]
 
 
 def test_sums_equal_those_of_modules_with_one_expert_replaced(apart: Apart) -> None:
@@ -174,7 +174,7 @@ def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
     """With the int4 scales of some experts searched, so that each expert has its own algorithm."""
     searched = checked_algorithm("int4", "mse")
     menu = tuple(
-        dataclasses.replace(f, algorithm=searched) if f.name == "wint4_afp16" else f
+        dataclasses.replace(f, algorithm=searched) if f.name == "wint4_afp16:max" else f
         for f in apart.plan.formats
     )
     plan = dataclasses.replace(apart.plan, formats=menu)
@@ -187,7 +187,7 @@ def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
         for group in plan.groups
     }
     used = {formats[plan.searched[n].name] for n in _singles(plan)}
-    assert used == {"wint4_afp16", "wfp8_afp16", NONE}
+    assert used == {"wint4_afp16:max", "wfp8_afp16", NONE}
     problem = Problem.from_plan(plan.rows(), plan.summary())
     config = quantization_config(problem, formats, plan.summary())
     config = load_quantization_config({"quantization_config": config})

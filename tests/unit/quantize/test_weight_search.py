@@ -129,7 +129,7 @@ def test_scores_equal_modelopt_search(
 ) -> None:
     weight = {"num_bits": 4, "block_sizes": {-1: 32, "type": "static"}}
     custom = {"mine": {"weight": weight, "input": FP8, "algorithm": {"method": "mse"}}}
-    prepared = make_scorer(family, ("mine", "wint4_afp16"), custom=custom)
+    prepared = make_scorer(family, ("mine", "wint4_afp16:max"), custom=custom)
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
     calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
     ours_G = summed_by_step(prepared.scorer, shards, calibration)[:, 0]

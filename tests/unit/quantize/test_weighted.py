@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
@@ -12,18 +15,27 @@ from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
 from weight_formats import FP8, INT4, INT8, searched
 
+from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.algorithms import of_allocation
 from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.formats.menu import (
+    BLOCK_INTEGERS,
+    PAIRS,
+    WEIGHTED_BY_DEFAULT,
+    known_formats,
+    resolve_formats,
+)
+from autoquant_ray.formats.smoothed import needs_calibration
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize import calibration_mode  # noqa: F401 (registers the mode)
 from autoquant_ray.quantize.experts import FusedExperts
+from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.quantizers import (
     fake_quantize_weight,
     make_weight_quantizer,
@@ -31,6 +43,7 @@ from autoquant_ray.quantize.quantizers import (
 )
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.scorer import Scorer
+from autoquant_ray.solve import solve_run
 
 NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
 MULTIPLIERS = np.linspace(0.7, 1.05, 15).astype(np.float32)
@@ -209,8 +222,75 @@ def test_method_keeps_the_stored_bytes_and_gives_nvfp4_stored_scales() -> None:
     assert format_of("wfp4_afp16:max").weight["block_sizes"]["type"] == "dynamic"
 
 
+@pytest.mark.parametrize("name", sorted(WEIGHTED_BY_DEFAULT))
+def test_few_bits_without_a_method_are_weighted_under_their_bare_name(name: str) -> None:
+    bare, plain = format_of(name), format_of(f"{name}:max")
+    assert bare == replace(format_of(f"{name}:weighted"), name=name)
+    assert bare.weight_key == format_of(f"{name}:weighted").weight_key
+    assert plain.algorithm is None
+    weight, input_ = (PAIRS | BLOCK_INTEGERS)[name]
+    assert (plain.weight, plain.input) == (weight, input_)
+    assert needs_calibration([bare])
+    assert needs_calibration([plain]) == (input_ is not None)
+
+
+def test_which_names_are_weighted_by_default() -> None:
+    assert {f.name for f in map(format_of, known_formats_of_cpu()) if is_weighted(f)} == {
+        *(f"w{weight}_a{a}" for weight in ("int4", "fp4") for a in ("fp16", "fp8", "int8", "int4")),
+        *(f"wint{bits}_afp16" for bits in (3, 5, 6)),
+        *(f"wint{bits}_g{block}_afp16" for bits in (3, 4, 5, 6) for block in (32, 64)),
+    }
+    custom = {"wint4_afp16": {"weight": INT4}}
+    (mine,) = resolve_formats(("wint4_afp16",), device="cpu", custom=custom)
+    assert mine.algorithm is None, "a format of the config is what the config says"
+
+
+def known_formats_of_cpu() -> list[str]:
+    """Names that can be scanned."""
+    names = []
+    for name in known_formats():
+        with suppress(FormatError):
+            names.append(format_of(name).name)
+    return names
+
+
+def is_weighted(format_: Format) -> bool:
+    return (format_.algorithm or {}).get("method") == "weighted"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_bare_name_scores_as_weighted_and_max_as_the_preset(
+    family: str, make_scorer: Any, make_samples: Any
+) -> None:
+    names = ("wint4_afp16", "wint4_afp16:weighted", "wint4_afp16:max")
+    names = (*names, "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "wfp4_afp16", "wfp4_afp16:weighted")
+    names = (*names, "wfp4_afp16:max", "W4A16_NVFP4_CFG")
+    prepared = make_scorer(family, names)
+    samples = make_samples([24, 24])
+    calibration = prepared.scorer.calibrate(samples)
+    sums = prepared.scorer.score(samples, 0, calibration).sums.elementwise_GF
+    of = dict(zip(names, sums.T, strict=True))
+    for bare, preset in (
+        ("wint4_afp16", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"),
+        ("wfp4_afp16", "W4A16_NVFP4_CFG"),
+    ):
+        assert np.array_equal(of[bare], of[f"{bare}:weighted"])
+        assert np.array_equal(of[f"{bare}:max"], of[preset])
+        assert of[bare].sum() < of[f"{bare}:max"].sum()
+
+
+def test_mtq_quantize_without_inputs_says_what_is_missing(make_run: Any, make_model: Any) -> None:
+    directory = make_run("llama", ("wint4_afp16",), disable=())
+    solve_run(directory, SolveOptions(bits=5), folder="")
+    manifest = directory.read_json("manifest.json")
+    with pytest.raises(ValueError, match=r"give mtq\.quantize a forward_loop") as error:
+        mtq.quantize(make_model("llama"), load_quantization_config(manifest, device="cpu"))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 400
+
+
 def test_experts_that_saw_few_tokens_keep_their_maxima(make_scorer: Any, make_samples: Any) -> None:
-    prepared = make_scorer("qwen3_moe", ("wint4_afp16", "wint4_afp16:weighted"))
+    prepared = make_scorer("qwen3_moe", ("wint4_afp16:max", "wint4_afp16:weighted"))
     samples = make_samples([24, 24])
     calibration = prepared.scorer.calibrate(samples)
     counts = {

@@ -15,13 +15,19 @@ from scored_run import put_scored_run
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.formats.method_names import has_methods, roundings, without_method
+from autoquant_ray.formats.method_names import (
+    has_methods,
+    names_methods,
+    roundings,
+    same_or_plain,
+    without_method,
+)
 from autoquant_ray.report.expert_rows import by_format
 from autoquant_ray.report.groups import GroupRow, method_section
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.solve import solve_run
 
-PLAIN = ("wint4_afp16", "wint8_afp16")
+PLAIN = ("wint4_afp16:max", "wint8_afp16")
 _DASH = "\N{EN DASH}"
 MENU = (*PLAIN, "wint4_afp16:mse", "wint4_afp16:weighted", "wint8_afp16:weighted")
 
@@ -77,8 +83,16 @@ class Cells(HTMLParser):
             self.rows[-1][-1] = (text + data.strip(), number)
 
 
+def method_in(format_: str) -> str:
+    """The method of a format of ``MENU``."""
+    return format_.partition(":")[2] or "max"
+
+
 def saved(scores: dict[tuple[str, str], float], group: str, chosen: str) -> float:
-    return scores[group, chosen.partition(":")[0]] - scores[group, chosen]
+    base = chosen.partition(":")[0]
+    return (
+        scores[group, "wint4_afp16:max" if base == "wint4_afp16" else base] - scores[group, chosen]
+    )
 
 
 def test_every_layer_has_its_method_and_what_that_saves(tmp_path: Path) -> None:
@@ -90,11 +104,11 @@ def test_every_layer_has_its_method_and_what_that_saves(tmp_path: Path) -> None:
     for name, *_, method, shown in rows:
         group, format_ = chosen.loc[name, "group"], chosen.loc[name, "format"]
         methods[method] += 1
-        if ":" in format_:
-            assert method == format_.partition(":")[2]
-            assert float(shown) == pytest.approx(saved(scores, group, format_), rel=1e-4)
+        assert method == ("-" if format_ == "none" else method_in(format_))
+        if method in ("-", "max"):
+            assert shown == "-"
         else:
-            assert (method, shown) == ("max" if format_ != "none" else "-", "-")
+            assert float(shown) == pytest.approx(saved(scores, group, format_), rel=1e-4)
     assert methods["weighted"] > 5
     assert (methods["mse"], methods["-"]) == (1, 1), "the pinned head, the vision tower"
 
@@ -107,8 +121,9 @@ def test_groups_of_the_page_have_the_same_numbers(tmp_path: Path) -> None:
     method, at = names.index("Method"), names.index("Saved")
     for row in rows:
         group, format_ = row[0][0], chosen.loc[row[0][0], "format"]
-        if ":" in format_:
-            assert row[method][0] == format_.partition(":")[2]
+        if format_ != "none":
+            assert row[method][0] == method_in(format_)
+        if method_in(format_) not in ("none", "max"):
             assert float(row[at][1] or "nan") == saved(scores, group, format_)
             assert float(row[at][0]) == pytest.approx(saved(scores, group, format_), rel=1e-4)
         elif format_ == "none":
@@ -117,7 +132,7 @@ def test_groups_of_the_page_have_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_totals_per_method_are_those_of_the_groups(tmp_path: Path) -> None:
-    pins = {"lm_head": "wint4_afp16:mse", "model.layers.1.mlp.down_proj": "wint4_afp16"}
+    pins = {"lm_head": "wint4_afp16:mse", "model.layers.1.mlp.down_proj": "wint4_afp16:max"}
     directory = solved(tmp_path, MENU, pins=pins)
     scores, chosen = scored_and_chosen(directory)
     groups = chosen.drop_duplicates("group").set_index("group")["format"].to_dict()
@@ -138,7 +153,7 @@ def test_totals_per_method_are_those_of_the_groups(tmp_path: Path) -> None:
         of_method = {
             group: format_
             for group, format_ in groups.items()
-            if format_ != "none" and (format_.partition(":")[2] or "max") == method
+            if format_ != "none" and method_in(format_) == method
         }
         assert int(number) == len(of_method)
         assert int(num_weights.replace(",", "")) == sum(weights[group] for group in of_method)
@@ -170,8 +185,36 @@ def test_method_without_a_plain_score_says_so(tmp_path: Path) -> None:
     assert ("plain not scored", "") in [cell for row in page for cell in row]
 
 
-def test_menu_without_methods_has_no_word_of_them(tmp_path: Path) -> None:
-    directory = solved(tmp_path, PLAIN)
+def without_algorithms(directory: RunDirectory) -> RunDirectory:
+    """The run as earlier versions wrote it, when a bare name meant plain rounding."""
+    record = directory.read_json("run.json")
+    for entry in record["plan"]["formats"]:
+        entry.pop("algorithm", None)
+    directory.write_json("run.json", record)
+    return directory
+
+
+def test_menu_of_bare_names_says_how_they_are_rounded_once(tmp_path: Path) -> None:
+    directory = solved(tmp_path, ("wint4_afp16", "wint8_afp16"))
+    rows = {row[0]: row[-1] for row in table(report(directory), "Rounding")}
+    assert rows == {
+        "Method": "Saved against plain rounding",
+        "weighted": "plain not scored",
+        "max": "-",
+    }
+    assert "What that saves was not scored" in report(directory)
+    assert table(report(directory), "Layers")[0][-1] == "Chosen"
+    assert "Saved" not in [text for text, _ in Cells(report(directory, "report.html")).rows[0]]
+    assert "What that saves was not scored" in report(directory, "report.html")
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["eight bits", "an earlier version"])
+def test_menu_without_methods_has_no_word_of_them(tmp_path: Path, is_old: bool) -> None:
+    if is_old:
+        directory = put_scored_run(tmp_path / "run", formats=("wint4_afp16", "wint8_afp16"))
+        solve_run(without_algorithms(directory), SolveOptions(bits=6), folder="")
+    else:
+        directory = solved(tmp_path, ("wfp8_afp16", "wint8_afp16"), bits=9)
     assert table(report(directory), "Layers")[0][-1] == "Chosen"
     for name in ("report.md", "report.html"):
         assert not {"Rounding", "Saved", "Method"} & set(
@@ -183,7 +226,10 @@ def test_experts_shown_together_save_together() -> None:
     menu = resolve_formats(MENU, device="cpu")
     rounded = roundings([format_.to_json() for format_ in menu])
     scores = {
-        f"mlp.experts.{n}": {"wint4_afp16": (1.0 + n, None), "wint4_afp16:weighted": (0.5, None)}
+        f"mlp.experts.{n}": {
+            "wint4_afp16:max": (1.0 + n, None),
+            "wint4_afp16:weighted": (0.5, None),
+        }
         for n in range(3)
     }
     rows = [
@@ -205,19 +251,20 @@ def test_experts_shown_together_save_together() -> None:
     ]
     (together,) = by_format(rows, {name: n for n, name in enumerate(scores)})
     assert together.saved == 0.5 + 1.5 + 2.5
-    section = method_section(rows, "nats per token")
+    section = method_section(rows, "nats per token", is_per_layer=True)
     assert section is not None
     assert section.rows == [("weighted", "3", "30", "1.5", "4.5")]
 
 
 def test_names_tell_methods_and_their_plain_format() -> None:
     names = ("wfp4_afp16:weighted", "wfp4_afp16", "wint4_afp16:mse", "wint4_afp16:max", "kv_fp8")
-    names = (*names, "wint8_afp16:weighted", "INT4_AWQ_CFG")
+    names = (*names, "wint8_afp16:weighted", "INT4_AWQ_CFG", "wint4_afp16")
     menu = resolve_formats(names, device="cpu")
     rounded = roundings([format_.to_json() for format_ in menu])
     assert {name: (r.method, r.plain) for name, r in rounded.items()} == {
-        "wfp4_afp16:weighted": ("weighted", "wfp4_afp16"),
-        "wfp4_afp16": ("max", "wfp4_afp16"),
+        "wfp4_afp16:weighted": ("weighted", None),
+        "wfp4_afp16": ("weighted", None),
+        "wint4_afp16": ("weighted", "wint4_afp16:max"),
         "wint4_afp16:mse": ("mse", "wint4_afp16:max"),
         "wint4_afp16:max": ("max", "wint4_afp16:max"),
         "wint8_afp16:weighted": ("weighted", None),
@@ -229,6 +276,27 @@ def test_names_tell_methods_and_their_plain_format() -> None:
         ":mse",
         "a",
     ]
-    assert has_methods(["a", "a:mse"])
-    assert not has_methods(["a", "int4:g128", "kv_fp8"])
+    assert names_methods(["a", "a:mse"])
+    assert not names_methods(["a", "int4:g128", "kv_fp8"])
     assert roundings([{"name": "INT4"}, {"name": "INT4:mse"}]) == {}, "imported: names only"
+
+
+def test_bare_name_in_an_earlier_run_is_plain(tmp_path: Path) -> None:
+    names = ("wint4_afp16", "wint4_afp16:weighted", "wint8_afp16")
+    menu = [format_.to_json() for format_ in resolve_formats(names, device="cpu")]
+    menu[0].pop("algorithm")
+    assert {name: (r.method, r.plain) for name, r in roundings(menu).items()} == {
+        "wint4_afp16": ("max", "wint4_afp16"),
+        "wint4_afp16:weighted": ("weighted", "wint4_afp16"),
+        "wint8_afp16": ("max", "wint8_afp16"),
+    }
+    assert not has_methods([menu[0], menu[2]])
+    assert has_methods([menu[0], menu[1]])
+
+
+def test_formats_in_place_of_a_missing_method() -> None:
+    menu = ["wint4_afp16", "wint4_afp16:max", "wint4_afp16:gptq", "wint8_afp16"]
+    assert same_or_plain("wint4_afp16", menu) == "wint4_afp16"
+    assert same_or_plain("wint4_afp16:awq", menu) == "wint4_afp16:max"
+    assert same_or_plain("wint4_afp16:awq", ["wint4_afp16:gptq", "wint4_afp16"]) == "wint4_afp16"
+    assert same_or_plain("wfp8_afp16", menu) is None

@@ -41,29 +41,31 @@ BLOCK_PRESETS = (
 def test_all_pairs_and_block_presets_score_in_one_pass_and_in_order(
     make_scorer: Any, make_samples: Any
 ) -> None:
-    formats = (*PAIRS, *BLOCK_PRESETS)
+    formats = (*PAIRS, "wfp4_afp16:max", "wfp4_afp8:max", *BLOCK_PRESETS)
     prepared = make_scorer("llama", formats, labels="model")
     shards = [make_samples([24] * 4, seed=1), make_samples([17, 30], seed=2)]
     calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
     sums_GF = sum(prepared.scorer.score(s, 0, calibration).sums.elementwise_GF for s in shards)
-    assert sums_GF.shape == (len(prepared.names), len(PAIRS) + len(BLOCK_PRESETS))
+    assert sums_GF.shape == (len(prepared.names), len(PAIRS) + 2 + len(BLOCK_PRESETS))
     assert np.isfinite(sums_GF).all()
     assert (sums_GF > 0).all()
     of = {name: sums_GF[:, index] for index, name in enumerate(formats)}
     worse_first = [
-        ("wfp4_afp16", "wfp8_afp16"),
-        ("wfp4_afp16", "wint8_afp16"),
-        ("wfp4_afp8", "wfp8_afp8"),
+        ("wfp4_afp16:max", "wfp8_afp16"),
+        ("wfp4_afp16:max", "wint8_afp16"),
+        ("wfp4_afp8:max", "wfp8_afp8"),
+        ("wfp4_afp16:max", "wfp4_afp16"),
+        ("wfp4_afp8:max", "wfp4_afp8"),
         ("NVFP4_DEFAULT_CFG", "W4A16_NVFP4_CFG"),
         ("MXFP4_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"),
-        ("W4A8_NVFP4_FP8_CFG", "wfp4_afp8"),
+        ("W4A8_NVFP4_FP8_CFG", "wfp4_afp8:max"),
         ("MXFP4_DEFAULT_CFG", "MXFP6_DEFAULT_CFG"),
         ("MXFP6_DEFAULT_CFG", "MXFP8_DEFAULT_CFG"),
         ("MXFP8_DEFAULT_CFG", "MXINT8_DEFAULT_CFG"),
     ]
     for worse, better in worse_first:
         assert of[worse].sum() > of[better].sum(), (worse, better)
-    np.testing.assert_array_equal(of["wfp4_afp16"], of["W4A16_NVFP4_CFG"])
+    np.testing.assert_array_equal(of["wfp4_afp16:max"], of["W4A16_NVFP4_CFG"])
 
 
 def test_scores_do_not_depend_on_the_other_formats(make_scorer: Any, make_samples: Any) -> None:

@@ -26,7 +26,7 @@ from autoquant_ray.score.loading import load_placed
 from autoquant_ray.score.scorer import Scorer, ScoringSpec
 from autoquant_ray.score.step import Step
 
-FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
+FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.score.row_sampling import draw_rows
 
-FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
+FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8")
 LENGTHS = [40, 25, 60, 33]
 NUM_SEEDS = 60
 

@@ -16,7 +16,7 @@ from autoquant_ray.score.rows import live_rows
 
 FAMILIES = ["llama", "qwen3", "qwen3_moe", "qwen3_vl"]
 FORMATS = (
-    "wint4_afp16",
+    "wint4_afp16:max",
     "wfp8_afp8",
     "wint8_aint8",
     "wint8_aint4",
@@ -150,7 +150,7 @@ def test_sums_seed_changes_draws_and_same_seed_repeats(make_scorer: Any, make_sa
     samples = make_samples([16])
     results = []
     for seed in (0, 0, 1):
-        prepared = make_scorer("llama", ("wint4_afp16",), labels="model", seed=seed)
+        prepared = make_scorer("llama", ("wint4_afp16:max",), labels="model", seed=seed)
         results.append(prepared.scorer.score(samples, 0, Calibration()).sums.elementwise_GF)
     assert np.array_equal(results[0], results[1])
     assert not np.allclose(results[0], results[2])
@@ -217,7 +217,7 @@ def test_sums_bfloat16_stay_near_float32(
 ) -> None:
     """The same rounded weights and the same labels, computed in both types."""
     samples = make_samples([60, 60])
-    formats = ("wint4_afp16", "wint8_afp16", "wint8_aint8", "wfp8_afp8")
+    formats = ("wint4_afp16:max", "wint8_afp16", "wint8_aint8", "wfp8_afp8")
     prepared = make_scorer("llama", formats)
     prepared.model.to(torch.bfloat16)
     half = scorer_module.Scorer(prepared.scorer.spec, model=prepared.model)
@@ -227,7 +227,7 @@ def test_sums_bfloat16_stay_near_float32(
     single = scorer_module.Scorer(prepared.scorer.spec, model=prepared.model)
     exact = single.score(samples, 0, calibration).sums.elementwise_GF
     ratios = rounded / exact
-    weight_only = [formats.index("wint4_afp16"), formats.index("wint8_afp16")]
+    weight_only = [formats.index("wint4_afp16:max"), formats.index("wint8_afp16")]
     np.testing.assert_allclose(ratios[:, weight_only], 1, atol=0.02)
     np.testing.assert_allclose(ratios, 1, atol=0.15)
     assert np.median(ratios) == pytest.approx(1, abs=0.02)

@@ -104,6 +104,25 @@ def test_format_has_a_name_only_where_the_name_says_all(name: str, algo: LayerAl
     assert layer_algo(make_format(name)) == algo
 
 
+@pytest.mark.parametrize(
+    ("name", "algo"),
+    [
+        ("wint4_afp16", LayerAlgo("W4A16_AWQ", 128)),
+        ("wint4_g32_afp16", LayerAlgo("W4A16_AWQ", 32)),
+        ("wfp4_afp16", LayerAlgo("W4A16_NVFP4", 16)),
+        ("wfp4_afp16:max", LayerAlgo("W4A16_NVFP4", 16)),
+        ("wfp4_afp8:max", LayerAlgo("W4A8_NVFP4_FP8", 16)),
+        # ModelOpt calls it NVFP4, and NVFP4 has other inputs.
+        ("wfp4_afp8", None),
+    ],
+)
+def test_stored_scales_of_the_default_method_change_no_name_but_that_of_fp8_inputs(
+    name: str, algo: LayerAlgo | None
+) -> None:
+    (format_,) = resolve_formats((name,), device="cpu")
+    assert layer_algo(format_) == algo
+
+
 def test_formats_that_scale_channels_have_no_name() -> None:
     """ModelOpt calls them W4A16_AWQ and the like, but exports other factors than it measured."""
     names = ("INT4_AWQ_CFG", "INT8_SMOOTHQUANT_CFG", "NVFP4_AWQ_LITE_CFG")

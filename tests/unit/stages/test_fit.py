@@ -24,7 +24,7 @@ from autoquant_ray.stages.calibrate import calibrate, is_calibrated
 from autoquant_ray.stages.fit import fit, halves_of
 
 FORMATS = (
-    "wint4_afp16",
+    "wint4_afp16:max",
     "wint4_g32_afp16:weighted",
     "wint8_afp16:weighted",
     "wint8_aint8:weighted",
@@ -257,7 +257,7 @@ def test_halves_hold_every_domain(make_run: Any, make_scorer: Any, make_samples:
 def test_single_shard_is_refused_in_one_line(
     make_run: Any, make_scorer: Any, make_samples: Any
 ) -> None:
-    formats = ("wint4_afp16", "wint4_afp16:gptq")
+    formats = ("wint4_afp16:max", "wint4_afp16:gptq")
     prepared = make_scorer("llama", formats)
     directory = make_run("llama", formats=formats, num_shards=1)
     rows = [{"sample": 0, "tokens": make_samples([24])[0]}]

@@ -17,7 +17,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.solve import solve_run
 
-MENU = ("wint4_afp16", "wint4_afp16:mse", "wint4_afp16:weighted", "wint8_afp16:weighted")
+MENU = ("wint4_afp16:max", "wint4_afp16:mse", "wint4_afp16:weighted", "wint8_afp16:weighted")
 GROUP = "model.layers.1.mlp.down_proj"
 
 
@@ -34,10 +34,10 @@ def test_every_method_has_a_row_with_what_it_saves(tmp_path: Path) -> None:
     entries = by_format(explained(directory, GROUP))
     assert list(entries) == ["none", *MENU]
     methods = {name: (entry["method"], entry["saved"]) for name, entry in entries.items()}
-    plain = scores["wint4_afp16"]
+    plain = scores["wint4_afp16:max"]
     assert methods == {
         "none": (None, None),
-        "wint4_afp16": ("max", 0.0),
+        "wint4_afp16:max": ("max", 0.0),
         "wint4_afp16:mse": ("mse", plain - scores["wint4_afp16:mse"]),
         "wint4_afp16:weighted": ("weighted", plain - scores["wint4_afp16:weighted"]),
         "wint8_afp16:weighted": ("weighted", None),
@@ -56,7 +56,7 @@ def test_table_shows_the_saving_and_its_share(tmp_path: Path) -> None:
     assert "Saved" in row(shown, "Format")
     assert "Saved: score of the same format rounded plainly (max), minus its own" in shown
     for name in ("wint4_afp16:mse", "wint4_afp16:weighted"):
-        saved, plain = entries[name]["saved"], entries["wint4_afp16"]["score"]
+        saved, plain = entries[name]["saved"], entries["wint4_afp16:max"]["score"]
         assert f"{saved:.2e} ({saved / plain:.0%})" in " ".join(row(shown, name))
     assert "plain not scored" in " ".join(row(shown, "wint8_afp16:weighted"))
     page = explain_group(directory, GROUP)._repr_html_()
@@ -69,5 +69,5 @@ def test_menu_without_methods_has_no_column_for_them(
 ) -> None:
     directory = solved(tmp_path, formats)
     entries: dict[str, Any] = by_format(explained(directory, GROUP))
-    assert [entries[name]["method"] for name in formats] == ["max", "max"]
+    assert [entries[name]["method"] for name in formats] == ["weighted", "max"]
     assert "Saved" not in run("explain", directory.uri, GROUP).output
