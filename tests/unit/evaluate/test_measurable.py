@@ -18,7 +18,7 @@ from autoquant_ray.runs.rounding import drop_rounding, dropped_formats
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solve_run
 
-FORMATS = ("wint4_afp16", "wint4_afp16:weighted", "wint4_afp16:awq", "wint8_afp16:gptq")
+FORMATS = ("wint4_afp16:max", "wint4_afp16:weighted", "wint4_afp16:awq", "wint8_afp16:gptq")
 FORMATS += ("wint8_afp16",)
 FITTED = {FORMATS[1], FORMATS[3]}
 

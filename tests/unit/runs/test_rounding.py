@@ -15,7 +15,7 @@ from autoquant_ray.runs.names import ROUNDING, part_name
 from autoquant_ray.runs.rounding import drop_rounding, dropped_formats, require_rounding
 from autoquant_ray.runs.state import RunState
 
-FORMATS = ("wint4_afp16", "wint4_afp16:weighted", "wint4_afp16:gptq", "wfp8_afp16")
+FORMATS = ("wint4_afp16:max", "wint4_afp16:weighted", "wint4_afp16:gptq", "wfp8_afp16")
 FITTED = list(FORMATS[1:3])
 
 

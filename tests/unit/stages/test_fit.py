@@ -113,7 +113,7 @@ def test_dropped_fit_is_refused_with_the_remedy_and_made_again(started: Any) -> 
     assert "scanned with `keep_rounded` no" in str(refused.value)
     assert "in wint4_g32_afp16:weighted; scan again with `resume`" in str(refused.value)
     assert len(str(refused.value)) < 400
-    left = calibration_of(state, ["wint4_afp16", "none"])
+    left = calibration_of(state, ["wint4_afp16:max", "none"])
     assert left.rounding == {}
     assert left.modules.keys() == calibration.modules.keys()
     again = Pool(scorer)
