@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-FORMATS = "wint4_g32_afp16,wint4_g32_afp16:weighted,wint4_g32_afp16:gptq,wfp8_afp8"
+FORMATS = "wint4_g32_afp16:max,wint4_g32_afp16:weighted,wint4_g32_afp16:gptq,wfp8_afp8"
 EXTRA = ("--formats", FORMATS, "--samples", "4", "--shard-samples", "1", "--disable", "lm_head")
 
 
@@ -60,7 +60,9 @@ def test_nothing_fitted_is_left_and_the_way_back_scores_nothing(
         assert done.returncode == 0, done.stderr
     assert run_command("compare", kept, run).returncode == 0
 
-    plain = run_command("solve", run, "--bits", "5", "--allow", "*=wint4_g32_afp16,wfp8_afp8,none")
+    plain = run_command(
+        "solve", run, "--bits", "5", "--allow", "*=wint4_g32_afp16:max,wfp8_afp8,none"
+    )
     assert plain.returncode == 0, plain.stderr
     (solution,) = [p.name for p in (run / "solutions").iterdir() if p.name != "bits-4.50"]
     measured = run_command("evaluate", run, "--solution", solution, "--num-random", "1")

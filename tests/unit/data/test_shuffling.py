@@ -83,7 +83,9 @@ def test_data_seed_changes_every_stage_after_the_plan() -> None:
 
 
 def test_data_seed_none_keeps_the_fingerprints_of_runs_before_it_existed() -> None:
-    marks = stage_fingerprints(config(), "m", "d")
+    """Their formats are all plain: no algorithm stands in their ``run.json``."""
+    menu = [{"name": name} for name in config().formats]
+    marks = stage_fingerprints(config(), "m", "d", menu)
     assert marks == FINGERPRINTS_OF_0_1
 
 

@@ -163,7 +163,7 @@ def test_formats_with_scales_of_their_own_are_packed_on_the_cpu(
     monkeypatch.setattr(formats, "check_device", lambda *_: None, raising=False)
     algorithms = {
         "NVFP4_DEFAULT_CFG": "NVFP4",
-        "wfp4_afp16": "W4A16_NVFP4",
+        "wfp4_afp16:max": "W4A16_NVFP4",
         "MXFP8_DEFAULT_CFG": "MXFP8",
         "FP8_PER_CHANNEL_PER_TOKEN_CFG": "FP8_PER_CHANNEL_PER_TOKEN",
     }

@@ -321,6 +321,21 @@ def test_experts_that_saw_few_tokens_keep_their_maxima(make_scorer: Any, make_sa
             assert scores["none"][number, 1] == by_all != plain
 
 
+def test_plan_of_a_run_has_the_formats_that_the_run_recorded(model_folder: Any) -> None:
+    """Earlier versions rounded a bare name plainly."""
+    ref = find_model(str(model_folder("llama")))
+    space = SearchSpace(model=ref.name, formats=("wint4_afp16", "wfp8_afp8"))
+    earlier = [format_of(f"{name}:max").to_json() | {"name": name} for name in space.formats]
+    plan = make_plan(space, ref, device="cpu", menu=earlier)
+    assert [(f.name, f.algorithm) for f in plan.formats] == [(n, None) for n in space.formats]
+    assert plan.summary()["formats"] == earlier
+    now = make_plan(space, ref, device="cpu")
+    assert now.formats[0].algorithm == format_of("wint4_afp16:weighted").algorithm
+    assert now.rows() == plan.rows(), "the same bytes"
+    other = make_plan(space, ref, device="cpu", menu=earlier[:1])
+    assert other.formats == now.formats, "formats of another menu do not count"
+
+
 def test_mse_of_4_bit_integers_is_cautioned_and_nothing_else(
     model_folder: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
