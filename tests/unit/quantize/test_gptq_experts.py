@@ -29,7 +29,7 @@ from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.scorer import Scorer
 
-PLAIN, GPTQ, FP8 = "wint4_g32_afp16", "wint4_g32_afp16:gptq", "wfp8_afp16:gptq"
+PLAIN, GPTQ, FP8 = "wint4_g32_afp16:max", "wint4_g32_afp16:gptq", "wfp8_afp16:gptq"
 LENGTHS = [250, 190, 220, 170]
 
 

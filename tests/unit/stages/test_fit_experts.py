@@ -120,7 +120,7 @@ def test_expert_without_tokens_in_a_half_keeps_plain_rounding(run_stages: Any) -
 
 
 @pytest.mark.parametrize(
-    ("name", "is_used"), [("wint4_afp16:gptq", True), ("mine", True), ("wint4_afp16", False)]
+    ("name", "is_used"), [("wint4_afp16:gptq", True), ("mine", True), ("wint4_afp16:max", False)]
 )
 def test_run_notices_another_least_number_of_tokens(name: str, is_used: bool) -> None:
     mine = {"mine": {"weight": {"num_bits": 8, "axis": 0}, "algorithm": {"method": "gptq"}}}
