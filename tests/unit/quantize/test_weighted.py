@@ -11,6 +11,7 @@ import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
+from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
 from weight_formats import FP8, INT4, INT8, searched
@@ -35,7 +36,6 @@ from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize import calibration_mode  # noqa: F401 (registers the mode)
 from autoquant_ray.quantize.experts import FusedExperts
-from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from autoquant_ray.quantize.quantizers import (
     fake_quantize_weight,
     make_weight_quantizer,
