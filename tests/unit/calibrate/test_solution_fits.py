@@ -50,6 +50,7 @@ from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.solve import solve_run
 
 INT4 = "wint4_g32_afp16"
+PLAIN = f"{INT4}:max"
 WEIGHTED, GPTQ, AWQ = (f"{INT4}:{method}" for method in ("weighted", "gptq", "awq"))
 AWQ_GPTQ = f"{INT4}:awq+gptq"
 INT8, FP8, NVFP4 = "wint8_aint8:weighted", "wfp8_afp8:gptq", "wfp4_afp16:weighted"
@@ -94,7 +95,7 @@ def loud_run(solved_run: Any, tmp_path: Path) -> Any:
         folder = tmp_path / "model"
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
-        menu = tuple(dict.fromkeys([*choice.values(), INT4]).keys() - {"none"})
+        menu = tuple(dict.fromkeys([*choice.values(), PLAIN]).keys() - {"none"})
         directory: RunDirectory = solved_run(family, choice, tuple(sorted(menu)), folder, **more)[0]
         return directory
 
@@ -177,7 +178,7 @@ def test_factors_of_the_run_are_folded(family: str, loud_run: Any) -> None:
 
 
 def test_single_experts_take_their_own_fits(loud_run: Any) -> None:
-    choice = {"*": GPTQ, "*experts.*": WEIGHTED, "*experts.1": "none", "*experts.2": INT4}
+    choice = {"*": GPTQ, "*experts.*": WEIGHTED, "*experts.1": "none", "*experts.2": PLAIN}
     directory = loud_run("qwen3_moe", choice, expert_groups="expert")
     plain = model_of(directory)
     quantized = quantized_by_run(directory.uri, copy.deepcopy(plain))
@@ -187,7 +188,7 @@ def test_single_experts_take_their_own_fits(loud_run: Any) -> None:
 def test_solution_is_found_by_its_folder(loud_run: Any) -> None:
     directory = loud_run("llama", {"*": GPTQ, "*attn*": WEIGHTED})
     groups = directory.read_table("plan.parquet").column("group").to_pylist()
-    pins = {group: WEIGHTED if "mlp" in group else INT4 for group in groups}
+    pins = {group: WEIGHTED if "mlp" in group else PLAIN for group in groups}
     solution = solve_run(directory, SolveOptions(bits=5, pins=pins))
     folder = Path(directory.uri, "solutions", solution.name)
     config = load_quantization_config(folder, device="cpu")
@@ -233,7 +234,7 @@ def test_gptq_without_its_run_is_refused_with_the_remedy(loud_run: Any) -> None:
 
 
 def test_allocation_without_fits_names_no_run(loud_run: Any) -> None:
-    directory = loud_run("llama", {"*": INT4})
+    directory = loud_run("llama", {"*": PLAIN})
     config = load_quantization_config(directory.uri)
     assert config == load_quantization_config(directory.read_json("manifest.json"))
     assert config["algorithm"] == "max"
@@ -304,7 +305,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
 def test_run_in_an_object_store(loud_run: Any, store: ObjectStore) -> None:
     directory = loud_run("llama", {"*": WEIGHTED})
     groups = directory.read_table("plan.parquet").column("group").to_pylist()
-    pins = {group: WEIGHTED if "mlp" in group else INT4 for group in groups}
+    pins = {group: WEIGHTED if "mlp" in group else PLAIN for group in groups}
     solution = solve_run(directory, SolveOptions(bits=5, pins=pins)).name
     remote = RunDirectory(store.uri("a/run"))
     files = [str(path.relative_to(directory.uri)) for path in Path(directory.uri).rglob("*.*")]

@@ -11,13 +11,13 @@ import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
-from autoquant_ray.quantize.modelopt_config import load_quantization_config
 from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
 from weight_formats import FP8, INT4, INT8, searched
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
+from autoquant_ray.calibrate.modelopt_config import load_quantization_config
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.algorithms import of_allocation
