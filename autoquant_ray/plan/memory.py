@@ -41,7 +41,7 @@ RESULT_BYTES = GIB
 _MOMENT_BYTES = 2 * 4  # float32, of each half of the data
 _CODE_BYTES = 3  # per weight: fitted to all tokens, and without each half
 _FACTORS_HELD = 7
-"""Of a module that GPTQ rounds: three dampings by two halves, and the best over all tokens."""
+"""Of an input of what GPTQ rounds: three dampings by two halves, and the best over all tokens."""
 
 _MATRICES_HELD = 7
 """Of a module that GPTQ rounds: the moments over all tokens, and those that a factor is made of."""
@@ -119,8 +119,10 @@ def moment_bytes(plan: Plan) -> int:
     largest = max(map(portion_bytes, modules), default=0)
     moments = sum(_num_portions(module) * portion_bytes(module) for module in modules)
     factor = 4 * widest_input(plan) ** 2
-    factors = 2 * min(FACTOR_BYTES, _FACTORS_HELD * factor)  # used side by side, and kept
-    return max(largest, min(MOMENT_BYTES, moments)) + _MATRICES_HELD * factor + factors
+    used = min(FACTOR_BYTES, _FACTORS_HELD * factor)
+    held = max(largest, min(MOMENT_BYTES, moments))
+    kept = min(FACTOR_BYTES, _FACTORS_HELD * held // 2)  # of all inputs whose moments are there
+    return held + _MATRICES_HELD * factor + used + kept
 
 
 def rounding_bytes(plan: Plan) -> int:

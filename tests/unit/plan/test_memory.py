@@ -197,8 +197,9 @@ def test_scores_with_the_hooks_of_a_split_model_are_the_same(
 
 
 def test_gptq_needs_room_for_second_moments(make_model: Any) -> None:
-    """Of inputs of 64 channels, and the 160 of down_proj, in two halves; seven factors, twice; and
-    seven matrices that these are made of; and three roundings, a byte per weight."""
+    """Of inputs of 64 channels, and the 160 of down_proj, in two halves; seven factors of each,
+    and of the widest once more; seven matrices that these are made of; and three roundings, a byte
+    per weight."""
     model = make_model("llama")
     plans = [
         build_plan(model, resolve_formats((name,), device="cpu"), disable=("lm_head",))
@@ -214,7 +215,7 @@ def test_gptq_needs_room_for_second_moments(make_model: Any) -> None:
     squares = [linear.in_features**2 for linear in linears]
     assert max(squares) == 160**2
     codes = 3 * sum(linear.weight.numel() for linear in linears)
-    assert fitted - plain == 4 * (2 * sum(squares) + (7 + 2 * 7) * max(squares)) + codes
+    assert fitted - plain == 4 * ((2 + 7) * sum(squares) + (7 + 7) * max(squares)) + codes
 
 
 def test_gptq_needs_room_for_second_moments_of_every_expert(
@@ -227,15 +228,20 @@ def test_gptq_needs_room_for_second_moments_of_every_expert(
         for name in ("wint8_afp16", "wint8_afp16:gptq")
     ]
     assert {group.modules[0].kind for group in plans[1].searched} == {"experts"}
-    expert, factors = 2 * 4 * (64**2 + 48**2), (7 + 2 * 7) * 4 * 64**2
+    expert, widest = 2 * 4 * (64**2 + 48**2), 4 * 64**2
+
+    def expected(num_experts: int) -> float:
+        """Moments; seven factors of each input; of the widest, seven more, and seven matrices."""
+        return num_experts * expert * (1 + 7 / 2) + (7 + 7) * widest
+
     assert moment_bytes(plans[0]) == 0
-    assert moment_bytes(plans[1]) == 2 * 8 * expert + factors
+    assert moment_bytes(plans[1]) == expected(2 * 8)
     weights = 2 * 8 * 3 * 64 * 48
     plain, fitted = (footprint(plan, make_config()).work_bytes for plan in plans)
     assert fitted - plain == moment_bytes(plans[1]) + 3 * weights
     monkeypatch.setattr(memory, "MOMENT_BYTES", 3 * expert)
-    assert moment_bytes(plans[1]) == 3 * expert + factors
+    assert moment_bytes(plans[1]) == expected(3)
     monkeypatch.setattr(memory, "MOMENT_BYTES", 1)
-    assert moment_bytes(plans[1]) == expert + factors
+    assert moment_bytes(plans[1]) == expected(1)
     monkeypatch.setattr(memory, "RESULT_BYTES", 1)  # those of a layer are given back together
     assert rounding_bytes(plans[1]) == 3 * plans[1].layer_weights[0] > 3 * weights / 2
