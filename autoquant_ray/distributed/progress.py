@@ -48,7 +48,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[Advance]:
+def progress(title: str, total: int, done: int = 0, *, unit: str = "shards") -> Iterator[Advance]:
     """Show progress of ``total`` units, ``done`` of them finished before.
 
     Yields:
@@ -56,13 +56,13 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     """
     display = notebook_display()
     if display is not None:
-        with _cell_output(display, title, total, done) as advance:
+        with _cell_output(display, title, total, done, unit) as advance:
             yield advance
     elif sys.stderr.isatty():
         with _bar(title, total, done) as advance:
             yield advance
     else:
-        yield _lines(title, total, done)
+        yield _lines(title, total, done, unit)
 
 
 @contextmanager
@@ -89,11 +89,11 @@ def _bar(title: str, total: int, done: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def _cell_output(display: Any, title: str, total: int, done: int) -> Iterator[Advance]:
+def _cell_output(display: Any, title: str, total: int, done: int, unit: str) -> Iterator[Advance]:
     count, text, next_s = done, "", 0.0
 
     def content() -> dict[str, str]:
-        line = f"{title}: {count} of {total} shards{f', {text}' if text else ''}"
+        line = f"{title}: {count} of {total} {unit}{f', {text}' if text else ''}"
         bar = f'<progress value="{count}" max="{total}"></progress>'
         return {"text/plain": line, "text/html": f"{bar} {escape(line)}"}
 
@@ -129,7 +129,7 @@ def _logging_moved(stderr: Any) -> Iterator[None]:
             handler.setStream(stderr)
 
 
-def _lines(title: str, total: int, done: int) -> Advance:
+def _lines(title: str, total: int, done: int, unit: str) -> Advance:
     count = done
 
     def advance(note: str = "") -> None:
@@ -137,6 +137,6 @@ def _lines(title: str, total: int, done: int) -> Advance:
         count += 1
         step = max(1, total // _PLAIN_STEPS)
         if count % step == 0 or count == total:
-            logger.info("%s: %d of %d shards%s", title, count, total, f", {note}" if note else "")
+            logger.info("%s: %d of %d %s%s", title, count, total, unit, f", {note}" if note else "")
 
     return advance

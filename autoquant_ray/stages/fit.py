@@ -101,7 +101,7 @@ def _fit_layers(
                 stop,
             )
         ) as outcomes,
-        progress("fit", len(layers), num_kept) as advance,
+        progress("fit", len(layers), num_kept, unit="layers") as advance,
     ):
         for outcome in outcomes:
             if outcome.reason is not None:

@@ -72,6 +72,20 @@ def test_progress_on_a_terminal_is_one_bar_below_the_messages() -> None:
     assert "480 tokens/s, 2 worker(s)" in bar
 
 
+def test_progress_names_what_is_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), progress("fit", 2, done=1, unit="layers") as advance:
+        advance("2 worker(s)")
+    assert caplog.messages == ["fit: 2 of 2 layers, 2 worker(s)"]
+    cell = Cell(KERNEL_SHELL)
+    for name, module in cell.modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with progress("fit", 2, done=1, unit="layers"):
+        pass
+    assert cell.outputs[0][0]["text/plain"] == "fit: 1 of 2 layers"
+
+
 def test_progress_elsewhere_is_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), progress("score", 30, done=12) as advance:
         for _ in range(18):

@@ -80,7 +80,7 @@ def test_log_names_the_format_to_leave_out(make_model: Any, caplog: Any) -> None
 
 
 def test_bytes_are_those_of_the_plain_format(make_model: Any) -> None:
-    menu = resolve_formats((AWQ, "wint4_g32_afp16"), device="cpu")
+    menu = resolve_formats((AWQ, "wint4_g32_afp16:max"), device="cpu")
     plan = build_plan(make_model("llama"), menu)
     for group in plan.searched:
         factored, plain = (group.weight_bytes(format_) for format_ in menu)
