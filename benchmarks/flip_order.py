@@ -31,6 +31,7 @@ from scipy.stats import spearmanr
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
+from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.evaluate.flip_estimates import Flip, flip_rows, merge_flips
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.format import NONE
@@ -74,7 +75,7 @@ class World:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         with tempfile.TemporaryDirectory() as folder:
-            move_model(folder)
+            move_model(str(find_demo_model()), folder)
             ref = find_model(folder)
             model = load_model(ref, dtype="float32", device="cpu")
             samples = cut(Path(folder), options.seq_len)
