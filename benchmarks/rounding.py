@@ -53,6 +53,7 @@ PLAIN = (f"{_INT4}:max", _INT8, _FP8)
 WEIGHTED = tuple(f"{name}:weighted" for name in (_INT4, _INT8))
 ALL_METHODS = (
     f"{_INT4}:max",
+    f"{_INT4}:mse",
     *(f"{_INT4}:{method}" for method in _METHODS),
     _INT8,
     f"{_INT8}:weighted",
@@ -60,6 +61,7 @@ ALL_METHODS = (
 )
 WIDER = tuple(f"{n}:{method}" for n in (_INT5, _INT6) for method in ("weighted", "gptq"))
 MENUS = {
+    "mse": (f"{_INT4}:mse", _INT8),
     "weighted": WEIGHTED,
     "awq": (f"{_INT4}:awq", _INT8),
     "gptq": (f"{_INT4}:gptq", _INT8),
