@@ -61,8 +61,8 @@ def select(scored: ScoredRun, bits: float) -> Selection:
     warnings.simplefilter("ignore")
     scan = ScanConfig.model_validate(scored.state.record.config)
     ref = find_model(scan.model)
-    samples = [list(sample) for task in tasks_of(scored.state, ()) for sample in task.samples]
-    model, reference = (load_model(ref, dtype="float32", device="cpu") for _ in range(2))
+    samples = [list(map(int, sample)) for task in tasks_of(scored.state, ()) for sample in task.samples]
+    model, reference = (_untied(load_model(ref, dtype="float32", device="cpu")) for _ in range(2))
 
     def loss_func(output: Any, ids: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
@@ -80,6 +80,13 @@ def select(scored: ScoredRun, bits: float) -> Selection:
         verbose=False,
     )
     return Selection(model=model, reference=reference, candidate=_candidate(state, ref, scan))
+
+
+def _untied(model: Any) -> Any:
+    """With a head of its own: ModelOpt's AWQ would divide the embeddings too."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    return model
 
 
 def _candidate(state: Any, ref: Any, scan: ScanConfig) -> Candidate:
@@ -141,7 +148,7 @@ def measure_selection(selection: Selection, samples: Sequence[Any]) -> Measured:
     """
     divergences = []
     for sample in samples:
-        ids = torch.tensor([list(sample)])
+        ids = torch.tensor([list(map(int, sample))])
         log_p, log_q = (
             torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].double(), -1)
             for model in (selection.reference, selection.model)
