@@ -17,6 +17,7 @@ import torch
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.data.samples import token_ids
 from autoquant_ray.evaluate.table import Measured
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
@@ -61,7 +62,7 @@ def select(scored: ScoredRun, bits: float) -> Selection:
     warnings.simplefilter("ignore")
     scan = ScanConfig.model_validate(scored.state.record.config)
     ref = find_model(scan.model)
-    samples = [list(map(int, sample)) for task in tasks_of(scored.state, ()) for sample in task.samples]
+    samples = [ids_of(sample) for task in tasks_of(scored.state, ()) for sample in task.samples]
     model, reference = (_untied(load_model(ref, dtype="float32", device="cpu")) for _ in range(2))
 
     def loss_func(output: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -80,6 +81,11 @@ def select(scored: ScoredRun, bits: float) -> Selection:
         verbose=False,
     )
     return Selection(model=model, reference=reference, candidate=_candidate(state, ref, scan))
+
+
+def ids_of(sample: Any) -> list[int]:
+    """The token ids of a sample of plain text."""
+    return [int(token) for token in token_ids(sample)]
 
 
 def _untied(model: Any) -> Any:
@@ -148,7 +154,7 @@ def measure_selection(selection: Selection, samples: Sequence[Any]) -> Measured:
     """
     divergences = []
     for sample in samples:
-        ids = torch.tensor([list(map(int, sample))])
+        ids = torch.tensor([ids_of(sample)])
         log_p, log_q = (
             torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].double(), -1)
             for model in (selection.reference, selection.model)
