@@ -95,13 +95,11 @@ def _export_recipe(
     from autoquant_ray.export.recipes import make_recipe
     from autoquant_ray.export.solution import read_solution
     from autoquant_ray.runs.directory import RunDirectory
-    from autoquant_ray.runs.rounding import require_rounding
 
     if tool is None:
         raise ConfigError(f"--format recipe needs --tool {', '.join(TOOLS)}")
     exported = read_solution(RunDirectory(run), solution)
     require_caches(exported.caches, RECIPE, holds_caches=False)
-    require_rounding(exported.state, exported.chosen.values())
     chosen = exported.chosen
     if tool == "auto-round":
         chosen = unfused_names(chosen, exported.modules)

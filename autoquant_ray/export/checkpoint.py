@@ -136,7 +136,7 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
 
     source = read_source(directory, solution)
     target = require_new_folder(out)
-    calibration = calibration_of(source.state, source.used)
+    calibration = calibration_of(source.state, used=())  # factors alone
     model, ref, sixteen_bits = load_for_export(source)
     Factors(model, source.formats, WeightScales(model, calibration)).fold()
     tensors = {name: sixteen_bits.rounded(name, t) for name, t in distinct_tensors(model)}

@@ -47,8 +47,7 @@ def test_nothing_fitted_is_left_and_the_way_back_scores_nothing(
     assert fits_of(run) == []
 
     to = ("--out", run.parent / "out")
-    recipe = ("--format", "recipe", "--tool", "mlx-lm")
-    for command in (("evaluate",), ("refine",), ("export", *to), ("export", *to, *recipe)):
+    for command in (("evaluate",), ("refine",), ("export", *to)):
         refused = run_command(command[0], run, *command[1:])
         assert refused.returncode == 2
         line = refused.stderr.splitlines()[-1]
@@ -70,6 +69,15 @@ def test_nothing_fitted_is_left_and_the_way_back_scores_nothing(
     assert "cannot be measured" in measured.stderr
     exported = run_command("export", run, "--solution", solution, *to)
     assert exported.returncode == 0, exported.stderr
+
+    integers = ("--bits", "6", "--allow", "*=wint4_g32_afp16:weighted,wint4_g32_afp16:gptq,none")
+    assert run_command("solve", run, *integers).returncode == 0
+    recipe = ("--format", "recipe", "--tool", "mlx-lm", "--out", run.parent / "recipe.json")
+    (solution,) = [p.name for p in (run / "solutions").iterdir() if p.name.startswith("bits-6")]
+    written = run_command("export", run, "--solution", solution, *recipe)
+    assert written.returncode == 0, (
+        written.stderr
+    )  # kinds and bits alone: tools round by themselves
 
     scored = watch.part_times(run)
     before = len(watch.events(run, "stage_started"))
