@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -163,6 +163,18 @@ class RunDirectory:
             table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema_of(name))
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
+        return self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def write_tables(self, name: str, tables: Iterable[pa.Table]) -> str:
+        """Write tables with the columns of that file below each other, one in memory at a time.
+
+        Each is a row group. What is compressed is in memory as a whole.
+        """
+        sink = pa.BufferOutputStream()
+        with pq.ParquetWriter(sink, schema_of(name), compression="zstd") as writer:
+            for table in tables:
+                if table.num_rows:
+                    writer.write_table(table)
         return self.write_bytes(name, sink.getvalue().to_pybytes())
 
     def read_table(self, name: str) -> pa.Table:

@@ -58,9 +58,7 @@ def fit(
         with state.stage("fit", fingerprint):
             layers = range(len(plan.layer_weights) + 1)
             _fit_layers(state, pool, plan, calibration, layers)
-            parts = Parts(directory, ROUNDING, layers)
-            rows = [row for table in parts for row in table.to_pylist()]
-            directory.write_table(ROUNDING_FILE, rows)
+            directory.write_tables(ROUNDING_FILE, Parts(directory, ROUNDING, layers))
     return replace(read_calibration(directory, plan.formats, plan.folds), halves=halves)
 
 

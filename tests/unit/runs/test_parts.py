@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from autoquant_ray.errors import StoreError
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import part_name
 from autoquant_ray.runs.parts import Parts, map_ahead
+from autoquant_ray.runs.schemas import schema_of
 
 
 @pytest.fixture
@@ -57,3 +60,30 @@ def test_map_ahead_pulls_no_more_than_a_few_items() -> None:
     assert 100 < len(pulled) <= 120
     squares.close()
     assert len(pulled) <= 120
+
+
+def test_tables_are_written_below_each_other_with_one_in_memory(tmp_path: Path) -> None:
+    directory, num_tables, num_bytes = RunDirectory(str(tmp_path)), 20, 8 * 2**20
+    schema = schema_of("rounding.parquet")
+    largest = 0
+
+    def tables() -> Iterator[pa.Table]:
+        nonlocal largest
+        yield pa.Table.from_pylist([], schema=schema)
+        for number in range(num_tables):
+            row = {
+                "module": f"layer {number}",
+                "part": "",
+                "format": "a",
+                "codes": b"\0" * num_bytes,
+            }
+            yield pa.Table.from_pylist([row], schema=schema)
+            largest = max(largest, pa.total_allocated_bytes() - before)
+
+    before = pa.total_allocated_bytes()
+    directory.write_tables("rounding.parquet", tables())
+    assert largest < 0.5 * num_tables * num_bytes
+    read = directory.read_table("rounding.parquet")
+    assert read.column("module").to_pylist() == [f"layer {n}" for n in range(num_tables)]
+    assert {len(codes.as_buffer()) for codes in read.column("codes")} == {num_bytes}
+    assert pq.read_table(tmp_path / "rounding.parquet").num_rows == num_tables
