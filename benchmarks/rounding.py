@@ -135,8 +135,8 @@ def scan(formats: tuple[str, ...], out: str, options: argparse.Namespace) -> aut
         samples=options.samples,
         seq_len=options.seq_len,
         shard_samples=1,
-        cpus_per_worker=2,
-        workers=1,
+        cpus_per_worker=1,
+        workers=2,
         address="local",
     )
 
