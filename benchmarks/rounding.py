@@ -20,7 +20,7 @@ import argparse
 import json
 import tempfile
 import time
-from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.config.evaluation import EvaluationConfig
-from autoquant_ray.evaluate.measurement import Measurement, measuring
+from autoquant_ray.evaluate.measurement import measuring
 from autoquant_ray.evaluate.rivals import collect_candidates
 from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
 from autoquant_ray.models.find import find_model
@@ -85,25 +85,24 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=2, help="Samples to measure on.")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--modelopt", action="store_true", help="Compare with its selection.")
+    parser.add_argument("--folder", help="Keep model and runs here; what is there is not repeated.")
     options = parser.parse_args()
-    options.model = options.model or str(find_demo_model())
-    with tempfile.TemporaryDirectory() as folder:
-        move_model(options.model, f"{folder}/model")
+    source = options.model or str(find_demo_model())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or temporary
         options.model = f"{folder}/model"
-        runs, seconds = {}, {}
-        menus = {"max": PLAIN, "methods": MENUS["methods, wider"]}
-        for name, menu in menus.items():
+        if not Path(options.model).exists():
+            move_model(source, options.model)
+        scored, seconds = {}, {}
+        for name, menu in {"max": PLAIN, "methods": MENUS["methods, wider"]}.items():
             start = time.perf_counter()
-            runs[name] = scan(menu, f"{folder}/{name}", options)
+            run = scan(menu, f"{folder}/{name}", options)
             seconds[name] = round(time.perf_counter() - start, 1)
+            scored[name] = ScoredRun.read(RunState.open(RunDirectory(run.path)))
             print(f"scan of {len(menu)} formats, {name}: {seconds[name]} s", flush=True)
-        rows = [row for bits in options.bits for row in measure(runs, bits, options)]
-    options.model = None
-    print(
-        json.dumps(
-            {**describe_machine(), "options": vars(options), "seconds": seconds, "rows": rows}
-        )
-    )
+        rows = compare(scored, options)
+    facts = describe_machine()
+    print(json.dumps({**facts, "options": vars(options), "seconds": seconds, "rows": rows}))
 
 
 @torch.no_grad()
@@ -138,42 +137,50 @@ def scan(formats: tuple[str, ...], out: str, options: argparse.Namespace) -> aut
         cpus_per_worker=1,
         workers=2,
         address="local",
+        mode="resume" if Path(out).exists() else "new",
     )
 
 
-def measure(
-    runs: dict[str, autoquant_ray.Run], bits: float, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Rows of one budget; every difference is to ``max`` on the same samples."""
-    budget: dict[str, Any] = {"bits": bits}
-    selection = None
-    scored = {name: ScoredRun.read(RunState.open(RunDirectory(r.path))) for name, r in runs.items()}
+def compare(scored: dict[str, ScoredRun], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of all budgets; every difference is to ``max`` at the same budget and samples."""
+    selections: dict[float, tuple[Candidate, Measured]] = {}
     if options.modelopt:
-        selection = select(scored["max"], bits)
-        budget = {"bytes": selection.num_bytes}
-    rows: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        measurements: dict[str, Measurement] = {}
-        plain: Measured | None = None
-        for menu, names in {"max": PLAIN, **MENUS}.items():
-            run = "max" if menu == "max" else "methods"
-            candidate = solved(scored[run], SolveOptions(**budget, allow={"*": [*names]}), menu)
-            if run not in measurements:
-                config = EvaluationConfig(run=runs[run].path, samples=options.held_out)
-                measurements[run] = stack.enter_context(measuring(scored[run].state, config))
-            (result,) = measurements[run].measure([candidate])
-            plain = plain or result
-            rows.append(row_of(f"{bits:g}", candidate, result, plain))
-        if selection is not None:
-            measurement = measurements["max"]
-            shards = range(measurement.facts["num_shards"])
-            tasks = read_tasks(
-                measurement.state.directory, f"{measurement.folder}/{SAMPLES}", shards
-            )
-            samples = [sample for task in tasks for sample in task.samples]
-            result = measure_selection(selection, samples)
-            rows.append(row_of(f"{bits:g}", selection.candidate, result, plain))
-    return rows
+        held_out = held_out_samples(scored["max"], options)
+        for bits in options.bits:
+            selection = select(scored["max"], bits)
+            selections[bits] = (selection.candidate, measure_selection(selection, held_out))
+    results: dict[tuple[float, str], tuple[Candidate, Measured]] = {}
+    for name, run in scored.items():
+        candidates = {}
+        for bits in options.bits:
+            budget: dict[str, Any] = {"bits": bits}
+            if bits in selections:
+                budget = {"bytes": int(selections[bits][0].weight_bytes)}
+            for menu, names in MENUS.items() if name == "methods" else (("max", PLAIN),):
+                chosen = SolveOptions(**budget, allow={"*": [*names]})
+                candidates[bits, menu] = solved(run, chosen, menu)
+        with measuring(run.state, evaluation_of(run, options)) as measurement:
+            measured = measurement.measure(list(candidates.values()))
+        pairs = zip(candidates.values(), measured, strict=True)
+        results |= dict(zip(candidates, pairs, strict=True))
+    results |= {(bits, "modelopt"): pair for bits, pair in selections.items()}
+    return [
+        row_of(f"{bits:g}", candidate, result, results[bits, "max"][1])
+        for (bits, _), (candidate, result) in sorted(results.items(), key=lambda item: item[0][0])
+    ]
+
+
+def evaluation_of(run: ScoredRun, options: argparse.Namespace) -> EvaluationConfig:
+    """Data that no scan has seen."""
+    return EvaluationConfig(run=run.state.directory.uri, samples=options.held_out)
+
+
+def held_out_samples(run: ScoredRun, options: argparse.Namespace) -> list[Any]:
+    """The samples that are measured on."""
+    with measuring(run.state, evaluation_of(run, options)) as measurement:
+        shards = range(measurement.facts["num_shards"])
+        tasks = read_tasks(run.state.directory, f"{measurement.folder}/{SAMPLES}", shards)
+        return [sample for task in tasks for sample in task.samples]
 
 
 def solved(scored: ScoredRun, options: SolveOptions, menu: str) -> Candidate:
@@ -183,9 +190,7 @@ def solved(scored: ScoredRun, options: SolveOptions, menu: str) -> Candidate:
     return Candidate(**{**vars(candidate), "name": menu})
 
 
-def row_of(
-    budget: str, candidate: Candidate, result: Measured, plain: Measured | None
-) -> dict[str, Any]:
+def row_of(budget: str, candidate: Candidate, result: Measured, plain: Measured) -> dict[str, Any]:
     """What is printed of an allocation."""
     kl, error = paired_difference(result, None)
     row = {
@@ -197,11 +202,11 @@ def row_of(
         "measured_kl": round(kl, 5),
         "stderr": None if error is None else round(error, 5),
     }
-    text = "" if plain is None else f" {kl / mean_kl(plain) - 1:+.1%}"
     ratio = f"{candidate.predicted_kl / kl:.2f}" if candidate.predicted_kl else "-"
     print(
         f"{budget:>4s} bits {candidate.name:16s} {row['effective_bits']:.3f} {row['mib']:.2f} MiB "
-        f"measured {kl:.4f} ± {error or 0:.4f}{text}, predicted/measured {ratio}",
+        f"measured {kl:.4f} ± {error or 0:.4f} "
+        f"{kl / mean_kl(plain) - 1:+.1%}, predicted/measured {ratio}",
         flush=True,
     )
     return row
