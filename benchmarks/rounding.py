@@ -130,7 +130,7 @@ def scan(formats: tuple[str, ...], out: str, options: argparse.Namespace) -> aut
         out=out,
         formats=formats,
         disable=tuple(options.disable),
-        bits=options.bits[0],
+        bits=4.5,
         samples=options.samples,
         seq_len=options.seq_len,
         shard_samples=1,

@@ -12,8 +12,8 @@ from pyarrow import parquet
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.scan import run_search
 
-FORMATS = ("wint4_afp16", "wint4_afp16:weighted", "wint4_afp16:gptq", "wint8_aint8")
-FORMATS += ("NVFP4_AWQ_LITE_CFG", "kv_nvfp4")
+FORMATS = (*(f"wint4_afp16:{method}" for method in ("max", "weighted", "gptq", "awq+gptq")),)
+FORMATS += ("wint8_aint8", "NVFP4_AWQ_LITE_CFG", "kv_nvfp4")
 KV_BYTES = 200
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
 FAMILY = "qwen3_moe"  # linears, routed experts and caches
@@ -42,7 +42,7 @@ def test_what_is_compared_holds_roundings_of_routed_experts(undisturbed: Path) -
     """Of experts that saw enough of so few tokens."""
     rows = parquet.read_table(undisturbed / "rounding.parquet").to_pylist()
     rounded = [row for row in rows if row["codes"] is not None]
-    assert {row["format"] for row in rounded} == {"wint4_afp16:gptq"}
+    assert {row["format"] for row in rounded} == {"wint4_afp16:gptq", "wint4_afp16:awq+gptq"}
     assert any(row["module"].endswith("experts") and "." in row["part"] for row in rounded)
 
 
