@@ -127,10 +127,14 @@ def moment_bytes(plan: Plan) -> int:
 
 def rounding_bytes(plan: Plan) -> int:
     """Bytes of roundings by GPTQ that a worker holds before it gives them back."""
-    num_formats = sum(map(needs_hessians, plan.formats))
-    sizes = [num_formats * _CODE_BYTES * m.num_weights for m in _rounded_modules(plan)]
-    layer = num_formats * _CODE_BYTES * max(plan.layer_weights, default=0)
+    sizes = [code_bytes(plan, module.num_weights) for module in _rounded_modules(plan)]
+    layer = code_bytes(plan, max(plan.layer_weights, default=0))
     return min(sum(sizes), max(RESULT_BYTES, layer, *sizes, 0))
+
+
+def code_bytes(plan: Plan, num_weights: int) -> int:
+    """Bytes of the roundings of some weights by GPTQ, under all formats of a menu."""
+    return sum(map(needs_hessians, plan.formats)) * _CODE_BYTES * num_weights
 
 
 def portion_bytes(module: PlannedModule) -> int:

@@ -19,7 +19,12 @@ from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians, takes_factors
 from autoquant_ray.plan.fold import ROWS, Fold
 from autoquant_ray.quantize.calibration import Calibration
-from autoquant_ray.quantize.folding import divide_bias, divide_producer, producer_divisor
+from autoquant_ray.quantize.folding import (
+    divide_bias,
+    divide_maxima,
+    divide_producer,
+    producer_divisor,
+)
 from autoquant_ray.quantize.quantizers import quantizer_of, rounded_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 
@@ -186,8 +191,7 @@ def _divide_rows(module: Any, divisor_O: torch.Tensor) -> None:
     quantizer, by_row = module.weight_quantizer, divisor_O[:, None].to(module.weight.device)
     on_grid_OI = quantizer(module.weight)
     module.weight.copy_((on_grid_OI.float() / by_row).to(module.weight.dtype))
-    largest = quantizer.amax.float().reshape(len(by_row), -1) / by_row
-    quantizer.amax = largest.reshape(quantizer.amax.shape).to(quantizer.amax.dtype)
+    divide_maxima(quantizer, divisor_O)
 
 
 class Factors:

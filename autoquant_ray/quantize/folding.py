@@ -64,6 +64,19 @@ def divide_bias(module: Any, divisor_P: torch.Tensor | None) -> None:
         bias.copy_((bias.float() / divisor_P.to(bias.device)).to(bias.dtype))
 
 
+def divide_maxima(quantizer: Any, divisor_O: torch.Tensor) -> None:
+    """Divide the maxima of a weight's quantizer as the weight's rows, which keep their numbers.
+
+    Args:
+        quantizer: Calibrated; its maxima are per row or per block of a row.
+        divisor_O: Of each row.
+    """
+    largest = quantizer.amax
+    by_row = divisor_O[:, None].to(largest.device)
+    divided = largest.float().reshape(len(by_row), -1) / by_row
+    quantizer.amax = divided.reshape(largest.shape).to(largest.dtype)
+
+
 def producer_divisor(fold: Fold, factors_I: torch.Tensor, num_channels: int) -> torch.Tensor:
     """What each output channel of a fold's producer is divided by, float32 ``(P,)``.
 

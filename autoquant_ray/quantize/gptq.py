@@ -49,9 +49,9 @@ class Grid(NamedTuple):
     round: Callable[[torch.Tensor], torch.Tensor]
     is_integer: bool
 
-    def of_slice(self, expert: int) -> Grid:
-        """The grid of one expert's weight, where the units are those of all: ``(E, O, I)``."""
-        return self._replace(unit_OI=self.unit_OI[expert])
+    def of_slice(self, index: int | slice) -> Grid:
+        """The grid of some rows, or of one expert where the units are those of all."""
+        return self._replace(unit_OI=self.unit_OI[index])
 
 
 def grid_of(quantizer: Any, weight_OI: torch.Tensor) -> Grid:
@@ -182,7 +182,7 @@ def _best_damping(
     """
     is_unused_I = (weight_OI == 0).all(dim=0)
     rows = slice(None, None, max(1, len(weight_OI) // _JUDGED_ROWS))
-    weight_OI, grid = weight_OI[rows], grid._replace(unit_OI=grid.unit_OI[rows])
+    weight_OI, grid = weight_OI[rows], grid.of_slice(rows)
     unseen = range(NUM_HALVES)
     problems = [(1 - half, damping) for damping in dampings for half in unseen]
     codes = iter(gptq_codes(weight_OI, moments, problems, grid, is_unused_I))

@@ -24,7 +24,7 @@ from modelopt.torch.quantization.utils.core_utils import enable_weight_access_an
 from autoquant_ray.formats.format import Attributes
 from autoquant_ray.plan.fold import ROWS, Fold
 from autoquant_ray.quantize.awq import PLAIN, candidate_alphas, shared_factors, shared_importance
-from autoquant_ray.quantize.folding import fold_factors, producer_divisor
+from autoquant_ray.quantize.folding import divide_maxima, fold_factors, producer_divisor
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 
 _CHUNK_ELEMENTS = 2**24
@@ -113,11 +113,7 @@ class InputFactors:
                     _run_and_load_max_stats(module.weight_quantizer, collect)
             quantizer: Any = getattr(modules[-1], "weight_quantizer", None)
             if fold.kind == ROWS and getattr(quantizer, "amax", None) is not None:
-                num_rows = len(modules[-1].weight)
-                by_row = producer_divisor(fold, factors_I, num_rows)[:, None]
-                largest = quantizer.amax
-                divided = largest.reshape(num_rows, -1) / by_row.to(largest.device)
-                quantizer.amax = divided.reshape(largest.shape).to(largest.dtype)
+                divide_maxima(quantizer, producer_divisor(fold, factors_I, len(modules[-1].weight)))
 
     def _factors(self, fold: Fold) -> list[torch.Tensor]:
         """Of every candidate."""

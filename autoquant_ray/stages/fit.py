@@ -20,7 +20,7 @@ from autoquant_ray.distributed.progress import progress
 from autoquant_ray.distributed.task import LayerTask, ShardTask
 from autoquant_ray.errors import DataError, Interrupted, WorkerError
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
-from autoquant_ray.plan.memory import RESULT_BYTES, widest_input
+from autoquant_ray.plan.memory import RESULT_BYTES, code_bytes, widest_input
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration, can_be_halved
 from autoquant_ray.runs.names import DOMAINS_FILE, ROUNDING, ROUNDING_FILE, part_name
@@ -195,13 +195,12 @@ def _blocks(plan: Plan, layers: Sequence[int], num_workers: int) -> list[tuple[i
         layers: In order.
         num_workers: How many share them.
     """
-    num_formats = sum(map(needs_hessians, plan.formats))
-    most = max(1, len(layers) // num_workers) if num_formats else 1
+    most = max(1, len(layers) // num_workers) if any(map(needs_hessians, plan.formats)) else 1
     weights = [*plan.layer_weights, 0]
     blocks: list[list[int]] = []
     room = 0
     for layer in layers:
-        size = num_formats * (1 + NUM_HALVES) * weights[layer]
+        size = code_bytes(plan, weights[layer])
         if not blocks or len(blocks[-1]) >= most or size > room:
             blocks.append([])
             room = RESULT_BYTES
