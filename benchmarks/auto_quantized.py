@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sides import modelopt_format
 
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.read import ScoredRun
@@ -63,7 +64,7 @@ def select(scored: ScoredRun, bits: float) -> Selection:
     scan = ScanConfig.model_validate(scored.state.record.config)
     ref = find_model(scan.model)
     samples = [ids_of(sample) for task in tasks_of(scored.state, ()) for sample in task.samples]
-    model, reference = (_untied(load_model(ref, dtype="float32", device="cpu")) for _ in range(2))
+    model, reference = (untied(load_model(ref, dtype="float32", device="cpu")) for _ in range(2))
 
     def loss_func(output: Any, ids: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
@@ -71,7 +72,7 @@ def select(scored: ScoredRun, bits: float) -> Selection:
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": bits},
-        quantization_formats=[getattr(mtq, _INT4), getattr(mtq, _INT8), _fp8_weights()],
+        quantization_formats=[modelopt_format(name) for name in _STORED],
         data_loader=[torch.tensor([sample]) for sample in samples],
         forward_step=lambda model, ids: model(input_ids=ids, use_cache=False),
         loss_func=loss_func,
@@ -88,7 +89,7 @@ def ids_of(sample: Any) -> list[int]:
     return [int(token) for token in token_ids(sample)]
 
 
-def _untied(model: Any) -> Any:
+def untied(model: Any) -> Any:
     """With a head of its own: ModelOpt's AWQ would divide the embeddings too."""
     head = model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
@@ -128,20 +129,6 @@ def _stored_format(recipe: str) -> str | None:
     if "NONE" in recipe:
         return None
     return next((ours for name, ours in _STORED.items() if name in recipe), _FP8)
-
-
-def _fp8_weights() -> dict[str, Any]:
-    return {
-        "quant_cfg": [
-            {"quantizer_name": "*", "enable": False},
-            {
-                "quantizer_name": "*weight_quantizer",
-                "cfg": {"num_bits": (4, 3), "axis": None},
-                "enable": True,
-            },
-        ],
-        "algorithm": "max",
-    }
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ import warnings
 from typing import Any
 
 import torch
+from auto_quantized import untied
 from kl_prediction import read_samples
 from machine import describe_machine
 
@@ -79,9 +80,7 @@ def run_modelopt(options: argparse.Namespace) -> dict[str, float]:
     samples = torch.tensor(read_samples(ref, options.samples, options.seq_len))
     seconds = {}
     for algorithm in ({"method": "awq_lite"}, {"method": "gptq", "layerwise": {"enable": False}}):
-        model: Any = load_model(ref, dtype="float32", device="cpu")
-        head = model.get_output_embeddings()
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model = untied(load_model(ref, dtype="float32", device="cpu"))
 
         def forward_loop(quantized: Any) -> None:
             for row in samples:

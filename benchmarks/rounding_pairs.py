@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
+from kl_prediction import make_spec
 from machine import describe_machine
 from rounding import move_model, scan
 
@@ -33,10 +33,9 @@ from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.smoothed import needs_hessians
 from autoquant_ray.models.find import find_model
 from autoquant_ray.plan.make import make_plan
-from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.stages.fit import halves_of
 from autoquant_ray.stages.shards import tasks_of
 
@@ -128,20 +127,7 @@ def in_sample_shares(state: RunState) -> dict[str, float]:
     config = ScanConfig.model_validate(state.record.config)
     ref = find_model(config.model)
     plan = make_plan(config, ref, device="cpu")
-    scorer = Scorer(
-        ScoringSpec(
-            model=ref,
-            dtype="float32",
-            device="cpu",
-            num_threads=torch.get_num_threads(),
-            modules=scored_modules(plan),
-            formats=plan.formats,
-            step_tokens=config.step_tokens,
-            labels=config.labels,
-            label_draws=config.label_draws,
-            seed=config.seed,
-        )
-    )
+    scorer = Scorer(make_spec(ref, plan, config.labels))
     calibration = replace(calibration_of(state), halves=halves_of(state))
     (task, *_) = tasks_of(state, ())
     whole, apart = (

@@ -245,7 +245,7 @@ def _run_modelopt(options: argparse.Namespace) -> dict[str, Any]:
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": 8.0},
-        quantization_formats=[_modelopt_format(name) for name in case.formats],
+        quantization_formats=[modelopt_format(name) for name in case.formats],
         data_loader=batches,
         forward_step=lambda model, batch: model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
@@ -282,7 +282,7 @@ def _padded(batch: list[list[int]], case: Case) -> dict[str, Any]:
     }
 
 
-def _modelopt_format(name: str) -> Any:
+def modelopt_format(name: str) -> Any:
     """A preset of ModelOpt, or a pair of the menu as a config with the same quantizers.
 
     fp4 and MX quantizers name our backend; ModelOpt has none for them on CPU.

@@ -17,11 +17,10 @@ import pytest
 import torch
 from checkpoints import load_folder, unpack_modelopt
 from safetensors.torch import save_file
-from written_runs import made_up_run
+from written_runs import made_up_config, made_up_run
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.calibrate.files import maxima_rows
-from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import AutoQuantError
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.formats.format import NONE
@@ -95,15 +94,7 @@ def _mixed(plan: Plan) -> list[str]:
 def _solved_run(
     folder: Path, out: Path, plan: Plan, quantized: list[str], calibration: Calibration
 ) -> RunDirectory:
-    config = ScanConfig(
-        model=str(folder),
-        data="made-up.txt",
-        out=str(out),
-        formats=(FORMAT,),
-        device="cpu",
-        dtype="float32",
-        bits=16,
-    )
+    config = made_up_config(folder, out, (FORMAT,))
     fingerprint = fingerprint_model(find_model(str(folder)))
     directory = made_up_run(config, plan, folder.name, fingerprint)
     directory.write_table("calibration.parquet", maxima_rows(calibration))

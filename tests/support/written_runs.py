@@ -19,6 +19,16 @@ from autoquant_ray.stages.aggregate import score_part
 from autoquant_ray.stages.score import aggregate, write_plan
 
 
+def made_up_config(
+    model: str | Path, out: Path, formats: tuple[str, ...], **more: Any
+) -> ScanConfig:
+    """The config of a scan on CPU whose data is never read; 16 bits unless more is said."""
+    fields: dict[str, Any] = {"bits": 16, "device": "cpu", "dtype": "float32"}
+    return ScanConfig(
+        model=str(model), data="made-up.txt", out=str(out), formats=formats, **(fields | more)
+    )
+
+
 def write_run(
     config: ScanConfig,
     plan: Plan,

@@ -13,10 +13,9 @@ from checkpoints import CUSTOM, calibrated
 from checkpoints import FORMATS as CHECKPOINT_FORMATS
 from laboratory import FORMATS as LABORATORY_FORMATS
 from laboratory import Laboratory
-from written_runs import made_up_run, write_run
+from written_runs import made_up_config, made_up_run, write_run
 
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import ModelRef, find_model, fingerprint_model
 from autoquant_ray.plan.plan import Plan, build_plan
@@ -118,15 +117,12 @@ def make_run(make_model: Any, tmp_path: Path) -> Any:
         menu = resolve_formats(formats, device="cpu", custom=custom)
         plan = build_plan(make_model(family), menu, disable, expert_groups=expert_groups)
         print_of_model = "model" if folder is None else fingerprint_model(find_model(str(folder)))
-        config = ScanConfig(
-            model=family if folder is None else str(folder),
-            data="made-up.txt",
-            out=str(tmp_path / name),
-            formats=formats,
+        config = made_up_config(
+            family if folder is None else folder,
+            tmp_path / name,
+            formats,
             custom_formats=custom or {},
             disable=disable,
-            device="cpu",
-            dtype="float32",
             bits=8,
             expert_groups=expert_groups,
         )
@@ -170,3 +166,15 @@ def docs() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A running object store, and the keys for it."""
+    from object_store import KEYS, ObjectStore  # boto3 and moto: not for every test
+
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    started = ObjectStore()
+    yield started
+    started.stop()

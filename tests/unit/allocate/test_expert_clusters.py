@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from families import family_model
+from written_runs import made_up_config
 
 from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.expert_clusters import clusters
@@ -22,7 +23,6 @@ from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_op
 from autoquant_ray.allocate.search import search
 from autoquant_ray.cli.main import main
 from autoquant_ray.compare.runs import compare_runs
-from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ConfigError, ScoreError
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
@@ -87,15 +87,8 @@ def expert_run(scored: Any, write_run: Any, tmp_path: Path) -> Any:
 
     def build(shards: Any = None, **more: Any) -> RunDirectory:
         plan, bits = scored[0], 8.0
-        config = ScanConfig(
-            model="qwen3_moe",
-            data="made-up.txt",
-            out=str(tmp_path / "run"),
-            formats=FORMATS,
-            device="cpu",
-            dtype="float32",
-            bits=bits,
-            expert_groups="2",
+        config = made_up_config(
+            "qwen3_moe", tmp_path / "run", FORMATS, bits=bits, expert_groups="2"
         )
         identity = {
             "model": {"name": "qwen3_moe", "fingerprint": "model"},

@@ -20,16 +20,15 @@ import transformers
 from checkpoints import calibrated, logits_of_solution
 from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
-from object_store import KEYS, ObjectStore
+from object_store import ObjectStore
 from small_models import make_tokenizer, small_config, small_model
-from written_runs import made_up_run
+from written_runs import made_up_config, made_up_run
 
 from autoquant_ray import Run, load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.calibrate.files import calibration_of, read_calibration
 from autoquant_ray.calibrate.solution_fits import SolutionFits
-from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.algorithms import SETS
 from autoquant_ray.formats.format import Format
@@ -293,15 +292,6 @@ def test_config_without_what_reads_runs_is_refused(
         mtq.quantize(model_of(directory), config)
 
 
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    started = ObjectStore()
-    yield started
-    started.stop()
-
-
 def test_run_in_an_object_store(loud_run: Any, store: ObjectStore) -> None:
     directory = loud_run("llama", {"*": WEIGHTED})
     groups = directory.read_table("plan.parquet").column("group").to_pylist()
@@ -326,16 +316,7 @@ def test_caches_take_the_maxima_of_the_run(model_folder: Any, tmp_path: Path) ->
     folder, formats = model_folder("llama"), (WEIGHTED, "kv_fp8")
     model: Any = load_model(find_model(str(folder)), dtype="float32", device="cpu")
     plan = build_plan(model, resolve_formats(formats, device="cpu"))
-    config = ScanConfig(
-        model=str(folder),
-        data="made-up.txt",
-        out=str(tmp_path / "run"),
-        formats=formats,
-        device="cpu",
-        dtype="float32",
-        bits=16,
-        kv_bytes_per_token=1000,
-    )
+    config = made_up_config(folder, tmp_path / "run", formats, kv_bytes_per_token=1000)
     directory = made_up_run(config, plan, "llama", fingerprint_model(find_model(str(folder))))
     calibrated(directory, folder, formats)
     pins = {g.name: "kv_fp8" if g.is_cache else WEIGHTED for g in plan.searched}

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from checkpoints import calibrated, load_folder
 from click.testing import CliRunner
-from written_runs import made_up_run
+from written_runs import made_up_config, made_up_run
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.calibrate.files import read_calibration
 from autoquant_ray.cli.main import main
-from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ConfigError, FormatError
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.formats.format import NONE
@@ -34,16 +33,7 @@ def solved(make_model: Any, model_folder: Any, tmp_path: Path) -> Any:
     def build(family: str, *caches: str, weights: str = "wfp8_afp8") -> Any:
         folder = model_folder(family)
         plan = build_plan(make_model(family), resolve_formats(FORMATS, device="cpu"))
-        config = ScanConfig(
-            model=str(folder),
-            data="made-up.txt",
-            out=str(tmp_path / "run"),
-            formats=FORMATS,
-            device="cpu",
-            dtype="float32",
-            bits=16,
-            kv_bytes_per_token=1000,
-        )
+        config = made_up_config(folder, tmp_path / "run", FORMATS, kv_bytes_per_token=1000)
         fingerprint = fingerprint_model(find_model(str(folder)))
         directory = made_up_run(config, plan, family, fingerprint)
         calibrated(directory, folder, FORMATS)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from object_store import KEYS, ObjectStore
+from object_store import ObjectStore
 
 from autoquant_ray.errors import ChangedError, StoreError
 from autoquant_ray.runs.directory import RunDirectory
@@ -17,15 +16,6 @@ from autoquant_ray.runs.state import RunState
 
 FORMATS = ("wint4_afp16:max", "wint4_afp16:weighted", "wint4_afp16:gptq", "wfp8_afp16")
 FITTED = list(FORMATS[1:3])
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    started = ObjectStore()
-    yield started
-    started.stop()
 
 
 def with_fits(directory: RunDirectory) -> RunState:
