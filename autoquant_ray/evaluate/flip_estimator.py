@@ -24,6 +24,7 @@ import torch
 from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.formats.format import Format
+from autoquant_ray.models.context import plain_context
 from autoquant_ray.plan.memory import room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
@@ -33,8 +34,7 @@ from autoquant_ray.score.backward import LayerwiseBackward, Within
 from autoquant_ray.score.entrance import Gradients, Pass
 from autoquant_ray.score.flip_hooks import FlipHooks, FlipSums
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms, sample_labels
-from autoquant_ray.score.step import Step
-from autoquant_ray.score.visits import VisitPacker, make_step, predicting_rows
+from autoquant_ray.score.visits import Step, VisitPacker, make_step, predicting_rows
 
 NUM_DRAWS = 2
 """Draws of labels, for curvatures and interactions."""
@@ -116,6 +116,7 @@ class FlipEstimator:
             spec.step_tokens,
             token_bytes=embedding[0].nbytes * len(layers),
             room=spec.activation_bytes // 2 if layerwise.is_layerwise else 0,
+            plain_context=plain_context(model.config),
         )
 
     def estimate(self, samples: Samples, first_sample: int, choice: FormatNumbers) -> ShardFlips:

@@ -25,8 +25,8 @@ from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.evaluate.divergence import TokenDivergence, compare
 from autoquant_ray.evaluate.flip_estimator import FlipEstimator, ShardFlips
 from autoquant_ray.formats.format import Format
+from autoquant_ray.models.context import plain_context
 from autoquant_ray.models.find import ModelRef
-from autoquant_ray.models.layers import first_output
 from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.memory import GIB
 from autoquant_ray.plan.scored_modules import ScoredModule
@@ -37,8 +37,7 @@ from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Pass
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss
-from autoquant_ray.score.step import Step
-from autoquant_ray.score.visits import VisitPacker, make_step, predicting_rows
+from autoquant_ray.score.visits import Step, VisitPacker, make_step, predicting_rows
 
 Float32s = np.ndarray[Any, np.dtype[np.float32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -131,7 +130,8 @@ class AllocationRunner:
         self._quantized = QuantizedLayers(
             self.model, self._layerwise.layers, spec.modules, spec.formats, spec.calibration
         )
-        self._planner = VisitPacker(spec.step_tokens, token_bytes=0, room=0)
+        context = plain_context(self.model.config)
+        self._planner = VisitPacker(spec.step_tokens, 0, 0, context)
 
     @torch.no_grad()
     def evaluate(self, samples: Samples, choices: Sequence[FormatNumbers]) -> ShardEvaluation:
@@ -222,7 +222,7 @@ class AllocationRunner:
         shared: dict[Prefix, list[Any]] = {
             prefix: [front.hidden_BSH for front in passes] for prefix, passes in fronts.items()
         }
-        for number, layer in enumerate(self._layerwise.layers):
+        for number in range(len(self._layerwise.layers)):
             weights = WeightCache(UNBOUNDED)  # of one layer, for one visit
             following: dict[Prefix, list[Any]] = {}
             with self._layerwise.visit_forward(number):
@@ -233,7 +233,9 @@ class AllocationRunner:
                         continue
                     with self._quantized.quantized(number, choice, weights):
                         following[prefixes[index]] = [
-                            _run_layer(layer, front.entering(number, hidden), front.calls[number])
+                            self._layerwise.run_layer(
+                                number, front.entering(number, hidden), front.calls[number]
+                            )
                             for front, hidden in zip(
                                 fronts[before[:1]], shared[before], strict=True
                             )
@@ -273,13 +275,6 @@ class AllocationRunner:
 def _next_tokens(step: Step) -> torch.Tensor:
     """The token after each position of a step, flattened ``(B * S)``."""
     return step.ids_BS.roll(-1, dims=1).flatten()
-
-
-def _run_layer(
-    layer: torch.nn.Module, hidden_BSH: torch.Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]
-) -> torch.Tensor:
-    arguments, keywords = call
-    return first_output(layer(hidden_BSH, *arguments, **keywords))
 
 
 def _split(result: TokenDivergence, lengths: list[int]) -> list[SampleDivergence]:

@@ -8,5 +8,7 @@ layer are on the meta device outside a visit (:mod:`~autoquant_ray.score.residen
 when it is used, since a reference taken before is stale and one kept leaks a layer. Some
 vision-language models add the tower's output between decoder layers (DeepStack), which
 :mod:`~autoquant_ray.score.entrance` notes; it must be added wherever a layer runs. The first step
-with images runs the tower twice, for a check, before anything watches.
+with images runs the tower twice, for a check, before anything watches. Some models keep state
+between runs (``dynamic`` rope), which :mod:`~autoquant_ray.score.forward_state` undoes where
+:class:`~autoquant_ray.score.backward.LayerwiseBackward` runs them: run them nowhere else.
 """

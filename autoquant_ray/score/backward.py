@@ -38,9 +38,10 @@ from autoquant_ray.models.layers import (
     replaced_forward,
     require_gradient,
 )
-from autoquant_ray.score.entrance import Entrance, Gradients, Pass, call_base, with_gradients
+from autoquant_ray.score.entrance import Call, Entrance, Gradients, Pass, call_base, with_gradients
+from autoquant_ray.score.forward_state import ForwardState
 from autoquant_ray.score.residence import Residence, Resident
-from autoquant_ray.score.step import NO_INPUTS, Step
+from autoquant_ray.score.visits import NO_INPUTS, Step
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,11 @@ class LayerwiseBackward:
         self.embedding = model.get_input_embeddings()
         self.residence = residence or Resident()
         self.layers = list(decoder_layers(model).values())
-        links = chain_links(self)
+        self._state = ForwardState(self.base, self.layers)
+        with self._state.first_run(self.base):
+            links = chain_links(self)
         self._num_extra_outputs: list[int | None] = links or []
-        self._entrance = Entrance(self.base, self.layers, self._num_extra_outputs)
+        self._entrance = Entrance(self.base, self.layers, self._state, self._num_extra_outputs)
         self.is_layerwise = bool(links)
         if self.is_layerwise:
             self.is_layerwise = gradients_agree(self)
@@ -117,7 +120,7 @@ class LayerwiseBackward:
         if not self.is_layerwise:
             return [Pass(step) for step in steps]
         passes = [self.enter(step) for step in steps]
-        for number, layer in enumerate(self.layers[:num_layers]):
+        for number in range(len(self.layers[:num_layers])):
             with self.visit_forward(number), within(number):
                 for pass_ in passes:
                     if before_step is not None:
@@ -126,8 +129,7 @@ class LayerwiseBackward:
                     hidden_BSH = pass_.entering(number, pass_.hidden_BSH)
                     if keep:
                         pass_.inputs.append(hidden_BSH)
-                    arguments, keywords = pass_.calls[number]
-                    pass_.hidden_BSH = first_output(layer(hidden_BSH, *arguments, **keywords))
+                    pass_.hidden_BSH = self.run_layer(number, hidden_BSH, pass_.calls[number])
                     del hidden_BSH
                 if after_layer is not None:
                     after_layer()
@@ -227,10 +229,9 @@ class LayerwiseBackward:
             with self.residence.visit(number, max(number - 1, 0)), within(number):
                 for index, pass_ in enumerate(passes):
                     hidden_BSH = pass_.inputs.pop().detach().requires_grad_(True)
-                    arguments, keywords = pass_.calls.pop()
                     with torch.enable_grad():
-                        output = self.layers[number](hidden_BSH, *arguments, **keywords)
-                    flowing[index] = _pull(first_output(output), flowing[index], [hidden_BSH])
+                        output = self.run_layer(number, hidden_BSH, pass_.calls.pop())
+                    flowing[index] = _pull(output, flowing[index], [hidden_BSH])
                     del output, hidden_BSH
                     if self.reaches_front and (number == 0 or number in pass_.added):
                         at_front[index][number] = flowing[index]
@@ -241,7 +242,20 @@ class LayerwiseBackward:
 
     def call_base(self, step: Step) -> torch.Tensor:
         """Run the whole base model; its final hidden states ``(B, S, H)``."""
-        return call_base(self.base, step)
+        with self._state.undone(self.base):
+            return call_base(self.base, step)
+
+    def run_layer(self, number: int, hidden_BSH: torch.Tensor, call: Call) -> torch.Tensor:
+        """Output ``(B, S, H)`` of a layer whose weights are there.
+
+        Args:
+            number: The layer's.
+            hidden_BSH: Its input.
+            call: What it is called with beside that.
+        """
+        layer, (arguments, keywords) = self.layers[number], call
+        with self._state.undone(layer):
+            return first_output(layer(hidden_BSH, *arguments, **keywords))
 
     def check_entrance(self, steps: Iterable[Step]) -> None:
         """Check what precedes the layers; called while nothing watches.
@@ -309,7 +323,7 @@ def chain_links(backward: LayerwiseBackward) -> list[int | None] | None:
             if isinstance(module, torch.nn.Linear) and module not in inside:
                 handle = module.register_forward_hook(lambda m, _, __: outside.append(m))
                 stack.callback(handle.remove)
-        backward.call_base(_probe(backward))
+        call_base(backward.base, _probe(backward))
     if len(outputs) != len(backward.layers) or outside:
         return None
     links = zip(outputs[:-1], inputs[1:], strict=True)

@@ -22,10 +22,14 @@ import torch
 
 from autoquant_ray.errors import ModelError
 from autoquant_ray.models.layers import replaced_forward
-from autoquant_ray.score.step import NO_INPUTS, Step
+from autoquant_ray.score.forward_state import ForwardState
+from autoquant_ray.score.visits import NO_INPUTS, Step
 
 Gradients = list[torch.Tensor]
 """One tensor ``(B, S, H)`` per label draw."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a layer beside the hidden states."""
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Pass:
     """
 
     step: Step
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     given: torch.Tensor | None = None
     added: dict[int, torch.Tensor] = field(default_factory=dict)
     inputs: list[torch.Tensor] = field(default_factory=list)
@@ -87,6 +91,7 @@ class Entrance:
     Args:
         base: The model without its head.
         layers: Its decoder layers.
+        state: What the model keeps between runs.
         num_extra_outputs: Of each layer, beside the hidden states; None where these are alone.
     """
 
@@ -94,9 +99,11 @@ class Entrance:
         self,
         base: torch.nn.Module,
         layers: Sequence[torch.nn.Module],
+        state: ForwardState,
         num_extra_outputs: Sequence[int | None],
     ) -> None:
         self._base = base
+        self._state = state
         self._layers = layers
         self._num_extra_outputs = num_extra_outputs
         self._is_checked = False
@@ -146,6 +153,7 @@ class Entrance:
         with ExitStack() as stack:
             for number, layer in enumerate(self._layers):
                 stack.enter_context(replaced_forward(layer, self._noting(pass_, number, value)))
+            stack.enter_context(self._state.undone(self._base))
             final_BSH = call_base(self._base, step)
         pass_.given = None
         return pass_, final_BSH

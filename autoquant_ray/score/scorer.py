@@ -24,6 +24,7 @@ from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.formats.format import Format
+from autoquant_ray.models.context import plain_context
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.memory import GIB, MOMENT_BYTES, room_for_visit
@@ -38,8 +39,7 @@ from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.score.model_checks import require_head, require_linears
 from autoquant_ray.score.sensitivity import SensitivityHooks, SensitivitySums
-from autoquant_ray.score.step import Step
-from autoquant_ray.score.visits import Visit, VisitPacker, make_step, predicting_rows
+from autoquant_ray.score.visits import Step, Visit, VisitPacker, make_step, predicting_rows
 from autoquant_ray.score.watched_passes import run_watched
 
 
@@ -162,6 +162,7 @@ class Scorer:
             spec.step_tokens,
             token_bytes=weight[0].nbytes * len(self._backward.layers),
             room=spec.activation_bytes // 2 if self.is_layerwise else 0,
+            plain_context=plain_context(self.model.config),
         )
         self._kept: dict[int, list[list[Pass]]] = {}
 
@@ -218,7 +219,8 @@ class Scorer:
             NonFiniteError: A loss is NaN or infinite.
         """
         room = self.spec.activation_bytes // 2 if self.is_layerwise else 0
-        packer = VisitPacker(self.spec.step_tokens, self._search.token_bytes, room)
+        context = plain_context(self.model.config)
+        packer = VisitPacker(self.spec.step_tokens, self._search.token_bytes, room, context)
         visits = self._visits_to_watch(packer, samples)
         with self._search.searching(calibration):
             for visit in visits:

@@ -1,10 +1,18 @@
 """Which steps of a shard visit the layers together, and what they look like as tensors.
 
 A visit runs several steps through one layer before it goes on to the next. It holds as many steps
-as their layer inputs have room for; neither the room nor the grouping changes a number.
+as their layer inputs have room for; neither the room nor the grouping changes a number. Where a
+model's positions depend on the longest sample of a step, longer samples than it was trained on
+share a step with their equals only (:mod:`autoquant_ray.models.context`).
+
+Shape letters: B samples, S positions.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +26,23 @@ from autoquant_ray.data.samples import (
     tensors_of,
     token_ids,
 )
-from autoquant_ray.score.step import Step
+
+NO_INPUTS: Mapping[str, torch.Tensor] = MappingProxyType({})
+
+
+class Step(NamedTuple):
+    """What the model runs on at once.
+
+    Attributes:
+        ids_BS: Token ids, int64.
+        mask_BS: 1 for real tokens, 0 for padding on the right; None if all are real.
+        inputs: What the model takes beside them: pixels and their places, by argument.
+    """
+
+    ids_BS: torch.Tensor
+    mask_BS: torch.Tensor | None = None
+    inputs: Mapping[str, torch.Tensor] = NO_INPUTS
+
 
 Visit = list[list[int]]
 """Positions of the samples of each step, of the steps that are run layer by layer together."""
@@ -31,10 +55,14 @@ class VisitPacker:
         step_tokens: Tokens, padding included, per step.
         token_bytes: Bytes of all layers' inputs per token.
         room: Bytes for the layer inputs of one visit; 0 gives visits of one step.
+        plain_context: Longer samples share a step with those of their length only; None: any may.
     """
 
-    def __init__(self, step_tokens: int, token_bytes: int, room: int) -> None:
+    def __init__(
+        self, step_tokens: int, token_bytes: int, room: int, plain_context: int | None = None
+    ) -> None:
         self._step_tokens = step_tokens
+        self._plain_context = plain_context
         self._token_bytes = token_bytes
         self._room = room
 
@@ -55,7 +83,11 @@ class VisitPacker:
         """Positions of the samples of each step, of one kind each."""
         of_kind: dict[tuple[object, ...], list[int]] = {}
         for position, sample in enumerate(samples):
-            of_kind.setdefault(kind_of(sample), []).append(position)
+            key: tuple[object, ...] = kind_of(sample)
+            if self._plain_context is not None and len(sample) > self._plain_context:
+                # Images take fewer positions than tokens: such a sample has no equals.
+                key = (len(sample), position if tensors_of(sample) else None)
+            of_kind.setdefault(key, []).append(position)
         return [
             [positions[index] for index in step]
             for positions in of_kind.values()

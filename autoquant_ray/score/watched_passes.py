@@ -10,7 +10,7 @@ import torch
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Pass
 from autoquant_ray.score.loss import VocabularyLoss
-from autoquant_ray.score.step import Step
+from autoquant_ray.score.visits import Step
 
 
 class Watcher(Protocol):

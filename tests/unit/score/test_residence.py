@@ -24,7 +24,7 @@ from autoquant_ray.quantize.awq import best_alphas
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.loading import load_placed
 from autoquant_ray.score.scorer import Scorer, ScoringSpec
-from autoquant_ray.score.step import Step
+from autoquant_ray.score.visits import Step
 
 FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8")
 
