@@ -23,14 +23,22 @@ class DomainAssembler(Generic[Tokens]):
 
     Args:
         spec: The rules; ``num_samples`` counts all domains together.
+        counts: Where to count; None for counts of its own.
+        opening: As for :class:`~autoquant_ray.data.cutting.SampleAssembler`.
 
     Attributes:
         counts: What happened to the input of all domains.
     """
 
-    def __init__(self, spec: DataSpec) -> None:
-        self.counts = DataCounts()
+    def __init__(
+        self,
+        spec: DataSpec,
+        counts: DataCounts | None = None,
+        opening: Sequence[int] = (),
+    ) -> None:
+        self.counts = DataCounts() if counts is None else counts
         self._spec = spec
+        self._opening = opening
         self._assemblers: dict[str, SampleAssembler[Tokens]] = {}
 
     @property
@@ -73,7 +81,7 @@ class DomainAssembler(Generic[Tokens]):
     def _assembler_of(self, domain: str) -> SampleAssembler[Tokens]:
         if domain not in self._assemblers:
             require_room(len(self._assemblers), domain, self._spec)
-            self._assemblers[domain] = SampleAssembler(self._spec, self.counts)
+            self._assemblers[domain] = SampleAssembler(self._spec, self.counts, self._opening)
         return self._assemblers[domain]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from autoquant_ray.data.cutting import tokenize_chunk
+from autoquant_ray.data.cutting import opening_tokens, tokenize_chunk
 from autoquant_ray.errors import AutoQuantError, DataError, WorkerError, one_line
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 
@@ -72,6 +72,17 @@ def tokenize_stream(
         yield _result_of_first(pending)
 
 
+def find_opening_tokens(tokenizer_ref: TokenizerRef) -> list[int]:
+    """:func:`~autoquant_ray.data.cutting.opening_tokens` of a tokenizer, loaded in a Ray task.
+
+    Raises:
+        ModelError: The tokenizer cannot be loaded on a worker.
+        WorkerError: The workers died more often than Ray retries.
+    """
+    tokens: list[int] = fetch(_opening_task.remote(tokenizer_ref))
+    return tokens
+
+
 def _result_of_first(
     pending: deque[tuple[list[bool], Any]],
 ) -> tuple[list[bool], list[array[int]]]:
@@ -122,3 +133,10 @@ def _cached_tokenizer(tokenizer_ref: TokenizerRef) -> Any:
 
 
 _tokenize_task = ray.remote(num_cpus=1, max_retries=3)(_tokenize)
+
+
+def _opening(tokenizer_ref: TokenizerRef) -> list[int]:
+    return opening_tokens(_cached_tokenizer(tokenizer_ref))
+
+
+_opening_task = ray.remote(num_cpus=1, max_retries=3)(_opening)

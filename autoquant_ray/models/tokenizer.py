@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.models.gguf_tokenizer import (
+    apply_metadata,
+    is_sentencepiece,
+    read_metadata,
+    sentencepiece_tokenizer,
+)
 
 if TYPE_CHECKING:
     from autoquant_ray.models.find import ModelRef
@@ -44,18 +51,28 @@ def load_tokenizer(ref: TokenizerRef) -> Any:
     Raises:
         ModelError: There is none, or it cannot be read.
     """
+    metadata = {} if ref.gguf_file is None else read_metadata(Path(ref.model) / ref.gguf_file)
+    if is_sentencepiece(metadata):
+        tokenizer = sentencepiece_tokenizer(metadata)
+    else:
+        tokenizer = _load_with_transformers(ref)
+    if metadata:
+        apply_metadata(tokenizer, metadata)
+    if len(tokenizer) == 0:
+        raise ModelError(f"model {ref.model} has no tokenizer files")
+    return tokenizer
+
+
+def _load_with_transformers(ref: TokenizerRef) -> Any:
     import transformers
 
     arguments: dict[str, Any] = {"trust_remote_code": ref.trust_remote_code}
     if ref.gguf_file is not None:
         arguments["gguf_file"] = ref.gguf_file
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(ref.model, **arguments)
+        return transformers.AutoTokenizer.from_pretrained(ref.model, **arguments)
     # The Rust code of tokenizers raises a bare Exception for a damaged file.
     except Exception as error:  # noqa: BLE001
         raise ModelError(
             f"tokenizer of model {ref.model} cannot be loaded: {one_line(error)}"
         ) from None
-    if len(tokenizer) == 0:
-        raise ModelError(f"model {ref.model} has no tokenizer files")
-    return tokenizer

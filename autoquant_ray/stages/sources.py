@@ -40,19 +40,17 @@ class Source:
         spec: What to read. Its number of samples does not include those that are left out.
         skip: Samples left out at the start.
         skips_bad: Skip chats that cannot be used.
+
+    Attributes:
+        counts: What happened to the texts read so far.
     """
 
     def __init__(self, name: str, spec: DataSpec, skip: Skip, *, skips_bad: bool) -> None:
         self.skipped = skip if isinstance(skip, int) else skip.get(name, 0)
         self.name = name
         self.spec = replace(spec, num_samples=spec.num_samples + self.skipped)
-        self._assembler: DomainAssembler[array[int]] = DomainAssembler(self.spec)
+        self.counts = DataCounts()
         self._chats = ConversationSamples(self.spec, self.counts, skips_bad=skips_bad)
-
-    @property
-    def counts(self) -> DataCounts:
-        """What happened to the texts read so far."""
-        return self._assembler.counts
 
     @property
     def reasons(self) -> list[str]:
@@ -106,8 +104,14 @@ class Source:
     def _of_texts(
         self, rows: Iterator[Row], tokenizer: TokenizerRef
     ) -> Iterator[tuple[str, array[int]]]:
-        from autoquant_ray.distributed.tokenization import look_ahead_of, tokenize_stream
+        from autoquant_ray.distributed.tokenization import (
+            find_opening_tokens,
+            look_ahead_of,
+            tokenize_stream,
+        )
 
+        opening = find_opening_tokens(tokenizer) if self.spec.pack else ()
+        assembler: DomainAssembler[array[int]] = DomainAssembler(self.spec, self.counts, opening)
         num_samples = self.spec.num_samples
         # Large chunks cost less per text; small ones waste less where few samples are wanted.
         chunk_size = max(_MIN_CHUNK_TEXTS, min(num_samples // 64, _MAX_CHUNK_TEXTS))
@@ -128,10 +132,10 @@ class Source:
         )
         for texts_empty, token_lists in stream:
             of_texts = [domains.popleft() for _ in token_lists]
-            yield from self._assembler.add(token_lists, texts_empty, of_texts)
-            if self._assembler.is_full:
+            yield from assembler.add(token_lists, texts_empty, of_texts)
+            if assembler.is_full:
                 return
-        yield from self._assembler.finish()
+        yield from assembler.finish()
 
 
 def data_specs(config: ScanConfig) -> dict[str, DataSpec]:

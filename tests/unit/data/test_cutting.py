@@ -19,6 +19,7 @@ from autoquant_ray.data.cutting import (
     DataCounts,
     SampleAssembler,
     chunk_texts,
+    opening_tokens,
     pack_steps,
     require_usable,
     tokenize_chunk,
@@ -75,6 +76,36 @@ def test_tokenize_chunk_samples_carry_special_tokens(tokenizer: Any) -> None:
 
 def test_tokenize_chunk_packed_has_no_special_tokens(tokenizer: Any) -> None:
     assert tokenize_chunk(tokenizer, ["ab\n", "", "\n"], pack=True) == [[97, 98, 10], [], [10]]
+
+
+def test_opening_tokens_are_those_before_a_text(tokenizer: Any) -> None:
+    assert opening_tokens(tokenizer) == [256]
+    tokenizer.backend_tokenizer.post_processor, before = (
+        tokenizers.processors.TemplateProcessing(single="$A <s>", special_tokens=[("<s>", 256)]),
+        tokenizer.backend_tokenizer.post_processor,
+    )
+    assert opening_tokens(tokenizer) == []
+    tokenizer.backend_tokenizer.post_processor = before
+
+
+@pytest.mark.parametrize("container", [list, lambda tokens: array("i", tokens)])
+def test_pack_opens_every_window(container: Any) -> None:
+    spec = spec_of("x", seq_len=4, pack=True)
+    assembler: SampleAssembler[Any] = SampleAssembler(spec, opening=[256])
+    windows = assembler.add([container([1, 2, 3, 4]), container([5, 6, 7])], [False, False])
+    windows += assembler.finish()
+    assert [list(window) for window in windows] == [[256, 1, 2, 3], [256, 4, 5, 6], [256, 7]]
+
+
+def test_pack_leaves_room_for_text_in_every_window() -> None:
+    spec = spec_of("x", seq_len=2, pack=True)
+    assembler: SampleAssembler[list[int]] = SampleAssembler(spec, opening=[256, 257])
+    assert assembler.add([[1, 2]], [False]) == [[256, 1], [256, 2]]
+
+
+def test_samples_are_not_opened_twice() -> None:
+    assembler: SampleAssembler[list[int]] = SampleAssembler(spec_of("x"), opening=[256])
+    assert assembler.add([[256, 1]], [False]) == [[256, 1]]
 
 
 def test_tokenize_chunk_long_text_is_not_truncated(tokenizer: Any) -> None:
