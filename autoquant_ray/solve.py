@@ -21,7 +21,6 @@ from autoquant_ray.allocate.quant_cfg import quantization_config
 from autoquant_ray.allocate.read import ScoredRun, is_chosen_by_measurement
 from autoquant_ray.allocate.search import served_problem
 from autoquant_ray.errors import StoreError
-from autoquant_ray.formats.format import NONE
 from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
 from autoquant_ray.report.concerns import low_uniform
@@ -39,7 +38,6 @@ class Solution:
         summary: The ``solution`` object of ``manifest.json``.
         formats: Group -> chosen format, unsearched groups included.
         paths: File kind -> full path.
-        added_bytes: Heads tied to the embedding that are quantized -> bytes that this adds.
         shards_used: How many shards were used and why, for a scan that was asked to stop early.
         certainty: How sure it is; None where there are no shards to resample.
         sensitivities: Searched groups with the largest score over the menu, most sensitive first.
@@ -50,7 +48,6 @@ class Solution:
     summary: dict[str, Any]
     formats: dict[str, str]
     paths: dict[str, str]
-    added_bytes: dict[str, float]
     shards_used: str | None
     certainty: Certainty | None
     sensitivities: list[tuple[str, float]]
@@ -135,11 +132,6 @@ def write_solution(
         summary=manifest["solution"],
         formats=formats,
         paths=paths,
-        added_bytes={
-            group.name: group.cost(formats[group.name], "model")
-            for group in run.problem.groups.values()
-            if group.is_tied and formats[group.name] != NONE
-        },
         shards_used=describe_stopping(run.state.record),
         certainty=certainty,
         sensitivities=run.sensitivities,

@@ -56,6 +56,7 @@ class Budget:
             reachable range in error texts.
         reachable: Words a reachable range (lowest, highest cost) in the user's unit; None: bits or
             bytes.
+        highest: Where the reachable range ends in error texts, as more cannot be asked for.
     """
 
     resource: str
@@ -64,6 +65,7 @@ class Budget:
     description: str
     fixed: float = 0.0
     reachable: Callable[[float, float], str] | None = None
+    highest: float = math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +319,7 @@ def _range(budget: Budget, low: float, high: float) -> str:
     if budget.reachable is not None:
         return budget.reachable(low, high)
     unit = "" if budget.unit_per_bit is None else " average bits"
+    high = max(low, min(high, budget.highest))
     return f"{_worded(budget, low)} to {_worded(budget, high)}{unit}"
 
 

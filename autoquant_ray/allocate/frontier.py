@@ -23,7 +23,6 @@ from autoquant_ray.allocate.ties import Ties, merged, spread
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
-from autoquant_ray.formats.method_names import same_or_plain
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import FRONTIER_FILE
 from autoquant_ray.runs.state import RunState
@@ -36,7 +35,7 @@ class Point:
     """One budget.
 
     Attributes:
-        effective_bits: Average stored bits over the searched groups.
+        effective_bits: Stored bits per weight of the searched groups.
         weight_bytes: Of the whole model.
         predicted_kl: In nats per token.
         is_knee: Beyond it bytes buy less.
@@ -61,7 +60,7 @@ def sweep_points(
     """
     low, high = reachable_bits(problem, ties)
     groups = [group.name for group in problem.searched]
-    weights = sum(group.num_weights for group in problem.searched)
+    weights = sum(group.weights("storage") for group in problem.searched)
     limits = [float(bits) * weights / BITS_PER_BYTE for bits in np.linspace(low, high, num_points)]
     allocations = frontier_allocations(merged(problem.choices(scores), ties), "storage", limits)
     return mark_knee(
@@ -75,8 +74,8 @@ def sweep_points(
 def uniform_points(problem: Problem, scores: Scores) -> dict[str, Point]:
     """Format -> what all groups would lose under it.
 
-    A group that lacks it takes the same format by another method, or else stays in 16 bits; caches
-    keep the first of their formats.
+    A group that lacks it takes the same format by another method, or else stays in 16 bits, and so
+    does a tied head; caches keep the first of their formats.
     """
     weights = [group for group in problem.searched if not group.is_cache]
     caches = {g.name: next(iter(g.rows)) for g in problem.searched if g.is_cache}
@@ -85,7 +84,7 @@ def uniform_points(problem: Problem, scores: Scores) -> dict[str, Point]:
         name: point_of(
             problem,
             scores,
-            caches | {g.name: same_or_plain(name, g.rows) or NONE for g in weights},
+            caches | {group.name: group.uniform(name) for group in weights},
         )
         for name in names
     }
@@ -132,7 +131,7 @@ def find_knee(points: Sequence[Point]) -> int | None:
 
 
 def reachable_bits(problem: Problem, ties: Ties = ()) -> tuple[float, float]:
-    """Least and most average stored bits over the searched groups.
+    """Least and most effective bits; a tied head is better left in 16 bits, where it adds none.
 
     Args:
         problem: Groups with their costs.
@@ -141,8 +140,9 @@ def reachable_bits(problem: Problem, ties: Ties = ()) -> tuple[float, float]:
     nothing = {(group.name, name): 0.0 for group in problem.searched for name in group.rows}
     costs: dict[str, list[float]] = {}
     for choice in merged(problem.choices(nothing), ties):
-        costs.setdefault(choice.group, []).append(choice.costs["storage"])
-    weights = sum(group.num_weights for group in problem.searched)
+        if not problem.groups[choice.group].is_tied:
+            costs.setdefault(choice.group, []).append(choice.costs["storage"])
+    weights = sum(group.weights("storage") for group in problem.searched)
 
     def average(choose: Callable[[Sequence[float]], float]) -> float:
         return BITS_PER_BYTE * math.fsum(map(choose, costs.values())) / weights

@@ -32,7 +32,11 @@ def average_bits(
     resource: str = "storage",
     bits_per_unit: float = BITS_PER_BYTE,
 ) -> float:
-    """Average bits per weight of groups under the given formats, by one of the costs."""
+    """Average bits per weight of groups under the given formats, by one of the costs.
+
+    By ``storage``, which is effective bits: bytes that the groups add to the model over the number
+    of their weights that are stored on their own.
+    """
     cost = math.fsum(group.cost(formats[group.name], resource) for group in groups)
     return cost * bits_per_unit / float(sum(group.weights(resource) for group in groups))
 
@@ -50,7 +54,7 @@ def predicted_loss(scores: Mapping[tuple[str, str], float], formats: Mapping[str
 def model_bytes(problem: Problem, formats: Mapping[str, str]) -> float:
     """Bytes of the whole model's weights; groups without a format stay in 16 bits."""
     return problem.other_bytes + math.fsum(
-        group.cost(formats.get(group.name, NONE), "model") for group in problem.groups.values()
+        group.cost(formats.get(group.name, NONE), "storage") for group in problem.groups.values()
     )
 
 

@@ -28,8 +28,8 @@ def solution_summary(
 ) -> dict[str, Any]:
     """The ``solution`` object of ``manifest.json``.
 
-    ``effective_bits`` averages stored bits over the searched groups, ``effective_bits_all`` over
-    all quantizable ones; ``weight_bytes`` is the whole model's weights. ``predicted_kl_nats`` is
+    ``effective_bits`` is that of the searched groups, ``effective_bits_all`` that of all
+    quantizable ones; ``weight_bytes`` is the whole model's weights. ``predicted_kl_nats`` is
     null where the scores have no unit (an imported ModelOpt manifest). With routed experts it has
     ``active_moe_effective_bits``; with caches to choose ``kv_bytes_per_token``; with a card,
     ``latency``
@@ -58,7 +58,10 @@ def solution_summary(
 def manifest_rows(
     problem: Problem, formats: Mapping[str, str], scores: Scores, summary: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Rows of ``manifest.parquet``: one per module. ``score`` is that of the module's group."""
+    """Rows of ``manifest.parquet``: one per module. ``score`` is that of the module's group.
+
+    ``weight_bytes`` sum to what the groups take of the model's bytes.
+    """
     menu = {
         entry["name"]: Format.from_json(entry)
         for entry in summary["formats"]
@@ -67,6 +70,7 @@ def manifest_rows(
     rows = []
     for group in problem.groups.values():
         chosen = formats[group.name]
+        is_shared = group.shares_embedding(chosen)
         for module in group.module_names:
             facts = summary["modules"][module]
             shapes = [tuple(shape) for shape in facts["shapes"]]
@@ -82,7 +86,7 @@ def manifest_rows(
                     "group": group.name,
                     "format": chosen,
                     "weight_bits": bits / weights if weights else row["weight_bits"],
-                    "weight_bytes": bits / BITS_PER_BYTE,
+                    "weight_bytes": 0.0 if is_shared else bits / BITS_PER_BYTE,
                     "score": 0.0 if chosen == NONE else scores[group.name, chosen],
                 }
             )

@@ -1,12 +1,13 @@
 """Budgets in users' words -> choices and limits of the allocation.
 
-These costs stand side by side for each (group, format): ``storage`` (stored bytes of the group),
-``modelopt`` (ModelOpt's number), ``active_moe`` (the same, of routed experts only the share that a
-token visits: ModelOpt's cost model of that name), ``model`` (what the choice adds to the whole
-model's bytes) and, where a card is given, ``latency`` (:mod:`autoquant_ray.allocate.latency`).
-``kv_bytes_per_token`` is what a token of context takes in the KV cache, where its format is chosen.
-``storage`` and ``model`` differ for a head that is tied to the embedding: in 16 bits it shares the
-embedding's bytes and adds nothing, quantized it is stored beside the embedding.
+These costs stand side by side for each (group, format): ``storage`` (what the choice adds to the
+model's bytes), ``modelopt`` (ModelOpt's number), ``active_moe`` (the same, of routed experts only
+the share that a token visits: ModelOpt's cost model of that name) and, where a card is given,
+``latency`` (:mod:`autoquant_ray.allocate.latency`). ``kv_bytes_per_token`` is what a token of
+context takes in the KV cache, where its format is chosen.
+A head that is tied to the embedding shares its bytes in 16 bits and adds nothing; quantized it is
+stored beside the embedding. So its weights do not count among those that stored bits are averaged
+over.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.plan.decode_step import is_routed_expert
+from autoquant_ray.plan.group import nothing_stored
 from autoquant_ray.serving.menus import Served
 
 
@@ -57,6 +59,9 @@ class Problem:
         Args:
             plan_rows: Rows of ``plan.parquet``.
             summary: The plan's summary from ``run.json``.
+
+        Raises:
+            ConfigError: No searched group has weights that are stored on their own.
         """
         tied = set(summary["tied_groups"])
         idle = set(summary.get("idle_groups", ()))
@@ -79,7 +84,10 @@ class Problem:
                     rows={},
                 )
             groups[name].rows[row["format"]] = dict(row)
-        return cls(groups=groups, summary=summary)
+        problem = cls(groups=groups, summary=summary)
+        if problem.searched and all(group.is_tied or group.is_cache for group in problem.searched):
+            raise nothing_stored([group.name for group in problem.searched if group.is_tied])
+        return problem
 
     @property
     def other_bytes(self) -> int:
@@ -115,7 +123,7 @@ class Problem:
     @cached_property
     def resources(self) -> list[str]:
         """Names of the costs that every choice has."""
-        names = [*RESOURCES, "model", *([KV_BYTES] if self.caches else [])]
+        names = [*RESOURCES, *([KV_BYTES] if self.caches else [])]
         names += [ACTIVE_MOE] if self.has_active_moe else []
         return names if self.step is None else [*names, LATENCY]
 
@@ -180,10 +188,10 @@ class Problem:
         """
         budgets = [] if options.bits is None else [self._bits_budget(options.bits, options)]
         if options.bytes is not None:
-            fixed = self.other_bytes + sum(g.cost(NONE, "model") for g in self.unsearched)
+            fixed = self.other_bytes + sum(g.cost(NONE, "storage") for g in self.unsearched)
             budgets.append(
                 Budget(
-                    resource="model",
+                    resource="storage",
                     limit=options.bytes - fixed,
                     unit_per_bit=None,
                     description=f"`bytes` {options.bytes}",
@@ -213,4 +221,5 @@ class Problem:
             limit=limit,
             unit_per_bit=weights * per_bit,
             description=f"`bits` {bits:g}{note}",
+            highest=UNQUANTIZED_BITS * weights * per_bit,
         )

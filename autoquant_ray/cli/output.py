@@ -84,7 +84,7 @@ def print_plan(plan: Plan) -> None:
 def _size(groups: Sequence[PlannedGroup], format_: Format | None) -> str:
     """MiB of weights, or bytes of a cache per token of context, named where no head says it."""
     if not groups[0].is_cache:
-        return f"{sum(group.weight_bytes(format_) for group in groups) / 2**20:.2f}"
+        return f"{sum(group.added_bytes(format_) for group in groups) / 2**20:.2f}"
     held = sum(group.kv_bytes(format_) or 0.0 for group in groups)
     return f"{held:,.0f}" if format_ is not None else f"{held:,.0f} B/token"
 
@@ -137,11 +137,6 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"predicted: {escape(describe_prediction(summary[LATENCY]))}", soft_wrap=True)
     if solution.shards_used is not None:
         console.print(f"used {solution.shards_used}", soft_wrap=True)
-    for group, size in solution.added_bytes.items():
-        console.print(
-            f"note: {escape(group)} is tied to the embedding; quantized it adds "
-            f"{size / 2**20:,.1f} MiB, which --bytes counts and --bits does not"
-        )
     for path in solution.paths.values():
         console.print(escape(_short(path)), soft_wrap=True)
 

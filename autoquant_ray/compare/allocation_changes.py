@@ -71,14 +71,14 @@ def format_changes(
         earlier = before.get(name, format_)
         if earlier == format_:
             continue
-        rows = problem.groups[name].rows
+        group = problem.groups[name]
         changes.append(
             FormatChange(
                 group=name,
                 before=earlier,
                 after=format_,
-                bytes_before=rows[earlier]["weight_bytes"] if earlier in rows else None,
-                bytes_after=rows[format_]["weight_bytes"],
+                bytes_before=group.cost(earlier, "storage") if earlier in group.rows else None,
+                bytes_after=group.cost(format_, "storage"),
                 score_before=_score(scores, name, earlier),
                 score_after=_score(scores, name, format_) or 0.0,
             )

@@ -17,7 +17,6 @@ from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_op
 from autoquant_ray.allocate.search import search, served_problems
 from autoquant_ray.evaluate.measurable import measurable_problem, require_measurable
 from autoquant_ray.formats.format import NONE
-from autoquant_ray.formats.method_names import same_or_plain
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def collect_candidates(
         against: Members of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
             (:mod:`autoquant_ray.imports.tool_allocations`). ``uniform``: every format of the menu
             that fits the budget when all groups take it (a group that lacks it takes the same
-            format by another method, or else stays in 16 bits).
+            format by another method, or else stays in 16 bits, and so does a tied head).
             ``modelopt``: solved with the scores that ModelOpt would compute from this run's sums:
             per batch, clamped along its sorted formats. ``random``: solved with scores shuffled
             among the groups, the null hypothesis.
@@ -128,7 +127,7 @@ def _everywhere(problem: Problem, options: SolveOptions, name: str) -> dict[str,
     for served in served_problems(problem, options):
         permitted = served.served.permitted if served.served else every
         formats = {
-            g.name: same_or_plain(name, [f for f in g.rows if f in permitted[g.name]]) or NONE
+            g.name: g.uniform(name, [f for f in g.rows if f in permitted[g.name]])
             for g in problem.searched
             if not g.is_cache
         }

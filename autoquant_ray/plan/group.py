@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.kv_cache import cache_bytes
 from autoquant_ray.formats.smoothed import is_smoothed, takes_factors
@@ -59,6 +61,11 @@ class PlannedGroup:
         """Number of weight elements in the group."""
         return sum(module.num_weights for module in self.modules)
 
+    @property
+    def num_stored(self) -> int:
+        """Number of its weights that are stored on their own: none of a tied head."""
+        return 0 if self.is_tied else self.num_weights
+
     def weight_bytes(self, format_: Format | None) -> float:
         """Stored bytes under a format (scales included); None: 16 bits."""
         if format_ is None:
@@ -69,6 +76,10 @@ class PlannedGroup:
             for shape in module.shapes
         )
         return sum(bits) / 8
+
+    def added_bytes(self, format_: Format | None) -> float:
+        """What a format adds to the model's bytes; a tied head in 16 bits adds nothing."""
+        return 0.0 if self.is_tied and format_ is None else self.weight_bytes(format_)
 
     def modelopt_cost(self, format_: Format | None) -> float:
         """ModelOpt's cost: weights times its compression, in 16-bit weight equivalents."""
@@ -83,3 +94,15 @@ class PlannedGroup:
         """Stored bits per weight, of a cache per element."""
         stored = self.kv_bytes(format_) or self.weight_bytes(format_)
         return stored * 8 / (self.num_weights or sum(map(math.prod, self.modules[0].cached)))
+
+
+def nothing_stored(heads: Sequence[str]) -> ConfigError:
+    """The error where only heads are searched that share the embedding's weight.
+
+    Args:
+        heads: Their groups.
+    """
+    return ConfigError(
+        f"only {', '.join(heads)} is left to search, which is tied to the embedding: it costs no "
+        "bytes in 16 bits, and quantizing it adds some; search other layers too"
+    )

@@ -82,8 +82,8 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
     """
     dtype_bytes = 4 if config.dtype == "float32" else 2
     searched = sum(group.num_weights for group in plan.searched)
-    untied = sum(group.weight_bytes(None) for group in plan.groups if not group.is_tied)
-    num_weights = round((plan.other_bytes + untied) * 8 / UNQUANTIZED_BITS)
+    stored = sum(group.added_bytes(None) for group in plan.groups)
+    num_weights = round((plan.other_bytes + stored) * 8 / UNQUANTIZED_BITS)
     layers = plan.layer_weights
     largest_layer = max(layers, default=0)
     held = num_weights - sum(layers) + _LAYERS_HELD * largest_layer

@@ -28,7 +28,7 @@ from autoquant_ray.models.quantizable import (
 from autoquant_ray.plan.decode_step import step_facts
 from autoquant_ray.plan.experts import apart_key, split_experts
 from autoquant_ray.plan.fold import Fold, folds_to_json
-from autoquant_ray.plan.group import UNQUANTIZED_BITS, PlannedGroup
+from autoquant_ray.plan.group import UNQUANTIZED_BITS, PlannedGroup, nothing_stored
 from autoquant_ray.plan.group_folds import with_folds
 from autoquant_ray.plan.kv_caches import cache_modules
 from autoquant_ray.plan.work import flops_per_token
@@ -116,9 +116,10 @@ class Plan:
         ]
 
     def bits_range(self) -> tuple[float, float]:
-        """Lowest and highest average stored bits over the searched groups."""
-        weights = sum(group.num_weights for group in self.searched)
-        costs = [[g.weight_bytes(f) for f in self.choices(g)] for g in self.searched]
+        """Lowest and highest effective bits; a tied head, better left in 16 bits, adds none."""
+        stored = [group for group in self.searched if group.num_stored]
+        weights = sum(group.num_stored for group in stored)
+        costs = [[g.weight_bytes(f) for f in self.choices(g)] for g in stored]
         low = sum(min(row) for row in costs) * 8 / weights
         return low, sum(max(row) for row in costs) * 8 / weights
 
@@ -164,9 +165,9 @@ def build_plan(
         expert_groups: Unless ``layer``, every expert is a group.
 
     Raises:
-        ConfigError: Nothing is left to search, a glob matches no module, there is no vision
-            tower for ``full``, the experts cannot be told apart, or no group takes factors that
-            a format has.
+        ConfigError: Nothing is left to search but a tied head, a glob matches no module, there is
+            no vision tower for ``full``, the experts cannot be told apart, or no group takes
+            factors that a format has.
         ModelError: The model has no quantizable module, or no cache for formats of caches.
     """
     modules = list(quantizable_modules(model))
@@ -202,6 +203,8 @@ def build_plan(
     )
     if not any(group.num_weights for group in plan.searched):
         raise ConfigError("every layer is disabled; nothing is left to search")
+    if not any(group.num_stored for group in plan.searched):
+        raise nothing_stored([group.name for group in plan.searched if group.is_tied])
     return plan
 
 
@@ -267,5 +270,5 @@ def _reason_unsearched(
 def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:
     """Bytes at 16 bits outside the groups; a tied embedding counts here, once."""
     total: int = sum(parameter.numel() for parameter in model.parameters())
-    quantizable = sum(group.num_weights for group in groups if not group.is_tied)
+    quantizable = sum(group.num_stored for group in groups)
     return (total - quantizable) * UNQUANTIZED_BITS // 8

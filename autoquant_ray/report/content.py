@@ -134,7 +134,7 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
         formats=list(dict.fromkeys(row["format"] for row in run.rows)),
         scores=sources.scores,
         unit=unit,
-        warnings=_warnings(plan, sources.rows),
+        warnings=_warnings(plan),
         measured=measured_sections(
             sources.evaluations, sources.name, sources.key, sources.is_by_domain
         ),
@@ -237,20 +237,8 @@ def format_score(entry: tuple[float, float | None] | None) -> str:
     return f"{score:.4e}" if error is None else f"{score:.4e} ± {error:.1e}"
 
 
-def _warnings(plan: PlanSummary, rows: list[dict[str, Any]]) -> list[str]:
+def _warnings(plan: PlanSummary) -> list[str]:
     warnings = []
-    chosen = {row["group"]: row["format"] for row in rows}
-    for group in plan["tied_groups"]:
-        if chosen.get(group, NONE) == NONE:
-            text = "it stays in 16 bits and shares the embedding's storage"
-        else:
-            added = sum(row["weight_bytes"] for row in rows if row["group"] == group)
-            text = (
-                "quantized, it is stored in addition to the embedding and adds "
-                f"{added / 2**20:,.1f} MiB to the model. A budget in bytes counts that; a budget "
-                "in bits counts it as a saving"
-            )
-        warnings.append(f"{group} is tied to the input embedding: {text}.")
     others = plan["other_modules"]
     if others:
         names = ", ".join(list(others)[:3]) + (", ..." if len(others) > 3 else "")

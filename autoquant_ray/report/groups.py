@@ -24,7 +24,7 @@ class GroupRow:
     Attributes:
         modules: Names of its layers.
         chosen: The chosen format; ``none`` for 16 bits.
-        num_bytes: Stored bytes in that format, scales included.
+        num_bytes: Stored bytes in that format, scales included; 0 where they are the embedding's.
         num_bits: Stored bits per weight.
         share: Share of the predicted loss; None for an unsearched group.
         sensitivity: Largest score over the menu; None for an unsearched group.
@@ -101,7 +101,7 @@ def group_rows(
             modules=group.module_names,
             num_weights=group.num_weights,
             chosen=formats[group.name],
-            num_bytes=group.rows[formats[group.name]]["weight_bytes"],
+            num_bytes=group.cost(formats[group.name], "storage"),
             num_bits=group.rows[formats[group.name]]["weight_bits"],
             share=None if group.name in unsearched else shares[group.name],
             sensitivity=max((s for s, _ in scores.get(group.name, {}).values()), default=None),

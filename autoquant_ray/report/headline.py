@@ -37,7 +37,7 @@ def headline(sources: Sources) -> list[Number]:
     solution, budget = sources.manifest["solution"], sources.manifest["budget"]
     problem = sources.scored.problem
     unquantized_bytes = problem.other_bytes + sum(
-        group.cost(NONE, "model") for group in problem.groups.values()
+        group.cost(NONE, "storage") for group in problem.groups.values()
     )
     share = solution["weight_bytes"] / unquantized_bytes
     return [

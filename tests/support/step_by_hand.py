@@ -85,8 +85,8 @@ def times_sizes_losses(directory: Any, latency: Latency) -> tuple[Any, Any, Any]
     ms, rest = choices_ms(directory, latency)
     rest += sum(ms[g.name, NONE] for g in problem.unsearched)
     times = rest + every_sum([[ms[g.name, f] for f in g.rows] for g in groups])
-    fixed = problem.other_bytes + sum(g.cost(NONE, "model") for g in problem.unsearched)
-    sizes = fixed + every_sum([[g.cost(f, "model") for f in g.rows] for g in groups])
+    fixed = problem.other_bytes + sum(g.cost(NONE, "storage") for g in problem.unsearched)
+    sizes = fixed + every_sum([[g.cost(f, "storage") for f in g.rows] for g in groups])
     losses = every_sum([[0.0 if f == NONE else scores[g.name, f] for f in g.rows] for g in groups])
     return times, sizes, losses
 

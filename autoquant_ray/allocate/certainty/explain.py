@@ -85,9 +85,16 @@ def _unsearched(
         num_weights=weights,
         reason=_NO_QUANTIZER if group is None else plan["unsearched"][module],
         chosen=NONE,
-        weight_bytes=weights * UNQUANTIZED_BITS / BITS_PER_BYTE,
+        weight_bytes=_bytes_in_16_bits(group, weights),
         is_tied=group is not None and group.is_tied,
     )
+
+
+def _bytes_in_16_bits(group: GroupChoices | None, weights: int) -> float:
+    """Of a group that is not searched; without one, of a module's weights."""
+    if group is not None:
+        return group.cost(NONE, "storage")
+    return weights * UNQUANTIZED_BITS / BITS_PER_BYTE
 
 
 class _Story:
@@ -170,7 +177,7 @@ class _Story:
                 saved=self._saved(group, format_, rounded),
                 weight_bits=row["weight_bits"],
                 weight_bytes=row["weight_bytes"],
-                model_bytes=group.cost(format_, "model"),
+                model_bytes=group.cost(format_, "storage"),
                 kv_bytes=row.get(KV_BYTES) or None,
                 resampled_share=shares.get(format_),
                 flip=flips.price(group.name, format_),

@@ -70,7 +70,7 @@ def table_rows(explanation: Explanation) -> list[tuple[str, ...]]:
         (
             f"{alternative.format} *" if alternative.is_chosen else alternative.format,
             f"{alternative.weight_bits:.3f}",
-            f"{alternative.weight_bytes / 2**20:,.2f}"
+            f"{alternative.model_bytes / 2**20:,.2f}"
             if alternative.kv_bytes is None
             else f"{alternative.kv_bytes:,.0f} B/token",
             f"{alternative.score:.3e}"

@@ -167,7 +167,7 @@ def test_three_limits_at_once_give_the_best_allocation(make_run: Any) -> None:
     scored_run = ScoredRun.read(RunState.open(directory))
     problem, scores = scored_run.problem, scored_run.scores
     weights = sum(g.num_weights for g in problem.searched)
-    outside = problem.other_bytes + sum(g.cost(NONE, "model") for g in problem.unsearched)
+    outside = problem.other_bytes + sum(g.cost(NONE, "storage") for g in problem.unsearched)
     for bits, byte_share, time_share in ((9, 0.5, 0.4), (7, 0.4, 0.5), (8, 0.9, 0.3)):
         limit_bytes = round(sizes.min() + byte_share * (sizes.max() - sizes.min()))
         limit_ms = float(times.min() + time_share * (times.max() - times.min()))

@@ -165,11 +165,18 @@ def test_plan_tied_head_counts_the_embedding_once_or_both(make_model: Any) -> No
     head = problem.groups["lm_head"]
     assert head.is_tied
     in_16_bits = problem.other_bytes + sum(
-        group.cost("none", "model") for group in problem.groups.values()
+        group.cost("none", "storage") for group in problem.groups.values()
     )
     assert in_16_bits == 2 * everything
-    assert head.cost("wint8_afp16", "model") == head.num_weights + 4 * 256
-    assert head.cost("none", "storage") == 2 * head.num_weights
+    assert head.cost("wint8_afp16", "storage") == head.num_weights + 4 * 256
+    assert head.cost("none", "storage") == 0, "its bytes are the embedding's"
+    assert head.rows["none"]["weight_bytes"] == 2 * head.num_weights
+    assert (head.weights("storage"), head.weights("modelopt")) == (0, head.num_weights)
+    low, high = plan.bits_range()
+    stored = [group for group in problem.searched if group.name != "lm_head"]
+    cheapest = sum(group.cost("wint8_afp16", "storage") for group in stored)
+    assert low == cheapest * 8 / sum(group.num_weights for group in stored)
+    assert high == 16
 
 
 def test_budget_bytes_of_the_whole_model_is_met_exactly_at_16_bits(make_model: Any) -> None:
