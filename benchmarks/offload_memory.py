@@ -7,6 +7,8 @@ files, which the system can drop. Linux only.
 
     python benchmarks/offload_memory.py --dtype bfloat16
     python benchmarks/offload_memory.py --dtype float32 --disable lm_head
+    python benchmarks/offload_memory.py --placements offload --formats \\
+        wint4_afp16:max,wint4_afp16:awq,wint4_afp16:gptq
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from safetensors.torch import save_file
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import build_skeleton
 
+STAGES = ("calibrate", "search", "fit", "score")
 _POLL_S = 0.02
 _PACKAGES = "import torch, transformers, modelopt.torch.quantization, autoquant_ray.score.scorer"
 
@@ -144,8 +147,7 @@ def scan(folder: Path, placement: str, options: argparse.Namespace) -> dict[str,
     result = {
         "peak_anon_gib": round(peak / 2**30, 3),
         "seconds": round(seconds, 1),
-        "calibrate_s": stages["calibrate"]["seconds"],
-        "score_s": stages["score"]["seconds"],
+        **{f"{name}_s": facts["seconds"] for name, facts in stages.items() if name in STAGES},
     }
     print(f"{placement}: {json.dumps(result)}", flush=True)
     return result
