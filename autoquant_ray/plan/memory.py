@@ -114,7 +114,7 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
 
 def moment_bytes(plan: Plan) -> int:
     """Bytes of second moments of inputs, float32, one for each half of the data, and of their
-    inverse's factors, while weights are rounded by GPTQ; 0 for a menu without it."""
+    factors, while weights are rounded by GPTQ; 0 for a menu without it."""
     modules = _rounded_modules(plan)
     largest = max(map(portion_bytes, modules), default=0)
     moments = sum(_num_portions(module) * portion_bytes(module) for module in modules)

@@ -12,7 +12,7 @@ blocks): every weight gets a new quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,7 @@ from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.formats.smoothed import needs_channel_squares
 from autoquant_ray.quantize.block_formats import BACKEND
-from autoquant_ray.quantize.calibration import FittedCodes
-from autoquant_ray.quantize.gptq import DAMPINGS, fit_codes, grid_of, values_of
-from autoquant_ray.quantize.second_moments import SecondMoments
+from autoquant_ray.quantize.grid import Grid, grid_of, values_of
 from autoquant_ray.quantize.weight_search import (
     Recall,
     WeightScales,
@@ -198,64 +196,9 @@ def fit_weight(
 
 
 @torch.no_grad()
-def fit_rounding(
-    format_: Format,
-    weight_OI: torch.Tensor,
-    moments: SecondMoments,
-    scales: WeightScales,
-    *name: str,
-) -> FittedCodes | None:
-    """The rounding of a weight by GPTQ; None where plain rounding is better.
-
-    Where the format has factors, so that ``W s`` is multiplied with ``x / s``, that is what is
-    rounded: all linears that read the input must be in memory.
-
-    Args:
-        format_: By ``gptq`` or ``awq+gptq``.
-        weight_OI: As above.
-        moments: Of its input.
-        scales: Those of the model.
-        name: As above.
-    """
-    factors_I = scales.factors(name, format_)
-    if factors_I is not None:
-        weight_OI = weight_OI.float() * factors_I
-        moments = moments.divided(factors_I, format_.name)
-    quantizer = quantizer_of(format_, weight_OI, scales, *name)
-    return fit_codes(weight_OI, moments, grid_of(quantizer, weight_OI), _dampings(format_))
-
-
-@torch.no_grad()
-def fit_slices(
-    format_: Format,
-    weight_EOI: torch.Tensor,
-    moments: Mapping[int, SecondMoments],
-    scales: WeightScales,
-    *name: str,
-) -> dict[int, FittedCodes]:
-    """The rounding of experts that share a quantizer; without those that plain rounding serves
-    better.
-
-    Args:
-        format_: By ``gptq``.
-        weight_EOI: Of all experts.
-        moments: Expert -> those of its input.
-        scales: Those of the model.
-        name: The module's name, and the parameter.
-    """
-    if not moments:
-        return {}
-    grid = grid_of(quantizer_of(format_, weight_EOI, scales, *name), weight_EOI)
-    codes = {
-        expert: fit_codes(weight_EOI[expert], seen, grid.of_slice(expert), _dampings(format_))
-        for expert, seen in moments.items()
-    }
-    return {expert: fitted for expert, fitted in codes.items() if fitted is not None}
-
-
-def _dampings(format_: Format) -> Sequence[float]:
-    given = (format_.algorithm or {}).get("perc_damp")
-    return DAMPINGS if given is None else (given,)
+def weight_grid(format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str) -> Grid:
+    """The grid of a weight, or of experts that share a quantizer; arguments as above."""
+    return grid_of(quantizer_of(format_, weight_OI, scales, *name), weight_OI)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Second moments of an input, and what GPTQ needs of them: triangular factors of their inverse.
+"""Second moments of an input, and what GPTQ needs of them: how errors are fed back.
 
 Shape letters: I in features.
 """
@@ -11,8 +11,6 @@ import torch
 
 from autoquant_ray.quantize.weight_cache import WeightCache
 
-_SMALL = 128
-
 
 class SecondMoments:
     """``sum_t x_t x_t^T`` of an input, over the tokens of each half of the data.
@@ -21,6 +19,10 @@ class SecondMoments:
         halves_II: Of each half, float32 ``(I, I)``.
         kept: Keeps factors; shared by all inputs of some layers. None keeps none.
         key: Of this input in there; None: its own.
+
+    Attributes:
+        halves_II: As given.
+        key: Equal for equal moments.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class SecondMoments:
     ) -> None:
         self.halves_II = tuple(halves_II)
         self._kept = WeightCache(0) if kept is None else kept
-        self._key = (object(),) if key is None else key
+        self.key = (object(),) if key is None else key
 
     def over(self, half: int | None) -> torch.Tensor:
         """The moments over a half, or over all tokens.
@@ -48,7 +50,7 @@ class SecondMoments:
             factors_I: The ``s``.
             name: Of the factors; equal for equal ones.
         """
-        key = (*self._key, name)
+        key = (*self.key, name)
         halves = []
         for number, half_II in enumerate(self.halves_II):
 
@@ -58,10 +60,14 @@ class SecondMoments:
             halves.append(self._kept.get((*key, number), divide))
         return SecondMoments(halves, self._kept, key)
 
-    def inverse_factor(
+    def feedback(
         self, half: int | None, damping: float, is_unused_I: torch.Tensor
     ) -> torch.Tensor | None:
-        """Upper Cholesky factor of the inverse of the damped moments, float32 ``(I, I)``.
+        """How much of a column's error each later column makes up for, float32 ``(I, I)``.
+
+        The damped moments are ``R R^T`` with an upper triangular ``R``, whose columns are divided
+        by their numbers on the diagonal. (What GPTQ takes from the rows of the inverse's Cholesky
+        factor comes to the same.)
 
         Args:
             half: As in :meth:`over`.
@@ -69,48 +75,32 @@ class SecondMoments:
             is_unused_I: Channels that the weight leaves out.
 
         Returns:
-            None where there is none: the damped moments are singular in float32.
+            Above the diagonal: row k, column j of what is left of column k goes to column j. None
+            where there is none: the damped moments are singular in float32.
         """
 
         def make() -> torch.Tensor:
-            return _inverse_factor(self.over(half), damping, is_unused_I)
+            return _feedback(self.over(half), damping, is_unused_I)
 
         is_kept = not bool(is_unused_I.any())
-        factor_II = self._kept.get((*self._key, half, damping), make) if is_kept else make()
-        return factor_II if factor_II.numel() else None
+        feedback_II = self._kept.get((*self.key, half, damping), make) if is_kept else make()
+        return feedback_II if feedback_II.numel() else None
 
 
-def _inverse_factor(
-    hessian_II: torch.Tensor, damping: float, is_unused_I: torch.Tensor
-) -> torch.Tensor:
-    """The factor; empty where there is none.
+def _feedback(hessian_II: torch.Tensor, damping: float, is_unused_I: torch.Tensor) -> torch.Tensor:
+    """The feedback; empty where there is none.
 
-    With rows and columns in reverse, ``H = L L^T`` gives ``H = R R^T`` with an upper ``R``, whose
-    inverse is the upper factor of the inverse of ``H``.
+    With rows and columns in reverse, ``H = L L^T`` gives ``H = R R^T`` with an upper ``R``.
     """
-    damped_II = hessian_II.clone()
+    damped_II = hessian_II.flip(0, 1)
+    is_unused_I = is_unused_I.flip(0)
     damped_II[is_unused_I, :] = 0
     damped_II[:, is_unused_I] = 0
     diagonal_I = damped_II.diagonal()
     diagonal_I[is_unused_I] = 1
     diagonal_I += damping * diagonal_I.mean()
-    lower_II, failed = torch.linalg.cholesky_ex(damped_II.flip(0, 1))
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
     if failed:
         return damped_II[:0]
-    factor_II = _inverted(lower_II.flip(0, 1))
-    return factor_II if bool(factor_II.isfinite().all()) else damped_II[:0]
-
-
-def _inverted(upper_II: torch.Tensor) -> torch.Tensor:
-    """Inverse of an upper triangular matrix, half by half: most of it is products."""
-    width = len(upper_II)
-    if width <= _SMALL:
-        identity_II = torch.eye(width, device=upper_II.device)
-        return torch.linalg.solve_triangular(upper_II, identity_II, upper=True)
-    middle = width // 2
-    inverse_II = torch.zeros_like(upper_II)
-    first = _inverted(upper_II[:middle, :middle])
-    last = _inverted(upper_II[middle:, middle:])
-    inverse_II[:middle, :middle], inverse_II[middle:, middle:] = first, last
-    torch.mm(-first @ upper_II[:middle, middle:], last, out=inverse_II[:middle, middle:])
-    return inverse_II
+    feedback_II = lower_II.div_(lower_II.diagonal().clone()).flip(0, 1)
+    return feedback_II if bool(feedback_II.isfinite().all()) else damped_II[:0]

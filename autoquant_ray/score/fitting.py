@@ -5,7 +5,7 @@ Every later use of the weight (scores, measurements, exports) takes what was fou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -16,18 +16,20 @@ import torch
 from autoquant_ray.calibrate.hessians import HessianCollector, Hessians
 from autoquant_ray.calibrate.portions import Block, Portion, blocks_of, smallest_portions
 from autoquant_ray.formats.format import Format
-from autoquant_ray.formats.smoothed import is_fitted, needs_hessians
+from autoquant_ray.formats.smoothed import is_fitted, needs_hessians, takes_factors
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.memory import MOMENT_BYTES
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import (
     Calibration,
-    FittedCodes,
     FittedWeight,
     FittedWeights,
     can_be_halved,
 )
-from autoquant_ray.quantize.quantizers import fit_rounding, fit_slices, fit_weight
+from autoquant_ray.quantize.gptq.fit import WeightToRound, dampings_of, fit_codes, weight_to_round
+from autoquant_ray.quantize.grid import Grid
+from autoquant_ray.quantize.quantizers import fit_weight, weight_grid
+from autoquant_ray.quantize.second_moments import SecondMoments
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.residence import Residence
 
@@ -59,6 +61,26 @@ class _Entry(NamedTuple):
     @property
     def searched(self) -> list[Format]:
         return [format_ for format_ in self.formats if not needs_hessians(format_)]
+
+
+class _Rounding(NamedTuple):
+    """A weight that GPTQ rounds under a format.
+
+    Attributes:
+        path: Of the module.
+        part: Parameter and expert in a module of many.
+        format: The format.
+        weight_OI: The weight.
+        moments: Of its input.
+        grid: Of an expert that shares a quantizer; None for others.
+    """
+
+    path: str
+    part: tuple[str, ...]
+    format: Format
+    weight_OI: torch.Tensor
+    moments: SecondMoments
+    grid: Grid | None = None
 
 
 class LayerFitting:
@@ -121,8 +143,7 @@ class LayerFitting:
             hessians = self._hessians(block, collect, tokens)
             for layer, portions in groupby(block, key=lambda portion: portion.layer):
                 with self._visit(layer):
-                    for portion in portions:
-                        rounding[layer].update(self._rounded(portion, hessians))
+                    rounding[layer].update(self._rounded(list(portions), hessians))
             del hessians  # before the next pass makes others
         return {
             layer: LayerFit(
@@ -171,14 +192,44 @@ class LayerFitting:
         return rounding
 
     def _rounded(
-        self, portion: Portion, hessians: Hessians
+        self, portions: Sequence[Portion], hessians: Hessians
     ) -> dict[tuple[str, str, str], FittedWeight]:
-        """The roundings of the weights of a portion; weights without moments have none."""
-        return {
-            (portion.planned.path, part, format_.weight_key): FittedWeight(codes=codes)
-            for part, format_, codes in self._codes(portion, hessians)
-            if codes is not None
-        }
+        """The roundings of the weights of portions; weights without moments have none.
+
+        Weights with the same input are rounded together, each under all of its formats.
+        """
+        alike: dict[Hashable, list[_Rounding]] = {}
+        for portion in portions:
+            for rounding in self._roundings(portion, hessians):
+                factors = rounding.format.name if takes_factors(rounding.format) else ""
+                alike.setdefault((rounding.moments.key, factors), []).append(rounding)
+        fitted: dict[tuple[str, str, str], FittedWeight] = {}
+        for roundings in alike.values():
+            fitted.update(self._rounded_together(roundings))
+        return fitted
+
+    def _rounded_together(
+        self, roundings: Sequence[_Rounding]
+    ) -> Iterator[tuple[tuple[str, str, str], FittedWeight]]:
+        """Keys and roundings of weights with the same input; without those that keep plain ones."""
+        singles: dict[tuple[str, ...], torch.Tensor] = {}
+        inputs: dict[Hashable, tuple[SecondMoments, list[Any], list[WeightToRound]]] = {}
+        for path, part, format_, weight_OI, moments, grid in roundings:
+            name = (path, *part)
+            if name not in singles:
+                singles[name] = weight_OI.float()
+            weight = WeightToRound(singles[name], grid, dampings_of(format_)) if grid else None
+            if weight is None:
+                weight, moments = weight_to_round(
+                    format_, weight_OI, singles[name], moments, self._scales, *name
+                )
+            _, keys, weights = inputs.setdefault(moments.key, (moments, [], []))
+            keys.append((path, ".".join(part), format_.weight_key))
+            weights.append(weight)
+        for moments, keys, weights in inputs.values():
+            for key, codes in zip(keys, fit_codes(weights, moments), strict=True):
+                if codes is not None:
+                    yield key, FittedWeight(codes=codes)
 
     def _in_order(self, number: int, rounding: FittedWeights) -> FittedWeights:
         """What was fitted in a layer, in an order that blocks do not change."""
@@ -190,31 +241,27 @@ class LayerFitting:
         )
         return {key: rounding[key] for key in keys if key in rounding}
 
-    def _codes(
-        self, portion: Portion, hessians: Hessians
-    ) -> Iterator[tuple[str, Format, FittedCodes | None]]:
-        """Parts of a portion's module, formats and codes; None where plain rounding is better."""
-        path, formats, scales = portion.planned.path, portion.formats, self._scales
+    def _roundings(self, portion: Portion, hessians: Hessians) -> Iterator[_Rounding]:
+        """What is to be rounded in a portion."""
+        path, formats, module = portion.planned.path, portion.formats, portion.module
         if portion.planned.kind == "linear":
             for format_ in formats if path in hessians else ():
-                weight = portion.module.weight
-                yield "", format_, fit_rounding(format_, weight, hessians[path], scales, path)
+                yield _Rounding(path, (), format_, module.weight, hessians[path])
             return
         for name in portion.planned.parameters:
-            keys = {n: f"{path}.{name}.{n}" for n in portion.experts}
-            moments = {n: hessians[key] for n, key in keys.items() if key in hessians}
-            weights = getattr(portion.module, name)
-            if portion.planned.is_transposed:  # its experts share a quantizer
-                whole = weights.mT.contiguous()
+            weights: torch.Tensor = getattr(module, name)
+            grids: dict[str, Grid] = {}
+            seen = {n: hessians.get(f"{path}.{name}.{n}") for n in portion.experts}
+            if portion.planned.is_transposed and any(seen.values()):  # they share a quantizer
+                weights = weights.mT.contiguous()
                 for format_ in formats:
-                    fitted = fit_slices(format_, whole, moments, scales, path, name)
-                    yield from ((f"{name}.{n}", format_, codes) for n, codes in fitted.items())
-                continue
-            for n, seen in moments.items():
-                for format_ in formats:
-                    key = (path, name, str(n))
-                    codes = fit_rounding(format_, weights[n], seen, scales, *key)
-                    yield f"{name}.{n}", format_, codes
+                    grid = weight_grid(format_, weights, self._scales, path, name)
+                    grids[format_.weight_key] = grid
+            for n, moments in seen.items():
+                for format_ in formats if moments is not None else ():
+                    assert moments is not None
+                    grid = grids[format_.weight_key].of_slice(n) if grids else None
+                    yield _Rounding(path, (name, str(n)), format_, weights[n], moments, grid)
 
     def _visit(self, number: int) -> AbstractContextManager[None]:
         is_layer = number < self._num_layers

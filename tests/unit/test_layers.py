@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("data", "plan"),
     ("quantize", "allocate.knapsack", "distributed"),
-    ("allocate", "calibrate"),
+    ("allocate", "calibrate", "quantize.gptq"),
     ("allocate.certainty", "score"),
     ("report", "export"),
     ("stages",),
@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """Rooms and top-level modules, from the ground floor up."""
 
-TORCH_PACKAGES = {"quantize", "calibrate", "score"}
+TORCH_PACKAGES = {"quantize", "quantize.gptq", "calibrate", "score"}
 TORCH_FILES = {
     "evaluate.divergence",
     "evaluate.flip_estimator",

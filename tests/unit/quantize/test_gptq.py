@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +21,14 @@ from autoquant_ray.quantize import calibration_mode  # noqa: F401 (registers the
 from autoquant_ray.quantize.calibration import (
     Calibration,
     Channels,
+    FittedCodes,
     FittedWeight,
     ModuleCalibration,
 )
-from autoquant_ray.quantize.gptq import fit_codes, gptq_codes, grid_of, plain_codes, values_of
+from autoquant_ray.quantize.gptq.columns import Problem
+from autoquant_ray.quantize.gptq.fit import WeightToRound, fit_codes, gptq_codes, weight_to_round
+from autoquant_ray.quantize.grid import Grid, grid_of, plain_codes, values_of
 from autoquant_ray.quantize.quantizers import (
-    fit_rounding,
     make_weight_quantizer,
     quantized_weight,
 )
@@ -50,6 +53,21 @@ def correlated(num_tokens: int, width: int, seed: int) -> torch.Tensor:
 
 def moments(*inputs_TI: torch.Tensor) -> SecondMoments:
     return SecondMoments([input_TI.T @ input_TI for input_TI in inputs_TI])
+
+
+def fit(weight_OI: torch.Tensor, seen: SecondMoments, grid: Grid) -> FittedCodes | None:
+    """The rounding of a single weight."""
+    return fit_codes([WeightToRound(weight_OI, grid)], seen)[0]
+
+
+def solved(
+    weight_OI: torch.Tensor, seen: SecondMoments, problems: Sequence[Problem], grid: Grid
+) -> list[torch.Tensor]:
+    """What a weight is rounded to in each of some problems."""
+    is_unused_I = (weight_OI == 0).all(dim=0)
+    (codes,) = gptq_codes([(weight_OI, grid)], seen, problems, is_unused_I)
+    assert len(codes) == len(problems)
+    return [values_of(codes[n].numpy(), grid) for n in range(len(problems))]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
@@ -85,8 +103,8 @@ def test_integers_are_those_of_modelopt(family: str, make_model: Any, make_sampl
     for name, module in linears.items():
         weight = module.weight.detach()
         grid = grid_of(make_weight_quantizer(INT4, weight), weight)
-        (codes,) = gptq_codes(weight, sums[name], [(None, 0.01)], grid)
-        assert codes is not None
+        (values,) = solved(weight, sums[name], [(None, 0.01)], grid)
+        codes = (values / grid.unit_OI).round()
         expected = (theirs.get_submodule(name).weight.detach() / grid.unit_OI).round()
         num_equal += int((codes == expected).sum())
         num_changed += int((codes != plain_codes(weight, grid)).sum())
@@ -103,7 +121,7 @@ def test_quantizer_leaves_fitted_numbers_as_they_are(name: str) -> None:
     grid = grid_of(quantizer, weight_OI)
     plain_OI = plain_codes(weight_OI, grid) * grid.unit_OI
     torch.testing.assert_close(plain_OI, quantizer(weight_OI), rtol=1e-6, atol=0)
-    fitted = fit_codes(weight_OI, moments(*inputs), grid)
+    fitted = fit(weight_OI, moments(*inputs), grid)
     assert fitted is not None
     for codes in (fitted.whole, *fitted.without):
         values_OI = values_of(codes, grid)
@@ -123,7 +141,7 @@ def test_rounding_loses_less_on_tokens_that_it_has_not_seen() -> None:
     halves = [correlated(400, 64, seed) for seed in (1, 2)]
     quantizer = make_weight_quantizer(INT4, weight_OI)
     grid = grid_of(quantizer, weight_OI)
-    fitted = fit_codes(weight_OI, moments(*halves), grid)
+    fitted = fit(weight_OI, moments(*halves), grid)
     assert fitted is not None
     plain = quantizer(weight_OI)
     unseen = correlated(400, 64, 3)
@@ -132,9 +150,8 @@ def test_rounding_loses_less_on_tokens_that_it_has_not_seen() -> None:
     for number, input_TI in enumerate(halves):
         without = values_of(fitted.without[number], grid)
         problem = (1 - number, fitted.damping)
-        (alone,) = gptq_codes(weight_OI, moments(*halves), [problem], grid)
-        assert alone is not None
-        assert torch.equal(without, alone * grid.unit_OI)
+        (alone,) = solved(weight_OI, moments(*halves), [problem], grid)
+        assert torch.equal(without, alone)
         seen = output_error(weight_OI, whole, input_TI)
         assert seen < output_error(weight_OI, without, input_TI)
 
@@ -143,7 +160,7 @@ def test_weight_that_plain_rounding_serves_better_keeps_it() -> None:
     """Uncorrelated inputs, and fewer tokens than channels: all that could be fitted is noise."""
     weight_OI = drawn(32, 64)
     grid = grid_of(make_weight_quantizer(INT8, weight_OI), weight_OI)
-    assert fit_codes(weight_OI, moments(drawn(8, 64, seed=1), drawn(8, 64, seed=2)), grid) is None
+    assert fit(weight_OI, moments(drawn(8, 64, seed=1), drawn(8, 64, seed=2)), grid) is None
 
 
 def test_damping_is_chosen_by_the_loss_on_the_other_half() -> None:
@@ -152,12 +169,12 @@ def test_damping_is_chosen_by_the_loss_on_the_other_half() -> None:
     grid = grid_of(make_weight_quantizer(INT4, weight_OI), weight_OI)
     losses = {}
     for damping in (0.01, 0.1, 1.0):
-        codes = gptq_codes(weight_OI, moments(*halves), [(1, damping), (0, damping)], grid)
+        values = solved(weight_OI, moments(*halves), [(1, damping), (0, damping)], grid)
         losses[damping] = sum(
-            output_error(weight_OI, code * grid.unit_OI, input_TI)  # type: ignore[operator]
-            for code, input_TI in zip(codes, halves, strict=True)
+            output_error(weight_OI, values_OI, input_TI)
+            for values_OI, input_TI in zip(values, halves, strict=True)
         )
-    fitted = fit_codes(weight_OI, moments(*halves), grid)
+    fitted = fit(weight_OI, moments(*halves), grid)
     assert fitted is not None
     assert fitted.damping == min(losses, key=lambda damping: losses[damping])
     (given,) = resolve_formats(
@@ -200,14 +217,14 @@ def test_factors_come_before_rounding(make_model: Any) -> None:
     factors_I = WeightScales(model, calibration).factors((name,), format_)
     assert factors_I is not None
     assert factors_I.std() > 0.1
-    fitted = fit_rounding(
-        format_, weight_OI, moments(*halves), WeightScales(model, calibration), name
-    )
+    scales = WeightScales(model, calibration)
+    weight, seen = weight_to_round(format_, weight_OI, weight_OI, moments(*halves), scales, name)
+    (fitted,) = fit_codes([weight], seen)
     assert fitted is not None
     scaled_OI = weight_OI * factors_I
     grid = grid_of(make_weight_quantizer(format_.weight, scaled_OI), scaled_OI)
     scaled = [half_TI / factors_I for half_TI in halves]
-    expected = fit_codes(scaled_OI, moments(*scaled), grid)
+    expected = fit(scaled_OI, moments(*scaled), grid)
     assert expected is not None
     assert fitted.damping == expected.damping
     is_equal = fitted.whole == expected.whole
@@ -234,3 +251,49 @@ def test_mtq_quantize_refuses_to_repeat_a_fit_that_it_has_no_data_for(make_model
     assert config["algorithm"]["method"] == "autoquant_ray_sets"  # type: ignore[index]
     with pytest.raises(ValueError, match="get the config from the run, load_quantization_config"):
         mtq.quantize(make_model("llama"), config, lambda model: model(torch.tensor([[1, 2]])))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("width", [64, 200])
+def test_weights_that_are_rounded_together_are_rounded_as_alone(name: str, width: int) -> None:
+    """Several weights under several formats, of any number of rows: the same bytes."""
+    seen = moments(*(correlated(300, width, seed) for seed in (1, 2)))
+    weights = [drawn(rows, width, seed=rows) for rows in (48, 7, 600, 1, 33)]
+    for weight_OI in weights[:3]:
+        weight_OI[:, 5] = 0
+    formats = [WEIGHTS[name], {**INT4, "block_sizes": {-1: 20, "type": "static"}}, INT8, FP8]
+    together = [
+        WeightToRound(weight_OI, grid_of(make_weight_quantizer(format_, weight_OI), weight_OI))
+        for weight_OI in weights
+        for format_ in formats
+    ]
+    num_fitted = 0
+    for weight, ours in zip(together, fit_codes(together, seen), strict=True):
+        (alone,) = fit_codes([weight], seen)
+        assert (ours is None) == (alone is None)
+        if ours is not None and alone is not None:
+            assert ours.damping == alone.damping
+            assert np.array_equal(ours.whole, alone.whole)
+            assert all(map(np.array_equal, ours.without, alone.without))
+            num_fitted += 1
+    assert num_fitted > len(together) / 2
+
+
+def test_rounding_is_gptq_by_the_inverse_of_the_moments() -> None:
+    """Column by column in float64, as in the paper: the error over the pivot, times the rest of the
+    row of the inverse's Cholesky factor."""
+    weight_OI, input_TI = drawn(40, 150), correlated(500, 150, 1)
+    grid = grid_of(make_weight_quantizer(INT4, weight_OI), weight_OI)
+    (ours,) = solved(weight_OI, moments(input_TI), [(None, 0.1)], grid)
+    hessian_II = input_TI.double().T @ input_TI.double()
+    hessian_II += 0.1 * hessian_II.diagonal().mean() * torch.eye(150)
+    factor_II = torch.linalg.cholesky(torch.linalg.inv(hessian_II), upper=True)
+    left_OI, unit_OI = weight_OI.double(), grid.unit_OI.double()
+    expected_OI = torch.empty_like(left_OI)
+    for column in range(150):
+        codes_O = grid.round(left_OI[:, column] / unit_OI[:, column])
+        expected_OI[:, column] = codes_O * unit_OI[:, column]
+        error_O = (left_OI[:, column] - expected_OI[:, column]) / factor_II[column, column]
+        left_OI[:, column + 1 :] -= error_O[:, None] * factor_II[column, column + 1 :]
+    is_equal = (ours - expected_OI).abs() < 1e-5
+    assert is_equal.float().mean() > 0.99
