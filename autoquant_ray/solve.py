@@ -42,6 +42,8 @@ class Solution:
         certainty: How sure it is; None where there are no shards to resample.
         sensitivities: Searched groups with the largest score over the menu, most sensitive first.
         caution: Why the predicted KL is too low, if it is known to be.
+        separate_head: The head, where the model's config ties it to the embedding and its files
+            hold another weight for it.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Solution:
     certainty: Certainty | None
     sensitivities: list[tuple[str, float]]
     caution: str | None
+    separate_head: str | None
 
     def to_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -136,6 +139,7 @@ def write_solution(
         certainty=certainty,
         sensitivities=run.sensitivities,
         caution=_caution(run, manifest, formats),
+        separate_head=run.state.plan.get("separate_head"),
     )
 
 

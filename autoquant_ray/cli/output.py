@@ -17,6 +17,7 @@ from autoquant_ray.allocate.frontier import Point
 from autoquant_ray.allocate.latency import LATENCY, describe_prediction
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.kv_cache import KV_BYTES, kv_names, reachable_cache
+from autoquant_ray.models.separate_heads import describe_separate
 from autoquant_ray.plan.group import PlannedGroup
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.runs.names import FRONTIER_FILE
@@ -51,6 +52,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "num_groups": len(plan.groups),
         "num_searched": len(plan.searched),
         **{key: summary[key] for key in keys},
+        **({"separate_head": plan.separate_head} if plan.separate_head is not None else {}),
     }
 
 
@@ -78,6 +80,8 @@ def print_plan(plan: Plan) -> None:
         low, high = plan.kv_range()
         console.print(f"KV cache: {reachable_cache(low, high)}")
     console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
+    if plan.separate_head is not None:
+        console.print(f"note: {describe_separate(plan.separate_head)}", soft_wrap=True)
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
 
 
@@ -137,6 +141,8 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"predicted: {escape(describe_prediction(summary[LATENCY]))}", soft_wrap=True)
     if solution.shards_used is not None:
         console.print(f"used {solution.shards_used}", soft_wrap=True)
+    if solution.separate_head is not None:
+        console.print(f"note: {describe_separate(solution.separate_head)}", soft_wrap=True)
     for path in solution.paths.values():
         console.print(escape(_short(path)), soft_wrap=True)
 

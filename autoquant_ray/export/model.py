@@ -17,6 +17,7 @@ from autoquant_ray.export.source import Source
 from autoquant_ray.models.find import CHAT_FILES, TOKENIZER_FILES, ModelRef
 from autoquant_ray.models.load import load_model, own_dtype
 from autoquant_ray.models.of_run import require_model
+from autoquant_ray.models.separate_heads import give_weight, separate_head
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 
 _FILES_BESIDE = (*TOKENIZER_FILES, *CHAT_FILES, "*.py")
@@ -70,12 +71,18 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
 
 
 def _untie_head(model: Any, source: Source) -> None:
-    """Give a quantized head that shares the embedding's weight a weight of its own."""
+    """Give a quantized head that shares the embedding's weight a weight of its own.
+
+    A head that has one already, whatever the config says, is stored: then too the config must not
+    tie it, or an engine would read the embedding in its place.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
-    if name not in source.formats or head.weight is not embedding.weight:
+    is_copied = head.weight is embedding.weight and name in source.formats
+    if is_copied:
+        give_weight(model)
+    if not is_copied and separate_head(model) is None:
         return
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}

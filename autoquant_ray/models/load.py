@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.find import ModelRef, _load_config
+from autoquant_ray.models.separate_heads import untie_as_files
 
 if TYPE_CHECKING:
     import torch
 
 
 def build_skeleton(ref: ModelRef) -> torch.nn.Module:
-    """Build the model on the meta device from its config alone: names and shapes, no weights.
+    """Build the model on the meta device from its config: names and shapes, no weights.
+
+    Of the files it takes no more than whether they hold a head apart from the embedding.
 
     Raises:
         ModelError: The config cannot be read, or describes no language model.
@@ -32,6 +35,7 @@ def build_skeleton(ref: ModelRef) -> torch.nn.Module:
         )
     model.tie_weights()
     require_language_model(model, ref)
+    untie_as_files(model, ref)
     return model.eval()
 
 
@@ -68,6 +72,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {ref.name} cannot be loaded: {one_line(error)}") from None
     require_language_model(model, ref)
+    untie_as_files(model, ref)
     model.requires_grad_(False)
     return model.eval()
 

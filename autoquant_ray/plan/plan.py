@@ -25,6 +25,7 @@ from autoquant_ray.models.quantizable import (
     quantizable_modules,
     sees_images,
 )
+from autoquant_ray.models.separate_heads import separate_head
 from autoquant_ray.plan.decode_step import step_facts
 from autoquant_ray.plan.experts import apart_key, split_experts
 from autoquant_ray.plan.fold import Fold, folds_to_json
@@ -55,6 +56,7 @@ class Plan:
         them. step: What a decode step reads besides the groups, see
         :mod:`autoquant_ray.plan.decode_step`.
         experts_apart: Whether every routed expert is a group.
+        separate_head: The head, where the config ties it and the files hold another weight for it.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -66,6 +68,7 @@ class Plan:
     hidden_size: int
     step: dict[str, Any]
     experts_apart: bool = False
+    separate_head: str | None = None
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -145,6 +148,8 @@ class Plan:
             "experts": self.single_experts,
             "idle_groups": [group.name for group in self.groups if is_of_tower(group.name)],
         }
+        if self.separate_head is not None:
+            summary["separate_head"] = self.separate_head
         return {**summary, "folds": folds} if folds else summary
 
 
@@ -200,6 +205,7 @@ def build_plan(
         hidden_size=model.get_input_embeddings().weight.shape[1],
         step=step_facts(model, modules, is_of_tower),
         experts_apart=apart,
+        separate_head=separate_head(model),
     )
     if not any(group.num_weights for group in plan.searched):
         raise ConfigError("every layer is disabled; nothing is left to search")

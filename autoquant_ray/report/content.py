@@ -12,6 +12,7 @@ from autoquant_ray.allocate.read import ScoredRun, options_of
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.formats.method_names import has_methods, names_methods, roundings
+from autoquant_ray.models.separate_heads import describe_separate
 from autoquant_ray.report.audit import AuditData, audit_section, read_pairs
 from autoquant_ray.report.concerns import Concern, find_concerns
 from autoquant_ray.report.domains import DomainSection, domain_section
@@ -238,7 +239,8 @@ def format_score(entry: tuple[float, float | None] | None) -> str:
 
 
 def _warnings(plan: PlanSummary) -> list[str]:
-    warnings = []
+    head = plan.get("separate_head")
+    warnings = [] if head is None else [f"{describe_separate(head)}."]
     others = plan["other_modules"]
     if others:
         names = ", ".join(list(others)[:3]) + (", ..." if len(others) > 3 else "")

@@ -99,6 +99,8 @@ class PlanSummary(TypedDict):
     """Groups that are one routed expert each."""
     idle_groups: NotRequired[list[str]]
     """Groups that do no work while text is generated: those of a vision tower."""
+    separate_head: NotRequired[str]
+    """Head that the config ties to the embedding, while the files hold another weight for it."""
     folds: NotRequired[list[dict[str, Any]]]
     """Inputs whose channels can take factors: :class:`~autoquant_ray.plan.fold.Fold`."""
 

@@ -18,6 +18,7 @@ from written_runs import made_up_config, made_up_run, write_run
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import ModelRef, find_model, fingerprint_model
+from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
@@ -115,7 +116,10 @@ def make_run(make_model: Any, tmp_path: Path) -> Any:
         expert_groups: Any = "layer",
     ) -> RunDirectory:
         menu = resolve_formats(formats, device="cpu", custom=custom)
-        plan = build_plan(make_model(family), menu, disable, expert_groups=expert_groups)
+        model = make_model(family)
+        if folder is not None:
+            model = build_skeleton(find_model(str(folder)))
+        plan = build_plan(model, menu, disable, expert_groups=expert_groups)
         print_of_model = "model" if folder is None else fingerprint_model(find_model(str(folder)))
         config = made_up_config(
             family if folder is None else folder,
