@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.models.gguf_config import RotaryMetadata, apply_rotary
 from autoquant_ray.runs.hashing import fingerprint_files
 
 TOKENIZER_FILES: tuple[str, ...] = (
@@ -137,8 +138,11 @@ def _load_config(ref: ModelRef) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(ref.path, **ref.load_arguments)
+        config = transformers.AutoConfig.from_pretrained(ref.path, **ref.load_arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         needs_code = "trust_remote_code" in str(error)
         hint = " (its own code needs `trust_remote_code`)" if needs_code else ""
         raise ModelError(f"config of model {ref.name}: {one_line(error)}{hint}") from None
+    if ref.gguf_file is not None:
+        apply_rotary(config, RotaryMetadata.read(Path(ref.path) / ref.gguf_file))
+    return config

@@ -63,6 +63,8 @@ def load_model(
     arguments = ref.load_arguments | {"dtype": getattr(torch, dtype)}
     if ref.gguf_file is None:
         arguments["use_safetensors"] = True
+    else:
+        arguments["config"] = config  # with what transformers does not read from the file
     if placing is not None:
         arguments |= placing
     elif device == "cuda":

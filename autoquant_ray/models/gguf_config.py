@@ -1,0 +1,225 @@
+"""Positions of a GGUF file's model: what its metadata and tensors say of rotary embeddings.
+
+transformers 5.14 reads a file's base frequency and nothing else, so a model whose context was
+stretched would run with the positions of its shorter origin. Names and meanings of the metadata are
+of the GGUF specification (``docs/gguf.md`` of ggml) and of llama.cpp (``src/llama-model.cpp``).
+
+Shape letter: F rotary frequencies, half of the rotary dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autoquant_ray.errors import ModelError, one_line
+
+Floats = npt.NDArray[np.float64]
+
+_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_TOLERANCE = 1e-4  # relative; rope_freqs is stored in float32
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_IGNORED = ("type", "finetuned")
+_NAMES = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+    "attn_factor": "attention_factor",
+    "yarn_attn_factor": "attention_factor",
+}
+_LAYERS_WITH_LONG_CONTEXT = "full_attention"
+_LAYERS_WITH_WINDOW = "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryMetadata:
+    """What a GGUF file says of rotary embeddings.
+
+    Attributes:
+        scaling: Name without ``ARCHITECTURE.rope.scaling.`` -> value.
+        window_base: Base of the layers with a sliding window; None where the file names none.
+        divisors: Name of the tensor -> what each frequency is divided by, ``(F,)`` float64.
+    """
+
+    scaling: Mapping[str, Any]
+    window_base: float | None
+    divisors: Mapping[str, Floats]
+
+    @classmethod
+    def read(cls, file: Path) -> RotaryMetadata:
+        """Read it, once for every state of the file.
+
+        Raises:
+            ModelError: The file cannot be read.
+        """
+        try:
+            state = file.stat()
+        except OSError as error:
+            raise ModelError(f"GGUF file {file} cannot be read: {one_line(error)}") from None
+        return _read(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4)
+def _read(file: Path, _modified: int, _size: int) -> RotaryMetadata:
+    try:
+        import gguf
+    except ImportError:
+        raise ModelError(f"GGUF file {file} needs the package gguf: pip install gguf") from None
+    try:
+        reader = gguf.GGUFReader(file)
+        prefix = f"{reader.fields['general.architecture'].contents()}.rope."
+        named = {
+            name.removeprefix(prefix): field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith(prefix)
+        }
+        divisors = {
+            tensor.name: np.array(tensor.data, dtype=np.float64).reshape(-1)
+            for tensor in reader.tensors
+            if tensor.name in _TENSORS
+        }
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ModelError(f"GGUF file {file} cannot be read: {one_line(error)}") from None
+    start = "scaling."
+    return RotaryMetadata(
+        scaling={n.removeprefix(start): v for n, v in named.items() if n.startswith(start)},
+        window_base=named.get("freq_base_swa"),
+        divisors=divisors,
+    )
+
+
+def apply_rotary(config: Any, rotary: RotaryMetadata) -> None:
+    """Set a config's rotary embeddings as a GGUF file has them.
+
+    Args:
+        config: As transformers made it of the file; changed in place.
+        rotary: Of the file.
+
+    Raises:
+        ModelError: The file asks for what transformers cannot do.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        if rotary.scaling.get("type", "none") != "none" or rotary.divisors:
+            raise ModelError(
+                f"GGUF metadata scale rotary positions, but {config.model_type} has none; convert "
+                "the model to safetensors"
+            )
+        return
+    by_layer = _LAYERS_WITH_LONG_CONTEXT in parameters
+    before = parameters[_LAYERS_WITH_LONG_CONTEXT] if by_layer else parameters
+    after = _scaled(config, dict(before), rotary)
+    if not by_layer:
+        config.rope_parameters = after
+        return
+    changed = {**parameters, _LAYERS_WITH_LONG_CONTEXT: after}
+    if rotary.window_base is not None and _LAYERS_WITH_WINDOW in changed:
+        window = {**changed[_LAYERS_WITH_WINDOW], "rope_theta": float(rotary.window_base)}
+        changed[_LAYERS_WITH_WINDOW] = window
+    config.rope_parameters = changed
+
+
+def _scaled(config: Any, plain: dict[str, Any], rotary: RotaryMetadata) -> dict[str, Any]:
+    """The parameters of the layers that see the whole context."""
+    kind = rotary.scaling.get("type", "none")
+    unknown = sorted(set(rotary.scaling) - {*_NAMES, *_IGNORED})
+    if unknown or kind not in ("none", "linear", "yarn", "longrope"):
+        what = unknown[0] if unknown else f"type {kind!r}"
+        raise ModelError(
+            f"GGUF metadata: rope.scaling has {what}, which transformers cannot do; convert the "
+            "model to safetensors"
+        )
+    names = ["rope_theta", "partial_rotary_factor"]
+    # GPT-OSS does not round its bounds, which no metadata say.
+    names += ["truncate"] if kind == plain.get("rope_type") else []
+    kept = {name: plain[name] for name in names if name in plain}
+    values = {_NAMES[n]: v for n, v in rotary.scaling.items() if n in _NAMES}
+    if "rope_freqs.weight" in rotary.divisors:
+        return kept | _llama3(kept, rotary.divisors["rope_freqs.weight"], values)
+    if "rope_factors_long.weight" in rotary.divisors:
+        return kept | _longrope(config, rotary.divisors, values)
+    if kind in ("none", "longrope") or not values.get("factor"):
+        return plain
+    if kind == "yarn" and "attention_factor" in values:
+        # llama.cpp multiplies its default by it, transformers replaces the default.
+        values["attention_factor"] *= 0.1 * math.log(values["factor"]) + 1
+    return kept | values | {"rope_type": kind}
+
+
+def _longrope(
+    config: Any, divisors: Mapping[str, Floats], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Frequencies that depend on which side of the original context a text is on (Phi-3)."""
+    original = values.get("original_max_position_embeddings")
+    if original is None or "rope_factors_short.weight" not in divisors:
+        raise ModelError(
+            "GGUF metadata: longrope needs original_context_length and both factors; convert the "
+            "model anew"
+        )
+    config.original_max_position_embeddings = int(original)
+    long, short = (divisors[f"rope_factors_{side}.weight"].tolist() for side in ("long", "short"))
+    return {
+        "factor": config.max_position_embeddings / int(original),
+        **values,
+        "rope_type": "longrope",
+        "long_factor": long,
+        "short_factor": short,
+    }
+
+
+def _llama3(
+    kept: Mapping[str, Any], divisors_F: Floats, values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Llama 3's parameters, of which a file stores the outcome.
+
+    Low frequencies are divided by a factor, high ones are kept, and between them the share that is
+    kept is a line over the frequency. Two points of that line give its bounds, up to the original
+    context, which only scales them.
+
+    Raises:
+        ModelError: No such parameters give the file's divisors.
+    """
+    dim = 2 * len(divisors_F)
+    frequencies_F = float(kept["rope_theta"]) ** (-np.arange(0, dim, 2) / dim)
+    turns_F = frequencies_F / (2 * math.pi)
+    factor = float(divisors_F.max())
+    if factor == 1:
+        return {"rope_type": "default"}
+    shares_F = (1 / divisors_F - 1 / factor) / (1 - 1 / factor)
+    original = values.get("original_max_position_embeddings", 8192)
+    parameters = _LLAMA3 | {"original_max_position_embeddings": int(original)}
+    between_F = (shares_F > _TOLERANCE) & (shares_F < 1 - _TOLERANCE)
+    if between_F.sum() >= 2:
+        slope, start = np.polyfit(turns_F[between_F], shares_F[between_F], 1)
+        width = original / slope
+        low = -start * width
+        parameters |= {"low_freq_factor": _rounded(low), "high_freq_factor": _rounded(low + width)}
+    width = parameters["high_freq_factor"] - parameters["low_freq_factor"]
+    line_F = (
+        parameters["original_max_position_embeddings"] * turns_F - parameters["low_freq_factor"]
+    )
+    kept_F = (line_F / width).clip(0, 1)
+    expected_F = (1 - kept_F) / factor + kept_F
+    if not np.allclose(expected_F * divisors_F, 1, rtol=0, atol=_TOLERANCE):
+        raise ModelError(
+            "GGUF tensor rope_freqs.weight is not of Llama 3's form, which is the only one that "
+            "transformers can do; convert the model to safetensors"
+        )
+    return {**parameters, "factor": factor, "rope_type": "llama3"}
+
+
+def _rounded(value: float) -> float:
+    """A value of four digits: what it was before float32."""
+    return float(f"{value:.4g}")
