@@ -147,9 +147,9 @@ def _surround(tokenizer: Any, before: str | None, after: str | None) -> None:
     first, last = names
     single = [*([first] if first else []), "$A", *([last] if last else [])]
     second = [*([f"{first}:1"] if first else []), "$B:1", *([f"{last}:1"] if last else [])]
-    known = {name: tokenizer.convert_tokens_to_ids(name) for name in names if name}
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names if name}
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=[*single, *second], special_tokens=list(known.items())
+        single=single, pair=[*single, *second], special_tokens=list(ids.items())
     )
 
 

@@ -115,9 +115,9 @@ def test_roles_and_surroundings_are_those_of_the_file(tmp_path: Path) -> None:
     tokenizer = load(file)
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     assert [getattr(tokenizer, name) for name in names] == ["<s>", "</s>", "<unk>", "<pad>"]
-    one = tokenizer("a", add_special_tokens=False)["input_ids"]
-    assert tokenizer("a")["input_ids"] == [1, *one, 2]
-    assert tokenizer("a", "a")["input_ids"] == [1, *one, 2, 1, *one, 2]
+    letter = tokenizer("a", add_special_tokens=False)["input_ids"]
+    assert tokenizer("a")["input_ids"] == [1, *letter, 2]
+    assert tokenizer("a", "a")["input_ids"] == [1, *letter, 2, 1, *letter, 2]
     assert "<start_of_turn>" in tokenizer.tokenize("<start_of_turn>user")
 
 
