@@ -174,7 +174,7 @@ class Run:
         return solve_scored(run, smallest_within(run, largest_kl))
 
     def frontier(self, num_points: int = 64) -> list[Point]:
-        """Predicted loss at every size.
+        """Predicted loss at every size, the knee among the points; all are written to the run.
 
         Raises:
             ConfigError: Fewer than two points.

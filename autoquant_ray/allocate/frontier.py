@@ -72,7 +72,15 @@ def sweep_points(
 
 
 def uniform_points(problem: Problem, scores: Scores) -> dict[str, Point]:
-    """Format -> what all groups would lose under it.
+    """Format -> what all groups would lose under it, see :func:`uniform_formats`."""
+    return {
+        name: point_of(problem, scores, formats)
+        for name, formats in uniform_formats(problem).items()
+    }
+
+
+def uniform_formats(problem: Problem) -> dict[str, dict[str, str]]:
+    """Format -> searched group -> what it takes where all are to have that format.
 
     A group that lacks it takes the same format by another method, or else stays in 16 bits, and so
     does a tied head; caches keep the first of their formats.
@@ -80,14 +88,7 @@ def uniform_points(problem: Problem, scores: Scores) -> dict[str, Point]:
     weights = [group for group in problem.searched if not group.is_cache]
     caches = {g.name: next(iter(g.rows)) for g in problem.searched if g.is_cache}
     names = dict.fromkeys(f for group in weights for f in group.rows if f != NONE)
-    return {
-        name: point_of(
-            problem,
-            scores,
-            caches | {group.name: group.uniform(name) for group in weights},
-        )
-        for name in names
-    }
+    return {name: caches | {group.name: group.uniform(name) for group in weights} for name in names}
 
 
 def point_of(problem: Problem, scores: Scores, formats: Mapping[str, str]) -> Point:
@@ -161,9 +162,12 @@ _NUM_HALVINGS = 50
 def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[Point]:
     """Solve budgets along the whole reachable range and write ``frontier.parquet``.
 
+    Reports draw from the file, so that it always holds at least ``NUM_POINTS`` budgets, evenly
+    spaced in bits.
+
     Args:
         directory: A run whose scores are complete.
-        num_points: Number of budgets, evenly spaced in bits.
+        num_points: Number of points to return, the knee among them.
 
     Raises:
         StoreError: Not a run, or its files are damaged.
@@ -173,11 +177,30 @@ def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[P
         raise ConfigError(f"a frontier of {num_points} points: give 2 or more")
     run = ScoredRun.read(RunState.open(directory))
     low, high = _reachable_bits(run)
-    points = mark_knee(
-        [_solve(run, _options(run, float(bits))) for bits in np.linspace(low, high, num_points)]
-    )
+    budgets = np.linspace(low, high, max(num_points, NUM_POINTS))
+    points = mark_knee([_solve(run, frontier_options(run, float(bits))) for bits in budgets])
     directory.write_table(FRONTIER_FILE, [vars(point) for point in points])
-    return points
+    return fewer(points, num_points)
+
+
+def fewer(points: Sequence[Point], count: int) -> list[Point]:
+    """Of the points of a curve the ends and those nearest to an even spacing in bits.
+
+    Args:
+        points: By size, one of them the knee if there is any.
+        count: At least 2; of more than 2 points the knee is one.
+    """
+    if count >= len(points):
+        return list(points)
+    bits = np.array([point.effective_bits for point in points])
+    wanted = np.linspace(bits[0], bits[-1], count)
+    taken = {int(np.abs(bits - size).argmin()) for size in wanted}
+    knee = next((number for number, point in enumerate(points) if point.is_knee), None)
+    between = taken - {0, len(points) - 1}
+    if knee is not None and knee not in taken and between:
+        taken.remove(min(between, key=lambda number: abs(bits[number] - bits[knee])))
+        taken.add(knee)
+    return [points[number] for number in sorted(taken)]
 
 
 def smallest_within(run: ScoredRun, largest_kl: float) -> SolveOptions:
@@ -199,29 +222,30 @@ def smallest_within(run: ScoredRun, largest_kl: float) -> SolveOptions:
             f"a predicted KL of {largest_kl:g} cannot be met; 16 bits lose 0"
         )
     low, high = _reachable_bits(run)
-    lost = _solve(run, _options(run, high)).predicted_kl
+    lost = _solve(run, frontier_options(run, high)).predicted_kl
     if lost > largest_kl:
         raise InfeasibleBudgetError(
             f"a predicted KL of {largest_kl:g} cannot be met: the run's limit on the KV cache "
             f"alone loses {lost:.4g}"
         )
-    if _solve(run, _options(run, low)).predicted_kl <= largest_kl:
-        return _options(run, low)
+    if _solve(run, frontier_options(run, low)).predicted_kl <= largest_kl:
+        return frontier_options(run, low)
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2
-        if _solve(run, _options(run, middle)).predicted_kl <= largest_kl:
+        if _solve(run, frontier_options(run, middle)).predicted_kl <= largest_kl:
             high = middle
         else:
             low = middle
-    exact = _solve(run, _options(run, high))
-    return _options(run, min(high, rounded_up(exact.effective_bits)))
+    exact = _solve(run, frontier_options(run, high))
+    return frontier_options(run, min(high, rounded_up(exact.effective_bits)))
 
 
 def _reachable_bits(run: ScoredRun) -> tuple[float, float]:
-    return reachable_bits(run.problem, ties_of(run.problem, _options(run, UNQUANTIZED_BITS)))
+    options = frontier_options(run, UNQUANTIZED_BITS)
+    return reachable_bits(run.problem, ties_of(run.problem, options))
 
 
-def _options(run: ScoredRun, bits: float) -> SolveOptions:
+def frontier_options(run: ScoredRun, bits: float) -> SolveOptions:
     """A budget in bits, with the scan's own limit on the KV cache."""
     config = run.state.record.config or {}
     return SolveOptions(bits=bits, kv_bytes_per_token=config.get(KV_BYTES))

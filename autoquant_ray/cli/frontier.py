@@ -13,7 +13,11 @@ from autoquant_ray.errors import ConfigError
 @click.command()
 @click.argument("run")
 @click.option(
-    "--points", type=click.IntRange(min=2), default=64, show_default=True, help="Budgets to solve."
+    "--points",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Points to show, the knee among them; frontier.parquet holds those of 64 budgets or more.",
 )
 @click.option(
     "--target-kl", type=float, help="Solve the fewest bits within this KL, in nats per token."

@@ -19,7 +19,7 @@ from autoquant_ray.report.domains import DomainSection, domain_section
 from autoquant_ray.report.expert_rows import by_format, by_layer, layer_order, single_experts
 from autoquant_ray.report.facts import report_facts
 from autoquant_ray.report.frontier_chart import Dot
-from autoquant_ray.report.frontier_dots import frontier_dots
+from autoquant_ray.report.frontier_dots import curve_note, frontier_dots, loss_name
 from autoquant_ray.report.groups import (
     GroupRow,
     MethodSection,
@@ -76,6 +76,8 @@ class ReportContent:
         groups: Groups by sensitivity, unsearched ones last.
         heat: Layers by kinds of modules; None for a model that is too large for it.
         dots: Points of the frontier.
+        dots_loss: What they lose, in words.
+        dots_note: Constraints that the frontier keeps to; empty where there are none.
         formats: The menu.
         scores: Group -> format -> (score, standard error or None).
         unit: Unit of the scores.
@@ -96,6 +98,8 @@ class ReportContent:
     groups: list[GroupRow]
     heat: Heat | None
     dots: list[Dot]
+    dots_loss: str
+    dots_note: str
     formats: list[str]
     scores: ScoresWithErrors
     unit: str
@@ -132,6 +136,8 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
         groups=by_format(rows, experts) if experts else rows,
         heat=heat_maps(by_layer(rows, experts), layer_order(list(problem.groups), experts)),
         dots=_dots(sources),
+        dots_loss=loss_name(options_of(sources.manifest)),
+        dots_note=curve_note(run, options_of(sources.manifest)),
         formats=list(dict.fromkeys(row["format"] for row in run.rows)),
         scores=sources.scores,
         unit=unit,
@@ -173,20 +179,18 @@ def _audit(sources: Sources) -> AuditData | None:
 
 
 def _dots(sources: Sources) -> list[Dot]:
-    solution = sources.manifest["solution"]
+    solution, error = sources.manifest["solution"], sources.error
     dot = Dot(
         kind="solution",
         name="this solution",
         bits=solution["effective_bits"],
         num_bytes=solution["weight_bytes"],
-        loss=sources.predicted,
-        stderr=None if sources.error is None else sources.error.stderr,
+        loss=solution["score"] if sources.is_by_domain else sources.predicted,
+        stderr=None if error is None or sources.is_by_domain else error.stderr,
     )
     scored, options = sources.scored, options_of(sources.manifest)
-    problem = scored.problem.with_held_caches(sources.formats)
-    return frontier_dots(
-        scored.with_problem(problem), options.expert_groups, dot, sources.evaluations
-    )
+    held = scored.with_problem(scored.problem.with_held_caches(sources.formats))
+    return frontier_dots(held, options, sources.formats, dot, sources.evaluations)
 
 
 def _layers(

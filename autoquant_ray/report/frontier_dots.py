@@ -5,47 +5,73 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autoquant_ray.allocate.frontier import Point, sweep_points, uniform_points
+from autoquant_ray.allocate.constrained.curve import constraints_of, curve_of, loss_of, point_of
+from autoquant_ray.allocate.frontier import Point, uniform_formats
+from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
-from autoquant_ray.config.expert_groups import ExpertGroups
 from autoquant_ray.report.frontier_chart import Dot
-from autoquant_ray.runs.names import FRONTIER_FILE
+from autoquant_ray.report.headline import budget_text
 
 
 def frontier_dots(
     run: ScoredRun,
-    expert_groups: ExpertGroups | None,
+    options: SolveOptions,
+    formats: Mapping[str, str],
     solution: Dot,
     evaluations: Sequence[Mapping[str, Any]],
 ) -> list[Dot]:
     """Collect the points.
 
     Args:
-        run: The run. Where ``frontier`` wrote ``frontier.parquet``, that is the curve, unless the
-            solution clusters experts in another way than the scan.
-        expert_groups: How the solution clusters experts; None: as scanned.
-        solution: The solution that the report is about.
-        evaluations: Rows of ``evaluation.parquet``. Allocations from shuffled scores
-            are not shown.
+        run: The run.
+        options: Budget and constraints of the solution that the report is about.
+        formats: That solution: searched group -> format.
+        solution: Its point.
+        evaluations: Rows of ``evaluation.parquet``. Allocations from shuffled scores are not shown,
+            and none beside a solution for domains: they were measured on all of the data.
     """
-    problem, directory, experts = run.problem, run.state.directory, run.problem.experts
-    ties = () if experts is None else experts.ties(expert_groups)
-    is_as_scanned = experts is None or ties == experts.ties(None)
-    if is_as_scanned and directory.exists(FRONTIER_FILE):
-        curve = [Point(**row) for row in directory.read_table(FRONTIER_FILE).to_pylist()]
-    else:
-        curve = sweep_points(problem, run.scores, ties)
     dots = [
         _dot("knee" if point.is_knee else "curve", "knee" if point.is_knee else "best", point)
-        for point in curve
+        for point in curve_of(run, options, formats)
     ]
-    uniform = uniform_points(problem, run.scores)
-    dots += [_dot("uniform", f"all {name}", point) for name, point in uniform.items()]
+    loss = loss_of(run, options)
+    uniform = uniform_formats(run.problem)
+    dots += [
+        _dot("uniform", f"all {name}", point_of(run.problem, loss, everywhere))
+        for name, everywhere in uniform.items()
+    ]
     measured: dict[tuple[str, str], Dot] = {}
-    for row in evaluations:
+    is_by_domain = bool(options.domains) or options.worst_domain
+    for row in () if is_by_domain else evaluations:
         if not row["name"].startswith("random "):
             measured.setdefault((row["data_key"], row["allocation"]), _measured(row))
     return [*dots, *measured.values(), solution]
+
+
+def curve_note(run: ScoredRun, options: SolveOptions) -> str:
+    """What the curve keeps to, in words; empty where it is the best of all allocations.
+
+    Args:
+        run: The run.
+        options: Budget and constraints of the solution.
+    """
+    kept = constraints_of(run, options)
+    if kept is None:
+        return ""
+    words = budget_text(kept.to_json() | {"bits": None})
+    held = "; the KV cache as in this solution" if run.problem.caches else ""
+    held += " (other sizes solved approximately)" if kept.worst_domain else ""
+    return (
+        f"The best allocations keep to this solution's constraints: {words}{held}. One format "
+        "everywhere need not."
+    )
+
+
+def loss_name(options: SolveOptions) -> str:
+    """What the chart's vertical axis shows."""
+    if options.worst_domain:
+        return "predicted KL of the worst domain"
+    return "weighted predicted KL of the domains" if options.domains else "predicted KL"
 
 
 def _dot(kind: str, name: str, point: Point) -> Dot:

@@ -64,8 +64,8 @@ def _summary(content: ReportContent, shown: list[Dot]) -> str:
         return ""
     first, last = curve[0], curve[-1]
     texts = [
-        f"From {first.bits:.2f} bits with a predicted KL of {first.loss:#.3g} to {last.bits:.2f} "
-        f"bits with {last.loss:#.3g}.",
+        f"From {first.bits:.2f} bits with a {content.dots_loss} of {first.loss:#.3g} to "
+        f"{last.bits:.2f} bits with {last.loss:#.3g}.",
         *(
             f"The knee is at {dot.bits:.2f} bits ({dot.loss:#.3g})."
             for dot in curve
@@ -81,6 +81,8 @@ def _summary(content: ReportContent, shown: list[Dot]) -> str:
         texts.append("Bars are one standard error.")
     if len(shown) < len(content.dots):
         texts.append("Points with no loss, or a negligible one, are not drawn.")
+    if content.dots_note:
+        texts.append(content.dots_note)
     return " ".join(texts)
 
 

@@ -349,3 +349,16 @@ def test_every_row_of_engines_has_a_source() -> None:
     for rows in CACHE_TABLE.values():
         assert [row.format for row in rows] == list(KV_FORMATS)
         assert all(row.source for row in rows)
+
+
+def test_chart_of_another_limit_holds_the_caches_of_its_plan(run: RunDirectory) -> None:
+    frontier_of(run)
+    for limit, is_noted in ((160, False), (100, True)):
+        solution = solve_run(run, SolveOptions(bits=7.1, kv_bytes_per_token=limit))
+        scored = ScoredRun.read(RunState.open(run))
+        content = collect_content(scored, f"solutions/{solution.name}/")
+        assert ("100 bytes of KV cache" in content.dots_note) == is_noted
+        assert ("the KV cache as in this solution" in content.dots_note) == is_noted
+        (plan,) = [dot for dot in content.dots if dot.kind == "solution"]
+        at = [dot.loss for dot in content.dots if dot.kind == "curve" and dot.bits == plan.bits]
+        assert at == [pytest.approx(plan.loss, rel=1e-9)]
