@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.models.byte_pair_rules import RULES, BytePairRules
 
 Metadata = Mapping[str, Any]
 
+_KIND = "ggml.model"
 _PREFIX = "tokenizer."
 _SPACE = "▁"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
@@ -45,7 +47,7 @@ def read_metadata(file: Path) -> dict[str, Any]:
 
 def is_sentencepiece(metadata: Metadata) -> bool:
     """Whether the vocabulary is SentencePiece's byte pairs, whose scores rank the merges."""
-    return metadata.get("ggml.model") == "llama"
+    return bool(metadata.get(_KIND) == "llama")
 
 
 def sentencepiece_tokenizer(metadata: Metadata) -> Any:
@@ -57,7 +59,6 @@ def sentencepiece_tokenizer(metadata: Metadata) -> Any:
         ModelError: The vocabulary has no scores or types, or they do not fit it.
     """
     import tokenizers
-    import transformers
     from tokenizers import decoders, models, normalizers
 
     tokens, types, ids = _vocabulary(metadata)
@@ -81,11 +82,7 @@ def sentencepiece_tokenizer(metadata: Metadata) -> Any:
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     _add_tokens(backend, tokens, types, has_prefix=has_prefix)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=metadata.get("chat_template"),
-        clean_up_tokenization_spaces=False,
-    )
+    return _wrapped(backend, metadata)
 
 
 def _add_tokens(
@@ -114,6 +111,51 @@ def _add_tokens(
     backend.add_special_tokens([make(token, normalized=False) for token in of_kind[_CONTROL]])
 
 
+def rules_of(metadata: Metadata) -> BytePairRules | None:
+    """How a vocabulary of byte pairs cuts words; None for other kinds, and where it is unknown."""
+    return RULES.get(metadata.get("ggml.pre", "")) if metadata.get(_KIND) == "gpt2" else None
+
+
+def byte_pair_tokenizer(metadata: Metadata, rules: BytePairRules) -> Any:
+    """A ``transformers`` tokenizer of a vocabulary of byte pairs.
+
+    Raises:
+        ModelError: The vocabulary has no merges or types.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    names = ("tokens", "token_type", "merges")
+    tokens, types, merges = (metadata.get(f"ggml.{name}") for name in names)
+    if tokens is None or types is None or merges is None:
+        raise ModelError(
+            "GGUF metadata: a vocabulary of byte pairs needs tokens, token_type and merges; "
+            "convert the model anew"
+        )
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    ids = {token: number for number, token in enumerate(tokens)}
+    model = models.BPE(vocab=ids, merges=pairs, ignore_merges=rules.ignores_merges)
+    backend = tokenizers.Tokenizer(model)
+    words = [
+        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in rules.patterns
+    ]
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*words, in_bytes])
+    backend.decoder = decoders.ByteLevel()
+    _add_tokens(backend, tokens, types, has_prefix=False)
+    return _wrapped(backend, metadata)
+
+
+def _wrapped(backend: Any, metadata: Metadata) -> Any:
+    import transformers
+
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("chat_template"),
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def apply_metadata(tokenizer: Any, metadata: Metadata) -> None:
     """Give a tokenizer the roles of tokens, and BOS and EOS around a text, that the file names.
 
@@ -131,7 +173,8 @@ def apply_metadata(tokenizer: Any, metadata: Metadata) -> None:
                 f"{len(tokenizer)}; convert the model anew"
             )
         setattr(tokenizer, f"{_TRANSFORMERS_ROLES.get(role, role)}_token", token)
-    default = is_sentencepiece(metadata)
+    rules = rules_of(metadata)
+    default = is_sentencepiece(metadata) or (rules is not None and rules.has_bos)
     before, after = metadata.get("ggml.add_bos_token", default), metadata.get("ggml.add_eos_token")
     if before or after is not None or "ggml.add_bos_token" in metadata:
         _surround(tokenizer, "bos" if before else None, "eos" if after else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.gguf_tokenizer import (
     apply_metadata,
+    byte_pair_tokenizer,
     is_sentencepiece,
     read_metadata,
+    rules_of,
     sentencepiece_tokenizer,
 )
 
 if TYPE_CHECKING:
     from autoquant_ray.models.find import ModelRef
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,15 @@ def load_tokenizer(ref: TokenizerRef) -> Any:
     metadata = {} if ref.gguf_file is None else read_metadata(Path(ref.model) / ref.gguf_file)
     if is_sentencepiece(metadata):
         tokenizer = sentencepiece_tokenizer(metadata)
+    elif (rules := rules_of(metadata)) is not None:
+        tokenizer = byte_pair_tokenizer(metadata, rules)
     else:
+        if pre := metadata.get("ggml.pre"):
+            logger.warning(
+                "how the tokenizer %r cuts words is not known here; transformers decides it, by "
+                "the model's architecture",
+                pre,
+            )
         tokenizer = _load_with_transformers(ref)
     if metadata:
         apply_metadata(tokenizer, metadata)
