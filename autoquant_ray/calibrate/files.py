@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from autoquant_ray.calibrate.stored_rounding import stored_rounding
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import (
@@ -22,8 +23,7 @@ from autoquant_ray.quantize.awq import best_alphas, losses_of, shared_losses
 from autoquant_ray.quantize.calibration import (
     Calibration,
     Channels,
-    FittedCodes,
-    FittedWeight,
+    Fit,
     FittedWeights,
     calibration_of_channels,
     calibration_of_maxima,
@@ -38,16 +38,6 @@ from autoquant_ray.runs.names import (
 )
 from autoquant_ray.runs.rounding import is_rounding_dropped, require_rounding
 from autoquant_ray.runs.state import RunState
-
-_ROUNDING_COLUMNS = (
-    "module",
-    "part",
-    "format",
-    "multipliers",
-    "damping",
-    "codes",
-    "codes_by_unseen_half",
-)
 
 
 def calibration_of(state: RunState, used: Iterable[str] | None = None) -> Calibration:
@@ -120,8 +110,7 @@ def read_calibration(
         losses = shared_losses(losses, folds or {}, shared)
         calibration = calibration.with_alphas(best_alphas(losses))
     if directory.exists(ROUNDING_FILE):
-        rounding = rounding_of(directory.read_table(ROUNDING_FILE), formats)
-        calibration = replace(calibration, rounding=rounding)
+        calibration = replace(calibration, rounding=stored_rounding(directory, formats))
     return calibration
 
 
@@ -173,7 +162,8 @@ def channels_of_table(table: Any) -> Calibration:
 
 
 def rounding_rows(rounding: FittedWeights, formats: Sequence[Format]) -> list[dict[str, Any]]:
-    """Rows of ``rounding.parquet``; :func:`rounding_of` is the inverse.
+    """Rows of ``rounding.parquet``, which
+    :func:`~autoquant_ray.calibrate.stored_rounding.stored_rounding` reads.
 
     Of formats that round a weight alike, the first of the menu is named.
     """
@@ -184,7 +174,7 @@ def rounding_rows(rounding: FittedWeights, formats: Sequence[Format]) -> list[di
     ]
 
 
-def _fitted_columns(fitted: FittedWeight) -> dict[str, Any]:
+def _fitted_columns(fitted: Fit) -> dict[str, Any]:
     codes = fitted.codes
     return {
         "multipliers": None if fitted.multipliers is None else fitted.multipliers.tobytes(),
@@ -192,31 +182,6 @@ def _fitted_columns(fitted: FittedWeight) -> dict[str, Any]:
         "codes": None if codes is None else codes.whole.tobytes(),
         "codes_by_unseen_half": None if codes is None else [c.tobytes() for c in codes.without],
     }
-
-
-def rounding_of(table: Any, formats: Sequence[Format]) -> FittedWeights:
-    """What was fitted, from a table with the columns of ``rounding.parquet``."""
-    keys = {format_.name: format_.weight_key for format_ in formats}
-    columns = (table.column(name) for name in _ROUNDING_COLUMNS)
-    return {
-        (module.as_py(), part.as_py(), keys[name.as_py()]): _fitted_weight(*values)
-        for module, part, name, *values in zip(*columns, strict=True)
-        if name.as_py() in keys
-    }
-
-
-def _fitted_weight(multipliers: Any, damping: Any, codes: Any, by_half: Any) -> FittedWeight:
-    fitted = None
-    if codes.is_valid:
-        without = tuple(_bytes(values) for values in by_half.values)
-        fitted = FittedCodes(damping=damping.as_py(), whole=_bytes(codes), without=without)
-    return FittedWeight(
-        multipliers=_bytes(multipliers) if multipliers.is_valid else None, codes=fitted
-    )
-
-
-def _bytes(value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.frombuffer(value.as_buffer(), np.uint8)
 
 
 def _floats(values: Any, dtype: Any) -> Any:

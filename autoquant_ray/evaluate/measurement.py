@@ -39,6 +39,7 @@ from autoquant_ray.runs.rounding import dropped_formats
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.samples import require_same_chats
 from autoquant_ray.stages.shards import note_done, read_tasks
+from autoquant_ray.stages.shared_rounding import for_workers
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +260,7 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
         ).at_most(facts["num_shards"])
 
         def start_pool() -> WorkerPool:
-            spec = _evaluation_spec(scan, ref, plan, calibration)
+            spec = _evaluation_spec(scan, ref, plan, for_workers(directory, calibration))
             return stack.enter_context(WorkerPool(spec, placement, directory.append_event))
 
         yield Measurement(state, plan, folder, facts, start_pool, run_lease)

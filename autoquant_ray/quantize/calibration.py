@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -143,7 +143,30 @@ class FittedWeight:
     codes: FittedCodes | None = None
 
 
-FittedWeights = Mapping[tuple[str, str, str], FittedWeight]
+class Codes(Protocol):
+    """As :class:`FittedCodes`, in memory or in a file."""
+
+    @property
+    def damping(self) -> float: ...
+
+    @property
+    def whole(self) -> Bytes: ...
+
+    @property
+    def without(self) -> Sequence[Bytes]: ...
+
+
+class Fit(Protocol):
+    """As :class:`FittedWeight`, in memory or in a file."""
+
+    @property
+    def multipliers(self) -> Bytes | None: ...
+
+    @property
+    def codes(self) -> Codes | None: ...
+
+
+FittedWeights = Mapping[tuple[str, str, str], Fit]
 """(module, part as in ``ModuleCalibration.experts`` or '', ``Format.weight_key``) -> the fit."""
 
 
@@ -153,7 +176,7 @@ class Calibration:
 
     Attributes:
         modules: Module name -> its record; modules that saw no token are not among them.
-        rounding: What was fitted to a weight.
+        rounding: What was fitted to a weight; of a run, read from its file where it is used.
         folds: Linear -> fold of its input, of those that may take factors.
         halves: Shard -> the half of the data that it is in, where something was fitted to halves.
         unseen_half: Weights are rounded as fitted without the tokens of this half; None: with all.

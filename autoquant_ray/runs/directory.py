@@ -43,6 +43,7 @@ class RunDirectory:
         uri: Local path, ``s3://`` or ``gs://``.
 
     Attributes:
+        is_local: Whether the directory is on a disk of this machine.
         listener: Called with every event after it is written; None for nobody.
 
     Raises:
@@ -52,7 +53,7 @@ class RunDirectory:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._place = open_place(uri)
-        self._is_local, self._root = self._place.is_local, self._place.root
+        self.is_local, self._root = self._place.is_local, self._place.root
         self._base = self._place.filesystem
         self.listener: Callable[..., None] | None = None
         self._was_written = False
@@ -61,7 +62,7 @@ class RunDirectory:
 
     def path(self, name: str) -> str:
         """Full path of a file, for people."""
-        return f"{self._root}/{name}" if self._is_local else child_uri(self.uri, name)
+        return f"{self._root}/{name}" if self.is_local else child_uri(self.uri, name)
 
     def child(self, name: str) -> RunDirectory:
         """A folder inside this one."""
@@ -168,14 +169,18 @@ class RunDirectory:
     def write_tables(self, name: str, tables: Iterable[pa.Table]) -> str:
         """Write tables with the columns of that file below each other, one in memory at a time.
 
-        Each is a row group. What is compressed is in memory as a whole.
+        Each is a row group.
         """
-        sink = pa.BufferOutputStream()
-        with pq.ParquetWriter(sink, schema_of(name), compression="zstd") as writer:
+        with (
+            self._reaching("write", name),
+            self._place.filled(name) as path,
+            pq.ParquetWriter(path, schema_of(name), compression="zstd") as writer,
+        ):
             for table in tables:
                 if table.num_rows:
                     writer.write_table(table)
-        return self.write_bytes(name, sink.getvalue().to_pybytes())
+        self._was_written = True
+        return self.path(name)
 
     def read_table(self, name: str) -> pa.Table:
         """Read a Parquet file and check its columns.
@@ -197,6 +202,37 @@ class RunDirectory:
             return table.select(schema.names).cast(schema)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
+
+    def num_row_groups(self, name: str) -> int:
+        """Into how many tables :meth:`write_tables` has written a file.
+
+        Raises:
+            StoreError: Missing or damaged.
+        """
+        with self._opened(name) as file:
+            return int(file.num_row_groups)
+
+    def read_row_group(self, name: str, number: int, columns: Sequence[str]) -> pa.Table:
+        """Read some columns of one of the tables that :meth:`write_tables` has written.
+
+        Raises:
+            StoreError: Missing, damaged, or without the columns.
+        """
+        with self._opened(name) as file:
+            table = file.read_row_group(number, columns=list(columns), use_threads=False)
+            if missing := set(columns) - set(table.column_names):
+                raise StoreError(f"{self.path(name)} lacks the columns {sorted(missing)}")
+            return table.select(list(columns))
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[pq.ParquetFile]:
+        with self._reaching("read", name), self._place.opened(name) as file:
+            if file is None:
+                raise StoreError(f"{self.path(name)} does not exist")
+            try:
+                yield pq.ParquetFile(file)
+            except (pa.ArrowInvalid, ValueError) as error:
+                raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
 
     def list_parts(self, folder: str) -> list[int]:
         """Numbers of the shards (or layers) that have a part in a folder, sorted."""
@@ -222,7 +258,7 @@ class RunDirectory:
 
     def delete_if_empty(self, folder: str) -> None:
         """Delete a folder that holds nothing; object stores have no folders of their own."""
-        if self._is_local:
+        if self.is_local:
             self._place.remove_if_empty(folder)
 
     def append_event(self, event: str, **details: Any) -> None:
@@ -241,7 +277,7 @@ class RunDirectory:
 
     def _write_event(self, event: str, details: Mapping[str, Any]) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **details}) + "\n"
-        if not self._is_local:
+        if not self.is_local:
             self._late_events.append(line)
             if event != "shard_done" or time.monotonic() >= self._next_flush_s:
                 self._flush_events()

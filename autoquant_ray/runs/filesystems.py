@@ -10,10 +10,11 @@ URIs are printed and written to ``run.json``. MinIO, Ceph and the like are found
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,41 @@ class Place:
             _write_and_rename(target, content)
         except FileNotFoundError:  # another process has just deleted the empty folder
             _write_and_rename(target, content)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Any]:
+        """A file to read parts of; None where there is none.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        try:
+            file = self.filesystem.open_input_file(f"{self.root}/{name}")
+        except FileNotFoundError:
+            yield None
+            return
+        with file:
+            yield file
+
+    @contextmanager
+    def filled(self, name: str) -> Iterator[str]:
+        """Path of a local file to fill, which takes its place when the context ends well.
+
+        Its content is never in memory as a whole. Readers see all of it, or what was there before.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        target = f"{self.root}/{name}"
+        if self.is_local:
+            with _renamed_to(target) as temporary:
+                yield str(temporary)
+            return
+        with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
+            path = f"{folder}/content"
+            yield path
+            with pa.memory_map(path) as content:
+                _put_object(self.filesystem, target, content.read_buffer())
 
     def append(self, name: str, line: bytes) -> None:
         """Add a line to a file of a local disk, or leave the file as it was.
@@ -208,7 +244,7 @@ def explain(error: BaseException) -> str:
     return text
 
 
-def _put_object(filesystem: Any, target: str, content: bytes) -> None:
+def _put_object(filesystem: Any, target: str, content: bytes | pa.Buffer) -> None:
     """Upload an object in one go.
 
     ``with`` would not do: leaving it by an exception closes the stream, and closing completes the
@@ -254,11 +290,18 @@ def _run_to_the_end(work: Callable[[], None]) -> None:
 
 
 def _write_and_rename(target: str, content: bytes) -> None:
+    with _renamed_to(target) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _renamed_to(target: str) -> Iterator[Path]:
+    """A path beside a file, which takes its place when the context ends well."""
     folder, _, file = target.rpartition("/")
     os.makedirs(folder, exist_ok=True)
     temporary = Path(f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -24,7 +24,6 @@ from autoquant_ray.plan.memory import RESULT_BYTES, code_bytes, widest_input
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.quantize.calibration import NUM_HALVES, Calibration, can_be_halved
 from autoquant_ray.runs.names import DOMAINS_FILE, ROUNDING, ROUNDING_FILE, part_name
-from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.shards import intact_parts, tasks_of
 from autoquant_ray.wording import few
@@ -58,7 +57,8 @@ def fit(
         with state.stage("fit", fingerprint):
             layers = range(len(plan.layer_weights) + 1)
             _fit_layers(state, pool, plan, calibration, layers)
-            directory.write_tables(ROUNDING_FILE, Parts(directory, ROUNDING, layers))
+            parts = (directory.read_table(part_name(ROUNDING, layer)) for layer in layers)
+            directory.write_tables(ROUNDING_FILE, parts)  # one in memory at a time: they are large
     return replace(read_calibration(directory, plan.formats, plan.folds), halves=halves)
 
 

@@ -29,6 +29,7 @@ from autoquant_ray.stages import stopping as stopping_stage
 from autoquant_ray.stages.aggregate import aggregate_parts, is_complete_part, score_part
 from autoquant_ray.stages.domain_scores import write_domain_scores
 from autoquant_ray.stages.shards import Work, collect, intact_parts, tasks_of
+from autoquant_ray.stages.shared_rounding import for_workers
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def score(
 
     state.record.stopping = None
     with state.stage("score", fingerprint):
+        calibration = for_workers(state.directory, calibration)
         shared = ray.put(calibration)
         done = intact_parts(state, SCORES, _is_complete(plan))
         if not any(is_enough(shard) for shard in sorted({*done, *state.left_out})):
