@@ -146,5 +146,6 @@ def _pack(
     packed = compressor.compress({"weight": weight_OI.float(), "weight_scale": scale}, scheme)
     if scheme.input_activations is not None and not scheme.input_activations.dynamic:
         largest = make_quantizer(format_.input or {}, weight_OI.device).maxbound
-        packed["input_scale"] = torch.tensor([maxima["input_amax"] / largest])
+        # All zeros: any scale will do, but 0; this is ModelOpt's.
+        packed["input_scale"] = torch.tensor([(maxima["input_amax"] or largest) / largest])
     return {name: tensor.contiguous() for name, tensor in packed.items()}

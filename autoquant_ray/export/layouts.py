@@ -16,6 +16,10 @@ MODELOPT, COMPRESSED_TENSORS = "modelopt", "compressed-tensors"
 LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
 """How a checkpoint is written."""
 
+NO_ZERO = 2.0**-40
+"""Stands for the largest value of a tensor that is all zeros: a scale of 0 would make NaN of it,
+and a larger one could spoil what engines take for several layers, the largest of their scales."""
+
 SIXTEEN_BITS = "16 bits"
 """Kind of a quantizer that is not there."""
 _PACKED_BY_MODELOPT = frozenset(

@@ -22,7 +22,7 @@ import torch
 from autoquant_ray.calibrate.modelopt_config import load_quantization_config
 from autoquant_ray.errors import FormatError
 from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxima
-from autoquant_ray.export.layouts import block_size
+from autoquant_ray.export.layouts import NO_ZERO, block_size
 from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.names import clean, names_required
 from autoquant_ray.export.source import Source
@@ -113,10 +113,13 @@ def _set_input_maxima(model: Any, source: Source, calibration: Calibration) -> N
 def _quantize_weights(model: Any, source: Source) -> None:
     """Put weights on their grid as the scan did, so that packing does not round a tie otherwise.
 
-    Formats whose scales are made anew from the weights are left to the exporter.
+    Formats whose scales are made anew from the weights are left to the exporter, which divides by
+    the largest weight.
     """
     for name in source.formats:
         for weight, quantizer in model.get_submodule(name).iter_weights_for_calibration():
+            if quantizer.amax is not None and quantizer.amax.numel() == 1 and not quantizer.amax:
+                quantizer.amax = torch.full_like(quantizer.amax, NO_ZERO)
             if needs_static_maximum(quantizer) and quantizer.num_bits != (2, 1):
                 weight.copy_(quantizer(weight))
 

@@ -5,6 +5,11 @@ scales, the same rounding, the same treatment of tiny blocks. :data:`BACKEND` is
 ModelOpt under its own hook when this module is imported. A quantizer that names it computes here
 on CPU, and by ModelOpt's kernels on CUDA.
 
+NVFP4 weights are quantized as ModelOpt packs them (``NVFP4QTensor``), because that is what an
+engine reads. The kernels turn a block to zeros where its scale is below 1e-5 or, as an e4m3 number,
+would be 0; packed, such a block has its scale, or the smallest one, 2^-9. All other blocks are the
+same in both. :data:`WEIGHTS_BACKEND` names this, on CUDA too.
+
 Shape letters: N blocks, B values of a block.
 """
 
@@ -26,6 +31,7 @@ from modelopt.torch.quantization.utils.numeric_utils import fp8_max_for_normaliz
 from autoquant_ray.formats.numbers import (
     E2M1,
     E4M3,
+    E4M3_SCALE,
     Blocks,
     Number,
     blocks_of,
@@ -35,10 +41,13 @@ from autoquant_ray.formats.numbers import (
 
 BACKEND = "autoquant_ray_blocks"
 """Value of a quantizer's ``backend`` attribute."""
+WEIGHTS_BACKEND = "autoquant_ray_weight_blocks"
+"""The same for NVFP4 weights."""
 
 _EXPONENT_BITS = 0x7F800000
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
-_SMALLEST_NVFP4_SCALE = 1e-5
+_SMALLEST_KERNEL_SCALE = 1e-5
+_SMALLEST_E4M3 = 2.0 ** (E4M3.smallest_exponent - E4M3.mantissa_bits)
 
 
 def for_cpu(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,24 +61,39 @@ def for_cpu(config: Mapping[str, Any]) -> dict[str, Any]:
         ModelOpt asks no backend for them.
     """
 
-    def named(attributes: Any) -> Any:
+    def named(attributes: Any, *, is_weight: bool) -> Any:
         if isinstance(attributes, list):
-            return [named(entry) for entry in attributes]
-        if not attributes or is_static_nvfp4(attributes):
+            return [named(entry, is_weight=is_weight) for entry in attributes]
+        if not attributes or is_static_nvfp4(attributes) or not is_scaled_by_block(attributes):
             return attributes
-        runs_by_kernel = is_scaled_by_block(attributes)
-        return attributes | {"backend": BACKEND} if runs_by_kernel else attributes
+        return attributes | {"backend": backend_for(attributes, is_weight=is_weight)}
 
-    entries = [
-        entry | ({"cfg": named(entry["cfg"])} if "cfg" in entry else {})
-        for entry in config["quant_cfg"]
-    ]
+    entries = []
+    for entry in config["quant_cfg"]:
+        is_weight = "weight_quantizer" in entry["quantizer_name"]
+        changes = {"cfg": named(entry["cfg"], is_weight=is_weight)} if "cfg" in entry else {}
+        entries.append(entry | changes)
     return {**config, "quant_cfg": entries}
+
+
+def backend_for(attributes: Mapping[str, Any], *, is_weight: bool) -> str:
+    """What a quantizer of blocks that are scaled by their values names as its backend.
+
+    Args:
+        attributes: Its own.
+        is_weight: Whether it is a weight's.
+    """
+    has_second_scale = (attributes.get("block_sizes") or {}).get("scale_bits") == E4M3_SCALE
+    return WEIGHTS_BACKEND if is_weight and has_second_scale else BACKEND
 
 
 @torch.no_grad()
 def quantize_blocks(
-    values: torch.Tensor, blocks: Blocks, maximum: torch.Tensor | None = None
+    values: torch.Tensor,
+    blocks: Blocks,
+    maximum: torch.Tensor | None = None,
+    *,
+    as_packed: bool = False,
 ) -> torch.Tensor:
     """Quantize and dequantize blocks of the last axis, each by its own maximum.
 
@@ -83,25 +107,22 @@ def quantize_blocks(
         blocks: Number format, size and scales.
         maximum: Largest absolute value of the whole tensor, or what calibration found for it;
             needed, and only used, where there is a second scale.
+        as_packed: Small scales of NVFP4 are those of ModelOpt's packed tensors, not its kernels'.
 
     Returns:
         Tensor like ``values``.
     """
-    columns = values.shape[-1]
-    padding = -columns % blocks.size
-    padded = torch.nn.functional.pad(values.float(), (0, padding))
-    values_NB = padded.reshape(-1, blocks.size)
+    values_NB = _in_blocks(values, blocks.size)
     maxima_N1 = values_NB.abs().amax(dim=1, keepdim=True)
     if blocks.has_second_scale:
         assert maximum is not None
-        scales_N1 = _two_level_scales(maxima_N1, maximum.float().amax())
+        scales_N1 = _two_level_scales(maxima_N1, maximum, as_packed=as_packed)
         rounded_NB = round_to(values_NB / scales_N1, blocks.number)
     else:
         exponents_N1 = _scale_exponents(maxima_N1, blocks.number)
         scales_N1 = _power_of_two(exponents_N1).masked_fill_(maxima_N1.isnan(), float("nan"))
         rounded_NB = round_to(values_NB * _power_of_two(-exponents_N1), blocks.number)
-    quantized = rounded_NB.mul_(scales_N1).view(padded.shape)
-    return quantized[..., :columns].to(values.dtype)
+    return _in_rows(rounded_NB.mul_(scales_N1), values.shape).to(values.dtype)
 
 
 @torch.no_grad()
@@ -111,8 +132,8 @@ def quantize_static_blocks(
     """Quantize and dequantize NVFP4 blocks whose maxima are given.
 
     As ModelOpt's ``compute_fp4_scales`` and ``static_blockwise_fp4_fake_quant_kernel``: scales are
-    ``e4m3(m / 6 s) s`` with ``s = largest / (6 * scale_at_largest)``; one that rounds to 0 makes
-    zeros.
+    ``e4m3(m / 6 s) s`` with ``s = largest / (6 * scale_at_largest)``; one that rounds to 0 there is
+    that of the packed tensor.
 
     Args:
         values_NB: Blocks, any float dtype.
@@ -121,8 +142,7 @@ def quantize_static_blocks(
         scale_at_largest: e4m3 scale of a block with that maximum: 448, or 256 where the choice
             between the maxima ``m`` and ``1.5 m`` needs room above ("four over six").
     """
-    second = largest.float() * (E4M3.largest / scale_at_largest) / E2M1.largest
-    scales_N1 = scaled_e4m3_impl(maxima_N1.float() / E2M1.largest, second)
+    scales_N1, _ = _static_scales(maxima_N1, largest, scale_at_largest)
     safe_N1 = torch.where((scales_N1 == 0) | ~scales_N1.isfinite(), 1.0, scales_N1)
     quantized_NB = round_to(values_NB.float() / safe_N1, E2M1).mul_(safe_N1)
     return quantized_NB.masked_fill_(scales_N1 == 0, 0.0).to(values_NB.dtype)
@@ -142,16 +162,49 @@ def round_to(values: torch.Tensor, number: Number) -> torch.Tensor:
     return rounded.div_(steps).round_().mul_(steps)
 
 
-def _two_level_scales(maxima_N1: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+def _in_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Rows filled up with zeros and cut into blocks ``(N, size)``, float32."""
+    padding = -values.shape[-1] % size
+    return torch.nn.functional.pad(values.float(), (0, padding)).reshape(-1, size)
+
+
+def _in_rows(values_NB: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The rows that blocks were cut from."""
+    return values_NB.reshape(*shape[:-1], -1)[..., : shape[-1]]
+
+
+def _two_level_scales(
+    maxima_N1: torch.Tensor, maximum: torch.Tensor, *, as_packed: bool
+) -> torch.Tensor:
     """NVFP4's scales: ``e4m3(m / 6 s) s`` with ``s = maximum / (6 * 448)``.
 
-    As in ModelOpt's ``fp4_fake_quant_kernel``, a scale below 1e-5 counts as 1, so the values of
-    such a block become 0.
+    As in ModelOpt's ``fp4_fake_quant_kernel``, where a scale below 1e-5 counts as 1, so the values
+    of such a block become 0; or as in its ``NVFP4QTensor``, where no e4m3 number is below the
+    smallest.
     """
-    second = maximum / (E2M1.largest * E4M3.largest)
+    second = maximum.float().amax() / (E2M1.largest * E4M3.largest)
     second = torch.where(second <= 0, 1e-12, second)
-    scales_N1 = round_to(maxima_N1 / (E2M1.largest * second), E4M3).mul_(second)
-    return scales_N1.masked_fill_(scales_N1 < _SMALLEST_NVFP4_SCALE, 1.0)
+    wanted_N1 = maxima_N1 / (E2M1.largest * second)
+    if not as_packed:
+        scales_N1 = round_to(wanted_N1, E4M3).mul_(second)
+        return scales_N1.masked_fill_(scales_N1 < _SMALLEST_KERNEL_SCALE, 1.0)
+    scales_N1 = round_to(wanted_N1.clamp_(min=_SMALLEST_E4M3), E4M3).mul_(second)
+    return scales_N1.masked_fill_(scales_N1 == 0, 1.0)  # no float32 number is so small
+
+
+def _static_scales(
+    maxima_N1: torch.Tensor, largest: torch.Tensor, scale_at_largest: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4's scales from given maxima, float32, and which of them are 0 in ModelOpt's kernel."""
+    maxima_N1 = maxima_N1.float()
+    second = largest.float() * (E4M3.largest / scale_at_largest) / E2M1.largest
+    scales_N1 = scaled_e4m3_impl(maxima_N1 / E2M1.largest, second)
+    is_lost_N1 = (scales_N1 == 0) & (maxima_N1 > 0)
+    if not is_lost_N1.any():
+        return scales_N1, is_lost_N1
+    unit = second / E4M3.largest
+    wanted_N1 = (maxima_N1 / E2M1.largest / unit).clamp_(min=_SMALLEST_E4M3)
+    return torch.where(is_lost_N1, round_to(wanted_N1, E4M3) * unit, scales_N1), is_lost_N1
 
 
 def _scale_exponents(maxima_N1: torch.Tensor, number: Number) -> torch.Tensor:
@@ -187,43 +240,79 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-class StaticBlocksOnCpu(StaticBlockScaleQuantizer):
-    """ModelOpt's quantizer of static NVFP4 weights, which asks no backend, also on CPU.
+class StaticBlocks(StaticBlockScaleQuantizer):
+    """ModelOpt's quantizer of static NVFP4 weights, which asks no backend: on CPU too, and with the
+    small scales of the packed tensor.
 
     Made of another quantizer by ``from_tensor_quantizer``, before or after its calibration.
     """
 
     def _fake_quantize(self, inputs: torch.Tensor) -> torch.Tensor:
-        if inputs.is_cuda:
-            on_cuda: torch.Tensor = super()._fake_quantize(inputs)
-            return on_cuda
+        maxima_N1 = self.amax.reshape(-1, 1)
         largest = self.amax.amax() if self.global_amax is None else self.global_amax
+        top = fp8_max_for_normalization(self)
         quantize = partial(
-            quantize_static_blocks,
-            maxima_N1=self.amax.reshape(-1, 1),
-            largest=largest,
-            scale_at_largest=fp8_max_for_normalization(self),
+            quantize_static_blocks, maxima_N1=maxima_N1, largest=largest, scale_at_largest=top
         )
-        quantized: torch.Tensor = _StraightThrough.apply(inputs, quantize)
-        return quantized
+        if not inputs.is_cuda:
+            quantized: torch.Tensor = _StraightThrough.apply(inputs, quantize)
+            return quantized
+        on_cuda: torch.Tensor = super()._fake_quantize(inputs)
+        _, is_lost_N1 = _static_scales(maxima_N1, largest, top)
+        if not is_lost_N1.any():
+            return on_cuda
+        values_NB = inputs.reshape(len(maxima_N1), -1)
+        is_lost_NB = is_lost_N1.expand_as(values_NB)
+        return torch.where(
+            is_lost_NB.reshape(inputs.shape), quantize(values_NB).reshape(inputs.shape), on_cuda
+        )
 
 
 def _entry_point(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
     """What ModelOpt calls for a quantizer that names :data:`BACKEND`."""
-    if inputs.is_cuda:
-        quantizer.backend = None
-        try:
-            on_cuda: torch.Tensor = quantizer._fake_quantize(inputs)
-        finally:
-            quantizer.backend = BACKEND
+    return _by_modelopt(inputs, quantizer) if inputs.is_cuda else _here(inputs, quantizer)
+
+
+def _weights_entry_point(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
+    """What ModelOpt calls for a quantizer that names :data:`WEIGHTS_BACKEND`."""
+    if not inputs.is_cuda:
+        return _here(inputs, quantizer, as_packed=True)
+    on_cuda = _by_modelopt(inputs, quantizer)
+    blocks, maximum = _blocks_of(quantizer), quantizer._get_amax(inputs)
+    values_NB = _in_blocks(inputs, blocks.size)
+    maxima_N1 = values_NB.abs().amax(dim=1, keepdim=True)
+    of_kernel_N1, packed_N1 = (
+        _two_level_scales(maxima_N1, maximum, as_packed=packed) for packed in (False, True)
+    )
+    is_lost_N1 = (of_kernel_N1 != packed_N1) & (maxima_N1 > 0)
+    if not is_lost_N1.any():
         return on_cuda
-    attributes = {"num_bits": quantizer.num_bits, "block_sizes": quantizer.block_sizes}
-    blocks = blocks_of(attributes)
+    is_lost = _in_rows(is_lost_N1.expand_as(values_NB), inputs.shape)
+    return torch.where(is_lost, quantize_blocks(inputs, blocks, maximum, as_packed=True), on_cuda)
+
+
+def _by_modelopt(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
+    backend, quantizer.backend = quantizer.backend, None
+    try:
+        quantized: torch.Tensor = quantizer._fake_quantize(inputs)
+    finally:
+        quantizer.backend = backend
+    return quantized
+
+
+def _here(inputs: torch.Tensor, quantizer: Any, *, as_packed: bool = False) -> torch.Tensor:
+    blocks = _blocks_of(quantizer)
     maximum = quantizer._get_amax(inputs) if blocks.has_second_scale else None
-    quantize = partial(quantize_blocks, blocks=blocks, maximum=maximum)
+    quantize = partial(quantize_blocks, blocks=blocks, maximum=maximum, as_packed=as_packed)
     quantized: torch.Tensor = _StraightThrough.apply(inputs, quantize)
     return quantized
 
 
-if not is_registered_quant_backend(BACKEND):
-    register_quant_backend(BACKEND, _entry_point)
+def _blocks_of(quantizer: Any) -> Blocks:
+    attributes = {"num_bits": quantizer.num_bits, "block_sizes": quantizer.block_sizes}
+    return blocks_of(attributes)
+
+
+for _name, _function in ((BACKEND, _entry_point), (WEIGHTS_BACKEND, _weights_entry_point)):
+    if not is_registered_quant_backend(_name):
+        register_quant_backend(_name, _function)

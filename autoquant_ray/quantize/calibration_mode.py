@@ -17,7 +17,7 @@ Each set sees the inputs of the unquantized model. Algorithms that scale weights
 back, because ``W s (x / s)`` is ``W x`` only up to rounding.
 
 On CPU, where ModelOpt's quantizer of static NVFP4 weights cannot run, it is replaced by
-:class:`~autoquant_ray.quantize.block_formats.StaticBlocksOnCpu`.
+:class:`~autoquant_ray.quantize.block_formats.StaticBlocks`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from modelopt.torch.quantization.utils.core_utils import (
 from pydantic import Field
 
 from autoquant_ray.formats.algorithms import AWQ, BY_COLUMNS, FITTED, MAX, SETS, WEIGHTED
-from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
+from autoquant_ray.quantize.block_formats import StaticBlocks
 from autoquant_ray.quantize.input_factors import InputFactors
 from autoquant_ray.quantize.input_squares import InputSquares
 
@@ -119,7 +119,7 @@ def calibrate_sets(
     }
     for quantizer in quantizers.values():
         if quantizer.is_nvfp4_static and next(model.parameters()).device.type == "cpu":
-            StaticBlocksOnCpu.from_tensor_quantizer(quantizer)
+            StaticBlocks.from_tensor_quantizer(quantizer)
     factors: list[InputFactors] = []
     calibrate = partial(_calibrate, model, forward_loop, factors)
     for quantizer, is_enabled in _calibrate_parts(

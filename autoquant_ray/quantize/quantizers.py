@@ -23,7 +23,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.formats.smoothed import needs_channel_squares
-from autoquant_ray.quantize.block_formats import BACKEND
+from autoquant_ray.quantize.block_formats import WEIGHTS_BACKEND, backend_for
 from autoquant_ray.quantize.grid import Grid, grid_of, values_of
 from autoquant_ray.quantize.weight_search import (
     Recall,
@@ -37,10 +37,13 @@ def make_quantizer(attributes: Attributes, device: torch.device) -> TensorQuanti
     """Build an enabled, uncalibrated quantizer for values on a device."""
     quantizer = TensorQuantizer()
     quantizer.set_from_attribute_config(QuantizerAttributeConfig(**attributes, enable=True))
-    by_kernel = is_scaled_by_block(attributes) and not is_static_nvfp4(attributes)
-    if device.type == "cpu" and by_kernel:
-        quantizer.backend = BACKEND
+    if device.type == "cpu" and _takes_backend(attributes):
+        quantizer.backend = backend_for(attributes, is_weight=False)
     return quantizer
+
+
+def _takes_backend(attributes: Attributes) -> bool:
+    return is_scaled_by_block(attributes) and not is_static_nvfp4(attributes)
 
 
 def disabled_quantizer() -> TensorQuantizer:
@@ -212,6 +215,8 @@ def make_weight_quantizer(
 ) -> TensorQuantizer:
     """Build the calibrated quantizer of one weight matrix; arguments as above."""
     quantizer = make_quantizer(attributes, weight_OI.device)
+    if _takes_backend(attributes) and backend_for(attributes, is_weight=True) == WEIGHTS_BACKEND:
+        quantizer.backend = WEIGHTS_BACKEND  # on CUDA too
     if needs_static_maximum(quantizer):
         quantizer.disable_quant()
         quantizer.enable_calib()

@@ -41,7 +41,7 @@ from autoquant_ray.formats.algorithms import (
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.smoothed import needs_hessians, takes_factors
 from autoquant_ray.quantize.awq import shared_factors, shared_importance
-from autoquant_ray.quantize.block_formats import StaticBlocksOnCpu
+from autoquant_ray.quantize.block_formats import StaticBlocks
 from autoquant_ray.quantize.calibration import Bytes, Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
 
@@ -100,8 +100,7 @@ def finish_static_blocks(
         StaticBlockScaleQuantizer.from_tensor_quantizer(quantizer)
         return
     largest = quantizer.amax.amax().float() if largest is None else largest
-    kind = StaticBlockScaleQuantizer if weight_OI.is_cuda else StaticBlocksOnCpu
-    kind.from_tensor_quantizer(quantizer, global_amax=largest.to(weight_OI.device))
+    StaticBlocks.from_tensor_quantizer(quantizer, global_amax=largest.to(weight_OI.device))
 
 
 class WeightScales:

@@ -210,16 +210,48 @@ def test_input_is_not_changed_and_gradient_passes_through(attributes: dict[str, 
 # --- ModelOpt's own tensors, those of its classes that run on CPU
 
 
-def test_nvfp4_equals_modelopt_real_quantization() -> None:
-    """Blocks whose scale is a normal e4m3 number: below that, ModelOpt's classes differ."""
-    weight = torch.from_numpy(sweep(256, 64, -2, 1))
-    weight[weight.abs().amax(dim=1) == 0] = 1.0
+def packed_nvfp4(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as ModelOpt packs it."""
     stored, scale, second = NVFP4QTensor.quantize(weight.clone(), 16)
-    theirs = stored.dequantize(
+    unpacked: torch.Tensor = stored.dequantize(
         dtype=torch.float32, scale=scale, double_scale=second, block_sizes={-1: 16}
     )
+    return unpacked
+
+
+@pytest.mark.parametrize(("low", "high"), [(-2, 1), (-24, 1), (-40, -16), (-90, -70)])
+def test_nvfp4_weight_equals_what_modelopt_packs_at_all_magnitudes(low: int, high: int) -> None:
+    weight = torch.from_numpy(sweep(512, 64, low, high))
     ours = fake_quantize_weight(NVFP4, weight)
-    torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)
+    torch.testing.assert_close(ours, packed_nvfp4(weight), rtol=3e-7, atol=0)
+    of_input = make_input_quantizer(NVFP4, float(weight.abs().max()), torch.empty(0))
+    assert of_input is not None
+    kernel_NB, ours_NB = of_input(weight).view(-1, 16), ours.view(-1, 16)
+    is_kept = (kernel_NB != 0).any(dim=1)
+    assert torch.equal(ours_NB[is_kept], kernel_NB[is_kept])
+    assert bool((ours_NB[~is_kept] != 0).any()) == (low < -2)
+
+
+@pytest.mark.parametrize("case", ["small", "a small row", "a zero row", "an outlier"])
+def test_nvfp4_weight_of_any_size_is_off_by_a_tenth(case: str) -> None:
+    """ModelOpt's kernel turns the first to zeros, and most of the small row."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+    if case == "small":
+        weight *= 1e-3
+    if case == "a small row":
+        weight[3] *= 1e-3
+    if case == "a zero row":
+        weight[3] = 0
+    if case == "an outlier":
+        weight[5, 7] = 20.0
+    ours = fake_quantize_weight(NVFP4, weight)
+    errors_O = (ours - weight).norm(dim=1) / weight.norm(dim=1).clamp(min=1e-9)
+    assert errors_O.max() < 0.13
+    assert torch.equal(ours[3] == 0, weight[3] == 0) or case != "a zero row"
+    as_input = make_input_quantizer(NVFP4, float(weight.abs().max()), torch.empty(0))
+    assert as_input is not None
+    lost_O = (as_input(weight) - weight).norm(dim=1) / weight.norm(dim=1).clamp(min=1e-9)
+    assert (lost_O.max() > 0.8) == (case in ("small", "a small row"))
 
 
 def test_mxfp4_equals_modelopt_real_quantization_away_from_ties() -> None:

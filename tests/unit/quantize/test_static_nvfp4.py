@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from modelopt.torch.quantization import tensor_quant
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from modelopt_scores import (
     NOTHING,
     of_text,
@@ -83,6 +84,35 @@ def modelopt_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def format_of(name: str) -> Format:
     return resolve_formats((name,), device="cpu", custom=MAX if name in MAX else None)[0]
+
+
+@pytest.mark.parametrize("top", [448.0, 256.0])
+@pytest.mark.parametrize("size", [1.0, 1e-5, 1e-12])
+def test_small_blocks_equal_what_modelopt_packs(size: float, top: float) -> None:
+    """The kernel makes zeros of blocks whose e4m3 scale is 0, and of any that are below 2^-24."""
+    generator = torch.Generator().manual_seed(1)
+    sizes_N1 = torch.exp2(torch.empty(2000, 1).uniform_(-26, 0, generator=generator)) * size
+    values_NB = torch.randn(2000, 16, generator=generator) * sizes_N1
+    values_NB[::11] = 0
+    maxima_N1, largest = values_NB.abs().amax(dim=1, keepdim=True), values_NB.abs().max()
+    quantizer = SimpleNamespace(
+        global_amax=largest, _amax=maxima_N1, block_sizes={-1: 16, "four_over_six": top == 256.0}
+    )
+    scale_N1, second = NVFP4QTensor.get_weights_scaling_factor_from_quantizer(quantizer, values_NB)
+    stored, *_ = NVFP4QTensor.quantize(values_NB.clone(), 16, scale_N1, second)
+    packed_NB = stored.dequantize(
+        dtype=torch.float32, scale=scale_N1, double_scale=second, block_sizes={-1: 16}
+    )
+    ours_NB = quantize_static_blocks(values_NB, maxima_N1, largest, top)
+    # A value at a tie may fall to either side: the scales differ in their last bits.
+    is_close_NB = torch.isclose(ours_NB, packed_NB, rtol=1e-6, atol=0)
+    assert is_close_NB.float().mean() > 0.9999
+    by_kernel = expected(values_NB.numpy(), maxima_N1.numpy()[:, 0], float(largest), top)
+    is_lost = (by_kernel == 0).all(axis=1) & (packed_NB != 0).any(dim=1).numpy()
+    assert is_lost.any()
+    if size == 1.0:
+        same = ~is_lost & (packed_NB != 0).any(dim=1).numpy()
+        np.testing.assert_array_equal(ours_NB.numpy()[same], by_kernel[same])
 
 
 @pytest.mark.parametrize("top", [448.0, 256.0])

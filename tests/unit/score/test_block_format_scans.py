@@ -20,7 +20,12 @@ from autoquant_ray import load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.formats.menu import PAIRS, resolve_formats
 from autoquant_ray.plan.plan import build_plan
-from autoquant_ray.quantize.block_formats import BACKEND, for_cpu
+from autoquant_ray.quantize.block_formats import (
+    BACKEND,
+    WEIGHTS_BACKEND,
+    backend_for,
+    for_cpu,
+)
 from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.scorer import Scorer
@@ -143,7 +148,7 @@ def test_manifest_quantizes_on_cpu_to_the_formats_and_the_loss_that_evaluate_mea
         parts = {} if chosen is None else {"weight": chosen.weight, "input": chosen.input}
         for part, attributes in parts.items():
             blocks = attributes.get("block_sizes") or {}
-            backend = BACKEND if blocks else None
+            backend = backend_for(attributes, is_weight=part == "weight") if blocks else None
             expected[f"{row['module']}.{part}_quantizer"] = (
                 attributes["num_bits"],
                 blocks,
@@ -178,9 +183,12 @@ def test_for_cpu_leaves_other_quantizers_and_the_given_config_alone() -> None:
         for entry in config["quant_cfg"]
         if entry.get("cfg")
     }
-    assert backends["*weight_quantizer"] == BACKEND
+    assert backends["*weight_quantizer"] == WEIGHTS_BACKEND
     assert backends["*input_quantizer"] is None
-    assert BACKEND not in str(mtq.W4A8_NVFP4_FP8_CFG)
+    both = {e["quantizer_name"]: e.get("cfg") for e in for_cpu(mtq.NVFP4_DEFAULT_CFG)["quant_cfg"]}
+    assert both["*weight_quantizer"]["backend"] == WEIGHTS_BACKEND
+    assert both["*input_quantizer"]["backend"] == BACKEND
+    assert "backend" not in str(mtq.W4A8_NVFP4_FP8_CFG)
     assert for_cpu(mtq.FP8_DEFAULT_CFG) == mtq.FP8_DEFAULT_CFG
 
 
