@@ -15,6 +15,7 @@ _MOST_ROWS = 50
 _FACTS = (
     ("Run", "run_id", ""),
     ("Model", "model", ""),
+    ("Data", "data", ""),
     ("Predicted KL, nats per token", "predicted_kl_nats", ".5g"),
     ("Effective bits", "effective_bits", ".4f"),
     ("Weights of the whole model, bytes", "weight_bytes", ",.0f"),

@@ -26,6 +26,7 @@ from autoquant_ray.compare.history import (
     run_folder,
 )
 from autoquant_ray.compare.nights import Nights, is_finished, is_good
+from autoquant_ray.compare.run_changes import is_same_place
 from autoquant_ray.compare.runs import compare_runs, run_facts
 from autoquant_ray.compare.verdict import Comparison
 from autoquant_ray.config.scan import ScanConfig
@@ -49,6 +50,8 @@ from autoquant_ray.runs.names import DRIFT_JSON, DRIFT_MARKDOWN
 from autoquant_ray.runs.state import Mode, RunState
 
 logger = logging.getLogger(__name__)
+
+_PLACES = ("model", "data")  # fields whose values name files
 
 Scan = Callable[[ScanConfig, Mode], object]
 
@@ -155,7 +158,9 @@ def _scan(tonight: _Tonight, scan: Scan) -> None:
     config = tonight.job.config(out=directory.uri)
     if is_good(directory):
         tonight.is_shown = True
-        changes = changed_fields(RunState.open(directory).config, config)
+        before = RunState.open(directory).config
+        same = {n: before[n] for n in _PLACES if is_same_place(before[n], getattr(config, n))}
+        changes = changed_fields(before, config.model_copy(update=same))
         changes = [change for change in changes if not change.endswith(" -> auto")]
         if changes:
             tonight.notes.append(

@@ -1,13 +1,15 @@
 """What two runs were made from, and in what that differs: model, data, formats, config, versions.
 
 Everything is read from ``run.json``; what stands there is a fingerprint, so a change is seen but
-not shown.
+not shown. Two names of what has one fingerprint, such as a relative and an absolute path, are no
+change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from autoquant_ray.config.stage_fields import ADDED_FIELDS, STAGE_FIELDS
@@ -67,11 +69,29 @@ def same_tokens(before: RunRecord, after: RunRecord) -> bool:
 Row = tuple[Kind, str, Any, Any]
 
 
+def is_same_place(before: Any, after: Any) -> bool:
+    """Whether two values of a config's ``model`` or ``data`` name the same files of this machine.
+
+    Args:
+        before: A path or another name, or several by their domains.
+        after: The other.
+    """
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        names = before.keys() | after.keys()
+        return all(is_same_place(before.get(name), after.get(name)) for name in names)
+    if not (isinstance(before, str) and isinstance(after, str)):
+        return bool(before == after)
+    paths = [Path(name).expanduser() for name in (before, after)]
+    return before == after or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+
+
 def _identities(before: RunRecord, after: RunRecord) -> Iterator[Row]:
-    for name, key in (("name", "name"), ("fingerprint of the files", "fingerprint")):
-        yield "model", name, *_both(key, before.model, after.model)
+    if not _has_same("fingerprint", before.model, after.model):
+        yield "model", "name", *_both("name", before.model, after.model)
+        yield "model", "fingerprint of the files", *_both("fingerprint", before.model, after.model)
+    if not _has_same("source_fingerprint", before.dataset, after.dataset):
+        yield "data", "name", *_both("name", before.dataset, after.dataset)
     sources = (
-        ("name", "name"),
         ("fingerprint of the source", "source_fingerprint"),
         ("hash of the tokens", "tokens_sha256"),
         ("samples", "num_samples"),
@@ -79,6 +99,12 @@ def _identities(before: RunRecord, after: RunRecord) -> Iterator[Row]:
     )
     for name, key in sources:
         yield "data", name, *_both(key, before.dataset, after.dataset)
+
+
+def _has_same(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether both sides have a value, and it is the same."""
+    old, new = _both(key, before, after)
+    return old is not None and bool(old == new)
 
 
 def _menus(before: RunRecord, after: RunRecord) -> Iterator[Row]:

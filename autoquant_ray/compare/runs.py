@@ -126,6 +126,7 @@ class _Side:
             "uri": self.directory.uri,
             "created": self.record.created,
             "model": self.record.model["name"],
+            "data": self.record.dataset.get("name"),
             "num_shards": self.num_shards,
             "num_quarantined": len(self.record.quarantined),
             **{name: solution[name] for name in names},

@@ -96,10 +96,11 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class _SiteRun:
-    """A run's row with the formats of its groups, where it has any."""
+    """A run's row with the formats of its groups, where it has any, and its model's fingerprint."""
 
     row: RunRow
     formats: Mapping[str, str]
+    fingerprint: str | None = None
 
 
 def collect_jobs(folder: RunDirectory) -> list[Job]:
@@ -144,9 +145,10 @@ def _read_run(folder: RunDirectory, name: str) -> _SiteRun | None:
             return None
         record = RunRecord.from_json(values, folder.path(f"{name}/{RUN_FILE}"))
         row = replace(_run_row(name, record), report=report)
+        run = _SiteRun(row=row, formats={}, fingerprint=record.model.get("fingerprint"))
         if row.status not in ("done", "quarantined"):
-            return _SiteRun(row=row, formats={})
-        return _with_solution(folder, row)
+            return run
+        return _with_solution(folder, run)
     except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
         row = RunRow(name=name, status="damaged", problem=_explain(error), report=report)
         return _SiteRun(row=row, formats={})
@@ -176,11 +178,12 @@ def _run_row(name: str, record: RunRecord) -> RunRow:
     )
 
 
-def _with_solution(folder: RunDirectory, row: RunRow) -> _SiteRun:
+def _with_solution(folder: RunDirectory, run: _SiteRun) -> _SiteRun:
     """Add what the run's own budget gave."""
+    row = run.row
     if not folder.exists(f"{row.name}/{MANIFEST_JSON}"):
         problem = "scored, but its budget was not solved; go on with --resume"
-        return _SiteRun(row=replace(row, status="unfinished", problem=problem), formats={})
+        return replace(run, row=replace(row, status="unfinished", problem=problem))
     solution = folder.read_json(f"{row.name}/{MANIFEST_JSON}")["solution"]
     table = folder.read_table(f"{row.name}/{MANIFEST_TABLE}")
     columns = (table.column(name).to_pylist() for name in ("group", "format"))
@@ -191,7 +194,7 @@ def _with_solution(folder: RunDirectory, row: RunRow) -> _SiteRun:
         effective_bits=solution["effective_bits"],
         weight_bytes=round(solution["weight_bytes"]),
     )
-    return _SiteRun(row=row, formats=formats)
+    return replace(run, row=row, formats=formats)
 
 
 def _nightly_jobs(nights: list[dict[str, Any]], runs: dict[str, _SiteRun]) -> list[Job]:
@@ -236,10 +239,19 @@ def _night_row(night: dict[str, Any], run: _SiteRun | None, num_groups: int | No
 
 
 def _model_jobs(runs: list[_SiteRun]) -> list[Job]:
-    """The other runs by model, each compared with its predecessor."""
+    """The other runs by model, each compared with its predecessor.
+
+    Runs are of one model where its name is the same, or its fingerprint under another name.
+    """
     by_model: dict[str, list[_SiteRun]] = {}
+    name_of: dict[str, str] = {}  # fingerprint -> name of the job
     for run in sorted(runs, key=lambda run: _age(run.row)):
-        by_model.setdefault(run.row.model or "unknown model", []).append(run)
+        model = run.row.model or "unknown model"
+        if run.fingerprint is not None and model not in by_model:
+            model = name_of.get(run.fingerprint, model)
+        if run.fingerprint is not None:
+            name_of.setdefault(run.fingerprint, model)
+        by_model.setdefault(model, []).append(run)
     jobs = []
     for model, runs_of_model in sorted(by_model.items()):
         rows, before = [], None

@@ -126,8 +126,9 @@ def describe_changes(changes: Sequence[Change]) -> str:
     if not changes:
         return "Model, data, formats, config and versions are the same."
     names = {"model": "the model", "data": "the data", "formats": "the menu of formats"}
+    named = {c.kind: f" ({c.before} -> {c.after})" for c in changes if c.name == "name"}
     kinds = dict.fromkeys(change.kind for change in changes)
-    parts = [names[kind] for kind in kinds if kind in names]
+    parts = [f"{names[kind]}{named.get(kind, '')}" for kind in kinds if kind in names]
     for kind in ("config", "versions"):
         parts += [str(change) for change in changes if change.kind == kind]
     return f"Changed: {', '.join(parts)}."

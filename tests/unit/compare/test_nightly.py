@@ -219,3 +219,16 @@ def test_failed_scan_has_a_row(
     assert (row["verdict"], row["predicted_kl_nats"]) == (None, None)
     assert night(1).exit_code == 0
     assert [row["status"] for row in rows(tmp_path)] == ["done"]
+
+
+def test_job_whose_files_have_another_path_has_not_changed(
+    night: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt", "other.txt"):
+        (tmp_path / name).write_text("some words\n")
+    monkeypatch.chdir(tmp_path)
+    night(1, data={"a": str(tmp_path / "a.txt"), "b": "b.txt"})
+    shown = night(1, no_scan, data={"a": "a.txt", "b": str(tmp_path / "b.txt")})
+    assert shown.document["notes"] == []
+    (note,) = night(1, no_scan, data={"a": "a.txt", "b": "other.txt"}).document["notes"]
+    assert "The job changed since this night was scanned (data: " in note

@@ -311,6 +311,39 @@ def test_command_prints_the_verdict_first_and_exits_3_for_drift(
     )
 
 
+def renamed(directory: RunDirectory, folder: Path, model: dict[str, str], data: str) -> Path:
+    """A copy of a run whose model and data have other names."""
+    shutil.copytree(directory.path(""), folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["model"] |= model
+    record["dataset"]["name"] = data
+    record["config"] |= {"model": record["model"]["name"], "data": data}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_command_knows_a_model_and_data_under_another_path(
+    first: RunDirectory, tmp_path: Path
+) -> None:
+    model = {"name": "/home/me/models/llama"}
+    other = renamed(first, tmp_path / "run", model, "/home/me/topics.txt")
+    result = command(first.uri, other)
+    assert (result.exit_code, result.stdout.splitlines()[0][:7]) == (0, "# same:")
+    assert "**Why:** Model, data, formats, config and versions are the same." in result.stdout
+    assert "| Model | llama | /home/me/models/llama |" in result.stdout
+    assert "| Data | topics.txt | /home/me/topics.txt |" in result.stdout
+    assert json.loads(command(first.uri, other, "--json").stdout)["changes"] == []
+
+
+def test_command_names_models_that_differ(first: RunDirectory, tmp_path: Path) -> None:
+    model = {"name": "llama-tuned", "fingerprint": "another"}
+    result = command(first.uri, renamed(first, tmp_path / "run", model, "topics.txt"))
+    assert "**Why:** Changed: the model (llama -> llama-tuned)." in result.stdout
+    nameless = {"name": "llama-tuned", "fingerprint": None}  # as of an imported run
+    imported = renamed(first, tmp_path / "imported", nameless, "topics.txt")
+    assert "the model (llama -> llama-tuned)" in command(first.uri, imported).stdout
+
+
 def test_command_prints_json(first: RunDirectory, drifted: RunDirectory) -> None:
     result = command(first.uri, drifted.uri, "--json")
     values = json.loads(result.stdout)

@@ -77,6 +77,18 @@ def test_runs_of_a_model_are_compared_with_the_one_before(tmp_path: Path) -> Non
     assert [row.name for row in jobs["org/other"].rows] == ["other"]
 
 
+def test_runs_of_a_model_under_two_paths_are_of_one_model(tmp_path: Path) -> None:
+    days = [f"2026-11-0{day}T00:00:00Z" for day in (1, 2, 3, 4)]
+    put_run(tmp_path, "a", model="models/m", fingerprint="1", created=days[0])
+    put_run(tmp_path, "b", model="/home/me/models/m", fingerprint="1", created=days[1])
+    put_run(tmp_path, "c", model="models/m", fingerprint="2", created=days[2])  # trained on
+    put_run(tmp_path, "d", model="/home/me/other", fingerprint="3", created=days[3])
+    rows = {name: [row.name for row in job.rows] for name, job in jobs_of(tmp_path).items()}
+    assert rows == {"models/m": ["a", "b", "c"], "/home/me/other": ["d"]}
+    done = CliRunner().invoke(main, ["site", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+
+
 def test_history_names_its_runs_and_their_churn(tmp_path: Path) -> None:
     rows = [
         night("job", "2026-11-01", verdict="baseline", baseline=None, num_changed=None),
