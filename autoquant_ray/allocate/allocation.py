@@ -320,7 +320,8 @@ def _range(budget: Budget, low: float, high: float) -> str:
         return budget.reachable(low, high)
     unit = "" if budget.unit_per_bit is None else " average bits"
     high = max(low, min(high, budget.highest))
-    return f"{_worded(budget, low)} to {_worded(budget, high)}{unit}"
+    beyond = "" if low <= budget.highest else ", more than can be asked for: give `bytes`"
+    return f"{_worded(budget, low)} to {_worded(budget, high)}{unit}{beyond}"
 
 
 def _worded(budget: Budget, cost: float) -> str:

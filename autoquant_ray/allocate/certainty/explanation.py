@@ -25,6 +25,7 @@ def head_lines(explanation: Explanation) -> list[str]:
     lines = [f"group: {explanation.group}", f"modules: {modules}; {what}"]
     if explanation.reason is not None:
         size = f"{explanation.weight_bytes / 2**20:,.2f} MiB"
+        size = "the embedding's bytes" if explanation.is_tied else size
         return [*lines, f"not searched, stays in 16 bits ({size}): {explanation.reason}"]
     name = f"solution {explanation.solution}" if explanation.solution else "the scan's own solution"
     lines.append(

@@ -33,6 +33,7 @@ from autoquant_ray.evaluate.rivals import collect_candidates
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.report.content import collect_content
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solve_run
@@ -135,6 +136,18 @@ def test_pinned_head_costs_its_own_bytes(run: RunDirectory) -> None:
     with pytest.raises(InfeasibleBudgetError, match=f"is {shown:.2f} to 16.00 average bits"):
         solve_run(run, SolveOptions(bits=low - 0.05, pins={HEAD: "wint8_aint8"}))
     solve_run(run, SolveOptions(bits=low - 0.05))
+
+
+def test_head_beside_16_bits_needs_a_budget_in_bytes(run: RunDirectory) -> None:
+    pins = dict.fromkeys((g.name for g in read(run).problem.searched), NONE) | {HEAD: FORMATS[1]}
+    with pytest.raises(InfeasibleBudgetError, match="more than can be asked for: give `bytes`"):
+        solve_run(run, SolveOptions(bits=16, pins=pins))
+    solution = solve_run(run, SolveOptions(bytes=10**9, pins=pins))
+    assert solution.summary["effective_bits"] > 16
+    content = collect_content(read(run), f"solutions/{solution.name}/")
+    assert [dot.bits for dot in content.dots if dot.kind == "curve"] == [
+        solution.summary["effective_bits"]
+    ]
 
 
 def test_bits_over_all_leave_out_a_head_that_is_not_searched(make_run: Any) -> None:
