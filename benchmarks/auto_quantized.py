@@ -110,11 +110,10 @@ def _candidate(state: Any, ref: Any, scan: ScanConfig) -> Candidate:
         taken |= {chosen.get(group.name)} - {None}
         names[group.name] = taken.pop() if taken else "none"
         format_ = formats.get(str(names[group.name]))
-        if format_ is not None or not group.is_tied:
-            stored += group.weight_bytes(format_)
+        stored += group.added_bytes(format_)
         if group.is_searched:
-            bits += 8 * group.weight_bytes(format_)
-            num_weights += group.num_weights
+            bits += 8 * group.added_bytes(format_)
+            num_weights += group.num_stored
     return Candidate(
         name="modelopt",
         formats={name: str(format_) for name, format_ in names.items()},
