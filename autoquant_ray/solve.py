@@ -17,16 +17,19 @@ from autoquant_ray.allocate.domains import domain_summary, solve_domains
 from autoquant_ray.allocate.losses import chosen_formats, uniform_format
 from autoquant_ray.allocate.manifest import build_manifest, manifest_rows, solution_summary
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import quantization_config
 from autoquant_ray.allocate.read import ScoredRun, is_chosen_by_measurement
 from autoquant_ray.allocate.search import served_problem
-from autoquant_ray.errors import StoreError
+from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, StoreError
+from autoquant_ray.formats.format import NONE
 from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
 from autoquant_ray.report.concerns import low_uniform
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, MANIFEST_TABLE, SOLUTIONS, solution_folder
 from autoquant_ray.runs.state import RunState
+from autoquant_ray.serving.table import ENGINES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Solution:
         certainty: How sure it is; None where there are no shards to resample.
         sensitivities: Searched groups with the largest score over the menu, most sensitive first.
         caution: Why the predicted KL is too low, if it is known to be.
+        grave: Reasons why it should not be used as it is, one line each, as in its reports.
         separate_head: The head, where the model's config ties it to the embedding and its files
             hold another weight for it.
     """
@@ -54,6 +58,7 @@ class Solution:
     certainty: Certainty | None
     sensitivities: list[tuple[str, float]]
     caution: str | None
+    grave: list[str]
     separate_head: str | None
 
     def to_json(self) -> dict[str, Any]:
@@ -72,6 +77,7 @@ class Solution:
             ("Weights of the whole model", f"{self.summary['weight_bytes'] / 2**20:,.1f} MiB"),
             ("Predicted KL", "unknown" if kl is None else f"{kl:.4g} nats per token"),
             *([] if self.caution is None else [("Note", self.caution)]),
+            *(("Grave concern", text) for text in self.grave),
             *((kind, path) for kind, path in self.paths.items()),
         ]
         return facts_html(f"Solution {self.name}" if self.name else "The scan's solution", facts)
@@ -97,12 +103,40 @@ def solve_run(
 
 def solve_scored(run: ScoredRun, options: SolveOptions, folder: str | None = None) -> Solution:
     """The same as :func:`solve_run` for a run that has been read."""
-    problem = run.problem.timed(options.latency)
     name = options.name if folder is None else folder.rstrip("/")
+    problem, options, allocation = _search(run, options)
+    return write_solution(run.with_problem(problem), options, allocation, name)
+
+
+def _search(run: ScoredRun, options: SolveOptions) -> tuple[Problem, SolveOptions, Allocation]:
+    """The problem that was solved, with all options said, and its best allocation."""
+    problem = run.problem.timed(options.latency)
     if problem.experts is not None and options.expert_groups is None:
         options = options.replaced(expert_groups=problem.experts.scanned_as)
-    allocation = solve_domains(run.state, problem, run.scores, options)
-    return write_solution(run.with_problem(problem), options, allocation, name)
+    return problem, options, solve_domains(run.state, problem, run.scores, options)
+
+
+def served_options(state: RunState, options: SolveOptions) -> SolveOptions | None:
+    """The same budget for an engine that serves a solution of it, in fewer than 16 bits; or None.
+
+    Constraints on groups are left out where no engine serves what meets them.
+
+    Args:
+        state: A run whose scores are complete.
+        options: Budget and constraints.
+    """
+    run = ScoredRun.read(state)
+    without: dict[str, Any] = {"pins": {}, "allow": {}}
+    for changes in ({}, without):
+        for engine in ENGINES:
+            served = options.replaced(engine=engine, gpu=None, **changes)
+            try:
+                _, _, allocation = _search(run, served)
+            except (ConfigError, InfeasibleBudgetError):
+                continue
+            if set(allocation.formats.values()) != {NONE}:
+                return served
+    return None
 
 
 def write_solution(
@@ -129,16 +163,18 @@ def write_solution(
         certainty = certainty_of(run.state, run.problem, run.scores, options, formats)
     manifest = _manifest(run, options, allocation, formats, certainty) | dict(notes or {})
     start = solution_folder(name)
-    paths = _write_manifests(run, start, manifest, formats) | write_reports(run, start)
+    paths = _write_manifests(run, start, manifest, formats)
+    reports = write_reports(run, start)
     return Solution(
         name=name,
         summary=manifest["solution"],
         formats=formats,
-        paths=paths,
+        paths=paths | reports.paths,
         shards_used=describe_stopping(run.state.record),
         certainty=certainty,
         sensitivities=run.sensitivities,
         caution=_caution(run, manifest, formats),
+        grave=reports.grave,
         separate_head=run.state.plan.get("separate_head"),
     )
 
@@ -190,7 +226,7 @@ def rewrite_reports(directory: RunDirectory) -> list[str]:
     paths: list[str] = []
     for start in ["", *starts]:
         if directory.exists(f"{start}{MANIFEST_JSON}"):
-            paths.extend(write_reports(run, start).values())
+            paths.extend(write_reports(run, start).paths.values())
     if not paths:
         raise StoreError(f"{directory.uri} has no solution yet; finish the scan first")
     return paths

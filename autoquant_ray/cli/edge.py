@@ -112,6 +112,11 @@ def prints_result(command: Callable[..., Result]) -> Callable[..., None]:
     return decorated
 
 
+def grave_notes(grave: Iterable[str]) -> list[str]:
+    """Reasons not to use a solution, as the last lines that people see."""
+    return [f"grave concern: {' '.join(text.split())}" for text in grave]
+
+
 def show_lines(lines: Iterable[str]) -> None:
     """Print lines on stdout."""
     for line in lines:

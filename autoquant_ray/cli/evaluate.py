@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
+from autoquant_ray.cli.edge import Result, grave_notes, only_ours_on_stdout, prints_result
 from autoquant_ray.cli.options import config_options, given_fields
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.config.files import validate
@@ -44,7 +44,10 @@ def evaluate(run: str, **flags: Any) -> Result:
     return Result(
         json=result.to_json,
         show=show,
-        notes=[f"shard {shard} was left out: {why}" for shard, why in result.left_out.items()],
+        notes=[
+            *grave_notes(result.grave),
+            *(f"shard {shard} was left out: {why}" for shard, why in result.left_out.items()),
+        ],
         exit_code=EXIT_NEEDS_A_LOOK if result.left_out else EXIT_DONE,
     )
 
@@ -95,4 +98,5 @@ def refinement(fields: dict[str, Any], trials: int, seed: int) -> Result:
     return Result(
         json=lambda: result.solution.to_json() | {"refinement": result.to_json()},
         show=lambda: print_refinement(config.run, result),
+        notes=grave_notes(result.solution.grave),
     )

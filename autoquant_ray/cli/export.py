@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from autoquant_ray.export.recipes import TOOLS
 
 RECIPE = "recipe"
 FORMATS = (*LAYOUTS, RECIPE)
+_LONGEST_NOTE = 400
+_SERVED = ("--formats", "NVFP4_DEFAULT_CFG,wfp8_afp8", "--engine", "vllm")
 
 
 @click.command()
@@ -84,7 +88,42 @@ def _export_checkpoint(
         written = export_run(
             RunDirectory(run), out, solution=solution, layout=layout, engine=engine, gpu=gpu
         )
-    return Result(json=written.to_json, show=lambda: show_lines(written.lines()))
+    served = written.served_layouts
+    notes = [] if layout in served else [_unserved_note(run, solution, layout, served)]
+    return Result(json=written.to_json, show=lambda: show_lines(written.lines()), notes=notes)
+
+
+def _unserved_note(run: str, solution: str, layout: str, others: Sequence[str]) -> str:
+    """That no engine serves a checkpoint, and the command that makes one that is served."""
+    from autoquant_ray.allocate.options import SolveOptions
+    from autoquant_ray.report.reproduce import solve_command
+    from autoquant_ray.runs.directory import RunDirectory
+    from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder
+    from autoquant_ray.runs.state import RunState
+    from autoquant_ray.serving.table import ENGINES
+    from autoquant_ray.solve import served_options
+
+    directory = RunDirectory(run)
+    state = RunState.open(directory)
+    unserved = f"warning: none of {', '.join(ENGINES)} serves this {layout} checkpoint as chosen"
+    if others:
+        words = ["autoquant-ray", "export", run, "--format", others[0], "--out", "FOLDER"]
+        words += ["--solution", solution] if solution else []
+        return f"{unserved}; it is served in the other layout: {shlex.join(words)}"
+    budget = directory.read_json(f"{solution_folder(solution)}{MANIFEST_JSON}")["budget"]
+    options = served_options(state, SolveOptions.from_json(budget))
+    if options is None:
+        command = shlex.join(["autoquant-ray", "scan", state.config["model"], *_SERVED])
+        return (
+            f"{unserved}, nor formats of the scan at this budget; scan others, such as: {command}"
+        )
+    start = f"{unserved}; export what this solves, with --solution {options.name}: "
+    command = solve_command(run, options)
+    if len(start + command) > _LONGEST_NOTE:
+        engine = str(options.engine)
+        shorter = shlex.join(["autoquant-ray", "solve", run, "--engine", engine])
+        command = f"{shorter}, with the rest of the solution's budget"
+    return start + command
 
 
 def _export_recipe(

@@ -6,7 +6,7 @@ import math
 
 import click
 
-from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
+from autoquant_ray.cli.edge import Result, grave_notes, only_ours_on_stdout, prints_result
 from autoquant_ray.errors import ConfigError
 
 
@@ -62,7 +62,11 @@ def frontier(
     with only_ours_on_stdout():
         scored = ScoredRun.read(RunState.open(directory))
         solution = solve_scored(scored, smallest_within(scored, target))
-    return Result(json=solution.to_json, show=lambda: print_solution(run, solution))
+    return Result(
+        json=solution.to_json,
+        show=lambda: print_solution(run, solution),
+        notes=grave_notes(solution.grave),
+    )
 
 
 def _target(kl: float | None, increase: str | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
+from autoquant_ray.cli.edge import Result, grave_notes, only_ours_on_stdout, prints_result
 from autoquant_ray.errors import ConfigError
 
 
@@ -51,4 +51,8 @@ def import_(
             solution = import_manifest(file, RunDirectory(out), overwrite=overwrite)
         else:
             solution = import_allocation(file, RunDirectory(str(into)), name)
-    return Result(json=solution.to_json, show=lambda: print_solution(str(out or into), solution))
+    return Result(
+        json=solution.to_json,
+        show=lambda: print_solution(str(out or into), solution),
+        notes=grave_notes(solution.grave),
+    )

@@ -11,7 +11,14 @@ from typing import Any
 import click
 
 from autoquant_ray.cli.compare import compare, nightly, site
-from autoquant_ray.cli.edge import Commands, Result, only_ours_on_stdout, prints_result, show_lines
+from autoquant_ray.cli.edge import (
+    Commands,
+    Result,
+    grave_notes,
+    only_ours_on_stdout,
+    prints_result,
+    show_lines,
+)
 from autoquant_ray.cli.evaluate import evaluate, refine, refinement
 from autoquant_ray.cli.explain import explain
 from autoquant_ray.cli.export import export
@@ -130,7 +137,11 @@ def solve(run: str, num_trials: int | None, **options: Any) -> Result:
         solution = solve_run(RunDirectory(run), budget)
     if num_trials is not None:
         return refinement({"run": run, "solution": solution.name}, num_trials, seed=0)
-    return Result(json=solution.to_json, show=lambda: print_solution(run, solution))
+    return Result(
+        json=solution.to_json,
+        show=lambda: print_solution(run, solution),
+        notes=grave_notes(solution.grave),
+    )
 
 
 @main.command()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from autoquant_ray.cli.compare import night_result
-from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
+from autoquant_ray.cli.edge import Result, grave_notes, only_ours_on_stdout, prints_result
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_A_LOOK, ConfigError
 from autoquant_ray.jobs.file import NightlyJob, ScanJob, SweepJob, load_job, require_runs
@@ -25,7 +25,10 @@ def scan_result(config: ScanConfig, mode: Any, run_id: str | None = None) -> Res
     return Result(
         json=result.solution.to_json,
         show=lambda: print_solution(config.out, result.solution),
-        notes=[f"shard {e['shard']} was left out: {e['reason']}" for e in result.quarantined],
+        notes=[
+            *grave_notes(result.solution.grave),
+            *(f"shard {e['shard']} was left out: {e['reason']}" for e in result.quarantined),
+        ],
         exit_code=EXIT_NEEDS_A_LOOK if result.quarantined else EXIT_DONE,
     )
 

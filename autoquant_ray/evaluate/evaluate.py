@@ -32,12 +32,14 @@ class Evaluation:
         rows: Rows of ``evaluation.parquet``, the solution first.
         left_out: Shards left out -> reason.
         paths: Files written.
+        grave: Reasons why the solution should not be used as it is, one line each.
         audit: The audit, if there was one; the evaluated solution is then the audited one.
     """
 
     rows: list[dict[str, Any]]
     left_out: dict[int, str]
     paths: dict[str, str]
+    grave: list[str]
     audit: Audit | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -113,5 +115,10 @@ def record(
     } | {labels["data_key"]}
     kept = [r for r in before if r["solution"] != labels["solution"] or r["data_key"] not in stale]
     path = directory.write_table(EVALUATION_FILE, [*kept, *rows])
-    paths = {EVALUATION_FILE: path} | write_reports(run, folder)
-    return Evaluation(rows=rows, left_out=dict(measurement.left_out), paths=paths)
+    reports = write_reports(run, folder)
+    return Evaluation(
+        rows=rows,
+        left_out=dict(measurement.left_out),
+        paths={EVALUATION_FILE: path} | reports.paths,
+        grave=reports.grave,
+    )

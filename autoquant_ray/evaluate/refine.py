@@ -10,7 +10,7 @@ from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.evaluate.allocation_search import SearchResult, search_allocations
 from autoquant_ray.evaluate.chosen_on import chosen_also_on, made_from, untouched_shards
-from autoquant_ray.evaluate.evaluate import record
+from autoquant_ray.evaluate.evaluate import Evaluation, record
 from autoquant_ray.evaluate.measurable import measurable
 from autoquant_ray.evaluate.measurement import Measurement, measuring
 from autoquant_ray.evaluate.starting_point import starting_point, write_candidate
@@ -112,14 +112,17 @@ def refine_run(config: EvaluationConfig, num_trials: int, seed: int = 0) -> Refi
             "chosen_on": chosen_also_on(manifest, measurement, num_parts=2),
         }
         solution = write_candidate(run, origin, replace(result.winner, name=name), notes)
-        _record(run, measurement, name, result)
+        solution = replace(solution, grave=_record(run, measurement, name, result).grave)
     return Refinement(solution=solution, **vars(figures))
 
 
-def _record(run: ScoredRun, measurement: Measurement, name: str, result: SearchResult) -> None:
+def _record(
+    run: ScoredRun, measurement: Measurement, name: str, result: SearchResult
+) -> Evaluation:
     """Write the evaluation of the refined solution, beside what it was before."""
     candidates = [replace(result.winner, name=SOLUTION), replace(result.start, name="unrefined")]
-    record(run, measurement, solution_folder(name), candidates, [result.after, result.before])
+    measured = [result.after, result.before]
+    return record(run, measurement, solution_folder(name), candidates, measured)
 
 
 def _figures(result: SearchResult, measurement: Measurement) -> Figures:

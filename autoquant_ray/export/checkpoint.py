@@ -26,6 +26,7 @@ from autoquant_ray.export.source import (
     require_engine,
     require_new_folder,
     require_packable,
+    served_layouts,
 )
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
@@ -43,6 +44,7 @@ class Checkpoint:
         bytes_on_disk: Of all tensors in the folder.
         layers: What layers are called -> how many of them.
         caches: Format of the KV cache -> attentions with it.
+        served_layouts: In which some engine serves the solution as it was chosen.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Checkpoint:
     bytes_on_disk: int
     layers: dict[str, int]
     caches: dict[str, int]
+    served_layouts: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -110,6 +113,7 @@ def export_run(
         bytes_on_disk=stored.total,
         layers=dict(names),
         caches=dict(Counter(name for name in source.caches.values() if name != NONE)),
+        served_layouts=served_layouts(source),
     )
 
 

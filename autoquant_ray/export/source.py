@@ -28,6 +28,7 @@ from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.fused_names import engine_modules
 from autoquant_ray.serving.kv_cache import served_formats as served_caches
 from autoquant_ray.serving.menus import formats_of, require_served
+from autoquant_ray.serving.table import ENGINES
 from autoquant_ray.wording import few
 
 _MOST_NAMES = 4
@@ -185,6 +186,23 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
     for module, group in source.groups.items():
         groups.setdefault(group, []).append(module)
     require_served(groups, chosen, formats_of(source.state.plan), engine, gpu)
+
+
+def served_layouts(source: Source) -> list[str]:
+    """Layouts that hold the solution, and in which an engine serves it on some GPU."""
+    return [
+        layout for layout in LAYOUTS if not _problems(source, layout) and _is_served(source, layout)
+    ]
+
+
+def _is_served(source: Source, layout: str) -> bool:
+    for engine in ENGINES:
+        try:
+            require_engine(source, layout, engine, None)
+        except ConfigError:
+            continue
+        return True
+    return False
 
 
 def _require_formats_apart(source: Source, engine: str) -> None:

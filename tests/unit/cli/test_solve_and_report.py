@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command_line import refusal, run
 
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.evaluate.table import Measured
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.solve import solve_run
 
 
 def test_solve_json_is_the_written_solution(make_run: Any) -> None:
@@ -50,6 +58,79 @@ def test_solve_says_where_a_single_format_is_predicted_too_low(make_run: Any) ->
         assert ("All quantized groups are in wint4_afp16" in report) == has_note
     pins = ("--allow", "*=wint8_aint8")
     assert "note: All" not in run("solve", directory.uri, "--bits", 8.5, *pins).stdout
+
+
+GRAVE = "grave concern: Hardly better than shuffled scores: With scores shuffled among the groups"
+
+
+def test_solve_prints_every_grave_concern_of_its_report_on_a_line(make_run: Any) -> None:
+    directory = make_run()
+    alike = ("--allow", "*=wint8_aint8", "--json")
+    result = run("solve", directory.uri, "--bits", 8.5, *alike)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(GRAVE)
+    assert len(line) <= 400
+    name = json.loads(result.stdout)["name"]
+    report = directory.read_bytes(f"solutions/{name}/report.md").decode()
+    assert report.count("(grave)") == 1
+    assert "grave concern" not in run("solve", directory.uri, "--bits", 16).output
+    assert "(grave)" not in directory.read_bytes("solutions/bits-16.00/report.md").decode()
+
+
+def test_scan_prints_every_grave_concern(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    directory = make_run()
+    options = SolveOptions(bits=8.5, allow={"*": ("wint8_aint8",)})
+    finished = SimpleNamespace(solution=solve_run(directory, options), quarantined=[])
+    module = importlib.import_module("autoquant_ray.scan")
+    monkeypatch.setattr(module, "run_search", lambda *_: finished)
+    result = run("scan", "llama", "--data", "pydoc", "--out", tmp_path / "out", "--bits", 8)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-1].startswith(GRAVE)
+
+
+def test_evaluate_prints_every_grave_concern(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The solution alone breaks the model, and so its rivals are better too."""
+    directory = make_run()
+    solve_run(directory, SolveOptions(bits=6), folder="")
+
+    def measured(candidates: Any, _shards: Any = None) -> list[Measured]:
+        losses = [np.inf, *(0.1 for _ in candidates[1:])]
+        return [
+            Measured(
+                kl_N=np.full(8, loss),
+                kl_S=np.full(4, 2 * loss),
+                loss=8.0,
+                reference_loss=8.0,
+                num_agreeing=8,
+                tokens_S=np.full(4, 2.0),
+            )
+            for loss in losses
+        ]
+
+    @contextmanager
+    def measuring(state: Any, _config: Any) -> Iterator[Any]:
+        yield SimpleNamespace(
+            state=state,
+            facts={"name": "held out", "source": "held out", "num_shards": 4},
+            data_key="key",
+            left_out={},
+            require_lease=lambda: None,
+            measure=measured,
+        )
+
+    module = importlib.import_module("autoquant_ray.evaluate.evaluate")
+    monkeypatch.setattr(module, "measuring", measuring)
+    result = run("evaluate", directory.uri)
+    assert result.exit_code == 0, result.output
+    report = directory.read_bytes("report.md").decode()
+    lines = result.stderr.splitlines()
+    assert len(lines) == report.count("(grave)") >= 1
+    assert any(line.startswith("grave concern: The solution breaks the model: ") for line in lines)
+    assert max(map(len, lines)) <= 400
 
 
 @pytest.mark.parametrize(

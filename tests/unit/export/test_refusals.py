@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,39 @@ def test_command_writes_the_folder_and_says_how_large_it_is(
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2
     assert again.stderr == f"error: --out {out} is not empty; give a new folder\n"
+
+
+UNSERVED = "warning: none of vllm, sglang, trtllm serves this modelopt checkpoint as chosen; "
+
+
+@pytest.mark.parametrize("others", ["wint8_aint8", "MXFP8_DEFAULT_CFG"])
+def test_command_warns_of_a_folder_that_no_engine_serves_and_says_what_mends_it(
+    others: str, solved_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM reads int8 in the other layout, which has no MXFP8; TensorRT-LLM alone mixes these."""
+    monkeypatch.chdir(tmp_path)
+    by_token = "FP8_PER_CHANNEL_PER_TOKEN_CFG"
+    directory, _, _ = solved_run("llama", {}, ("wfp8_afp8", others, by_token))
+    allow = {"*.q_proj": ("wfp8_afp8",), "*mlp*": (others,), "*.o_proj": (by_token,)}
+    chosen = solve_run(directory, SolveOptions(bits=8.3, allow=allow)).name
+    arguments = ["export", directory.uri, "--out", "out", "--solution", chosen]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith(UNSERVED)
+    assert len(warning) <= 400
+    words = shlex.split(warning.rpartition(": ")[2])
+    if others == "wint8_aint8":
+        assert words[:2] == ["autoquant-ray", "export"]
+    else:
+        assert words[:2] == ["autoquant-ray", "solve"]
+        assert CliRunner().invoke(main, words[1:]).exit_code == 0
+        solution = warning.split("--solution ")[1].split(": ")[0]
+        words = ["", "export", directory.uri, "--out", "FOLDER", "--solution", solution]
+    mended = CliRunner().invoke(main, words[1:])
+    assert mended.exit_code == 0, mended.output
+    assert "warning: none of" not in mended.stderr
+    assert (tmp_path / "FOLDER" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
