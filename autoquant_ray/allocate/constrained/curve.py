@@ -21,6 +21,7 @@ from autoquant_ray.allocate.frontier import (
     Point,
     frontier_options,
     mark_knee,
+    reachable_bits,
     sweep_points,
 )
 from autoquant_ray.allocate.group_choices import Scores
@@ -93,13 +94,15 @@ def curve_of(run: ScoredRun, options: SolveOptions, formats: Mapping[str, str]) 
     if kept is not None:
         points = _constrained_points(run, kept)
     else:
-        swept = sweep_points(run.problem, run.scores, ties_of(run.problem, options))
-        points = _points_of_file(run, swept) or swept
+        points = _points_of_file(run)
+        if len(points) < NUM_POINTS / 2:  # few sizes, or a file of an earlier version
+            swept = sweep_points(run.problem, run.scores, ties_of(run.problem, options))
+            points = points if len(points) >= len(swept) / 2 else swept
     return _with_size_of(run, options if kept is None else kept, formats, points)
 
 
-def _points_of_file(run: ScoredRun, swept: Sequence[Point]) -> list[Point]:
-    """The exact points of ``frontier.parquet``; none where it holds another or a shortened curve.
+def _points_of_file(run: ScoredRun) -> list[Point]:
+    """The exact points of ``frontier.parquet``; none where it holds other sizes.
 
     Earlier versions wrote as few points as were asked for, and counted a tied head otherwise.
     """
@@ -107,9 +110,11 @@ def _points_of_file(run: ScoredRun, swept: Sequence[Point]) -> list[Point]:
         return []
     rows = run.state.directory.read_table(FRONTIER_FILE).to_pylist()
     points = [Point(**row) for row in rows]
-    is_short = len(points) < len(swept) / 2 or not points
-    ends = [(line[0].effective_bits, line[-1].effective_bits) for line in (points or swept, swept)]
-    return [] if is_short or not np.allclose(ends[0], ends[1], rtol=1e-9) else points
+    ends = reachable_bits(
+        run.problem, ties_of(run.problem, frontier_options(run, UNQUANTIZED_BITS))
+    )
+    stored = [point.effective_bits for point in (points[:1] + points[-1:])]
+    return points if points and np.allclose(stored, ends, rtol=1e-9) else []
 
 
 def _constrained_points(run: ScoredRun, kept: SolveOptions) -> list[Point]:
