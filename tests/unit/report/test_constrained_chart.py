@@ -15,7 +15,8 @@ from scored_run import put_scored_run
 from step_by_hand import card
 
 from autoquant_ray.allocate.constrained.curve import loss_of
-from autoquant_ray.allocate.frontier import find_knee, frontier_of
+from autoquant_ray.allocate.domains import solve_domains
+from autoquant_ray.allocate.frontier import find_knee, frontier_of, rounded_up
 from autoquant_ray.allocate.load import Latency
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun, options_of, solution_formats
@@ -197,12 +198,16 @@ def test_plan_for_domains_is_drawn_by_what_it_makes_least(make_run: Any) -> None
     options = SolveOptions(bits=6.3, domains={"code": 0.9, "chat": 0.1})
     solution = solve_run(directory, options)
     folder = f"solutions/{solution.name}/"
-    _, plan = curve_and_plan(content_of(directory, folder))
+    curve, plan = curve_and_plan(content_of(directory, folder))
     run = ScoredRun.read(RunState.open(directory))
     formats = solution_formats(run.state, folder, run.problem)
     manifest = directory.read_json(f"{folder}manifest.json")
     assert plan.loss == manifest["solution"]["score"]
     assert plan.loss == pytest.approx(loss_of(run, options_of(manifest))(formats), rel=1e-12)
     assert plan.loss != pytest.approx(manifest["solution"]["predicted_kl_nats"], rel=1e-6)
+    for dot in curve:
+        of_size = options.replaced(bits=rounded_up(dot.bits))
+        best = solve_domains(run.state, run.problem, run.scores, of_size).score
+        assert dot.loss == pytest.approx(best, rel=1e-9)
     page = directory.read_bytes(f"{folder}report.html").decode()
     assert "weighted predicted KL of the domains, nats per token" in page
