@@ -95,7 +95,9 @@ class SolveOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: Annotated[float | None, Written(part=_bits_part)] = Field(
-        default=None, description="Budget: average stored bits per searched weight."
+        default=None,
+        description="Budget: average stored bits per searched weight; a tied head's weights are "
+        "not among them, and what quantizing it adds is.",
     )
     bytes: Annotated[
         int | None,

@@ -74,7 +74,11 @@ class ScanConfig(SearchSpace):
         "considered. Calibration still reads all shards. Default: score all shards.",
     )
     bits: float | None = Field(
-        default=None, gt=0, le=16, description="Budget: average stored bits per searched weight."
+        default=None,
+        gt=0,
+        le=16,
+        description="Budget: average stored bits per searched weight; a tied head's weights are "
+        "not among them, and what quantizing it adds is.",
     )
     bytes: int | None = Field(
         default=None, description="Budget: bytes of the whole model's weights, e.g. 2.5GiB."
