@@ -7,7 +7,7 @@ weights alone. Its scores, its solver and its calibration, on the samples of a s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.data.samples import token_ids
 from autoquant_ray.evaluate.table import Measured
+from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton, load_model
-from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.group import UNQUANTIZED_BITS
+from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.stages.shards import tasks_of
 
 _INT4, _INT8, _FP8 = "INT4_AWQ_CFG", "INT8_WEIGHT_ONLY_CFG", "wfp8_afp16"
@@ -56,7 +58,7 @@ def select(scored: ScoredRun, bits: float) -> Selection:
 
     Args:
         scored: A scan; its model and its samples are used.
-        bits: ModelOpt's ``effective_bits``.
+        bits: Average over the searched layers; ModelOpt's ``effective_bits`` counts the others too.
     """
     import modelopt.torch.quantization as mtq
 
@@ -69,9 +71,14 @@ def select(scored: ScoredRun, bits: float) -> Selection:
     def loss_func(output: Any, ids: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
 
+    formats = {f.name: f for f in resolve_formats(tuple(_STORED.values()), device="cpu")}
+    plan = build_plan(build_skeleton(ref), list(formats.values()), scan.disable)
+    searched = sum(group.num_weights for group in plan.searched)
+    everything = sum(group.num_weights for group in plan.groups)
+    wanted = (bits * searched + UNQUANTIZED_BITS * (everything - searched)) / everything
     _, state = mtq.auto_quantize(
         model,
-        constraints={"effective_bits": bits},
+        constraints={"effective_bits": wanted},
         quantization_formats=[modelopt_format(name) for name in _STORED],
         data_loader=[torch.tensor([sample]) for sample in samples],
         forward_step=lambda model, ids: model(input_ids=ids, use_cache=False),
@@ -81,7 +88,7 @@ def select(scored: ScoredRun, bits: float) -> Selection:
         disabled_layers=[f"*{name}*" for name in scan.disable] or None,
         verbose=False,
     )
-    return Selection(model=model, reference=reference, candidate=_candidate(state, ref, scan))
+    return Selection(model=model, reference=reference, candidate=_candidate(state, plan, formats))
 
 
 def ids_of(sample: Any) -> list[int]:
@@ -96,10 +103,8 @@ def untied(model: Any) -> Any:
     return model
 
 
-def _candidate(state: Any, ref: Any, scan: ScanConfig) -> Candidate:
+def _candidate(state: Any, plan: Plan, formats: Mapping[str, Format]) -> Candidate:
     """The selection in our terms: its formats, and the bytes that it stores."""
-    formats = {f.name: f for f in resolve_formats(tuple(_STORED.values()), device="cpu")}
-    plan = build_plan(build_skeleton(ref), list(formats.values()), scan.disable)
     chosen = {}
     for name, recipe in state["best"]["recipe"].items():
         chosen[name.removesuffix(".quant_recipe")] = _stored_format(str(recipe))
