@@ -1,9 +1,9 @@
-"""How long an allocation takes, from choices in memory, and how far from proven best it may be.
+"""How long the commands after a scan take: ``solve``, ``explain``, ``frontier`` and ``report``.
 
-Weights come in a few sizes, as in real models; in ``experts`` 24 of 25 groups have one size.
-Scores follow size x 4^-bits with lognormal noise (sd 1.5), or with noise of a millionth, or spread
-over twelve orders of magnitude; or they depend on the format alone, up to a thousandth. Prints one
-line per case and the machine as the last line of JSON.
+Writes synthetic runs and starts each command as a user does, on one core: seconds of the whole
+process, those beyond the start of Python and its imports, and the peak of its memory. Runs with
+experts apart have layers of four groups and 96 experts. Prints a row per command and size, then by
+which power of the number of groups the seconds grow; the last line is JSON.
 
     python benchmarks/allocation.py
 """
@@ -12,127 +12,112 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from machine import describe_machine
+from synthetic_run import BITS, write_run
 
-from autoquant_ray.allocate.allocation import (
-    Budget,
-    Choice,
-    frontier,
-    frontier_allocation,
-    frontier_allocations,
-    solve,
+CASES = ((500, 13, 0), (1_000, 12, 96), (20_000, 12, 96))
+"""Groups, choices of each, experts of a layer."""
+_IMPORTS = (
+    "import autoquant_ray.cli.main, autoquant_ray.solve, autoquant_ray.cli.output, "
+    "autoquant_ray.allocate.certainty.explain, autoquant_ray.allocate.frontier"
 )
-from autoquant_ray.allocate.certainty.resampling import allocate
-from autoquant_ray.allocate.knapsack.knapsack import Knapsack
-
-Floats = npt.NDArray[np.float64]
-
-SIZES = (2**20, 2**22, 3 * 2**21, 2**24)
-BUDGETS = (4.5, 6.0, 8.0)
-CASES = [
-    (250, 13, "noisy", "few"),
-    (2_000, 13, "noisy", "few"),
-    (50_000, 12, "noisy", "few"),
-    (50_000, 12, "noisy", "experts"),
-    (50_000, 12, "nearly equal", "few"),
-    (50_000, 12, "nearly equal", "experts"),
-    (50_000, 12, "same for all sizes", "experts"),
-    (50_000, 12, "twelve orders", "few"),
-    (50_000, 12, "twelve orders", "experts"),
-]
 
 
 def main() -> None:
-    """Time the cases."""
-    argparse.ArgumentParser(
+    """Run the commands on every case."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    for num_groups, num_formats, law, sizes in CASES:
-        scores_GF, costs_GF = make_arrays(num_groups, num_formats, law, sizes)
-        choices = make_choices(scores_GF, costs_GF)
-        for bits in BUDGETS:
-            time_solve(f"{num_groups} x {num_formats}, {law}, {sizes} sizes", choices, bits)
-        del choices
-    time_frontier(*make_arrays(250, 13, "noisy", "few"))
-    print(json.dumps(describe_machine()))
-
-
-def time_solve(name: str, choices: list[Choice], bits: float) -> None:
-    """Solve for one budget."""
-    unit = sum(c.costs["storage"] for c in choices if c.format == "f0") / 4
-    budget = Budget(
-        resource="storage", limit=bits * unit, unit_per_bit=unit, description=f"--bits {bits}"
     )
-    start = time.perf_counter()
-    allocation = solve(choices, [budget])
-    seconds = time.perf_counter() - start
-    print(f"{name}, {bits} bits: {seconds:.3f} s, gap {allocation.optimality_gap:.1e}", flush=True)
-
-
-def time_frontier(scores_GF: Floats, costs_GF: Floats) -> None:
-    """Many budgets, the whole frontier, and one budget for many resampled scores."""
-    choices = make_choices(scores_GF, costs_GF)
-    name, unit = f"{len(scores_GF)} x {scores_GF.shape[1]}", float(costs_GF[:, 0].sum()) / 4
-    limits = (np.linspace(4, 16, 200) * unit).tolist()
-    start = time.perf_counter()
-    for limit in limits:
-        frontier_allocation(choices, "storage", limit)
-    print(f"{name}, 200 budgets one by one: {time.perf_counter() - start:.3f} s")
-    start = time.perf_counter()
-    frontier_allocations(choices, "storage", limits)
-    print(f"{name}, 200 budgets at once: {time.perf_counter() - start:.3f} s")
-    start = time.perf_counter()
-    points = frontier(choices, "storage")
-    print(f"{name}, whole frontier ({len(points)} points): {time.perf_counter() - start:.3f} s")
-    noise_BGF = np.random.default_rng(1).lognormal(0.0, 0.2, (200, *scores_GF.shape))
-    start = time.perf_counter()
-    for noise_GF in noise_BGF:
-        allocate(
-            Knapsack(
-                scores_GF=scores_GF * noise_GF,
-                costs_RGF=costs_GF[None],
-                limits_R=np.array([6 * unit]),
+    parser.add_argument("--shards", type=int, default=16, help="Shards of the runs.")
+    parser.add_argument("--only", nargs="+", default=[], help="Commands to run; all by default.")
+    options = parser.parse_args()
+    start = min(timed([sys.executable, "-c", _IMPORTS])["seconds"] for _ in range(3))
+    print(f"start and imports: {start:.2f} s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for num_groups, num_choices, experts in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            run = f"{folder}/run"
+            write_run(
+                run, num_groups, num_choices, num_shards=options.shards, experts_per_layer=experts
             )
+            for name, words in commands(run).items():
+                if options.only and name not in options.only:
+                    continue
+                row = timed([sys.executable, "-m", "autoquant_ray", *words])
+                row |= {"command": name, "groups": num_groups, "choices": num_choices}
+                row["seconds_beyond_start"] = row["seconds"] - start
+                rows.append(row)
+                print(described(row), flush=True)
+    for name, power in growth(rows).items():
+        print(f"{name}: seconds beyond the start grow with groups to the power of {power:.2f}")
+    facts = {"start_seconds": start, "growth": growth(rows), "rows": rows}
+    print(json.dumps({**describe_machine(), **facts}))
+
+
+def commands(run: str) -> dict[str, list[str]]:
+    """Name -> words of a command, in the order in which a user runs them."""
+    middle = "model.layers.2.mlp.down_proj"
+    return {
+        "solve": ["solve", run, "--bits", str(BITS)],
+        "explain": ["explain", run, middle, "--solution", f"bits-{BITS:.2f}"],
+        "report": ["report", run],
+        "frontier": ["frontier", run, "--points", "64"],
+        "report with frontier": ["report", run],
+    }
+
+
+def timed(words: list[str]) -> dict[str, float]:
+    """Run a process on one core: seconds of its CPU and of the clock, peak memory in GiB."""
+    start = time.perf_counter()
+    core = min(os.sched_getaffinity(0))
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            words,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
-    print(f"{name}, 200 resamples at 6.0 bits: {time.perf_counter() - start:.3f} s")
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            output.seek(0)
+            raise SystemExit(f"{words} failed:\n{output.read().decode()}")
+    return {
+        "seconds": usage.ru_utime + usage.ru_stime,
+        "clock_seconds": time.perf_counter() - start,
+        "peak_gib": usage.ru_maxrss / 2**20,
+    }
 
 
-def make_arrays(num_groups: int, num_formats: int, law: str, sizes: str) -> tuple[Floats, Floats]:
-    """Scores and costs (G, F) of 4 to 16 bits; the last format loses nothing."""
-    generator = np.random.default_rng(0)
-    bits_F = np.linspace(4, 16, num_formats)
-    sizes_G1 = generator.choice(SIZES, size=(num_groups, 1)).astype(float)
-    if sizes == "experts":
-        sizes_G1[np.arange(num_groups) % 25 != 0] = 3 * 2**19
-    scores_GF = 1e-9 * sizes_G1 * 4.0**-bits_F
-    shape = scores_GF.shape
-    if law == "noisy":
-        scores_GF *= generator.lognormal(0.0, 1.5, shape)
-    elif law == "nearly equal":
-        scores_GF *= 1 + 1e-6 * generator.random(shape)
-    elif law == "same for all sizes":
-        scores_GF = 1e-3 * 4.0**-bits_F * (1 + 1e-3 * generator.random(shape))
-    elif law == "twelve orders":
-        scores_GF *= 10.0 ** generator.uniform(-12, 0, shape)
-    scores_GF[:, -1] = 0.0
-    return scores_GF, sizes_G1 * bits_F / 8
+def described(row: dict[str, Any]) -> str:
+    """A row for people."""
+    return (
+        f"{row['groups']:6d} x {row['choices']}, {row['command']:20s} {row['seconds']:7.2f} s, "
+        f"{row['seconds_beyond_start']:7.2f} s beyond the start, {row['peak_gib']:.2f} GiB"
+    )
 
 
-def make_choices(scores_GF: Floats, costs_GF: Floats) -> list[Choice]:
-    """The same as choices."""
-    return [
-        Choice(
-            group=f"group{g}",
-            format=f"f{f}",
-            score=float(score),
-            costs={"storage": float(costs_GF[g, f])},
-        )
-        for (g, f), score in np.ndenumerate(scores_GF)
-    ]
+def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Command -> power of the number of groups, between the runs with experts apart."""
+    seconds = {
+        (row["command"], row["groups"]): max(row["seconds_beyond_start"], 0.01)
+        for row in rows
+        if row["choices"] == CASES[-1][1]
+    }
+    few, many = CASES[1][0], CASES[2][0]
+    return {
+        name: math.log(seconds[name, many] / seconds[name, few]) / math.log(many / few)
+        for name, groups in seconds
+        if groups == many
+    }
 
 
 if __name__ == "__main__":

@@ -12,35 +12,18 @@ This module holds names, checks and error texts; it knows nothing of models, bit
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from autoquant_ray.allocate.knapsack.choices import AnyChoices, as_choices
 from autoquant_ray.allocate.knapsack.greedy import frontier_points, relax
 from autoquant_ray.allocate.knapsack.knapsack import SLACK, Answer, Knapsack, sweep
 from autoquant_ray.allocate.knapsack.solve import reachable, solve_knapsack
-from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, ScoreError
+from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One format of one group.
-
-    Attributes:
-        score: Quality lost, in nats per token, >= 0.
-        costs: Cost per resource, in the resource's own unit, >= 0.
-    """
-
-    group: str
-    format: str
-    score: float
-    costs: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +31,7 @@ class Budget:
     """The summed cost of one resource must not exceed a limit.
 
     Attributes:
-        resource: Key in :attr:`Choice.costs`.
+        resource: Key in :attr:`~autoquant_ray.allocate.knapsack.choices.Choice.costs`.
         limit: In the resource's unit. Meeting it exactly counts as met.
         unit_per_bit: Cost of one average bit; error texts then speak of bits. None: of bytes.
         description: How the user wrote it, with the option between back quotes.
@@ -87,49 +70,8 @@ class Allocation:
     is_satisfied: bool
 
 
-def restrict(
-    choices: Sequence[Choice], pins: Mapping[str, str], allow: Mapping[str, Sequence[str]]
-) -> list[Choice]:
-    """Keep the choices that the user's constraints leave.
-
-    Args:
-        choices: All choices.
-        pins: Group -> the one format that it must get.
-        allow: Pattern (``fnmatch``) of group names -> formats allowed there. A group that several
-            patterns match gets only what all of them allow. ``none`` is a format like any other.
-
-    Raises:
-        ConfigError: A group, a format or a pattern is unknown, or a group has no format left.
-    """
-    groups = list(dict.fromkeys(choice.group for choice in choices))
-    formats = {choice.format for choice in choices}
-    allowed: dict[str, set[str]] = {}
-    for pattern, names in allow.items():
-        matched = fnmatch.filter(groups, pattern)
-        if not matched:
-            raise ConfigError(
-                _unknown(f"no group matches the pattern {pattern!r}", pattern, groups)
-            )
-        for name in names:
-            _check_known(f"format {name!r} allowed for {pattern!r}", name, formats)
-        for group in matched:
-            allowed[group] = allowed.get(group, formats) & set(names)
-    for group, name in pins.items():
-        _check_known(f"pinned group {group!r}", group, groups)
-        of_group = [choice.format for choice in choices if choice.group == group]
-        _check_known(f"format {name!r} pinned for group {group!r}", name, of_group)
-        allowed[group] = allowed.get(group, formats) & {name}
-    kept = [c for c in choices if c.group not in allowed or c.format in allowed[c.group]]
-    left = {choice.group for choice in kept}
-    for group in groups:
-        if group not in left:
-            constraints = "the pinned and allowed formats; allow one of its formats"
-            raise ConfigError(f"group {group!r} has no format left after {constraints}")
-    return kept
-
-
 def solve(
-    choices: Sequence[Choice], budgets: Sequence[Budget], *, max_formats: int | None = None
+    choices: AnyChoices, budgets: Sequence[Budget], *, max_formats: int | None = None
 ) -> Allocation:
     """Choose one format per group: least summed score within all budgets.
 
@@ -159,7 +101,7 @@ def solve(
     return table.allocation(knapsack, answer)
 
 
-def frontier(choices: Sequence[Choice], resource: str) -> list[tuple[float, float]]:
+def frontier(choices: AnyChoices, resource: str) -> list[tuple[float, float]]:
     """Points (summed cost, summed score) of the lower convex hull, cheapest first.
 
     Each point is the best allocation at its cost. :func:`frontier_allocation` with a point's
@@ -173,7 +115,7 @@ def frontier(choices: Sequence[Choice], resource: str) -> list[tuple[float, floa
     return frontier_points(knapsack)
 
 
-def frontier_allocation(choices: Sequence[Choice], resource: str, limit: float) -> Allocation:
+def frontier_allocation(choices: AnyChoices, resource: str, limit: float) -> Allocation:
     """The last allocation on the frontier within a limit: fast, and not exact between points.
 
     Raises:
@@ -185,7 +127,7 @@ def frontier_allocation(choices: Sequence[Choice], resource: str, limit: float) 
 
 
 def frontier_allocations(
-    choices: Sequence[Choice], resource: str, limits: Sequence[float]
+    choices: AnyChoices, resource: str, limits: Sequence[float]
 ) -> list[Allocation]:
     """:func:`frontier_allocation` for many limits at once, from one sweep.
 
@@ -216,30 +158,24 @@ class _Table:
     everything: Knapsack
 
     @classmethod
-    def of(cls, choices: Sequence[Choice], wanted: Sequence[str]) -> _Table:
+    def of(cls, choices: AnyChoices, wanted: Sequence[str]) -> _Table:
         """Check the choices and lay them out."""
-        if not choices:
+        table = as_choices(choices).with_used_formats()
+        if not table.groups:
             raise ConfigError("there are no choices: the search has no group with a format")
-        resources = list(dict.fromkeys((*wanted, *(name for c in choices for name in c.costs))))
-        for choice in choices:
-            _check_numbers(choice, resources)
-        rows = {g: i for i, g in enumerate(dict.fromkeys(c.group for c in choices))}
-        columns = {f: i for i, f in enumerate(dict.fromkeys(c.format for c in choices))}
-        scores_GF = np.full((len(rows), len(columns)), np.inf)
-        costs_RGF = np.zeros((len(resources), len(rows), len(columns)))
-        at = ([rows[c.group] for c in choices], [columns[c.format] for c in choices])
-        scores_GF[at] = [c.score for c in choices]
-        for number, resource in enumerate(resources):
-            costs_RGF[number][at] = [c.costs[resource] for c in choices]
-        if np.isfinite(scores_GF).sum() < len(choices):
-            pairs = Counter((c.group, c.format) for c in choices)
-            (group, format_), _ = pairs.most_common(1)[0]
-            raise ConfigError(f"group {group!r} has format {format_!r} more than once")
+        resources = list(dict.fromkeys((*wanted, *table.costs)))
+        table.require_numbers(resources)
+        shape = (len(resources), *table.has_GF.shape)
         everything = Knapsack(
-            scores_GF=scores_GF, costs_RGF=costs_RGF, limits_R=np.full(len(resources), np.inf)
+            scores_GF=table.scores_GF,
+            costs_RGF=np.array([table.costs[name] for name in resources]).reshape(shape),
+            limits_R=np.full(len(resources), np.inf),
         )
         return cls(
-            groups=list(rows), formats=list(columns), resources=resources, everything=everything
+            groups=list(table.groups),
+            formats=list(table.formats),
+            resources=resources,
+            everything=everything,
         )
 
     def limited(self, limits: Sequence[tuple[str, float]]) -> Knapsack:
@@ -263,29 +199,6 @@ class _Table:
             optimality_gap=answer.gap,
             is_satisfied=knapsack.is_within(answer.columns_G),
         )
-
-
-def _check_numbers(choice: Choice, resources: list[str]) -> None:
-    """Refuse a score or a cost that is missing, negative or not finite."""
-    if not 0 <= choice.score < math.inf:
-        named = f"group {choice.group!r}, format {choice.format!r}"
-        raise ScoreError(f"{named}: the score must be finite and >= 0, not {choice.score}")
-    for resource in resources:
-        cost = choice.costs.get(resource)
-        if cost is None or not 0 <= cost < math.inf:
-            named = f"group {choice.group!r}, format {choice.format!r}"
-            raise ScoreError(f"{named}: the cost {resource!r} must be finite and >= 0, not {cost}")
-
-
-def _check_known(subject: str, name: str, valid_names: Iterable[str]) -> None:
-    if name not in (names := sorted(set(valid_names))):
-        raise ConfigError(_unknown(f"{subject} does not exist", name, names))
-
-
-def _unknown(complaint: str, name: str, valid_names: Iterable[str]) -> str:
-    names = sorted(valid_names)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-    return f"{complaint}; closest: {', '.join(close)}"
 
 
 _GIB, _MIB = 2**30, 2**20

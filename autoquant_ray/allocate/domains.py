@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from autoquant_ray.allocate import allocation as allocations
-from autoquant_ray.allocate.allocation import Allocation, Budget, Choice
+from autoquant_ray.allocate.allocation import Allocation, Budget
 from autoquant_ray.allocate.group_choices import Scores
+from autoquant_ray.allocate.knapsack.choices import Choices
 from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.knapsack.worst import solve_worst
 from autoquant_ray.allocate.losses import predicted_loss
@@ -134,56 +135,33 @@ def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions)
             f"`worst_domain` cannot be solved for {whom}: one format for {few(ties[0], 2)}; weigh "
             "the domains with `domains`"
         )
-    choices = allowed_choices(problem, equal, options)
+    choices = allowed_choices(problem, equal, options).with_used_formats()
     budgets = problem.budgets(options)
-    groups = list(dict.fromkeys(choice.group for choice in choices))
-    formats = list(dict.fromkeys(choice.format for choice in choices))
     knapsack, scores_DGF = _domain_arrays(choices, budgets, domains)
-    free = formats.index(NONE) if NONE in formats else None
+    free = choices.formats.index(NONE) if NONE in choices.formats else None
     answer = solve_worst(knapsack, scores_DGF, options.max_formats, free)
     if answer is None:
         return search(problem, equal, options)  # raises, with the reachable range
-    chosen = dict(zip(groups, (formats[column] for column in answer.columns_G), strict=True))
-    taken = [choice for choice in choices if choice.format == chosen[choice.group]]
-    allocation = allocations.solve(taken, budgets)
+    taken_GF = np.arange(len(choices.formats)) == answer.columns_G[:, None]
+    allocation = allocations.solve(choices.keep(taken_GF), budgets)
     return replace(allocation, score=answer.score, optimality_gap=answer.gap)
 
 
 def _domain_arrays(
-    choices: Sequence[Choice], budgets: Sequence[Budget], domains: DomainScores
+    choices: Choices, budgets: Sequence[Budget], domains: DomainScores
 ) -> tuple[Knapsack, Floats]:
-    """A knapsack without losses, and the loss of every choice in each domain (D, G, F).
-
-    Groups and formats stand in the order in which the choices name them.
-    """
-    groups = list(dict.fromkeys(choice.group for choice in choices))
-    formats = list(dict.fromkeys(choice.format for choice in choices))
-    table = {(choice.group, choice.format): choice for choice in choices}
-
-    def array(values: Mapping[tuple[str, str], float], missing: float) -> Floats:
-        keys = [[(group, name) for name in formats] for group in groups]
-        return np.array([[values.get(key, missing) for key in row] for row in keys], np.float64)
-
-    costs_RGF = [
-        array({key: choice.costs[budget.resource] for key, choice in table.items()}, 0.0)
-        for budget in budgets
-    ]
-    scores_DGF = np.stack(
-        [
-            array({key: _score(choice, scores) for key, choice in table.items()}, np.inf)
-            for scores in domains.scores.values()
-        ]
-    )
+    """A knapsack without losses, and the loss of every choice in each domain (D, G, F)."""
+    cells = np.argwhere(choices.has_GF).tolist()
+    keys = [(choices.groups[row], choices.formats[column]) for row, column in cells]
+    scores_DGF = np.full((len(domains.scores), *choices.has_GF.shape), np.inf)
+    for scores_GF, scores in zip(scores_DGF, domains.scores.values(), strict=True):
+        scores_GF[choices.has_GF] = [0.0 if key[1] == NONE else scores[key] for key in keys]
     knapsack = Knapsack(
-        scores_GF=np.where(np.isfinite(scores_DGF[0]), 0.0, np.inf),
-        costs_RGF=np.stack(costs_RGF),
+        scores_GF=np.where(choices.has_GF, 0.0, np.inf),
+        costs_RGF=np.stack([choices.costs[budget.resource] for budget in budgets]),
         limits_R=np.array([float(budget.limit) for budget in budgets]),
     )
     return knapsack, scores_DGF
-
-
-def _score(choice: Choice, scores: Scores) -> float:
-    return 0.0 if choice.format == NONE else scores[choice.group, choice.format]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ Between the steps of the sweep an allocation is not the best one for its size, o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search, ties_of
 from autoquant_ray.allocate.ties import Ties, merged, spread
+from autoquant_ray.arrays import Floats
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
@@ -138,17 +139,16 @@ def reachable_bits(problem: Problem, ties: Ties = ()) -> tuple[float, float]:
         problem: Groups with their costs.
         ties: Groups that share a format.
     """
-    nothing = {(group.name, name): 0.0 for group in problem.searched for name in group.rows}
-    costs: dict[str, list[float]] = {}
-    for choice in merged(problem.choices(nothing), ties):
-        if not problem.groups[choice.group].is_tied:
-            costs.setdefault(choice.group, []).append(choice.costs["storage"])
+    choices = merged(problem.choices(None), ties)
+    is_stored = [not problem.groups[group].is_tied for group in choices.groups]
+    cost_GF, has_GF = choices.costs["storage"][is_stored], choices.has_GF[is_stored]
     weights = sum(group.weights("storage") for group in problem.searched)
 
-    def average(choose: Callable[[Sequence[float]], float]) -> float:
-        return BITS_PER_BYTE * math.fsum(map(choose, costs.values())) / weights
+    def average(costs_G: Floats) -> float:
+        return BITS_PER_BYTE * math.fsum(costs_G.tolist()) / weights
 
-    return rounded_up(average(min)), average(max)
+    least_G = np.where(has_GF, cost_GF, np.inf).min(axis=1)
+    return rounded_up(average(least_G)), average(cost_GF.max(axis=1))
 
 
 def rounded_up(bits: float) -> float:

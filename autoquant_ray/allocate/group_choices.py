@@ -1,11 +1,19 @@
-"""One group as a choice of formats, each with its costs."""
+"""One group as a choice of formats, each with its costs; and all groups as arrays.
+
+Shapes: G groups, F formats, K (group, format).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+
+from autoquant_ray.allocate.knapsack.choices import Choices
+from autoquant_ray.arrays import Floats, Indices, Mask
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.formats.method_names import same_or_plain
@@ -81,3 +89,98 @@ class GroupChoices:
             return 0.0
         share = (self.active_share or 0.0) if resource == ACTIVE_MOE else 1.0
         return self.num_weights * share
+
+
+class Menus:
+    """Names, formats and costs of groups as arrays, made when first asked for.
+
+    All searches of a problem share them.
+
+    Args:
+        groups: In the order of the rows.
+    """
+
+    def __init__(self, groups: Sequence[GroupChoices]) -> None:
+        self._groups = groups
+        self._costs: dict[str, Floats] = {}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the groups."""
+        return [group.name for group in self._groups]
+
+    @cached_property
+    def formats(self) -> list[str]:
+        """Formats of all groups, in the order in which groups name them."""
+        return list(dict.fromkeys(format_ for group in self._groups for format_ in group.rows))
+
+    @cached_property
+    def columns(self) -> dict[str, int]:
+        """Format -> column."""
+        return {name: column for column, name in enumerate(self.formats)}
+
+    @cached_property
+    def has_GF(self) -> Mask:
+        """Which group has which format."""
+        has_GF = np.zeros((len(self._groups), len(self.formats)), dtype=np.bool_)
+        has_GF[self._at] = True
+        return has_GF
+
+    @cached_property
+    def _at(self) -> tuple[Indices, Indices]:
+        """Rows and columns of all (group, format)."""
+        counts = [len(group.rows) for group in self._groups]
+        columns_K = [self.columns[format_] for group in self._groups for format_ in group.rows]
+        return np.repeat(np.arange(len(counts)), counts), np.array(columns_K, dtype=np.intp)
+
+    @cached_property
+    def _scored_keys(self) -> list[tuple[str, str]]:
+        """All (group, format) that have a score: all but 16 bits."""
+        return [(g.name, format_) for g in self._groups for format_ in g.rows if format_ != NONE]
+
+    def cost(self, resource: str) -> Floats:
+        """Costs (G, F) of a resource in its own unit; 0 where a group lacks a format."""
+        if resource not in self._costs:
+            cost_GF = np.zeros(self.has_GF.shape)
+            cost_GF[self._at] = [
+                group.cost(format_, resource) for group in self._groups for format_ in group.rows
+            ]
+            self._costs[resource] = cost_GF
+        return self._costs[resource]
+
+    def scores(self, scores: Scores | None) -> Floats:
+        """Scores (G, F): 0 for 16 bits, inf where a group lacks a format.
+
+        Args:
+            scores: (group, format) -> nats per token; None: everything loses nothing.
+        """
+        scores_GF = np.where(self.has_GF, 0.0, np.inf)
+        if scores is not None:
+            rows_K, columns_K = self._at
+            is_scored_K = columns_K != self.columns.get(NONE, -1)
+            values_K = [scores[key] for key in self._scored_keys]
+            scores_GF[rows_K[is_scored_K], columns_K[is_scored_K]] = values_K
+        return scores_GF
+
+    def choices(self, scores: Scores | None, resources: Sequence[str]) -> Choices:
+        """Everything that may be chosen.
+
+        Args:
+            scores: As in :meth:`scores`.
+            resources: Costs that every choice has.
+        """
+        return Choices(
+            groups=self.names,
+            formats=self.formats,
+            has_GF=self.has_GF,
+            scores_GF=self.scores(scores),
+            costs={resource: self.cost(resource) for resource in resources},
+        )
+
+    def columns_of(self, formats: Mapping[str, str]) -> Indices:
+        """The column (G,) of each group's format.
+
+        Args:
+            formats: Group -> format.
+        """
+        return np.array([self.columns[formats[name]] for name in self.names], dtype=np.intp)

@@ -13,13 +13,20 @@ over.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from autoquant_ray.allocate.allocation import Budget, Choice
+from autoquant_ray.allocate.allocation import Budget
 from autoquant_ray.allocate.expert_clusters import Experts
-from autoquant_ray.allocate.group_choices import ACTIVE_MOE, RESOURCES, GroupChoices
+from autoquant_ray.allocate.group_choices import (
+    ACTIVE_MOE,
+    RESOURCES,
+    GroupChoices,
+    Menus,
+    Scores,
+)
+from autoquant_ray.allocate.knapsack.choices import Choices
 from autoquant_ray.allocate.kv_caches import cache_budget
 from autoquant_ray.allocate.latency import LATENCY, StepTime
 from autoquant_ray.allocate.load import Latency
@@ -42,10 +49,12 @@ class Problem:
         step: Predicts the time of a decode step; None unless the problem is :meth:`timed`.
         served: What an engine serves together; None where none is asked for.
         experts: Experts that may share a format; None where they were not scored apart.
+        menus: The searched groups as arrays; variants with the same groups share them.
     """
 
     groups: Mapping[str, GroupChoices]
     summary: Mapping[str, Any]
+    menus: Menus = field(repr=False, compare=False)
     step: StepTime | None = None
     served: Served | None = None
     experts: Experts | None = None
@@ -84,7 +93,7 @@ class Problem:
                     rows={},
                 )
             groups[name].rows[row["format"]] = dict(row)
-        problem = cls(groups=groups, summary=summary)
+        problem = cls(groups=groups, summary=summary, menus=_menus(groups))
         if problem.searched and all(group.is_tied or group.is_cache for group in problem.searched):
             raise nothing_stored([group.name for group in problem.searched if group.is_tied])
         return problem
@@ -106,7 +115,7 @@ class Problem:
         Raises:
             ConfigError: The run does not hold what the prediction needs.
         """
-        if latency is None:
+        if latency is None or (self.step is not None and self.step.latency == latency):
             return self
         step = StepTime(latency, self.summary)
         groups = {
@@ -118,7 +127,7 @@ class Problem:
             )
             for name, group in self.groups.items()
         }
-        return replace(self, groups=groups, step=step)
+        return replace(self, groups=groups, menus=_menus(groups), step=step)
 
     @cached_property
     def resources(self) -> list[str]:
@@ -149,12 +158,15 @@ class Problem:
             formats: Group -> format; groups without one stay in 16 bits.
         """
         held = {group.name: formats.get(group.name, NONE) for group in self.caches}
+        if not held:
+            return self
         groups = {
             name: replace(group, rows={held[name]: group.rows[held[name]]})
-            for name, group in self.groups.items()
             if name in held
+            else group
+            for name, group in self.groups.items()
         }
-        return replace(self, groups={**self.groups, **groups})
+        return replace(self, groups=groups, menus=_menus(groups))
 
     def without(self, formats: Collection[str]) -> Problem:
         """The same problem in which no group can take some formats."""
@@ -162,24 +174,15 @@ class Problem:
             name: replace(group, rows={f: r for f, r in group.rows.items() if f not in formats})
             for name, group in self.groups.items()
         }
-        return replace(self, groups=groups)
+        return replace(self, groups=groups, menus=_menus(groups))
 
-    def choices(self, scores: Mapping[tuple[str, str], float]) -> list[Choice]:
+    def choices(self, scores: Scores | None) -> Choices:
         """Choices of the searched groups; 16 bits lose nothing by definition.
 
         Args:
-            scores: (group, format) -> score in nats per token.
+            scores: (group, format) -> score in nats per token; None: nothing loses anything.
         """
-        return [
-            Choice(
-                group=group.name,
-                format=format_,
-                score=0.0 if format_ == NONE else scores[group.name, format_],
-                costs={name: group.cost(format_, name) for name in self.resources},
-            )
-            for group in self.searched
-            for format_ in group.rows
-        ]
+        return self.menus.choices(scores, self.resources)
 
     def budgets(self, options: SolveOptions) -> list[Budget]:
         """Limits on the searched groups' costs that the options ask for.
@@ -223,3 +226,7 @@ class Problem:
             description=f"`bits` {bits:g}{note}",
             highest=UNQUANTIZED_BITS * weights * per_bit,
         )
+
+
+def _menus(groups: Mapping[str, GroupChoices]) -> Menus:
+    return Menus([group for group in groups.values() if group.is_searched])

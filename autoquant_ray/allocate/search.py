@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from autoquant_ray.allocate.allocation import Allocation, Choice, restrict
+import numpy as np
+
+from autoquant_ray.allocate.allocation import Allocation
 from autoquant_ray.allocate.expert_clusters import require_apart
 from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.group_names import refuse_parts
+from autoquant_ray.allocate.knapsack.choices import Choices, restrict
 from autoquant_ray.allocate.kv_caches import require_cache_limit
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
@@ -17,6 +20,7 @@ from autoquant_ray.errors import AutoQuantError, InfeasibleBudgetError
 from autoquant_ray.serving.kv_cache import cache_problem, with_caches
 from autoquant_ray.serving.menus import (
     NotServedError,
+    Served,
     formats_of,
     joined,
     require_served,
@@ -24,12 +28,12 @@ from autoquant_ray.serving.menus import (
 )
 
 
-def search(problem: Problem, scores: Scores, options: SolveOptions) -> Allocation:
+def search(problem: Problem, scores: Scores | None, options: SolveOptions) -> Allocation:
     """Choose a format for every searched group.
 
     Args:
         problem: Groups with their costs.
-        scores: (group, format) -> score in nats per token.
+        scores: (group, format) -> score in nats per token; None: nothing loses anything.
         options: Budget and constraints.
 
     Raises:
@@ -51,8 +55,7 @@ def search(problem: Problem, scores: Scores, options: SolveOptions) -> Allocatio
 
 def check_feasible(problem: Problem, options: SolveOptions) -> None:
     """Raise now, before any scoring, what :func:`search` would raise later."""
-    scores = {(group.name, f): 0.0 for group in problem.searched for f in group.rows}
-    search(problem, scores, options)
+    search(problem, None, options)
 
 
 def best_served(
@@ -142,7 +145,7 @@ def _weights(problem: Problem) -> dict[str, list[str]]:
     return {name: g.module_names for name, g in problem.groups.items() if not g.is_cache}
 
 
-def allowed_choices(problem: Problem, scores: Scores, options: SolveOptions) -> list[Choice]:
+def allowed_choices(problem: Problem, scores: Scores | None, options: SolveOptions) -> Choices:
     """The choices that pins, allowed formats, the limit of a group's loss and the engine leave.
 
     Raises:
@@ -154,30 +157,33 @@ def allowed_choices(problem: Problem, scores: Scores, options: SolveOptions) -> 
         choices = _within_loss(choices, options.max_group_kl)
     if problem.served is None:
         return choices
-    permitted = problem.served.permitted
-    kept = [choice for choice in choices if choice.format in permitted[choice.group]]
-    left = {choice.group for choice in kept}
-    for choice in choices:
-        if choice.group not in left:
-            asked = ", ".join(other.format for other in choices if other.group == choice.group)
-            raise NotServedError(
-                f"group {choice.group!r} is to take {asked}, and {problem.served.target} serves "
-                f"there {', '.join(sorted(permitted[choice.group]))}; see docs/engines.md"
-            )
-    return kept
+    return _served_choices(choices, problem.served)
 
 
-def _within_loss(choices: Sequence[Choice], limit: float) -> list[Choice]:
-    kept = [choice for choice in choices if choice.score <= limit]
-    left = {choice.group for choice in kept}
-    for group in dict.fromkeys(choice.group for choice in choices):
-        if group not in left:
-            least = min(choice.score for choice in choices if choice.group == group)
-            raise InfeasibleBudgetError(
-                f"`max_group_kl` {limit:g} cannot be met: group {group!r} loses at least {least:g} "
-                "in the formats that it may take"
-            )
-    return kept
+def _served_choices(choices: Choices, served: Served) -> Choices:
+    menus = {names: np.isin(choices.formats, list(names)) for names in {*served.permitted.values()}}
+    kept = choices.keep(np.stack([menus[served.permitted[group]] for group in choices.groups]))
+    if len(kept.groups) == len(choices.groups):
+        return kept
+    left = set(kept.groups)
+    row = next(row for row, group in enumerate(choices.groups) if group not in left)
+    group = choices.groups[row]
+    raise NotServedError(
+        f"group {group!r} is to take {', '.join(choices.formats_of(row))}, and {served.target} "
+        f"serves there {', '.join(sorted(served.permitted[group]))}; see docs/engines.md"
+    )
+
+
+def _within_loss(choices: Choices, limit: float) -> Choices:
+    kept = choices.keep(choices.scores_GF <= limit)
+    if len(kept.groups) == len(choices.groups):
+        return kept
+    left = set(kept.groups)
+    row = next(row for row, group in enumerate(choices.groups) if group not in left)
+    raise InfeasibleBudgetError(
+        f"`max_group_kl` {limit:g} cannot be met: group {choices.groups[row]!r} loses at least "
+        f"{choices.scores_GF[row].min():g} in the formats that it may take"
+    )
 
 
 def ties_of(problem: Problem, options: SolveOptions) -> Ties:

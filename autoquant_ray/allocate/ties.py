@@ -6,7 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from autoquant_ray.allocate.allocation import Allocation, Budget, Choice, solve
+import numpy as np
+
+from autoquant_ray.allocate.allocation import Allocation, Budget, solve
+from autoquant_ray.allocate.knapsack.choices import AnyChoices, Choices, as_choices
+from autoquant_ray.arrays import Floats, Mask
 from autoquant_ray.serving.menus import NotServedError
 from autoquant_ray.wording import few
 
@@ -15,7 +19,7 @@ Ties = Sequence[Sequence[str]]
 
 
 def solve_tied(
-    choices: Sequence[Choice],
+    choices: AnyChoices,
     budgets: Sequence[Budget],
     ties: Ties,
     *,
@@ -36,9 +40,9 @@ def solve_tied(
     """
     if not ties:
         return solve(choices, budgets, max_formats=max_formats)
-    allocation = solve(merged(choices, ties), budgets, max_formats=max_formats)
-    groups = [choice.group for choice in choices]
-    return replace(allocation, formats=spread(allocation.formats, groups, ties))
+    table = as_choices(choices)
+    allocation = solve(merged(table, ties), budgets, max_formats=max_formats)
+    return replace(allocation, formats=spread(allocation.formats, table.groups, ties))
 
 
 def spread(formats: Mapping[str, str], groups: Iterable[str], ties: Ties) -> dict[str, str]:
@@ -53,39 +57,41 @@ def spread(formats: Mapping[str, str], groups: Iterable[str], ties: Ties) -> dic
     return {group: formats[first.get(group, group)] for group in groups}
 
 
-def merged(choices: Sequence[Choice], ties: Ties) -> list[Choice]:
+def merged(choices: AnyChoices, ties: Ties) -> Choices:
     """One choice per tie and common format, with the sums of its groups.
 
     Raises:
         NotServedError: The groups of a tie have no format in common.
     """
-    table = {(choice.group, choice.format): choice for choice in choices}
-    of_group: dict[str, list[str]] = {}
-    for choice in choices:
-        of_group.setdefault(choice.group, []).append(choice.format)
-    members = {tie[0]: tuple(tie) for tie in ties}
-    behind = {group for tie in ties for group in tie[1:]}
-    together = []
-    for group, names in of_group.items():
-        if group in behind:
-            continue
-        tie = members.get(group, (group,))
-        common = [name for name in names if all((other, name) in table for other in tie)]
-        if not common:
+    table = as_choices(choices)
+    rows = {group: row for row, group in enumerate(table.groups)}
+    has_GF, scores_GF = table.has_GF.copy(), table.scores_GF.copy()
+    costs = {resource: cost_GF.copy() for resource, cost_GF in table.costs.items()}
+    is_first_G = np.ones(len(rows), dtype=np.bool_)
+    for tie in ties:
+        members = [rows[group] for group in tie]
+        first = members[0]
+        common_F: Mask = np.logical_and.reduce(table.has_GF[members])
+        if not common_F.any():
             raise NotServedError(
                 f"{few(tie, 5)} must share a format, and the pinned and allowed formats leave none "
                 "in common; allow one of their formats"
             )
-        for name in common:
-            parts = [table[other, name] for other in tie]
-            together.append(
-                replace(
-                    parts[0],
-                    score=math.fsum(part.score for part in parts),
-                    costs={
-                        resource: math.fsum(part.costs[resource] for part in parts)
-                        for resource in parts[0].costs
-                    },
-                )
-            )
-    return together
+        is_first_G[members[1:]] = False
+        has_GF[first] = common_F
+        scores_GF[first] = np.where(common_F, _sums(table.scores_GF[members], common_F), np.inf)
+        for resource, cost_GF in table.costs.items():
+            costs[resource][first] = _sums(cost_GF[members], common_F)
+    return Choices(
+        groups=[g for g, is_first in zip(table.groups, is_first_G, strict=True) if is_first],
+        formats=table.formats,
+        has_GF=has_GF[is_first_G],
+        scores_GF=scores_GF[is_first_G],
+        costs={resource: cost_GF[is_first_G] for resource, cost_GF in costs.items()},
+    )
+
+
+def _sums(values_MF: Floats, common_F: Mask) -> Floats:
+    """Exact sums over the members of a tie; 0 where they have no format in common."""
+    columns = zip(values_MF.T.tolist(), common_F.tolist(), strict=True)
+    return np.array([math.fsum(column) if is_common else 0.0 for column, is_common in columns])

@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from autoquant_ray.allocate.allocation import Choice
+from autoquant_ray.allocate.knapsack.choices import Choice
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import allowed_choices, ties_of
@@ -93,8 +93,7 @@ def solve_flips(
     """
     finite = {change: loss for change, loss in differences.items() if math.isfinite(loss)}
     losses = {((group, name),): 0.0 for group, name in formats.items()} | finite
-    nothing = {(group.name, name): 0.0 for group in problem.searched for name in group.rows}
-    allowed = {(c.group, c.format): c for c in allowed_choices(problem, nothing, options)}
+    allowed = {(c.group, c.format): c for c in allowed_choices(problem, None, options)}
     units = _units(losses, allowed, {} if options.max_formats is not None else _couples(finite))
     choices, meaning = [], {}
     for unit in units:

@@ -13,11 +13,11 @@ import pytest
 from autoquant_ray.allocate.allocation import (
     Allocation,
     Budget,
-    Choice,
     frontier,
     frontier_allocation,
     solve,
 )
+from autoquant_ray.allocate.knapsack.choices import Choice
 from autoquant_ray.errors import InfeasibleBudgetError
 
 Best = tuple[float, float]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from autoquant_ray.allocate.allocation import Budget, Choice, frontier_allocation, restrict, solve
+from autoquant_ray.allocate.allocation import Budget, frontier_allocation, solve
+from autoquant_ray.allocate.knapsack.choices import Choice, restrict
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, ScoreError
 
 

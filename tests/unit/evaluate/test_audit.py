@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from laboratory import FORMATS, NUM_SHARDS, Laboratory
 
-from autoquant_ray.allocate.allocation import restrict
 from autoquant_ray.allocate.group_choices import Scores
+from autoquant_ray.allocate.knapsack.choices import restrict
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun

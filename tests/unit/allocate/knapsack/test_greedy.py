@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from autoquant_ray.allocate.allocation import (
-    Choice,
     frontier,
     frontier_allocation,
     frontier_allocations,
 )
+from autoquant_ray.allocate.knapsack.choices import Choice
 from autoquant_ray.errors import InfeasibleBudgetError
 
 
