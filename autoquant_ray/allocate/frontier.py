@@ -7,14 +7,14 @@ Between the steps of the sweep an allocation is not the best one for its size, o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autoquant_ray.allocate.allocation import frontier_allocations
-from autoquant_ray.allocate.group_choices import Scores
-from autoquant_ray.allocate.losses import average_bits, model_bytes, predicted_loss
+from autoquant_ray.allocate.group_choices import GroupChoices, Scores
+from autoquant_ray.allocate.losses import predicted_loss
 from autoquant_ray.allocate.options import BITS_PER_BYTE, UNQUANTIZED_BITS, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
@@ -61,7 +61,7 @@ def sweep_points(
     """
     low, high = reachable_bits(problem, ties)
     groups = [group.name for group in problem.searched]
-    weights = sum(group.weights("storage") for group in problem.searched)
+    weights = problem.menus.weights("storage")
     limits = [float(bits) * weights / BITS_PER_BYTE for bits in np.linspace(low, high, num_points)]
     allocations = frontier_allocations(merged(problem.choices(scores), ties), "storage", limits)
     return mark_knee(
@@ -89,7 +89,21 @@ def uniform_formats(problem: Problem) -> dict[str, dict[str, str]]:
     weights = [group for group in problem.searched if not group.is_cache]
     caches = {g.name: next(iter(g.rows)) for g in problem.searched if g.is_cache}
     names = dict.fromkeys(f for group in weights for f in group.rows if f != NONE)
-    return {name: caches | {group.name: group.uniform(name) for group in weights} for name in names}
+    alike: dict[tuple[str, ...], list[GroupChoices]] = {}  # most groups have the same menu
+    for group in weights:
+        alike.setdefault((*group.rows, "tied" if group.is_tied else ""), []).append(group)
+    return {name: caches | _uniform(name, alike.values()) for name in names}
+
+
+def _uniform(name: str, alike: Iterable[Sequence[GroupChoices]]) -> dict[str, str]:
+    """What groups take where all are to have one format.
+
+    Args:
+        name: The format.
+        alike: Groups with the same menu together.
+    """
+    taken = ((groups, groups[0].uniform(name)) for groups in alike)
+    return {group.name: format_ for groups, format_ in taken for group in groups}
 
 
 def point_of(problem: Problem, scores: Scores, formats: Mapping[str, str]) -> Point:
@@ -100,9 +114,11 @@ def point_of(problem: Problem, scores: Scores, formats: Mapping[str, str]) -> Po
         scores: (group, format) -> nats per token.
         formats: Searched group -> format.
     """
+    menus = problem.menus
+    stored = menus.chosen_costs("storage", formats)
     return Point(
-        effective_bits=average_bits(problem.searched, formats),
-        weight_bytes=model_bytes(problem, formats),
+        effective_bits=math.fsum(stored) * BITS_PER_BYTE / menus.weights("storage"),
+        weight_bytes=problem.other_bytes + math.fsum([*stored, *problem.unsearched_bytes]),
         predicted_kl=predicted_loss(scores, formats),
     )
 
@@ -142,7 +158,7 @@ def reachable_bits(problem: Problem, ties: Ties = ()) -> tuple[float, float]:
     choices = merged(problem.choices(None), ties)
     is_stored = [not problem.groups[group].is_tied for group in choices.groups]
     cost_GF, has_GF = choices.costs["storage"][is_stored], choices.has_GF[is_stored]
-    weights = sum(group.weights("storage") for group in problem.searched)
+    weights = problem.menus.weights("storage")
 
     def average(costs_G: Floats) -> float:
         return BITS_PER_BYTE * math.fsum(costs_G.tolist()) / weights

@@ -103,6 +103,7 @@ class Menus:
     def __init__(self, groups: Sequence[GroupChoices]) -> None:
         self._groups = groups
         self._costs: dict[str, Floats] = {}
+        self._weights: dict[str, float] = {}
 
     @cached_property
     def names(self) -> list[str]:
@@ -148,6 +149,12 @@ class Menus:
             self._costs[resource] = cost_GF
         return self._costs[resource]
 
+    def weights(self, resource: str) -> float:
+        """Number of weights over which a cost is averaged, all groups together."""
+        if resource not in self._weights:
+            self._weights[resource] = float(sum(g.weights(resource) for g in self._groups))
+        return self._weights[resource]
+
     def scores(self, scores: Scores | None) -> Floats:
         """Scores (G, F): 0 for 16 bits, inf where a group lacks a format.
 
@@ -184,3 +191,14 @@ class Menus:
             formats: Group -> format.
         """
         return np.array([self.columns[formats[name]] for name in self.names], dtype=np.intp)
+
+    def chosen_costs(self, resource: str, formats: Mapping[str, str]) -> list[float]:
+        """The cost of each group's format.
+
+        Args:
+            resource: In whose unit.
+            formats: Group -> format.
+        """
+        columns_G = self.columns_of(formats)
+        costs: list[float] = self.cost(resource)[np.arange(len(columns_G)), columns_G].tolist()
+        return costs

@@ -92,7 +92,9 @@ class Problem:
                     active_share=ratio if any(map(is_routed_expert, row["module_names"])) else 1.0,
                     rows={},
                 )
-            groups[name].rows[row["format"]] = dict(row)
+            groups[name].rows[row["format"]] = {
+                key: value for key, value in row.items() if key not in _OF_GROUP
+            }
         problem = cls(groups=groups, summary=summary, menus=_menus(groups))
         if problem.searched and all(group.is_tied or group.is_cache for group in problem.searched):
             raise nothing_stored([group.name for group in problem.searched if group.is_tied])
@@ -145,6 +147,11 @@ class Problem:
     def unsearched(self) -> list[GroupChoices]:
         """Groups that stay in 16 bits."""
         return [group for group in self.groups.values() if not group.is_searched]
+
+    @cached_property
+    def unsearched_bytes(self) -> list[float]:
+        """Bytes that each group that stays in 16 bits adds to the model."""
+        return [group.cost(NONE, "storage") for group in self.unsearched]
 
     @cached_property
     def caches(self) -> list[GroupChoices]:
@@ -226,6 +233,10 @@ class Problem:
             description=f"`bits` {bits:g}{note}",
             highest=UNQUANTIZED_BITS * weights * per_bit,
         )
+
+
+_OF_GROUP = ("group", "format", "module_names", "is_searched")
+"""Columns of ``plan.parquet`` that say nothing of a choice."""
 
 
 def _menus(groups: Mapping[str, GroupChoices]) -> Menus:

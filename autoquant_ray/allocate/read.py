@@ -16,11 +16,12 @@ from autoquant_ray.errors import ScoreError, StoreError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.names import MANIFEST_JSON, MANIFEST_TABLE, PLAN_FILE, SENSITIVITY_FILE
 from autoquant_ray.runs.state import RunState
+from autoquant_ray.runs.table_rows import TableRows
 
 
 def solution_formats(state: RunState, start: str, problem: Problem) -> dict[str, str]:
     """Searched group -> format of a solution."""
-    rows = state.directory.read_table(f"{start}{MANIFEST_TABLE}").to_pylist()
+    rows = state.directory.read_rows(f"{start}{MANIFEST_TABLE}")
     chosen = {row["group"]: row["format"] for row in rows}
     return {group.name: chosen[group.name] for group in problem.searched}
 
@@ -63,7 +64,7 @@ class ScoredRun:
 
     state: RunState
     problem: Problem
-    rows: list[dict[str, Any]]
+    rows: TableRows
 
     @classmethod
     def read(cls, state: RunState) -> ScoredRun:
@@ -78,8 +79,8 @@ class ScoredRun:
         if not directory.exists(SENSITIVITY_FILE):
             missing = directory.path(SENSITIVITY_FILE)
             raise StoreError(f"{missing} does not exist; finish the scan with `resume`")
-        plan_rows = directory.read_table(PLAN_FILE).to_pylist()
-        rows = directory.read_table(SENSITIVITY_FILE).to_pylist()
+        plan_rows = directory.read_rows(PLAN_FILE)
+        rows = directory.read_rows(SENSITIVITY_FILE)
         problem = Problem.from_plan(plan_rows, summary)
         run = cls(state=state, problem=problem, rows=rows)
         for group in problem.searched:
@@ -101,19 +102,23 @@ class ScoredRun:
     @cached_property
     def scores(self) -> dict[tuple[str, str], float]:
         """(group, format) -> score in nats per token."""
-        return {(row["group"], row["format"]): row["score"] for row in self.rows}
+        return dict(zip(self._keys, self.rows.column("score"), strict=True))
 
     @cached_property
     def errors(self) -> dict[tuple[str, str], float | None]:
         """(group, format) -> standard error of its score; None where a single shard gives none."""
-        return {(row["group"], row["format"]): row["score_stderr"] for row in self.rows}
+        return dict(zip(self._keys, self.rows.column("score_stderr"), strict=True))
+
+    @cached_property
+    def _keys(self) -> list[tuple[str, str]]:
+        return list(zip(self.rows.column("group"), self.rows.column("format"), strict=True))
 
     @property
     def sensitivities(self) -> list[tuple[str, float]]:
         """Searched groups with the largest score over the menu, most sensitive first."""
         largest: dict[str, float] = {}
-        for row in self.rows:
-            largest[row["group"]] = max(row["score"], largest.get(row["group"], 0.0))
+        for (group, _), score in self.scores.items():
+            largest[group] = max(score, largest.get(group, 0.0))
         return sorted(largest.items(), key=lambda item: -item[1])
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,6 +84,7 @@ class ReportContent:
         warnings: Sentences that the reader must see.
         measured: Results of this solution's evaluations.
         reproduction: How to reproduce the solution.
+        num_resamples: Resamples of the shards behind the certainty of groups; None for none.
         audit: For an audited solution, which scores were measured.
         domains: Loss by domain; None where the data has no domains.
         methods: What methods of rounding saved; None where the menu has no methods.
@@ -106,6 +107,7 @@ class ReportContent:
     warnings: list[str]
     measured: list[MeasuredData]
     reproduction: Reproduction
+    num_resamples: int | None = None
     audit: AuditData | None = None
     domains: DomainSection | None = None
     methods: MethodSection | None = None
@@ -138,7 +140,7 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
         dots=_dots(sources),
         dots_loss=loss_name(options_of(sources.manifest)),
         dots_note=curve_note(run, options_of(sources.manifest)),
-        formats=list(dict.fromkeys(row["format"] for row in run.rows)),
+        formats=list(dict.fromkeys(run.rows.column("format"))),
         scores=sources.scores,
         unit=unit,
         warnings=_warnings(plan),
@@ -148,6 +150,7 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
         reproduction=reproduction(
             record, sources.manifest, sources.name, partial(_manifest_of, run.state)
         ),
+        num_resamples=(sources.manifest.get("stability") or {}).get("num_resamples"),
         audit=_audit(sources),
         domains=domain_section(sources.manifest),
         methods=method_section(
@@ -194,7 +197,7 @@ def _dots(sources: Sources) -> list[Dot]:
 
 
 def _layers(
-    rows: list[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     shown: list[GroupRow],
     experts: Mapping[str, int],
     groups: Mapping[str, GroupChoices],

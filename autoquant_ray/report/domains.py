@@ -85,7 +85,7 @@ def _objective(manifest: Mapping[str, Any]) -> str:
         return (
             "The solution minimizes the largest loss of any domain, proven optimal to within "
             f"{solution['optimality_gap']:.2g} of that loss. The certainty of its decisions was "
-            "not assessed: no fast solver exists for its resamples."
+            "not assessed: solving its resamples would take too long."
         )
     if budget.get("domains"):
         return "The solution minimizes the weighted loss of the domains."

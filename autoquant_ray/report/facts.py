@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autoquant_ray.allocate.certainty.stopping import describe_stopping
@@ -96,7 +97,7 @@ def _predicted(sources: Sources) -> str:
     return f"{predicted:.6g} ± {error.stderr:.2g} nats per token ({kind})"
 
 
-def scheme(run: RunRecord, table: list[dict[str, Any]]) -> str:
+def scheme(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> str:
     """The menu of formats, and how it was scored."""
     formats = ", ".join(dict.fromkeys(row["format"] for row in table))
     config = run.config
@@ -108,7 +109,7 @@ def scheme(run: RunRecord, table: list[dict[str, Any]]) -> str:
     return f"{formats}; {config['estimator']} sums, labels from the {config['labels']}{draws}{rows}"
 
 
-def dataset(run: RunRecord, table: list[dict[str, Any]]) -> str:
+def dataset(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> str:
     """The data of the scores; where some shards were not used, also how much there was."""
     data = run.dataset
     if "num_samples" not in data:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from autoquant_ray.allocate.certainty.resampling import NUM_RESAMPLES
 from autoquant_ray.allocate.certainty.solution import CERTAIN, COIN_TOSS
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
@@ -38,7 +37,7 @@ def render_html(content: ReportContent) -> str:
         method_heads=METHOD_HEADS,
         rows=content.groups[:num_rows],
         num_left_out=max(0, len(content.groups) - num_rows),
-        num_resamples=NUM_RESAMPLES,
+        num_resamples=content.num_resamples,
         has_certainty=any(row.kept is not None for row in content.groups),
         certainty=_certainty,
         format_name=_format_name,

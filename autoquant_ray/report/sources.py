@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from autoquant_ray.plan.silent_experts import experts_with_few_tokens, silent_ex
 from autoquant_ray.report.domains import is_by_domain
 from autoquant_ray.report.evidence import ChosenFormat, Evidence
 from autoquant_ray.report.measured import measured_rows
+from autoquant_ray.runs.directory import KEYS
 from autoquant_ray.runs.names import (
     EVALUATION_FILE,
     MANIFEST_JSON,
@@ -23,6 +25,7 @@ from autoquant_ray.runs.names import (
     solution_of,
 )
 from autoquant_ray.runs.record import RunRecord
+from autoquant_ray.runs.table_rows import TableRows
 from autoquant_ray.serving.kv_cache import cache_problem
 from autoquant_ray.serving.menus import formats_of, why_unserved
 
@@ -48,7 +51,7 @@ class Sources:
     scored: ScoredRun
     name: str
     manifest: dict[str, Any]
-    rows: list[dict[str, Any]]
+    rows: TableRows
     scores: ScoresWithErrors
     formats: dict[str, str]
     error: TotalError | None
@@ -102,15 +105,15 @@ def read_sources(scored: ScoredRun, start: str) -> Sources:
     if not isinstance(manifest, dict) or not {"solution", "budget"} <= set(manifest):
         name = directory.path(f"{start}{MANIFEST_JSON}")
         raise StoreError(f"{name} is damaged: it lacks solution or budget; solve the budget again")
-    rows = directory.read_table(f"{start}{MANIFEST_TABLE}").to_pylist()
+    rows = directory.read_rows(f"{start}{MANIFEST_TABLE}")
     scores: ScoresWithErrors = {}
-    for row in scored.rows:
-        scores.setdefault(row["group"], {})[row["format"]] = (row["score"], row["score_stderr"])
+    for (group, format_), score in scored.scores.items():
+        scores.setdefault(group, {})[format_] = (score, scored.errors[group, format_])
     unsearched = scored.state.plan["unsearched"]
     formats = {row["group"]: row["format"] for row in rows if row["group"] not in unsearched}
 
-    def optional(name: str) -> Any:
-        return directory.read_table(name) if directory.exists(name) else None
+    def optional(name: str, encoded: Sequence[str] = ()) -> Any:
+        return directory.read_table(name, encoded=encoded) if directory.exists(name) else None
 
     evaluations = optional(EVALUATION_FILE)
     return Sources(
@@ -120,7 +123,7 @@ def read_sources(scored: ScoredRun, start: str) -> Sources:
         rows=rows,
         scores=scores,
         formats=formats,
-        error=total_error(formats, scored.rows, optional(RESAMPLING_FILE)),
+        error=total_error(formats, scored.rows, optional(RESAMPLING_FILE, KEYS)),
         evaluations=[] if evaluations is None else evaluations.to_pylist(),
     )
 

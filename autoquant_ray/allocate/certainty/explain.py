@@ -16,7 +16,6 @@ from autoquant_ray.allocate.allocation import Allocation
 from autoquant_ray.allocate.candidate import make_candidate
 from autoquant_ray.allocate.certainty.explanation import Alternative, Explanation
 from autoquant_ray.allocate.certainty.flips import Flips
-from autoquant_ray.allocate.certainty.resampling import NUM_RESAMPLES
 from autoquant_ray.allocate.certainty.shard_shares import ShardShare, find_shards
 from autoquant_ray.allocate.certainty.solution import Certainty, certainty_of
 from autoquant_ray.allocate.domains import solve_for, wanted_domains
@@ -149,7 +148,7 @@ class _Story:
             is_refined=is_chosen_by_measurement(
                 directory.read_json(f"{self._start}{MANIFEST_JSON}")
             ),
-            num_resamples=None if certainty is None else NUM_RESAMPLES,
+            num_resamples=None if certainty is None else certainty.num_resamples,
             num_shards=shards.num_shards,
             no_shards=shards.reason,
             without_shard=shards.without,

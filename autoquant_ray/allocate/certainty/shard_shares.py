@@ -7,7 +7,7 @@ format), C shards that are left out one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from autoquant_ray.errors import StoreError
 from autoquant_ray.runs.names import SCORES
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
+from autoquant_ray.runs.table_rows import TableRows
 
 NUM_LARGEST = 5
 """Shards named per format."""
@@ -91,10 +92,10 @@ class ShardParts:
 
     def scores_without(
         self, left_out: Sequence[int], groups: Collection[str]
-    ) -> dict[int, dict[tuple[str, str], float]]:
-        """Scores of some groups from the other shards, for each of some shards.
+    ) -> Iterator[tuple[int, dict[tuple[str, str], float] | None]]:
+        """Scores of some groups from the other shards, for each of some shards, one at a time.
 
-        A shard without which one of these groups was never seen is missing in the result.
+        None for a shard without which one of these groups was never seen.
 
         Args:
             left_out: Shards to leave out, one at a time.
@@ -111,17 +112,16 @@ class ShardParts:
             is_seen_CK = is_seen_CK | (counts_C1 & column.is_valid().to_numpy())
             tokens_C += counts_C1[:, 0] * _num_tokens(part)
             if not keys:
-                names = (part.column(name).to_pylist() for name in ("group", "format"))
-                keys = list(zip(*names, strict=True))
+                rows = TableRows(part.select(["group", "format"]))
+                keys = list(zip(rows.column("group"), rows.column("format"), strict=True))
         is_asked_K = np.array([group in groups for group, _ in keys])
         asked = [key for key in keys if key[0] in groups]
-        return {
-            shard: dict(zip(asked, (0.5 * sums_K / tokens)[is_asked_K].tolist(), strict=True))
-            for shard, sums_K, tokens, is_seen_K in zip(
-                left_out, sums_CK, tokens_C, is_seen_CK, strict=True
-            )
-            if is_seen_K[is_asked_K].all()
-        }
+        for shard, sums_K, tokens, is_seen_K in zip(
+            left_out, sums_CK, tokens_C, is_seen_CK, strict=True
+        ):
+            scores_K = (0.5 * sums_K / tokens)[is_asked_K]
+            is_seen = bool(is_seen_K[is_asked_K].all())
+            yield shard, dict(zip(asked, scores_K.tolist(), strict=True)) if is_seen else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +184,9 @@ def _formats_without(
     if group in options.pins or len(parts) < 2 or options.worst_domain:
         return {}
     groups = {g.name for g in problem.searched}
-    scores = parts.scores_without(tried, groups) if tried else {}
     return {
-        shard: search(problem, scores[shard], options).formats[group] if shard in scores else None
-        for shard in tried
+        shard: None if scores is None else search(problem, scores, options).formats[group]
+        for shard, scores in (parts.scores_without(tried, groups) if tried else ())
     }
 
 

@@ -1,16 +1,18 @@
 """How sure a solution is: the shards resampled, the budget solved again, and the null beside it.
 
 Scores are measured on a finite number of shards. :mod:`autoquant_ray.allocate.certainty.resampling`
-resamples them (bootstrap) and solves every resample with the fast solver; here its findings get the
-names of groups. The null is what allocations from shuffled scores would lose under the true ones: a
-allocation that is not clearly better has learned nothing from its scores.
+resamples them (bootstrap) and solves every resample as exactly as the plan; here its findings get
+the names of groups. The null is what allocations from shuffled scores, solved exactly too, would
+lose under the true ones: an allocation that is not clearly better has learned nothing from its
+scores.
+
+Shapes: S shards, B resamples, G groups, F formats, R limits.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,23 +20,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from autoquant_ray.allocate.certainty.resampling import (
-    NUM_RESAMPLES,
     Stability,
-    allocate,
+    affordable_resamples,
     assess,
     compare_resamples,
     drawn_counts,
+    mean_loss,
 )
-from autoquant_ray.allocate.certainty.stopping import budget_knapsack
 from autoquant_ray.allocate.domains import read_domain_scores
-from autoquant_ray.allocate.group_choices import GroupChoices, Scores
+from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.knapsack.knapsack import Knapsack
+from autoquant_ray.allocate.knapsack.resolve import Resolver
 from autoquant_ray.allocate.kv_caches import shuffled_order
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import allowed_choices, ties_of
 from autoquant_ray.arrays import Floats
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.directory import KEYS
 from autoquant_ray.runs.names import DOMAIN_RESAMPLING_FILE, RESAMPLING_FILE
 from autoquant_ray.runs.state import RunState
 
@@ -43,7 +46,9 @@ CERTAIN = 0.95
 COIN_TOSS = 0.6
 """One that keeps it in less than this share might as well be drawn."""
 NUM_SHUFFLES = 20
+_FEWER_SHUFFLES = 5  # where limits are felt together, and a solution takes long
 MAX_CHOICES = 100_000  # groups times formats; beyond, the resamples would take longer than a solve
+_MAX_COUPLED = 10_000  # the same where limits are felt together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +56,16 @@ class Certainty:
     """What resampling says about an allocation.
 
     Attributes:
+        num_resamples: Resamples; 200, or fewer for a large problem.
         num_buckets: Shards, or sets of shards, that were resampled.
         expected_regret: Share of its predicted KL that the allocation is expected to lose because
-            its scores are estimates.
+            its scores are estimates; errs high.
         kept: Group -> share of the resamples in which it keeps its format.
         shares: Group -> format -> share of the resamples in which it takes that one.
         null_score: Mean score of allocations from shuffled scores; None if none was found.
     """
 
+    num_resamples: int
     num_buckets: int
     expected_regret: float
     kept: dict[str, float]
@@ -78,7 +85,7 @@ class Certainty:
     def to_json(self) -> dict[str, Any]:
         """The ``stability`` object of ``manifest.json``."""
         return {
-            "num_resamples": NUM_RESAMPLES,
+            "num_resamples": self.num_resamples,
             "num_buckets": self.num_buckets,
             "expected_regret": self.expected_regret,
             "num_certain": self.num_certain,
@@ -107,71 +114,69 @@ def assess_solution(
         buckets: ``resampling.parquet``.
 
     Returns:
-        None for a single bucket, for more than 100,000 (group, format), and where the fast solver
-        finds no allocation.
+        None for a single bucket, for more than 100,000 (group, format) (10,000 where groups feel
+        several limits), and where no allocation is within the limits.
     """
-    menu = list(dict.fromkeys(buckets.column("format").to_pylist()))
-    sums_SGF = bucket_sums(buckets, problem, menu)
-    num_buckets = len(sums_SGF)
-    if num_buckets < 2 or sums_SGF[0].size > MAX_CHOICES:
+    knapsack = _without_scores(problem, scores, options, formats)
+    resolver = Resolver(knapsack)
+    if _is_too_large(resolver):
         return None
-    costs, truth = as_arrays(problem, scores, options, formats, menu)
-    stability = assess(costs, sums_SGF, (0, num_buckets))
-    return (
-        None
-        if stability is None
-        else certainty_from(problem, formats, menu, truth, stability, num_buckets)
-    )
+    sums_SGF = bucket_sums(buckets, problem)
+    if len(sums_SGF) < 2:
+        return None
+    plan_G = problem.menus.columns_of(formats)
+    stability = assess(knapsack, sums_SGF, (0, len(sums_SGF)), plan_G=plan_G)
+    if stability is None:
+        return None
+    total_GF = np.nan_to_num(problem.menus.scores(scores), posinf=0.0)
+    return certainty_from(problem, formats, resolver, total_GF, stability, len(sums_SGF))
 
 
-def bucket_sums(buckets: pa.Table, problem: Problem, menu: Sequence[str]) -> Floats:
-    """Sums of the buckets (S, G, F), with a column of zeros for 16 bits at the end.
+def _is_too_large(resolver: Resolver) -> bool:
+    return resolver.num_choices > (MAX_CHOICES if resolver.is_fast else _MAX_COUPLED)
+
+
+def bucket_sums(buckets: pa.Table, problem: Problem) -> Floats:
+    """Sums of the buckets (S, G, F); 0 for 16 bits and where a group lacks a format.
 
     Args:
         buckets: Rows of each bucket, in one order of (group, format).
-        problem: Its searched groups are the G groups.
-        menu: Formats in the order of the columns; 0 where a group has no such format.
+        problem: Its searched groups are the G groups, in the columns of its menus.
     """
-    row_of = {group.name: number for number, group in enumerate(problem.searched)}
-    num_keys = sum(len(group.rows.keys() - {NONE}) for group in problem.searched)
+    menus = problem.menus
+    row_of = {name: row for row, name in enumerate(menus.names)}
+    num_keys = int(menus.has_GF.sum()) - sum(NONE in group.rows for group in problem.searched)
     first = buckets.slice(0, num_keys)
     names = (first.column(name).to_pylist() for name in ("group", "format"))
-    keys = [(row_of[group], menu.index(name)) for group, name in zip(*names, strict=True)]
+    keys = [(row_of[group], menus.columns[name]) for group, name in zip(*names, strict=True)]
     rows_K, columns_K = np.array(keys, dtype=np.intp).T
     sums_SK = buckets.column("sum").to_numpy().reshape(-1, num_keys)
-    sums_SGF = np.zeros((len(sums_SK), len(row_of), len(menu) + 1))
+    sums_SGF = np.zeros((len(sums_SK), *menus.has_GF.shape))
     sums_SGF[:, rows_K, columns_K] = sums_SK
     return sums_SGF
 
 
-def as_arrays(
-    problem: Problem,
-    scores: Mapping[tuple[str, str], float],
-    options: SolveOptions,
-    formats: Mapping[str, str],
-    menu: Sequence[str],
-) -> tuple[Knapsack, Knapsack]:
-    """Costs and limits of the choices that the options leave, without scores and with them.
-
-    Args:
-        problem, scores, options, formats: As in :func:`assess_solution`.
-        menu: Formats in the order of the buckets; 16 bits becomes the last column.
-    """
-    groups, columns = problem.searched, [*menu, NONE]
-    allowed = _allowed(problem, scores, options, formats)
-    mask_GF = np.array([[(g.name, name) in allowed for name in columns] for g in groups])
-    costs = budget_knapsack(problem, options, menu).keep(mask_GF)
-    scores_GF = np.array(
-        [[0.0 if f == NONE else scores.get((g.name, f), 0.0) for f in columns] for g in groups]
+def _without_scores(
+    problem: Problem, scores: Scores, options: SolveOptions, formats: Mapping[str, str]
+) -> Knapsack:
+    """Costs and limits of the choices that the options leave, in the columns of the menus."""
+    choices = allowed_choices(problem, scores, options)
+    if options.max_formats is not None:
+        used = {NONE, *formats.values()}
+        choices = choices.keep(np.array([name in used for name in choices.formats]))
+    budgets = problem.budgets(options)
+    return Knapsack(
+        scores_GF=np.where(choices.has_GF, 0.0, np.inf),
+        costs_RGF=np.stack([choices.costs[budget.resource] for budget in budgets]),
+        limits_R=np.array([float(budget.limit) for budget in budgets]),
     )
-    return costs, replace(costs, scores_GF=costs.scores_GF + scores_GF)
 
 
 def certainty_from(
     problem: Problem,
     formats: Mapping[str, str],
-    menu: Sequence[str],
-    truth: Knapsack,
+    resolver: Resolver,
+    total_GF: Floats,
     stability: Stability,
     num_buckets: int,
 ) -> Certainty:
@@ -180,58 +185,45 @@ def certainty_from(
     Args:
         problem: Groups with their costs.
         formats: The allocation.
-        menu: Formats in the order of the columns; 16 bits is the last one.
-        truth: The problem with the full sample's scores.
-        found: What resampling found.
+        resolver: Costs and limits.
+        total_GF: The full sample's scores; 0 where a group lacks a format.
+        stability: What resampling found.
         num_buckets: Shards, or sets of shards, that were resampled.
     """
-    groups, columns = problem.searched, [*menu, NONE]
-    own_G = np.array([columns.index(formats[group.name]) for group in groups])
-    kept_G = stability.share_of(own_G)
+    groups, menus = problem.searched, problem.menus
+    kept_G = stability.share_of(menus.columns_of(formats))
     return Certainty(
+        num_resamples=stability.num_resamples,
         num_buckets=num_buckets,
         expected_regret=stability.expected_regret,
         kept={g.name: float(share) for g, share in zip(groups, kept_G, strict=True)},
         shares={
-            group.name: {name: share_F[columns.index(name)] for name in group.rows}
+            group.name: {name: share_F[menus.columns[name]] for name in group.rows}
             for group, share_F in zip(groups, stability.share_GF.tolist(), strict=True)
         },
-        null_score=_null_score(truth, groups),
+        null_score=null_score(problem, resolver, total_GF),
     )
 
 
-def _allowed(
-    problem: Problem,
-    scores: Mapping[tuple[str, str], float],
-    options: SolveOptions,
-    formats: Mapping[str, str],
-) -> set[tuple[str, str]]:
-    choices = allowed_choices(problem, scores, options)
-    used = {NONE, *formats.values()}
-    return {
-        (choice.group, choice.format)
-        for choice in choices
-        if options.max_formats is None or choice.format in used
-    }
-
-
-def _null_score(truth: Any, groups: Sequence[GroupChoices]) -> float | None:
+def null_score(problem: Problem, resolver: Resolver, total_GF: Floats) -> float | None:
     """Mean true score of allocations for which the groups' rows of scores were shuffled.
 
     A format that the other group lacks takes its largest score; 16 bits lose nothing.
+
+    Args:
+        problem: Groups with their costs.
+        resolver: Costs and limits.
+        total_GF: The true scores; 0 where a group lacks a format.
     """
-    known_GF = np.where(truth.present_GF, truth.scores_GF, 0.0)
-    finite_GF = np.where(truth.present_GF, known_GF, known_GF.max(axis=1, keepdims=True))
-    finite_GF[:, -1] = 0.0
-    losses = []
-    for number in range(NUM_SHUFFLES):
-        order_G = shuffled_order(groups, np.random.default_rng(number))
-        shuffled_GF: Floats = np.where(truth.present_GF, finite_GF[order_G], np.inf)
-        allocation = allocate(replace(truth, scores_GF=shuffled_GF))
-        if allocation is None:
-            return None
-        losses.append(truth.score(allocation[0]))
-    return math.fsum(losses) / len(losses)
+    menus = problem.menus
+    finite_GF = np.where(menus.has_GF, total_GF, total_GF.max(axis=1, keepdims=True))
+    if NONE in menus.columns:
+        finite_GF[:, menus.columns[NONE]] = 0.0
+    orders = (
+        shuffled_order(problem.searched, np.random.default_rng(number))
+        for number in range(NUM_SHUFFLES if resolver.is_fast else _FEWER_SHUFFLES)
+    )
+    return mean_loss(resolver, total_GF, (finite_GF[order_G] for order_G in orders))
 
 
 def certainty_of(
@@ -244,18 +236,19 @@ def certainty_of(
     """How sure an allocation is, from the sums that the run keeps for it.
 
     None for an imported run and for one of an earlier version: no shards to resample. None for the
-    least loss of the worst domain, and where groups share a format (for an engine, or as experts of
-    a cluster), too: no fast solver solves their resamples.
+    least loss of the worst domain, whose resamples would take too long, and where groups share a
+    format (for an engine, or as experts of a cluster), too.
     """
     if (
         options.worst_domain
+        or problem.menus.has_GF.sum() > MAX_CHOICES
         or ties_of(problem, options)
         or not state.directory.exists(RESAMPLING_FILE)
     ):
         return None
     if options.domains:
         return assess_weighted(state, problem, options, formats)
-    buckets = state.directory.read_table(RESAMPLING_FILE)
+    buckets = state.directory.read_table(RESAMPLING_FILE, encoded=KEYS)
     return assess_solution(problem, scores, options, formats, buckets)
 
 
@@ -272,40 +265,45 @@ def assess_weighted(
 
     Returns:
         None where a domain with a weight has a single bucket, for more than 100,000 (group,
-        format), and where the fast solver finds no allocation.
+        format), and where no allocation is within the limits.
     """
     domains = read_domain_scores(state)
     if domains is None:
         return None
-    buckets = state.directory.read_table(DOMAIN_RESAMPLING_FILE)
-    menu = list(dict.fromkeys(buckets.column("format").to_pylist()))
-    num_groups = len(problem.searched)
-    if num_groups * (len(menu) + 1) > MAX_CHOICES:
+    scores = domains.weighted(options.domains)
+    resolver = Resolver(_without_scores(problem, scores, options, formats))
+    if _is_too_large(resolver):
         return None
-    totals_BGF = np.zeros((NUM_RESAMPLES, num_groups, len(menu) + 1))
-    num_buckets = 0
+    buckets = state.directory.read_table(DOMAIN_RESAMPLING_FILE)
+    totals_BGF = np.zeros((affordable_resamples(resolver), *problem.menus.has_GF.shape))
+    counts = []
     for number, (name, weight) in enumerate(options.domains.items()):
         domain_buckets = buckets.filter(pc.equal(buckets.column("domain"), name))
-        sums_SGF = bucket_sums(domain_buckets, problem, menu)
+        sums_SGF = bucket_sums(domain_buckets, problem)
         tokens_S = domain_buckets.column("bucket_tokens").to_numpy()[
             :: len(domain_buckets) // len(sums_SGF)
         ]
         if len(tokens_S) < 2:
             return None
-        totals_BGF += weight * _resampled_scores(sums_SGF, tokens_S, number)
-        num_buckets += len(tokens_S)
-    scores = domains.weighted(options.domains)
-    costs, truth = as_arrays(problem, scores, options, formats, menu)
-    stability = compare_resamples(costs, truth, totals_BGF)
+        totals_BGF += weight * _resampled_scores(sums_SGF, tokens_S, number, len(totals_BGF))
+        counts.append(len(tokens_S))
+    total_GF = np.nan_to_num(problem.menus.scores(scores), posinf=0.0)
+    stability = compare_resamples(
+        resolver,
+        total_GF,
+        totals_BGF,
+        num_shards=min(counts),
+        plan_G=problem.menus.columns_of(formats),
+    )
     if stability is None:
         return None
-    return certainty_from(problem, formats, menu, truth, stability, num_buckets)
+    return certainty_from(problem, formats, resolver, total_GF, stability, sum(counts))
 
 
-def _resampled_scores(sums_SGF: Floats, tokens_S: Floats, seed: int) -> Floats:
+def _resampled_scores(sums_SGF: Floats, tokens_S: Floats, seed: int, count: int) -> Floats:
     """Scores (B, G, F) of one domain from as many of its buckets as there are, drawn anew."""
-    counts_BS = drawn_counts(len(tokens_S), (0, seed, len(tokens_S)), NUM_RESAMPLES)
-    sums_BGF = np.zeros((NUM_RESAMPLES, *sums_SGF.shape[1:]))
+    counts_BS = drawn_counts(len(tokens_S), (0, seed, len(tokens_S)), count)
+    sums_BGF = np.zeros((count, *sums_SGF.shape[1:]))
     for counts_B, sums_GF in zip(counts_BS.T, sums_SGF, strict=True):
         sums_BGF += counts_B[:, None, None] * sums_GF
     tokens_B = (counts_BS * tokens_S).sum(axis=1)

@@ -16,8 +16,8 @@ import numpy as np
 from autoquant_ray.allocate.knapsack.dynamic import WIDTHS, search
 from autoquant_ray.allocate.knapsack.greedy import Relaxed, relax
 from autoquant_ray.allocate.knapsack.knapsack import Answer, Knapsack, bound, losses
-from autoquant_ray.allocate.knapsack.lattice import fill, find
-from autoquant_ray.arrays import Floats, Mask
+from autoquant_ray.allocate.knapsack.lattice import Lattice, fill, find
+from autoquant_ray.arrays import Floats, Indices, Mask
 
 FEW_GROUPS = 200  # undecided groups that need no preparation
 _CORE = 100  # moves in the core
@@ -29,12 +29,26 @@ _PATIENCE = dict(zip(WIDTHS, (0.0, 1e-8, 1e-6), strict=True))  # width -> that g
 
 def solve_single(knapsack: Knapsack) -> Answer | None:
     """Solve a knapsack with one resource; None where the limit cannot be met."""
-    lattice = find(knapsack)
+    return solve_on(knapsack, find(knapsack))
+
+
+def solve_on(
+    knapsack: Knapsack, lattice: Lattice | None, start_G: Indices | None = None
+) -> Answer | None:
+    """The same with the lattice of the costs at hand.
+
+    Args:
+        knapsack: Scores, costs and one limit.
+        lattice: From :func:`~autoquant_ray.allocate.knapsack.lattice.find`, with the same scores.
+        start_G: An allocation within the limit that is likely to be good.
+    """
     knapsack = lattice.knapsack if lattice else knapsack
     relaxed = relax(knapsack)
     if relaxed is None:
         return None
     answer, multiplier_R = relaxed.answer, relaxed.multiplier_R
+    if start_G is not None and (score := knapsack.score(start_G)) < answer.score:
+        answer = Answer(columns_G=start_G, score=score, lower=min(score, answer.lower))
     if lattice and _is_large(knapsack, multiplier_R, answer):
         answer = fill(lattice, multiplier_R, relaxed.prefix_G, answer)
     if _is_large(knapsack, multiplier_R, answer):

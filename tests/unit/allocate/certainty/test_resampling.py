@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoquant_ray.allocate.certainty.resampling import allocate, assess
+from autoquant_ray.allocate.certainty.resampling import affordable_resamples, assess
+from autoquant_ray.allocate.knapsack.greedy import relax
 from autoquant_ray.allocate.knapsack.knapsack import Knapsack
+from autoquant_ray.allocate.knapsack.resolve import Resolver
+from autoquant_ray.allocate.knapsack.solve import solve_knapsack
 
 
 def unscored(costs_GF: Any, limit: float) -> Knapsack:
@@ -28,46 +31,75 @@ def brute_allocation(scores: list[list[float]], costs: list[list[float]], limit:
 
 
 def brute_assess(
-    sums: list[list[list[float]]], tokens: list[int], costs: Any, limit: float, seed: Any, num: int
+    sums: list[list[list[float]]], costs: Any, limit: float, seed: Any, num: int
 ) -> tuple[float, list[float], Any]:
-    """Regret, kept shares and allocation as they are defined, on scores per token."""
+    """Regret, kept shares and allocation as they are defined."""
     num_shards, num_groups, num_formats = len(sums), len(sums[0]), len(sums[0][0])
 
     def scores(shards: list[int]) -> list[list[float]]:
-        total = sum(tokens[s] for s in shards)
         return [
-            [0.5 * sum(sums[s][g][f] for s in shards) / total for f in range(num_formats)]
+            [sum(sums[s][g][f] for s in shards) for f in range(num_formats)]
             for g in range(num_groups)
         ]
 
+    def score(table: Any, allocation: Any) -> float:
+        return sum(table[g][f] for g, f in enumerate(allocation))
+
     truth = scores(list(range(num_shards)))
-
-    def score(allocation: Any) -> float:
-        return sum(truth[g][f] for g, f in enumerate(allocation))
-
     chosen = brute_allocation(truth, costs, limit)
     draws = np.random.default_rng(seed).integers(num_shards, size=(num, num_shards))
-    others = [brute_allocation(scores(draw.tolist()), costs, limit) for draw in draws]
-    regret = sum(score(other) - score(chosen) for other in others) / num / score(chosen)
+    resamples = [scores(draw.tolist()) for draw in draws]
+    others = [brute_allocation(resample, costs, limit) for resample in resamples]
+    bounds = [
+        score(truth, other)
+        - score(truth, chosen)
+        + score(resample, chosen)
+        - score(resample, other)
+        for resample, other in zip(resamples, others, strict=True)
+    ]
+    regret = sum(bounds) / num / score(truth, chosen) * num_shards / (num_shards - 1)
     kept = [sum(other[g] == chosen[g] for other in others) / num for g in range(num_groups)]
     return regret, kept, chosen
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(8))
 def test_assess_equals_brute_force(seed: int) -> None:
-    """Steps of equal cost along convex hulls: there the frontier is exact."""
+    """Costs of any size and scores that are not convex: the frontier is not exact there."""
     rng = np.random.default_rng(seed)
-    gains_SGF = np.sort(rng.gamma(0.7, size=(6, 4, 3)), axis=2)  # the smallest is the last step's
-    sums_SGF = np.pad(gains_SGF.cumsum(axis=2)[:, :, ::-1], ((0, 0), (0, 0), (0, 1)))
-    costs = [[1.0, 2.0, 3.0, 4.0]] * 4
-    tokens = rng.integers(10, 90, size=6).tolist()
-    stability = assess(unscored(costs, 9.0), sums_SGF, (seed, 6), num_resamples=60)
+    sums_SGF = np.pad(rng.gamma(0.7, size=(6, 4, 3)), ((0, 0), (0, 0), (0, 1)))
+    costs = np.sort(rng.uniform(1, 5, size=(4, 4)), axis=1).tolist()
+    stability = assess(unscored(costs, 12.0), sums_SGF, (seed, 6), num_resamples=60)
     assert stability is not None
-    regret, kept, chosen = brute_assess(sums_SGF.tolist(), tokens, costs, 9.0, (seed, 6), 60)
+    regret, kept, chosen = brute_assess(sums_SGF.tolist(), costs, 12.0, (seed, 6), 60)
     assert regret > 0
     assert stability.expected_regret == pytest.approx(regret, rel=1e-9)
     assert stability.kept_G.tolist() == pytest.approx(kept)
     assert stability.columns_G.tolist() == list(chosen)
+    assert stability.num_resamples == 60
+
+
+def test_assess_is_sure_of_what_a_greedy_solver_tosses() -> None:
+    """The large group fits only if the small one waits; a sweep along the hulls takes them in turn.
+
+    Every resample prefers the large group's step, exactly solved; the greedy solver takes the small
+    group's, whose gain per cost is larger, in some and cannot afford both in any.
+    """
+    rng = np.random.default_rng(3)
+    gains_G = np.array([1.05, 9.0])
+    costs = [[0.0, 1.0], [0.0, 10.0]]
+    sums_SGF = np.zeros((12, 2, 2))
+    sums_SGF[:, :, 0] = gains_G * rng.gamma(25.0, 1 / 25, size=(12, 2))
+    knapsack = unscored(costs, 10.0)
+    stability = assess(knapsack, sums_SGF, (0, 12))
+    assert stability is not None
+    assert stability.columns_G.tolist() == [0, 1]
+    assert stability.kept_G.tolist() == [1.0, 1.0]
+    draws = np.random.default_rng((0, 12)).integers(12, size=(200, 12))
+    greedy = [
+        relax(replace(knapsack, scores_GF=sums_SGF[drawn_S].sum(axis=0))) for drawn_S in draws
+    ]
+    kept = np.mean([relaxed.answer.columns_G[1] == 1 for relaxed in greedy if relaxed])
+    assert 0.05 < kept < 0.6
 
 
 def simulated(rng: np.random.Generator) -> tuple[Any, Any, float]:
@@ -79,25 +111,24 @@ def simulated(rng: np.random.Generator) -> tuple[Any, Any, float]:
     return truth_GF, weights_G1 * bits_F, float(weights_G1.sum() * 6)
 
 
-@pytest.mark.parametrize("num_shards", [12, 60])
-def test_assess_predicts_the_regret_of_a_known_truth(num_shards: int) -> None:
-    """Mean over 120 models; the bootstrap is not exact, so within a factor of 1.5."""
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("spread", [0.8, 4.0])
+@pytest.mark.parametrize("num_shards", [4, 12, 60])
+def test_assess_regret_is_at_least_that_of_a_known_truth(num_shards: int, spread: float) -> None:
+    """Mean over models: never below what the plan loses against the best one, at most 2.5 times."""
+    rng = np.random.default_rng(num_shards)
     expected, actual = [], []
-    for repeat in range(120):
+    for repeat in range(60):
         truth_GF, costs_GF, limit = simulated(rng)
         knapsack = unscored(costs_GF, limit)
         true_knapsack = replace(knapsack, scores_GF=truth_GF)
-        best = allocate(true_knapsack)
-        noise_SGF = rng.gamma(0.8, 1 / 0.8, size=(num_shards, *truth_GF.shape))
-        stability = assess(knapsack, noise_SGF * truth_GF, (repeat, num_shards), num_resamples=60)
+        best = solve_knapsack(true_knapsack, None, None)
+        noise_SGF = rng.gamma(spread, 1 / spread, size=(num_shards, *truth_GF.shape))
+        stability = assess(knapsack, noise_SGF * truth_GF, (repeat, num_shards), num_resamples=30)
         assert stability is not None
         assert best is not None
         expected.append(stability.expected_regret)
-        actual.append(
-            max(0.0, true_knapsack.score(stability.columns_G) / true_knapsack.score(best[0]) - 1)
-        )
-    assert np.mean(actual) / 1.5 < np.mean(expected) < np.mean(actual) * 1.5
+        actual.append(true_knapsack.score(stability.columns_G) / best.score - 1)
+    assert np.mean(actual) < np.mean(expected) < 2.5 * np.mean(actual)
 
 
 def test_assess_identical_shards_have_no_regret() -> None:
@@ -119,7 +150,7 @@ def test_assess_names_the_coin_tosses() -> None:
     assert stability is not None
     assert stability.kept_G[2] == 1
     assert ((stability.kept_G[:2] > 0.3) & (stability.kept_G[:2] < 0.7)).all()
-    assert stability.expected_regret < 1e-9
+    assert stability.expected_regret < 0.01
 
 
 def test_assess_without_any_loss_has_no_regret() -> None:
@@ -143,31 +174,88 @@ def test_assess_ignores_formats_that_a_group_lacks() -> None:
     assert stability.columns_G.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_allocate_under_two_limits_is_within_both_and_near_the_best(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    scores_GF = np.sort(rng.gamma(0.5, size=(6, 4)), axis=1)[:, ::-1]
-    costs_RGF = np.sort(rng.uniform(1, 10, size=(2, 6, 4)), axis=2)
-    limits_R = costs_RGF.min(axis=2).sum(axis=1) * 1.6
-    knapsack = Knapsack(scores_GF=scores_GF, costs_RGF=costs_RGF, limits_R=limits_R)
-    best = min(
+def brute_score(knapsack: Knapsack) -> float:
+    num_groups, num_formats = knapsack.scores_GF.shape
+    everything = itertools.product(range(num_formats), repeat=num_groups)
+    return min(
         knapsack.score(np.array(columns))
-        for columns in itertools.product(range(4), repeat=6)
+        for columns in everything
         if knapsack.is_within(np.array(columns))
     )
-    solution = allocate(knapsack)
-    assert solution is not None
-    columns_G, price = solution
-    assert knapsack.is_within(columns_G)
-    assert best <= knapsack.score(columns_G) <= 1.3 * best
-    again = allocate(knapsack, price)
-    assert again is not None
-    assert knapsack.score(again[0]) == pytest.approx(knapsack.score(columns_G), rel=0.1)
 
 
-def test_allocate_limits_that_exclude_each_other_is_none() -> None:
+@pytest.mark.parametrize("kind", ["single", "apart", "coupled"])
+@pytest.mark.parametrize("seed", range(6))
+def test_resolver_equals_brute_force(seed: int, kind: str) -> None:
+    """Under one limit, under limits of groups of their own, and under limits that groups share."""
+    rng = np.random.default_rng(seed)
+    scores_GF = rng.gamma(0.5, size=(6, 4))
+    costs_RGF = np.sort(rng.uniform(1, 10, size=(2, 6, 4)), axis=2)
+    if kind == "single":
+        costs_RGF = costs_RGF[:1]
+    elif kind == "apart":
+        costs_RGF[0, 4:] = 2.0
+        costs_RGF[1, :4] = 0.0
+    limits_R = costs_RGF.min(axis=2).sum(axis=1) * 1.6
+    knapsack = Knapsack(scores_GF=np.zeros((6, 4)), costs_RGF=costs_RGF, limits_R=limits_R)
+    resolver = Resolver(knapsack)
+    assert resolver.is_fast == (kind != "coupled")
+    columns_G = resolver.solve(scores_GF)
+    assert columns_G is not None
+    scored = replace(knapsack, scores_GF=scores_GF)
+    assert scored.is_within(columns_G)
+    assert scored.score(columns_G) == pytest.approx(brute_score(scored), rel=1e-12)
+    again_G = resolver.solve(scores_GF, columns_G)
+    assert again_G is columns_G
+
+
+@pytest.mark.parametrize("num_groups", [60, 200])
+def test_resolver_scores_as_the_solver_of_plans(num_groups: int) -> None:
+    """Warm started from the allocation of other scores."""
+    rng = np.random.default_rng(num_groups)
+    weights_G1 = rng.choice([1.0, 2.0, 3.0, 8.0], size=(num_groups, 1))
+    bits_F = np.linspace(4, 16, 8)
+    truth_GF = weights_G1 * rng.lognormal(0.0, 1.5, (num_groups, 8)) * 4.0**-bits_F
+    knapsack = unscored(weights_G1 * bits_F, float(weights_G1.sum() * 6))
+    resolver = Resolver(knapsack)
+    start_G = resolver.solve(truth_GF)
+    for _ in range(5):
+        scores_GF = truth_GF * rng.lognormal(0.0, 0.3, truth_GF.shape)
+        scored = replace(knapsack, scores_GF=scores_GF)
+        best = solve_knapsack(scored, None, None)
+        columns_G = resolver.solve(scores_GF, start_G)
+        assert best is not None
+        assert columns_G is not None
+        assert best.is_proven
+        assert scored.score(columns_G) == pytest.approx(best.score, rel=1e-12)
+
+
+def test_resolver_keeps_the_allocation_it_starts_from_where_none_is_better() -> None:
+    """Two groups are alike, so that two allocations are as good."""
+    resolver = Resolver(unscored([[1.0, 2.0], [1.0, 2.0]], 3.0))
+    scores_GF = np.array([[1.0, 0.0], [1.0, 0.0]])
+    for start in ([0, 1], [1, 0]):
+        columns_G = resolver.solve(scores_GF, np.array(start))
+        assert columns_G is not None
+        assert columns_G.tolist() == start
+
+
+def test_resolver_limits_that_exclude_each_other_is_none() -> None:
     costs_RGF = np.array([[[1.0, 3.0]], [[3.0, 1.0]]])
     knapsack = Knapsack(
-        scores_GF=np.array([[1.0, 2.0]]), costs_RGF=costs_RGF, limits_R=np.array([2.0, 2.0])
+        scores_GF=np.zeros((1, 2)), costs_RGF=costs_RGF, limits_R=np.array([2.0, 2.0])
     )
-    assert allocate(knapsack) is None
+    assert Resolver(knapsack).solve(np.array([[1.0, 2.0]])) is None
+
+
+def test_larger_problems_have_fewer_resamples() -> None:
+    def count(num_groups: int, num_limits: int) -> int:
+        costs_RGF = np.random.default_rng(0).uniform(1, 2, size=(num_limits, num_groups, 10))
+        limits_R = np.full(num_limits, 2.0 * num_groups)
+        knapsack = Knapsack(
+            scores_GF=np.zeros((num_groups, 10)), costs_RGF=costs_RGF, limits_R=limits_R
+        )
+        return affordable_resamples(Resolver(knapsack))
+
+    assert [count(50, 1), count(1_000, 1)] == [200, 200]
+    assert [count(2_000, 1), count(50, 2), count(500, 2)] == [100, 66, 10]

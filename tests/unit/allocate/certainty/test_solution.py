@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoquant_ray.allocate.certainty.resampling import assess
-from autoquant_ray.allocate.certainty.solution import Certainty, assess_solution, certainty_from
+from autoquant_ray.allocate.certainty.explain import explain_group
+from autoquant_ray.allocate.certainty.solution import assess_solution, null_score
 from autoquant_ray.allocate.knapsack.knapsack import Knapsack
+from autoquant_ray.allocate.knapsack.resolve import Resolver
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
+from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solve_run
 
@@ -61,13 +63,24 @@ def test_alike_shards_decide_and_noisy_ones_do_not(
     certainty = assess_solution(problem, scores, options, formats, buckets)
     assert certainty is not None
     if is_certain:
-        # Exact and fast may differ in one group.
-        assert certainty.num_certain >= len(problem.searched) - 1
+        assert certainty.num_certain == len(problem.searched)
         assert certainty.expected_regret == 0
     else:
         assert certainty.num_certain < len(problem.searched)
         assert certainty.expected_regret > 0
         assert set(certainty.coin_tosses) <= set(formats)
+
+
+def test_report_and_explanation_agree_on_every_group(make_run: Any) -> None:
+    directory = make_run(num_shards=12)
+    solve_run(directory, SolveOptions(bits=6.0))
+    stability = directory.read_json("solutions/bits-6.00/manifest.json")["stability"]
+    assert stability["num_resamples"] == 200
+    for group, kept in stability["kept"].items():
+        explanation = explain_group(directory, group, "bits-6.00")
+        assert explanation.num_resamples == 200
+        chosen = next(entry for entry in explanation.formats if entry.is_chosen)
+        assert chosen.resampled_share == kept
 
 
 def test_constraints_hold_in_the_resamples(make_run: Any) -> None:
@@ -93,18 +106,14 @@ def test_null_is_worse_than_the_solution(make_run: Any) -> None:
 
 def test_null_does_not_take_a_format_that_a_group_lacks_for_free() -> None:
     """Two groups, alike but for the coarsest format, which one of them lacks."""
-    lacks = np.inf
-    truth = Knapsack(
-        scores_GF=np.array([[1.0, 0.5, 0.7, 0.0], [lacks, 0.5, 0.7, 0.0]]),
+    scores_GF = np.array([[1.0, 0.5, 0.7, 0.0], [0.0, 0.5, 0.7, 0.0]])
+    has_GF = np.array([[True] * 4, [False, True, True, True]])
+    costs = Knapsack(
+        scores_GF=np.where(has_GF, 0.0, np.inf),
         costs_RGF=np.array([[[4.0, 8.0, 6.0, 100.0]] * 2]),
         limits_R=np.array([16.0]),
     )
-    groups = [SimpleNamespace(name=n, is_cache=False, rows={}) for n in "ab"]
-    problem: Any = SimpleNamespace(searched=groups)
-    sums_SGF = np.nan_to_num(np.stack([truth.scores_GF] * 2), posinf=0.0)
-    stability = assess(truth, sums_SGF, (0,))
-    assert stability is not None
-    both: Certainty = certainty_from(
-        problem, {"a": "y", "b": "y"}, ["x", "y", "z"], truth, stability, 2
-    )
-    assert both.null_score == pytest.approx(1.0)
+    menus = SimpleNamespace(has_GF=has_GF, columns={"x": 0, "y": 1, "z": 2, NONE: 3})
+    groups = [SimpleNamespace(name=n, is_cache=False) for n in "ab"]
+    problem: Any = SimpleNamespace(searched=groups, menus=menus)
+    assert null_score(problem, Resolver(costs), scores_GF) == pytest.approx(1.0)
