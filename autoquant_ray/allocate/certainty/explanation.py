@@ -47,6 +47,9 @@ def _why_sure(explanation: Explanation) -> str:
     if share is None:
         return ""
     verdict = " (certain)" if share >= CERTAIN else " (a coin toss)" if share < COIN_TOSS else ""
+    others = [a.format for a in explanation.formats if (a.resampled_share or 0) >= CERTAIN]
+    if others and share < COIN_TOSS:  # measured KL chose the plan, not the scores
+        verdict = f" (these take {others[0]}: see the prices of the flips)"
     return f", in {share:.0%} of {explanation.num_resamples} resamples of the shards{verdict}"
 
 

@@ -117,7 +117,7 @@ def assess_solution(
         None for a single bucket, for more than 100,000 (group, format) (10,000 where groups feel
         several limits), and where no allocation is within the limits.
     """
-    knapsack = _without_scores(problem, scores, options, formats)
+    knapsack = unscored_knapsack(problem, scores, options, formats)
     resolver = Resolver(knapsack)
     if _is_too_large(resolver):
         return None
@@ -156,7 +156,7 @@ def bucket_sums(buckets: pa.Table, problem: Problem) -> Floats:
     return sums_SGF
 
 
-def _without_scores(
+def unscored_knapsack(
     problem: Problem, scores: Scores, options: SolveOptions, formats: Mapping[str, str]
 ) -> Knapsack:
     """Costs and limits of the choices that the options leave, in the columns of the menus."""
@@ -271,7 +271,7 @@ def assess_weighted(
     if domains is None:
         return None
     scores = domains.weighted(options.domains)
-    resolver = Resolver(_without_scores(problem, scores, options, formats))
+    resolver = Resolver(unscored_knapsack(problem, scores, options, formats))
     if _is_too_large(resolver):
         return None
     buckets = state.directory.read_table(DOMAIN_RESAMPLING_FILE)

@@ -110,7 +110,7 @@ def test_resampled_shares_are_those_of_the_manifest(odd_run: tuple[RunDirectory,
 @pytest.mark.parametrize(
     ("chosen", "other", "said"),
     [
-        (0.0, 1.0, "in 0% of 200 resamples of the shards (a coin toss)"),
+        (0.0, 1.0, "in 0% of 200 resamples of the shards (these take "),
         (0.4, 0.6, "in 40% of 200 resamples of the shards (a coin toss)"),
         (1.0, 0.0, "in 100% of 200 resamples of the shards (certain)"),
     ],

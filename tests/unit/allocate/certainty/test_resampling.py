@@ -114,7 +114,7 @@ def simulated(rng: np.random.Generator) -> tuple[Any, Any, float]:
 @pytest.mark.parametrize("spread", [0.8, 4.0])
 @pytest.mark.parametrize("num_shards", [4, 12, 60])
 def test_assess_regret_is_at_least_that_of_a_known_truth(num_shards: int, spread: float) -> None:
-    """Mean over models: never below what the plan loses against the best one, at most 2.5 times."""
+    """Mean over models: never below what the plan loses against the best one, at most 3.5 times."""
     rng = np.random.default_rng(num_shards)
     expected, actual = [], []
     for repeat in range(60):
@@ -128,7 +128,7 @@ def test_assess_regret_is_at_least_that_of_a_known_truth(num_shards: int, spread
         assert best is not None
         expected.append(stability.expected_regret)
         actual.append(true_knapsack.score(stability.columns_G) / best.score - 1)
-    assert np.mean(actual) < np.mean(expected) < 2.5 * np.mean(actual)
+    assert np.mean(actual) < np.mean(expected) < 3.5 * np.mean(actual)
 
 
 def test_assess_identical_shards_have_no_regret() -> None:
@@ -140,7 +140,10 @@ def test_assess_identical_shards_have_no_regret() -> None:
 
 
 def test_assess_names_the_coin_tosses() -> None:
-    """Two groups whose scores are equal share one step; a third never changes."""
+    """Two groups whose scores are equal share one step; a third never changes.
+
+    That they are equal cannot be known from shards, so there is a regret.
+    """
     rng = np.random.default_rng(0)
     sums_SGF = np.zeros((100, 3, 2))
     sums_SGF[:, :2, 0] = rng.gamma(2.0, 0.5, size=(100, 2))
@@ -150,7 +153,7 @@ def test_assess_names_the_coin_tosses() -> None:
     assert stability is not None
     assert stability.kept_G[2] == 1
     assert ((stability.kept_G[:2] > 0.3) & (stability.kept_G[:2] < 0.7)).all()
-    assert stability.expected_regret < 0.01
+    assert 0 < stability.expected_regret < 0.05
 
 
 def test_assess_without_any_loss_has_no_regret() -> None:

@@ -118,11 +118,15 @@ def test_rule_stops_where_the_regret_falls_below_the_threshold(make_rule: Any, p
 def test_rule_any_order_of_arrival_gives_the_same_decision(make_rule: Any, plan: Any) -> None:
     sums: list[Any] = made_up_sums(plan, 30, 0.3)
     sums[3] = sums[14] = sums[20] = None
+    patient = make_rule(threshold=1e-9)
+    for shard in range(30):
+        patient.add(shard, sums[shard])
+    threshold = 1.01 * patient.checks[1].expected_regret
     summaries, ends = [], []
     rng = np.random.default_rng(0)
     orders = [list(range(30)), list(range(30))[::-1], *(rng.permutation(30) for _ in range(10))]
     for order in orders:
-        rule = make_rule(threshold=0.1)
+        rule = make_rule(threshold=threshold)
         for shard in order:
             rule.add(int(shard), sums[shard])
         summaries.append(rule.summary())
