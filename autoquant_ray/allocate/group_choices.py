@@ -104,6 +104,7 @@ class Menus:
         self._groups = groups
         self._costs: dict[str, Floats] = {}
         self._weights: dict[str, float] = {}
+        self._last_scores: tuple[Scores | None, Floats] | None = None
 
     @cached_property
     def names(self) -> list[str]:
@@ -159,14 +160,18 @@ class Menus:
         """Scores (G, F): 0 for 16 bits, inf where a group lacks a format.
 
         Args:
-            scores: (group, format) -> nats per token; None: everything loses nothing.
+            scores: (group, format) -> nats per token, which must not change afterwards; None:
+                everything loses nothing.
         """
+        if self._last_scores is not None and self._last_scores[0] is scores:
+            return self._last_scores[1]
         scores_GF = np.where(self.has_GF, 0.0, np.inf)
         if scores is not None:
             rows_K, columns_K = self._at
             is_scored_K = columns_K != self.columns.get(NONE, -1)
             values_K = [scores[key] for key in self._scored_keys]
             scores_GF[rows_K[is_scored_K], columns_K[is_scored_K]] = values_K
+        self._last_scores = scores, scores_GF
         return scores_GF
 
     def choices(self, scores: Scores | None, resources: Sequence[str]) -> Choices:

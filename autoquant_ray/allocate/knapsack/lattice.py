@@ -199,6 +199,7 @@ class _Walk:
         self.length_W[-self.low] = 0.0
         self.best, self.end = self.room * self.idle, -self.low
         open_N = np.array([-self.low])
+        is_open_W = np.zeros(self.num_nodes, dtype=np.bool_)
         num_edges = 0
         while open_N.size:
             open_N = open_N[np.argsort(self.length_W[open_N], kind="stable")]
@@ -206,9 +207,11 @@ class _Walk:
             if self.best - least <= close or num_edges > _MAX_EDGES:
                 return min(self.best, least)
             batch = max(1, _BATCH // max(1, len(self.steps_C)), len(open_N) // 4)
-            reached_N = self._leave(open_N[:batch])
-            num_edges += len(open_N[:batch]) * len(self.steps_C)
-            open_N = np.union1d(open_N[batch:], reached_N)
+            left_N = open_N[:batch]
+            is_open_W[left_N] = False
+            is_open_W[self._leave(left_N)] = True
+            num_edges += len(left_N) * len(self.steps_C)
+            open_N = np.flatnonzero(is_open_W)
         return self.best
 
     def _leave(self, nodes_N: Indices) -> Indices:
