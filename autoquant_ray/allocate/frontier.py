@@ -14,7 +14,7 @@ import numpy as np
 
 from autoquant_ray.allocate.allocation import frontier_allocations
 from autoquant_ray.allocate.group_choices import GroupChoices, Scores
-from autoquant_ray.allocate.losses import predicted_loss
+from autoquant_ray.allocate.losses import predicted_loss, sizes
 from autoquant_ray.allocate.options import BITS_PER_BYTE, UNQUANTIZED_BITS, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
@@ -114,11 +114,10 @@ def point_of(problem: Problem, scores: Scores, formats: Mapping[str, str]) -> Po
         scores: (group, format) -> nats per token.
         formats: Searched group -> format.
     """
-    menus = problem.menus
-    stored = menus.chosen_costs("storage", formats)
+    effective_bits, weight_bytes = sizes(problem, formats)
     return Point(
-        effective_bits=math.fsum(stored) * BITS_PER_BYTE / menus.weights("storage"),
-        weight_bytes=problem.other_bytes + math.fsum([*stored, *problem.unsearched_bytes]),
+        effective_bits=effective_bits,
+        weight_bytes=weight_bytes,
         predicted_kl=predicted_loss(scores, formats),
     )
 

@@ -58,6 +58,19 @@ def model_bytes(problem: Problem, formats: Mapping[str, str]) -> float:
     )
 
 
+def sizes(problem: Problem, formats: Mapping[str, str]) -> tuple[float, float]:
+    """Effective bits and bytes of the whole model, as above, where many are asked for.
+
+    Args:
+        problem: Groups with their costs.
+        formats: Searched group -> format.
+    """
+    menus = problem.menus
+    stored = menus.chosen_costs("storage", formats)
+    bits = math.fsum(stored) * BITS_PER_BYTE / menus.weights("storage")
+    return bits, problem.other_bytes + math.fsum([*stored, *problem.unsearched_bytes])
+
+
 def uniform_format(problem: Problem, formats: Mapping[str, str]) -> str | None:
     """The format, without its method, of all quantized weights; None where they have several.
 

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from autoquant_ray.allocate.allocation import Choice, frontier, frontier_allocations
+from autoquant_ray.allocate.allocation import frontier, frontier_allocations
 from autoquant_ray.allocate.domains import solve_domains, wanted_domains
 from autoquant_ray.allocate.frontier import (
     NUM_POINTS,
@@ -25,7 +25,8 @@ from autoquant_ray.allocate.frontier import (
     sweep_points,
 )
 from autoquant_ray.allocate.group_choices import Scores
-from autoquant_ray.allocate.losses import average_bits, model_bytes, predicted_loss
+from autoquant_ray.allocate.knapsack.choices import Choices
+from autoquant_ray.allocate.losses import predicted_loss, sizes
 from autoquant_ray.allocate.options import UNQUANTIZED_BITS, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
@@ -38,7 +39,7 @@ from autoquant_ray.serving.menus import NotServedError
 
 Loss = Callable[[Mapping[str, str]], float]
 """Of searched group -> format, in nats per token."""
-_Hull = tuple[Sequence[Choice], Ties]
+_Hull = tuple[Choices, Ties]
 _ROUNDING = 1e-12  # relative, of a limit that is met exactly
 _NUM_SEARCHED = 16  # sizes that are solved one by one, for each report
 
@@ -221,8 +222,7 @@ def _with_size_of(
 
 def point_of(problem: Problem, loss: Loss, formats: Mapping[str, str]) -> Point:
     """Size and loss of an allocation: searched group -> format."""
+    effective_bits, weight_bytes = sizes(problem, formats)
     return Point(
-        effective_bits=average_bits(problem.searched, formats),
-        weight_bytes=model_bytes(problem, formats),
-        predicted_kl=loss(formats),
+        effective_bits=effective_bits, weight_bytes=weight_bytes, predicted_kl=loss(formats)
     )
