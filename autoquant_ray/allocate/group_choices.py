@@ -92,19 +92,24 @@ class GroupChoices:
 
 
 class Menus:
-    """Names, formats and costs of groups as arrays, made when first asked for.
+    """Names, formats and costs of searched groups as arrays, made when first asked for.
 
     All searches of a problem share them.
 
     Args:
-        groups: In the order of the rows.
+        groups: Name -> group, in the order of the rows; those that are not searched are left out.
     """
 
-    def __init__(self, groups: Sequence[GroupChoices]) -> None:
-        self._groups = groups
+    def __init__(self, groups: Mapping[str, GroupChoices]) -> None:
+        self._all = groups
+        self._groups = [group for group in groups.values() if group.is_searched]
         self._costs: dict[str, Floats] = {}
         self._weights: dict[str, float] = {}
         self._last_scores: tuple[Scores | None, Floats] | None = None
+
+    def are_of(self, groups: Mapping[str, GroupChoices]) -> bool:
+        """Whether these very groups were laid out."""
+        return self._all is groups
 
     @cached_property
     def names(self) -> list[str]:

@@ -54,10 +54,14 @@ class Problem:
 
     groups: Mapping[str, GroupChoices]
     summary: Mapping[str, Any]
-    menus: Menus = field(repr=False, compare=False)
     step: StepTime | None = None
     served: Served | None = None
     experts: Experts | None = None
+    menus: Menus = field(default_factory=lambda: Menus({}), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.menus.are_of(self.groups):
+            object.__setattr__(self, "menus", Menus(self.groups))
 
     @classmethod
     def from_plan(
@@ -95,7 +99,7 @@ class Problem:
             groups[name].rows[row["format"]] = {
                 key: value for key, value in row.items() if key not in _OF_GROUP
             }
-        problem = cls(groups=groups, summary=summary, menus=_menus(groups))
+        problem = cls(groups=groups, summary=summary)
         if problem.searched and all(group.is_tied or group.is_cache for group in problem.searched):
             raise nothing_stored([group.name for group in problem.searched if group.is_tied])
         return problem
@@ -129,7 +133,7 @@ class Problem:
             )
             for name, group in self.groups.items()
         }
-        return replace(self, groups=groups, menus=_menus(groups), step=step)
+        return replace(self, groups=groups, step=step)
 
     @cached_property
     def resources(self) -> list[str]:
@@ -173,7 +177,7 @@ class Problem:
             else group
             for name, group in self.groups.items()
         }
-        return replace(self, groups=groups, menus=_menus(groups))
+        return replace(self, groups=groups)
 
     def without(self, formats: Collection[str]) -> Problem:
         """The same problem in which no group can take some formats."""
@@ -181,7 +185,7 @@ class Problem:
             name: replace(group, rows={f: r for f, r in group.rows.items() if f not in formats})
             for name, group in self.groups.items()
         }
-        return replace(self, groups=groups, menus=_menus(groups))
+        return replace(self, groups=groups)
 
     def choices(self, scores: Scores | None) -> Choices:
         """Choices of the searched groups; 16 bits lose nothing by definition.
@@ -237,7 +241,3 @@ class Problem:
 
 _OF_GROUP = ("group", "format", "module_names", "is_searched")
 """Columns of ``plan.parquet`` that say nothing of a choice."""
-
-
-def _menus(groups: Mapping[str, GroupChoices]) -> Menus:
-    return Menus([group for group in groups.values() if group.is_searched])
