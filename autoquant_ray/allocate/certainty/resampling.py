@@ -19,7 +19,7 @@ estimates that bound. The first difference alone, the regret of the resamples' a
 is expected only if the full sample is as well behaved as the truth. It is not: an allocation is
 chosen where errors make scores small, and there errors, being relative, look small too. In
 simulations with 4 to 60 shards the first difference alone was as little as 0.65 of the true regret;
-the sum was 1.4 to 2.8 times the true regret: it errs high. ``n / (n - 1)``, n the number of shards,
+the sum was 1.2 to 2.8 times the true regret: it errs high. ``n / (n - 1)``, n the number of shards,
 makes up for the spread of resamples, whose square is that much below that of samples.
 
 Sums of shards are enough: no number above changes when all scores are multiplied by one factor.
