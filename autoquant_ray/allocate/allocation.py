@@ -160,9 +160,10 @@ class _Table:
     @classmethod
     def of(cls, choices: AnyChoices, wanted: Sequence[str]) -> _Table:
         """Check the choices and lay them out."""
-        table = as_choices(choices).with_used_formats()
+        table = as_choices(choices)
         if not table.groups:
             raise ConfigError("there are no choices: the search has no group with a format")
+        table = table.with_used_formats()
         resources = list(dict.fromkeys((*wanted, *table.costs)))
         table.require_numbers(resources)
         shape = (len(resources), *table.has_GF.shape)
