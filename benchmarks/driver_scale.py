@@ -42,6 +42,7 @@ from autoquant_ray.formats.format import Format
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.group import PlannedGroup
 from autoquant_ray.plan.plan import Plan
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SAMPLES, part_name
 from autoquant_ray.runs.state import RunState
@@ -207,7 +208,7 @@ def measure(
         process = psutil.Process()
         before, waited_s = process.memory_full_info(), count_waiting()
         cpu_s, start = time.process_time(), time.perf_counter()
-        stages.score(state, pool, make_plan(), {}, "benchmark")
+        stages.score(state, pool, make_plan(), Calibration(), "benchmark")
         wall_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu_s
         after = process.memory_full_info()
     num_equal_workers = placement.num_workers - 1 + 1 / SLOWDOWN

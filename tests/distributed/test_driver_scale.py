@@ -18,6 +18,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.placement import place_workers
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.distributed.task import ShardTask
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.runs.names import SCORES
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.stages import score as stages
@@ -63,7 +64,7 @@ def test_score_on_two_nodes_with_a_straggler_counts_every_shard_once(
         placement = place_workers(config, resources, device="cuda", worker_bytes=1)
         assert (placement.num_workers, placement.gpus_per_worker) == (NUM_WORKERS, 1)
         with WorkerPool(spec, placement, on_event) as pool:
-            stages.score(state, pool, plan, {}, "fingerprint")
+            stages.score(state, pool, plan, Calibration(), "fingerprint")
 
     done = Counter(shard for event, shard in events if event == "shard_done")
     assert done == Counter(range(NUM_SHARDS))

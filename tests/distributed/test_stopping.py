@@ -16,6 +16,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.pool import Outcome
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SAMPLES, part_name
 from autoquant_ray.runs.state import RunState
@@ -179,7 +180,7 @@ def made_up_scan(make_model: Any, tmp_path: Path) -> Any:
     def run(
         order: list[int],
         broken: tuple[int, ...] = (),
-        share: float = 0.25,
+        share: float = 0.4,
         state: RunState | None = None,
     ) -> tuple[RunState, Arrivals]:
         if state is None:
@@ -207,7 +208,7 @@ def made_up_scan(make_model: Any, tmp_path: Path) -> Any:
         config = ScanConfig.model_validate(state.record.config)
         state.release_quarantine()
         if not stages.is_scored(state, plan, "score"):
-            stages.score(state, pool, plan, {}, "score")  # type: ignore[arg-type]
+            stages.score(state, pool, plan, Calibration(), "score")  # type: ignore[arg-type]
         stages.aggregate(state, config, "aggregate")
         return state, pool
 
@@ -257,7 +258,7 @@ def test_score_resume_decides_on_parts_that_are_there(ray_local: None, made_up_s
     reference, _ = made_up_scan(IN_ORDER)
     used = reference.record.stopping["shards_used"]
     whole, _ = made_up_scan(IN_ORDER, share=1e-9)
-    whole.record.config["stop_when_stable"] = 0.25
+    whole.record.config["stop_when_stable"] = 0.4
     whole.record.stages.pop("score")
     whole.reopen("aggregate")
     state, pool = made_up_scan(IN_ORDER, state=whole)
