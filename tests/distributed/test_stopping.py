@@ -180,7 +180,7 @@ def made_up_scan(make_model: Any, tmp_path: Path) -> Any:
     def run(
         order: list[int],
         broken: tuple[int, ...] = (),
-        share: float = 0.4,
+        share: float = 0.6,
         state: RunState | None = None,
     ) -> tuple[RunState, Arrivals]:
         if state is None:
@@ -258,7 +258,7 @@ def test_score_resume_decides_on_parts_that_are_there(ray_local: None, made_up_s
     reference, _ = made_up_scan(IN_ORDER)
     used = reference.record.stopping["shards_used"]
     whole, _ = made_up_scan(IN_ORDER, share=1e-9)
-    whole.record.config["stop_when_stable"] = 0.4
+    whole.record.config["stop_when_stable"] = 0.6
     whole.record.stages.pop("score")
     whole.reopen("aggregate")
     state, pool = made_up_scan(IN_ORDER, state=whole)
