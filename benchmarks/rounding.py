@@ -36,6 +36,7 @@ from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.evaluate.measurement import measuring
 from autoquant_ray.evaluate.rivals import collect_candidates
 from autoquant_ray.evaluate.table import Measured, mean_kl, paired_difference
+from autoquant_ray.formats.format import NONE
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
@@ -157,7 +158,7 @@ def compare(scored: dict[str, ScoredRun], options: argparse.Namespace) -> list[d
             if bits in selections:
                 budget = {"bytes": int(selections[bits][0].weight_bytes)}
             for menu, names in MENUS.items() if name == "methods" else (("max", PLAIN),):
-                chosen = SolveOptions(**budget, allow={"*": [*names]})
+                chosen = SolveOptions(**budget, allow={"*": [*names, NONE]})
                 candidates[bits, menu] = solved(run, chosen, menu)
         with measuring(run.state, evaluation_of(run, options)) as measurement:
             measured = measurement.measure(list(candidates.values()))
