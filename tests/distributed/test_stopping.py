@@ -231,6 +231,7 @@ def test_score_any_order_of_arrival_leaves_the_same_files(
     stopping = reference.record.stopping
     assert [check["shards"] for check in stopping["checks"]][:2] == [8, 12]
     assert 8 < stopping["shards_used"] < 30
+    assert 0 < stopping["expected_regret"] < stopping["threshold"] == 0.6
     assert pool.yielded == IN_ORDER[: stopping["shards_used"] + 1]
     assert [entry["shard"] for entry in reference.record.quarantined] == [3]
     assert 3 not in reference.directory.list_parts("scores")
