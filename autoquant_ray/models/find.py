@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant_ray.errors import ModelError, one_line
-from autoquant_ray.models.gguf_config import RotaryMetadata, apply_rotary
+from autoquant_ray.models.gguf_config import apply_rotary, read_facts
 from autoquant_ray.runs.hashing import fingerprint_files
 
 TOKENIZER_FILES: tuple[str, ...] = (
@@ -144,5 +144,5 @@ def _load_config(ref: ModelRef) -> Any:
         hint = " (its own code needs `trust_remote_code`)" if needs_code else ""
         raise ModelError(f"config of model {ref.name}: {one_line(error)}{hint}") from None
     if ref.gguf_file is not None:
-        apply_rotary(config, RotaryMetadata.read(Path(ref.path) / ref.gguf_file))
+        apply_rotary(config, read_facts(Path(ref.path) / ref.gguf_file).rotary)
     return config

@@ -1,4 +1,4 @@
-"""Positions of a GGUF file's model: what its metadata and tensors say of rotary embeddings.
+"""What transformers does not read of a GGUF file's model: rotary embeddings, a head apart.
 
 transformers 5.14 reads a file's base frequency and nothing else, so a model whose context was
 stretched would run with the positions of its shorter origin. Names and meanings of the metadata are
@@ -14,16 +14,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.models.gguf_file import opened
 
 Floats = npt.NDArray[np.float64]
 
-_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_DIVISORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 _TOLERANCE = 1e-4  # relative; rope_freqs is stored in float32
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -57,47 +59,63 @@ class RotaryMetadata:
     window_base: float | None
     divisors: Mapping[str, Floats]
 
-    @classmethod
-    def read(cls, file: Path) -> RotaryMetadata:
-        """Read it, once for every state of the file.
 
-        Raises:
-            ModelError: The file cannot be read.
-        """
-        try:
-            state = file.stat()
-        except OSError as error:
-            raise ModelError(f"GGUF file {file} cannot be read: {one_line(error)}") from None
-        return _read(file, state.st_mtime_ns, state.st_size)
+class ModelFacts(NamedTuple):
+    """What transformers does not read of a GGUF file's model.
+
+    Attributes:
+        rotary: Its rotary embeddings.
+        has_separate_head: Whether the file holds a head that differs from the embedding.
+    """
+
+    rotary: RotaryMetadata
+    has_separate_head: bool
+
+
+def read_facts(file: Path) -> ModelFacts:
+    """Read them, once for every state of the file.
+
+    Raises:
+        ModelError: The file cannot be read.
+    """
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise ModelError(f"GGUF file {file} cannot be read: {one_line(error)}") from None
+    return _read(file, state.st_mtime_ns, state.st_size)
 
 
 @lru_cache(maxsize=4)
-def _read(file: Path, _modified: int, _size: int) -> RotaryMetadata:
-    try:
-        import gguf
-    except ImportError:
-        raise ModelError(f"GGUF file {file} needs the package gguf: pip install gguf") from None
-    try:
-        reader = gguf.GGUFReader(file)
-        prefix = f"{reader.fields['general.architecture'].contents()}.rope."
-        named = {
-            name.removeprefix(prefix): field.contents()
-            for name, field in reader.fields.items()
-            if name.startswith(prefix)
-        }
-        divisors = {
-            tensor.name: np.array(tensor.data, dtype=np.float64).reshape(-1)
-            for tensor in reader.tensors
-            if tensor.name in _TENSORS
-        }
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ModelError(f"GGUF file {file} cannot be read: {one_line(error)}") from None
-    start = "scaling."
+def _read(file: Path, _modified: int, _size: int) -> ModelFacts:
+    with opened(file) as reader:
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        return ModelFacts(_rotary(reader.fields, tensors), _has_separate_head(tensors))
+
+
+def _rotary(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> RotaryMetadata:
+    prefix, start = f"{fields['general.architecture'].contents()}.rope.", "scaling."
+    named = {
+        name.removeprefix(prefix): field.contents()
+        for name, field in fields.items()
+        if name.startswith(prefix)
+    }
     return RotaryMetadata(
         scaling={n.removeprefix(start): v for n, v in named.items() if n.startswith(start)},
         window_base=named.get("freq_base_swa"),
-        divisors=divisors,
+        divisors={
+            name: np.array(tensors[name].data, dtype=np.float64).reshape(-1)
+            for name in _DIVISORS
+            if name in tensors
+        },
     )
+
+
+def _has_separate_head(tensors: Mapping[str, Any]) -> bool:
+    if not {_HEAD, _EMBEDDING} <= tensors.keys():
+        return False
+    head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+    is_alike = head.tensor_type == embedding.tensor_type
+    return not (is_alike and np.array_equal(head.data, embedding.data))
 
 
 def apply_rotary(config: Any, rotary: RotaryMetadata) -> None:

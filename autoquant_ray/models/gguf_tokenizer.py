@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.errors import ModelError
 from autoquant_ray.models.byte_pair_rules import RULES, BytePairRules
+from autoquant_ray.models.gguf_file import opened
 
 Metadata = Mapping[str, Any]
 
@@ -33,16 +34,9 @@ def read_metadata(file: Path) -> dict[str, Any]:
     Raises:
         ModelError: The file cannot be read.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise ModelError(f"GGUF file {file} needs the package gguf: pip install gguf") from None
-    try:
-        fields = gguf.GGUFReader(file).fields
-        names = [name for name in fields if name.startswith(_PREFIX)]
-        return {name.removeprefix(_PREFIX): fields[name].contents() for name in names}
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ModelError(f"GGUF file {file} cannot be read: {one_line(error)}") from None
+    with opened(file) as reader:
+        names = [name for name in reader.fields if name.startswith(_PREFIX)]
+        return {name.removeprefix(_PREFIX): reader.fields[name].contents() for name in names}
 
 
 def is_sentencepiece(metadata: Metadata) -> bool:

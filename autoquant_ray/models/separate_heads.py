@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.models.find import ModelRef
+from autoquant_ray.models.gguf_config import read_facts
 
 if TYPE_CHECKING:
     import torch
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_GGUF_HEAD, _GGUF_EMBEDDING = "output.weight", "token_embd.weight"
 _ROWS_AT_ONCE = 4096
 
 
@@ -81,7 +81,7 @@ def _head_name(model: Any) -> str:
 def _differ_in_files(ref: ModelRef, head: str, embedding: str, shape: tuple[int, ...]) -> bool:
     """Whether the files hold both weights, and these differ."""
     if ref.gguf_file is not None:
-        return _differ_in_gguf(Path(ref.path) / ref.gguf_file)
+        return read_facts(Path(ref.path) / ref.gguf_file).has_separate_head
     files = _tensor_files(ref)
     names = [_stored_name(name, files) for name in (head, embedding)]
     if names[0] is None or names[1] is None or names[0] == names[1]:
@@ -141,15 +141,3 @@ def _differ(
             if not torch.equal(parts[0].float(), parts[1].float()):
                 return True
     return False
-
-
-def _differ_in_gguf(file: Path) -> bool:
-    import numpy as np
-    from gguf import GGUFReader
-
-    tensors = {tensor.name: tensor for tensor in GGUFReader(file).tensors}
-    if not {_GGUF_HEAD, _GGUF_EMBEDDING} <= tensors.keys():
-        return False
-    head, embedding = tensors[_GGUF_HEAD], tensors[_GGUF_EMBEDDING]
-    is_alike = head.tensor_type == embedding.tensor_type
-    return not (is_alike and np.array_equal(head.data, embedding.data))

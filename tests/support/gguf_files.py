@@ -11,6 +11,9 @@ import numpy as np
 import torch
 import transformers
 
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
+
 WORDS = ["<unk>", "<s>", "</s>", *(f"w{number}" for number in range(253))]
 _NAMES = {
     "input_layernorm": "attn_norm",
@@ -23,6 +26,19 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write all that was added."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def load_gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer of a file, as a scan loads it."""
+    return load_tokenizer(TokenizerRef.of(find_model(str(file)), ""))
 
 
 def random_llama(**changes: Any) -> transformers.LlamaForCausalLM:
@@ -73,10 +89,7 @@ def write_llama(
         writer.add_tensor(name, np.array(values, dtype=np.float32))
     for name, weight in model.state_dict().items():
         writer.add_tensor(*_as_stored(name, weight.numpy(), config))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return file
 
 

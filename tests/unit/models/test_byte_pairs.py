@@ -11,12 +11,11 @@ from typing import Any
 import gguf
 import pytest
 import tokenizers
+from gguf_files import finish, load_gguf_tokenizer
 from tokenizers import models, pre_tokenizers, trainers
 
 from autoquant_ray.errors import ModelError
 from autoquant_ray.models.byte_pair_rules import RULES
-from autoquant_ray.models.find import find_model
-from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 
 SPECIAL = ["<|begin|>", "<|end|>"]
 TEXTS = [
@@ -66,21 +65,14 @@ def write(
     writer.add_eos_token_id(1)
     for name, value in metadata.items():
         getattr(writer, f"add_{name}")(value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return file
-
-
-def load(file: Path) -> Any:
-    return load_tokenizer(TokenizerRef.of(find_model(str(file)), ""))
 
 
 @pytest.mark.parametrize("pre", PARTS)
 def test_tokens_are_those_of_the_tokenizer_that_was_written(tmp_path: Path, pre: str) -> None:
     twin = train(pre)
-    tokenizer = load(write(tmp_path / "x.gguf", twin, pre))
+    tokenizer = load_gguf_tokenizer(write(tmp_path / "x.gguf", twin, pre))
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
         assert ids == twin.encode(text).ids, text
@@ -115,16 +107,18 @@ def test_bos_of_llama3_unless_the_file_says_otherwise(
     tmp_path: Path, asked: bool | None, has_bos: bool
 ) -> None:
     metadata = {} if asked is None else {"add_bos_token": asked}
-    tokenizer = load(write(tmp_path / "x.gguf", train("gpt-2"), "llama-bpe", **metadata))
+    tokenizer = load_gguf_tokenizer(
+        write(tmp_path / "x.gguf", train("gpt-2"), "llama-bpe", **metadata)
+    )
     assert (tokenizer("a")["input_ids"][0] == 0) is has_bos
 
 
 def test_a_word_of_the_vocabulary_is_a_token_where_merges_are_ignored(tmp_path: Path) -> None:
     twin = train("gpt-2")
     whole = max((t for t in twin.get_vocab() if t.isascii() and t.isalpha()), key=len)
-    pieces = load(write(tmp_path / "x.gguf", twin, "gpt-2", without=whole))
+    pieces = load_gguf_tokenizer(write(tmp_path / "x.gguf", twin, "gpt-2", without=whole))
     assert len(pieces(whole)["input_ids"]) > 1
-    tokenizer = load(write(tmp_path / "y.gguf", twin, "llama-bpe", without=whole))
+    tokenizer = load_gguf_tokenizer(write(tmp_path / "y.gguf", twin, "llama-bpe", without=whole))
     assert tokenizer(whole, add_special_tokens=False)["input_ids"] == [twin.token_to_id(whole)]
 
 
@@ -133,7 +127,7 @@ def test_rules_that_are_not_listed_are_named_in_the_log(
 ) -> None:
     file = write(tmp_path / "x.gguf", train("gpt-2"), "a-new-kind")
     with caplog.at_level(logging.WARNING):
-        load(file)
+        load_gguf_tokenizer(file)
     assert "'a-new-kind'" in caplog.text
 
 
@@ -142,9 +136,6 @@ def test_vocabulary_without_merges_is_refused(tmp_path: Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("llama-bpe")
     writer.add_token_list(["a"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ModelError, match="needs tokens, token_type and merges"):
-        load(tmp_path / "x.gguf")
+        load_gguf_tokenizer(tmp_path / "x.gguf")

@@ -12,6 +12,7 @@ import gguf
 import pytest
 import sentencepiece
 import transformers
+from gguf_files import finish, load_gguf_tokenizer
 
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.errors import ModelError
@@ -85,15 +86,8 @@ def write_gguf(
         getattr(writer, f"add_{role}_token_id")(getattr(pieces, f"{role}_id")())
     for name, value in metadata.items():
         getattr(writer, f"add_{name}")(value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return file
-
-
-def load(file: Path) -> Any:
-    return load_tokenizer(TokenizerRef.of(find_model(str(file)), ""))
 
 
 @pytest.mark.parametrize("has_prefix", [True, False])
@@ -104,7 +98,7 @@ def test_sentencepiece_vocabulary_cuts_as_sentencepiece_does(
     user_defined = ["▁▁"] if has_prefix else USER_DEFINED
     pieces = train(add_dummy_prefix=has_prefix, user_defined_symbols=user_defined)
     file = write_gguf(tmp_path / "x.gguf", pieces, user_defined, add_space_prefix=has_prefix)
-    tokenizer = load(file)
+    tokenizer = load_gguf_tokenizer(file)
     for text in TEXTS:
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == pieces.encode(text), text
         assert tokenizer.decode(pieces.encode(text)) == text
@@ -112,7 +106,7 @@ def test_sentencepiece_vocabulary_cuts_as_sentencepiece_does(
 
 def test_roles_and_surroundings_are_those_of_the_file(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "x.gguf", train(), add_bos_token=True, add_eos_token=True)
-    tokenizer = load(file)
+    tokenizer = load_gguf_tokenizer(file)
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     assert [getattr(tokenizer, name) for name in names] == ["<s>", "</s>", "<unk>", "<pad>"]
     letter = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -124,12 +118,12 @@ def test_roles_and_surroundings_are_those_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", [False, None])
 def test_bos_without_word_is_sentencepieces_habit(tmp_path: Path, asked: bool | None) -> None:
     metadata = {} if asked is None else {"add_bos_token": asked}
-    tokenizer = load(write_gguf(tmp_path / "x.gguf", train(), **metadata))
+    tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "x.gguf", train(), **metadata))
     assert (tokenizer("a")["input_ids"][0] == 1) is (asked is None)
 
 
 def test_saved_tokenizer_reads_back_the_same(tmp_path: Path) -> None:
-    tokenizer = load(write_gguf(tmp_path / "x.gguf", train(), add_bos_token=True))
+    tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "x.gguf", train(), add_bos_token=True))
     tokenizer.save_pretrained(tmp_path / "saved")
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again.eos_token == "</s>"
@@ -148,16 +142,13 @@ def test_demo_model_ends_with_the_token_that_its_file_names() -> None:
 def test_role_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "x.gguf", train(), mask_token_id=5000)
     with pytest.raises(ModelError, match="mask_token_id 5000 is beyond the vocabulary of 1000"):
-        load(file)
+        load_gguf_tokenizer(file)
 
 
 def test_vocabulary_without_scores_is_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list(["<unk>", "a"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(ModelError, match="needs tokens, token_type and scores of one length"):
-        load(tmp_path / "x.gguf")
+        load_gguf_tokenizer(tmp_path / "x.gguf")

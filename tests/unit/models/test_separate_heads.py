@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import fake_weight, load_folder, unpack_modelopt
 from click.testing import CliRunner
+from gguf_files import finish
 from safetensors.torch import load_file, save_file
 
 from autoquant_ray.allocate.problem import Problem
@@ -127,10 +128,7 @@ def test_gguf_with_both_weights(
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "falcon")
     writer.add_tensor("token_embd.weight", embedding)
     writer.add_tensor("output.weight", embedding if is_equal else embedding + 1)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     model = type(make_model("qwen3"))(make_model("qwen3").config)
     ref = ModelRef(name="model.gguf", path=str(tmp_path), gguf_file="model.gguf")
     untie_as_files(model, ref)
