@@ -24,6 +24,7 @@ from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton, load_model
+from autoquant_ray.models.separate_heads import give_weight
 from autoquant_ray.plan.group import UNQUANTIZED_BITS
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.stages.shards import tasks_of
@@ -98,8 +99,7 @@ def ids_of(sample: Any) -> list[int]:
 
 def untied(model: Any) -> Any:
     """With a head of its own: ModelOpt's AWQ would divide the embeddings too."""
-    head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    give_weight(model)
     return model
 
 

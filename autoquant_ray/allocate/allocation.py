@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autoquant_ray.allocate.knapsack.choices import AnyChoices, as_choices
+from autoquant_ray.allocate.knapsack.choices import AnyChoices, Choices, as_choices
 from autoquant_ray.allocate.knapsack.greedy import frontier_points, relax
 from autoquant_ray.allocate.knapsack.knapsack import SLACK, Answer, Knapsack, sweep
 from autoquant_ray.allocate.knapsack.solve import reachable, solve_knapsack
@@ -146,6 +146,20 @@ def frontier_allocations(
             raise InfeasibleBudgetError(infeasible_text(knapsack, [budget], None, None))
         allocations.append(table.allocation(knapsack, relaxed.answer))
     return allocations
+
+
+def without_scores(choices: Choices, budgets: Sequence[Budget]) -> Knapsack:
+    """Costs and limits of choices, none of which loses anything: to be solved for other scores.
+
+    Args:
+        choices: Every allowed (group, format).
+        budgets: Limits, at least one.
+    """
+    return Knapsack(
+        scores_GF=np.where(choices.has_GF, 0.0, np.inf),
+        costs_RGF=np.stack([choices.costs[budget.resource] for budget in budgets]),
+        limits_R=np.array([float(budget.limit) for budget in budgets]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

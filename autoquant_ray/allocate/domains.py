@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from autoquant_ray.allocate import allocation as allocations
-from autoquant_ray.allocate.allocation import Allocation, Budget
+from autoquant_ray.allocate.allocation import Allocation, Budget, without_scores
 from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.knapsack.choices import Choices
 from autoquant_ray.allocate.knapsack.knapsack import Knapsack
@@ -156,12 +156,7 @@ def _domain_arrays(
     scores_DGF = np.full((len(domains.scores), *choices.has_GF.shape), np.inf)
     for scores_GF, scores in zip(scores_DGF, domains.scores.values(), strict=True):
         scores_GF[choices.has_GF] = [0.0 if key[1] == NONE else scores[key] for key in keys]
-    knapsack = Knapsack(
-        scores_GF=np.where(choices.has_GF, 0.0, np.inf),
-        costs_RGF=np.stack([choices.costs[budget.resource] for budget in budgets]),
-        limits_R=np.array([float(budget.limit) for budget in budgets]),
-    )
-    return knapsack, scores_DGF
+    return without_scores(choices, budgets), scores_DGF
 
 
 @dataclass(frozen=True, kw_only=True)

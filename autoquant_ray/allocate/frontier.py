@@ -7,8 +7,9 @@ Between the steps of the sweep an allocation is not the best one for its size, o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from autoquant_ray.runs.names import FRONTIER_FILE
 from autoquant_ray.runs.state import RunState
 
 NUM_POINTS = 64
+Loss = Callable[[Mapping[str, str]], float]
+"""Of searched group -> format, in nats per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +67,17 @@ def sweep_points(
     weights = problem.menus.weights("storage")
     limits = [float(bits) * weights / BITS_PER_BYTE for bits in np.linspace(low, high, num_points)]
     allocations = frontier_allocations(merged(problem.choices(scores), ties), "storage", limits)
+    loss = partial(predicted_loss, scores)
     return mark_knee(
         [
-            point_of(problem, scores, spread(allocation.formats, groups, ties))
+            point_of(problem, loss, spread(allocation.formats, groups, ties))
             for allocation in allocations
         ]
     )
 
 
-def uniform_points(problem: Problem, scores: Scores) -> dict[str, Point]:
-    """Format -> what all groups would lose under it, see :func:`uniform_formats`."""
-    return {
-        name: point_of(problem, scores, formats)
-        for name, formats in uniform_formats(problem).items()
-    }
-
-
-def uniform_formats(problem: Problem) -> dict[str, dict[str, str]]:
-    """Format -> searched group -> what it takes where all are to have that format.
+def uniform_points(problem: Problem, loss: Loss) -> dict[str, Point]:
+    """Format -> what all groups would lose under it.
 
     A group that lacks it takes the same format by another method, or else stays in 16 bits, and so
     does a tied head; caches keep the first of their formats.
@@ -92,7 +88,9 @@ def uniform_formats(problem: Problem) -> dict[str, dict[str, str]]:
     alike: dict[tuple[str, ...], list[GroupChoices]] = {}  # most groups have the same menu
     for group in weights:
         alike.setdefault((*group.rows, "tied" if group.is_tied else ""), []).append(group)
-    return {name: caches | _uniform(name, alike.values()) for name in names}
+    return {
+        name: point_of(problem, loss, caches | _uniform(name, alike.values())) for name in names
+    }
 
 
 def _uniform(name: str, alike: Iterable[Sequence[GroupChoices]]) -> dict[str, str]:
@@ -106,19 +104,17 @@ def _uniform(name: str, alike: Iterable[Sequence[GroupChoices]]) -> dict[str, st
     return {group.name: format_ for groups, format_ in taken for group in groups}
 
 
-def point_of(problem: Problem, scores: Scores, formats: Mapping[str, str]) -> Point:
+def point_of(problem: Problem, loss: Loss, formats: Mapping[str, str]) -> Point:
     """Size and predicted loss of an allocation.
 
     Args:
         problem: Groups with their costs.
-        scores: (group, format) -> nats per token.
+        loss: Of the allocation.
         formats: Searched group -> format.
     """
     effective_bits, weight_bytes = sizes(problem, formats)
     return Point(
-        effective_bits=effective_bits,
-        weight_bytes=weight_bytes,
-        predicted_kl=predicted_loss(scores, formats),
+        effective_bits=effective_bits, weight_bytes=weight_bytes, predicted_kl=loss(formats)
     )
 
 
@@ -268,4 +264,4 @@ def frontier_options(run: ScoredRun, bits: float) -> SolveOptions:
 
 def _solve(run: ScoredRun, options: SolveOptions) -> Point:
     formats = search(run.problem, run.scores, options).formats
-    return point_of(run.problem, run.scores, formats)
+    return point_of(run.problem, partial(predicted_loss, run.scores), formats)

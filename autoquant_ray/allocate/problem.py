@@ -12,6 +12,7 @@ over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -157,6 +158,11 @@ class Problem:
         """Bytes that each group that stays in 16 bits adds to the model."""
         return [group.cost(NONE, "storage") for group in self.unsearched]
 
+    @property
+    def fixed_bytes(self) -> float:
+        """Bytes of the model that no choice changes."""
+        return self.other_bytes + math.fsum(self.unsearched_bytes)
+
     @cached_property
     def caches(self) -> list[GroupChoices]:
         """Groups that are KV caches, searched or not."""
@@ -202,14 +208,13 @@ class Problem:
         """
         budgets = [] if options.bits is None else [self._bits_budget(options.bits, options)]
         if options.bytes is not None:
-            fixed = self.other_bytes + sum(g.cost(NONE, "storage") for g in self.unsearched)
             budgets.append(
                 Budget(
                     resource="storage",
-                    limit=options.bytes - fixed,
+                    limit=options.bytes - self.fixed_bytes,
                     unit_per_bit=None,
                     description=f"`bytes` {options.bytes}",
-                    fixed=fixed,
+                    fixed=self.fixed_bytes,
                 )
             )
         if options.latency is not None and options.latency.limit_ms is not None:

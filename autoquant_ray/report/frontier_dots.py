@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autoquant_ray.allocate.constrained.curve import constraints_of, curve_of, loss_of, point_of
-from autoquant_ray.allocate.frontier import Point, uniform_formats
+from autoquant_ray.allocate.constrained.curve import constraints_of, curve_of, loss_of
+from autoquant_ray.allocate.frontier import Point, uniform_points
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.report.frontier_chart import Dot
@@ -35,11 +35,8 @@ def frontier_dots(
         for point in curve_of(run, options, formats)
     ]
     loss = loss_of(run, options)
-    uniform = uniform_formats(run.problem)
-    dots += [
-        _dot("uniform", f"all {name}", point_of(run.problem, loss, everywhere))
-        for name, everywhere in uniform.items()
-    ]
+    uniform = uniform_points(run.problem, loss)
+    dots += [_dot("uniform", f"all {name}", point) for name, point in uniform.items()]
     measured: dict[tuple[str, str], Dot] = {}
     is_by_domain = bool(options.domains) or options.worst_domain
     for row in () if is_by_domain else evaluations:

@@ -45,7 +45,6 @@ _FEWEST = 20
 _FEWEST_COUPLED = 10
 _MOST_CHOICES = 2_000_000  # all resamples together, so that they take seconds
 _SLOWNESS = 60  # of limits that groups feel together, against a single one
-_SAME = 1e-12  # relative rounding of sums of scores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from autoquant_ray.allocate.allocation import without_scores
 from autoquant_ray.allocate.certainty.resampling import (
     Stability,
     affordable_resamples,
@@ -164,12 +165,7 @@ def unscored_knapsack(
     if options.max_formats is not None:
         used = {NONE, *formats.values()}
         choices = choices.keep(np.array([name in used for name in choices.formats]))
-    budgets = problem.budgets(options)
-    return Knapsack(
-        scores_GF=np.where(choices.has_GF, 0.0, np.inf),
-        costs_RGF=np.stack([choices.costs[budget.resource] for budget in budgets]),
-        limits_R=np.array([float(budget.limit) for budget in budgets]),
-    )
+    return without_scores(choices, problem.budgets(options))
 
 
 def certainty_from(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,27 +18,26 @@ from autoquant_ray.allocate.allocation import frontier, frontier_allocations
 from autoquant_ray.allocate.domains import solve_domains, wanted_domains
 from autoquant_ray.allocate.frontier import (
     NUM_POINTS,
+    Loss,
     Point,
     frontier_options,
     mark_knee,
+    point_of,
     reachable_bits,
     sweep_points,
 )
 from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.knapsack.choices import Choices
-from autoquant_ray.allocate.losses import predicted_loss, sizes
+from autoquant_ray.allocate.losses import predicted_loss
 from autoquant_ray.allocate.options import UNQUANTIZED_BITS, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import allowed_choices, served_problems, ties_of
 from autoquant_ray.allocate.ties import Ties, merged, spread
 from autoquant_ray.errors import InfeasibleBudgetError
-from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.names import FRONTIER_FILE
 from autoquant_ray.serving.menus import NotServedError
 
-Loss = Callable[[Mapping[str, str]], float]
-"""Of searched group -> format, in nats per token."""
 _Hull = tuple[Choices, Ties]
 _ROUNDING = 1e-12  # relative, of a limit that is met exactly
 _NUM_SEARCHED = 16  # sizes that are solved one by one, for each report
@@ -183,17 +182,12 @@ def _swept(
 
 def _best_within(run: ScoredRun, kept: SolveOptions, limit: float) -> dict[str, str] | None:
     """The best allocation whose groups add at most so many bytes; None where there is none."""
-    num_bytes = math.ceil(limit + _fixed_bytes(run.problem))
+    num_bytes = math.ceil(limit + run.problem.fixed_bytes)
     options = kept.replaced(bits=None, bytes=num_bytes)
     try:
         return solve_domains(run.state, run.problem, run.scores, options).formats
     except (NotServedError, InfeasibleBudgetError):
         return None
-
-
-def _fixed_bytes(problem: Problem) -> float:
-    """Bytes of the model that no choice changes."""
-    return problem.other_bytes + math.fsum(g.cost(NONE, "storage") for g in problem.unsearched)
 
 
 def _with_size_of(
@@ -205,7 +199,7 @@ def _with_size_of(
     """
     loss = loss_of(run, options)
     plan = best = point_of(run.problem, loss, formats)
-    stored = plan.weight_bytes - _fixed_bytes(run.problem)
+    stored = plan.weight_bytes - run.problem.fixed_bytes
     within = None if options.worst_domain else _best_within(run, options, stored)
     if within is not None:
         other = point_of(run.problem, loss, within)
@@ -218,11 +212,3 @@ def _with_size_of(
     curve = [by_bits[bits] for bits in sorted(by_bits)]
     least = itertools.accumulate((point.predicted_kl for point in curve), min)
     return [p for p, kl in zip(curve, least, strict=True) if p.predicted_kl <= kl or p.is_knee]
-
-
-def point_of(problem: Problem, loss: Loss, formats: Mapping[str, str]) -> Point:
-    """Size and loss of an allocation: searched group -> format."""
-    effective_bits, weight_bytes = sizes(problem, formats)
-    return Point(
-        effective_bits=effective_bits, weight_bytes=weight_bytes, predicted_kl=loss(formats)
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from autoquant_ray.allocate.frontier import (
     sweep_points,
     uniform_points,
 )
+from autoquant_ray.allocate.losses import predicted_loss
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.cli.main import main
@@ -122,7 +124,7 @@ def test_sweep_stays_near_the_exact_points_and_writes_nothing(make_run: Any) -> 
 def test_uniform_format_loses_the_sum_of_its_scores(make_run: Any) -> None:
     scored_run = ScoredRun.read(RunState.open(make_run()))
     problem, scores = scored_run.problem, scored_run.scores
-    points = uniform_points(problem, scores)
+    points = uniform_points(problem, partial(predicted_loss, scores))
     assert set(points) == {format_ for _, format_ in scores}
     for name, point in points.items():
         expected = math.fsum(score for (_, format_), score in scores.items() if format_ == name)
@@ -153,7 +155,7 @@ def test_group_without_a_method_is_uniform_by_another(
     run = ScoredRun.read(RunState.open(directory))
     formats = dict.fromkeys((g.name for g in run.problem.searched), menu[0]) | {lacks: taken}
     expected = math.fsum(run.scores.get(pair, 0.0) for pair in formats.items())
-    point = uniform_points(run.problem, run.scores)[menu[0]]
+    point = uniform_points(run.problem, partial(predicted_loss, run.scores))[menu[0]]
     assert point.predicted_kl == pytest.approx(expected, rel=1e-12)
     rivals = {c.name: c.formats for c in collect_candidates(run, "", ("uniform",))}
     assert rivals[f"uniform {menu[0]}"] == formats

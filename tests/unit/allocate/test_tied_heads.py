@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,7 @@ def test_uniform_allocations_leave_the_head_with_the_embedding(run: RunDirectory
     expected = dict.fromkeys((g.name for g in scored.problem.searched), FORMATS[0]) | {HEAD: NONE}
     rivals = {c.name: c for c in collect_candidates(scored, "", ("uniform",))}
     assert rivals[f"uniform {FORMATS[0]}"].formats == expected
-    point = uniform_points(scored.problem, scored.scores)[FORMATS[0]]
+    point = uniform_points(scored.problem, partial(predicted_loss, scored.scores))[FORMATS[0]]
     assert point.predicted_kl == pytest.approx(predicted_loss(scored.scores, expected))
     assert point.effective_bits == pytest.approx(
         average_bits([g for g in scored.problem.searched if g.name != HEAD], expected)
