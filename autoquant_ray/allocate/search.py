@@ -163,10 +163,9 @@ def allowed_choices(problem: Problem, scores: Scores | None, options: SolveOptio
 def _served_choices(choices: Choices, served: Served) -> Choices:
     menus = {names: np.isin(choices.formats, list(names)) for names in {*served.permitted.values()}}
     kept = choices.keep(np.stack([menus[served.permitted[group]] for group in choices.groups]))
-    if len(kept.groups) == len(choices.groups):
+    row = choices.first_left_out(kept)
+    if row is None:
         return kept
-    left = set(kept.groups)
-    row = next(row for row, group in enumerate(choices.groups) if group not in left)
     group = choices.groups[row]
     raise NotServedError(
         f"group {group!r} is to take {', '.join(choices.formats_of(row))}, and {served.target} "
@@ -176,10 +175,9 @@ def _served_choices(choices: Choices, served: Served) -> Choices:
 
 def _within_loss(choices: Choices, limit: float) -> Choices:
     kept = choices.keep(choices.scores_GF <= limit)
-    if len(kept.groups) == len(choices.groups):
+    row = choices.first_left_out(kept)
+    if row is None:
         return kept
-    left = set(kept.groups)
-    row = next(row for row, group in enumerate(choices.groups) if group not in left)
     raise InfeasibleBudgetError(
         f"`max_group_kl` {limit:g} cannot be met: group {choices.groups[row]!r} loses at least "
         f"{choices.scores_GF[row].min():g} in the formats that it may take"

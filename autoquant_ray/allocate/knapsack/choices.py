@@ -122,6 +122,11 @@ class Choices:
             costs={n: np.where(kept_GF, cost_GF[rows], 0.0) for n, cost_GF in self.costs.items()},
         )
 
+    def first_left_out(self, kept: Choices) -> int | None:
+        """Row of the first group that :meth:`keep` has left no format; None where all have some."""
+        left = set(kept.groups)
+        return next((row for row, group in enumerate(self.groups) if group not in left), None)
+
     def with_used_formats(self) -> Choices:
         """The same without columns that no group has, in the order in which groups name them."""
         first_F = np.where(self.has_GF.any(axis=0), self.has_GF.argmax(axis=0), len(self.groups))
@@ -205,12 +210,12 @@ def restrict(
         of_group = table.formats_of(rows[group])
         _check_exists(f"format {name!r} pinned for group {group!r}", name, of_group)
         mask_GF[rows[group]] &= np.arange(len(table.formats)) == columns[name]
-    empty = np.flatnonzero(~(table.has_GF & mask_GF).any(axis=1))
-    if empty.size:
+    kept = table.keep(mask_GF)
+    row = table.first_left_out(kept)
+    if row is not None:
         constraints = "the pinned and allowed formats; allow one of its formats"
-        group = table.groups[int(empty[0])]
-        raise ConfigError(f"group {group!r} has no format left after {constraints}")
-    return table.keep(mask_GF)
+        raise ConfigError(f"group {table.groups[row]!r} has no format left after {constraints}")
+    return kept
 
 
 def _is_number(values_GF: Floats) -> Mask:
