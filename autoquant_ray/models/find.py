@@ -24,6 +24,10 @@ CHAT_FILES = ("chat_template*", "*preprocessor_config.json", "processor_config.j
 """Names of files that decide which tokens and tensors a chat or an image becomes."""
 
 
+MODEL_FILES = ("config.json", "hf_quant_config.json", "*.safetensors", "*.py")
+"""Names of files that decide what a model computes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
     """Where a model is.
@@ -123,7 +127,7 @@ def fingerprint_model(ref: ModelRef) -> str:
     if not folder.is_dir():
         return f"{ref.path}@{getattr(_load_config(ref), '_commit_hash', None)}"
     patterns = TOKENIZER_FILES
-    patterns += (ref.gguf_file,) if ref.gguf_file else ("config.json", "*.safetensors", "*.py")
+    patterns += (ref.gguf_file,) if ref.gguf_file else MODEL_FILES
     files = {file for pattern in patterns for file in folder.glob(pattern)}
     return fingerprint_files(sorted(files))
 

@@ -1,17 +1,23 @@
 """Find, fingerprint and load a model; build its skeleton on the meta device.
 
 Weights are read from safetensors or GGUF only; pickled checkpoints are refused. Code that a
-checkpoint brings is run only with ``trust_remote_code``.
+checkpoint brings is run only with ``trust_remote_code``. A checkpoint that is quantized is
+dequantized here, not by transformers, which leaves out scales that it does not expect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.models.dequantize import opened
 from autoquant_ray.models.find import ModelRef, _load_config
+from autoquant_ray.models.quantized_config import without_quantization
+from autoquant_ray.models.quantized_source import QuantizedSource, quantized_source
 from autoquant_ray.models.separate_heads import untie_as_files
+from autoquant_ray.models.stored_tensors import fetch_weights
+from autoquant_ray.wording import few
 
 if TYPE_CHECKING:
     import torch
@@ -20,14 +26,18 @@ if TYPE_CHECKING:
 def build_skeleton(ref: ModelRef) -> torch.nn.Module:
     """Build the model on the meta device from its config: names and shapes, no weights.
 
-    Of the files it takes no more than whether they hold a head apart from the embedding.
+    Of the files it takes no more than whether they hold a head apart from the embedding, and
+    whether they are quantized in a way that can be read.
 
     Raises:
-        ModelError: The config cannot be read, or describes no language model.
+        ModelError: The config cannot be read, or describes no language model, or the checkpoint is
+            quantized in a way that is not read.
     """
     import torch
 
     config = _load_config(ref)
+    quantized_source(ref)
+    without_quantization(config)
     model_class = _model_class(config, ref)
     with torch.device("meta"):
         model: torch.nn.Module = model_class.from_config(
@@ -52,31 +62,74 @@ def load_model(
             to the device.
 
     Raises:
-        ModelError: Weights missing, unreadable, or not in safetensors or GGUF.
+        ModelError: Weights missing, unreadable, or not in safetensors or GGUF; or quantized in a
+            way that is not read.
     """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = _load_config(ref)
-    model_class = _model_class(config, ref)
-    arguments = ref.load_arguments | {"dtype": getattr(torch, dtype)}
-    if ref.gguf_file is None:
-        arguments["use_safetensors"] = True
-    else:
-        arguments["config"] = config  # with what transformers does not read from the file
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     if placing is not None:
         arguments |= placing
     elif device == "cuda":
         arguments["device_map"] = {"": torch.cuda.current_device()}
     try:
-        model: torch.nn.Module = model_class.from_pretrained(ref.path, **arguments)
+        fetch_weights(ref)
+        source = quantized_source(ref)
+        model, info = (
+            _from_files(ref, arguments) if source is None else _dequantized(ref, source, arguments)
+        )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model {ref.name} cannot be loaded: {one_line(error)}") from None
+    _require_all_weights(model, info["missing_keys"], ref)
     require_language_model(model, ref)
     untie_as_files(model, ref)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _from_files(ref: ModelRef, arguments: Mapping[str, Any]) -> tuple[torch.nn.Module, Any]:
+    """The model as transformers loads it, and what it says of its keys."""
+    config = without_quantization(_load_config(ref))
+    model_class = _model_class(config, ref)
+    # The config has what transformers does not read from a GGUF file.
+    extra = {"use_safetensors": True} if ref.gguf_file is None else {"config": config}
+    loaded: tuple[torch.nn.Module, Any] = model_class.from_pretrained(
+        ref.path, **ref.load_arguments, **extra, **arguments
+    )
+    return loaded
+
+
+def _dequantized(
+    ref: ModelRef, source: QuantizedSource, arguments: Mapping[str, Any]
+) -> tuple[torch.nn.Module, Any]:
+    """The model with the weights that the packed ones stand for, as from files in 16 bits.
+
+    transformers is given a state dict whose tensors are dequantized when it asks for them, so its
+    renaming, joining of experts and placing are those of a plain checkpoint.
+    """
+    config = without_quantization(_load_config(ref))
+    model_class: Any = type(build_skeleton(ref))
+    with opened(source.headers, source.weights) as state:
+        loaded: tuple[torch.nn.Module, Any] = model_class.from_pretrained(
+            None, config=config, state_dict=state, **arguments
+        )
+    return loaded
+
+
+def _require_all_weights(model: torch.nn.Module, missing: Iterable[str], ref: ModelRef) -> None:
+    """Check that no parameter was left to chance: transformers fills in what files do not hold.
+
+    Raises:
+        ModelError: One was.
+    """
+    made_up = sorted(set(missing) & {name for name, _ in model.named_parameters()})
+    if made_up:
+        raise ModelError(
+            f"the files of model {ref.name} hold no weights for {few(made_up, 2)}, which "
+            "transformers would fill with random numbers; check that the folder is complete"
+        )
 
 
 def own_dtype(ref: ModelRef) -> torch.dtype | None:

@@ -8,18 +8,20 @@ from the config alone, must be told by the files.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoquant_ray.models.dequantize import LazyWeight, opened
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.gguf_config import read_facts
+from autoquant_ray.models.packed_weight import PackedWeight
+from autoquant_ray.models.quantized_source import quantized_source
+from autoquant_ray.models.stored_tensors import stored_tensors
 
 if TYPE_CHECKING:
     import torch
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ROWS_AT_ONCE = 4096
 
 
@@ -82,35 +84,22 @@ def _differ_in_files(ref: ModelRef, head: str, embedding: str, shape: tuple[int,
     """Whether the files hold both weights, and these differ."""
     if ref.gguf_file is not None:
         return read_facts(Path(ref.path) / ref.gguf_file).has_separate_head
-    files = _tensor_files(ref)
-    names = [_stored_name(name, files) for name in (head, embedding)]
-    if names[0] is None or names[1] is None or names[0] == names[1]:
+    headers, source = stored_tensors(ref), quantized_source(ref)
+    weights = {} if source is None else source.weights
+    tensors = [*headers, *weights]
+    head_name, embedding_name = (_stored_name(name, tensors) for name in (head, embedding))
+    if head_name is None or embedding_name is None or head_name == embedding_name:
         return False
-    return _differ(files[names[0]], names[0], files[names[1]], names[1], shape)
+    pair = (head_name, embedding_name)
+    if any(name not in weights and headers[name].shape != shape for name in pair):
+        return False
+    used = {part: headers[part] for name in pair for part in _parts(weights, name)}
+    with opened(used, {name: weights[name] for name in pair if name in weights}) as state:
+        return _differ(state[head_name], state[embedding_name], shape)
 
 
-def _tensor_files(ref: ModelRef) -> dict[str, Path]:
-    """Tensor -> the safetensors file that transformers reads it from."""
-    from safetensors import safe_open
-
-    if (single := _find(ref, _SINGLE)) is not None:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    if (index := _find(ref, _INDEX)) is None:
-        return {}
-    names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return {name: file for name, part in names.items() if (file := _find(ref, part)) is not None}
-
-
-def _find(ref: ModelRef, name: str) -> Path | None:
-    """A file of the model's folder, or of the local cache of the hub."""
-    if Path(ref.path).is_dir():
-        file = Path(ref.path) / name
-        return file if file.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(ref.path, name)
-    return Path(cached) if isinstance(cached, str) else None
+def _parts(weights: Mapping[str, PackedWeight], name: str) -> tuple[str, ...]:
+    return weights[name].parts if name in weights else (name,)
 
 
 def _stored_name(name: str, stored: Iterable[str]) -> str | None:
@@ -120,24 +109,15 @@ def _stored_name(name: str, stored: Iterable[str]) -> str | None:
     return name if name in fitting else min(fitting, key=len, default=None)
 
 
-def _differ(
-    file: Path, name: str, other_file: Path, other_name: str, shape: tuple[int, ...]
-) -> bool:
-    """Whether two stored tensors of a shape differ; of another shape they are no pair."""
+def _differ(rows: Any, other_rows: Any, shape: tuple[int, ...]) -> bool:
+    """Whether two stored tensors of a shape differ, read in parts; dequantized ones as a whole."""
     import torch
-    from safetensors import safe_open
 
-    with (
-        safe_open(file, framework="pt") as tensors,
-        safe_open(other_file, framework="pt") as others,
-    ):
-        rows, other_rows = tensors.get_slice(name), others.get_slice(other_name)
-        if tuple(rows.get_shape()) != shape or tuple(other_rows.get_shape()) != shape:
-            return False
-        for start in range(0, shape[0], _ROWS_AT_ONCE):
-            parts: list[torch.Tensor] = [
-                part[start : start + _ROWS_AT_ONCE] for part in (rows, other_rows)
-            ]
-            if not torch.equal(parts[0].float(), parts[1].float()):
-                return True
+    whole = [part[...] if isinstance(part, LazyWeight) else part for part in (rows, other_rows)]
+    if any(isinstance(part, torch.Tensor) and part.shape != shape for part in whole):
+        return False
+    for start in range(0, shape[0], _ROWS_AT_ONCE):
+        parts: list[torch.Tensor] = [part[start : start + _ROWS_AT_ONCE] for part in whole]
+        if not torch.equal(parts[0].float(), parts[1].float()):
+            return True
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from autoquant_ray.config.search_space import SearchSpace
@@ -12,6 +13,7 @@ from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import check_device, resolve_formats
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import build_skeleton
+from autoquant_ray.models.quantized_source import describe_source, quantized_source
 from autoquant_ray.plan.plan import Plan, build_plan
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,11 @@ def make_plan(
         formats = resolve_formats(space.formats, device=device, custom=space.custom_formats)
     if (text := caution(formats)) is not None:
         logger.warning("%s", text)
-    return build_plan(
+    plan = build_plan(
         build_skeleton(ref), formats, space.disable, space.coverage, space.expert_groups
     )
+    source = quantized_source(ref)
+    if source is None:
+        return plan
+    logger.warning("the model is quantized: %s", describe_source(source.description))
+    return replace(plan, source_format=source.description)

@@ -57,6 +57,7 @@ class Plan:
         :mod:`autoquant_ray.plan.decode_step`.
         experts_apart: Whether every routed expert is a group.
         separate_head: The head, where the config ties it and the files hold another weight for it.
+        source_format: Of a checkpoint that is quantized already: how.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -69,6 +70,7 @@ class Plan:
     step: dict[str, Any]
     experts_apart: bool = False
     separate_head: str | None = None
+    source_format: str | None = None
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -150,6 +152,8 @@ class Plan:
         }
         if self.separate_head is not None:
             summary["separate_head"] = self.separate_head
+        if self.source_format is not None:
+            summary["source_format"] = self.source_format
         return {**summary, "folds": folds} if folds else summary
 
 

@@ -9,6 +9,7 @@ from autoquant_ray.allocate.certainty.stopping import describe_stopping
 from autoquant_ray.allocate.latency import LATENCY, describe_prediction
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.models.quantized_source import describe_source
 from autoquant_ray.report.headline import budget_text
 from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.sources import Sources
@@ -25,6 +26,7 @@ def report_facts(sources: Sources) -> list[tuple[str, str]]:
         ("Run", run.run_id),
         ("Scheme", scheme(run, table)),
         ("Model", run.model["name"]),
+        *_source_facts(run),
         ("Dataset", dataset(run, table)),
         ("Budget", budget_text(manifest["budget"])),
         ("Effective bits (searched groups)", f"{solution['effective_bits']:.4f}"),
@@ -51,6 +53,12 @@ def report_facts(sources: Sources) -> list[tuple[str, str]]:
     if config:
         facts.append(("Compute", f"{config['dtype']} on {config['device']}"))
     return facts
+
+
+def _source_facts(run: RunRecord) -> list[tuple[str, str]]:
+    """The format of a checkpoint that was quantized already; empty for others."""
+    format_ = None if run.plan is None else run.plan.get("source_format")
+    return [] if format_ is None else [("Source", describe_source(format_))]
 
 
 def _cache_facts(sources: Sources) -> list[tuple[str, str]]:

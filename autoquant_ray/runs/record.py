@@ -101,6 +101,8 @@ class PlanSummary(TypedDict):
     """Groups that do no work while text is generated: those of a vision tower."""
     separate_head: NotRequired[str]
     """Head that the config ties to the embedding, while the files hold another weight for it."""
+    source_format: NotRequired[str]
+    """Of a checkpoint that is quantized already: how; its weights are dequantized."""
     folds: NotRequired[list[dict[str, Any]]]
     """Inputs whose channels can take factors: :class:`~autoquant_ray.plan.fold.Fold`."""
 

@@ -1,0 +1,100 @@
+"""Where the tensors of a model lie in its safetensors files, and what their headers say of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.models.find import ModelRef
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorHeader:
+    """A tensor as the header of its file describes it.
+
+    Attributes:
+        file: Holds it.
+        dtype: As safetensors names it: ``BF16``, ``F8_E4M3``, ``I32``.
+        shape: As it is stored.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def find_file(ref: ModelRef, name: str) -> Path | None:
+    """A file of the model's folder, or of the local cache of the hub; None where it is not."""
+    if Path(ref.path).is_dir():
+        file = Path(ref.path) / name
+        return file if file.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(ref.path, name)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def read_json(ref: ModelRef, name: str) -> dict[str, Any]:
+    """A JSON file of the model; empty where there is none, or where it is no object.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    file = find_file(ref, name)
+    if file is None:
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name} of model {ref.name}: {one_line(error)}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def fetch_weights(ref: ModelRef) -> None:
+    """Bring the weight files of a hub id into the local cache, as loading it would."""
+    if ref.gguf_file is not None or Path(ref.path).is_dir():
+        return
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    if cached_file(ref.path, _SINGLE, **quiet) is None and cached_file(ref.path, _INDEX, **quiet):
+        for part in _parts(ref):
+            cached_file(ref.path, part)
+
+
+def stored_tensors(ref: ModelRef) -> dict[str, TensorHeader]:
+    """All tensors of the files that transformers would read; empty for GGUF and where none is here.
+
+    Raises:
+        ModelError: A file or the index is damaged.
+    """
+    if ref.gguf_file is not None:
+        return {}
+    single = find_file(ref, _SINGLE)
+    files = [find_file(ref, part) for part in _parts(ref)] if single is None else [single]
+    return {name: header for file in files if file is not None for name, header in _read(file)}
+
+
+def _parts(ref: ModelRef) -> list[str]:
+    """Names of the files that the index lists."""
+    names = read_json(ref, _INDEX).get("weight_map", {})
+    return sorted(set(names.values()))
+
+
+def _read(file: Path) -> Iterator[tuple[str, TensorHeader]]:
+    """Tensors of a file, from its header: 8 bytes of length, then JSON."""
+    try:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                shape = tuple(entry["shape"])
+                yield name, TensorHeader(file=file, dtype=entry["dtype"], shape=shape)
+    except (OSError, ValueError, KeyError, OverflowError) as error:
+        raise ModelError(f"{file} is no safetensors file: {one_line(error)}") from None
