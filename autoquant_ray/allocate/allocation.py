@@ -87,18 +87,47 @@ def solve(
         ScoreError: A score or cost is missing, negative or not finite.
         InfeasibleBudgetError: No allocation meets the budgets; the text has the reachable range.
     """
-    if max_formats is not None and max_formats < 0:
-        raise ConfigError(f"the number of formats must be 0 or more, not {max_formats}")
-    for budget in budgets:
-        if math.isnan(budget.limit):
-            raise ConfigError(f"{budget.description}: the limit is not a number")
-    table = _Table.of(choices, [budget.resource for budget in budgets])
-    knapsack = table.limited([(budget.resource, budget.limit) for budget in budgets])
-    free = table.formats.index(NONE) if NONE in table.formats else None
-    answer = solve_knapsack(knapsack, max_formats, free)
-    if answer is None:
-        raise InfeasibleBudgetError(infeasible_text(knapsack, budgets, max_formats, free))
-    return table.allocation(knapsack, answer)
+    resources = [budget.resource for budget in budgets]
+    return Solver(choices, resources).solve(budgets, max_formats=max_formats)
+
+
+class Solver:
+    """The same choices under any number of budgets.
+
+    Args:
+        choices: Every allowed (group, format).
+        resources: Of the budgets; every choice needs a cost of each.
+
+    Raises:
+        ConfigError: There are no choices, or one occurs twice.
+        ScoreError: A score or cost is missing, negative or not finite.
+    """
+
+    def __init__(self, choices: AnyChoices, resources: Sequence[str]) -> None:
+        self._table = _Table.of(choices, resources)
+
+    def solve(
+        self, budgets: Sequence[Budget], *, max_formats: int | None = None, close: float = 0.0
+    ) -> Allocation:
+        """As :func:`solve`.
+
+        Args:
+            budgets: Limits, all of which must hold.
+            max_formats: Most distinct formats used, ``none`` not counted.
+            close: Relative distance from the proven bound that is good enough.
+        """
+        if max_formats is not None and max_formats < 0:
+            raise ConfigError(f"the number of formats must be 0 or more, not {max_formats}")
+        for budget in budgets:
+            if math.isnan(budget.limit):
+                raise ConfigError(f"{budget.description}: the limit is not a number")
+        table = self._table
+        knapsack = table.limited([(budget.resource, budget.limit) for budget in budgets])
+        free = table.formats.index(NONE) if NONE in table.formats else None
+        answer = solve_knapsack(knapsack, max_formats, free, close=close)
+        if answer is None:
+            raise InfeasibleBudgetError(infeasible_text(knapsack, budgets, max_formats, free))
+        return table.allocation(knapsack, answer)
 
 
 def frontier(choices: AnyChoices, resource: str) -> list[tuple[float, float]]:

@@ -13,13 +13,14 @@ from functools import partial
 
 import numpy as np
 
-from autoquant_ray.allocate.allocation import frontier_allocations
+from autoquant_ray.allocate.allocation import Solver, frontier_allocations
 from autoquant_ray.allocate.group_choices import GroupChoices, Scores
+from autoquant_ray.allocate.kv_caches import require_cache_limit
 from autoquant_ray.allocate.losses import predicted_loss, sizes
 from autoquant_ray.allocate.options import BITS_PER_BYTE, UNQUANTIZED_BITS, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
-from autoquant_ray.allocate.search import search, ties_of
+from autoquant_ray.allocate.search import allowed_choices, ties_of
 from autoquant_ray.allocate.ties import Ties, merged, spread
 from autoquant_ray.arrays import Floats
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
@@ -168,6 +169,7 @@ def rounded_up(bits: float) -> float:
 
 
 _NUM_HALVINGS = 50
+_MANY_GROUPS, _CLOSE = 5_000, 1e-5  # of more groups, points may lose so much more than the best
 
 
 def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[Point]:
@@ -186,10 +188,9 @@ def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[P
     """
     if num_points < 2:
         raise ConfigError(f"a frontier of {num_points} points: give 2 or more")
-    run = ScoredRun.read(RunState.open(directory))
-    low, high = _reachable_bits(run)
-    budgets = np.linspace(low, high, max(num_points, NUM_POINTS))
-    points = mark_knee([_solve(run, frontier_options(run, float(bits))) for bits in budgets])
+    curve = _Curve(ScoredRun.read(RunState.open(directory)))
+    budgets = np.linspace(curve.least_bits, curve.most_bits, max(num_points, NUM_POINTS))
+    points = mark_knee([curve.point(float(bits)) for bits in budgets])
     directory.write_table(FRONTIER_FILE, [vars(point) for point in points])
     return fewer(points, num_points)
 
@@ -232,36 +233,53 @@ def smallest_within(run: ScoredRun, largest_kl: float) -> SolveOptions:
         raise InfeasibleBudgetError(
             f"a predicted KL of {largest_kl:g} cannot be met; 16 bits lose 0"
         )
-    low, high = _reachable_bits(run)
-    lost = _solve(run, frontier_options(run, high)).predicted_kl
+    curve = _Curve(run)
+    low, high = curve.least_bits, curve.most_bits
+    lost = curve.point(high).predicted_kl
     if lost > largest_kl:
         raise InfeasibleBudgetError(
             f"a predicted KL of {largest_kl:g} cannot be met: the run's limit on the KV cache "
             f"alone loses {lost:.4g}"
         )
-    if _solve(run, frontier_options(run, low)).predicted_kl <= largest_kl:
+    if curve.point(low).predicted_kl <= largest_kl:
         return frontier_options(run, low)
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2
-        if _solve(run, frontier_options(run, middle)).predicted_kl <= largest_kl:
+        if curve.point(middle).predicted_kl <= largest_kl:
             high = middle
         else:
             low = middle
-    exact = _solve(run, frontier_options(run, high))
+    exact = curve.point(high)
     return frontier_options(run, min(high, rounded_up(exact.effective_bits)))
 
 
-def _reachable_bits(run: ScoredRun) -> tuple[float, float]:
-    options = frontier_options(run, UNQUANTIZED_BITS)
-    return reachable_bits(run.problem, ties_of(run.problem, options))
+class _Curve:
+    """Solves budgets of a run, in bits, with the scan's limit on the KV cache.
+
+    Attributes:
+        least_bits, most_bits: What can be reached.
+    """
+
+    def __init__(self, run: ScoredRun) -> None:
+        self._run, options = run, frontier_options(run, UNQUANTIZED_BITS)
+        require_cache_limit(run.problem.caches, options.kv_bytes_per_token)
+        self._ties = ties_of(run.problem, options)
+        choices = merged(allowed_choices(run.problem, run.scores, options), self._ties)
+        self._solver = Solver(choices, run.problem.resources)
+        self._close = _CLOSE if len(choices.groups) > _MANY_GROUPS else 0.0
+        self._loss = partial(predicted_loss, run.scores)
+        self.least_bits, self.most_bits = reachable_bits(run.problem, self._ties)
+
+    def point(self, bits: float) -> Point:
+        """The best allocation within so many bits; of many groups, nearly the best."""
+        problem = self._run.problem
+        budgets = problem.budgets(frontier_options(self._run, bits))
+        allocation = self._solver.solve(budgets, close=self._close)
+        groups = [group.name for group in problem.searched]
+        return point_of(problem, self._loss, spread(allocation.formats, groups, self._ties))
 
 
 def frontier_options(run: ScoredRun, bits: float) -> SolveOptions:
     """A budget in bits, with the scan's own limit on the KV cache."""
     config = run.state.record.config or {}
     return SolveOptions(bits=bits, kv_bytes_per_token=config.get(KV_BYTES))
-
-
-def _solve(run: ScoredRun, options: SolveOptions) -> Point:
-    formats = search(run.problem, run.scores, options).formats
-    return point_of(run.problem, partial(predicted_loss, run.scores), formats)

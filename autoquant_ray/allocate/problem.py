@@ -228,7 +228,7 @@ class Problem:
                 "`cost` active_moe needs the share of the experts that a token visits; this run "
                 "names none (no experts, imported, or made by an earlier version)"
             )
-        weights = sum(group.weights(options.cost) for group in self.searched)
+        weights = self.menus.weights(options.cost)
         per_bit = 1 / BITS_PER_BYTE if options.cost == "storage" else 1 / UNQUANTIZED_BITS
         limit, note = bits * weights * per_bit, ""
         if options.bits_over == "all":

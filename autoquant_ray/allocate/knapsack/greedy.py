@@ -86,11 +86,13 @@ def _fill(knapsack: Knapsack, steps: Sweep, num_steps: int) -> Indices:
     """Take the hull prefix, then every later step that still fits."""
     columns_G = steps.prefix(num_steps)
     spare = _limit(knapsack) - knapsack.costs(columns_G)[0]
+    later = num_steps + _reached(steps, num_steps, spare)
+    rows = zip(
+        *(values[later].tolist() for values in (steps.groups_N, steps.columns_N, steps.costs_N)),
+        np.minimum.accumulate(steps.costs_N[later][::-1])[::-1].tolist(),
+        strict=True,
+    )
     blocked: set[int] = set()
-    later = slice(num_steps, None)
-    fits = np.minimum.accumulate(steps.costs_N[later][::-1])[::-1].tolist()
-    names = (steps.groups_N[later], steps.columns_N[later], steps.costs_N[later])
-    rows = zip(*(values.tolist() for values in names), fits, strict=True)
     filled_G = columns_G.copy()
     for group, column, cost, least in rows:
         if least > spare:
@@ -101,3 +103,15 @@ def _fill(knapsack: Knapsack, steps: Sweep, num_steps: int) -> Indices:
             filled_G[group] = column
             spare -= cost
     return filled_G if knapsack.is_within(filled_G) else columns_G
+
+
+def _reached(steps: Sweep, num_steps: int, spare: float) -> Indices:
+    """Which steps after the prefix have no earlier step of their group, or are one, beyond spare.
+
+    What is left out cannot be taken: a group's steps are taken in their order.
+    """
+    groups_N, is_beyond_N = steps.groups_N[num_steps:], steps.costs_N[num_steps:] > spare
+    first_G = np.full(len(steps.start_G), len(groups_N))
+    beyond = np.flatnonzero(is_beyond_N)[::-1]
+    first_G[groups_N[beyond]] = beyond
+    return np.flatnonzero(np.arange(len(groups_N)) < first_G[groups_N])

@@ -13,8 +13,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+import scipy  # its parts are loaded where they are first used: most knapsacks need none
 
 from autoquant_ray.allocate.knapsack.dynamic import WIDTHS, search
 from autoquant_ray.allocate.knapsack.knapsack import (
@@ -125,7 +124,7 @@ def solve_milp(
 def relaxed_multipliers(knapsack: Knapsack) -> Floats:
     """Multipliers (R,) of the linear relaxation: score lost per cost, >= 0."""
     model = LinearModel(knapsack, None, None)
-    relaxation = linprog(
+    relaxation = scipy.optimize.linprog(
         model.objective,
         A_ub=model.usage,
         b_ub=model.room_R,
@@ -159,42 +158,44 @@ class LinearModel:
         self.limits_R = knapsack.limits_R
         self.cost_scale_R = 1e3 / np.where(largest_R > 0, largest_R, 1.0)
         self.room_R = room_R * self.cost_scale_R
-        self.usage = sparse.csr_array(costs_R * self.cost_scale_R[:, None])
+        self.usage = scipy.sparse.csr_array(costs_R * self.cost_scale_R[:, None])
         ones = (np.ones(len(self.groups)), (self.groups, np.arange(len(self.groups))))
-        self.choose_one = sparse.csr_array(ones, shape=(self.shape[0], len(self.groups)))
+        self.choose_one = scipy.sparse.csr_array(ones, shape=(self.shape[0], len(self.groups)))
         self.max_formats = max_formats
         self.counted = np.array([f for f in range(self.shape[1]) if f != free], dtype=np.intp)
 
-    def constraints(self, cut: float) -> list[LinearConstraint]:
+    def constraints(self, cut: float) -> list[scipy.optimize.LinearConstraint]:
         """Rows: one choice per group, the limits lowered by a relative cut, the formats."""
         extra = 0 if self.max_formats is None else len(self.counted)
-        pad = sparse.csr_array((self.shape[0], extra))
-        pad_usage = sparse.csr_array((len(self.room_R), extra))
+        pad = scipy.sparse.csr_array((self.shape[0], extra))
+        pad_usage = scipy.sparse.csr_array((len(self.room_R), extra))
         room_R = self.room_R - cut * self.limits_R * self.cost_scale_R
         rows = [
-            LinearConstraint(sparse.hstack([self.choose_one, pad]), 1, 1),
-            LinearConstraint(sparse.hstack([self.usage, pad_usage]), -np.inf, room_R),
+            scipy.optimize.LinearConstraint(scipy.sparse.hstack([self.choose_one, pad]), 1, 1),
+            scipy.optimize.LinearConstraint(
+                scipy.sparse.hstack([self.usage, pad_usage]), -np.inf, room_R
+            ),
         ]
         if self.max_formats is None:
             return rows
         # A choice needs its format switched on; at most max_formats are on.
         choice, position = np.nonzero(self.columns[:, None] == self.counted)
         line, width = np.arange(len(choice)), len(self.columns)
-        switch = sparse.csr_array((np.ones(len(line)), (line, choice)), (len(line), width))
-        on = sparse.csr_array((-np.ones(len(line)), (line, position)), (len(line), extra))
-        rows.append(LinearConstraint(sparse.hstack([switch, on]), -np.inf, 0))
-        count = sparse.csr_array(np.concatenate((np.zeros(width), np.ones(extra)))[None])
-        rows.append(LinearConstraint(count, -np.inf, self.max_formats))
+        switch = scipy.sparse.csr_array((np.ones(len(line)), (line, choice)), (len(line), width))
+        on = scipy.sparse.csr_array((-np.ones(len(line)), (line, position)), (len(line), extra))
+        rows.append(scipy.optimize.LinearConstraint(scipy.sparse.hstack([switch, on]), -np.inf, 0))
+        count = scipy.sparse.csr_array(np.concatenate((np.zeros(width), np.ones(extra)))[None])
+        rows.append(scipy.optimize.LinearConstraint(count, -np.inf, self.max_formats))
         return rows
 
     def solve(self, cut: float, rough: bool) -> tuple[Indices, float] | None:
         """Columns (G,) and HiGHS' lower bound, or None where it found no allocation."""
         extra = 0 if self.max_formats is None else len(self.counted)
-        result = milp(
+        result = scipy.optimize.milp(
             np.concatenate((self.objective, np.zeros(extra))),
             constraints=self.constraints(cut),
             integrality=np.ones(len(self.objective) + extra),
-            bounds=Bounds(0, 1),
+            bounds=scipy.optimize.Bounds(0, 1),
             options={"mip_rel_gap": _ROUGH_GAP} if rough else _EXACT,
         )
         if result.x is None:

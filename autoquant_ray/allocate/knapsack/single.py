@@ -1,6 +1,7 @@
 """The knapsack with one limit: from the greedy prefix to a proven or nearly proven allocation.
 
-1. The costs' lattice lowers the limit, the hulls give a greedy allocation and a bound.
+1. The costs' lattice lowers the limit, the hulls give a greedy allocation and a bound; exchanges of
+   two choices improve the allocation.
 2. Where few groups stay undecided, the dynamic programme decides them.
 3. Where many do, the lattice's cheapest walk and a search over a small core, the moves that lose
    least (Pisinger's core), improve allocation and bound first. That leaves few undecided groups, or
@@ -14,6 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from autoquant_ray.allocate.knapsack.dynamic import WIDTHS, search
+from autoquant_ray.allocate.knapsack.exchange import exchange
 from autoquant_ray.allocate.knapsack.greedy import Relaxed, relax
 from autoquant_ray.allocate.knapsack.knapsack import Answer, Knapsack, bound, losses
 from autoquant_ray.allocate.knapsack.lattice import Lattice, fill, find
@@ -27,13 +29,21 @@ _PATIENT_GROUPS = 5_000  # with more groups, wide searches are not worth their s
 _PATIENCE = dict(zip(WIDTHS, (0.0, 1e-8, 1e-6), strict=True))  # width -> that gap
 
 
-def solve_single(knapsack: Knapsack) -> Answer | None:
-    """Solve a knapsack with one resource; None where the limit cannot be met."""
-    return solve_on(knapsack, find(knapsack))
+def solve_single(knapsack: Knapsack, close: float = 0.0) -> Answer | None:
+    """Solve a knapsack with one resource; None where the limit cannot be met.
+
+    Args:
+        knapsack: Scores, costs and one limit.
+        close: Relative gap that is good enough.
+    """
+    return solve_on(knapsack, find(knapsack), close=close)
 
 
 def solve_on(
-    knapsack: Knapsack, lattice: Lattice | None, start_G: Indices | None = None
+    knapsack: Knapsack,
+    lattice: Lattice | None,
+    start_G: Indices | None = None,
+    close: float = 0.0,
 ) -> Answer | None:
     """The same with the lattice of the costs at hand.
 
@@ -41,23 +51,27 @@ def solve_on(
         knapsack: Scores, costs and one limit.
         lattice: From :func:`~autoquant_ray.allocate.knapsack.lattice.find`, with the same scores.
         start_G: An allocation within the limit that is likely to be good.
+        close: Relative gap that is good enough.
     """
     knapsack = lattice.knapsack if lattice else knapsack
     relaxed = relax(knapsack)
     if relaxed is None:
         return None
     answer, multiplier_R = relaxed.answer, relaxed.multiplier_R
+    if not answer.is_proven:
+        answer = exchange(knapsack, multiplier_R, relaxed.prefix_G, answer)
     if start_G is not None and (score := knapsack.score(start_G)) < answer.score:
         answer = Answer(columns_G=start_G, score=score, lower=min(score, answer.lower))
-    if lattice and _is_large(knapsack, multiplier_R, answer):
+    if answer.gap > close and lattice and _is_large(knapsack, multiplier_R, answer):
         answer = fill(lattice, multiplier_R, relaxed.prefix_G, answer)
-    if _is_large(knapsack, multiplier_R, answer):
+    if answer.gap > close and _is_large(knapsack, multiplier_R, answer):
         kept = knapsack.keep(_core(knapsack, relaxed, answer))
         core_answer = search(kept, multiplier_R, answer, WIDTHS[0])
         answer = replace(core_answer, lower=answer.lower)
     for width in WIDTHS:
-        enough = _PATIENCE[width] if len(knapsack.scores_GF) > _PATIENT_GROUPS else 0.0
-        if answer.gap <= enough and (enough == 0 or _is_large(knapsack, multiplier_R, answer)):
+        patience = _PATIENCE[width] if len(knapsack.scores_GF) > _PATIENT_GROUPS else 0.0
+        is_enough = answer.gap <= patience and _is_large(knapsack, multiplier_R, answer)
+        if answer.gap <= close or is_enough:
             break
         answer = search(knapsack, multiplier_R, answer, width)
     return answer

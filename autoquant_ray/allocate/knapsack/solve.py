@@ -18,18 +18,21 @@ from autoquant_ray.arrays import Floats, Indices
 _MAX_SETS = 20_000  # format sets tried one by one; beyond, HiGHS decides with binary variables
 
 
-def solve_knapsack(knapsack: Knapsack, max_formats: int | None, free: int | None) -> Answer | None:
+def solve_knapsack(
+    knapsack: Knapsack, max_formats: int | None, free: int | None, *, close: float = 0.0
+) -> Answer | None:
     """Solve a knapsack; None where the limits cannot be met.
 
     Args:
         knapsack: Scores, costs and limits, at least one resource.
         max_formats: Most distinct formats used, or None.
         free: The format (column) that ``max_formats`` does not count, or None.
+        close: Relative gap that is good enough, for one resource and any number of formats.
     """
     used = np.flatnonzero(knapsack.present_GF.any(axis=0))
     counted = [int(column) for column in used if column != free]
     if max_formats is None or max_formats >= min(len(counted), len(knapsack.scores_GF)):
-        return _solve_plain(knapsack)
+        return _solve_plain(knapsack, close)
     if math.comb(len(counted), max_formats) > _MAX_SETS:
         answer = solve_milp(knapsack, max_formats=max_formats, free=free, rough=True)
         return answer if answer and knapsack.is_within(answer.columns_G) else None
@@ -54,8 +57,10 @@ def reachable(
     return ranges
 
 
-def _solve_plain(knapsack: Knapsack) -> Answer | None:
-    return solve_single(knapsack) if len(knapsack.limits_R) == 1 else solve_several(knapsack)
+def _solve_plain(knapsack: Knapsack, close: float = 0.0) -> Answer | None:
+    if len(knapsack.limits_R) > 1:
+        return solve_several(knapsack)
+    return solve_single(knapsack, close)
 
 
 def _solve_sets(

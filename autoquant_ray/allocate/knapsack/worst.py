@@ -17,8 +17,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+import scipy  # its parts are loaded where they are first used: most knapsacks need none
 
 from autoquant_ray.allocate.knapsack.knapsack import (
     MARGIN,
@@ -151,9 +150,9 @@ class _WorstModel:
         self._num_domains, self._num_choices = chosen_DN.shape
         self._extra = 0 if max_formats is None else len(self._model.counted)
         loss = -np.ones((self._num_domains, 1))
-        switches = sparse.csr_array((self._num_domains, self._extra))
-        self._losses = sparse.csr_array(
-            sparse.hstack([sparse.csr_array(chosen_DN * self._scale), switches, loss])
+        switches = scipy.sparse.csr_array((self._num_domains, self._extra))
+        self._losses = scipy.sparse.csr_array(
+            scipy.sparse.hstack([scipy.sparse.csr_array(chosen_DN * self._scale), switches, loss])
         )
         self._objective = np.zeros(self._losses.shape[1])
         self._objective[-1] = 1.0
@@ -161,13 +160,13 @@ class _WorstModel:
     def multipliers(self) -> tuple[Floats, Floats] | None:
         """Multipliers of the relaxation: (D,) of the domains, summing to 1, and (R,) of costs."""
         model = self._model
-        none = sparse.csr_array((len(model.room_R), 1))
-        loss_column = sparse.csr_array((model.choose_one.shape[0], 1))
-        relaxation = linprog(
+        none = scipy.sparse.csr_array((len(model.room_R), 1))
+        loss_column = scipy.sparse.csr_array((model.choose_one.shape[0], 1))
+        relaxation = scipy.optimize.linprog(
             self._objective,
-            A_ub=sparse.vstack([self._losses, sparse.hstack([model.usage, none])]),
+            A_ub=scipy.sparse.vstack([self._losses, scipy.sparse.hstack([model.usage, none])]),
             b_ub=np.concatenate((np.zeros(self._num_domains), model.room_R)),
-            A_eq=sparse.hstack([model.choose_one, loss_column]),
+            A_eq=scipy.sparse.hstack([model.choose_one, loss_column]),
             b_eq=np.ones(model.choose_one.shape[0]),
             bounds=[(0, 1)] * self._num_choices + [(0, None)],
             method="highs",
@@ -190,19 +189,21 @@ class _WorstModel:
             num_nodes: Nodes of the search at most.
         """
         rows = [
-            LinearConstraint(
-                sparse.hstack([row.A, sparse.csr_array((row.A.shape[0], 1))]), row.lb, row.ub
+            scipy.optimize.LinearConstraint(
+                scipy.sparse.hstack([row.A, scipy.sparse.csr_array((row.A.shape[0], 1))]),
+                row.lb,
+                row.ub,
             )
             for row in self._model.constraints(cut)
         ]
-        rows.append(LinearConstraint(self._losses, -np.inf, 0))
+        rows.append(scipy.optimize.LinearConstraint(self._losses, -np.inf, 0))
         is_choice = np.ones(len(self._objective))
         is_choice[-1] = 0
-        result = milp(
+        result = scipy.optimize.milp(
             self._objective,
             constraints=rows,
             integrality=is_choice,
-            bounds=Bounds(0, np.where(is_choice > 0, 1.0, np.inf)),
+            bounds=scipy.optimize.Bounds(0, np.where(is_choice > 0, 1.0, np.inf)),
             options={"mip_rel_gap": gap, "node_limit": num_nodes},
         )
         bound = result.mip_dual_bound
