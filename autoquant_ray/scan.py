@@ -90,7 +90,7 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     resumed = RunState.open(directory).record if mode == "resume" and directory.exists() else None
     device = "cuda" if config.device == "auto" else config.device
     menu = resumed.plan["formats"] if resumed is not None and resumed.plan is not None else None
-    plan = make_plan(config, ref, device=device, menu=menu)
+    plan = make_plan(config, ref, device=device, menu=menu, engine=config.engine)
     stages.check_budget(plan, config)
     for source in sources_of(config.data).values():
         require_source(source)

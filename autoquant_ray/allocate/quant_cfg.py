@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from autoquant_ray.allocate.problem import Problem
-from autoquant_ray.formats.algorithms import FACTORS, by_sets, of_allocation
+from autoquant_ray.formats.algorithms import FACTORS, by_sets, of_allocation, sharing
 from autoquant_ray.formats.format import NONE, Format, attributes_to_json
 from autoquant_ray.formats.kv_cache import is_described
 from autoquant_ray.formats.smoothed import module_algorithm
 from autoquant_ray.plan.fold import Fold, folds_of_summary, folds_to_json
+from autoquant_ray.serving.shared_scales import fused_layers, needs_sharing
 
 
 def quantization_config(
@@ -27,6 +28,8 @@ def quantization_config(
     menu = {entry["name"]: entry for entry in summary["formats"] if is_described(entry)}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     algorithms: dict[str, Any] = {}
+    fused = fused_layers(n for n, facts in summary["modules"].items() if is_linear(facts))
+    shared: list[str] = []
     apart = ApartExperts()
     for group in problem.groups.values():
         chosen = formats[group.name]
@@ -45,9 +48,11 @@ def quantization_config(
                 module_entries += quantizer_entries(f"{module}.{prefix}", format_)
             algorithm = module_algorithm(format_, is_linear=is_linear(facts))
             algorithms |= {entry["quantizer_name"]: algorithm for entry in module_entries}
+            if needs_sharing(format_, fused.get(module, ())):
+                shared.append(f"{module}.weight_quantizer")
             entries.extend(module_entries)
     entries.extend(apart.entries())
-    whole = of_allocation(algorithms | apart.algorithms())
+    whole = sharing(of_allocation(algorithms | apart.algorithms()), shared)
     _add_folds(whole, folds_of_summary(summary))
     return {
         "quant_cfg": [attributes_to_json(entry) for entry in entries],

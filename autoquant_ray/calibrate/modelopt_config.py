@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from autoquant_ray.formats.algorithms import FITTED, by_sets, on_cpu
+from autoquant_ray.formats.algorithms import FITTED, by_sets, in_mode
 from autoquant_ray.formats.format import attributes_from_json
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.runs.directory import RunDirectory
@@ -136,7 +136,7 @@ def _runnable(config: dict[str, Any], device: str) -> dict[str, Any]:
     quantizers = [entry.get("cfg") or {} for entry in config["quant_cfg"]]
     by_block = any(map(is_scaled_by_block, quantizers)) and _is_on_cpu(device)
     if by_block and any(map(is_static_nvfp4, quantizers)):
-        config["algorithm"] = on_cpu(config["algorithm"])
+        config["algorithm"] = in_mode(config["algorithm"])
     if by_sets(config["algorithm"]):
         import autoquant_ray.quantize.calibration_mode  # noqa: F401
     if not by_block:

@@ -16,17 +16,26 @@ from pydantic import (
 
 from autoquant_ray.config.expert_groups import ExpertGroups
 from autoquant_ray.formats.kv_cache import menu_problem
+from autoquant_ray.formats.menu import CUSTOM_KEYS, CUSTOM_KEYS_PROBLEM, SHARES_SCALE
 
 
 def _check_custom_key(key: str) -> str:
-    if key not in ("weight", "input", "algorithm"):
-        raise ValueError(
-            "unknown key; a custom format has 'weight' and may have 'input' and 'algorithm'"
-        )
+    if key not in CUSTOM_KEYS:
+        raise ValueError(CUSTOM_KEYS_PROBLEM)
     return key
 
 
+def _check_custom_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    for key, value in entry.items():
+        if isinstance(value, bool) != (key == SHARES_SCALE):
+            raise ValueError(f"{key}: must be {CUSTOM_KEYS[key]} (got {value!r})")
+    return entry
+
+
 CustomKey = Annotated[str, AfterValidator(_check_custom_key)]
+CustomEntry = Annotated[
+    dict[CustomKey, dict[str, Any] | bool | None], AfterValidator(_check_custom_entry)
+]
 
 
 class SearchSpace(BaseModel):
@@ -45,11 +54,11 @@ class SearchSpace(BaseModel):
         "data; NAME:mse can lose more than max. docs/formats.md lists all. "
         "16 bits ('none') is always a choice too.",
     )
-    custom_formats: dict[str, dict[CustomKey, dict[str, Any] | None]] = Field(
+    custom_formats: dict[str, CustomEntry] = Field(
         default_factory=dict,
         description="Extra formats, config file only: name -> {weight: ModelOpt quantizer "
         "attributes, input: the same or null, algorithm: max, mse, or a mapping with method and "
-        "ModelOpt's arguments}.",
+        "ModelOpt's arguments, shares_scale: false where fused layers keep scales of their own}.",
     )
     disable: tuple[str, ...] = Field(
         default=(),

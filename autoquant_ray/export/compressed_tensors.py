@@ -60,6 +60,8 @@ def write_compressed(
     packed: dict[str, torch.Tensor] = {}
     scales = WeightScales(model, calibration)
     factors = Factors(model, source.formats, scales)
+    for name, format_ in source.formats.items():
+        scales.largest((name,), format_)  # while all weights are there
     for scheme in schemes.values():
         for name in scheme.targets:
             format_, module = source.formats[name], model.get_submodule(name)

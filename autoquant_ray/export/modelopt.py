@@ -13,7 +13,8 @@ the weights and drops the inputs' part of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.names import clean, names_required
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.algorithms import without_fits
+from autoquant_ray.formats.numbers import has_tensor_scale
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import FittedModel, QuantizedModule
 from autoquant_ray.quantize.quantizers import needs_static_maximum
@@ -61,10 +63,32 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
     fitted.divide()  # rounded numbers stay, scales change
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
-    with names_required():
+    with names_required(), _scales_kept(source):
         export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
     _correct_configs(folder)
     check_caches(folder, source.caches, calibration)
+
+
+@contextmanager
+def _scales_kept(source: Source) -> Iterator[None]:
+    """Inside, ModelOpt's exporter gives no weights a scale in common, which they have already.
+
+    It finds the linears that read one input, which are more than those that engines fuse, and sets
+    their scales to the largest. In runs of earlier versions weights have scales of their own.
+    """
+    from modelopt.torch.export import unified_export_hf
+
+    with_tensor_scale = [f for f in source.formats.values() if has_tensor_scale(f.weight)]
+    if not all(format_.shares_scale for format_ in with_tensor_scale):
+        yield
+        return
+    name = "_fuse_shared_input_modules"
+    fuse = getattr(unified_export_hf, name)
+    setattr(unified_export_hf, name, lambda *_, **__: {})
+    try:
+        yield
+    finally:
+        setattr(unified_export_hf, name, fuse)
 
 
 def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) -> None:

@@ -187,6 +187,17 @@ def of_allocation(algorithms: Mapping[str, Mapping[str, Any] | None]) -> str | d
     return {"method": SETS, "sets": list(sets.values()), "others": MAX}
 
 
+def sharing(algorithm: str | dict[str, Any], quantizers: Sequence[str]) -> str | dict[str, Any]:
+    """The algorithm of an allocation with this package's mode, where weights share scales.
+
+    Args:
+        algorithm: From :func:`of_allocation`.
+        quantizers: Names of weight quantizers that take the largest weight of all layers that
+            engines fuse with theirs.
+    """
+    return {**in_mode(algorithm), "shared": list(quantizers)} if quantizers else algorithm
+
+
 def without_fits(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration of ``mtq.quantize`` with ``max`` for methods of this package, which need
     inputs."""
@@ -205,8 +216,9 @@ def by_sets(algorithm: str | Mapping[str, Any]) -> bool:
     return isinstance(algorithm, Mapping) and algorithm["method"] == SETS
 
 
-def on_cpu(algorithm: str | dict[str, Any]) -> dict[str, Any]:
-    """The same with this package's mode, which lets ModelOpt calibrate static NVFP4 on CPU."""
+def in_mode(algorithm: str | dict[str, Any]) -> dict[str, Any]:
+    """The same with this package's mode, which lets ModelOpt calibrate static NVFP4 on CPU and
+    shares scales."""
     if isinstance(algorithm, dict) and by_sets(algorithm):
         return algorithm
     return {"method": SETS, "sets": [], "others": algorithm}

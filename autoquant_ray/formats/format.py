@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from autoquant_ray.formats.numbers import has_tensor_scale
+
 Attributes = dict[str, Any]
 """Fields of ModelOpt's ``QuantizerAttributeConfig``."""
 
@@ -25,6 +27,8 @@ class Format:
         kv: Attributes of the quantizers of keys and values; None for a format of weights.
         modelopt_compression: ModelOpt's estimate of compressed over 16-bit size. It is the
             minimum over weight and input, so it undercounts formats with narrow inputs.
+        shares_scale: Where a weight has one scale for the whole of it, layers that engines fuse
+            have it in common; False: each its own, as ModelOpt quantizes them.
     """
 
     name: str
@@ -33,11 +37,18 @@ class Format:
     modelopt_compression: float
     algorithm: Attributes | None = None
     kv: Attributes | None = None
+    shares_scale: bool = True
+
+    @property
+    def has_shared_scale(self) -> bool:
+        """Whether fused layers have a scale in common."""
+        return self.shares_scale and bool(self.weight) and has_tensor_scale(self.weight)
 
     @property
     def weight_key(self) -> str:
         """Equal for formats that quantize weights alike."""
         key = attributes_key(self.weight)
+        key = f"{key} shared" if self.has_shared_scale else key
         return key if self.algorithm is None else f"{key} {attributes_key(self.algorithm)}"
 
     @property
@@ -54,18 +65,22 @@ class Format:
             "modelopt_compression": self.modelopt_compression,
             **({} if self.algorithm is None else {"algorithm": self.algorithm}),
             **({} if self.kv is None else {"kv": attributes_to_json(self.kv)}),
+            **({"shares_scale": True} if self.has_shared_scale else {}),
         }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Format:
-        """Read back what :meth:`to_json` wrote."""
+        """Read back what :meth:`to_json` wrote; earlier versions had no scales in common."""
+        weight = attributes_from_json(value["weight"])
+        has_scale = bool(weight) and has_tensor_scale(weight)
         return cls(
             name=value["name"],
-            weight=attributes_from_json(value["weight"]),
+            weight=weight,
             input=None if value["input"] is None else attributes_from_json(value["input"]),
             modelopt_compression=value["modelopt_compression"],
             algorithm=value.get("algorithm"),
             kv=attributes_from_json(value["kv"]) if value.get("kv") else None,
+            shares_scale=value.get("shares_scale", not has_scale),
         )
 
 

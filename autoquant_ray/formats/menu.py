@@ -77,19 +77,33 @@ WEIGHTED_BY_DEFAULT = frozenset(
 much."""
 
 
+SHARES_SCALE = "shares_scale"
+CUSTOM_KEYS = {
+    "weight": "a mapping",
+    "input": "a mapping or null",
+    "algorithm": "a method or a mapping",
+    SHARES_SCALE: "true or false",
+}
+"""What a custom format may have -> what that must be."""
+CUSTOM_KEYS_PROBLEM = (
+    "unknown key; a custom format has 'weight' and may have 'input', 'algorithm' and 'shares_scale'"
+)
+Custom = Mapping[str, Mapping[str, Any]]
+"""Custom formats of a config."""
+
+
 def resolve_formats(
     names: tuple[str, ...],
     *,
     device: str,
-    custom: Mapping[str, Mapping[str, Attributes | None]] | None = None,
+    custom: Custom | None = None,
 ) -> list[Format]:
     """Turn format names into :class:`Format` objects, in the order given.
 
     Args:
         names: Names of the menu.
         device: ``cpu`` or ``cuda``; formats that cannot run there are refused.
-        custom: Formats of the config file: name -> ``{"weight": ..., "input": ...,
-            "algorithm": ...}``.
+        custom: Formats of the config file: name -> :data:`CUSTOM_KEYS` and their values.
 
     Raises:
         FormatError: Unknown name (with the closest ones), or a format that cannot be scanned.
@@ -108,9 +122,7 @@ def known_formats() -> list[str]:
     return [*PAIRS, *BLOCK_INTEGERS, *KV_FORMATS, *sorted(mtq.config.choices)]
 
 
-def _resolve(
-    name: str, custom: Mapping[str, Mapping[str, Attributes | None]], *, by_default: bool = True
-) -> Format:
+def _resolve(name: str, custom: Custom, *, by_default: bool = True) -> Format:
     """A format with the method behind its name, else with its default method if that is wanted."""
     plain, colon, method = name.rpartition(":")
     if colon and name not in custom:
@@ -121,8 +133,9 @@ def _resolve(
     return format_
 
 
-def _without_method(name: str, custom: Mapping[str, Mapping[str, Attributes | None]]) -> Format:
+def _without_method(name: str, custom: Custom) -> Format:
     algorithm: Attributes | None = None
+    shares_scale = custom.get(name, {}).get(SHARES_SCALE, True)
     if name in custom:
         weight, input_ = _custom_attributes(name, custom[name])
         algorithm = checked_algorithm(f"custom format {name!r}", custom[name].get("algorithm"))
@@ -138,6 +151,7 @@ def _without_method(name: str, custom: Mapping[str, Mapping[str, Attributes | No
         input=input_,
         modelopt_compression=_modelopt_compression(name, weight, input_),
         algorithm=algorithm,
+        shares_scale=shares_scale,
     )
 
 
@@ -168,17 +182,16 @@ def _with_method(format_: Format, name: str, method: str) -> Format:
     return replace(format_, name=name, weight=weight, algorithm=algorithm)
 
 
-def _custom_attributes(
-    name: str, entry: Mapping[str, Attributes | None]
-) -> tuple[Attributes, Attributes | None]:
-    unknown = sorted(set(entry) - {"weight", "input", "algorithm"})
+def _custom_attributes(name: str, entry: Mapping[str, Any]) -> tuple[Attributes, Attributes | None]:
+    unknown = sorted(set(entry) - set(CUSTOM_KEYS))
     weight = entry.get("weight")
-    for attributes in entry.values():
+    for attributes in (weight, entry.get("input"), entry.get("algorithm")):
         if attributes and "enable" in attributes:
             raise FormatError(f"custom format {name!r}: 'enable' is implied; leave it out")
     if unknown or not weight:
         raise FormatError(
-            f"custom format {name!r} must have 'weight' and may have 'input' and 'algorithm'"
+            f"custom format {name!r} must have 'weight' and may have 'input', 'algorithm' and "
+            "'shares_scale'"
         )
     input_ = entry.get("input")
     restored = attributes_from_json(attributes_to_json(weight))

@@ -80,6 +80,15 @@ def is_static_nvfp4(attributes: Mapping[str, Any]) -> bool:
     return attributes.get("num_bits") == (2, 1) and is_static and is_along_rows
 
 
+def has_tensor_scale(attributes: Mapping[str, Any]) -> bool:
+    """Whether a weight has a stored scale for the whole of it: its only one, or NVFP4's second."""
+    sizes = attributes.get("block_sizes") or {}
+    if attributes.get("num_bits") == (2, 1) and sizes.get("scale_bits") == E4M3_SCALE:
+        return True
+    is_static = "dynamic" not in (attributes.get("type"), sizes.get("type"))
+    return is_static and not sizes and attributes.get("axis") is None
+
+
 def blocks_of(attributes: Mapping[str, Any]) -> Blocks:
     """The blocks that attributes ask for, of those that can be computed on CPU.
 

@@ -15,6 +15,7 @@ from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.models.quantized_source import describe_source, quantized_source
 from autoquant_ray.plan.plan import Plan, build_plan
+from autoquant_ray.serving.shared_scales import shares_scale
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def make_plan(
     *,
     device: str,
     menu: Sequence[Mapping[str, Any]] | None = None,
+    engine: str | None = None,
 ) -> Plan:
     """Plan a search from the model's config alone.
 
@@ -34,6 +36,7 @@ def make_plan(
         device: ``cpu`` or ``cuda``, where the formats must run.
         menu: Formats of a run that goes on, as ``run.json`` has them: what they are counts, not
             what their names mean now.
+        engine: Which fused layers have a scale in common; None: as all engines need it.
 
     Raises:
         AutoQuantError: Unknown format, unreadable config, nothing to search.
@@ -42,7 +45,12 @@ def make_plan(
         formats = [Format.from_json({**entry}) for entry in menu]
         check_device(formats, device)
     else:
-        formats = resolve_formats(space.formats, device=device, custom=space.custom_formats)
+        formats = [
+            replace(format_, shares_scale=format_.shares_scale and shares_scale(format_, engine))
+            for format_ in resolve_formats(
+                space.formats, device=device, custom=space.custom_formats
+            )
+        ]
     if (text := caution(formats)) is not None:
         logger.warning("%s", text)
     plan = build_plan(

@@ -12,6 +12,9 @@ Where the algorithm names a run, all that was fitted to the weights is taken fro
 and so are the maxima of inputs (:data:`READERS`). ``gptq`` needs that: a forward loop does not
 repeat it.
 
+Weights that share a scale with the layers that engines fuse with theirs (``shared``) get it right
+after they were calibrated by their maxima; a search follows, on all rows of such layers together.
+
 Each set sees the inputs of the unquantized model. Algorithms that scale weights (``smoothquant``,
 ``awq_lite``) run last, and until the last of them has run, their layers get the original weights
 back, because ``W s (x / s)`` is ``W x`` only up to rounding.
@@ -46,10 +49,13 @@ from modelopt.torch.quantization.utils.core_utils import (
 )
 from pydantic import Field
 
-from autoquant_ray.formats.algorithms import AWQ, BY_COLUMNS, FITTED, MAX, SETS, WEIGHTED
+from autoquant_ray.formats.algorithms import AWQ, BY_COLUMNS, FITTED, MAX, MSE, SETS, WEIGHTED
+from autoquant_ray.formats.format import Attributes
 from autoquant_ray.quantize.block_formats import StaticBlocks
 from autoquant_ray.quantize.input_factors import InputFactors
 from autoquant_ray.quantize.input_squares import InputSquares
+from autoquant_ray.quantize.weight_search import search_scales, set_common_maximum
+from autoquant_ray.serving.shared_scales import fused_layers
 
 Algorithm = str | dict[str, Any]
 _ALL_OFF: Any = [{"quantizer_name": "*", "enable": False}]
@@ -84,6 +90,10 @@ class SetsCalibConfig(QuantizeAlgorithmConfig):
     others: Algorithm = Field(default=MAX, description="Algorithm of quantizers in no set.")
     run: str = Field(default="", description="Run whose fits are taken; '' fits anew.")
     solution: str = Field(default="", description="Its solution; '' for the scan's own.")
+    shared: list[str] = Field(
+        default_factory=list,
+        description="Weight quantizers that have one scale with all layers that engines fuse.",
+    )
 
 
 @torch.no_grad()
@@ -94,6 +104,7 @@ def calibrate_sets(
     others: Algorithm = MAX,
     run: str = "",
     solution: str = "",
+    shared: Sequence[str] = (),
 ) -> None:
     """Calibrate sets of quantizers, each by its own algorithm.
 
@@ -104,6 +115,7 @@ def calibrate_sets(
         others: Algorithm of the rest.
         run: Whose fits are taken; '' fits anew.
         solution: Of the run.
+        shared: Weight quantizers that have one scale with all layers that engines fuse with theirs.
 
     Raises:
         ValueError: A set names no quantizer that is enabled, or the model is not that of the run.
@@ -121,7 +133,7 @@ def calibrate_sets(
         if quantizer.is_nvfp4_static and next(model.parameters()).device.type == "cpu":
             StaticBlocks.from_tensor_quantizer(quantizer)
     factors: list[InputFactors] = []
-    calibrate = partial(_calibrate, model, forward_loop, factors)
+    calibrate = partial(_calibrate, model, forward_loop, factors, _SharedScales(model, shared))
     for quantizer, is_enabled in _calibrate_parts(
         model, calibrate, quantizers, _parts(quantizers, sets, others)
     ):
@@ -210,10 +222,12 @@ def _calibrate(
     model: Any,
     forward_loop: ForwardLoop | None,
     factors: list[InputFactors],
+    shared: _SharedScales,
     algorithm: Algorithm,
 ) -> None:
     """What ``mtq.calibrate`` does; ``weighted``: by maximum, then by the search; ``awq``: by
     maximum, and appends to the factors, which are folded later."""
+    again = partial(_calibrate, model, forward_loop, factors, shared)
     if isinstance(algorithm, dict) and _method(algorithm) in BY_COLUMNS:
         raise ValueError(
             f"{_method(algorithm)} rounds weights to the calibration data of the scan, which "
@@ -224,21 +238,101 @@ def _calibrate(
     if isinstance(algorithm, dict) and _method(algorithm) == WEIGHTED:
         squares = InputSquares(model)
         with squares.collecting():
-            _calibrate(model, forward_loop, factors, MAX)
-        squares.search(algorithm)
+            again(MAX)
+        squares.search(algorithm, shared.rows)
         return
     if isinstance(algorithm, dict) and _method(algorithm) == AWQ:
         inputs = InputFactors(model, algorithm)
         with inputs.collecting():
-            _calibrate(model, forward_loop, factors, MAX)
+            again(MAX)
         with inputs.searching(), set_quantizer_by_cfg_context(model, _ALL_OFF):
             if forward_loop is not None:
                 forward_loop(model)
         factors.append(inputs)
         return
+    if isinstance(algorithm, dict) and _method(algorithm) == MSE and shared.enabled:
+        again(MAX)
+        shared.search(algorithm)
+        with shared.put_aside():
+            again(algorithm)
+        return
     ((name, arguments),) = get_modelike_from_algo_cfg(algorithm)
     mode = CalibrateModeRegistry[name]
     mode.convert(model, mode.config_class(**arguments), forward_loop=forward_loop)
+    shared.set_maxima()
+
+
+class _SharedScales:
+    """Scales that weights have in common with all layers that engines fuse with theirs."""
+
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
+        modules = dict(model.named_modules())
+        linears = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+        fused = fused_layers(linears if names else ())
+        missing = [name for name in names if name not in modules]
+        if missing:
+            raise ValueError(f"{missing[0]} shares a scale, but the model has no such quantizer")
+        self._model = model
+        self._layers = {modules[name]: fused[name.rpartition(".")[0]] for name in names}
+        self._largest: dict[tuple[str, ...], torch.Tensor] = {}
+
+    @property
+    def enabled(self) -> list[Any]:
+        """Those of the quantizers that are calibrated now."""
+        return [quantizer for quantizer in self._layers if quantizer.is_enabled]
+
+    @contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """While open, these quantizers are disabled."""
+        members = self.enabled
+        for quantizer in members:
+            quantizer.disable()
+        yield
+        for quantizer in members:
+            quantizer.enable()
+
+    def set_maxima(self) -> None:
+        """Give them the largest weight of all layers; they were calibrated by their own."""
+        for quantizer in self.enabled:
+            layers = self._layers[quantizer]
+            if layers not in self._largest:
+                maxima = [weight.abs().amax().float().cpu() for weight in self._weights(layers)]
+                self._largest[layers] = torch.stack(maxima).amax()
+            if quantizer.is_nvfp4_static:
+                quantizer.global_amax = self._largest[layers].to(quantizer.amax.device)
+            else:
+                set_common_maximum(quantizer, self._largest[layers])
+
+    def search(self, algorithm: Attributes) -> None:
+        """Search their scales, from the common maxima.
+
+        Args:
+            algorithm: ``mse`` with its arguments.
+        """
+        for name, module in self._model.named_modules():
+            quantizer = getattr(module, "weight_quantizer", None)
+            if quantizer in self._layers and quantizer.is_enabled:
+                measured = partial(self.rows, quantizer, *self._weights([name]))
+                search_scales(quantizer, measured, algorithm, None)
+
+    def rows(self, quantizer: Any, weight_OI: torch.Tensor) -> torch.Tensor:
+        """What a search measures its candidates on: of one common maximum, all layers together.
+
+        Args:
+            quantizer: Of a weight.
+            weight_OI: The weight.
+        """
+        if quantizer not in self._layers or quantizer.is_nvfp4_static:
+            return weight_OI
+        return torch.cat(self._weights(self._layers[quantizer]))
+
+    def _weights(self, layers: Sequence[str]) -> list[torch.Tensor]:
+        weights = []
+        for layer in layers:
+            module = self._model.get_submodule(layer)
+            with enable_weight_access_and_writeback(module, self._model):
+                weights.append(module.weight.detach())
+        return weights
 
 
 @contextmanager

@@ -7,8 +7,9 @@ belongs to all that its input quantizer sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from modelopt.torch.quantization.utils.core_utils import enable_weight_access_an
 
 from autoquant_ray.formats.format import Attributes
 from autoquant_ray.quantize.weight_search import search_scales
+
+RowsOf = Callable[[Any, torch.Tensor], torch.Tensor]
+"""Quantizer and weight -> what a search measures its candidates on."""
 
 _INPUT = "input_quantizer"
 _CHUNK_ELEMENTS = 2**22  # bounds the copy in float64
@@ -58,11 +62,12 @@ class InputSquares:
                         stack.callback(handle.remove)
             yield
 
-    def search(self, algorithm: Attributes) -> None:
+    def search(self, algorithm: Attributes, rows: RowsOf) -> None:
         """Search the scales of every enabled weight quantizer whose inputs were seen.
 
         Args:
             algorithm: ``weighted`` with its arguments.
+            rows: What candidates are measured on.
 
         Raises:
             ValueError: No input was seen at all.
@@ -79,7 +84,8 @@ class InputSquares:
                 for weight, quantizer in module.iter_weights_for_calibration():
                     if quantizer in self._sums and quantizer.is_enabled:
                         squares_I = self._sums[quantizer] / self._num_rows[quantizer]
-                        search_scales(quantizer, weight, algorithm, None, squares_I.float())
+                        measured = partial(rows, quantizer, weight)
+                        search_scales(quantizer, measured, algorithm, None, squares_I.float())
 
     def _watch(self, module: Any) -> Iterator[Any]:
         """Hooks on a module's quantizers; yields the handles that end them."""

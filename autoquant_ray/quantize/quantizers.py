@@ -13,6 +13,7 @@ blocks): every weight gets a new quantizer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from autoquant_ray.quantize.weight_search import (
     WeightScales,
     finish_static_blocks,
     search_scales,
+    set_common_maximum,
 )
 
 
@@ -70,8 +72,7 @@ def fake_quantize_weight(
             float dtype and device.
         algorithm: The format's; None calibrates by the weight's own maximum.
         recall: Remembers the scales of a search; None searches anew.
-        largest: For static NVFP4, the largest absolute weight of all layers that share its second
-            scale; None: its own.
+        largest: Largest absolute weight of all layers that share its scale; None: its own.
         squares_I: Mean square of every input channel, float32; ``weighted`` without it leaves the
             scales at the maxima.
 
@@ -166,14 +167,17 @@ def quantizer_of(
     """
     needs_squares = needs_channel_squares(format_)
     dtype = torch.float32 if needs_squares else weight_OI.dtype
-    return make_weight_quantizer(
-        format_.weight,
-        weight_OI,
+    quantizer = make_weight_quantizer(
+        format_.weight, weight_OI, largest=scales.largest(name, format_)
+    )
+    search_scales(
+        quantizer,
+        partial(scales.searched_rows, name, format_, weight_OI),
         format_.algorithm,
         scales.recall(name, format_, dtype) if recall is None else recall,
-        scales.largest(name[0]) if is_static_nvfp4(format_.weight) else None,
         scales.squares(name, weight_OI.device) if needs_squares else None,
     )
+    return quantizer
 
 
 @torch.no_grad()
@@ -225,7 +229,9 @@ def make_weight_quantizer(
         quantizer.enable_quant()
         quantizer.disable_calib()
         finish_static_blocks(quantizer, weight_OI, largest)
-    search_scales(quantizer, weight_OI, algorithm, recall, squares_I)
+        if largest is not None and not is_static_nvfp4(attributes):
+            set_common_maximum(quantizer, largest)
+    search_scales(quantizer, lambda: weight_OI, algorithm, recall, squares_I)
     return quantizer
 
 

@@ -9,8 +9,11 @@ scales are always formed from these numbers, so it makes no difference whether t
 always searches in float32, so that its result does not depend on the type in which a model
 computes.
 
-ModelOpt quantizes static NVFP4 weights of fused layers under one scale, and finds these layers by
-their names. A weight alone does not show it: :class:`WeightScales` does.
+Layers that engines fuse have one scale where a format has one per weight
+(:mod:`autoquant_ray.serving.shared_scales`): the maximum is that of all of them, and a search tries
+its multiples on all of them together. A weight alone does not show which these are:
+:class:`WeightScales` does. In ModelOpt's form each weight has its own; but static NVFP4 weights,
+whose fused layers ModelOpt finds by their names.
 """
 
 from __future__ import annotations
@@ -39,19 +42,25 @@ from autoquant_ray.formats.algorithms import (
     num_multipliers,
 )
 from autoquant_ray.formats.format import Attributes, Format
-from autoquant_ray.formats.smoothed import needs_hessians, takes_factors
+from autoquant_ray.formats.numbers import is_static_nvfp4
+from autoquant_ray.formats.smoothed import is_smoothed, method_of, needs_hessians, takes_factors
 from autoquant_ray.quantize.awq import shared_factors, shared_importance
 from autoquant_ray.quantize.block_formats import StaticBlocks
 from autoquant_ray.quantize.calibration import Bytes, Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
+from autoquant_ray.serving.shared_scales import fused_layers
 
 Recall = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
 """Gives the kept result of a search, or runs the search and keeps its result."""
 
 
+Rows = Callable[[], torch.Tensor]
+"""Gives the rows on which a search measures its candidates."""
+
+
 def search_scales(
     quantizer: Any,
-    weight_OI: torch.Tensor,
+    rows: Rows,
     algorithm: Attributes | None,
     recall: Recall | None,
     squares_I: torch.Tensor | None = None,
@@ -60,7 +69,7 @@ def search_scales(
 
     Args:
         quantizer: ModelOpt's, calibrated by maximum.
-        weight_OI: Its weight.
+        rows: Of its weight, or of all weights that share its scale.
         algorithm: ``mse`` or ``weighted`` with all arguments; another leaves the maxima.
         recall: Remembers; None searches anew.
         squares_I: Mean square of every input channel, for ``weighted``; None leaves the maxima.
@@ -71,12 +80,12 @@ def search_scales(
         if squares_I is None:
             return
         calibrator = _weighted_calibrator(quantizer, algorithm, squares_I)
-        search = partial(_search_weighted, quantizer, weight_OI.float(), calibrator)
+        search = partial(_search_weighted, quantizer, rows, calibrator)
     else:
         calibrator = _make_weight_mse_calibrator(
             quantizer, **{name: algorithm[name] for name in ARGUMENTS[MSE]}
         )
-        search = partial(_search, quantizer, weight_OI, calibrator)
+        search = partial(_search, quantizer, rows, calibrator)
     result = search() if recall is None else recall(search)
     result = result.to(quantizer.amax.device)
     is_numbers = result.dtype == torch.uint8
@@ -103,6 +112,17 @@ def finish_static_blocks(
     StaticBlocks.from_tensor_quantizer(quantizer, global_amax=largest.to(weight_OI.device))
 
 
+def set_common_maximum(quantizer: Any, largest: torch.Tensor) -> None:
+    """Give a quantizer with one maximum for a whole weight that of all weights that share it.
+
+    Args:
+        quantizer: ModelOpt's, calibrated by maximum.
+        largest: Largest absolute weight of all of them.
+    """
+    if quantizer.amax is not None and quantizer.amax.numel() == 1:
+        quantizer.amax = torch.full_like(quantizer.amax, float(largest))
+
+
 class WeightScales:
     """What the scales of a model's weights are made from, beside each weight itself.
 
@@ -120,13 +140,14 @@ class WeightScales:
         self.calibration = Calibration() if calibration is None else calibration
         self._model = model
         self._largest: dict[tuple[str, ...], torch.Tensor] = {}
-        fused: dict[Any, list[str]] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                matches = (re.fullmatch(pattern, name) for pattern in SHARED_PATTERNS)
-                keys = [(n, match.groups()) for n, match in enumerate(matches) if match]
-                fused.setdefault(keys[0] if keys else name, []).append(name)
-        self._fused = {name: tuple(names) for names in fused.values() for name in names}
+        linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        self._fused = fused_layers(linears)
+        by_modelopt: dict[Any, list[str]] = {}
+        for name in linears:
+            matches = (re.fullmatch(pattern, name) for pattern in SHARED_PATTERNS)
+            keys = [(n, match.groups()) for n, match in enumerate(matches) if match]
+            by_modelopt.setdefault(keys[0] if keys else name, []).append(name)
+        self._by_modelopt = {n: tuple(names) for names in by_modelopt.values() for n in names}
 
     def recall(self, name: Sequence[str], format_: Format, dtype: torch.dtype) -> Recall:
         """What gives the result of a search for a weight: that of the run, where it was fitted.
@@ -140,7 +161,8 @@ class WeightScales:
         fitted = self.calibration.rounding.get((module, ".".join(part), format_.weight_key))
         if fitted is not None and fitted.multipliers is not None:
             return partial(_given, torch.from_numpy(fitted.multipliers))
-        return partial(self.searched.get, (tuple(name), format_.weight_key, dtype))
+        owner = self._together(name, format_) if self.shares_search(name, format_) else tuple(name)
+        return partial(self.searched.get, (owner, format_.weight_key, dtype))
 
     def codes(self, name: Sequence[str], format_: Format) -> Bytes | None:
         """The rounding of a weight that was fitted, see :meth:`Calibration.codes`.
@@ -193,21 +215,50 @@ class WeightScales:
         importance_I = shared_importance(weights, format_.weight)
         return shared_factors(fold, importance_I, mean_I, alpha)
 
-    def largest(self, name: str) -> torch.Tensor | None:
-        """Largest absolute weight of the layers that serving engines fuse with a layer, float32.
+    def largest(self, name: Sequence[str], format_: Format) -> torch.Tensor | None:
+        """Largest absolute weight of the layers that share a scale with a layer, float32.
 
-        ModelOpt finds these layers by their names. None for other modules.
+        None for other modules, and where the layer's own is as good.
 
         All of them must be in memory, as they are while their decoder layer is visited.
+
+        Args:
+            name: The module's name; parameter and expert in a module of many.
+            format_: The format.
         """
-        names = self._fused.get(name)
-        if names is None:
+        names = self._together(name, format_)
+        if not names or (len(names) == 1 and not is_static_nvfp4(format_.weight)):
             return None
         if names not in self._largest:
             weights = (self._model.get_submodule(fused).weight for fused in names)
             maxima = [weight.detach().abs().amax().float().cpu() for weight in weights]
             self._largest[names] = torch.stack(maxima).amax()
         return self._largest[names]
+
+    def shares_search(self, name: Sequence[str], format_: Format) -> bool:
+        """Whether a search tries multiples of the one maximum of several layers."""
+        is_alone = len(self._together(name, format_)) < 2 or is_static_nvfp4(format_.weight)
+        return not is_alone and method_of(format_) in SEARCHES
+
+    def searched_rows(
+        self, name: Sequence[str], format_: Format, weight_OI: torch.Tensor
+    ) -> torch.Tensor:
+        """What a search measures its candidates on: the rows of all layers that share the scale.
+
+        Args:
+            name, format_: As above.
+            weight_OI: The weight itself.
+        """
+        if not self.shares_search(name, format_):
+            return weight_OI
+        weights = [self._model.get_submodule(n).weight for n in self._together(name, format_)]
+        return torch.cat([weight.detach().to(weight_OI) for weight in weights])
+
+    def _together(self, name: Sequence[str], format_: Format) -> tuple[str, ...]:
+        """Layers that share a scale with a layer; none for other modules and other formats."""
+        if format_.has_shared_scale and not is_smoothed(format_):
+            return self._fused.get(name[0], ())
+        return self._by_modelopt.get(name[0], ()) if is_static_nvfp4(format_.weight) else ()
 
 
 def _given(result: torch.Tensor, _search: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -246,24 +297,22 @@ def _weighted_calibrator(
     return calibrator
 
 
-def _search_weighted(
-    quantizer: Any, weight_OI: torch.Tensor, calibrator: MseCalibrator
-) -> torch.Tensor:
+def _search_weighted(quantizer: Any, rows: Rows, calibrator: MseCalibrator) -> torch.Tensor:
     """Numbers of the best candidates, uint8, the first of equals."""
     largest, before = quantizer.amax.clone(), quantizer._calibrator
     quantizer._calibrator = calibrator
-    _run_and_load_max_stats(quantizer, partial(_collect_weight_stats, weight=weight_OI))
+    _run_and_load_max_stats(quantizer, partial(_collect_weight_stats, weight=rows().float()))
     quantizer.amax, quantizer._calibrator = largest, before
     losses: Any = calibrator._losses_sum
     return torch.stack(losses).argmin(dim=0).to(torch.uint8)
 
 
-def _search(quantizer: Any, weight_OI: torch.Tensor, calibrator: Any) -> torch.Tensor:
+def _search(quantizer: Any, rows: Rows, calibrator: Any) -> torch.Tensor:
     """Numbers of the best candidates, uint8; the maxima themselves where these are none of the
     candidates to the last bit (on CUDA, ModelOpt has another kernel for some)."""
     largest = quantizer.amax.clone()
     quantizer._calibrator = calibrator
-    _run_and_load_max_stats(quantizer, partial(_collect_weight_stats, weight=weight_OI))
+    _run_and_load_max_stats(quantizer, partial(_collect_weight_stats, weight=rows()))
     best = quantizer.amax
     numbers = torch.zeros_like(best, dtype=torch.long)
     is_numbered = torch.zeros_like(best, dtype=torch.bool)

@@ -42,6 +42,8 @@ class Row:
         single: Generations on which it is served as the only format of a checkpoint.
         note: What happens elsewhere; '' where there is nothing to say.
         source: Repository, file and pull request.
+        one_scale: Fused layers are computed under one scale for all of their weights: where the
+            parts have several, weights are rounded again, or read under another's.
     """
 
     algo: str
@@ -49,6 +51,7 @@ class Row:
     single: tuple[str, ...]
     note: str
     source: str
+    one_scale: bool = False
 
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -59,6 +62,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             single=_FROM_ADA,
             note="on Ampere the inputs stay in 16 bits (Marlin)",
             source=f"{_VLLM}; pull requests #35047 (mixed), #45306 (Ampere)",
+            one_scale=True,
         ),
         Row(
             algo="NVFP4",
@@ -66,6 +70,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             single=_ONLY_BLACKWELL,
             note="before Blackwell the inputs stay in 16 bits (Marlin), which is W4A16_NVFP4",
             source=f"{_VLLM}; pull requests #35047 (mixed), #45306 (Marlin)",
+            one_scale=True,
         ),
         Row(
             algo="W4A16_NVFP4",
@@ -73,6 +78,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             single=GENERATIONS,
             note="",
             source=f"{_VLLM} (get_min_capability, MarlinNvFp4LinearKernel); #45306 (Ampere)",
+            one_scale=True,
         ),
         Row(
             algo="MXFP8",
@@ -105,6 +111,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             single=_FROM_ADA,
             note="a checkpoint of several formats needs Blackwell",
             source=f"{_SGLANG}/modelopt_fp8.py, modelopt_mixed_precision.py (get_min_capability)",
+            one_scale=True,
         ),
         Row(
             algo="NVFP4",
@@ -112,6 +119,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             single=_ONLY_BLACKWELL,
             note="",
             source=f"{_SGLANG}/modelopt_fp4.py, modelopt_mixed_precision.py; pull request #27906",
+            one_scale=True,
         ),
         Row(
             algo="W4A16_AWQ",
@@ -127,6 +135,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             single=(),
             note="silently unquantized where several formats are mixed",
             source=f"{_SGLANG}/modelopt_mixed_precision.py; pull request #30078 (closed)",
+            one_scale=True,
         ),
         Row(
             algo="MXFP8",
@@ -144,6 +153,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             single=_FROM_ADA,
             note="",
             source=f"{_TRTLLM}; {_TRTLLM_GPUS}",
+            one_scale=True,
         ),
         Row(
             algo="NVFP4",
@@ -151,6 +161,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             single=_ONLY_BLACKWELL,
             note="",
             source=f"{_TRTLLM}; {_TRTLLM_GPUS}",
+            one_scale=True,
         ),
         Row(
             algo="W4A16_AWQ",
@@ -186,6 +197,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             single=(),
             note="accepted by the code, but no GPU is documented for it",
             source=f"{_TRTLLM}; {_TRTLLM_GPUS}",
+            one_scale=True,
         ),
         Row(
             algo="W4A8_MXFP4_FP8",

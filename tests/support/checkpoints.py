@@ -35,6 +35,8 @@ from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.fitting import LayerFitting
 from autoquant_ray.score.residence import Resident
 
+FP8 = {"num_bits": (4, 3), "axis": None}
+NVFP4 = (2, 1), (4, 3)
 CUSTOM = {
     "int4_g32": {
         "weight": {"num_bits": 4, "block_sizes": {"-1": 32, "type": "static"}},
@@ -111,10 +113,27 @@ def calibrated(directory: Any, folder: Path, formats: tuple[str, ...] = FORMATS)
     return {row["module"]: row["value"] for row in rows}
 
 
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""What all engines compute as one, in the small models that are exported."""
+
+
+def largest_of_fused(tensors: Mapping[str, torch.Tensor], module: str) -> torch.Tensor:
+    """Largest absolute weight of a linear and of those that engines fuse with it."""
+    parent, _, part = module.rpartition(".")
+    parts = next((parts for parts in FUSED if part in parts), (part,))
+    names = [f"{parent}.{part}.weight" if parent else f"{part}.weight" for part in parts]
+    return torch.stack([tensors[name].abs().max() for name in names]).max()
+
+
 def fake_weight(folder: Path, module: str, format_: Any) -> torch.Tensor:
-    """A weight as the scan quantizes it."""
-    weight = load_folder(folder)[f"{module}.weight"]
-    return fake_quantize_weight(format_.weight, weight, format_.algorithm)
+    """A weight as the scan quantizes it, by its maxima."""
+    tensors = load_folder(folder)
+    largest = None
+    scale_bits = (format_.weight.get("block_sizes") or {}).get("scale_bits")
+    if format_.weight == FP8 or (format_.weight["num_bits"], scale_bits) == NVFP4:
+        largest = largest_of_fused(tensors, module)
+    weight = tensors[f"{module}.weight"]
+    return fake_quantize_weight(format_.weight, weight, format_.algorithm, largest=largest)
 
 
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.serving.shared_scales import fused_layers
 from autoquant_ray.solve import solve_run
 
 FORMAT = "wfp8_afp8"
@@ -107,13 +108,20 @@ def _fake_quantized(model: Any, plan: Plan, quantized: list[str]) -> dict[str, t
     """The planned weights by their names in memory; what is not quantized is in bfloat16."""
     weights = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
     (format_,) = plan.formats
+    fused = fused_layers(n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear))
     for group in plan.searched:
         for module in group.modules if group.name in quantized else ():
             for parameter in module.parameters:
                 name = f"{module.name}.{parameter}"
                 exact = model.get_parameter(name)
                 slices = [exact] if exact.dim() == 2 or module.is_transposed else list(exact)
-                fake = [fake_quantize_weight(format_.weight, slice_) for slice_ in slices]
+                layers = fused.get(module.name, ())
+                largest = [model.get_submodule(layer).weight.abs().max() for layer in layers]
+                common = max(largest) if largest else None
+                fake = [
+                    fake_quantize_weight(format_.weight, slice_, largest=common)
+                    for slice_ in slices
+                ]
                 weights[name] = torch.stack(fake).reshape(exact.shape)
     return weights
 

@@ -68,13 +68,23 @@ def make_spec() -> Any:
 
 @pytest.fixture(scope="session")
 def make_scorer(make_model: Any, make_spec: Any) -> Any:
-    """Build a scorer for a family or a model; keywords replace fields of the default spec."""
+    """Build a scorer for a family or a model; keywords replace fields of the default spec.
+
+    In ModelOpt's form fused layers have scales of their own.
+    """
 
     def build(
-        family: Any, formats: tuple[str, ...] = PRESETS, custom: Any = None, **changes: Any
+        family: Any,
+        formats: tuple[str, ...] = PRESETS,
+        custom: Any = None,
+        is_modelopt_form: bool = False,
+        **changes: Any,
     ) -> Prepared:
         model = make_model(family) if isinstance(family, str) else family
-        plan = build_plan(model, resolve_formats(formats, device="cpu", custom=custom))
+        menu = resolve_formats(formats, device="cpu", custom=custom)
+        if is_modelopt_form:
+            menu = [dataclasses.replace(format_, shares_scale=False) for format_ in menu]
+        plan = build_plan(model, menu)
         scorer = Scorer(make_spec(plan, **changes), model=model)
         return Prepared(model, plan, scorer, [group.name for group in plan.searched])
 

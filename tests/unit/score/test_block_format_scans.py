@@ -96,7 +96,7 @@ def test_scores_equal_modelopt_search_with_the_backend(
     family: str, presets: tuple[str, ...], make_scorer: Any, make_model: Any, make_samples: Any
 ) -> None:
     """All calibrate by maximum, as our manifests say; MX presets leave the FP8 inputs dynamic."""
-    prepared = make_scorer(family, presets)
+    prepared = make_scorer(family, presets, is_modelopt_form=True)
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]
     calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
     ours = summed_by_step(prepared.scorer, shards, calibration)

@@ -78,7 +78,8 @@ def batch_of(samples: list[RichSample]) -> Batch:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_with_images_equal_modelopt(family: str, make_scorer: Any, samples_of: Any) -> None:
     formats = ("INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG")
-    prepared, samples = make_scorer(family, formats), samples_of(family)
+    prepared = make_scorer(family, formats, is_modelopt_form=True)
+    samples = samples_of(family)
     assert prepared.scorer.is_layerwise
     # ModelOpt's calibration sees padding, ours does not.
     shards = [[sample] for sample in samples]

@@ -22,7 +22,7 @@ FORMATS = (
 def test_scores_one_step_per_shard_equal_modelopt(
     family: str, make_scorer: Any, make_samples: Any
 ) -> None:
-    prepared = make_scorer(family, FORMATS)
+    prepared = make_scorer(family, FORMATS, is_modelopt_form=True)
     shards = [make_samples([24, 24, 24], seed=1), make_samples([17, 17], seed=2)]
     calibration = merge_calibrations(prepared.scorer.calibrate(shard) for shard in shards)
     ours = summed_by_step(prepared.scorer, shards, calibration)
