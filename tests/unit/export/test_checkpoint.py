@@ -14,11 +14,14 @@ from checkpoints import (
     CUSTOM,
     FORMATS,
     fake_weight,
+    largest_of_fused,
     load_folder,
     logits_of_solution,
     unpack_modelopt,
 )
+from families import family_model
 from safetensors.torch import save_file
+from small_models import make_tokenizer
 
 from autoquant_ray import Run
 from autoquant_ray.errors import (
@@ -295,3 +298,48 @@ def test_model_that_changed_since_the_run_is_refused(
     with pytest.raises(StoreError, match="changed since"):
         Run.open(directory.uri).export(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["wfp8_afp8", "wfp8_afp8:mse"])
+def test_fused_fp8_layers_have_one_scale_and_loading_changes_nothing(
+    name: str, layout: str, solved_run: Any, tmp_path: Path
+) -> None:
+    """vLLM dequantizes fused layers and rounds them again to the largest of their scales."""
+    directory, *_ = solved_run("llama", {"*": name}, (name,))
+    export_run(directory, str(tmp_path / "out"), layout=layout)
+    tensors = load_folder(tmp_path / "out")
+    for parts in (("self_attn", "qkv"), ("mlp", ("gate", "up"))):
+        names = [f"model.layers.1.{parts[0]}.{part}_proj" for part in parts[1]]
+        for kind in ("weight_scale", "input_scale"):
+            scales = {tensors[f"{layer}.{kind}"].item() for layer in names}
+            assert len(scales) == 1, (kind, scales)
+        scale = tensors[f"{names[0]}.weight_scale"].float().reshape(())
+        stored = [tensors[f"{layer}.weight"].float() for layer in names]
+        loaded = [(w * scale / scale).to(torch.float8_e4m3fn).float() for w in stored]
+        assert all(torch.equal(a, b) for a, b in zip(stored, loaded, strict=True))
+        if name == "wfp8_afp8":
+            assert max(float(w.abs().max()) for w in stored) == 448
+
+
+def test_fused_nvfp4_layers_have_one_second_scale_and_others_their_own(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    """ModelOpt's exporter alone gives all linears that read one input the largest: here those of
+    the linear attention, and the shared expert's beside its gate."""
+    name, folder = "NVFP4_DEFAULT_CFG", tmp_path / "model"
+    family_model("Qwen3-Next").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    choice = {"*": "none", "*attn*": name, "*shared_expert.*": name}
+    directory, *_ = solved_run("llama", choice, (name,), folder=folder)
+    export_run(directory, str(tmp_path / "out"))
+    tensors, source = load_folder(tmp_path / "out"), load_folder(folder)
+    second = {n.rpartition(".")[0]: t.item() for n, t in tensors.items() if "weight_scale_2" in n}
+    assert {layer.rpartition(".")[2] for layer in second} >= {
+        "in_proj_qkvz",
+        "in_proj_ba",
+        "q_proj",
+    }
+    for layer, value in second.items():
+        largest = float(largest_of_fused(source, layer))
+        assert value == pytest.approx(largest / (6 * 448), rel=1e-6), layer

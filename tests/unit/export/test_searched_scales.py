@@ -16,6 +16,8 @@ from autoquant_ray.errors import FormatError
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import load_model
 from autoquant_ray.quantize.quantizers import quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 
@@ -52,7 +54,8 @@ def test_folder_holds_the_weights_that_were_measured(
         read(torch.tensor([[1, 2]]))  # unpacks
     seen = set()
     menu = resolve_formats(MENU, device="cpu", custom=CUSTOM)
-    scales = WeightScales(torch.nn.Identity(), read_calibration(directory, menu))
+    model = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    scales = WeightScales(model, read_calibration(directory, menu))
     plain = {f.name: f for f in menu if f.name == "int4_g32"}
     for name, format_ in read_source(directory).formats.items():
         source = load_folder(folder)[f"{name}.weight"]
