@@ -25,7 +25,7 @@ def log_probabilities(model: Any, sample: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe", "qwen3_vl"])
 def test_equals_mtq_quantize(family: str, make_scorer: Any, make_samples: Any) -> None:
-    prepared = make_scorer(family, FORMATS)
+    prepared = make_scorer(family, FORMATS, is_modelopt_form=True)
     samples = make_samples(LENGTHS, seed=3)
     runner = make_evaluation(prepared, samples)
     choices = random_choices(len(prepared.plan.searched), 2)
