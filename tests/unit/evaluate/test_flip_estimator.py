@@ -103,7 +103,7 @@ def dots_of(
 def test_equals_autograd_on_modelopts_model(
     family: str, formats: tuple[str, ...], make_scorer: Any, make_samples: Any
 ) -> None:
-    prepared = make_scorer(family, formats)
+    prepared = make_scorer(family, formats, is_modelopt_form=True)
     samples = make_samples(LENGTHS, seed=3)
     runner = make_evaluation(prepared, samples)
     num_groups = len(prepared.plan.searched)
@@ -124,7 +124,7 @@ def test_equals_autograd_on_modelopts_model(
 
 def test_interaction_is_the_product_per_token(make_scorer: Any, make_samples: Any) -> None:
     """Of gate_up and down of an MLP, and of the two groups of an attention; of no others."""
-    prepared = make_scorer("llama", WEIGHT_FORMATS)
+    prepared = make_scorer("llama", WEIGHT_FORMATS, is_modelopt_form=True)
     samples = make_samples([24, 17], seed=3)
     runner = make_evaluation(prepared, samples)
     groups = prepared.plan.searched
