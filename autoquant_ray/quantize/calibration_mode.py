@@ -310,7 +310,7 @@ class _SharedScales:
             algorithm: ``mse`` with its arguments.
         """
         for name, module in self._model.named_modules():
-            quantizer = getattr(module, "weight_quantizer", None)
+            quantizer: Any = getattr(module, "weight_quantizer", None)
             if quantizer in self._layers and quantizer.is_enabled:
                 measured = partial(self.rows, quantizer, *self._weights([name]))
                 search_scales(quantizer, measured, algorithm, None)
