@@ -11,7 +11,7 @@ import click
 
 from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result, show_lines
 from autoquant_ray.cli.solve import engine_options
-from autoquant_ray.errors import ConfigError
+from autoquant_ray.errors import ConfigError, ModelError
 from autoquant_ray.export.layouts import LAYOUTS
 from autoquant_ray.export.recipes import TOOLS
 
@@ -63,7 +63,7 @@ def export(
     \b
     Example:
       autoquant-ray export runs/qwen3 --out qwen3-5bit --engine vllm --gpu hopper
-      autoquant-ray export runs/qwen3 --format recipe --tool llama.cpp --out tensor-types.txt
+      autoquant-ray export runs/qwen3 --format recipe --tool llama.cpp --out quantize.sh
       autoquant-ray export runs/qwen3 --format recipe --tool mlx-lm --out quantization.json
     """
     if kind != RECIPE:
@@ -74,8 +74,8 @@ def export(
         return _export_checkpoint(run, solution, kind, out, engine, gpu)
     if engine is not None or gpu is not None:
         raise ConfigError(f"--engine and --gpu are for a checkpoint, not for --format {RECIPE}")
-    written = _export_recipe(run, solution, tool, out, base, overwrite)
-    return Result(json=lambda: {"paths": written}, show=lambda: show_lines(written))
+    written, notes = _export_recipe(run, solution, tool, out, base, overwrite)
+    return Result(json=lambda: {"paths": written}, show=lambda: show_lines(written), notes=notes)
 
 
 def _export_checkpoint(
@@ -128,10 +128,11 @@ def _unserved_note(run: str, solution: str, layout: str, others: Sequence[str]) 
 
 def _export_recipe(
     run: str, solution: str, tool: str | None, out: str, base: str | None, overwrite: bool
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
+    """Paths of what was written, and what differs from what was scored."""
     from autoquant_ray.export.fused_experts import require_fused, unfused_names
     from autoquant_ray.export.kv_caches import require_caches
-    from autoquant_ray.export.recipes import make_recipe
+    from autoquant_ray.export.recipes import make_recipe, recipe_notes
     from autoquant_ray.export.solution import read_solution
     from autoquant_ray.runs.directory import RunDirectory
 
@@ -143,7 +144,15 @@ def _export_recipe(
     if tool == "auto-round":
         chosen = unfused_names(chosen, exported.modules)
     require_fused(chosen, exported.modules, tool)
-    text = make_recipe(chosen, exported.formats, tool)
+    facts: dict[str, Any] = {"tied": exported.tied, "modules": exported.modules}
+    text = make_recipe(
+        chosen,
+        exported.formats,
+        tool,
+        is_quantized=_is_gguf(exported.state),
+        model_type=exported.state.plan.get("model_type", ""),
+        **facts,
+    )
     path = Path(out)
     if path.exists() and not overwrite:
         raise ConfigError(f"--out {out} exists; give another name, or --overwrite")
@@ -155,7 +164,18 @@ def _export_recipe(
         part.replace(path)
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error}") from None
-    return [out, *folders]
+    return [out, *folders], recipe_notes(chosen, exported.formats, tool, **facts)
+
+
+def _is_gguf(state: Any) -> bool:
+    """Whether a run's model is a GGUF file; a recipe needs none, so it may be elsewhere."""
+    from autoquant_ray.models.find import find_model
+
+    name = str(state.config["model"])
+    try:
+        return find_model(name).gguf_file is not None
+    except ModelError:
+        return name.endswith(".gguf")
 
 
 def _export_base(run: str, solution: str, exported: Any, base: str | None) -> list[str]:

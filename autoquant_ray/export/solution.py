@@ -14,6 +14,8 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_TABLE, SOLUTIONS, solution_folder
 from autoquant_ray.runs.state import RunState
 
+_WRAPPER = "model.language_model."
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedSolution:
@@ -35,6 +37,7 @@ class ExportedSolution:
     modules: dict[str, Mapping[str, Any]]
     formats: list[Format]
     caches: dict[str, str]
+    tied: dict[str, str]
 
 
 def read_solution(directory: RunDirectory, solution: str) -> ExportedSolution:
@@ -74,4 +77,18 @@ def read_solution(directory: RunDirectory, solution: str) -> ExportedSolution:
         modules=modules,
         formats=[Format.from_json(entry) for entry in entries if entry.get("weight")],
         caches=caches,
+        tied=tied_modules(state.plan, group_of),
     )
+
+
+def tied_modules(summary: Mapping[str, Any], group_of: Mapping[str, str]) -> dict[str, str]:
+    """Module that shares its weight with the embedding -> name of the embedding.
+
+    Args:
+        summary: The plan's, as ``run.json`` keeps it.
+        group_of: Module -> its group.
+    """
+    is_wrapped = any(name.startswith(_WRAPPER) for name in summary["modules"])
+    embedding = summary.get("embedding", f"{_WRAPPER if is_wrapped else 'model.'}embed_tokens")
+    tied = set(summary["tied_groups"])
+    return {name: embedding for name, group in group_of.items() if group in tied}

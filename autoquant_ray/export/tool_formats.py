@@ -18,7 +18,8 @@ from autoquant_ray.serving.layer_formats import E2M1, E4M3, E8M0, Numbers
 
 _GGUF_BLOCK = 32
 _AUTO_ROUND_BITS = (2, 3, 4, 8)
-_MLX_GROUPS = (32, 64, 128)
+MLX_GROUPS = (32, 64, 128)
+"""Weights that share a scale and an offset there."""
 _MLX_BITS = (2, 3, 4, 5, 6, 8)
 SIXTEEN_BITS: dict[str, Any] = {"llama.cpp": "bf16", "auto-round": {"bits": 16}, "mlx-lm": False}
 """What a tool says of a layer that stays in 16 bits."""
@@ -36,7 +37,6 @@ def gguf_type(format_: Format) -> str | None:
     if not has_scales or not weight.is_flat or weight.scale is not None:
         return None
     # Symmetric: a 16-bit scale per 32 weights, or (k) a narrow one per 16 in blocks of 256.
-    # llama.cpp takes another type in place of a k where rows are no multiple of 256.
     return {3: "q3_k", 4: "q4_0", 5: "q5_0", 6: "q6_k", 8: "q8_0"}.get(weight.bits)
 
 
@@ -78,8 +78,8 @@ def mlx_config(format_: Format) -> dict[str, Any] | None:
     if kind is not None:
         bits = 8 if kind == "mxfp8" else 4
         return {"group_size": weight.block, "bits": bits, "mode": kind}
-    group = weight.block or (max(_MLX_GROUPS) if weight.axis == 0 else 0)
-    if weight.bits not in _MLX_BITS or group not in _MLX_GROUPS or weight.scale is not None:
+    group = weight.block or (max(MLX_GROUPS) if weight.axis == 0 else 0)
+    if weight.bits not in _MLX_BITS or group not in MLX_GROUPS or weight.scale is not None:
         return None
     return {"group_size": group, "bits": weight.bits, "mode": "affine"}
 

@@ -13,6 +13,8 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
 from autoquant_ray.errors import ConfigError, DataError
+from autoquant_ray.export.mlx import mlx_names
+from autoquant_ray.export.solution import tied_modules
 from autoquant_ray.export.tool_formats import mlx_config
 from autoquant_ray.formats.algorithms import MAX
 from autoquant_ray.formats.format import NONE
@@ -49,9 +51,10 @@ def foreign_allocation(path: str, problem: Problem, options: SolveOptions) -> di
     caches = {g.name: NONE for g in problem.searched if g.is_cache}
     formats = formats_of(problem.summary)
     others = [name for group in problem.unsearched for name in group.module_names]
-    values = sensitivities(path, content, groups, others)
+    in_mlx = _modules_in_mlx(problem)
+    values = sensitivities(path, content, groups, others, in_mlx)
     if values is None:
-        return read_allocation(path, content, groups, formats, others) | caches
+        return read_allocation(path, content, groups, formats, others, in_mlx) | caches
     # Of formats of one size the plainly rounded one: MLX rounds by itself.
     plain_first = sorted(formats, key=lambda format_: method_of(format_) != MAX)
     names = [format_.name for format_ in plain_first if mlx_config(format_) is not None]
@@ -74,6 +77,14 @@ def foreign_allocation(path: str, problem: Problem, options: SolveOptions) -> di
             break
         allocation[group] = high
     return allocation
+
+
+def _modules_in_mlx(problem: Problem) -> dict[str, str]:
+    """Name of a layer in MLX -> the module that it is here."""
+    group_of = {name: g.name for g in problem.groups.values() for name in g.module_names}
+    tied = tied_modules(problem.summary, group_of)
+    names = mlx_names(group_of, tied, problem.summary.get("model_type", ""))
+    return {name: module for module, in_mlx in names.items() for name in in_mlx}
 
 
 def _fits(problem: Problem, options: SolveOptions, allocation: dict[str, str]) -> bool:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Groups = Mapping[str, Sequence[str]]
 """Searched group -> its modules."""
+NO_NAMES: Mapping[str, str] = {}
 
 _MAX_NAMED = 3
 _SCHEMES: dict[str, dict[str, Any]] = {
@@ -49,12 +50,17 @@ def read_json(path: str) -> Any:
 
 
 def sensitivities(
-    path: str, content: Any, groups: Groups, others: Collection[str] = ()
+    path: str,
+    content: Any,
+    groups: Groups,
+    others: Collection[str] = (),
+    in_mlx: Mapping[str, str] = NO_NAMES,
 ) -> dict[str, float] | None:
     """Group -> mlx-lm's sensitivity, if it is a file of those; None otherwise.
 
     A sensitivity is the gain of more bits per million weights; a group gets the mean of its layers.
     ``others`` are layers of the model that are not searched; what is said of them is left out.
+    ``in_mlx`` has the modules by their names there.
 
     Raises:
         DataError: An entry is wrong, or a layer or a group is unknown to the other side.
@@ -67,7 +73,7 @@ def sensitivities(
         is_pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
         if not is_pair or isinstance(entry[1], bool) or not isinstance(entry[1], int | float):
             raise DataError(f"{path}: {entry!r} is not a layer's name and its sensitivity")
-        module = _ours(entry[0])
+        module = _ours(entry[0], in_mlx)
         if module is not None and module in group_of:
             sensitivities.setdefault(group_of[module], []).append(float(entry[1]))
         elif module is not None and module not in others:
@@ -84,6 +90,7 @@ def read_allocation(
     groups: Groups,
     formats: Sequence[Format],
     others: Collection[str] = (),
+    in_mlx: Mapping[str, str] = NO_NAMES,
 ) -> dict[str, str]:
     """Group -> format of the run, from a file that names bits per layer.
 
@@ -97,6 +104,7 @@ def read_allocation(
         groups: Searched groups.
         formats: The run's menu.
         others: Layers that are not searched, which stay in 16 bits whatever the file says.
+        in_mlx: Name of a layer in MLX -> module.
 
     Raises:
         DataError: Not such a file, an unknown layer, or bits without a counterpart in the menu.
@@ -111,7 +119,12 @@ def read_allocation(
         )
     is_mlx = "bits" in content and "quant_method" not in content
     modules = [name for names in groups.values() for name in names]
-    entries = (_mlx_entries if is_mlx else _auto_round)(path, content, [*modules, *others])
+    layers = [*modules, *others]
+    entries = (
+        _mlx_entries(path, content, layers, in_mlx)
+        if is_mlx
+        else _auto_round(path, content, layers)
+    )
     counterpart = mlx_config if is_mlx else auto_round_config
     chosen = {
         module: NONE if entry is None else _format_of(path, module, entry, formats, counterpart)
@@ -165,7 +178,7 @@ def _matching(path: str, key: str, modules: Sequence[str]) -> list[str]:
 
 
 def _mlx_entries(
-    path: str, content: Mapping[str, Any], modules: Sequence[str]
+    path: str, content: Mapping[str, Any], modules: Sequence[str], in_mlx: Mapping[str, str]
 ) -> dict[str, Mapping[str, Any] | None]:
     default = {"group_size": 64, "mode": "affine"}
     default |= {k: content[k] for k in ("group_size", "bits", "mode") if k in content}
@@ -173,7 +186,7 @@ def _mlx_entries(
     for key, value in content.items():
         if key in default:
             continue
-        module = _ours(key)
+        module = _ours(key, in_mlx)
         if module is None:
             continue
         if module not in entries:
@@ -184,13 +197,14 @@ def _mlx_entries(
     return entries
 
 
-def _ours(name: str) -> str | None:
+def _ours(name: str, in_mlx: Mapping[str, str]) -> str | None:
     """A layer of MLX by the checkpoint's name; None for embeddings, which are not searched here."""
+    if (module := in_mlx.get(name)) is not None:
+        return module
     if name.endswith("embed_tokens"):
         return None
     if name.startswith("language_model.model."):
         name = "model.language_model." + name.removeprefix("language_model.model.")
-    name = "lm_head" if name == "language_model.lm_head" else name
     return re.sub(r"\.switch_mlp\.\w+$", ".experts", name)
 
 

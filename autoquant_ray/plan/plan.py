@@ -58,6 +58,8 @@ class Plan:
         experts_apart: Whether every routed expert is a group.
         separate_head: The head, where the config ties it and the files hold another weight for it.
         source_format: Of a checkpoint that is quantized already: how.
+        embedding: Name of the input embedding.
+        model_type: As the model's config has it.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -71,6 +73,8 @@ class Plan:
     experts_apart: bool = False
     separate_head: str | None = None
     source_format: str | None = None
+    embedding: str = ""
+    model_type: str = ""
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -154,6 +158,10 @@ class Plan:
             summary["separate_head"] = self.separate_head
         if self.source_format is not None:
             summary["source_format"] = self.source_format
+        if self.model_type:
+            summary["model_type"] = self.model_type
+        if summary["tied_groups"]:
+            summary["embedding"] = self.embedding
         return {**summary, "folds": folds} if folds else summary
 
 
@@ -210,6 +218,8 @@ def build_plan(
         step=step_facts(model, modules, is_of_tower),
         experts_apart=apart,
         separate_head=separate_head(model),
+        embedding=next(n for n, m in model.named_modules() if m is model.get_input_embeddings()),
+        model_type=model.config.model_type,
     )
     if not any(group.num_weights for group in plan.searched):
         raise ConfigError("every layer is disabled; nothing is left to search")

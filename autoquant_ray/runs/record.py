@@ -87,6 +87,10 @@ class PlanSummary(TypedDict):
     """Group that stays in 16 bits -> why."""
     tied_groups: list[str]
     """Groups that share their weights with the embedding."""
+    embedding: NotRequired[str]
+    """Where there are such groups, its name."""
+    model_type: NotRequired[str]
+    """As the model's config has it: other tools name some families' layers otherwise."""
     other_bytes: int
     """At 16 bits, of everything outside the groups."""
     other_modules: dict[str, int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytest
 from click.testing import CliRunner
 from scored_run import put_scored_run
 
+from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.api import Run
 from autoquant_ray.cli.main import main
 from autoquant_ray.config.demo import demo_config
 from autoquant_ray.errors import AutoQuantError, ConfigError, FormatError
-from autoquant_ray.export.recipes import TOOLS, make_recipe
+from autoquant_ray.export.recipes import TOOLS, make_recipe, recipe_notes
 from autoquant_ray.export.tool_formats import COUNTERPARTS
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.menu import PAIRS, resolve_formats
+from autoquant_ray.solve import solve_run
 
 _FP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 FORMATS = [
@@ -33,11 +36,16 @@ SMOLLM = [
 ]
 
 
-def options(recipe: str) -> list[tuple[str, str]]:
-    """Pattern and type of each line, as llama-quantize splits them."""
-    lines = [line.split(" ") for line in recipe.splitlines()]
-    assert {flag for flag, _ in lines} == {"--tensor-type"}
-    return [tuple(pair.rsplit("=", 1)) for _, pair in lines]  # type: ignore[misc]
+def options(recipe: str, embedding: str = "bf16") -> list[tuple[str, str]]:
+    """Pattern and type of each tensor, as a shell and llama-quantize split the command."""
+    words = shlex.split(recipe)
+    words = [word for word in words if word != "--allow-requantize"]
+    assert words[:3] == ["llama-quantize", "--token-embedding-type", embedding]
+    assert words[-3:] == ["in.gguf", "out.gguf", "Q8_0"]
+    assert set(words[3:-3:2]) == {"--tensor-type"}
+    *pairs, last = [tuple(pair.split("=", 1)) for pair in words[4:-3:2]]
+    assert last == (".*", "bf16"), "the final type would take what is not named"
+    return pairs  # type: ignore[return-value]
 
 
 def test_experts_that_mlx_stacks_have_one_format() -> None:
@@ -47,6 +55,17 @@ def test_experts_that_mlx_stacks_have_one_format() -> None:
     assert recipe["model.layers.0.mlp.switch_mlp.up_proj"]["bits"] == 4
     with pytest.raises(ConfigError, match=r"mlx-lm keeps model.layers.0.mlp.switch_mlp.up_proj in"):
         make_recipe(chosen | {f"{start}.1.up_proj": NONE}, FORMATS, "mlx-lm")
+
+
+def test_experts_that_files_name_otherwise_than_memory_go_by_the_files_names() -> None:
+    """MLX keeps Mixtral's ``block_sparse_moe`` and Nemotron-H's ``backbone``."""
+    chosen = {"model.layers.0.mlp.experts": "wint4_afp16"}
+    recipe = json.loads(make_recipe(chosen, FORMATS, "mlx-lm", model_type="mixtral"))
+    assert "model.layers.0.block_sparse_moe.switch_mlp.up_proj" in recipe
+    chosen = {"model.layers.2.mixer.experts": "wint4_afp16"}
+    recipe = json.loads(make_recipe(chosen, FORMATS, "mlx-lm", model_type="nemotron_h"))
+    start = "backbone.layers.2.mixer.switch_mlp"
+    assert {name for name in recipe if "." in name} == {f"{start}.fc1", f"{start}.fc2"}
 
 
 def test_patterns_fit_exactly_the_tensors_of_a_real_file() -> None:
@@ -87,6 +106,58 @@ def test_tensors_of_experts_and_of_wrapped_models() -> None:
         )
     with pytest.raises(ConfigError, match=r"no tensor for model\.visual\.blocks"):
         make_recipe({"model.visual.blocks.0.attn.qkv": "wint4_afp16"}, FORMATS, "llama.cpp")
+
+
+def test_tensors_of_a_latent_attention_and_of_heads_inside_a_wrapper() -> None:
+    """Converters split ``kv_b_proj``; a wrapper's head has a wrapper's name."""
+    start = "language_model.model.layers.0."
+    chosen = {f"{start}self_attn.kv_b_proj": "wint8_afp16", "language_model.lm_head": "wint8_afp16"}
+    pairs = options(make_recipe(chosen, FORMATS, "llama.cpp"))
+    names = ("blk.0.attn_kv_b", "blk.0.attn_k_b", "blk.0.attn_v_b", "output")
+    assert [re.sub(r"[\\^$]", "", pattern) for pattern, _ in pairs] == [
+        f"{name}.weight" for name in names
+    ]
+    in_memory = {"model.layers.0.mixer.in_proj": "wint8_afp16"}  # backbone.layers in its files
+    assert (
+        options(make_recipe(in_memory, FORMATS, "llama.cpp"))[0][0] == r"^blk\.0\.ssm_in\.weight$"
+    )
+    recipe = json.loads(make_recipe({"model.a.kv_b_proj": "wint8_afp16"}, FORMATS, "mlx-lm"))
+    assert {"model.a.embed_q", "model.a.unembed_out"} <= set(recipe)
+    chosen = {"model.language_model.layers.0.mlp.up_proj": NONE, "lm_head": "wint4_afp16"}
+    recipe = json.loads(make_recipe(chosen, FORMATS, "mlx-lm"))
+    assert recipe["language_model.lm_head"]["bits"] == 4
+    assert "lm_head" not in recipe
+
+
+def test_tied_head_goes_by_the_name_of_the_embedding() -> None:
+    """Both tools store one matrix; ``lm_head`` and ``output`` are not there to match."""
+    chosen = {"model.layers.0.mlp.up_proj": NONE, "lm_head": "wint8_afp16"}
+    tied = {"lm_head": "model.embed_tokens"}
+    text = make_recipe(chosen, FORMATS, "llama.cpp", tied=tied)
+    assert options(text, embedding="q8_0")[-1] == (r"^token_embd\.weight$", "q8_0")
+    assert "output" not in text
+    recipe = json.loads(make_recipe(chosen, FORMATS, "mlx-lm", tied=tied))
+    assert recipe["model.embed_tokens"]["bits"] == 8
+    assert "lm_head" not in recipe
+    inside = {"lm_head": "model.language_model.embed_tokens"}
+    recipe = json.loads(make_recipe(chosen, FORMATS, "mlx-lm", tied=inside))
+    assert recipe["language_model.model.embed_tokens"]["bits"] == 8
+
+
+def test_rows_that_a_type_does_not_divide_get_what_the_tool_writes() -> None:
+    """llama-quantize takes another type than it was told, or quantizes nothing; MLX stops."""
+    widths = {0: 512, 1: 576, 2: 48}
+    modules = {f"model.layers.{i}.mlp.up_proj": {"shapes": [[8, w]]} for i, w in widths.items()}
+    (wide,) = resolve_formats(("wint6_afp16",), device="cpu")
+    chosen = dict.fromkeys(modules, wide.name)
+    arguments = (chosen, [wide], "llama.cpp")
+    types = [type_ for _, type_ in options(make_recipe(*arguments, modules=modules))]
+    assert types == ["q6_k", "q8_0", "bf16"]
+    notes = recipe_notes(*arguments, tied={}, modules=modules)
+    assert [re.findall(r"layers get (.*) \(", note) for note in notes] == [["q8_0"], ["16 bits"]]
+    recipe = json.loads(make_recipe(chosen, [wide], "mlx-lm", modules=modules))
+    entries = [recipe[name] for name in chosen]
+    assert [entry and entry["group_size"] for entry in entries] == [128, 64, False]
 
 
 def test_layer_config_of_autoround_says_bits_groups_and_inputs() -> None:
@@ -167,6 +238,21 @@ def test_export_writes_a_solutions_recipe_once(tmp_path: Path) -> None:
     result = invoke(*words, "--out", out)
     assert (result.exit_code, "exists; give another name" in result.output) == (2, True)
     assert invoke(*words, "--out", out, "--overwrite").exit_code == 0
+
+
+def test_export_says_that_a_tied_embedding_is_rounded_too(tmp_path: Path) -> None:
+    run = put_scored_run(tmp_path / "run", num_layers=1, formats=("wint8_afp16",), model="m.gguf")
+    record = run.read_json("run.json")
+    record["plan"] |= {"tied_groups": ["lm_head"], "embedding": "model.embedding"}
+    run.write_json("run.json", record)
+    solve_run(run, SolveOptions(bytes=10**10, pins={"lm_head": "wint8_afp16"}), folder="")
+    for tool, name in (("llama.cpp", "token_embd"), ("mlx-lm", "model.embedding")):
+        out = tmp_path / tool
+        result = invoke(run.uri, "--format", "recipe", "--tool", tool, "--out", str(out))
+        assert result.exit_code == 0, result.output
+        assert name in out.read_text()
+        assert f"note: {tool} stores one matrix for lm_head and model.embedding" in result.stderr
+        assert ("--allow-requantize" in out.read_text()) == (tool == "llama.cpp")
 
 
 @pytest.mark.parametrize(

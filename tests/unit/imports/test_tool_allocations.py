@@ -66,6 +66,27 @@ def test_allocation_comes_back_from_its_own_recipe(
     assert {"wint4_afp16", "wint8_afp16"} <= set(rival(run, path).values())
 
 
+def test_tied_head_comes_back_by_the_name_of_its_embedding(tmp_path: Path) -> None:
+    """In recipes of mlx-lm, and in its sensitivities."""
+    run = put_scored_run(tmp_path / "run", formats=MENU, num_layers=1)
+    record = run.read_json("run.json")
+    record["plan"]["tied_groups"] = ["lm_head"]
+    run.write_json("run.json", record)
+    allow = {"lm_head": ("wint4_afp16",), "*mlp*": ("wint8_afp16",), "*attn*": ("none",)}
+    solve_run(run, SolveOptions(bytes=10**10, allow=allow), folder="")
+    solve_run(run, SolveOptions(bytes=10**10, allow=allow))
+    (name,) = Run.open(run.uri).solutions[:1]
+    exported = read_solution(run, name)
+    text = make_recipe(exported.chosen, exported.formats, "mlx-lm", tied=exported.tied)
+    assert "model.embed_tokens" in text
+    assert rival(run, put(tmp_path, text))["lm_head"] == "wint4_afp16"
+    values = [["model.embed_tokens", 2.0]]
+    values += [
+        [m, 1.0] for m in exported.chosen if m not in ("lm_head", "visual.blocks.0.attn.qkv")
+    ]
+    assert rival(run, put(tmp_path, values)).keys() == rival(run, put(tmp_path, text)).keys()
+
+
 def test_quantization_config_of_autoround_has_defaults_and_patterns(
     run: RunDirectory, tmp_path: Path
 ) -> None:
