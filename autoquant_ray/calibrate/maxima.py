@@ -19,7 +19,7 @@ from autoquant_ray.calibrate.expert_channels import ExpertChannels
 from autoquant_ray.calibrate.input_rows import TokenMask
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import replaced_forward
-from autoquant_ray.models.quantizable import is_of_tower
+from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.attention import CachedAttention
 from autoquant_ray.quantize.calibration import (
@@ -88,7 +88,7 @@ class ActivationMaxima:
                     attention = self._attention_forward(planned.name)
                     stack.enter_context(replaced_forward(module, attention))
                 else:
-                    handle = module.register_forward_pre_hook(self._linear_hook(planned.name))
+                    handle = module.register_forward_pre_hook(self._linear_hook(planned))
                     stack.callback(handle.remove)
             for handle in self._of_experts.watch(self._mask.matching):
                 stack.callback(handle.remove)
@@ -113,8 +113,9 @@ class ActivationMaxima:
             modules[name] = replace(modules.get(name, ModuleCalibration()), experts=experts)
         return Calibration(modules)
 
-    def _linear_hook(self, name: str) -> Callable[..., None]:
-        sees_tokens = not is_of_tower(name)  # the rows of a tower are no tokens: all are real
+    def _linear_hook(self, planned: PlannedModule) -> Callable[..., None]:
+        name = planned.name
+        sees_tokens = not planned.is_idle  # the rows of a tower are no tokens: all are real
 
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
             if self._last is None or self._last[0] is not arguments[0]:

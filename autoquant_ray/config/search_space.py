@@ -74,6 +74,11 @@ class SearchSpace(BaseModel):
         description="Which routed experts share a format: layer (all of a layer), expert (none), "
         "or a number K (K clusters per layer, by sensitivity); docs/experts.md.",
     )
+    search_routers: bool = Field(
+        default=False,
+        description="Search routers that are plain linears too, and gates of shared experts, as "
+        "ModelOpt does. Off: they stay in 16 bits, which engines run them in.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where workers compute. auto: cuda where there is a GPU."
     )

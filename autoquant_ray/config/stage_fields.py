@@ -21,6 +21,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "trust_remote_code",
         "coverage",
         "expert_groups",
+        "search_routers",
     ),
     "shards": (
         "data",
@@ -61,6 +62,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "loss_on": "all",
     "skip_bad_samples": False,
     "expert_groups": "layer",
+    "search_routers": False,
 }
 """Fields that earlier versions did not have -> the value that means what those versions did."""
 

@@ -24,7 +24,6 @@ import torch
 from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.formats.format import Format
-from autoquant_ray.models.context import plain_context
 from autoquant_ray.plan.memory import room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
@@ -93,6 +92,7 @@ class FlipEstimator:
         layerwise: Runs it.
         head: Its head.
         quantized: Its modules under the formats of an allocation.
+        joint_context: Longer samples share a step with those of their length only; None: any may.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class FlipEstimator:
         layerwise: LayerwiseBackward,
         head: VocabularyLoss,
         quantized: QuantizedLayers,
+        *,
+        joint_context: int | None,
     ) -> None:
         self._spec = spec
         self._layerwise = layerwise
@@ -116,7 +118,7 @@ class FlipEstimator:
             spec.step_tokens,
             token_bytes=embedding[0].nbytes * len(layers),
             room=spec.activation_bytes // 2 if layerwise.is_layerwise else 0,
-            plain_context=plain_context(model.config),
+            joint_context=joint_context,
         )
 
     def estimate(self, samples: Samples, first_sample: int, choice: FormatNumbers) -> ShardFlips:

@@ -25,9 +25,7 @@ from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.evaluate.divergence import TokenDivergence, compare
 from autoquant_ray.evaluate.flip_estimator import FlipEstimator, ShardFlips
 from autoquant_ray.formats.format import Format
-from autoquant_ray.models.context import plain_context
 from autoquant_ray.models.find import ModelRef
-from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.memory import GIB
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
@@ -37,6 +35,7 @@ from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Pass
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss
+from autoquant_ray.score.model_checks import joint_context
 from autoquant_ray.score.visits import Step, VisitPacker, make_step, predicting_rows
 
 Float32s = np.ndarray[Any, np.dtype[np.float32]]
@@ -124,14 +123,14 @@ class AllocationRunner:
         self._layerwise = LayerwiseBackward(
             self.model,
             residence,
-            reaches_front=any(is_of_tower(scored.planned.name) for scored in spec.modules),
+            reaches_front=any(scored.planned.is_idle for scored in spec.modules),
         )
         self._head = VocabularyLoss(self.model)
         self._quantized = QuantizedLayers(
             self.model, self._layerwise.layers, spec.modules, spec.formats, spec.calibration
         )
-        context = plain_context(self.model.config)
-        self._planner = VisitPacker(spec.step_tokens, 0, 0, context)
+        self.joint_context = joint_context(self.model, self._layerwise)
+        self._planner = VisitPacker(spec.step_tokens, 0, 0, self.joint_context)
 
     @torch.no_grad()
     def evaluate(self, samples: Samples, choices: Sequence[FormatNumbers]) -> ShardEvaluation:
@@ -186,7 +185,14 @@ class AllocationRunner:
     @cached_property
     def _estimator(self) -> FlipEstimator:
         """Made when it is first needed: only a refinement does."""
-        return FlipEstimator(self.spec, self.model, self._layerwise, self._head, self._quantized)
+        return FlipEstimator(
+            self.spec,
+            self.model,
+            self._layerwise,
+            self._head,
+            self._quantized,
+            joint_context=self.joint_context,
+        )
 
     def _quantized_head(
         self, choice: FormatNumbers, weights: WeightCache

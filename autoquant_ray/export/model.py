@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.errors import FormatError
 from autoquant_ray.export.check import StoredTensors
 from autoquant_ray.export.source import Source
 from autoquant_ray.models.find import CHAT_FILES, TOKENIZER_FILES, ModelRef
 from autoquant_ray.models.load import load_model, own_dtype
 from autoquant_ray.models.of_run import require_model
+from autoquant_ray.models.quantizable import is_turned
 from autoquant_ray.models.separate_heads import give_weight, separate_head
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 
@@ -53,10 +55,12 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
     Raises:
         StoreError: The model changed since the run.
         ModelError: It cannot be loaded.
+        FormatError: Its files hold matrices the other way round.
     """
     scan = ScanConfig.model_validate(source.state.config)
     ref = require_model(source.state, scan)
     model: Any = load_model(ref, dtype=scan.dtype, device="cpu")
+    _require_plain_linears(model)
     file_dtype = own_dtype(ref)
     dtype = model.dtype if model.dtype != torch.float32 else file_dtype
     kept: frozenset[str] = frozenset()
@@ -68,6 +72,15 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
         model.config.architectures = [type(model).__name__]
     _untie_head(model, source)
     return model, ref, sixteen_bits
+
+
+def _require_plain_linears(model: Any) -> None:
+    if any(map(is_turned, model.modules())):
+        raise FormatError(
+            f"a checkpoint of {type(model).__name__} cannot be written: its files hold matrices "
+            "the other way round (Conv1D of transformers), and engines turn those that are packed "
+            "too; give manifest.json's quantization_config to mtq.quantize"
+        )
 
 
 def _untie_head(model: Any, source: Source) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from autoquant_ray.calibrate.modelopt_config import load_quantization_config
-from autoquant_ray.errors import FormatError
+from autoquant_ray.errors import FormatError, one_line
 from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxima
-from autoquant_ray.export.layouts import NO_ZERO, block_size
+from autoquant_ray.export.layouts import MODELOPT, NO_ZERO, block_size
 from autoquant_ray.export.model import SixteenBits
 from autoquant_ray.export.names import clean, names_required
 from autoquant_ray.export.source import Source
@@ -32,6 +32,8 @@ from autoquant_ray.formats.numbers import has_tensor_scale
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import FittedModel, QuantizedModule
 from autoquant_ray.quantize.quantizers import needs_static_maximum
+
+_MOST_OF_ERROR = 200  # characters
 
 
 def write_modelopt(model: Any, source: Source, calibration: Calibration, folder: Path) -> None:
@@ -44,8 +46,8 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
         folder: An empty folder.
 
     Raises:
-        FormatError: ModelOpt would not write the names of the model's own files, or a module has
-            no calibrated maximum.
+        FormatError: ModelOpt would not write the names of the model's own files, or stops, or a
+            module has no calibrated maximum.
     """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -63,8 +65,14 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
     fitted.divide()  # rounded numbers stay, scales change
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
-    with names_required(), _scales_kept(source):
-        export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
+    try:
+        with names_required(), _scales_kept(source):
+            export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"`format` {MODELOPT} cannot hold this model: ModelOpt's exporter stops "
+            f"({one_line(error, _MOST_OF_ERROR)})"
+        ) from error
     _correct_configs(folder)
     check_caches(folder, source.caches, calibration)
 

@@ -71,5 +71,8 @@ def first_output(output: Any) -> torch.Tensor:
 
 
 def require_gradient(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-    """Forward hook that lets gradients begin at a module's output."""
-    return output.detach().requires_grad_(True)
+    """Forward hook that lets gradients begin at a module's output.
+
+    Some models change in place what their embedding gives, which a leaf of the graph does not let.
+    """
+    return output.detach().requires_grad_(True).clone()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.dequantize import opened
 from autoquant_ray.models.find import ModelRef, _load_config
+from autoquant_ray.models.quantizable import with_plain_linears
 from autoquant_ray.models.quantized_config import without_quantization
 from autoquant_ray.models.quantized_source import QuantizedSource, quantized_source
 from autoquant_ray.models.separate_heads import untie_as_files
@@ -46,6 +47,7 @@ def build_skeleton(ref: ModelRef) -> torch.nn.Module:
     model.tie_weights()
     require_language_model(model, ref)
     untie_as_files(model, ref)
+    with_plain_linears(model)
     return model.eval()
 
 
@@ -85,6 +87,7 @@ def load_model(
     _require_all_weights(model, info["missing_keys"], ref)
     require_language_model(model, ref)
     untie_as_files(model, ref)
+    with_plain_linears(model)
     model.requires_grad_(False)
     return model.eval()
 

@@ -22,14 +22,11 @@ _VISION_PATTERNS = (
     "*image_to_text_projection*",
     "*aligner*",
 )
-TOWER_PATTERNS = (
-    *_VISION_PATTERNS,
-    "*embed_tokens_extend*",
-    "*audio_tower*",
-    "*embed_audio*",
-)
+_AUDIO_PATTERNS = ("*embed_tokens_extend*", "*audio_tower*", "*embed_audio*", "*audio_*")
+TOWER_PATTERNS = (*_VISION_PATTERNS, *_AUDIO_PATTERNS[:-1])
 """Names of modules that see images or sound."""
 
+_MARK = "is_stored_turned"
 
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)(?:\..+)?")
 
@@ -60,6 +57,7 @@ class PlannedModule:
         expert: Of a single expert, its number, which ends its name.
         cached: What a token adds to the cache of an attention, ``(heads, width)`` of its keys and
             of its values; empty for other modules.
+        is_idle: It does not run on text, but before the decoder layers: its rows are no tokens.
     """
 
     name: str
@@ -69,6 +67,7 @@ class PlannedModule:
     is_transposed: bool = False
     expert: int | None = None
     cached: tuple[tuple[int, int], ...] = ()
+    is_idle: bool = False
 
     @property
     def path(self) -> str:
@@ -147,7 +146,10 @@ def _is_linear(module: torch.nn.Module) -> bool:
     if has_plain_forward(module):
         return True
     row = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
-    output = module(row)
+    try:
+        output = module(row)
+    except (IndexError, RuntimeError, TypeError, ValueError):  # it takes another shape
+        return False
     return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
 
 
@@ -171,8 +173,11 @@ def _experts_layout(module: torch.nn.Module) -> tuple[tuple[str, str], bool] | N
     return None if is_other or wrapper is None else ((wrapper._first_proj_attr, "down_proj"), False)
 
 
+_GATE_AND_UP = ("w1", "w3")
+
+
 def group_key(name: str) -> str:
-    """What the modules of a group have in common, by the rules of ModelOpt's searcher."""
+    """What the modules of a group have in common: ModelOpt's searcher's rules, and one more."""
     from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
 
     searcher = AutoQuantizeGradientSearcher()
@@ -181,7 +186,9 @@ def group_key(name: str) -> str:
         key = searcher._apply_quant_group_rule(name, rule)
         if key is not None:
             return str(key)
-    return name
+    # Engines fuse these as they do gate_proj and up_proj (LFM2), and ModelOpt has no rule for them.
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.{_GATE_AND_UP}" if last in _GATE_AND_UP else name
 
 
 def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[str, int]:
@@ -205,6 +212,49 @@ def is_of_tower(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in TOWER_PATTERNS)
 
 
+def hears(name: str) -> bool:
+    """Whether the name of a module that does not run on text says that it hears sound."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _AUDIO_PATTERNS)
+
+
 def sees_images(name: str) -> bool:
     """Whether a module or parameter is part of a vision tower, or of what joins it to the text."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in _VISION_PATTERNS)
+
+
+def with_plain_linears(model: Any) -> list[str]:
+    """Put a linear in the place of every ``Conv1D`` of transformers (GPT-2), with the same product.
+
+    It is no convolution: it multiplies by a weight ``(in, out)``. ModelOpt quantizes it as the
+    linear that it is, with the weight turned, and so does everything here.
+
+    Args:
+        model: Loaded, or a skeleton; weights on the meta device stay there.
+
+    Returns:
+        Names of the linears, whose weights are the files' turned round.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    names = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, _linear(model.get_submodule(name)))
+    return names
+
+
+def _linear(module: Any) -> torch.nn.Linear:
+    import torch
+
+    with torch.device("meta"):
+        linear = torch.nn.Linear(module.nx, module.nf)
+    turned = module.weight.detach().T.contiguous()
+    linear.weight = torch.nn.Parameter(turned, requires_grad=module.weight.requires_grad)
+    linear.bias = module.bias
+    setattr(linear, _MARK, True)
+    return linear.train(module.training)
+
+
+def is_turned(module: Any) -> bool:
+    """Whether a module is a linear whose weight is the other way round in the model's files."""
+    return getattr(module, _MARK, False) is True

@@ -42,7 +42,7 @@ class FixedAnswers:
     def __init__(self, model: torch.nn.Module) -> None:
         import torch
 
-        self.model = _without_weights(model)
+        self.model = without_weights(model)
         generator = torch.Generator().manual_seed(0)
         self.planned = list(quantizable_modules(self.model))
         matrices = {m.path: self.model.get_submodule(m.path) for m in self.planned}
@@ -81,7 +81,7 @@ class FixedAnswers:
 
         self._scalings, self._visit = scalings, visit
         ids_BS = torch.arange(1, NUM_TOKENS + 1)[None]
-        with torch.no_grad(), _single_thread():
+        with torch.no_grad(), single_thread():
             self.model(input_ids=ids_BS, use_cache=False)
 
     @contextmanager
@@ -137,7 +137,7 @@ def is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _single_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     """While open, kernels run in this thread: for a few tokens, waking others takes longer."""
     import torch
 
@@ -149,7 +149,7 @@ def _single_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _without_weights(model: torch.nn.Module) -> torch.nn.Module:
+def without_weights(model: torch.nn.Module) -> torch.nn.Module:
     """A copy on the meta device, in evaluation mode; parameters that are shared stay shared."""
     import torch
 

@@ -12,23 +12,26 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from autoquant_ray.errors import ModelError
 from autoquant_ray.formats.format import Format
-from autoquant_ray.models.quantizable import PlannedModule, is_of_tower
+from autoquant_ray.models.quantizable import PlannedModule
 
 _LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 _FUSED = ("qkv_proj", "query_key_value", "qkv", "c_attn")
 
 
-def cache_modules(model: Any, formats: Sequence[Format]) -> list[PlannedModule]:
+def cache_modules(
+    model: Any, formats: Sequence[Format], is_idle: Callable[[str], bool]
+) -> list[PlannedModule]:
     """The attentions whose keys and values can be quantized, in the model's order.
 
     Args:
         model: The skeleton, or a loaded model.
         formats: The menu; without formats of the KV cache there are none.
+        is_idle: Whether a module does not run on text.
 
     Raises:
         ModelError: There are such formats, and the model has no such attention.
@@ -38,7 +41,7 @@ def cache_modules(model: Any, formats: Sequence[Format]) -> list[PlannedModule]:
         return []
     caches = []
     for name, module in model.named_modules():
-        if is_of_tower(name) or not _is_wrapped(module):
+        if is_idle(name) or not _is_wrapped(module):
             continue
         cached = _cached_shapes(module, model.config.get_text_config())
         if cached is not None:

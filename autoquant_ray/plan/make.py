@@ -54,7 +54,12 @@ def make_plan(
     if (text := caution(formats)) is not None:
         logger.warning("%s", text)
     plan = build_plan(
-        build_skeleton(ref), formats, space.disable, space.coverage, space.expert_groups
+        build_skeleton(ref),
+        formats,
+        space.disable,
+        space.coverage,
+        space.expert_groups,
+        search_routers=space.search_routers,
     )
     source = quantized_source(ref)
     if source is None:

@@ -7,7 +7,7 @@ in a searched group or listed as unsearched with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,9 @@ from autoquant_ray.models.quantizable import (
     PlannedModule,
     expert_place,
     group_key,
-    is_of_tower,
+    hears,
     other_modules,
     quantizable_modules,
-    sees_images,
 )
 from autoquant_ray.models.separate_heads import separate_head
 from autoquant_ray.plan.decode_step import step_facts
@@ -32,13 +31,15 @@ from autoquant_ray.plan.fold import Fold, folds_to_json
 from autoquant_ray.plan.group import UNQUANTIZED_BITS, PlannedGroup, nothing_stored
 from autoquant_ray.plan.group_folds import with_folds
 from autoquant_ray.plan.kv_caches import cache_modules
+from autoquant_ray.plan.reach import IDLE, text_reach
+from autoquant_ray.plan.routers import ROUTER, routers
 from autoquant_ray.plan.work import flops_per_token
 from autoquant_ray.runs.record import PlanSummary
 
 if TYPE_CHECKING:
     import torch
 
-_TOWER_UNSEARCHED = "vision or audio tower: not searched with --coverage lm, or takes no images"
+_DISABLED = "disabled by"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ class Plan:
             "flops_per_token": self.flops_per_token,
             "step": self.step,
             "experts": self.single_experts,
-            "idle_groups": [group.name for group in self.groups if is_of_tower(group.name)],
+            "idle_groups": [g.name for g in self.groups if g.modules[0].is_idle],
         }
         if self.separate_head is not None:
             summary["separate_head"] = self.separate_head
@@ -171,6 +172,8 @@ def build_plan(
     disable: Sequence[str] = (),
     coverage: str = "lm",
     expert_groups: ExpertGroups = LAYER,
+    *,
+    search_routers: bool = False,
 ) -> Plan:
     """Group the quantizable modules of a model and cost every choice.
 
@@ -180,6 +183,7 @@ def build_plan(
         disable: Globs of module names to leave in 16 bits.
         coverage: ``lm`` leaves the vision tower in 16 bits, ``full`` searches it too.
         expert_groups: Unless ``layer``, every expert is a group.
+        search_routers: Search linears that choose experts too, as ModelOpt does.
 
     Raises:
         ConfigError: Nothing is left to search but a tied head, a glob matches no module, there is
@@ -192,16 +196,20 @@ def build_plan(
         raise ModelError(f"{type(model).__name__} has no layer that ModelOpt can quantize")
     if is_apart(expert_groups):
         modules = split_experts(model, modules, formats)
-    caches = cache_modules(model, formats)
+    reach = text_reach(model, modules)
+    modules = [replace(m, is_idle=m.name in reach.idle) for m in modules]
+    caches = cache_modules(model, formats, reach.is_idle)
     has_images, apart = coverage == "full", is_apart(expert_groups)
     members = [*modules, *caches]
     _require_matches(members, disable)
-    if has_images and not any(sees_images(module.name) for module in modules):
+    if has_images and all(not m.is_idle or hears(m.name) for m in modules):
         raise ConfigError(
             f"{type(model).__name__} has no vision tower that `coverage` full would search; leave "
             "it out"
         )
-    grouped = _group(model, members, disable, has_images=has_images, experts_apart=apart)
+    left_out = {} if search_routers else dict.fromkeys(routers(model, modules), ROUTER)
+    reasons = _reasons(members, left_out | reach.reasons, disable, has_images=has_images)
+    grouped = _group(model, members, reasons, experts_apart=apart)
     folded = with_folds(model, grouped, formats)
     groups = tuple(_unless_nothing_fits(group, formats) for group in folded)
     plan = Plan(
@@ -215,7 +223,7 @@ def build_plan(
             for layer in decoder_layers(model).values()
         ),
         hidden_size=model.get_input_embeddings().weight.shape[1],
-        step=step_facts(model, modules, is_of_tower),
+        step=step_facts(model, modules, reach.is_idle),
         experts_apart=apart,
         separate_head=separate_head(model),
         embedding=next(n for n, m in model.named_modules() if m is model.get_input_embeddings()),
@@ -240,9 +248,8 @@ def _require_matches(modules: Sequence[PlannedModule], disable: Sequence[str]) -
 def _group(
     model: torch.nn.Module,
     modules: list[PlannedModule],
-    disable: Sequence[str],
+    reasons: Mapping[str, str],
     *,
-    has_images: bool,
     experts_apart: bool,
 ) -> tuple[PlannedGroup, ...]:
     members: dict[str, list[PlannedModule]] = {}
@@ -259,7 +266,7 @@ def _group(
         PlannedGroup(
             name=group[0].label,
             modules=tuple(group),
-            reason=_reason_unsearched(group, disable, has_images=has_images),
+            reason=_reason_unsearched(group, reasons),
             is_tied=any(module.name in tied for module in group),
         )
         for group in members.values()
@@ -273,18 +280,35 @@ def _unless_nothing_fits(group: PlannedGroup, formats: Sequence[Format]) -> Plan
     return replace(group, reason="takes no format of the menu")
 
 
-def _reason_unsearched(
-    group: list[PlannedModule], disable: Sequence[str], *, has_images: bool
-) -> str | None:
-    for module in group:
-        for pattern in disable:
-            if module.matches(pattern):
-                return f"disabled by {pattern!r}"
-        if is_of_tower(module.name) and not (has_images and sees_images(module.name)):
-            return _TOWER_UNSEARCHED
-        if module.kind == "convolution":
-            return "convolution: not searched"
+def _reason_unsearched(group: Sequence[PlannedModule], reasons: Mapping[str, str]) -> str | None:
+    """Why a group is not searched: the user's reason for any of it, or that of all of it."""
+    given = [reasons.get(module.label) for module in group]
+    asked = [reason for reason in given if reason is not None and reason.startswith(_DISABLED)]
+    if asked or all(given):
+        return (asked or given)[0]
     return None
+
+
+def _reasons(
+    modules: Sequence[PlannedModule],
+    others: Mapping[str, str],
+    disable: Sequence[str],
+    *,
+    has_images: bool,
+) -> dict[str, str]:
+    """Module -> why it is left in 16 bits, where it is."""
+    reasons: dict[str, str] = {}
+    for module in modules:
+        pattern = next((p for p in disable if module.matches(p)), None)
+        if pattern is not None:
+            reasons[module.label] = f"{_DISABLED} {pattern!r}"
+        elif module.is_idle and (not has_images or hears(module.name)):
+            reasons[module.label] = IDLE
+        elif module.kind == "convolution":
+            reasons[module.label] = "convolution: not searched"
+        elif module.name in others and not module.is_cache:
+            reasons[module.label] = others[module.name]
+    return reasons
 
 
 def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:

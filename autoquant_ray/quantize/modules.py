@@ -17,7 +17,7 @@ import torch
 
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import replaced_forward
-from autoquant_ray.models.quantizable import PlannedModule, is_of_tower
+from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.attention import CachedAttention
 from autoquant_ray.quantize.calibration import Calibration
@@ -74,7 +74,7 @@ class QuantizedLayers:
         self._attentions: dict[str, CachedAttention] = {}
         for scored in modules:
             module = model.get_submodule(scored.planned.path)
-            outside = FRONT if is_of_tower(scored.planned.name) else len(layers)
+            outside = FRONT if scored.planned.is_idle else len(layers)
             number = number_of.get(module, outside)
             self._by_layer.setdefault(number, []).append((scored, module))
             if scored.planned.is_cache:

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from autoquant_ray.errors import ModelError
+from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.layers import (
     base_model,
     decoder_layers,
@@ -75,7 +75,7 @@ class LayerwiseBackward:
         self.residence = residence or Resident()
         self.layers = list(decoder_layers(model).values())
         self._state = ForwardState(self.base, self.layers)
-        with self._state.first_run(self.base):
+        with self._state.first_run(self.base), _needing_text_alone(self.base):
             links = chain_links(self)
         self._num_extra_outputs: list[int | None] = links or []
         self._entrance = Entrance(self.base, self.layers, self._state, self._num_extra_outputs)
@@ -279,6 +279,20 @@ class LayerwiseBackward:
         return lambda *_, **__: output
 
 
+@contextmanager
+def _needing_text_alone(base: torch.nn.Module) -> Iterator[None]:
+    """Name the model that does not run here, instead of what stopped in the middle of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{type(base).__name__} does not run on text alone and cannot be scored: "
+            f"{one_line(error, _MOST_OF_ERROR)}"
+        ) from error
+
+
 def _pull(
     output: torch.Tensor, gradients: list[torch.Tensor], inputs: list[torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -293,6 +307,7 @@ def _pull(
     return pulled
 
 
+_MOST_OF_ERROR = 250  # characters
 _PROBE_TOKENS = 6
 _PROBE_TOLERANCE = 0.02
 

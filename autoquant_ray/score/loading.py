@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from autoquant_ray.errors import ModelError
 from autoquant_ray.models.find import ModelRef, require_mappable
 from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.models.load import build_skeleton, load_model
+from autoquant_ray.models.quantizable import is_turned, with_plain_linears
 from autoquant_ray.quantize.experts import prepare_experts
 from autoquant_ray.score.residence import Offloaded, Residence, Resident, StoredTensor
 
@@ -73,6 +75,7 @@ def set_up_model(spec: PlacedSpec, model: Any = None) -> tuple[Any, Residence]:
         model, residence = load_placed(
             spec.model, dtype=spec.dtype, device=spec.device, placement=spec.placement
         )
+    with_plain_linears(model)
     prepare_experts(model)
     return model, residence
 
@@ -115,6 +118,9 @@ def _load_offloaded(ref: ModelRef, *, dtype: str, device: str) -> tuple[torch.nn
         placing = {"device_map": offload_map(skeleton, names, place), "offload_folder": folder}
         model = load_model(ref, dtype=dtype, device=device, placing=placing)
         stored = _stored_tensors(model)
+        for name, module in model.named_modules():
+            if is_turned(module) and f"{name}.weight" in stored:
+                stored[f"{name}.weight"] = replace(stored[f"{name}.weight"], is_turned=True)
         _take_off_hooks(model)
         layers = {name: model.get_submodule(name) for name in names}
         missing = {n for n, parameter in model.named_parameters() if parameter.is_meta}

@@ -69,11 +69,13 @@ class StoredTensor:
         file: Path.
         name: The tensor's name in the file.
         dtype: Type on the device.
+        is_turned: Whether the file holds the matrix the other way round.
     """
 
     file: str
     name: str
     dtype: torch.dtype
+    is_turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ class Offloaded:
 
     def _load(self, stored: StoredTensor) -> torch.Tensor:
         mapped: torch.Tensor = self._files[stored.file].get_tensor(stored.name)
+        if stored.is_turned:
+            mapped = mapped.T.contiguous()
         tensor = mapped.to(device=self._device, dtype=stored.dtype)
         if tensor is mapped:
             _touch_pages(mapped)

@@ -24,9 +24,7 @@ from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.formats.format import Format
-from autoquant_ray.models.context import plain_context
 from autoquant_ray.models.find import ModelRef
-from autoquant_ray.models.quantizable import is_of_tower
 from autoquant_ray.plan.memory import GIB, MOMENT_BYTES, room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.awq import Losses
@@ -37,7 +35,7 @@ from autoquant_ray.score.entrance import Gradients, Pass
 from autoquant_ray.score.fitting import LayerFit, LayerFitting
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
-from autoquant_ray.score.model_checks import require_head, require_linears
+from autoquant_ray.score.model_checks import joint_context, require_head, require_linears
 from autoquant_ray.score.sensitivity import SensitivityHooks, SensitivitySums
 from autoquant_ray.score.visits import Step, Visit, VisitPacker, make_step, predicting_rows
 from autoquant_ray.score.watched_passes import run_watched
@@ -129,6 +127,9 @@ class Scorer:
     Args:
         spec: What to compute.
         model: Use this loaded model instead of loading ``spec.model``.
+
+    Attributes:
+        joint_context: Tokens up to which samples of several lengths share a step; None: all may.
     """
 
     def __init__(self, spec: ScoringSpec, model: Any = None) -> None:
@@ -138,13 +139,14 @@ class Scorer:
         self._backward = LayerwiseBackward(
             self.model,
             residence,
-            reaches_front=any(is_of_tower(scored.planned.name) for scored in spec.modules),
+            reaches_front=any(scored.planned.is_idle for scored in spec.modules),
         )
         self._loss = VocabularyLoss(self.model)
         self._maxima = ActivationMaxima(self.model, spec.modules, spec.formats)
         self._search = ScaleSearch(self.model, self._backward.layers, spec.modules, spec.formats)
         require_head(self.model, self._loss)
         require_linears(self.model, spec.modules, self._backward.holding)
+        self.joint_context = joint_context(self.model, self._backward)
         given, layers = spec.weight_cache_bytes, self._backward.layers
         room = room_for_visit(self.model, layers, spec.modules, spec.formats)
         self._cache_bytes = room if given is None else given
@@ -162,7 +164,7 @@ class Scorer:
             spec.step_tokens,
             token_bytes=weight[0].nbytes * len(self._backward.layers),
             room=spec.activation_bytes // 2 if self.is_layerwise else 0,
-            plain_context=plain_context(self.model.config),
+            joint_context=self.joint_context,
         )
         self._kept: dict[int, list[list[Pass]]] = {}
 
@@ -219,8 +221,8 @@ class Scorer:
             NonFiniteError: A loss is NaN or infinite.
         """
         room = self.spec.activation_bytes // 2 if self.is_layerwise else 0
-        context = plain_context(self.model.config)
-        packer = VisitPacker(self.spec.step_tokens, self._search.token_bytes, room, context)
+        tokens, width = self.spec.step_tokens, self._search.token_bytes
+        packer = VisitPacker(tokens, width, room, self.joint_context)
         visits = self._visits_to_watch(packer, samples)
         with self._search.searching(calibration):
             for visit in visits:

@@ -2,8 +2,9 @@
 
 A visit runs several steps through one layer before it goes on to the next. It holds as many steps
 as their layer inputs have room for; neither the room nor the grouping changes a number. Where a
-model's positions depend on the longest sample of a step, longer samples than it was trained on
-share a step with their equals only (:mod:`autoquant_ray.models.context`).
+model answers a sample otherwise beside a longer one, samples share a step with their equals only
+(:func:`~autoquant_ray.score.model_checks.joint_context`): all where padding itself changes the
+answer, those longer than the model was trained on where positions depend on the longest of a step.
 
 Shape letters: B samples, S positions.
 """
@@ -55,14 +56,14 @@ class VisitPacker:
         step_tokens: Tokens, padding included, per step.
         token_bytes: Bytes of all layers' inputs per token.
         room: Bytes for the layer inputs of one visit; 0 gives visits of one step.
-        plain_context: Longer samples share a step with those of their length only; None: any may.
+        joint_context: Longer samples share a step with those of their length only; None: any may.
     """
 
     def __init__(
-        self, step_tokens: int, token_bytes: int, room: int, plain_context: int | None = None
+        self, step_tokens: int, token_bytes: int, room: int, joint_context: int | None = None
     ) -> None:
         self._step_tokens = step_tokens
-        self._plain_context = plain_context
+        self._joint_context = joint_context
         self._token_bytes = token_bytes
         self._room = room
 
@@ -84,7 +85,7 @@ class VisitPacker:
         of_kind: dict[tuple[object, ...], list[int]] = {}
         for position, sample in enumerate(samples):
             key: tuple[object, ...] = kind_of(sample)
-            if self._plain_context is not None and len(sample) > self._plain_context:
+            if self._joint_context is not None and len(sample) > self._joint_context:
                 # Images take fewer positions than tokens: such a sample has no equals.
                 key = (len(sample), position if tensors_of(sample) else None)
             of_kind.setdefault(key, []).append(position)

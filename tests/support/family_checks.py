@@ -14,7 +14,7 @@ import pytest
 import torch
 from autograd_scores import autograd_scores
 from families import VOCABULARY, family_model
-from family_export import require_export
+from family_export import require_export, with_linears
 from modelopt_scores import modelopt_scores, of_text, quantized_by_modelopt
 
 from autoquant_ray.allocate.problem import Problem
@@ -50,6 +50,8 @@ class Family:
         model: As it was made, saved in ``folder``.
         scorer: Loaded from the folder.
         scores_GF: ``elementwise / T^2`` summed over shards, as ModelOpt sums it.
+        sums_GF: Elementwise sums over shards.
+        num_ids: Ids of its text are below it.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Family:
     scorer: Any = None
     calibration: Any = None
     scores_GF: Any = None
+    sums_GF: Any = None
+    num_ids: int = VOCABULARY
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
@@ -66,7 +70,7 @@ class Family:
         """Random token ids."""
         generator = np.random.default_rng(0)
         return [
-            [generator.integers(0, VOCABULARY, size=length).tolist() for length in lengths]
+            [generator.integers(0, self.num_ids, size=length).tolist() for length in lengths]
             for lengths in SHARDS
         ]
 
@@ -82,7 +86,7 @@ def family_row(name: str) -> str:
         model = family_model(name)
         model.save_pretrained(folder)
         family = Family(name, Path(folder), model)
-        steps = (try_plan, try_scan, try_parity, try_quantize, try_export)
+        steps = (try_plan, _scan_and_pad, try_parity, try_quantize, try_export)
         cells = [_try(step, family) for step in steps]
     return table_row([name, *cells, "; ".join(family.notes)])
 
@@ -111,7 +115,8 @@ def try_plan(family: Family) -> str:
     """The plan from the config alone: that of the model itself, with every matrix in it."""
     formats = resolve_formats(PRESETS, device="cpu")
     family.plan = build_plan(build_skeleton(find_model(str(family.folder))), formats)
-    assert family.plan == build_plan(family.model, formats), "differs from the loaded model's plan"
+    loaded = with_linears(family.model)
+    assert family.plan == build_plan(loaded, formats), "differs from the loaded model's plan"
     covered = {module.name for group in family.plan.groups for module in group.modules}
     covered |= {name.split(" ")[0] for name in family.plan.other_modules}
     for name, module in family.model.named_modules():
@@ -134,7 +139,7 @@ def _unsearched(plan: Plan) -> list[str]:
     for name in plan.other_modules:
         owner, _, kind = name.partition(" ")
         is_tower = sees_images(owner)
-        names["vision tower" if is_tower else f"`{_in_layer(owner)}` {kind}"] = None
+        names["vision tower" if is_tower else f"`{_in_layer(owner) or 'model'}` {kind}"] = None
     return [f"16 bits: {', '.join(names)}"] if names else []
 
 
@@ -142,8 +147,14 @@ def _in_layer(name: str) -> str:
     return re.sub(r"^.*?\.\d+\.", "", name)
 
 
+def _scan_and_pad(family: Family) -> str:
+    scanned = try_scan(family)
+    try_padding(family)
+    return scanned
+
+
 def try_scan(family: Family) -> str:
-    """Every group gets a score; samples that are padded together score as they do alone."""
+    """Every group gets a score."""
     spec = ScoringSpec(
         model=find_model(str(family.folder)),
         dtype="float32",
@@ -168,18 +179,25 @@ def try_scan(family: Family) -> str:
     assert all(set(shard_score.sums.expert_tokens) == experts for shard_score in scored), (
         "no routed tokens"
     )
-    samples = [sample for shard in shards for sample in shard]
-    padded = Scorer(dataclasses.replace(spec), model=scorer.model)
+    family.sums_GF = sum(shard_score.sums.elementwise_GF for shard_score in scored)
+    return "yes" if scorer.is_layerwise else "yes, as one graph"
+
+
+def try_padding(family: Family) -> str:
+    """Samples of several lengths score together as they do alone."""
+    assert family.sums_GF is not None, "not scanned"
+    samples = [sample for shard in family.shards for sample in shard]
+    padded = Scorer(family.scorer.spec, model=family.scorer.model)
     maxima = merge_calibrations([padded.calibrate(samples)]).maxima()
-    assert maxima == pytest.approx(family.calibration.maxima(), rel=1e-5)
+    expected = family.calibration.maxima()
+    assert maxima == pytest.approx(expected, rel=1e-5), "padding changes the calibration"
     together_GF = padded.score(samples, 0, family.calibration).sums.elementwise_GF
-    apart_GF = sum(shard_score.sums.elementwise_GF for shard_score in scored)
     for index, format_ in enumerate(family.plan.formats):
         # The last bits differ, and may move an input over the edge to its next quantized value.
         tolerance = 1e-4 if format_.input is None else 0.05
-        expected_G = pytest.approx(apart_GF[:, index], rel=tolerance)
+        expected_G = pytest.approx(family.sums_GF[:, index], rel=tolerance)
         assert together_GF[:, index] == expected_G, "padding changes the scores"
-    return "yes" if scorer.is_layerwise else "yes, as one graph"
+    return "yes, equal lengths only" if padded.joint_context == 0 else "yes"
 
 
 def try_parity(family: Family) -> str:
@@ -188,7 +206,7 @@ def try_parity(family: Family) -> str:
     theirs: dict[str, dict[str, float]] = {}
     try:
         theirs = modelopt_scores(family.model, [of_text(ids) for ids in family.batches], PRESETS)
-    except RuntimeError as error:
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
         family.notes.append(f"ModelOpt stops: {type(error).__name__}, {_short(error)}")
     searched = {group.name: group for group in family.plan.searched}
     listed = {group.name for group in family.plan.groups}
@@ -209,7 +227,7 @@ def try_parity(family: Family) -> str:
     return f"yes; autograd's: {'all' if alone == set(searched) else _last(alone)}"
 
 
-def _short(error: RuntimeError) -> str:
+def _short(error: Exception) -> str:
     """The first sentence of an error's cause."""
     cause = one_line(error.__cause__ or error)
     return cause.partition(". ")[0]

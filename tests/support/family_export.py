@@ -7,6 +7,7 @@ the model's own files do not know is found missing.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import tempfile
@@ -17,6 +18,7 @@ import pytest
 import torch
 from checkpoints import load_folder, unpack_modelopt
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 from written_runs import made_up_config, made_up_run
 
 from autoquant_ray.allocate.options import SolveOptions
@@ -26,6 +28,7 @@ from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model, fingerprint_model
+from autoquant_ray.models.quantizable import with_plain_linears
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
@@ -53,7 +56,7 @@ def require_export(
         AutoQuantError: The export is refused, and left nothing behind.
         AssertionError: It holds something else than was planned.
     """
-    plan = build_plan(model, resolve_formats((FORMAT,), device="cpu"))
+    plan = build_plan(with_linears(model), resolve_formats((FORMAT,), device="cpu"))
     quantized = [name for name in _mixed(plan) if not fnmatch.fnmatch(name, sixteen_bits)]
     with tempfile.TemporaryDirectory() as place:
         directory = _solved_run(folder, Path(place) / "run", plan, quantized, calibration)
@@ -79,6 +82,14 @@ def require_export(
     }
     stored = {t.item() for name, t in tensors.items() if name.endswith(".input_scale")}
     assert sorted(stored) == pytest.approx(sorted(planned), rel=1e-6), "other scales of inputs"
+
+
+def with_linears(model: Any) -> Any:
+    """The model as it is loaded: a copy where it has a ``Conv1D``, which becomes a linear."""
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        model = copy.deepcopy(model)
+        with_plain_linears(model)
+    return model
 
 
 def _mixed(plan: Plan) -> list[str]:

@@ -151,7 +151,7 @@ def test_only_a_rope_that_goes_by_length_bounds_a_context() -> None:
 def test_samples_longer_than_the_context_share_steps_with_their_equals() -> None:
     chat = made(20, [2], images=1).sample
     samples: list[Any] = [*random_samples([20, 9, 20, 16, 24]), chat, chat]
-    packer = VisitPacker(1000, 1, 0, plain_context=CONTEXT)
+    packer = VisitPacker(1000, 1, 0, joint_context=CONTEXT)
     steps = [step for visit in packer.visits(samples) for step in visit]
     assert sorted(map(sorted, steps)) == [[0, 2], [1, 3], [4], [5], [6]]
 

@@ -1,0 +1,127 @@
+"""Every family of the installed transformers, tried with a small model: rows of a table.
+
+The columns of a family that is tried by hand (:mod:`families`) and of these agree; what differs is
+that a config is made from the family's defaults, and that a reason stands where something is not.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from family_checks import (
+    PAGE,
+    Family,
+    table_row,
+    try_export,
+    try_padding,
+    try_parity,
+    try_plan,
+    try_scan,
+)
+from tiny_configs import TEXT_TOKENS, tiny_config
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from autoquant_ray.errors import AutoQuantError, one_line
+
+START, END = (
+    "<!-- all families: made by docs/update_families.py --all -->\n",
+    "<!-- end of all -->\n",
+)
+COLUMNS = ("model type", "plan", "scan", "padding", "parity", "export", "notes")
+_NOTHING = ""
+_LONGEST = 260
+
+
+def all_families() -> list[str]:
+    """Model types that transformers loads as a causal language model, with images or without."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
+
+
+def family_row(name: str) -> str:
+    """Try a family; its row of the table."""
+    cells, notes = _cells(name)
+    return table_row([f"`{name}`", *cells, *[_NOTHING] * (5 - len(cells)), "; ".join(notes)])
+
+
+def _cells(name: str) -> tuple[list[str], list[str]]:
+    """What its columns say, as far as it comes, and its notes."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model = small_model(name)
+        except Exception as error:  # noqa: BLE001  whatever transformers says
+            return [], [f"no small model: {_reason(error)}"]
+        model.save_pretrained(folder)
+        family = Family(name, Path(folder), model, num_ids=TEXT_TOKENS)
+        cells: list[str] = []
+        for step in (try_plan, try_scan, try_padding, try_parity, try_export):
+            cell, goes_on = _try(step, family)
+            cells.append(cell.replace(f" {folder} ", " "))
+            if not goes_on:
+                break
+        return cells, family.notes
+
+
+def small_model(name: str) -> Any:
+    """A random model of a family in float32, evaluation mode; nothing in it is all zeros."""
+    kind = transformers.CONFIG_MAPPING[name]
+    config = tiny_config(kind)
+    auto = transformers.AutoModelForCausalLM
+    if kind in transformers.AutoModelForImageTextToText._model_mapping:
+        auto = transformers.AutoModelForImageTextToText
+    torch.manual_seed(0)
+    model = auto.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if not parameter.any():  # biases, and scales that would hide a module from the loss
+            parameter.normal_(std=0.2)
+    return model
+
+
+def _try(step: Callable[[Family], str], family: Family) -> tuple[str, bool]:
+    """A cell, and whether what follows makes sense."""
+    try:
+        return step(family), True
+    except AutoQuantError as error:
+        return f"refused: {_reason(error)}", step is try_parity
+    except AssertionError as error:
+        return f"no: {_reason(error)}", step is not try_plan
+    except Exception as error:  # noqa: BLE001  whatever stops a family is what its row says
+        return f"no: {type(error).__name__}: {_reason(error)}", step is not try_plan
+
+
+def _reason(error: BaseException) -> str:
+    text = one_line(error).replace("|", "/")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def update(page: str, rows: Mapping[str, str]) -> str:
+    """The page with these rows; other families keep theirs, and the text around the table stays.
+
+    Args:
+        page: Markdown.
+        rows: Family -> its row.
+    """
+    before, _, rest = page.partition(START)
+    table, _, after = rest.partition(END)
+    kept = {row.split("`")[1]: row for row in table.splitlines() if row.startswith("| `")}
+    kept |= rows
+    lines = [table_row(COLUMNS), "|---" * len(COLUMNS) + "|", *(kept[n] for n in sorted(kept)), ""]
+    return f"{before}{START}{chr(10).join(lines)}{END}{after}"
+
+
+def write_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Write rows into the page, each as soon as it is there.
+
+    Args:
+        rows: Family and its row.
+    """
+    for name, row in rows:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(update(page, {name: row}), encoding="utf-8")
