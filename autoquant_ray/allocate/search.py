@@ -98,7 +98,15 @@ def served_problems(problem: Problem, options: SolveOptions) -> list[Problem]:
     caches = {group.name: group.rows for group in problem.caches if group.is_searched}
     is_whole = len(caches) == len(problem.caches)
     searched = [group.name for group in problem.searched if not group.is_cache]
-    sets = served_sets(groups, searched, formats_of(problem.summary), options.engine, options.gpu)
+    facts = problem.summary["modules"].items()
+    sets = served_sets(
+        groups,
+        searched,
+        formats_of(problem.summary),
+        options.engine,
+        options.gpu,
+        {module: entry["shapes"] for module, entry in facts if "shapes" in entry},
+    )
     return [
         replace(
             problem,

@@ -28,10 +28,8 @@ _SERVED = ("--formats", "NVFP4_DEFAULT_CFG,wfp8_afp8", "--engine", "vllm")
     "--format",
     "kind",
     type=click.Choice(FORMATS),
-    default=FORMATS[0],
-    show_default=True,
     help="modelopt, compressed-tensors: a checkpoint that engines load. recipe: for a tool that "
-    "quantizes by itself.",
+    "quantizes by itself. Default: the layout in which the engine serves the solution.",
 )
 @engine_options
 @click.option("--tool", type=click.Choice(TOOLS), help="For a recipe: the tool that reads it.")
@@ -46,7 +44,7 @@ _SERVED = ("--formats", "NVFP4_DEFAULT_CFG,wfp8_afp8", "--engine", "vllm")
 def export(
     run: str,
     out: str,
-    kind: str,
+    kind: str | None,
     engine: str | None,
     gpu: str | None,
     tool: str | None,
@@ -79,7 +77,7 @@ def export(
 
 
 def _export_checkpoint(
-    run: str, solution: str, layout: str, out: str, engine: str | None, gpu: str | None
+    run: str, solution: str, layout: str | None, out: str, engine: str | None, gpu: str | None
 ) -> Result:
     from autoquant_ray.export.checkpoint import export_run
     from autoquant_ray.runs.directory import RunDirectory
@@ -89,6 +87,7 @@ def _export_checkpoint(
             RunDirectory(run), out, solution=solution, layout=layout, engine=engine, gpu=gpu
         )
     served = written.served_layouts
+    layout = written.layout
     notes = [] if layout in served else [_unserved_note(run, solution, layout, served)]
     return Result(json=written.to_json, show=lambda: show_lines(written.lines()), notes=notes)
 

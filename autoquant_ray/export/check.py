@@ -33,6 +33,9 @@ _TENSORS: dict[str, tuple[str, ...]] = {
     "float-quantized": ("weight", "weight_scale"),
     "naive-quantized": ("weight", "weight_scale"),
     "int-quantized": ("weight", "weight_scale"),
+    "nvfp4-pack-quantized": ("weight_packed", "weight_scale", "weight_global_scale"),
+    "mxfp8-quantized": ("weight", "weight_scale"),
+    "mxfp4-pack-quantized": ("weight_packed", "weight_scale"),
     "pack-quantized": ("weight_packed", "weight_scale", "weight_shape"),
 }
 """What a packed layer consists of, by algorithm or format."""

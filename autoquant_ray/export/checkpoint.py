@@ -19,9 +19,10 @@ from typing import Any
 
 from autoquant_ray.errors import ConfigError, StoreError, one_line
 from autoquant_ray.export.check import check_checkpoint
-from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, stored_as
+from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, stored_as
 from autoquant_ray.export.source import (
     Source,
+    pick_layout,
     read_source,
     require_engine,
     require_new_folder,
@@ -78,7 +79,7 @@ def export_run(
     out: str,
     *,
     solution: str = "",
-    layout: str = MODELOPT,
+    layout: str | None = None,
     engine: str | None = None,
     gpu: str | None = None,
 ) -> Checkpoint:
@@ -88,18 +89,19 @@ def export_run(
         directory: A finished run.
         out: Folder to write; new or empty.
         solution: One of the run's solutions; '' for the scan's own.
-        layout: ``modelopt`` or ``compressed-tensors``.
+        layout: ``modelopt`` or ``compressed-tensors``; None: the one in which the engine serves it.
         engine: Check that this one serves it: ``vllm``, ``sglang`` or ``trtllm``.
         gpu: On this generation or card.
 
     Raises:
         AutoQuantError: One of its subclasses; nothing is left at ``out``.
     """
-    if layout not in LAYOUTS:
+    if layout not in (None, *LAYOUTS):
         raise ConfigError(f"`format` {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
     check_target(engine, gpu)
     source = read_source(directory, solution)
     target = require_new_folder(out)
+    layout = pick_layout(source, engine, gpu) if layout is None else layout
     require_packable(source, layout)
     require_engine(source, layout, engine, gpu)
     _require_package(layout)

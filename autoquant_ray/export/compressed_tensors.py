@@ -3,7 +3,8 @@
 Scales are those of ModelOpt's quantizers, as in the scan. Every layer is named in full in the one
 group that its format makes, and every other linear is in ``ignore``: readers resolve patterns and
 class names in different orders. Groups are sorted by their keys when the file is read and written,
-so these are padded with zeros.
+so these are padded with zeros. NVFP4's scale of a whole weight is stored inverted there, as what
+values are multiplied with before they are rounded.
 
 Shape letters: O out features, I in features.
 """
@@ -22,14 +23,16 @@ from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
+    preset_name_to_scheme,
 )
+from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 
 from autoquant_ray.export.layouts import (
-    COMPRESSED_TENSORS,
+    COMPRESSED_AS,
+    NO_ZERO,
     SIXTEEN_BITS,
     block_size,
     grids,
-    stored_as,
 )
 from autoquant_ray.export.model import SixteenBits, distinct_tensors
 from autoquant_ray.export.source import Source
@@ -38,7 +41,13 @@ from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import Factors
 from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of, rounded_weight
 from autoquant_ray.quantize.weight_search import WeightScales
+from autoquant_ray.serving.compressed_formats import compressed_scheme
+from autoquant_ray.serving.fused_names import missing_parts
+from autoquant_ray.serving.layer_formats import LayerAlgo
 
+_PRESETS = {"NVFP4": "NVFP4", "W4A16_NVFP4": "NVFP4A16", "MXFP8": "MXFP8", "MXFP4": "MXFP4"}
+"""Schemes of the package's own (``quantization/quant_scheme.py``)."""
+_NVFP4_LARGEST = 6.0 * 448
 _STRATEGIES = {"tensor": "tensor", "channel": "channel", "block": "group", "token": "token"}
 _NUMBERS = {"fp8": ("float", 8), "int8": ("int", 8), "int4": ("int", 4)}
 
@@ -72,7 +81,7 @@ def write_compressed(
             parts = _pack(weight, quantizer, format_, scheme, maxima)
             if divisor_O is not None:  # the integers stay
                 parts["weight_scale"] /= divisor_O[:, None]
-            if block_size(format_) > 0:
+            if parts["weight_scale"].dtype == torch.float32 and block_size(format_) > 0:
                 parts["weight_scale"] = parts["weight_scale"].to(sixteen_bits.dtype)
             packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
             module.weight = None  # the packed one takes its place
@@ -80,11 +89,13 @@ def write_compressed(
     rest = {name: sixteen_bits.rounded(name, tensor) for name, tensor in distinct_tensors(model)}
     model.save_pretrained(folder, state_dict=rest | packed)
     linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    ignored = [name for name in linears if name not in set(targets)]
     config = QuantizationConfig(
         config_groups=schemes,
         format=_common_format(schemes),
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[name for name in linears if name not in set(targets)],
+        # vLLM refuses fused layers of which some parts are ignored, where others do not exist.
+        ignore=[*ignored, *missing_parts(linears, ignored)],
     )
     file = folder / "config.json"
     content = json.loads(file.read_text())
@@ -94,19 +105,29 @@ def write_compressed(
 
 def _schemes(source: Source) -> dict[str, QuantizationScheme]:
     """One group per distinct format, in the order of the model."""
-    members: dict[tuple[str, str, int], list[str]] = {}
+    members: dict[LayerAlgo, list[str]] = {}
     for module, format_ in source.formats.items():
-        members.setdefault((*grids(format_), block_size(format_)), []).append(module)
+        scheme = compressed_scheme(format_)
+        assert scheme is not None  # checked before
+        members.setdefault(scheme, []).append(module)
     width = len(str(len(members)))
     return {
-        f"group_{number:0{width}d}": QuantizationScheme(
-            targets=modules,
-            weights=_arguments(weight, block),
-            input_activations=None if input_ == SIXTEEN_BITS else _arguments(input_),
-            format=stored_as(source.formats[modules[0]], COMPRESSED_TENSORS),
-        )
-        for number, ((weight, input_, block), modules) in enumerate(members.items())
+        f"group_{number:0{width}d}": _scheme(scheme, modules, source.formats[modules[0]])
+        for number, (scheme, modules) in enumerate(members.items())
     }
+
+
+def _scheme(scheme: LayerAlgo, modules: list[str], format_: Format) -> QuantizationScheme:
+    stored = COMPRESSED_AS[scheme.algo]
+    if (preset := _PRESETS.get(scheme.algo)) is not None:
+        return preset_name_to_scheme(preset, modules).model_copy(update={"format": stored})
+    weight, input_ = grids(format_)
+    return QuantizationScheme(
+        targets=modules,
+        weights=_arguments(weight, scheme.group_size),
+        input_activations=None if input_ == SIXTEEN_BITS else _arguments(input_),
+        format=stored,
+    )
 
 
 def _arguments(grid: str, block: int = 0) -> dict[str, Any]:
@@ -136,18 +157,56 @@ def _pack(
     maxima: Mapping[str, float],
 ) -> dict[str, torch.Tensor]:
     """The tensors of one packed layer, without its name."""
-    scale = quantizer.amax.float() / quantizer.maxbound
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all zeros: any scale will do
-    if block_size(format_) > 0:
-        scale = scale.reshape(len(weight_OI), -1)
-    elif scale.numel() == 1:
-        scale = scale.reshape(1)
-    compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
+    stored = str(scheme.format)
+    compressor = BaseCompressor.get_value_from_registry(stored)
+    if stored == "nvfp4-pack-quantized":
+        scales = _nvfp4_scales(weight_OI, quantizer)
+    elif stored.startswith("mxfp"):
+        scales = {"weight_scale": _power_of_two_scales(weight_OI, stored)}
+    else:
+        scales = {"weight_scale": _scales(weight_OI, quantizer, format_)}
     # Quantized before, so that a tie is not rounded the other way than in the scan.
     weight_OI = quantizer(weight_OI)
-    packed = compressor.compress({"weight": weight_OI.float(), "weight_scale": scale}, scheme)
-    if scheme.input_activations is not None and not scheme.input_activations.dynamic:
+    packed = compressor.compress({"weight": weight_OI.float(), **scales}, scheme)
+    inputs = scheme.input_activations
+    if inputs is not None and stored == "nvfp4-pack-quantized":
+        largest = maxima["input_amax"] or NO_ZERO
+        packed["input_global_scale"] = torch.tensor([_NVFP4_LARGEST / largest])
+    elif inputs is not None and not inputs.dynamic:
         largest = make_quantizer(format_.input or {}, weight_OI.device).maxbound
         # All zeros: any scale will do, but 0; this is ModelOpt's.
         packed["input_scale"] = torch.tensor([(maxima["input_amax"] or largest) / largest])
     return {name: tensor.contiguous() for name, tensor in packed.items()}
+
+
+def _scales(weight_OI: torch.Tensor, quantizer: Any, format_: Format) -> torch.Tensor:
+    """Those of integers and FP8, float32."""
+    scale: torch.Tensor = quantizer.amax.float() / quantizer.maxbound
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # all zeros: any scale will do
+    if block_size(format_) > 0:
+        return scale.reshape(len(weight_OI), -1)
+    return scale.reshape(1) if scale.numel() == 1 else scale
+
+
+def _nvfp4_scales(weight_OI: torch.Tensor, quantizer: Any) -> dict[str, torch.Tensor]:
+    """Of blocks, e4m3 numbers in float32, and of the whole weight, inverted."""
+    if quantizer.is_nvfp4_static:
+        scale, second = NVFP4QTensor.get_weights_scaling_factor_from_quantizer(quantizer, weight_OI)
+    else:
+        largest = quantizer.amax.float().clamp(min=NO_ZERO)
+        second = largest / _NVFP4_LARGEST
+        scale, _ = NVFP4QTensor.get_weights_scaling_factor(weight_OI, 16, second)
+    return {
+        "weight_scale": scale.float().reshape(len(weight_OI), -1),
+        "weight_global_scale": (1 / second.float()).reshape(1),
+    }
+
+
+def _power_of_two_scales(weight_OI: torch.Tensor, stored: str) -> torch.Tensor:
+    """Of the blocks of MX formats, float32."""
+    if stored == "mxfp8-quantized":
+        _, exponents = MXFP8QTensor.quantize(weight_OI.float())
+    else:
+        _, exponents = MXFP4QTensor.quantize(weight_OI.float(), 32)
+    scale: torch.Tensor = torch.exp2(exponents.float() - 127)
+    return scale.reshape(len(weight_OI), -1)

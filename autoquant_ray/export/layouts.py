@@ -6,22 +6,34 @@ would compute something else than what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from autoquant_ray.formats.format import Attributes, Format
+from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_smoothed
+from autoquant_ray.serving.compressed_formats import (
+    SIXTEEN_BITS,
+    block_size,
+    compressed_scheme,
+    grids,
+    shape_problem,
+)
 from autoquant_ray.serving.layer_formats import layer_algo
+from autoquant_ray.serving.table import COMPRESSED_TENSORS, LAYOUTS, MODELOPT
 
-MODELOPT, COMPRESSED_TENSORS = "modelopt", "compressed-tensors"
-LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
-"""How a checkpoint is written."""
+__all__ = [
+    "COMPRESSED_TENSORS",
+    "LAYOUTS",
+    "MODELOPT",
+    "SIXTEEN_BITS",
+    "block_size",
+    "grids",
+    "shape_problem",
+]
 
 NO_ZERO = 2.0**-40
 """Stands for the largest value of a tensor that is all zeros: a scale of 0 would make NaN of it,
 and a larger one could spoil what engines take for several layers, the largest of their scales."""
 
-SIXTEEN_BITS = "16 bits"
-"""Kind of a quantizer that is not there."""
 _PACKED_BY_MODELOPT = frozenset(
     {
         "FP8",
@@ -36,16 +48,22 @@ _PACKED_BY_MODELOPT = frozenset(
 )
 """Algorithms whose tensors, as ModelOpt 0.47 packs them, hold all of a format
 (``modelopt/torch/export/quant_utils.py``)."""
-_COMPRESSED: Mapping[tuple[str, str], str] = {
-    ("fp8 tensor", "fp8 tensor"): "float-quantized",
-    ("fp8 tensor", SIXTEEN_BITS): "naive-quantized",
-    ("fp8 channel", "fp8 token"): "float-quantized",
-    ("int8 channel", SIXTEEN_BITS): "pack-quantized",
-    ("int8 channel", "int8 tensor"): "int-quantized",
-    ("int4 block", SIXTEEN_BITS): "pack-quantized",
+COMPRESSED_AS: Mapping[str, str] = {
+    "W4A16": "pack-quantized",
+    "W8A16": "pack-quantized",
+    "W4A8_FP8": "pack-quantized",
+    "W4A8_INT8": "pack-quantized",
+    "W8A8_INT8": "int-quantized",
+    "W8A8_INT8_PER_TOKEN": "int-quantized",
+    "W8A8_FP8": "float-quantized",
+    "W8A8_FP8_PER_CHANNEL_PER_TOKEN": "float-quantized",
+    "W8A16_FP8": "naive-quantized",
+    "NVFP4": "nvfp4-pack-quantized",
+    "W4A16_NVFP4": "nvfp4-pack-quantized",
+    "MXFP8": "mxfp8-quantized",
+    "MXFP4": "mxfp4-pack-quantized",
 }
-"""(weight, input) -> format of a group in compressed-tensors 0.20 (``compressors/format.py``)."""
-_NO_MATTER = frozenset({"effective_bits", "trt_high_precision_dtype", "calibrator", "enable"})
+"""Scheme -> format of a group in compressed-tensors 0.20 (``compressors/format.py``)."""
 
 
 def stored_as(format_: Format, layout: str) -> str | None:
@@ -59,53 +77,7 @@ def stored_as(format_: Format, layout: str) -> str | None:
     if is_smoothed(format_):
         return None
     if layout == COMPRESSED_TENSORS:
-        return _COMPRESSED.get(grids(format_))
+        scheme = compressed_scheme(format_)
+        return None if scheme is None else COMPRESSED_AS[scheme.algo]
     algo = layer_algo(format_)
     return algo.algo if algo is not None and algo.algo in _PACKED_BY_MODELOPT else None
-
-
-def grids(format_: Format) -> tuple[str, str]:
-    """The kinds of a format's quantizers, weight and input, such as ``("fp8 tensor", "16 bits")``:
-    the numbers, and what shares a scale."""
-    return _grid(format_.weight), _grid(format_.input)
-
-
-def block_size(format_: Format) -> int:
-    """Weights of one row that share a scale; 0 where a whole row or matrix does."""
-    return int((format_.weight.get("block_sizes") or {}).get(-1) or 0)
-
-
-def shape_problem(format_: Format, shape: Sequence[int]) -> str | None:
-    """Why a weight cannot be packed in this format, in words; None where it can.
-
-    Args:
-        format_: A format that :func:`stored_as` knows.
-        shape: ``(..., out, in)``.
-    """
-    block = block_size(format_)
-    if block and shape[-1] % block:
-        return f"rows of {shape[-1]} weights are no whole number of blocks of {block}"
-    if format_.weight.get("num_bits") == 4 and shape[-2] % 2:
-        return f"{shape[-2]} rows are odd, and two are packed into one"
-    return None
-
-
-def _grid(attributes: Attributes | None) -> str:
-    """The kind of a quantizer; unknown ones give their attributes."""
-    if attributes is None:
-        return SIXTEEN_BITS
-    rest = {key: value for key, value in attributes.items() if key not in _NO_MATTER and value}
-    bits, blocks = rest.pop("num_bits", 8), dict(rest.pop("block_sizes", None) or {})
-    axis, kind = attributes.get("axis"), rest.pop("type", "static")
-    rest.pop("axis", None)
-    number = {8: "int8", 4: "int4", (4, 3): "fp8"}.get(bits, str(bits))
-    scales = {key: blocks.pop(key) for key in ("type", "scale_bits") if key in blocks}
-    if rest:
-        return str(attributes)
-    if not any(blocks.values()):
-        if kind == "dynamic":
-            return f"{number} token" if -1 in blocks else str(attributes)
-        return f"{number} {'tensor' if axis is None else 'channel' if axis == 0 else axis}"
-    is_plain = set(blocks) == {-1} and axis is None and not scales.get("scale_bits")
-    is_static = scales.get("type", "static") == "static"
-    return f"{number} block" if is_plain and is_static else str(attributes)

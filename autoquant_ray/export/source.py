@@ -28,7 +28,7 @@ from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.fused_names import engine_modules
 from autoquant_ray.serving.kv_cache import served_formats as served_caches
 from autoquant_ray.serving.menus import formats_of, require_served
-from autoquant_ray.serving.table import ENGINES
+from autoquant_ray.serving.table import ENGINES, layouts_of
 from autoquant_ray.wording import few
 
 _MOST_NAMES = 4
@@ -163,7 +163,7 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
 
     Args:
         source: What is exported.
-        layout: Of ``LAYOUTS``. What GPUs can do is known for ``modelopt`` only.
+        layout: Of ``LAYOUTS``. What vLLM does is known for both, what others do for ``modelopt``.
         engine: One of ``ENGINES``; None: any.
         gpu: A generation or a card; None: any.
 
@@ -178,14 +178,36 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
             f"no source says that {engine}{'' if gpu is None else f' on {gpu}'} serves a KV cache "
             f"in {', '.join(used)} (docs/engines.md); choose another engine or GPU"
         )
-    if layout != MODELOPT:
+    if layout not in layouts_of(engine):
         _require_formats_apart(source, engine)
         return
     chosen = {source.groups[module]: format_.name for module, format_ in source.formats.items()}
     groups: dict[str, list[str]] = {}
     for module, group in source.groups.items():
         groups.setdefault(group, []).append(module)
-    require_served(groups, chosen, formats_of(source.state.plan), engine, gpu)
+    require_served(groups, chosen, formats_of(source.state.plan), engine, gpu, layout)
+
+
+def pick_layout(source: Source, engine: str | None, gpu: str | None) -> str:
+    """The layout in which a solution is served: the first that an engine serves.
+
+    Args:
+        source: What is exported.
+        engine: One of ``ENGINES``; None: the one that the solution was solved for, else any.
+        gpu: A generation or a card; None: likewise.
+
+    Returns:
+        The first that can hold the solution where no engine serves any; the first of all where none
+        can hold it.
+    """
+    if engine is None:
+        budget = source.manifest.get("budget") or {}
+        engine, gpu = budget.get("engine"), budget.get("gpu")
+    holds = [layout for layout in LAYOUTS if not _problems(source, layout)]
+    if any(name != NONE for name in source.caches.values()):
+        holds = [layout for layout in holds if layout == MODELOPT]
+    served = [layout for layout in holds if _is_served(source, layout, engine, gpu)]
+    return next(iter([*served, *holds, *LAYOUTS]))
 
 
 def served_layouts(source: Source) -> list[str]:
@@ -195,10 +217,12 @@ def served_layouts(source: Source) -> list[str]:
     ]
 
 
-def _is_served(source: Source, layout: str) -> bool:
-    for engine in ENGINES:
+def _is_served(
+    source: Source, layout: str, engine: str | None = None, gpu: str | None = None
+) -> bool:
+    for known in ENGINES if engine is None else [engine]:
         try:
-            require_engine(source, layout, engine, None)
+            require_engine(source, layout, known, gpu)
         except ConfigError:
             continue
         return True
@@ -206,7 +230,7 @@ def _is_served(source: Source, layout: str) -> bool:
 
 
 def _require_formats_apart(source: Source, engine: str) -> None:
-    """Check that an engine can tell the formats of a checkpoint of compressed-tensors apart.
+    """Check that a checkpoint of compressed-tensors has one format, as an engine reads it.
 
     Formats that differ by their method of rounding alone are the same in a checkpoint.
     """
@@ -214,7 +238,7 @@ def _require_formats_apart(source: Source, engine: str) -> None:
         source.groups[module]: (*grids(format_), block_size(format_))
         for module, format_ in source.formats.items()
     }
-    if engine != "vllm" and len(set(stored.values())) > 1:
+    if len(set(stored.values())) > 1:
         names = sorted({format_.name for format_ in source.formats.values()})
         raise ConfigError(
             f"{engine} reads {COMPRESSED_TENSORS} with one format only, and this solution has "

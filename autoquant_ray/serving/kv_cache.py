@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.serving.menus import Served
 from autoquant_ray.serving.rules import check_target
-from autoquant_ray.serving.table import ENGINES, GENERATIONS
+from autoquant_ray.serving.table import ENGINES, GENERATIONS, MODELOPT
 
 _FROM_ADA = ("ada", "hopper", "blackwell")
 _VLLM = "vllm-project/vllm, docs/features/quantization/quantized_kvcache.md"
@@ -118,7 +118,9 @@ def with_caches(
     """
     if not searched:
         return served
-    candidates = served_formats(engine, gpu) if is_whole else []
+    # Only ModelOpt's layout holds scales of caches.
+    is_held = is_whole and served.layout == MODELOPT
+    candidates = served_formats(engine, gpu) if is_held else []
     names = [name for name in candidates if all(name in menu for menu in searched.values())]
     permitted = {group: frozenset({NONE, *names}) for group in searched}
     tie = tuple(permitted)

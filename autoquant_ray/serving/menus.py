@@ -1,12 +1,14 @@
 """Restricts a search to what an engine can serve: formats per group, groups that share one.
 
 Which formats can stand in one checkpoint depends on the engine: those that it serves mixed, with
-one group size for the NVFP4 family; or one alone that it serves only by itself. Each such set is a
-menu, and the search takes the best allocation over all menus.
+one group size for the NVFP4 family; or one alone that it serves only by itself. vLLM reads two
+layouts, each with formats of its own. Each such set is a menu, and the search takes the best
+allocation over all menus.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,24 +16,38 @@ from typing import Any
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.kv_cache import is_described
+from autoquant_ray.serving.compressed_formats import shape_problem
 from autoquant_ray.serving.fused_names import (
+    EXPERTS,
     EngineModule,
     engine_modules,
     is_kept_whole,
     served_algo,
 )
-from autoquant_ray.serving.layer_formats import LayerAlgo, layer_algo
+from autoquant_ray.serving.layer_formats import LayerAlgo
 from autoquant_ray.serving.rules import (
-    check_target,
+    Violation,
     describe_violations,
+    named,
     servable_formats,
     unserved_reason,
     violations,
 )
-from autoquant_ray.serving.table import ENGINES, FP4_FAMILY
+from autoquant_ray.serving.table import (
+    COMPRESSED_TENSORS,
+    ENGINES,
+    GENERATIONS,
+    MODELOPT,
+    layouts_of,
+    rows_of,
+)
+from autoquant_ray.serving.together import menus_of, says_little
 
 Groups = Mapping[str, Sequence[str]]
 """Group -> its modules; all groups of the model, those that are not searched too."""
+
+Shapes = Mapping[str, Sequence[Sequence[int]]]
+"""Module -> shapes of its weights, as ``(..., out, in)``."""
 
 Holders = Sequence[tuple[EngineModule, tuple[str, ...]]]
 """Modules of the engine, each with the groups whose modules it holds."""
@@ -50,12 +66,14 @@ class Served:
         menu: Formats, without 16 bits.
         permitted: Group -> formats that it may take, 16 bits among them.
         ties: Groups that must share a format.
+        layout: Of the checkpoint.
     """
 
     target: str
     menu: tuple[str, ...]
     permitted: dict[str, frozenset[str]]
     ties: tuple[tuple[str, ...], ...]
+    layout: str = MODELOPT
 
     def permits(self, formats: Mapping[str, str]) -> bool:
         """Whether an allocation keeps to it."""
@@ -64,7 +82,12 @@ class Served:
 
 
 def served_sets(
-    groups: Groups, searched: Sequence[str], formats: Sequence[Format], engine: str, gpu: str | None
+    groups: Groups,
+    searched: Sequence[str],
+    formats: Sequence[Format],
+    engine: str,
+    gpu: str | None,
+    shapes: Shapes | None = None,
 ) -> list[Served]:
     """What an engine serves of a search: one entry per menu.
 
@@ -74,11 +97,11 @@ def served_sets(
         formats: The menu of the search.
         engine: One of ``ENGINES``.
         gpu: A generation or a card; None: any.
+        shapes: Of the modules, where formats that cannot be packed are left out.
 
     Raises:
         ConfigError: An unknown engine or GPU, or it serves no format of the menu.
     """
-    algos = {format_.name: layer_algo(format_) for format_ in formats}
     modules = engine_modules([name for names in groups.values() for name in names], engine)
     group_of = {name: group for group, names in groups.items() for name in names}
     holders = [
@@ -86,14 +109,36 @@ def served_sets(
         for module in modules
     ]
     target = engine if gpu is None else f"{engine} on {gpu}"
+    by_name = {format_.name: format_ for format_ in formats}
     served = []
-    for menu in _menus(formats, engine, gpu):
-        permitted = _permitted(holders, searched, menu, algos, engine)
+    for layout, menu in menus_of(formats, engine, gpu, _layouts(groups, engine)):
+        algos = {name: named(by_name[name], layout) for name in menu}
+        permitted = _permitted(holders, searched, algos, engine, layout)
+        for group, names in permitted.items():
+            shapes_of = [s for m in groups[group] for s in (shapes or {}).get(m, ())]
+            packable = {n for n in names - {NONE} if _fits(by_name[n], shapes_of)}
+            permitted[group] = frozenset({NONE} & names) | packable
         ties = joined([groups for _, groups in holders], searched)
-        served.append(Served(target=target, menu=menu, permitted=permitted, ties=ties))
-        if len({algos[name] for name in menu}) > 1:
+        served.append(
+            Served(target=target, menu=menu, permitted=permitted, ties=ties, layout=layout)
+        )
+        if layout == MODELOPT and len(set(algos.values())) > 1:
             served += _quantized_experts(served.pop(), holders, searched, engine)
     return served
+
+
+def _fits(format_: Format, shapes: Sequence[Sequence[int]]) -> bool:
+    return all(shape_problem(format_, shape) is None for shape in shapes)
+
+
+def _layouts(groups: Groups, engine: str) -> list[str]:
+    """Layouts that can hold a model: compressed-tensors has no fused experts."""
+    names = (name for modules in groups.values() for name in modules)
+    has_fused = any(
+        name.endswith(f".{EXPERTS}") or name.rpartition(".")[0].endswith(f".{EXPERTS}")
+        for name in names
+    )
+    return [layout for layout in layouts_of(engine) if layout == MODELOPT or not has_fused]
 
 
 def _quantized_experts(
@@ -133,6 +178,7 @@ def require_served(
     formats: Sequence[Format],
     engine: str,
     gpu: str | None,
+    layout: str | None = None,
 ) -> None:
     """Refuse an allocation that an engine cannot serve.
 
@@ -142,24 +188,43 @@ def require_served(
         formats: The menu of the search.
         engine: One of ``ENGINES``.
         gpu: A generation or a card; None: any.
+        layout: Of the checkpoint; None: any that the engine reads.
 
     Raises:
         NotServedError: Names groups, reasons and remedies.
     """
-    algos = {format_.name: layer_algo(format_) for format_ in formats}
+    problems: list[str] = []
+    for candidate in _layouts(groups, engine) if layout is None else [layout]:
+        problem = _layout_problem(groups, chosen, formats, engine, gpu, candidate)
+        if problem is None:
+            return
+        problems.append(problem)
+    # Where a layout has no name for a format, another says more.
+    raise NotServedError(min(problems, key=says_little))
+
+
+def _layout_problem(
+    groups: Groups,
+    chosen: Mapping[str, str],
+    formats: Sequence[Format],
+    engine: str,
+    gpu: str | None,
+    layout: str,
+) -> str | None:
+    """Why an engine cannot serve an allocation in a layout; None where it can."""
+    algos = {format_.name: named(format_, layout) for format_ in formats}
     nameless = sorted({n for n in chosen.values() if n != NONE and algos[n] is None})
     if nameless:
-        reason = unserved_reason(None, engine, None, mixed=True)
-        raise NotServedError(f"{engine} cannot serve {', '.join(nameless)}: {reason}")
+        reason = unserved_reason(None, engine, None, mixed=True, layout=layout)
+        return f"{engine} cannot serve {', '.join(nameless)}: {reason}"
     layers = {
         name: algos.get(chosen.get(group, NONE))
         for group, modules in groups.items()
         for name in modules
     }
     group_of = {name: group for group, modules in groups.items() for name in modules}
-    refusals = violations(layers, engine, gpu, group_of)
-    if refusals:
-        raise NotServedError(describe_violations(refusals, engine, gpu))
+    refusals: list[Violation] = violations(layers, engine, gpu, group_of, layout)
+    return describe_violations(refusals, engine, gpu) if refusals else None
 
 
 def why_unserved(
@@ -182,16 +247,20 @@ def why_unserved(
             return f"{error}. Solve it again with --engine {engine}."
         return None
     used = [format_ for format_ in formats if format_.name in set(chosen.values())]
-    mixed = len({layer_algo(format_) for format_ in used}) > 1
-    served = {e: servable_formats(used, e, None, mixed=mixed) for e in ENGINES}
+    served = {}
+    for known, gpu_ in itertools.product(ENGINES, GENERATIONS):
+        for layout in _layouts(groups, known):
+            mixed = len({named(format_, layout) for format_ in used}) > 1
+            reasons = servable_formats(used, known, gpu_, mixed=mixed, layout=layout)
+            served[known, gpu_, layout] = reasons
     if any(all(reason is None for reason in reasons.values()) for reasons in served.values()):
         return None
     nowhere = [f.name for f in used if all(reasons[f.name] for reasons in served.values())]
     what = " or ".join(nowhere) if nowhere else " and ".join(f.name for f in used) + " together"
-    kind = " in a checkpoint of several formats" if mixed and nowhere else ""
+    kind = " in a checkpoint of several formats" if len(used) > 1 and nowhere else ""
     return (
-        f"None of {', '.join(ENGINES)} serves {what}{kind}, by ModelOpt's checkpoints "
-        "(docs/engines.md). 'solve' with --engine takes only what one serves."
+        f"None of {', '.join(ENGINES)} serves {what}{kind} (docs/engines.md). 'solve' with "
+        "--engine takes only what one serves."
     )
 
 
@@ -212,54 +281,26 @@ def formats_of(plan: Mapping[str, Any]) -> list[Format]:
     return [Format.from_json(entry) for entry in plan["formats"] if entry.get("weight")]
 
 
-def _menus(formats: Sequence[Format], engine: str, gpu: str | None) -> list[tuple[str, ...]]:
-    generation = check_target(engine, gpu)
-    reasons = servable_formats(formats, engine, gpu)
-    algos = {f.name: algo for f in formats if (algo := layer_algo(f)) is not None}
-    mixed = {name: algo for name, algo in algos.items() if reasons[name] is None}
-    sizes = {algo.group_size for algo in mixed.values() if algo.algo in FP4_FAMILY}
-    if engine == "trtllm" or not sizes:
-        menus = [tuple(mixed)]
-    else:
-        menus = [
-            tuple(n for n, a in mixed.items() if a.algo not in FP4_FAMILY or a.group_size == size)
-            for size in sorted(sizes)
-        ]
-    for algo in dict.fromkeys(algos.values()):
-        alone = tuple(name for name, other in algos.items() if other == algo)
-        is_served = unserved_reason(algo, engine, generation, mixed=False) is None
-        if is_served and not any(set(alone) <= set(menu) for menu in menus):
-            menus.append(alone)
-    menus = [menu for menu in menus if menu]
-    if not menus:
-        where = engine if gpu is None else f"{engine} on {gpu}"
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise ConfigError(
-            f"{where} serves no format of the menu ({listed}); scan with other `formats`, or "
-            "choose another `engine` or `gpu` (docs/engines.md)"
-        )
-    return menus
-
-
 def _permitted(
     holders: Holders,
     searched: Sequence[str],
-    menu: Sequence[str],
     algos: Mapping[str, LayerAlgo | None],
     engine: str,
+    layout: str,
 ) -> dict[str, frozenset[str]]:
-    permitted = {group: {NONE, *menu} for group in searched}
-    mixed = len({algos[name] for name in menu}) > 1
+    permitted = {group: {NONE, *algos} for group in searched}
+    is_listed = layout == COMPRESSED_TENSORS or len(set(algos.values())) > 1
+    rows = rows_of(engine, layout)
     for module, groups in holders:
-        for name in menu:
-            algo = algos[name]
+        for name, algo in algos.items():
             assert algo is not None
             # A group that is not searched is a member that stays in 16 bits.
             is_served = all(group in permitted for group in groups)
-            is_served &= not is_kept_whole(module, algo.algo, engine)
-            if is_served and mixed:
+            is_served &= module.name != EXPERTS or rows[algo.algo].experts
+            is_served &= layout == COMPRESSED_TENSORS or not is_kept_whole(module, engine)
+            if is_served and is_listed:
                 alone = dict.fromkeys(module.members, algo.algo)
-                is_served = served_algo(module, alone, engine) == algo.algo
+                is_served = served_algo(module, alone, engine, layout) == algo.algo
             if not is_served:
                 for group in groups:
                     permitted.get(group, set()).discard(name)

@@ -9,18 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_smoothed
+from autoquant_ray.serving.compressed_formats import compressed_scheme
 from autoquant_ray.serving.fused_names import (
+    EXPERTS,
     EngineModule,
     engine_modules,
     is_kept_whole,
     served_algo,
 )
 from autoquant_ray.serving.layer_formats import LayerAlgo, layer_algo
-from autoquant_ray.serving.table import CARDS, ENGINES, FP4_FAMILY, GENERATIONS, rows_of
+from autoquant_ray.serving.row import Row
+from autoquant_ray.serving.table import (
+    CARDS,
+    COMPRESSED_TENSORS,
+    ENGINES,
+    FP4_FAMILY,
+    GENERATIONS,
+    MODELOPT,
+    rows_of,
+)
 from autoquant_ray.wording import few
 
 __all__ = [
@@ -29,6 +41,7 @@ __all__ = [
     "check_target",
     "describe_violations",
     "layer_algo",
+    "named",
     "servable_formats",
     "target_problem",
     "violations",
@@ -89,23 +102,40 @@ def check_target(engine: str | None, gpu: str | None) -> str | None:
     return None if gpu is None else generation_of(gpu)
 
 
+def named(format_: Format, layout: str) -> LayerAlgo | None:
+    """How a layout describes layers of a format; None where no name says all of it."""
+    return compressed_scheme(format_) if layout == COMPRESSED_TENSORS else layer_algo(format_)
+
+
 def unserved_reason(
-    algo: LayerAlgo | None, engine: str, generation: str | None, *, mixed: bool
+    algo: LayerAlgo | None,
+    engine: str,
+    generation: str | None,
+    *,
+    mixed: bool,
+    layout: str = MODELOPT,
 ) -> str | None:
     """Why an engine does not serve an algorithm; None where it does.
 
     Args:
-        algo: From :func:`layer_algo`.
+        algo: From :func:`named`.
         engine: One of ``ENGINES``.
         generation: Of the GPU; None: served on some GPU is enough.
         mixed: As one of several formats of a checkpoint, or as its only one.
+        layout: Of the checkpoint.
     """
+    is_modelopt = layout == MODELOPT
     if algo is None:
-        return "ModelOpt's checkpoints have no name that says both its weights and its inputs"
-    row = rows_of(engine).get(algo.algo)
+        whose = "ModelOpt's checkpoints have" if is_modelopt else f"{layout} has"
+        return f"{whose} no name that says both its weights and its inputs"
+    row = rows_of(engine, layout).get(algo.algo)
     kind = "mixed with other formats" if mixed else "as the only format"
+    kind = kind if is_modelopt else f"in {layout}"
     if row is None:
         return f"{engine} does not know {algo.algo} {kind}"
+    if row.blocks and algo.group_size not in row.blocks:
+        sizes = ", ".join(map(str, row.blocks))
+        return f"{engine} serves {algo.algo} in blocks of {sizes} only, not {algo.group_size}"
     served = row.mixed if mixed else row.single
     if generation in served or (generation is None and served):
         return None
@@ -115,7 +145,12 @@ def unserved_reason(
 
 
 def servable_formats(
-    formats: Iterable[Format], engine: str, gpu: str | None, *, mixed: bool = True
+    formats: Iterable[Format],
+    engine: str,
+    gpu: str | None,
+    *,
+    mixed: bool = True,
+    layout: str = MODELOPT,
 ) -> dict[str, str | None]:
     """Name of a format -> why an engine cannot serve it; None where it can.
 
@@ -124,6 +159,7 @@ def servable_formats(
         engine: One of ``ENGINES``.
         gpu: A generation or a card; None: any.
         mixed: As one of several formats of a checkpoint, or as its only one.
+        layout: Of the checkpoint.
 
     Raises:
         ConfigError: An unknown engine or GPU.
@@ -132,13 +168,17 @@ def servable_formats(
     return {
         format_.name: "its factors per input channel cannot be exported yet"
         if is_smoothed(format_)
-        else unserved_reason(layer_algo(format_), engine, generation, mixed=mixed)
+        else unserved_reason(named(format_, layout), engine, generation, mixed=mixed, layout=layout)
         for format_ in formats
     }
 
 
 def violations(
-    layers: Layers, engine: str, gpu: str | None, group_of: Mapping[str, str] | None = None
+    layers: Layers,
+    engine: str,
+    gpu: str | None,
+    group_of: Mapping[str, str] | None = None,
+    layout: str = MODELOPT,
 ) -> list[Violation]:
     """What an engine would refuse of an allocation, or serve otherwise than it was exported.
 
@@ -147,19 +187,23 @@ def violations(
         engine: One of ``ENGINES``.
         gpu: A generation or a card; None: any.
         group_of: Module -> its group, for the violations' ``groups``.
+        layout: Of the checkpoint.
 
     Raises:
         ConfigError: An unknown engine or GPU.
     """
-    generation = check_target(engine, gpu)
+    target = _Target(engine, check_target(engine, gpu), layout)
     quantized = {name: algo for name, algo in layers.items() if algo is not None}
     mixed = len(set(quantized.values())) > 1
     modules = engine_modules(layers, engine)
     refusals = [
         *_fused(layers, modules, engine),
-        *_merged(_unserved(quantized, engine, generation, mixed)),
-        *_merged(_group_sizes(quantized, engine, mixed)),
-        *_merged(_misread(layers, modules, engine, mixed)),
+        *_merged(_unserved(quantized, target, mixed)),
+        *_merged(_no_one_gpu(quantized, target, mixed)),
+        *_merged(_group_sizes(quantized, engine, mixed) if layout == MODELOPT else ()),
+        *_merged(_without_family(quantized, target, mixed)),
+        *_merged(_experts(layers, modules, target)),
+        *_merged(_misread(layers, modules, target, mixed)),
     ]
     return [_with_groups(violation, group_of or {}) for violation in refusals]
 
@@ -173,13 +217,61 @@ def describe_violations(refusals: Sequence[Violation], engine: str, gpu: str | N
     return f"{where} cannot serve this allocation: {'; '.join(texts)}{rest}"
 
 
+class _Target(NamedTuple):
+    """Where a checkpoint is to be served, and how it is written."""
+
+    engine: str
+    generation: str | None
+    layout: str
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """Its table."""
+        return rows_of(self.engine, self.layout)
+
+
 def _unserved(
-    quantized: Mapping[str, LayerAlgo], engine: str, generation: str | None, mixed: bool
+    quantized: Mapping[str, LayerAlgo], target: _Target, mixed: bool
 ) -> Iterator[Violation]:
+    engine, generation, layout = target
     for name, algo in quantized.items():
-        reason = unserved_reason(algo, engine, generation, mixed=mixed)
+        reason = unserved_reason(algo, engine, generation, mixed=mixed, layout=layout)
         if reason is not None:
             yield _violation([name], reason, "choose another format, engine or GPU")
+
+
+def _no_one_gpu(
+    quantized: Mapping[str, LayerAlgo], target: _Target, mixed: bool
+) -> Iterator[Violation]:
+    """Formats each of which some GPU serves, but no GPU all of them."""
+    rows = [target.rows.get(algo.algo) for algo in dict.fromkeys(quantized.values())]
+    gpus = [set(row.mixed if mixed else row.single) for row in rows if row is not None]
+    if target.generation is None and all(gpus) and gpus and not set.intersection(*gpus):
+        names = " and ".join(row.algo for row in rows if row is not None)
+        reason = f"{target.engine} serves {names} on no one GPU"
+        yield _violation(quantized, reason, "solve for a `gpu`")
+
+
+def _without_family(
+    quantized: Mapping[str, LayerAlgo], target: _Target, mixed: bool
+) -> Iterator[Violation]:
+    """SGLang tells ModelOpt's mixed checkpoints from DeepSeek's W4AFP8 by their NVFP4 layers
+    (``_parse_modelopt_quant_config`` of ``srt/configs/model_config.py``)."""
+    has_family = any(algo.algo in FP4_FAMILY for algo in quantized.values())
+    if target.engine == "sglang" and mixed and not has_family:
+        reason = "sglang reads several formats without NVFP4 among them as W4AFP8"
+        yield _violation(quantized, reason, "give some layers NVFP4, or all one format")
+
+
+def _experts(
+    layers: Layers, modules: Iterable[EngineModule], target: _Target
+) -> Iterator[Violation]:
+    for module in modules:
+        algo = layers[module.members[0]] if module.name == EXPERTS else None
+        row = None if algo is None else target.rows.get(algo.algo)
+        if row is not None and not row.experts:
+            reason = f"{target.engine} serves no routed experts as {row.algo}"
+            yield _violation(module.members, reason, "give them another format")
 
 
 def _group_sizes(
@@ -204,21 +296,21 @@ def _fused(layers: Layers, modules: Iterable[EngineModule], engine: str) -> Iter
 
 
 def _misread(
-    layers: Layers, modules: Iterable[EngineModule], engine: str, mixed: bool
+    layers: Layers, modules: Iterable[EngineModule], target: _Target, mixed: bool
 ) -> Iterator[Violation]:
     """Modules that are found under another algorithm than theirs, or not at all."""
     algos = {name: algo.algo for name, algo in layers.items() if algo is not None}
-    rows = rows_of(engine)
+    engine, rows, layout = target.engine, target.rows, target.layout
     for module in modules:
         wanted = {layers[member] for member in module.members}
         wanted_algo = next(iter(wanted))
         if len(wanted) > 1 or (wanted_algo is not None and wanted_algo.algo not in rows):
             continue
         exported = None if wanted_algo is None else wanted_algo.algo
-        if mixed:
-            served = served_algo(module, algos, engine)
+        if mixed or layout == COMPRESSED_TENSORS:
+            served = served_algo(module, algos, engine, layout)
         else:
-            served = None if is_kept_whole(module, exported, engine) else exported
+            served = None if is_kept_whole(module, engine) else exported
         if served != exported:
             reason = (
                 f"{engine} would read them as {served or '16 bits'}, not {exported or '16 bits'}"

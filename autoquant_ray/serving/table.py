@@ -7,10 +7,12 @@ inputs in 16 bits, and the note says so. None of this was run; each row names it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from autoquant_ray.serving.compressed_table import COMPRESSED_TABLE
+from autoquant_ray.serving.row import GENERATIONS, Row
+
+__all__ = ["GENERATIONS", "Row"]
 
 ENGINES = ("vllm", "sglang", "trtllm")
-GENERATIONS = ("ampere", "ada", "hopper", "blackwell")
 CARDS = {
     "a100": "ampere",
     "rtx4090": "ada",
@@ -23,35 +25,15 @@ FP4_FAMILY = ("NVFP4", "W4A16_NVFP4")
 """Algorithms whose group size vLLM and SGLang take from the first such layer, for all of them."""
 READ_IN = "November 2026"
 
-_VLLM = "vllm-project/vllm, vllm/model_executor/layers/quantization/modelopt.py"
-_SGLANG = "sgl-project/sglang, python/sglang/srt/layers/quantization/modelopt/schemes"
-_TRTLLM = "NVIDIA/TensorRT-LLM, tensorrt_llm/_torch/modules/linear.py (get_quant_method)"
-_TRTLLM_GPUS = "docs/source/features/quantization.md (Hardware Support Matrix)"
+_VLLM = "vllm-project/vllm 0.33.0 (the same in 0.32.0), quantization/modelopt.py"
+_SGLANG = "sgl-project/sglang 0.5.23, python/sglang/srt/layers/quantization/modelopt_quant.py"
+_TRTLLM = (
+    "NVIDIA/TensorRT-LLM after 1.2.1 (ed53795), tensorrt_llm/_torch/modules/linear.py "
+    "(get_quant_method)"
+)
+_TRTLLM_GPUS = "docs/source/features/quantization.md of 1.2.1 (Hardware Support Matrix)"
 _FROM_ADA = ("ada", "hopper", "blackwell")
 _ONLY_BLACKWELL = ("blackwell",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One algorithm of one engine.
-
-    Attributes:
-        algo: ModelOpt's ``quant_algo``.
-        mixed: Generations on which it is served as one of several formats
-            (``MIXED_PRECISION``).
-        single: Generations on which it is served as the only format of a checkpoint.
-        note: What happens elsewhere; '' where there is nothing to say.
-        source: Repository, file and pull request.
-        one_scale: Fused layers are computed under one scale for all of their weights: where the
-            parts have several, weights are rounded again, or read under another's.
-    """
-
-    algo: str
-    mixed: tuple[str, ...]
-    single: tuple[str, ...]
-    note: str
-    source: str
-    one_scale: bool = False
 
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -61,7 +43,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             mixed=_FROM_ADA,
             single=_FROM_ADA,
             note="on Ampere the inputs stay in 16 bits (Marlin)",
-            source=f"{_VLLM}; pull requests #35047 (mixed), #45306 (Ampere)",
+            source=f"{_VLLM} (KFp8StaticTensor)",
             one_scale=True,
         ),
         Row(
@@ -69,7 +51,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             mixed=_ONLY_BLACKWELL,
             single=_ONLY_BLACKWELL,
             note="before Blackwell the inputs stay in 16 bits (Marlin), which is W4A16_NVFP4",
-            source=f"{_VLLM}; pull requests #35047 (mixed), #45306 (Marlin)",
+            source=f"{_VLLM} (KNvfp4Static, KNvfp4Dynamic)",
             one_scale=True,
         ),
         Row(
@@ -77,73 +59,79 @@ TABLE: dict[str, tuple[Row, ...]] = {
             mixed=GENERATIONS,
             single=GENERATIONS,
             note="",
-            source=f"{_VLLM} (get_min_capability, MarlinNvFp4LinearKernel); #45306 (Ampere)",
+            source=f"{_VLLM} (resolve; get_min_capability)",
             one_scale=True,
         ),
         Row(
             algo="MXFP8",
             mixed=_ONLY_BLACKWELL,
             single=_ONLY_BLACKWELL,
-            note="before Blackwell the inputs stay in 16 bits (Marlin); releases before #46756 "
-            "leave it unquantized where several formats are mixed",
-            source=f"{_VLLM}; pull requests #33786 (single), #46756 (mixed)",
+            note="before Blackwell the inputs stay in 16 bits (Marlin)",
+            source=f"{_VLLM} (KMxfp8Static)",
         ),
         Row(
             algo="FP8_PER_CHANNEL_PER_TOKEN",
-            mixed=(),
+            mixed=_FROM_ADA,
             single=_FROM_ADA,
-            note="silently unquantized where several formats are mixed",
-            source=f"{_VLLM} (ModelOptFp8PcPtLinearMethod, ModelOptMixedPrecisionConfig)",
+            note="not for routed experts, which stay unquantized",
+            source=f"{_VLLM} (LINEAR_ALGOS, ModelOptMixedPrecisionConfig.get_quant_method)",
+            experts=False,
         ),
         Row(
             algo="FP8_PB_WO",
             mixed=(),
             single=(),
-            note="the inputs are quantized too (FP8 per token); silently unquantized where several "
-            "formats are mixed",
-            source=f"{_VLLM} (ModelOptFp8PbWoLinearMethod); issue #55496 (mixed)",
+            note="the inputs are quantized too (FP8 in blocks of 128), alone and mixed",
+            source=f"{_VLLM} (KFp8Block128)",
         ),
     ),
     "sglang": (
         Row(
             algo="FP8",
-            mixed=_ONLY_BLACKWELL,
+            mixed=_FROM_ADA,
             single=_FROM_ADA,
-            note="a checkpoint of several formats needs Blackwell",
-            source=f"{_SGLANG}/modelopt_fp8.py, modelopt_mixed_precision.py (get_min_capability)",
+            note="on Ampere the inputs stay in 16 bits (Marlin)",
+            source=f"{_SGLANG} (ModelOptFp8Config, ModelOptMixedPrecisionConfig)",
             one_scale=True,
         ),
         Row(
             algo="NVFP4",
             mixed=_ONLY_BLACKWELL,
             single=_ONLY_BLACKWELL,
-            note="",
-            source=f"{_SGLANG}/modelopt_fp4.py, modelopt_mixed_precision.py; pull request #27906",
+            note="before Blackwell the inputs stay in 16 bits (Marlin), which is W4A16_NVFP4",
+            source=f"{_SGLANG} (ModelOptFp4LinearMethod)",
             one_scale=True,
         ),
         Row(
-            algo="W4A16_AWQ",
-            mixed=(),
-            single=GENERATIONS,
-            note="routed experts stay unquantized; silently unquantized where several formats are "
-            "mixed",
-            source=f"{_SGLANG}/modelopt_w4a16.py",
-        ),
-        Row(
             algo="W4A16_NVFP4",
-            mixed=(),
-            single=(),
-            note="silently unquantized where several formats are mixed",
-            source=f"{_SGLANG}/modelopt_mixed_precision.py; pull request #30078 (closed)",
+            mixed=GENERATIONS,
+            single=GENERATIONS,
+            note="",
+            source=f"{_SGLANG} (ModelOptNvFp4A16LinearMethod; get_min_capability)",
             one_scale=True,
         ),
         Row(
             algo="MXFP8",
+            mixed=_ONLY_BLACKWELL,
+            single=_ONLY_BLACKWELL,
+            note="needs compute capability 10.0",
+            source=f"{_SGLANG}, fp8.py (get_min_capability)",
+        ),
+        Row(
+            algo="FP8_PB_WO",
             mixed=(),
             single=(),
-            note="silently unquantized where several formats are mixed",
-            source=f"{_SGLANG}/modelopt_mixed_precision.py; pull requests #31282 (open), #32740 "
-            "(closed)",
+            note="the inputs are quantized too (FP8 in blocks)",
+            source=f"{_SGLANG} (_BLOCK_FP8_ALGOS)",
+        ),
+        Row(
+            algo="W4A16_AWQ",
+            mixed=(),
+            single=(),
+            note="refused alone (no quant_method is known for it); silently unquantized where "
+            "several formats are mixed",
+            source=f"{_SGLANG}; python/sglang/srt/configs/model_config.py "
+            "(_parse_modelopt_quant_config)",
         ),
     ),
     "trtllm": (
@@ -233,6 +221,17 @@ FUSED: dict[str, Fused] = {
 ``packed_modules_mapping``, and TensorRT-LLM's ``WeightMode``. Two shards at least must be there."""
 
 
-def rows_of(engine: str) -> dict[str, Row]:
-    """Algorithm -> its row."""
-    return {row.algo: row for row in TABLE[engine]}
+MODELOPT, COMPRESSED_TENSORS = "modelopt", "compressed-tensors"
+LAYOUTS = (MODELOPT, COMPRESSED_TENSORS)
+"""How a checkpoint is written."""
+
+
+def layouts_of(engine: str) -> list[str]:
+    """Layouts of which it is known what the engine does with them, the preferred first."""
+    return [MODELOPT, *([COMPRESSED_TENSORS] if engine in COMPRESSED_TABLE else [])]
+
+
+def rows_of(engine: str, layout: str = MODELOPT) -> dict[str, Row]:
+    """Algorithm, or scheme, -> its row."""
+    table = TABLE if layout == MODELOPT else COMPRESSED_TABLE
+    return {row.algo: row for row in table.get(engine, ())}

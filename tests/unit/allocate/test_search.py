@@ -29,7 +29,8 @@ from autoquant_ray.report.evidence import Evidence
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.menus import why_unserved
-from autoquant_ray.serving.rules import layer_algo, violations
+from autoquant_ray.serving.rules import named, violations
+from autoquant_ray.serving.table import layouts_of
 
 _FP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
 _PER_TOKEN = {"num_bits": (4, 3), "axis": None, "type": "dynamic", "block_sizes": {-1: None}}
@@ -41,6 +42,7 @@ FORMATS = {
         "int8": PAIRS["wint8_aint8"],
         "nvfp4": (_FP4, _FP4),
         "w4a16_nvfp4": (_FP4, None),
+        "odd": PAIRS["wint4_aint4"],
         "fp8_rows": ({"num_bits": (4, 3), "axis": 0}, _PER_TOKEN),
         "nvfp4_32": tuple([{**_FP4, "block_sizes": {**_FP4["block_sizes"], -1: 32}}] * 2),  # type: ignore[dict-item]
     }.items()
@@ -100,32 +102,43 @@ def make_problem(groups: dict[str, list[str]], menu: list[str], seed: int) -> tu
 
 def best_by_hand(problem: Problem, scores: Any, options: SolveOptions) -> float:
     """The least score of all allocations that fit and that the engine would serve as exported."""
-    algos = {name: layer_algo(format_) for name, format_ in FORMATS.items()} | {NONE: None}
     groups = problem.searched
     (budget,) = problem.budgets(options)
     best = math.inf
     for names in itertools.product(*(group.rows for group in groups)):
         allocation = {group.name: name for group, name in zip(groups, names, strict=True)}
-        if any(name != NONE and algos[name] is None for name in names):
-            continue
         cost = sum(group.cost(allocation[group.name], budget.resource) for group in groups)
-        layers = {m: algos[allocation[group.name]] for group in groups for m in group.module_names}
-        if cost > budget.limit * (1 + 1e-12) or violations(
-            layers, options.engine or "", options.gpu
-        ):
+        if cost > budget.limit * (1 + 1e-12) or not is_served(groups, allocation, options):
             continue
         best = min(best, sum(scores[pair] for pair in allocation.items() if pair[1] != NONE))
     return best
 
 
+def is_served(groups: Any, allocation: dict[str, str], options: SolveOptions) -> bool:
+    """Whether some layout of the engine holds an allocation as it was chosen."""
+    engine = str(options.engine)
+    for layout in layouts_of(engine):
+        algos = {name: named(format_, layout) for name, format_ in FORMATS.items()} | {NONE: None}
+        layers = {m: algos[allocation[g.name]] for g in groups for m in g.module_names}
+        has_names = all(name == NONE or algos[name] for name in allocation.values())
+        has_fused_experts = any(name.endswith(".experts") for name in layers)
+        if not has_names or (has_fused_experts and layout == "compressed-tensors"):
+            continue
+        if not violations(layers, engine, options.gpu, layout=layout):
+            return True
+    return False
+
+
 @pytest.mark.parametrize(
     ("groups", "menu", "engine", "gpu"),
     [
-        (DENSE, ["fp8", "int4", "int8"], "vllm", "hopper"),
+        (DENSE, ["fp8", "int4", "int8"], "vllm", "hopper"),  # by compressed-tensors
+        (DENSE, ["fp8", "int4", "nvfp4_32"], "vllm", "blackwell"),  # each in a layout of its own
+        (SHARED, ["fp8", "int4"], "vllm", "hopper"),  # fused experts: ModelOpt's layout only
         (DENSE, ["fp8", "nvfp4", "w4a16_nvfp4"], "vllm", "hopper"),
         (DENSE, ["fp8", "nvfp4", "fp8_rows"], "vllm", "ada"),  # mixed, or rows of fp8 alone
         (DENSE, ["fp8", "nvfp4", "nvfp4_32"], "vllm", "blackwell"),  # two group sizes
-        (DENSE, ["fp8", "int4"], "sglang", "hopper"),  # one of them alone; no head
+        (DENSE, ["fp8", "int4"], "sglang", "hopper"),
         (DENSE, ["fp8", "nvfp4"], "sglang", "blackwell"),
         (DENSE, ["fp8", "int4"], "trtllm", "ada"),
         (MLA, ["fp8", "nvfp4"], "vllm", "blackwell"),  # tied across groups
@@ -170,17 +183,17 @@ def test_moves_of_a_refinement_keep_what_the_engine_needs() -> None:
 def test_menu_of_which_nothing_is_served_is_refused_with_the_remedy() -> None:
     problem, scores = make_problem(DENSE, ["int4", "int8"], 0)
     with pytest.raises(
-        ConfigError, match=r"vllm on hopper serves no format.*int4: vllm does not"
+        ConfigError, match=r"sglang on hopper serves no format.*int4: sglang on hopper does not"
     ) as e:
-        search(problem, scores, SolveOptions(bits=8, engine="vllm", gpu="h100"))
+        search(problem, scores, SolveOptions(bits=8, engine="sglang", gpu="h100"))
     assert "choose another `engine` or `gpu`" in str(e.value)
     assert "\n" not in str(e.value)
 
 
 def test_pin_that_the_engine_does_not_serve_is_refused() -> None:
     problem, scores = make_problem(DENSE, ["fp8", "int4"], 0)
-    options = SolveOptions(bits=12, engine="vllm", pins={"o": "int4"})
-    with pytest.raises(ConfigError, match="group 'o' is to take int4, and vllm serves there fp8"):
+    options = SolveOptions(bits=12, engine="sglang", pins={"o": "int4"})
+    with pytest.raises(ConfigError, match="group 'o' is to take int4, and sglang serves there fp8"):
         search(problem, scores, options)
 
 
@@ -239,8 +252,8 @@ def test_rivals_and_explanations_keep_to_the_engine(run: RunDirectory) -> None:
         (("--gpu", "hopper"), "--gpu hopper needs an engine"),
         (("--engine", "vllm", "--gpu", "v100"), "--gpu 'v100' is unknown; known: ampere"),
         (
-            ("--engine", "vllm", "--gpu", "ampere"),
-            "vllm on ampere serves no format of the menu (wint4_afp16: vllm does not know",
+            ("--engine", "sglang", "--gpu", "ampere"),
+            "sglang on ampere serves no format of the menu (wint4_afp16: sglang on ampere does not",
         ),
     ],
 )
@@ -254,19 +267,22 @@ def test_wrong_engine_or_gpu_is_one_line(
 
 
 def test_budget_below_what_the_engine_serves_names_its_formats(run: RunDirectory) -> None:
-    result = invoke("solve", run.uri, "--bits", "5", "--engine", "vllm", "--gpu", "hopper")
+    result = invoke("solve", run.uri, "--bits", "5", "--engine", "sglang", "--gpu", "hopper")
     assert result.exit_code == 4
-    assert "formats that vllm on hopper serves together: wfp8_afp8" in result.output
+    assert "formats that sglang on hopper serves together: wfp8_afp8" in result.output
 
 
 @pytest.mark.parametrize(
     ("chosen", "engine", "expected"),
     [
-        ({"o": "fp8", "down": "int4"}, None, None),  # trtllm
-        ({"o": "fp8", "down": "int8"}, None, "serves int8 in a checkpoint of several formats"),
-        ({"o": "int8"}, None, "serves int8, by ModelOpt"),
-        ({"o": "int4", "down": "w4a16_nvfp4"}, None, "serves int4 and w4a16_nvfp4 together"),
-        ({"o": "fp8", "down": "int4"}, "vllm", "down: vllm does not know W4A16_AWQ"),
+        ({"o": "fp8", "down": "int4"}, None, None),  # trtllm, and vllm by compressed-tensors
+        ({"o": "fp8", "down": "int8"}, None, None),
+        ({"o": "int8"}, None, None),
+        ({"o": "fp8", "down": "odd"}, None, "serves odd in a checkpoint of several formats"),
+        ({"o": "odd"}, None, "serves odd ("),
+        ({"o": "int4", "down": "nvfp4_32"}, None, "serves int4 and nvfp4_32 together"),
+        ({"o": "fp8", "down": "int4"}, "vllm", None),
+        ({"o": "fp8", "down": "int4"}, "sglang", "down: sglang does not serve W4A16_AWQ"),
         ({"o": "fp8", "down": NONE}, "vllm", None),
     ],
 )

