@@ -22,8 +22,11 @@ from autoquant_ray.formats.numbers import describe, is_scaled_by_block
 from autoquant_ray.formats.smoothed import method_of
 from autoquant_ray.formats.stored_size import format_bits
 from autoquant_ray.runs.events import Event
+from autoquant_ray.serving.compressed_formats import SCHEMES
+from autoquant_ray.serving.compressed_table import COMPRESSED_TABLE
 from autoquant_ray.serving.kv_cache import CACHE_TABLE
 from autoquant_ray.serving.layer_formats import layer_algo
+from autoquant_ray.serving.row import Row
 from autoquant_ray.serving.table import FUSED, TABLE
 
 PAGE = Path(__file__).parent / "metrics-and-events.md"
@@ -55,16 +58,38 @@ def metrics_table() -> str:
 def engines_table() -> str:
     """One row per engine and algorithm."""
     rows = [
-        "| engine | quant_algo | mixed | alone | elsewhere | source |",
-        "|---|---|---|---|---|---|",
+        "| engine | quant_algo | mixed | alone | fused layers | elsewhere | source |",
+        "|---|---|---|---|---|---|---|",
     ]
     for engine, entries in TABLE.items():
         rows += [
             f"| {engine} | `{row.algo}` | {', '.join(row.mixed) or '-'} | "
-            f"{', '.join(row.single) or '-'} | {row.note or '-'} | {row.source} |"
+            f"{', '.join(row.single) or '-'} | {_scale_text(row)} | {row.note or '-'} | "
+            f"{row.source} |"
             for row in entries
         ]
     return "\n".join([*rows, ""])
+
+
+def compressed_table() -> str:
+    """One row per engine and scheme of compressed-tensors."""
+    kinds = {scheme: " and ".join(grids) for grids, scheme in SCHEMES.items()}
+    rows = [
+        "| engine | scheme | weights and inputs | served on | fused layers | elsewhere | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for engine, entries in COMPRESSED_TABLE.items():
+        rows += [
+            f"| {engine} | `{row.algo}` | {kinds.get(row.algo, f'those of `{row.algo}`')} | "
+            f"{', '.join(row.mixed) or '-'} | {_scale_text(row)} | {row.note or '-'} | "
+            f"{row.source} |"
+            for row in entries
+        ]
+    return "\n".join([*rows, ""])
+
+
+def _scale_text(row: Row) -> str:
+    return "one scale" if row.one_scale else "-"
 
 
 def fused_table() -> str:
@@ -206,6 +231,7 @@ TABLES = {
     "engine caches": engine_caches_table,
     "refused": refused_table,
     "engines": engines_table,
+    "compressed": compressed_table,
     "fused": fused_table,
     "tools": tools_table,
 }

@@ -28,6 +28,7 @@ from autoquant_ray.export.source import (
     require_new_folder,
     require_packable,
     served_layouts,
+    target_of,
 )
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
@@ -106,7 +107,8 @@ def export_run(
     require_engine(source, layout, engine, gpu)
     _require_package(layout)
     with _written_beside(target) as folder:
-        stored = check_checkpoint(folder, _write(source, folder, layout), layout)
+        written = _write(source, folder, layout, target_of(source, engine, gpu)[0])
+        stored = check_checkpoint(folder, written, layout)
     names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
     return Checkpoint(
         path=str(target),
@@ -160,7 +162,7 @@ def _require_package(layout: str) -> None:
         )
 
 
-def _write(source: Source, folder: Path, layout: str) -> Source:
+def _write(source: Source, folder: Path, layout: str, engine: str | None) -> Source:
     """Fill the folder; the source by the names that its files have."""
     from autoquant_ray.calibrate.files import calibration_of
     from autoquant_ray.export.model import finish_folder, load_for_export
@@ -173,13 +175,19 @@ def _write(source: Source, folder: Path, layout: str) -> Source:
 
         write_compressed(model, source, calibration, folder, sixteen_bits)
     else:
-        from autoquant_ray.export.modelopt import round_to_16_bits, write_modelopt
+        from autoquant_ray.export.modelopt import (
+            name_fused_layers,
+            round_to_16_bits,
+            write_modelopt,
+        )
         from autoquant_ray.export.names import as_stored, require_experts_as_stored
 
         stored = as_stored(model, source)
         require_experts_as_stored(model, source, stored, ref.weights_folder)
         write_modelopt(model, source, calibration, folder)
         round_to_16_bits(folder, stored, sixteen_bits)
+        if engine == "sglang":
+            name_fused_layers(folder, stored)
     finish_folder(folder, ref, sixteen_bits.dtype)
     return stored
 

@@ -32,6 +32,9 @@ from autoquant_ray.formats.numbers import has_tensor_scale
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import FittedModel, QuantizedModule
 from autoquant_ray.quantize.quantizers import needs_static_maximum
+from autoquant_ray.serving.fused_names import EXPERTS, engine_modules
+
+_CONFIGS = ("hf_quant_config.json", "config.json")
 
 _MOST_OF_ERROR = 200  # characters
 
@@ -125,6 +128,28 @@ def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) ->
         index.write_text(json.dumps(content, indent=2))
 
 
+def name_fused_layers(folder: Path, source: Source) -> None:
+    """List fused layers by SGLang's names too, beside their parts.
+
+    SGLang finds a fused layer by its parts only where the model's class states which these are, and
+    many do not; by its own name it finds it everywhere.
+
+    Args:
+        folder: Holds the configs.
+        source: Which formats, by the names in the files.
+    """
+    fused = [m for m in engine_modules(source.modules, "sglang") if m.name != EXPERTS]
+    for name in _CONFIGS:
+        content = json.loads((folder / name).read_text())
+        layers = content.get("quantization", content.get("quantization_config", {})).get(
+            "quantized_layers", {}
+        )
+        for module in fused:
+            if len(module.members) > 1 and module.members[0] in layers:
+                layers[module.path] = layers[module.members[0]]
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
 def _set_input_maxima(model: Any, source: Source, calibration: Calibration) -> None:
     for name in source.formats:
         module = model.get_submodule(name)
@@ -168,7 +193,7 @@ def _is_rounded(name: str, source: Source) -> bool:
 def _correct_configs(folder: Path) -> None:
     """Say what is there: ModelOpt announces smoothing factors with every 4-bit integer format, and
     leaves marks in names."""
-    for name in ("hf_quant_config.json", "config.json"):
+    for name in _CONFIGS:
         content = json.loads(clean((folder / name).read_text()))
         _set_all(content, "pre_quant_scale", False)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -188,6 +188,14 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
     require_served(groups, chosen, formats_of(source.state.plan), engine, gpu, layout)
 
 
+def target_of(source: Source, engine: str | None, gpu: str | None) -> tuple[str | None, str | None]:
+    """The engine and the GPU of an export: those that are given, else those of the solution."""
+    if engine is not None:
+        return engine, gpu
+    budget = source.manifest.get("budget") or {}
+    return budget.get("engine"), budget.get("gpu")
+
+
 def pick_layout(source: Source, engine: str | None, gpu: str | None) -> str:
     """The layout in which a solution is served: the first that an engine serves.
 
@@ -200,9 +208,7 @@ def pick_layout(source: Source, engine: str | None, gpu: str | None) -> str:
         The first that can hold the solution where no engine serves any; the first of all where none
         can hold it.
     """
-    if engine is None:
-        budget = source.manifest.get("budget") or {}
-        engine, gpu = budget.get("engine"), budget.get("gpu")
+    engine, gpu = target_of(source, engine, gpu)
     holds = [layout for layout in LAYOUTS if not _problems(source, layout)]
     if any(name != NONE for name in source.caches.values()):
         holds = [layout for layout in holds if layout == MODELOPT]
@@ -220,9 +226,9 @@ def served_layouts(source: Source) -> list[str]:
 def _is_served(
     source: Source, layout: str, engine: str | None = None, gpu: str | None = None
 ) -> bool:
-    for known in ENGINES if engine is None else [engine]:
+    for name in ENGINES if engine is None else [engine]:
         try:
-            require_engine(source, layout, known, gpu)
+            require_engine(source, layout, name, gpu)
         except ConfigError:
             continue
         return True

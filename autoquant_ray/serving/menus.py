@@ -248,11 +248,11 @@ def why_unserved(
         return None
     used = [format_ for format_ in formats if format_.name in set(chosen.values())]
     served = {}
-    for known, gpu_ in itertools.product(ENGINES, GENERATIONS):
-        for layout in _layouts(groups, known):
+    for name, generation in itertools.product(ENGINES, GENERATIONS):
+        for layout in _layouts(groups, name):
             mixed = len({named(format_, layout) for format_ in used}) > 1
-            reasons = servable_formats(used, known, gpu_, mixed=mixed, layout=layout)
-            served[known, gpu_, layout] = reasons
+            reasons = servable_formats(used, name, generation, mixed=mixed, layout=layout)
+            served[name, generation, layout] = reasons
     if any(all(reason is None for reason in reasons.values()) for reasons in served.values()):
         return None
     nowhere = [f.name for f in used if all(reasons[f.name] for reasons in served.values())]

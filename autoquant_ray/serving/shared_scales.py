@@ -44,8 +44,8 @@ def needs_sharing(format_: Format, layers: Iterable[str]) -> bool:
     parts = {name.rpartition(".")[2] for name in layers}
     if not format_.has_shared_scale or is_smoothed(format_) or len(parts) < 2:
         return False
-    is_known = any(parts <= set(shards) for shards in MODELOPT_SHARES)
-    return not (is_known and is_static_nvfp4(format_.weight))
+    is_shared = any(parts <= set(shards) for shards in MODELOPT_SHARES)
+    return not (is_shared and is_static_nvfp4(format_.weight))
 
 
 def fused_layers(names: Iterable[str], engine: str | None = None) -> dict[str, tuple[str, ...]]:
@@ -58,7 +58,7 @@ def fused_layers(names: Iterable[str], engine: str | None = None) -> dict[str, t
     names = list(names)
     present = set(names)
     engines = ENGINES if engine is None else (engine,)
-    shards_of = dict.fromkeys(shards for known in engines for _, shards in FUSED[known])
+    shards_of = dict.fromkeys(shards for name in engines for _, shards in FUSED[name])
     together: dict[str, set[str]] = {name: {name} for name in names}
     for name in names:
         parent, dot, part = name.rpartition(".")

@@ -28,10 +28,12 @@ def menus_of(
     generation = check_target(engine, gpu)
     menus: list[tuple[str, tuple[str, ...]]] = []
     for layout in layouts:
-        found: list[tuple[str, ...]] = []
-        for one_gpu in GENERATIONS if generation is None else [generation]:
-            found += _menus_on(formats, engine, one_gpu, layout)
-        largest = (m for m in dict.fromkeys(found) if not any(set(m) < set(o) for o in found))
+        menus_here: list[tuple[str, ...]] = []
+        for on_gpu in GENERATIONS if generation is None else [generation]:
+            menus_here += _menus_on(formats, engine, on_gpu, layout)
+        largest = (
+            m for m in dict.fromkeys(menus_here) if not any(set(m) < set(o) for o in menus_here)
+        )
         menus += [(layout, menu) for menu in largest if menu]
     if menus:
         return menus

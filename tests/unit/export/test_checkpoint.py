@@ -344,3 +344,24 @@ def test_fused_nvfp4_layers_have_one_second_scale_and_others_their_own(
     for layer, value in second.items():
         largest = float(largest_of_fused(source, layer))
         assert value == pytest.approx(largest / (6 * 448), rel=1e-6), layer
+
+
+def test_checkpoint_for_sglang_lists_fused_layers_by_its_names_too(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    """Many of its model classes do not state what they fuse."""
+    menu = ("wfp8_afp8", "wfp4_afp16")
+    choice = {"*attn*": menu[0], "*mlp*": menu[1], "*o_proj": "none", "lm_head": menu[0]}
+    directory, *_ = solved_run("llama", choice, menu)
+    export_run(directory, str(tmp_path / "out"), engine="sglang", gpu="hopper")
+    quantized = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    file = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+    for layers in (quantized["quantized_layers"], file["quantized_layers"]):
+        for layer in range(2):
+            start = f"model.layers.{layer}"
+            assert layers[f"{start}.self_attn.qkv_proj"]["quant_algo"] == "FP8"
+            assert layers[f"{start}.mlp.gate_up_proj"] == layers[f"{start}.mlp.gate_proj"]
+            assert f"{start}.self_attn.o_proj" not in layers
+    export_run(directory, str(tmp_path / "plain"))
+    plain = json.loads((tmp_path / "plain" / "config.json").read_text())["quantization_config"]
+    assert not any("qkv_proj" in name for name in plain["quantized_layers"])

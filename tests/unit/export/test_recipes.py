@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from scored_run import put_scored_run
 
@@ -280,3 +281,21 @@ def test_wrong_export_is_one_line_and_writes_nothing(
     assert line in result.output
     assert len(result.output.strip().splitlines()) == 1
     assert not Path("x").exists()
+
+
+def relative_error(weight: torch.Tensor, second: float) -> float:
+    """Of NVFP4 with blocks of 16, e4m3 scales under a scale of the whole weight."""
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    blocks = weight.reshape(-1, 16)
+    wanted = blocks.abs().amax(dim=1, keepdim=True) / 6 / second
+    scales = wanted.to(torch.float8_e4m3fn).float() * second
+    ratios = (blocks / scales.clamp(min=1e-30)).abs()[..., None]
+    rounded = numbers[(ratios - numbers).abs().argmin(dim=-1)] * blocks.sign() * scales
+    return float((rounded - blocks).norm() / blocks.norm())
+
+
+def test_nvfp4_of_mlx_loses_what_the_docs_say() -> None:
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.005
+    second = float(weight.abs().max()) / (6 * 448)
+    assert relative_error(weight, 1.0) == pytest.approx(0.138, abs=0.004)  # MLX's
+    assert relative_error(weight, second) == pytest.approx(0.094, abs=0.004)
