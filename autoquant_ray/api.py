@@ -228,7 +228,7 @@ class Run:
         out: str,
         solution: str = "",
         *,
-        format: str = "modelopt",
+        format: str | None = None,
         engine: str | None = None,
         gpu: str | None = None,
     ) -> Checkpoint:
@@ -237,7 +237,7 @@ class Run:
         Args:
             out: Folder to write; new or empty.
             solution: One of :attr:`solutions`; '' for the scan's own.
-            format: ``modelopt`` or ``compressed-tensors``.
+            format: ``modelopt`` or ``compressed-tensors``; None: the one in which it is served.
             engine: Refuse what this engine cannot serve: ``vllm``, ``sglang`` or ``trtllm``.
             gpu: On this generation or card.
 
