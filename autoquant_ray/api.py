@@ -237,7 +237,8 @@ class Run:
         Args:
             out: Folder to write; new or empty.
             solution: One of :attr:`solutions`; '' for the scan's own.
-            format: ``modelopt`` or ``compressed-tensors``; None: the one in which it is served.
+            format: ``modelopt`` or ``compressed-tensors``; None: the one in which the engine, or
+                that of the solution, serves it; without an engine ``modelopt``.
             engine: Refuse what this engine cannot serve: ``vllm``, ``sglang`` or ``trtllm``.
             gpu: On this generation or card.
 

@@ -29,7 +29,8 @@ _SERVED = ("--formats", "NVFP4_DEFAULT_CFG,wfp8_afp8", "--engine", "vllm")
     "kind",
     type=click.Choice(FORMATS),
     help="modelopt, compressed-tensors: a checkpoint that engines load. recipe: for a tool that "
-    "quantizes by itself. Default: the layout in which the engine serves the solution.",
+    "quantizes by itself. Default: the layout in which the engine of --engine, or of the solution, "
+    "serves it; without one modelopt.",
 )
 @engine_options
 @click.option("--tool", type=click.Choice(TOOLS), help="For a recipe: the tool that reads it.")

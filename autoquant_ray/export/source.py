@@ -197,23 +197,22 @@ def target_of(source: Source, engine: str | None, gpu: str | None) -> tuple[str 
 
 
 def pick_layout(source: Source, engine: str | None, gpu: str | None) -> str:
-    """The layout in which a solution is served: the first that an engine serves.
+    """The layout to write: the first in which the engine serves the solution.
 
     Args:
         source: What is exported.
-        engine: One of ``ENGINES``; None: the one that the solution was solved for, else any.
-        gpu: A generation or a card; None: likewise.
+        engine: One of ``ENGINES``; None: the one that the solution was solved for.
+        gpu: A generation or a card; None: likewise, else any.
 
     Returns:
-        The first that can hold the solution where no engine serves any; the first of all where none
-        can hold it.
+        ModelOpt's where no engine is named, or it serves the solution in none.
     """
     engine, gpu = target_of(source, engine, gpu)
-    holds = [layout for layout in LAYOUTS if not _problems(source, layout)]
-    if any(name != NONE for name in source.caches.values()):
-        holds = [layout for layout in holds if layout == MODELOPT]
-    served = [layout for layout in holds if _is_served(source, layout, engine, gpu)]
-    return next(iter([*served, *holds, *LAYOUTS]))
+    if engine is None or any(name != NONE for name in source.caches.values()):
+        return MODELOPT
+    layouts = (layout for layout in LAYOUTS if not _problems(source, layout))
+    served = (layout for layout in layouts if _is_served(source, layout, engine, gpu))
+    return next(served, MODELOPT)
 
 
 def served_layouts(source: Source) -> list[str]:

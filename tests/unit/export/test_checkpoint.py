@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from small_models import make_tokenizer
 
 from autoquant_ray import Run
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.calibrate.files import read_calibration
 from autoquant_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -35,7 +37,11 @@ from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats import menu as formats
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.quantize.quantizers import fake_quantize_weight
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import load_model
+from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
+from autoquant_ray.quantize.weight_search import WeightScales
+from autoquant_ray.solve import solve_run
 
 MIXED = {
     "*self_attn.q_proj": "wint8_aint8",
@@ -365,3 +371,70 @@ def test_checkpoint_for_sglang_lists_fused_layers_by_its_names_too(
     export_run(directory, str(tmp_path / "plain"))
     plain = json.loads((tmp_path / "plain" / "config.json").read_text())["quantization_config"]
     assert not any("qkv_proj" in name for name in plain["quantized_layers"])
+
+
+@pytest.mark.parametrize("given", ["export", "solve", "nothing"])
+def test_layout_is_the_one_in_which_the_engine_serves_the_solution(
+    given: str, solved_run: Any, tmp_path: Path
+) -> None:
+    """int4, int8 and FP8 together: vLLM reads them by compressed-tensors alone."""
+    menu = ("int4_g32", "wint8_aint8", "wfp8_afp8")
+    choice = {"*attn*": menu[0], "*gate_proj": menu[1], "*down_proj": menu[2], "lm_head": "none"}
+    directory, *_ = solved_run("llama", choice, menu)
+    solution = ""
+    if given == "solve":
+        rows = directory.read_table("manifest.parquet").to_pylist()
+        pins = {row["group"]: row["format"] for row in rows}
+        options = SolveOptions(bytes=10**9, pins=pins, engine="vllm", gpu="hopper")
+        solution = solve_run(directory, options).name
+    engine = {"engine": "vllm", "gpu": "h100"} if given == "export" else {}
+    written = export_run(directory, str(tmp_path / "out"), solution=solution, **engine)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    layout = "modelopt" if given == "nothing" else "compressed-tensors"
+    assert written.layout == config["quant_method"] == layout
+    assert written.served_layouts == ["compressed-tensors"]
+    if given == "nothing":
+        assert config["quant_algo"] == "MIXED_PRECISION"
+        return
+    formats = {group["format"]: group["targets"] for group in config["config_groups"].values()}
+    assert set(formats) == {"pack-quantized", "int-quantized", "float-quantized"}
+    assert sum(map(len, formats.values())) == 14
+
+
+@pytest.mark.parametrize("name", ["NVFP4_DEFAULT_CFG", "wfp4_afp16", "MXFP8_DEFAULT_CFG"])
+def test_blocks_of_floats_in_compressed_tensors_are_those_that_were_scored(
+    name: str, solved_run: Any, tmp_path: Path
+) -> None:
+    """Unpacked by the layout's rules alone: a byte per scale, two numbers of four bits in one."""
+    choice = {"*": name, "lm_head": "none", "*v_proj": name}
+    directory, folder, _ = solved_run("llama", choice, (name,))
+    out = tmp_path / "out"
+    export_run(directory, str(out), layout="compressed-tensors")
+    tensors, source = load_folder(out), read_source(directory)
+    model = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    scales = WeightScales(model, read_calibration(directory, list(source.formats.values())[:1]))
+    for module, format_ in source.formats.items():
+        scored = quantized_weight(format_, model.get_submodule(module).weight, scales, module)
+        scale = tensors[f"{module}.weight_scale"]
+        if name == "MXFP8_DEFAULT_CFG":
+            assert scale.dtype == torch.uint8
+            numbers = tensors[f"{module}.weight"].float()
+            factors = torch.exp2(scale.float() - 127).repeat_interleave(32, dim=1)
+        else:
+            assert scale.dtype == torch.float8_e4m3fn
+            packed = tensors[f"{module}.weight_packed"]
+            codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).long()
+            numbers = E2M1[codes & 7] * torch.where(codes > 7, -1, 1)
+            whole = tensors[f"{module}.weight_global_scale"]  # inverted there
+            factors = scale.float().repeat_interleave(16, dim=1) / whole
+        torch.testing.assert_close(numbers * factors, scored, rtol=1e-5, atol=1e-9)
+        inputs = tensors.get(f"{module}.input_global_scale")
+        assert (inputs is not None) == (name == "NVFP4_DEFAULT_CFG")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    read = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    read(torch.tensor([[1, 2]]))
+    assert len(group["targets"]) == 14
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])

@@ -37,12 +37,7 @@ REFUSED = (
             r"wint4_aint4 has no packed form.*0\.self_att",
         ),
         ({"*o_proj": "wint4_afp16"}, {}, FormatError, r"rows of 64 weights.*blocks of 128.*o_proj"),
-        (
-            {"*o_proj": "wfp8_afp16"},
-            {"layout": "modelopt"},
-            FormatError,
-            r"wfp8_afp16 has no .*compressed-tensors",
-        ),
+        ({"*o_proj": "wfp8_afp16"}, {}, FormatError, r"wfp8_afp16 has no .*compressed-tensors"),
         (
             {"*": "wfp8_afp8"},
             {"solution": "none-such"},
@@ -166,7 +161,6 @@ def test_command_warns_of_a_folder_that_no_engine_serves_and_says_what_mends_it(
     allow = {"*.q_proj": (first,), "*mlp*": (others,), "*.o_proj": (by_token,)}
     chosen = solve_run(directory, SolveOptions(bits=8.3, allow=allow)).name
     arguments = ["export", directory.uri, "--out", "out", "--solution", chosen]
-    arguments += ["--format", "modelopt"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
