@@ -90,8 +90,8 @@ def export_run(
         directory: A finished run.
         out: Folder to write; new or empty.
         solution: One of the run's solutions; '' for the scan's own.
-        layout: ``modelopt`` or ``compressed-tensors``; None: the one in which the engine, or that of
-            the solution, serves it; without an engine ``modelopt``.
+        layout: ``modelopt`` or ``compressed-tensors``; None: the one in which the engine, or that
+            of the solution, serves it; without an engine ``modelopt``.
         engine: Check that this one serves it: ``vllm``, ``sglang`` or ``trtllm``.
         gpu: On this generation or card.
 
