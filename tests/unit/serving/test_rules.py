@@ -235,10 +235,10 @@ def test_fused_layers_without_all_parts_are_not_found_in_compressed_tensors() ->
 
 def test_head_of_a_wrapped_model_is_not_found_in_compressed_tensors() -> None:
     """vLLM does not map names without a dot to those of the wrapper's parts."""
-    for prefix, found in (("model.", True), ("model.language_model.", False)):
+    for prefix, is_read in (("model.", True), ("model.language_model.", False)):
         layers = given(llama(1, prefix), lm_head=W8A16)
         refusals = violations(layers, "vllm", "hopper", layout=COMPRESSED)
-        assert [v.modules for v in refusals] == ([] if found else [("lm_head",)])
+        assert [v.modules for v in refusals] == ([] if is_read else [("lm_head",)])
 
 
 def test_experts_that_compressed_tensors_has_no_method_for_are_refused() -> None:
