@@ -159,7 +159,7 @@ def test_command_warns_of_a_folder_that_no_engine_serves_and_says_what_mends_it(
     first = "wfp8_afp8" if others == "wint8_aint8" else "wint8_aint8"
     directory, _, _ = solved_run("llama", {}, (first, others, by_token))
     allow = {"*.q_proj": (first,), "*mlp*": (others,), "*.o_proj": (by_token,)}
-    chosen = solve_run(directory, SolveOptions(bits=8.3, allow=allow)).name
+    chosen = solve_run(directory, SolveOptions(bits=8.5, allow=allow)).name
     arguments = ["export", directory.uri, "--out", "out", "--solution", chosen]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
