@@ -432,8 +432,6 @@ def test_blocks_of_floats_in_compressed_tensors_are_those_that_were_scored(
         assert (inputs is not None) == (name == "NVFP4_DEFAULT_CFG")
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     (group,) = config["config_groups"].values()
-    read = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    read(torch.tensor([[1, 2]]))
     assert len(group["targets"]) == 14
 
 
