@@ -32,7 +32,7 @@ from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.table import ENGINES
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Solution:
     """An allocation that has been written.
 
@@ -69,6 +69,15 @@ class Solution:
             "formats": self.formats,
             "paths": self.paths,
         }
+
+    def __repr__(self) -> str:
+        """Name, bits, size and loss; ``formats`` of hundreds of groups would hide them."""
+        kl = self.summary["predicted_kl_nats"]
+        return (
+            f"Solution({self.name or 'of the scan'!r}, {self.summary['effective_bits']:.4f} bits, "
+            f"{self.summary['weight_bytes'] / 2**20:,.1f} MiB, "
+            f"predicted KL {'unknown' if kl is None else format(kl, '.4g')})"
+        )
 
     def _repr_html_(self) -> str:
         kl = self.summary["predicted_kl_nats"]

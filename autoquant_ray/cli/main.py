@@ -6,6 +6,7 @@ start without torch and Ray.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -35,7 +36,10 @@ from autoquant_ray.errors import ConfigError
 from autoquant_ray.version import VERSION
 
 
-@click.group(cls=Commands, context_settings={"max_content_width": 100})
+@click.group(
+    cls=Commands,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+)
 @click.version_option(VERSION, prog_name="autoquant-ray")
 def main() -> None:
     """Choose a quantization format for every layer of a model, with the work spread over Ray.
@@ -177,7 +181,20 @@ def demo(out: str, bits: float, overwrite: bool) -> Result:
     """
     from autoquant_ray.config.demo import demo_config
 
-    return scan_result(demo_config(out, bits), "overwrite" if overwrite else "resume")
+    scanned = scan_result(demo_config(out, bits), "overwrite" if overwrite else "resume")
+
+    def show() -> None:
+        scanned.show()
+        show_lines(
+            [
+                f"next: open {out}/report.html",
+                f"  autoquant-ray solve {out} --bits 5",
+                f"  autoquant-ray explain {out} lm_head",
+                f"  autoquant-ray evaluate {out} --samples 8",
+            ]
+        )
+
+    return replace(scanned, show=show)
 
 
 main.add_command(run)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from autoquant_ray.compare.allocation_changes import FormatChange, Regret
 from autoquant_ray.compare.run_changes import Change
 from autoquant_ray.config.stage_fields import STAGE_FIELDS
+from autoquant_ray.notebook import facts_html
 
 Verdict = Literal["same", "noise", "drift"]
 Test = Literal["paired", "unpaired", "none"]
@@ -53,7 +54,7 @@ class MovedGroup:
     num_formats: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison:
     """What a comparison found.
 
@@ -97,6 +98,27 @@ class Comparison:
         for row in values["moved"]:
             row["z"] = row["z"] if math.isfinite(row["z"]) else None
         return values
+
+    def __repr__(self) -> str:
+        """The verdict and how much moved; tables of all groups would hide them."""
+        return (
+            f"Comparison({self.verdict!r}, {len(self.moved)} groups moved, "
+            f"{len(self.format_changes)} formats change)"
+        )
+
+    def _repr_html_(self) -> str:
+        return facts_html(
+            f"Comparison: {self.verdict}",
+            [
+                *(("Reason", reason) for reason in self.reasons),
+                *((group.group, _worded(group)) for group in self.moved),
+                *((c.group, f"{c.before} would become {c.after}") for c in self.format_changes),
+            ],
+        )
+
+
+def _worded(group: MovedGroup) -> str:
+    return f"{group.format}: {group.before:.4g} became {group.after:.4g} nats per token"
 
 
 def judged(comparison: Comparison, *, is_equal: bool) -> Comparison:

@@ -157,14 +157,23 @@ def test_notebook_shows_runs_and_solutions_escaped(solved: Run) -> None:
     path.write_text(json.dumps(values))
     page = solved._repr_html_()
     assert "Predicted KL" in page
+    compared = dataclasses.replace(solved.compare(solved.path), reasons=[EVIL])
     (Path(solved.path) / "manifest.json").unlink()
     unfinished = solved._repr_html_()
     assert "Unfinished run" in unfinished
     assert "aggregate done" in unfinished
     solution = dataclasses.replace(solved.solve(bits=6), name=EVIL)
-    for shown in (page, unfinished, solution._repr_html_()):
+    for shown in (page, unfinished, solution._repr_html_(), compared._repr_html_()):
         assert EVIL not in shown
         assert escape(EVIL) in shown
+
+
+def test_python_shows_solutions_and_comparisons_on_one_line(solved: Run) -> None:
+    solution, compared = solved.solve(bits=6), solved.compare(solved.path)
+    assert repr(compared) == "Comparison('same', 0 groups moved, 0 formats change)"
+    bits, kl = solution.summary["effective_bits"], solution.summary["predicted_kl_nats"]
+    assert repr(solution).startswith(f"Solution('bits-6.00', {bits:.4f} bits, ")
+    assert repr(solution).endswith(f"predicted KL {kl:.4g})")
 
 
 def test_document_names_everything_that_a_run_can_do() -> None:

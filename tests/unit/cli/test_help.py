@@ -77,3 +77,10 @@ def test_help_examples_name_only_real_options(name: str) -> None:
         used = re.findall(r"--[a-z-]+", line)
         flags = {flag for option in options_of(command) for flag in flags_of(option)}
         assert set(used) <= flags, line
+
+
+@pytest.mark.parametrize("name", ["", "scan", "jobs list"])
+def test_h_is_help(name: str) -> None:
+    words = name.split()
+    assert run(*words, "-h").stdout == run(*words, "--help").stdout
+    assert run(*words, "-h").exit_code == 0
