@@ -1,4 +1,4 @@
-"""README, docs and CONTRIBUTING name files, modules and names that exist."""
+"""README, docs and CONTRIBUTING name files, modules, names and places of pages that exist."""
 
 from __future__ import annotations
 
@@ -37,6 +37,29 @@ def test_pages_name_modules_and_files_that_exist() -> None:
         files = re.findall(r"\b(?:tests|benchmarks|autoquant_ray)/[\w/-]+\.(?:py|md|yaml)", text)
         wrong += [f"{page.name}: {file}" for file in files if not (ROOT / file).exists()]
     assert not wrong, "\n".join(wrong)
+
+
+def anchors(page: Path) -> set[str]:
+    """The places of a page that links can name, as GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_of_pages_lead_somewhere() -> None:
+    wrong = []
+    for page in (*PAGES, ROOT / "cluster" / "README.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text("utf-8")):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                wrong.append(f"{page.name}: {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.encode()) <= 9_000
 
 
 def test_glossary_says_where_things_are() -> None:
