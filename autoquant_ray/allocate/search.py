@@ -69,20 +69,20 @@ def best_served(
         solve: Finds the best allocation of a problem under one menu.
     """
     allocations: list[Allocation] = []
-    refused: list[AutoQuantError] = []
+    refused: list[tuple[int, AutoQuantError]] = []  # with the number of formats
     for variant in served_problems(problem, options):
         try:
             allocations.append(solve(variant))
         except NotServedError as error:
-            refused.append(error)
+            refused.append((0, error))
         except InfeasibleBudgetError as error:
             if variant.served is None:
                 raise
-            menu = ", ".join(variant.served.menu)
-            text = f"{error}; formats that {variant.served.target} serves together: {menu}"
-            refused.append(InfeasibleBudgetError(text))
+            menu = variant.served.menu
+            text = f"{error}; formats that {variant.served.target} serves together: "
+            refused.append((len(menu), InfeasibleBudgetError(text + ", ".join(menu))))
     if not allocations:
-        raise refused[0]
+        raise max(refused, key=lambda pair: pair[0])[1]  # most formats reach furthest
     return min(allocations, key=lambda allocation: allocation.score)
 
 

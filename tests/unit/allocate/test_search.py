@@ -270,6 +270,9 @@ def test_budget_below_what_the_engine_serves_names_its_formats(run: RunDirectory
     result = invoke("solve", run.uri, "--bits", "5", "--engine", "sglang", "--gpu", "hopper")
     assert result.exit_code == 4
     assert "formats that sglang on hopper serves together: wfp8_afp8" in result.output
+    result = invoke("solve", run.uri, "--bits", "2", "--engine", "vllm", "--gpu", "hopper")
+    assert result.exit_code == 4  # of its two layouts, the one that reaches further
+    assert result.output.strip().endswith("together: wint4_afp16, wfp8_afp8, wint8_aint8")
 
 
 @pytest.mark.parametrize(
