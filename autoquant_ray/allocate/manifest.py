@@ -70,9 +70,10 @@ def manifest_rows(
     rows = []
     for group in problem.groups.values():
         chosen = formats[group.name]
-        is_shared = group.shares_embedding(chosen)
+        is_embedding = group.shares_embedding(chosen)
         for module in group.module_names:
             facts = summary["modules"][module]
+            is_shared = is_embedding or "shared_with" in facts
             shapes = [tuple(shape) for shape in facts["shapes"]]
             weights = sum(math.prod(shape) for shape in shapes)
             row = group.rows[chosen]

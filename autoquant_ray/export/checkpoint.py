@@ -139,7 +139,8 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
         AutoQuantError: One of its subclasses; nothing is left at ``out``.
     """
     from autoquant_ray.calibrate.files import calibration_of
-    from autoquant_ray.export.model import distinct_tensors, finish_folder, load_for_export
+    from autoquant_ray.export.model import distinct_tensors, load_for_export
+    from autoquant_ray.export.other_files import finish_folder
     from autoquant_ray.quantize.fitted_model import Factors
     from autoquant_ray.quantize.weight_search import WeightScales
 
@@ -151,7 +152,7 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
     tensors = {name: sixteen_bits.rounded(name, t) for name, t in distinct_tensors(model)}
     with _written_beside(target) as folder:
         model.save_pretrained(folder, state_dict=tensors)
-        finish_folder(folder, ref, sixteen_bits.dtype)
+        finish_folder(folder, ref, sixteen_bits.name)
     return str(target)
 
 
@@ -166,7 +167,8 @@ def _require_package(layout: str) -> None:
 def _write(source: Source, folder: Path, layout: str, engine: str | None) -> Source:
     """Fill the folder; the source by the names that its files have."""
     from autoquant_ray.calibrate.files import calibration_of
-    from autoquant_ray.export.model import finish_folder, load_for_export
+    from autoquant_ray.export.model import load_for_export
+    from autoquant_ray.export.other_files import finish_folder
 
     calibration = calibration_of(source.state, source.used)
     model, ref, sixteen_bits = load_for_export(source)
@@ -189,7 +191,7 @@ def _write(source: Source, folder: Path, layout: str, engine: str | None) -> Sou
         round_to_16_bits(folder, stored, sixteen_bits)
         if engine == "sglang":
             name_fused_layers(folder, stored)
-    finish_folder(folder, ref, sixteen_bits.dtype)
+    finish_folder(folder, ref, sixteen_bits.name)
     return stored
 
 

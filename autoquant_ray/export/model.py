@@ -1,12 +1,9 @@
-"""The model behind a checkpoint: loaded as the run did, and the files that go with its weights."""
+"""The model behind a checkpoint, loaded as the run did."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +12,12 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import FormatError
 from autoquant_ray.export.check import StoredTensors
 from autoquant_ray.export.source import Source
-from autoquant_ray.models.find import CHAT_FILES, TOKENIZER_FILES, ModelRef
+from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import load_model, own_dtype
 from autoquant_ray.models.of_run import require_model
 from autoquant_ray.models.quantizable import is_turned
 from autoquant_ray.models.separate_heads import give_weight, separate_head
-from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 
-_FILES_BESIDE = (*TOKENIZER_FILES, *CHAT_FILES, "*.py")
-"""Of the model's folder: what goes with the weights."""
 _16_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -38,6 +32,11 @@ class SixteenBits:
 
     dtype: torch.dtype
     kept: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Of the type, as configs have it."""
+        return str(self.dtype).removeprefix("torch.")
 
     def rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as it is stored."""
@@ -108,26 +107,3 @@ def distinct_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
-
-
-def finish_folder(folder: Path, ref: ModelRef, dtype: torch.dtype) -> None:
-    """State the type of the weights, and add the tokenizer's and the model's other files.
-
-    Args:
-        folder: Holds ``config.json`` and the weights.
-        ref: The model that they are from.
-        dtype: 16-bit type of what is not quantized.
-    """
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    for part in (config, config.get("text_config"), config.get("vision_config")):
-        if isinstance(part, dict) and part.get("dtype") is not None:
-            part["dtype"] = str(dtype).removeprefix("torch.")
-    file.write_text(json.dumps(config, indent=2) + "\n")
-    if ref.weights_folder is None:
-        load_tokenizer(TokenizerRef.of(ref, "")).save_pretrained(folder)
-        return
-    for pattern in _FILES_BESIDE:
-        for path in ref.weights_folder.glob(pattern):
-            if path.is_file():
-                shutil.copy(path, folder)

@@ -274,6 +274,8 @@ def _problems(source: Source, layout: str) -> dict[str, list[str]]:
 
 
 def _problem(source: Source, module: str, format_: Format, layout: str) -> str | None:
+    if "shared_with" in source.modules[module]:
+        return "weights that several layers share are not packed; leave them in 16 bits"
     if is_smoothed(format_):
         return (
             f"{format_.name} ({method_of(format_)}) has a factor per input channel, which cannot "

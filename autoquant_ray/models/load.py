@@ -14,7 +14,7 @@ from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.dequantize import opened
 from autoquant_ray.models.find import ModelRef, _load_config
 from autoquant_ray.models.quantizable import with_plain_linears
-from autoquant_ray.models.quantized_config import without_quantization
+from autoquant_ray.models.quantized_config import stated_quantization, without_quantization
 from autoquant_ray.models.quantized_source import QuantizedSource, quantized_source
 from autoquant_ray.models.separate_heads import untie_as_files
 from autoquant_ray.models.stored_tensors import fetch_weights
@@ -96,8 +96,11 @@ def _from_files(ref: ModelRef, arguments: Mapping[str, Any]) -> tuple[torch.nn.M
     """The model as transformers loads it, and what it says of its keys."""
     config = without_quantization(_load_config(ref))
     model_class = _model_class(config, ref)
-    # The config has what transformers does not read from a GGUF file.
-    extra = {"use_safetensors": True} if ref.gguf_file is None else {"config": config}
+    extra: dict[str, Any] = {} if ref.gguf_file is not None else {"use_safetensors": True}
+    # The config has what transformers does not read from a GGUF file, and lacks what a checkpoint
+    # still says of its quantization though its files are in 16 bits.
+    if ref.gguf_file is not None or stated_quantization(ref):
+        extra["config"] = config
     loaded: tuple[torch.nn.Module, Any] = model_class.from_pretrained(
         ref.path, **ref.load_arguments, **extra, **arguments
     )

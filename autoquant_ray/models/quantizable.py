@@ -58,6 +58,8 @@ class PlannedModule:
         cached: What a token adds to the cache of an attention, ``(heads, width)`` of its keys and
             of its values; empty for other modules.
         is_idle: It does not run on text, but before the decoder layers: its rows are no tokens.
+        shared_with: Name of the module before it in the model that holds the same weights, where
+            several uses share them (Zamba2's block); they are stored once, with that module.
     """
 
     name: str
@@ -68,6 +70,7 @@ class PlannedModule:
     expert: int | None = None
     cached: tuple[tuple[int, int], ...] = ()
     is_idle: bool = False
+    shared_with: str | None = None
 
     @property
     def path(self) -> str:
@@ -75,9 +78,14 @@ class PlannedModule:
         return self.name if self.expert is None else self.name.rpartition(".")[0]
 
     @property
-    def num_weights(self) -> int:
-        """Number of weight elements."""
+    def num_elements(self) -> int:
+        """Number of weight elements that it computes with."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weight elements that are stored for it: none of those of a module before it."""
+        return 0 if self.shared_with is not None else self.num_elements
 
     @property
     def is_cache(self) -> bool:
@@ -104,10 +112,12 @@ class PlannedModule:
 
     def to_json(self) -> dict[str, Any]:
         """What ``run.json`` keeps of it."""
-        facts = {
+        facts: dict[str, Any] = {
             "prefixes": list(self.quantizer_prefixes),
             "shapes": [list(shape) for shape in self.shapes],
         }
+        if self.shared_with is not None:
+            facts["shared_with"] = self.shared_with
         return facts if self.expert is None else facts | {"expert": self.expert}
 
 
@@ -116,6 +126,7 @@ def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
     import torch
 
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    holders: dict[tuple[int, ...], str] = {}
     for name, module in model.named_modules():
         parameters: tuple[str, ...] = ("weight",)
         is_transposed = False
@@ -128,12 +139,14 @@ def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
         else:
             continue
         weights = [getattr(module, parameter) for parameter in parameters]
+        holder = holders.setdefault(tuple(map(id, weights)), name)
         yield PlannedModule(
             name=name,
             kind=kind,
             parameters=parameters,
             shapes=tuple(tuple((w.mT if is_transposed else w).shape) for w in weights),
             is_transposed=is_transposed,
+            shared_with=None if holder == name else holder,
         )
 
 
@@ -205,6 +218,14 @@ def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[
         and not isinstance(module, torch.nn.Embedding)
         and any(p.dim() >= 2 for p in module.parameters(recurse=False))
     }
+
+
+def modules_of_several(model: torch.nn.Module) -> set[str]:
+    """Names of modules with a parameter that another module holds too."""
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
+    return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
 def is_of_tower(name: str) -> bool:

@@ -85,6 +85,15 @@ def _entries(part: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from [value] if key in _KEYS else _entries(value)
 
 
+def without_entries(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``config.json``, or of a part, without what it says of quantization."""
+    return {
+        key: without_entries(value) if isinstance(value, Mapping) else value
+        for key, value in part.items()
+        if key not in _KEYS
+    }
+
+
 def without_quantization(config: Any) -> Any:
     """A transformers config that says nothing of quantization, in none of its parts.
 

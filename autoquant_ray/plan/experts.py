@@ -80,4 +80,5 @@ def _split(model: torch.nn.Module, module: PlannedModule) -> Iterator[PlannedMod
             kind="expert",
             shapes=tuple(shape[1:] for shape in module.shapes),
             expert=number,
+            shared_with=None if module.shared_with is None else f"{module.shared_with}.{number}",
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.kv_cache import cache_bytes
-from autoquant_ray.formats.smoothed import is_smoothed, takes_factors
+from autoquant_ray.formats.smoothed import is_fitted, is_smoothed, needs_channels, takes_factors
 from autoquant_ray.formats.stored_size import format_bits
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.fold import Fold
@@ -48,13 +48,22 @@ class PlannedGroup:
 
         Experts share the quantizer of their inputs; one that is a group takes what leaves them.
         Scaled channels would change a tied embedding. Factors need an input that can be folded.
+        Weights that several modules share are stored once, so they take no format that is fitted to
+        the inputs of a module.
         """
         is_apart = self.modules[0].expert is not None
         if self.is_cache != (format_.kv is not None) or (is_apart and format_.input is not None):
             return False
         if takes_factors(format_) and self.fold is None:
             return False
+        if self.is_shared and (needs_channels(format_) or is_fitted(format_)):
+            return False
         return not (self.is_tied and is_smoothed(format_))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several of its modules hold the same weights."""
+        return any(module.shared_with is not None for module in self.modules)
 
     @property
     def num_weights(self) -> int:
@@ -73,6 +82,7 @@ class PlannedGroup:
         bits = (
             format_bits(format_, shape, is_linear=module.kind == "linear")
             for module in self.modules
+            if module.shared_with is None
             for shape in module.shapes
         )
         return sum(bits) / 8

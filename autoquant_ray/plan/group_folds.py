@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import has_free_rows, takes_factors
+from autoquant_ray.models.quantizable import modules_of_several
 from autoquant_ray.plan.find_folds import find_folds
 from autoquant_ray.plan.fold import ROWS, Fold
 from autoquant_ray.plan.group import PlannedGroup
@@ -42,7 +43,12 @@ def with_folds(
     names = [format_.name for format_ in formats if takes_factors(format_)]
     if not names:
         return tuple(groups)
-    linears = [g for g in groups if g.is_searched and all(m.kind == "linear" for m in g.modules)]
+    linears = [
+        g
+        for g in groups
+        if g.is_searched and not g.is_shared and all(m.kind == "linear" for m in g.modules)
+    ]
+    shared = modules_of_several(model)
     folds = find_folds(model, [[module.name for module in group.modules] for group in linears])
     owners = {module.name: group for group in groups for module in group.modules}
     cached = tuple(f"{g.modules[0].name}." for g in groups if g.is_cache and g.is_searched)
@@ -50,7 +56,9 @@ def with_folds(
     reasons: dict[str, str] = {}
     for group in groups:
         fold = folds.get(group.name)
-        if fold is None:
+        if group.is_shared or (fold is not None and fold.producer in shared):
+            reasons[group.name] = "their weights, or what makes their inputs, serve several layers"
+        elif fold is None:
             reasons[group.name] = "their inputs cannot be folded"
         elif fold.producer.startswith(cached):
             reasons[group.name] = "their caches are searched"

@@ -87,7 +87,7 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
     layers = plan.layer_weights
     largest_layer = max(layers, default=0)
     held = num_weights - sum(layers) + _LAYERS_HELD * largest_layer
-    largest = max(module.num_weights for group in plan.searched for module in group.modules)
+    largest = max(module.num_elements for group in plan.searched for module in group.modules)
     if config.weight_cache_gib == "auto":
         visited = largest_layer + max(0, searched - sum(layers))
         cached = min(LARGEST_CACHE_BYTES, quantized_bytes(visited, plan.formats))
@@ -127,7 +127,7 @@ def moment_bytes(plan: Plan) -> int:
 
 def rounding_bytes(plan: Plan) -> int:
     """Bytes of roundings by GPTQ that a worker holds before it gives them back."""
-    sizes = [code_bytes(plan, module.num_weights) for module in _rounded_modules(plan)]
+    sizes = [code_bytes(plan, module.num_elements) for module in _rounded_modules(plan)]
     layer = code_bytes(plan, max(plan.layer_weights, default=0))
     return min(sum(sizes), max(RESULT_BYTES, layer, *sizes, 0))
 
@@ -208,7 +208,7 @@ def room_for_visit(
     sizes: dict[int, int] = {}
     for scored in modules:
         number = inside.get(model.get_submodule(scored.planned.path), -1)
-        sizes[number] = sizes.get(number, 0) + scored.planned.num_weights
+        sizes[number] = sizes.get(number, 0) + scored.planned.num_elements
     visited = sizes.pop(-1, 0) + max(sizes.values(), default=0)
     return min(LARGEST_CACHE_BYTES, quantized_bytes(visited, formats))
 

@@ -253,8 +253,11 @@ def _group(
     experts_apart: bool,
 ) -> tuple[PlannedGroup, ...]:
     members: dict[str, list[PlannedModule]] = {}
+    keys: dict[str, str] = {}
     for module in modules:
         key = (apart_key(module) if experts_apart else None) or group_key(module.label)
+        key = keys.get(module.shared_with or "", key)  # one weight has one format
+        keys[module.label] = key
         members.setdefault(key, []).append(module)
     embedding = model.get_input_embeddings()
     tied = {

@@ -31,7 +31,7 @@ def flops_per_token(model: Any, groups: Sequence[PlannedGroup], formats: Sequenc
     experts = Counter(module.path for group in groups for module in group.modules)
     for group in groups:
         for module in group.modules:
-            if not module.num_weights:
+            if not module.num_elements:
                 continue
             count = {"experts": module.shapes[0][0], "expert": experts[module.path]}
             share = min(1.0, visited / count.get(module.kind, 1))
@@ -39,5 +39,5 @@ def flops_per_token(model: Any, groups: Sequence[PlannedGroup], formats: Sequenc
             if group.is_searched and module.kind == "linear":
                 products += num_candidates
             products += (1 + num_caches) * (module.name.rpartition(".")[0] in attentions)
-            total += 2 * module.num_weights * share * products
+            total += 2 * module.num_elements * share * products
     return round(total)

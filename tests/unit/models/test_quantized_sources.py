@@ -385,6 +385,16 @@ def test_quantized_head_of_a_tied_config_is_compared_dequantized(
             assert shared == is_tied
 
 
+@pytest.mark.parametrize("config", [FP8_BLOCKS | {"weight_block_size": [16, 16]}, MODELOPT_FP8])
+def test_files_in_16_bits_whose_config_was_left_over_are_a_plain_model(
+    config: dict[str, Any], model_folder: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder("llama"), tmp_path / "m")
+    with_config(tmp_path / "m", quantization_config=config)
+    assert_same(load(tmp_path / "m"), load(model_folder("llama")))
+    assert plan_of(tmp_path / "m").source_format is None
+
+
 def plan_fails(folder: Path) -> str:
     """The one line that ``plan`` ends with."""
     result = CliRunner().invoke(main, ["plan", str(folder), "--formats", "wint8_afp16"])
