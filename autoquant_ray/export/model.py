@@ -56,6 +56,8 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
         ModelError: It cannot be loaded.
         FormatError: Its files hold matrices the other way round.
     """
+    import transformers
+
     scan = ScanConfig.model_validate(source.state.config)
     ref = require_model(source.state, scan)
     model: Any = load_model(ref, dtype=scan.dtype, device="cpu")
@@ -69,6 +71,9 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
     sixteen_bits = SixteenBits(dtype=dtype if dtype in _16_BITS else torch.bfloat16, kept=kept)
     if not model.config.architectures:  # a GGUF file names none, and exporters ask for it
         model.config.architectures = [type(model).__name__]
+    if ref.gguf_file is None:
+        # The model's file is copied; transformers would not save again what it finds odd in it.
+        model.generation_config = transformers.GenerationConfig()
     _untie_head(model, source)
     return model, ref, sixteen_bits
 
