@@ -15,6 +15,7 @@ import itertools
 import json
 import time
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     ref = find_model(str(find_demo_model()))
-    plan = build_plan(build_skeleton(ref), resolve_formats(FORMATS, device="cpu"))
+    # mtq.quantize gives each weight a scale of its own, fused layers too.
+    menu = [replace(f, shares_scale=False) for f in resolve_formats(FORMATS, device="cpu")]
+    plan = build_plan(build_skeleton(ref), menu)
     samples = read_samples(ref, options.samples, options.seq_len)
     scorer = Scorer(make_spec(ref, plan, options.labels))
     predicted = predict(scorer, plan, samples)

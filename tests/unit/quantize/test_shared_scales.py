@@ -14,10 +14,12 @@ import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from modelopt.torch.quantization.utils import SHARED_PATTERNS
 from modelopt_scores import NOTHING, quantized_by_modelopt
+from pydantic import ValidationError
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.calibrate.modelopt_config import load_quantization_config
+from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.quantize.calibration import Calibration, Channels, ModuleCalibration
@@ -253,3 +255,21 @@ def test_every_engine_needs_one_scale_for_fp8_and_nvfp4_and_none_for_channels() 
             assert shares_scale(format_of(name), engine), (engine, name)
     assert not shares_scale(format_of("FP8_PER_CHANNEL_PER_TOKEN_CFG"), "vllm")
     assert hasattr(mtq, "FP8_PER_CHANNEL_PER_TOKEN_CFG")
+
+
+def test_custom_format_asks_for_scales_apart_by_true_or_false() -> None:
+    def space(**entry: Any) -> SearchSpace:
+        weight = {"num_bits": [4, 3], "axis": None}
+        custom = {"mine": {"weight": weight, **entry}}
+        return SearchSpace(model="m", formats=("mine",), custom_formats=custom)
+
+    for shares in (True, False):
+        given = space(shares_scale=shares).custom_formats
+        (format_,) = resolve_formats(("mine",), device="cpu", custom=given)
+        assert format_.has_shared_scale == shares
+    with pytest.raises(ValidationError, match="shares_scale: must be true or false"):
+        space(shares_scale={})
+    with pytest.raises(ValidationError, match="input: must be a mapping or null"):
+        space(input=True)
+    with pytest.raises(ValidationError, match="unknown key"):
+        space(shared_scale=False)
