@@ -21,10 +21,10 @@ from autoquant_ray.formats.smoothed import (
     needs_hessians,
     takes_factors,
 )
+from autoquant_ray.modelopt_api import needs_static_maximum
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.calibration_mode import READERS
 from autoquant_ray.quantize.fitted_model import FittedModel, QuantizedModule, opened_folds
-from autoquant_ray.quantize.quantizers import needs_static_maximum
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_TABLE, solution_folder
 from autoquant_ray.runs.state import RunState
@@ -152,7 +152,7 @@ def _shapes_of(module: Any, quantized: QuantizedModule) -> list[tuple[int, ...]]
 
 
 def _set_maximum(quantizer: Any, maximum: float, module: Any) -> None:
-    before = getattr(quantizer, "_amax", None)
+    before = quantizer.amax
     if before is not None:
         quantizer.amax = torch.full_like(before, maximum)
         return

@@ -25,7 +25,6 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     preset_name_to_scheme,
 )
-from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 
 from autoquant_ray.export.layouts import (
     COMPRESSED_AS,
@@ -37,6 +36,7 @@ from autoquant_ray.export.layouts import (
 from autoquant_ray.export.model import SixteenBits, distinct_tensors
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
+from autoquant_ray.modelopt_api import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import Factors
 from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of, rounded_weight

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,19 @@ from autoquant_ray.errors import FormatError, one_line
 from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxima
 from autoquant_ray.export.layouts import MODELOPT, NO_ZERO, block_size
 from autoquant_ray.export.model import SixteenBits
-from autoquant_ray.export.names import clean, names_required
+from autoquant_ray.export.names import names_required
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.algorithms import without_fits
 from autoquant_ray.formats.numbers import has_tensor_scale
+from autoquant_ray.modelopt_api import (
+    export_checkpoint,
+    mtq,
+    needs_static_maximum,
+    unfused_export,
+    without_name_marks,
+)
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import FittedModel, QuantizedModule
-from autoquant_ray.quantize.quantizers import needs_static_maximum
 from autoquant_ray.serving.fused_names import EXPERTS, engine_modules
 
 _CONFIGS = ("hf_quant_config.json", "config.json")
@@ -52,9 +58,6 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
         FormatError: ModelOpt would not write the names of the model's own files, or stops, or a
             module has no calibrated maximum.
     """
-    import modelopt.torch.quantization as mtq
-    from modelopt.torch.export import export_hf_checkpoint
-
     modules = {
         name: QuantizedModule.of(name, source.modules[name], format_)
         for name, format_ in source.formats.items()
@@ -70,7 +73,7 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
     # packing of 4-bit integers takes for a device.
     try:
         with names_required(), _scales_kept(source):
-            export_hf_checkpoint(model, dtype=next(model.parameters()).dtype, export_dir=folder)
+            export_checkpoint(model, dtype=next(model.parameters()).dtype, folder=folder)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise FormatError(
             f"`format` {MODELOPT} cannot hold this model: ModelOpt's exporter stops "
@@ -87,19 +90,10 @@ def _scales_kept(source: Source) -> Iterator[None]:
     It finds the linears that read one input, which are more than those that engines fuse, and sets
     their scales to the largest. In runs of earlier versions weights have scales of their own.
     """
-    from modelopt.torch.export import unified_export_hf
-
     with_tensor_scale = [f for f in source.formats.values() if has_tensor_scale(f.weight)]
-    if not all(format_.shares_scale for format_ in with_tensor_scale):
+    are_shared = all(format_.shares_scale for format_ in with_tensor_scale)
+    with unfused_export() if are_shared else nullcontext():
         yield
-        return
-    name = "_fuse_shared_input_modules"
-    fuse = getattr(unified_export_hf, name)
-    setattr(unified_export_hf, name, lambda *_, **__: {})
-    try:
-        yield
-    finally:
-        setattr(unified_export_hf, name, fuse)
 
 
 def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) -> None:
@@ -194,7 +188,7 @@ def _correct_configs(folder: Path) -> None:
     """Say what is there: ModelOpt announces smoothing factors with every 4-bit integer format, and
     leaves marks in names."""
     for name in _CONFIGS:
-        content = json.loads(clean((folder / name).read_text()))
+        content = json.loads(without_name_marks((folder / name).read_text()))
         _set_all(content, "pre_quant_scale", False)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 

@@ -22,11 +22,6 @@ from autoquant_ray.models.quantizable import quantizable_modules
 from autoquant_ray.wording import few
 
 _MOST_NAMES = 4
-_GIVES_UP = "Quant-aware reverse weight conversion skipped"
-"""How ModelOpt 0.47 warns that it writes the names in memory
-(``modelopt/torch/export/unified_export_hf.py``)."""
-_MARK = re.compile(r"\.(\x00|\\u0000).*?sentinel")
-"""In a text, or in JSON (``modelopt/torch/export/quant_aware_conversion.py``)."""
 
 
 def as_stored(model: Any, source: Source) -> Source:
@@ -35,22 +30,13 @@ def as_stored(model: Any, source: Source) -> Source:
     Raises:
         FormatError: The exporter cannot give the model's tensors the form of its own files.
     """
-    from modelopt.torch.export.quant_aware_conversion import (
-        QuantConversionUnsupportedError,
-        build_reverse_name_mapper,
-    )
+    from autoquant_ray.modelopt_api import stored_name_of
 
     try:
-        name_of = build_reverse_name_mapper(model)
-    except QuantConversionUnsupportedError as error:
+        name_of = stored_name_of(model)
+    except ValueError as error:
         raise _cannot_name(one_line(error)) from None
-    return source if name_of is None else source.renamed(lambda name: clean(name_of(name)))
-
-
-def clean(text: str) -> str:
-    """Without a mark that ModelOpt puts behind names while it maps them, and leaves there where
-    one of the model's patterns fits the mark itself (``model.`` does)."""
-    return _MARK.sub("", text)
+    return source if name_of is None else source.renamed(name_of)
 
 
 @contextmanager
@@ -60,8 +46,10 @@ def names_required() -> Iterator[None]:
     Raises:
         FormatError: It would.
     """
+    from autoquant_ray.modelopt_api import NAMES_KEPT
+
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=_GIVES_UP)
+        warnings.filterwarnings("error", message=NAMES_KEPT)
         try:
             yield
         except UserWarning as warning:

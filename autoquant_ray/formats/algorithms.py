@@ -225,8 +225,9 @@ def in_mode(algorithm: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    from modelopt.torch.quantization import config
     from pydantic import ValidationError
+
+    from autoquant_ray.modelopt_api import algorithm_configs as config
 
     if method == AWQ_GPTQ:
         by_part = {

@@ -117,7 +117,7 @@ def resolve_formats(
 
 def known_formats() -> list[str]:
     """All names that can be asked for, pairs first, ModelOpt's presets last."""
-    import modelopt.torch.quantization as mtq
+    from autoquant_ray.modelopt_api import mtq
 
     return [*PAIRS, *BLOCK_INTEGERS, *KV_FORMATS, *sorted(mtq.config.choices)]
 
@@ -202,7 +202,7 @@ def _preset_attributes(
     name: str, names: list[str]
 ) -> tuple[Attributes, Attributes | None, Attributes | None]:
     """Weight, input and algorithm of a preset; None for the algorithm 'max'."""
-    import modelopt.torch.quantization as mtq
+    from autoquant_ray.modelopt_api import mtq
 
     if name not in mtq.config.choices:
         hint = ", ".join(closest_formats(name, names) or names[:4])
@@ -237,9 +237,9 @@ def _last_match(entries: list[dict[str, Any]], quantizer: str) -> Any:
 
 
 def _modelopt_compression(name: str, weight: Attributes, input_: Attributes | None) -> float:
-    from modelopt.torch.quantization.algorithms import estimate_quant_compression
-    from modelopt.torch.quantization.config import QuantizeConfig
     from pydantic import ValidationError
+
+    from autoquant_ray.modelopt_api import QuantizeConfig, estimate_quant_compression
 
     entries = [{"quantizer_name": "*weight_quantizer", "cfg": weight}]
     if input_ is not None:

@@ -125,6 +125,8 @@ def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
     """The modules of a model that ModelOpt quantizes, in the model's order."""
     import torch
 
+    from autoquant_ray.modelopt_api import experts_layout
+
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     holders: dict[tuple[int, ...], str] = {}
     for name, module in model.named_modules():
@@ -134,7 +136,7 @@ def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
             kind = "linear"
         elif isinstance(module, convolutions):
             kind = "convolution"
-        elif (layout := _experts_layout(module)) is not None:
+        elif (layout := experts_layout(module)) is not None:
             kind, (parameters, is_transposed) = "experts", layout
         else:
             continue
@@ -173,32 +175,16 @@ def has_plain_forward(module: torch.nn.Module) -> bool:
     return type(module).forward is torch.nn.Linear.forward
 
 
-def _experts_layout(module: torch.nn.Module) -> tuple[tuple[str, str], bool] | None:
-    """Parameters of fused experts, and whether they are transposed; None for unknown layouts."""
-    from modelopt.torch.quantization.nn import QuantModuleRegistry
-    from modelopt.torch.quantization.plugins import huggingface
-
-    wrapper = huggingface._fused_experts_wrapper_class(module)
-    registered = QuantModuleRegistry.get(type(module))
-    if registered is not None and issubclass(registered, huggingface._QuantGptOssExperts):
-        return ("gate_up_proj", "down_proj"), True
-    is_other = registered is not None and not issubclass(registered, huggingface._QuantFusedExperts)
-    return None if is_other or wrapper is None else ((wrapper._first_proj_attr, "down_proj"), False)
-
-
 _GATE_AND_UP = ("w1", "w3")
 
 
 def group_key(name: str) -> str:
     """What the modules of a group have in common: ModelOpt's searcher's rules, and one more."""
-    from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
+    from autoquant_ray.modelopt_api import key_by_rules
 
-    searcher = AutoQuantizeGradientSearcher()
-    searcher.model = None
-    for rule in searcher.quant_grouping_rules:
-        key = searcher._apply_quant_group_rule(name, rule)
-        if key is not None:
-            return str(key)
+    key = key_by_rules(name)
+    if key is not None:
+        return key
     # Engines fuse these as they do gate_proj and up_proj (LFM2), and ModelOpt has no rule for them.
     parent, _, last = name.rpartition(".")
     return f"{parent}.{_GATE_AND_UP}" if last in _GATE_AND_UP else name

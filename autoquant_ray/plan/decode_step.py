@@ -53,7 +53,8 @@ def step_facts(
         it looks back; None: all).
     """
     import torch
-    from modelopt.torch.quantization._auto_quantize_cost import infer_active_moe_expert_ratio
+
+    from autoquant_ray.modelopt_api import infer_active_moe_expert_ratio
 
     planned = {f"{module.path}.{name}" for module in modules for name in module.parameters}
     embeddings = {

@@ -9,9 +9,7 @@ attention), which ModelOpt does not wrap. Vision towers keep no cache.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,9 +37,11 @@ def cache_modules(
     asked = [format_.name for format_ in formats if format_.kv is not None]
     if not asked:
         return []
+    from autoquant_ray.modelopt_api import has_cache_quantizers
+
     caches = []
     for name, module in model.named_modules():
-        if is_idle(name) or not _is_wrapped(module):
+        if is_idle(name) or not has_cache_quantizers(module):
             continue
         cached = _cached_shapes(module, model.config.get_text_config())
         if cached is not None:
@@ -54,31 +54,6 @@ def cache_modules(
             f"quantize; leave {', '.join(asked)} out of the formats"
         )
     return caches
-
-
-def register_attention(module: Any) -> None:
-    """Let ModelOpt's registry know the class of an attention, as ``mtq.quantize`` does."""
-    import modelopt.torch.quantization as mtq
-    from modelopt.torch.quantization.nn import QuantModuleRegistry
-    from modelopt.torch.quantization.plugins.huggingface import _QuantAttention
-
-    if QuantModuleRegistry.get(type(module)) is None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            mtq.register(type(module), _QuantAttention)
-
-
-def _is_wrapped(module: Any) -> bool:
-    """ModelOpt's own rule, for the wrapper that quantizes what the attention interface is given."""
-    from modelopt.torch.quantization.nn import QuantModuleRegistry
-    from modelopt.torch.quantization.plugins import huggingface
-
-    kind = type(module)
-    if not kind.__name__.endswith("Attention") or huggingface._wraps_nested_attention(module):
-        return False
-    registered = QuantModuleRegistry.get(kind)
-    if registered is not None:
-        return bool(issubclass(registered, huggingface._QuantAttention))
-    return bool(huggingface._QuantAttention.is_compatible_attention(kind))
 
 
 def _cached_shapes(module: Any, config: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:

@@ -20,13 +20,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
-    StaticBlockScaleQuantizer,
-    is_registered_quant_backend,
-    register_quant_backend,
-)
-from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
-from modelopt.torch.quantization.utils.numeric_utils import fp8_max_for_normalization
 
 from autoquant_ray.formats.numbers import (
     E2M1,
@@ -37,6 +30,15 @@ from autoquant_ray.formats.numbers import (
     blocks_of,
     is_scaled_by_block,
     is_static_nvfp4,
+)
+from autoquant_ray.modelopt_api import (
+    StaticBlockQuantizer,
+    fake_quantize,
+    fp8_max_for_normalization,
+    is_registered_quant_backend,
+    largest_of,
+    register_quant_backend,
+    scaled_e4m3_impl,
 )
 
 BACKEND = "autoquant_ray_blocks"
@@ -240,14 +242,15 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-class StaticBlocks(StaticBlockScaleQuantizer):
+class StaticBlocks(StaticBlockQuantizer):
     """ModelOpt's quantizer of static NVFP4 weights, which asks no backend: on CPU too, and with the
     small scales of the packed tensor.
 
     Made of another quantizer by ``from_tensor_quantizer``, before or after its calibration.
     """
 
-    def _fake_quantize(self, inputs: torch.Tensor) -> torch.Tensor:
+    def quantized(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Quantize and dequantize blocks ``(N, B)``."""
         maxima_N1 = self.amax.reshape(-1, 1)
         largest = self.amax.amax() if self.global_amax is None else self.global_amax
         top = fp8_max_for_normalization(self)
@@ -255,9 +258,9 @@ class StaticBlocks(StaticBlockScaleQuantizer):
             quantize_static_blocks, maxima_N1=maxima_N1, largest=largest, scale_at_largest=top
         )
         if not inputs.is_cuda:
-            quantized: torch.Tensor = _StraightThrough.apply(inputs, quantize)
-            return quantized
-        on_cuda: torch.Tensor = super()._fake_quantize(inputs)
+            values: torch.Tensor = _StraightThrough.apply(inputs, quantize)
+            return values
+        on_cuda = super().quantized(inputs)
         _, is_lost_N1 = _static_scales(maxima_N1, largest, top)
         if not is_lost_N1.any():
             return on_cuda
@@ -278,7 +281,7 @@ def _weights_entry_point(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
     if not inputs.is_cuda:
         return _here(inputs, quantizer, as_packed=True)
     on_cuda = _by_modelopt(inputs, quantizer)
-    blocks, maximum = _blocks_of(quantizer), quantizer._get_amax(inputs)
+    blocks, maximum = _blocks_of(quantizer), largest_of(quantizer, inputs)
     values_NB = _in_blocks(inputs, blocks.size)
     maxima_N1 = values_NB.abs().amax(dim=1, keepdim=True)
     of_kernel_N1, packed_N1 = (
@@ -294,15 +297,14 @@ def _weights_entry_point(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
 def _by_modelopt(inputs: torch.Tensor, quantizer: Any) -> torch.Tensor:
     backend, quantizer.backend = quantizer.backend, None
     try:
-        quantized: torch.Tensor = quantizer._fake_quantize(inputs)
+        return fake_quantize(quantizer, inputs)
     finally:
         quantizer.backend = backend
-    return quantized
 
 
 def _here(inputs: torch.Tensor, quantizer: Any, *, as_packed: bool = False) -> torch.Tensor:
     blocks = _blocks_of(quantizer)
-    maximum = quantizer._get_amax(inputs) if blocks.has_second_scale else None
+    maximum = largest_of(quantizer, inputs) if blocks.has_second_scale else None
     quantize = partial(quantize_blocks, blocks=blocks, maximum=maximum, as_packed=as_packed)
     quantized: torch.Tensor = _StraightThrough.apply(inputs, quantize)
     return quantized

@@ -31,26 +31,24 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
-from modelopt.torch.quantization.conversion import (
-    _normalize_fused_experts_quantizer_name,
-    set_quantizer_by_cfg_context,
-)
-from modelopt.torch.quantization.mode import (
-    BaseCalibrateModeDescriptor,
-    CalibrateModeRegistry,
-    get_modelike_from_algo_cfg,
-)
-from modelopt.torch.quantization.nn import TensorQuantizer
-from modelopt.torch.quantization.utils import SharedWeightGlobalAmaxState, iter_shared_quant_states
-from modelopt.torch.quantization.utils.core_utils import (
-    enable_weight_access_and_writeback,
-    is_quantized_linear,
-)
 from pydantic import Field
 
 from autoquant_ray.formats.algorithms import AWQ, BY_COLUMNS, FITTED, MAX, MSE, SETS, WEIGHTED
 from autoquant_ray.formats.format import Attributes
+from autoquant_ray.modelopt_api import (
+    QuantizeAlgorithmConfig,
+    SharedWeightGlobalAmaxState,
+    TensorQuantizer,
+    calibrate,
+    enable_weight_access_and_writeback,
+    is_quantized_linear,
+    iter_shared_quant_states,
+    mutates_weights,
+    normal_quantizer_name,
+    register_calibration,
+    set_quantizer_by_cfg_context,
+    switch_input_scaling,
+)
 from autoquant_ray.quantize.block_formats import StaticBlocks
 from autoquant_ray.quantize.input_factors import InputFactors
 from autoquant_ray.quantize.input_squares import InputSquares
@@ -133,9 +131,9 @@ def calibrate_sets(
         if quantizer.is_nvfp4_static and next(model.parameters()).device.type == "cpu":
             StaticBlocks.from_tensor_quantizer(quantizer)
     factors: list[InputFactors] = []
-    calibrate = partial(_calibrate, model, forward_loop, factors, _SharedScales(model, shared))
+    calibrate_part = partial(_calibrate, model, forward_loop, factors, _SharedScales(model, shared))
     for quantizer, is_enabled in _calibrate_parts(
-        model, calibrate, quantizers, _parts(quantizers, sets, others)
+        model, calibrate_part, quantizers, _parts(quantizers, sets, others)
     ):
         if is_enabled:
             quantizer.enable()
@@ -160,7 +158,7 @@ def _read_fits(run: str, solution: str) -> Fits:
 
 def _calibrate_parts(
     model: Any,
-    calibrate: Callable[[Algorithm], None],
+    calibrate_part: Callable[[Algorithm], None],
     quantizers: Quantizers,
     parts: Sequence[tuple[Algorithm, Quantizers]],
 ) -> list[tuple[TensorQuantizer, bool]]:
@@ -171,7 +169,7 @@ def _calibrate_parts(
     for algorithm, members in parts:
         kept = _SetAside(model, members) if _scales(algorithm) and members is not last else None
         with _only(quantizers, members):
-            calibrate(algorithm)
+            calibrate_part(algorithm)
             results += [(quantizer, quantizer.is_enabled) for quantizer in members.values()]
         if kept is not None:
             kept.swap()
@@ -185,7 +183,7 @@ def _parts(
     quantizers: Quantizers, sets: Sequence[Mapping[str, Any]], others: Algorithm
 ) -> list[tuple[Algorithm, Quantizers]]:
     """Algorithms with their quantizers; those that scale weights come last."""
-    normal_names = {name: _normalize_fused_experts_quantizer_name(name) for name in quantizers}
+    normal_names = {name: normal_quantizer_name(name) for name in quantizers}
     rest = dict(quantizers)
     parts: list[tuple[Algorithm, Quantizers]] = []
     for set_ in sets:
@@ -208,10 +206,7 @@ def _parts(
 
 def _scales(algorithm: Algorithm) -> bool:
     """Whether an algorithm changes weights."""
-    if _method(algorithm) in FITTED:
-        return False
-    ((name, _),) = get_modelike_from_algo_cfg(algorithm)
-    return bool(CalibrateModeRegistry[name].config_class._mutates_weights)
+    return _method(algorithm) not in FITTED and mutates_weights(algorithm)
 
 
 def _method(algorithm: Algorithm) -> str:
@@ -256,9 +251,7 @@ def _calibrate(
         with shared.put_aside():
             again(algorithm)
         return
-    ((name, arguments),) = get_modelike_from_algo_cfg(algorithm)
-    mode = CalibrateModeRegistry[name]
-    mode.convert(model, mode.config_class(**arguments), forward_loop=forward_loop)
+    calibrate(model, algorithm, forward_loop)
     shared.set_maxima()
 
 
@@ -374,21 +367,7 @@ class _SetAside:
                 now = layer.weight.detach().clone()
                 layer.weight.data.copy_(self._weights[number])
             self._weights[number] = now
-            if hasattr(layer.input_quantizer, "_pre_quant_scale"):
-                layer.input_quantizer._enable_pre_quant_scale = self._is_scaled
+            switch_input_scaling(layer.input_quantizer, self._is_scaled)
 
 
-class SetsCalibrateModeDescriptor(BaseCalibrateModeDescriptor):
-    """The mode, as ModelOpt finds it."""
-
-    _calib_func = calibrate_sets
-    _supports_layerwise = False
-
-    @property
-    def config_class(self) -> type[QuantizeAlgorithmConfig]:
-        """Class of the arguments."""
-        return SetsCalibConfig
-
-
-if f"{SETS}_calibrate" not in CalibrateModeRegistry:
-    CalibrateModeRegistry.register_mode(SetsCalibrateModeDescriptor)
+register_calibration(SETS, SetsCalibConfig, calibrate_sets)

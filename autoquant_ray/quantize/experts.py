@@ -16,13 +16,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn import QuantModuleRegistry
-from modelopt.torch.quantization.plugins.huggingface import (
-    force_eager_experts_impl_on_the_fly,
-    register_fused_experts_on_the_fly,
-)
 
 from autoquant_ray.formats.format import Format
+from autoquant_ray.modelopt_api import QuantModuleRegistry
 from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.quantize.quantizers import (
     disabled_quantizer,
@@ -30,12 +26,6 @@ from autoquant_ray.quantize.quantizers import (
     quantized_weight,
 )
 from autoquant_ray.quantize.weight_search import WeightScales
-
-
-def prepare_experts(model: torch.nn.Module) -> None:
-    """Make fused experts run expert by expert, the only way that ModelOpt can quantize."""
-    force_eager_experts_impl_on_the_fly(model)
-    register_fused_experts_on_the_fly(model)
 
 
 class FusedExperts:

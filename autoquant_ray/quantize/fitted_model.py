@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, NamedTuple
 
 import torch
-from modelopt.torch.quantization.utils.core_utils import enable_weight_access_and_writeback
 
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians, takes_factors
+from autoquant_ray.modelopt_api import enable_weight_access_and_writeback
 from autoquant_ray.plan.fold import ROWS, Fold
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.folding import (

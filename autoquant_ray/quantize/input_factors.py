@@ -15,13 +15,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.model_calib import (
-    _collect_weight_stats,
-    _run_and_load_max_stats,
-)
-from modelopt.torch.quantization.utils.core_utils import enable_weight_access_and_writeback
 
 from autoquant_ray.formats.format import Attributes
+from autoquant_ray.modelopt_api import calibrate_anew, enable_weight_access_and_writeback
 from autoquant_ray.plan.fold import ROWS, Fold
 from autoquant_ray.quantize.awq import PLAIN, candidate_alphas, shared_factors, shared_importance
 from autoquant_ray.quantize.folding import divide_maxima, fold_factors, producer_divisor
@@ -108,9 +104,7 @@ class InputFactors:
                     stack.enter_context(enable_weight_access_and_writeback(module, self._model))
                 fold_factors(self._model, fold, factors_I)
                 for module in modules[:-1]:
-                    module.weight_quantizer._calibrator.reset()
-                    collect = partial(_collect_weight_stats, weight=module.weight)
-                    _run_and_load_max_stats(module.weight_quantizer, collect)
+                    calibrate_anew(module.weight_quantizer, module.weight)
             quantizer: Any = getattr(modules[-1], "weight_quantizer", None)
             if fold.kind == ROWS and getattr(quantizer, "amax", None) is not None:
                 divide_maxima(quantizer, producer_divisor(fold, factors_I, len(modules[-1].weight)))

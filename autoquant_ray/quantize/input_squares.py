@@ -13,10 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.nn import QuantModule
-from modelopt.torch.quantization.utils.core_utils import enable_weight_access_and_writeback
 
 from autoquant_ray.formats.format import Attributes
+from autoquant_ray.modelopt_api import QuantModule, enable_weight_access_and_writeback
 from autoquant_ray.quantize.weight_search import search_scales
 
 RowsOf = Callable[[Any, torch.Tensor], torch.Tensor]

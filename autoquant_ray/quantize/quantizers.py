@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from modelopt.torch.quantization.config import QuantizerAttributeConfig
-from modelopt.torch.quantization.nn import TensorQuantizer
 
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.formats.smoothed import needs_channel_squares
+from autoquant_ray.modelopt_api import (
+    QuantizerAttributeConfig,
+    TensorQuantizer,
+    needs_static_maximum,
+)
 from autoquant_ray.quantize.block_formats import WEIGHTS_BACKEND, backend_for
 from autoquant_ray.quantize.grid import Grid, grid_of, values_of
 from autoquant_ray.quantize.weight_search import (
@@ -257,9 +260,3 @@ def make_input_quantizer(
             raise KeyError("no calibrated maximum for a static input quantizer")
         quantizer.amax = torch.tensor(maximum, dtype=like.dtype, device=like.device)
     return quantizer
-
-
-def needs_static_maximum(quantizer: Any) -> bool:
-    """Whether ModelOpt calibrates this quantizer's maximum ahead of use."""
-    is_constant = quantizer._use_constant_amax or quantizer._constant_amax is not None
-    return not (is_constant or quantizer._dynamic or quantizer.is_mx_format)

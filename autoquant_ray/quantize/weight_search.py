@@ -24,14 +24,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.calib import MseCalibrator
-from modelopt.torch.quantization.model_calib import (
-    _collect_weight_stats,
-    _make_weight_mse_calibrator,
-    _run_and_load_max_stats,
-)
-from modelopt.torch.quantization.nn.modules.tensor_quantizer import StaticBlockScaleQuantizer
-from modelopt.torch.quantization.utils import SHARED_PATTERNS
 
 from autoquant_ray.formats.algorithms import (
     ARGUMENTS,
@@ -44,6 +36,7 @@ from autoquant_ray.formats.algorithms import (
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_static_nvfp4
 from autoquant_ray.formats.smoothed import is_smoothed, method_of, needs_hessians, takes_factors
+from autoquant_ray.modelopt_api import SHARED_PATTERNS, ScaleSearch, StaticBlockScaleQuantizer
 from autoquant_ray.quantize.awq import shared_factors, shared_importance
 from autoquant_ray.quantize.block_formats import StaticBlocks
 from autoquant_ray.quantize.calibration import Bytes, Calibration
@@ -79,17 +72,15 @@ def search_scales(
     if algorithm["method"] == WEIGHTED:
         if squares_I is None:
             return
-        calibrator = _weighted_calibrator(quantizer, algorithm, squares_I)
-        search = partial(_search_weighted, quantizer, rows, calibrator)
+        scales = _weighted_search(quantizer, algorithm, squares_I)
+        search = partial(_least_weighted, scales, rows)
     else:
-        calibrator = _make_weight_mse_calibrator(
-            quantizer, **{name: algorithm[name] for name in ARGUMENTS[MSE]}
-        )
-        search = partial(_search, quantizer, rows, calibrator)
+        scales = ScaleSearch(quantizer, **{name: algorithm[name] for name in ARGUMENTS[MSE]})
+        search = partial(_least_squared, scales, rows)
     result = search() if recall is None else recall(search)
     result = result.to(quantizer.amax.device)
     is_numbers = result.dtype == torch.uint8
-    quantizer.amax = _maxima(calibrator, result.long()) if is_numbers else result
+    quantizer.amax = scales.maxima(result.long()) if is_numbers else result
 
 
 def finish_static_blocks(
@@ -266,10 +257,8 @@ def _given(result: torch.Tensor, _search: Callable[[], torch.Tensor]) -> torch.T
     return result
 
 
-def _weighted_calibrator(
-    quantizer: Any, algorithm: Attributes, squares_I: torch.Tensor
-) -> MseCalibrator:
-    """ModelOpt's calibrator with the weighted error, in float32.
+def _weighted_search(quantizer: Any, algorithm: Attributes, squares_I: torch.Tensor) -> ScaleSearch:
+    """ModelOpt's search with the weighted error, in float32.
 
     Blocks none of whose channels was ever other than 0 are searched by plain squared error.
     """
@@ -285,46 +274,30 @@ def _weighted_calibrator(
 
     start, stop = algorithm["start_multiplier"], algorithm["stop_multiplier"]
     steps = num_multipliers(algorithm) - 1
-    calibrator: Any = _make_weight_mse_calibrator(
+    search = ScaleSearch(
         quantizer,
+        error=error,
         step_size=(stop - start) / (steps - 0.5) if steps else 1.0,  # ModelOpt rounds up
         start_multiplier=start,
         stop_multiplier=stop,
         fp8_scale_sweep=False,
-        error_func=error,
     )
-    calibrator._initial_amax = calibrator._initial_amax.float()
-    return calibrator
+    return search.in_float32()
 
 
-def _search_weighted(quantizer: Any, rows: Rows, calibrator: MseCalibrator) -> torch.Tensor:
+def _least_weighted(search: ScaleSearch, rows: Rows) -> torch.Tensor:
     """Numbers of the best candidates, uint8, the first of equals."""
-    largest, before = quantizer.amax.clone(), quantizer._calibrator
-    quantizer._calibrator = calibrator
-    _run_and_load_max_stats(quantizer, partial(_collect_weight_stats, weight=rows().float()))
-    quantizer.amax, quantizer._calibrator = largest, before
-    losses: Any = calibrator._losses_sum
-    return torch.stack(losses).argmin(dim=0).to(torch.uint8)
+    search.best(rows().float())
+    return torch.stack(search.losses).argmin(dim=0).to(torch.uint8)
 
 
-def _search(quantizer: Any, rows: Rows, calibrator: Any) -> torch.Tensor:
+def _least_squared(search: ScaleSearch, rows: Rows) -> torch.Tensor:
     """Numbers of the best candidates, uint8; the maxima themselves where these are none of the
     candidates to the last bit (on CUDA, ModelOpt has another kernel for some)."""
-    largest = quantizer.amax.clone()
-    quantizer._calibrator = calibrator
-    _run_and_load_max_stats(quantizer, partial(_collect_weight_stats, weight=rows()))
-    best = quantizer.amax
+    best = search.best(rows())
     numbers = torch.zeros_like(best, dtype=torch.long)
     is_numbered = torch.zeros_like(best, dtype=torch.bool)
-    for number in range(len(calibrator._generate_candidates(best.device))):
-        is_this = _maxima(calibrator, torch.full_like(numbers, number)).to(best.dtype) == best
+    for number in range(search.num_candidates(best.device)):
+        is_this = search.maxima(torch.full_like(numbers, number)).to(best.dtype) == best
         numbers[is_this], is_numbered = number, is_numbered | is_this
-    quantizer.amax = largest
-    return numbers.to(torch.uint8) if bool(is_numbered.all()) else best.clone()
-
-
-def _maxima(calibrator: Any, numbers: torch.Tensor) -> torch.Tensor:
-    """``maximum * candidate``, as ModelOpt's calibrators form it."""
-    candidates = calibrator._generate_candidates(numbers.device)
-    maxima: torch.Tensor = calibrator._compute_candidate_amax(candidates[numbers])
-    return maxima
+    return numbers.to(torch.uint8) if bool(is_numbered.all()) else best

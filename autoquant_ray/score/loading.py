@@ -19,11 +19,11 @@ from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import get_balanced_memory
 
 from autoquant_ray.errors import ModelError
+from autoquant_ray.modelopt_api import prepare_experts
 from autoquant_ray.models.find import ModelRef, require_mappable
 from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.models.load import build_skeleton, load_model
 from autoquant_ray.models.quantizable import is_turned, with_plain_linears
-from autoquant_ray.quantize.experts import prepare_experts
 from autoquant_ray.score.residence import Offloaded, Residence, Resident, StoredTensor
 
 SPLIT_SHARE = 0.8

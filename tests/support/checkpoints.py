@@ -21,6 +21,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.formats.smoothed import is_fitted, needs_channels, needs_search
+from autoquant_ray.modelopt_api import prepare_experts
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
 from autoquant_ray.plan.fold import folds_of_summary
@@ -28,7 +29,6 @@ from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.awq import loss_rows
 from autoquant_ray.quantize.calibration import NUM_HALVES
-from autoquant_ray.quantize.experts import prepare_experts
 from autoquant_ray.quantize.modules import UNQUANTIZED, QuantizedLayers
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 from autoquant_ray.quantize.weight_cache import WeightCache

@@ -17,7 +17,7 @@ PACKAGE = Path(autoquant_ray.__file__).parent
 ROOT = PACKAGE.name
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("arrays", "errors", "notebook", "version", "wording"),
+    ("arrays", "errors", "modelopt_api", "notebook", "version", "wording"),
     ("formats",),
     ("serving",),
     ("config",),
@@ -47,9 +47,12 @@ TORCH_FILES = {
     "export.compressed_tensors",
     "export.model",
     "export.modelopt",
+    "modelopt_api",
 }
 """Where torch is imported when the module is; elsewhere only inside the functions that need it."""
 TORCH_INSIDE_FUNCTIONS = {"models", "plan", "distributed", "export", "cli"}
+DOOR = "modelopt_api"
+"""The module that imports ModelOpt."""
 RAY_PACKAGES = {"distributed", "stages", "scan", "evaluate", "jobs"}
 """Where Ray may be imported, anywhere in a module."""
 
@@ -150,6 +153,28 @@ def test_torch_is_imported_where_the_table_says() -> None:
             may_at_once = room in TORCH_PACKAGES or name in TORCH_FILES
             if not (may_at_once or (not at_once and room in TORCH_INSIDE_FUNCTIONS)):
                 wrong.append(f"{name} imports {full}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modelopt_is_imported_by_its_door_only() -> None:
+    wrong = [
+        f"{name} imports {full}"
+        for name in MODULES
+        for full, _ in imports_of(name)
+        if full.partition(".")[0] == "modelopt" and name != DOOR
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_door_to_modelopt_is_imported_where_torch_may_be() -> None:
+    """It imports torch itself."""
+    wrong = [
+        f"{name} imports {full}"
+        for name in MODULES
+        for full, at_once in imports_of(name)
+        if full.startswith(f"{ROOT}.{DOOR}") and at_once
+        if room_of(name) not in TORCH_PACKAGES and name not in TORCH_FILES
+    ]
     assert not wrong, "\n".join(wrong)
 
 

@@ -16,11 +16,12 @@ from weight_formats import INT4
 
 from autoquant_ray.calibrate.hessians import HessianCollector, RoutedExperts
 from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.modelopt_api import prepare_experts
 from autoquant_ray.models.quantizable import quantizable_modules
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.calibration import Calibration
-from autoquant_ray.quantize.experts import FusedExperts, prepare_experts
+from autoquant_ray.quantize.experts import FusedExperts
 from autoquant_ray.quantize.gptq.fit import gptq_codes
 from autoquant_ray.quantize.grid import grid_of, plain_codes, values_of
 from autoquant_ray.quantize.modules import QuantizedLayers

@@ -20,9 +20,10 @@ from weight_formats import FP8, INT4, INT8, searched
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.format import Format
+from autoquant_ray.modelopt_api import prepare_experts
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.calibration import merge_calibrations
-from autoquant_ray.quantize.experts import FusedExperts, prepare_experts
+from autoquant_ray.quantize.experts import FusedExperts
 from autoquant_ray.quantize.quantizers import fake_quantize_weight, quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 

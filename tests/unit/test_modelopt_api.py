@@ -1,0 +1,120 @@
+"""What is used of ModelOpt, compared with the installed version, all of it at once."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import autoquant_ray
+
+DOOR = Path(autoquant_ray.__file__).parent / "modelopt_api.py"
+TREE = ast.parse(DOOR.read_text("utf-8"))
+
+QUANTIZER = (
+    *("_use_constant_amax", "_constant_amax", "_dynamic", "_get_amax", "_fake_quantize"),
+    *("_calibrator", "_pre_quant_scale", "_enable_pre_quant_scale"),
+    *("amax", "axis", "backend", "block_sizes", "disable", "enable", "is_enabled", "num_bits"),
+    *("is_mx_format", "is_nvfp4_static", "is_static_block_quant", "set_from_attribute_config"),
+)
+CALIBRATOR = ("_initial_amax", "_losses_sum", "_generate_candidates", "_compute_candidate_amax")
+EXPORTER = ("_fuse_shared_input_modules",)
+DESCRIPTOR = ("_calib_func", "_supports_layerwise")
+CLASSES = {
+    "QuantizeAlgorithmConfig": ("_mutates_weights",),
+    "AutoQuantizeGradientSearcher": ("_apply_quant_group_rule", "quant_grouping_rules"),
+    "_QuantFusedExperts": ("_first_proj_attr",),
+    "_QuantAttention": ("is_compatible_attention",),
+    "StaticBlockScaleQuantizer": ("from_tensor_quantizer", "global_amax"),
+    "QuantModule": ("iter_weights_for_calibration",),
+    "SharedWeightGlobalAmaxState": ("restore_from_members",),
+    "mtq": ("config", "quantize", "register"),
+}
+
+
+def imported(node: ast.AST = TREE) -> Iterator[list[tuple[str, str]]]:
+    """What the door imports from ModelOpt: module and name; several where another may do."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Try):
+            branches = [*child.body, *(s for handler in child.handlers for s in handler.body)]
+            if all(isinstance(branch, ast.ImportFrom) for branch in branches):
+                yield [pair for branch in branches for pair in _pairs(branch)]
+                continue
+        for pair in _pairs(child):
+            yield [pair]
+        yield from imported(child)
+
+
+def _pairs(node: ast.AST) -> list[tuple[str, str]]:
+    if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "modelopt":
+        return [(str(node.module), alias.name) for alias in node.names]
+    return []
+
+
+def _exists(module: str, name: str) -> bool:
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ImportError:
+        return False
+
+
+def test_every_name_that_is_imported_exists() -> None:
+    wanted = list(imported())
+    assert [("modelopt.torch.export", "export_hf_checkpoint")] in wanted
+    assert any(len(places) == 2 for places in wanted), "names that moved are not seen"
+    gone = [" or ".join(map(".".join, places)) for places in wanted if not _any_exists(places)]
+    assert not gone, f"nvidia-modelopt has no longer {gone}"
+
+
+def _any_exists(places: list[tuple[str, str]]) -> bool:
+    return any(_exists(*place) for place in places)
+
+
+def test_every_private_attribute_that_is_used_is_in_the_list() -> None:
+    used = {
+        node.attr
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Attribute)
+        if node.attr.startswith("_") and not node.attr.endswith("__")
+        if not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    }
+    texts = {n.value for n in ast.walk(TREE) if isinstance(n, ast.Constant)}
+    used |= {text for text in texts if isinstance(text, str) and text in QUANTIZER}
+    listed = {
+        *QUANTIZER,
+        *CALIBRATOR,
+        *EXPORTER,
+        *(name for names in CLASSES.values() for name in names),
+    }
+    assert used == {name for name in listed if name.startswith("_")}
+
+
+def test_every_attribute_exists() -> None:
+    import torch
+
+    from autoquant_ray import modelopt_api as door
+
+    quantizer: Any = door.TensorQuantizer()
+    quantizer.amax = torch.ones(())
+    quantizer.pre_quant_scale = torch.ones(())
+    search: Any = door.ScaleSearch(
+        quantizer, step_size=0.5, start_multiplier=0.5, stop_multiplier=1.5, fp8_scale_sweep=False
+    )
+    search.best(torch.ones(4, 4))
+    holders = [(quantizer, QUANTIZER), (search._calibrator, CALIBRATOR)]
+    holders += [(type(door.CalibrateModeRegistry["max_calibrate"]), DESCRIPTOR)]
+    exporter = importlib.import_module("modelopt.torch.export.unified_export_hf")
+    holders += [(exporter, EXPORTER)]
+    holders += [(getattr(door, name), attributes) for name, attributes in CLASSES.items()]
+    gone = [f"{holder}.{a}" for holder, names in holders for a in names if not hasattr(holder, a)]
+    assert not gone, f"nvidia-modelopt has no longer {gone}"
+
+
+def test_the_exporter_warns_in_the_words_that_are_waited_for() -> None:
+    from autoquant_ray.modelopt_api import NAMES_KEPT
+
+    exporter = importlib.import_module("modelopt.torch.export.unified_export_hf")
+    assert f"{NAMES_KEPT} ({{exc}}); " in inspect.getsource(exporter)
