@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from autoquant_ray.errors import ModelError
-from autoquant_ray.models.advice import why_unreadable
+from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.gguf_config import apply_rotary, read_facts
 from autoquant_ray.runs.hashing import fingerprint_files
 
@@ -21,6 +22,8 @@ TOKENIZER_FILES: tuple[str, ...] = (
     "added_tokens.json",
 )
 """Names of files in a model's folder that may belong to its tokenizer."""
+
+_BOUND = re.compile(r"^transformers\b[^;]*?<\s*(\d+)\.(\d+)")
 
 CHAT_FILES = ("chat_template*", "*preprocessor_config.json", "processor_config.json")
 """Names of files that decide which tokens and tensors a chat or an image becomes."""
@@ -169,8 +172,71 @@ def _load_config(ref: ModelRef) -> Any:
         needs_code = "trust_remote_code" in str(error)
         hint = " (its own code needs `trust_remote_code`)" if needs_code else ""
         raise ModelError(
-            f"config of model {ref.name}: {why_unreadable(error, _stated(ref))}{hint}"
+            f"config of model {ref.name}: {_why_unreadable(error, _stated(ref))}{hint}"
         ) from None
     if ref.gguf_file is not None:
         apply_rotary(config, read_facts(Path(ref.path) / ref.gguf_file).rotary)
     return config
+
+
+def _why_unreadable(error: Exception, config: Mapping[str, Any]) -> str:
+    """Why a config could not be read, in a line, and what helps.
+
+    Args:
+        error: What transformers raised.
+        config: Content of the config, as far as it could be read.
+    """
+    import transformers
+
+    types = _types_in(config)
+    unknown = next((t for t in types if t not in transformers.CONFIG_MAPPING), None)
+    is_about_it = isinstance(error, KeyError) or f"`{unknown}`" in str(error)
+    if unknown is None or not is_about_it:
+        return one_line(error)
+    installed = transformers.__version__
+    return (
+        f"transformers {installed} does not know the type {unknown!r}"
+        f"{upgrade_advice(installed, _requirements())}"
+    )
+
+
+def _types_in(config: Mapping[str, Any]) -> list[str]:
+    """The model's type and those of its parts."""
+    parts = [part for part in config.values() if isinstance(part, Mapping)]
+    stated = config.get("model_type")
+    return [
+        *([stated] if isinstance(stated, str) else []),
+        *(t for p in parts for t in _types_in(p)),
+    ]
+
+
+def upgrade_advice(installed: str, requirements: Sequence[str]) -> str:
+    """What to do about a type that transformers does not know, within this package's bounds.
+
+    transformers itself advises releases that ModelOpt may not work with.
+
+    Args:
+        installed: Version of transformers.
+        requirements: Of this package, as its metadata states them.
+    """
+    bounds = [match for line in requirements if (match := _BOUND.match(line))]
+    if not bounds:
+        return "; if it is newer than that, install a newer transformers that ModelOpt allows"
+    major, minor = (int(part) for part in bounds[0].groups())
+    release = tuple(int(part) for part in re.findall(r"\d+", installed)[:2])
+    if release < (major, minor - 1):
+        return (
+            "; if it is newer than that: pip install --upgrade "
+            f"'transformers<{major}.{minor}', the newest that ModelOpt allows"
+        )
+    return (
+        f", and ModelOpt allows none from {major}.{minor} on; if the type is newer, its own code "
+        "can be run with `trust_remote_code`, where the checkpoint brings it"
+    )
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires("autoquant-ray") or []
+    except metadata.PackageNotFoundError:  # run from a folder
+        return []

@@ -63,6 +63,19 @@ def test_transformers_is_bounded_where_modelopt_bounds_it() -> None:
         assert bounds[0] < bounds[1]
 
 
+def test_page_of_versions_has_the_pins() -> None:
+    now, later = pins("constraints.txt"), pins("constraints-next.txt")
+    rows = re.findall(
+        r"^\| ([\w-]+)[^|]*\| [^|]+ \| ([\w.]+) \| ([\w.]+) \|$",
+        (ROOT / "docs" / "versions.md").read_text("utf-8"),
+        re.MULTILINE,
+    )
+    assert {name for name, _, _ in rows} >= {*later, "torch", "ray"}
+    for name, with_now, with_later in rows:
+        assert Version(with_now) == now[name]
+        assert Version(with_later) == (now | later)[name]
+
+
 def upper_bound(requirement: Requirement) -> Version:
     """The first release that is too new."""
     (bound,) = (s.version for s in requirement.specifier if s.operator == "<")

@@ -1,4 +1,4 @@
-"""What is advised about models that the installed transformers does not know."""
+"""Models that are found on the hub, and those that the installed transformers does not know."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import transformers
 from command_line import refusal, run
 
-from autoquant_ray.models.advice import upgrade_advice
-from autoquant_ray.models.find import find_model, fingerprint_model
+from autoquant_ray.models.find import find_model, fingerprint_model, upgrade_advice
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))
 REQUIRED = PYPROJECT["project"]["dependencies"]
