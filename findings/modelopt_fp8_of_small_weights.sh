@@ -89,14 +89,14 @@ result |= {"scales": len(plain), "other scales by layerwise max": changed}
 print(json.dumps(result))
 PYTHON
 cd "$folder"
-venv/bin/python -W ignore measure.py 2> errors | tail -n 1 > now || { cat errors; exit 1; }
-PYTHONPATH="$folder/next" venv/bin/python -W ignore measure.py 2> errors | tail -n 1 > next ||
+venv/bin/python -W ignore measure.py 2> errors | tail -n 1 > now.json || { cat errors; exit 1; }
+PYTHONPATH="$folder/next" venv/bin/python -W ignore measure.py 2> errors | tail -n 1 > next.json ||
     { cat errors; exit 1; }
-cat now next
+cat now.json next.json
 venv/bin/python - <<'PYTHON'
 import json
 
-now, later = (json.load(open(name)) for name in ("now", "next"))
+now, later = (json.load(open(f"{name}.json")) for name in ("now", "next"))
 small = f"fp8 {2.0**-24:g}"
 assert (now["version"], later["version"]) == ("0.47.0", "0.48.0rc1")
 assert now["errors"][small] == now["errors"]["fp8 1e-30"] == 1, "0.47 keeps small weights: changed"
