@@ -33,7 +33,8 @@ def solution_summary(
     null where the scores have no unit (an imported ModelOpt manifest). With routed experts it has
     ``active_moe_effective_bits``; with caches to choose ``kv_bytes_per_token``; with a card,
     ``latency``
-    (:meth:`~autoquant_ray.allocate.latency.StepTime.prediction`).
+    (:meth:`~autoquant_ray.allocate.latency.StepTime.prediction`); with tensors that are not loaded,
+    which ``weight_bytes`` counts, their ``carried_bytes``.
     """
     formats = chosen_formats(problem, allocation)
     everything = list(problem.groups.values())
@@ -42,6 +43,8 @@ def solution_summary(
         more["active_moe_effective_bits"] = average_bits(everything, formats, ACTIVE_MOE, 16)
     if problem.step is not None:
         more[LATENCY] = problem.step.prediction(everything, formats)
+    if problem.carried:
+        more["carried_bytes"] = sum(problem.carried.values())
     return {
         "effective_bits": average_bits(problem.searched, formats),
         "effective_bits_all": average_bits(everything, formats),

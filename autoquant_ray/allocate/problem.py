@@ -107,9 +107,15 @@ class Problem:
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of the weights outside all groups."""
+        """Bytes of the weights outside all groups, tensors that are not loaded among them."""
         num_bytes: int = self.summary["other_bytes"]
-        return num_bytes
+        return num_bytes + sum(self.carried.values())
+
+    @property
+    def carried(self) -> Mapping[str, int]:
+        """Tensor of the model's files that is not loaded -> bytes that it takes in a checkpoint."""
+        carried: Mapping[str, int] = self.summary.get("carried", {})
+        return carried
 
     @property
     def has_active_moe(self) -> bool:

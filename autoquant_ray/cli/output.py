@@ -19,6 +19,7 @@ from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.kv_cache import KV_BYTES, kv_names, reachable_cache
 from autoquant_ray.models.quantized_source import describe_source
 from autoquant_ray.models.separate_heads import describe_separate
+from autoquant_ray.plan.carried import describe_carried
 from autoquant_ray.plan.group import PlannedGroup
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.runs.names import FRONTIER_FILE
@@ -55,6 +56,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         **{key: summary[key] for key in keys},
         **({"separate_head": plan.separate_head} if plan.separate_head is not None else {}),
         **({"source_format": plan.source_format} if plan.source_format is not None else {}),
+        **({"carried": dict(plan.carried)} if plan.carried else {}),
     }
 
 
@@ -84,6 +86,8 @@ def print_plan(plan: Plan) -> None:
     console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
     if plan.source_format is not None:
         console.print(f"source: {describe_source(plan.source_format)}", soft_wrap=True)
+    if plan.carried:
+        console.print(f"carried: {describe_carried(plan.carried)}", soft_wrap=True)
     if plan.separate_head is not None:
         console.print(f"note: {describe_separate(plan.separate_head)}", soft_wrap=True)
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")

@@ -21,6 +21,7 @@ from autoquant_ray.wording import few
 MOST_OFF = 0.01
 """Share by which the bytes on disk may differ from the manifest's."""
 _MOST_NAMES = 4
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _TENSORS: dict[str, tuple[str, ...]] = {
     "FP8": ("weight", "weight_scale", "input_scale"),
     "FP8_PER_CHANNEL_PER_TOKEN": ("weight", "weight_scale"),
@@ -87,6 +88,12 @@ def check_checkpoint(folder: Path, source: Source, layout: str) -> StoredTensors
         for module in source.modules
         if (format_ := resolve(config, module)) != (wanted := _wanted(source, module, layout))
     ]
+    wrong += [
+        f"{module} as {stored.dtypes[name]} instead of 16 bits"
+        for module in source.modules
+        if module not in source.formats
+        and stored.dtypes.get(name := f"{module}.weight", _FLOATS[0]) not in _FLOATS
+    ]
     if wrong:
         raise CheckpointError(f"the exporter wrote layers in other formats: {_few(wrong)}")
     missing = [
@@ -126,6 +133,20 @@ def _few(names: list[str]) -> str:
 def _wanted(source: Source, module: str, layout: str) -> str | None:
     format_ = source.formats.get(module)
     return None if format_ is None else stored_as(format_, layout)
+
+
+def unlisted(config: Mapping[str, Any], source: Source) -> list[str]:
+    """Modules in 16 bits that readers would take for quantized: ModelOpt lists no convolutions.
+
+    Args:
+        config: ``quantization_config`` of a checkpoint in ModelOpt's layout.
+        source: What is exported, by the names in the files.
+    """
+    return [
+        module
+        for module in source.modules
+        if module not in source.formats and _resolve_modelopt(config, module) is not None
+    ]
 
 
 def _resolve_modelopt(config: Mapping[str, Any], module: str) -> str | None:

@@ -8,17 +8,19 @@ run's. The folder is written beside its place and renamed at the end.
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from autoquant_ray.errors import ConfigError, StoreError, one_line
-from autoquant_ray.export.check import check_checkpoint
+from autoquant_ray.export.carried import SourceTensors, add_ignored, copy_carried, ignore_carried
+from autoquant_ray.export.check import check_checkpoint, unlisted
 from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, stored_as
 from autoquant_ray.export.source import (
     Source,
@@ -47,6 +49,7 @@ class Checkpoint:
         layers: What layers are called -> how many of them.
         caches: Format of the KV cache -> attentions with it.
         served_layouts: In which some engine serves the solution as it was chosen.
+        num_carried: Tensors that were copied without having been loaded.
     """
 
     path: str
@@ -56,6 +59,7 @@ class Checkpoint:
     layers: dict[str, int]
     caches: dict[str, int]
     served_layouts: list[str]
+    num_carried: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -65,10 +69,12 @@ class Checkpoint:
         """What people are told."""
         layers = ", ".join(f"{count} {name}" for name, count in self.layers.items())
         caches = [f"KV cache: {name} in {count} attentions" for name, count in self.caches.items()]
+        carried = [f"copied, not loaded: {self.num_carried} tensors"] if self.num_carried else []
         off = self.bytes_on_disk / self.weight_bytes - 1
         return [
             f"quantized layers: {layers}",
             *caches,
+            *carried,
             f"weights on disk: {self.bytes_on_disk:,} bytes; the manifest says "
             f"{self.weight_bytes:,.0f} ({off:+.2%})",
             self.path,
@@ -108,17 +114,19 @@ def export_run(
     require_engine(source, layout, engine, gpu)
     _require_package(layout)
     with _written_beside(target) as folder:
-        written = _write(source, folder, layout, target_of(source, engine, gpu)[0])
+        written, own = _write(source, folder, layout, target_of(source, engine, gpu)[0])
         stored = check_checkpoint(folder, written, layout)
+        own.require_all_in(folder)
     names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
     return Checkpoint(
         path=str(target),
         layout=layout,
-        weight_bytes=source.weight_bytes,
+        weight_bytes=written.weight_bytes,
         bytes_on_disk=stored.total,
         layers=dict(names),
         caches=dict(Counter(name for name in source.caches.values() if name != NONE)),
         served_layouts=served_layouts(source),
+        num_carried=len(own.carried),
     )
 
 
@@ -148,11 +156,14 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
     target = require_new_folder(out)
     calibration = calibration_of(source.state, used=())  # factors alone
     model, ref, sixteen_bits = load_for_export(source)
+    own = SourceTensors.of(model, ref)
     Factors(model, source.formats, WeightScales(model, calibration)).fold()
     tensors = {name: sixteen_bits.rounded(name, t) for name, t in distinct_tensors(model)}
     with _written_beside(target) as folder:
         model.save_pretrained(folder, state_dict=tensors)
+        copy_carried(own, folder, sixteen_bits)
         finish_folder(folder, ref, sixteen_bits.name)
+        own.require_all_in(folder)
     return str(target)
 
 
@@ -164,14 +175,17 @@ def _require_package(layout: str) -> None:
         )
 
 
-def _write(source: Source, folder: Path, layout: str, engine: str | None) -> Source:
-    """Fill the folder; the source by the names that its files have."""
+def _write(
+    source: Source, folder: Path, layout: str, engine: str | None
+) -> tuple[Source, SourceTensors]:
+    """Fill the folder; the source by the names that its files have, and the model's own files."""
     from autoquant_ray.calibrate.files import calibration_of
     from autoquant_ray.export.model import load_for_export
     from autoquant_ray.export.other_files import finish_folder
 
     calibration = calibration_of(source.state, source.used)
     model, ref, sixteen_bits = load_for_export(source)
+    own = SourceTensors.of(model, ref)
     stored = source
     if layout == COMPRESSED_TENSORS:
         from autoquant_ray.export.compressed_tensors import write_compressed
@@ -189,10 +203,17 @@ def _write(source: Source, folder: Path, layout: str, engine: str | None) -> Sou
         require_experts_as_stored(model, source, stored, ref.weights_folder)
         write_modelopt(model, source, calibration, folder)
         round_to_16_bits(folder, stored, sixteen_bits)
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        add_ignored(unlisted(config, stored), folder, layout)
         if engine == "sglang":
             name_fused_layers(folder, stored)
+    copy_carried(own, folder, sixteen_bits)
+    ignore_carried(own, folder, layout)
     finish_folder(folder, ref, sixteen_bits.name)
-    return stored
+    if "carried" not in source.state.plan:
+        uncounted = sum(own.carried.values())
+        stored = replace(stored, uncounted_bytes=uncounted)
+    return stored, own
 
 
 @contextmanager

@@ -45,6 +45,7 @@ class Source:
         groups: Every quantizable module -> its group.
         modules: Every quantizable module -> ``shapes`` and ``prefixes``, as in ``run.json``.
         caches: Attention -> name of its KV cache's format, where it was to choose.
+        uncounted_bytes: Of tensors that are carried and that an earlier version did not count.
     """
 
     state: RunState
@@ -53,11 +54,12 @@ class Source:
     groups: Mapping[str, str]
     modules: Mapping[str, Mapping[str, Any]]
     caches: Mapping[str, str]
+    uncounted_bytes: int = 0
 
     @property
     def weight_bytes(self) -> float:
         """Bytes of the whole model's weights, as the manifest counts them."""
-        return float(self.manifest["solution"]["weight_bytes"])
+        return float(self.manifest["solution"]["weight_bytes"]) + self.uncounted_bytes
 
     @property
     def used(self) -> set[str]:

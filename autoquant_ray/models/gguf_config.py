@@ -66,10 +66,12 @@ class ModelFacts(NamedTuple):
     Attributes:
         rotary: Its rotary embeddings.
         has_separate_head: Whether the file holds a head that differs from the embedding.
+        tensor_names: Names of all its tensors.
     """
 
     rotary: RotaryMetadata
     has_separate_head: bool
+    tensor_names: tuple[str, ...]
 
 
 def read_facts(file: Path) -> ModelFacts:
@@ -89,7 +91,9 @@ def read_facts(file: Path) -> ModelFacts:
 def _read(file: Path, _modified: int, _size: int) -> ModelFacts:
     with opened(file) as reader:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        return ModelFacts(_rotary(reader.fields, tensors), _has_separate_head(tensors))
+        return ModelFacts(
+            _rotary(reader.fields, tensors), _has_separate_head(tensors), tuple(tensors)
+        )
 
 
 def _rotary(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> RotaryMetadata:

@@ -70,7 +70,7 @@ def scale_problem(packed: PackedWeight, headers: Mapping[str, TensorHeader]) -> 
         headers: Of the checkpoint.
     """
     numbers, scales = headers[packed.numbers].shape, headers[packed.scale].shape
-    *lead, rows, columns = _logical_shape(packed, numbers)
+    *lead, rows, columns = logical_shape(packed, numbers)
     grid = scale_grid((rows, columns), packed.block)
     expected = (*lead, *grid)
     sizes = {math.prod(expected)} | ({1} if packed.block == TENSOR else set())
@@ -93,8 +93,13 @@ def scale_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int
     return rows, columns
 
 
-def _logical_shape(packed: PackedWeight, numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the matrix, ``(..., out, in)``, as far as the numbers' tensor tells it."""
+def logical_shape(packed: PackedWeight, numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the matrix, ``(..., out, in)``, as far as the numbers' tensor tells it.
+
+    Args:
+        packed: The weight.
+        numbers: Shape of the tensor that holds its numbers.
+    """
     if packed.kind == MXFP4:
         return (*numbers[:-2], numbers[-2] * numbers[-1] * 2)
     *lead, rows, columns = numbers

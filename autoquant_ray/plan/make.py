@@ -14,6 +14,7 @@ from autoquant_ray.formats.menu import check_device, resolve_formats
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.models.quantized_source import describe_source, quantized_source
+from autoquant_ray.plan.carried import carried_bytes
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.serving.shared_scales import shares_scale
 
@@ -53,14 +54,17 @@ def make_plan(
         ]
     if (text := caution(formats)) is not None:
         logger.warning("%s", text)
+    skeleton = build_skeleton(ref)
+    carried = carried_bytes(skeleton, ref)
     plan = build_plan(
-        build_skeleton(ref),
+        skeleton,
         formats,
         space.disable,
         space.coverage,
         space.expert_groups,
         search_routers=space.search_routers,
     )
+    plan = replace(plan, carried=carried)
     source = quantized_source(ref)
     if source is None:
         return plan

@@ -8,7 +8,7 @@ in a searched group or listed as unsearched with the reason.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.config.expert_groups import LAYER, ExpertGroups, is_apart
@@ -61,6 +61,7 @@ class Plan:
         source_format: Of a checkpoint that is quantized already: how.
         embedding: Name of the input embedding.
         model_type: As the model's config has it.
+        carried: Tensors of the files that are not loaded -> bytes that they take in a checkpoint.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -76,6 +77,7 @@ class Plan:
     source_format: str | None = None
     embedding: str = ""
     model_type: str = ""
+    carried: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -159,6 +161,8 @@ class Plan:
             summary["separate_head"] = self.separate_head
         if self.source_format is not None:
             summary["source_format"] = self.source_format
+        if self.carried:
+            summary["carried"] = dict(self.carried)
         if self.model_type:
             summary["model_type"] = self.model_type
         if summary["tied_groups"]:

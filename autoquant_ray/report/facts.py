@@ -10,6 +10,7 @@ from autoquant_ray.allocate.latency import LATENCY, describe_prediction
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.models.quantized_source import describe_source
+from autoquant_ray.plan.carried import describe_carried
 from autoquant_ray.report.headline import budget_text
 from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.sources import Sources
@@ -33,6 +34,7 @@ def report_facts(sources: Sources) -> list[tuple[str, str]]:
         ("Effective bits (all quantizable)", f"{solution['effective_bits_all']:.4f}"),
         ("Effective bits (ModelOpt's cost)", f"{solution['modelopt_effective_bits']:.4f}"),
         ("Weights of the whole model", f"{solution['weight_bytes'] / 2**20:,.1f} MiB"),
+        *_carried_facts(run),
         *_cache_facts(sources),
         ("Total score", f"{solution['score']:.6g}"),
         ("Predicted KL", _predicted(sources)),
@@ -59,6 +61,12 @@ def _source_facts(run: RunRecord) -> list[tuple[str, str]]:
     """The format of a checkpoint that was quantized already; empty for others."""
     format_ = None if run.plan is None else run.plan.get("source_format")
     return [] if format_ is None else [("Source", describe_source(format_))]
+
+
+def _carried_facts(run: RunRecord) -> list[tuple[str, str]]:
+    """Tensors that are not loaded; empty where there are none."""
+    carried = run.plan.get("carried") if run.plan else None
+    return [("Carried", describe_carried(carried))] if carried else []
 
 
 def _cache_facts(sources: Sources) -> list[tuple[str, str]]:

@@ -89,6 +89,8 @@ class PlanSummary(TypedDict):
     """Groups that share their weights with the embedding."""
     embedding: NotRequired[str]
     """Where there are such groups, its name."""
+    carried: NotRequired[dict[str, int]]
+    """Tensor of the model's files that is not loaded -> bytes that it takes in a checkpoint."""
     model_type: NotRequired[str]
     """As the model's config has it: other tools name some families' layers otherwise."""
     other_bytes: int

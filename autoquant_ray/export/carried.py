@@ -1,0 +1,204 @@
+"""Tensors that the model's files hold and transformers does not load, copied into a checkpoint.
+
+Engines read heads that guess tokens ahead from them. They are stored in 16 bits, as all that is not
+quantized, and the checkpoint's config says that they are not quantized.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoquant_ray.errors import CheckpointError, FormatError
+from autoquant_ray.export.check import StoredTensors
+from autoquant_ray.export.layouts import MODELOPT
+from autoquant_ray.models.dequantize import dequantize
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.plan.carried import (
+    FileTensors,
+    carried_bytes,
+    carried_roots,
+    memory_names,
+    unloaded_gguf_tensors,
+)
+from autoquant_ray.wording import few
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoquant_ray.export.model import SixteenBits
+
+_SINGLE, _INDEX, _FILE = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-carried.safetensors",
+)
+_PACKED = (".weight_packed", ".weight")
+_MOST_NAMES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTensors:
+    """What the model's own files hold.
+
+    Attributes:
+        files: Their tensors; none for a GGUF file.
+        carried: Tensor that is not loaded -> bytes that it takes here.
+        place_of: Name in the files -> name of what transformers makes of it.
+        tied: Parameter that is not stored -> the one whose weight it shares.
+    """
+
+    files: FileTensors
+    carried: Mapping[str, int]
+    place_of: Callable[[str], str]
+    tied: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: Any, ref: ModelRef) -> SourceTensors:
+        """Read the headers of the files.
+
+        Args:
+            model: As it was loaded, before anything is quantized.
+            ref: Where it is from.
+
+        Raises:
+            FormatError: A checkpoint could not hold some of them; names these.
+        """
+        unloaded = unloaded_gguf_tensors(ref, model)
+        if unloaded:
+            raise FormatError(
+                f"{ref.gguf_file} holds {len(unloaded)} tensors that transformers does not load "
+                f"({few(unloaded, _MOST_NAMES)}), and a checkpoint would lose them; scan and "
+                "export the model's safetensors"
+            )
+        return cls(
+            files=FileTensors.of(ref),
+            carried=carried_bytes(model, ref),
+            place_of=memory_names(model),
+            tied=dict(model.all_tied_weights_keys),
+        )
+
+    @property
+    def _matrices(self) -> list[str]:
+        return [name for name in self.carried if len(self.files.shape(name)) > 1]
+
+    @property
+    def unquantized(self) -> list[str]:
+        """Modules of the carried matrices, by the names of their tensors."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self._matrices))
+
+    @property
+    def roots(self) -> list[str]:
+        """Prefixes under which nothing but carried tensors stands, of the matrices."""
+        return carried_roots(self._matrices, [n for n in self.files.names if n not in self.carried])
+
+    def require_all_in(self, folder: Path) -> None:
+        """Check that nothing of the model's own files is missing from a written folder.
+
+        Raises:
+            CheckpointError: Tensors are; names them.
+        """
+        written = {self.place_of(_unpacked(name)) for name in StoredTensors.of(folder).nbytes}
+        places = {name: self.place_of(name) for name in self.files.names}
+        lost = [
+            name
+            for name, place in places.items()
+            if place not in written and self.tied.get(place) not in written
+        ]
+        if lost:
+            raise CheckpointError(
+                f"the exporter left out {len(lost)} tensors of the model's own files: "
+                f"{few(lost, _MOST_NAMES)}"
+            )
+
+
+def copy_carried(source: SourceTensors, folder: Path, sixteen_bits: SixteenBits) -> None:
+    """Add the carried tensors to a written folder: to its only file, or as one more.
+
+    Args:
+        source: The model's own files.
+        folder: Holds a checkpoint.
+        sixteen_bits: Rounds them.
+    """
+    if not source.carried:
+        return
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        name: sixteen_bits.rounded(name, tensor).contiguous()
+        for name, tensor in _read_carried(source)
+    }
+    index = folder / _INDEX
+    if not index.exists():
+        tensors = load_file(folder / _SINGLE) | tensors
+        save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
+        return
+    save_file(tensors, folder / _FILE, metadata={"format": "pt"})
+    content = json.loads(index.read_text())
+    content["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+    content["weight_map"] |= dict.fromkeys(tensors, _FILE)
+    index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _read_carried(source: SourceTensors) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    headers, packed = source.files.headers, source.files.packed
+    with ExitStack() as stack:
+        opened = {
+            file: stack.enter_context(safe_open(file, framework="pt"))
+            for file in {header.file for header in headers.values()}
+        }
+
+        def read(name: str) -> torch.Tensor:
+            tensor: torch.Tensor = opened[headers[name].file].get_tensor(name)
+            return tensor
+
+        for name in source.carried:
+            yield name, dequantize(packed[name], read) if name in packed else read(name)
+
+
+def ignore_carried(source: SourceTensors, folder: Path, layout: str) -> None:
+    """Say in a checkpoint's config that the carried tensors are not quantized.
+
+    Args:
+        source: The model's own files.
+        folder: Holds a checkpoint.
+        layout: Whose.
+    """
+    if not source.unquantized:
+        return
+    is_modelopt = layout == MODELOPT
+    patterns = [
+        f"{root}.*" if is_modelopt else f"re:^{re.escape(root)}\\." for root in source.roots
+    ]
+    add_ignored([*source.unquantized, *patterns], folder, layout)
+
+
+def add_ignored(names: Iterable[str], folder: Path, layout: str) -> None:
+    """Add to what a checkpoint's config lists as not quantized.
+
+    Args:
+        names: Modules, or patterns as the layout's readers take them.
+        folder: Holds the checkpoint.
+        layout: Whose.
+    """
+    added = list(names)
+    places = [("config.json", "quantization_config", "ignore")]
+    if layout == MODELOPT:
+        places.append(("hf_quant_config.json", "quantization", "exclude_modules"))
+    for file, part, key in places if added else ():
+        content = json.loads((folder / file).read_text())
+        content[part][key] = list(dict.fromkeys([*(content[part].get(key) or ()), *added]))
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _unpacked(name: str) -> str:
+    """The name of a weight by that of its packed form."""
+    packed, weight = _PACKED
+    return name.removesuffix(packed) + weight if name.endswith(packed) else name
