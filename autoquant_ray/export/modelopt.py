@@ -62,7 +62,8 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
         name: QuantizedModule.of(name, source.modules[name], format_)
         for name, format_ in source.formats.items()
     }
-    mtq.quantize(model, without_fits(load_quantization_config(source.manifest)))
+    with _stops_named("mtq.quantize"):  # it cannot prepare every attention (Bloom's)
+        mtq.quantize(model, without_fits(load_quantization_config(source.manifest)))
     fitted = FittedModel(model, modules, calibration)
     fitted.set_weights()
     _set_input_maxima(model, source, calibration)
@@ -71,16 +72,26 @@ def write_modelopt(model: Any, source: Source, calibration: Calibration, folder:
     fitted.divide()  # rounded numbers stay, scales change
     # The type is given because the one that ModelOpt reads from a config.json is text, which its
     # packing of 4-bit integers takes for a device.
-    try:
-        with names_required(), _scales_kept(source):
-            export_checkpoint(model, dtype=next(model.parameters()).dtype, folder=folder)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise FormatError(
-            f"`format` {MODELOPT} cannot hold this model: ModelOpt's exporter stops "
-            f"({one_line(error, _MOST_OF_ERROR)})"
-        ) from error
+    with _stops_named("exporter"), names_required(), _scales_kept(source):
+        export_checkpoint(model, dtype=next(model.parameters()).dtype, folder=folder)
     _correct_configs(folder)
     check_caches(folder, source.caches, calibration)
+
+
+@contextmanager
+def _stops_named(what: str) -> Iterator[None]:
+    """Inside, what stops a part of ModelOpt on a model is an error of this package.
+
+    Raises:
+        FormatError: It stopped.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"`format` {MODELOPT} cannot hold this model: ModelOpt's {what} stops "
+            f"({one_line(error, _MOST_OF_ERROR)})"
+        ) from error
 
 
 @contextmanager
