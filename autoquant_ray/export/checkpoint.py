@@ -114,9 +114,9 @@ def export_run(
     require_engine(source, layout, engine, gpu)
     _require_package(layout)
     with _written_beside(target) as folder:
-        written, own = _write(source, folder, layout, target_of(source, engine, gpu)[0])
+        written, in_source = _write(source, folder, layout, target_of(source, engine, gpu)[0])
         stored = check_checkpoint(folder, written, layout)
-        own.require_all_in(folder)
+        in_source.require_all_in(folder)
     names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
     return Checkpoint(
         path=str(target),
@@ -126,7 +126,7 @@ def export_run(
         layers=dict(names),
         caches=dict(Counter(name for name in source.caches.values() if name != NONE)),
         served_layouts=served_layouts(source),
-        num_carried=len(own.carried),
+        num_carried=len(in_source.carried),
     )
 
 
@@ -156,14 +156,14 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
     target = require_new_folder(out)
     calibration = calibration_of(source.state, used=())  # factors alone
     model, ref, sixteen_bits = load_for_export(source)
-    own = SourceTensors.of(model, ref)
+    in_source = SourceTensors.of(model, ref)
     Factors(model, source.formats, WeightScales(model, calibration)).fold()
     tensors = {name: sixteen_bits.rounded(name, t) for name, t in distinct_tensors(model)}
     with _written_beside(target) as folder:
         model.save_pretrained(folder, state_dict=tensors)
-        copy_carried(own, folder, sixteen_bits)
+        copy_carried(in_source, folder, sixteen_bits)
         finish_folder(folder, ref, sixteen_bits.name)
-        own.require_all_in(folder)
+        in_source.require_all_in(folder)
     return str(target)
 
 
@@ -185,7 +185,7 @@ def _write(
 
     calibration = calibration_of(source.state, source.used)
     model, ref, sixteen_bits = load_for_export(source)
-    own = SourceTensors.of(model, ref)
+    in_source = SourceTensors.of(model, ref)
     stored = source
     if layout == COMPRESSED_TENSORS:
         from autoquant_ray.export.compressed_tensors import write_compressed
@@ -207,13 +207,13 @@ def _write(
         add_ignored(unlisted(config, stored), folder, layout)
         if engine == "sglang":
             name_fused_layers(folder, stored)
-    copy_carried(own, folder, sixteen_bits)
-    ignore_carried(own, folder, layout)
+    copy_carried(in_source, folder, sixteen_bits)
+    ignore_carried(in_source, folder, layout)
     finish_folder(folder, ref, sixteen_bits.name)
     if "carried" not in source.state.plan:
-        uncounted = sum(own.carried.values())
+        uncounted = sum(in_source.carried.values())
         stored = replace(stored, uncounted_bytes=uncounted)
-    return stored, own
+    return stored, in_source
 
 
 @contextmanager

@@ -40,13 +40,15 @@ def put_extra_head(folder: Path, out: Path, *, is_sharded: bool) -> Path:
     out.mkdir()
     for file in folder.glob("*.json"):
         (out / file.name).write_bytes(file.read_bytes())
-    own = load_file(folder / "model.safetensors")
+    in_source = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(3)
     extra = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     if not is_sharded:
-        save_file(own | extra, out / "model.safetensors", metadata={"format": "pt"})
+        save_file(in_source | extra, out / "model.safetensors", metadata={"format": "pt"})
         return out
-    parts = {f"model-0000{i}-of-00002.safetensors": part for i, part in ((1, own), (2, extra))}
+    parts = {
+        f"model-0000{i}-of-00002.safetensors": part for i, part in ((1, in_source), (2, extra))
+    }
     for name, part in parts.items():
         save_file(part, out / name, metadata={"format": "pt"})
     places = {tensor: file for file, part in parts.items() for tensor in part}
@@ -76,13 +78,15 @@ def test_extra_heads_are_in_the_export_and_ignored(
     directory, *_ = solved_run("llama", choice, formats, folder=folder)
     out = tmp_path / "out"
     written = export_run(directory, str(out), layout=layout)
-    tensors, own = load_folder(out), load_folder(folder)
+    tensors, in_source = load_folder(out), load_folder(folder)
     assert written.num_carried == len(SHAPES)
     assert written.bytes_on_disk == sum(tensor.nbytes for tensor in tensors.values())
     for name in SHAPES:
-        assert torch.equal(tensors[name], own[name].bfloat16())
+        assert torch.equal(tensors[name], in_source[name].bfloat16())
     assert {
-        n for n in own if n not in tensors and n.replace(".weight", ".weight_packed") not in tensors
+        n
+        for n in in_source
+        if n not in tensors and n.replace(".weight", ".weight_packed") not in tensors
     } == set()
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     for module in {name.rpartition(".")[0] for name in SHAPES if "norm" not in name}:
@@ -123,15 +127,15 @@ def test_extra_heads_count_in_plan_budget_and_manifest(model_folder: Any, tmp_pa
 def test_tensor_of_the_source_that_is_nowhere_is_named(model_folder: Any, tmp_path: Path) -> None:
     folder = put_extra_head(model_folder("qwen3"), tmp_path / "model", is_sharded=False)
     ref = find_model(str(folder))
-    own = SourceTensors.of(load_model(ref, dtype="float32", device="cpu"), ref)
-    assert set(own.carried) == set(SHAPES)
-    own.require_all_in(folder)
+    in_source = SourceTensors.of(load_model(ref, dtype="float32", device="cpu"), ref)
+    assert set(in_source.carried) == set(SHAPES)
+    in_source.require_all_in(folder)
     kept = load_folder(folder)
     for lost in ("mtp.norm.weight", "model.layers.1.mlp.up_proj.weight"):
         del kept[lost]
     save_file(kept, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"left out 2 tensors.*(up_proj.*norm|norm.*up_proj)"):
-        own.require_all_in(folder)
+        in_source.require_all_in(folder)
 
 
 def test_blocks_of_gguf_that_are_not_loaded_are_refused_by_name(tmp_path: Path) -> None:
