@@ -31,5 +31,5 @@ def as_flags(text: str, names: Collection[str]) -> str:
     return re.sub(r"`([a-z][a-z0-9_]*)`", flag, text)
 
 
-_FLAGS = {"pins": "pin"}
-"""Options whose flag is given once per entry -> its name."""
+_FLAGS = {"pins": "pin", "read_as": "as"}
+"""Options whose flag has another name."""

@@ -51,7 +51,9 @@ def mapping_option(flag: str, metavar: str, text: str) -> Decorator:
 
 
 def _option(name: str, field: FieldInfo) -> Decorator:
-    flag = f"--{name.replace('_', '-')}"
+    extra = field.json_schema_extra
+    short = extra.get("flag") if isinstance(extra, dict) else None
+    flag = f"--{str(short or name).replace('_', '-')}"
     text = field.description or ""
     has_default = not field.is_required() and field.default not in (None, (), "")
     is_switch = field.annotation is bool
@@ -78,5 +80,7 @@ def _click_type(field: FieldInfo) -> Any:
     kinds = typing.get_args(field.annotation)
     if typing.get_origin(field.annotation) is Literal:
         return click.Choice(kinds)
+    if kinds and typing.get_origin(kinds[0]) is Literal:
+        return click.Choice(typing.get_args(kinds[0]))
     members = [k for k in kinds if k is not types.NoneType] if kinds else [field.annotation]
     return members[0] if members in ([int], [float]) else str

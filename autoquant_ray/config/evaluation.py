@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.sources import FileKind
 from autoquant_ray.config.values import parse_workers
 
 
@@ -25,6 +26,12 @@ class EvaluationConfig(BaseModel):
         default=None,
         description="Data to measure on, as for scan. Default: what follows the calibration "
         "samples in the run's own data.",
+    )
+    read_as: FileKind | None = Field(
+        default=None,
+        description="What files of data hold, as for scan. Default: what their ending says; of the "
+        "run's own data, as for the run.",
+        json_schema_extra={"flag": "as"},
     )
     text_field: str | None = Field(default=None, description="Column that holds the text.")
     split: str | None = Field(default=None, description="Split of a dataset folder or hub id.")
@@ -83,5 +90,5 @@ class EvaluationConfig(BaseModel):
         shared = set(ScanConfig.model_fields) & set(type(self).model_fields)
         given = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
         if given.get("data", scan["data"]) != scan["data"]:
-            given["domain_field"] = None
+            given = {"domain_field": None, "read_as": None} | given
         return validate(ScanConfig, scan | given)

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from autoquant_ray.config.expert_groups import LAYER
 from autoquant_ray.config.search_space import SearchSpace
-from autoquant_ray.config.sources import Data, parse_data
+from autoquant_ray.config.sources import Data, FileKind, parse_data
 from autoquant_ray.config.values import parse_bytes, parse_gib, parse_share, parse_workers
 from autoquant_ray.formats.kv_cache import kv_names, limit_problem
 from autoquant_ray.serving.rules import target_problem
@@ -23,10 +23,10 @@ class ScanConfig(SearchSpace):
     """Everything that one scan needs, from the data to the budget and the workers."""
 
     data: Data = Field(
-        description="Calibration data: text file, JSONL, Parquet (texts, chats, image-text pairs), "
-        "dataset folder, hub id, or 'pydoc' (English text that comes with Python); docs/data.md "
-        "shows each. Several, each given as NAME=SOURCE, are domains with scores of their own; an "
-        "existing path with '=' in it is a path."
+        description="Calibration data: file of text, JSONL, CSV or Parquet (texts, chats, "
+        "image-text pairs), folder of them, hub id, or 'pydoc' (English text that comes with "
+        "Python); docs/data.md shows each. Several, each given as NAME=SOURCE, are domains with "
+        "scores of their own; an existing path with '=' in it is a path."
     )
     domain_field: str | None = Field(
         default=None,
@@ -34,6 +34,12 @@ class ScanConfig(SearchSpace):
         "that solve can weigh them.",
     )
     out: str = Field(description="Run directory to write: local path, s3:// or gs://.")
+    read_as: FileKind | None = Field(
+        default=None,
+        description="What files of data hold: text (a sample per line), json (rows, one per line "
+        "or in a list), csv, tsv, parquet or arrow. Default: what their ending says.",
+        json_schema_extra={"flag": "as"},
+    )
     text_field: str = Field(default="text", description="Column that holds the text.")
     split: str = Field(default="train", description="Split of a dataset folder or hub id.")
     pack: bool = Field(
@@ -58,7 +64,8 @@ class ScanConfig(SearchSpace):
     )
     skip_bad_samples: bool = Field(
         default=False,
-        description="Skip and count samples whose images cannot be used, instead of stopping.",
+        description="Skip and count chats that cannot be used, instead of stopping: an image is "
+        "damaged, the model's template refuses them, they hold no messages.",
     )
     step_tokens: int = Field(
         default=2048, ge=2, description="Tokens (padding included) per forward and backward step."

@@ -9,12 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 MAX_DOMAINS = 64
 """Domains of a run at most: each has scores of its own, and a table of more is not read."""
 
 Data = str | dict[str, str]
 """A source, or name of a domain -> its source."""
+
+FileKind = Literal["text", "json", "csv", "tsv", "parquet", "arrow"]
+"""What a file of data holds; ``json`` are rows of JSON, one per line or in one list."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -25,6 +25,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
     ),
     "shards": (
         "data",
+        "read_as",
         "text_field",
         "split",
         "pack",
@@ -61,6 +62,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "coverage": "lm",
     "loss_on": "all",
     "skip_bad_samples": False,
+    "read_as": None,
     "expert_groups": "layer",
     "search_routers": False,
 }

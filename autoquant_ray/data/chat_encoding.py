@@ -1,5 +1,6 @@
 """Conversations -> samples: the chat template's text, its tokens, the processor's images.
 
+The template sees messages and tools as the file has them (:mod:`autoquant_ray.data.template_text`).
 Where the template marks the answers itself (``{% generation %}``), its marks count; else
 :mod:`autoquant_ray.data.answer_spans` finds them.
 """
@@ -23,8 +24,16 @@ from autoquant_ray.data.answer_spans import (
     mask_by_prefixes,
 )
 from autoquant_ray.data.conversations import BadSample, Conversation, Message
-from autoquant_ray.data.samples import Bools, Int32s, RichSample
-from autoquant_ray.errors import DataError, ModelError, one_line
+from autoquant_ray.data.forms import BadChat
+from autoquant_ray.data.samples import RichSample
+from autoquant_ray.data.template_text import (
+    as_template_takes_them,
+    refused,
+    require_template,
+    unwritten,
+    write_text,
+)
+from autoquant_ray.errors import one_line
 from autoquant_ray.models.processor import load_processor
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 
@@ -40,11 +49,13 @@ class Encoded:
         sample: Not cut.
         num_fixed: First tokens that cannot be cut off: those up to the last of an image.
         where: Source and row.
+        unwritten: What the conversation has and the template leaves out, such as ``tools``.
     """
 
     sample: RichSample
     num_fixed: int
     where: str
+    unwritten: str = ""
 
 
 class ConversationEncoder:
@@ -61,57 +72,72 @@ class ConversationEncoder:
         self._tokenizer = load_tokenizer(ref)
         self._processor: Any = None
 
-    def encode(self, conversation: Conversation) -> Encoded | BadSample:
-        """The sample of a conversation; bad where an image is not one.
+    def encode(self, conversation: Conversation | BadSample) -> Encoded | BadSample:
+        """The sample of a conversation.
+
+        Bad where an image is not one, the template or the processor refuses the conversation, or
+        its answers cannot be told.
 
         Raises:
-            DataError: The template or the processor refuses the conversation, its answers cannot
-                be told, or the model takes no images.
+            DataError: The model takes no images.
             ModelError: There is no chat template, or no processor.
         """
-        if conversation.images:
-            return self._encode_images(conversation)
-        template = self._template(self._tokenizer)
-        tokens_T, in_loss_T = self._encode_text(conversation, template)
-        sample = RichSample(tokens_T=tokens_T, in_loss_T=in_loss_T, tensors={})
-        return Encoded(sample=sample, num_fixed=0, where=conversation.where)
+        if isinstance(conversation, BadSample):
+            return conversation
+        try:
+            if conversation.images:
+                return self._encode_images(conversation)
+            return self._encode_text(conversation)
+        except BadChat as error:
+            return BadSample(str(error))
 
-    def _encode_text(self, conversation: Conversation, template: str) -> tuple[Int32s, Bools]:
-        """Tokens, and which of them count in the loss."""
-        render = partial(_text, self._tokenizer, conversation)
+    def _encode_text(self, conversation: Conversation) -> Encoded:
+        template = require_template(self._tokenizer, conversation, self._ref.model)
+        conversation = as_template_takes_them(self._tokenizer, conversation)
+        render = partial(write_text, self._tokenizer, conversation)
         text = render(conversation.messages, False)
         encode = partial(self._tokenizer, add_special_tokens=False, verbose=False)
         has_offsets = self._tokenizer.is_fast
         encoding = encode(text, return_offsets_mapping=has_offsets)
         tokens_T = np.array(encoding["input_ids"], dtype=np.int32)
-        if not self._on_answer:
-            return tokens_T, np.ones(len(tokens_T), dtype=np.bool_)
-        if _MARKS_ANSWERS.search(template):
-            spans = self._marked_spans(conversation, template)
-        else:
-            spans = answer_spans(render, conversation)
-        if has_offsets:
-            return tokens_T, mask_by_offsets(np.array(encoding["offset_mapping"]), spans)
+        in_loss_T = np.ones(len(tokens_T), dtype=np.bool_)
+        if self._on_answer:
+            spans = self._spans(conversation, template)
+            if has_offsets:
+                in_loss_T = mask_by_offsets(np.array(encoding["offset_mapping"]), spans)
+            else:
 
-        def tokens_of(end: int, _: int) -> npt.NDArray[Any]:
-            return np.array(encode(text[:end])["input_ids"])
+                def tokens_of(end: int, _: int) -> npt.NDArray[Any]:
+                    return np.array(encode(text[:end])["input_ids"])
 
-        return tokens_T, mask_by_prefixes(tokens_T, spans, len(text), tokens_of, conversation)
+                in_loss_T = mask_by_prefixes(tokens_T, spans, len(text), tokens_of, conversation)
+        return Encoded(
+            sample=RichSample(tokens_T=tokens_T, in_loss_T=in_loss_T, tensors={}),
+            num_fixed=0,
+            where=conversation.where,
+            unwritten=unwritten(conversation, text),
+        )
 
-    def _marked_spans(self, conversation: Conversation, template: str) -> list[AnswerSpan]:
-        """What the template itself marks as answers.
+    def _spans(self, conversation: Conversation, template: str) -> list[AnswerSpan]:
+        """The answers, by the template's marks where it has some.
 
         ``apply_chat_template`` would give a mask of tokens, which is wrong where a marked part ends
         with white space that is in no token.
         """
+        if not _MARKS_ANSWERS.search(template):
+            return answer_spans(partial(write_text, self._tokenizer, conversation), conversation)
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _, marked = render_jinja_template(
-            conversations=[conversation.messages],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
-        )
+        try:
+            _, marked = render_jinja_template(
+                conversations=[conversation.messages],
+                tools=conversation.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**self._tokenizer.special_tokens_map, **conversation.options},
+            )
+        except Exception as error:  # noqa: BLE001 - a template raises anything
+            raise refused(conversation, error) from None
         return [AnswerSpan(start, end, index) for index, (start, end) in enumerate(marked[0])]
 
     def _encode_images(self, conversation: Conversation) -> Encoded | BadSample:
@@ -123,8 +149,9 @@ class ConversationEncoder:
             if isinstance(image, str):
                 return BadSample(f"{conversation.where}: image {file.name} cannot be read: {image}")
             images.append(image)
-        self._template(self._processor)
-        render = partial(_text, self._processor, conversation)
+        require_template(self._processor, conversation, self._ref.model)
+        conversation = as_template_takes_them(self._processor, conversation)
+        render = partial(write_text, self._processor, conversation)
         text = render(conversation.messages, False)
         arrays = self._process(text, images, conversation)
         tokens_T = arrays["input_ids"][0].astype(np.int32)
@@ -148,6 +175,7 @@ class ConversationEncoder:
             sample=RichSample(tokens_T=tokens_T, in_loss_T=in_loss_T, tensors=tensors),
             num_fixed=fixed,
             where=conversation.where,
+            unwritten=unwritten(conversation, text),
         )
 
     def _process(
@@ -162,40 +190,15 @@ class ConversationEncoder:
             )
             return {name: value.numpy() for name, value in output.items()}
         except Exception as error:  # noqa: BLE001 - a processor raises anything
-            raise DataError(
-                f"{conversation.where}: the model's processor refuses it: {one_line(error)}"
+            raise BadChat(
+                f"{conversation.where}: the model's processor refuses it: {one_line(error, 160)}"
             ) from None
-
-    def _template(self, owner: Any) -> str:
-        if not owner.chat_template:
-            raise ModelError(
-                f"model {self._ref.model} has no chat template, which chats and prompts with "
-                "answers need; give an instruction-tuned model, put its chat_template.jinja into "
-                "the model's folder, or give plain text"
-            )
-        if isinstance(owner.chat_template, dict):
-            return str(owner.chat_template.get("default", ""))
-        return str(owner.chat_template)
-
-
-def _text(owner: Any, conversation: Conversation, messages: list[Message], is_prompt: bool) -> str:
-    """The template's text of messages, with the prompt of an answer or without."""
-    return str(
-        _apply(owner, conversation, messages, tokenize=False, add_generation_prompt=is_prompt)
-    )
-
-
-def _apply(owner: Any, conversation: Conversation, messages: list[Message], **options: Any) -> Any:
-    try:
-        return owner.apply_chat_template(messages, **options)
-    except Exception as error:  # noqa: BLE001 - a template raises anything
-        raise DataError(
-            f"{conversation.where}: the model's chat template refuses it: {one_line(error)}"
-        ) from None
 
 
 def _num_images(messages: list[Message]) -> int:
-    return sum(part["type"] == "image" for message in messages for part in message["content"])
+    contents = (message.get("content") for message in messages)
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return sum(isinstance(part, dict) and part.get("type") == "image" for part in parts)
 
 
 def _open_image(content: bytes) -> Any:

@@ -1,28 +1,33 @@
 """Chats, and prompts with their answers, with or without images: from a row's values.
 
 Nothing here knows a model: a chat template and a processor make tokens of a conversation
-(:mod:`autoquant_ray.data.chat_encoding`). Image files are opened only when the conversation is
-used.
+(:mod:`autoquant_ray.data.chat_encoding`), and see its messages as the file has them. Image files
+are opened only when the conversation is used.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from autoquant_ray.errors import DataError, one_line
+from autoquant_ray.data.forms import BadChat, Form, Values, parsed
+from autoquant_ray.data.roles import role_and_content
+from autoquant_ray.errors import one_line
 
-ANSWERING = "assistant"
-"""Role of the messages that are answers."""
+ANSWERING = ("assistant", "model")
+"""Roles of the messages that are answers."""
 
+IMAGE_TYPES = ("image", "image_url")
+_MEDIA_TYPES = ("video", "video_url", "audio", "audio_url", "input_audio", "file")
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes")
 
 Message = dict[str, Any]
-"""``role``, and ``content``: text, or parts ``{type: text, text: ...}`` and ``{type: image}``."""
+"""``role``, ``content`` (text, parts such as ``{type: text, text: ...}`` and ``{type: image}``, or
+nothing beside ``tool_calls`` and the like), and whatever else the file says."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,22 @@ class Conversation:
     """A chat.
 
     Attributes:
-        messages: In order; with images every content is a list of parts, else a text.
+        messages: In order; with images every text is a list of parts.
         images: In the order of their parts.
         where: Source and row, for messages.
+        tools: Functions that the model may call, as the template takes them; None without.
+        options: Further arguments of the template (TRL's ``chat_template_kwargs``).
     """
 
     messages: list[Message]
     images: tuple[ImageFile, ...]
     where: str
+    tools: list[dict[str, Any]] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Characters and bytes that it holds."""
-        texts = sum(len(str(message["content"])) for message in self.messages)
+        texts = sum(_length(message, has_images=bool(self.images)) for message in self.messages)
         return texts + sum(len(image.content or b"") for image in self.images)
 
 
@@ -68,55 +77,59 @@ class BadSample:
         return 0
 
 
-def pair_of(
-    prompt: str, answer: str, images: Sequence[Any], where: str, folder: Path
+def chat_of(
+    form: Form,
+    row: Values,
+    images: Sequence[Any],
+    where: str,
+    folder: Path,
+    *,
+    is_table: bool = False,
 ) -> Conversation:
-    """A prompt, with images before it, and its answer.
+    """The chat of a row.
 
     Args:
-        prompt: What the user says.
-        answer: What the model should say.
-        images: Values of the row's image columns.
+        form: How the row holds it.
+        row: Its values.
+        images: Values of its image columns. A part of a message holds its image, or takes the next
+            of these.
         where: Source and row.
         folder: Where relative paths begin.
+        is_table: Whether an empty value may stand for a key that another row has: see
+            :meth:`~autoquant_ray.data.rows.RowReader.read`.
 
     Raises:
-        DataError: An image is neither bytes nor a path.
+        BadChat: It is not of that form, or images are left over or missing.
     """
-    asked = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-    messages = [{"role": "user", "content": asked}, {"role": ANSWERING, "content": answer}]
-    return chat_of(messages, images, where, folder)
-
-
-def chat_of(messages: Any, images: Sequence[Any], where: str, folder: Path) -> Conversation:
-    """A chat from its ``messages``.
-
-    Args:
-        messages: Objects with ``role`` and ``content``: a text, or parts of the types ``text``
-            and ``image`` (or ``image_url``). A part holds its image, or takes the next one of the
-            row's image columns.
-        images: Values of the row's image columns.
-        where: Source and row.
-        folder: Where relative paths begin.
-
-    Raises:
-        DataError: They are not of that form, or images are left over or missing.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: 'messages' is not a list of messages, or an empty one")
+    clean = _without_empty if is_table else _as_it_is
+    turns = form.messages(row)
+    if form.joins_images and images and isinstance(turns[0].get("content"), str):
+        text = {"type": "text", "text": turns[0]["content"]}
+        turns[0] = turns[0] | {"content": [*({"type": "image"} for _ in images), text]}
     waiting = iter(images)
     image_files: list[ImageFile] = []
-    read = [_message(message, waiting, image_files, where, folder) for message in messages]
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        given = parsed(turn, f"message {number}") if isinstance(turn, str) else clean(turn)
+        message = role_and_content(given, number)
+        messages.append(_with_images(message, waiting, image_files, folder))
     if next(waiting, None) is not None:
-        raise DataError(f"{where}: {len(images)} images, more than the messages have places for")
-    if not image_files:
-        for message in read:
-            message["content"] = "".join(part["text"] for part in message["content"])
-    return Conversation(messages=read, images=tuple(image_files), where=where)
+        raise BadChat(f"{len(images)} images, more than the messages have places for")
+    if image_files:
+        messages = [_in_parts(message) for message in messages]
+    return Conversation(
+        messages=messages,
+        images=tuple(image_files),
+        where=where,
+        tools=_tools(row, clean),
+        options=_options(row),
+    )
 
 
-def load_images(conversation: Conversation) -> Conversation | BadSample:
+def load_images(conversation: Conversation | BadSample) -> Conversation | BadSample:
     """The conversation with the content of its image files, or the one that cannot be read."""
+    if isinstance(conversation, BadSample):
+        return conversation
     read: list[ImageFile] = []
     for image in conversation.images:
         try:
@@ -128,47 +141,114 @@ def load_images(conversation: Conversation) -> Conversation | BadSample:
     return replace(conversation, images=tuple(read))
 
 
-def _message(
-    message: Any, waiting: Iterator[Any], image_files: list[ImageFile], where: str, folder: Path
+def is_text_part(part: Any) -> bool:
+    """Whether a part of a message is text, of whatever name its type has."""
+    return isinstance(part, str) or (
+        isinstance(part, dict)
+        and isinstance(part.get("text"), str)
+        and part.get("type", "text") in ("text", "input_text", "output_text")
+    )
+
+
+def text_of_part(part: Any) -> str:
+    """The text of such a part."""
+    return part if isinstance(part, str) else str(part["text"])
+
+
+def _length(message: Message, *, has_images: bool) -> int:
+    content = message.get("content")
+    if isinstance(content, list) and not has_images:
+        size = sum(len(text_of_part(part)) for part in content if is_text_part(part))
+    else:
+        size = len(str(content or ""))
+    others = (value for key, value in message.items() if key not in ("role", "content"))
+    return size + sum(len(str(value)) for value in others if value)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _without_empty(value: Any, *, is_message: bool = True) -> Any:
+    """A value of a table without the keys that are there for other rows only.
+
+    An empty ``content`` of a message stays: a message has one.
+    """
+    if isinstance(value, list):
+        return [_without_empty(entry, is_message=False) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_empty(entry, is_message=False)
+        for key, entry in value.items()
+        if entry is not None or (is_message and key == "content")
+    }
+
+
+def _tools(row: Values, clean: Callable[[Any], Any]) -> list[dict[str, Any]] | None:
+    value = row.get("tools") or None
+    tools = parsed(value, "'tools'") if isinstance(value, str) else clean(value)
+    if not tools:
+        return None
+    listed = tools if isinstance(tools, list) else [tools]
+    entries = [parsed(tool, "an entry of 'tools'") for tool in listed]
+    if not all(isinstance(tool, dict) for tool in entries):
+        raise BadChat("'tools' is not a list of objects")
+    return entries
+
+
+def _options(row: Values) -> dict[str, Any]:
+    options = parsed(row.get("chat_template_kwargs") or {}, "'chat_template_kwargs'")
+    if not isinstance(options, dict):
+        raise BadChat("'chat_template_kwargs' is not an object")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return message | {"content": [{"type": "text", "text": content}]}
+
+
+def _with_images(
+    message: Message, waiting: Iterator[Any], image_files: list[ImageFile], folder: Path
 ) -> Message:
-    """A message with its content as parts; adds its images to those found."""
-    role = message.get("role") if isinstance(message, dict) else None
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(role, str) or not isinstance(content, str | list):
-        raise DataError(f"{where}: a message without 'role' and 'content', or of another type")
-    if isinstance(content, str):
-        return {"role": role, "content": [{"type": "text", "text": content}]}
-    parts: list[dict[str, str]] = []
+    """A message whose images have gone to the others; their parts mark the places."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts: list[Any] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind in ("image", "image_url"):
-            inline = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
-            value = next(waiting, None) if inline is None else inline
-            if value is None:
-                raise DataError(f"{where}: an image part without an image")
-            image_files.append(_image(value, len(image_files) + 1, where, folder))
-            parts.append({"type": "image"})
-        else:
-            raise DataError(f"{where}: a part of type {kind!r}; give parts of text and images")
-    return {"role": role, "content": parts}
+        if kind in _MEDIA_TYPES or not isinstance(part, dict | str):
+            raise BadChat(f"a part of type {kind!r}; give parts of text and images")
+        if isinstance(part, str) or kind not in IMAGE_TYPES:
+            parts.append(part)
+            continue
+        inline = next((part[key] for key in _IMAGE_KEYS if part.get(key) is not None), None)
+        value = next(waiting, None) if inline is None else inline
+        if value is None:
+            raise BadChat("an image part without an image")
+        image_files.append(_image(value, len(image_files) + 1, folder))
+        parts.append({"type": "image"})
+    return message | {"content": parts}
 
 
-def _image(value: Any, number: int, where: str, folder: Path) -> ImageFile:
+def _image(value: Any, number: int, folder: Path) -> ImageFile:
     if isinstance(value, dict):  # as ``datasets`` stores an image
         value = next((value[key] for key in ("bytes", "url", "path") if value.get(key)), None)
     if isinstance(value, bytes):
         return ImageFile(str(number), value)
     if not isinstance(value, str) or not value:
         kind = type(value).__name__
-        raise DataError(f"{where}: an image is {kind}, not bytes or the path of a file")
+        raise BadChat(f"an image is {kind}, not bytes or the path of a file")
     if value.startswith("data:"):
         try:
             content = base64.b64decode(value.partition(",")[2], validate=True)
         except binascii.Error as error:
-            raise DataError(f"{where}: an image is not base64: {one_line(error)}") from None
+            raise BadChat(f"an image is not base64: {one_line(error)}") from None
         return ImageFile(str(number), content)
     if "://" in value:
-        raise DataError(f"{where}: image {value[:200]} is not downloaded; give files or bytes")
+        raise BadChat(f"image {value[:200]} is not downloaded; give files or bytes")
     return ImageFile(str(folder / value), None)

@@ -1,52 +1,163 @@
-"""What a row of calibration data holds: a text, a chat, or a prompt with its answer; its domain.
+"""What a row of calibration data holds: a text, or a chat in one of its forms; its domain.
 
-The columns decide. A row with the text field is a text; else ``messages`` are a chat, and
-``prompt`` and ``answer`` a chat of two. Chats may come with images (``image`` or ``images``).
+The columns decide. A row with the text field is a text; else :mod:`autoquant_ray.data.forms` knows
+what it is. Chats may come with images (``image`` or ``images``).
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from autoquant_ray.data.conversations import Conversation, chat_of, pair_of
+from autoquant_ray.data.conversations import BadSample, Conversation, chat_of
+from autoquant_ray.data.forms import MESSAGES, PROMPT, BadChat, Form, chats_in, form_of
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.errors import DataError
 
-Row = tuple[str | Conversation, str]
-"""A text or a conversation, and its domain."""
+logger = logging.getLogger(__name__)
+
+Row = tuple[str | Conversation | BadSample, str]
+"""A text, a conversation or a chat that cannot be used, and its domain."""
 
 IMAGE_FIELDS = ("image", "images")
 
-_DEFAULT_FIELD, _MESSAGES, _PAIR = "text", "messages", ("prompt", "answer")
 _DOMAIN = re.compile(r"[^,\x00-\x1f]+")
 _MAX_DOMAIN_LENGTH = 64
 
 
-def columns_of(columns: Collection[str], spec: DataSpec, where: str = "") -> list[str]:
-    """The columns that are read.
+class RowReader:
+    """Reads the rows of a source, or of one of its files.
 
-    Raises:
-        DataError: One is not there, or the options do not go with what they hold.
+    Args:
+        spec: What to read.
+        place: The file, for messages; None for the source itself.
+        folder: Where paths of images begin; None for the source's own folder.
     """
-    wanted = _content_fields(columns, spec)
-    chat = wanted is not None
-    if wanted is None:
-        _require_field(spec.text_field, "`text_field`", columns, spec, where)
-        wanted = [spec.text_field]
-    if chat and spec.pack:
-        raise DataError(
-            f"data source {spec.source} holds chats or prompts, and `pack` chops one running "
-            "text; leave it out"
-        )
-    if not chat:
-        require_answers(spec)
-    if spec.domain_field is not None:
-        _require_field(spec.domain_field, "`domain_field`", columns, spec, where)
-        wanted.append(spec.domain_field)
-    return list(dict.fromkeys(wanted))
+
+    def __init__(
+        self, spec: DataSpec, place: Path | None = None, folder: Path | None = None
+    ) -> None:
+        self.spec = spec
+        self._place = spec.source if place is None else str(place)
+        self._folder = _folder_of(spec.source) if folder is None else folder
+        self._form: Form | None = None
+
+    def columns(self, columns: Collection[str], where: str = "") -> list[str]:
+        """The columns that are read.
+
+        Raises:
+            DataError: One is not there, or the options do not go with what they hold.
+        """
+        form, spec = self._form_of(columns), self.spec
+        if form is None:
+            self._require_field(spec.text_field, "`text_field`", columns, where)
+            wanted = [spec.text_field]
+        else:
+            self._require_no_packing()
+            wanted = [*form.columns, *form.optional, *IMAGE_FIELDS]
+        if spec.domain_field is not None:
+            self._require_field(spec.domain_field, "`domain_field`", columns, where)
+            wanted.append(spec.domain_field)
+        return list(dict.fromkeys(name for name in wanted if name in columns))
+
+    def read(self, row: Any, where: str, *, is_table: bool = False) -> Row:
+        """What a row holds, and its domain; '' without a ``domain_field``.
+
+        Args:
+            row: Column -> value.
+            where: ``line 7`` or ``row 7``.
+            is_table: Whether it comes from a table, whose columns have a type: where another row
+                has a key, this one holds an empty value for it, which is no value.
+
+        Raises:
+            DataError: It lacks a field, or a field holds something else.
+        """
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise DataError(f"data source {self._place} {where} is not an object but {kind}")
+        form = self._form_of(row)
+        if form is None and self._form is not None and self.spec.text_field not in row:
+            form = self._form  # among chats, a row without is a bad one
+        if form is None:
+            self.columns(row, where)
+            content: Any = row[self.spec.text_field]
+            if isinstance(content, list):
+                form = chats_in(self.spec.text_field)
+            else:
+                require_answers(self.spec)
+                content = self._checked_text(content, self.spec.text_field, where)
+        if form is not None:
+            content = self._chat(form, row, where, is_table=is_table)
+        return content, self._domain(row, where)
+
+    def _form_of(self, row: Collection[str]) -> Form | None:
+        """The form of a row; a prompt alone is a chat only where it is a list of messages."""
+        form = form_of(row, self.spec.text_field)
+        is_alone = form is not None and form.columns == (PROMPT,)
+        if is_alone and isinstance(row, dict) and isinstance(row[PROMPT], str):
+            return None
+        return form
+
+    def _chat(
+        self, form: Form, row: dict[str, Any], where: str, *, is_table: bool
+    ) -> Conversation | BadSample:
+        self._require_no_packing()
+        if self._form is None:
+            self._form = form
+            if form.columns != (MESSAGES,):
+                logger.info("%s: its rows are %s", self._place, form.name)
+        place = f"data source {self._place} {where}"
+        images: list[Any] = []
+        for name in IMAGE_FIELDS:
+            value = row.get(name) or None
+            images += value if isinstance(value, list) else [] if value is None else [value]
+        missing = [name for name in form.columns if name not in row]
+        if missing:
+            return BadSample(f"{place} has no field {missing[0]!r}")
+        try:
+            return chat_of(form, row, images, place, self._folder, is_table=is_table)
+        except BadChat as error:
+            return BadSample(str(error) if str(error).startswith(place) else f"{place}: {error}")
+
+    def _domain(self, row: dict[str, Any], where: str) -> str:
+        field = self.spec.domain_field
+        if field is None:
+            return ""
+        self._require_field(field, "`domain_field`", row, where)
+        domain = self._checked_text(row[field], field, where).strip()
+        if not domain or len(domain) > _MAX_DOMAIN_LENGTH or not _DOMAIN.fullmatch(domain):
+            raise DataError(
+                f"data source {self._place} {where}: field {field!r} holds {domain[:80]!r}, which "
+                f"is no domain: give 1 to {_MAX_DOMAIN_LENGTH} characters without commas"
+            )
+        return domain
+
+    def _require_no_packing(self) -> None:
+        if self.spec.pack:
+            raise DataError(
+                f"data source {self._place} holds chats or prompts, and `pack` chops one running "
+                "text; leave it out"
+            )
+
+    def _require_field(self, field: str, flag: str, columns: Collection[str], where: str) -> None:
+        if field not in columns:
+            place = f"{self._place} {where}".strip()
+            shown = ", ".join(map(str, columns))[:200] or "none"
+            raise DataError(
+                f"data source {place} has no field {field!r}; it has: {shown}; name one with "
+                f"{flag}, or give chats ('messages') or another form of docs/data.md"
+            )
+
+    def _checked_text(self, value: Any, field: str, where: str) -> str:
+        if not isinstance(value, str):
+            raise DataError(
+                f"data source {self._place} {where}: field {field!r} holds "
+                f"{type(value).__name__}, not text"
+            )
+        return value
 
 
 def require_answers(spec: DataSpec) -> None:
@@ -62,83 +173,7 @@ def require_answers(spec: DataSpec) -> None:
         )
 
 
-def row_of(row: Any, spec: DataSpec, where: str) -> Row:
-    """What a row holds, and its domain; '' without a ``domain_field``.
-
-    Args:
-        row: Column -> value.
-        spec: What to read.
-        where: ``line 7`` or ``row 7``.
-
-    Raises:
-        DataError: It lacks a field, or a field holds something else.
-    """
-    if not isinstance(row, dict):
-        kind = type(row).__name__
-        raise DataError(f"data source {spec.source} {where} is not an object but {kind}")
-    columns_of(row, spec, where)
-    content = _content(row, spec, where)
-    if spec.domain_field is None:
-        return content, ""
-    domain = _checked_text(row[spec.domain_field], spec.domain_field, spec, where).strip()
-    if not domain or len(domain) > _MAX_DOMAIN_LENGTH or not _DOMAIN.fullmatch(domain):
-        raise DataError(
-            f"data source {spec.source} {where}: field {spec.domain_field!r} holds "
-            f"{domain[:80]!r}, which is no domain: give 1 to {_MAX_DOMAIN_LENGTH} characters "
-            "without commas"
-        )
-    return content, domain
-
-
-def _content_fields(columns: Collection[str], spec: DataSpec) -> list[str] | None:
-    """Columns of a chat or a prompt; None for a text."""
-    field = spec.text_field
-    images = [name for name in IMAGE_FIELDS if name in columns]
-    if field == _MESSAGES and field in columns:
-        return [_MESSAGES, *images]
-    if field in columns or field != _DEFAULT_FIELD:
-        return None
-    if _MESSAGES in columns:
-        return [_MESSAGES, *images]
-    return [*_PAIR, *images] if all(name in columns for name in _PAIR) else None
-
-
-def _content(row: dict[str, Any], spec: DataSpec, where: str) -> str | Conversation:
-    fields = _content_fields(row, spec)
-    if fields is None:
-        return _checked_text(row[spec.text_field], spec.text_field, spec, where)
-    images: list[Any] = []
-    for name in IMAGE_FIELDS:
-        value = row.get(name)
-        images += value if isinstance(value, list) else [] if value is None else [value]
-    place, folder = f"data source {spec.source} {where}", _folder(spec.source)
-    if fields[0] == _MESSAGES:
-        return chat_of(row[_MESSAGES], images, place, folder)
-    prompt, answer = (_checked_text(row[name], name, spec, where) for name in _PAIR)
-    return pair_of(prompt, answer, images, place, folder)
-
-
-def _folder(source: str) -> Path:
+def _folder_of(source: str) -> Path:
     """Where paths of images begin: the file's folder, or the data set's own."""
     path = Path(source).expanduser()
     return path if path.is_dir() else path.parent
-
-
-def _require_field(
-    field: str, flag: str, columns: Collection[str], spec: DataSpec, where: str
-) -> None:
-    if field not in columns:
-        place = f"{spec.source} {where}".strip()
-        raise DataError(
-            f"data source {place} has no field {field!r}; it has: "
-            f"{', '.join(columns) or 'none'}; name one with {flag}"
-        )
-
-
-def _checked_text(value: Any, field: str, spec: DataSpec, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(
-            f"data source {spec.source} {where}: field {field!r} holds "
-            f"{type(value).__name__}, not text"
-        )
-    return value

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoquant_ray.config.sources import FileKind
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Which calibration data is used, and how it becomes samples.
 
     Attributes:
-        source: Path of a text file (one sample per line), a ``.jsonl``, ``.json`` or
-            ``.parquet`` file, a dataset folder, a hub id, or ``pydoc``.
+        source: Path of a file of a kind in :mod:`autoquant_ray.data.kinds`, a folder of them, a
+            hub id, or ``pydoc``.
+        read_as: What the file, or every file of the folder, holds; None: what its ending says.
         text_field: Column that holds the text; not used for text files and ``pydoc``.
         split: Split of a dataset folder or hub id.
         num_samples: Number of samples at most.
@@ -24,6 +27,7 @@ class DataSpec:
     """
 
     source: str
+    read_as: FileKind | None = None
     text_field: str = "text"
     split: str = "train"
     num_samples: int

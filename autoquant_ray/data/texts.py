@@ -1,32 +1,33 @@
-"""Calibration texts: read from files, datasets or ``pydoc``, in a fixed order, streamed.
+"""Calibration texts: read from files, folders, datasets or ``pydoc``, in a fixed order, streamed.
 
-A text file is read line by line, Parquet batch by batch with only the column that is needed, a
+A text file is read line by line, Parquet batch by batch with only the columns that are needed, a
 dataset row by row. Reading ends when the caller stops asking, so a few samples of a large file cost
 little. Which tokens form a sample is decided in :mod:`autoquant_ray.data.cutting`.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autoquant_ray.data.conversations import Conversation
-from autoquant_ray.data.rows import IMAGE_FIELDS, Row, columns_of, require_answers, row_of
+from autoquant_ray.config.sources import FileKind
+from autoquant_ray.data.conversations import BadSample, Conversation
+from autoquant_ray.data.files import read_file, warn_of_json
+from autoquant_ray.data.folders import read_dataset, read_folder
+from autoquant_ray.data.kinds import decoded_lines, kind_of, require_kind
+from autoquant_ray.data.rows import Row, RowReader, require_answers
 from autoquant_ray.data.spec import DataSpec
-from autoquant_ray.errors import DataError, one_line
+from autoquant_ray.errors import DataError
 
 PYDOC_SOURCE = "pydoc"
 """Name of the text that comes with every CPython: the topics of its ``help()``."""
 
-_FILE_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _DOCUMENT_SEPARATOR = "\n\n"
-_PARQUET_BATCH_ROWS, _IMAGE_ROWS = 1024, 8
 
 
-def read_texts(spec: DataSpec) -> Iterator[str | Conversation]:
+def read_texts(spec: DataSpec) -> Iterator[str | Conversation | BadSample]:
     """The texts, or conversations, of :func:`read_rows` alone."""
     return (text for text, _ in read_rows(spec))
 
@@ -47,20 +48,20 @@ def read_rows(spec: DataSpec) -> Iterator[Row]:
             are one running text; while iterating for a missing ``text_field``, or a row that
             cannot be read or holds no text or domain.
     """
-    require_source(spec.source)
+    require_source(spec.source, spec.read_as)
     path = Path(spec.source).expanduser()
     if spec.source == PYDOC_SOURCE:
         _require_columns(spec)
         documents: Iterator[Row] = ((text, "") for text in read_pydoc())
     elif path.is_file():
-        reader = _READERS.get(path.suffix.lower())
-        if reader is None:
+        kind = require_kind(path, spec.read_as)
+        if kind == "text":
             _require_columns(spec)
             _require_separate_lines(spec)
             return _shuffled(_read_text_lines(path, keep_line_ends=spec.pack), spec)
-        documents = reader(path, spec)
+        documents = read_file(path, kind, RowReader(spec))
     else:
-        documents = _read_dataset(path, spec)
+        documents = read_folder(path, spec) if path.is_dir() else read_dataset(path, spec)
     documents = _shuffled(documents, spec)
     return _separated(documents) if spec.pack else documents
 
@@ -69,17 +70,26 @@ def _shuffled(rows: Iterable[Row], spec: DataSpec) -> Iterator[Row]:
     return shuffled(rows, spec.shuffle_seed, length=lambda row: len(row[0]))
 
 
-def require_source(source: str) -> None:
-    """Check that a source that looks like a path exists.
+def require_source(source: str, read_as: FileKind | None = None) -> None:
+    """Check that a source that looks like a path exists, and that a file is of a known kind.
+
+    Args:
+        source: As the user gave it.
+        read_as: What the user says that it holds.
 
     Raises:
-        DataError: It does not.
+        DataError: It does not exist, or nobody says what it holds.
     """
-    if _looks_like_path(source) and not Path(source).expanduser().exists():
+    path = Path(source).expanduser()
+    if _looks_like_path(source) and not path.exists():
         raise DataError(
-            f"data source {source} does not exist; give a text, JSONL or Parquet file, a "
-            f"dataset folder, a hub id or {PYDOC_SOURCE!r}"
+            f"data source {source} does not exist; give a file of text, JSONL, CSV or Parquet, a "
+            f"folder, a hub id or {PYDOC_SOURCE!r}"
         )
+    if path.is_file() and source != PYDOC_SOURCE:
+        require_kind(path, read_as)
+    elif read_as is not None and not path.is_dir():
+        raise DataError(f"`read_as` {read_as} is for files, which {source} is not; leave it out")
 
 
 def _require_separate_lines(spec: DataSpec) -> None:
@@ -101,7 +111,7 @@ def _require_columns(spec: DataSpec) -> None:
 
 def _looks_like_path(source: str) -> bool:
     is_rooted = "/" in source and source.startswith((".", "/", "~"))
-    return is_rooted or source.lower().endswith(_FILE_SUFFIXES)
+    return is_rooted or kind_of(Path(source)) is not None
 
 
 def _separated(documents: Iterable[Row]) -> Iterator[Row]:
@@ -123,110 +133,10 @@ def read_pydoc() -> Iterator[str]:
 
 
 def _read_text_lines(path: Path, *, keep_line_ends: bool) -> Iterator[Row]:
-    for _, line in _decoded_lines(path):
+    for number, line in decoded_lines(path):
+        if number == 1:
+            warn_of_json(path, line)
         yield line if keep_line_ends else line.removesuffix("\n"), ""
-
-
-def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield number, text[:-2] + "\n" if text.endswith("\r\n") else text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} line {number} is not UTF-8 text: {one_line(error)}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
-
-
-def _read_json(path: Path, spec: DataSpec) -> Iterator[Row]:
-    first_lines = (line.strip() for _, line in _decoded_lines(path))
-    is_array = next((line for line in first_lines if line), "").startswith("[")
-    if not is_array:
-        return _read_json_lines(path, spec)
-    rows = _parse_json("".join(line for _, line in _decoded_lines(path)), str(path))
-    return (row_of(row, spec, f"row {number}") for number, row in enumerate(rows, start=1))
-
-
-def _read_json_lines(path: Path, spec: DataSpec) -> Iterator[Row]:
-    for number, line in _decoded_lines(path):
-        if line.strip():
-            row = _parse_json(line, f"{path} line {number}")
-            yield row_of(row, spec, f"line {number}")
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON: {one_line(error)}") from None
-
-
-def _read_parquet(path: Path, spec: DataSpec) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        # Buffering ahead would hold more the longer the file is.
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-            columns = columns_of(file.schema_arrow.names, spec)
-            size = _PARQUET_BATCH_ROWS if not set(columns) & set(IMAGE_FIELDS) else _IMAGE_ROWS
-            batches = file.iter_batches(size, columns=columns, use_threads=False)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield row_of(row, spec, f"row {number}")
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {one_line(error)}") from None
-
-
-def _read_dataset(path: Path, spec: DataSpec) -> Iterator[Row]:
-    import datasets
-
-    failures = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError)
-    try:
-        dataset = _open_dataset(path, spec)
-        if dataset.column_names is not None:
-            dataset = dataset.select_columns(columns_of(dataset.column_names, spec))
-            for name, feature in (dataset.features or {}).items():
-                if isinstance(feature, datasets.Image):
-                    dataset = dataset.cast_column(name, datasets.Image(decode=False))
-    except (*failures, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"data source {spec.source} cannot be loaded as a dataset folder or hub id: "
-            f"{one_line(error)}"
-        ) from None
-
-    def rows() -> Iterator[Row]:
-        try:
-            for number, row in enumerate(dataset, start=1):
-                yield row_of(row, spec, f"row {number}")
-        except (*failures, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"data source {spec.source}: {one_line(error)}") from None
-
-    return rows()
-
-
-def _open_dataset(path: Path, spec: DataSpec) -> Any:
-    import datasets
-
-    if (path / "state.json").is_file():
-        return datasets.load_from_disk(path)
-    if (path / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(path)
-        if spec.split not in splits:
-            raise ValueError(f"it has no split {spec.split!r}; splits: {', '.join(splits)}")
-        return splits[spec.split]
-    name = str(path) if path.is_dir() else spec.source
-    return datasets.load_dataset(name, split=spec.split, streaming=True)
-
-
-_READERS: dict[str, Callable[[Path, DataSpec], Iterator[Row]]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-"""File name ending -> reader; any other file is read as text, line by line."""
 
 
 _BUFFER_TEXTS = 10_000

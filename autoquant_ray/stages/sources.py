@@ -68,7 +68,7 @@ class Source:
         rows = read_rows(self.spec)
         first = next(rows, None)
         rows = itertools.chain([] if first is None else [first], rows)
-        if first is not None and isinstance(first[0], Conversation):
+        if first is not None and isinstance(first[0], Conversation | BadSample):
             yield from self._of_chats(rows, tokenizer)
         else:
             yield from self._of_texts(rows, tokenizer)
@@ -83,7 +83,7 @@ class Source:
 
         def chats() -> Iterator[Conversation | BadSample]:
             for chat, domain in rows:
-                if not isinstance(chat, Conversation):
+                if isinstance(chat, str):
                     raise self._is_mixed()
                 domains.append(domain or self.name)
                 yield load_images(chat)
@@ -145,6 +145,7 @@ def data_specs(config: ScanConfig) -> dict[str, DataSpec]:
     return {
         name: DataSpec(
             source=source,
+            read_as=config.read_as,
             text_field=config.text_field,
             split=config.split,
             num_samples=share,

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from autoquant_ray.data.chat_encoding import ConversationEncoder, Encoded
 from autoquant_ray.data.conversations import Conversation
@@ -81,6 +82,19 @@ def write_pairs(folder: Path, sizes: list[tuple[int, int]]) -> Path:
     path = folder / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def byte_tokenizer(folder: Path, template: str) -> transformers.PreTrainedTokenizerFast:
+    """A saved tokenizer whose tokens are bytes, so that what was written can be read back."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    numbers = {letter: number for number, letter in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab=numbers, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 TURNS = [

@@ -53,7 +53,7 @@ def test_bad_sample_stops_by_default() -> None:
 
 def test_nothing_usable_says_why() -> None:
     counts = DataCounts(read=3, no_answer=2, bad=1)
-    with pytest.raises(DataError, match=r"of 3 chats read, 2 have no answer.*and 1 have an image"):
+    with pytest.raises(DataError, match=r"of 3 chats read, 2 have no answer.*and 1 cannot be used"):
         require_usable(counts, "d.jsonl")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,7 @@ def test_rows_with_messages_are_chats(kind: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / f"d.{kind}", [{"messages": TURNS}])
     of_parts = write_rows(tmp_path / f"p.{kind}", [{"messages": turns}])
     assert [conversation.messages for conversation in read(path)] == [TURNS]
-    assert [m["content"] for conversation in read(of_parts) for m in conversation.messages] == [
-        "w1 w2",
-        "w1 w2",
-    ]
+    assert [conversation.messages for conversation in read(of_parts)] == [turns]
 
 
 def test_rows_with_prompt_and_answer_are_chats_of_two(tmp_path: Path) -> None:
@@ -112,7 +110,10 @@ IMAGE_PART = {"type": "image"}
     ("row", "problem"),
     [
         ({"messages": []}, "an empty one"),
-        ({"messages": [{"role": "user"}]}, "without 'role' and 'content'"),
+        ({"messages": None}, "an empty one"),
+        ({"messages": [{"role": "user"}]}, "message 1 says nothing"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "says nothing"),
+        ({"messages": [{"content": "w1"}]}, "message 1 is no object with a 'role'"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "type 'video'"),
         ({"messages": [{"role": "user", "content": [IMAGE_PART]}]}, "without an image"),
         ({"messages": TURNS, "image": "a.png"}, "1 images, more than"),
@@ -120,13 +121,34 @@ IMAGE_PART = {"type": "image"}
         ({"prompt": "w1", "answer": "w2", "image": 3}, "an image is int"),
         ({"prompt": "w1", "answer": "w2", "image": "data:image/png;base64,?"}, "not base64"),
         ({"prompt": "w1", "answer": None}, "field 'answer' holds NoneType"),
-        ({"prompt": "w1"}, "has no field 'text'; it has: prompt"),
+        ({"conversations": [{"from": "cat", "value": "w1"}]}, "from 'cat'; known: human"),
+        ({"messages": TURNS, "tools": "none"}, "'tools' is a text that is no JSON"),
     ],
 )
-def test_row_that_is_no_chat_is_named(row: dict[str, Any], problem: str, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "d.jsonl", [row])
-    with pytest.raises(DataError, match=f"d.jsonl line 1.*{problem}"):
-        read(path)
+def test_row_that_is_no_chat_is_a_bad_sample(
+    row: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": TURNS}, row, {"messages": TURNS}])
+    good, bad, after = read(path)
+    assert isinstance(good, Conversation)
+    assert isinstance(after, Conversation)
+    assert isinstance(bad, BadSample)
+    assert re.search(f"d.jsonl line 2.*{problem}", bad.reason)
+    assert load_images(bad) is bad
+
+
+def test_row_among_chats_that_lacks_its_messages_is_a_bad_sample(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": TURNS}, {"id": 3}])
+    _, bad = read(path)
+    assert isinstance(bad, BadSample)
+    assert bad.reason.endswith("d.jsonl line 2 has no field 'messages'")
+
+
+def test_row_of_no_form_is_refused_with_its_columns(tmp_path: Path) -> None:
+    for row in ({"prompt": "w1"}, {"id": 3, "prompt": "w1"}):
+        path = write_rows(tmp_path / "d.jsonl", [row])
+        with pytest.raises(DataError, match=r"line 1 has no field 'text'; it has: .*prompt"):
+            read(path)
 
 
 def test_options_that_do_not_go_with_the_rows_are_refused(tmp_path: Path) -> None:
@@ -173,17 +195,28 @@ def test_answer_written_otherwise_as_the_last_one_ends_with_its_content(encoder_
     assert sample.tokens_T[sample.in_loss_T].tolist() == [3, 4, 5, 200, 7, 243]
 
 
-def test_template_that_writes_the_past_otherwise_is_refused(encoder_of: Any) -> None:
+def test_answers_are_found_where_the_template_counts_the_messages(encoder_of: Any) -> None:
     counting = "w{{ messages | length }} " + TEMPLATE
-    with pytest.raises(DataError, match="line 3: where the answer of message 2 begins"):
-        encoder_of(counting).encode(chat())
-    assert encoded(encoder_of(counting, "all")).sample.tokens_T[0] == 4
+    sample = encoded(encoder_of(counting)).sample
+    assert sample.tokens_T.tolist() == [4, *TOKENS]
+    assert sample.tokens_T[sample.in_loss_T].tolist() == [3, 4, 5, 7, 243]
 
 
-def test_template_that_refuses_a_chat_names_the_row(encoder_of: Any) -> None:
+def test_template_that_writes_answers_otherwise_makes_a_bad_sample(encoder_of: Any) -> None:
+    reversing = (
+        TEMPLATE.replace("{{ m.content }}", "{{ m.content[::-1] }}") + "w{{ messages|length }}"
+    )
+    result = encoder_of(reversing).encode(chat())
+    assert isinstance(result, BadSample)
+    assert "line 3: where the answer of message 2 begins" in result.reason
+
+
+def test_template_that_refuses_a_chat_makes_a_bad_sample(encoder_of: Any) -> None:
     strict = "{{ raise_exception('roles must take turns') }}"
-    with pytest.raises(DataError, match=r"line 3: the model's chat template refuses.*take turns"):
-        encoder_of(strict).encode(chat())
+    result = encoder_of(strict).encode(chat())
+    assert isinstance(result, BadSample)
+    assert re.search("line 3: the model's chat template refuses.*take turns", result.reason)
+    assert encoder_of(strict).encode(result) is result
 
 
 def test_model_without_a_template_says_what_to_do(model_folder: Any) -> None:

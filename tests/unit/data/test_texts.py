@@ -77,7 +77,7 @@ def test_read_missing_field_names_it_and_the_columns(tmp_path: Path, kind: str) 
         ("jsonl", "line 2"),
         ("json array", "row 2"),
         ("parquet", "row 2"),
-        ("folder", "row 2"),
+        ("folder", "train.jsonl line 2"),
         ("saved", "row 2"),
     ],
 )
@@ -139,22 +139,29 @@ def test_read_damaged_parquet_raises_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["/no/such/folder", "./none", "~/none", "corpus.txt", "a/b.JSONL"]
+    "source", ["/no/such/folder", "./none", "~/none", "corpus.txt", "a/b.JSONL", "rows.csv.gz"]
 )
 def test_read_missing_path_raises_at_once(source: str) -> None:
     with pytest.raises(DataError, match=f"data source {source} does not exist"):
         read_texts(spec_of(source))
 
 
-def test_read_file_of_another_ending_is_read_as_lines(tmp_path: Path) -> None:
-    (tmp_path / "notes.md").write_text("one two\nthree\n")
-    assert read_all(tmp_path / "notes.md") == ["one two", "three"]
+@pytest.mark.parametrize("name", ["notes.md", "wiki.train.raw", "corpus", "data.parquet.gz"])
+def test_read_file_of_an_unknown_kind_is_text_only_where_it_is_said(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("one two\nthree\n")
+    with pytest.raises(DataError, match=rf"{name} is of no kind.*`read_as` \(text, json") as caught:
+        read_texts(spec_of(tmp_path / name))
+    assert len(str(caught.value)) - len(str(tmp_path)) < 330
+    if not name.endswith(".gz"):
+        assert read_all(tmp_path / name, read_as="text") == ["one two", "three"]
 
 
 def test_read_binary_file_names_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"weights\.bin line 1 is not UTF-8"):
-        read_all(tmp_path / "weights.bin")
+        read_all(tmp_path / "weights.bin", read_as="text")
 
 
 def test_read_hub_id_offline_raises_in_one_line() -> None:

@@ -1,0 +1,162 @@
+"""Folders of data files, and data sets that ``datasets`` opens: folders that it saved, hub ids.
+
+``datasets`` says which files of a folder belong to a split. It would then read those of the
+commonest kind alone, and infer types: here all are read, each as what it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from autoquant_ray.data.files import read_file
+from autoquant_ray.data.kinds import kind_of
+from autoquant_ray.data.rows import Row, RowReader
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.errors import DataError, one_line
+from autoquant_ray.wording import few
+
+logger = logging.getLogger(__name__)
+
+_SAVED = ("state.json", "dataset_dict.json")
+_CARDS = ("README.md", ".huggingface.yaml")
+_DESCRIPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_ASIDE = (".md", ".rst", ".yaml", ".yml", ".lock", ".sha256", ".md5", ".py", ".ipynb", ".pdf")
+_FAILURES = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError)
+
+
+def read_folder(path: Path, spec: DataSpec) -> Iterator[Row]:
+    """The rows of a folder's files of the split, file after file.
+
+    Raises:
+        DataError: There is no file of a known kind, or one of an unknown kind among them; while
+            iterating, a file cannot be read.
+    """
+    files = None if any((path / name).is_file() for name in _SAVED) else _files(path, spec.split)
+    if not files:
+        return read_dataset(path, spec)
+    kinds = {file: spec.read_as or kind_of(file) for file in files}
+    unread = [file for file, kind in kinds.items() if kind is None]
+    if unread and (len(unread) == len(files) or _describes(files)):
+        return read_dataset(path, spec)
+    _require_known(path, unread)
+    known = [(file, kind) for file, kind in kinds.items() if kind is not None]
+    counts = {kind: sum(other == kind for _, other in known) for _, kind in known}
+    if len(counts) > 1:
+        shown = ", ".join(f"{count} of {kind}" for kind, count in sorted(counts.items()))
+        logger.info("%s: split %s is read from files of several kinds: %s", path, spec.split, shown)
+    return (
+        row
+        for file, kind in known
+        for row in read_file(file, kind, RowReader(spec, place=file, folder=path))
+    )
+
+
+def read_dataset(path: Path, spec: DataSpec) -> Iterator[Row]:
+    """The rows of what ``datasets`` opens.
+
+    Raises:
+        DataError: It does not, or a column is missing; while iterating, it cannot be read.
+    """
+    import datasets
+
+    rows = RowReader(spec)
+    try:
+        dataset = _open_dataset(path, spec)
+        if dataset.column_names is not None:
+            dataset = dataset.select_columns(rows.columns(dataset.column_names))
+            for name, feature in (dataset.features or {}).items():
+                if isinstance(feature, datasets.Image):
+                    dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    except (*_FAILURES, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"data source {spec.source} cannot be loaded as a dataset folder or hub id: "
+            f"{one_line(error)}"
+        ) from None
+
+    def read() -> Iterator[Row]:
+        try:
+            for number, row in enumerate(dataset, start=1):
+                yield rows.read(row, f"row {number}", is_table=True)
+        except (*_FAILURES, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"data source {spec.source}: {one_line(error)}") from None
+
+    return read()
+
+
+def _open_dataset(path: Path, spec: DataSpec) -> Any:
+    import datasets
+
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(path)
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(path)
+        if spec.split not in splits:
+            raise ValueError(f"it has no split {spec.split!r}; splits: {', '.join(splits)}")
+        return splits[spec.split]
+    name = str(path) if path.is_dir() else spec.source
+    return datasets.load_dataset(name, split=spec.split, streaming=True)
+
+
+def _files(path: Path, split: str) -> list[Path]:
+    """Files of a split of a folder, in the order of ``datasets``; none where it decides itself."""
+    import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    base = path.resolve().as_posix()
+    resolved: Any
+    try:
+        if _card_names_files(path):
+            resolved = datasets.load_dataset_builder(str(path)).config.data_files or {}
+        else:
+            resolved = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    except (*_FAILURES, datasets.exceptions.DatasetsError):
+        return []  # ``datasets`` says why
+    if resolved and split not in resolved:
+        splits = ", ".join(map(str, resolved))
+        raise DataError(f"data source {path} has no split {split!r}; splits: {splits}")
+    files = [Path(file) for file in resolved.get(split, ())]
+    return [file for file in files if not _is_aside(file)]
+
+
+def _card_names_files(path: Path) -> bool:
+    """Whether the folder's card says which files belong to which split."""
+    return any(
+        "data_files:" in (path / name).read_text(encoding="utf-8", errors="replace")
+        for name in _CARDS
+        if (path / name).is_file()
+    )
+
+
+def _is_aside(file: Path) -> bool:
+    """Whether a file goes with data and is none; empty ones mark that a tool is done."""
+    is_named = file.name.upper().startswith(("README", "LICENSE", "NOTICE", "CITATION"))
+    return is_named or file.suffix.lower() in _ASIDE or file.stat().st_size == 0
+
+
+def _is_media(file: Path) -> bool:
+    import mimetypes
+
+    kind, _ = mimetypes.guess_type(file.name)
+    return kind is not None and kind.startswith(("image/", "audio/", "video/"))
+
+
+def _describes(files: Sequence[Path]) -> bool:
+    """Whether the files are media with a table that describes each, which ``datasets`` joins."""
+    return any(file.name in _DESCRIPTIONS for file in files) and any(map(_is_media, files))
+
+
+def _require_known(path: Path, unread: Sequence[Path]) -> None:
+    """Refuse files that hold something that cannot be read; images beside chats are read by name.
+
+    Raises:
+        DataError: There are such files.
+    """
+    names = [str(file.relative_to(path.resolve())) for file in unread if not _is_media(file)]
+    if names:
+        raise DataError(
+            f"data source {path} has files of no known kind beside others: {few(names, 3)}; take "
+            "them out, give the files of data alone, or say what all files hold with `read_as`"
+        )

@@ -1,0 +1,181 @@
+"""What a model's chat template writes of a conversation: messages and tools as the file has them.
+
+Templates differ in what they take. Where one refuses messages as they are, or leaves out what they
+say, they are written as it takes them, and nothing else of them changes: parts of text joined, or a
+text as a part; a content that is null left away, or the reverse; arguments of a call as an object,
+or as a text of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from autoquant_ray.data.conversations import (
+    Conversation,
+    Message,
+    is_text_part,
+    text_of_part,
+)
+from autoquant_ray.data.forms import BadChat
+from autoquant_ray.data.writings import in_parts, is_thought, joined_text, writings
+from autoquant_ray.errors import ModelError, one_line
+
+
+def require_template(owner: Any, conversation: Conversation, model: str) -> str:
+    """The chat template that a conversation goes to.
+
+    Args:
+        owner: A tokenizer or a processor.
+        conversation: Its tools may have a template of their own.
+        model: For the message.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if not owner.chat_template:
+        raise ModelError(
+            f"model {model} has no chat template, which chats and prompts with answers need; give "
+            "an instruction-tuned model, put its chat_template.jinja into the model's folder, or "
+            "give plain text"
+        )
+    if isinstance(owner.chat_template, dict):
+        name = "tool_use" if conversation.tools and "tool_use" in owner.chat_template else "default"
+        return str(owner.chat_template.get(name, ""))
+    return str(owner.chat_template)
+
+
+def write_text(
+    owner: Any, conversation: Conversation, messages: list[Message], is_prompt: bool
+) -> str:
+    """The template's text of messages, with the prompt of an answer or without.
+
+    Args:
+        owner: A tokenizer or a processor.
+        conversation: Gives the tools and other arguments.
+        messages: Some of the conversation's.
+        is_prompt: Whether the prompt of an answer follows.
+
+    Raises:
+        BadChat: The template refuses them.
+    """
+    options: dict[str, Any] = {**conversation.options, "add_generation_prompt": is_prompt}
+    if conversation.tools is not None:
+        options["tools"] = conversation.tools
+    try:
+        return str(owner.apply_chat_template(messages, **options, tokenize=False))
+    except Exception as error:  # noqa: BLE001 - a template raises anything
+        raise refused(conversation, error) from None
+
+
+def refused(conversation: Conversation, error: Exception) -> BadChat:
+    """The error for a conversation that the template refuses."""
+    return BadChat(
+        f"{conversation.where}: the model's chat template refuses it: {one_line(error, 160)}"
+    )
+
+
+def as_template_takes_them(owner: Any, conversation: Conversation) -> Conversation:
+    """The conversation with its messages as they are, or else as the template takes them.
+
+    Args:
+        owner: A tokenizer or a processor.
+        conversation: As the file has it.
+
+    Raises:
+        BadChat: The template refuses it however it is written, or leaves out a part.
+    """
+    refusal: BadChat | None = None
+    for messages in writings(conversation.messages):
+        try:
+            text = write_text(owner, conversation, messages, False)
+        except BadChat as error:
+            refusal = refusal or error
+            continue
+        if not conversation.images:
+            messages = _with_written_contents(owner, conversation, messages, text)
+        return replace(conversation, messages=messages)
+    assert refusal is not None
+    raise refusal
+
+
+def _with_written_contents(
+    owner: Any, conversation: Conversation, messages: list[Message], text: str
+) -> list[Message]:
+    """The messages with their texts in the form in which the template writes them."""
+    said = [m["content"].strip() for m in messages if isinstance(m.get("content"), str)]
+    if any(said) and not any(_is_in(content, text) for content in said if content):
+        listed = in_parts(messages)  # the template knows parts alone
+        try:
+            of_parts = write_text(owner, conversation, listed, False)
+        except BadChat:
+            return messages
+        return listed if all(_is_in(content, of_parts) for content in said) else messages
+    return [_joined(message, text, conversation.where) for message in messages]
+
+
+def _joined(message: Message, text: str, where: str) -> Message:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    if str(content) not in text and all(_is_written(part, text) for part in content):
+        return message
+    texts = [part for part in content if not is_thought(part)]
+    other = next((part for part in texts if not is_text_part(part)), None)
+    if other is not None:
+        kind = other.get("type") if isinstance(other, dict) else type(other).__name__
+        raise BadChat(
+            f"{where}: the model's chat template does not write a part of type {kind!r}; give it "
+            "as text, or as the key of a message that the template knows"
+        )
+    return joined_text(message)
+
+
+def _is_written(part: Any, text: str) -> bool:
+    """Whether the template's text holds what a part says, and does not hold it as Python's."""
+    if isinstance(part, dict) and str(part) in text:
+        return False
+    if is_text_part(part):
+        return _is_in(text_of_part(part), text)
+    if is_thought(part):
+        return bool(text)
+    said = sorted(_texts(part), key=len)
+    return not said or _is_in(said[-1], text)
+
+
+def _texts(part: Any, key: str = "") -> Iterator[str]:
+    """Texts within a part, without its type and numbers of calls."""
+    if isinstance(part, str) and key not in ("type", "id", "tool_use_id"):
+        yield part
+    values = part.items() if isinstance(part, dict) else enumerate(part or ())
+    if isinstance(part, dict | list):
+        for name, value in values:
+            yield from _texts(value, str(name))
+
+
+def _is_in(said: str, text: str) -> bool:
+    forms = (said.strip(), json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
+    return any(form in text for form in forms)
+
+
+def unwritten(conversation: Conversation, text: str) -> str:
+    """What of tools and calls the template's text does not hold; '' where it holds all.
+
+    Args:
+        conversation: The chat.
+        text: What the template wrote.
+    """
+    calls = [call for message in conversation.messages for call in message.get("tool_calls") or ()]
+    held = {"tools": conversation.tools or [], "tool_calls": calls}
+    return " and ".join(
+        name
+        for name, entries in held.items()
+        if any(not _is_in(_function_name(entry), text) for entry in entries)
+    )
+
+
+def _function_name(entry: Any) -> str:
+    function = entry.get("function", entry) if isinstance(entry, dict) else {}
+    return str(function.get("name", "")) if isinstance(function, dict) else ""

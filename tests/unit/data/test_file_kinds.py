@@ -1,0 +1,196 @@
+"""Files of every kind, compressed ones and folders of several: read as what they are."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import logging
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from texts import spec_of
+
+from autoquant_ray.config.evaluation import EvaluationConfig
+from autoquant_ray.config.files import validate
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.stage_fields import changed_fields, stage_fingerprints
+from autoquant_ray.data.texts import read_rows, read_texts, require_source
+from autoquant_ray.errors import DataError
+
+TEXTS = ["null", "2024-01-01", "01", 'He said "no", twice.', "two\nlines", "", "é"]
+"""Texts that a reader which infers types makes something else of."""
+
+
+def read_all(source: Any, **changes: Any) -> list[Any]:
+    return list(read_texts(spec_of(source, **changes)))
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in texts).encode()
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    """A file of the kind that its name says."""
+    table, ending = pa.table({"id": [1] * len(texts), "text": texts}), path.suffix
+    if ending in (".csv", ".tsv"):
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, delimiter="," if ending == ".csv" else "\t")
+            writer.writerows([("id", "text"), *(("1", text) for text in texts)])
+    elif ending == ".parquet":
+        pq.write_table(table, path)
+    elif ending in (".arrow", ".feather"):
+        opened = pa.ipc.new_stream if ending == ".arrow" else pa.ipc.new_file
+        with pa.OSFile(str(path), "wb") as sink, opened(sink, table.schema) as writer:
+            writer.write_table(table)
+    elif ending == ".zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(lines(texts))
+    else:
+        pack: Any = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+        path.write_bytes(pack.get(ending, bytes)(lines(texts)))
+    return path
+
+
+NAMES = [
+    "a.jsonl", "a.ndjson", "a.jsonlines", "a.JSONL", "a.json", "a.csv", "a.tsv", "a.parquet",
+    "a.arrow", "a.feather", "a.jsonl.gz", "a.json.bz2", "a.ndjson.xz", "a.jsonl.zst",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_gives_its_texts_as_they_are(name: str, tmp_path: Path) -> None:
+    assert read_all(write(tmp_path / name, TEXTS)) == TEXTS
+    assert read_all(write(tmp_path / name, TEXTS), pack=True)[1] == "\n\n2024-01-01"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file_in_a_folder_gives_the_same(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name, TEXTS)
+    assert read_all(tmp_path) == TEXTS
+
+
+def test_compressed_text_is_read_by_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\r\n\ntwo"))
+    assert read_all(tmp_path / "a.txt.gz") == ["one", "", "two"]
+
+
+def test_list_of_rows_is_read_whatever_the_ending(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
+    assert read_all(tmp_path / "a.jsonl") == TEXTS
+
+
+def test_what_the_user_says_wins_over_the_ending(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(lines(TEXTS))
+    assert read_all(tmp_path / "a.txt", read_as="json") == TEXTS
+    assert read_all(tmp_path, read_as="json") == TEXTS
+
+
+def test_text_that_looks_like_rows_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_bytes(lines(["one"]))
+    assert read_all(tmp_path / "a.txt")[0].startswith("{")
+    assert "is read as plain text, but its lines look like JSON" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", b"text,n\none\n", r"line 2: 1 fields, but 2 in the first line"),
+        ("a.csv", b'text\n"one\n', r"after line 1 cannot be read: unexpected end of data"),
+        ("a.csv", b"text,text\n", r"names a column twice"),
+        ("a.csv", b"text\n\xff\n", r"is not UTF-8"),
+        ("a.csv", b"body\none\n", r"line 2 has no field 'text'; it has: body"),
+        ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(lines(["one"] * 99))[:-9], r"cannot be read: .*ended"),
+        ("a.jsonl.xz", b"plain", r"cannot be read: Input format not supported"),
+        ("a.arrow", b"plain", r"cannot be read as Arrow"),
+        ("a.json", b'{\n"rows": []\n}\n', r"one JSON object over several lines"),
+    ],
+)
+def test_damaged_file_is_named_in_one_line(
+    name: str, content: bytes, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=problem) as caught:
+        read_all(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_domain_of_a_csv_is_a_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,kind\none,7\n")
+    assert list(read_rows(spec_of(tmp_path / "a.csv", domain_field="kind"))) == [("one", "7")]
+
+
+def test_folder_of_several_kinds_is_read_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.csv", "d.parquet"):
+        write(tmp_path / name, [name])
+    (tmp_path / "e.txt").write_text("e.txt\n")
+    for name in ("README.md", "LICENSE", "picture.png", "picture.JPG", "run.sha256", "_SUCCESS"):
+        (tmp_path / name).write_bytes(b"" if name == "_SUCCESS" else b"aside")
+    with caplog.at_level(logging.INFO):
+        assert read_all(tmp_path) == ["a.jsonl", "b.jsonl", "c.csv", "d.parquet", "e.txt"]
+    assert "files of several kinds: 1 of csv, 2 of json, 1 of parquet, 1 of text" in caplog.text
+
+
+def test_folder_gives_the_files_of_the_split(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "train-2.csv", "test.csv"):
+        write(tmp_path / name, [name])
+    assert read_all(tmp_path) == ["train-2.csv", "train.jsonl"]
+    assert read_all(tmp_path, split="test") == ["test.csv"]
+    with pytest.raises(DataError, match=r"no split 'dev'; splits: train, test"):
+        read_all(tmp_path, split="dev")
+
+
+def test_folder_whose_card_names_the_files_is_read_by_it(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / name, [name])
+    card = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: b.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+    assert read_all(tmp_path) == ["b.jsonl"]
+
+
+def test_folder_with_a_file_of_no_known_kind_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "b.docx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"of no known kind beside others: b\.docx; take them out"):
+        read_all(tmp_path)
+
+
+def test_source_of_an_unknown_kind_is_refused_before_work(tmp_path: Path) -> None:
+    (tmp_path / "a.docx").write_bytes(b"PK")
+    with pytest.raises(DataError, match="is of no kind"):
+        require_source(str(tmp_path / "a.docx"))
+    require_source(str(tmp_path / "a.docx"), "text")
+    with pytest.raises(DataError, match="`read_as` text is for files, which pydoc is not"):
+        require_source("pydoc", "text")
+
+
+def config(**changes: Any) -> ScanConfig:
+    return validate(ScanConfig, {"model": "m", "data": "d.txt", "out": "o", "bits": 8} | changes)
+
+
+def test_saying_what_a_file_holds_changes_the_samples_and_its_absence_nothing() -> None:
+    plain, said = config(), config(read_as="text")
+    before = plain.model_dump(mode="json")
+    del before["read_as"]
+    assert changed_fields(before, plain) == []
+    marks = [stage_fingerprints(config, "m", "d") for config in (plain, said)]
+    assert marks[0]["plan"] == marks[1]["plan"]
+    assert marks[0]["shards"] != marks[1]["shards"]
+
+
+def test_other_data_of_an_evaluation_is_what_its_ending_says() -> None:
+    scan = config(read_as="text").model_dump(mode="json")
+    assert EvaluationConfig(run="r").scan_config(scan).read_as == "text"
+    assert EvaluationConfig(run="r", data="e.csv").scan_config(scan).read_as is None
+    given = EvaluationConfig(run="r", data="e.md", read_as="text")
+    assert given.scan_config(scan).read_as == "text"

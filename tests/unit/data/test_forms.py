@@ -1,0 +1,160 @@
+"""Forms of chats that other tools write, and what becomes of each."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from chats import read, write_rows
+
+from autoquant_ray.data.conversations import Conversation
+
+ASKED, ANSWER = "Name a prime.", "Seven."
+USER, ASSISTANT = {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWER}
+SYSTEM = {"role": "system", "content": "Be kind."}
+SHAREGPT = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWER}]
+
+FORMS: dict[str, dict[str, Any]] = {
+    "ShareGPT": {"id": "a1", "conversations": SHAREGPT},
+    "role and content": {"conversations": [USER, ASSISTANT]},
+    "'conversation'": {"conversation": [USER, ASSISTANT]},
+    "Alpaca": {"instruction": ASKED, "input": "", "output": ANSWER},
+    "Dolly": {"instruction": ASKED, "context": "", "response": ANSWER, "category": "x"},
+    "'prompt' and 'completion' (TRL)": {"prompt": ASKED, "completion": ANSWER},
+    "pairs of 'prompt' and 'completion'": {"prompt": [USER], "completion": [ASSISTANT]},
+    "'prompt' and 'response'": {"prompt": ASKED, "response": ANSWER},
+    "'question' and 'answer'": {"question": ASKED, "answer": ANSWER},
+    "'prompt' and 'chosen'": {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [USER]},
+    "'chosen' (TRL's preferences": {"chosen": [USER, ASSISTANT], "rejected": [USER]},
+    "'rejected' is not read": {"prompt": ASKED, "chosen": [USER, ASSISTANT], "rejected": [USER]},
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("name", FORMS)
+def test_form_is_read_as_a_chat_and_named(
+    name: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        chats = read(write_rows(tmp_path / f"d.{kind}", [FORMS[name]] * 2), loss_on="answer")
+    assert [chat.messages for chat in chats] == [[USER, ASSISTANT]] * 2
+    assert [chat.tools for chat in chats] == [None, None]
+    assert caplog.text.count(name) == 1
+
+
+def test_rows_with_messages_win_over_other_forms(tmp_path: Path) -> None:
+    row = {"prompt": "x", "chosen": [USER], "messages": [USER, ASSISTANT]}
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+    assert chat.messages == [USER, ASSISTANT]
+
+
+def test_system_column_comes_first(tmp_path: Path) -> None:
+    given = [{"system": "Be kind.", **FORMS[name]} for name in ("ShareGPT", "Alpaca")]
+    for row in given:
+        (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+        assert chat.messages == [SYSTEM, USER, ASSISTANT]
+    row = {"system": "Be rude.", "conversations": [SYSTEM, USER, ASSISTANT]}
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+    assert chat.messages == [SYSTEM, USER, ASSISTANT]
+
+
+def test_input_of_an_instruction_follows_it(tmp_path: Path) -> None:
+    row = {"instruction": "Say it in French.", "input": "Yes", "output": "Oui"}
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+    assert chat.messages[0]["content"] == "Say it in French.\nYes"
+
+
+def test_prompt_that_is_a_list_is_a_chat_without_an_answer(tmp_path: Path) -> None:
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [{"prompt": [USER]}]))
+    assert chat.messages == [USER]
+    assert read(tmp_path / "d.jsonl", text_field="prompt")[0].messages == [USER]
+
+
+def test_named_column_may_hold_chats_of_either_form(tmp_path: Path) -> None:
+    row = {"text": "x", "conversations": SHAREGPT, "dialog": [USER, ASSISTANT]}
+    for kind in ("jsonl", "parquet"):
+        path = write_rows(tmp_path / f"d.{kind}", [row])
+        for field in ("conversations", "dialog"):
+            (chat,) = read(path, text_field=field, loss_on="answer")
+            assert chat.messages == [USER, ASSISTANT]
+
+
+def test_calls_and_results_of_sharegpt_become_tool_calls(tmp_path: Path) -> None:
+    call = {"name": "find", "arguments": {"city": "Oslo", "unit": None}}
+    turns = [
+        SHAREGPT[0],
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "7"},
+        SHAREGPT[1],
+    ]
+    row = {"conversations": turns, "tools": json.dumps([{"name": "find"}])}
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+    assert chat.messages == [
+        USER,
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": call}],
+        },
+        {"role": "tool", "content": "7"},
+        ASSISTANT,
+    ]
+    assert chat.tools == [{"name": "find"}]
+
+
+def calling(arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
+    function = {"name": "find", "arguments": arguments}
+    call = {"id": "c1", "type": "function", "function": function}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]} | more]
+    return {"messages": turns, "tools": [{"type": "function", "function": {"name": "find"}}]}
+
+
+ROWS = [
+    calling({"city": "Oslo"}),
+    calling({"day": "2024-01-01", "number": 7}, reasoning_content="So it is."),
+    {"messages": [USER, ASSISTANT | {"name": "clerk"}], "tools": None},
+]
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_messages_of_json_are_what_the_file_says(place: str, tmp_path: Path) -> None:
+    nothing = calling({"unit": None})
+    path = write_rows(tmp_path / "d.jsonl", [*ROWS, nothing])
+    chats = read(path if place == "file" else tmp_path)
+    assert [chat.messages for chat in chats] == [row["messages"] for row in [*ROWS, nothing]]
+    assert [chat.tools for chat in chats] == [row["tools"] for row in [*ROWS, nothing]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "parquet of datasets", "saved"])
+def test_keys_that_other_rows_of_a_table_have_are_not_in_a_message(
+    kind: str, tmp_path: Path
+) -> None:
+    if kind == "parquet":
+        path = write_rows(tmp_path / "d.parquet", ROWS)
+    elif kind == "saved":
+        datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path)
+        path = tmp_path
+    else:
+        path = tmp_path / "d.parquet"
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    chats = read(path)
+    assert all(isinstance(chat, Conversation) for chat in chats)
+    assert [chat.messages for chat in chats] == [row["messages"] for row in ROWS]
+    assert [chat.tools for chat in chats] == [row["tools"] for row in ROWS]
+
+
+def test_texts_of_json_are_read_as_what_they_hold(tmp_path: Path) -> None:
+    row = {key: json.dumps(value) for key, value in ROWS[1].items()}
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+    assert chat.messages == ROWS[1]["messages"]
+    assert chat.tools == ROWS[1]["tools"]
+
+
+def test_arguments_of_the_template_are_kept(tmp_path: Path) -> None:
+    row = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"enable_thinking": False}}
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+    assert chat.options == {"enable_thinking": False}
