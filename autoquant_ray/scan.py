@@ -39,7 +39,8 @@ from autoquant_ray.models.find import (
     require_mappable,
     require_weights,
 )
-from autoquant_ray.models.tokenizer import TokenizerRef
+from autoquant_ray.models.limits import SampleLimits
+from autoquant_ray.models.tokenizer import TokenizerRef, require_ids_within
 from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.memory import GIB, choose_placement, footprint
 from autoquant_ray.plan.plan import Plan
@@ -93,8 +94,10 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     plan = make_plan(config, ref, device=device, menu=menu, engine=config.engine)
     stages.check_budget(plan, config)
     for source in sources_of(config.data).values():
-        require_source(source)
+        require_source(source, config.read_as)
     require_weights(ref)
+    if plan.limits is not None:
+        require_ids_within(ref, plan.limits.token_ids)
     if config.placement == "offload":
         require_mappable(ref)
     require_target(directory, mode)
@@ -124,7 +127,7 @@ def _run_stages(
     directory = state.directory
     menu = [format_.to_json() for format_ in plan.formats]
     marks = stage_fingerprints(config, **state.record.fingerprints, menu=menu)
-    _make_samples(state, config, ref, marks["shards"])
+    _make_samples(state, config, ref, marks["shards"], plan.limits)
     stages.write_plan(state, plan, marks["plan"], ref.weights_folder)
     state.release_quarantine()
     is_scored = stages.is_scored(state, plan, marks["score"])
@@ -150,7 +153,13 @@ def _run_stages(
     return solution
 
 
-def _make_samples(state: RunState, config: ScanConfig, ref: ModelRef, fingerprint: str) -> None:
+def _make_samples(
+    state: RunState,
+    config: ScanConfig,
+    ref: ModelRef,
+    fingerprint: str,
+    limits: SampleLimits | None,
+) -> None:
     """The run's samples, where they are not there; nothing is written before they are read."""
     chats = fingerprint_chats(ref)
     if samples_stage.has_samples(state, fingerprint):
@@ -159,7 +168,7 @@ def _make_samples(state: RunState, config: ScanConfig, ref: ModelRef, fingerprin
     tokenizer = TokenizerRef.of(ref, f"{state.record.fingerprints['model']}-{chats}")
     with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
         scratch = RunDirectory(folder)
-        facts = samples_stage.read_samples(config, tokenizer, scratch)
+        facts = samples_stage.read_samples(config, tokenizer, scratch, limits=limits)
         if config.coverage == "full" and not facts.get("num_samples_with_images"):
             raise DataError(
                 f"`coverage` full searches the vision tower, but {data_name(config.data)} "

@@ -68,6 +68,7 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
 
     from autoquant_ray.cli.output import plan_to_json, print_plan
     from autoquant_ray.models.find import find_model
+    from autoquant_ray.models.tokenizer import require_ids_within
     from autoquant_ray.plan.make import make_plan
 
     given = given_fields(flags) | ({} if model is None else {"model": model})
@@ -77,6 +78,8 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     made = make_plan(space, ref, device=device)
+    if made.limits is not None:
+        require_ids_within(ref, made.limits.token_ids)
     return Result(json=lambda: plan_to_json(made), show=lambda: print_plan(made))
 
 

@@ -90,6 +90,8 @@ def print_plan(plan: Plan) -> None:
         console.print(f"carried: {describe_carried(plan.carried)}", soft_wrap=True)
     if plan.separate_head is not None:
         console.print(f"note: {describe_separate(plan.separate_head)}", soft_wrap=True)
+    if plan.limits is not None and plan.limits.positions is not None:
+        console.print(f"samples: {plan.limits.positions} tokens at most, by its table of positions")
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
 
 

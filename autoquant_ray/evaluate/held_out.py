@@ -18,6 +18,7 @@ from autoquant_ray.models.find import (
     ModelRef,
     fingerprint_chats,
 )
+from autoquant_ray.models.limits import SampleLimits
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SAMPLES, part_name
@@ -51,7 +52,8 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
             )
         _require_not_among(scanned, scan)
         return 0
-    if (scan.text_field, scan.split) != (scanned.text_field, scanned.split):
+    ways = [(config.text_field, config.split, config.read_as) for config in (scan, scanned)]
+    if ways[0] != ways[1]:
         return 0
     _require_same_cut(scanned, scan)
     dataset = state.record.dataset
@@ -143,7 +145,9 @@ def held_out_samples(
     marker, chats = f"{folder}/data.json", fingerprint_chats(ref)
     if not directory.exists(marker):
         tokenizer = TokenizerRef.of(ref, f"{state.record.fingerprints['model']}-{chats}")
-        read = _write_shards(directory, folder, scan, tokenizer, skip)
+        stored_limits = state.plan.get("sample_limits")
+        limits = None if stored_limits is None else SampleLimits.from_json(stored_limits)
+        read = _write_shards(directory, folder, scan, tokenizer, skip, limits)
         source = [fingerprint_data(scan.data), scan.text_field, scan.split]
         facts = {**read, "name": data_name(scan.data), "source": source, "skipped": skip}
         if "num_loss_tokens" in facts:
@@ -159,12 +163,17 @@ def held_out_samples(
 
 
 def _write_shards(
-    directory: RunDirectory, folder: str, scan: ScanConfig, tokenizer: TokenizerRef, skip: Skip
+    directory: RunDirectory,
+    folder: str,
+    scan: ScanConfig,
+    tokenizer: TokenizerRef,
+    skip: Skip,
+    limits: SampleLimits | None,
 ) -> Mapping[str, Any]:
     """Read the data and write its shards below the folder; returns facts about the data."""
     with tempfile.TemporaryDirectory(prefix="autoquant-") as name:
         scratch = RunDirectory(name)
-        facts = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip)
+        facts = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip, limits=limits)
         for shard in scratch.list_parts(SAMPLES):
             content = scratch.read_bytes(part_name(SAMPLES, shard))
             directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.models.find import TOKENIZER_FILES, ModelRef
 from autoquant_ray.models.gguf_tokenizer import (
     apply_metadata,
     byte_pair_tokenizer,
@@ -17,10 +19,10 @@ from autoquant_ray.models.gguf_tokenizer import (
     sentencepiece_tokenizer,
 )
 
-if TYPE_CHECKING:
-    from autoquant_ray.models.find import ModelRef
-
 logger = logging.getLogger(__name__)
+
+_NOT_TEXT = re.compile("image|audio|video|vision|pad", re.IGNORECASE)
+"""Names of tokens that no text becomes: some models have none in their embedding on purpose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,43 @@ def load_tokenizer(ref: TokenizerRef) -> Any:
     if len(tokenizer) == 0:
         raise ModelError(f"model {ref.model} has no tokenizer files")
     return tokenizer
+
+
+def require_ids_within(ref: ModelRef, num_rows: int) -> None:
+    """Check that a model's embedding has every token of its tokenizer.
+
+    A GGUF file has both in one list. Nothing is checked where there is no tokenizer, which a plan
+    does not need. Placeholders of images and the token of padding may be beyond: Gemma-3 270M has
+    one of them.
+
+    Args:
+        ref: The model.
+        num_rows: Of its embedding.
+
+    Raises:
+        ModelError: It has not; names the numbers.
+    """
+    folder = Path(ref.path)
+    has_files = any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern))
+    if ref.gguf_file is not None or (folder.is_dir() and not has_files):
+        return
+    try:
+        tokenizer = load_tokenizer(TokenizerRef.of(ref, ""))
+    except ModelError:
+        return  # a scan says so when it reads the data
+    beyond = {
+        token: number for token, number in tokenizer.get_vocab().items() if number >= num_rows
+    }
+    missing = sorted(
+        (number, token) for token, number in beyond.items() if not _NOT_TEXT.search(token)
+    )
+    if missing:
+        number, token = missing[0]
+        raise ModelError(
+            f"model {ref.name}: {len(missing)} tokens of its tokenizer, the first {token!r} with "
+            f"number {number}, have no row in its embedding, which has {num_rows}; resize it with "
+            "resize_token_embeddings, or take these tokens out of the tokenizer"
+        )
 
 
 def _load_with_transformers(ref: TokenizerRef) -> Any:

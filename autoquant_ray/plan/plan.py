@@ -16,6 +16,7 @@ from autoquant_ray.errors import ConfigError, ModelError
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.models.layers import decoder_layers
+from autoquant_ray.models.limits import SampleLimits, limits_of
 from autoquant_ray.models.quantizable import (
     PlannedModule,
     expert_place,
@@ -62,6 +63,7 @@ class Plan:
         embedding: Name of the input embedding.
         model_type: As the model's config has it.
         carried: Tensors of the files that are not loaded -> bytes that they take in a checkpoint.
+        limits: What samples may hold; None of a plan that was made without a model.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -78,6 +80,7 @@ class Plan:
     embedding: str = ""
     model_type: str = ""
     carried: Mapping[str, int] = field(default_factory=dict)
+    limits: SampleLimits | None = None
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -167,6 +170,8 @@ class Plan:
             summary["model_type"] = self.model_type
         if summary["tied_groups"]:
             summary["embedding"] = self.embedding
+        if self.limits is not None:
+            summary["sample_limits"] = self.limits.to_json()
         return {**summary, "folds": folds} if folds else summary
 
 
@@ -232,6 +237,7 @@ def build_plan(
         separate_head=separate_head(model),
         embedding=next(n for n, m in model.named_modules() if m is model.get_input_embeddings()),
         model_type=model.config.model_type,
+        limits=limits_of(model),
     )
     if not any(group.num_weights for group in plan.searched):
         raise ConfigError("every layer is disabled; nothing is left to search")

@@ -109,6 +109,8 @@ class PlanSummary(TypedDict):
     """Head that the config ties to the embedding, while the files hold another weight for it."""
     source_format: NotRequired[str]
     """Of a checkpoint that is quantized already: how; its weights are dequantized."""
+    sample_limits: NotRequired[dict[str, int | None]]
+    """Token ids and positions of the model: :class:`~autoquant_ray.models.limits.SampleLimits`."""
     folds: NotRequired[list[dict[str, Any]]]
     """Inputs whose channels can take factors: :class:`~autoquant_ray.plan.fold.Fold`."""
 
@@ -160,6 +162,8 @@ class RunRecord:
     """Of ``model`` and ``data``; a run is resumed only where they are the same."""
     imported_from: str | None = None
     """The manifest that the run was made from instead of a scan."""
+    import_note: str | None = None
+    """What of that manifest is not taken as it says."""
     plan: PlanSummary | None = None
     """Absent until the plan stage is done."""
     weights: dict[str, str] | None = None

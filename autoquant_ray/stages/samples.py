@@ -12,11 +12,12 @@ import numpy as np
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import data_name
-from autoquant_ray.data.cutting import DataCounts, require_usable
+from autoquant_ray.data.cutting import DataCounts, require_usable, require_within
 from autoquant_ray.data.domain_shards import in_turn
 from autoquant_ray.data.sample_parts import digest_bytes, rich_part, text_part
 from autoquant_ray.data.samples import RichSample, Sample, num_predicted, token_ids
 from autoquant_ray.errors import ChangedError, DataError
+from autoquant_ray.models.limits import SampleLimits
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import DOMAINS_FILE, SAMPLES, part_name
@@ -39,7 +40,12 @@ def has_samples(state: RunState, fingerprint: str) -> bool:
 
 
 def read_samples(
-    config: ScanConfig, tokenizer: TokenizerRef, scratch: RunDirectory, *, skip: Skip = 0
+    config: ScanConfig,
+    tokenizer: TokenizerRef,
+    scratch: RunDirectory,
+    *,
+    skip: Skip = 0,
+    limits: SampleLimits | None = None,
 ) -> DatasetFacts:
     """Read, tokenize and cut the data into ``samples/shard-*.parquet`` of a scratch directory.
 
@@ -50,12 +56,14 @@ def read_samples(
         tokenizer: Of the model.
         scratch: Where the shards are written.
         skip: Leave out as many samples at the start: those that calibration used.
+        limits: What the model has room for; None where that is unknown.
 
     Returns:
         Facts about the data for ``run.json``.
 
     Raises:
-        DataError: The data cannot be read or holds no usable sample.
+        DataError: The data cannot be read, holds no usable sample, or one that the model has no
+            room for.
     """
     sources = [
         Source(name, spec, skip, skips_bad=config.skip_bad_samples)
@@ -63,6 +71,8 @@ def read_samples(
     ]
     written = _WrittenShards(scratch)
     for domain, samples in in_turn([s.shards(tokenizer, config.shard_samples) for s in sources]):
+        if limits is not None:
+            require_within(samples, limits, data_name(config.data))
         written.add(domain, samples)
     domains = written.domains()
     counts = _checked_counts(sources, set(domains), config)
