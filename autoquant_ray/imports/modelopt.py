@@ -3,11 +3,14 @@
 Each entry of ``layer_sensitivity`` becomes a group of one module, in the manifest's order. Its
 costs are in 16-bit weight equivalents (weights times bits over 16), so both of our costs are
 derived from them. Its scores have no unit; no KL is predicted from them.
+
+Where ModelOpt missed its target (``is_satisfied`` is false), what it reached is the budget.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Mapping
@@ -24,6 +27,8 @@ from autoquant_ray.runs.names import PLAN_FILE, SENSITIVITY_FILE
 from autoquant_ray.runs.record import RunRecord
 from autoquant_ray.runs.state import RunState, new_record, require_target
 from autoquant_ray.solve import Solution, solve_run
+
+logger = logging.getLogger(__name__)
 
 _SUFFIX = ".quant_recipe"
 _FORMAT = re.compile(r"^(?P<name>.+)\(effective-bits: (?P<bits>[0-9.]+)\)$")
@@ -44,10 +49,17 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
     """
     manifest = _read(path)
     rows, scores = _rows(path, manifest)
-    bits = _budget_bits(path, manifest)
+    wanted = _budget_bits(path, manifest)
+    bits = _reached_bits(manifest, rows, wanted)
     require_target(directory, "overwrite" if overwrite else "new")
     options = SolveOptions(bits=bits, bits_over="all", cost="modelopt")
     state = RunState(directory, _record(path, directory, manifest, rows))
+    if bits != wanted:
+        state.record.import_note = (
+            f"its target of {wanted:g} bits was missed (is_satisfied: false), so the budget is the "
+            f"{bits:.4f} bits that were reached"
+        )
+        logger.warning("manifest %s: %s", path, state.record.import_note)
     check_feasible(Problem.from_plan(rows, state.plan), options)
     directory.clear()
     state.save()
@@ -177,6 +189,25 @@ def _budget_bits(path: str, manifest: Mapping[str, Any]) -> float:
             "autoquant_state.constraints.effective_bits) is not a number above 0 and at most 16"
         )
     return float(wanted)
+
+
+def _reached_bits(manifest: Mapping[str, Any], rows: list[dict[str, Any]], wanted: float) -> float:
+    """The bits of the manifest's allocation where it missed its target, else the target.
+
+    Where the manifest does not say them, they are the fewest that its formats allow.
+    """
+    state = manifest.get("autoquant_state") or {}
+    places = [part for part in (state, state.get("best"), manifest) if isinstance(part, dict)]
+    if not any(part.get("is_satisfied") is False for part in places):
+        return wanted
+    costs: dict[str, list[float]] = {}
+    for row in rows:
+        costs.setdefault(row["group"], []).append(row["modelopt_cost"])
+    total = sum(map(max, costs.values()))
+    fewest = UNQUANTIZED_BITS * sum(map(min, costs.values())) / total
+    stated = [part["constraints"] for part in places if isinstance(part.get("constraints"), dict)]
+    reached = [bits for entry in stated if _is_number(bits := entry.get("effective_bits"))]
+    return max(fewest, *(float(bits) for bits in reached if bits <= UNQUANTIZED_BITS), wanted)
 
 
 def _record(

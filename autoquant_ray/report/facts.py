@@ -118,7 +118,8 @@ def scheme(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> str:
     formats = ", ".join(dict.fromkeys(row["format"] for row in table))
     config = run.config
     if not config:
-        return f"{formats}; imported from {run.imported_from}"
+        note = "" if run.import_note is None else f"; {run.import_note}"
+        return f"{formats}; imported from {run.imported_from}{note}"
     draws = f" ({config['label_draws']} draws)" if config["label_draws"] > 1 else ""
     share = config.get("sample_rows", 1)  # not in runs of earlier versions
     rows = "" if share == 1 else f", {share:.0%} of the rows"

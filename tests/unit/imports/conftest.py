@@ -11,56 +11,45 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from command_line import run
-from manifests import BITS, PRESETS, UNSEARCHED
+from manifests import BITS, PRESETS, UNSEARCHED, manifest_of
 from modelopt_scores import next_token_loss, of_text
 
 
 @pytest.fixture(scope="module")
-def search_state(make_model: Any, make_samples: Any) -> dict[str, Any]:
-    """What ``mtq.auto_quantize`` returns for a small llama at 7 bits, with the head disabled."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, state = mtq.auto_quantize(
-            make_model("llama"),
-            constraints={"effective_bits": BITS},
-            quantization_formats=[getattr(mtq, preset) for preset in PRESETS],
-            data_loader=[of_text(torch.tensor(make_samples([24, 24, 24])))],
-            forward_step=next_token_loss,
-            loss_func=lambda loss, _: loss,
-            num_calib_steps=1,
-            num_score_steps=1,
-            disabled_layers=[f"*{UNSEARCHED}*"],
-            verbose=False,
-        )
-    return dict(state)
+def search(make_model: Any, make_samples: Any) -> Any:
+    """``mtq.auto_quantize`` of a small llama with the head disabled, at some bits."""
+
+    def searched(bits: float) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _, state = mtq.auto_quantize(
+                make_model("llama"),
+                constraints={"effective_bits": bits},
+                quantization_formats=[getattr(mtq, preset) for preset in PRESETS],
+                data_loader=[of_text(torch.tensor(make_samples([24, 24, 24])))],
+                forward_step=next_token_loss,
+                loss_func=lambda loss, _: loss,
+                num_calib_steps=1,
+                num_score_steps=1,
+                disabled_layers=[f"*{UNSEARCHED}*"],
+                verbose=False,
+            )
+        return dict(state)
+
+    return searched
+
+
+@pytest.fixture(scope="module")
+def search_state(search: Any) -> dict[str, Any]:
+    """What it returns at 7 bits."""
+    state: dict[str, Any] = search(BITS)
+    return state
 
 
 @pytest.fixture
 def manifest(search_state: dict[str, Any]) -> dict[str, Any]:
     """The JSON manifest that tooling writes from such a state."""
-    best = search_state["best"]
-    return {
-        "scheme": {
-            "name": "autoquant_int4_fp8",
-            "auto_quantize_bits": BITS,
-            "quant_formats": list(PRESETS),
-        },
-        "model": {"id": "example/small-llama"},
-        "dataset": {"name": "random-tokens", "num_samples": 3, "max_sample_length": 24},
-        "autoquant_state": {
-            "constraints": dict(best["constraints"]),
-            "score": best["score"],
-            "is_satisfied": best["is_satisfied"],
-        },
-        "layer_sensitivity": {
-            name: {
-                "formats": [str(recipe) for recipe in stats["formats"]],
-                "scores": list(stats["scores"]),
-                "costs": list(stats["costs"]),
-            }
-            for name, stats in search_state["candidate_stats"].items()
-        },
-    }
+    return manifest_of(search_state, BITS)
 
 
 @pytest.fixture
