@@ -30,7 +30,7 @@ from autoquant_ray.data.template_text import (
     as_template_takes_them,
     refused,
     require_template,
-    unwritten,
+    template_notes,
     write_text,
 )
 from autoquant_ray.errors import one_line
@@ -49,13 +49,13 @@ class Encoded:
         sample: Not cut.
         num_fixed: First tokens that cannot be cut off: those up to the last of an image.
         where: Source and row.
-        unwritten: What the conversation has and the template leaves out, such as ``tools``.
+        notes: What to tell of how the template writes it.
     """
 
     sample: RichSample
     num_fixed: int
     where: str
-    unwritten: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class ConversationEncoder:
@@ -115,7 +115,7 @@ class ConversationEncoder:
             sample=RichSample(tokens_T=tokens_T, in_loss_T=in_loss_T, tensors={}),
             num_fixed=0,
             where=conversation.where,
-            unwritten=unwritten(conversation, text),
+            notes=template_notes(self._tokenizer, conversation, text),
         )
 
     def _spans(self, conversation: Conversation, template: str) -> list[AnswerSpan]:
@@ -175,7 +175,7 @@ class ConversationEncoder:
             sample=RichSample(tokens_T=tokens_T, in_loss_T=in_loss_T, tensors=tensors),
             num_fixed=fixed,
             where=conversation.where,
-            unwritten=unwritten(conversation, text),
+            notes=template_notes(self._processor, conversation, text),
         )
 
     def _process(

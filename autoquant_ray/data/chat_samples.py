@@ -39,7 +39,7 @@ class ConversationSamples:
         self._spec = spec
         self._counts = counts
         self._skips_bad = skips_bad
-        self._unwritten: set[str] = set()
+        self._notes: set[str] = set()
         self._domains: set[str] = set()
 
     def take(
@@ -69,7 +69,7 @@ class ConversationSamples:
         if isinstance(encoded, BadSample):
             self._skip(encoded.reason)
             return None
-        self._note_unwritten(encoded)
+        self._tell(encoded)
         seq_len, sample = self._spec.seq_len, encoded.sample
         if encoded.num_fixed > seq_len:
             self._skip(
@@ -87,16 +87,12 @@ class ConversationSamples:
         self._counts.cut += len(sample) > seq_len
         return cut
 
-    def _note_unwritten(self, encoded: Encoded) -> None:
-        """Tell once that the template knows no tools."""
-        if encoded.unwritten and encoded.unwritten not in self._unwritten:
-            self._unwritten.add(encoded.unwritten)
-            logger.warning(
-                "%s: the model's chat template leaves out its '%s', so no sample holds them; a "
-                "model that is served with tools has a template that writes them",
-                encoded.where,
-                encoded.unwritten,
-            )
+    def _tell(self, encoded: Encoded) -> None:
+        """Tell each note on the template once."""
+        for note in encoded.notes:
+            if note not in self._notes:
+                self._notes.add(note)
+                logger.warning("%s: the model's chat template %s", encoded.where, note)
 
     def _skip(self, reason: str) -> None:
         if not self._skips_bad:

@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from autoquant_ray.data.samples import Sample, tensors_of, token_ids
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.errors import DataError
-from autoquant_ray.models.limits import SampleLimits
 
 Tokens = TypeVar("Tokens", list[int], "array[int]")
 """Token ids of one text or sample: a list, or an array of C ints, which is a ninth of the size."""
@@ -215,35 +213,6 @@ def require_usable(counts: DataCounts, source: str) -> None:
             f"data source {source} holds no usable sample: of {counts.read} texts read, "
             f"{counts.empty} are empty and {counts.too_short} have fewer than "
             f"{MIN_SAMPLE_TOKENS} tokens; give texts of at least {MIN_SAMPLE_TOKENS} tokens"
-        )
-
-
-def require_within(samples: Sequence[Sample], limits: SampleLimits, name: str) -> None:
-    """Check that a model has room for samples.
-
-    What stands for an image may have a number beyond the embedding, which the model takes care of,
-    so samples with images are only checked for their length.
-
-    Args:
-        samples: Of a shard.
-        limits: Of the model.
-        name: Of the data, for messages.
-
-    Raises:
-        DataError: It has not; names the token and the numbers.
-    """
-    longest = max(map(len, samples))
-    if limits.positions is not None and longest > limits.positions:
-        raise DataError(
-            f"data {name} has a sample of {longest} tokens, but the model has a table of "
-            f"{limits.positions} positions; give `seq_len` {limits.positions} or less"
-        )
-    largest = max((max(token_ids(s)) for s in samples if not tensors_of(s)), default=0)
-    if largest >= limits.token_ids:
-        raise DataError(
-            f"data {name} has the token {largest}, but the model's embedding has "
-            f"{limits.token_ids} rows: tokens were added to the tokenizer alone; give data without "
-            "them, or resize the embedding with resize_token_embeddings"
         )
 
 

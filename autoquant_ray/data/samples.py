@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from autoquant_ray.errors import DataError
+from autoquant_ray.models.limits import SampleLimits
+
 Int32s = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -93,3 +96,32 @@ def kind_of(sample: Sample) -> tuple[Any, ...]:
         (name, () if is_per_token(tensor, sample) else tensor.shape[1:])
         for name, tensor in sorted(tensors_of(sample).items())
     )
+
+
+def require_within(samples: Sequence[Sample], limits: SampleLimits, name: str) -> None:
+    """Check that a model has room for samples.
+
+    What stands for an image may have a number beyond the embedding, which the model takes care of,
+    so samples with images are only checked for their length.
+
+    Args:
+        samples: Of a shard.
+        limits: Of the model.
+        name: Of the data, for messages.
+
+    Raises:
+        DataError: It has not; names the token and the numbers.
+    """
+    longest = max(map(len, samples))
+    if limits.positions is not None and longest > limits.positions:
+        raise DataError(
+            f"data {name} has a sample of {longest} tokens, but the model has a table of "
+            f"{limits.positions} positions; give `seq_len` {limits.positions} or less"
+        )
+    largest = max((max(token_ids(s)) for s in samples if not tensors_of(s)), default=0)
+    if largest >= limits.token_ids:
+        raise DataError(
+            f"data {name} has the token {largest}, but the model's embedding has "
+            f"{limits.token_ids} rows: tokens were added to the tokenizer alone; give data without "
+            "them, or resize the embedding with resize_token_embeddings"
+        )

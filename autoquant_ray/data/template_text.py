@@ -160,20 +160,42 @@ def _is_in(said: str, text: str) -> bool:
     return any(form in text for form in forms)
 
 
-def unwritten(conversation: Conversation, text: str) -> str:
-    """What of tools and calls the template's text does not hold; '' where it holds all.
+def template_notes(owner: Any, conversation: Conversation, text: str) -> tuple[str, ...]:
+    """What to tell of how the template writes a conversation.
 
     Args:
+        owner: A tokenizer or a processor.
         conversation: The chat.
         text: What the template wrote.
     """
-    calls = [call for message in conversation.messages for call in message.get("tool_calls") or ()]
+    messages = conversation.messages
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
     held = {"tools": conversation.tools or [], "tool_calls": calls}
-    return " and ".join(
+    left_out = " and ".join(
         name
         for name, entries in held.items()
         if any(not _is_in(_function_name(entry), text) for entry in entries)
     )
+    notes = []
+    if left_out:
+        notes.append(
+            f"leaves out '{left_out}', so no sample holds them; a model that is served with tools "
+            "has a template that writes them"
+        )
+    if _says_none(owner, conversation, text):
+        notes.append("writes the word None for a content that is null; leave such a content away")
+    return tuple(notes)
+
+
+def _says_none(owner: Any, conversation: Conversation, text: str) -> bool:
+    messages = conversation.messages
+    if "None" not in text or all(message.get("content", "") is not None for message in messages):
+        return False
+    empty = [m | {"content": ""} if m.get("content", "") is None else m for m in messages]
+    try:
+        return write_text(owner, conversation, empty, False).count("None") < text.count("None")
+    except BadChat:
+        return False
 
 
 def _function_name(entry: Any) -> str:

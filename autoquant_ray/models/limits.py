@@ -16,7 +16,14 @@ from autoquant_ray.models.quantizable import is_of_tower
 if TYPE_CHECKING:
     import torch
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "block_size")
+_LENGTHS = (
+    "max_position_embeddings",
+    "max_target_positions",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "block_size",
+)
 _MAX_OFFSET = 2
 """Rows that a table of positions may have beside those of positions."""
 
@@ -69,6 +76,8 @@ def _tables(model: torch.nn.Module, embedding: Any, lengths: set[int]) -> Iterat
     """
     import torch
 
+    if type(model).__name__.startswith("Mpt"):  # biases by distance, made for so many at each call
+        yield from lengths
     for name, module in model.named_modules():
         if is_of_tower(name) or module is embedding:
             continue

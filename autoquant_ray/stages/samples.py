@@ -12,10 +12,16 @@ import numpy as np
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import data_name
-from autoquant_ray.data.cutting import DataCounts, require_usable, require_within
+from autoquant_ray.data.cutting import DataCounts, require_usable
 from autoquant_ray.data.domain_shards import in_turn
 from autoquant_ray.data.sample_parts import digest_bytes, rich_part, text_part
-from autoquant_ray.data.samples import RichSample, Sample, num_predicted, token_ids
+from autoquant_ray.data.samples import (
+    RichSample,
+    Sample,
+    num_predicted,
+    require_within,
+    token_ids,
+)
 from autoquant_ray.errors import ChangedError, DataError
 from autoquant_ray.models.limits import SampleLimits
 from autoquant_ray.models.tokenizer import TokenizerRef

@@ -259,4 +259,17 @@ def test_tools_that_the_template_does_not_know_are_told_once(
     rules = ConversationSamples(spec_of("d"), DataCounts(), skips_bad=False)
     chats = read(write_rows(tmp_path / "d.jsonl", [row] * 3))
     assert len(list(rules.take(("", encoder.encode(chat)) for chat in chats))) == 3
-    assert caplog.text.count("leaves out its 'tools and tool_calls'") == 1
+    assert caplog.text.count("leaves out 'tools and tool_calls'") == 1
+    assert "None" not in caplog.text
+
+
+def test_word_none_for_a_content_that_is_null_is_told(
+    encoder_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = encoder_of(template("{{ m.content }}"), "all")
+    rules = ConversationSamples(spec_of("d"), DataCounts(), skips_bad=False)
+    rows = [{"messages": CHATS[name]} for name in ("absent", "null", "null")]
+    chats = read(write_rows(tmp_path / "d.jsonl", rows))
+    assert len(list(rules.take(("", encoder.encode(chat)) for chat in chats))) == 3
+    assert caplog.text.count("line 2: the model's chat template writes the word None") == 1
+    assert "line 3" not in caplog.text

@@ -13,8 +13,7 @@ import torch
 import transformers
 from command_line import run
 
-from autoquant_ray.data.cutting import require_within
-from autoquant_ray.data.samples import RichSample
+from autoquant_ray.data.samples import RichSample, require_within
 from autoquant_ray.errors import DataError, ModelError
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.limits import SampleLimits, limits_of
@@ -30,6 +29,7 @@ TABLES: dict[str, Any] = {
     "gptj": transformers.GPTJConfig(
         n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=LENGTH
     ),
+    "mpt": transformers.MptConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=LENGTH),
     "llama": transformers.LlamaConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=LENGTH,
