@@ -57,6 +57,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         **({"separate_head": plan.separate_head} if plan.separate_head is not None else {}),
         **({"source_format": plan.source_format} if plan.source_format is not None else {}),
         **({"carried": dict(plan.carried)} if plan.carried else {}),
+        **({"sample_limits": plan.limits.to_json()} if plan.limits is not None else {}),
     }
 
 

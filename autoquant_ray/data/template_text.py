@@ -170,6 +170,7 @@ def template_notes(owner: Any, conversation: Conversation, text: str) -> tuple[s
     """
     messages = conversation.messages
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    calls += [message["function_call"] for message in messages if message.get("function_call")]
     held = {"tools": conversation.tools or [], "tool_calls": calls}
     left_out = " and ".join(
         name
