@@ -103,9 +103,8 @@ def chat_of(
     """
     clean = _without_empty if is_table else _as_it_is
     turns = form.messages(row)
-    if form.joins_images and images and isinstance(turns[0].get("content"), str):
-        text = {"type": "text", "text": turns[0]["content"]}
-        turns[0] = turns[0] | {"content": [*({"type": "image"} for _ in images), text]}
+    if form.joins_images and images:
+        turns = _with_image_parts(turns, len(images))
     waiting = iter(images)
     image_files: list[ImageFile] = []
     messages = []
@@ -153,6 +152,17 @@ def is_text_part(part: Any) -> bool:
 def text_of_part(part: Any) -> str:
     """The text of such a part."""
     return part if isinstance(part, str) else str(part["text"])
+
+
+def _with_image_parts(turns: list[Any], num_images: int) -> list[Any]:
+    """The turns with images before the user's first text."""
+    for place, turn in enumerate(turns):
+        is_asked = isinstance(turn, dict) and turn.get("role") == "user"
+        if is_asked and isinstance(turn.get("content"), str):
+            text = {"type": "text", "text": turn["content"]}
+            asked = turn | {"content": [*({"type": "image"} for _ in range(num_images)), text]}
+            return [*turns[:place], asked, *turns[place + 1 :]]
+    return turns
 
 
 def _length(message: Message, *, has_images: bool) -> int:

@@ -156,8 +156,9 @@ def _texts(part: Any, key: str = "") -> Iterator[str]:
 
 
 def _is_in(said: str, text: str) -> bool:
-    forms = (said.strip(), json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1])
-    return any(form in text for form in forms)
+    return said.strip() in text or any(
+        json.dumps(said, ensure_ascii=is_ascii)[1:-1] in text for is_ascii in (True, False)
+    )
 
 
 def template_notes(owner: Any, conversation: Conversation, text: str) -> tuple[str, ...]:

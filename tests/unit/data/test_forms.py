@@ -158,3 +158,11 @@ def test_arguments_of_the_template_are_kept(tmp_path: Path) -> None:
     row = {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"enable_thinking": False}}
     (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
     assert chat.options == {"enable_thinking": False}
+
+
+def test_images_of_a_pair_stand_before_the_users_text(tmp_path: Path) -> None:
+    row = {"system": "Be kind.", "instruction": ASKED, "output": ANSWER, "image": "a.png"}
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+    assert [image.name for image in chat.images] == [str(tmp_path / "a.png")]
+    kinds = [[part["type"] for part in message["content"]] for message in chat.messages]
+    assert kinds == [["text"], ["image", "text"], ["text"]]
