@@ -31,6 +31,7 @@ from autoquant_ray.distributed.placement import (
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.errors import DataError
 from autoquant_ray.formats.menu import check_device
+from autoquant_ray.models.context import SampleLimits
 from autoquant_ray.models.find import (
     ModelRef,
     find_model,
@@ -39,7 +40,6 @@ from autoquant_ray.models.find import (
     require_mappable,
     require_weights,
 )
-from autoquant_ray.models.limits import SampleLimits
 from autoquant_ray.models.tokenizer import TokenizerRef, require_ids_within
 from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.memory import GIB, choose_placement, footprint

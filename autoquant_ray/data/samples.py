@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoquant_ray.errors import DataError
-from autoquant_ray.models.limits import SampleLimits
+from autoquant_ray.models.context import SampleLimits
 
 Int32s = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]

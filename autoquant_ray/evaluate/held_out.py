@@ -14,11 +14,11 @@ from autoquant_ray.config.sources import data_name
 from autoquant_ray.config.stage_fields import stage_fingerprints
 from autoquant_ray.data.fingerprint import fingerprint_data, fingerprint_source
 from autoquant_ray.errors import ConfigError, DataError, StoreError
+from autoquant_ray.models.context import SampleLimits
 from autoquant_ray.models.find import (
     ModelRef,
     fingerprint_chats,
 )
-from autoquant_ray.models.limits import SampleLimits
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SAMPLES, part_name

@@ -15,8 +15,8 @@ from autoquant_ray.config.expert_groups import LAYER, ExpertGroups, is_apart
 from autoquant_ray.errors import ConfigError, ModelError
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.models.context import SampleLimits, limits_of
 from autoquant_ray.models.layers import decoder_layers
-from autoquant_ray.models.limits import SampleLimits, limits_of
 from autoquant_ray.models.quantizable import (
     PlannedModule,
     expert_place,

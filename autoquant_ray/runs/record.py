@@ -110,7 +110,7 @@ class PlanSummary(TypedDict):
     source_format: NotRequired[str]
     """Of a checkpoint that is quantized already: how; its weights are dequantized."""
     sample_limits: NotRequired[dict[str, int | None]]
-    """Token ids and positions of the model: :class:`~autoquant_ray.models.limits.SampleLimits`."""
+    """Token ids and positions of the model: :class:`~autoquant_ray.models.context.SampleLimits`."""
     folds: NotRequired[list[dict[str, Any]]]
     """Inputs whose channels can take factors: :class:`~autoquant_ray.plan.fold.Fold`."""
 

@@ -23,7 +23,7 @@ from autoquant_ray.data.samples import (
     token_ids,
 )
 from autoquant_ray.errors import ChangedError, DataError
-from autoquant_ray.models.limits import SampleLimits
+from autoquant_ray.models.context import SampleLimits
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import DOMAINS_FILE, SAMPLES, part_name

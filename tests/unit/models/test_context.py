@@ -15,8 +15,8 @@ from command_line import run
 
 from autoquant_ray.data.samples import RichSample, require_within
 from autoquant_ray.errors import DataError, ModelError
+from autoquant_ray.models.context import SampleLimits, limits_of
 from autoquant_ray.models.find import find_model
-from autoquant_ray.models.limits import SampleLimits, limits_of
 from autoquant_ray.models.tokenizer import require_ids_within
 
 LENGTH = 24
