@@ -196,18 +196,24 @@ class SampleAssembler(Generic[Tokens]):
         return [tokens[: self._spec.seq_len]]
 
 
-def require_usable(counts: DataCounts, source: str) -> None:
+def require_usable(counts: DataCounts, source: str, reasons: Sequence[str] = ()) -> None:
     """Check that the data gave at least one sample.
+
+    Args:
+        counts: What became of the input.
+        source: For the message.
+        reasons: Why chats cannot be used.
 
     Raises:
         DataError: It gave none; the message says what became of the texts.
     """
     if counts.used == 0:
         if counts.no_answer or counts.bad:
+            why = f" ({reasons[0][:200]})" if reasons else ""
             raise DataError(
                 f"data source {source} holds no usable sample: of {counts.read} chats read, "
                 f"{counts.no_answer} have no answer within `seq_len` and {counts.bad} cannot be "
-                "used; raise `seq_len`, or give others"
+                f"used{why}; raise `seq_len`, or give others"
             )
         raise DataError(
             f"data source {source} holds no usable sample: of {counts.read} texts read, "

@@ -169,7 +169,7 @@ def _checked_counts(sources: list[Source], domains: set[str], config: ScanConfig
     """
     total: Counter[str] = Counter()
     for source in sources:
-        require_usable(source.counts, source.spec.source)
+        require_usable(source.counts, source.spec.source, source.reasons)
         total.update(vars(source.counts))
         if source.name and source.name not in domains:
             logger.warning(

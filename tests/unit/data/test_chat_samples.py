@@ -55,6 +55,8 @@ def test_nothing_usable_says_why() -> None:
     counts = DataCounts(read=3, no_answer=2, bad=1)
     with pytest.raises(DataError, match=r"of 3 chats read, 2 have no answer.*and 1 cannot be used"):
         require_usable(counts, "d.jsonl")
+    with pytest.raises(DataError, match=r"and 1 cannot be used \(line 3: no messages\); raise"):
+        require_usable(counts, "d.jsonl", ["line 3: no messages"])
 
 
 def test_stored_samples_come_back_and_equal_ones_have_equal_bytes(tmp_path: Path) -> None:
