@@ -203,9 +203,8 @@ def test_answers_are_found_where_the_template_counts_the_messages(encoder_of: An
 
 
 def test_template_that_writes_answers_otherwise_makes_a_bad_sample(encoder_of: Any) -> None:
-    reversing = (
-        TEMPLATE.replace("{{ m.content }}", "{{ m.content[::-1] }}") + "w{{ messages|length }}"
-    )
+    text = "{{ m.content if m.role == 'user' else m.content[::-1] }}"
+    reversing = TEMPLATE.replace("{{ m.content }}", text) + "w{{ 200 + messages | length }}"
     result = encoder_of(reversing).encode(chat())
     assert isinstance(result, BadSample)
     assert "line 3: where the answer of message 2 begins" in result.reason
