@@ -42,14 +42,14 @@ def read_folder(path: Path, spec: DataSpec) -> Iterator[Row]:
     if unread and (len(unread) == len(files) or _describes(files)):
         return read_dataset(path, spec)
     _require_known(path, unread)
-    known = [(file, kind) for file, kind in kinds.items() if kind is not None]
-    counts = {kind: sum(other == kind for _, other in known) for _, kind in known}
+    readable = [(file, kind) for file, kind in kinds.items() if kind is not None]
+    counts = {kind: sum(other == kind for _, other in readable) for _, kind in readable}
     if len(counts) > 1:
         shown = ", ".join(f"{count} of {kind}" for kind, count in sorted(counts.items()))
         logger.info("%s: split %s is read from files of several kinds: %s", path, spec.split, shown)
     return (
         row
-        for file, kind in known
+        for file, kind in readable
         for row in read_file(file, kind, RowReader(spec, place=file, folder=path))
     )
 
