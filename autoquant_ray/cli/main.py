@@ -183,6 +183,7 @@ def demo(out: str, bits: float, overwrite: bool) -> Result:
       autoquant-ray demo
     """
     from autoquant_ray.config.demo import demo_config
+    from autoquant_ray.runs.names import REPORT_HTML
 
     scanned = scan_result(demo_config(out, bits), "overwrite" if overwrite else "resume")
 
@@ -190,7 +191,7 @@ def demo(out: str, bits: float, overwrite: bool) -> Result:
         scanned.show()
         show_lines(
             [
-                f"next: open {out}/report.html",
+                f"next: open {out}/{REPORT_HTML}",
                 f"  autoquant-ray solve {out} --bits 5",
                 f"  autoquant-ray explain {out} lm_head",
                 f"  autoquant-ray evaluate {out} --samples 8",

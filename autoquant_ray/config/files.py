@@ -16,6 +16,9 @@ from autoquant_ray.errors import ConfigError, one_line
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_NO_KEYS = ("[key]", "dict[str,any]")
+"""Parts of pydantic's places that no file has: a key itself, a member of a union."""
+
 
 def load_config(
     model_class: type[SearchSpace], path: str | None, flags: dict[str, Any]
@@ -121,7 +124,7 @@ def first_problem(
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return message
-    name = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    name = ".".join(str(part) for part in first["loc"] if part not in _NO_KEYS)
     where = place(name, str(first["loc"][0]))
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         close = difflib.get_close_matches(name, keys, n=3)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _SAVED = ("state.json", "dataset_dict.json")
 _CARDS = ("README.md", ".huggingface.yaml")
-_DESCRIPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_DESCRIPTIONS = tuple(f"metadata{ending}" for ending in (".csv", ".jsonl", ".parquet"))
 _ASIDE = (".md", ".rst", ".yaml", ".yml", ".lock", ".sha256", ".md5", ".py", ".ipynb", ".pdf")
 _FAILURES = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError)
 

@@ -213,11 +213,13 @@ def test_domain_that_never_visits_an_expert_loses_nothing_there(expert_run: Any)
 
 def test_engine_gives_a_layers_experts_one_format(expert_run: Any) -> None:
     directory = expert_run()
-    asked = {"bits": 9.5, "engine": "trtllm", "gpu": "hopper"}
+    budgets = [SolveOptions(bits=bits, expert_groups="expert") for bits in (5, 6, 7, 9, 12)]
+    apart = [solve_run(directory, budget).formats for budget in budgets]
+    assert any(len(set(_experts(formats, layer))) > 1 for formats in apart for layer in LAYERS)
+    asked = {"bits": 14.5, "engine": "trtllm", "gpu": "hopper"}
     formats = solve_run(directory, SolveOptions(**asked, expert_groups="expert")).formats
-    assert _experts(formats, LAYERS[0]) == ["wint4_afp16"] * 4
-    all_of_layer = [formats[f"{LAYERS[1]}.{number}"] for number in range(4)]
-    assert all_of_layer == ["none"] * 4  # one of them saw no token
+    for layer in LAYERS:  # int4 does not fit rows of so few weights, and FP8 not single experts
+        assert _experts(formats, layer) == ["none"] * 4
 
 
 def test_commands_take_runs_with_clusters(expert_run: Any) -> None:

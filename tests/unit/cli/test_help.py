@@ -47,7 +47,8 @@ def test_help_shows_every_config_field_with_text_and_default(
     for field_name, field in model.model_fields.items():
         if field_name in ("model", "custom_formats"):
             continue
-        start = shown.index(f"--{field_name.replace('_', '-')} ")
+        flag = (field.json_schema_extra or {}).get("flag", field_name)
+        start = shown.index(f"--{flag.replace('_', '-')} ")
         text = shown[start:]
         assert " ".join(field.description.split()[:4]) in text, field_name
         if (

@@ -75,6 +75,9 @@ def test_searched_groups_are_those_that_autograd_gives_a_gradient(family: str) -
     model = small_model(family)
     names = [m.name for group in groups for m in group.modules if m.kind != "convolution"]
     reached = with_gradient(model, names, num_tokens=20)
+    weights = {n: id(getattr(model.get_submodule(n), "weight", None)) for n in names}
+    used = {weights[n] for n in reached}  # by whatever layer, of those that share them
+    reached |= {n for n, weight in weights.items() if weight in used - {id(None)}}
     searched = {m.name for group in groups if group.is_searched for m in group.modules}
     assert searched <= reached
     left_out = {g.name for g in groups if any(m.name in reached for m in g.modules)} - {

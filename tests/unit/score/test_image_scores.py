@@ -247,7 +247,10 @@ def test_evaluation_runs_the_vision_tower_quantized(
 def test_mask_of_tokens_hides_no_patch_of_a_tower() -> None:
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("visual", "layer")})
     linear: dict[str, Any] = {"kind": "linear", "parameters": ("weight",), "shapes": ((2, 2),)}
-    modules = [ScoredModule(group=0, planned=PlannedModule(name=n, **linear)) for n in model]
+    modules = [
+        ScoredModule(group=0, planned=PlannedModule(name=n, is_idle=n == "visual", **linear))
+        for n in model
+    ]
     maxima = ActivationMaxima(model, modules)
     with maxima.collecting():
         maxima.set_mask(torch.tensor([[1, 1, 0]]))

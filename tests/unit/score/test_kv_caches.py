@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,8 @@ def prepare(make_spec: Any) -> Any:
 
     def build(family: str, **changes: Any) -> tuple[Any, Plan, Scorer]:
         model = family_model(family)
-        plan = build_plan(model, resolve_formats(FORMATS, device="cpu"))
+        menu = resolve_formats(FORMATS, device="cpu")  # each layer with a scale of its own
+        plan = build_plan(model, [replace(format_, shares_scale=False) for format_ in menu])
         dtype = changes.get("dtype", "float32")
         model = model.to(getattr(torch, dtype))
         return model, plan, Scorer(make_spec(plan, **changes), model=model)
