@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from autoquant_ray.errors import CheckpointError, FormatError
 from autoquant_ray.export.check import StoredTensors
 from autoquant_ray.export.layouts import MODELOPT
-from autoquant_ray.models.dequantize import dequantize
+from autoquant_ray.models.dequantize import reader
 from autoquant_ray.models.find import ModelRef
+from autoquant_ray.models.stored_tensors import INDEX, SINGLE
 from autoquant_ray.plan.carried import (
     FileTensors,
     carried_bytes,
@@ -29,15 +29,9 @@ from autoquant_ray.plan.carried import (
 from autoquant_ray.wording import few
 
 if TYPE_CHECKING:
-    import torch
-
     from autoquant_ray.export.model import SixteenBits
 
-_SINGLE, _INDEX, _FILE = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-carried.safetensors",
-)
+_FILE = "model-carried.safetensors"
 _PACKED = (".weight_packed", ".weight")
 _MOST_NAMES = 3
 
@@ -129,38 +123,20 @@ def copy_carried(source: SourceTensors, folder: Path, sixteen_bits: SixteenBits)
         return
     from safetensors.torch import load_file, save_file
 
-    tensors = {
-        name: sixteen_bits.rounded(name, tensor).contiguous()
-        for name, tensor in _read_carried(source)
-    }
-    index = folder / _INDEX
+    with reader(source.files.headers, source.files.packed) as read:
+        tensors = {
+            name: sixteen_bits.rounded(name, read(name)).contiguous() for name in source.carried
+        }
+    index = folder / INDEX
     if not index.exists():
-        tensors = load_file(folder / _SINGLE) | tensors
-        save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
+        tensors = load_file(folder / SINGLE) | tensors
+        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
         return
     save_file(tensors, folder / _FILE, metadata={"format": "pt"})
     content = json.loads(index.read_text())
     content["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
     content["weight_map"] |= dict.fromkeys(tensors, _FILE)
     index.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _read_carried(source: SourceTensors) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
-    headers, packed = source.files.headers, source.files.packed
-    with ExitStack() as stack:
-        opened = {
-            file: stack.enter_context(safe_open(file, framework="pt"))
-            for file in {header.file for header in headers.values()}
-        }
-
-        def read(name: str) -> torch.Tensor:
-            tensor: torch.Tensor = opened[headers[name].file].get_tensor(name)
-            return tensor
-
-        for name in source.carried:
-            yield name, dequantize(packed[name], read) if name in packed else read(name)
 
 
 def ignore_carried(source: SourceTensors, folder: Path, layout: str) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 from autoquant_ray.errors import CheckpointError
 from autoquant_ray.export.layouts import MODELOPT, stored_as
 from autoquant_ray.export.source import Source
+from autoquant_ray.models.stored_tensors import FLOATS
 from autoquant_ray.wording import few
 
 MOST_OFF = 0.01
 """Share by which the bytes on disk may differ from the manifest's."""
 _MOST_NAMES = 4
-_FLOATS = ("BF16", "F16", "F32", "F64")
 _TENSORS: dict[str, tuple[str, ...]] = {
     "FP8": ("weight", "weight_scale", "input_scale"),
     "FP8_PER_CHANNEL_PER_TOKEN": ("weight", "weight_scale"),
@@ -92,7 +92,7 @@ def check_checkpoint(folder: Path, source: Source, layout: str) -> StoredTensors
         f"{module} as {stored.dtypes[name]} instead of 16 bits"
         for module in source.modules
         if module not in source.formats
-        and stored.dtypes.get(name := f"{module}.weight", _FLOATS[0]) not in _FLOATS
+        and stored.dtypes.get(name := f"{module}.weight", FLOATS[0]) not in FLOATS
     ]
     if wrong:
         raise CheckpointError(f"the exporter wrote layers in other formats: {_few(wrong)}")

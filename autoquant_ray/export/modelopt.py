@@ -36,6 +36,7 @@ from autoquant_ray.modelopt_api import (
     unfused_export,
     without_name_marks,
 )
+from autoquant_ray.models.stored_tensors import INDEX
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import FittedModel, QuantizedModule
 from autoquant_ray.serving.fused_names import EXPERTS, engine_modules
@@ -126,7 +127,7 @@ def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) ->
         }
         total += sum(tensor.nbytes for tensor in rounded.values())
         save_file(rounded, file, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.exists():
         content = json.loads(index.read_text())
         content["metadata"]["total_size"] = total

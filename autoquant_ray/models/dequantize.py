@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ModelError
@@ -58,18 +59,8 @@ def opened(
         headers: All tensors of the files.
         weights: Name of a parameter -> its parts among them.
     """
-    from safetensors import safe_open
-
-    with ExitStack() as stack:
-        files = {
-            file: stack.enter_context(safe_open(file, framework="pt"))
-            for file in {header.file for header in headers.values()}
-        }
-
-        def read(name: str) -> torch.Tensor:
-            tensor: torch.Tensor = files[headers[name].file].get_tensor(name)
-            return tensor
-
+    with _files(headers) as files:
+        read = _reading(headers, files)
         packed_parts = {part for packed in weights.values() for part in packed.parts}
         state: dict[str, Any] = {
             name: files[header.file].get_slice(name)
@@ -77,6 +68,40 @@ def opened(
             if name not in packed_parts
         }
         yield state | {name: LazyWeight(packed, read) for name, packed in weights.items()}
+
+
+@contextmanager
+def reader(
+    headers: Mapping[str, TensorHeader], weights: Mapping[str, PackedWeight]
+) -> Iterator[Read]:
+    """A function that gives a parameter as a checkpoint in 16 bits would hold it, by its name.
+
+    Args:
+        headers: All tensors of the files.
+        weights: Name of a parameter -> its parts among them.
+    """
+    with _files(headers) as files:
+        read = _reading(headers, files)
+        yield lambda name: dequantize(weights[name], read) if name in weights else read(name)
+
+
+@contextmanager
+def _files(headers: Mapping[str, TensorHeader]) -> Iterator[dict[Path, Any]]:
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        yield {
+            file: stack.enter_context(safe_open(file, framework="pt"))
+            for file in {header.file for header in headers.values()}
+        }
+
+
+def _reading(headers: Mapping[str, TensorHeader], files: Mapping[Path, Any]) -> Read:
+    def read(name: str) -> torch.Tensor:
+        tensor: torch.Tensor = files[headers[name].file].get_tensor(name)
+        return tensor
+
+    return read
 
 
 def dequantize(packed: PackedWeight, read: Read) -> torch.Tensor:

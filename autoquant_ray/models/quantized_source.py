@@ -17,9 +17,8 @@ from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.packed_weight import PackedWeight, missing_part, scale_problem
 from autoquant_ray.models.quantized_config import method_name, method_of, stated_quantization
 from autoquant_ray.models.quantized_layouts import LAYOUTS, LayoutError
-from autoquant_ray.models.stored_tensors import TensorHeader, stored_tensors
+from autoquant_ray.models.stored_tensors import FLOATS, TensorHeader, stored_tensors
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _MARKS = frozenset(
     {
         "weight_scale",
@@ -124,7 +123,7 @@ def _is_packed(name: str, header: TensorHeader) -> bool:
     last = name.rpartition(".")[2]
     if last in _MARKS or last.endswith("_scale_inv") or _INSIDE_WEIGHT.search(name):
         return True
-    if header.dtype in _FLOATS:
+    if header.dtype in FLOATS:
         return False
     is_float = header.dtype.startswith("F")
     if last.endswith(("_blocks", "_scales")) or last == "scales":

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.find import ModelRef
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights that are not quantized."""
+_MOST_FILES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ def fetch_weights(ref: ModelRef) -> None:
     from transformers.utils import cached_file
 
     quiet = {"_raise_exceptions_for_missing_entries": False}
-    if cached_file(ref.path, _SINGLE, **quiet) is None and cached_file(ref.path, _INDEX, **quiet):
+    if cached_file(ref.path, SINGLE, **quiet) is None and cached_file(ref.path, INDEX, **quiet):
         for part in _parts(ref):
             cached_file(ref.path, part)
 
@@ -76,25 +79,38 @@ def stored_tensors(ref: ModelRef) -> dict[str, TensorHeader]:
     """
     if ref.gguf_file is not None:
         return {}
-    single = find_file(ref, _SINGLE)
+    single = find_file(ref, SINGLE)
     files = [find_file(ref, part) for part in _parts(ref)] if single is None else [single]
-    return {name: header for file in files if file is not None for name, header in _read(file)}
+    return {
+        name: header for file in files if file is not None for name, header in _read(file).items()
+    }
 
 
 def _parts(ref: ModelRef) -> list[str]:
     """Names of the files that the index lists."""
-    names = read_json(ref, _INDEX).get("weight_map", {})
+    names = read_json(ref, INDEX).get("weight_map", {})
     return sorted(set(names.values()))
 
 
-def _read(file: Path) -> Iterator[tuple[str, TensorHeader]]:
-    """Tensors of a file, from its header: 8 bytes of length, then JSON."""
+def _read(file: Path) -> dict[str, TensorHeader]:
+    """Tensors of a file, from its header, which is read once for every state of the file."""
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise ModelError(f"{file} is no safetensors file: {one_line(error)}") from None
+    return _read_header(file, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=_MOST_FILES)
+def _read_header(file: Path, _modified: int, _size: int) -> dict[str, TensorHeader]:
+    """A header is 8 bytes of length, then JSON."""
     try:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                shape = tuple(entry["shape"])
-                yield name, TensorHeader(file=file, dtype=entry["dtype"], shape=shape)
+        return {
+            name: TensorHeader(file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
     except (OSError, ValueError, KeyError, OverflowError) as error:
         raise ModelError(f"{file} is no safetensors file: {one_line(error)}") from None
