@@ -268,6 +268,7 @@ class _Curve:
         self._solver = Solver(choices, run.problem.resources)
         self._close = _CLOSE if len(choices.groups) > _MANY_GROUPS else 0.0
         self._loss = partial(predicted_loss, run.scores)
+        self._groups = [group.name for group in run.problem.searched]
         self.least_bits, self.most_bits = reachable_bits(run.problem, self._ties)
 
     def point(self, bits: float) -> Point:
@@ -275,8 +276,8 @@ class _Curve:
         problem = self._run.problem
         budgets = problem.budgets(frontier_options(self._run, bits))
         allocation = self._solver.solve(budgets, close=self._close)
-        groups = [group.name for group in problem.searched]
-        return point_of(problem, self._loss, spread(allocation.formats, groups, self._ties))
+        formats = spread(allocation.formats, self._groups, self._ties)
+        return point_of(problem, self._loss, formats)
 
 
 def frontier_options(run: ScoredRun, bits: float) -> SolveOptions:
