@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
+from families import random_model
 from family_checks import (
     PAGE,
     Family,
@@ -72,16 +72,8 @@ def _cells(name: str) -> tuple[list[str], list[str]]:
 def small_model(name: str) -> Any:
     """A random model of a family in float32, evaluation mode; nothing in it is all zeros."""
     kind = transformers.CONFIG_MAPPING[name]
-    config = tiny_config(kind)
-    auto = transformers.AutoModelForCausalLM
-    if kind in transformers.AutoModelForImageTextToText._model_mapping:
-        auto = transformers.AutoModelForImageTextToText
-    torch.manual_seed(0)
-    model = auto.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        if not parameter.any():  # biases, and scales that would hide a module from the loss
-            parameter.normal_(std=0.2)
-    return model
+    sees_images = kind in transformers.AutoModelForImageTextToText._model_mapping
+    return random_model(tiny_config(kind), sees_images=sees_images)
 
 
 def _try(step: Callable[[Family], str], family: Family) -> tuple[str, bool]:

@@ -246,8 +246,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 def family_model(family: str) -> Any:
     """A random model of a family in float32, evaluation mode; nothing in it is all zeros."""
     config = FAMILIES[family]()
+    return random_model(config, sees_images=hasattr(config, "vision_config"))
+
+
+def random_model(config: Any, *, sees_images: bool) -> Any:
+    """The same of a config."""
     auto = transformers.AutoModelForCausalLM
-    if hasattr(config, "vision_config"):
+    if sees_images:
         auto = transformers.AutoModelForImageTextToText
     torch.manual_seed(0)
     model = auto.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
