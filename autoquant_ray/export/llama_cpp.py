@@ -110,7 +110,7 @@ class _TensorNames:
         num_blocks = max(numbers, default=0) + 1
         # MMPROJ is a file of its own.
         architectures = [a for a in gguf.MODEL_ARCH if a != gguf.MODEL_ARCH.MMPROJ]
-        self._maps = (gguf.get_tensor_name_map(a, num_blocks) for a in architectures)
+        self._maps = (_map_apart(gguf, a, num_blocks) for a in architectures)
         self._seen: list[Any] = []
 
     def of(self, module: str) -> list[str] | None:
@@ -147,6 +147,17 @@ class _TensorNames:
             if (tensor := _first(tensor_names, names)) is not None:
                 return tensor
         return None
+
+
+def _map_apart(gguf: Any, architecture: Any, num_blocks: int) -> Any:
+    """The map of an architecture, made without changing those of the others.
+
+    gguf 0.19 writes the names that only this architecture has into a table which the maps of all
+    architectures made later, those of transformers included, are read from.
+    """
+    shared = gguf.TensorNameMap
+    table = dict(shared.block_mappings_cfg)
+    return type(shared.__name__, (shared,), {"block_mappings_cfg": table})(architecture, num_blocks)
 
 
 def _first(tensor_names: Any, names: Sequence[str]) -> str | None:

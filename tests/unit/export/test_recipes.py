@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from click.testing import CliRunner
@@ -47,6 +48,14 @@ def options(recipe: str, embedding: str = "bf16") -> list[tuple[str, str]]:
     *pairs, last = [tuple(pair.split("=", 1)) for pair in words[4:-3:2]]
     assert last == (".*", "bf16"), "the final type would take what is not named"
     return pairs  # type: ignore[return-value]
+
+
+def test_names_for_llama_cpp_leave_the_maps_of_others_alone() -> None:
+    """gguf writes what only one architecture has into the table of all of them."""
+    before = dict(gguf.TensorNameMap.block_mappings_cfg)
+    with pytest.raises(ConfigError, match="language_model"):  # it is looked for in every map
+        make_recipe({"language_model.nothing": "wint4_afp16"}, FORMATS, "llama.cpp")
+    assert gguf.TensorNameMap.block_mappings_cfg == before
 
 
 def test_experts_that_mlx_stacks_have_one_format() -> None:
