@@ -3,9 +3,12 @@
 Every contender writes a claim of its own into a folder and then lists the folder: whoever finds
 another live claim withdraws. Of two contenders, whichever lists last sees the other's claim, so
 at most one holds the lease. All this needs of the store is that a finished write is listed, which
-local disks, S3 and GCS give. A claim lives until it expires; its holder renews it from a thread. A
-claim of a dead process of this machine is dead at once. The clocks of the machines must agree
-within seconds.
+local disks, S3 and GCS give. A conditional write (create if absent) would do the same with one
+request, but pyarrow's file systems offer none (github.com/apache/arrow/issues/44281), and not every
+store that speaks S3 has it. A claim lives until it expires; its holder renews it from a thread. A
+claim of a dead process of this machine is dead at once. The clocks of two machines must agree
+within seconds; the processes of one are told apart by ticks since its boot, which no change of
+the clock moves. Whoever holds a run writes to it only while its claim is there.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_TTL_S = 30.0
 _TRIES = 5
 _POLL_S = 0.25
+_LOOK_S = 1.0
+"""Seconds for which a claim in an object store, once seen, is taken to be there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,8 @@ class Claim:
         holder: Who, for people: host and process.
         machine: Host, boot and process namespace: where ``pid`` means something.
         pid: Process.
-        started: Start of that process, seconds since the epoch; tells a reused number.
+        process_start: Start of that process in ticks since the boot (without ``/proc``: seconds
+            since the epoch); tells a reused number.
         since: When it was claimed, seconds since the epoch.
         expires: When it is dead unless renewed, seconds since the epoch.
     """
@@ -54,7 +60,7 @@ class Claim:
     holder: str
     machine: str
     pid: int
-    started: float
+    process_start: float
     since: float
     expires: float
 
@@ -63,12 +69,7 @@ class Claim:
         return now < self.expires and not self._is_dead_here()
 
     def _is_dead_here(self) -> bool:
-        if self.machine != _machine():
-            return False
-        try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.started) > 1)
-        except psutil.Error:
-            return True
+        return self.machine == _machine() and _process_start(self.pid) != self.process_start
 
 
 class Lease:
@@ -85,6 +86,7 @@ class Lease:
         self._directory = directory
         self._folder = folder
         self._claim = claim
+        self._seen_s = time.monotonic()
         self._ttl_s = ttl_s
         self._stopped = threading.Event()
         self._is_lost = False
@@ -95,12 +97,19 @@ class Lease:
         """Check that the lease is still ours.
 
         Raises:
-            HeldError: It could not be renewed in time, so that another may have taken over.
+            HeldError: Its claim is gone, or could not be renewed in time, so that another may have
+                taken over.
         """
         if self._is_lost or time.time() >= self._claim.expires:  # a renewal may hang
             raise HeldError(
                 f"{self._directory.uri}: the lease was lost (it could not be renewed within "
                 f"{self._ttl_s:g} s), another process may have taken over"
+            )
+        if not self._is_there():
+            raise HeldError(
+                f"{self._directory.uri}: the lease was lost (its claim "
+                f"{_file(self._folder, self._claim.id)} is gone), another process may have taken "
+                "over; start again once that has ended"
             )
 
     def release(self) -> None:
@@ -114,6 +123,17 @@ class Lease:
         self._directory.delete_if_empty(self._folder)
         self._directory.delete_if_empty("")
 
+    def _is_there(self) -> bool:
+        """Whether the claim is still where it was written, and ours."""
+        now = time.monotonic()
+        if self._directory.is_local or now - self._seen_s >= _LOOK_S:
+            seen = _read(self._directory, _file(self._folder, self._claim.id))
+            if seen is None or (seen.pid, seen.machine) != (self._claim.pid, self._claim.machine):
+                self._is_lost = True
+                return False
+            self._seen_s = now
+        return True
+
     def _renew(self) -> None:
         while not self._stopped.wait(self._ttl_s / 3):
             now = time.time()
@@ -122,6 +142,8 @@ class Lease:
                 return
             renewed = replace(self._claim, expires=now + self._ttl_s)
             try:
+                if not self._is_there():
+                    return
                 self._directory.write_json(_file(self._folder, renewed.id), asdict(renewed))
                 if (
                     time.time() >= self._claim.expires
@@ -140,7 +162,8 @@ def lease(
     """Hold the lease of a folder while the body runs.
 
     Waits while another's claim is neither dead nor renewed, at most ``ttl_s``: its holder may have
-    crashed on another machine.
+    crashed on another machine. While the lease of a run is held, every write of ``directory``
+    requires it first.
 
     Args:
         directory: Where the claims are written.
@@ -153,10 +176,14 @@ def lease(
     Raises:
         HeldError: Another process holds it; the message names the holder.
     """
-    claimed = Lease(directory, folder, _claim(directory, folder, ttl_s), ttl_s)
+    claims = RunDirectory(directory.uri)
+    claimed = Lease(claims, folder, _claim(claims, folder, ttl_s), ttl_s)
+    if folder == LOCK:
+        directory.guard = claimed.require
     try:
         yield claimed
     finally:
+        directory.guard = None
         claimed.release()
 
 
@@ -170,7 +197,7 @@ def _claim(directory: RunDirectory, folder: str, ttl_s: float) -> Claim:
             holder=f"process {os.getpid()} on {platform.node()}",
             machine=_machine(),
             pid=os.getpid(),
-            started=psutil.Process().create_time(),
+            process_start=_process_start(os.getpid()) or 0.0,
             since=now,
             expires=now + ttl_s,
         )
@@ -243,6 +270,20 @@ def _held(directory: RunDirectory, claims: list[Claim]) -> HeldError:
 
 def _file(folder: str, name: str) -> str:
     return f"{folder}/{name}.json"
+
+
+def _process_start(pid: int) -> float | None:
+    """When a process of this machine started; None where there is none of this number."""
+    if Path("/proc/self/stat").exists():
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_bytes()
+        except OSError:
+            return None
+        return float(stat.rpartition(b")")[2].split()[19])  # the name before may hold anything
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
 
 
 def _machine() -> str:

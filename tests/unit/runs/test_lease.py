@@ -11,6 +11,7 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
+import psutil
 import pytest
 
 from autoquant_ray.errors import HeldError
@@ -26,7 +27,7 @@ def foreign_claim(directory: RunDirectory, *, expires: float) -> str:
         holder="process 7 on far-away",
         machine="far-away",
         pid=7,
-        started=0.0,
+        process_start=0.0,
         since=time.time() - 100,
         expires=expires,
     )
@@ -70,6 +71,56 @@ def test_killed_holder_keeps_nothing(tmp_path: Path) -> None:
     process.wait()
     with lease(directory):
         pass
+
+
+def test_living_holder_is_respected_after_a_step_of_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory(str(tmp_path))
+    with lease(directory) as held:
+        booted = psutil.boot_time()  # as /proc/stat has it, it moves with the clock
+        monkeypatch.setattr("psutil.boot_time", lambda: booted + 20)
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: booted + 20)
+        with pytest.raises(HeldError, match="in use"), lease(RunDirectory(str(tmp_path))):
+            pass
+        held.require()
+
+
+def test_reused_process_number_is_another_process(tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+    with lease(directory):
+        (name,) = directory.list_files(LOCK)
+        claim = directory.read_json(f"{LOCK}/{name}")
+    directory.write_json(f"{LOCK}/{name}", claim | {"process_start": claim["process_start"] - 1})
+    with lease(directory):
+        assert name not in directory.list_files(LOCK)
+
+
+@pytest.mark.parametrize("change", ["gone", "replaced"])
+def test_holder_without_its_claim_writes_no_more(tmp_path: Path, change: str) -> None:
+    directory = RunDirectory(str(tmp_path / "run"))
+    with lease(directory) as held:
+        directory.write_text("before", "kept")
+        (name,) = directory.list_files(LOCK)
+        other = RunDirectory(directory.uri)
+        if change == "gone":
+            other.delete(f"{LOCK}/{name}")
+        else:
+            claim = other.read_json(f"{LOCK}/{name}")
+            other.write_json(f"{LOCK}/{name}", claim | {"machine": "far-away"})
+        for write in (
+            held.require,
+            lambda: directory.write_text("after", "lost"),
+            lambda: directory.write_table("history.parquet", []),
+            lambda: directory.write_tables("rounding.parquet", []),
+            lambda: directory.delete("before"),
+            lambda: directory.append_event("run_done", quarantined=0),
+        ):
+            with pytest.raises(HeldError, match="lost"):
+                write()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_file()) == [
+        "before"
+    ]
 
 
 def test_expired_claim_of_another_machine_is_taken_over(tmp_path: Path) -> None:

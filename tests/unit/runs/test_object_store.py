@@ -234,7 +234,7 @@ def test_expired_claim_of_a_dead_machine_is_taken_over(store: ObjectStore) -> No
         holder="process 7 on far-away",
         machine="far-away",
         pid=7,
-        started=0.0,
+        process_start=0.0,
         since=time.time() - 100,
         expires=time.time() + 1.5,
     )
