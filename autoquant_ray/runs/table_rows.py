@@ -10,7 +10,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+
+from autoquant_ray.arrays import Mask
 
 
 class TableRows(Sequence[dict[str, Any]]):
@@ -48,6 +52,40 @@ class TableRows(Sequence[dict[str, Any]]):
             yield dict(zip(self._names, values, strict=True))
 
 
+def numbers_of(column: pa.Array | pa.ChunkedArray, null: float | None = None) -> npt.NDArray[Any]:
+    """Integers or floats of a column, read-only; ``null`` where it has nulls.
+
+    ``to_numpy``, ``fill_null`` and comparisons with a text do the same, but they import pandas
+    first, which takes longer than many commands that read a run.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if null is None or not array.null_count:
+        return np.from_dlpack(array)
+    values = pa.Array.from_buffers(
+        array.type, len(array), [None, array.buffers()[1]], offset=array.offset
+    )
+    return np.where(has_values(array), np.from_dlpack(values), null)
+
+
+def has_values(column: pa.Array | pa.ChunkedArray) -> Mask:
+    """Where a column is not null."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not array.null_count:
+        return np.ones(len(array), dtype=np.bool_)
+    bits = np.unpackbits(np.frombuffer(array.buffers()[0], dtype=np.uint8), bitorder="little")
+    return bits[array.offset : array.offset + len(array)].astype(np.bool_)
+
+
+def rows_with(table: pa.Table, column: str, text: str) -> pa.Table:
+    """The shortest slice of a table that holds every row whose column is a text."""
+    encoded = table.column(column).combine_chunks().dictionary_encode()
+    texts = encoded.dictionary.to_pylist()
+    if text not in texts:
+        return table.slice(0, 0)
+    rows = np.flatnonzero(numbers_of(encoded.indices) == texts.index(text))
+    return table.slice(rows[0], rows[-1] - rows[0] + 1)
+
+
 def _values(column: pa.ChunkedArray) -> list[Any]:
     """Values of a column as Python has them; None for null."""
     if column.null_count == len(column):
@@ -55,14 +93,14 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
     if column.null_count:
         return list(column.to_pylist())
     if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        return list(column.to_numpy().tolist())
+        return list(numbers_of(column).tolist())
     array = column.combine_chunks()
     if pa.types.is_string(column.type):
         encoded = array.dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        return [names[index] for index in encoded.indices.to_numpy().tolist()]
+        return [names[index] for index in numbers_of(encoded.indices).tolist()]
     if pa.types.is_list(column.type):
         values = _values(pa.chunked_array([array.flatten()]))
-        ends = itertools.accumulate(array.value_lengths().to_numpy().tolist(), initial=0)
+        ends = itertools.accumulate(numbers_of(array.value_lengths()).tolist(), initial=0)
         return [values[start:end] for start, end in itertools.pairwise(ends)]
     return list(column.to_pylist())

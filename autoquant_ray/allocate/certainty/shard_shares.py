@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
@@ -22,7 +21,7 @@ from autoquant_ray.errors import StoreError
 from autoquant_ray.runs.names import SCORES
 from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.runs.table_rows import TableRows
+from autoquant_ray.runs.table_rows import TableRows, has_values, numbers_of, rows_with
 
 NUM_LARGEST = 5
 """Shards named per format."""
@@ -67,9 +66,9 @@ class ShardParts:
         sums: list[dict[str, float]] = []
         tokens: list[int] = []
         for part in self._parts:
-            rows = part.filter(pc.equal(part.column("group"), group))
-            values = rows.column(self._column).fill_null(0.0).to_pylist()
-            sums.append(dict(zip(rows.column("format").to_pylist(), values, strict=True)))
+            rows = TableRows(rows_with(part, "group", group))
+            columns = (rows.column(name) for name in ("group", "format", self._column))
+            sums.append({f: sum_ or 0.0 for g, f, sum_ in zip(*columns, strict=True) if g == group})
             tokens.append(_num_tokens(part))
         return {
             format_: self._ranked(np.array([of_shard[format_] for of_shard in sums]), tokens)
@@ -108,8 +107,8 @@ class ShardParts:
         for shard, part in zip(self._shards, self._parts, strict=True):
             counts_C1 = (out_C != shard)[:, None]
             column = part.column(self._column)
-            sums_CK = sums_CK + counts_C1 * column.fill_null(0.0).to_numpy()
-            is_seen_CK = is_seen_CK | (counts_C1 & column.is_valid().to_numpy())
+            sums_CK = sums_CK + counts_C1 * numbers_of(column, null=0.0)
+            is_seen_CK = is_seen_CK | (counts_C1 & has_values(column))
             tokens_C += counts_C1[:, 0] * _num_tokens(part)
             if not keys:
                 rows = TableRows(part.select(["group", "format"]))

@@ -41,6 +41,7 @@ from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import KEYS
 from autoquant_ray.runs.names import DOMAIN_RESAMPLING_FILE, RESAMPLING_FILE
 from autoquant_ray.runs.state import RunState
+from autoquant_ray.runs.table_rows import numbers_of
 
 CERTAIN = 0.95
 """A group that keeps its format in this share of the resamples is decided."""
@@ -151,7 +152,7 @@ def bucket_sums(buckets: pa.Table, problem: Problem) -> Floats:
     names = (first.column(name).to_pylist() for name in ("group", "format"))
     keys = [(row_of[group], menus.columns[name]) for group, name in zip(*names, strict=True)]
     rows_K, columns_K = np.array(keys, dtype=np.intp).T
-    sums_SK = buckets.column("sum").to_numpy().reshape(-1, num_keys)
+    sums_SK = numbers_of(buckets.column("sum")).reshape(-1, num_keys)
     sums_SGF = np.zeros((len(sums_SK), *menus.has_GF.shape))
     sums_SGF[:, rows_K, columns_K] = sums_SK
     return sums_SGF
@@ -276,7 +277,7 @@ def assess_weighted(
     for number, (name, weight) in enumerate(options.domains.items()):
         domain_buckets = buckets.filter(pc.equal(buckets.column("domain"), name))
         sums_SGF = bucket_sums(domain_buckets, problem)
-        tokens_S = domain_buckets.column("bucket_tokens").to_numpy()[
+        tokens_S = numbers_of(domain_buckets.column("bucket_tokens"))[
             :: len(domain_buckets) // len(sums_SGF)
         ]
         if len(tokens_S) < 2:

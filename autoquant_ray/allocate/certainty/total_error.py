@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from autoquant_ray.arrays import Floats
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.table_rows import numbers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,14 +73,14 @@ def _spread(formats: Mapping[str, str], buckets: pa.Table) -> float | None:
     tokens = buckets.column("bucket_tokens")
     if tokens.null_count:
         return None
-    count = int(buckets.column("bucket").to_numpy().max()) + 1
+    count = int(numbers_of(buckets.column("bucket")).max()) + 1
     num_keys = buckets.num_rows // count
     keys = buckets.slice(0, num_keys)
     names = (keys.column(name).to_pylist() for name in ("group", "format"))
     is_chosen_K = np.array([formats.get(g, NONE) == f for g, f in zip(*names, strict=True)])
-    sums_BK = buckets.column("sum").to_numpy().reshape(count, num_keys)
+    sums_BK = numbers_of(buckets.column("sum")).reshape(count, num_keys)
     sums_B: Floats = 0.5 * sums_BK[:, is_chosen_K].sum(axis=1)
-    return ratio_stderr(sums_B, tokens.to_numpy()[::num_keys].astype(np.float64))
+    return ratio_stderr(sums_B, numbers_of(tokens)[::num_keys].astype(np.float64))
 
 
 def ratio_stderr(sums_S: Floats, tokens_S: Floats) -> float | None:
