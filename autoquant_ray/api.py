@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.certainty.explanation import Explanation
-from autoquant_ray.allocate.frontier import Point, frontier_of, smallest_within
+from autoquant_ray.allocate.frontier import Point, frontier_of
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.calibrate.modelopt_config import config_of_solution
@@ -43,7 +43,7 @@ from autoquant_ray.runs.names import (
     solution_folder,
 )
 from autoquant_ray.runs.state import Mode, RunState
-from autoquant_ray.solve import Solution, rewrite_reports, solve_run, solve_scored
+from autoquant_ray.solve import Solution, rewrite_reports, solve_run, solve_within
 
 if TYPE_CHECKING:
     from autoquant_ray.evaluate.evaluate import Evaluation
@@ -170,8 +170,7 @@ class Run:
 
     def solve_within(self, largest_kl: float) -> Solution:
         """Solve the fewest bits that are predicted to lose at most so many nats per token."""
-        run = ScoredRun.read(RunState.open(self._directory))
-        return solve_scored(run, smallest_within(run, largest_kl))
+        return solve_within(self._directory, largest_kl)
 
     def frontier(self, num_points: int = 64) -> list[Point]:
         """Predicted loss at every size, the knee among the points; all are written to the run.

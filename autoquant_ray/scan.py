@@ -46,7 +46,7 @@ from autoquant_ray.plan.memory import GIB, choose_placement, footprint
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.lease import lease
+from autoquant_ray.runs.lease import lease, require_free
 from autoquant_ray.runs.record import QuarantinedShard, RunRecord
 from autoquant_ray.runs.rounding import drop_rounding
 from autoquant_ray.runs.state import Mode, RunState, require_target
@@ -101,6 +101,7 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     if config.placement == "offload":
         require_mappable(ref)
     require_target(directory, mode)
+    require_free(directory)
     with connected(config) as resources:
         config = _resolve(config, resources)
         require_resources(config, resources)

@@ -6,7 +6,8 @@ reports into a solution's folder (the run's own folder for the budget of the sca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from autoquant_ray.allocate.allocation import Allocation
 from autoquant_ray.allocate.certainty.solution import Certainty, certainty_of
 from autoquant_ray.allocate.certainty.stopping import describe_stopping
 from autoquant_ray.allocate.domains import domain_summary, solve_domains
+from autoquant_ray.allocate.frontier import smallest_within
 from autoquant_ray.allocate.losses import chosen_formats, uniform_format
 from autoquant_ray.allocate.manifest import build_manifest, manifest_rows, solution_summary
 from autoquant_ray.allocate.options import SolveOptions
@@ -27,6 +29,7 @@ from autoquant_ray.notebook import facts_html
 from autoquant_ray.report import write_reports
 from autoquant_ray.report.concerns import low_uniform
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.lease import brief_lease
 from autoquant_ray.runs.names import MANIFEST_JSON, MANIFEST_TABLE, SOLUTIONS, solution_folder
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.table import ENGINES
@@ -106,13 +109,42 @@ def solve_run(
         InfeasibleBudgetError: With the reachable range.
         ConfigError: A constraint names something that does not exist.
         StoreError: Not a run, or its files are damaged.
+        HeldError: Another process writes into the run.
     """
-    return solve_scored(ScoredRun.read(RunState.open(directory)), options, folder)
+    with writing(directory) as run:
+        return _solve(run, options, options.name if folder is None else folder.rstrip("/"))
 
 
-def solve_scored(run: ScoredRun, options: SolveOptions, folder: str | None = None) -> Solution:
-    """The same as :func:`solve_run` for a run that has been read."""
-    name = options.name if folder is None else folder.rstrip("/")
+def solve_within(directory: RunDirectory, largest_kl: float) -> Solution:
+    """Solve the fewest bits that are predicted to lose at most so much, and write it.
+
+    Args:
+        directory: A run whose scores are complete.
+        largest_kl: Nats per token.
+
+    Raises:
+        InfeasibleBudgetError: Even 16 bits are not enough.
+        StoreError: As :func:`solve_run`.
+    """
+    with writing(directory) as run:
+        options = smallest_within(run, largest_kl)
+        return _solve(run, options, options.name)
+
+
+@contextmanager
+def writing(directory: RunDirectory) -> Iterator[ScoredRun]:
+    """A run as it is while nobody else writes into it.
+
+    Raises:
+        StoreError: Not a run, or its files are damaged.
+        HeldError: Another process writes into it.
+    """
+    directory.require_run()  # no lease in a folder of others
+    with brief_lease(directory):
+        yield ScoredRun.read(RunState.open(directory))
+
+
+def _solve(run: ScoredRun, options: SolveOptions, name: str) -> Solution:
     problem, options, allocation = _search(run, options)
     return write_solution(run.with_problem(problem), options, allocation, name)
 
@@ -230,12 +262,12 @@ def rewrite_reports(directory: RunDirectory) -> list[str]:
     Raises:
         StoreError: Not a run, or its files are damaged.
     """
-    run = ScoredRun.read(RunState.open(directory))
-    starts = [solution_folder(name) for name in directory.list_folders(SOLUTIONS)]
     paths: list[str] = []
-    for start in ["", *starts]:
-        if directory.exists(f"{start}{MANIFEST_JSON}"):
-            paths.extend(write_reports(run, start).paths.values())
+    with writing(directory) as run:
+        starts = [solution_folder(name) for name in directory.list_folders(SOLUTIONS)]
+        for start in ["", *starts]:
+            if directory.exists(f"{start}{MANIFEST_JSON}"):
+                paths.extend(write_reports(run, start).paths.values())
     if not paths:
         raise StoreError(f"{directory.uri} has no solution yet; finish the scan first")
     return paths

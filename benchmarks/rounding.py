@@ -43,7 +43,7 @@ from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SAMPLES, SOLUTIONS
 from autoquant_ray.runs.state import RunState
-from autoquant_ray.solve import solve_scored
+from autoquant_ray.solve import solve_run
 from autoquant_ray.stages.shards import read_tasks
 
 _GGUF_BLOCK, _STEPS = 32, 15
@@ -186,7 +186,7 @@ def held_out_samples(run: ScoredRun, options: argparse.Namespace) -> list[Any]:
 
 def solved(scored: ScoredRun, options: SolveOptions, menu: str) -> Candidate:
     """The solution of a menu."""
-    solve_scored(scored, options)
+    solve_run(scored.state.directory, options)
     candidate = collect_candidates(scored, f"{SOLUTIONS}/{options.name}/", [])[0]
     return Candidate(**{**vars(candidate), "name": menu})
 

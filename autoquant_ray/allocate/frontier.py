@@ -27,6 +27,7 @@ from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.lease import brief_lease
 from autoquant_ray.runs.names import FRONTIER_FILE
 from autoquant_ray.runs.state import RunState
 
@@ -188,10 +189,12 @@ def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[P
     """
     if num_points < 2:
         raise ConfigError(f"a frontier of {num_points} points: give 2 or more")
-    curve = _Curve(ScoredRun.read(RunState.open(directory)))
-    budgets = np.linspace(curve.least_bits, curve.most_bits, max(num_points, NUM_POINTS))
-    points = mark_knee([curve.point(float(bits)) for bits in budgets])
-    directory.write_table(FRONTIER_FILE, [vars(point) for point in points])
+    directory.require_run()
+    with brief_lease(directory):
+        curve = _Curve(ScoredRun.read(RunState.open(directory)))
+        budgets = np.linspace(curve.least_bits, curve.most_bits, max(num_points, NUM_POINTS))
+        points = mark_knee([curve.point(float(bits)) for bits in budgets])
+        directory.write_table(FRONTIER_FILE, [vars(point) for point in points])
     return fewer(points, num_points)
 
 

@@ -44,12 +44,10 @@ def frontier(
       autoquant-ray frontier runs/qwen3
       autoquant-ray frontier runs/qwen3 --target-kl 0.02
     """
-    from autoquant_ray.allocate.frontier import frontier_of, smallest_within
-    from autoquant_ray.allocate.read import ScoredRun
+    from autoquant_ray.allocate.frontier import frontier_of
     from autoquant_ray.cli.output import print_frontier, print_solution
     from autoquant_ray.runs.directory import RunDirectory
-    from autoquant_ray.runs.state import RunState
-    from autoquant_ray.solve import solve_scored
+    from autoquant_ray.solve import solve_within
 
     target = _target(target_kl, target_ppl_increase)
     directory = RunDirectory(run)
@@ -60,8 +58,7 @@ def frontier(
             json=lambda: [vars(point) for point in sizes], show=lambda: print_frontier(run, sizes)
         )
     with only_ours_on_stdout():
-        scored = ScoredRun.read(RunState.open(directory))
-        solution = solve_scored(scored, smallest_within(scored, target))
+        solution = solve_within(directory, target)
     return Result(
         json=solution.to_json,
         show=lambda: print_solution(run, solution),

@@ -45,7 +45,7 @@ from autoquant_ray.errors import (
 from autoquant_ray.jobs.file import NightlyJob
 from autoquant_ray.jobs.names import parse_date
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.lease import Lease, lease
+from autoquant_ray.runs.lease import Lease, brief_lease, lease
 from autoquant_ray.runs.names import DRIFT_JSON, DRIFT_MARKDOWN
 from autoquant_ray.runs.state import Mode, RunState
 
@@ -211,8 +211,9 @@ def _write(tonight: _Tonight, comparison: Comparison | None) -> Night:
         "notes": tonight.notes,
         "comparison": None if comparison is None else comparison.to_json(),
     }
-    directory.write_json(DRIFT_JSON, document)
-    path = directory.write_text(DRIFT_MARKDOWN, text)
+    with brief_lease(directory):
+        directory.write_json(DRIFT_JSON, document)
+        path = directory.write_text(DRIFT_MARKDOWN, text)
     row = _row(tonight, status, exit_code) | {"verdict": verdict, "baseline": tonight.baseline}
     put_row(tonight.folder, row | _numbers(facts, comparison))
     return Night(exit_code=exit_code, document=document, lines=[text.rstrip(), "", path])

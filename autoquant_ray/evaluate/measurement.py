@@ -33,7 +33,7 @@ from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.lease import Lease, lease
+from autoquant_ray.runs.lease import Lease, lease, require_free
 from autoquant_ray.runs.names import EVALUATION, FLIPS, SAMPLES, part_name
 from autoquant_ray.runs.rounding import dropped_formats
 from autoquant_ray.runs.state import RunState
@@ -239,6 +239,7 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
     if state.record.config is None:
         raise StoreError(f"{directory.uri} was imported: there is no model to measure")
     scan = config.scan_config(state.config)
+    require_free(directory)
     ref = require_model(state, scan)
     if config.data is None:
         require_same_chats(state, fingerprint_chats(ref))

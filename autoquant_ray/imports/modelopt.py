@@ -23,6 +23,7 @@ from autoquant_ray.allocate.search import check_feasible
 from autoquant_ray.errors import DataError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.lease import brief_lease
 from autoquant_ray.runs.names import PLAN_FILE, SENSITIVITY_FILE
 from autoquant_ray.runs.record import RunRecord
 from autoquant_ray.runs.state import RunState, new_record, require_target
@@ -61,12 +62,14 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
         )
         logger.warning("manifest %s: %s", path, state.record.import_note)
     check_feasible(Problem.from_plan(rows, state.plan), options)
-    directory.clear()
-    state.save()
-    directory.write_table(PLAN_FILE, rows)
-    directory.write_table(SENSITIVITY_FILE, scores)
-    directory.append_event("imported", source=path)
-    return solve_run(directory, options, folder="")
+    with brief_lease(directory):
+        require_target(directory, "overwrite" if overwrite else "new")
+        directory.clear()
+        state.save()
+        directory.write_table(PLAN_FILE, rows)
+        directory.write_table(SENSITIVITY_FILE, scores)
+        directory.append_event("imported", source=path)
+        return solve_run(directory, options, folder="")
 
 
 def _read(path: str) -> dict[str, Any]:

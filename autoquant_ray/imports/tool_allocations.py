@@ -25,7 +25,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, SOLUTIONS, slug, solution_folder
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.menus import formats_of
-from autoquant_ray.solve import Solution, write_solution
+from autoquant_ray.solve import Solution, write_solution, writing
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -135,10 +135,10 @@ def import_allocation(path: str, directory: RunDirectory, name: str | None = Non
         raise ConfigError(
             f"`name` {name!r} is no name of a solution; give letters, digits, '.', '_' and '-'"
         )
-    _require_imported(directory, name)
-    run = ScoredRun.read(RunState.open(directory))
-    formats = foreign_allocation(path, run.problem, solution_options(run.state, ""))
-    return _write(run, formats, name, path)
+    with writing(directory) as run:
+        _require_imported(directory, name)
+        formats = foreign_allocation(path, run.problem, solution_options(run.state, ""))
+        return _write(run, formats, name, path)
 
 
 def _require_imported(directory: RunDirectory, name: str) -> None:

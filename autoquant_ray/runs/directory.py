@@ -19,7 +19,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.fs
@@ -39,6 +39,13 @@ KEYS = ("group", "format")
 """Columns of a table of sums that repeat for every bucket."""
 
 
+class Held(Protocol):
+    """What a directory needs of its lease."""
+
+    def require(self) -> None:
+        """Raise once it is lost."""
+
+
 class RunDirectory:
     """One run's files.
 
@@ -48,7 +55,8 @@ class RunDirectory:
     Attributes:
         is_local: Whether the directory is on a disk of this machine.
         listener: Called with every event after it is written; None for nobody.
-        guard: Called before every change; set while a lease is held, and raises once it is lost.
+        held: The lease on the directory, while it is held through this object; its ``require()`` is
+            called before every change.
 
     Raises:
         StoreError: The path cannot be understood or reached.
@@ -60,7 +68,7 @@ class RunDirectory:
         self.is_local, self._root = self._place.is_local, self._place.root
         self._base = self._place.filesystem
         self.listener: Callable[..., None] | None = None
-        self.guard: Callable[[], None] | None = None
+        self.held: Held | None = None
         self._was_written = False
         self._late_events: list[str] = []
         self._next_flush_s = 0.0
@@ -114,7 +122,7 @@ class RunDirectory:
         if not self.exists():
             return
         self.require_run()
-        self._require_guard()
+        self._require_held()
         for info in sorted(self._list(""), key=lambda info: info.base_name == RUN_FILE):
             if info.base_name in RUN_FOLDERS:
                 with self._reaching("delete", info.base_name):
@@ -124,7 +132,7 @@ class RunDirectory:
 
     def write_bytes(self, name: str, content: bytes) -> str:
         """Write a file so that readers see all of it or nothing; returns its full path."""
-        self._require_guard()
+        self._require_held()
         with self._reaching("write", name):
             self._place.write(name, content)
         self._was_written = True
@@ -178,7 +186,7 @@ class RunDirectory:
 
         Each is a row group.
         """
-        self._require_guard()
+        self._require_held()
         with (
             self._reaching("write", name),
             self._place.filled(name) as path,
@@ -268,7 +276,7 @@ class RunDirectory:
     def delete(self, name: str) -> None:
         """Delete one file if it is there."""
         if self.exists(name):
-            self._require_guard()
+            self._require_held()
             with self._reaching("delete", name), suppress(FileNotFoundError):
                 self._base.delete_file(f"{self._root}/{name}")
 
@@ -308,14 +316,14 @@ class RunDirectory:
             if event != "shard_done" or time.monotonic() >= self._next_flush_s:
                 self._flush_events()
             return
-        self._require_guard()
+        self._require_held()
         with self._reaching("write", EVENTS_FILE):
             self._place.append(EVENTS_FILE, line.encode())
         self._was_written = True
 
-    def _require_guard(self) -> None:
-        if self.guard is not None:
-            self.guard()
+    def _require_held(self) -> None:
+        if self.held is not None:
+            self.held.require()
 
     def _flush_events(self) -> None:
         before = self.read_bytes(EVENTS_FILE) if self.exists(EVENTS_FILE) else b""

@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TTL_S = 30.0
 _TRIES = 5
+BRIEF_WAIT_S = 10.0
+"""How long commands of seconds (solve, report, ...) wait for each other."""
 _POLL_S = 0.25
 _LOOK_S = 1.0
 """Seconds for which a claim in an object store, once seen, is taken to be there."""
@@ -157,13 +159,16 @@ class Lease:
 
 @contextmanager
 def lease(
-    directory: RunDirectory, folder: str = LOCK, *, ttl_s: float = DEFAULT_TTL_S
+    directory: RunDirectory,
+    folder: str = LOCK,
+    *,
+    ttl_s: float = DEFAULT_TTL_S,
 ) -> Iterator[Lease]:
     """Hold the lease of a folder while the body runs.
 
     Waits while another's claim is neither dead nor renewed, at most ``ttl_s``: its holder may have
     crashed on another machine. While the lease of a run is held, every write of ``directory``
-    requires it first.
+    requires it first, and who asks for it again through the same object has it.
 
     Args:
         directory: Where the claims are written.
@@ -176,15 +181,54 @@ def lease(
     Raises:
         HeldError: Another process holds it; the message names the holder.
     """
+    if folder == LOCK and isinstance(directory.held, Lease):
+        yield directory.held
+        return
     claims = RunDirectory(directory.uri)
     claimed = Lease(claims, folder, _claim(claims, folder, ttl_s), ttl_s)
     if folder == LOCK:
-        directory.guard = claimed.require
+        directory.held = claimed
     try:
         yield claimed
     finally:
-        directory.guard = None
+        if folder == LOCK:
+            directory.held = None
         claimed.release()
+
+
+def require_free(directory: RunDirectory) -> None:
+    """Refuse a run at which another process of this machine is at work, before a cluster is asked.
+
+    Raises:
+        HeldError: One is.
+    """
+    here = [claim for claim in _live_claims(directory, LOCK) if claim.machine == _machine()]
+    if here and directory.held is None:
+        raise _held(directory, here)
+
+
+@contextmanager
+def brief_lease(directory: RunDirectory, wait_s: float | None = None) -> Iterator[Lease]:
+    """Hold the lease of a run for work of seconds; waits for others who do the same.
+
+    Args:
+        directory: The run.
+        wait_s: How long to wait for another holder at most; default :data:`BRIEF_WAIT_S`.
+
+    Raises:
+        HeldError: Another process works on the run for longer.
+    """
+    give_up = time.monotonic() + (BRIEF_WAIT_S if wait_s is None else wait_s)
+    with ExitStack() as stack:
+        while True:
+            try:
+                held = stack.enter_context(lease(directory))
+                break
+            except HeldError:
+                if time.monotonic() >= give_up:
+                    raise
+            time.sleep(_POLL_S)
+        yield held
 
 
 def _claim(directory: RunDirectory, folder: str, ttl_s: float) -> Claim:
@@ -265,7 +309,10 @@ def _read(directory: RunDirectory, name: str) -> Claim | None:
 def _held(directory: RunDirectory, claims: list[Claim]) -> HeldError:
     first = claims[0]
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(first.since))
-    return HeldError(f"{directory.uri} is in use by {first.holder} since {since} UTC")
+    return HeldError(
+        f"{directory.uri} is in use by {first.holder} since {since} UTC; start again once that has "
+        "ended"
+    )
 
 
 def _file(folder: str, name: str) -> str:

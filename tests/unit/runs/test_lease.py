@@ -37,8 +37,11 @@ def foreign_claim(directory: RunDirectory, *, expires: float) -> str:
 def test_second_holder_is_refused_and_told_who(tmp_path: Path) -> None:
     directory = RunDirectory(str(tmp_path / "run"))
     mine = f"in use by process {os.getpid()} on "
-    with lease(directory), pytest.raises(HeldError, match=mine), lease(directory):
+    other = RunDirectory(directory.uri)
+    with lease(directory), pytest.raises(HeldError, match=mine), lease(other):
         pass
+    with lease(directory) as outer, lease(directory) as inner:  # the same holder
+        assert inner is outer
     with lease(directory) as again:
         again.require()
     assert not (tmp_path / "run").exists()
