@@ -73,7 +73,7 @@ class ChangedError(StoreError):
 
 
 class StoreLostError(StoreError):
-    """A run directory that was written before cannot be written any more: full, or read-only."""
+    """A place that should be written cannot be: its disk is full, read-only or broken."""
 
     exit_code = EXIT_FAILED
 

@@ -130,11 +130,13 @@ def _export_recipe(
     run: str, solution: str, tool: str | None, out: str, base: str | None, overwrite: bool
 ) -> tuple[list[str], list[str]]:
     """Paths of what was written, and what differs from what was scored."""
+    from autoquant_ray.export.folder import require_outside_runs
     from autoquant_ray.export.fused_experts import require_fused, unfused_names
     from autoquant_ray.export.kv_caches import require_caches
     from autoquant_ray.export.recipes import make_recipe, recipe_notes
     from autoquant_ray.export.solution import read_solution
     from autoquant_ray.runs.directory import RunDirectory
+    from autoquant_ray.runs.filesystems import disk_error
 
     if tool is None:
         raise ConfigError(f"--format recipe needs --tool {', '.join(TOOLS)}")
@@ -156,6 +158,7 @@ def _export_recipe(
     path = Path(out)
     if path.exists() and not overwrite:
         raise ConfigError(f"--out {out} exists; give another name, or --overwrite")
+    require_outside_runs(path, out)
     folders = _export_base(run, solution, exported, base)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +166,9 @@ def _export_recipe(
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error}") from None
+        if (lost := disk_error(error, path)) is not None:
+            raise lost from None
+        raise ConfigError(f"--out {out} cannot be written: {error}; give another file") from None
     return [out, *folders], recipe_notes(chosen, exported.formats, tool, **facts)
 
 

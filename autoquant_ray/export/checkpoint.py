@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autoquant_ray.errors import ConfigError, StoreError, one_line
+from autoquant_ray.errors import ConfigError
 from autoquant_ray.export.carried import SourceTensors, add_ignored, copy_carried, ignore_carried
 from autoquant_ray.export.check import check_checkpoint, unlisted
+from autoquant_ray.export.folder import written_beside
 from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, stored_as
 from autoquant_ray.export.source import (
     Source,
@@ -113,7 +110,7 @@ def export_run(
     require_packable(source, layout)
     require_engine(source, layout, engine, gpu)
     _require_package(layout)
-    with _written_beside(target) as folder:
+    with written_beside(target) as folder:
         written, in_source = _write(source, folder, layout, target_of(source, engine, gpu)[0])
         stored = check_checkpoint(folder, written, layout)
         in_source.require_all_in(folder)
@@ -159,7 +156,7 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
     in_source = SourceTensors.of(model, ref)
     Factors(model, source.formats, WeightScales(model, calibration)).fold()
     tensors = {name: sixteen_bits.rounded(name, t) for name, t in distinct_tensors(model)}
-    with _written_beside(target) as folder:
+    with written_beside(target) as folder:
         model.save_pretrained(folder, state_dict=tensors)
         copy_carried(in_source, folder, sixteen_bits)
         finish_folder(folder, ref, sixteen_bits.name)
@@ -214,19 +211,3 @@ def _write(
         uncounted = sum(in_source.carried.values())
         stored = replace(stored, uncounted_bytes=uncounted)
     return stored, in_source
-
-
-@contextmanager
-def _written_beside(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes its place when the context ends well, else goes."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise StoreError(f"`out` {target} cannot be written: {one_line(error)}") from None
-    try:
-        yield folder
-        folder.chmod(target.parent.stat().st_mode & 0o777)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

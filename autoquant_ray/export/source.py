@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant_ray.errors import ConfigError, FormatError
+from autoquant_ray.export.folder import require_outside_runs
 from autoquant_ray.export.fused_experts import require_fused
 from autoquant_ray.export.kv_caches import require_caches
 from autoquant_ray.export.layouts import (
@@ -123,7 +124,7 @@ def require_new_folder(path: str) -> Path:
     """The folder to write, which must be new or empty.
 
     Raises:
-        ConfigError: It holds something, is a file, or is no local path.
+        ConfigError: It holds something, is a file, is inside a run, or is no local path.
     """
     if "://" in path:
         raise ConfigError(f"`out` {path}: a checkpoint is written to a local folder; copy it then")
@@ -132,6 +133,7 @@ def require_new_folder(path: str) -> Path:
         raise ConfigError(f"`out` {path} is not empty; give a new folder")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`out` {path} is a file; give a new folder")
+    require_outside_runs(folder, path)
     return folder
 
 

@@ -9,7 +9,9 @@ URIs are printed and written to ``run.json``. MinIO, Ceph and the like are found
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 import threading
 import uuid
@@ -23,7 +25,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.fs
 
-from autoquant_ray.errors import StoreError, one_line
+from autoquant_ray.errors import StoreError, StoreLostError, one_line
 
 _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 10.0, 5
 _THREAD_START_S = 10.0
@@ -33,7 +35,8 @@ _GS_RETRY_S = 20
 _S3_OPTIONS = ("endpoint_override", "scheme", "region", "tls_ca_file_path")
 
 _REMEDIES = (
-    (("No space left on device", "Disk quota exceeded"), "free space there"),
+    (("No space left on device", "Disk quota exceeded", "StorageFull"), "free space there"),
+    (("File too large",), "raise the limit on the size of files (ulimit -f)"),
     (("Read-only file system", "Permission denied"), "make it writable"),
     (("NO_SUCH_BUCKET", "NoSuchBucket"), "create the bucket, or correct its name"),
     (
@@ -54,6 +57,17 @@ _REMEDIES = (
         "the URI)",
     ),
 )
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
+_DISK_MARKS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "Read-only file system",
+    "StorageFull",
+)
+"""The same from Rust, which writes safetensors, and from C++."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +247,26 @@ def child_uri(uri: str, name: str) -> str:
     """URI of something below a folder; options after ``?`` stay at the end."""
     base, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
     return f"{base.rstrip('/')}/{name}{mark}{options}"
+
+
+def disk_error(error: BaseException, path: Path | str) -> StoreLostError | None:
+    """Our error for a local disk that is full, read-only or broken; None for any other error.
+
+    Args:
+        error: Of Python, or of a library that writes by itself.
+        path: What was to be written.
+    """
+    is_of_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    if not is_of_disk and not any(mark in str(error) for mark in _DISK_MARKS):
+        return None
+    folder = next((p for p in (Path(path), *Path(path).parents) if p.exists()), Path("/"))
+    try:
+        free = f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB are free there"
+    except OSError:
+        free = "its free space is unknown"
+    text = explain(error).rpartition("; ")
+    reason, remedy = (text[0], text[2]) if text[0] else (text[2], "look at the disk")
+    return StoreLostError(f"cannot write {path}: {reason} ({free}); {remedy}, then start again")
 
 
 def explain(error: BaseException) -> str:

@@ -1,0 +1,125 @@
+"""The folder of an export: its modes, leftovers of killed exports, a full disk, its place."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import refusal, run
+from safetensors.torch import save_file
+
+from autoquant_ray.errors import ConfigError, StoreLostError
+from autoquant_ray.export.checkpoint import export_run
+from autoquant_ray.export.folder import written_beside
+
+CHOICE = {"*": "wfp8_afp8", "lm_head": "none"}
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The umask of this process for a while."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_modes_follow_the_umask(umask: int, solved_run: Any, tmp_path: Path) -> None:
+    parent = tmp_path / "shared"
+    parent.mkdir()
+    parent.chmod(0o1777)
+    directory, _, _ = solved_run("llama", CHOICE)
+    export_run(directory, str(parent / "out"))
+    modes = {p: p.stat().st_mode & 0o7777 for p in [parent / "out", *(parent / "out").rglob("*")]}
+    assert any(path.suffix == ".safetensors" for path in modes)
+    for path, mode in modes.items():
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from autoquant_ray.export.folder import written_beside
+with written_beside(Path(sys.argv[1])) as folder:
+    (folder / "weights").write_text("half")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_export_left_goes_with_the_next_and_a_living_one_stays(
+    tmp_path: Path,
+) -> None:
+    def start() -> tuple[subprocess.Popen[str], Path]:
+        words = [sys.executable, "-c", KILLED, str(tmp_path / "out")]
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    (killed, left), (living, at_work) = start(), start()
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert left.exists()
+    (tmp_path / ".out-notes").mkdir()
+    with written_beside(tmp_path / "out") as folder:
+        (folder / "file").touch()
+    assert not left.exists()
+    assert (at_work / "weights").exists()
+    living.kill()
+    living.communicate()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out-notes", at_work.name, "out"]
+
+
+def test_full_disk_is_an_error_with_path_space_and_remedy_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    """A process that may write few bytes to a file gets the same errors as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for write in (
+            lambda folder: (folder / "file").write_bytes(b"x" * 100_000),
+            lambda folder: save_file({"a": torch.zeros(100_000)}, folder / "a.safetensors"),
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+            with (
+                pytest.raises(StoreLostError) as caught,
+                written_beside(tmp_path / "out") as beside,
+            ):
+                write(beside)
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            text = str(caught.value)
+            assert text.startswith(f"cannot write {tmp_path / 'out'}: ")
+            assert "MiB are free there" in text
+            assert "start again" in text
+            assert len(text) <= 400
+            assert list(tmp_path.iterdir()) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+
+
+def test_an_error_that_is_none_of_the_disk_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), written_beside(tmp_path / "out"):
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_inside_a_run_is_refused(solved_run: Any, tmp_path: Path) -> None:
+    directory, _, _ = solved_run("llama", CHOICE)
+    (tmp_path / "link").symlink_to(directory.uri)
+    for out in (f"{directory.uri}/served", f"{directory.uri}/a/b", f"{tmp_path}/link/served"):
+        with pytest.raises(ConfigError, match=r"is inside the run .* outside of it"):
+            export_run(directory, out)
+    recipe = f"{directory.uri}/recipe.json"
+    words = ("export", directory.uri, "--format", "recipe", "--tool", "auto-round", "--out", recipe)
+    assert "is inside the run" in refusal(run(*words))
+    assert not Path(recipe).exists()
+    assert not (Path(directory.uri) / "a").exists()
