@@ -127,7 +127,7 @@ def regrets(num_shards: int, shape: float, num_models: int) -> dict[str, Any]:
         sums_SGF = hardness_S11 * noise_SGF * truth.scores_GF
         seed = (number, num_shards)
         exact: Stability | None = assess(knapsack, sums_SGF, seed, num_resamples=40)
-        best = solve_knapsack(truth, None, None)
+        best = solve_knapsack(truth)
         assert exact is not None
         assert best is not None
         true.append(truth.score(exact.columns_G) / best.score - 1)

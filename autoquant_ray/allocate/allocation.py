@@ -20,10 +20,11 @@ import numpy as np
 
 from autoquant_ray.allocate.knapsack.choices import AnyChoices, Choices, as_choices
 from autoquant_ray.allocate.knapsack.greedy import frontier_points, relax
-from autoquant_ray.allocate.knapsack.knapsack import SLACK, Answer, Knapsack, sweep
+from autoquant_ray.allocate.knapsack.knapsack import SLACK, Answer, FormatLimit, Knapsack, sweep
 from autoquant_ray.allocate.knapsack.solve import reachable, solve_knapsack
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.method_names import without_method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ def solve(
     Args:
         choices: Every allowed (group, format).
         budgets: Limits, all of which must hold.
-        max_formats: Most distinct formats used, ``none`` not counted.
+        max_formats: Most distinct formats used; ``none`` is not counted, and a format that is
+            rounded by several methods is counted once.
 
     Raises:
         ConfigError: There are no choices, one occurs twice, or a limit is not a number.
@@ -123,10 +125,10 @@ class Solver:
                 raise ConfigError(f"{budget.description}: the limit is not a number")
         table = self._table
         knapsack = table.limited([(budget.resource, budget.limit) for budget in budgets])
-        free = table.formats.index(NONE) if NONE in table.formats else None
-        answer = solve_knapsack(knapsack, max_formats, free, close=close)
+        limit = format_limit(table.formats, max_formats)
+        answer = solve_knapsack(knapsack, limit, close=close)
         if answer is None:
-            raise InfeasibleBudgetError(infeasible_text(knapsack, budgets, max_formats, free))
+            raise InfeasibleBudgetError(infeasible_text(knapsack, budgets, limit))
         return table.allocation(knapsack, answer)
 
 
@@ -172,9 +174,24 @@ def frontier_allocations(
         if relaxed is None:
             named = f"a limit of {limit} on {resource}"
             budget = Budget(resource=resource, limit=limit, unit_per_bit=None, description=named)
-            raise InfeasibleBudgetError(infeasible_text(knapsack, [budget], None, None))
+            raise InfeasibleBudgetError(infeasible_text(knapsack, [budget], None))
         allocations.append(table.allocation(knapsack, relaxed.answer))
     return allocations
+
+
+def format_limit(formats: Sequence[str], most: int | None) -> FormatLimit | None:
+    """The limit on the number of formats; None where there is none.
+
+    Args:
+        formats: Names of the columns. Those of a format rounded by different methods count once,
+            and 16 bits do not count.
+        most: Formats used at most.
+    """
+    if most is None:
+        return None
+    names = [without_method(name) for name in formats]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names)) if name != NONE}
+    return FormatLimit(most=most, number_F=np.array([numbers.get(n, -1) for n in names]))
 
 
 def without_scores(choices: Choices, budgets: Sequence[Budget]) -> Knapsack:
@@ -249,20 +266,21 @@ _GIB, _MIB = 2**30, 2**20
 
 
 def infeasible_text(
-    knapsack: Knapsack, budgets: Sequence[Budget], max_formats: int | None, free: int | None
+    knapsack: Knapsack, budgets: Sequence[Budget], limit: FormatLimit | None
 ) -> str:
     """Say which budget cannot be met, and the range that can be reached.
 
     Args:
         knapsack: Scores, costs and limits, one per budget.
         budgets: As the user gave them.
-        max_formats: Most distinct formats.
-        free: Column of the format that does not count as one.
+        limit: How many formats may be used; None: any number.
     """
-    formats = "" if max_formats is None else f" with at most {max_formats} formats"
-    ranges = reachable(knapsack, max_formats, free)
+    most, formats = "", ""
+    if limit is not None:
+        most, formats = str(limit.most), f" with at most {limit.most} formats"
+    ranges = reachable(knapsack, limit)
     if ranges is None:
-        return f"no {max_formats} formats cover every group; allow more formats"
+        return f"no {most} formats cover every group; allow more formats"
     texts = []
     for budget, (low, high) in zip(budgets, ranges, strict=True):
         text = _range(budget, low + budget.fixed, high + budget.fixed)

@@ -138,8 +138,8 @@ def _solve_worst(problem: Problem, domains: DomainScores, options: SolveOptions)
     choices = allowed_choices(problem, equal, options).with_used_formats()
     budgets = problem.budgets(options)
     knapsack, scores_DGF = _domain_arrays(choices, budgets, domains)
-    free = choices.formats.index(NONE) if NONE in choices.formats else None
-    answer = solve_worst(knapsack, scores_DGF, options.max_formats, free)
+    limit = allocations.format_limit(choices.formats, options.max_formats)
+    answer = solve_worst(knapsack, scores_DGF, limit)
     if answer is None:
         return search(problem, equal, options)  # raises, with the reachable range
     taken_GF = np.arange(len(choices.formats)) == answer.columns_G[:, None]

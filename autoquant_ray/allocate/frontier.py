@@ -21,7 +21,7 @@ from autoquant_ray.allocate.options import BITS_PER_BYTE, UNQUANTIZED_BITS, Solv
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import allowed_choices, ties_of
-from autoquant_ray.allocate.ties import Ties, merged, spread
+from autoquant_ray.allocate.ties import TiedChoices, Ties
 from autoquant_ray.arrays import Floats
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
@@ -65,16 +65,13 @@ def sweep_points(
         num_points: Number of budgets, evenly spaced in bits.
     """
     low, high = reachable_bits(problem, ties)
-    groups = [group.name for group in problem.searched]
     weights = problem.menus.weights("storage")
     limits = [float(bits) * weights / BITS_PER_BYTE for bits in np.linspace(low, high, num_points)]
-    allocations = frontier_allocations(merged(problem.choices(scores), ties), "storage", limits)
+    tied = TiedChoices(problem.choices(scores), ties)
+    allocations = frontier_allocations(tied.choices, "storage", limits)
     loss = partial(predicted_loss, scores)
     return mark_knee(
-        [
-            point_of(problem, loss, spread(allocation.formats, groups, ties))
-            for allocation in allocations
-        ]
+        [point_of(problem, loss, tied.spread(allocation.formats)) for allocation in allocations]
     )
 
 
@@ -152,7 +149,7 @@ def reachable_bits(problem: Problem, ties: Ties = ()) -> tuple[float, float]:
         problem: Groups with their costs.
         ties: Groups that share a format.
     """
-    choices = merged(problem.choices(None), ties)
+    choices = TiedChoices(problem.choices(None), ties).choices
     is_stored = [not problem.groups[group].is_tied for group in choices.groups]
     cost_GF, has_GF = choices.costs["storage"][is_stored], choices.has_GF[is_stored]
     weights = problem.menus.weights("storage")
@@ -266,21 +263,20 @@ class _Curve:
     def __init__(self, run: ScoredRun) -> None:
         self._run, options = run, frontier_options(run, UNQUANTIZED_BITS)
         require_cache_limit(run.problem.caches, options.kv_bytes_per_token)
-        self._ties = ties_of(run.problem, options)
-        choices = merged(allowed_choices(run.problem, run.scores, options), self._ties)
+        ties = ties_of(run.problem, options)
+        self._tied = TiedChoices(allowed_choices(run.problem, run.scores, options), ties)
+        choices = self._tied.choices
         self._solver = Solver(choices, run.problem.resources)
         self._close = _CLOSE if len(choices.groups) > _MANY_GROUPS else 0.0
         self._loss = partial(predicted_loss, run.scores)
-        self._groups = [group.name for group in run.problem.searched]
-        self.least_bits, self.most_bits = reachable_bits(run.problem, self._ties)
+        self.least_bits, self.most_bits = reachable_bits(run.problem, ties)
 
     def point(self, bits: float) -> Point:
         """The best allocation within so many bits; of many groups, nearly the best."""
         problem = self._run.problem
         budgets = problem.budgets(frontier_options(self._run, bits))
         allocation = self._solver.solve(budgets, close=self._close)
-        formats = spread(allocation.formats, self._groups, self._ties)
-        return point_of(problem, self._loss, formats)
+        return point_of(problem, self._loss, self._tied.spread(allocation.formats))
 
 
 def frontier_options(run: ScoredRun, bits: float) -> SolveOptions:

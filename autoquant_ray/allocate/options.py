@@ -123,7 +123,8 @@ class SolveOptions(BaseModel):
         "active_moe: of routed experts only the share that a token visits.",
     )
     max_formats: Annotated[int | None, Written(least=1, is_in_every_digest=True)] = Field(
-        default=None, description="Most distinct formats."
+        default=None,
+        description="Most distinct formats; one rounded by several methods counts once.",
     )
     max_group_kl: Annotated[float | None, Written(metavar="NATS", is_in_every_manifest=False)] = (
         Field(

@@ -106,7 +106,10 @@ class ScanConfig(SearchSpace):
         "active_moe: of routed experts only the share that a token visits.",
     )
     max_formats: int | None = Field(
-        default=None, ge=1, description="At most this many distinct formats, 16 bits not counted."
+        default=None,
+        ge=1,
+        description="At most this many distinct formats: 16 bits are not counted, and a format "
+        "rounded by several methods counts once.",
     )
     engine: str | None = Field(
         default=None, description="Only allocations that this can serve: vllm, sglang or trtllm."

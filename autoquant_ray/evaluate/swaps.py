@@ -20,6 +20,8 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import allowed_choices, ties_of
 from autoquant_ray.arrays import Floats, Mask
 from autoquant_ray.evaluate.flip_estimates import Flip
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.method_names import without_method
 
 Formats = Mapping[str, str]
 Change = tuple[Flip, ...]
@@ -76,14 +78,17 @@ class Swaps:
         return bool((self.room(formats) >= 0).all()) and self._has_few_formats(formats)
 
     def moves(self, formats: Formats) -> list[Change]:
-        """Every allowed (group, format) that is not in the allocation; tied groups do not move.
+        """Every allowed (group, format) that is not in the allocation.
+
+        Of groups that share a format, only the rounding can change.
 
         After them the pairs that interact.
         """
         singles = {
             (group, other): None
             for (group, other) in self._scores
-            if other != formats[group] and group not in self._tied
+            if other != formats[group]
+            and (group not in self._tied or _is_same_format(other, formats[group]))
         }
         order = {flip: number for number, flip in enumerate(singles)}
         together = sorted(
@@ -150,7 +155,12 @@ class Swaps:
     def _has_few_formats(self, formats: Formats) -> bool:
         if self._max_formats is None:
             return True
-        return len(set(formats.values()) - {"none"}) <= self._max_formats
+        used = {without_method(name) for name in formats.values()} - {NONE}
+        return len(used) <= self._max_formats
+
+
+def _is_same_format(name: str, other: str) -> bool:
+    return without_method(name) == without_method(other)
 
 
 def _are_apart(moves: Sequence[Change]) -> Mask:

@@ -16,6 +16,7 @@ from typing import Any
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.kv_cache import is_described
+from autoquant_ray.formats.method_names import without_method
 from autoquant_ray.serving.compressed_formats import shape_problem
 from autoquant_ray.serving.fused_names import (
     EXPERTS,
@@ -65,7 +66,7 @@ class Served:
         target: The engine and the GPU in words.
         menu: Formats, without 16 bits.
         permitted: Group -> formats that it may take, 16 bits among them.
-        ties: Groups that must share a format.
+        ties: Groups that must share a format; they may round it by different methods.
         layout: Of the checkpoint.
     """
 
@@ -78,7 +79,9 @@ class Served:
     def permits(self, formats: Mapping[str, str]) -> bool:
         """Whether an allocation keeps to it."""
         is_allowed = all(name in self.permitted[group] for group, name in formats.items())
-        return is_allowed and all(len({formats[g] for g in tie}) == 1 for tie in self.ties)
+        return is_allowed and all(
+            len({without_method(formats[group]) for group in tie}) == 1 for tie in self.ties
+        )
 
 
 def served_sets(

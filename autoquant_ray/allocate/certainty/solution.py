@@ -38,6 +38,7 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import allowed_choices, ties_of
 from autoquant_ray.arrays import Floats
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.method_names import without_method
 from autoquant_ray.runs.directory import KEYS
 from autoquant_ray.runs.names import DOMAIN_RESAMPLING_FILE, RESAMPLING_FILE
 from autoquant_ray.runs.state import RunState
@@ -164,8 +165,8 @@ def unscored_knapsack(
     """Costs and limits of the choices that the options leave, in the columns of the menus."""
     choices = allowed_choices(problem, scores, options)
     if options.max_formats is not None:
-        used = {NONE, *formats.values()}
-        choices = choices.keep(np.array([name in used for name in choices.formats]))
+        used = {without_method(name) for name in (NONE, *formats.values())}
+        choices = choices.keep(np.array([without_method(n) in used for n in choices.formats]))
     return without_scores(choices, problem.budgets(options))
 
 

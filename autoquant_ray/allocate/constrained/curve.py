@@ -27,18 +27,16 @@ from autoquant_ray.allocate.frontier import (
     sweep_points,
 )
 from autoquant_ray.allocate.group_choices import Scores
-from autoquant_ray.allocate.knapsack.choices import Choices
 from autoquant_ray.allocate.losses import predicted_loss
 from autoquant_ray.allocate.options import UNQUANTIZED_BITS, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import allowed_choices, served_problems, ties_of
-from autoquant_ray.allocate.ties import Ties, merged, spread
+from autoquant_ray.allocate.ties import TiedChoices
 from autoquant_ray.errors import InfeasibleBudgetError
 from autoquant_ray.runs.names import FRONTIER_FILE
 from autoquant_ray.serving.menus import NotServedError
 
-_Hull = tuple[Choices, Ties]
 _ROUNDING = 1e-12  # relative, of a limit that is met exactly
 _NUM_SEARCHED = 16  # sizes that are solved one by one, for each report
 
@@ -119,7 +117,7 @@ def _points_of_file(run: ScoredRun) -> list[Point]:
 
 def _constrained_points(run: ScoredRun, kept: SolveOptions) -> list[Point]:
     hulls = [hull for s in _swept_scores(run, kept) for hull in _hulls(run.problem, s, kept)]
-    ends = [cost for choices, _ in hulls for cost, _ in frontier(choices, "storage")]
+    ends = [cost for tied in hulls for cost, _ in frontier(tied.choices, "storage")]
     is_searched = kept.max_formats is not None or kept.latency is not None
     num_points = _NUM_SEARCHED if is_searched else NUM_POINTS
     limits = (np.linspace(min(ends), max(ends), num_points) * (1 + _ROUNDING)).tolist()
@@ -128,8 +126,7 @@ def _constrained_points(run: ScoredRun, kept: SolveOptions) -> list[Point]:
         searched = [_best_within(run, kept, limit) for limit in limits]
         allocations = [formats for formats in searched if formats is not None]
     else:
-        groups = [group.name for group in run.problem.searched]
-        allocations = _swept(hulls, groups, limits, loss)
+        allocations = _swept(hulls, limits, loss)
     return mark_knee([point_of(run.problem, loss, formats) for formats in allocations])
 
 
@@ -149,14 +146,14 @@ def _swept_scores(run: ScoredRun, kept: SolveOptions) -> list[Scores]:
     return [domains.weighted(of) for of in [domains.equal_weights, *weights]]
 
 
-def _hulls(problem: Problem, scores: Scores, kept: SolveOptions) -> list[_Hull]:
+def _hulls(problem: Problem, scores: Scores, kept: SolveOptions) -> list[TiedChoices]:
     """The choices of each menu that can be served, groups that share a format as one."""
-    hulls: list[_Hull] = []
+    hulls: list[TiedChoices] = []
     refused = []
     for variant in served_problems(problem, kept):
         try:
             choices, ties = allowed_choices(variant, scores, kept), ties_of(variant, kept)
-            hulls.append((merged(choices, ties), ties))
+            hulls.append(TiedChoices(choices, ties))
         except (NotServedError, InfeasibleBudgetError) as error:
             refused.append(error)
     if not hulls:
@@ -165,16 +162,16 @@ def _hulls(problem: Problem, scores: Scores, kept: SolveOptions) -> list[_Hull]:
 
 
 def _swept(
-    hulls: Sequence[_Hull], groups: Sequence[str], limits: Sequence[float], loss: Loss
+    hulls: Sequence[TiedChoices], limits: Sequence[float], loss: Loss
 ) -> list[dict[str, str]]:
     """At each limit the best of all sweeps."""
     best: dict[float, tuple[float, dict[str, str]]] = {}
-    for choices, ties in hulls:
-        least = frontier(choices, "storage")[0][0]
+    for tied in hulls:
+        least = frontier(tied.choices, "storage")[0][0]
         within = [limit for limit in limits if limit >= least]
-        swept = frontier_allocations(choices, "storage", within)
+        swept = frontier_allocations(tied.choices, "storage", within)
         for limit, allocation in zip(within, swept, strict=True):
-            formats = spread(allocation.formats, groups, ties)
+            formats = tied.spread(allocation.formats)
             if limit not in best or loss(formats) < best[limit][0]:
                 best[limit] = loss(formats), formats
     return [best[limit][1] for limit in limits]

@@ -35,6 +35,25 @@ SLACK = 1e-12  # relative rounding allowed when a budget is met exactly
 MARGIN = 1e-13  # relative rounding of a bound; a state is dropped only beyond it
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FormatLimit:
+    """How many formats an allocation may use.
+
+    Attributes:
+        most: Formats used at most.
+        number_F: Number of each column's format; columns of a format rounded by different methods
+            have the same. -1 for a column that is not counted.
+    """
+
+    most: int
+    number_F: Indices
+
+    def counted(self, present_GF: Mask) -> list[int]:
+        """Numbers of the formats that some group has."""
+        numbers = np.unique(self.number_F[present_GF.any(axis=0)])
+        return [number for number in numbers.tolist() if number >= 0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Knapsack:
     """Scores and costs as arrays. A format that a group lacks has score inf and cost 0."""

@@ -18,6 +18,7 @@ import scipy  # its parts are loaded where they are first used: most knapsacks n
 from autoquant_ray.allocate.knapsack.dynamic import WIDTHS, search
 from autoquant_ray.allocate.knapsack.knapsack import (
     Answer,
+    FormatLimit,
     Knapsack,
     bound,
     reduced,
@@ -91,23 +92,21 @@ def _priced_out(knapsack: Knapsack, multipliers_R: Floats) -> Answer | None:
 def solve_milp(
     knapsack: Knapsack,
     *,
-    max_formats: int | None = None,
-    free: int | None = None,
+    limit: FormatLimit | None = None,
     rough: bool = False,
 ) -> Answer | None:
     """Solve with HiGHS.
 
     Args:
         knapsack: Scores, costs and limits.
-        max_formats: Most formats used, or None.
-        free: The format (column) that ``max_formats`` does not count, or None.
+        limit: How many formats may be used; None: any number.
         rough: Stop at a relative gap of 1e-4.
 
     Returns:
         The best allocation found with HiGHS' own bound, or None where HiGHS found none. Where
         only rounding keeps HiGHS' allocation within the limits, it has a score above all others.
     """
-    model = LinearModel(knapsack, max_formats, free)
+    model = LinearModel(knapsack, limit)
     first = model.solve(0.0, rough)
     if first is None:
         return None
@@ -123,7 +122,7 @@ def solve_milp(
 
 def relaxed_multipliers(knapsack: Knapsack) -> Floats:
     """Multipliers (R,) of the linear relaxation: score lost per cost, >= 0."""
-    model = LinearModel(knapsack, None, None)
+    model = LinearModel(knapsack, None)
     relaxation = scipy.optimize.linprog(
         model.objective,
         A_ub=model.usage,
@@ -142,7 +141,7 @@ def relaxed_multipliers(knapsack: Knapsack) -> Floats:
 class LinearModel:
     """The scaled linear model; one binary variable per choice, then one per counted format."""
 
-    def __init__(self, knapsack: Knapsack, max_formats: int | None, free: int | None) -> None:
+    def __init__(self, knapsack: Knapsack, limit: FormatLimit | None) -> None:
         present_GF = knapsack.present_GF
         self.groups, self.columns = np.nonzero(present_GF)
         self.shape = present_GF.shape
@@ -161,12 +160,13 @@ class LinearModel:
         self.usage = scipy.sparse.csr_array(costs_R * self.cost_scale_R[:, None])
         ones = (np.ones(len(self.groups)), (self.groups, np.arange(len(self.groups))))
         self.choose_one = scipy.sparse.csr_array(ones, shape=(self.shape[0], len(self.groups)))
-        self.max_formats = max_formats
-        self.counted = np.array([f for f in range(self.shape[1]) if f != free], dtype=np.intp)
+        self.limit = limit
+        counted = [] if limit is None else limit.counted(np.ones(self.shape, dtype=np.bool_))
+        self.counted = np.array(counted, dtype=np.intp)
 
     def constraints(self, cut: float) -> list[scipy.optimize.LinearConstraint]:
         """Rows: one choice per group, the limits lowered by a relative cut, the formats."""
-        extra = 0 if self.max_formats is None else len(self.counted)
+        extra = len(self.counted)
         pad = scipy.sparse.csr_array((self.shape[0], extra))
         pad_usage = scipy.sparse.csr_array((len(self.room_R), extra))
         room_R = self.room_R - cut * self.limits_R * self.cost_scale_R
@@ -176,21 +176,22 @@ class LinearModel:
                 scipy.sparse.hstack([self.usage, pad_usage]), -np.inf, room_R
             ),
         ]
-        if self.max_formats is None:
+        if self.limit is None:
             return rows
-        # A choice needs its format switched on; at most max_formats are on.
-        choice, position = np.nonzero(self.columns[:, None] == self.counted)
+        # A choice needs its format switched on; at most so many are on.
+        numbers = self.limit.number_F[self.columns]
+        choice, position = np.nonzero(numbers[:, None] == self.counted)
         line, width = np.arange(len(choice)), len(self.columns)
         switch = scipy.sparse.csr_array((np.ones(len(line)), (line, choice)), (len(line), width))
         on = scipy.sparse.csr_array((-np.ones(len(line)), (line, position)), (len(line), extra))
         rows.append(scipy.optimize.LinearConstraint(scipy.sparse.hstack([switch, on]), -np.inf, 0))
         count = scipy.sparse.csr_array(np.concatenate((np.zeros(width), np.ones(extra)))[None])
-        rows.append(scipy.optimize.LinearConstraint(count, -np.inf, self.max_formats))
+        rows.append(scipy.optimize.LinearConstraint(count, -np.inf, self.limit.most))
         return rows
 
     def solve(self, cut: float, rough: bool) -> tuple[Indices, float] | None:
         """Columns (G,) and HiGHS' lower bound, or None where it found no allocation."""
-        extra = 0 if self.max_formats is None else len(self.counted)
+        extra = len(self.counted)
         result = scipy.optimize.milp(
             np.concatenate((self.objective, np.zeros(extra))),
             constraints=self.constraints(cut),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from autoquant_ray.allocate.knapsack.greedy import relax
-from autoquant_ray.allocate.knapsack.knapsack import Answer, Knapsack, bound
+from autoquant_ray.allocate.knapsack.knapsack import Answer, FormatLimit, Knapsack, bound
 from autoquant_ray.allocate.knapsack.several import relaxed_multipliers, solve_milp, solve_several
 from autoquant_ray.allocate.knapsack.single import solve_single
 from autoquant_ray.arrays import Floats, Indices
@@ -19,29 +19,27 @@ _MAX_SETS = 20_000  # format sets tried one by one; beyond, HiGHS decides with b
 
 
 def solve_knapsack(
-    knapsack: Knapsack, max_formats: int | None, free: int | None, *, close: float = 0.0
+    knapsack: Knapsack, limit: FormatLimit | None = None, *, close: float = 0.0
 ) -> Answer | None:
     """Solve a knapsack; None where the limits cannot be met.
 
     Args:
         knapsack: Scores, costs and limits, at least one resource.
-        max_formats: Most distinct formats used, or None.
-        free: The format (column) that ``max_formats`` does not count, or None.
+        limit: How many formats may be used; None: any number.
         close: Relative gap that is good enough, for one resource and any number of formats.
     """
-    used = np.flatnonzero(knapsack.present_GF.any(axis=0))
-    counted = [int(column) for column in used if column != free]
-    if max_formats is None or max_formats >= min(len(counted), len(knapsack.scores_GF)):
+    if limit is None:
         return _solve_plain(knapsack, close)
-    if math.comb(len(counted), max_formats) > _MAX_SETS:
-        answer = solve_milp(knapsack, max_formats=max_formats, free=free, rough=True)
+    counted = limit.counted(knapsack.present_GF)
+    if limit.most >= min(len(counted), len(knapsack.scores_GF)):
+        return _solve_plain(knapsack, close)
+    if math.comb(len(counted), limit.most) > _MAX_SETS:
+        answer = solve_milp(knapsack, limit=limit, rough=True)
         return answer if answer and knapsack.is_within(answer.columns_G) else None
-    return _solve_sets(knapsack, max_formats, free, counted)
+    return _solve_sets(knapsack, limit, counted)
 
 
-def reachable(
-    knapsack: Knapsack, max_formats: int | None, free: int | None
-) -> list[tuple[float, float]] | None:
+def reachable(knapsack: Knapsack, limit: FormatLimit | None) -> list[tuple[float, float]] | None:
     """Lowest and highest summed cost per resource; None where no format set covers the groups."""
     ranges = []
     for cost_GF in knapsack.costs_RGF:
@@ -50,7 +48,7 @@ def reachable(
             costs_RGF=np.zeros((1, *cost_GF.shape)),
             limits_R=np.zeros(1),
         )
-        answer = solve_knapsack(least, max_formats, free)
+        answer = solve_knapsack(least, limit)
         if answer is None:
             return None
         ranges.append((answer.score, math.fsum(cost_GF.max(axis=1))))
@@ -63,17 +61,14 @@ def _solve_plain(knapsack: Knapsack, close: float = 0.0) -> Answer | None:
     return solve_single(knapsack, close)
 
 
-def _solve_sets(
-    knapsack: Knapsack, max_formats: int, free: int | None, counted: list[int]
-) -> Answer | None:
+def _solve_sets(knapsack: Knapsack, limit: FormatLimit, counted: Sequence[int]) -> Answer | None:
     """Try the format sets in the order of their bounds until no bound is below the best score."""
     multipliers_R = _multipliers(knapsack)
     if multipliers_R is None:
         return None
-    always = [] if free is None else [free]
     best: Answer | None = None
     lower = math.inf
-    for lowest, chosen in _ranked_sets(knapsack, max_formats, always, counted, multipliers_R):
+    for lowest, chosen in _ranked_sets(knapsack, limit, counted, multipliers_R):
         if best is not None and lowest > best.score:
             break
         subset = _only(knapsack, chosen)
@@ -112,17 +107,12 @@ def _is_worse(subset: Knapsack, score: float) -> bool:
 
 
 def _ranked_sets(
-    knapsack: Knapsack,
-    max_formats: int,
-    always: list[int],
-    counted: list[int],
-    multipliers_R: Floats,
+    knapsack: Knapsack, limit: FormatLimit, counted: Sequence[int], multipliers_R: Floats
 ) -> Iterator[tuple[float, Indices]]:
     """Format sets that give every group a format, lowest bound first."""
     ranked = []
-    for chosen in itertools.combinations(counted, max_formats):
-        columns = np.array([*always, *chosen], dtype=np.intp)
-        columns.sort()
+    for chosen in itertools.combinations(counted, limit.most):
+        columns = np.flatnonzero(np.isin(limit.number_F, (-1, *chosen)))
         part = replace(
             knapsack,
             scores_GF=knapsack.scores_GF[:, columns],

@@ -22,6 +22,7 @@ import scipy  # its parts are loaded where they are first used: most knapsacks n
 from autoquant_ray.allocate.knapsack.knapsack import (
     MARGIN,
     Answer,
+    FormatLimit,
     Knapsack,
     bound,
     losses,
@@ -43,36 +44,36 @@ def largest_loss(scores_DGF: Floats, columns_G: Indices) -> float:
     return max(math.fsum(row) for row in chosen_DG)
 
 
-def solve_worst(
-    knapsack: Knapsack, scores_DGF: Floats, max_formats: int | None, free: int | None
-) -> Answer | None:
+def solve_worst(knapsack: Knapsack, scores_DGF: Floats, limit: FormatLimit | None) -> Answer | None:
     """Choose formats for the least largest loss; None where the limits cannot be met.
 
     Args:
         knapsack: Costs and limits; its scores only say which group has which format.
         scores_DGF: Score per domain, >= 0, inf where a group lacks a format.
-        max_formats: Most distinct formats used, or None.
-        free: The format (column) that ``max_formats`` does not count, or None.
+        limit: How many formats may be used; None: any number.
     """
     num_domains = len(scores_DGF)
     equal_D = np.full(num_domains, 1 / num_domains)
-    best = _weighted(knapsack, scores_DGF, equal_D, max_formats, free)
+    best = _weighted(knapsack, scores_DGF, equal_D, limit)
     if best is None or best.is_proven:
         return best
-    multipliers = _WorstModel(knapsack, scores_DGF, best, None, free).multipliers()
+    multipliers = _WorstModel(knapsack, scores_DGF, best, None).multipliers()
     if multipliers is None:
         multipliers = equal_D, np.zeros(len(knapsack.limits_R))
     weights_D, multipliers_R = multipliers
-    best = _better(best, _weighted(knapsack, scores_DGF, weights_D, max_formats, free))
+    best = _better(best, _weighted(knapsack, scores_DGF, weights_D, limit))
     mixed = _mixed(knapsack, scores_DGF, weights_D)
     for gap, num_nodes in _ROUNDS:
         if best.gap <= _EXACT:
             break
         spare = best.score - bound(mixed, multipliers_R)
-        kept = knapsack.keep(losses(mixed, multipliers_R) <= spare + MARGIN * best.score)
+        may_be_better_GF = losses(mixed, multipliers_R) <= spare + MARGIN * best.score
+        # Prices may be far above the losses, and with them the rounding of the bound.
+        may_be_better_GF[np.arange(len(best.columns_G)), best.columns_G] = True
+        kept = knapsack.keep(may_be_better_GF)
         if kept.present_GF.sum() - len(kept.scores_GF) <= _FEW:
             gap = _EXACT
-        model = _WorstModel(kept, scores_DGF, best, max_formats, free)
+        model = _WorstModel(kept, scores_DGF, best, limit)
         best = _better(best, _by_highs(model, knapsack, scores_DGF, gap, num_nodes))
     return best
 
@@ -97,11 +98,10 @@ def _weighted(
     knapsack: Knapsack,
     scores_DGF: Floats,
     weights_D: Floats,
-    max_formats: int | None,
-    free: int | None,
+    limit: FormatLimit | None,
 ) -> Answer | None:
     """The best allocation of a weighted loss, and what it says of the largest loss."""
-    answer = solve_knapsack(_mixed(knapsack, scores_DGF, weights_D), max_formats, free)
+    answer = solve_knapsack(_mixed(knapsack, scores_DGF, weights_D), limit)
     if answer is None:
         return None
     score = largest_loss(scores_DGF, answer.columns_G)
@@ -138,17 +138,16 @@ class _WorstModel:
         knapsack: Knapsack,
         scores_DGF: Floats,
         best: Answer,
-        max_formats: int | None,
-        free: int | None,
+        limit: FormatLimit | None,
     ) -> None:
         self._scale = _SCALE / best.score
         kept = knapsack.keep(_within_reach(knapsack, scores_DGF, best.score))
-        if max_formats is None:
+        if limit is None:
             kept = kept.keep(_unbeaten(kept, scores_DGF))
-        self._model = LinearModel(kept, max_formats, free)
+        self._model = LinearModel(kept, limit)
         chosen_DN = scores_DGF[:, self._model.groups, self._model.columns]
         self._num_domains, self._num_choices = chosen_DN.shape
-        self._extra = 0 if max_formats is None else len(self._model.counted)
+        self._extra = len(self._model.counted)
         loss = -np.ones((self._num_domains, 1))
         switches = scipy.sparse.csr_array((self._num_domains, self._extra))
         self._losses = scipy.sparse.csr_array(

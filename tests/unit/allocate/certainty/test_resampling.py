@@ -121,7 +121,7 @@ def test_assess_regret_is_at_least_that_of_a_known_truth(num_shards: int, spread
         truth_GF, costs_GF, limit = simulated(rng)
         knapsack = unscored(costs_GF, limit)
         true_knapsack = replace(knapsack, scores_GF=truth_GF)
-        best = solve_knapsack(true_knapsack, None, None)
+        best = solve_knapsack(true_knapsack)
         noise_SGF = rng.gamma(spread, 1 / spread, size=(num_shards, *truth_GF.shape))
         stability = assess(knapsack, noise_SGF * truth_GF, (repeat, num_shards), num_resamples=30)
         assert stability is not None
@@ -225,7 +225,7 @@ def test_resolver_scores_as_the_solver_of_plans(num_groups: int) -> None:
     for _ in range(5):
         scores_GF = truth_GF * rng.lognormal(0.0, 0.3, truth_GF.shape)
         scored = replace(knapsack, scores_GF=scores_GF)
-        best = solve_knapsack(scored, None, None)
+        best = solve_knapsack(scored)
         columns_G = resolver.solve(scores_GF, start_G)
         assert best is not None
         assert columns_G is not None

@@ -9,7 +9,7 @@ import numpy as np
 import pulp
 import pytest
 
-from autoquant_ray.allocate.knapsack.knapsack import Knapsack
+from autoquant_ray.allocate.knapsack.knapsack import FormatLimit, Knapsack
 from autoquant_ray.allocate.knapsack.worst import solve_worst
 from autoquant_ray.arrays import Floats
 
@@ -39,15 +39,14 @@ def random_problem(
     return knapsack, scores_DGF
 
 
-def brute_force(knapsack: Knapsack, scores_DGF: Floats, max_formats: int | None) -> float:
-    """The least largest loss of all allocations within the limits; the last format is free."""
-    num_groups, num_formats = knapsack.present_GF.shape
+def brute_force(knapsack: Knapsack, scores_DGF: Floats, limit: FormatLimit | None) -> float:
+    """The least largest loss of all allocations within the limits."""
+    num_groups = len(knapsack.present_GF)
     best = math.inf
     options = [np.flatnonzero(row).tolist() for row in knapsack.present_GF]
     for picked in itertools.product(*options):
         columns_G = np.array(picked)
-        used = set(picked) - {num_formats - 1}
-        if max_formats is not None and len(used) > max_formats:
+        if limit is not None and len(set(limit.number_F[columns_G]) - {-1}) > limit.most:
             continue
         if knapsack.is_within(columns_G):
             losses_D = scores_DGF[:, np.arange(num_groups), columns_G].sum(axis=1)
@@ -55,14 +54,18 @@ def brute_force(knapsack: Knapsack, scores_DGF: Floats, max_formats: int | None)
     return best
 
 
-@pytest.mark.parametrize("max_formats", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("most", "numbers"), [(None, ""), (1, "0 1 2 -1"), (2, "0 1 2 -1"), (1, "0 1 0 -1")]
+)
 @pytest.mark.parametrize(("domains", "resources"), [(2, 1), (3, 2), (5, 1)])
-def test_equals_brute_force(domains: int, resources: int, max_formats: int | None) -> None:
-    rng = np.random.default_rng([domains, resources, max_formats or 0])
+def test_equals_brute_force(domains: int, resources: int, most: int | None, numbers: str) -> None:
+    rng = np.random.default_rng([domains, resources, most or 0])
+    number_F = np.array(numbers.split(), dtype=np.intp)
+    limit = None if most is None else FormatLimit(most=most, number_F=number_F)
     for _ in range(6):
         knapsack, scores_DGF = random_problem(rng, 5, 4, domains=domains, resources=resources)
-        answer = solve_worst(knapsack, scores_DGF, max_formats, 3)
-        expected = brute_force(knapsack, scores_DGF, max_formats)
+        answer = solve_worst(knapsack, scores_DGF, limit)
+        expected = brute_force(knapsack, scores_DGF, limit)
         if math.isinf(expected):
             assert answer is None
             continue
@@ -78,7 +81,7 @@ def test_equals_brute_force(domains: int, resources: int, max_formats: int | Non
 def test_equals_cbc_on_a_model_of_usual_size(seed: int) -> None:
     rng = np.random.default_rng(seed)
     knapsack, scores_DGF = random_problem(rng, 40, 4, domains=4, resources=1)
-    answer = solve_worst(knapsack, scores_DGF, None, 3)
+    answer = solve_worst(knapsack, scores_DGF, None)
     assert answer is not None
     scale = 1e3 / answer.score
     model = pulp.LpProblem("worst", pulp.LpMinimize)
@@ -106,6 +109,6 @@ def test_no_loss_at_all_is_proven() -> None:
     rich = Knapsack(
         scores_GF=knapsack.scores_GF, costs_RGF=knapsack.costs_RGF, limits_R=knapsack.limits_R * 100
     )
-    answer = solve_worst(rich, scores_DGF, None, 2)
+    answer = solve_worst(rich, scores_DGF, None)
     assert answer is not None
     assert (answer.score, answer.gap) == (0.0, 0.0)
