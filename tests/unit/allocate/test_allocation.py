@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pulp
 import pytest
+from cbc import cbc_score
 
 from autoquant_ray.allocate.allocation import (
     Allocation,
@@ -187,21 +187,6 @@ def test_solve_forty_groups_equals_cbc(seed: int) -> None:
     assert allocation.optimality_gap == 0.0
     expected = cbc_score(choices, limit, scale=1e6 / allocation.score)
     assert allocation.score == pytest.approx(expected, rel=1e-11, abs=0)
-
-
-def cbc_score(choices: Sequence[Choice], limit: float, scale: float) -> float:
-    """The best score by CBC, with objective and costs scaled away from its tolerances."""
-    model = pulp.LpProblem("allocation", pulp.LpMinimize)
-    names = [f"x{i}" for i in range(len(choices))]
-    x = [pulp.LpVariable(name, cat="Binary") for name in names]
-    model += pulp.lpSum(c.score * scale * v for c, v in zip(choices, x, strict=True))
-    for group in dict.fromkeys(c.group for c in choices):
-        model += pulp.lpSum(v for c, v in zip(choices, x, strict=True) if c.group == group) == 1
-    costs = (c.costs["storage"] * 1e4 / limit * v for c, v in zip(choices, x, strict=True))
-    model += pulp.lpSum(costs) <= 1e4
-    model.solve(pulp.PULP_CBC_CMD(msg=False, gapRel=0, gapAbs=0))
-    assert pulp.LpStatus[model.status] == "Optimal"
-    return math.fsum(c.score for c, v in zip(choices, x, strict=True) if v.value() > 0.5)
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cbc import cbc_score
 
 from autoquant_ray.allocate.certainty.resampling import affordable_resamples, assess
+from autoquant_ray.allocate.knapsack.choices import Choice
 from autoquant_ray.allocate.knapsack.greedy import relax
 from autoquant_ray.allocate.knapsack.knapsack import Knapsack
 from autoquant_ray.allocate.knapsack.resolve import Resolver
@@ -231,6 +233,41 @@ def test_resolver_scores_as_the_solver_of_plans(num_groups: int) -> None:
         assert columns_G is not None
         assert best.is_proven
         assert scored.score(columns_G) == pytest.approx(best.score, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")
+@pytest.mark.parametrize("seed", range(4))
+def test_resamples_are_as_good_as_those_of_cbc(seed: int) -> None:
+    """Resampled sums of 16 shards, warm started from the plan as ``assess`` does it."""
+    rng = np.random.default_rng(seed)
+    weights_G1 = rng.choice([1e6, 3e6, 4e6, 11e6], size=(30, 1))
+    bits_F = np.array([3.0, 4.0, 4.125, 4.25, 4.5, 8.0, 8.25, 16.0])
+    truth_GF = weights_G1 * rng.lognormal(0.0, 1.5, (30, 8)) * 4.0**-bits_F
+    truth_GF[:, -1] = 0.0
+    sums_SGF = truth_GF * rng.gamma(2.0, 0.5, size=(16, 30, 8))
+    knapsack = unscored(weights_G1 * bits_F / 8, float(weights_G1.sum() * rng.uniform(3.5, 9) / 8))
+    resolver = Resolver(knapsack)
+    plan_G = resolver.solve(sums_SGF.sum(axis=0))
+    changed = 0
+    for drawn_S in np.random.default_rng((seed, 16)).integers(16, size=(4, 16)):
+        scores_GF = sums_SGF[drawn_S].sum(axis=0)
+        columns_G = resolver.solve(scores_GF, plan_G)
+        assert columns_G is not None
+        assert plan_G is not None
+        changed += int((columns_G != plan_G).any())
+        score = replace(knapsack, scores_GF=scores_GF).score(columns_G)
+        choices = [
+            Choice(
+                group=f"{g}",
+                format=f"{f}",
+                score=float(scores_GF[g, f]),
+                costs={"storage": float(knapsack.costs_RGF[0, g, f])},
+            )
+            for g, f in np.ndindex(scores_GF.shape)
+        ]
+        expected = cbc_score(choices, float(knapsack.limits_R[0]), scale=1e6 / score)
+        assert score == pytest.approx(expected, rel=1e-11, abs=0)
+    assert changed
 
 
 def test_resolver_keeps_the_allocation_it_starts_from_where_none_is_better() -> None:
