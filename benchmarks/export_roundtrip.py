@@ -29,22 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from engines.planned import planned_model, window_logits
 from machine import describe_machine
 
 import autoquant_ray
-from autoquant_ray.calibrate.files import read_calibration
 from autoquant_ray.config.demo import demo_config
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.data.texts import read_pydoc
 from autoquant_ray.export.source import Source, read_source
-from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.models.find import find_model
-from autoquant_ray.models.load import load_model
-from autoquant_ray.plan.plan import build_plan
-from autoquant_ray.plan.scored_modules import scored_modules
-from autoquant_ray.quantize.modules import UNQUANTIZED, QuantizedLayers
-from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.runs.directory import RunDirectory
 
 Logits = np.ndarray[Any, Any]
@@ -156,32 +148,10 @@ def read_elsewhere(folder: Path, ids: np.ndarray[Any, Any]) -> Logits:
     return logits
 
 
-@torch.no_grad()
-def quantized_logits(source: Source, ids: np.ndarray[Any, Any], moved: float = 0.0) -> Logits:
-    """Logits of the model quantized as ``evaluate`` does it; nothing is rounded to 16 bits.
-
-    ``moved`` changes the weights that are not quantized by this relative amount at random.
-    """
-    scan = ScanConfig.model_validate(source.state.record.config)
-    model: Any = load_model(find_model(scan.model), dtype=scan.dtype, device="cpu")
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if moved and source.owner(name) is None:
-            parameter *= 1 + moved * torch.randn_like(parameter)
-    menu = resolve_formats(scan.formats, device="cpu", custom=scan.custom_formats)
-    modules = scored_modules(build_plan(model, menu, scan.disable))
-    index = {format_.name: number for number, format_ in enumerate(menu)}
-    chosen = {
-        scored.group: index[source.formats[scored.planned.name].name]
-        if scored.planned.name in source.formats
-        else UNQUANTIZED
-        for scored in modules
-    }
-    choice = tuple(chosen[group] for group in sorted(chosen))
-    layers = QuantizedLayers(model, [], modules, menu, read_calibration(source.state.directory))
-    with layers.quantized(0, choice, WeightCache(2**40)):
-        logits = [model(torch.from_numpy(row)[None]).logits[0] for row in ids]
-    return torch.stack(logits).numpy()
+def quantized_logits(source: Source, ids: Logits, moved: float = 0.0) -> Logits:
+    """Logits of the model quantized as ``evaluate`` does it, see ``engines/planned.py``."""
+    with planned_model(source, moved) as model:
+        return window_logits(model, ids)
 
 
 if __name__ == "__main__":

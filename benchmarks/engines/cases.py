@@ -1,0 +1,218 @@
+"""Models, runs and exports that real tools are to read, and what they should make of them.
+
+A case is a folder:
+
+    case.json              layout or tool, model, and a line per layer: format, rows, columns, and
+                           the squared error of its weights where nothing else is quantized
+    out/                   the checkpoint, or
+    recipe                 the recipe for the tool
+    inputs.safetensors     what each layer is given, (T, I); equal for layers that are fused
+    outputs.safetensors    what the planned layer makes of it, (T, O)
+    ids.npy                windows of text, (W, S)
+    log_probs.npy          the planned model's log-probabilities of the text, (W, S - 1), in nats
+    moved.npy              the same with its 16-bit weights moved by a millionth
+
+Every format of a case is pinned to layers in turn, so that each is read beside each other. Three
+models: SmolLM2-135M, which has a tied head, and two random ones, tied (Qwen3) and untied (Llama).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from engines.planned import planned_model, text_log_probs, window_logits
+from safetensors.torch import save_file
+
+import autoquant_ray
+from autoquant_ray.config.demo import demo_config, find_demo_model
+from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.data.texts import read_pydoc
+from autoquant_ray.export.source import Source, read_source
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.runs.directory import RunDirectory
+
+MODELS = ("smollm2", "tied", "untied")
+SCANNED = (
+    "wint8_aint8",
+    "wint8_afp16",
+    "wint6_g64_afp16",
+    "wint5_g64_afp16",
+    "wint4_g64_afp16",
+    "wint3_g64_afp16",
+    "wfp8_afp8",
+    "wfp8_afp16",
+    "wfp4_afp16",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "NVFP4_DEFAULT_CFG",
+    "MXFP8_DEFAULT_CFG",
+)
+_INTEGERS = tuple(name for name in SCANNED if "int" in name and name != "wint8_aint8")
+CASES = {
+    "compressed-tensors": (
+        "wint8_aint8",
+        "wint4_g64_afp16",
+        "wfp8_afp8",
+        "wint8_afp16",
+        "NVFP4_DEFAULT_CFG",
+        "wfp8_afp16",
+        "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+        "wfp4_afp16",
+        "MXFP8_DEFAULT_CFG",
+        NONE,
+    ),
+    "compressed-tensors, integers": ("wint8_aint8", "wint4_g64_afp16", NONE),
+    "modelopt": (
+        "wfp8_afp8",
+        "NVFP4_DEFAULT_CFG",
+        "wfp4_afp16",
+        "MXFP8_DEFAULT_CFG",
+        "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+        NONE,
+    ),
+    "llama.cpp": (*_INTEGERS, "wfp4_afp16", NONE),
+    "mlx-lm": (*_INTEGERS, "wfp4_afp16", NONE),
+    "auto-round": ("wint4_g64_afp16", "wint8_afp16", "wint3_g64_afp16", NONE),
+}
+"""Case -> the formats that its layers have in turn."""
+
+_LARGEST_INPUT = 15.0
+"""Larger products of int8 overflow on processors without VNNI."""
+_ROWS, _WINDOWS, _WINDOW = 16, 4, 64
+_FUSED = re.compile(r"\b(?:q_proj|k_proj|v_proj)$|\b(?:gate_proj|up_proj)$")
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """A model in bfloat16 with SmolLM2's tokenizer, in the form of Hugging Face."""
+    if folder.exists():
+        return folder
+    file = find_demo_model()
+    arguments = {"gguf_file": file.name, "dtype": torch.bfloat16}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    if name == "smollm2":
+        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **arguments)
+    else:
+        sizes: dict[str, Any] = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 512,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        kind = transformers.Qwen3Config if name == "tied" else transformers.LlamaConfig
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(
+            kind(**sizes, tie_word_embeddings=name == "tied"), dtype=torch.bfloat16
+        )
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    weights = {name: module.weight.detach().float() for name, module in linears.items()}
+    save_file(weights, weights_file(folder))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def weights_file(model: Path) -> Path:
+    """The weights of a model's linears in float32, which numpy can read."""
+    return model.with_suffix(".safetensors")
+
+
+def make_run(model: Path, folder: Path) -> autoquant_ray.Run:
+    """A small scan of all formats: enough to calibrate them, not for a good choice."""
+    if folder.exists():
+        return autoquant_ray.Run.open(str(folder))
+    changed = {"model": str(model), "formats": SCANNED, "samples": 4, "seq_len": 128}
+    config = demo_config(str(folder), 8.0)
+    return autoquant_ray.search(ScanConfig.model_validate(config.model_dump() | changed))
+
+
+def make_case(run: autoquant_ray.Run, name: str, folder: Path) -> Path:
+    """Solve with every format in turn, export by the command, and write what is expected."""
+    if (folder / "case.json").exists():
+        return folder
+    formats = CASES[name]
+    groups = run.plan.column("group").to_pylist()
+    pins = {group: formats[number % len(formats)] for number, group in enumerate(groups)}
+    solution = run.solve(bytes=10**10, pins=pins).name
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ["--format", "compressed-tensors", "--out", str(folder / "out")]
+    if name == "modelopt":
+        options[1] = name
+    elif not name.startswith("compressed-tensors"):
+        options = ["--format", "recipe", "--tool", name, "--out", str(folder / "recipe")]
+    export_by_command(run.path, [*options, "--solution", solution])
+    source = read_source(RunDirectory(run.path), solution)
+    expected = write_expected(source, folder)
+    content = {"case": name, "model": source.state.config["model"], "layers": expected}
+    (folder / "case.json").write_text(json.dumps(content, indent=1))
+    return folder
+
+
+def export_by_command(run: str, options: Sequence[str]) -> None:
+    """``autoquant-ray export``, in a process of its own, which must end well."""
+    command = [sys.executable, "-m", "autoquant_ray", "export", run, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr[-3000:]}")
+
+
+def write_expected(source: Source, folder: Path) -> dict[str, Any]:
+    """What layers and the whole make of fixed inputs; returns each layer's format and shape."""
+    scan = source.state.config
+    ids_WS = token_ids(scan["model"])
+    np.save(folder / "ids.npy", ids_WS)
+    layers: dict[str, Any] = {}
+    inputs, outputs = {}, {}
+    with planned_model(source) as model:
+        np.save(folder / "log_probs.npy", text_log_probs(window_logits(model, ids_WS), ids_WS))
+        for module in source.modules:
+            linear = model.get_submodule(module)
+            rows, columns = linear.weight.shape
+            inputs[module] = layer_input(module, columns)
+            outputs[module] = linear(inputs[module])
+            format_ = source.formats.get(module)
+            layers[module] = {
+                "format": NONE if format_ is None else format_.name,
+                "rows": rows,
+                "columns": columns,
+            }
+            if format_ is not None and format_.input is None:
+                quantized_OI = linear(torch.eye(columns)).T
+                error = (quantized_OI - linear.weight).double().square().sum()
+                layers[module]["squared_error"] = float(error)
+    save_file(inputs, folder / "inputs.safetensors")
+    save_file(outputs, folder / "outputs.safetensors")
+    with planned_model(source, moved=1e-6) as model:
+        np.save(folder / "moved.npy", text_log_probs(window_logits(model, ids_WS), ids_WS))
+    return layers
+
+
+def layer_input(module: str, columns: int) -> torch.Tensor:
+    """``(T, I)``: the same for layers that are fused."""
+    seed = sum(map(ord, _FUSED.sub("fused", module)))
+    generator = torch.Generator().manual_seed(seed)
+    states_TI = 3 * torch.randn(_ROWS, columns, generator=generator)
+    return states_TI.clamp(-_LARGEST_INPUT, _LARGEST_INPUT)
+
+
+def token_ids(model: str) -> Any:
+    """Windows of the end of the demo's text, which the scan does not reach; ``(W, S)``."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    text = "\n".join(list(read_pydoc())[-40:])
+    with warnings.catch_warnings(action="ignore"):
+        ids = tokenizer(text)["input_ids"][-_WINDOWS * _WINDOW :]
+    return np.array(ids).reshape(_WINDOWS, _WINDOW)

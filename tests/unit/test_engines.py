@@ -1,0 +1,74 @@
+"""What real tools make of exports: how answers are judged, and the table of ``docs/engines.md``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = {
+    "q": {"format": "wint8_aint8", "columns": 64},
+    "o": {"format": "none", "columns": 64},
+}
+RIGHT: dict[str, Any] = {
+    "kinds": {"q": "int8 channel, int8 tensor", "o": "16 bits"},
+    "output_errors": {"q": 1e-7, "o": 0.0},
+    "log_probs": [[-1.0, -2.0]],
+}
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The driver of ``make engines``."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    from engines import check
+
+    return check
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Path:
+    """A case of two layers, whose text has a noise of 0.02 nats per token."""
+    (tmp_path / "case.json").write_text(json.dumps({"layers": LAYERS}))
+    np.save(tmp_path / "log_probs.npy", [[-1.0, -2.0]])
+    np.save(tmp_path / "moved.npy", [[-1.0, -2.04]])
+    return tmp_path
+
+
+def test_right_answer_has_nothing_wrong(engines: Any, case: Path) -> None:
+    judged = engines.judge(engines.TOOLS["transformers"], RIGHT, case)
+    assert judged["wrong"] == []
+    assert (judged["num_right"], judged["num_layers"], judged["num_formats"]) == (2, 2, 2)
+    assert judged["noise"] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"kinds": {"q": "16 bits", "o": "16 bits"}}, "q: 16 bits instead of int8 channel"),
+        ({"kinds": {"q": "int8 channel, int8 tensor"}}, "o: None instead of 16 bits"),
+        ({"output_errors": {"q": 0.003, "o": 0.0}}, "q: its outputs are off by 0.003"),
+        ({"output_errors": {"q": float("nan"), "o": 0.0}}, "q: its outputs are off by nan"),
+        ({"log_probs": [[-1.0, -2.2]]}, "the text is off by 0.1 nats"),
+        ({"log_probs": [[-1.0, float("nan")]]}, "the text is off by nan nats"),
+        ({"weight_losses": {"q": 3.0}}, "weights lose 3 times"),
+        ({"missing": ["lm_head"]}, "never asked for lm_head"),
+    ],
+)
+def test_each_difference_is_wrong(
+    changed: dict[str, Any], said: str, engines: Any, case: Path
+) -> None:
+    (wrong,) = engines.judge(engines.TOOLS["transformers"], RIGHT | changed, case)["wrong"]
+    assert said in wrong
+
+
+def test_table_is_made_of_the_results(engines: Any) -> None:
+    from engines.page import PAGE, RESULTS, results_table
+
+    table = results_table(json.loads(RESULTS.read_text(encoding="utf-8")))
+    assert table in PAGE.read_text(encoding="utf-8"), "run: make engines"
