@@ -7,13 +7,24 @@ above 0``. The command line writes it as its flag, ``--bits``.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Collection, Sequence
+from typing import Any
 
 
 def few(texts: Sequence[str], most: int) -> str:
     """The first texts separated by commas, and how many more there are."""
     more = len(texts) - most
     return ", ".join(texts[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value as Python writes it, cut in the middle of its parts and at the end.
+
+    Takes no more time for a value of millions of parts than for one of ten.
+    """
+    text = _SHORT.repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def as_flags(text: str, names: Collection[str]) -> str:
@@ -30,6 +41,10 @@ def as_flags(text: str, names: Collection[str]) -> str:
 
     return re.sub(r"`([a-z][a-z0-9_]*)`", flag, text)
 
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 70
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 3, 6, 6, 4
 
 _FLAGS = {"pins": "pin", "read_as": "as"}
 """Options whose flag has another name."""

@@ -13,6 +13,10 @@ from pydantic import BaseModel, ValidationError
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.errors import ConfigError, one_line
+from autoquant_ray.wording import few, shown
+
+_LONGEST_FILE, _MOST_NODES, _LONGEST_MESSAGE = 1_000_000, 100_000, 200
+"""Characters, values with aliases written out, and characters of a complaint."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -92,18 +96,54 @@ def read_yaml(path: str) -> dict[str, Any]:
         ConfigError: Missing, unreadable, or not a mapping; one line with the path.
     """
     try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        loaded = _load(path)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} cannot be read: {one_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"config file {path} is nested too deeply; write it flat") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ConfigError(f"config file {path} is not valid YAML: {one_line(error)}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"config file {path} must hold 'key: value' lines")
     return {str(key): value for key, value in loaded.items()}
+
+
+def _load(path: str) -> Any:
+    """Content of a YAML file, bounded in size and in what its aliases make of it."""
+    with Path(path).open(encoding="utf-8") as file:
+        text = file.read(_LONGEST_FILE + 1)
+    if len(text) > _LONGEST_FILE:
+        raise ValueError(f"it has more than {_LONGEST_FILE:,} characters; is it another file?")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded_size(node, {}) > _MOST_NODES:
+            raise ValueError(
+                f"its aliases (*name) stand for more than {_MOST_NODES:,} values; write them out"
+            )
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Number of values below a node, aliases as what they stand for."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = _MOST_NODES + 1  # for an alias of a node inside itself
+    total = 1
+    if isinstance(node, yaml.SequenceNode):
+        total += sum(_expanded_size(part, sizes) for part in node.value)
+    elif isinstance(node, yaml.MappingNode):
+        total += sum(_expanded_size(part, sizes) for pair in node.value for part in pair)
+    sizes[id(node)] = total
+    return total
 
 
 def first_problem(
@@ -124,15 +164,17 @@ def first_problem(
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return message
-    name = ".".join(str(part) for part in first["loc"] if part not in _NO_KEYS)
+    name = ".".join(str(part)[:60] for part in first["loc"] if part not in _NO_KEYS)[:120]
     where = place(name, str(first["loc"][0]))
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         close = difflib.get_close_matches(name, keys, n=3)
-        hint = f"closest: {', '.join(close)}" if close else f"known: {', '.join(keys)}"
+        hint = f"closest: {', '.join(close)}" if close else f"known: {few(keys, 12)}"
         return f"{where}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{where} is missing"
-    shown = first["input"]
-    if first["loc"][0] in not_shown or str(shown) in message:
+    message = one_line(ValueError(message), limit=_LONGEST_MESSAGE)
+    value = first["input"]
+    is_said = isinstance(value, str | int | float) and str(value)[:_LONGEST_MESSAGE] in message
+    if first["loc"][0] in not_shown or is_said:
         return f"{where}: {message}"
-    return f"{where}: {message} (got {shown!r})"
+    return f"{where}: {message} (got {shown(value)})"

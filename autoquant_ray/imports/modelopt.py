@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from autoquant_ray.allocate.options import UNQUANTIZED_BITS, SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import check_feasible
-from autoquant_ray.errors import DataError
+from autoquant_ray.errors import DataError, one_line
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import brief_lease
@@ -77,8 +77,8 @@ def _read(path: str) -> dict[str, Any]:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"manifest {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"manifest {path} is not readable JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"manifest {path} is not readable JSON: {one_line(error)}") from None
     layers = manifest.get("layer_sensitivity") if isinstance(manifest, dict) else None
     if not isinstance(layers, dict) or not layers:
         raise DataError(

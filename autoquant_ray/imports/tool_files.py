@@ -15,12 +15,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoquant_ray.errors import DataError
+from autoquant_ray.config.patterns import matching_names
+from autoquant_ray.errors import DataError, one_line
 from autoquant_ray.export.tool_formats import auto_round_config, mlx_config
 from autoquant_ray.formats.algorithms import MAX
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.smoothed import method_of, takes_factors
-from autoquant_ray.wording import few
+from autoquant_ray.wording import few, shown
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ def read_json(path: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not readable JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not readable JSON: {one_line(error)}") from None
 
 
 def sensitivities(
@@ -151,7 +152,7 @@ def _auto_round(
         if isinstance(entry, dict) and isinstance(entry.get("scheme"), str):
             entry = _SCHEMES.get(entry["scheme"].upper(), {}) | entry
         if not isinstance(entry, dict) or not {"bits", *default} & set(entry):
-            raise DataError(f"{path}: {key!r}: {value!r} says no bits")
+            raise DataError(f"{path}: {shown(key)}: {shown(value)} says no bits")
         for name in _matching(path, key, modules):
             entries[name] = default | entry
     return {
@@ -165,15 +166,16 @@ def _matching(path: str, key: str, modules: Sequence[str]) -> list[str]:
     if key in modules:
         return [key]
     try:
-        matches = [name for name in modules if re.search(key, name)]
-        # Experts one by one in the tool, one module here.
-        matches = matches or [
-            name for name in modules if re.match(rf"{re.escape(name)}\.\d+\.", key)
-        ]
-    except re.error:
-        matches = []
+        matches = matching_names(key, modules)
+    except ValueError as error:
+        raise DataError(
+            f"{path} names {shown(key)}, which is neither a layer of this run nor a regular "
+            f"expression that is read here: {one_line(error, limit=100)}"
+        ) from None
+    # Experts one by one in the tool, one module here.
+    matches = matches or [name for name in modules if re.match(rf"{re.escape(name)}\.\d+\.", key)]
     if not matches:
-        raise DataError(f"{path} names {key!r}, which fits no layer of this run")
+        raise DataError(f"{path} names {shown(key)}, which fits no layer of this run")
     return matches
 
 
@@ -190,9 +192,11 @@ def _mlx_entries(
         if module is None:
             continue
         if module not in entries:
-            raise DataError(f"{path} names {key!r}, which is no layer of this run")
+            raise DataError(f"{path} names {shown(key)}, which is no layer of this run")
         if not isinstance(value, bool | dict):
-            raise DataError(f"{path}: {key!r}: {value!r} is neither true, false nor parameters")
+            raise DataError(
+                f"{path}: {shown(key)}: {shown(value)} is neither true, false nor parameters"
+            )
         entries[module] = None if value is False else default | (value if value is not True else {})
     return entries
 

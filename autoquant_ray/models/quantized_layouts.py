@@ -8,10 +8,10 @@ no business of a weight. What a config says in a way that is not read here raise
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from autoquant_ray.config.patterns import matching_names
 from autoquant_ray.models.packed_weight import (
     CHANNEL,
     FP4,
@@ -22,6 +22,7 @@ from autoquant_ray.models.packed_weight import (
     PackedWeight,
 )
 from autoquant_ray.models.stored_tensors import TensorHeader
+from autoquant_ray.wording import shown
 
 Headers = Mapping[str, TensorHeader]
 Layout = tuple[str, dict[str, PackedWeight]]
@@ -160,7 +161,12 @@ def _arguments_of(
 def _matcher(module: str) -> Callable[[str], bool]:
     def matches(target: str) -> bool:
         pattern = target.removeprefix("re:")
-        return pattern != target and re.match(pattern, module) is not None
+        if pattern == target:
+            return False
+        try:
+            return bool(matching_names(pattern, [module], from_start=True))
+        except ValueError as error:
+            raise LayoutError(f"and its target {shown(target)} is not read: {error}") from None
 
     return matches
 

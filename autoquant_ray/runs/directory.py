@@ -166,8 +166,8 @@ class RunDirectory:
         """
         try:
             return json.loads(self.read_bytes(name))
-        except ValueError as error:
-            raise StoreError(f"{self.path(name)} is damaged: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
 
     def write_table(self, name: str, rows: Rows | pa.Table) -> str:
         """Write a table, or rows with the columns of that file, as Parquet; returns the full path.

@@ -27,12 +27,14 @@ from autoquant_ray.runs.names import (
     ROUNDING,
     ROUNDING_FILE,
     RUN_FILE,
+    SAMPLES,
     SCORES,
     SEARCH,
     SEARCH_FILE,
     SENSITIVITY_FILE,
 )
 from autoquant_ray.runs.record import PlanSummary, RunRecord, StageEntry
+from autoquant_ray.wording import shown
 
 Mode = Literal["new", "resume", "overwrite"]
 _OUTPUTS = {
@@ -42,6 +44,8 @@ _OUTPUTS = {
     "fit": ROUNDING_FILE,
     "aggregate": SENSITIVITY_FILE,
 }
+_MANY_SHARDS = 10_000
+"""Beyond so many shards their number is checked against the files before anything is counted."""
 DROPPED = "dropped"
 """State of a stage whose files were deleted on purpose."""
 
@@ -181,8 +185,22 @@ class RunState:
 
     @property
     def num_shards(self) -> int:
-        """Number of shards of the run's data, quarantined ones included."""
-        return int(self.record.dataset["num_shards"])
+        """Number of shards of the run's data, quarantined ones included.
+
+        Raises:
+            StoreError: ``run.json`` says far more than there are files of.
+        """
+        count = int(self.record.dataset["num_shards"])
+        if count > _MANY_SHARDS:
+            lists = [self.directory.list_parts(folder) for folder in (SAMPLES, SCORES)]
+            parts = max((numbers[-1] + 1 for numbers in lists if numbers), default=0)
+            if count > parts:
+                raise StoreError(
+                    f"{self.directory.path(RUN_FILE)} is damaged: `dataset.num_shards` is "
+                    f"{shown(count)}, and there are parts of {parts} shards; restore it, or scan "
+                    "again with `overwrite`"
+                )
+        return count
 
     @property
     def left_out(self) -> set[int]:

@@ -42,7 +42,8 @@ def has_samples(state: RunState, fingerprint: str) -> bool:
     has_domains = len(state.record.dataset.get("domains", {})) > 1
     if has_domains and not state.directory.exists(DOMAINS_FILE):
         return False
-    return state.directory.list_parts(SAMPLES) == list(range(state.num_shards))
+    parts = state.directory.list_parts(SAMPLES)
+    return parts == list(range(len(parts))) and len(parts) == state.record.dataset["num_shards"]
 
 
 def read_samples(

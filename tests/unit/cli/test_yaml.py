@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,40 @@ def test_yaml_alone_gives_the_same_answer_as_flags(model_folder: Any, tmp_path: 
     from_flags = run("plan", folder, *flags, "--json")
     assert from_yaml.exit_code == 0, from_yaml.output
     assert from_yaml.stdout == from_flags.stdout
+
+
+def aliases(levels: int) -> str:
+    """Each list holds the one before nine times."""
+    lists = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(["a0: &a0 [x, x, x, x, x, x, x, x, x]", *lists, ""])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (aliases(9), "aliases"),
+        ("custom_formats: &a {b: *a}\n", "aliases"),
+        (f"samples: &a [{', '.join(['xyz'] * 30_000)}]\nbits: [*a, *a]\n", "samples"),
+        ("samples: " + "[" * 30_000 + "]" * 30_000 + "\n", "nested too deeply"),
+        (f"samples: {'9' * 5000}\n", "not valid YAML"),
+        (f"samples: {'x' * 300_000}\n", "samples"),
+        (f"{'k' * 1_000}: 1\n", "unknown key"),
+        ("data: " + "x" * 2_000_000, "more than 1,000,000 characters"),
+        ("samples: 2026-99-99\n", "not valid YAML"),
+        (f"custom_formats: {{{'m' * 50_000}: {{weight: 3}}}}\n", "custom_formats"),
+    ],
+    ids=["nested", "itself", "list", "deep", "digits", "text", "key", "long", "date", "name"],
+)
+def test_yaml_of_any_size_gives_one_short_line_at_once(
+    text: str, said: str, scan_yaml: Any
+) -> None:
+    start = time.perf_counter()
+    line = refusal(scan_yaml(text))
+    assert time.perf_counter() - start < 5
+    assert said in line
+    assert len(line) <= 400
+
+
+def test_yaml_aliases_that_are_used_well_stay(scan_yaml: Any) -> None:
+    text = "custom_formats: {a: &a {weight: {num_bits: 4, block_sizes: {-1: 32}}}, b: *a}\n"
+    assert "unknown" in refusal(scan_yaml(text, formats="a,b,no-such-format"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,19 @@ def test_run_json_damaged_is_one_line(damage: str, finished: RunDirectory) -> No
     result = CliRunner().invoke(main, ["solve", finished.uri, "--bits", "7"])
     assert result.exit_code == 2
     assert result.stderr == f"error: {caught.value}\n"
+
+
+def test_number_of_shards_is_checked_against_the_files(finished: RunDirectory) -> None:
+    path = Path(finished.uri, "run.json")
+    values = json.loads(path.read_text())
+    values["dataset"]["num_shards"] = 10**9
+    path.write_text(json.dumps(values))
+    start = time.perf_counter()
+    result = CliRunner().invoke(main, ["explain", finished.uri, "layers.0.mlp.down_proj"])
+    assert time.perf_counter() - start < 5
+    assert result.exit_code == 2
+    assert "`dataset.num_shards` is 1000000000, and there are parts of 2 shards" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_run_json_missing_is_no_run(finished: RunDirectory) -> None:
