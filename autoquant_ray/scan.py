@@ -88,6 +88,7 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     """
     ref = find_model(config.model, trust_remote_code=config.trust_remote_code)
     directory = RunDirectory(config.out)
+    directory.advice = "go on with `resume`"
     resumed = RunState.open(directory).record if mode == "resume" and directory.exists() else None
     device = "cuda" if config.device == "auto" else config.device
     menu = resumed.plan["formats"] if resumed is not None and resumed.plan is not None else None

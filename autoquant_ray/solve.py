@@ -204,8 +204,9 @@ def write_solution(
         certainty = certainty_of(run.state, run.problem, run.scores, options, formats)
     manifest = _manifest(run, options, allocation, formats, certainty) | dict(notes or {})
     start = solution_folder(name)
-    paths = _write_manifests(run, start, manifest, formats)
-    reports = write_reports(run, start)
+    with run.state.directory.together():
+        paths = _write_manifests(run, start, manifest, formats)
+        reports = write_reports(run, start)
     return Solution(
         name=name,
         summary=manifest["solution"],

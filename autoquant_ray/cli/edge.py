@@ -38,13 +38,10 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except AutoQuantError as error:
-            self._stop(as_flags(f"error: {error}", option_names(self)), error.exit_code)
+            self._stop(self._in_words(context, f"error: {error}"), error.exit_code)
         except KeyboardInterrupt as error:
-            line = as_flags(str(error), option_names(self)) or (
-                "interrupted; finished shards are kept, go on with --resume (other commands: start "
-                "again)"
-            )
-            self._stop(line, EXIT_INTERRUPTED)
+            line = str(error) or "interrupted; what was finished is kept, go on with `resume`"
+            self._stop(self._in_words(context, line), EXIT_INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # noqa: BLE001 - the edge of the program
@@ -65,6 +62,14 @@ class Commands(click.Group):
         except click.Abort:
             code = EXIT_INTERRUPTED
         sys.exit(code if isinstance(code, int) else 0)
+
+    def _in_words(self, context: click.Context, line: str) -> str:
+        """A line in the words of the command that ran: not every one has ``--resume``."""
+        command = self.commands.get(context.invoked_subcommand or "")
+        if command is None or "resume" not in option_names(command):
+            for words in ("go on with `resume`", "start again with `resume`"):
+                line = line.replace(words, "start the same command again to go on")
+        return as_flags(line, option_names(self))
 
     def _stop(self, line: str, code: int) -> None:
         if logging.getLogger().isEnabledFor(logging.DEBUG) and code == EXIT_FAILED:

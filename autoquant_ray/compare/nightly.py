@@ -211,7 +211,7 @@ def _write(tonight: _Tonight, comparison: Comparison | None) -> Night:
         "notes": tonight.notes,
         "comparison": None if comparison is None else comparison.to_json(),
     }
-    with brief_lease(directory):
+    with brief_lease(directory), directory.together():
         directory.write_json(DRIFT_JSON, document)
         path = directory.write_text(DRIFT_MARKDOWN, text)
     row = _row(tonight, status, exit_code) | {"verdict": verdict, "baseline": tonight.baseline}

@@ -114,8 +114,9 @@ def record(
         and row["allocation"] != rows[0]["allocation"]
     } | {labels["data_key"]}
     kept = [r for r in before if r["solution"] != labels["solution"] or r["data_key"] not in stale]
-    path = directory.write_table(EVALUATION_FILE, [*kept, *rows])
-    reports = write_reports(run, folder)
+    with directory.together():
+        path = directory.write_table(EVALUATION_FILE, [*kept, *rows])
+        reports = write_reports(run, folder)
     return Evaluation(
         rows=rows,
         left_out=dict(measurement.left_out),

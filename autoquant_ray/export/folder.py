@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from autoquant_ray.errors import ConfigError, StoreError, one_line
+from autoquant_ray.errors import ConfigError, StoreError, StoreLostError, one_line
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.filesystems import disk_error
 from autoquant_ray.runs.names import RUN_FILE
@@ -60,7 +60,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
     except OSError as error:
         if (lost := disk_error(error, target)) is not None:
-            raise lost from None
+            raise StoreLostError(f"{lost}, then start again") from None
         raise StoreError(f"`out` {target} cannot be written: {one_line(error)}") from None
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -70,7 +70,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         folder.rename(target)
     except Exception as error:
         if (lost := disk_error(error, target)) is not None:
-            raise lost from None
+            raise StoreLostError(f"{lost}, then start again") from None
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

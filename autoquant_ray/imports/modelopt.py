@@ -26,11 +26,12 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import brief_lease
 from autoquant_ray.runs.names import PLAN_FILE, SENSITIVITY_FILE
 from autoquant_ray.runs.record import RunRecord
-from autoquant_ray.runs.state import RunState, new_record, require_target
+from autoquant_ray.runs.state import Mode, RunState, new_record, require_target
 from autoquant_ray.solve import Solution, solve_run
 
 logger = logging.getLogger(__name__)
 
+_MOST_WEIGHTS = 2.0**53
 _SUFFIX = ".quant_recipe"
 _FORMAT = re.compile(r"^(?P<name>.+)\(effective-bits: (?P<bits>[0-9.]+)\)$")
 
@@ -52,7 +53,8 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
     rows, scores = _rows(path, manifest)
     wanted = _budget_bits(path, manifest)
     bits = _reached_bits(manifest, rows, wanted)
-    require_target(directory, "overwrite" if overwrite else "new")
+    mode: Mode = "overwrite" if overwrite else "new"
+    require_target(directory, mode, "`overwrite`")
     options = SolveOptions(bits=bits, bits_over="all", cost="modelopt")
     state = RunState(directory, _record(path, directory, manifest, rows))
     if bits != wanted:
@@ -63,13 +65,13 @@ def import_manifest(path: str, directory: RunDirectory, *, overwrite: bool = Fal
         logger.warning("manifest %s: %s", path, state.record.import_note)
     check_feasible(Problem.from_plan(rows, state.plan), options)
     with brief_lease(directory):
-        require_target(directory, "overwrite" if overwrite else "new")
-        directory.clear()
-        state.save()
-        directory.write_table(PLAN_FILE, rows)
-        directory.write_table(SENSITIVITY_FILE, scores)
-        directory.append_event("imported", source=path)
-        return solve_run(directory, options, folder="")
+        require_target(directory, mode, "`overwrite`")
+        with directory.together(is_new=True):
+            state.save()
+            directory.write_table(PLAN_FILE, rows)
+            directory.write_table(SENSITIVITY_FILE, scores)
+            directory.append_event("imported", source=path)
+            return solve_run(directory, options, folder="")
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -79,6 +81,12 @@ def _read(path: str) -> dict[str, Any]:
         raise DataError(f"manifest {path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"manifest {path} is not readable JSON: {one_line(error)}") from None
+    try:
+        json.dumps(manifest, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"manifest {path} holds half of a surrogate pair, which is no text; write it anew"
+        ) from None
     layers = manifest.get("layer_sensitivity") if isinstance(manifest, dict) else None
     if not isinstance(layers, dict) or not layers:
         raise DataError(
@@ -142,6 +150,8 @@ def _choices(path: str, key: str, layer: Any) -> dict[str, tuple[float, float]]:
         name = (match["name"] if match else str(text)).strip()
         if not (_is_number(score) and _is_number(cost)):
             refuse(f"has a score or cost for {name} that is not a number of at least 0")
+        if cost > _MOST_WEIGHTS:
+            refuse(f"has a cost for {name} of {cost:g}, more weights than any model has")
         choices[NONE if name == "NONE" else name] = (float(score), float(cost))
     if len(choices) != len(columns[0]):
         refuse("names a format twice")

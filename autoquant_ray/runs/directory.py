@@ -19,31 +19,26 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
 from autoquant_ray.errors import StoreError, StoreLostError, one_line
-from autoquant_ray.runs.filesystems import child_uri, explain, open_place
+from autoquant_ray.runs.file_set import FileSet, Held
+from autoquant_ray.runs.filesystems import child_uri, disk_error, explain, open_place
 from autoquant_ray.runs.names import EVENTS_FILE, LOCK, RUN_FILE, RUN_FILES, RUN_FOLDERS, part_name
 from autoquant_ray.runs.schemas import ADDED_COLUMNS, schema_of
 from autoquant_ray.runs.table_rows import TableRows
 
 SCHEMA_VERSION = 1
 _FLUSH_S = 10.0
+_CHANGES = ("write", "delete")
 _MADE_BY = "give a folder that `autoquant-ray scan` or `import` has made"
 Rows = Sequence[Mapping[str, Any]]
 KEYS = ("group", "format")
 """Columns of a table of sums that repeat for every bucket."""
-
-
-class Held(Protocol):
-    """What a directory needs of its lease."""
-
-    def require(self) -> None:
-        """Raise once it is lost."""
 
 
 class RunDirectory:
@@ -57,6 +52,7 @@ class RunDirectory:
         listener: Called with every event after it is written; None for nobody.
         held: The lease on the directory, while it is held through this object; its ``require()`` is
             called before every change.
+        advice: What to do once a store that failed is in order, the end of a sentence.
 
     Raises:
         StoreError: The path cannot be understood or reached.
@@ -69,6 +65,8 @@ class RunDirectory:
         self._base = self._place.filesystem
         self.listener: Callable[..., None] | None = None
         self.held: Held | None = None
+        self.advice = "start again"
+        self._set: FileSet | None = None
         self._was_written = False
         self._late_events: list[str] = []
         self._next_flush_s = 0.0
@@ -83,6 +81,8 @@ class RunDirectory:
 
     def exists(self, name: str = "") -> bool:
         """Whether a file (or, without a name, the directory with anything in it) is there."""
+        if self._set is not None and (name in self._set.files or self._set.is_new):
+            return name in self._set.files if name else bool(self._set.files)
         if name:
             with self._reaching("check", name):
                 info = self._base.get_file_info(f"{self._root}/{name}")
@@ -130,8 +130,15 @@ class RunDirectory:
             elif info.base_name in RUN_FILES:
                 self.delete(info.base_name)
 
+    def _clear_run(self) -> None:
+        if self.exists(RUN_FILE):
+            self.clear()
+
     def write_bytes(self, name: str, content: bytes) -> str:
         """Write a file so that readers see all of it or nothing; returns its full path."""
+        if self._set is not None:
+            self._set.files[name] = content
+            return self.path(name)
         self._require_held()
         with self._reaching("write", name):
             self._place.write(name, content)
@@ -144,11 +151,38 @@ class RunDirectory:
         Raises:
             StoreError: Missing or unreadable.
         """
-        with self._reaching("read", name):
-            content = self._place.read(name)
+        content = None if self._set is None else self._set.files.get(name)
+        if content is None and not (self._set is not None and self._set.is_new):
+            with self._reaching("read", name):
+                content = self._place.read(name)
         if content is None:
             raise StoreError(f"{self.path(name)} does not exist")
         return content
+
+    @contextmanager
+    def together(self, *, is_new: bool = False) -> Iterator[None]:
+        """Write a set of files: all of what is written inside appears at the end, or nothing.
+
+        On a local disk all of them lie beside their places before the first is renamed. What is
+        written is read inside; listings and :meth:`write_tables` know nothing of it.
+
+        Args:
+            is_new: The files are a new run: what is there is hidden, and cleared at the end.
+        """
+        if self._set is not None:
+            yield
+            return
+        self._set = written = FileSet(is_new=is_new)
+        try:
+            yield
+        finally:
+            self._set = None
+        self._require_held()
+        with self._reaching("write", next(iter(written.files), "")):
+            self._place.write_all(written.files, self._clear_run if is_new else lambda: None)
+        self._was_written = True
+        for event, details in written.events:
+            self.append_event(event, **details)
 
     def write_text(self, name: str, text: str) -> str:
         """Write a UTF-8 text file atomically; returns its full path."""
@@ -305,6 +339,9 @@ class RunDirectory:
         An object store cannot append, so there the file is written anew: at most every 10
         seconds for the frequent ``shard_done``, which a killed driver may therefore lose.
         """
+        if self._set is not None:
+            self._set.events.append((event, details))
+            return
         self._write_event(event, details)
         if self.listener is not None:
             self.listener(event, **details)
@@ -349,10 +386,12 @@ class RunDirectory:
         try:
             yield
         except OSError as error:
-            text = f"cannot {verb} {path}: {explain(error)}"
-            if not self._was_written:
-                raise StoreError(text) from None
-            raise StoreLostError(
-                f"{text}; what was written before is kept: when this is in order, go on with "
-                "`resume`"
-            ) from None
+            lost = disk_error(error, path) if self.is_local and verb in _CHANGES else None
+            text = f"cannot {verb} {path}: {explain(error)}" if lost is None else str(lost)
+            if self._was_written:
+                raise StoreLostError(
+                    f"{text}; what was written before is kept: when this is in order, {self.advice}"
+                ) from None
+            if lost is not None:
+                raise StoreLostError(f"{text}, then {self.advice}") from None
+            raise StoreError(text) from None

@@ -15,8 +15,8 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,37 @@ class Place:
             _write_and_rename(target, content)
         except FileNotFoundError:  # another process has just deleted the empty folder
             _write_and_rename(target, content)
+
+    def write_all(self, files: Mapping[str, bytes], clear: Callable[[], None]) -> None:
+        """Write a set of files: on a local disk none takes its place before all are written.
+
+        Args:
+            files: Name -> content, in this order.
+            clear: Called before the first takes its place.
+
+        Raises:
+            OSError: One cannot be written; of an object store those before it may be there.
+        """
+        if not self.is_local:
+            clear()
+            for name, content in files.items():
+                self.write(name, content)
+            return
+        folders = {folder for name in files for folder in Path(f"{self.root}/{name}").parents}
+        new = [folder for folder in folders if not folder.exists()]
+        try:
+            with ExitStack() as stack:
+                renamed_to = {name: _Beside(f"{self.root}/{name}") for name in files}
+                for name, beside in renamed_to.items():
+                    stack.enter_context(beside).write_bytes(files[name])
+                clear()
+                for beside in renamed_to.values():
+                    beside.rename()
+        except BaseException:
+            for folder in sorted(new, reverse=True):
+                with suppress(OSError):
+                    os.rmdir(folder)
+            raise
 
     @contextmanager
     def opened(self, name: str) -> Iterator[Any]:
@@ -266,7 +297,7 @@ def disk_error(error: BaseException, path: Path | str) -> StoreLostError | None:
         free = "its free space is unknown"
     text = explain(error).rpartition("; ")
     reason, remedy = (text[0], text[2]) if text[0] else (text[2], "look at the disk")
-    return StoreLostError(f"cannot write {path}: {reason} ({free}); {remedy}, then start again")
+    return StoreLostError(f"cannot write {path}: {reason} ({free}); {remedy}")
 
 
 def explain(error: BaseException) -> str:
@@ -331,14 +362,29 @@ def _write_and_rename(target: str, content: bytes) -> None:
 @contextmanager
 def _renamed_to(target: str) -> Iterator[Path]:
     """A path beside a file, which takes its place when the context ends well."""
-    folder, _, file = target.rpartition("/")
-    os.makedirs(folder, exist_ok=True)
-    temporary = Path(f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    beside = _Beside(target)
+    with beside as temporary:
         yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        beside.rename()
+
+
+class _Beside:
+    """A path beside a file, deleted at the end of the context unless it took its place."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        folder, _, file = target.rpartition("/")
+        self._temporary = Path(f"{folder}/.{file}.{uuid.uuid4().hex[:8]}.tmp")
+
+    def __enter__(self) -> Path:
+        self._temporary.parent.mkdir(parents=True, exist_ok=True)
+        return self._temporary
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.unlink(missing_ok=True)
+
+    def rename(self) -> None:
+        os.replace(self._temporary, self._target)
 
 
 def _with_default(uri: str, option: str, value: str) -> str:

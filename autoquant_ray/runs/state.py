@@ -290,8 +290,15 @@ class RunState:
                 )
 
 
-def require_target(directory: RunDirectory, mode: Mode) -> None:
+def require_target(
+    directory: RunDirectory, mode: Mode, advice: str = "`resume` or `overwrite`"
+) -> None:
     """Check that a run may be written to a directory.
+
+    Args:
+        directory: The directory.
+        mode: What to do with a run that is there.
+        advice: Options that the command has for one.
 
     Raises:
         StoreError: It holds something else, or a run and neither resume nor overwrite was asked
@@ -301,7 +308,7 @@ def require_target(directory: RunDirectory, mode: Mode) -> None:
     if directory.exists():
         directory.require_run()
         if mode == "new":
-            raise StoreError(f"{directory.uri} holds a run; give `resume` or `overwrite`")
+            raise StoreError(f"{directory.uri} holds a run; give {advice}")
 
 
 def new_record(directory: RunDirectory, entries: dict[str, Any]) -> RunRecord:

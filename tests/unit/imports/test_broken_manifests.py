@@ -47,6 +47,8 @@ DELETED = object()
             {"formats": ["NONE"], "scores": [0], "costs": [16]},
             [LAYER],
         ),
+        (("layer_sensitivity", LAYER, "costs"), [1e19, 2e19, 4e19], [LAYER, "more weights"]),
+        (("model",), {"id": "\ud800"}, ["surrogate"]),
         (("scheme",), [1], ["scheme"]),
         (("model",), "example/small-llama", ["model"]),
         (("dataset",), ["a"], ["dataset"]),

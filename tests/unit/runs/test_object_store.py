@@ -317,7 +317,7 @@ def test_server_that_fails_later_leaves_a_resumable_run(store: ObjectStore) -> N
         lambda: directory.delete("report.md"),
         lambda: directory.append_event("stage_started"),
     ):
-        with pytest.raises(StoreLostError, match="go on with `resume`") as caught:
+        with pytest.raises(StoreLostError, match="in order, start again") as caught:
             call()
         assert caught.value.exit_code == 1
     store.gateway.fault = lambda _method, _path: None

@@ -40,7 +40,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     RunDirectory(sys.argv[1]).write_bytes("plan.parquet", b"x" * 5000)
 except StoreError as error:
-    print(error)
+    print(error.exit_code, error)
 """
 
 
@@ -57,7 +57,9 @@ def test_write_that_stops_midway_leaves_the_old_file_or_none(
         text=True,
         check=True,
     )
-    assert "cannot write" in done.stdout
+    assert done.stdout.startswith(f"1 cannot write {tmp_path}/plan.parquet: ")
+    assert "MiB are free there" in done.stdout
+    assert done.stdout.endswith("start again\n")
     assert len(done.stdout.splitlines()) == 1
     left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert left == ({} if before is None else {"plan.parquet": before})
@@ -89,11 +91,72 @@ def test_events_on_a_full_disk_are_whole_lines_and_the_error_is_no_usage_error(
     )
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"1 cannot write {tmp_path}/events.jsonl")
-    assert "`resume`" in line
+    assert "MiB are free there" in line
+    assert line.endswith("start again")
     text = (tmp_path / "events.jsonl").read_text()
     assert 900 < len(text) <= 1000
     assert {json.loads(event)["shard"] for event in text.splitlines()} == {7}
     assert text.endswith("}\n")
+
+
+SET_ON_A_FULL_DISK = """
+import resource, sys
+from autoquant_ray.errors import StoreError
+from autoquant_ray.runs.directory import RunDirectory
+directory = RunDirectory(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with directory.together(is_new=sys.argv[2] == "new"):
+        directory.write_text("run.json", "{}")
+        directory.write_text("manifest.json", "new")
+        directory.write_bytes("solutions/a/manifest.parquet", b"x" * 5000)
+except StoreError as error:
+    print(error.exit_code, error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["new", "more"])
+def test_set_of_files_that_does_not_fit_leaves_what_was_there(kind: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    before = {"run.json": '{"schema_version": 1}', "manifest.json": "old"}
+    for name, text in before.items():
+        (run / name).write_text(text)
+    words = [sys.executable, "-c", SET_ON_A_FULL_DISK, str(run), kind]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"1 cannot write {run}/run.json: ")
+    assert not (run / "solutions").exists()
+    assert {str(p.relative_to(run)): p.read_text() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_set_of_files_is_read_inside_and_appears_at_the_end(tmp_path: Path) -> None:
+    directory, other = RunDirectory(str(tmp_path)), RunDirectory(str(tmp_path))
+    directory.write_text("b", "old")
+    with directory.together():
+        directory.write_text("a/a", "first")
+        directory.append_event("run_done", quarantined=0)
+        directory.write_text("b", "new")
+        assert (directory.read_bytes("a/a"), directory.read_bytes("b")) == (b"first", b"new")
+        assert other.read_bytes("b") == b"old"
+        assert not other.exists("a/a")
+        assert not other.exists("events.jsonl")
+    assert (other.read_bytes("a/a"), other.read_bytes("b")) == (b"first", b"new")
+    assert json.loads(other.read_bytes("events.jsonl"))["event"] == "run_done"
+
+
+def test_set_of_files_is_dropped_after_an_error(tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+
+    def fail() -> None:
+        with directory.together(is_new=True):
+            directory.write_text("run.json", "{}")
+            _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    directory.write_text("run.json", "{}")
+    assert directory.read_bytes("run.json") == b"{}"
 
 
 def test_write_replaces_a_file_whole(tmp_path: Path) -> None:
