@@ -1,8 +1,8 @@
 """The sides that ``vs_modelopt.py`` compares: ModelOpt, our scoring core, our scan through Ray.
 
 Each runs alone in its own process on one case, and reports seconds of calibration and scoring
-(loading the model and reading the data are not counted), its peak memory and its scores in
-ModelOpt's scale.
+(loading the model and reading the data are not counted), its peak memory (of the process, or what
+torch allocated on a CUDA device) and its scores in ModelOpt's scale.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ CASES = {
     "unpadded": Case(PRESETS),
     "captions": Case(PRESETS, is_captions=True),
     "formats": Case(PAIRS),
+    "fp4": Case(("NVFP4_DEFAULT_CFG", "MXFP4_DEFAULT_CFG")),
 }
 
 
@@ -94,11 +95,13 @@ def _captions(options: argparse.Namespace) -> list[str]:
 
 def _samples(options: argparse.Namespace, ref: ModelRef) -> list[list[int]]:
     """Token ids of every sample, unpadded."""
-    if not CASES[options.case].is_captions:
-        return read_samples(_tokenizer_model(options, ref), options.samples, options.seq_len)
-    tokenizer = load_tokenizer(_tokenizer_ref(options, ref))
+    if CASES[options.case].is_captions:
+        tokenizer = load_tokenizer(_tokenizer_ref(options, ref))
+        samples = [tokenizer(text)["input_ids"] for text in _captions(options)]
+    else:
+        samples = read_samples(_tokenizer_model(options, ref), options.samples, options.seq_len)
     size = build_skeleton(ref).config.vocab_size
-    return [[t % size for t in tokenizer(text)["input_ids"]] for text in _captions(options)]
+    return [[token % size for token in sample] for sample in samples]
 
 
 def _tokenizer_model(options: argparse.Namespace, ref: ModelRef) -> ModelRef:
@@ -119,8 +122,17 @@ def _result(seconds: float, peak: float, scores: dict[str, dict[str, float]]) ->
     return {"seconds": seconds, "peak_gib": peak, "scores": scores}
 
 
-def _own_peak_gib() -> float:
+def _own_peak_gib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def _now(device: str) -> float:
+    """Seconds of the clock once the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
@@ -129,13 +141,17 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
     samples = _samples(options, ref)
     size = options.shard_samples
     shards = [samples[i : i + size] for i in range(0, len(samples), size)]
-    plan = build_plan(build_skeleton(ref), resolve_formats(formats, device="cpu"))
+    plan = build_plan(build_skeleton(ref), resolve_formats(formats, device=options.device))
     spec = dataclasses.replace(
-        make_spec(ref, plan, "data"), step_tokens=options.step_tokens, row_share=share
+        make_spec(ref, plan, "data"),
+        device=options.device,
+        dtype=options.dtype,
+        step_tokens=options.step_tokens,
+        row_share=share,
     )
     reuse_freed_memory()
     scorer = Scorer(spec)
-    start = time.perf_counter()
+    start = _now(options.device)
     parts = [scorer.calibrate(shard, number) for number, shard in enumerate(shards)]
     calibration = merge_calibrations(parts)
     total: Any = 0.0
@@ -143,12 +159,12 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
         result = scorer.score(shard, number * options.shard_samples, calibration, number)
         per_batch = result.num_tokens * options.batch / len(shard)
         total = total + result.sums.elementwise_GF / per_batch**2
-    seconds = time.perf_counter() - start
+    seconds = _now(options.device) - start
     scores = {
         group.name: dict(zip(formats, map(float, total[index]), strict=True))
         for index, group in enumerate(plan.searched)
     }
-    return _result(seconds, _own_peak_gib(), scores)
+    return _result(seconds, _own_peak_gib(options.device), scores)
 
 
 def _run_ray(options: argparse.Namespace, share: float) -> dict[str, Any]:
@@ -170,8 +186,8 @@ def _run_ray(options: argparse.Namespace, share: float) -> dict[str, Any]:
             step_tokens=options.step_tokens,
             labels="data",
             sample_rows=share,
-            device="cpu",
-            dtype="float32",
+            device=options.device,
+            dtype=options.dtype,
             workers=options.workers,
             cpus_per_worker=options.threads,
             address="local",
@@ -234,18 +250,20 @@ def _run_modelopt(options: argparse.Namespace) -> dict[str, Any]:
     import modelopt.torch.quantization as mtq
 
     ref, case = _model(options), CASES[options.case]
-    batches = [_padded(batch, case) for batch in _batches(options, _samples(options, ref))]
-    model = load_model(ref, dtype="float32", device="cpu")
+    batches = [
+        _padded(batch, case, options.device) for batch in _batches(options, _samples(options, ref))
+    ]
+    model = load_model(ref, dtype=options.dtype, device=options.device)
 
     def loss_func(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits = output.logits[:, :-1].flatten(0, 1).float()
         return torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
 
-    start = time.perf_counter()
+    start = _now(options.device)
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": 8.0},
-        quantization_formats=[modelopt_format(name) for name in case.formats],
+        quantization_formats=[modelopt_format(name, options.device) for name in case.formats],
         data_loader=batches,
         forward_step=lambda model, batch: model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
@@ -255,7 +273,7 @@ def _run_modelopt(options: argparse.Namespace) -> dict[str, Any]:
         num_score_steps=len(batches),
         verbose=False,
     )
-    seconds = time.perf_counter() - start
+    seconds = _now(options.device) - start
     scores = {
         name.removesuffix(".quant_recipe"): {
             _format_name(recipe, case): float(score)
@@ -263,10 +281,10 @@ def _run_modelopt(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, stats in state["candidate_stats"].items()
     }
-    return _result(seconds, _own_peak_gib(), scores)
+    return _result(seconds, _own_peak_gib(options.device), scores)
 
 
-def _padded(batch: list[list[int]], case: Case) -> dict[str, Any]:
+def _padded(batch: list[list[int]], case: Case, device: str) -> dict[str, Any]:
     """What a tokenizer with ``padding="max_length"`` gives; labels ignore the padding."""
     length = PADDED_LENGTH if case.is_captions else max(map(len, batch))
     ids = torch.zeros(len(batch), length, dtype=torch.long)
@@ -274,6 +292,7 @@ def _padded(batch: list[list[int]], case: Case) -> dict[str, Any]:
     for row, sample in enumerate(batch):
         ids[row, : len(sample)] = torch.tensor(sample)
         mask[row, : len(sample)] = 1
+    ids, mask = ids.to(device), mask.to(device)
     labels = ids.masked_fill(mask == 0, -100)
     return {
         "input_ids": ids,
@@ -282,25 +301,26 @@ def _padded(batch: list[list[int]], case: Case) -> dict[str, Any]:
     }
 
 
-def modelopt_format(name: str) -> Any:
+def modelopt_format(name: str, device: str = "cpu") -> Any:
     """A preset of ModelOpt, or a pair of the menu as a config with the same quantizers.
 
-    fp4 and MX quantizers name our backend; ModelOpt has none for them on CPU.
+    On CPU, fp4 and MX quantizers name our backend, as ModelOpt has none for them there.
     """
     import modelopt.torch.quantization as mtq
 
     from autoquant_ray.quantize.block_formats import for_cpu
 
+    adapted = for_cpu if device == "cpu" else dict
     if hasattr(mtq, name):
-        return for_cpu(getattr(mtq, name))
-    (format_,) = resolve_formats([name], device="cpu")
+        return adapted(getattr(mtq, name))
+    (format_,) = resolve_formats([name], device=device)
     entries: list[dict[str, Any]] = [
         {"quantizer_name": "*", "enable": False},
         {"quantizer_name": "*weight_quantizer", "cfg": format_.weight, "enable": True},
     ]
     if format_.input is not None:
         entries.append({"quantizer_name": "*input_quantizer", "cfg": format_.input, "enable": True})
-    return for_cpu({"quant_cfg": entries, "algorithm": "max"})
+    return adapted({"quant_cfg": entries, "algorithm": "max"})
 
 
 def _format_name(recipe: Any, case: Case) -> str:

@@ -6,7 +6,8 @@ score difference stands beside it, with ModelOpt's clamp along its sorted format
 scores, so that speed is never bought with wrong numbers. Loading the model is not counted.
 
 Cases: ``unpadded`` (full windows, 4 presets), ``formats`` (full windows, 12 pairs), ``captions``
-(short captions, which ModelOpt's side pads to 512 tokens as its users do, 4 presets).
+(short captions, which ModelOpt's side pads to 512 tokens as its users do, 4 presets), ``fp4`` (full
+windows, NVFP4 and MXFP4).
 Sides: ``modelopt``, ``core`` (our scoring core in its process), ``ray`` (the whole scan with one
 worker), and ``core:0.25`` or ``ray:0.25`` with that share of the rows.
 
@@ -38,6 +39,8 @@ from autoquant_ray.distributed.host_memory import ENVIRONMENT
 
 OPTIONS = (
     "case",
+    "device",
+    "dtype",
     "samples",
     "batch",
     "shard_samples",
@@ -58,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.random_model:
             options.model = folder
-            save_random_model(folder)
+            save_random_model(folder, "small")
         rounds = [run_round(number + 1, options) for number in range(options.rounds)]
     names = options.sides.split(",")
     summary = {
@@ -94,28 +97,44 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--step-tokens", type=int, default=1024, help="Ours, per step.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=1, help="Of the ray side.")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--model", help="Default: the demo model, SmolLM2-135M.")
     parser.add_argument("--random-model", action="store_true", help="A random Qwen3, 2 layers.")
     parser.add_argument("--side", help="Run one side only.")
     return parser.parse_args()
 
 
-def save_random_model(folder: str) -> None:
-    """A random Qwen3 as wide as the demo model; 2 layers, 8,192 tokens."""
+SIZES = {
+    "tiny": (64, 128, 2, 4, 2, 16, 512, True),
+    "small": (576, 1536, 2, 9, 3, 64, 8192, True),
+    "0.6B": (1024, 3072, 28, 16, 8, 128, 151936, True),
+    "8B, 8 of 36 layers": (4096, 12288, 8, 32, 8, 128, 151936, False),
+}
+"""Random Qwen3 models: widths of the hidden states and of the MLP, layers, heads, heads of keys and
+values, their width, tokens, whether the head is tied. ``small`` is as wide as the demo model."""
+
+
+def save_random_model(folder: str, size: str, dtype: str = "float32", device: str = "cpu") -> None:
+    """Write a random Qwen3 of one of ``SIZES``."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    hidden, mlp, layers, heads, kv_heads, head_dim, tokens, is_tied = SIZES[size]
     torch.manual_seed(0)
     config = Qwen3Config(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=2,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        vocab_size=8192,
-        tie_word_embeddings=True,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=tokens,
+        tie_word_embeddings=is_tied,
+        dtype=dtype,
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    with torch.device(device):
+        model = Qwen3ForCausalLM(config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def run_round(number: int, options: argparse.Namespace) -> dict[str, Any]:
