@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.py`` on the CPU, so that it does not fail on a GPU that is at hand for minutes."""
+"""``benchmarks/gpu.py`` on the CPU, so that it does not fail on a GPU that is lent for minutes."""
 
 from __future__ import annotations
 
