@@ -47,6 +47,7 @@ from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import lease, require_free
+from autoquant_ray.runs.names import SAMPLES
 from autoquant_ray.runs.record import QuarantinedShard, RunRecord
 from autoquant_ray.runs.rounding import drop_rounding
 from autoquant_ray.runs.state import Mode, RunState, require_target
@@ -170,6 +171,7 @@ def _make_samples(
     tokenizer = TokenizerRef.of(ref, f"{state.record.fingerprints['model']}-{chats}")
     with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
         scratch = RunDirectory(folder)
+        scratch.marks[SAMPLES] = fingerprint
         facts = samples_stage.read_samples(config, tokenizer, scratch, limits=limits)
         if config.coverage == "full" and not facts.get("num_samples_with_images"):
             raise DataError(

@@ -25,11 +25,12 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import allowed_choices, best_served, search, ties_of
 from autoquant_ray.arrays import Floats
-from autoquant_ray.errors import ConfigError
+from autoquant_ray.errors import ConfigError, StoreError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.names import (
     DOMAIN_SCORES_FILE,
     DOMAINS_FILE,
+    remedy_of,
 )
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.wording import few
@@ -218,9 +219,12 @@ def read_domain_scores(state: RunState) -> DomainScores | None:
     """The scores of a run's domains; None where it has fewer than two.
 
     Raises:
-        StoreError: A file is damaged.
+        StoreError: A file is damaged or lost.
     """
     if not state.directory.exists(DOMAIN_SCORES_FILE):
+        if state.directory.exists(DOMAINS_FILE):
+            lost = state.directory.path(DOMAIN_SCORES_FILE)
+            raise StoreError(f"{lost} is lost; {remedy_of(DOMAIN_SCORES_FILE)}")
         return None
     table = state.directory.read_table(DOMAIN_SCORES_FILE)
     scores: dict[str, dict[tuple[str, str], float]] = {}

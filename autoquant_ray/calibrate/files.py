@@ -56,7 +56,7 @@ def calibration_of(state: RunState, used: Iterable[str] | None = None) -> Calibr
     require_rounding(state, [f.name for f in formats] if used is None else used)
     for name in missing_files(directory, formats, has_rounding=not is_rounding_dropped(state)):
         raise StoreError(
-            f"{directory.path(name)} does not exist, and formats of the run need it; scan with "
+            f"{directory.path(name)} is lost or damaged, and formats of the run need it; scan with "
             "`resume`, which makes it again"
         )
     if not needs_calibration(formats):
@@ -67,7 +67,7 @@ def calibration_of(state: RunState, used: Iterable[str] | None = None) -> Calibr
 def missing_files(
     directory: RunDirectory, formats: Sequence[Format], *, has_rounding: bool = True
 ) -> list[str]:
-    """The merged files that the formats of a run need and that are not there.
+    """The merged files that the formats of a run need and that are not there, or damaged.
 
     Args:
         directory: The run.
@@ -80,7 +80,7 @@ def missing_files(
         SEARCH_FILE: any(map(needs_search, formats)),
         ROUNDING_FILE: has_rounding and any(map(is_fitted, formats)),
     }
-    return [name for name, is_needed in needed.items() if is_needed and not directory.exists(name)]
+    return [n for n, is_needed in needed.items() if is_needed and not directory.is_intact(n)]
 
 
 def read_calibration(

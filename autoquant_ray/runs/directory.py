@@ -25,11 +25,13 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from autoquant_ray.errors import StoreError, StoreLostError, one_line
+from autoquant_ray.errors import StoreError, StoreLostError
 from autoquant_ray.runs.file_set import FileSet, Held
 from autoquant_ray.runs.filesystems import child_uri, disk_error, explain, open_place
 from autoquant_ray.runs.names import EVENTS_FILE, LOCK, RUN_FILE, RUN_FILES, RUN_FOLDERS, part_name
-from autoquant_ray.runs.schemas import ADDED_COLUMNS, schema_of
+from autoquant_ray.runs.parquet_bytes import Metadata, damaged, decode_table, encode_table
+from autoquant_ray.runs.part_marks import marked, why_foreign
+from autoquant_ray.runs.schemas import schema_of
 from autoquant_ray.runs.table_rows import TableRows
 
 SCHEMA_VERSION = 1
@@ -53,6 +55,7 @@ class RunDirectory:
         held: The lease on the directory, while it is held through this object; its ``require()`` is
             called before every change.
         advice: What to do once a store that failed is in order, the end of a sentence.
+        marks: Folder of parts -> fingerprint of its stage, which parts carry.
 
     Raises:
         StoreError: The path cannot be understood or reached.
@@ -66,6 +69,7 @@ class RunDirectory:
         self.listener: Callable[..., None] | None = None
         self.held: Held | None = None
         self.advice = "start again"
+        self.marks: dict[str, str] = {}
         self._set: FileSet | None = None
         self._was_written = False
         self._late_events: list[str] = []
@@ -130,10 +134,6 @@ class RunDirectory:
             elif info.base_name in RUN_FILES:
                 self.delete(info.base_name)
 
-    def _clear_run(self) -> None:
-        if self.exists(RUN_FILE):
-            self.clear()
-
     def write_bytes(self, name: str, content: bytes) -> str:
         """Write a file so that readers see all of it or nothing; returns its full path."""
         if self._set is not None:
@@ -179,7 +179,8 @@ class RunDirectory:
             self._set = None
         self._require_held()
         with self._reaching("write", next(iter(written.files), "")):
-            self._place.write_all(written.files, self._clear_run if is_new else lambda: None)
+            is_replaced = is_new and self.exists(RUN_FILE)
+            self._place.write_all(written.files, self.clear if is_replaced else lambda: None)
         self._was_written = True
         for event, details in written.events:
             self.append_event(event, **details)
@@ -201,7 +202,7 @@ class RunDirectory:
         try:
             return json.loads(self.read_bytes(name))
         except (ValueError, RecursionError) as error:
-            raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
+            raise damaged(self.path(name), name, error) from None
 
     def write_table(self, name: str, rows: Rows | pa.Table) -> str:
         """Write a table, or rows with the columns of that file, as Parquet; returns the full path.
@@ -211,9 +212,7 @@ class RunDirectory:
         table = rows
         if not isinstance(rows, pa.Table):
             table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema_of(name))
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        return self.write_bytes(name, sink.getvalue().to_pybytes())
+        return self.write_bytes(name, encode_table(marked(table, name, self.marks)))
 
     def write_tables(self, name: str, tables: Iterable[pa.Table]) -> str:
         """Write tables with the columns of that file below each other, one in memory at a time.
@@ -243,24 +242,16 @@ class RunDirectory:
         Raises:
             StoreError: Missing, damaged, or with other columns.
         """
-        content, schema = self.read_bytes(name), schema_of(name)
-        for column in encoded:
-            field = pa.field(column, pa.dictionary(pa.int32(), pa.string()))
-            schema = schema.set(schema.get_field_index(column), field)
+        content = self.read_bytes(name)
+
+        def check(metadata: Metadata) -> None:
+            if reason := why_foreign(metadata, name, self.marks):
+                raise StoreError(f"{self.path(name)} is {reason}")
+
         try:
-            # Parts are small, and several are read at a time.
-            file = pq.ParquetFile(pa.BufferReader(content), read_dictionary=list(encoded))
-            table = file.read(use_threads=False)
-            missing = set(schema.names) - set(table.column_names)
-            if missing - ADDED_COLUMNS:
-                raise StoreError(
-                    f"{self.path(name)} lacks the columns {sorted(missing - ADDED_COLUMNS)}"
-                )
-            for column in sorted(missing):
-                table = table.append_column(column, pa.nulls(table.num_rows))
-            return table.select(schema.names).cast(schema)
+            return decode_table(content, schema_of(name), encoded, self.path(name), check)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
+            raise damaged(self.path(name), name, error) from None
 
     def read_rows(self, name: str) -> TableRows:
         """Rows of a Parquet file, kept column by column.
@@ -299,7 +290,14 @@ class RunDirectory:
             try:
                 yield pq.ParquetFile(file)
             except (pa.ArrowInvalid, ValueError) as error:
-                raise StoreError(f"{self.path(name)} is damaged: {one_line(error)}") from None
+                raise damaged(self.path(name), name, error) from None
+
+    def is_intact(self, name: str) -> bool:
+        """Whether a Parquet file is there and its end is whole, so that it can be opened."""
+        try:
+            return self.exists(name) and self.num_row_groups(name) >= 0
+        except StoreError:
+            return False
 
     def list_parts(self, folder: str) -> list[int]:
         """Numbers of the shards (or layers) that have a part in a folder, sorted."""

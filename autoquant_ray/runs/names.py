@@ -88,6 +88,22 @@ def is_part(name: str) -> bool:
     return _PART.fullmatch(name.rpartition("/")[2]) is not None
 
 
+def remedy_of(name: str) -> str:
+    """What makes a damaged or lost file again."""
+    file = name.rpartition("/")[2]
+    if name.startswith(f"{EVALUATION}/") or file in (EVALUATION_FILE, AUDIT_FILE):
+        return "delete it, autoquant-ray evaluate makes it again"
+    if file == FRONTIER_FILE:
+        return "autoquant-ray frontier makes it again"
+    if file in (MANIFEST_TABLE, MANIFEST_JSON):
+        return "solve the budget again"
+    if file == RUN_FILE:
+        return "restore it, or scan again with --overwrite"
+    if is_part(name) or file in RUN_FILES:
+        return "autoquant-ray scan --resume makes it again"
+    return "restore it"
+
+
 def solution_folder(name: str) -> str:
     """Folder of a solution with a trailing slash; '' for the scan's own, which has no name."""
     return f"{SOLUTIONS}/{name}/" if name else ""

@@ -20,10 +20,14 @@ from autoquant_ray.runs.directory import SCHEMA_VERSION, RunDirectory
 from autoquant_ray.runs.lease import Lease
 from autoquant_ray.runs.names import (
     CALIBRATION_FILE,
+    DOMAIN_RESAMPLING_FILE,
+    DOMAIN_SCORES_FILE,
+    DOMAINS_FILE,
     FRONTIER_FILE,
     MANIFEST_JSON,
     MANIFEST_TABLE,
     PLAN_FILE,
+    RESAMPLING_FILE,
     ROUNDING,
     ROUNDING_FILE,
     RUN_FILE,
@@ -33,17 +37,20 @@ from autoquant_ray.runs.names import (
     SEARCH_FILE,
     SENSITIVITY_FILE,
 )
+from autoquant_ray.runs.part_marks import STAGE_OF
 from autoquant_ray.runs.record import PlanSummary, RunRecord, StageEntry
 from autoquant_ray.wording import shown
 
 Mode = Literal["new", "resume", "overwrite"]
 _OUTPUTS = {
-    "plan": PLAN_FILE,
-    "calibrate": CALIBRATION_FILE,
-    "search": SEARCH_FILE,
-    "fit": ROUNDING_FILE,
-    "aggregate": SENSITIVITY_FILE,
+    "plan": (PLAN_FILE,),
+    "calibrate": (CALIBRATION_FILE,),
+    "search": (SEARCH_FILE,),
+    "fit": (ROUNDING_FILE,),
+    "aggregate": (SENSITIVITY_FILE, RESAMPLING_FILE),
 }
+_OF_DOMAINS = {"aggregate": (DOMAIN_SCORES_FILE, DOMAIN_RESAMPLING_FILE)}
+"""Of a run with several domains too."""
 _MANY_SHARDS = 10_000
 """Beyond so many shards their number is checked against the files before anything is counted."""
 DROPPED = "dropped"
@@ -69,6 +76,10 @@ class RunState:
         self.record = record
         self._lease = lease
         self._replaces_a_run = False
+        for folder, stage in STAGE_OF.items():
+            entry = record.stages.get(stage)
+            if entry is not None and "fingerprint" in entry:
+                directory.marks[folder] = entry["fingerprint"]
 
     @classmethod
     def open(cls, directory: RunDirectory, lease: Lease | None = None) -> RunState:
@@ -163,12 +174,14 @@ class RunState:
         return self.record.config
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
-        """Whether a stage is finished with this fingerprint and its file is still there."""
+        """Whether a stage is finished with this fingerprint and its files are there and whole."""
         entry = self.record.stages.get(stage)
         if entry is None or (entry["state"], entry.get("fingerprint")) != ("done", fingerprint):
             return False
-        output = _OUTPUTS.get(stage)
-        return output is None or self.directory.exists(output)
+        outputs = _OUTPUTS.get(stage, ())
+        if self.directory.exists(DOMAINS_FILE):
+            outputs += _OF_DOMAINS.get(stage, ())
+        return all(map(self.directory.is_intact, outputs))
 
     @property
     def has_dropped_rounding(self) -> bool:
@@ -221,6 +234,8 @@ class RunState:
         start = time.perf_counter()
         entry: StageEntry = {"state": "running", "fingerprint": fingerprint}
         self.record.stages[name] = entry
+        marks = {folder: fingerprint for folder, stage in STAGE_OF.items() if stage == name}
+        self.directory.marks.update(marks)
         self.save()
         self.directory.append_event("stage_started", stage=name)
         try:

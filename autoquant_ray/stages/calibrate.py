@@ -53,7 +53,7 @@ def calibrate(state: RunState, pool: WorkerPool, plan: Plan, fingerprint: str) -
     if not needs_calibration(plan.formats):
         return Calibration()
     has_channels = any(map(needs_channels, plan.formats))
-    there = not has_channels or directory.exists(CHANNELS_FILE)
+    there = not has_channels or directory.is_intact(CHANNELS_FILE)
     if not (there and state.is_done("calibrate", fingerprint)):
         with state.stage("calibrate", fingerprint):
 

@@ -40,7 +40,7 @@ def has_samples(state: RunState, fingerprint: str) -> bool:
     if not state.is_done("shards", fingerprint):
         return False
     has_domains = len(state.record.dataset.get("domains", {})) > 1
-    if has_domains and not state.directory.exists(DOMAINS_FILE):
+    if has_domains and not state.directory.is_intact(DOMAINS_FILE):
         return False
     parts = state.directory.list_parts(SAMPLES)
     return parts == list(range(len(parts))) and len(parts) == state.record.dataset["num_shards"]

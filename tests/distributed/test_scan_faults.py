@@ -202,20 +202,39 @@ def test_scan_overwrite_keeps_files_that_are_not_ours(ray_local: None, make_conf
         ["sensitivity.parquet"],
         ["plan.parquet", "calibration.parquet", "sensitivity.parquet"],
         ["calibration.parquet", "scores/shard-000002.parquet"],
+        ["resampling.parquet", "empty: calibration.parquet"],
+        ["empty: plan.parquet", "empty: sensitivity.parquet"],
+        ["empty: resampling.parquet", "empty: scores/shard-000001.parquet"],
     ],
 )
-def test_scan_resume_of_a_finished_run_replaces_lost_files(
+def test_scan_resume_of_a_finished_run_replaces_lost_and_damaged_files(
     lost: list[str], ray_local: None, make_config: Any
 ) -> None:
     config = make_config()
     run_search(config)
-    before = Path(config.out, "sensitivity.parquet").read_bytes()
+    tables = ("sensitivity.parquet", "resampling.parquet", "calibration.parquet")
+    before = {name: Path(config.out, name).read_bytes() for name in tables}
     for name in lost:
-        Path(config.out, name).unlink()
+        path = Path(config.out, name.removeprefix("empty: "))
+        path.write_bytes(b"") if name.startswith("empty: ") else path.unlink()
     run_search(config, "resume")
-    assert Path(config.out, "sensitivity.parquet").read_bytes() == before
+    assert {name: Path(config.out, name).read_bytes() for name in tables} == before
     for name in lost:
-        assert Path(config.out, name).exists()
+        assert Path(config.out, name.removeprefix("empty: ")).stat().st_size > 0
+
+
+def test_scan_resume_with_a_part_of_another_run_scores_that_shard_again(
+    ray_local: None, make_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, other = make_config(), make_config(out=str(tmp_path / "other"), seed=7)
+    run_search(config)
+    run_search(other)
+    name = "scores/shard-000001.parquet"
+    before = Path(config.out, "sensitivity.parquet").read_bytes()
+    shutil.copy(Path(other.out, name), Path(config.out, name))
+    run_search(config, "resume")
+    assert f"{name} is damaged; shard 1 is done again" in caplog.text
+    assert Path(config.out, "sensitivity.parquet").read_bytes() == before
 
 
 def test_scan_resume_after_the_tokenizer_changed_is_refused(

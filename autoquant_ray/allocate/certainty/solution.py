@@ -11,6 +11,7 @@ Shapes: S shards, B resamples, G groups, F formats, R limits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +41,11 @@ from autoquant_ray.arrays import Floats
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.method_names import without_method
 from autoquant_ray.runs.directory import KEYS
-from autoquant_ray.runs.names import DOMAIN_RESAMPLING_FILE, RESAMPLING_FILE
+from autoquant_ray.runs.names import DOMAIN_RESAMPLING_FILE, RESAMPLING_FILE, remedy_of
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.runs.table_rows import numbers_of
+
+logger = logging.getLogger(__name__)
 
 CERTAIN = 0.95
 """A group that keeps its format in this share of the resamples is decided."""
@@ -241,8 +244,15 @@ def certainty_of(
         options.worst_domain
         or problem.menus.has_GF.sum() > MAX_CHOICES
         or ties_of(problem, options)
-        or not state.directory.exists(RESAMPLING_FILE)
     ):
+        return None
+    if not state.directory.exists(RESAMPLING_FILE):
+        if not state.record.is_imported:
+            logger.warning(
+                "%s is gone, so that no certainty is known; %s",
+                state.directory.path(RESAMPLING_FILE),
+                remedy_of(RESAMPLING_FILE),
+            )
         return None
     if options.domains:
         return assess_weighted(state, problem, options, formats)

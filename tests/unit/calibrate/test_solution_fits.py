@@ -274,7 +274,7 @@ def test_run_that_lost_or_dropped_its_fits_is_refused(loud_run: Any) -> None:
     config = load_quantization_config(directory.uri)
     kept = directory.read_bytes("rounding.parquet")
     directory.delete("rounding.parquet")
-    with pytest.raises(StoreError, match=r"rounding.parquet does not exist.*`resume`"):
+    with pytest.raises(StoreError, match=r"rounding.parquet is lost or damaged.*`resume`"):
         mtq.quantize(model_of(directory), config)
     directory.write_bytes("rounding.parquet", kept)
     drop_rounding(state)

@@ -130,3 +130,58 @@ def test_read_columns_that_an_earlier_version_did_not_write_are_null(make_run: A
     read = directory.read_table(name)
     assert read.column("sampling_stderr").null_count == table.num_rows > 0
     assert solve_run(directory, SolveOptions(bits=6))
+
+
+@pytest.mark.parametrize("damage", [truncate, empty])
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("resampling.parquet", "scan --resume"),
+        ("sensitivity.parquet", "scan --resume"),
+        ("plan.parquet", "scan --resume"),
+    ],
+)
+def test_damaged_table_is_one_line_with_the_command_that_makes_it_again(
+    damage: Any, name: str, command: str, finished: RunDirectory
+) -> None:
+    damage(Path(finished.uri, name))
+    result = CliRunner().invoke(main, ["solve", finished.uri, "--bits", "7"])
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert f"{name} is damaged" in line
+    assert f"autoquant-ray {command} makes it again" in line
+
+
+def test_solve_says_that_no_certainty_is_known_without_its_table(finished: RunDirectory) -> None:
+    Path(finished.uri, "resampling.parquet").unlink()
+    result = CliRunner().invoke(main, ["solve", finished.uri, "--bits", "7"])
+    assert result.exit_code == 0
+    assert "resampling.parquet is gone, so that no certainty is known" in result.stderr
+    assert "autoquant-ray scan --resume makes it again" in result.stderr
+
+
+@pytest.mark.parametrize("damage", [None, truncate, empty])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plan.parquet",
+        "sensitivity.parquet",
+        "resampling.parquet",
+        "domain_sensitivity.parquet",
+        "domain_resampling.parquet",
+    ],
+)
+def test_stage_with_a_lost_or_damaged_table_is_not_done(
+    damage: Any, name: str, make_run: Any
+) -> None:
+    directory: RunDirectory = make_run(num_shards=4, domains=("a", "b", "a", "b"))
+    stage = "plan" if name == "plan.parquet" else "aggregate"
+
+    def is_done() -> bool:
+        state = RunState.open(directory)
+        return state.is_done(stage, state.record.stages[stage]["fingerprint"])
+
+    assert is_done()
+    path = Path(directory.uri, name)
+    path.unlink() if damage is None else damage(path)
+    assert not is_done()

@@ -98,3 +98,52 @@ def test_tables_that_cannot_be_made_leave_what_was_there(directory: RunDirectory
         directory.write_tables("rounding.parquet", tables())
     assert directory.read_bytes("rounding.parquet") == b"before"
     assert directory.list_files("") == ["rounding.parquet"]
+
+
+ROWS = [{"module": "m", "statistic": "s", "value": 1.0}]
+
+
+def marked_run(folder: Path, mark: str) -> RunDirectory:
+    """A directory whose calibration stage has a fingerprint."""
+    directory = RunDirectory(str(folder))
+    directory.marks["calibration"] = mark
+    return directory
+
+
+def test_part_of_another_run_is_refused_and_of_the_same_data_is_not(tmp_path: Path) -> None:
+    first, same, other = (marked_run(tmp_path / n, n[0]) for n in ("a1", "a2", "b"))
+    name = part_name("calibration", 3)
+    first.write_table(name, ROWS)
+    for directory in (same, other):
+        directory.write_bytes(name, first.read_bytes(name))
+    assert same.read_rows(name)[0] == ROWS[0]
+    with pytest.raises(StoreError, match=r"is a part of another run; .* --resume makes it again"):
+        other.read_table(name)
+
+
+def test_part_under_the_name_of_another_shard_is_refused(tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+    first, second = part_name("calibration", 3), part_name("calibration", 4)
+    directory.write_table(first, ROWS)
+    directory.write_bytes(second, directory.read_bytes(first))
+    with pytest.raises(StoreError, match=rf"{second} is the part {first} under another name"):
+        directory.read_table(second)
+
+
+def test_part_of_other_held_out_data_is_refused(tmp_path: Path) -> None:
+    directory = RunDirectory(str(tmp_path))
+    first, second = (part_name(f"evaluation/{key}/plan", 0) for key in ("data", "else"))
+    row = {"sample": 0, "kl": [0.5], "loss": [1.0], "reference_loss": [1.0], "agrees": [True]}
+    directory.write_table(first, [row])
+    directory.write_bytes(second, directory.read_bytes(first))
+    assert directory.read_rows(first)[0]["sample"] == 0
+    with pytest.raises(StoreError, match="another run"):
+        directory.read_table(second)
+
+
+def test_part_of_an_earlier_version_says_nothing_and_is_read(tmp_path: Path) -> None:
+    directory = marked_run(tmp_path, "a")
+    name = part_name("calibration", 3)
+    (tmp_path / "calibration").mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS, schema=schema_of(name)), tmp_path / name)
+    assert directory.read_rows(name)[0] == ROWS[0]

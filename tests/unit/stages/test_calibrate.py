@@ -115,7 +115,7 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(name: str, started: A
 
     Path(state.directory.path(name)).unlink()
     assert not is_calibrated(state, plan)
-    with pytest.raises(StoreError, match=rf"{name} does not exist.*`resume`"):
+    with pytest.raises(StoreError, match=rf"{name} is lost or damaged.*`resume`"):
         calibration_of(state)
     again = Pool(scorer)
     run_stages(state, plan, again)

@@ -83,7 +83,7 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(started: Any) -> None
     assert is_calibrated(state, plan)
     Path(state.directory.path("rounding.parquet")).unlink()
     assert not is_calibrated(state, plan)
-    with pytest.raises(StoreError, match=r"rounding.parquet does not exist.*`resume`"):
+    with pytest.raises(StoreError, match=r"rounding.parquet is lost or damaged.*`resume`"):
         calibration_of(state)
     again = Pool(scorer)
     run_stages(state, plan, scorer, again)
