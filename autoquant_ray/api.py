@@ -230,8 +230,9 @@ class Run:
         format: str | None = None,
         engine: str | None = None,
         gpu: str | None = None,
+        max_shard_size: str = "50GB",
     ) -> Checkpoint:
-        """Write a solution as a checkpoint that engines load; the model must fit the memory here.
+        """Write a solution as a checkpoint that engines load, a decoder layer in memory at a time.
 
         Args:
             out: Folder to write; new or empty.
@@ -240,6 +241,7 @@ class Run:
                 that of the solution, serves it; without an engine ``modelopt``.
             engine: Refuse what this engine cannot serve: ``vllm``, ``sglang`` or ``trtllm``.
             gpu: On this generation or card.
+            max_shard_size: Largest size of a file of weights, such as ``5GB`` or ``500MB``.
 
         Raises:
             FormatError: The layout cannot hold the solution.
@@ -249,7 +251,13 @@ class Run:
         from autoquant_ray.export.checkpoint import export_run
 
         return export_run(
-            self._directory, out, solution=solution, layout=format, engine=engine, gpu=gpu
+            self._directory,
+            out,
+            solution=solution,
+            layout=format,
+            engine=engine,
+            gpu=gpu,
+            max_shard_size=max_shard_size,
         )
 
     def _repr_html_(self) -> str:

@@ -1,4 +1,5 @@
-"""The package's only door to ModelOpt, versions 0.47 and 0.48.
+"""The package's door to ModelOpt, versions 0.47 and 0.48; its exporter has one of its own
+(:mod:`autoquant_ray.modelopt_export`).
 
 What ModelOpt does not promise (names with an underscore, modules that its packages do not show, the
 text of a warning) is used here and nowhere else, under names that stay when it moves. What it does
@@ -13,9 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -79,7 +78,6 @@ except ImportError:
     from modelopt.torch.quantization.plugins.huggingface import _QuantGptOssExperts
 
 __all__ = [
-    "NAMES_KEPT",
     "SHARED_PATTERNS",
     "MXFP4QTensor",
     "MXFP8QTensor",
@@ -100,7 +98,6 @@ __all__ = [
     "enable_weight_access_and_writeback",
     "estimate_quant_compression",
     "experts_layout",
-    "export_checkpoint",
     "fake_quantize",
     "fp8_max_for_normalization",
     "has_cache_quantizers",
@@ -115,23 +112,14 @@ __all__ = [
     "needs_static_maximum",
     "normal_quantizer_name",
     "prepare_experts",
+    "prepare_quantizers",
     "register_attention",
     "register_calibration",
     "register_quant_backend",
     "scaled_e4m3_impl",
     "set_quantizer_by_cfg_context",
-    "stored_name_of",
     "switch_input_scaling",
-    "unfused_export",
-    "without_name_marks",
 ]
-
-NAMES_KEPT = "Quant-aware reverse weight conversion skipped"
-"""How the exporter begins its warning that it writes the names in memory, with the reason in
-parentheses after it (``modelopt/torch/export/unified_export_hf.py``)."""
-_NAME_MARK = re.compile(r"\.(\x00|\\u0000).*?sentinel")
-"""What 0.47 puts behind names while it maps them, in a text or in JSON
-(``modelopt/torch/export/quant_aware_conversion.py``)."""
 
 
 # Quantizers
@@ -330,48 +318,6 @@ def register_attention(module: Any) -> None:
             mtq.register(type(module), _QuantAttention)
 
 
-# The exporter
-
-
-def export_checkpoint(model: Any, *, dtype: torch.dtype, folder: Any) -> None:
-    """Write a quantized model's config and packed weights (``export_hf_checkpoint``)."""
-    from modelopt.torch.export import export_hf_checkpoint
-
-    export_hf_checkpoint(model, dtype=dtype, export_dir=folder)
-
-
-@contextmanager
-def unfused_export() -> Iterator[None]:
-    """Inside, the exporter gives linears that read one input no scales in common."""
-    from modelopt.torch.export import unified_export_hf
-
-    fuse = unified_export_hf._fuse_shared_input_modules
-    unified_export_hf._fuse_shared_input_modules = lambda *_, **__: {}
-    try:
-        yield
-    finally:
-        unified_export_hf._fuse_shared_input_modules = fuse
-
-
-def stored_name_of(model: Any) -> Callable[[str], str] | None:
-    """What gives the name in the model's own files of a module in memory; None: the same.
-
-    Raises:
-        ValueError: The exporter cannot give tensors the form of the files; the reason.
-    """
-    from modelopt.torch.export.quant_aware_conversion import (
-        QuantConversionUnsupportedError,
-        build_reverse_name_mapper,
-    )
-
-    try:
-        name_of = build_reverse_name_mapper(model)
-    except QuantConversionUnsupportedError as error:
-        raise ValueError(str(error)) from None
-    return None if name_of is None else lambda name: without_name_marks(name_of(name))
-
-
-def without_name_marks(text: str) -> str:
-    """Without a mark that ModelOpt 0.47 puts behind names while it maps them, and leaves there
-    where one of the model's patterns fits the mark itself (``model.`` does)."""
-    return _NAME_MARK.sub("", text)
+def prepare_quantizers(model: Any, quant_cfg: Any) -> None:
+    """What ``mtq.quantize`` does but for calibration: weights may be on the meta device."""
+    mtq.quantize(model, {"quant_cfg": quant_cfg, "algorithm": None})

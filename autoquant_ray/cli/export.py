@@ -40,6 +40,11 @@ _SERVED = ("--formats", "NVFP4_DEFAULT_CFG,wfp8_afp8", "--engine", "vllm")
     "from, in 16 bits, with folded factors.",
 )
 @click.option("--solution", default="", help="Folder below solutions/. Default: the scan's own.")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    help="For a checkpoint: largest size of a file of weights, such as 500MB. Default: 50GB.",
+)
 @click.option("--overwrite", is_flag=True, help="For a recipe: replace an existing file.")
 @prints_result
 def export(
@@ -51,13 +56,14 @@ def export(
     tool: str | None,
     base: str | None,
     solution: str,
+    max_shard_size: str | None,
     overwrite: bool,
 ) -> Result:
     """Write a solution of RUN in the form that another program reads.
 
-    A checkpoint is a folder with the packed weights, checked against the solution; the model must
-    fit this machine's memory. With --engine nothing is written that this engine would not serve as
-    it was chosen.
+    A checkpoint is a folder with the packed weights, checked against the solution. One decoder
+    layer is in memory at a time; an export that was killed goes on when it is started again. With
+    --engine nothing is written that this engine would not serve as it was chosen.
 
     \b
     Example:
@@ -70,22 +76,36 @@ def export(
             raise ConfigError(
                 f"--tool, --base and --overwrite are for --format {RECIPE}; leave them out"
             )
-        return _export_checkpoint(run, solution, kind, out, engine, gpu)
-    if engine is not None or gpu is not None:
-        raise ConfigError(f"--engine and --gpu are for a checkpoint, not for --format {RECIPE}")
+        return _export_checkpoint(run, solution, kind, out, engine, gpu, max_shard_size)
+    if engine is not None or gpu is not None or max_shard_size is not None:
+        raise ConfigError(
+            f"--engine, --gpu and --max-shard-size are for a checkpoint, not for --format {RECIPE}"
+        )
     written, notes = _export_recipe(run, solution, tool, out, base, overwrite)
     return Result(json=lambda: {"paths": written}, show=lambda: show_lines(written), notes=notes)
 
 
 def _export_checkpoint(
-    run: str, solution: str, layout: str | None, out: str, engine: str | None, gpu: str | None
+    run: str,
+    solution: str,
+    layout: str | None,
+    out: str,
+    engine: str | None,
+    gpu: str | None,
+    max_shard_size: str | None,
 ) -> Result:
-    from autoquant_ray.export.checkpoint import export_run
+    from autoquant_ray.export.checkpoint import MAX_SHARD_SIZE, export_run
     from autoquant_ray.runs.directory import RunDirectory
 
     with only_ours_on_stdout():
         written = export_run(
-            RunDirectory(run), out, solution=solution, layout=layout, engine=engine, gpu=gpu
+            RunDirectory(run),
+            out,
+            solution=solution,
+            layout=layout,
+            engine=engine,
+            gpu=gpu,
+            max_shard_size=max_shard_size or MAX_SHARD_SIZE,
         )
     served = written.served_layouts
     layout = written.layout

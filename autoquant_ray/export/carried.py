@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from autoquant_ray.export.check import StoredTensors
 from autoquant_ray.export.layouts import MODELOPT
 from autoquant_ray.models.dequantize import reader
 from autoquant_ray.models.find import ModelRef
-from autoquant_ray.models.stored_tensors import INDEX, SINGLE
 from autoquant_ray.plan.carried import (
     FileTensors,
     carried_bytes,
@@ -29,11 +28,36 @@ from autoquant_ray.plan.carried import (
 from autoquant_ray.wording import few
 
 if TYPE_CHECKING:
-    from autoquant_ray.export.model import SixteenBits
+    import torch
 
-_FILE = "model-carried.safetensors"
 _PACKED = (".weight_packed", ".weight")
 _MOST_NAMES = 3
+_MOST_BYTES = 2**28
+
+
+@dataclass(frozen=True, kw_only=True)
+class SixteenBits:
+    """Rounds what is not quantized.
+
+    Attributes:
+        dtype: ``bfloat16`` or ``float16``.
+        kept: Tensors that the model's own 16-bit files hold in float32.
+    """
+
+    dtype: torch.dtype
+    kept: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Of the type, as configs have it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it is stored."""
+        import torch
+
+        is_kept = tensor.dtype != torch.float32 or name in self.kept
+        return tensor if is_kept else tensor.to(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,32 +135,32 @@ class SourceTensors:
             )
 
 
-def copy_carried(source: SourceTensors, folder: Path, sixteen_bits: SixteenBits) -> None:
-    """Add the carried tensors to a written folder: to its only file, or as one more.
+def carried_parts(source: SourceTensors) -> Iterator[list[str]]:
+    """Names of the carried tensors, in parts that fit the memory."""
+    part: list[str] = []
+    size = 0
+    for name, nbytes in source.carried.items():
+        if part and size + nbytes > _MOST_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += nbytes
+    if part:
+        yield part
+
+
+def read_carried(
+    source: SourceTensors, names: Iterable[str], sixteen_bits: SixteenBits
+) -> dict[str, torch.Tensor]:
+    """Carried tensors as they are stored.
 
     Args:
         source: The model's own files.
-        folder: Holds a checkpoint.
+        names: Of the tensors.
         sixteen_bits: Rounds them.
     """
-    if not source.carried:
-        return
-    from safetensors.torch import load_file, save_file
-
     with reader(source.files.headers, source.files.packed) as read:
-        tensors = {
-            name: sixteen_bits.rounded(name, read(name)).contiguous() for name in source.carried
-        }
-    index = folder / INDEX
-    if not index.exists():
-        tensors = load_file(folder / SINGLE) | tensors
-        save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-        return
-    save_file(tensors, folder / _FILE, metadata={"format": "pt"})
-    content = json.loads(index.read_text())
-    content["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
-    content["weight_map"] |= dict.fromkeys(tensors, _FILE)
-    index.write_text(json.dumps(content, indent=2) + "\n")
+        return {name: sixteen_bits.rounded(name, read(name)).contiguous() for name in names}
 
 
 def ignore_carried(source: SourceTensors, folder: Path, layout: str) -> None:

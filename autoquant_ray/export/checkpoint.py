@@ -1,26 +1,37 @@
 """Exports a solution as a folder that serving engines load, in order: check, pack, check, rename.
 
-The model is loaded whole, in the type that the run computed in, so it must fit the memory of the
-machine. No data is needed: weights are calibrated by themselves, and the maxima of inputs are the
-run's. The folder is written beside its place and renamed at the end.
+Weights stay in the model's files: one part of the model, a decoder layer mostly, is in memory at a
+time, in the type that the run computed in, and what it is packed to goes to a file. At the end
+these files are put together. An export that was killed goes on from the files that it finds when it
+is started again with the same arguments. No data is needed: weights are calibrated by themselves,
+and the maxima of inputs are the run's. The folder is written beside its place and renamed at the
+end.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.export.carried import SourceTensors, add_ignored, copy_carried, ignore_carried
-from autoquant_ray.export.check import check_checkpoint, unlisted
-from autoquant_ray.export.folder import written_beside
-from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, stored_as
+from autoquant_ray.export.carried import SourceTensors, ignore_carried
+from autoquant_ray.export.check import check_checkpoint
+from autoquant_ray.export.folder import (
+    PartFiles,
+    parts_beside,
+    require_shard_size,
+    written_beside,
+)
+from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, stored_as
 from autoquant_ray.export.source import (
     Source,
+    needs_whole,
     pick_layout,
     read_source,
     require_engine,
@@ -30,8 +41,20 @@ from autoquant_ray.export.source import (
     target_of,
 )
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.smoothed import takes_factors
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.serving.rules import check_target
+from autoquant_ray.version import VERSION
+
+if TYPE_CHECKING:
+    from autoquant_ray.export.compressed_tensors import CompressedPacker
+    from autoquant_ray.export.model import LoadedModel
+    from autoquant_ray.export.modelopt import ModelOptPacker
+    from autoquant_ray.quantize.calibration import Calibration
+
+MAX_SHARD_SIZE = "50GB"
+"""That of transformers' ``save_pretrained``."""
+_PACKAGES = ("nvidia-modelopt", "compressed-tensors", "transformers", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +109,7 @@ def export_run(
     layout: str | None = None,
     engine: str | None = None,
     gpu: str | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> Checkpoint:
     """Write a solution as a checkpoint.
 
@@ -97,10 +121,12 @@ def export_run(
             of the solution, serves it; without an engine ``modelopt``.
         engine: Check that this one serves it: ``vllm``, ``sglang`` or ``trtllm``.
         gpu: On this generation or card.
+        max_shard_size: Largest size of a file of weights, such as ``5GB`` or ``500MB``.
 
     Raises:
         AutoQuantError: One of its subclasses; nothing is left at ``out``.
     """
+    require_shard_size(max_shard_size)
     if layout not in (None, *LAYOUTS):
         raise ConfigError(f"`format` {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
     check_target(engine, gpu)
@@ -110,8 +136,11 @@ def export_run(
     require_packable(source, layout)
     require_engine(source, layout, engine, gpu)
     _require_package(layout)
-    with written_beside(target) as folder:
-        written, in_source = _write(source, folder, layout, target_of(source, engine, gpu)[0])
+    reader = target_of(source, engine, gpu)[0]
+    fingerprint = _fingerprint(source, layout, reader)
+    with written_beside(target) as folder, parts_beside(target, fingerprint) as parts:
+        files = PartFiles(parts)
+        written, in_source = _write(source, folder, files, layout, reader, max_shard_size)
         stored = check_checkpoint(folder, written, layout)
         in_source.require_all_in(folder)
     names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
@@ -144,22 +173,23 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
         AutoQuantError: One of its subclasses; nothing is left at ``out``.
     """
     from autoquant_ray.calibrate.files import calibration_of
-    from autoquant_ray.export.model import distinct_tensors, load_for_export
+    from autoquant_ray.export.model import BasePacker, load_for_export, pack_parts, save_config
     from autoquant_ray.export.other_files import finish_folder
-    from autoquant_ray.quantize.fitted_model import Factors
-    from autoquant_ray.quantize.weight_search import WeightScales
 
     source = read_source(directory, solution)
     target = require_new_folder(out)
-    calibration = calibration_of(source.state, used=())  # factors alone
-    model, ref, sixteen_bits = load_for_export(source)
-    in_source = SourceTensors.of(model, ref)
-    Factors(model, source.formats, WeightScales(model, calibration)).fold()
-    tensors = {name: sixteen_bits.rounded(name, t) for name, t in distinct_tensors(model)}
-    with written_beside(target) as folder:
-        model.save_pretrained(folder, state_dict=tensors)
-        copy_carried(in_source, folder, sixteen_bits)
-        finish_folder(folder, ref, sixteen_bits.name)
+    fingerprint = _fingerprint(source, "base")
+    with written_beside(target) as folder, parts_beside(target, fingerprint) as parts:
+        files = PartFiles(parts)
+        calibration = calibration_of(source.state, used=())  # factors alone
+        loaded = load_for_export(source)
+        in_source = SourceTensors.of(loaded.model, loaded.ref)
+        save_config(loaded, folder)
+        packer = BasePacker(loaded, source.formats, calibration)
+        together = _together(source, calibration)
+        names, _ = pack_parts(loaded, packer, together, files=files, in_source=in_source)
+        files.assemble(names, folder, MAX_SHARD_SIZE)
+        finish_folder(folder, loaded.ref, loaded.sixteen_bits.name)
         in_source.require_all_in(folder)
     return str(target)
 
@@ -173,41 +203,78 @@ def _require_package(layout: str) -> None:
 
 
 def _write(
-    source: Source, folder: Path, layout: str, engine: str | None
+    source: Source,
+    folder: Path,
+    files: PartFiles,
+    layout: str,
+    engine: str | None,
+    max_shard_size: str,
 ) -> tuple[Source, SourceTensors]:
     """Fill the folder; the source by the names that its files have, and the model's own files."""
     from autoquant_ray.calibrate.files import calibration_of
-    from autoquant_ray.export.model import load_for_export
+    from autoquant_ray.export.model import load_for_export, pack_parts, save_config
     from autoquant_ray.export.other_files import finish_folder
 
     calibration = calibration_of(source.state, source.used)
-    model, ref, sixteen_bits = load_for_export(source)
-    in_source = SourceTensors.of(model, ref)
-    stored = source
-    if layout == COMPRESSED_TENSORS:
-        from autoquant_ray.export.compressed_tensors import write_compressed
-
-        write_compressed(model, source, calibration, folder, sixteen_bits)
-    else:
-        from autoquant_ray.export.modelopt import (
-            name_fused_layers,
-            round_to_16_bits,
-            write_modelopt,
-        )
-        from autoquant_ray.export.names import as_stored, require_experts_as_stored
-
-        stored = as_stored(model, source)
-        require_experts_as_stored(model, source, stored, ref.weights_folder)
-        write_modelopt(model, source, calibration, folder)
-        round_to_16_bits(folder, stored, sixteen_bits)
-        config = json.loads((folder / "config.json").read_text())["quantization_config"]
-        add_ignored(unlisted(config, stored), folder, layout)
-        if engine == "sglang":
-            name_fused_layers(folder, stored)
-    copy_carried(in_source, folder, sixteen_bits)
+    is_whole = layout == MODELOPT and needs_whole(source)
+    loaded = load_for_export(source, is_whole=is_whole)
+    in_source = SourceTensors.of(loaded.model, loaded.ref)
+    save_config(loaded, folder)
+    packer, stored = _packer(loaded, source, calibration, layout)
+    together = _together(source, calibration)
+    names, facts = pack_parts(
+        loaded, packer, together, files=files, in_source=in_source, is_whole=is_whole
+    )
+    files.assemble(names, folder, max_shard_size)
+    packer.finish(folder, facts, engine)
     ignore_carried(in_source, folder, layout)
-    finish_folder(folder, ref, sixteen_bits.name)
+    finish_folder(folder, loaded.ref, loaded.sixteen_bits.name)
     if "carried" not in source.state.plan:
         uncounted = sum(in_source.carried.values())
         stored = replace(stored, uncounted_bytes=uncounted)
     return stored, in_source
+
+
+def _packer(
+    loaded: LoadedModel, source: Source, calibration: Calibration, layout: str
+) -> tuple[CompressedPacker | ModelOptPacker, Source]:
+    """What packs parts, and the source by the names in the files."""
+    if layout == COMPRESSED_TENSORS:
+        from autoquant_ray.export.compressed_tensors import CompressedPacker
+
+        return CompressedPacker(loaded.model, source, calibration, loaded.sixteen_bits), source
+    from autoquant_ray.export.modelopt import ModelOptPacker
+    from autoquant_ray.export.names import as_stored, require_experts_as_stored
+
+    stored = as_stored(loaded.model, source)
+    require_experts_as_stored(loaded.model, source, stored, loaded.ref.weights_folder)
+    packer = ModelOptPacker(loaded.model, source, stored, calibration, loaded.sixteen_bits)
+    return packer, stored
+
+
+def _together(source: Source, calibration: Calibration) -> list[tuple[str, ...]]:
+    """Modules around inputs that may have factors, each set in one part of the model."""
+    readers = [name for name, format_ in source.formats.items() if takes_factors(format_)]
+    folds = [calibration.folds[name] for name in readers if name in calibration.folds]
+    return [(fold.producer, *fold.readers) for fold in folds]
+
+
+def _fingerprint(source: Source, kind: str, engine: str | None = None) -> str:
+    """Of all that decides about the parts of a checkpoint."""
+    content = {
+        "manifest": source.manifest,
+        "model": source.state.record.fingerprints["model"],
+        "kind": kind,
+        "engine": engine,
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "version": VERSION,
+    }
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

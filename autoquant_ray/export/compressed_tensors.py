@@ -12,7 +12,7 @@ Shape letters: O out features, I in features.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 
+from autoquant_ray.export.carried import SixteenBits
 from autoquant_ray.export.layouts import (
     COMPRESSED_AS,
     NO_ZERO,
@@ -33,7 +34,8 @@ from autoquant_ray.export.layouts import (
     block_size,
     grids,
 )
-from autoquant_ray.export.model import SixteenBits, distinct_tensors
+from autoquant_ray.export.model import as_saved, distinct_tensors
+from autoquant_ray.export.parts import Part, outline
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.modelopt_api import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
@@ -48,33 +50,52 @@ from autoquant_ray.serving.layer_formats import LayerAlgo
 _PRESETS = {"NVFP4": "NVFP4", "W4A16_NVFP4": "NVFP4A16", "MXFP8": "MXFP8", "MXFP4": "MXFP4"}
 """Schemes of the package's own (``quantization/quant_scheme.py``)."""
 _NVFP4_LARGEST = 6.0 * 448
+_SEARCHED_BYTES = 2**26
+"""Of the searches of layers that share a scale: they are in one part, and used there alone."""
 _STRATEGIES = {"tensor": "tensor", "channel": "channel", "block": "group", "token": "token"}
 _NUMBERS = {"fp8": ("float", 8), "int8": ("int", 8), "int4": ("int", 4)}
 
 
-def write_compressed(
-    model: Any, source: Source, calibration: Calibration, folder: Path, sixteen_bits: SixteenBits
-) -> None:
-    """Write the model's config and its packed weights.
+class CompressedPacker:
+    """Packs a model part by part.
 
     Args:
-        model: The loaded model; it is changed.
+        model: The loaded model, its weights in memory or on the meta device.
         source: Which formats.
         calibration: From the scan.
-        folder: An empty folder.
         sixteen_bits: Rounds what is not quantized; its type is that of the scales of blocks.
     """
-    schemes = _schemes(source)
-    targets = [module for scheme in schemes.values() for module in scheme.targets]
-    packed: dict[str, torch.Tensor] = {}
-    scales = WeightScales(model, calibration)
-    factors = Factors(model, source.formats, scales)
-    for name, format_ in source.formats.items():
-        scales.largest((name,), format_)  # while all weights are there
-    for scheme in schemes.values():
-        for name in scheme.targets:
-            format_, module = source.formats[name], model.get_submodule(name)
-            maxima = calibration.of(name).maxima
+
+    def __init__(
+        self, model: Any, source: Source, calibration: Calibration, sixteen_bits: SixteenBits
+    ) -> None:
+        self._outline, self._source, self._calibration = outline(model), source, calibration
+        self._sixteen_bits = sixteen_bits
+        self._schemes = _schemes(source)
+        self._scales = WeightScales(model, calibration)
+        self._scales.searched.resize(_SEARCHED_BYTES)
+        self._linears = [
+            name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+        ]
+
+    def pack(self, shell: Any, part: Part) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Pack a part whose weights are in memory.
+
+        Args:
+            shell: A model that holds it alone; it is changed.
+            part: Which.
+
+        Returns:
+            Its tensors by the names in the files, and nothing else to remember.
+        """
+        formats = self._source.within(part.holds).formats
+        scales, packed = self._scales, dict[str, torch.Tensor]()
+        factors = Factors(shell, formats, scales)
+        for name, format_ in formats.items():
+            scales.largest((name,), format_)  # while all weights are there
+        for name, scheme in self._packed_order(formats):
+            format_, module = formats[name], shell.get_submodule(name)
+            maxima = self._calibration.of(name).maxima
             weight, divisor_O = factors.multiplied(name, module.weight), factors.divisor(name)
             quantizer = quantizer_of(format_, weight, scales, name)
             weight = rounded_weight(format_, quantizer, weight, scales, name)
@@ -82,25 +103,40 @@ def write_compressed(
             if divisor_O is not None:  # the integers stay
                 parts["weight_scale"] /= divisor_O[:, None]
             if parts["weight_scale"].dtype == torch.float32 and block_size(format_) > 0:
-                parts["weight_scale"] = parts["weight_scale"].to(sixteen_bits.dtype)
-            packed |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+                parts["weight_scale"] = parts["weight_scale"].to(self._sixteen_bits.dtype)
+            packed |= {f"{name}.{kind}": tensor for kind, tensor in parts.items()}
             module.weight = None  # the packed one takes its place
-    factors.divide(source.formats)
-    rest = {name: sixteen_bits.rounded(name, tensor) for name, tensor in distinct_tensors(model)}
-    model.save_pretrained(folder, state_dict=rest | packed)
-    linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    ignored = [name for name in linears if name not in set(targets)]
-    config = QuantizationConfig(
-        config_groups=schemes,
-        format=_common_format(schemes),
-        quantization_status=QuantizationStatus.COMPRESSED,
-        # vLLM refuses fused layers of which some parts are ignored, where others do not exist.
-        ignore=[*ignored, *missing_parts(linears, ignored)],
-    )
-    file = folder / "config.json"
-    content = json.loads(file.read_text())
-    content["quantization_config"] = config.model_dump(mode="json") | {"version": __version__}
-    file.write_text(json.dumps(content, indent=2) + "\n")
+        factors.divide(formats)
+        rest = {n: self._sixteen_bits.rounded(n, t) for n, t in distinct_tensors(shell)}
+        return as_saved(self._outline, rest | packed), {}
+
+    def finish(self, folder: Path, parts: Sequence[Any], engine: str | None) -> None:
+        """Describe the packed weights in a folder that holds the model's config.
+
+        Args:
+            folder: Of the checkpoint.
+            parts: What was to be remembered of each part.
+            engine: That will read it; None: any.
+        """
+        targets = {module for scheme in self._schemes.values() for module in scheme.targets}
+        ignored = [name for name in self._linears if name not in targets]
+        config = QuantizationConfig(
+            config_groups=self._schemes,
+            format=_common_format(self._schemes),
+            quantization_status=QuantizationStatus.COMPRESSED,
+            # vLLM refuses fused layers of which some parts are ignored, where others do not exist.
+            ignore=[*ignored, *missing_parts(self._linears, ignored)],
+        )
+        file = folder / "config.json"
+        content = json.loads(file.read_text())
+        content["quantization_config"] = config.model_dump(mode="json") | {"version": __version__}
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+    def _packed_order(
+        self, formats: Mapping[str, Format]
+    ) -> Iterator[tuple[str, QuantizationScheme]]:
+        for scheme in self._schemes.values():
+            yield from ((name, scheme) for name in scheme.targets if name in formats)
 
 
 def _schemes(source: Source) -> dict[str, QuantizationScheme]:

@@ -1,55 +1,67 @@
-"""The model behind a checkpoint, loaded as the run did."""
+"""The model behind a checkpoint, in the type that the run computed in, packed part by part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import FormatError
+from autoquant_ray.export.carried import (
+    SixteenBits,
+    SourceTensors,
+    carried_parts,
+    read_carried,
+)
 from autoquant_ray.export.check import StoredTensors
+from autoquant_ray.export.folder import PartFiles
+from autoquant_ray.export.parts import Part, PartedModel, are_readable, outline
 from autoquant_ray.export.source import Source
+from autoquant_ray.formats.format import Format
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import load_model, own_dtype
 from autoquant_ray.models.of_run import require_model
 from autoquant_ray.models.quantizable import is_turned
 from autoquant_ray.models.separate_heads import give_weight, separate_head
+from autoquant_ray.quantize.calibration import Calibration
+from autoquant_ray.quantize.fitted_model import Factors
+from autoquant_ray.quantize.weight_search import WeightScales
+from autoquant_ray.score.loading import load_on_disk
+from autoquant_ray.score.residence import StoredWeights
 
 _16_BITS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SixteenBits:
-    """Rounds what is not quantized.
+class LoadedModel:
+    """A model to export.
 
     Attributes:
-        dtype: ``bfloat16`` or ``float16``.
-        kept: Tensors that the model's own 16-bit files hold in float32.
+        model: Its weights are in memory, or on the meta device.
+        weights: Reads those on the meta device; None: all are in memory.
+        ref: Where it is from.
+        sixteen_bits: How to round what is not quantized: to the run's 16-bit type, else to the
+            checkpoint's own, else to bfloat16.
     """
 
-    dtype: torch.dtype
-    kept: frozenset[str] = frozenset()
-
-    @property
-    def name(self) -> str:
-        """Of the type, as configs have it."""
-        return str(self.dtype).removeprefix("torch.")
-
-    def rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as it is stored."""
-        is_kept = tensor.dtype != torch.float32 or name in self.kept
-        return tensor if is_kept else tensor.to(self.dtype)
+    model: Any
+    weights: StoredWeights | None
+    ref: ModelRef
+    sixteen_bits: SixteenBits
 
 
-def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
-    """Load the run's model on the CPU, in the type that the run computed in.
+def load_for_export(source: Source, *, is_whole: bool = False) -> LoadedModel:
+    """Find the run's model, in the type that the run computed in, on the CPU.
 
-    Returns:
-        The model, where it is from, and how to round what is not quantized: to the run's 16-bit
-        type, else to the checkpoint's own, else to bfloat16.
+    Weights stay in the model's files where these can be mapped.
+
+    Args:
+        source: What is exported.
+        is_whole: Load all weights.
 
     Raises:
         StoreError: The model changed since the run.
@@ -60,7 +72,7 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
 
     scan = ScanConfig.model_validate(source.state.config)
     ref = require_model(source.state, scan)
-    model: Any = load_model(ref, dtype=scan.dtype, device="cpu")
+    model, weights = _load(ref, scan.dtype, is_whole=is_whole)
     _require_plain_linears(model)
     file_dtype = own_dtype(ref)
     dtype = model.dtype if model.dtype != torch.float32 else file_dtype
@@ -74,8 +86,16 @@ def load_for_export(source: Source) -> tuple[Any, ModelRef, SixteenBits]:
     if ref.gguf_file is None:
         # The model's file is copied; transformers would not save again what it finds odd in it.
         model.generation_config = transformers.GenerationConfig()
-    _untie_head(model, source)
-    return model, ref, sixteen_bits
+    _untie_head(model, weights, source)
+    return LoadedModel(model=model, weights=weights, ref=ref, sixteen_bits=sixteen_bits)
+
+
+def _load(ref: ModelRef, dtype: str, *, is_whole: bool) -> tuple[Any, StoredWeights | None]:
+    if not is_whole and ref.gguf_file is None:
+        model, weights = load_on_disk(ref, dtype=dtype)
+        if are_readable(model, weights):
+            return model, weights
+    return load_model(ref, dtype=dtype, device="cpu"), None
 
 
 def _require_plain_linears(model: Any) -> None:
@@ -87,7 +107,7 @@ def _require_plain_linears(model: Any) -> None:
         )
 
 
-def _untie_head(model: Any, source: Source) -> None:
+def _untie_head(model: Any, weights: StoredWeights | None, source: Source) -> None:
     """Give a quantized head that shares the embedding's weight a weight of its own.
 
     A head that has one already, whatever the config says, is stored: then too the config must not
@@ -98,6 +118,9 @@ def _untie_head(model: Any, source: Source) -> None:
     is_copied = head.weight is embedding.weight and name in source.formats
     if is_copied:
         give_weight(model)
+        if weights is not None:
+            shared = next(n for n, module in model.named_modules() if module is embedding)
+            weights.share(f"{name}.weight", f"{shared}.weight")
     if not is_copied and separate_head(model) is None:
         return
     for config in (model.config, model.config.get_text_config()):
@@ -112,3 +135,100 @@ def distinct_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
+
+
+def as_saved(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a part by the names in the files, as ``save_pretrained`` writes them.
+
+    Args:
+        model: As transformers loaded it, or its outline.
+        tensors: By the names in memory.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    left_out = model._keys_to_ignore_on_save or ()
+    kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    saved: dict[str, torch.Tensor] = revert_weight_conversion(model, kept)
+    return saved
+
+
+class BasePacker:
+    """Gives the parts of a model with the factors of a solution folded in, in 16 bits.
+
+    Args:
+        loaded: The model.
+        formats: Quantized module -> its format.
+        calibration: From the scan; factors alone.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, formats: Mapping[str, Format], calibration: Calibration
+    ) -> None:
+        self._outline, self._formats = outline(loaded.model), formats
+        self._rounded = loaded.sixteen_bits.rounded
+        self._scales = WeightScales(loaded.model, calibration)
+
+    def pack(self, shell: Any, part: Part) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """See :class:`Packer`."""
+        formats = {name: f for name, f in self._formats.items() if part.holds(name)}
+        Factors(shell, formats, self._scales).fold()
+        tensors = {name: self._rounded(name, tensor) for name, tensor in distinct_tensors(shell)}
+        return as_saved(self._outline, tensors), {}
+
+
+class Packer(Protocol):
+    """Makes the stored tensors of a part of a model."""
+
+    def pack(self, shell: Any, part: Part) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Pack a part whose weights are in memory.
+
+        Args:
+            shell: A model that holds it alone; it may be changed.
+            part: Which.
+
+        Returns:
+            Its tensors by the names in the files, and what is to be remembered: plain values.
+        """
+        ...
+
+
+def pack_parts(
+    loaded: LoadedModel,
+    packer: Packer,
+    together: Iterable[tuple[str, ...]],
+    *,
+    files: PartFiles,
+    in_source: SourceTensors,
+    is_whole: bool = False,
+) -> tuple[list[str], list[Mapping[str, Any]]]:
+    """Pack what is not in a file yet.
+
+    Args:
+        loaded: The model; its parts are taken out of it.
+        packer: Packs one.
+        together: Sets of modules that must be in memory together.
+        files: Where the parts go.
+        in_source: What the model's own files hold beside it.
+        is_whole: The model is one part.
+
+    Returns:
+        Names of the files in the order of the checkpoint, and what was remembered of each part.
+    """
+    model = PartedModel(loaded.model, loaded.weights, together, is_whole=is_whole)
+    names = [f"part-{part.number:05d}" for part in model.parts]
+    for name, part in zip(names, model.parts, strict=True):
+        if name not in files:
+            with model.loaded(part) as shell:
+                files.write(name, *packer.pack(shell, part))
+    facts = [files.facts(name) for name in names]
+    for number, tensors in enumerate(carried_parts(in_source)):
+        name = f"carried-{number:05d}"
+        if name not in files:
+            files.write(name, read_carried(in_source, tensors, loaded.sixteen_bits), {})
+        names.append(name)
+    return names, facts
+
+
+def save_config(loaded: LoadedModel, folder: Path) -> None:
+    """Write what ``save_pretrained`` does beside weights: configs, code of the model."""
+    loaded.model.save_pretrained(folder, state_dict={})

@@ -1,20 +1,24 @@
-"""A quantized model -> a folder in ModelOpt's layout, written by ModelOpt's own exporter.
+"""A quantized model -> a folder in ModelOpt's layout, packed by ModelOpt's own exporter.
 
 Weights are calibrated as in the scan; the input maxima and mean squares are the scan's. The
-exporter writes every tensor in the type that the model computes in. Where that is float32, what is
-not quantized is rounded to 16 bits here afterwards, and so are the scales of blocks: the manifest
-counts both as 16 bits, and so do the kernels that read them.
+exporter is given the model part by part, each as a model of its own that is not whole: it packs a
+layer from that layer alone. The config names all layers, so it is made at the end, by the exporter
+too.
 
-``export_hf_checkpoint`` (ModelOpt 0.47) is always given the type: without it, it fails on a
-``config.json`` that states one ("Invalid device string: 'bfloat16'"). It takes a format's name from
-the weights and drops the inputs' part of it.
+Every tensor comes in the type that the model computes in. Where that is float32, what is not
+quantized is rounded to 16 bits here, and so are the scales of blocks: the manifest counts both as
+16 bits, and so do the kernels that read them.
+
+The exporter (ModelOpt 0.47) is always given the type: without it, it fails on a ``config.json``
+that states one ("Invalid device string: 'bfloat16'"). It takes a format's name from the weights and
+drops the inputs' part of it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +26,21 @@ import torch
 
 from autoquant_ray.calibrate.modelopt_config import load_quantization_config
 from autoquant_ray.errors import FormatError, one_line
+from autoquant_ray.export.carried import SixteenBits, add_ignored
+from autoquant_ray.export.check import unlisted
 from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxima
 from autoquant_ray.export.layouts import MODELOPT, NO_ZERO, block_size
-from autoquant_ray.export.model import SixteenBits
-from autoquant_ray.export.names import names_required
-from autoquant_ray.export.source import Source
-from autoquant_ray.formats.algorithms import without_fits
-from autoquant_ray.formats.numbers import has_tensor_scale
-from autoquant_ray.modelopt_api import (
-    export_checkpoint,
-    mtq,
-    needs_static_maximum,
-    unfused_export,
+from autoquant_ray.export.names import naming
+from autoquant_ray.export.parts import Part, outline
+from autoquant_ray.export.source import Source, needs_whole
+from autoquant_ray.formats.algorithms import algorithm_of_part, without_fits
+from autoquant_ray.modelopt_api import calibrate, needs_static_maximum, prepare_quantizers
+from autoquant_ray.modelopt_export import (
+    as_stored_tensors,
+    pack_model,
     without_name_marks,
+    write_export_config,
 )
-from autoquant_ray.models.stored_tensors import INDEX
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import FittedModel, QuantizedModule
 from autoquant_ray.serving.fused_names import EXPERTS, engine_modules
@@ -46,37 +50,90 @@ _CONFIGS = ("hf_quant_config.json", "config.json")
 _MOST_OF_ERROR = 200  # characters
 
 
-def write_modelopt(model: Any, source: Source, calibration: Calibration, folder: Path) -> None:
-    """Write the model's config and its packed weights, all in the type that the model has.
+class ModelOptPacker:
+    """Packs a model part by part.
 
     Args:
-        model: The loaded model; it is changed.
+        model: The loaded model, its weights in memory or on the meta device; it is changed.
         source: Which formats.
+        stored: The same by the names in the files.
         calibration: From the scan.
-        folder: An empty folder.
+        sixteen_bits: Rounds what is not quantized, and the scales of blocks.
 
     Raises:
-        FormatError: ModelOpt would not write the names of the model's own files, or stops, or a
-            module has no calibrated maximum.
+        FormatError: ModelOpt cannot prepare the model.
     """
-    modules = {
-        name: QuantizedModule.of(name, source.modules[name], format_)
-        for name, format_ in source.formats.items()
-    }
-    with _stops_named("mtq.quantize"):  # it cannot prepare every attention (Bloom's)
-        mtq.quantize(model, without_fits(load_quantization_config(source.manifest)))
-    fitted = FittedModel(model, modules, calibration)
-    fitted.set_weights()
-    _set_input_maxima(model, source, calibration)
-    set_cache_maxima(model, source.caches, calibration)
-    _quantize_weights(model, source)
-    fitted.divide()  # rounded numbers stay, scales change
-    # The type is given because the one that ModelOpt reads from a config.json is text, which its
-    # packing of 4-bit integers takes for a device.
-    with _stops_named("exporter"), names_required(), _scales_kept(source):
-        export_checkpoint(model, dtype=next(model.parameters()).dtype, folder=folder)
-    _correct_configs(folder)
-    check_caches(folder, source.caches, calibration)
+
+    def __init__(
+        self,
+        model: Any,
+        source: Source,
+        stored: Source,
+        calibration: Calibration,
+        sixteen_bits: SixteenBits,
+    ) -> None:
+        self._outline, self._source, self._stored = outline(model), source, stored
+        self._calibration, self._sixteen_bits = calibration, sixteen_bits
+        self._dtype = next(model.parameters()).dtype
+        config = without_fits(load_quantization_config(source.manifest))
+        self._algorithm = config["algorithm"]
+        with _stops_named("mtq.quantize"):  # it cannot prepare every attention (Bloom's)
+            prepare_quantizers(model, config["quant_cfg"])
+
+    def pack(self, shell: Any, part: Part) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Pack a part whose weights are in memory.
+
+        Args:
+            shell: A model that holds it alone; its weights are changed.
+            part: Which.
+
+        Returns:
+            Its tensors by the names in the files, and its share of the checkpoint's config.
+
+        Raises:
+            FormatError: ModelOpt would not write the names of the model's own files, or stops, or a
+                module has no calibrated maximum.
+        """
+        source = self._source.within(part.holds)
+        modules = {
+            name: QuantizedModule.of(name, source.modules[name], format_)
+            for name, format_ in source.formats.items()
+        }
+        with _stops_named("mtq.quantize"):
+            calibrate(shell, algorithm_of_part(self._algorithm, part.holds), None)
+        fitted = FittedModel(shell, modules, self._calibration)
+        fitted.set_weights()
+        _set_input_maxima(shell, source, self._calibration)
+        set_cache_maxima(shell, source.caches, self._calibration)
+        _quantize_weights(shell, source)
+        fitted.divide()  # rounded numbers stay, scales change
+        with _stops_named("exporter"):
+            tensors, config = pack_model(shell, dtype=self._dtype, fuses=needs_whole(self._source))
+        with naming():
+            tensors = as_stored_tensors(self._outline, tensors)
+        rounded = {
+            name: self._sixteen_bits.rounded(name, tensor)
+            if _is_rounded(name, self._stored)
+            else tensor
+            for name, tensor in tensors.items()
+        }
+        return rounded, config
+
+    def finish(self, folder: Path, parts: Sequence[Mapping[str, Any]], engine: str | None) -> None:
+        """Describe the packed weights in a folder that holds them and the model's config.
+
+        Args:
+            folder: Of the checkpoint.
+            parts: What :meth:`pack` gave of each part's config, in their order.
+            engine: That will read it; None: any.
+        """
+        write_export_config(self._outline, parts, folder)
+        _correct_configs(folder)
+        check_caches(folder, self._source.caches, self._calibration)
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        add_ignored(unlisted(config, self._stored), folder, MODELOPT)
+        if engine == "sglang":
+            name_fused_layers(folder, self._stored)
 
 
 @contextmanager
@@ -93,45 +150,6 @@ def _stops_named(what: str) -> Iterator[None]:
             f"`format` {MODELOPT} cannot hold this model: ModelOpt's {what} stops "
             f"({one_line(error, _MOST_OF_ERROR)})"
         ) from error
-
-
-@contextmanager
-def _scales_kept(source: Source) -> Iterator[None]:
-    """Inside, ModelOpt's exporter gives no weights a scale in common, which they have already.
-
-    It finds the linears that read one input, which are more than those that engines fuse, and sets
-    their scales to the largest. In runs of earlier versions weights have scales of their own.
-    """
-    with_tensor_scale = [f for f in source.formats.values() if has_tensor_scale(f.weight)]
-    are_shared = all(format_.shares_scale for format_ in with_tensor_scale)
-    with unfused_export() if are_shared else nullcontext():
-        yield
-
-
-def round_to_16_bits(folder: Path, source: Source, sixteen_bits: SixteenBits) -> None:
-    """Rewrite the weight files, one at a time.
-
-    Args:
-        folder: Holds them.
-        source: Which formats, by the names in the files.
-        sixteen_bits: Rounds what is not quantized, and the scales of blocks.
-    """
-    from safetensors.torch import load_file, save_file
-
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(file)
-        rounded = {
-            name: sixteen_bits.rounded(name, tensor) if _is_rounded(name, source) else tensor
-            for name, tensor in tensors.items()
-        }
-        total += sum(tensor.nbytes for tensor in rounded.values())
-        save_file(rounded, file, metadata={"format": "pt"})
-    index = folder / INDEX
-    if index.exists():
-        content = json.loads(index.read_text())
-        content["metadata"]["total_size"] = total
-        index.write_text(json.dumps(content, indent=2))
 
 
 def name_fused_layers(folder: Path, source: Source) -> None:

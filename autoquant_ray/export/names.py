@@ -7,8 +7,6 @@ back. What it does not take back is refused here, because it would be written wi
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,31 +28,28 @@ def as_stored(model: Any, source: Source) -> Source:
     Raises:
         FormatError: The exporter cannot give the model's tensors the form of its own files.
     """
-    from autoquant_ray.modelopt_api import stored_name_of
+    from autoquant_ray.modelopt_export import stored_name_of
 
-    try:
+    with naming():
         name_of = stored_name_of(model)
-    except ValueError as error:
-        raise _cannot_name(one_line(error)) from None
     return source if name_of is None else source.renamed(name_of)
 
 
 @contextmanager
-def names_required() -> Iterator[None]:
-    """Inside, ModelOpt's exporter stops where it would fall back to the names in memory.
+def naming() -> Iterator[None]:
+    """Inside, a ``ValueError`` says why ModelOpt cannot give tensors the names of the files.
 
     Raises:
-        FormatError: It would.
+        FormatError: It was raised.
     """
-    from autoquant_ray.modelopt_api import NAMES_KEPT
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=NAMES_KEPT)
-        try:
-            yield
-        except UserWarning as warning:
-            reason = re.search(r"skipped \((.*)\); ", one_line(warning))
-            raise _cannot_name(reason[1] if reason else one_line(warning)) from None
+    try:
+        yield
+    except ValueError as error:
+        raise FormatError(
+            f"`format` {MODELOPT} cannot give this model's tensors the form of its own files "
+            f"({one_line(error)}): ModelOpt's exporter does not take back what transformers does "
+            "on loading"
+        ) from None
 
 
 def require_experts_as_stored(
@@ -94,10 +89,3 @@ def require_experts_as_stored(
             f"({few(fused, _MOST_NAMES)}): ModelOpt writes them one by one, even in 16 bits, under "
             "names that readers of this model do not know"
         )
-
-
-def _cannot_name(reason: str) -> FormatError:
-    return FormatError(
-        f"`format` {MODELOPT} cannot give this model's tensors the form of its own files "
-        f"({reason}): ModelOpt's exporter does not take back what transformers does on loading"
-    )

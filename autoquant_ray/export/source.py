@@ -22,6 +22,7 @@ from autoquant_ray.export.layouts import (
 )
 from autoquant_ray.export.solution import read_solution
 from autoquant_ray.formats.format import NONE, Format
+from autoquant_ray.formats.numbers import has_tensor_scale
 from autoquant_ray.formats.smoothed import is_smoothed, method_of
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder
@@ -80,6 +81,19 @@ class Source:
             modules={name_of(name): module for name, module in self.modules.items()},
         )
 
+    def within(self, holds: Callable[[str], bool]) -> Source:
+        """The same for a part of the model.
+
+        Args:
+            holds: Whether the part holds a module, by its name.
+        """
+        return replace(
+            self,
+            formats={name: format_ for name, format_ in self.formats.items() if holds(name)},
+            modules={name: module for name, module in self.modules.items() if holds(name)},
+            caches={name: format_ for name, format_ in self.caches.items() if holds(name)},
+        )
+
     def owner(self, tensor: str) -> str | None:
         """The quantized module that a stored tensor belongs to; None where there is none."""
         name = tensor
@@ -118,6 +132,16 @@ def read_source(directory: RunDirectory, solution: str = "") -> Source:
         modules={n: m for n, m in exported.modules.items() if n not in exported.caches},
         caches=exported.caches,
     )
+
+
+def needs_whole(source: Source) -> bool:
+    """Whether ModelOpt must give weights their common scales, for which it runs the whole model.
+
+    It finds the linears that read one input, which are more than those that engines fuse, and sets
+    their scales to the largest. Only in runs of earlier versions weights have scales of their own.
+    """
+    with_tensor_scale = [f for f in source.formats.values() if has_tensor_scale(f.weight)]
+    return not all(format_.shares_scale for format_ in with_tensor_scale)
 
 
 def require_new_folder(path: str) -> Path:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from autoquant_ray.errors import FormatError
@@ -209,6 +209,26 @@ def without_fits(config: Mapping[str, Any]) -> dict[str, Any]:
         for set_ in algorithm["sets"]
     ]
     return {**config, "algorithm": algorithm | {"sets": sets}}
+
+
+def algorithm_of_part(
+    algorithm: str | dict[str, Any], holds: Callable[[str], bool]
+) -> str | dict[str, Any]:
+    """An algorithm of ``mtq.quantize`` for a part of a model.
+
+    Args:
+        algorithm: For the model.
+        holds: Whether the part holds a quantizer, by its name.
+    """
+    if isinstance(algorithm, str) or not by_sets(algorithm):
+        return algorithm
+    sets = [
+        set_ | {"quantizers": names}
+        for set_ in algorithm["sets"]
+        if (names := [name for name in set_["quantizers"] if holds(name)])
+    ]
+    shared = [name for name in algorithm.get("shared", ()) if holds(name)]
+    return algorithm | {"sets": sets, "shared": shared}
 
 
 def by_sets(algorithm: str | Mapping[str, Any]) -> bool:

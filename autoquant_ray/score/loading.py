@@ -8,8 +8,10 @@ which would bring in one linear at a time, are then taken off: :class:`Offloaded
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -24,7 +26,13 @@ from autoquant_ray.models.find import ModelRef, require_mappable
 from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.models.load import build_skeleton, load_model
 from autoquant_ray.models.quantizable import is_turned, with_plain_linears
-from autoquant_ray.score.residence import Offloaded, Residence, Resident, StoredTensor
+from autoquant_ray.score.residence import (
+    Offloaded,
+    Residence,
+    Resident,
+    StoredTensor,
+    StoredWeights,
+)
 
 SPLIT_SHARE = 0.8
 """Share of each GPU's free memory that a split model's weights may fill; the rest is for work."""
@@ -114,20 +122,63 @@ def _load_offloaded(ref: ModelRef, *, dtype: str, device: str) -> tuple[torch.nn
             "give `placement` resident"
         )
     place: int | str = torch.cuda.current_device() if device == "cuda" else "cpu"
-    with tempfile.TemporaryDirectory(prefix="autoquant-offload-") as folder:
-        placing = {"device_map": offload_map(skeleton, names, place), "offload_folder": folder}
-        model = load_model(ref, dtype=dtype, device=device, placing=placing)
-        stored = _stored_tensors(model)
-        for name, module in model.named_modules():
-            if is_turned(module) and f"{name}.weight" in stored:
-                stored[f"{name}.weight"] = replace(stored[f"{name}.weight"], is_turned=True)
-        _take_off_hooks(model)
+    places = offload_map(skeleton, names, place)
+    with _on_disk(ref, dtype=dtype, device=device, places=places) as (model, stored):
         layers = {name: model.get_submodule(name) for name in names}
         missing = {n for n, parameter in model.named_parameters() if parameter.is_meta}
         missing -= set(stored)
         if missing:
             raise ModelError(f"model {ref.name} has no weights for {min(missing)}")
         return model, Offloaded(layers, stored, torch.device(place))
+
+
+def load_on_disk(ref: ModelRef, *, dtype: str) -> tuple[torch.nn.Module, StoredWeights]:
+    """Load a model whose parameters all stay in its files.
+
+    Args:
+        ref: Model to load.
+        dtype: ``float32`` or ``bfloat16``.
+
+    Returns:
+        The model with all parameters on the meta device, and what reads them. Heads that share the
+        embedding's weight, and copies of it, may not be among what can be read.
+
+    Raises:
+        ModelError: The weights cannot be read, or are in no files that can be mapped.
+    """
+    require_mappable(ref)
+    with _on_disk(ref, dtype=dtype, device="cpu", places={"": "disk"}) as (model, stored):
+        return model, StoredWeights(stored)
+
+
+@contextmanager
+def _on_disk(
+    ref: ModelRef, *, dtype: str, device: str, places: Mapping[str, int | str]
+) -> Iterator[tuple[torch.nn.Module, dict[str, StoredTensor]]]:
+    """A model with parameters on the meta device, and where these are: in the model's files, or in
+    temporary ones that last until the context ends."""
+    with tempfile.TemporaryDirectory(prefix="autoquant-offload-") as folder:
+        placing = {"device_map": dict(places), "offload_folder": folder}
+        with _quiet("accelerate.big_modeling"):  # it warns of the meta device
+            model = load_model(ref, dtype=dtype, device=device, placing=placing)
+        stored = _stored_tensors(model)
+        for name, module in model.named_modules():
+            if is_turned(module) and f"{name}.weight" in stored:
+                stored[f"{name}.weight"] = replace(stored[f"{name}.weight"], is_turned=True)
+        _take_off_hooks(model)
+        yield model, stored
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    """Inside, a logger of another package says nothing below errors."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _stored_tensors(model: torch.nn.Module) -> dict[str, StoredTensor]:

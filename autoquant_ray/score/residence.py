@@ -78,6 +78,41 @@ class StoredTensor:
     is_turned: bool = False
 
 
+class StoredWeights:
+    """Parameters in memory-mapped safetensors files.
+
+    A mapping outlives its file's name: temporary files may be deleted once this is made.
+
+    Args:
+        stored: Full parameter name -> where it is.
+    """
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = dict(stored)
+        self._files: dict[str, Any] = {
+            path: safetensors.safe_open(path, framework="pt")
+            for path in sorted({tensor.file for tensor in stored.values()})
+        }
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a file holds this parameter."""
+        return name in self._stored
+
+    def share(self, name: str, owner: str) -> None:
+        """Let a parameter be read where another one is."""
+        self._stored[name] = self._stored[owner]
+
+    def mapped(self, stored: StoredTensor) -> torch.Tensor:
+        """A tensor the way round in which the model has it; the mapping itself where it can be."""
+        tensor: torch.Tensor = self._files[stored.file].get_tensor(stored.name)
+        return tensor.T.contiguous() if stored.is_turned else tensor
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy of a parameter on the CPU, in the type in which the model has it."""
+        stored = self._stored[name]
+        return self.mapped(stored).to(stored.dtype, copy=True)
+
+
 @dataclass(frozen=True)
 class _Slot:
     """A place in the model that holds an offloaded parameter."""
@@ -115,11 +150,7 @@ class Offloaded:
     ) -> None:
         self._device = device
         self._layers = [_slots(name, layer, stored) for name, layer in layers.items()]
-        paths = sorted({tensor.file for slots in self._layers for tensor in slots.values()})
-        # A mapping outlives its file's name: temporary files may be deleted from now on.
-        self._files: dict[str, Any] = {
-            path: safetensors.safe_open(path, framework="pt") for path in paths
-        }
+        self._weights = StoredWeights(stored)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._ahead: dict[int, Future[list[torch.Tensor]]] = {}
@@ -167,9 +198,7 @@ class Offloaded:
         return tensors
 
     def _load(self, stored: StoredTensor) -> torch.Tensor:
-        mapped: torch.Tensor = self._files[stored.file].get_tensor(stored.name)
-        if stored.is_turned:
-            mapped = mapped.T.contiguous()
+        mapped = self._weights.mapped(stored)
         tensor = mapped.to(device=self._device, dtype=stored.dtype)
         if tensor is mapped:
             _touch_pages(mapped)

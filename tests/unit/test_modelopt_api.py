@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import importlib
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import autoquant_ray
 
-DOOR = Path(autoquant_ray.__file__).parent / "modelopt_api.py"
-TREE = ast.parse(DOOR.read_text("utf-8"))
+FUTURE = "from __future__ import annotations"
+DOORS = ("modelopt_api.py", "modelopt_export.py")
+TREE = ast.parse(
+    "\n".join(
+        (Path(autoquant_ray.__file__).parent / door).read_text("utf-8").replace(FUTURE, "")
+        for door in DOORS
+    )
+)
 
 QUANTIZER = (
     *("_use_constant_amax", "_constant_amax", "_dynamic", "_get_amax", "_fake_quantize"),
@@ -21,7 +26,11 @@ QUANTIZER = (
     *("is_mx_format", "is_nvfp4_static", "is_static_block_quant", "set_from_attribute_config"),
 )
 CALIBRATOR = ("_initial_amax", "_losses_sum", "_generate_candidates", "_compute_candidate_amax")
-EXPORTER = ("_fuse_shared_input_modules",)
+EXPORTER = (
+    *("_export_transformers_checkpoint", "_write_hf_export_config"),
+    "requantize_resmooth_fused_llm_layers",
+)
+CONFIGS = ("get_quant_config", "process_layer_quant_config")
 DESCRIPTOR = ("_calib_func", "_supports_layerwise")
 CLASSES = {
     "QuantizeAlgorithmConfig": ("_mutates_weights",),
@@ -63,7 +72,7 @@ def _exists(module: str, name: str) -> bool:
 
 def test_every_name_that_is_imported_exists() -> None:
     wanted = list(imported())
-    assert [("modelopt.torch.export", "export_hf_checkpoint")] in wanted
+    assert [("modelopt.torch.export", "unified_export_hf")] in wanted
     assert any(len(places) == 2 for places in wanted), "names that moved are not seen"
     gone = [" or ".join(map(".".join, places)) for places in wanted if not _any_exists(places)]
     assert not gone, f"nvidia-modelopt has no longer {gone}"
@@ -107,14 +116,8 @@ def test_every_attribute_exists() -> None:
     holders = [(quantizer, QUANTIZER), (search._calibrator, CALIBRATOR)]
     holders += [(type(door.CalibrateModeRegistry["max_calibrate"]), DESCRIPTOR)]
     exporter = importlib.import_module("modelopt.torch.export.unified_export_hf")
-    holders += [(exporter, EXPORTER)]
+    configs = importlib.import_module("modelopt.torch.export.quant_utils")
+    holders += [(exporter, EXPORTER), (configs, CONFIGS)]
     holders += [(getattr(door, name), attributes) for name, attributes in CLASSES.items()]
     gone = [f"{holder}.{a}" for holder, names in holders for a in names if not hasattr(holder, a)]
     assert not gone, f"nvidia-modelopt has no longer {gone}"
-
-
-def test_the_exporter_warns_in_the_words_that_are_waited_for() -> None:
-    from autoquant_ray.modelopt_api import NAMES_KEPT
-
-    exporter = importlib.import_module("modelopt.torch.export.unified_export_hf")
-    assert f"{NAMES_KEPT} ({{exc}}); " in inspect.getsource(exporter)

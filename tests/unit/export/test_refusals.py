@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from checkpoints import load_folder
 from click.testing import CliRunner
-from modelopt.torch.export import unified_export_hf
 
+from autoquant_ray import modelopt_export
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.cli.main import main
 from autoquant_ray.errors import AutoQuantError, ConfigError, FormatError, StoreError
@@ -101,12 +101,12 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
 def test_names_that_the_exporter_does_not_take_back_are_refused(
     solved_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ModelOpt only warns then, and writes the names in memory."""
+    """ModelOpt alone would warn, and write the names in memory."""
 
     def stop(*_: Any) -> None:
         raise RuntimeError("no such rule")
 
-    monkeypatch.setattr(unified_export_hf, "revert_weight_conversion_quant_aware", stop)
+    monkeypatch.setattr(modelopt_export, "revert_weight_conversion_quant_aware", stop)
     directory, _, _ = solved_run("llama", {"*": "wfp8_afp8"}, ("wfp8_afp8",))
     before = set(tmp_path.rglob("*"))
     with pytest.raises(FormatError, match=r"form of its own files \(no such rule\)") as caught:
@@ -184,7 +184,10 @@ def test_command_warns_of_a_folder_that_no_engine_serves_and_says_what_mends_it(
     ("options", "text"),
     [
         (["--tool", "mlx-lm"], "--tool, --base and --overwrite are for"),
-        (["--format", "recipe", "--engine", "vllm"], "--engine and --gpu are for a checkpoint"),
+        (
+            ["--format", "recipe", "--engine", "vllm"],
+            "--engine, --gpu and --max-shard-size are for a checkpoint",
+        ),
         (["--gpu", "h100"], "--gpu h100 needs an engine"),
     ],
 )
