@@ -39,6 +39,8 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.data.texts import read_pydoc
 from autoquant_ray.export.source import Source, read_source
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 from autoquant_ray.runs.directory import RunDirectory
 
 MODELS = ("smollm2", "tied", "untied")
@@ -70,6 +72,7 @@ CASES = {
         "MXFP8_DEFAULT_CFG",
         NONE,
     ),
+    "compressed-tensors, int8": ("wint8_aint8", NONE),
     "compressed-tensors, integers": ("wint8_aint8", "wint4_g64_afp16", NONE),
     "modelopt": (
         "wfp8_afp8",
@@ -97,7 +100,7 @@ def make_model(name: str, folder: Path) -> Path:
         return folder
     file = find_demo_model()
     arguments = {"gguf_file": file.name, "dtype": torch.bfloat16}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = load_tokenizer(TokenizerRef.of(find_model(str(file)), ""))
     if name == "smollm2":
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **arguments)
     else:
@@ -202,11 +205,11 @@ def write_expected(source: Source, folder: Path) -> dict[str, Any]:
 
 
 def layer_input(module: str, columns: int) -> torch.Tensor:
-    """``(T, I)``: the same for layers that are fused."""
+    """``(T, I)``, exact in bfloat16: the same for layers that are fused."""
     seed = sum(map(ord, _FUSED.sub("fused", module)))
     generator = torch.Generator().manual_seed(seed)
     states_TI = 3 * torch.randn(_ROWS, columns, generator=generator)
-    return states_TI.clamp(-_LARGEST_INPUT, _LARGEST_INPUT)
+    return states_TI.clamp(-_LARGEST_INPUT, _LARGEST_INPUT).bfloat16().float()
 
 
 def token_ids(model: str) -> Any:

@@ -8,7 +8,7 @@ environment of its own (``in_tools``). A line is right where
 
 - every layer has the kind that the manifest gives it;
 - what each layer makes of fixed inputs is within 2e-3 (relative) of what the planned layer makes
-  of them: scales of int4 blocks are stored in 16 bits;
+  of them (5e-3 where the tool computes in bfloat16): scales of int4 blocks are stored in 16 bits;
 - the log-probabilities of a fixed text are as near the planned model's as that is to itself with
   its 16-bit weights moved by a millionth: at most three times as far, or 0.01 nats per token.
 
@@ -35,11 +35,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engines.cases import CASES, MODELS, make_case, make_model, make_run
-from engines.environments import python_of, run_in
+from engines.environments import environment_of, run_in
 from engines.page import RESULTS, write_page
 from engines.tools import TOOLS, Tool
 
-LARGEST_ERROR, LARGEST_DIFFERENCE, TIMES_THE_NOISE = 2e-3, 0.01, 3
+LARGEST_ERROR = {"float32": 2e-3, "bfloat16": 5e-3}
+LARGEST_DIFFERENCE, TIMES_THE_NOISE = 0.01, 3
 LARGEST_LOSS = 2.5
 _MOST_NAMES = 3
 
@@ -53,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     work, wrong = options.work.absolute(), 0
     for tool in options.tools or TOOLS:
-        python = python_of(tool, work)
+        python, environment = environment_of(tool, work)
         for name in options.models:
             run = make_run(make_model(name, work / "models" / name), work / "runs" / name)
             for case in TOOLS[tool].cases:
@@ -62,7 +63,7 @@ def main() -> None:
                     "tool": tool,
                     "case": case,
                     "model": name,
-                    **check(TOOLS[tool], python, folder),
+                    **check(TOOLS[tool], python, folder, environment),
                 }
                 print(json.dumps(row), flush=True)
                 keep(row)
@@ -71,12 +72,14 @@ def main() -> None:
     sys.exit(bool(wrong))
 
 
-def check(tool: Tool, python: str, folder: Path) -> dict[str, Any]:
+def check(tool: Tool, python: str, folder: Path, environment: Path) -> dict[str, Any]:
     """A line of the table: what a tool made of a case."""
     start = time.perf_counter()
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     try:
-        answer = json.loads(run_in(python, tool.script, [str(folder)]).splitlines()[-1])
+        answer = json.loads(
+            run_in(python, tool.script, [str(folder), str(environment)]).splitlines()[-1]
+        )
     except RuntimeError as error:
         return {"date": day, "wrong": [str(error)]}
     seconds = round(time.perf_counter() - start)
@@ -113,7 +116,7 @@ def judge(tool: Tool, answer: dict[str, Any], folder: Path) -> dict[str, Any]:
     if errors := answer.get("output_errors"):
         worst = max(errors, key=lambda name: errors[name])
         result["worst_output_error"] = errors[worst]
-        if not errors[worst] <= LARGEST_ERROR:
+        if not errors[worst] <= LARGEST_ERROR[answer.get("dtype", "float32")]:
             wrong.append(f"{worst}: its outputs are off by {errors[worst]:.2g}")
     if losses := answer.get("weight_losses"):
         result["weight_losses"] = [min(losses.values()), max(losses.values())]

@@ -11,23 +11,28 @@ from pathlib import Path
 
 from engines.tools import TOOLS
 
+SCRIPTS = Path(__file__).parent / "in_tools"
 _DONE = ".installed"
 
 
-def python_of(tool: str, work: Path) -> str:
-    """The interpreter of a tool's environment, which is made if it is not there."""
-    if not TOOLS[tool].packages:
-        return sys.executable
-    folder = work / "environments" / tool
-    python = str(folder / "bin" / "python")
-    if not (folder / _DONE).exists():
+def environment_of(name: str, work: Path) -> tuple[str, Path]:
+    """The interpreter of a tool's environment and its folder, which is made if it is not there."""
+    tool = TOOLS[name]
+    folder = work / "environments" / (tool.environment or name)
+    python = str(folder / "bin" / "python") if tool.packages else sys.executable
+    if (folder / _DONE).exists() or not (tool.packages or tool.build):
+        return python, folder
+    if tool.packages:
         venv.create(folder, with_pip=True, clear=True)
         pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", *TOOLS[tool].packages], check=True, env=without_package())
-        if TOOLS[tool].unwanted:
-            subprocess.run([*pip, "uninstall", "--yes", *TOOLS[tool].unwanted], check=True)
-        (folder / _DONE).touch()
-    return python
+        subprocess.run([*pip, "install", *tool.packages], check=True, env=without_package())
+        if tool.unwanted:
+            subprocess.run([*pip, "uninstall", "--yes", *tool.unwanted], check=True)
+    if tool.build:
+        script = str(SCRIPTS / tool.build)
+        subprocess.run(["sh", script, str(folder), python], check=True, env=without_package())
+    (folder / _DONE).touch()
+    return python, folder
 
 
 def run_in(python: str, script: str, arguments: Sequence[str]) -> str:
@@ -36,8 +41,7 @@ def run_in(python: str, script: str, arguments: Sequence[str]) -> str:
     Raises:
         RuntimeError: It fails; with the end of what it says.
     """
-    path = Path(__file__).parent / "in_tools" / script
-    command = [python, "-W", "ignore", str(path), *arguments]
+    command = [python, "-W", "ignore", str(SCRIPTS / script), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=without_package()
     )

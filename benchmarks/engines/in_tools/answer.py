@@ -41,13 +41,16 @@ def model_of(case: Path) -> str:
 
 def weight_losses(case: Path, weights: dict[str, Any]) -> dict[str, float]:
     """Squared error of each quantized layer's weights in the tool, over that of the plan's."""
-    layers = layers_of(case)
     original = load_file(f"{model_of(case)}.safetensors")
-    losses = {}
-    for name, weight_OI in weights.items():
-        if planned := layers[name].get("squared_error"):
-            losses[name] = float(((weight_OI - original[name]) ** 2).sum()) / planned
-    return losses
+    errors = {name: float(((weights[name] - original[name]) ** 2).sum()) for name in weights}
+    return losses_of(case, errors)
+
+
+def losses_of(case: Path, errors: dict[str, float]) -> dict[str, float]:
+    """Squared errors over those of the plan, of the layers that it quantizes."""
+    layers = layers_of(case)
+    planned = {name: layers[name].get("squared_error") for name in errors}
+    return {name: error / planned[name] for name, error in errors.items() if planned[name]}
 
 
 def text_of(logits_WSV: Any, ids_WS: Any) -> Any:
