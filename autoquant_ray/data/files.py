@@ -120,7 +120,8 @@ def _read_parquet(path: Path, rows: RowReader) -> Iterator[Row]:
     try:
         # Buffering ahead would hold more the longer the file is.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-            columns = rows.columns(file.schema_arrow.names)
+            schema = file.schema_arrow
+            columns = rows.columns(schema.names, lists=lists_in(schema))
             size = _BATCH_ROWS if not set(columns) & set(IMAGE_FIELDS) else _IMAGE_ROWS
             batches = file.iter_batches(size, columns=columns, use_threads=False)
             yield from _rows_of(batches, rows)
@@ -141,10 +142,18 @@ def _read_arrow(path: Path, rows: RowReader) -> Iterator[Row]:
             except pyarrow.ArrowInvalid:
                 source.seek(0)
                 file = batches = stack.enter_context(pyarrow.ipc.open_stream(source))
-            columns = rows.columns(file.schema.names)
+            columns = rows.columns(file.schema.names, lists=lists_in(file.schema))
             yield from _rows_of((batch.select(columns) for batch in batches), rows)
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{path} cannot be read as Arrow: {one_line(error)}") from None
+
+
+def lists_in(schema: Any) -> list[str]:
+    """Columns of an Arrow schema that hold lists."""
+    from pyarrow import types
+
+    kinds = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    return [field.name for field in schema if any(is_kind(field.type) for is_kind in kinds)]
 
 
 def _rows_of(batches: Any, rows: RowReader) -> Iterator[Row]:

@@ -7,11 +7,12 @@ commonest kind alone, and infer types: here all are read, each as what it is.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from autoquant_ray.data.files import read_file
+from autoquant_ray.data.files import lists_in, read_file
 from autoquant_ray.data.kinds import kind_of
 from autoquant_ray.data.rows import Row, RowReader
 from autoquant_ray.data.spec import DataSpec
@@ -24,6 +25,8 @@ _SAVED = ("state.json", "dataset_dict.json")
 _CARDS = ("README.md", ".huggingface.yaml")
 _DESCRIPTIONS = tuple(f"metadata{ending}" for ending in (".csv", ".jsonl", ".parquet"))
 _ASIDE = (".md", ".rst", ".yaml", ".yml", ".lock", ".sha256", ".md5", ".py", ".ipynb", ".pdf")
+_GO_WITH_DATA = re.compile(r"(readme|licen[sc]e|notice|citation)([-._].*)?", re.IGNORECASE)
+_NUM_NAMED = 3
 _FAILURES = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError)
 
 
@@ -34,7 +37,7 @@ def read_folder(path: Path, spec: DataSpec) -> Iterator[Row]:
         DataError: There is no file of a known kind, or one of an unknown kind among them; while
             iterating, a file cannot be read.
     """
-    files = None if any((path / name).is_file() for name in _SAVED) else _files(path, spec.split)
+    files = None if any((path / name).is_file() for name in _SAVED) else _files(path, spec)
     if not files:
         return read_dataset(path, spec)
     kinds = {file: spec.read_as or kind_of(file) for file in files}
@@ -66,9 +69,12 @@ def read_dataset(path: Path, spec: DataSpec) -> Iterator[Row]:
     try:
         dataset = _open_dataset(path, spec)
         if dataset.column_names is not None:
-            dataset = dataset.select_columns(rows.columns(dataset.column_names))
-            for name, feature in (dataset.features or {}).items():
-                if isinstance(feature, datasets.Image):
+            features = dataset.features or datasets.Features()
+            lists = lists_in(features.arrow_schema)
+            columns = rows.columns(dataset.column_names, lists=lists)
+            dataset = dataset.select_columns(columns)
+            for name in columns:
+                if isinstance(features.get(name), datasets.Image):
                     dataset = dataset.cast_column(name, datasets.Image(decode=False))
     except (*_FAILURES, datasets.exceptions.DatasetsError) as error:
         raise DataError(
@@ -100,12 +106,12 @@ def _open_dataset(path: Path, spec: DataSpec) -> Any:
     return datasets.load_dataset(name, split=spec.split, streaming=True)
 
 
-def _files(path: Path, split: str) -> list[Path]:
+def _files(path: Path, spec: DataSpec) -> list[Path]:
     """Files of a split of a folder, in the order of ``datasets``; none where it decides itself."""
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    base = path.resolve().as_posix()
+    base, split = path.resolve().as_posix(), spec.split
     resolved: Any
     try:
         if _card_names_files(path):
@@ -118,7 +124,11 @@ def _files(path: Path, split: str) -> list[Path]:
         splits = ", ".join(map(str, resolved))
         raise DataError(f"data source {path} has no split {split!r}; splits: {splits}")
     files = [Path(file) for file in resolved.get(split, ())]
-    return [file for file in files if not _is_aside(file)]
+    aside = [file for file in files if _is_aside(file, is_data=spec.read_as is not None)]
+    if aside:
+        names = [str(file.relative_to(base)) for file in aside]
+        logger.info("%s: left aside as no data: %s", path, few(names, _NUM_NAMED))
+    return [file for file in files if file not in set(aside)]
 
 
 def _card_names_files(path: Path) -> bool:
@@ -130,10 +140,19 @@ def _card_names_files(path: Path) -> bool:
     )
 
 
-def _is_aside(file: Path) -> bool:
-    """Whether a file goes with data and is none; empty ones mark that a tool is done."""
-    is_named = file.name.upper().startswith(("README", "LICENSE", "NOTICE", "CITATION"))
-    return is_named or file.suffix.lower() in _ASIDE or file.stat().st_size == 0
+def _is_aside(file: Path, *, is_data: bool) -> bool:
+    """Whether a file goes with data and is none; empty ones mark that a tool is done.
+
+    Args:
+        file: Of the folder.
+        is_data: Whether the user says what the files hold, whatever their endings.
+    """
+    if file.stat().st_size == 0:
+        return True
+    if kind_of(file) not in (None, "text"):  # citations.jsonl
+        return False
+    is_document = not is_data and file.suffix.lower() in _ASIDE
+    return is_document or _GO_WITH_DATA.fullmatch(file.name) is not None
 
 
 def _is_media(file: Path) -> bool:
@@ -157,6 +176,7 @@ def _require_known(path: Path, unread: Sequence[Path]) -> None:
     names = [str(file.relative_to(path.resolve())) for file in unread if not _is_media(file)]
     if names:
         raise DataError(
-            f"data source {path} has files of no known kind beside others: {few(names, 3)}; take "
-            "them out, give the files of data alone, or say what all files hold with `read_as`"
+            f"data source {path} has files of no known kind beside others: "
+            f"{few(names, _NUM_NAMED)}; take them out, give the files of data alone, or "
+            "say what all files hold with `read_as`"
         )

@@ -86,7 +86,7 @@ def _chat(column: str) -> Callable[[Values], Any]:
         turns = parsed(row[column], f"{column!r}")
         if not isinstance(turns, list) or not turns:
             raise BadChat(f"{column!r} is not a list of messages, or an empty one")
-        return [*_system_message(row, turns), *turns] if column != MESSAGES else turns
+        return [*_system_message(row, turns), *turns]
 
     return messages
 
@@ -116,11 +116,11 @@ def _pair(prompt: str, answer: str) -> Callable[[Values], Any]:
 
 def _instruction(answer: str, context: str) -> Callable[[Values], Any]:
     def messages(row: Values) -> Any:
-        (asked,) = _turns(row["instruction"], "user", "instruction")
+        asked = _text(row["instruction"], "instruction")
         if extra := row.get(context):
-            (given,) = _turns(extra, "user", context)
-            asked["content"] += f"\n{given['content']}"
-        turns = [asked, *_turns(row[answer], "assistant", answer)]
+            asked += f"\n{_text(extra, context)}"
+        asking = {"role": "user", "content": asked}
+        turns = [asking, *_turns(row[answer], "assistant", answer)]
         return [*_system_message(row, turns), *turns]
 
     return messages
@@ -129,17 +129,21 @@ def _instruction(answer: str, context: str) -> Callable[[Values], Any]:
 def _turns(value: Any, role: str, field: str) -> list[dict[str, Any]]:
     if isinstance(value, list) and value:
         return list(value)
+    return [{"role": role, "content": _text(value, field)}]
+
+
+def _text(value: Any, field: str) -> str:
     if not isinstance(value, str):
         kind = "an empty list" if value == [] else type(value).__name__
         raise BadChat(f"field {field!r} holds {kind}, not text")
-    return [{"role": role, "content": value}]
+    return value
 
 
 _CHATS = (
     Form(
         name="chats",
         columns=(MESSAGES,),
-        optional=("tools", "chat_template_kwargs"),
+        optional=_SHARED,
         messages=_chat(MESSAGES),
     ),
     Form(
@@ -161,7 +165,7 @@ _FORMS = (
     Form(
         name="prompts and answers",
         columns=("prompt", "answer"),
-        optional=("tools", "chat_template_kwargs"),
+        optional=_SHARED,
         messages=_pair("prompt", "answer"),
         joins_images=True,
     ),

@@ -45,13 +45,22 @@ class RowReader:
         self._folder = _folder_of(spec.source) if folder is None else folder
         self._form: Form | None = None
 
-    def columns(self, columns: Collection[str], where: str = "") -> list[str]:
+    def columns(
+        self, columns: Collection[str], where: str = "", lists: Collection[str] = ()
+    ) -> list[str]:
         """The columns that are read.
+
+        Args:
+            columns: Of the row, or of all.
+            where: The row, for messages.
+            lists: Columns of a table that hold lists: a text field among them holds chats.
 
         Raises:
             DataError: One is not there, or the options do not go with what they hold.
         """
         form, spec = self._form_of(columns), self.spec
+        if form is None and spec.text_field in lists:
+            form = chats_in(spec.text_field)
         if form is None:
             self._require_field(spec.text_field, "`text_field`", columns, where)
             wanted = [spec.text_field]

@@ -112,6 +112,10 @@ def spec_of(source: Any, **changes: Any) -> DataSpec:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

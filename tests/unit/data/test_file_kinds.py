@@ -145,6 +145,27 @@ def test_folder_of_several_kinds_is_read_whole(
     assert "files of several kinds: 1 of csv, 2 of json, 1 of parquet, 1 of text" in caplog.text
 
 
+def test_data_that_is_named_like_a_license_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("citations.jsonl", "LICENSES.csv", "license_texts.parquet", "README.jsonl")
+    for name in names:
+        write(tmp_path / name, [name])
+    (tmp_path / "notices.txt").write_text("notices.txt\n")
+    for name in ("LICENSE-MIT.txt", "README", "notice.txt", "CITATION.cff", "run.yaml"):
+        (tmp_path / name).write_text("aside\n")
+    with caplog.at_level(logging.INFO):
+        assert sorted(read_all(tmp_path)) == sorted([*names, "notices.txt"])
+    assert "left aside as no data: CITATION.cff, LICENSE-MIT.txt, README" in caplog.text
+
+
+def test_folder_of_documents_is_read_where_the_user_says_what_they_hold(tmp_path: Path) -> None:
+    for name in ("a.md", "b.rst", "c.txt", "README.md"):
+        (tmp_path / name).write_text(f"{name}\n")
+    assert read_all(tmp_path, read_as="text") == ["a.md", "b.rst", "c.txt"]
+    assert read_all(tmp_path) == ["c.txt"]
+
+
 def test_folder_gives_the_files_of_the_split(tmp_path: Path) -> None:
     for name in ("train.jsonl", "train-2.csv", "test.csv"):
         write(tmp_path / name, [name])

@@ -11,7 +11,7 @@ import datasets
 import pytest
 from chats import read, write_rows
 
-from autoquant_ray.data.conversations import Conversation
+from autoquant_ray.data.conversations import BadSample, Conversation
 
 ASKED, ANSWER = "Name a prime.", "Seven."
 USER, ASSISTANT = {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWER}
@@ -52,14 +52,32 @@ def test_rows_with_messages_win_over_other_forms(tmp_path: Path) -> None:
     assert chat.messages == [USER, ASSISTANT]
 
 
-def test_system_column_comes_first(tmp_path: Path) -> None:
-    given = [{"system": "Be kind.", **FORMS[name]} for name in ("ShareGPT", "Alpaca")]
-    for row in given:
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize("name", [*FORMS, "messages", "prompt and answer"])
+def test_system_column_begins_a_chat_of_any_form(name: str, kind: str, tmp_path: Path) -> None:
+    ours = {
+        "messages": {"messages": [USER, ASSISTANT]},
+        "prompt and answer": {"prompt": ASKED, "answer": ANSWER},
+    }
+    row = {"system": "Be kind.", **(FORMS | ours)[name]}
+    (chat,) = read(write_rows(tmp_path / f"d.{kind}", [row]))
+    assert chat.messages == [SYSTEM, USER, ASSISTANT]
+
+
+def test_system_column_gives_way_to_a_system_message(tmp_path: Path) -> None:
+    for column in ("conversations", "messages"):
+        row = {"system": "Be rude.", column: [SYSTEM, USER, ASSISTANT]}
         (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
         assert chat.messages == [SYSTEM, USER, ASSISTANT]
-    row = {"system": "Be rude.", "conversations": [SYSTEM, USER, ASSISTANT]}
-    (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
-    assert chat.messages == [SYSTEM, USER, ASSISTANT]
+
+
+def test_instruction_that_is_no_text_is_a_bad_sample(tmp_path: Path) -> None:
+    for change in ({"instruction": [USER, USER]}, {"instruction": []}, {"input": [USER]}):
+        row = FORMS["Alpaca"] | change
+        (bad,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+        assert isinstance(bad, BadSample)
+        (field,) = change
+        assert f"field {field!r} holds" in bad.reason
 
 
 def test_input_of_an_instruction_follows_it(tmp_path: Path) -> None:
@@ -76,11 +94,14 @@ def test_prompt_that_is_a_list_is_a_chat_without_an_answer(tmp_path: Path) -> No
 
 def test_named_column_may_hold_chats_of_either_form(tmp_path: Path) -> None:
     row = {"text": "x", "conversations": SHAREGPT, "dialog": [USER, ASSISTANT]}
-    for kind in ("jsonl", "parquet"):
-        path = write_rows(tmp_path / f"d.{kind}", [row])
+    row |= {"system": "Be kind.", "tools": [{"name": "find"}]}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "saved")
+    paths = [write_rows(tmp_path / f"d.{kind}", [row]) for kind in ("jsonl", "parquet", "arrow")]
+    for path in [*paths, tmp_path / "saved"]:
         for field in ("conversations", "dialog"):
             (chat,) = read(path, text_field=field, loss_on="answer")
-            assert chat.messages == [USER, ASSISTANT]
+            assert chat.messages == [SYSTEM, USER, ASSISTANT]
+            assert chat.tools == [{"name": "find"}]
 
 
 def test_calls_and_results_of_sharegpt_become_tool_calls(tmp_path: Path) -> None:
