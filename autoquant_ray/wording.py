@@ -27,6 +27,13 @@ def shown(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def printable(text: str) -> str:
+    """A text whose control characters a terminal would show, not obey; line ends and tabs stay."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t " else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def as_flags(text: str, names: Collection[str]) -> str:
     """A message of the library in the words of the command line.
 

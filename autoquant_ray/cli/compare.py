@@ -40,6 +40,8 @@ def compare(before: str, after: str, significance: float) -> Result:
     from autoquant_ray.compare.runs import compare_runs
     from autoquant_ray.runs.directory import RunDirectory
 
+    if not 0 < significance < 1:  # NaN passes the range of click
+        raise ConfigError(f"--significance {significance} must be above 0 and below 1")
     comparison = compare_runs(RunDirectory(before), RunDirectory(after), significance)
     return Result(
         json=comparison.to_json,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -16,10 +18,20 @@ from typing import Any
 
 import click
 
-from autoquant_ray.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, AutoQuantError, one_line
-from autoquant_ray.wording import as_flags
+from autoquant_ray.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    AutoQuantError,
+    one_line,
+)
+from autoquant_ray.wording import as_flags, printable, shown
 
 logger = logging.getLogger(__name__)
+
+_LONGEST, _LONGEST_USAGE = 400, 370
+"""Characters of the line with which a command stops."""
 
 _COMMON = (
     click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout; logs on stderr."),
@@ -45,6 +57,8 @@ class Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # noqa: BLE001 - the edge of the program
+            if (wrong := _wrong_name(error)) is not None:
+                self._stop(wrong, EXIT_USAGE)
             self._stop(f"error: {type(error).__name__}: {one_line(error)}", EXIT_FAILED)
 
     def main(self, *arguments: Any, **keywords: Any) -> Any:
@@ -56,7 +70,8 @@ class Commands(click.Group):
             error.show()
             code = error.exit_code
         except click.ClickException as error:
-            text = " ".join(error.format_message().split())
+            text = printable(" ".join(error.format_message().split()))
+            text = text if len(text) <= _LONGEST_USAGE else f"{text[: _LONGEST_USAGE - 3]}..."
             click.echo(f"error: {text} (see --help)", err=True)
             code = error.exit_code
         except click.Abort:
@@ -74,8 +89,18 @@ class Commands(click.Group):
     def _stop(self, line: str, code: int) -> None:
         if logging.getLogger().isEnabledFor(logging.DEBUG) and code == EXIT_FAILED:
             logger.debug("traceback", exc_info=True)
-        click.echo(" ".join(line.splitlines()), err=True)
+        line = printable(" ".join(line.splitlines()))
+        click.echo(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}...", err=True)
         raise click.exceptions.Exit(code)
+
+
+def _wrong_name(error: Exception) -> str | None:
+    """The line for a name that no file can have, wherever it was given; None for other errors."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"error: the name {shown(error.filename)} is too long for a file; give a shorter one"
+    if re.search("embedded null|embedded NUL", str(error), re.IGNORECASE):
+        return "error: a name holds a NUL character, which none can; leave it out"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +132,7 @@ def prints_result(command: Callable[..., Result]) -> Callable[..., None]:
         else:
             result.show()
         for note in result.notes:
-            click.echo(note, err=True)
+            click.echo(printable(note), err=True)
         if result.exit_code != EXIT_DONE:
             raise click.exceptions.Exit(result.exit_code)
 
@@ -125,7 +150,7 @@ def grave_notes(grave: Iterable[str]) -> list[str]:
 def show_lines(lines: Iterable[str]) -> None:
     """Print lines on stdout."""
     for line in lines:
-        click.echo(line)
+        click.echo(printable(line))
 
 
 def wants_json() -> bool:
@@ -149,7 +174,7 @@ class _FlagFormatter(logging.Formatter):
         self._names = names
 
     def format(self, record: logging.LogRecord) -> str:
-        return as_flags(super().format(record), self._names)
+        return printable(as_flags(super().format(record), self._names))
 
 
 def set_up_logging(verbose: bool) -> None:

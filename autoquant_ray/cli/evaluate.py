@@ -10,6 +10,7 @@ from autoquant_ray.cli.edge import Result, grave_notes, only_ours_on_stdout, pri
 from autoquant_ray.cli.options import config_options, given_fields
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.config.files import validate
+from autoquant_ray.config.scan import LARGEST_SEED
 from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK
 
 
@@ -62,7 +63,11 @@ def evaluate(run: str, **flags: Any) -> Result:
     help="Allocations to try.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed for the choice of swaps."
+    "--seed",
+    type=click.IntRange(0, LARGEST_SEED),
+    default=0,
+    show_default=True,
+    help="Seed for the choice of swaps.",
 )
 @config_options(EvaluationConfig, exclude=("run", "against", "num_random", "audit"))
 @prints_result

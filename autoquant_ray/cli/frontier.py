@@ -71,8 +71,8 @@ def _target(kl: float | None, increase: str | None) -> float | None:
 
     if kl is not None and increase is not None:
         raise ConfigError("--target-kl and --target-ppl-increase exclude each other; give one")
-    if kl is not None and not kl > 0:
-        raise ConfigError(f"--target-kl {kl:g} must be above 0")
+    if kl is not None and not 0 < kl < math.inf:
+        raise ConfigError(f"--target-kl {kl:g} must be a number above 0")
     if increase is None:
         return kl
     try:

@@ -41,6 +41,10 @@ def import_(
             "give --out DIR for a ModelOpt manifest, or --into RUN for an allocation of AutoRound "
             "or mlx-lm"
         )
+    if out is not None and name is not None:
+        raise ConfigError("--name is for --into RUN; leave it out")
+    if into is not None and overwrite:
+        raise ConfigError("--overwrite is for --out DIR; leave it out")
     from autoquant_ray.cli.output import print_solution
     from autoquant_ray.imports.modelopt import import_manifest
     from autoquant_ray.imports.tool_allocations import import_allocation

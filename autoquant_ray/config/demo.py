@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ModelError
 
@@ -30,16 +31,17 @@ def demo_config(out: str, bits: float) -> ScanConfig:
 
     The model's linears lie on a 4-bit grid (Q4_1), so 4-bit results flatter.
     """
-    return ScanConfig(
-        model=str(find_demo_model()),
-        data="pydoc",
-        out=out,
-        formats=("wint4_afp16", "wfp8_afp8", "wint8_aint8"),
-        bits=bits,
-        pack=True,
-        samples=16,
-        seq_len=256,
-        shard_samples=2,
-        step_tokens=512,
-        address="local",
-    )
+    values = {
+        "model": str(find_demo_model()),
+        "data": "pydoc",
+        "out": out,
+        "formats": ("wint4_afp16", "wfp8_afp8", "wint8_aint8"),
+        "bits": bits,
+        "pack": True,
+        "samples": 16,
+        "seq_len": 256,
+        "shard_samples": 2,
+        "step_tokens": 512,
+        "address": "local",
+    }
+    return validate(ScanConfig, values)

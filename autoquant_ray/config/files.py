@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.search_space import SearchSpace
+from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ConfigError, one_line
 from autoquant_ray.wording import few, shown
 
@@ -175,6 +176,7 @@ def first_problem(
     message = one_line(ValueError(message), limit=_LONGEST_MESSAGE)
     value = first["input"]
     is_said = isinstance(value, str | int | float) and str(value)[:_LONGEST_MESSAGE] in message
-    if first["loc"][0] in not_shown or is_said:
+    is_secret = isinstance(value, str) and place_problem(value) is not None
+    if first["loc"][0] in not_shown or is_said or is_secret or "credentials" in message:
         return f"{where}: {message}"
     return f"{where}: {message} (got {shown(value)})"

@@ -14,9 +14,18 @@ from pydantic import Field, field_validator, model_validator
 from autoquant_ray.config.expert_groups import LAYER
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.config.sources import Data, FileKind, parse_data
-from autoquant_ray.config.values import parse_bytes, parse_gib, parse_share, parse_workers
+from autoquant_ray.config.values import (
+    parse_bytes,
+    parse_gib,
+    parse_share,
+    parse_workers,
+    place_problem,
+)
 from autoquant_ray.formats.kv_cache import kv_names, limit_problem
 from autoquant_ray.serving.rules import target_problem
+
+LARGEST_SEED = 2**63 - 1
+"""What generators of random numbers and Parquet files take."""
 
 
 class ScanConfig(SearchSpace):
@@ -54,6 +63,7 @@ class ScanConfig(SearchSpace):
     data_seed: int | None = Field(
         default=None,
         ge=0,
+        le=LARGEST_SEED,
         description="Shuffle the texts with this seed, through a buffer of 10,000, so that another "
         "subset of them is used. Default: the first ones, in the data's own order.",
     )
@@ -144,7 +154,12 @@ class ScanConfig(SearchSpace):
         "scores rests on few tokens, or on none. The methods weighted and gptq leave its weights "
         "to plain rounding.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the label draws and of drawn rows.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        le=LARGEST_SEED,
+        description="Seed of the label draws and of drawn rows.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute type. auto: float32 on CPU, bfloat16 on CUDA."
     )
@@ -195,6 +210,15 @@ class ScanConfig(SearchSpace):
         description="Ray cluster: auto (a running one, else local), local, or an address such as "
         "ray://HOST:10001.",
     )
+
+    @field_validator("data", "out", "address", mode="before")
+    @classmethod
+    def _refuse_credentials(cls, value: Any) -> Any:
+        parts = value.values() if isinstance(value, dict) else value
+        for text in parts if isinstance(value, list | tuple | dict) else [value]:
+            if isinstance(text, str) and (problem := place_problem(text)) is not None:
+                raise ValueError(problem)
+        return value
 
     @field_validator("data", mode="before")
     @classmethod

@@ -6,6 +6,18 @@ import re
 from typing import Literal
 
 _BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_LONGEST_PLACE = 4096
+_SECRET_NAME = re.compile(
+    r"secret|token|passw|credential|signature|access_?key|account_?key|api_?key|^sig$|^sas$"
+)
+_AZURE = "give them as AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET in the environment"
+_GOOGLE = "give them as GOOGLE_APPLICATION_CREDENTIALS in the environment"
+_AMAZON = "give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+_CREDENTIALS = {"s3": _AMAZON, "s3a": _AMAZON, "gs": _GOOGLE, "gcs": _GOOGLE}
+_CREDENTIALS |= dict.fromkeys(("abfs", "abfss", "az", "adl"), _AZURE)
+_CREDENTIALS["hf"] = "give them as HF_TOKEN in the environment"
+_OTHER_CREDENTIALS = "give them in the environment"
+
 _BYTE_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _BYTES = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
 
@@ -23,6 +35,33 @@ def parse_bytes(value: int | str) -> int:
     if number <= 0:
         raise ValueError(f"{value!r} must be more than 0 bytes")
     return number
+
+
+def place_problem(place: str) -> str | None:
+    """What is wrong with a path or a URI, whatever it is for; None where nothing is.
+
+    A URI must not hold credentials: it is printed, and written to files. The message shows none.
+    """
+    if not place.strip():
+        return "a path is empty; give a folder or a URI"
+    if "\0" in place:
+        return "a path holds a NUL character; leave it out"
+    if len(place) > _LONGEST_PLACE:
+        return f"a path of {len(place):,} characters is too long"
+    if "://" not in place:
+        return None
+    scheme, _, rest = place.partition("://")
+    authority, _, _ = rest.partition("/")
+    user, at, _ = authority.rpartition("@")
+    options = place.partition("?")[2]
+    names = {part.partition("=")[0].lower() for part in re.split("[&;]", options)}
+    secret = next((name for name in sorted(names) if _SECRET_NAME.search(name)), None)
+    is_key_id = scheme in ("s3", "s3a") and at
+    if secret is None and not (at and ":" in user) and not is_key_id:
+        return None
+    shown_place = f"{scheme}://{authority.rpartition('@')[2]}/..."
+    what = "credentials" if secret is None else f"credentials ({secret}=)"
+    return f"{shown_place} holds {what}; {_CREDENTIALS.get(scheme, _OTHER_CREDENTIALS)}"
 
 
 def parse_share(value: float | str) -> float:

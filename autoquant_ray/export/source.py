@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ConfigError, FormatError
 from autoquant_ray.export.folder import require_outside_runs
 from autoquant_ray.export.fused_experts import require_fused
@@ -150,6 +151,8 @@ def require_new_folder(path: str) -> Path:
     Raises:
         ConfigError: It holds something, is a file, is inside a run, or is no local path.
     """
+    if (problem := place_problem(path)) is not None:
+        raise ConfigError(f"`out`: {problem}")
     if "://" in path:
         raise ConfigError(f"`out` {path}: a checkpoint is written to a local folder; copy it then")
     folder = Path(path).expanduser().absolute()

@@ -34,6 +34,7 @@ from autoquant_ray.formats.format import (
 )
 from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS
 from autoquant_ray.formats.numbers import blocks_of, is_scaled_by_block, is_static_nvfp4
+from autoquant_ray.wording import shown
 
 _WEIGHTS: dict[str, Attributes] = {
     "fp4": {
@@ -182,6 +183,9 @@ def _with_method(format_: Format, name: str, method: str) -> Format:
     return replace(format_, name=name, weight=weight, algorithm=algorithm)
 
 
+_MOST_BITS = 16
+
+
 def _custom_attributes(name: str, entry: Mapping[str, Any]) -> tuple[Attributes, Attributes | None]:
     unknown = sorted(set(entry) - set(CUSTOM_KEYS))
     weight = entry.get("weight")
@@ -194,6 +198,13 @@ def _custom_attributes(name: str, entry: Mapping[str, Any]) -> tuple[Attributes,
             "'shares_scale'"
         )
     input_ = entry.get("input")
+    for attributes in (weight, input_ or {}):
+        num_bits = attributes.get("num_bits", 8)
+        if isinstance(num_bits, int) and not 2 <= num_bits <= _MOST_BITS:
+            raise FormatError(
+                f"custom format {name!r}: num_bits {shown(num_bits)} is no number from 2 to "
+                f"{_MOST_BITS}"
+            )
     restored = attributes_from_json(attributes_to_json(weight))
     return restored, None if input_ is None else attributes_from_json(attributes_to_json(input_))
 

@@ -153,6 +153,8 @@ def _auto_round(
             entry = _SCHEMES.get(entry["scheme"].upper(), {}) | entry
         if not isinstance(entry, dict) or not {"bits", *default} & set(entry):
             raise DataError(f"{path}: {shown(key)}: {shown(value)} says no bits")
+        if type((default | entry).get("bits", 16)) is not int:
+            raise DataError(f"{path}: {shown(key)}: {shown(value)}: bits must be a whole number")
         for name in _matching(path, key, modules):
             entries[name] = default | entry
     return {

@@ -22,6 +22,7 @@ import yaml
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import sources_of
+from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ConfigError, one_line
 from autoquant_ray.jobs.file import Job, NightlyJob, SweepJob, make_job, require_runs
 from autoquant_ray.jobs.names import parse_date
@@ -29,7 +30,6 @@ from autoquant_ray.jobs.names import parse_date
 logger = logging.getLogger(__name__)
 
 _JOB_FILE = "job.yaml"
-_PASSWORD = re.compile(r"[\w+.-]+://[^/@]*:[^/@]*@")
 _SOUNDS_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY", re.IGNORECASE)
 _OF_THE_PACKAGE = re.compile(r"autoquant_ray(/|-[^/]*\.dist-info/)")
 
@@ -123,10 +123,9 @@ def _require_portable(job: Job, path: str, runs: str | None) -> None:
         sources = (("data", source) for source in sources_of(config.data).values())
         for key, value in (("model", config.model), *sources, ("out", config.out)):
             where = "--runs" if runs is not None and key == "out" else f"{path}: {key}"
-            if _PASSWORD.match(value):
+            if (problem := place_problem(value)) is not None:
                 raise ConfigError(
-                    f"{where} holds a password; set the credentials in the cluster's "
-                    "environment and name them under secrets"
+                    f"{where}: {problem}; that is the cluster's, name them under secrets"
                 )
             is_remote = "://" in value
             if is_remote and key != "out":

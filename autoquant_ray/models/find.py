@@ -9,9 +9,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.gguf_config import apply_rotary, read_facts
 from autoquant_ray.runs.hashing import fingerprint_files
+from autoquant_ray.wording import shown
 
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer*.json",
@@ -68,6 +70,8 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> ModelRef:
     Raises:
         ModelError: A local path that does not exist or holds no model.
     """
+    if (problem := place_problem(name)) is not None:
+        raise ModelError(f"model: {problem}")
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -158,9 +162,9 @@ def _stated(ref: ModelRef) -> dict[str, Any]:
 
     try:
         content: dict[str, Any] = transformers.PreTrainedConfig.get_config_dict(ref.path)[0]
-    except (OSError, ValueError, KeyError):
+    except Exception:  # noqa: BLE001 - only asked in order to explain an error
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _load_config(ref: ModelRef) -> Any:
@@ -168,7 +172,11 @@ def _load_config(ref: ModelRef) -> Any:
 
     try:
         config = transformers.AutoConfig.from_pretrained(ref.path, **ref.load_arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        require_sizes(config)
+        _require_type(config)
+    except ModelError as error:
+        raise ModelError(f"config of model {ref.name}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - whatever a foreign config makes transformers raise
         needs_code = "trust_remote_code" in str(error)
         hint = " (its own code needs `trust_remote_code`)" if needs_code else ""
         raise ModelError(
@@ -177,6 +185,48 @@ def _load_config(ref: ModelRef) -> Any:
     if ref.gguf_file is not None:
         apply_rotary(config, read_facts(Path(ref.path) / ref.gguf_file).rotary)
     return config
+
+
+_SIZES = {
+    "num_hidden_layers": (1, 10_000),
+    "num_attention_heads": (1, 100_000),
+    "hidden_size": (1, 10_000_000),
+    "vocab_size": (1, 100_000_000),
+    "num_key_value_heads": (0, 100_000),
+    "intermediate_size": (0, 100_000_000),
+    "head_dim": (0, 100_000),
+}
+"""Size -> the least and the most that a model has; 0 where some family has no such part."""
+
+
+def require_sizes(config: Any) -> None:
+    """Check the sizes that a config of a language model states, before anything is built of them.
+
+    Raises:
+        ModelError: One is no whole number, below 1, or larger than any model's.
+    """
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, (least, most) in _SIZES.items():
+            value = getattr(part, name, None)
+            if value is None or isinstance(value, list | tuple):  # of each layer
+                continue
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            if not is_number or not least <= value <= most:
+                raise ModelError(f"{name} {shown(value)} is no number from {least} to {most:,}")
+
+
+def _require_type(config: Any) -> None:
+    """Check that the type of the weights that a config states is one.
+
+    Raises:
+        ModelError: It is not.
+    """
+    import torch
+
+    stated = getattr(config, "dtype", None)
+    kind = getattr(torch, stated, None) if isinstance(stated, str) else stated
+    if stated is not None and not isinstance(kind, torch.dtype):
+        raise ModelError(f"dtype {shown(stated)} is no type of torch, such as bfloat16")
 
 
 def _why_unreadable(error: Exception, config: Mapping[str, Any]) -> str:
@@ -192,7 +242,9 @@ def _why_unreadable(error: Exception, config: Mapping[str, Any]) -> str:
     unknown = next((t for t in types if t not in transformers.CONFIG_MAPPING), None)
     is_about_it = isinstance(error, KeyError) or f"`{unknown}`" in str(error)
     if unknown is None or not is_about_it:
-        return one_line(error)
+        is_plain = isinstance(error, OSError | ValueError | ImportError)
+        kind = "" if is_plain else f"{type(error).__name__}: "
+        return f"it cannot be read ({kind}{one_line(error, limit=200)}); look at config.json"
     installed = transformers.__version__
     return (
         f"transformers {installed} does not know the type {unknown!r}"

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)
+"""What transformers raises for files that it cannot make sense of."""
+
+
 def build_skeleton(ref: ModelRef) -> torch.nn.Module:
     """Build the model on the meta device from its config: names and shapes, no weights.
 
@@ -40,11 +44,17 @@ def build_skeleton(ref: ModelRef) -> torch.nn.Module:
     quantized_source(ref)
     without_quantization(config)
     model_class = _model_class(config, ref)
-    with torch.device("meta"):
-        model: torch.nn.Module = model_class.from_config(
-            config, trust_remote_code=ref.trust_remote_code, dtype=torch.bfloat16
-        )
-    model.tie_weights()
+    try:
+        with torch.device("meta"):
+            model: torch.nn.Module = model_class.from_config(
+                config, trust_remote_code=ref.trust_remote_code, dtype=torch.bfloat16
+            )
+        model.tie_weights()
+    except Exception as error:  # noqa: BLE001 - whatever transformers makes of a foreign config
+        reason = f"{type(error).__name__}: {one_line(error, limit=200)}"
+        raise ModelError(
+            f"model {ref.name} cannot be built from its config ({reason}); look at config.json"
+        ) from None
     require_language_model(model, ref)
     untie_as_files(model, ref)
     with_plain_linears(model)
@@ -69,6 +79,7 @@ def load_model(
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
@@ -82,7 +93,7 @@ def load_model(
         model, info = (
             _from_files(ref, arguments) if source is None else _dequantized(ref, source, arguments)
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
         raise ModelError(f"model {ref.name} cannot be loaded: {one_line(error)}") from None
     _require_all_weights(model, info["missing_keys"], ref)
     require_language_model(model, ref)

@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 import pyarrow as pa
 import pyarrow.fs
 
+from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import StoreError, StoreLostError, one_line
 
 _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 10.0, 5
@@ -222,17 +223,13 @@ def open_place(uri: str) -> Place:
     Raises:
         StoreError: The URI cannot be understood, holds credentials, or its server not be reached.
     """
+    if (problem := place_problem(uri)) is not None:
+        raise StoreError(problem)
     if "://" not in uri:
         root = str(Path(uri).expanduser().absolute())
         return Place(filesystem=pa.fs.LocalFileSystem(), root=root, is_local=True, bucket="")
     try:
         parts = urlsplit(uri)
-        if parts.password is not None:
-            shown = uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "...@")
-            raise StoreError(
-                f"{shown} holds credentials; give them as AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY in the environment"
-            )
         if parts.scheme == "s3":
             return _open_s3(uri)
         if parts.scheme in ("gs", "gcs"):

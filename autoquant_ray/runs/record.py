@@ -7,11 +7,14 @@ stop) is absent, not null.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NotRequired, TypedDict
 
 from autoquant_ray.errors import StoreError
+from autoquant_ray.runs.names import RUN_FILE, remedy_of
+from autoquant_ray.runs.typed import problem_of
 
 
 class ModelFacts(TypedDict):
@@ -186,12 +189,16 @@ class RunRecord:
             path: The file, for the error.
 
         Raises:
-            StoreError: It lacks a key that every run has.
+            StoreError: It lacks a key that every run has, or a value has another type.
         """
         missing = sorted(_REQUIRED - set(values))
         if missing:
-            raise StoreError(f"{path} is damaged: it lacks {missing}")
+            raise StoreError(f"{path} is damaged: it lacks {missing}; {remedy_of(RUN_FILE)}")
         entries = {key: value for key, value in values.items() if key in _KEYS}
+        hints = typing.get_type_hints(cls, include_extras=True)
+        for key, value in entries.items():
+            if (problem := problem_of(value, hints[key], key)) is not None:
+                raise StoreError(f"{path} is damaged: {problem}; {remedy_of(RUN_FILE)}")
         others = {key: value for key, value in values.items() if key not in _KEYS}
         return cls(**entries, others=others, order=list(values))
 

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
+from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.stage_fields import changed_fields
-from autoquant_ray.errors import ChangedError, Interrupted, StoreError
+from autoquant_ray.errors import ChangedError, ConfigError, Interrupted, StoreError, one_line
 from autoquant_ray.runs.directory import SCHEMA_VERSION, RunDirectory
 from autoquant_ray.runs.lease import Lease
 from autoquant_ray.runs.names import (
@@ -36,6 +37,7 @@ from autoquant_ray.runs.names import (
     SEARCH,
     SEARCH_FILE,
     SENSITIVITY_FILE,
+    remedy_of,
 )
 from autoquant_ray.runs.part_marks import STAGE_OF
 from autoquant_ray.runs.record import PlanSummary, RunRecord, StageEntry
@@ -95,7 +97,10 @@ class RunState:
             raise StoreError(
                 f"{directory.uri} has schema version {version}, this program reads {SCHEMA_VERSION}"
             )
-        return cls(directory, RunRecord.from_json(values, directory.path(RUN_FILE)), lease)
+        record = RunRecord.from_json(values, directory.path(RUN_FILE))
+        if record.config is not None:
+            _require_config(record.config, directory.path(RUN_FILE))
+        return cls(directory, record, lease)
 
     @classmethod
     def start(
@@ -303,6 +308,20 @@ class RunState:
                     f"{self.directory.uri} was started with {name} {before}, this is {now}; go on "
                     "with the same version, or `overwrite`"
                 )
+
+
+def _require_config(config: dict[str, Any], path: str) -> None:
+    """Check the values of a scan's config; fields that a version lacks or has more are its own.
+
+    Raises:
+        StoreError: A value is none that its field can have.
+    """
+    values = {key: value for key, value in config.items() if key in ScanConfig.model_fields}
+    try:
+        validate(ScanConfig, values)
+    except ConfigError as error:
+        reason = one_line(error, limit=200).removeprefix("--")
+        raise StoreError(f"{path} is damaged: `config`: {reason}; {remedy_of(RUN_FILE)}") from None
 
 
 def require_target(

@@ -84,7 +84,7 @@ def package(values: dict[str, Any], env: Any = (), wheel: str | None = None) -> 
         (SCAN | {"model": "s3://b/m"}, "model: s3://b/m cannot be read from there"),
         (SCAN | {"data": "gs://b/d"}, "data: gs://b/d cannot be read from there"),
         (SCAN | {"data": "../d.txt"}, "data: ../d.txt would be"),
-        (SCAN | {"out": f"s3://key:{SECRET}@bucket/r"}, "out holds a password"),
+        (SCAN | {"out": f"s3://key:{SECRET}@bucket/r"}, "out: s3://bucket/... holds credentials"),
         (SCAN | {"nmae": "x"}, "nmae: unknown key; closest: name"),
     ],
 )
