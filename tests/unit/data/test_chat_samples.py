@@ -61,12 +61,13 @@ def test_nothing_usable_says_why() -> None:
 
 def test_stored_samples_come_back_and_equal_ones_have_equal_bytes(tmp_path: Path) -> None:
     samples = [made(5, [2, 4], images=2).sample, made(3, [1]).sample]
-    directory = RunDirectory(str(tmp_path / "run"))
-    first, second = (part_name(SAMPLES, shard) for shard in (0, 1))
-    for name in (first, second):
+    directories = [RunDirectory(str(tmp_path / name)) for name in ("run", "other")]
+    name = part_name(SAMPLES, 0)
+    for directory in directories:
         directory.write_table(name, rich_part(7, samples))
-    assert directory.read_bytes(first) == directory.read_bytes(second)
-    table = directory.read_table(first)
+    first, second = (directory.read_bytes(name) for directory in directories)
+    assert first == second
+    table = directories[0].read_table(name)
     assert table.column("sample").to_pylist() == [7, 8]
     for before, after in zip(samples, samples_of(table), strict=True):
         assert isinstance(after, RichSample)
