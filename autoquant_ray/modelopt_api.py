@@ -51,6 +51,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
     is_registered_quant_backend,
     register_quant_backend,
 )
+from modelopt.torch.quantization.plugins.custom import CUSTOM_MODEL_PLUGINS
 from modelopt.torch.quantization.plugins.huggingface import (
     _fused_experts_wrapper_class,
     _QuantAttention,
@@ -58,6 +59,7 @@ from modelopt.torch.quantization.plugins.huggingface import (
     _wraps_nested_attention,
     force_eager_experts_impl_on_the_fly,
     register_fused_experts_on_the_fly,
+    register_hf_attentions_on_the_fly,
 )
 from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
@@ -111,6 +113,7 @@ __all__ = [
     "mutates_weights",
     "needs_static_maximum",
     "normal_quantizer_name",
+    "plain_attentions",
     "prepare_experts",
     "prepare_quantizers",
     "register_attention",
@@ -316,6 +319,16 @@ def register_attention(module: Any) -> None:
     if QuantModuleRegistry.get(type(module)) is None:
         with contextlib.redirect_stdout(io.StringIO()):
             mtq.register(type(module), _QuantAttention)
+
+
+@contextmanager
+def plain_attentions() -> Iterator[None]:
+    """Inside, ``mtq.quantize`` leaves attentions as they are: it cannot prepare each (Bloom's)."""
+    CUSTOM_MODEL_PLUGINS.remove(register_hf_attentions_on_the_fly)
+    try:
+        yield
+    finally:
+        CUSTOM_MODEL_PLUGINS.add(register_hf_attentions_on_the_fly)
 
 
 def prepare_quantizers(model: Any, quant_cfg: Any) -> None:

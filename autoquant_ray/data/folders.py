@@ -27,6 +27,7 @@ _DESCRIPTIONS = tuple(f"metadata{ending}" for ending in (".csv", ".jsonl", ".par
 _ASIDE = (".md", ".rst", ".yaml", ".yml", ".lock", ".sha256", ".md5", ".py", ".ipynb", ".pdf")
 _GO_WITH_DATA = re.compile(r"(readme|licen[sc]e|notice|citation)([-._].*)?", re.IGNORECASE)
 _NUM_NAMED = 3
+_MOST_OF_ERROR = 120  # characters
 _FAILURES = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError)
 
 
@@ -76,6 +77,12 @@ def read_dataset(path: Path, spec: DataSpec) -> Iterator[Row]:
             for name in columns:
                 if isinstance(features.get(name), datasets.Image):
                     dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    except ConnectionError as error:
+        raise DataError(
+            f"data source {spec.source} is neither a file nor a folder here, and no hub gives it "
+            f"({one_line(error, _MOST_OF_ERROR)}); give a file or a folder, or download it where "
+            "there is a network: hf download --repo-type dataset"
+        ) from None
     except (*_FAILURES, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"data source {spec.source} cannot be loaded as a dataset folder or hub id: "

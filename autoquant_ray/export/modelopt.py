@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,13 @@ from autoquant_ray.export.names import naming
 from autoquant_ray.export.parts import Part, outline
 from autoquant_ray.export.source import Source, needs_whole
 from autoquant_ray.formats.algorithms import algorithm_of_part, without_fits
-from autoquant_ray.modelopt_api import calibrate, needs_static_maximum, prepare_quantizers
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.modelopt_api import (
+    calibrate,
+    needs_static_maximum,
+    plain_attentions,
+    prepare_quantizers,
+)
 from autoquant_ray.modelopt_export import (
     as_stored_tensors,
     pack_model,
@@ -77,7 +83,8 @@ class ModelOptPacker:
         self._dtype = next(model.parameters()).dtype
         config = without_fits(load_quantization_config(source.manifest))
         self._algorithm = config["algorithm"]
-        with _stops_named("mtq.quantize"):  # it cannot prepare every attention (Bloom's)
+        has_caches = any(name != NONE for name in source.caches.values())
+        with _stops_named("mtq.quantize"), nullcontext() if has_caches else plain_attentions():
             prepare_quantizers(model, config["quant_cfg"])
 
     def pack(self, shell: Any, part: Part) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

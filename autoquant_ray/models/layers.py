@@ -37,10 +37,14 @@ def base_model(model: Any) -> Any:
 
 
 def text_decoder(model: Any) -> Any:
-    """What runs text in the base model; some classes call it and pass the base model by."""
+    """What runs text in the base model; some classes call it and pass the base model by.
+
+    A class that has none gives itself, or what bears that name: ModernBERT's decoder is its head.
+    """
     owner = head_owner(model)
     decoder = owner.get_decoder() if hasattr(owner, "get_decoder") else owner
-    return base_model(model) if decoder is owner else decoder
+    is_none = decoder is owner or decoder is owner.get_output_embeddings()
+    return base_model(model) if is_none else decoder
 
 
 def head_owner(model: Any) -> Any:

@@ -127,7 +127,13 @@ class _Watch:
         self._other_products: set[str] = set()
 
     def run(self, stand_in: StandIn, num_tokens: int) -> None:
-        """Run some tokens."""
+        """Run some tokens.
+
+        Raises:
+            RuntimeError: The graph does not show all that leads to the logits (Reformer's).
+        """
+        import torch
+
         nodes: dict[str, list[Any]] = {}
 
         def visit(name: str, given: torch.Tensor, output: torch.Tensor) -> None:
@@ -140,6 +146,8 @@ class _Watch:
         size = stand_in.model.get_input_embeddings().weight.shape[0]
         logits = stand_in.run([[1 + i % min(7, size - 1) for i in range(num_tokens)]], visit)
         behind = _ancestors(logits.grad_fn)
+        if any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in behind):
+            raise RuntimeError("a function with a backward of its own hides what runs inside")
         self._trained |= {name for name, seen in nodes.items() if any(n in behind for n in seen)}
 
     def take_over(self, same: Mapping[str, str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.models.quantizable import PlannedModule, expert_place
 
 ROUTER = "router: it chooses or weighs experts; search_routers searches it too"
@@ -28,9 +27,8 @@ def routers(model: Any, modules: Sequence[PlannedModule]) -> set[str]:
     """
     sizes: dict[str, set[int]] = {}
     for block, size in _blocks(model, modules):
-        sizes.setdefault(block, {1}).add(size)
-    for layer in decoder_layers(model):
-        sizes.pop(layer, None)  # its attention is there too, and may be as wide
+        if not block.rpartition(".")[2].isdigit():  # a layer: its attention may be as wide
+            sizes.setdefault(block, {1}).add(size)
     return {
         module.name
         for module in modules

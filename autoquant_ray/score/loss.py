@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class VocabularyLoss:
 
     def __init__(self, model: Any, slice_elements: int = 2**24) -> None:
         self._model = head_owner(model)
+        # Some forwards embed what they are given themselves (Qwen2.5-Omni's): states are embedded.
+        self._takes_states = "inputs_embeds" in signature(type(self._model).forward).parameters
         self._head: torch.nn.Linear = model.get_output_embeddings()
         self._bodies = {
             id(body): body for body in (base_model(model), text_decoder(model))
@@ -81,7 +84,8 @@ class VocabularyLoss:
         with ExitStack() as stack:
             for module in self._bodies:
                 stack.enter_context(replaced_forward(module, lambda *_, **__: output))
-            logits: torch.Tensor = self._model(input_ids=None, use_cache=False).logits
+            states = {"inputs_embeds": hidden_nH[None].detach()} if self._takes_states else {}
+            logits: torch.Tensor = self._model(input_ids=None, use_cache=False, **states).logits
         return logits.flatten(0, 1)  # not [0]: its backward would copy the gradient into zeros
 
     @torch.no_grad()

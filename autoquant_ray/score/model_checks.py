@@ -37,7 +37,7 @@ def require_head(model: Any, loss: VocabularyLoss) -> None:
     hidden_nH = weight.new_zeros(2, weight.shape[1])
     try:
         loss.logits(hidden_nH)
-    except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot be scored: its head does not run on the output of its "
             f"decoder alone ({one_line(error)})"

@@ -16,6 +16,7 @@ from modelopt_scores import NOTHING, next_token_loss, of_text, quantized_by_mode
 
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.formats.format import Format
+from autoquant_ray.modelopt_api import plain_attentions
 from autoquant_ray.models.layers import require_gradient
 from autoquant_ray.plan.group import PlannedGroup
 
@@ -38,7 +39,8 @@ def autograd_scores(
             for prefix in module.quantizer_prefixes
             for entry in quantizer_entries(f"{module.name}.{prefix}", format_)
         ]
-        quantized = quantized_by_modelopt(model, batches, [*NOTHING, *entries])
+        with plain_attentions():
+            quantized = quantized_by_modelopt(model, batches, [*NOTHING, *entries])
         for call in itertools.chain(*calls):
             with torch.no_grad():
                 changed = quantized.get_submodule(call.module)(*call.arguments, **call.keywords)
@@ -62,6 +64,8 @@ def _calls(model: Any, names: set[str], ids_BS: torch.Tensor) -> list[_Call]:
     calls: list[_Call] = []
 
     def keep(name: str, _: Any, arguments: Any, keywords: Any, output: torch.Tensor) -> None:
+        if not output.requires_grad:  # of a constant input, as Zaya's first delayed value
+            return
         # A model may add to the output in place.
         call = _Call(name, arguments, keywords, output.detach().clone())
         output.register_hook(lambda gradient: setattr(call, "gradient", gradient))

@@ -7,7 +7,7 @@ that a config is made from the family's defaults, and that a reason stands where
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,16 @@ START, END = (
     "<!-- end of all -->\n",
 )
 COLUMNS = ("model type", "plan", "scan", "padding", "parity", "export", "notes")
+WITHOUT_TEXT = {
+    "diffusion_gemma": "writes blocks of tokens by diffusion, not one token after the other",
+    "evolla": "is registered as a language model by its name alone: no class takes its config",
+    "gemma4_assistant": "drafts for another model, whose states it reads",
+    "gemma4_unified_assistant": "drafts for another model, whose states it reads",
+    "musicgen": "writes codes of sound",
+    "musicgen_melody": "writes codes of sound",
+    "vision-encoder-decoder": "an encoder of images and a decoder that reads its states",
+}
+"""Families that are no language model by themselves."""
 _NOTHING = ""
 _LONGEST = 260
 
@@ -54,6 +64,8 @@ def family_row(name: str) -> str:
 def _cells(name: str) -> tuple[list[str], list[str]]:
     """What its columns say, as far as it comes, and its notes."""
     with tempfile.TemporaryDirectory() as folder:
+        if name in WITHOUT_TEXT:
+            return [], [f"not tried: {WITHOUT_TEXT[name]}"]
         try:
             model = small_model(name)
         except Exception as error:  # noqa: BLE001  whatever transformers says
@@ -104,8 +116,23 @@ def update(page: str, rows: Mapping[str, str]) -> str:
     table, _, after = rest.partition(END)
     kept = {row.split("`")[1]: row for row in table.splitlines() if row.startswith("| `")}
     kept |= rows
-    lines = [table_row(COLUMNS), "|---" * len(COLUMNS) + "|", *(kept[n] for n in sorted(kept)), ""]
+    names = sorted(kept)
+    lines = [summary([kept[name] for name in names]), "", table_row(COLUMNS)]
+    lines += ["|---" * len(COLUMNS) + "|", *(kept[name] for name in names), ""]
     return f"{before}{START}{chr(10).join(lines)}{END}{after}"
+
+
+def summary(rows: Sequence[str]) -> str:
+    """A sentence that counts the rows by what they say."""
+    cells = [dict(zip(COLUMNS, row.strip("| ").split(" | "), strict=False)) for row in rows]
+    yes = {name: sum(c.get(name, "").startswith("yes") for c in cells) for name in COLUMNS[1:6]}
+    refused = sum("refused: " in row for row in rows)
+    built = sum("no small model: " in row or "not tried: " in row for row in rows)
+    return (
+        f"{len(rows)} families: {yes['scan']} are scanned (padded as alone: {yes['padding']}; equal "
+        f"to ModelOpt or autograd: {yes['parity']}; exported in FP8: {yes['export']}), {refused} "
+        f"are refused, {built} were not tried."
+    )
 
 
 def write_rows(rows: Iterable[tuple[str, str]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
+import transformers
 from modelopt.torch.opt.utils import named_hparams
 
 from autoquant_ray.models.quantizable import TOWER_PATTERNS
@@ -26,10 +27,17 @@ def of_text(ids_BS: torch.Tensor) -> Batch:
     return ids_BS, None, {}
 
 
+def language_model(model: Any) -> Any:
+    """What runs text alone: the whole language model inside of one that cannot, as BLIP-2."""
+    parts = (getattr(model, name, None) for name in ("language_model", "text_model"))
+    return next((part for part in parts if isinstance(part, transformers.GenerationMixin)), model)
+
+
 def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy of the next tokens."""
     ids_BS, in_loss_BS, inputs = batch
-    logits = model(input_ids=ids_BS, use_cache=False, **inputs).logits[:, :-1].flatten(0, 1).float()
+    runs = model if inputs else language_model(model)
+    logits = runs(input_ids=ids_BS, use_cache=False, **inputs).logits[:, :-1].flatten(0, 1).float()
     targets = ids_BS[:, 1:].flatten()
     if in_loss_BS is not None:
         targets = torch.where(in_loss_BS[:, 1:].flatten(), targets, -100)
@@ -121,7 +129,7 @@ def quantized_by_modelopt(
 
     def run(copied: Any) -> None:
         for ids_BS in batches:
-            copied(input_ids=ids_BS, use_cache=False)
+            language_model(copied)(input_ids=ids_BS, use_cache=False)
 
     config = {"quant_cfg": list(entries), "algorithm": algorithm}
     with warnings.catch_warnings(), torch.no_grad():

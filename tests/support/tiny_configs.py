@@ -106,8 +106,21 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xlnet": {"d_head": 16},
     "xlm": {"emb_dim": 64},
-    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "decoder_config": {"hidden_size_global": 64},
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}}
+    | {"ffn_config": {"ffn_hidden_size": 64}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]}
+        | {"num_experts_per_tok": 2, "topk_method": "greedy"}
+    },
+    "florence2": {"vision_config": {"num_groups": [4, 4], "depths": [1, 1]}},
+    "granite4_vision": {"text_config": {"model_type": "granite"}, "deepstack_layer_map": []}
+    | {"downsample_rate": "2/4", "spatial_target_layers": [0, 0, 1, 1]},
     "zamba": {"layer_types": _HYBRID, "num_hidden_layers": 4, "attention_head_dim": 32}
+    | {"attention_hidden_size": 128}
     | _WITHOUT_KERNELS,
     "jamba": _WITHOUT_KERNELS,
     "ernie4_5_vl_moe": {"text_config": {"head_dim": 16, "rope_parameters": _UNEVEN_AXES}},

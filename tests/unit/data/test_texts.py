@@ -164,10 +164,14 @@ def test_read_binary_file_names_file_and_line(tmp_path: Path) -> None:
         read_all(tmp_path / "weights.bin", read_as="text")
 
 
-def test_read_hub_id_offline_raises_in_one_line() -> None:
-    with pytest.raises(DataError, match=r"nobody/nothing cannot be loaded.*Hub") as caught:
-        read_all("nobody/nothing")
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("source", ["no-such/dataset", "texts"])
+def test_read_hub_id_offline_says_in_one_line_what_to_do(source: str) -> None:
+    with pytest.raises(DataError, match=f"source {source} is neither a file nor a") as caught:
+        next(read_texts(spec_of(source)))
+    message = str(caught.value)
+    assert "hf download --repo-type dataset" in message
+    assert len(message) <= 400
+    assert "\n" not in message
 
 
 def test_read_pydoc_gives_topics_in_sorted_order() -> None:

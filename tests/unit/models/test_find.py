@@ -32,6 +32,25 @@ def test_type_that_transformers_does_not_know_gets_advice_within_the_bounds(
     assert "--upgrade transformers" not in line
 
 
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64}
+UNBUILT: dict[str, tuple[dict[str, object], str]] = {
+    "text for a number": (LLAMA | {"hidden_size": "64"}, "Field 'hidden_size' expected int"),
+    "unknown activation": (LLAMA | {"hidden_act": "other"}, "transformers cannot build a model"),
+    "no heads": (LLAMA | {"num_attention_heads": 0}, ""),
+    "a part without a type": ({"model_type": "musicgen", "text_encoder": None}, "'text_encoder'"),
+    "a draft of a model": ({"model_type": "gemma4_assistant"}, "has no attribute 'vocab_size'"),
+    "an unregistered class": ({"model_type": "evolla"}, "type 'evolla'"),
+}
+
+
+@pytest.mark.parametrize(("config", "words"), UNBUILT.values(), ids=UNBUILT)
+def test_config_that_transformers_cannot_build_is_refused_in_a_line(
+    config: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert words in refusal(run("plan", tmp_path))
+
+
 def test_advice_names_the_newest_release_that_is_allowed() -> None:
     (required,) = (line for line in REQUIRED if line.startswith("transformers"))
     bound = re.search(r"<(5\.\d+)", required)

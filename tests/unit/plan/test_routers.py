@@ -22,6 +22,7 @@ from autoquant_ray.plan.routers import ROUTER
         ("qwen2_moe", {"mlp.shared_expert_gate"}),
         ("mixtral", set()),
         ("llama", set()),
+        ("xlnet", set()),
     ],
 )
 def test_routers_are_left_out_and_named_unless_asked_for(family: str, names: set[str]) -> None:

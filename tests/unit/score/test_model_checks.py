@@ -55,6 +55,14 @@ def test_model_that_does_not_run_on_text_alone_is_refused_by_name(make_spec: Any
         Scorer(make_spec(plan), model=model)
 
 
+def test_model_without_gradients_in_evaluation_mode_is_refused(make_spec: Any) -> None:
+    model = small_model("reformer")
+    plan = build_plan(model, resolve_formats(("wint8_afp16",), device="cpu"))
+    assert not [group.name for group in plan.groups if group.reason is not None]
+    with pytest.raises(ModelError, match="ReformerModel gives no gradients in evaluation mode"):
+        Scorer(make_spec(plan), model=model)
+
+
 def test_steps_hold_equal_lengths_where_padding_changes_the_answer(
     make_model: Any, make_spec: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
