@@ -129,9 +129,9 @@ def summary(rows: Sequence[str]) -> str:
     refused = sum("refused: " in row for row in rows)
     built = sum("no small model: " in row or "not tried: " in row for row in rows)
     return (
-        f"{len(rows)} families: {yes['scan']} are scanned (padded as alone: {yes['padding']}; equal "
-        f"to ModelOpt or autograd: {yes['parity']}; exported in FP8: {yes['export']}), {refused} "
-        f"are refused, {built} were not tried."
+        f"{len(rows)} families: {yes['scan']} are scanned (padded as alone: {yes['padding']}; "
+        f"equal to ModelOpt or autograd: {yes['parity']}; exported in FP8: {yes['export']}), "
+        f"{refused} are refused, {built} were not tried."
     )
 
 
