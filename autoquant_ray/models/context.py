@@ -112,6 +112,8 @@ def _tables(model: torch.nn.Module, embedding: Any, lengths: set[int]) -> Iterat
             offset = getattr(module, "offset", 0)
             if module.padding_idx is not None:
                 offset = max(offset, module.padding_idx + 1)
+            # ProphetNet's stream that predicts asks for the position after each token's.
+            offset += type(module).__name__.startswith("ProphetNet")
             rows = module.num_embeddings
             if rows in lengths or rows - _MAX_OFFSET in lengths:
                 yield rows - offset

@@ -30,6 +30,23 @@ TABLES: dict[str, Any] = {
         n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_positions=LENGTH
     ),
     "mpt": transformers.MptConfig(d_model=16, n_layers=1, n_heads=2, max_seq_len=LENGTH),
+    "prophetnet": transformers.ProphetNetConfig(
+        hidden_size=16, num_decoder_layers=1, num_decoder_attention_heads=2, decoder_ffn_dim=16,
+        num_encoder_layers=1, num_encoder_attention_heads=2, encoder_ffn_dim=16,
+        max_position_embeddings=LENGTH, is_decoder=True, is_encoder_decoder=False,
+        add_cross_attention=False,
+    ),
+    "roberta": transformers.RobertaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=LENGTH, is_decoder=True, pad_token_id=1,
+    ),
+    "bart": transformers.BartConfig(
+        d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
+        max_position_embeddings=LENGTH, is_decoder=True, is_encoder_decoder=False, pad_token_id=1,
+    ),
+    "xglm": transformers.XGLMConfig(
+        d_model=16, num_layers=1, attention_heads=2, ffn_dim=16, max_position_embeddings=LENGTH,
+    ),
     "llama": transformers.LlamaConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=LENGTH,
@@ -45,10 +62,10 @@ def test_positions_are_those_up_to_which_the_model_runs(family: str) -> None:
     limits = limits_of(model)
     assert limits.token_ids == 64
     longest = 0
-    for length in (LENGTH - 2, LENGTH, LENGTH + 1, LENGTH + 3):
+    for length in (*range(LENGTH - 3, LENGTH + 2), LENGTH + 3):
         try:
             with torch.no_grad():
-                model(torch.ones(1, length, dtype=torch.long))
+                model(torch.full((1, length), 5))
         except (IndexError, RuntimeError):
             break
         longest = length
