@@ -128,6 +128,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "cohere2_vision": {"alignment_intermediate_size": 64},
     "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "zaya": {"num_experts_per_tok": 1},
+    "minimax": {"block_size": 16},
     "mistral4": {"qk_nope_head_dim": 8},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
