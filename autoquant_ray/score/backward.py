@@ -64,7 +64,7 @@ class LayerwiseBackward:
 
     Raises:
         ModelError: The layers are offloaded, but the model is not a plain chain of them; or it
-            does not run on text alone, or gives no gradients.
+            does not run on text alone.
     """
 
     def __init__(
@@ -89,7 +89,6 @@ class LayerwiseBackward:
                 "offloaded; give `placement` resident"
             )
         if not self.is_layerwise:
-            _require_gradients(self)
             logger.warning(
                 "%s is not a plain chain of decoder layers; scoring keeps one whole graph, which "
                 "takes more memory",
@@ -365,23 +364,6 @@ def gradients_agree(backward: LayerwiseBackward) -> bool:
     return len(whole) == len(layerwise) and all(
         _is_close(ours, theirs) for ours, theirs in zip(layerwise, whole, strict=True)
     )
-
-
-def _require_gradients(backward: LayerwiseBackward) -> None:
-    """Check that one ordinary graph gives gradients in evaluation mode, which Reformer's does not.
-
-    Raises:
-        ModelError: It does not.
-    """
-    (pass_,) = backward.forward([_probe(backward)], keep=False)
-    try:
-        hidden_BSH = backward.finish(pass_, with_graph=True)
-        backward.backward([pass_], [[torch.ones_like(hidden_BSH)]])
-    except AssertionError as error:
-        raise ModelError(
-            f"{type(backward.base).__name__} gives no gradients in evaluation mode and cannot be "
-            f"scored: {one_line(error, _MOST_OF_ERROR)}"
-        ) from error
 
 
 def _whole_graph_gradients(

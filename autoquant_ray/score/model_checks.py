@@ -22,6 +22,7 @@ _ENDINGS = ((3, 4, 5, 1, 2), (5, 5, 4, 3, 1))
 """Token ids; none is 0, which pads."""
 _LARGEST, _LARGEST_IN_FEW_BITS = 1e-4, 0.02
 _ABOVE_NOISE = 4
+_MOST_OF_ERROR = 250  # characters
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,31 @@ def require_head(model: Any, loss: VocabularyLoss) -> None:
             f"{type(model).__name__} cannot be scored: its head does not run on the output of its "
             f"decoder alone ({one_line(error)})"
         ) from None
+
+
+def require_gradients(backward: LayerwiseBackward) -> None:
+    """Check that a model that is run as one graph gives gradients in evaluation mode.
+
+    Reformer, which does not keep what its layers give, has none.
+
+    Args:
+        backward: Runs the model; nothing watches.
+
+    Raises:
+        ModelError: It gives none.
+    """
+    if backward.is_layerwise:
+        return
+    step = make_step([_ids(backward, _PREFIX)], backward.embedding.weight.device)
+    try:
+        passes = backward.forward([step], keep=True)
+        hidden_BSH = backward.finish(passes[0], with_graph=True)
+        backward.backward(passes, [[torch.ones_like(hidden_BSH)]])
+    except AssertionError as error:
+        raise ModelError(
+            f"{type(backward.base).__name__} gives no gradients in evaluation mode and cannot be "
+            f"scored: {one_line(error, _MOST_OF_ERROR)}"
+        ) from error
 
 
 @torch.no_grad()

@@ -35,7 +35,12 @@ from autoquant_ray.score.entrance import Gradients, Pass
 from autoquant_ray.score.fitting import LayerFit, LayerFitting
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
-from autoquant_ray.score.model_checks import joint_context, require_head, require_linears
+from autoquant_ray.score.model_checks import (
+    joint_context,
+    require_gradients,
+    require_head,
+    require_linears,
+)
 from autoquant_ray.score.sensitivity import SensitivityHooks, SensitivitySums
 from autoquant_ray.score.visits import Step, Visit, VisitPacker, make_step, predicting_rows
 from autoquant_ray.score.watched_passes import run_watched
@@ -146,6 +151,7 @@ class Scorer:
         self._search = ScaleSearch(self.model, self._backward.layers, spec.modules, spec.formats)
         require_head(self.model, self._loss)
         require_linears(self.model, spec.modules, self._backward.holding)
+        require_gradients(self._backward)
         self.joint_context = joint_context(self.model, self._backward)
         given, layers = spec.weight_cache_bytes, self._backward.layers
         room = room_for_visit(self.model, layers, spec.modules, spec.formats)
