@@ -35,11 +35,11 @@ def test_type_that_transformers_does_not_know_gets_advice_within_the_bounds(
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64}
 UNBUILT: dict[str, tuple[dict[str, object], str]] = {
     "text for a number": (LLAMA | {"hidden_size": "64"}, "Field 'hidden_size' expected int"),
-    "unknown activation": (LLAMA | {"hidden_act": "other"}, "transformers cannot build a model"),
+    "unknown activation": (LLAMA | {"hidden_act": "other"}, "cannot be built from its config"),
     "no heads": (LLAMA | {"num_attention_heads": 0}, ""),
     "a part without a type": ({"model_type": "musicgen", "text_encoder": None}, "'text_encoder'"),
     "a draft of a model": ({"model_type": "gemma4_assistant"}, "has no attribute 'vocab_size'"),
-    "an unregistered class": ({"model_type": "evolla"}, "type 'evolla'"),
+    "an unregistered class": ({"model_type": "evolla"}, "EvollaConfig"),
 }
 
 
