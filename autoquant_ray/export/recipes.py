@@ -86,6 +86,12 @@ def recipe_notes(
         for name, embedding in tied.items()
         if name in quantized and tool != AUTO_ROUND
     ]
+    notes += [
+        f"note: {tool} leaves {name} in 16 bits, because it shares its weight with {embedding}; "
+        f"plan it so with solve --pin '{name}=none'"
+        for name, embedding in tied.items()
+        if name in quantized and tool == AUTO_ROUND
+    ]
     others: dict[tuple[str, str], list[str]] = {}
     for name, entry in quantized.items():
         fitting = _fitting(entry, name, modules, tool)

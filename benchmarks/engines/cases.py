@@ -150,6 +150,8 @@ def make_case(run: autoquant_ray.Run, name: str, folder: Path) -> Path:
     formats = CASES[name]
     groups = run.plan.column("group").to_pylist()
     pins = {group: formats[number % len(formats)] for number, group in enumerate(groups)}
+    if name == "auto-round":
+        pins |= {group: NONE for group in groups if group == "lm_head"}  # it keeps tied heads
     solution = run.solve(bytes=10**10, pins=pins).name
     folder.mkdir(parents=True, exist_ok=True)
     options = ["--format", "compressed-tensors", "--out", str(folder / "out")]

@@ -78,6 +78,13 @@ def gguf_kind(format_: str, columns: int) -> str:
     return narrower if columns % block else type_
 
 
+def auto_round_kind(format_: str, columns: int) -> str:
+    """Bits and group of the stored tensors; -1 is a channel."""
+    if format_ == "none":
+        return IN_16_BITS
+    return f"int{format_[4]} g{64 if '_g64_' in format_ else -1}"
+
+
 _VLLM = {
     "wint8_aint8": "CompressedTensorsW8A8Int8 channel static",
     "wint4_g64_afp16": "CompressedTensorsWNA16 int4 group 64",
@@ -162,5 +169,11 @@ TOOLS = {
         kind=vllm_keys,
         environment="vllm",
         **_VLLM_CPU,
+    ),
+    "auto-round": Tool(
+        script="with_auto_round.py",
+        cases=("auto-round",),
+        kind=auto_round_kind,
+        packages=("auto-round==0.16.1", "torch==2.13.0", "transformers==5.14.1"),
     ),
 }

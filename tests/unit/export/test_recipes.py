@@ -250,7 +250,7 @@ def test_export_writes_a_solutions_recipe_once(tmp_path: Path) -> None:
     assert invoke(*words, "--out", out, "--overwrite").exit_code == 0
 
 
-def test_export_says_that_a_tied_embedding_is_rounded_too(tmp_path: Path) -> None:
+def test_export_says_what_tools_do_with_a_tied_head(tmp_path: Path) -> None:
     run = put_scored_run(tmp_path / "run", num_layers=1, formats=("wint8_afp16",), model="m.gguf")
     record = run.read_json("run.json")
     record["plan"] |= {"tied_groups": ["lm_head"], "embedding": "model.embedding"}
@@ -263,6 +263,11 @@ def test_export_says_that_a_tied_embedding_is_rounded_too(tmp_path: Path) -> Non
         assert name in out.read_text()
         assert f"note: {tool} stores one matrix for lm_head and model.embedding" in result.stderr
         assert ("--allow-requantize" in out.read_text()) == (tool == "llama.cpp")
+    result = invoke(
+        run.uri, "--format", "recipe", "--tool", "auto-round", "--out", str(tmp_path / "a")
+    )
+    assert "note: auto-round leaves lm_head in 16 bits" in result.stderr
+    assert "--pin 'lm_head=none'" in result.stderr
 
 
 @pytest.mark.parametrize(
