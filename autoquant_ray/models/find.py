@@ -11,7 +11,7 @@ from typing import Any
 
 from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ModelError, one_line
-from autoquant_ray.models.gguf_config import apply_rotary, read_facts
+from autoquant_ray.models.gguf_config import apply_query_scale, apply_rotary, read_facts
 from autoquant_ray.runs.hashing import fingerprint_files
 from autoquant_ray.wording import shown
 
@@ -184,6 +184,7 @@ def _load_config(ref: ModelRef) -> Any:
         ) from None
     if ref.gguf_file is not None:
         apply_rotary(config, read_facts(Path(ref.path) / ref.gguf_file).rotary)
+        apply_query_scale(config)
     return config
 
 

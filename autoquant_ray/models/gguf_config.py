@@ -1,8 +1,10 @@
 """What transformers does not read of a GGUF file's model: rotary embeddings, a head apart.
 
-transformers 5.14 reads a file's base frequency and nothing else, so a model whose context was
-stretched would run with the positions of its shorter origin. Names and meanings of the metadata are
-of the GGUF specification (``docs/gguf.md`` of ggml) and of llama.cpp (``src/llama-model.cpp``).
+transformers 5.14 reads a file's base frequency (not StarCoder2's and StableLM's) and nothing else,
+so a model whose context was stretched would run with the positions of its shorter origin, and
+Phi-4-mini would turn all dimensions of a head, not three quarters of them. Names and meanings of
+the metadata are of the GGUF specification (``docs/gguf.md`` of ggml) and of llama.cpp
+(``src/llama-model.cpp``).
 
 Shape letter: F rotary frequencies, half of the rotary dimensions.
 """
@@ -41,6 +43,7 @@ _NAMES = {
     "attn_factor": "attention_factor",
     "yarn_attn_factor": "attention_factor",
 }
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 _LAYERS_WITH_LONG_CONTEXT = "full_attention"
 _LAYERS_WITH_WINDOW = "sliding_attention"
 
@@ -53,11 +56,15 @@ class RotaryMetadata:
         scaling: Name without ``ARCHITECTURE.rope.scaling.`` -> value.
         window_base: Base of the layers with a sliding window; None where the file names none.
         divisors: Name of the tensor -> what each frequency is divided by, ``(F,)`` float64.
+        base: Base of the layers that see the whole context; None where the file names none.
+        num_dimensions: Dimensions of a head that are turned; None where the file does not say.
     """
 
     scaling: Mapping[str, Any]
     window_base: float | None
     divisors: Mapping[str, Floats]
+    base: float | None = None
+    num_dimensions: int | None = None
 
 
 class ModelFacts(NamedTuple):
@@ -103,14 +110,21 @@ def _rotary(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> RotaryMeta
         for name, field in fields.items()
         if name.startswith(prefix)
     }
+    scaling = {n.removeprefix(start): v for n, v in named.items() if n.startswith(start)}
+    if "factor" not in scaling and "scale_linear" in named:  # its name in files of 2023
+        scaling["factor"] = named["scale_linear"]
+    if scaling.get("factor"):
+        scaling.setdefault("type", "linear")  # as llama.cpp reads it
     return RotaryMetadata(
-        scaling={n.removeprefix(start): v for n, v in named.items() if n.startswith(start)},
+        scaling=scaling,
         window_base=named.get("freq_base_swa"),
         divisors={
             name: np.array(tensors[name].data, dtype=np.float64).reshape(-1)
             for name in _DIVISORS
             if name in tensors
         },
+        base=named.get("freq_base"),
+        num_dimensions=named.get("dimension_count"),
     )
 
 
@@ -142,7 +156,12 @@ def apply_rotary(config: Any, rotary: RotaryMetadata) -> None:
         return
     by_layer = _LAYERS_WITH_LONG_CONTEXT in parameters
     before = parameters[_LAYERS_WITH_LONG_CONTEXT] if by_layer else parameters
-    after = _scaled(config, dict(before), rotary)
+    plain = dict(before)
+    if rotary.base is not None:
+        plain["rope_theta"] = float(rotary.base)
+    if rotary.num_dimensions is not None and not by_layer and "partial_rotary_factor" in plain:
+        plain["partial_rotary_factor"] = rotary.num_dimensions / _head_size(config)
+    after = _scaled(config, plain, rotary)
     if not by_layer:
         config.rope_parameters = after
         return
@@ -151,6 +170,29 @@ def apply_rotary(config: Any, rotary: RotaryMetadata) -> None:
         window = {**changed[_LAYERS_WITH_WINDOW], "rope_theta": float(rotary.window_base)}
         changed[_LAYERS_WITH_WINDOW] = window
     config.rope_parameters = changed
+
+
+def apply_query_scale(config: Any) -> None:
+    """Set what Gemma's queries are divided by, as llama.cpp does: metadata do not say it.
+
+    It is the size of a head, but in the models of 27B, which are known by their layers, the hidden
+    size over the number of heads. transformers takes 256 for all.
+
+    Args:
+        config: As transformers made it of a file; changed in place.
+    """
+    text = config.get_text_config()
+    num_layers = _LAYERS_OF_27B.get(text.model_type)
+    if num_layers is None:
+        return
+    is_largest = text.num_hidden_layers == num_layers
+    width = text.hidden_size // text.num_attention_heads
+    text.query_pre_attn_scalar = width if is_largest else text.head_dim
+
+
+def _head_size(config: Any) -> int:
+    size = getattr(config, "head_dim", None)
+    return int(size or config.hidden_size // config.num_attention_heads)
 
 
 def _scaled(config: Any, plain: dict[str, Any], rotary: RotaryMetadata) -> dict[str, Any]:

@@ -6,16 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
-from gguf_files import random_llama, write_llama
+from gguf_files import finish, random_llama, write_llama
 
 from autoquant_ray.errors import ModelError
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.gguf_config import RotaryMetadata, apply_rotary
-from autoquant_ray.models.load import load_model
+from autoquant_ray.models.load import build_skeleton, load_model
 
 TOKENS = torch.arange(3, 203)[None]
 
@@ -76,10 +77,63 @@ def test_llama3_frequencies_of_other_bounds(
     require_same(write_llama(tmp_path / "x.gguf", plain, tensors=tensors), scaled, plain)
 
 
-def test_linear_scaling(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},
+    ],
+)
+def test_linear_scaling(metadata: dict[str, Any], tmp_path: Path) -> None:
+    """By the names of today, and as llama.cpp reads a factor alone and the name of 2023."""
     scaled, plain = twins(rope_type="linear", factor=4.0)
-    metadata = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     require_same(write_llama(tmp_path / "x.gguf", plain, metadata), scaled, plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "base", "turned"),
+    [("starcoder2", 999999.4375, None), ("stablelm", 50000.0, 0.5), ("phi3", 10000.0, 0.75)],
+)
+def test_base_and_turned_dimensions_are_those_of_the_file(
+    family: str, base: float, turned: float | None, tmp_path: Path
+) -> None:
+    """What transformers leaves at its defaults; Phi-4-mini turns 96 of 128 dimensions."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", family)
+    writer.add_embedding_length(256)
+    writer.add_head_count(2)
+    writer.add_block_count(1)
+    writer.add_rope_freq_base(base)
+    writer.add_rope_dimension_count(int(128 * (turned or 1)))
+    writer.add_tensor("token_embd.weight", np.zeros((8, 256), dtype=np.float32))
+    finish(writer)
+    config = build_skeleton(find_model(str(tmp_path / "x.gguf"))).config
+    assert config.rope_parameters["rope_theta"] == base
+    assert config.rope_parameters.get("partial_rotary_factor") == turned
+
+
+@pytest.mark.parametrize(
+    ("family", "num_layers", "hidden", "heads", "head", "scalar"),
+    [
+        ("gemma2", 42, 3584, 16, 256, 256),
+        ("gemma2", 46, 4608, 32, 128, 144),
+        ("gemma3", 48, 3840, 16, 256, 256),
+        ("gemma3", 62, 5376, 32, 128, 168),
+    ],
+)
+def test_scale_of_gemmas_queries_is_that_of_its_size(
+    family: str, num_layers: int, hidden: int, heads: int, head: int, scalar: int, tmp_path: Path
+) -> None:
+    """Of the 9B, 12B and 27B models, as their own configs have it."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", family)
+    writer.add_embedding_length(hidden)
+    writer.add_head_count(heads)
+    writer.add_key_length(head)
+    writer.add_block_count(num_layers)
+    writer.add_tensor("token_embd.weight", np.zeros((8, hidden), dtype=np.float32))
+    finish(writer)
+    config = build_skeleton(find_model(str(tmp_path / "x.gguf"))).config
+    assert config.get_text_config().query_pre_attn_scalar == scalar
 
 
 def test_yarn(tmp_path: Path) -> None:
