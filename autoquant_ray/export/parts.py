@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from autoquant_ray.errors import FormatError
+from autoquant_ray.export.layouts import COMPRESSED_TENSORS, MODELOPT
 from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.score.residence import StoredWeights
 
@@ -73,6 +75,9 @@ class PartedModel:
 
         Args:
             part: Of ``parts``; each once.
+
+        Raises:
+            FormatError: ModelOpt gave a weight another form when it prepared the model.
         """
         self._load(part)
         try:
@@ -91,7 +96,12 @@ class PartedModel:
     def _load(self, part: Part) -> None:
         for places in _resting(self.model, part).values():
             assert self._weights is not None
-            name = next(name for name, _, _ in places if name in self._weights)
+            name = next((name for name, _, _ in places if name in self._weights), None)
+            if name is None:  # preparing the model parted its experts (DBRX)
+                raise FormatError(
+                    f"`format` {MODELOPT} cannot hold this model: ModelOpt makes {places[0][0]} of "
+                    f"its weights, which is in no file of it; give `format` {COMPRESSED_TENSORS}"
+                )
             parameter = torch.nn.Parameter(self._weights.read(name), requires_grad=False)
             for _, owner, attribute in places:
                 owner._parameters[attribute] = parameter

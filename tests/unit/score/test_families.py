@@ -57,6 +57,12 @@ def test_odd_family_gives_its_row_of_the_table_of_all(name: str, page: str) -> N
     assert " no: " not in row.replace("no: `format` modelopt cannot hold experts", "")
 
 
+def test_family_whose_experts_modelopt_divides_is_refused_by_export() -> None:
+    cells = every_family.family_row("dbrx").split(" | ")
+    assert cells[1:4] == ["yes", "yes", "yes"]
+    assert cells[5] == "no: `format` modelopt cannot hold this model"
+
+
 def verdicts(row: str) -> list[str]:
     """The first word of what a row says of each step: yes, or no and other words."""
     return [re.split("[:;,]", cell)[0] for cell in row.split(" | ")[1:6]]
