@@ -7,6 +7,7 @@ that a model can be packed in parts.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,10 @@ from modelopt.torch.export.quant_aware_conversion import (
     revert_quant_config_names,
     revert_weight_conversion_quant_aware,
 )
+from modelopt.torch.quantization.nn import TensorQuantizer
 
+MOST_ELEMENTS = 2**22
+"""Of a weight that are quantized or packed at once."""
 _LAYERS = "layers"
 """Among what :func:`pack_model` gives, the formats of layers."""
 _NAME_MARK = re.compile(r"\.(\x00|\\u0000).*?sentinel")
@@ -48,11 +52,84 @@ def pack_model(
         stack.enter_context(
             _replaced(quant_utils, "process_layer_quant_config", lambda layers: {_LAYERS: layers})
         )
+        name = "_export_quantized_weight"
+        in_slices = _export_in_slices(getattr(unified_export_hf, name))
+        stack.enter_context(_replaced(unified_export_hf, name, in_slices))
         if not fuses:
             name = "requantize_resmooth_fused_llm_layers"
             stack.enter_context(_replaced(unified_export_hf, name, lambda *_, **__: None))
         tensors, config = unified_export_hf._export_transformers_checkpoint(model, dtype)
     return tensors, config["quantization"]
+
+
+def row_slices(quantizer: Any, weight_OI: torch.Tensor) -> Iterator[tuple[Any, torch.Tensor]]:
+    """The rows of a large weight in slices, each with a quantizer that has its maxima.
+
+    Quantizing or packing makes several copies in float32, of which large ones would take more
+    memory than a decoder layer. The results are the same to the bit: no row depends on another
+    once the maxima are there.
+
+    Args:
+        quantizer: The weight's, calibrated.
+        weight_OI: The weight; slices are views of it.
+    """
+    num_rows, maxima = len(weight_OI), quantizer.amax
+    size = max(2, MOST_ELEMENTS // weight_OI[0].numel() // 2 * 2)  # 4-bit rows are packed in pairs
+    by_row = maxima is not None and maxima.numel() > 1
+    is_divided = not by_row or (
+        -2 not in (quantizer.block_sizes or {}) and maxima.shape[0] % num_rows == 0
+    )
+    if num_rows <= size or not is_divided:
+        yield quantizer, weight_OI
+        return
+    for start in range(0, num_rows, size):
+        rows, of_rows = weight_OI[start : start + size], copy.deepcopy(quantizer)
+        if by_row:
+            del of_rows._amax  # another shape is refused
+            part = maxima.reshape(num_rows, -1)[start : start + size]
+            of_rows.amax = part.reshape(-1, *maxima.shape[1:]).clone()
+        for name in ("_original_shape", "_amax_shape_for_export"):  # of the weight that it has seen
+            if (shape := getattr(of_rows, name, ())) and shape[0] == num_rows:
+                setattr(of_rows, name, torch.Size([len(rows)]) + tuple(shape[1:]))
+        yield of_rows, rows
+
+
+def joined_slices(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Packed slices of a weight as one: rows in their order, what all of them share once."""
+    first = parts[0]
+    return {
+        name: tensor if tensor.numel() == 1 else torch.cat([part[name] for part in parts])
+        for name, tensor in first.items()
+    }
+
+
+def _export_in_slices(export: Callable[..., None]) -> Callable[..., None]:
+    """The exporter's packing of a weight, slice by slice."""
+
+    def export_slices(module: Any, dtype: torch.dtype, weight_name: str = "weight") -> None:
+        weight, quantizer = getattr(module, weight_name), getattr(module, "weight_quantizer", None)
+        is_matrix = weight_name == "weight" and weight.dim() == 2
+        if not is_matrix or not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled:
+            export(module, dtype, weight_name)
+            return
+        parts = []
+        for of_rows, rows in row_slices(quantizer, weight.detach()):
+            if len(rows) == len(weight):
+                export(module, dtype)
+                return
+            part = torch.nn.Module()
+            part.weight = torch.nn.Parameter(rows, requires_grad=False)
+            part.weight_quantizer, part.input_quantizer = of_rows, module.input_quantizer
+            export(part, dtype)
+            parts.append(
+                {"weight": part.weight.detach(), **dict(part.named_buffers(recurse=False))}
+            )
+        joined = joined_slices(parts)
+        module.weight = torch.nn.Parameter(joined.pop("weight"), requires_grad=False)
+        for name, tensor in joined.items():
+            module.register_buffer(name, tensor)
+
+    return export_slices
 
 
 def as_stored_tensors(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

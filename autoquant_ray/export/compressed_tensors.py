@@ -39,6 +39,7 @@ from autoquant_ray.export.parts import Part, outline
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.modelopt_api import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
+from autoquant_ray.modelopt_export import joined_slices, row_slices
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import Factors
 from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of, rounded_weight
@@ -193,6 +194,23 @@ def _pack(
     maxima: Mapping[str, float],
 ) -> dict[str, torch.Tensor]:
     """The tensors of one packed layer, without its name."""
+    parts = [
+        _pack_rows(rows, of_rows, format_, scheme, maxima)
+        for of_rows, rows in row_slices(quantizer, weight_OI)
+    ]
+    packed = joined_slices(parts)
+    if "weight_shape" in packed:
+        packed["weight_shape"] = torch.tensor(weight_OI.shape)
+    return packed
+
+
+def _pack_rows(
+    weight_OI: torch.Tensor,
+    quantizer: Any,
+    format_: Format,
+    scheme: QuantizationScheme,
+    maxima: Mapping[str, float],
+) -> dict[str, torch.Tensor]:
     stored = str(scheme.format)
     compressor = BaseCompressor.get_value_from_registry(stored)
     if stored == "nvfp4-pack-quantized":

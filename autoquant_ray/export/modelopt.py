@@ -44,6 +44,7 @@ from autoquant_ray.modelopt_api import (
 from autoquant_ray.modelopt_export import (
     as_stored_tensors,
     pack_model,
+    row_slices,
     without_name_marks,
     write_export_config,
 )
@@ -209,7 +210,8 @@ def _quantize_weights(model: Any, source: Source) -> None:
             if quantizer.amax is not None and quantizer.amax.numel() == 1 and not quantizer.amax:
                 quantizer.amax = torch.full_like(quantizer.amax, NO_ZERO)
             if needs_static_maximum(quantizer) and quantizer.num_bits != (2, 1):
-                weight.copy_(quantizer(weight))
+                for of_rows, rows in row_slices(quantizer, weight):
+                    rows.copy_(of_rows(rows))
 
 
 def _is_rounded(name: str, source: Source) -> bool:

@@ -21,13 +21,14 @@ TREE = ast.parse(
 
 QUANTIZER = (
     *("_use_constant_amax", "_constant_amax", "_dynamic", "_get_amax", "_fake_quantize"),
-    *("_calibrator", "_pre_quant_scale", "_enable_pre_quant_scale"),
+    *("_calibrator", "_pre_quant_scale", "_enable_pre_quant_scale", "_amax"),
+    *("_original_shape", "_amax_shape_for_export"),
     *("amax", "axis", "backend", "block_sizes", "disable", "enable", "is_enabled", "num_bits"),
     *("is_mx_format", "is_nvfp4_static", "is_static_block_quant", "set_from_attribute_config"),
 )
 CALIBRATOR = ("_initial_amax", "_losses_sum", "_generate_candidates", "_compute_candidate_amax")
 EXPORTER = (
-    *("_export_transformers_checkpoint", "_write_hf_export_config"),
+    *("_export_transformers_checkpoint", "_export_quantized_weight", "_write_hf_export_config"),
     "requantize_resmooth_fused_llm_layers",
 )
 CONFIGS = ("get_quant_config", "process_layer_quant_config")

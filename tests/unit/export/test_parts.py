@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from small_models import make_tokenizer, small_config
 from warm_commands import WarmProcess
 
+from autoquant_ray import modelopt_export
 from autoquant_ray.calibrate.modelopt_config import load_quantization_config
 from autoquant_ray.errors import CheckpointError, ConfigError
-from autoquant_ray.export import checkpoint
+from autoquant_ray.export import checkpoint, compressed_tensors
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.compressed_tensors import CompressedPacker
 from autoquant_ray.export.folder import PartFiles, parts_beside
@@ -257,3 +258,38 @@ def test_size_that_is_none_is_refused(size: str, solved_run: Any, tmp_path: Path
     directory, _, _ = solved_run("llama", CHOICE)
     with pytest.raises(ConfigError, match="give one such as 5GB"):
         export_run(directory, str(tmp_path / "out"), max_shard_size=size)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "formats",
+    [
+        ("int4_g32", "wint8_aint8", "wfp8_afp8"),
+        ("NVFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
+        ("int4_g32_mse", "fp8_mse", "int8_mse"),
+    ],
+)
+def test_slices_of_a_weight_give_the_same_files(
+    formats: tuple[str, ...],
+    layout: str,
+    solved_run: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second, third = formats
+    choice = {"*": "none", "*self_attn.*": first, "*mlp.*": second, "lm_head": third}
+    directory, _, _ = solved_run("llama", choice, formats)
+    export_run(directory, str(tmp_path / "whole"), layout=layout)
+    monkeypatch.setattr(modelopt_export, "MOST_ELEMENTS", 24 * 64)  # no row number divides by 24
+    counts: list[int] = []
+    join = modelopt_export.joined_slices
+
+    def counted(parts: Any) -> Any:
+        counts.append(len(parts))
+        return join(parts)
+
+    for module in (modelopt_export, compressed_tensors):
+        monkeypatch.setattr(module, "joined_slices", counted)
+    export_run(directory, str(tmp_path / "slices"), layout=layout)
+    assert min(counts) > 1
+    assert contents(tmp_path / "whole") == contents(tmp_path / "slices")
