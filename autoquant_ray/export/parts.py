@@ -86,7 +86,10 @@ class PartedModel:
             self._forget(part)
 
     def _forget(self, part: Part) -> None:
+        # Modules refer to each other in circles, so they themselves may stay for a while.
         for name in part.modules:
+            for module in self.model.get_submodule(name).modules():
+                module._parameters, module._buffers = {}, {}
             parent, _, child = name.rpartition(".")
             self.model.get_submodule(parent)._modules[child] = torch.nn.Module()
         for name in part.owners:

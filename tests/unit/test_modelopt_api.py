@@ -22,10 +22,10 @@ TREE = ast.parse(
 QUANTIZER = (
     *("_use_constant_amax", "_constant_amax", "_dynamic", "_get_amax", "_fake_quantize"),
     *("_calibrator", "_pre_quant_scale", "_enable_pre_quant_scale", "_amax"),
-    *("_original_shape", "_amax_shape_for_export"),
     *("amax", "axis", "backend", "block_sizes", "disable", "enable", "is_enabled", "num_bits"),
     *("is_mx_format", "is_nvfp4_static", "is_static_block_quant", "set_from_attribute_config"),
 )
+BLOCK_QUANTIZER = ("_original_shape", "_amax_shape_for_export")
 CALIBRATOR = ("_initial_amax", "_losses_sum", "_generate_candidates", "_compute_candidate_amax")
 EXPORTER = (
     *("_export_transformers_checkpoint", "_export_quantized_weight", "_write_hf_export_config"),
@@ -33,6 +33,7 @@ EXPORTER = (
 )
 CONFIGS = ("get_quant_config", "process_layer_quant_config")
 DESCRIPTOR = ("_calib_func", "_supports_layerwise")
+BY_TEXT = {*QUANTIZER, *BLOCK_QUANTIZER, *EXPORTER}
 CLASSES = {
     "QuantizeAlgorithmConfig": ("_mutates_weights",),
     "AutoQuantizeGradientSearcher": ("_apply_quant_group_rule", "quant_grouping_rules"),
@@ -92,9 +93,12 @@ def test_every_private_attribute_that_is_used_is_in_the_list() -> None:
         if not (isinstance(node.value, ast.Name) and node.value.id == "self")
     }
     texts = {n.value for n in ast.walk(TREE) if isinstance(n, ast.Constant)}
-    used |= {text for text in texts if isinstance(text, str) and text in QUANTIZER}
+    used |= {
+        text for text in texts if isinstance(text, str) and text in BY_TEXT and text.startswith("_")
+    }
     listed = {
         *QUANTIZER,
+        *BLOCK_QUANTIZER,
         *CALIBRATOR,
         *EXPORTER,
         *(name for names in CLASSES.values() for name in names),
@@ -110,11 +114,15 @@ def test_every_attribute_exists() -> None:
     quantizer: Any = door.TensorQuantizer()
     quantizer.amax = torch.ones(())
     quantizer.pre_quant_scale = torch.ones(())
+    blocks = {"num_bits": 4, "block_sizes": {-1: 2, "type": "static"}}
+    of_blocks: Any = door.TensorQuantizer(door.QuantizerAttributeConfig(**blocks))
+    of_blocks(torch.ones(4, 4))
     search: Any = door.ScaleSearch(
         quantizer, step_size=0.5, start_multiplier=0.5, stop_multiplier=1.5, fp8_scale_sweep=False
     )
     search.best(torch.ones(4, 4))
-    holders = [(quantizer, QUANTIZER), (search._calibrator, CALIBRATOR)]
+    holders = [(quantizer, QUANTIZER), (of_blocks, BLOCK_QUANTIZER)]
+    holders += [(search._calibrator, CALIBRATOR)]
     holders += [(type(door.CalibrateModeRegistry["max_calibrate"]), DESCRIPTOR)]
     exporter = importlib.import_module("modelopt.torch.export.unified_export_hf")
     configs = importlib.import_module("modelopt.torch.export.quant_utils")
