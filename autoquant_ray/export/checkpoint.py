@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import shlex
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,12 +39,14 @@ from autoquant_ray.export.source import (
     require_new_folder,
     require_packable,
     served_layouts,
+    serving_engine,
     target_of,
 )
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.smoothed import takes_factors
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.serving.rules import check_target
+from autoquant_ray.serving.table import SERVE
 from autoquant_ray.version import VERSION
 
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ class Checkpoint:
         caches: Format of the KV cache -> attentions with it.
         served_layouts: In which some engine serves the solution as it was chosen.
         num_carried: Tensors that were copied without having been loaded.
+        engine: That serves it: the one that was asked for, else the first; None: none does.
     """
 
     path: str
@@ -80,16 +84,18 @@ class Checkpoint:
     caches: dict[str, int]
     served_layouts: list[str]
     num_carried: int = 0
+    engine: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return asdict(self) | {"serve_command": self.serve_command}
 
     def lines(self) -> list[str]:
         """What people are told."""
         layers = ", ".join(f"{count} {name}" for name, count in self.layers.items())
         caches = [f"KV cache: {name} in {count} attentions" for name, count in self.caches.items()]
         carried = [f"copied, not loaded: {self.num_carried} tensors"] if self.num_carried else []
+        command = [] if self.engine is None else [f"to serve it: {self.serve_command}"]
         off = self.bytes_on_disk / self.weight_bytes - 1
         return [
             f"quantized layers: {layers}",
@@ -97,8 +103,14 @@ class Checkpoint:
             *carried,
             f"weights on disk: {self.bytes_on_disk:,} bytes; the manifest says "
             f"{self.weight_bytes:,.0f} ({off:+.2%})",
+            *command,
             self.path,
         ]
+
+    @property
+    def serve_command(self) -> str | None:
+        """The command by which the engine serves the folder; None where none does."""
+        return None if self.engine is None else f"{SERVE[self.engine]} {shlex.quote(self.path)}"
 
 
 def export_run(
@@ -153,6 +165,7 @@ def export_run(
         caches=dict(Counter(name for name in source.caches.values() if name != NONE)),
         served_layouts=served_layouts(source),
         num_carried=len(in_source.carried),
+        engine=serving_engine(source, layout, *target_of(source, engine, gpu)),
     )
 
 

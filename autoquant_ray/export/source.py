@@ -253,6 +253,19 @@ def served_layouts(source: Source) -> list[str]:
     ]
 
 
+def serving_engine(source: Source, layout: str, engine: str | None, gpu: str | None) -> str | None:
+    """The engine to serve a checkpoint with: the given one, else the first that can; None: none.
+
+    Args:
+        source: What is exported.
+        layout: Of ``LAYOUTS``.
+        engine: One of ``ENGINES``.
+        gpu: A generation or a card.
+    """
+    engines = ENGINES if engine is None else (engine,)
+    return next((name for name in engines if _is_served(source, layout, name, gpu)), None)
+
+
 def _is_served(
     source: Source, layout: str, engine: str | None = None, gpu: str | None = None
 ) -> bool:

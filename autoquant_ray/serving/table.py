@@ -13,6 +13,12 @@ from autoquant_ray.serving.row import GENERATIONS, Row
 __all__ = ["GENERATIONS", "Row"]
 
 ENGINES = ("vllm", "sglang", "trtllm")
+SERVE = {
+    "vllm": "vllm serve",
+    "sglang": "python -m sglang.launch_server --model-path",
+    "trtllm": "trtllm-serve",
+}
+"""Engine -> the command that serves a folder, which stands behind it."""
 CARDS = {
     "a100": "ampere",
     "rtx4090": "ada",

@@ -140,7 +140,7 @@ def test_command_writes_the_folder_and_says_how_large_it_is(
     assert "quantized layers: 14 FP8" in result.stdout
     on_disk = sum(tensor.nbytes for tensor in load_folder(out).values())
     assert f"weights on disk: {on_disk:,} bytes; the manifest says" in result.stdout
-    assert result.stdout.splitlines()[-1] == str(out)
+    assert result.stdout.splitlines()[-2:] == [f"to serve it: vllm serve {out}", str(out)]
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2
     assert again.stderr == f"error: --out {out} is not empty; give a new folder\n"
@@ -163,6 +163,7 @@ def test_command_warns_of_a_folder_that_no_engine_serves_and_says_what_mends_it(
     arguments = ["export", directory.uri, "--out", "out", "--solution", chosen]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
+    assert "to serve it" not in result.stdout
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert warning.startswith(UNSERVED)
     assert len(warning) <= 400
