@@ -36,7 +36,7 @@ def environment_of(name: str, work: Path) -> tuple[str, Path]:
 
 
 def run_in(python: str, script: str, arguments: Sequence[str]) -> str:
-    """What a script of ``in_tools`` prints; this package cannot be imported there.
+    """What a script of ``in_tools`` prints, which imports nothing of this package.
 
     Raises:
         RuntimeError: It fails; with the end of what it says.
