@@ -12,6 +12,7 @@ Shape letter: F rotary frequencies, half of the rotary dimensions.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,8 @@ import numpy.typing as npt
 
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.gguf_file import opened
+from autoquant_ray.models.layers import decoder_layers
+from autoquant_ray.wording import few
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,6 +46,7 @@ _NAMES = {
     "attn_factor": "attention_factor",
     "yarn_attn_factor": "attention_factor",
 }
+_BIAS = re.compile(r"blk\.0\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.bias")
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 _LAYERS_WITH_LONG_CONTEXT = "full_attention"
 _LAYERS_WITH_WINDOW = "sliding_attention"
@@ -188,6 +192,29 @@ def apply_query_scale(config: Any) -> None:
     is_largest = text.num_hidden_layers == num_layers
     width = text.hidden_size // text.num_attention_heads
     text.query_pre_attn_scalar = width if is_largest else text.head_dim
+
+
+def require_biases(model: Any, file: Path) -> None:
+    """Check that a model has a place for every bias that a file holds of a layer's linears.
+
+    transformers makes biases where the family's default has them, and skips those of other files
+    without a word; llama.cpp adds them.
+
+    Args:
+        model: A skeleton, or the loaded model.
+        file: The GGUF file.
+
+    Raises:
+        ModelError: It has not; names the tensors.
+    """
+    stored = [name for name in read_facts(file).tensor_names if _BIAS.fullmatch(name)]
+    layer = next(iter(decoder_layers(model).values()), model)
+    biases = [m for m in layer.modules() if getattr(m, "in_features", 0) and m.bias is not None]
+    if len(stored) > len(biases):
+        raise ModelError(
+            f"GGUF file {file} holds biases ({few(stored, 3)}) that transformers does not load; "
+            "convert the model to safetensors"
+        )
 
 
 def _head_size(config: Any) -> int:

@@ -8,11 +8,13 @@ dequantized here, not by transformers, which leaves out scales that it does not 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.dequantize import opened
 from autoquant_ray.models.find import ModelRef, _load_config
+from autoquant_ray.models.gguf_config import require_biases
 from autoquant_ray.models.quantizable import with_plain_linears
 from autoquant_ray.models.quantized_config import stated_quantization, without_quantization
 from autoquant_ray.models.quantized_source import QuantizedSource, quantized_source
@@ -58,6 +60,8 @@ def build_skeleton(ref: ModelRef) -> torch.nn.Module:
     require_language_model(model, ref)
     untie_as_files(model, ref)
     with_plain_linears(model)
+    if ref.gguf_file is not None:
+        require_biases(model, Path(ref.path) / ref.gguf_file)
     return model.eval()
 
 
@@ -99,6 +103,8 @@ def load_model(
     require_language_model(model, ref)
     untie_as_files(model, ref)
     with_plain_linears(model)
+    if ref.gguf_file is not None:
+        require_biases(model, Path(ref.path) / ref.gguf_file)
     model.requires_grad_(False)
     return model.eval()
 

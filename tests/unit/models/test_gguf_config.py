@@ -136,6 +136,26 @@ def test_scale_of_gemmas_queries_is_that_of_its_size(
     assert config.get_text_config().query_pre_attn_scalar == scalar
 
 
+def test_biases_that_transformers_skips_are_refused(tmp_path: Path) -> None:
+    """By the plan and by the scan; families that have them take them."""
+    plain = random_llama()
+    tensors = {f"blk.{n}.attn_q.bias": [1.0] * 64 for n in range(2)}
+    ref = find_model(str(write_llama(tmp_path / "x.gguf", plain, tensors=tensors)))
+    for load in (build_skeleton, lambda r: load_model(r, dtype="float32", device="cpu")):
+        with pytest.raises(
+            ModelError, match=r"holds biases \(blk.0.attn_q.bias\) that transformers"
+        ):
+            load(ref)
+    writer = gguf.GGUFWriter(tmp_path / "y.gguf", "qwen2")
+    writer.add_embedding_length(64)
+    writer.add_head_count(2)
+    writer.add_block_count(1)
+    for name in ("attn_q", "attn_k", "attn_v"):
+        writer.add_tensor(f"blk.0.{name}.bias", np.zeros(64, dtype=np.float32))
+    finish(writer)
+    build_skeleton(find_model(str(tmp_path / "y.gguf")))
+
+
 def test_yarn(tmp_path: Path) -> None:
     scaled, plain = twins(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
     metadata = {
