@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from autoquant_ray.report.audit import HEADS as AUDIT_HEADS
@@ -10,6 +11,7 @@ from autoquant_ray.report.content import ReportContent, format_score
 from autoquant_ray.report.domains import DOMAIN_HEADS
 from autoquant_ray.report.groups import METHOD_HEADS
 from autoquant_ray.report.measured import HEADS, MeasuredData
+from autoquant_ray.wording import printable
 
 _EXPLANATION = (
     "Sensitivity is the largest score of the layer's group over the menu: the predicted loss of "
@@ -106,6 +108,28 @@ def _concerns(content: ReportContent) -> str:
 
 
 def plain_text(value: str) -> str:
-    """Escape names from the model or the data, so that they are not read as markup."""
-    escaped = value.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-    return " ".join(escaped.split())
+    """Escape names from the model or the data, so that they are not read as markup.
+
+    What could start a link, an image, code, emphasis, mathematics, a table's cell, a tag or an
+    entity is escaped, and at the start what could make a heading, a list or a quotation; control
+    characters are written out. An underscore inside a word means nothing and stays.
+    """
+    text = " ".join(printable(" ".join(value.split())).split())
+    for pattern, escaped in _ESCAPES:
+        text = pattern.sub(escaped, text)
+    return text
+
+
+_ESCAPES = [
+    (re.compile(pattern), escaped)
+    for pattern, escaped in (
+        (r"[\\`*\[\]|~$]", r"\\\g<0>"),
+        (r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_"),
+        (r"&(?=#|\w+;)", "&amp;"),
+        (r"<", "&lt;"),
+        (r"(?i)\b(https?|ftp):(?=//)", r"\1\\:"),
+        (r"(?i)\bwww(?=\.)", r"www\\"),
+        (r"^(?=[#>+=] |#|>|[-=]{2}|- )", r"\\"),
+        (r"^(\d+)(?=[.)] )", r"\1\\"),
+    )
+]
