@@ -9,6 +9,7 @@ factors.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class PartedModel:
             yield _shell(self.model, part)
         finally:
             self._forget(part)
+            _trim_heap()
 
     def _forget(self, part: Part) -> None:
         # Modules refer to each other in circles, so they themselves may stay for a while.
@@ -122,6 +124,13 @@ def _resting(model: Any, part: Part) -> dict[int, list[tuple[str, torch.nn.Modul
                     name = ".".join(filter(None, (root, path, attribute)))
                     resting.setdefault(id(parameter), []).append((name, owner, attribute))
     return resting
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system, where the C library keeps it and can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def outline(model: Any) -> Any:
