@@ -6,6 +6,7 @@ that are damaged or edited, paths and URIs that hold what they must not.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -33,6 +34,8 @@ FORMATS = ("wint4_afp16", "wfp8_afp8", "wint8_aint8")
 LONG = "x" * 300
 DEEP = "[" * 30_000 + "]" * 30_000
 MOST_SECONDS = 1.0
+HEAVY = ("autoquant_ray.scan", "autoquant_ray.evaluate.refine", "autoquant_ray.export.checkpoint")
+"""Imported before the cases: their seconds are those of torch, transformers and Ray."""
 NAMELESS = re.compile(r"error: (?!Infeasible)[A-Z]\w*(Error|Exception|Interrupt)\b")
 
 
@@ -83,6 +86,8 @@ def originals(
     tmp_path_factory: pytest.TempPathFactory, model_folder: Any, text_file: Path
 ) -> Folders:
     """A scored and solved run of a small model, and the model."""
+    for name in HEAVY:
+        importlib.import_module(name)
     root, model = tmp_path_factory.mktemp("originals"), model_folder("llama")
     plan = build_plan(
         build_skeleton(find_model(str(model))), resolve_formats(FORMATS, device="cpu"), ("lm_head",)
