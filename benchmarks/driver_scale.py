@@ -135,7 +135,8 @@ def make_run(config: ScanConfig, num_shards: int, num_samples: int) -> RunState:
     """A run directory that is ready to be scored. All shards hold the same tokens."""
     directory = RunDirectory(config.out)
     dataset = {"num_shards": num_shards}
-    identity = {"model": {}, "dataset": dataset, "fingerprints": {}}
+    model = {"name": config.model, "fingerprint": None}
+    identity = {"model": model, "dataset": dataset, "fingerprints": {}}
     state = RunState.start(directory, config, "new", identity)
     state.begin()
     for shard in range(num_shards):

@@ -40,10 +40,8 @@ class Part:
     owners: Names
 
     def holds(self, name: str) -> bool:
-        """Whether a module or a tensor is in this part."""
-        return any(name == root or name.startswith(f"{root}.") for root in self.modules) or (
-            name.rpartition(".")[0] in self.owners
-        )
+        """Whether a module, or something below it, is in this part."""
+        return any(name == root or name.startswith(f"{root}.") for root in self.modules)
 
 
 class PartedModel:

@@ -183,7 +183,7 @@ class RunDirectory:
             self._place.write_all(written.files, self.clear if is_replaced else lambda: None)
         self._was_written = True
         for event, details in written.events:
-            self.append_event(event, **details)
+            self._tell(event, details)
 
     def write_text(self, name: str, text: str) -> str:
         """Write a UTF-8 text file atomically; returns its full path."""
@@ -340,6 +340,9 @@ class RunDirectory:
         if self._set is not None:
             self._set.events.append((event, details))
             return
+        self._tell(event, details)
+
+    def _tell(self, event: str, details: Mapping[str, Any]) -> None:
         self._write_event(event, details)
         if self.listener is not None:
             self.listener(event, **details)

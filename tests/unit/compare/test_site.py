@@ -97,7 +97,12 @@ def test_history_names_its_runs_and_their_churn(tmp_path: Path) -> None:
     ]
     put_history(tmp_path, rows)
     put_run(tmp_path, "job-2026-11-02", formats=formats_with(10))
-    put_run(tmp_path, "job-2026-11-04", created="2026-11-04T00:00:00Z", stages={"plan": {}})
+    put_run(
+        tmp_path,
+        "job-2026-11-04",
+        created="2026-11-04T00:00:00Z",
+        stages={"plan": {"state": "running"}},
+    )
     put_run(tmp_path, "job-by-hand", formats=formats_with(0))
     jobs = jobs_of(tmp_path)
     assert list(jobs) == ["job", "org/model"]

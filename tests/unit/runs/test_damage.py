@@ -19,6 +19,7 @@ from autoquant_ray.errors import StoreError
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import solve_run
+from autoquant_ray.wording import printable
 
 DAMAGED_RUNS = {
     "empty": b"",
@@ -100,7 +101,7 @@ def test_parquet_damaged_is_one_line(damage: Any, name: str, finished: RunDirect
     assert len(str(caught.value).splitlines()) == 1
     result = CliRunner().invoke(main, ["solve", finished.uri, "--bits", "7"])
     assert result.exit_code == 2
-    assert result.stderr == f"error: {caught.value}\n"
+    assert result.stderr == f"error: {printable(str(caught.value))}\n"
     assert finished.list_folders("solutions") == ["bits-6.00"]
 
 

@@ -237,7 +237,14 @@ RUN = {
 
 
 def stopping(regret: float | None, is_stable: bool) -> dict[str, Any]:
-    return {"threshold": 0.01, "is_stable": is_stable, "expected_regret": regret}
+    return {
+        "threshold": 0.01,
+        "shards_used": 12,
+        "shards_total": 40,
+        "is_stable": is_stable,
+        "expected_regret": regret,
+        "checks": [],
+    }
 
 
 @pytest.mark.parametrize(
