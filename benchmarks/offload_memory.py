@@ -7,7 +7,7 @@ files, which the system can drop. Linux only.
 
     python benchmarks/offload_memory.py --dtype bfloat16
     python benchmarks/offload_memory.py --dtype float32 --disable lm_head
-    python benchmarks/offload_memory.py --placements offload --formats \\
+    python benchmarks/offload_memory.py --placements offload --shard-samples 1 --formats \\
         wint4_afp16:max,wint4_afp16:awq,wint4_afp16:gptq
 """
 
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=5632)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--shard-samples", type=int, default=8, help="GPTQ needs two shards.")
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--formats", default="wint4_afp16:max,wint8_aint8")
@@ -135,6 +136,7 @@ def scan(folder: Path, placement: str, options: argparse.Namespace) -> dict[str,
     command += ["--data", str(text), "--out", str(folder / placement), "--bits", "8"]
     command += ["--formats", options.formats, "--placement", placement, "--dtype", options.dtype]
     command += ["--device", "cpu", "--workers", "1", "--cpus-per-worker", str(options.threads)]
+    command += ["--shard-samples", str(options.shard_samples)]
     command += ["--seq-len", str(options.seq_len), "--address", "local", "--verbose"]
     command += [part for pattern in options.disable for part in ("--disable", pattern)]
     start = time.perf_counter()
