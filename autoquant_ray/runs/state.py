@@ -100,6 +100,7 @@ class RunState:
         record = RunRecord.from_json(values, directory.path(RUN_FILE))
         if record.config is not None:
             _require_config(record.config, directory.path(RUN_FILE))
+        _require_shards(record, directory)
         return cls(directory, record, lease)
 
     @classmethod
@@ -203,22 +204,8 @@ class RunState:
 
     @property
     def num_shards(self) -> int:
-        """Number of shards of the run's data, quarantined ones included.
-
-        Raises:
-            StoreError: ``run.json`` says far more than there are files of.
-        """
-        count = int(self.record.dataset["num_shards"])
-        if count > _MANY_SHARDS:
-            lists = [self.directory.list_parts(folder) for folder in (SAMPLES, SCORES)]
-            parts = max((numbers[-1] + 1 for numbers in lists if numbers), default=0)
-            if count > parts:
-                raise StoreError(
-                    f"{self.directory.path(RUN_FILE)} is damaged: `dataset.num_shards` is "
-                    f"{shown(count)}, and there are parts of {parts} shards; restore it, or scan "
-                    "again with `overwrite`"
-                )
-        return count
+        """Number of shards of the run's data, quarantined ones included."""
+        return int(self.record.dataset["num_shards"])
 
     @property
     def left_out(self) -> set[int]:
@@ -322,6 +309,24 @@ def _require_config(config: dict[str, Any], path: str) -> None:
     except ConfigError as error:
         reason = one_line(error, limit=200).removeprefix("--")
         raise StoreError(f"{path} is damaged: `config`: {reason}; {remedy_of(RUN_FILE)}") from None
+
+
+def _require_shards(record: RunRecord, directory: RunDirectory) -> None:
+    """Check that there are files of about as many shards as a run says that it has.
+
+    Raises:
+        StoreError: It says far more.
+    """
+    count = record.dataset.get("num_shards", 0)
+    if count <= _MANY_SHARDS:
+        return
+    lists = [directory.list_parts(folder) for folder in (SAMPLES, SCORES)]
+    parts = max((numbers[-1] + 1 for numbers in lists if numbers), default=0)
+    if count > parts:
+        raise StoreError(
+            f"{directory.path(RUN_FILE)} is damaged: `dataset.num_shards` is {shown(count)}, and "
+            f"there are parts of {parts} shards; restore it, or scan again with `overwrite`"
+        )
 
 
 def require_target(
