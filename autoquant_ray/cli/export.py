@@ -11,7 +11,7 @@ import click
 
 from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result, show_lines
 from autoquant_ray.cli.solve import engine_options
-from autoquant_ray.errors import ConfigError, ModelError
+from autoquant_ray.errors import ConfigError, ModelError, StoreLostError
 from autoquant_ray.export.layouts import LAYOUTS
 from autoquant_ray.export.recipes import TOOLS
 
@@ -156,7 +156,7 @@ def _export_recipe(
     from autoquant_ray.export.recipes import make_recipe, recipe_notes
     from autoquant_ray.export.solution import read_solution
     from autoquant_ray.runs.directory import RunDirectory
-    from autoquant_ray.runs.filesystems import disk_error
+    from autoquant_ray.runs.filesystems import disk_problem
 
     if tool is None:
         raise ConfigError(f"--format recipe needs --tool {', '.join(TOOLS)}")
@@ -186,8 +186,8 @@ def _export_recipe(
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        if (lost := disk_error(error, path)) is not None:
-            raise lost from None
+        if (lost := disk_problem(error, path)) is not None:
+            raise StoreLostError(lost) from None
         raise ConfigError(f"--out {out} cannot be written: {error}; give another file") from None
     return [out, *folders], recipe_notes(chosen, exported.formats, tool, **facts)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from autoquant_ray.errors import ConfigError, StoreError, StoreLostError, one_line
 from autoquant_ray.models.stored_tensors import INDEX
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.filesystems import disk_error
+from autoquant_ray.runs.filesystems import disk_problem
 from autoquant_ray.runs.names import RUN_FILE
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         _remove_leftovers(target.parent, _prefix(target))
         folder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
     except OSError as error:
-        if (lost := disk_error(error, target)) is not None:
+        if (lost := disk_problem(error, target)) is not None:
             raise StoreLostError(f"{lost}, then start again") from None
         raise StoreError(f"`out` {target} cannot be written: {one_line(error)}") from None
     lock = os.open(folder, os.O_RDONLY)
@@ -84,7 +84,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         _open_up(folder)
         folder.rename(target)
     except Exception as error:
-        if (lost := disk_error(error, target)) is not None:
+        if (lost := disk_problem(error, target)) is not None:
             raise StoreLostError(f"{lost}, then start again") from None
         raise
     finally:

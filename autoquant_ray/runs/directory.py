@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from autoquant_ray.errors import StoreError, StoreLostError
 from autoquant_ray.runs.file_set import FileSet, Held
-from autoquant_ray.runs.filesystems import child_uri, disk_error, explain, open_place
+from autoquant_ray.runs.filesystems import child_uri, disk_problem, explain, open_place
 from autoquant_ray.runs.names import EVENTS_FILE, LOCK, RUN_FILE, RUN_FILES, RUN_FOLDERS, part_name
 from autoquant_ray.runs.parquet_bytes import Metadata, damaged, decode_table, encode_table
 from autoquant_ray.runs.part_marks import marked, why_foreign
@@ -387,8 +387,8 @@ class RunDirectory:
         try:
             yield
         except OSError as error:
-            lost = disk_error(error, path) if self.is_local and verb in _CHANGES else None
-            text = f"cannot {verb} {path}: {explain(error)}" if lost is None else str(lost)
+            lost = disk_problem(error, path) if self.is_local and verb in _CHANGES else None
+            text = lost or f"cannot {verb} {path}: {explain(error)}"
             if self._was_written:
                 raise StoreLostError(
                     f"{text}; what was written before is kept: when this is in order, {self.advice}"

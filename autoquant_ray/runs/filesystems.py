@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from autoquant_ray.config.values import place_problem
-from autoquant_ray.errors import StoreError, StoreLostError, one_line
+from autoquant_ray.errors import StoreError, one_line
 
 _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 10.0, 5
 _THREAD_START_S = 10.0
@@ -277,8 +277,9 @@ def child_uri(uri: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}{mark}{options}"
 
 
-def disk_error(error: BaseException, path: Path | str) -> StoreLostError | None:
-    """Our error for a local disk that is full, read-only or broken; None for any other error.
+def disk_problem(error: BaseException, path: Path | str) -> str | None:
+    """What is wrong with a local disk that is full, read-only or broken, with the remedy; None for
+    any other error.
 
     Args:
         error: Of Python, or of a library that writes by itself.
@@ -292,18 +293,22 @@ def disk_error(error: BaseException, path: Path | str) -> StoreLostError | None:
         free = f"{shutil.disk_usage(folder).free / 2**20:,.1f} MiB are free there"
     except OSError:
         free = "its free space is unknown"
-    text = explain(error).rpartition("; ")
-    reason, remedy = (text[0], text[2]) if text[0] else (text[2], "look at the disk")
-    return StoreLostError(f"cannot write {path}: {reason} ({free}); {remedy}")
+    reason, remedy = _reason_and_remedy(error)
+    return f"cannot write {path}: {reason} ({free}); {remedy or 'look at the disk'}"
 
 
 def explain(error: BaseException) -> str:
     """An error of a file system on one line, with the remedy where it is known."""
+    reason, remedy = _reason_and_remedy(error)
+    return reason if remedy is None else f"{reason}; {remedy}"
+
+
+def _reason_and_remedy(error: BaseException) -> tuple[str, str | None]:
     text = one_line(error, limit=220)
     for marks, remedy in _REMEDIES:
         if any(mark in str(error) for mark in marks):
-            return f"{text.rstrip('.')}; {remedy}"
-    return text
+            return text.rstrip("."), remedy
+    return text, None
 
 
 def _put_object(filesystem: Any, target: str, content: bytes | pa.Buffer) -> None:
