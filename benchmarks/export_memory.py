@@ -22,23 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
-from offload_memory import anonymous_bytes, write_model
+from offload_memory import add_model_options, anonymous_bytes, imports_gib, write_model
 
 _POLL_S = 0.01
 _IMPORTS = (
     "import autoquant_ray.export.checkpoint, autoquant_ray.export.compressed_tensors, "
-    "autoquant_ray.export.modelopt; print(open('/proc/self/status').read())"
+    "autoquant_ray.export.modelopt"
 )
 
 
 def main() -> None:
     """Write the model, scan it, export it in each layout, print a summary."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=5632)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    add_model_options(parser)
     parser.add_argument("--formats", default="wint4_afp16:max,wint8_afp16")
     parser.add_argument("--bits", default="6")
     parser.add_argument("--layouts", default="modelopt,compressed-tensors")
@@ -54,7 +50,7 @@ def main() -> None:
             **describe_machine(),
             "dtype": options.dtype,
             "file_gib": round(sum(f.stat().st_size for f in model.iterdir()) / 2**30, 2),
-            "imports_anon_gib": imports_gib(),
+            "imports_anon_gib": imports_gib(_IMPORTS),
             "exports": {
                 layout: export(run, Path(name) / layout, layout)
                 for layout in options.layouts.split(",")
@@ -95,14 +91,6 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, the first 16 digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def imports_gib() -> float:
-    """Anonymous memory of a process that has imported what an export does, and done nothing."""
-    code = [sys.executable, "-c", _IMPORTS]
-    output = subprocess.run(code, capture_output=True, text=True, check=True).stdout
-    line = next(line for line in output.splitlines() if line.startswith("RssAnon"))
-    return round(int(line.split()[1]) / 2**20, 3)
 
 
 if __name__ == "__main__":

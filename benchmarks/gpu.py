@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from kl_prediction import make_spec
 from machine import describe_machine
-from sides import CASES
+from sides import CASES, now
 from vs_modelopt import save_random_model
 
 from autoquant_ray.formats.menu import resolve_formats
@@ -194,18 +194,10 @@ def matmul_rate(dtype: str, device: str) -> float:
     )
     best = 0.0
     for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
+        start = now(device)
         torch.mm(left, right)
-        synchronize(device)
-        best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
+        best = max(best, 2.0 * size**3 / (now(device) - start))
     return best
-
-
-def synchronize(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def make_scorer(
@@ -248,10 +240,9 @@ def gptq(options: argparse.Namespace) -> dict[str, Any]:
             parts = [scorer.calibrate(samples[2 * n : 2 * n + 2], n) for n in halves]
             calibration = dataclasses.replace(merge_calibrations(parts), halves=halves)
             shards = [Half(n, samples[2 * n : 2 * n + 2]) for n in halves]
-            start = time.perf_counter()
+            start = now(device)
             fitted = scorer.fit([0], calibration, shards)
-            synchronize(device)
-            seconds[device] = round(time.perf_counter() - start, 2)
+            seconds[device] = round(now(device) - start, 2)
             fits = fitted[0].rounding.values()
             codes[device] = [fit.codes.whole.ravel() for fit in fits if fit.codes is not None]
     equal = sum(

@@ -42,14 +42,10 @@ _PACKAGES = "import torch, transformers, modelopt.torch.quantization, autoquant_
 def main() -> None:
     """Write the model, scan it under each placement, print a summary."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=5632)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    add_model_options(parser)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--shard-samples", type=int, default=8, help="GPTQ needs two shards.")
     parser.add_argument("--seq-len", type=int, default=64)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--formats", default="wint4_afp16:max,wint8_aint8")
     parser.add_argument("--disable", action="append", default=[])
     parser.add_argument("--threads", type=int, default=2)
@@ -67,7 +63,7 @@ def main() -> None:
             **describe_machine(),
             "parameters": num_weights,
             "file_gib": round(sum(f.stat().st_size for f in folder.glob("model/*")) / 2**30, 2),
-            "imports_anon_gib": imports_gib(),
+            "imports_anon_gib": imports_gib(_PACKAGES),
             "dtype": options.dtype,
             "disabled": options.disable,
             "tokens": options.samples * options.seq_len,
@@ -106,6 +102,15 @@ def write_model(folder: Path, options: argparse.Namespace) -> int:
         json.dumps({"metadata": {"total_size": 2 * total}, "weight_map": index})
     )
     return total
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options for the sizes of the model, those of 1.26B by default, and its type."""
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--intermediate", type=int, default=5632)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
 
 
 def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -189,9 +194,9 @@ def anonymous_bytes(process_id: int) -> int:
     return sizes[0] if sizes else 0
 
 
-def imports_gib() -> float:
-    """Anonymous memory of a process that has imported what a worker imports, and done nothing."""
-    code = f"{_PACKAGES}; print(open('/proc/self/status').read())"
+def imports_gib(imports: str) -> float:
+    """Anonymous memory of a process that has run some imports, and done nothing."""
+    code = f"{imports}; print(open('/proc/self/status').read())"
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

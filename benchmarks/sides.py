@@ -128,7 +128,7 @@ def _own_peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
     """Seconds of the clock once the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -151,7 +151,7 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
     )
     reuse_freed_memory()
     scorer = Scorer(spec)
-    start = _now(options.device)
+    start = now(options.device)
     parts = [scorer.calibrate(shard, number) for number, shard in enumerate(shards)]
     calibration = merge_calibrations(parts)
     total: Any = 0.0
@@ -159,7 +159,7 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
         result = scorer.score(shard, number * options.shard_samples, calibration, number)
         per_batch = result.num_tokens * options.batch / len(shard)
         total = total + result.sums.elementwise_GF / per_batch**2
-    seconds = _now(options.device) - start
+    seconds = now(options.device) - start
     scores = {
         group.name: dict(zip(formats, map(float, total[index]), strict=True))
         for index, group in enumerate(plan.searched)
@@ -259,7 +259,7 @@ def _run_modelopt(options: argparse.Namespace) -> dict[str, Any]:
         logits = output.logits[:, :-1].flatten(0, 1).float()
         return torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
 
-    start = _now(options.device)
+    start = now(options.device)
     _, state = mtq.auto_quantize(
         model,
         constraints={"effective_bits": 8.0},
@@ -273,7 +273,7 @@ def _run_modelopt(options: argparse.Namespace) -> dict[str, Any]:
         num_score_steps=len(batches),
         verbose=False,
     )
-    seconds = _now(options.device) - start
+    seconds = now(options.device) - start
     scores = {
         name.removesuffix(".quant_recipe"): {
             _format_name(recipe, case): float(score)
