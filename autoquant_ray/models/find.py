@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -167,6 +169,44 @@ def _stated(ref: ModelRef) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+@contextmanager
+def hold_warnings() -> Iterator[None]:
+    """Hold what transformers logs; pass it on at the end, or drop it where an error ends this.
+
+    A model that is refused is refused in a single line; a warning before it would be a second.
+    """
+    import transformers  # noqa: F401 - it sets its handlers up while it is imported
+
+    handlers = list(logging.getLogger("transformers").handlers)
+    held: list[tuple[logging.Handler, logging.LogRecord]] = []
+    filters = {handler: _Held(handler, held) for handler in handlers}
+    for handler, held_here in filters.items():
+        handler.addFilter(held_here)
+    try:
+        yield
+    finally:
+        for handler, held_here in filters.items():
+            handler.removeFilter(held_here)
+    for handler, record in held:
+        handler.handle(record)
+
+
+class _Held(logging.Filter):
+    """Keeps a handler's records instead of letting them through."""
+
+    def __init__(
+        self, handler: logging.Handler, held: list[tuple[logging.Handler, logging.LogRecord]]
+    ) -> None:
+        super().__init__()
+        self.handler = handler
+        self.held = held
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.held.append((self.handler, record))
+        return False
+
+
+@hold_warnings()
 def _load_config(ref: ModelRef) -> Any:
     import transformers
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.dequantize import opened
-from autoquant_ray.models.find import ModelRef, _load_config
+from autoquant_ray.models.find import ModelRef, _load_config, hold_warnings
 from autoquant_ray.models.gguf_config import require_biases
 from autoquant_ray.models.quantizable import with_plain_linears
 from autoquant_ray.models.quantized_config import stated_quantization, without_quantization
@@ -30,6 +30,7 @@ _UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeE
 """What transformers raises for files that it cannot make sense of."""
 
 
+@hold_warnings()
 def build_skeleton(ref: ModelRef) -> torch.nn.Module:
     """Build the model on the meta device from its config: names and shapes, no weights.
 
@@ -65,6 +66,7 @@ def build_skeleton(ref: ModelRef) -> torch.nn.Module:
     return model.eval()
 
 
+@hold_warnings()
 def load_model(
     ref: ModelRef, *, dtype: str, device: str, placing: Mapping[str, Any] | None = None
 ) -> torch.nn.Module:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from autoquant_ray.errors import DataError, ModelError, one_line
+from autoquant_ray.models.find import hold_warnings
 from autoquant_ray.models.tokenizer import TokenizerRef
 
 
+@hold_warnings()
 def load_processor(ref: TokenizerRef) -> Any:
     """Load a ``transformers`` processor that takes images.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autoquant_ray.errors import ModelError, one_line
-from autoquant_ray.models.find import TOKENIZER_FILES, ModelRef
+from autoquant_ray.models.find import TOKENIZER_FILES, ModelRef, hold_warnings
 from autoquant_ray.models.gguf_tokenizer import (
     apply_metadata,
     byte_pair_tokenizer,
@@ -52,6 +52,7 @@ class TokenizerRef:
         )
 
 
+@hold_warnings()
 def load_tokenizer(ref: TokenizerRef) -> Any:
     """Load a ``transformers`` tokenizer.
 

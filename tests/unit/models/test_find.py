@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,36 @@ def test_config_that_transformers_cannot_build_is_refused_in_a_line(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert words in refusal(run("plan", tmp_path))
+
+
+@pytest.fixture
+def transformers_log() -> Iterator[io.StringIO]:
+    """What transformers logs, as a terminal would show it."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield stream
+    logger.removeHandler(handler)
+
+
+def test_refusal_is_the_only_line_where_transformers_warns_first(
+    transformers_log: io.StringIO, tmp_path: Path
+) -> None:
+    rope = {"rope_type": "no-such", "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"rope_parameters": rope}))
+    assert "cannot be built from its config" in refusal(run("plan", tmp_path))
+    assert transformers_log.getvalue() == ""
+
+
+def test_what_transformers_warns_of_is_said_where_the_model_can_be_read(
+    transformers_log: io.StringIO, tmp_path: Path
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "odd": 1}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | sizes | {"rope_parameters": rope}))
+    assert run("plan", tmp_path).exit_code == 0
+    assert "{'odd'}" in transformers_log.getvalue()
 
 
 def test_advice_names_the_newest_release_that_is_allowed() -> None:
