@@ -68,7 +68,7 @@ class ScaleSearch:
         self._calibration = Calibration()
         self._rows = InputRows()
         self._gathered: dict[str, list[torch.Tensor]] = {}
-        self._losses: dict[tuple[str, str, float], torch.Tensor] = {}
+        self._losses: Losses = {}
 
     @property
     def token_bytes(self) -> int:
@@ -107,11 +107,10 @@ class ScaleSearch:
         Raises:
             NonFiniteError: One is NaN or infinite.
         """
-        losses = {key: float(loss) for key, loss in self._losses.items()}
-        for (module, format_, alpha), loss in losses.items():
+        for (module, format_, alpha), loss in self._losses.items():
             if not math.isfinite(loss):
                 raise NonFiniteError(f"the error of {module} under {format_}, {alpha=}, is {loss}")
-        return losses
+        return self._losses
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -125,36 +124,58 @@ class ScaleSearch:
         self._rows.release()
         for name, inputs in self._gathered.items():
             for formats in self._menus[name]:
-                for alpha, error_OI in self._candidates(name, formats[0]):
-                    for states_TI in inputs:
-                        loss = squared_norm(states_TI, error_OI)
-                        for format_ in formats:
-                            key = (name, format_.name, alpha)
-                            before = self._losses.get(key)
-                            self._losses[key] = loss if before is None else before + loss
+                self._add_losses(name, inputs, formats)
         self._gathered = {}
 
-    def _candidates(self, name: str, format_: Format) -> Iterator[tuple[float, torch.Tensor]]:
-        """Candidates of a linear's factors, and the error of its weight under each."""
+    def _add_losses(
+        self, name: str, inputs: Sequence[torch.Tensor], formats: Sequence[Format]
+    ) -> None:
+        """Add the losses of a linear under formats whose candidates are the same.
+
+        No tensor is kept beyond the call: on the CPU each would sit in memory that the large ones
+        have left, and nothing as large would fit there again.
+        """
+        alphas = self._alphas(formats[0])
+        keys = [(name, formats[0].name, alpha) for alpha in alphas]
+        sums_C = torch.tensor(
+            [self._losses.get(key, 0.0) for key in keys],
+            dtype=torch.float64,
+            device=inputs[0].device,
+        )
+        for number, error_OI in enumerate(self._errors(name, formats[0], alphas)):
+            for states_TI in inputs:
+                sums_C[number] += squared_norm(states_TI, error_OI)
+        for alpha, loss in zip(alphas, sums_C.tolist(), strict=True):
+            self._losses |= {(name, format_.name, alpha): loss for format_ in formats}
+
+    def _alphas(self, format_: Format) -> list[float]:
+        """The candidates of a format."""
+        alphas = candidate_alphas(format_.algorithm)
+        return [PLAIN, *alphas] if takes_factors(format_) else alphas
+
+    def _errors(
+        self, name: str, format_: Format, alphas: Sequence[float]
+    ) -> Iterator[torch.Tensor]:
+        """The error of a linear's weight under each candidate, ``(O, I)`` in the weight's dtype."""
         weight_OI: Any = self._modules[name].weight
         channels = self._calibration.of(name).channels
         assert channels is not None  # it has a hook
         mean_I = torch.from_numpy(channels.mean_I).to(weight_OI.device)
-        attributes, alphas = format_.weight, candidate_alphas(format_.algorithm)
+        attributes = format_.weight
         if takes_factors(format_):
             fold = self._calibration.folds[name]
             weights: list[Any] = [self._model.get_submodule(n).weight for n in fold.readers]
             importance_I = shared_importance(weights, attributes)
-            for alpha in (PLAIN, *alphas):
+            for alpha in alphas:
                 factors_I = shared_factors(fold, importance_I, mean_I, alpha)
                 # In float32, as it will be rounded: no factor is left to be applied in 16 bits.
                 error_OI = candidate_error(weight_OI.float(), attributes, factors_I)
-                yield alpha, error_OI.to(weight_OI.dtype)
+                yield error_OI.to(weight_OI.dtype)
             return
         importance_I = weight_importance(weight_OI, attributes)
         for alpha in alphas:
             scale_I = channel_scales(mean_I, importance_I, alpha)
-            yield alpha, candidate_error(weight_OI, attributes, scale_I)
+            yield candidate_error(weight_OI, attributes, scale_I)
 
 
 def _candidates_key(format_: Format) -> str:

@@ -67,7 +67,7 @@ class InputFactors:
         self._folds = [Fold.from_json(entry) for entry in algorithm["folds"]]
         self._sums: dict[Fold, tuple[torch.Tensor, int]] = {}
         self._candidates: dict[Fold, list[torch.Tensor]] = {}
-        self._losses: dict[tuple[Fold, float], torch.Tensor] = {}
+        self._losses: dict[Fold, torch.Tensor] = {}
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -88,6 +88,11 @@ class InputFactors:
                 "model on calibration data"
             )
         self._candidates = {fold: self._factors(fold) for fold in self._sums}
+        # Before large tensors come and go, which must find the room that they have left.
+        self._losses = {
+            fold: torch.zeros(len(self._alphas), dtype=torch.float64, device=sum_I.device)
+            for fold, (sum_I, _) in self._sums.items()
+        }
         readers = [(fold, name) for fold in self._sums for name in fold.readers]
         with self._hooks([(fold, name, partial(self._measure, name)) for fold, name in readers]):
             yield
@@ -96,7 +101,7 @@ class InputFactors:
     def fold(self) -> None:
         """Fold the best factors into the model, and calibrate its quantizers for what is there."""
         for fold in self._sums:
-            losses = [float(self._losses[fold, alpha]) for alpha in self._alphas]
+            losses = self._losses[fold].tolist()
             factors_I = self._candidates[fold][losses.index(min(losses))]
             modules = [self._model.get_submodule(name) for name in (*fold.readers, fold.producer)]
             with ExitStack() as stack:
@@ -126,11 +131,9 @@ class InputFactors:
     def _measure(self, name: str, fold: Fold, states_TI: torch.Tensor) -> None:
         module = self._model.get_submodule(name)
         attributes = _attributes(module.weight_quantizer)
-        for alpha, factors_I in zip(self._alphas, self._candidates[fold], strict=True):
+        for number, factors_I in enumerate(self._candidates[fold]):
             error_OI = candidate_error(module.weight.float(), attributes, factors_I)
-            loss = squared_norm(states_TI, error_OI.to(states_TI.dtype))
-            before = self._losses.get((fold, alpha))
-            self._losses[fold, alpha] = loss if before is None else before + loss
+            self._losses[fold][number] += squared_norm(states_TI, error_OI.to(states_TI.dtype))
 
     @contextmanager
     def _hooks(

@@ -91,8 +91,10 @@ def _feedback(hessian_II: torch.Tensor, damping: float, is_unused_I: torch.Tenso
     """The feedback; empty where there is none.
 
     With rows and columns in reverse, ``H = L L^T`` gives ``H = R R^T`` with an upper ``R``.
+    No more than two matrices of this size are kept at a time, beside the caller's.
     """
     damped_II = hessian_II.flip(0, 1)
+    del hessian_II  # a sum of halves that nobody else has
     is_unused_I = is_unused_I.flip(0)
     damped_II[is_unused_I, :] = 0
     damped_II[:, is_unused_I] = 0
@@ -100,7 +102,10 @@ def _feedback(hessian_II: torch.Tensor, damping: float, is_unused_I: torch.Tenso
     diagonal_I[is_unused_I] = 1
     diagonal_I += damping * diagonal_I.mean()
     lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+    del damped_II, diagonal_I
     if failed:
-        return damped_II[:0]
-    feedback_II = lower_II.div_(lower_II.diagonal().clone()).flip(0, 1)
-    return feedback_II if bool(feedback_II.isfinite().all()) else damped_II[:0]
+        return lower_II.new_empty(0, 0)
+    lower_II.div_(lower_II.diagonal().clone())
+    if not bool(lower_II.isfinite().all()):
+        return lower_II.new_empty(0, 0)
+    return lower_II.flip(0, 1)

@@ -7,6 +7,7 @@ long here, without padding, one per shard.
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from typing import Any
 
@@ -205,6 +206,24 @@ def test_search_between_calibration_and_scores_changes_no_bit_of_kept_inputs(
     kept = scorer.score(samples, 0, calibration, shard=5)
     fresh = scorer.score(samples, 0, calibration, shard=5)
     assert np.array_equal(kept.sums.elementwise_GF, fresh.sums.elementwise_GF)
+
+
+def test_search_leaves_no_tensor_between_those_of_the_candidates(
+    make_scorer: Any, make_samples: Any
+) -> None:
+    samples = make_samples([24, 17, 9])
+    scorer = make_scorer("llama", (INT4_AWQ,)).scorer
+    calibration = scorer.calibrate(samples)
+    before = num_tensors()
+    losses = scorer.search(samples, calibration)
+    assert len(losses) > 100
+    assert num_tensors() == before
+
+
+def num_tensors() -> int:
+    """Tensors that something holds."""
+    gc.collect()
+    return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
 
 
 def test_scores_bfloat16_stay_near_float32(make_scorer: Any, make_samples: Any) -> None:
