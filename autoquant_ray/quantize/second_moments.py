@@ -60,6 +60,10 @@ class SecondMoments:
             halves.append(self._kept.get((*key, number), divide))
         return SecondMoments(halves, self._kept, key)
 
+    def drop_factors(self) -> None:
+        """Forget the factors that were kept, those of inputs that share the place too."""
+        self._kept.clear()
+
     def feedback(
         self, half: int | None, damping: float, is_unused_I: torch.Tensor
     ) -> torch.Tensor | None:

@@ -42,6 +42,11 @@ class WeightCache:
         self.limit = limit
         self._make_room(0)
 
+    def clear(self) -> None:
+        """Drop everything."""
+        self._kept.clear()
+        self.nbytes = 0
+
     def _make_room(self, needed: int) -> None:
         while self.nbytes + needed > self.limit:
             _, dropped = self._kept.popitem(last=False)

@@ -206,6 +206,7 @@ class LayerFitting:
         fitted: dict[tuple[str, str, str], FittedWeight] = {}
         for roundings in alike.values():
             fitted.update(self._rounded_together(roundings))
+            roundings[0].moments.drop_factors()  # no other input has any use for them
         return fitted
 
     def _rounded_together(
