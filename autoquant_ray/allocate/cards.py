@@ -2,7 +2,8 @@
 
 The shipped cards are the files of ``hardware/``; a file of one's own has the same keys. Rates are
 dense. A rate stands under ``<weight>x<activation>``, each ``16`` (bfloat16 and float16), ``fp8``,
-``int4`` and so on; a pair without one runs at the rate of ``16x16``.
+``int4`` and so on; a pair without one runs at the rate of ``16x16``. The command measure-latency
+writes such files of a cluster's own accelerators.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ class Figure(BaseModel):
 
     value: float = Field(gt=0, allow_inf_nan=False)
     source: str = Field(pattern=r"\S", description="Who says so, and what exactly.")
+    spread: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="Of a measurement: quartiles / median."
+    )
 
     @field_validator("value", mode="before")
     @classmethod
@@ -57,7 +61,18 @@ class Hardware(BaseModel):
         description="Pair of numeric classes, such as fp8xfp8 -> dense operations per second."
     )
 
-    @field_validator("matmul_rates")
+    weight_reads: dict[str, Figure] = Field(
+        default_factory=dict,
+        description="Pair -> bytes of weights per second that its kernel reads; without: all.",
+    )
+    without_kernel: dict[str, str] = Field(
+        default_factory=dict, description="Pairs that were not measured, and why."
+    )
+    products: tuple[dict[str, Any], ...] = Field(
+        default=(), description="What was measured of each product, for people; not kept."
+    )
+
+    @field_validator("matmul_rates", "weight_reads")
     @classmethod
     def _check_pairs(cls, value: dict[str, Figure]) -> dict[str, Figure]:
         for pair in value:
@@ -65,13 +80,29 @@ class Hardware(BaseModel):
                 raise ValueError(
                     f"{pair!r} is not a pair <weight>x<activation> of 16, fp8, int8, fp4, ..."
                 )
+        return value
+
+    @field_validator("matmul_rates")
+    @classmethod
+    def _check_plain(cls, value: dict[str, Figure]) -> dict[str, Figure]:
         if f"{SIXTEEN}x{SIXTEEN}" not in value:
             raise ValueError("the rate 16x16 is missing; formats without units run at it")
         return value
 
+    @field_validator("products")
+    @classmethod
+    def _drop_products(cls, _: Any) -> tuple[dict[str, Any], ...]:
+        return ()
+
     @property
-    def bytes_per_second(self) -> float:
-        """Bandwidth that reads achieve."""
+    def is_measured(self) -> bool:
+        """Whether the figures were measured on the card, and are no datasheet's."""
+        return self.memory_bandwidth.spread is not None
+
+    def bytes_per_second(self, weight: str = SIXTEEN, activation: str = SIXTEEN) -> float:
+        """Bandwidth that reads achieve, in a product of a pair of numeric classes."""
+        if (figure := self.weight_reads.get(f"{weight}x{activation}")) is not None:
+            return figure.value
         share = 1.0 if self.bandwidth_share is None else self.bandwidth_share.value
         return self.memory_bandwidth.value * share
 

@@ -132,7 +132,9 @@ class StepTime:
             "ms_per_token": step_ms,
             "tokens_per_second": 1000 * batch / step_ms,
             "prefill_ms": self._prefill_ms(groups, formats),
-            "kind": "roofline bound, not a measurement",
+            "kind": "roofline bound from measured rates"
+            if card.is_measured
+            else "roofline bound, not a measurement",
             "formats_without_units": sorted(
                 {
                     formats[group.name]
@@ -195,7 +197,7 @@ class StepTime:
     ) -> float:
         """The roofline."""
         card = self.latency.hardware
-        return 1000 * max(num_bytes / card.bytes_per_second, operations / card.rate(*pair))
+        return 1000 * max(num_bytes / card.bytes_per_second(*pair), operations / card.rate(*pair))
 
 
 def touched_share(share: float, tokens: int) -> float:

@@ -86,7 +86,9 @@ class Latency:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the card's figures among them; :meth:`from_json` is the inverse."""
-        return asdict(self) | {"hardware": self.hardware.model_dump(mode="json")}
+        return asdict(self) | {
+            "hardware": self.hardware.model_dump(mode="json", exclude_defaults=True)
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any] | None) -> Latency | None:

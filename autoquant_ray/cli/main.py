@@ -26,6 +26,7 @@ from autoquant_ray.cli.export import export
 from autoquant_ray.cli.frontier import frontier
 from autoquant_ray.cli.import_ import import_
 from autoquant_ray.cli.jobs import jobs, submit
+from autoquant_ray.cli.measure_latency import measure_latency
 from autoquant_ray.cli.options import config_options, given_fields
 from autoquant_ray.cli.run import run, scan_result
 from autoquant_ray.cli.solve import budget_options, take_budget
@@ -205,6 +206,7 @@ main.add_command(run)
 main.add_command(submit)
 main.add_command(jobs)
 main.add_command(evaluate)
+main.add_command(measure_latency)
 main.add_command(frontier)
 main.add_command(explain)
 main.add_command(export)

@@ -59,7 +59,7 @@ def _option(name: str, field: FieldInfo) -> Decorator:
     is_switch = field.annotation is bool
     if has_default and (not is_switch or field.default):
         default = "yes" if is_switch else field.default
-        shown = ",".join(default) if isinstance(default, tuple) else default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text += f"  [default: {shown}]"
     if is_switch and field.default:
         return click.option(flag, name, type=click.Choice(("yes", "no")), default=None, help=text)

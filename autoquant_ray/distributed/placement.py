@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import ray
@@ -77,8 +77,27 @@ class Placement:
         return int(memory // self.worker_bytes)
 
 
+class Asked(Protocol):
+    """What a config says of the cluster that it wants."""
+
+    @property
+    def address(self) -> str:
+        """``auto``, ``local``, or an address."""
+        ...
+
+    @property
+    def workers(self) -> int | str:
+        """Number of workers, or ``auto``."""
+        ...
+
+    @property
+    def cpus_per_worker(self) -> int:
+        """CPUs of each."""
+        ...
+
+
 @contextmanager
-def connected(config: ScanConfig) -> Iterator[dict[str, float]]:
+def connected(config: Asked) -> Iterator[dict[str, float]]:
     """Connect to the cluster that the config names; yields its total resources.
 
     A connection that is open already is used and left open. A local cluster gets enough CPUs for
@@ -121,7 +140,7 @@ def _require_listener(address: str) -> None:
             pass
 
 
-def _connect(config: ScanConfig) -> None:
+def _connect(config: Asked) -> None:
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,

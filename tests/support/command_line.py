@@ -22,6 +22,7 @@ COMMANDS = (
     "compare",
     "nightly",
     "evaluate",
+    "measure-latency",
     "frontier",
     "explain",
     "export",

@@ -143,7 +143,7 @@ def test_solution_keeps_the_card_and_the_load(make_run: Any, tmp_path: Path) -> 
 def _without_fp8(latency: Latency) -> Latency:
     """The same card with the rate at which it runs FP8 written out: the 16-bit one."""
     rate = latency.hardware.rate("16", "16")
-    hardware = card(latency.hardware.bytes_per_second, _16x16=rate, fp8xfp8=rate)
+    hardware = card(latency.hardware.bytes_per_second(), _16x16=rate, fp8xfp8=rate)
     return dataclasses.replace(latency, hardware=hardware)
 
 

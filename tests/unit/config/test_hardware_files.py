@@ -93,7 +93,7 @@ GOOD = {
 def test_own_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "card.yaml"
     path.write_text(yaml.safe_dump(GOOD))
-    assert load_hardware(str(path)).bytes_per_second == 1e12
+    assert load_hardware(str(path)).bytes_per_second() == 1e12
 
 
 @pytest.mark.parametrize(
