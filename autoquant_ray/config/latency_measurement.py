@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from autoquant_ray.config.search_space import SearchSpace
+from autoquant_ray.config.values import place_problem
 
 
 class LatencyMeasurement(SearchSpace):
@@ -36,6 +37,13 @@ class LatencyMeasurement(SearchSpace):
     def workers(self) -> Literal["auto"]:
         """A task per kind of accelerator; a started cluster needs no more than the machine."""
         return "auto"
+
+    @field_validator("out", "address", mode="before")
+    @classmethod
+    def _check_place(cls, value: Any) -> Any:
+        if isinstance(value, str) and (problem := place_problem(value)) is not None:
+            raise ValueError(problem)
+        return value
 
     @field_validator("batch", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,10 +28,11 @@ from autoquant_ray.config.latency_measurement import LatencyMeasurement
 from autoquant_ray.distributed.placement import connected
 from autoquant_ray.distributed.products import Product, TimedProduct, spread_of, time_products
 from autoquant_ray.errors import ClusterError, ConfigError, one_line
+from autoquant_ray.export.folder import require_outside_runs
 from autoquant_ray.models.find import find_model
 from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.plan import Plan
-from autoquant_ray.runs.filesystems import open_place
+from autoquant_ray.runs.filesystems import Place, open_place
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +65,10 @@ def measure_cards(config: LatencyMeasurement, *, overwrite: bool = False) -> lis
         ConfigError: A file is there already.
         ModelError: The model's config cannot be read.
     """
+    place = _place(config.out)
     ref = find_model(config.model, trust_remote_code=config.trust_remote_code)
     device = "cpu" if config.device == "auto" else config.device
     products, counts = products_of(make_plan(config, ref, device=device), config.batch)
-    place = open_place(config.out)
     cards = []
     with connected(config):
         for kind, node in _kinds(config).items():
@@ -83,6 +85,13 @@ def measure_cards(config: LatencyMeasurement, *, overwrite: bool = False) -> lis
             path = f"{config.out.rstrip('/')}/{file}"
             cards.append(MeasuredCard(place=path, hardware=hardware))
     return cards
+
+
+def _place(out: str) -> Place:
+    """Where files go: no run."""
+    if "://" not in out:
+        require_outside_runs(Path(out), out)
+    return open_place(out)
 
 
 def products_of(

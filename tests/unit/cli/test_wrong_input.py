@@ -113,6 +113,7 @@ def folders(originals: Folders, tmp_path: Path) -> Folders:
 
 COMMAND_LINES = {
     "plan": "MODEL",
+    "measure-latency": "MODEL --out OUT --device cpu --address NO",
     "scan": "MODEL --data DATA --out OUT --bits 8 --device cpu --address NO",
     "solve": "RUN",
     "frontier": "RUN",
@@ -143,6 +144,7 @@ ANY_TEXT = {
     "--name": ("a/b", "", "a\0b"),
     "--into": ("no-such", "", LONG, "s3://b/x?secret_key=abc"),
     "--workers": NUMBERS,
+    "--batch": (*NUMBERS, "8", "0,8"),
     "--bytes": NUMBERS,
     "--stop-when-stable": NUMBERS,
     "--weight-cache-gib": NUMBERS[:-1],
