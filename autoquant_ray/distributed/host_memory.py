@@ -2,8 +2,10 @@
 
 By default glibc gives every large tensor fresh pages and returns them when it is freed, so that the
 kernel zeroes gigabytes of pages again and again; on small matrices that costs about a tenth of the
-time. ``benchmarks/vs_modelopt.py`` uses the same settings as the workers with a resident model.
-Other workers must stay small.
+time. ``benchmarks/vs_modelopt.py`` uses the same settings as the workers.
+
+What lies in its heap (tensors of up to 32 MiB) it keeps all the same, the more the more small ones
+stay between them: who must be small gives that back with :func:`trim_heap`.
 """
 
 from __future__ import annotations
@@ -11,13 +13,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
 
 # mallopt(3): parameters are numbered in malloc.h; values are C ints.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST = 2**31 - 1
-_SMALL_BYTES = 2**20
 
 ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 """Lets torch ask for huge pages; it reads the variable once, when it makes its first tensor."""
@@ -30,27 +30,16 @@ def reuse_freed_memory() -> None:
     pages are asked for. Memory that is kept is at most the process's own peak.
     """
     os.environ.update(ENVIRONMENT)
-    mallopt = _mallopt()
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST)
 
 
-def return_freed_memory() -> None:
-    """Give freed memory back at once: for a process that must stay small, whatever it costs.
-
-    Tensors of 1 MiB or more get pages of their own. glibc would take up to 32 MiB each from its
-    heap, where a small tensor that stays keeps the hole of a large one from being filled again.
-    """
-    mallopt = _mallopt()
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _SMALL_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _SMALL_BYTES)
-
-
-def _mallopt() -> Callable[[int, int], int] | None:
-    """The C library's function; None where it has none."""
-    if not sys.platform.startswith("linux"):
-        return None
-    function: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt", None)
-    return function
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library keeps it and can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

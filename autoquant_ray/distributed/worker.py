@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from autoquant_ray.distributed.host_memory import return_freed_memory, reuse_freed_memory
+from autoquant_ray.distributed.host_memory import reuse_freed_memory
 from autoquant_ray.distributed.placement import Placement
 from autoquant_ray.distributed.task import LayerTask, ShardTask
 from autoquant_ray.errors import AutoQuantError, WorkerError, one_line
@@ -29,8 +29,6 @@ class ShardWorker:
     def __init__(self, reuses_memory: bool) -> None:
         if reuses_memory:
             reuse_freed_memory()  # the spec, and with it torch, arrives with ``load``
-        else:
-            return_freed_memory()
         self._runner: Any = None
 
     def load(self, spec: Any) -> int:

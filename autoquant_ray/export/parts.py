@@ -9,7 +9,6 @@ factors.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from autoquant_ray.distributed.host_memory import trim_heap
 from autoquant_ray.errors import FormatError
 from autoquant_ray.export.layouts import COMPRESSED_TENSORS, MODELOPT
 from autoquant_ray.models.layers import decoder_layers
@@ -83,7 +83,7 @@ class PartedModel:
             yield _shell(self.model, part)
         finally:
             self._forget(part)
-            _trim_heap()
+            trim_heap()
 
     def _forget(self, part: Part) -> None:
         # Modules refer to each other in circles, so they themselves may stay for a while.
@@ -122,13 +122,6 @@ def _resting(model: Any, part: Part) -> dict[int, list[tuple[str, torch.nn.Modul
                     name = ".".join(filter(None, (root, path, attribute)))
                     resting.setdefault(id(parameter), []).append((name, owner, attribute))
     return resting
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system, where the C library keeps it and can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def outline(model: Any) -> Any:

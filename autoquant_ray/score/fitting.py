@@ -15,6 +15,7 @@ import torch
 
 from autoquant_ray.calibrate.hessians import HessianCollector, Hessians
 from autoquant_ray.calibrate.portions import Block, Portion, blocks_of, smallest_portions
+from autoquant_ray.distributed.host_memory import trim_heap
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians, takes_factors
 from autoquant_ray.models.quantizable import PlannedModule
@@ -145,6 +146,7 @@ class LayerFitting:
                 with self._visit(layer):
                     rounding[layer].update(self._rounded(list(portions), hessians))
             del hessians  # before the next pass makes others
+            trim_heap()  # matrices of several sizes leave no room for each other
         return {
             layer: LayerFit(
                 rounding=self._in_order(layer, rounding[layer]), expert_tokens=tokens[layer]
