@@ -207,8 +207,8 @@ class ScanConfig(SearchSpace):
     )
     address: str = Field(
         default="auto",
-        description="Ray cluster: auto (a running one, else local), local, or an address such as "
-        "ray://HOST:10001.",
+        description="Ray cluster: auto (that of RAY_ADDRESS or of 'ray start' on this machine, "
+        "else local), local (of this command alone), or an address such as ray://HOST:10001.",
     )
 
     @field_validator("data", "out", "address", mode="before")

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import psutil
 import ray
+from ray._private.utils import read_ray_address
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 _MEMORY_SHARE = 0.8
 _PROBE_TIMEOUT_S = 120.0
+_LISTENER_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +138,30 @@ def _require_listener(address: str) -> None:
     """Fail fast where nobody listens; Ray itself would retry for half a minute."""
     parts = urllib.parse.urlsplit(address)
     if parts.scheme == "ray" and parts.hostname:
-        with socket.create_connection((parts.hostname, parts.port or 10001), timeout=10):
+        with socket.create_connection(
+            (parts.hostname, parts.port or 10001), timeout=_LISTENER_TIMEOUT_S
+        ):
             pass
+
+
+def _shared_address() -> str:
+    """What ``auto`` means: a Ray that was started to be shared; ``local`` where there is none.
+
+    That is the cluster of ``RAY_ADDRESS``, or the one that ``ray start`` put on this machine. Ray's
+    own ``auto`` also takes what another program started for itself, and dies with that program.
+    """
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named and named != "auto":
+        return named
+    started: str | None = read_ray_address()
+    if not started:
+        return "local"
+    host, _, port = started.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_LISTENER_TIMEOUT_S):
+            return started
+    except (OSError, ValueError):
+        return "local"  # it has ended without a word
 
 
 def _connect(config: Asked) -> None:
@@ -147,16 +171,10 @@ def _connect(config: Asked) -> None:
         "configure_logging": True,
         "namespace": "autoquant_ray",
     }
-    if config.address == "auto":
-        try:
-            ray.init(address="auto", **common)
-            return
-        except ConnectionError:
-            if os.environ.get("RAY_ADDRESS"):
-                raise
-    elif config.address != "local":
-        _require_listener(config.address)
-        ray.init(address=config.address, **common)
+    address = _shared_address() if config.address == "auto" else config.address
+    if address != "local":
+        _require_listener(address)
+        ray.init(address=address, **common)
         return
     asked = config.workers * config.cpus_per_worker if isinstance(config.workers, int) else 0
     if asked > (os.cpu_count() or 1):
