@@ -88,6 +88,8 @@ def scan(folder: Path) -> autoquant_ray.Run:
         "custom_formats": {"int4_g64": INT4},
         "samples": 4,
         "disable": ("lm_head",),
+        "engine": None,
+        "gpu": None,
     }
     config = demo_config(str(folder), 7.0)
     return autoquant_ray.search(ScanConfig.model_validate(config.model_dump() | changed))

@@ -6,7 +6,6 @@ start without torch and Ray.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import click
@@ -183,23 +182,9 @@ def demo(out: str, bits: float, overwrite: bool) -> Result:
     Example:
       autoquant-ray demo
     """
-    from autoquant_ray.config.demo import demo_config
-    from autoquant_ray.runs.names import REPORT_HTML
+    from autoquant_ray.cli.demo import demo_result
 
-    scanned = scan_result(demo_config(out, bits), "overwrite" if overwrite else "resume")
-
-    def show() -> None:
-        scanned.show()
-        show_lines(
-            [
-                f"next: open {out}/{REPORT_HTML}",
-                f"  autoquant-ray solve {out} --bits 5",
-                f"  autoquant-ray explain {out} lm_head",
-                f"  autoquant-ray evaluate {out} --samples 8",
-            ]
-        )
-
-    return replace(scanned, show=show)
+    return demo_result(out, bits, "overwrite" if overwrite else "resume")
 
 
 main.add_command(run)

@@ -17,6 +17,7 @@ from pydantic import (
 from autoquant_ray.config.expert_groups import ExpertGroups
 from autoquant_ray.formats.kv_cache import menu_problem
 from autoquant_ray.formats.menu import CUSTOM_KEYS, CUSTOM_KEYS_PROBLEM, SHARES_SCALE
+from autoquant_ray.serving.named_menus import named_menu
 
 
 def _check_custom_key(key: str) -> str:
@@ -51,7 +52,8 @@ class SearchSpace(BaseModel):
         description="Quantization formats to choose from, separated by commas, each with a method "
         "of rounding behind a colon if wanted: NAME:max rounds plainly; without it, integers of 3 "
         "to 6 bits and NVFP4 (wint4_afp16, wfp4_afp16) are rounded by 'weighted', which reads the "
-        "data; NAME:mse can lose more than max. docs/formats.md lists all. "
+        "data; NAME:mse can lose more than max. docs/formats.md lists all. A menu by name is what "
+        "an engine serves together: vllm-hopper, sglang-blackwell, trtllm-h100 and others. "
         "16 bits ('none') is always a choice too.",
     )
     custom_formats: dict[str, CustomEntry] = Field(
@@ -115,6 +117,16 @@ class SearchSpace(BaseModel):
         if not isinstance(value, dict):
             return value
         return {name: expanded(entry) for name, entry in value.items()}
+
+    @field_validator("formats", mode="after")
+    @classmethod
+    def _expand_menus(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Menus by name become their formats; what is named beside one is not taken twice."""
+        menus = {name: menu for name in value if (menu := named_menu(name)) is not None}
+        if not menus:
+            return value
+        formats = [part for name in value for part in menus.get(name, (name,))]
+        return tuple(dict.fromkeys(formats))
 
     @field_validator("formats")
     @classmethod

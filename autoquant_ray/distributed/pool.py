@@ -26,6 +26,7 @@ from autoquant_ray.distributed.crew import Crew, OnEvent, error_of_task
 from autoquant_ray.distributed.failure import Decision
 from autoquant_ray.distributed.interrupts import StopRequest
 from autoquant_ray.distributed.placement import Placement
+from autoquant_ray.distributed.progress import Waiting
 from autoquant_ray.distributed.shard_queue import ShardQueue
 from autoquant_ray.distributed.task import ShardTask, Task
 from autoquant_ray.errors import one_line
@@ -153,6 +154,7 @@ class WorkerPool:
     def _outcomes(
         self, queue: ShardQueue, submit: Submit, stop: StopRequest
     ) -> Generator[Outcome, None, None]:
+        waiting = Waiting()
         while not stop.is_made:
             self._feed(queue, submit)
             queue.read_ahead()
@@ -161,9 +163,15 @@ class WorkerPool:
             if queue.has_fresh:
                 self._crew.grow()
             self._crew.require_workers()
+            if self._crew.ready:
+                waiting.note(f"computing, {len(self._wanted(queue))} in flight")
+            else:
+                loading = len(self._crew.loading)
+                waiting.note(f"waiting for {loading} worker(s), which import torch and the model")
             for reference in self._wait(queue):
                 outcome = self._receive(reference, queue)
                 if outcome is not None:
+                    waiting.restart()
                     if not stop.is_made:
                         self._feed(queue, submit)  # before the caller writes the result
                     yield outcome

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _PLAIN_STEPS = 10
 _REFRESH_S = 0.2
+_QUIET_S, _LATER_QUIET_S = 8.0, 60.0
+"""Seconds without a line until it is said what is waited for: at first, and after a minute."""
 
 
 class Throughput:
@@ -38,6 +40,30 @@ class Throughput:
         """Count units; returns the units per second so far."""
         self._num_units += num_units
         return self._num_units / max(self._clock() - self._start_s, 1e-9)
+
+
+class Waiting:
+    """Says what is waited for while nothing else is said: every 8 s, after a minute every 60 s.
+
+    Args:
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew: something was said."""
+        self._start_s = self._said_s = self._clock()
+
+    def note(self, text: str) -> None:
+        """Say ``text`` with the seconds since the start, if it has been quiet for long."""
+        now_s = self._clock()
+        is_early = now_s - self._start_s < _LATER_QUIET_S
+        if now_s - self._said_s >= (_QUIET_S if is_early else _LATER_QUIET_S):
+            self._said_s = now_s
+            logger.info("%s: %.0f s", text, now_s - self._start_s)
 
 
 class Advance(Protocol):
@@ -130,13 +156,17 @@ def _logging_moved(stderr: Any) -> Iterator[None]:
 
 
 def _lines(title: str, total: int, done: int, unit: str) -> Advance:
-    count = done
+    count, start_s = done, time.monotonic()
 
     def advance(note: str = "") -> None:
         nonlocal count
         count += 1
         step = max(1, total // _PLAIN_STEPS)
         if count % step == 0 or count == total:
-            logger.info("%s: %d of %d %s%s", title, count, total, unit, f", {note}" if note else "")
+            spent_s = time.monotonic() - start_s
+            left_s = spent_s / (count - done) * (total - count)
+            left = f", about {left_s:,.0f} s left" if left_s >= 1 else ""
+            notes = f"{f', {note}' if note else ''}{left}"
+            logger.info("%s: %d of %d %s%s", title, count, total, unit, notes)
 
     return advance

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.allocate.options import UNQUANTIZED_BITS
+from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.report.domains import describe_domains
@@ -35,11 +36,7 @@ class Number:
 def headline(sources: Sources) -> list[Number]:
     """Predicted and measured loss, size, budget, and certainty."""
     solution, budget = sources.manifest["solution"], sources.manifest["budget"]
-    problem = sources.scored.problem
-    unquantized_bytes = problem.other_bytes + sum(
-        group.cost(NONE, "storage") for group in problem.groups.values()
-    )
-    share = solution["weight_bytes"] / unquantized_bytes
+    share = solution["weight_bytes"] / unquantized_bytes(sources.scored.problem)
     return [
         *_losses(sources),
         Number(
@@ -50,11 +47,18 @@ def headline(sources: Sources) -> list[Number]:
         Number(
             label="Size",
             value=f"{solution['weight_bytes'] / 2**20:,.1f} MiB",
-            note=f"all weights, {share:.0%} of the model in {UNQUANTIZED_BITS} bits",
+            note=f"all weights, {share:.0%} of what they take in {UNQUANTIZED_BITS} bits",
         ),
         Number(label="Budget", value=_budget_value(budget), note=budget_text(budget)),
         *_decisions(sources),
     ]
+
+
+def unquantized_bytes(problem: Problem) -> float:
+    """Bytes of the whole model's weights where all of them are in 16 bits."""
+    return problem.other_bytes + sum(
+        group.cost(NONE, "storage") for group in problem.groups.values()
+    )
 
 
 def _losses(sources: Sources) -> list[Number]:

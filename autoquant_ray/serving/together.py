@@ -43,7 +43,8 @@ def menus_of(
     listed = "; ".join(f"{name}: {reason}" for name, reason in best.items())
     where = engine if gpu is None else f"{engine} on {gpu}"
     raise ConfigError(
-        f"{where} serves no format of the menu ({listed}); scan with other `formats`, or "
+        f"{where} serves no format of the menu ({listed}); scan with `formats` "
+        f"{engine}-{generation or 'hopper'}, or "
         "choose another `engine` or `gpu` (docs/engines.md)"
     )
 

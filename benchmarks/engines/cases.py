@@ -139,6 +139,7 @@ def make_run(model: Path, folder: Path) -> autoquant_ray.Run:
     if folder.exists():
         return autoquant_ray.Run.open(str(folder))
     changed = {"model": str(model), "formats": SCANNED, "samples": 4, "seq_len": 128}
+    changed |= {"engine": None, "gpu": None}
     config = demo_config(str(folder), 8.0)
     return autoquant_ray.search(ScanConfig.model_validate(config.model_dump() | changed))
 

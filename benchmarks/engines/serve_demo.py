@@ -37,8 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from engines.environments import environment_of, without_package
 
 QUESTION = "What is the capital of France? Answer in one sentence."
-ALLOWED = "*=wint8_aint8,wint4_afp16,none"
-"""Blocks of 128 int4 weights do not divide rows of 576, so 7 bits is about the least."""
+ALLOWED = "*=wint8_aint8,wint4_g64_afp16,none"
 _SERVER = "vllm.entrypoints.openai.api_server"
 _PATIENCE_S = 900
 

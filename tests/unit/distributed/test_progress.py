@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from autoquant_ray.distributed.progress import Throughput, progress
+from autoquant_ray.distributed.progress import Throughput, Waiting, progress
 
 SCRIPT = """
 import logging
@@ -93,6 +93,41 @@ def test_progress_elsewhere_is_plain_lines(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.messages == [
         f"score: {count} of 30 shards, 480 tokens/s" for count in (15, 18, 21, 24, 27, 30)
     ]
+
+
+def test_progress_elsewhere_says_how_long_it_still_takes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter((100.0, 106.0, 108.0, 120.0))
+    monkeypatch.setattr("autoquant_ray.distributed.progress.time.monotonic", lambda: next(seconds))
+    with caplog.at_level(logging.INFO), progress("score", 5, done=2) as advance:
+        for _ in range(3):
+            advance()
+    assert caplog.messages == [
+        "score: 3 of 5 shards, about 12 s left",
+        "score: 4 of 5 shards, about 4 s left",
+        "score: 5 of 5 shards",
+    ]
+
+
+def test_waiting_is_said_every_eight_seconds_and_every_minute_later(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now_s = 0.0
+    waiting = Waiting(lambda: now_s)
+    said = []
+    with caplog.at_level(logging.INFO):
+        for now_s in range(1, 200):
+            before = len(caplog.messages)
+            waiting.note("waiting for 2 worker(s)")
+            if len(caplog.messages) > before:
+                said.append(now_s)
+        waiting.restart()
+        now_s += 7
+        waiting.note("computing")
+    assert said == [8, 16, 24, 32, 40, 48, 56, 116, 176]
+    assert caplog.messages[1] == "waiting for 2 worker(s): 16 s"
+    assert "computing" not in " ".join(caplog.messages)
 
 
 class Cell:
