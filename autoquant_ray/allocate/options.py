@@ -72,8 +72,10 @@ class Written:
 
 
 def _bits_part(bits: float) -> str:
+    """Nine digits at most: what a search for a loss ends with has noise behind them."""
     text = f"{bits:.2f}"
-    return f"bits-{text if float(text) == bits else repr(bits)}"
+    short = f"{bits:.9g}"
+    return f"bits-{text if float(text) == float(short) else short}"
 
 
 def _described_in_scan(name: str) -> str:

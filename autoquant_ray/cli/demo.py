@@ -29,12 +29,12 @@ def demo_result(out: str, bits: float, mode: Mode) -> Result:
     from autoquant_ray.config.demo import demo_config
 
     logger.info("plan: torch is imported, the model's layers are read")
-    scanned = scan_result(demo_config(out, bits), mode)
+    scanned = scan_result(demo_config(out, bits), mode, says_next=False)
     rows = _measured(out)
 
     def show() -> None:
         scanned.show()
-        show_lines(["", *_result_lines(out, rows), *_next_lines(out)])
+        show_lines([*_result_lines(out, rows), *_next_lines(out)])
 
     return replace(scanned, show=show)
 

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST, _LONGEST_USAGE = 400, 370
 """Characters of the line with which a command stops."""
+_LONGEST_SENTENCE = 200
+"""Characters of a command's sentence in the list of all."""
 
 _COMMON = (
     click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout; logs on stderr."),
@@ -40,7 +42,24 @@ _COMMON = (
 
 
 class Commands(click.Group):
-    """Turns the package's errors into one line on stderr and an exit code."""
+    """Turns the package's errors into one line on stderr and an exit code.
+
+    Help lists the commands in the order in which they were added, each with its whole sentence.
+    """
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names in the order of the work."""
+        return list(self.commands)
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """A line or two per command."""
+        rows = [
+            (name, command.get_short_help_str(limit=_LONGEST_SENTENCE))
+            for name, command in self.commands.items()
+            if not command.hidden
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def invoke(self, context: click.Context) -> Any:
         def on_sigterm(*_: Any) -> None:

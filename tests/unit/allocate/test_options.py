@@ -81,3 +81,11 @@ def test_wrong_value_is_one_line_that_names_the_field() -> None:
         SolveOptions(bits="many")
     with pytest.raises(ConfigError, match=r"^bitz: unknown key; closest: bits"):
         SolveOptions(bitz=4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "name"),
+    [(4.5, "bits-4.50"), (4.125000000004126, "bits-4.125"), (4.1234567, "bits-4.1234567")],
+)
+def test_name_of_a_budget_has_no_noise_of_its_last_digits(bits: float, name: str) -> None:
+    assert SolveOptions(bits=bits).name == name

@@ -71,7 +71,8 @@ def test_help_lists_every_command_and_exit_code() -> None:
 
 @pytest.mark.parametrize("name", [*COMMANDS, *JOBS_COMMANDS])
 def test_help_examples_name_only_real_options(name: str) -> None:
-    example = run(*name.split(), "--help").stdout.partition("Example:")[2].partition("Options:")[0]
+    shown = run(*name.split(), "--help").stdout.partition("Example:")[2]
+    example = re.split(r"(?m)^[A-Z]\w+:$", shown)[0]
     for line in re.split(r"\n\s*autoquant-ray ", example)[1:]:
         command, second, *_ = [*line.split(), ""]
         command = f"{command} {second}" if command == "jobs" else command
@@ -85,3 +86,22 @@ def test_h_is_help(name: str) -> None:
     words = name.split()
     assert run(*words, "-h").stdout == run(*words, "--help").stdout
     assert run(*words, "-h").exit_code == 0
+
+
+def test_help_lists_whole_sentences_in_the_order_of_the_work() -> None:
+    shown = run("--help").stdout.partition("Commands:")[2]
+    names = re.findall(r"(?m)^  ([a-z-]+) ", shown)
+    assert sorted(names) == sorted(main.commands)
+    assert names.index("plan") < names.index("scan") < names.index("solve")
+    assert names.index("solve") < names.index("evaluate") < names.index("export")
+    assert "..." not in shown
+
+
+@pytest.mark.parametrize("name", ["plan", "scan"])
+def test_help_of_many_options_has_headings(name: str) -> None:
+    shown = run(name, "--help").stdout
+    headings = re.findall(r"(?m)^([A-Z][a-z]+):$", shown)
+    assert headings[0] == "Search"
+    assert headings[-1] == "Run"
+    assert shown.index("Search:") < shown.index("\n  --formats") < shown.index("Run:")
+    assert shown.index("Run:") < shown.index("\n  --config")
