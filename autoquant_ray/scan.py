@@ -95,7 +95,6 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     menu = resumed.plan["formats"] if resumed is not None and resumed.plan is not None else None
     plan = make_plan(config, ref, device=device, menu=menu, engine=config.engine)
     stages.check_budget(plan, config)
-    logger.info("plan: %d of %d groups searched", len(plan.searched), len(plan.groups))
     for source in sources_of(config.data).values():
         require_source(source, config.read_as)
     require_weights(ref)
@@ -110,6 +109,7 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         require_resources(config, resources)
         config = _resolve_placement(config, ref, plan, resumed)
         check_device(plan.formats, config.device)
+        logger.info("plan: %d of %d groups searched", len(plan.searched), len(plan.groups))
         placement = place_workers(
             config,
             resources,

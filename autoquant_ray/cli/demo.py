@@ -28,7 +28,6 @@ def demo_result(out: str, bits: float, mode: Mode) -> Result:
     """
     from autoquant_ray.config.demo import demo_config
 
-    logger.info("plan: torch is imported, the model's layers are read")
     scanned = scan_result(demo_config(out, bits), mode, says_next=False)
     rows = _measured(out)
 
