@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from autoquant_ray.allocate.frontier import Point
@@ -24,6 +24,7 @@ from autoquant_ray.plan.group import PlannedGroup
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.runs.names import FRONTIER_FILE
 from autoquant_ray.solve import Solution
+from autoquant_ray.wording import printable
 
 if TYPE_CHECKING:
     from autoquant_ray.allocate.certainty.explanation import Explanation
@@ -40,6 +41,11 @@ def _console() -> Console:
     """Wide where the output is not a terminal, so that names stay on one line."""
     console = Console()
     return console if console.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def escape(text: str) -> str:
+    """A text of someone else for the console: no markup of rich, nothing that a terminal obeys."""
+    return escape_markup(printable(text))
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -86,11 +92,11 @@ def print_plan(plan: Plan) -> None:
         console.print(f"KV cache: {reachable_cache(low, high)}")
     console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
     if plan.source_format is not None:
-        console.print(f"source: {describe_source(plan.source_format)}", soft_wrap=True)
+        console.print(f"source: {escape(describe_source(plan.source_format))}", soft_wrap=True)
     if plan.carried:
-        console.print(f"carried: {describe_carried(plan.carried)}", soft_wrap=True)
+        console.print(f"carried: {escape(describe_carried(plan.carried))}", soft_wrap=True)
     if plan.separate_head is not None:
-        console.print(f"note: {describe_separate(plan.separate_head)}", soft_wrap=True)
+        console.print(f"note: {escape(describe_separate(plan.separate_head))}", soft_wrap=True)
     if plan.limits is not None and plan.limits.positions is not None:
         console.print(f"samples: {plan.limits.positions} tokens at most, by its table of positions")
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
@@ -151,9 +157,9 @@ def print_solution(run: str, solution: Solution) -> None:
     if LATENCY in summary:
         console.print(f"predicted: {escape(describe_prediction(summary[LATENCY]))}", soft_wrap=True)
     if solution.shards_used is not None:
-        console.print(f"used {solution.shards_used}", soft_wrap=True)
+        console.print(f"used {escape(solution.shards_used)}", soft_wrap=True)
     if solution.separate_head is not None:
-        console.print(f"note: {describe_separate(solution.separate_head)}", soft_wrap=True)
+        console.print(f"note: {escape(describe_separate(solution.separate_head))}", soft_wrap=True)
     for path in solution.paths.values():
         console.print(escape(_short(path)), soft_wrap=True)
 
