@@ -56,7 +56,10 @@ class FixedAnswers:
             name: getattr(module, "out_features", None) or getattr(module, "embedding_dim", None)
             for name, module in answered.items()
         }
-        _fill(self.model, set(answered.values()), generator)
+        # A convolution's weight may be read past its module; torch convolves with one on the meta
+        # device without an error, and gives memory that nothing was written to.
+        unread = {m for m in answered.values() if not isinstance(m, torch.nn.modules.conv._ConvNd)}
+        _fill(self.model, unread, generator)
         widest = max((width or 0 for width in self._widths.values()), default=0)
         length = NUM_TOKENS * widest + _STRIDE * (len(answered) + 1)
         self._numbers = torch.randn(length, generator=generator, dtype=torch.float64) + 0.5
@@ -162,13 +165,11 @@ def without_weights(model: torch.nn.Module) -> torch.nn.Module:
     return copied
 
 
-def _fill(
-    model: torch.nn.Module, answered: set[torch.nn.Module], generator: torch.Generator
-) -> None:
-    """Give random values to all but the modules that answer."""
+def _fill(model: torch.nn.Module, unread: set[torch.nn.Module], generator: torch.Generator) -> None:
+    """Give random values to all but the modules whose weights nothing reads."""
     import torch
 
-    others = [module for module in model.modules() if module not in answered]
+    others = [module for module in model.modules() if module not in unread]
     tensors = [t for m in others for t in [*m._parameters.values(), *m._buffers.values()]]
     if sum(tensor.numel() for tensor in tensors if tensor is not None) > _MAX_ELEMENTS:
         raise ValueError("too many of its weights lie outside of linears")
