@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,11 @@ def try_parity(family: Family) -> str:
         try:
             defined = autograd_scores(family.model, family.batches, groups, family.plan.formats)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise AssertionError(f"nothing to compare with: {_short(error)}") from None
+            where = traceback.extract_tb((error.__cause__ or error).__traceback__)[-1].name
+            raise AssertionError(
+                f"nothing to compare with: neither `mtq.auto_quantize` nor `mtq.quantize` runs on "
+                f"it, ModelOpt stops in its `{where}`"
+            ) from None
         theirs |= defined
         parts |= {name: [name] for name in alone}
     ours = dict(zip(searched, family.scores_GF, strict=True))
