@@ -16,17 +16,6 @@ _NVFP4 = "NVFP4_DEFAULT_CFG"
 """ModelOpt's preset of NVFP4 weights and inputs, which no pair has."""
 
 
-def menu_name(engine: str, gpu: str | None) -> str:
-    """The name of an engine's menu, on Hopper where no GPU is given.
-
-    Args:
-        engine: One of ``ENGINES``.
-        gpu: A generation or a card; None: any.
-    """
-    generation = CARDS.get(gpu or "", gpu)
-    return f"{engine}-{generation or 'hopper'}"
-
-
 def named_menu(name: str) -> tuple[str, ...] | None:
     """The formats of a menu; None where the name is none of a menu.
 

@@ -10,7 +10,7 @@ from autoquant_ray.config.files import validate
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.serving.named_menus import menu_name, named_menu
+from autoquant_ray.serving.named_menus import named_menu
 from autoquant_ray.serving.table import ENGINES, GENERATIONS, layouts_of
 from autoquant_ray.serving.together import menus_of
 
@@ -30,7 +30,6 @@ def test_named_menu_of_hopper_mixes_int4_int8_and_fp8() -> None:
 
 def test_named_menu_of_a_card_is_that_of_its_generation() -> None:
     assert named_menu("trtllm-h100") == named_menu("trtllm-hopper")
-    assert menu_name("trtllm", "h100") == menu_name("trtllm", None) == "trtllm-hopper"
 
 
 def test_formats_take_a_menu_beside_a_format() -> None:
