@@ -27,6 +27,8 @@ TOKENIZER_FILES: tuple[str, ...] = (
 )
 """Names of files in a model's folder that may belong to its tokenizer."""
 
+_HUB_TIMEOUT_S = 10.0
+
 _BOUND = re.compile(r"^transformers\b[^;]*?<\s*(\d+)\.(\d+)")
 
 CHAT_FILES = ("chat_template*", "*preprocessor_config.json", "processor_config.json")
@@ -210,6 +212,8 @@ class _Held(logging.Filter):
 def _load_config(ref: ModelRef) -> Any:
     import transformers
 
+    if not Path(ref.path).is_dir():
+        _require_hub(ref.path)
     try:
         config = transformers.AutoConfig.from_pretrained(ref.path, **ref.load_arguments)
         require_sizes(config)
@@ -226,6 +230,32 @@ def _load_config(ref: ModelRef) -> Any:
         apply_rotary(config, read_facts(Path(ref.path) / ref.gguf_file).rotary)
         apply_query_scale(config)
     return config
+
+
+def _require_hub(hub_id: str) -> None:
+    """Check that a model that is not in the hub's cache can be asked for, with a single question.
+
+    transformers asks a hub that does not answer again and again, for a minute.
+
+    Raises:
+        ModelError: The hub does not answer, or may not be asked.
+    """
+    import httpx
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(hub_id, "config.json", cache_dir=constants.HF_HUB_CACHE)
+    if isinstance(cached, str):
+        return
+    here = f"model {hub_id} is no folder here and not in the hub's cache"
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{here}, and HF_HUB_OFFLINE forbids to ask the hub; give a folder")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        raise ModelError(
+            f"{here}, and the hub {constants.ENDPOINT} does not answer ({one_line(error)}); give a "
+            "folder, or check the network and HF_ENDPOINT"
+        ) from None
 
 
 _SIZES = {

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import socket
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +98,32 @@ def test_advice_at_the_newest_release_is_not_to_upgrade() -> None:
     assert "pip" not in advice
     assert "none from 5.19 on" in advice
     assert "'transformers<5.19'" in upgrade_advice("5.17.2.dev0", requirements)
+
+
+def test_model_that_the_cache_lacks_is_refused_where_the_hub_may_not_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    line = refusal(run("plan", "some/model"))
+    assert "some/model is no folder here and not in the hub's cache" in line
+    assert "HF_HUB_OFFLINE" in line
+
+
+def test_hub_that_does_not_answer_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    connect = socket.socket.connect
+    monkeypatch.setattr(
+        socket.socket, "connect", lambda *words: (asked.append(words[1]), connect(*words))[1]
+    )
+    line = refusal(run("plan", "some/model"))
+    assert "the hub http://127.0.0.1:9 does not answer" in line
+    assert "HF_ENDPOINT" in line
+    assert asked == [("127.0.0.1", 9)]
 
 
 def test_fingerprint_of_a_hub_model_names_its_commit(
