@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from every_family import small_model
+from packaging.version import Version
 
 from autoquant_ray.errors import ModelError
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
@@ -39,7 +41,14 @@ def knows_padding(make_model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", ["paligemma", "doge", "cpmant"])
+NOT_CAUSAL = ["paligemma", "cpmant"]
+if Version(transformers.__version__) < Version("5.18"):
+    NOT_CAUSAL.append(
+        "doge"
+    )  # mended there: a change of later tokens leaves its logits as they were
+
+
+@pytest.mark.parametrize("family", NOT_CAUSAL)
 def test_model_that_attends_to_later_tokens_is_refused(family: str, make_spec: Any) -> None:
     model = small_model(family)
     plan = build_plan(model, resolve_formats(("wint8_afp16",), device="cpu"))
