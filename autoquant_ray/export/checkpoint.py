@@ -211,7 +211,7 @@ def _require_package(layout: str) -> None:
     if layout == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
         raise ConfigError(
             f"`format` {layout} needs the package compressed-tensors: pip install "
-            "'autoquant-ray[export]'"
+            "-e '.[export]' in the checkout"
         )
 
 

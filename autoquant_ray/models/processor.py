@@ -50,7 +50,7 @@ def _require_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        raise ModelError("images need Pillow: pip install 'autoquant-ray[images]'") from None
+        raise ModelError("images need Pillow: pip install -e '.[images]' in the checkout") from None
 
 
 def _without_videos(config_class: type, ref: TokenizerRef, arguments: dict[str, Any]) -> Any:
