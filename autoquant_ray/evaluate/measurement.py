@@ -15,10 +15,11 @@ from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.calibrate.files import calibration_of
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.distributed.interrupts import stop_on_signal
 from autoquant_ray.distributed.placement import connected, place_workers, require_resources
 from autoquant_ray.distributed.pool import Outcome, Submit, WorkerPool
 from autoquant_ray.distributed.progress import progress
-from autoquant_ray.errors import StoreError, WorkerError
+from autoquant_ray.errors import Interrupted, StoreError, WorkerError
 from autoquant_ray.evaluate.flip_estimates import FlipEstimates, flip_rows, merge_flips
 from autoquant_ray.evaluate.held_out import data_key, held_out_samples, num_seen
 from autoquant_ray.evaluate.runner import EvaluationSpec
@@ -208,20 +209,34 @@ class Measurement:
     def _outcomes(
         self, doing: str, shards: Sequence[int], submit: Submit
     ) -> Generator[Outcome, None, None]:
-        """Run shards on the workers, started where they are not; the lease holds for each."""
+        """Run shards on the workers, started where they are not; the lease holds for each.
+
+        Raises:
+            Interrupted: SIGTERM or Ctrl-C; what was in flight has been yielded, as far as it ended
+                within the grace period.
+        """
         if self._pool is None:
             self._pool = self._start_pool()
-        directory = self.state.directory
+        directory, num_kept = self.state.directory, 0
         tasks = read_tasks(directory, f"{self.folder}/{SAMPLES}", shards)
-        outcomes = self._pool.run(tasks, submit)
-        with closing(outcomes), progress(doing, len(shards)) as advance:
+        with (
+            stop_on_signal(self._pool.grace_s) as stop,
+            closing(self._pool.run(tasks, submit, stop)) as outcomes,
+            progress(doing, len(shards)) as advance,
+        ):
             for outcome in outcomes:
                 if outcome.reason is None:
                     self.require_lease()
                 yield outcome
                 if outcome.reason is None:
+                    num_kept += 1
                     note_done(directory, doing, outcome)
                 advance(f"{outcome.num_workers} worker(s)")
+        if stop.is_made:
+            raise Interrupted(
+                f"interrupted: {doing} has {num_kept} of {len(shards)} shards more, all kept; run "
+                "the same command again to go on"
+            )
 
 
 @contextmanager
@@ -262,7 +277,8 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
 
         def start_pool() -> WorkerPool:
             spec = _evaluation_spec(scan, ref, plan, for_workers(directory, calibration))
-            return stack.enter_context(WorkerPool(spec, placement, directory.append_event))
+            pool = WorkerPool(spec, placement, directory.append_event, scan.grace_s)
+            return stack.enter_context(pool)
 
         yield Measurement(state, plan, folder, facts, start_pool, run_lease)
 

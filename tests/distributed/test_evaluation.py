@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import warnings
 from pathlib import Path
@@ -151,6 +152,34 @@ def test_killed_evaluation_goes_on(
     assert {name: after[name] for name in before} == before
     expected = (evaluated / "evaluation.parquet").read_bytes()
     assert (run / "evaluation.parquet").read_bytes() == expected
+
+
+def test_evaluation_asked_to_stop_keeps_the_shard_in_flight(
+    scanned: Path, evaluated: Path, run_command: Any, start_command: Any, watch: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(scanned, run)
+
+    def measured() -> list[int]:
+        done = watch.events(run, "shard_done")
+        return [event["shard"] for event in done if event["stage"] == "evaluate"]
+
+    with start_command("evaluate", run, *RIVALS, "1", "--address", "local") as evaluation:
+        watch.wait_for(measured, evaluation)
+        evaluation.send_signal(signal.SIGTERM)
+        _, stderr = evaluation.communicate()
+    assert evaluation.returncode == 130, stderr
+    (request,) = watch.events(run, "stop_requested")
+    kept = measured()
+    assert set(request["shards"]) <= set(kept)
+    assert 2 <= len(kept) < NUM_CALIBRATION
+    assert f"evaluate has {len(kept)} of {NUM_CALIBRATION} shards more" in stderr.splitlines()[-1]
+    assert "run the same command again" in stderr.splitlines()[-1]
+    again = run_command("evaluate", run, *RIVALS, "1")
+    assert again.returncode == 0, again.stderr
+    assert sorted(measured()) == list(range(NUM_CALIBRATION))
+    name = "evaluation.parquet"
+    assert (run / name).read_bytes() == (evaluated / name).read_bytes()
 
 
 def test_changed_model_and_wrong_names_are_refused(
