@@ -32,7 +32,7 @@ from autoquant_ray.export.folder import require_outside_runs
 from autoquant_ray.models.find import find_model
 from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.plan import Plan
-from autoquant_ray.runs.filesystems import Place, open_place
+from autoquant_ray.runs.filesystems import Place, child_uri, open_place
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +71,20 @@ def measure_cards(config: LatencyMeasurement, *, overwrite: bool = False) -> lis
     products, counts = products_of(make_plan(config, ref, device=device), config.batch)
     cards = []
     with connected(config):
-        for kind, node in _kinds(config).items():
-            file = f"{kind}.yaml"
-            if not overwrite and place.read(file) is not None:
-                raise ConfigError(
-                    f"--out {config.out} holds {file}; give another folder, or --overwrite"
-                )
+        kinds = _kinds(config)
+        files = {kind: f"{kind}.yaml" for kind in kinds}
+        there = [file for file in files.values() if place.read(file) is not None]
+        if there and not overwrite:
+            raise ConfigError(
+                f"--out {config.out} holds {there[0]}; give another folder, or --overwrite"
+            )
+        for kind, node in kinds.items():
             name, timed = _measure(products, config, kind, node)
             content = card_of(name, ref.name, timed, counts)
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
             hardware = Hardware.model_validate(content)
-            place.write(file, text.encode())
-            path = f"{config.out.rstrip('/')}/{file}"
+            place.write(files[kind], text.encode())
+            path = child_uri(config.out, files[kind])
             cards.append(MeasuredCard(place=path, hardware=hardware))
     return cards
 
