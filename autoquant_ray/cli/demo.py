@@ -13,6 +13,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import EVALUATION_FILE, REPORT_HTML
 
 if TYPE_CHECKING:
+    from autoquant_ray.allocate.read import ScoredRun
     from autoquant_ray.runs.state import Mode
 
 logger = logging.getLogger(__name__)
@@ -26,28 +27,28 @@ def demo_result(out: str, bits: float, mode: Mode) -> Result:
         bits: Budget.
         mode: As of a scan.
     """
+    from autoquant_ray.allocate.read import ScoredRun
     from autoquant_ray.config.demo import demo_config
+    from autoquant_ray.runs.state import RunState
 
     scanned = scan_result(demo_config(out, bits), mode, says_next=False)
-    rows = _measured(out)
+    run = ScoredRun.read(RunState.open(RunDirectory(out)))
+    rows = _measured(run, out)
 
     def show() -> None:
         scanned.show()
-        show_lines([*_result_lines(out, rows), *_next_lines(out)])
+        show_lines([*_result_lines(run, rows), *_next_lines(out)])
 
     return replace(scanned, show=show)
 
 
-def _measured(out: str) -> list[dict[str, Any]]:
+def _measured(run: ScoredRun, out: str) -> list[dict[str, Any]]:
     """Rows of the solution and of single formats within its budget."""
-    from autoquant_ray.allocate.read import ScoredRun
     from autoquant_ray.report.measured import measured_rows
     from autoquant_ray.report.sources import read_sources
-    from autoquant_ray.runs.state import RunState
 
-    directory = RunDirectory(out)
-    if directory.exists(EVALUATION_FILE):
-        sources = read_sources(ScoredRun.read(RunState.open(directory)), "")
+    if RunDirectory(out).exists(EVALUATION_FILE):
+        sources = read_sources(run, "")
         shown = measured_rows(sources.evaluations, sources.name, sources.key)
         if shown:
             return shown[0]
@@ -59,18 +60,16 @@ def _measured(out: str) -> list[dict[str, Any]]:
         return evaluate_run(demo_evaluation(out)).rows
 
 
-def _result_lines(out: str, rows: list[dict[str, Any]]) -> list[str]:
+def _result_lines(run: ScoredRun, rows: list[dict[str, Any]]) -> list[str]:
     """What came out, in a sentence."""
-    from autoquant_ray.allocate.read import ScoredRun
     from autoquant_ray.report.content import collect_content
     from autoquant_ray.report.headline import unquantized_bytes
-    from autoquant_ray.runs.state import RunState
 
-    run = ScoredRun.read(RunState.open(RunDirectory(out)))
     content = collect_content(run, "")
     mix = [f"{row.format} for {row.share:.0%}" for row in content.mix if row.format != NONE]
     solution, *rivals = rows
-    size = solution["weight_bytes"] / unquantized_bytes(run.problem)
+    whole = unquantized_bytes(run.problem)
+    size = solution["weight_bytes"] / whole
     text = (
         f"result: {', '.join(mix)} of the weights, {size:.0%} of the size; measured loss "
         f"{solution['kl_mean']:.3f} nats per token (predicted {solution['predicted_kl']:.3f}) on "
@@ -82,7 +81,7 @@ def _result_lines(out: str, rows: list[dict[str, Any]]) -> list[str]:
         name = best["name"].removeprefix("uniform ")
         text += (
             f"; {name} everywhere loses {best['kl_mean']:.3f} at "
-            f"{best['weight_bytes'] / unquantized_bytes(run.problem):.0%} of the size"
+            f"{best['weight_bytes'] / whole:.0%} of the size"
         )
     return [f"{text}."]
 

@@ -71,7 +71,7 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     from autoquant_ray.models.tokenizer import require_ids_within
     from autoquant_ray.plan.make import make_plan
 
-    given = given_fields(flags) | ({} if model is None else {"model": model})
+    given = given_fields({"model": model, **flags})
     space = load_config(SearchSpace, config_file, given)
     ref = find_model(space.model, trust_remote_code=space.trust_remote_code)
     device = space.device
@@ -106,9 +106,8 @@ def scan(
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other; give one of them")
-    given = given_fields(flags) | ({} if model is None else {"model": model})
+    given = given_fields({"model": model, **flags})
     config = load_config(ScanConfig, config_file, given)
-    assert isinstance(config, ScanConfig)
     mode = "resume" if resume else "overwrite" if overwrite else "new"
     return scan_result(config, mode)
 

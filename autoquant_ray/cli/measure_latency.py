@@ -37,9 +37,8 @@ def measure_latency(
     """
     from autoquant_ray.jobs.latency_card import measure_cards
 
-    given = given_fields(flags) | ({} if model is None else {"model": model})
+    given = given_fields({"model": model, **flags})
     config = load_config(LatencyMeasurement, config_file, given)
-    assert isinstance(config, LatencyMeasurement)
     with only_ours_on_stdout():
         cards = measure_cards(config, overwrite=overwrite)
     return Result(

@@ -20,18 +20,17 @@ _LONGEST_FILE, _MOST_NODES, _LONGEST_MESSAGE = 1_000_000, 100_000, 200
 """Characters, values with aliases written out, and characters of a complaint."""
 
 Model = TypeVar("Model", bound=BaseModel)
+Space = TypeVar("Space", bound=SearchSpace)
 
 _NO_KEYS = ("[key]", "dict[str,any]")
 """Parts of pydantic's places that no file has: a key itself, a member of a union."""
 
 
-def load_config(
-    model_class: type[SearchSpace], path: str | None, flags: dict[str, Any]
-) -> SearchSpace:
+def load_config(model_class: type[Space], path: str | None, flags: dict[str, Any]) -> Space:
     """Read a YAML file, lay the flags over it, and validate.
 
     Args:
-        model_class: :class:`ScanConfig` or :class:`SearchSpace`.
+        model_class: :class:`SearchSpace`, or a class with more fields.
         path: YAML file, or None. A scan's file serves a search space too.
         flags: Values given on the command line; they win over the file.
 

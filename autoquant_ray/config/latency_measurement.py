@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from autoquant_ray.config.search_space import SearchSpace
-from autoquant_ray.config.values import place_problem
+from autoquant_ray.config.values import checked_places
 
 
 class LatencyMeasurement(SearchSpace):
@@ -41,9 +41,7 @@ class LatencyMeasurement(SearchSpace):
     @field_validator("out", "address", mode="before")
     @classmethod
     def _check_place(cls, value: Any) -> Any:
-        if isinstance(value, str) and (problem := place_problem(value)) is not None:
-            raise ValueError(problem)
-        return value
+        return checked_places(value)
 
     @field_validator("batch", mode="before")
     @classmethod

@@ -15,11 +15,11 @@ from autoquant_ray.config.expert_groups import LAYER
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.config.sources import Data, FileKind, parse_data
 from autoquant_ray.config.values import (
+    checked_places,
     parse_bytes,
     parse_gib,
     parse_share,
     parse_workers,
-    place_problem,
 )
 from autoquant_ray.formats.kv_cache import kv_names, limit_problem
 from autoquant_ray.serving.rules import target_problem
@@ -214,11 +214,7 @@ class ScanConfig(SearchSpace):
     @field_validator("data", "out", "address", mode="before")
     @classmethod
     def _refuse_credentials(cls, value: Any) -> Any:
-        parts = value.values() if isinstance(value, dict) else value
-        for text in parts if isinstance(value, list | tuple | dict) else [value]:
-            if isinstance(text, str) and (problem := place_problem(text)) is not None:
-                raise ValueError(problem)
-        return value
+        return checked_places(value)
 
     @field_validator("data", mode="before")
     @classmethod

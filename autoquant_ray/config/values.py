@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 _BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _LONGEST_PLACE = 4096
@@ -35,6 +35,22 @@ def parse_bytes(value: int | str) -> int:
     if number <= 0:
         raise ValueError(f"{value!r} must be more than 0 bytes")
     return number
+
+
+def checked_places(value: Any) -> Any:
+    """A field's value, once all paths and URIs in it are checked.
+
+    Args:
+        value: A place, or several in a list or as name -> place; others are left to pydantic.
+
+    Raises:
+        ValueError: What :func:`place_problem` says of the first that is wrong.
+    """
+    parts = value.values() if isinstance(value, dict) else value
+    for text in parts if isinstance(value, list | tuple | dict) else [value]:
+        if isinstance(text, str) and (problem := place_problem(text)) is not None:
+            raise ValueError(problem)
+    return value
 
 
 def place_problem(place: str) -> str | None:

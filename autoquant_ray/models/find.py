@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -179,33 +179,25 @@ def hold_warnings() -> Iterator[None]:
     """
     import transformers  # noqa: F401 - it sets its handlers up while it is imported
 
-    handlers = list(logging.getLogger("transformers").handlers)
     held: list[tuple[logging.Handler, logging.LogRecord]] = []
-    filters = {handler: _Held(handler, held) for handler in handlers}
-    for handler, held_here in filters.items():
-        handler.addFilter(held_here)
+
+    def holding(handler: logging.Handler) -> Callable[[logging.LogRecord], bool]:
+        def hold(record: logging.LogRecord) -> bool:
+            held.append((handler, record))
+            return False
+
+        return hold
+
+    filters = {h: holding(h) for h in logging.getLogger("transformers").handlers}
+    for handler, hold in filters.items():
+        handler.addFilter(hold)
     try:
         yield
     finally:
-        for handler, held_here in filters.items():
-            handler.removeFilter(held_here)
+        for handler, hold in filters.items():
+            handler.removeFilter(hold)
     for handler, record in held:
         handler.handle(record)
-
-
-class _Held(logging.Filter):
-    """Keeps a handler's records instead of letting them through."""
-
-    def __init__(
-        self, handler: logging.Handler, held: list[tuple[logging.Handler, logging.LogRecord]]
-    ) -> None:
-        super().__init__()
-        self.handler = handler
-        self.held = held
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        self.held.append((self.handler, record))
-        return False
 
 
 @hold_warnings()

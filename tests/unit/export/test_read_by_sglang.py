@@ -6,14 +6,13 @@ Opt-in: ``AUTOQUANT_RAY_SGLANG`` is a folder in which a wheel of sglang 0.5.23 i
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_readers import read_by_engine
 
 from autoquant_ray.export.checkpoint import export_run
 
@@ -33,21 +32,8 @@ pytestmark = pytest.mark.skipif(SGLANG is None, reason="AUTOQUANT_RAY_SGLANG nam
 
 def read_by_sglang(folder: Path) -> dict[str, Any]:
     """Name of SGLang's module -> class of its method."""
-    names = {"lm_head": "head"}
-    for layer in range(2):
-        for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
-            names[f"model.layers.{layer}.{part}"] = "linear"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), str(SGLANG), str(folder)],
-        input=json.dumps(names),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    read: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return read
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(SGLANG), str(folder)]
+    return read_by_engine(command)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])

@@ -5,13 +5,12 @@ Opt-in: ``AUTOQUANT_RAY_VLLM`` is the Python of an environment that has vLLM (``
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_readers import read_by_engine
 
 from autoquant_ray.export.checkpoint import export_run
 
@@ -44,23 +43,8 @@ pytestmark = pytest.mark.skipif(PYTHON is None, reason="AUTOQUANT_RAY_VLLM names
 
 def read_by_vllm(folder: Path) -> dict[str, Any]:
     """Name of vLLM's module -> how it is served."""
-    names = {"lm_head": "head"}
-    for layer in range(2):
-        for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
-            names[f"model.layers.{layer}.{part}"] = "linear"
-    arguments = [str(PYTHON), "-W", "ignore", str(SCRIPT), str(folder), "LlamaForCausalLM"]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        arguments,
-        input=json.dumps(names),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment | {"VLLM_LOGGING_LEVEL": "ERROR"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    read: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return read
+    command = [str(PYTHON), "-W", "ignore", str(SCRIPT), str(folder), "LlamaForCausalLM"]
+    return read_by_engine(command, VLLM_LOGGING_LEVEL="ERROR")
 
 
 @pytest.mark.parametrize(
