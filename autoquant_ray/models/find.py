@@ -183,12 +183,14 @@ def hold_warnings() -> Iterator[None]:
 
     def holding(handler: logging.Handler) -> Callable[[logging.LogRecord], bool]:
         def hold(record: logging.LogRecord) -> bool:
+            if record.name.split(".")[0] != "transformers":
+                return True
             held.append((handler, record))
             return False
 
         return hold
 
-    filters = {h: holding(h) for h in logging.getLogger("transformers").handlers}
+    filters = {handler: holding(handler) for handler in _handlers("transformers")}
     for handler, hold in filters.items():
         handler.addFilter(hold)
     try:
@@ -198,6 +200,17 @@ def hold_warnings() -> Iterator[None]:
             handler.removeFilter(hold)
     for handler, record in held:
         handler.handle(record)
+
+
+def _handlers(name: str) -> Iterator[logging.Handler]:
+    """All handlers that a record of a logger reaches.
+
+    transformers passes its records on to the root's handlers where the environment says ``CI``.
+    """
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger is not None:
+        yield from logger.handlers
+        logger = logger.parent if logger.propagate else None
 
 
 @hold_warnings()
