@@ -12,12 +12,13 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from autoquant_ray.config.sources import FileKind
+from autoquant_ray.data.forms import messages_in
 from autoquant_ray.data.kinds import decoded_lines, opened
 from autoquant_ray.data.rows import IMAGE_FIELDS, Row, RowReader
 from autoquant_ray.errors import DataError, one_line
@@ -58,27 +59,47 @@ def _read_text(path: Path, rows: RowReader) -> Iterator[Row]:
 
 
 def _read_json(path: Path, rows: RowReader) -> Iterator[Row]:
+    """A row per line; or a list of rows, or a single row, over all lines."""
     first_lines = (line.strip() for _, line in decoded_lines(path))
-    if next((line for line in first_lines if line), "").startswith("["):
+    first = next((line for line in first_lines if line), "")
+    if first == "{" or (first.startswith("[") and not messages_in(first)):
         parsed = _parse_json("".join(line for _, line in decoded_lines(path)), str(path))
-        for number, row in enumerate(parsed, start=1):
-            yield rows.read(row, f"row {number}")
+        listed = parsed if isinstance(parsed, list) else [parsed]
+        numbered = ((f"row {number}", row) for number, row in enumerate(listed, start=1))
+    else:
+        numbered = (
+            (f"line {number}", _parse_json(line, f"{path} line {number}"))
+            for number, line in decoded_lines(path)
+            if line.strip()
+        )
+    for number, (where, row) in enumerate(numbered):
+        if number == 0:
+            _require_row(row, f"{path} {where}", rows)
+        yield rows.read(row, where)
+
+
+def _require_row(row: Any, where: str, rows: RowReader) -> None:
+    """Check that an object is a row, and does not hold all rows in a list of its own.
+
+    Raises:
+        DataError: It does.
+    """
+    if not isinstance(row, dict) or rows.is_readable(row):
         return
-    for number, line in decoded_lines(path):
-        if line.strip():
-            if number == 1 and line.strip() == "{":
-                raise DataError(
-                    f"{path} holds one JSON object over several lines, which is no list of rows; "
-                    "give a list, or a row per line"
-                )
-            yield rows.read(_parse_json(line, f"{path} line {number}"), f"line {number}")
+    for key, value in row.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            raise DataError(
+                f"{where} is an object that holds a list under {key[:40]!r}; give that list alone "
+                f"where its entries are the rows: jq '.[\"{key[:40]}\"]' FILE > ROWS.json"
+            )
 
 
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON: {one_line(error)}") from None
+        remedy = "; give a list of rows, or a row per line" if "Extra data" in str(error) else ""
+        raise DataError(f"{where} is not valid JSON: {one_line(error)}{remedy}") from None
 
 
 def _read_separated(path: Path, rows: RowReader, separator: str) -> Iterator[Row]:
@@ -104,13 +125,20 @@ def _read_separated(path: Path, rows: RowReader, separator: str) -> Iterator[Row
     except UnicodeDecodeError as error:
         raise DataError(f"{path} after line {number} is not UTF-8: {one_line(error)}") from None
     except csv.Error as error:
-        raise DataError(f"{path} after line {number} cannot be read: {one_line(error)}") from None
+        raise DataError(
+            f"{path} after line {number} cannot be read: {one_line(error)}; in a quoted field "
+            "every quote is doubled, and the field ends with a quote"
+        ) from None
 
 
 def _header(path: Path, fields: list[str]) -> list[str]:
-    if len(set(fields)) != len(fields):
-        raise DataError(f"{path}: the first line names a column twice: {', '.join(fields)[:200]}")
+    _require_single(path, fields)
     return fields
+
+
+def _require_single(path: Path, columns: Sequence[str]) -> None:
+    if len(set(columns)) != len(columns):
+        raise DataError(f"{path} names a column twice: {', '.join(columns)[:200]}; rename either")
 
 
 def _read_parquet(path: Path, rows: RowReader) -> Iterator[Row]:
@@ -121,6 +149,7 @@ def _read_parquet(path: Path, rows: RowReader) -> Iterator[Row]:
         # Buffering ahead would hold more the longer the file is.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             schema = file.schema_arrow
+            _require_single(path, schema.names)
             columns = rows.columns(schema.names, lists=lists_in(schema))
             size = _BATCH_ROWS if not set(columns) & set(IMAGE_FIELDS) else _IMAGE_ROWS
             batches = file.iter_batches(size, columns=columns, use_threads=False)
@@ -142,6 +171,7 @@ def _read_arrow(path: Path, rows: RowReader) -> Iterator[Row]:
             except pyarrow.ArrowInvalid:
                 source.seek(0)
                 file = batches = stack.enter_context(pyarrow.ipc.open_stream(source))
+            _require_single(path, file.schema.names)
             columns = rows.columns(file.schema.names, lists=lists_in(file.schema))
             yield from _rows_of((batch.select(columns) for batch in batches), rows)
         except (OSError, pyarrow.ArrowException) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from autoquant_ray.wording import few
 logger = logging.getLogger(__name__)
 
 _SAVED = ("state.json", "dataset_dict.json")
+_INFOS = ("dataset_info.json", "dataset_infos.json")
 _CARDS = ("README.md", ".huggingface.yaml")
 _DESCRIPTIONS = tuple(f"metadata{ending}" for ending in (".csv", ".jsonl", ".parquet"))
 _ASIDE = (".md", ".rst", ".yaml", ".yml", ".lock", ".sha256", ".md5", ".py", ".ipynb", ".pdf")
@@ -39,7 +40,7 @@ def read_folder(path: Path, spec: DataSpec) -> Iterator[Row]:
             iterating, a file cannot be read.
     """
     files = None if any((path / name).is_file() for name in _SAVED) else _files(path, spec)
-    if not files:
+    if files is None:
         return read_dataset(path, spec)
     kinds = {file: spec.read_as or kind_of(file) for file in files}
     unread = [file for file, kind in kinds.items() if kind is None]
@@ -113,12 +114,21 @@ def _open_dataset(path: Path, spec: DataSpec) -> Any:
     return datasets.load_dataset(name, split=spec.split, streaming=True)
 
 
-def _files(path: Path, spec: DataSpec) -> list[Path]:
-    """Files of a split of a folder, in the order of ``datasets``; none where it decides itself."""
+def _files(path: Path, spec: DataSpec) -> list[Path] | None:
+    """Files of a split of a folder, in the order of ``datasets``; None where it decides itself.
+
+    Raises:
+        DataError: There is no such split, or no file of it holds data.
+    """
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     base, split = path.resolve().as_posix(), spec.split
+    if set(base) & set("*?["):
+        raise DataError(
+            f"data source {path}: a folder's path with * ? or [ is a pattern to `datasets`, which "
+            "may match other folders; rename it, or give its files"
+        )
     resolved: Any
     try:
         if _card_names_files(path):
@@ -126,16 +136,51 @@ def _files(path: Path, spec: DataSpec) -> list[Path]:
         else:
             resolved = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     except (*_FAILURES, datasets.exceptions.DatasetsError):
-        return []  # ``datasets`` says why
-    if resolved and split not in resolved:
+        return None  # ``datasets`` says why
+    if not resolved:
+        return None
+    if split not in resolved:
         splits = ", ".join(map(str, resolved))
-        raise DataError(f"data source {path} has no split {split!r}; splits: {splits}")
-    files = [Path(file) for file in resolved.get(split, ())]
+        raise DataError(
+            f"data source {path} has no split {split!r}; splits, by the names of its files: "
+            f"{splits}; name one with `split`, or give its files"
+        )
+    _tell_left_out(path, {Path(file) for files in resolved.values() for file in files})
+    files = [Path(file) for file in resolved[split]]
     aside = [file for file in files if _is_aside(file, is_data=spec.read_as is not None)]
+    names = few([str(file.relative_to(base)) for file in aside], _NUM_NAMED)
+    if aside and len(aside) == len(files):
+        raise DataError(
+            f"data source {path} holds no data, but empty files, or documents, which are read "
+            f"with `read_as` text: {names}"
+        )
     if aside:
-        names = [str(file.relative_to(base)) for file in aside]
-        logger.info("%s: left aside as no data: %s", path, few(names, _NUM_NAMED))
+        logger.info("%s: left aside as no data: %s", path, names)
     return [file for file in files if file not in set(aside)]
+
+
+def _tell_left_out(path: Path, files: Collection[Path]) -> None:
+    """Tell which files of data belong to no split, since the names of others say one, and why else
+    a file may not be read: it is in a folder that is a link, which ``datasets`` does not follow.
+    """
+    base = path.resolve()
+    present = [file for file in sorted(base.rglob("*")) if _is_plain(file.relative_to(base))]
+    linked = [file for file in present if file.is_symlink() and file.is_dir()]
+    left_out = [f for f in present if _is_data(f) and f not in files]
+    for unread, why in ((left_out, "belong to no split"), (linked, "are links to folders")):
+        if unread:
+            names = few([str(file.relative_to(base)) for file in unread], _NUM_NAMED)
+            logger.warning("%s: not read, as they %s: %s", path, why, names)
+
+
+def _is_data(file: Path) -> bool:
+    is_of_kind = kind_of(file) is not None and file.is_file() and file.name not in _INFOS
+    return is_of_kind and not _is_aside(file, is_data=False)
+
+
+def _is_plain(file: Path) -> bool:
+    """Whether no part of a path is hidden or a tool's, as ``datasets`` sees it."""
+    return not any(part.startswith((".", "__")) for part in file.parts)
 
 
 def _card_names_files(path: Path) -> bool:

@@ -7,6 +7,7 @@ a message holds beside its role and text is kept as it is (:mod:`autoquant_ray.d
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from autoquant_ray.errors import DataError
 Values = Mapping[str, Any]
 """Column -> value of a row."""
 
-MESSAGES, PROMPT = "messages", "prompt"
+MESSAGES, PROMPT, CHOSEN = "messages", "prompt", "chosen"
 _SHARED = ("system", "tools", "chat_template_kwargs")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadChat(DataError):
@@ -81,6 +83,15 @@ def parsed(value: Any, what: str) -> Any:
         raise BadChat(f"{what} is a text that is no JSON") from None
 
 
+def half_a_letter(text: str) -> str | None:
+    """What no text of UTF-8 has and no tokenizer takes, in words; None where all is well.
+
+    JSON can name half of a letter that UTF-16 writes in two: programs that cut texts there do.
+    """
+    half = _SURROGATE.search(text)
+    return f"half of a letter (\\u{ord(half[0]):x}, cut from its pair)" if half else None
+
+
 def _chat(column: str) -> Callable[[Values], Any]:
     def messages(row: Values) -> Any:
         turns = parsed(row[column], f"{column!r}")
@@ -127,9 +138,22 @@ def _instruction(answer: str, context: str) -> Callable[[Values], Any]:
 
 
 def _turns(value: Any, role: str, field: str) -> list[dict[str, Any]]:
-    if isinstance(value, list) and value:
-        return list(value)
-    return [{"role": role, "content": _text(value, field)}]
+    turns = messages_in(value)
+    return turns or [{"role": role, "content": _text(value, field)}]
+
+
+def messages_in(value: Any) -> list[Any]:
+    """The messages that a value holds, as a list or as its text of JSON; none for other texts."""
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return []
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return []
+    is_chat = all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
+    return list(turns) if is_chat else []
 
 
 def _text(value: Any, field: str) -> str:
@@ -186,9 +210,9 @@ _FORMS = (
     ),
     Form(
         name="chats in 'chosen' (TRL's preferences, of which 'rejected' is not read)",
-        columns=("chosen",),
+        columns=(CHOSEN,),
         optional=_SHARED,
-        messages=_chat("chosen"),
+        messages=_chat(CHOSEN),
     ),
     Form(
         name="instructions (Alpaca)",

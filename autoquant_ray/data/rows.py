@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from autoquant_ray.data.conversations import BadSample, Conversation, chat_of
-from autoquant_ray.data.forms import MESSAGES, PROMPT, BadChat, Form, chats_in, form_of
+from autoquant_ray.data.forms import (
+    CHOSEN,
+    MESSAGES,
+    PROMPT,
+    BadChat,
+    Form,
+    chats_in,
+    form_of,
+    half_a_letter,
+    messages_in,
+)
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.errors import DataError
 
@@ -72,6 +82,10 @@ class RowReader:
             wanted.append(spec.domain_field)
         return list(dict.fromkeys(name for name in wanted if name in columns))
 
+    def is_readable(self, row: dict[str, Any]) -> bool:
+        """Whether a row has a text, or a chat in one of its forms."""
+        return self.spec.text_field in row or self._form_of(row) is not None
+
     def read(self, row: Any, where: str, *, is_table: bool = False) -> Row:
         """What a row holds, and its domain; '' without a ``domain_field``.
 
@@ -86,7 +100,10 @@ class RowReader:
         """
         if not isinstance(row, dict):
             kind = type(row).__name__
-            raise DataError(f"data source {self._place} {where} is not an object but {kind}")
+            raise DataError(
+                f"data source {self._place} {where} is not an object but {kind}; give rows such as "
+                '{"text": "..."} or {"messages": [...]}'
+            )
         form = self._form_of(row)
         if form is None and self._form is not None and self.spec.text_field not in row:
             form = self._form  # among chats, a row without is a bad one
@@ -103,11 +120,12 @@ class RowReader:
         return content, self._domain(row, where)
 
     def _form_of(self, row: Collection[str]) -> Form | None:
-        """The form of a row; a prompt alone is a chat only where it is a list of messages."""
+        """The form of a row; a prompt or a preference alone is a chat only where it is a list."""
         form = form_of(row, self.spec.text_field)
-        is_alone = form is not None and form.columns == (PROMPT,)
-        if is_alone and isinstance(row, dict) and isinstance(row[PROMPT], str):
-            return None
+        alone = None if form is None or form.columns[1:] else form.columns[0]
+        if alone in (PROMPT, CHOSEN) and isinstance(row, dict):
+            value = row[alone]
+            return None if isinstance(value, str) and not messages_in(value) else form
         return form
 
     def _chat(
@@ -165,6 +183,11 @@ class RowReader:
             raise DataError(
                 f"data source {self._place} {where}: field {field!r} holds "
                 f"{type(value).__name__}, not text"
+            )
+        if (half := half_a_letter(value)) is not None:
+            raise DataError(
+                f"data source {self._place} {where}: field {field!r} holds {half}; cut texts "
+                "between letters, or leave the row out"
             )
         return value
 

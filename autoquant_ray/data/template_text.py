@@ -19,9 +19,23 @@ from autoquant_ray.data.conversations import (
     is_text_part,
     text_of_part,
 )
-from autoquant_ray.data.forms import BadChat
-from autoquant_ray.data.writings import in_parts, is_thought, joined_text, writings
+from autoquant_ray.data.forms import BadChat, half_a_letter
+from autoquant_ray.data.roles import NO_CONTENT
+from autoquant_ray.data.writings import (
+    in_parts,
+    is_thought,
+    joined_text,
+    needs_check,
+    writings,
+)
 from autoquant_ray.errors import ModelError, one_line
+
+_MARK = "\ue0a8"  # for private use: in no text, and no template does anything to it
+_END_OF_THOUGHTS = "</think>"
+_MAY_BE_LEFT_OUT = frozenset(
+    {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
+)
+"""Keys of which a note tells, or that many templates leave out on purpose."""
 
 
 def require_template(owner: Any, conversation: Conversation, model: str) -> str:
@@ -65,9 +79,12 @@ def write_text(
     if conversation.tools is not None:
         options["tools"] = conversation.tools
     try:
-        return str(owner.apply_chat_template(messages, **options, tokenize=False))
+        text = str(owner.apply_chat_template(messages, **options, tokenize=False))
     except Exception as error:  # noqa: BLE001 - a template raises anything
         raise refused(conversation, error) from None
+    if (half := half_a_letter(text)) is not None:
+        raise BadChat(f"{conversation.where}: a message holds {half}; cut texts between letters")
+    return text
 
 
 def refused(conversation: Conversation, error: Exception) -> BadChat:
@@ -88,17 +105,73 @@ def as_template_takes_them(owner: Any, conversation: Conversation) -> Conversati
         BadChat: The template refuses it however it is written, or leaves out a part.
     """
     refusal: BadChat | None = None
+    taken: tuple[list[Message], str] | None = None
     for messages in writings(conversation.messages):
         try:
             text = write_text(owner, conversation, messages, False)
         except BadChat as error:
             refusal = refusal or error
             continue
-        if not conversation.images:
-            messages = _with_written_contents(owner, conversation, messages, text)
-        return replace(conversation, messages=messages)
-    assert refusal is not None
-    raise refusal
+        is_whole = all(
+            _writes(owner, conversation, messages, index, text)
+            for index, message in enumerate(messages)
+            if needs_check(message)
+        )
+        if is_whole or taken is None:
+            taken = messages, text
+        if is_whole:
+            break
+    if taken is None:
+        assert refusal is not None
+        raise refusal
+    messages, text = taken
+    if not conversation.images:
+        messages = _with_written_contents(owner, conversation, messages, text)
+        _require_written(messages, text, conversation.where)
+    return replace(conversation, messages=messages)
+
+
+def _writes(
+    owner: Any, conversation: Conversation, messages: list[Message], index: int, text: str
+) -> bool:
+    """Whether the template's text holds what a message says, and not by chance."""
+    message = messages[index]
+    content, call = message.get("content"), message.get("function_call")
+    if call and not _says(call, text):
+        return False
+    if isinstance(content, dict):
+        return str(content) not in text and _says(content, text)
+    if not content:
+        return True
+    mark = [{"type": "text", "text": _MARK}] if isinstance(content, list) else _MARK
+    marked = [*messages[:index], message | {"content": mark}, *messages[index + 1 :]]
+    try:
+        return _MARK in write_text(owner, conversation, marked, False)
+    except BadChat:
+        return _says(content, text)
+
+
+def _says(part: Any, text: str) -> bool:
+    """Whether a text holds the longest of the texts within a part."""
+    said = sorted(_texts(part), key=len)
+    return not said or _is_in(said[-1], text)
+
+
+def _require_written(messages: list[Message], text: str, where: str) -> None:
+    """Check that something is written of each message that says what it says in keys of its own.
+
+    Raises:
+        BadChat: Nothing is.
+    """
+    for number, message in enumerate(messages, start=1):
+        if message.get("content") is not None or message.keys() & _MAY_BE_LEFT_OUT:
+            continue
+        others = {key: value for key, value in message.items() if key not in NO_CONTENT}
+        if not _says(others, text):
+            raise BadChat(
+                f"{where}: the model's chat template writes nothing of message {number}, which has "
+                f"no 'content' but {', '.join(map(repr, others))[:80]}; put its text into 'content'"
+            )
 
 
 def _with_written_contents(
@@ -141,8 +214,7 @@ def _is_written(part: Any, text: str) -> bool:
         return _is_in(text_of_part(part), text)
     if is_thought(part):
         return bool(text)
-    said = sorted(_texts(part), key=len)
-    return not said or _is_in(said[-1], text)
+    return _says(part, text)
 
 
 def _texts(part: Any, key: str = "") -> Iterator[str]:
@@ -184,9 +256,23 @@ def template_notes(owner: Any, conversation: Conversation, text: str) -> tuple[s
             f"leaves out '{left_out}', so no sample holds them; a model that is served with tools "
             "has a template that writes them"
         )
+    for role in _left_out_roles(messages, text):
+        notes.append(f"leaves out texts of messages of role {role!r}, so no sample holds them")
     if _says_none(owner, conversation, text):
         notes.append("writes the word None for a content that is null; leave such a content away")
     return tuple(notes)
+
+
+def _left_out_roles(messages: list[Message], text: str) -> list[str]:
+    """Roles of messages whose texts, but for thoughts, the template did not write."""
+    return sorted(
+        {
+            message["role"]
+            for message in messages
+            if isinstance(content := message.get("content"), str)
+            and not _is_in(content.rpartition(_END_OF_THOUGHTS)[2], text)
+        }
+    )
 
 
 def _says_none(owner: Any, conversation: Conversation, text: str) -> bool:

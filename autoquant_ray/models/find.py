@@ -223,6 +223,7 @@ def _load_config(ref: ModelRef) -> Any:
         config = transformers.AutoConfig.from_pretrained(ref.path, **ref.load_arguments)
         require_sizes(config)
         _require_type(config)
+        _require_classes(config)
     except ModelError as error:
         raise ModelError(f"config of model {ref.name}: {error}") from None
     except Exception as error:  # noqa: BLE001 - whatever a foreign config makes transformers raise
@@ -303,6 +304,18 @@ def _require_type(config: Any) -> None:
     kind = getattr(torch, stated, None) if isinstance(stated, str) else stated
     if stated is not None and not isinstance(kind, torch.dtype):
         raise ModelError(f"dtype {shown(stated)} is no type of torch, such as bfloat16")
+
+
+def _require_classes(config: Any) -> None:
+    """Check that a config names its model's classes in a list; transformers 5.18 takes anything.
+
+    Raises:
+        ModelError: It does not.
+    """
+    names = getattr(config, "architectures", None)
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if names is not None and not is_list:
+        raise ModelError(f"architectures {shown(names)} is no list of names of classes")
 
 
 def _why_unreadable(error: Exception, config: Mapping[str, Any]) -> str:

@@ -150,6 +150,79 @@ def test_texts_are_parts_for_a_template_of_parts_alone(written: Any) -> None:
     assert text == "<user:>How warm is it?<end><assistant:>It is 7.<end>"
 
 
+RESULT_OBJECT = RESULT | {"content": {"degrees": "seven"}}
+EARLIER_API = {"role": "assistant", "content": None, "function_call": {"name": "find"}}
+EARLIER_API["function_call"] |= {"arguments": '{"city": "Oslo"}'}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([{"role": "developer", "content": "7"}, USER, ANSWER], "<system:>7<end>"),
+        ([USER, calling({}), RESULT | {"role": "function"}], "<tool:find>7 degrees<end>"),
+        ([USER, ANSWER | {"role": "model"}], "<assistant:>It is 7.<end>"),
+        ([USER, EARLIER_API, RESULT], '<call>find {"city": "Oslo"}</call><end><tool:find>'),
+        ([USER, calling({}), RESULT_OBJECT], '<tool:find>{"degrees": "seven"}<end>'),
+    ],
+)
+@pytest.mark.parametrize("takes_objects", [False, True])
+def test_messages_that_a_template_leaves_out_are_written_as_it_takes_them(
+    turns: list[dict[str, Any]], expected: str, takes_objects: bool, written: Any
+) -> None:
+    silent = template().replace(
+        "{% for m in messages %}",
+        "{% for m in messages if m.role in ('system', 'user', 'assistant', 'tool') %}",
+    )
+    if takes_objects:  # and refuses a text of JSON
+        silent = silent.replace("c.function.arguments", "dict(c.function.arguments)")
+    else:
+        expected = expected.replace('{"city": "Oslo"}', json.dumps('{"city": "Oslo"}'))
+    assert expected in written(silent, {"messages": turns})
+
+
+def test_roles_that_a_template_knows_stay(written: Any) -> None:
+    turns = [{"role": "developer", "content": "7"}, USER, ANSWER | {"role": "model"}]
+    assert written(template(), {"messages": turns}).count("<developer:>7<end>") == 1
+    assert written(template(), {"messages": turns}).endswith("<model:>It is 7.<end>")
+
+
+def test_texts_that_the_template_leaves_out_are_told_once(
+    encoder_of: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = "{% if m.role == 'system' and not loop.first %}{% else %}" + CONTENT + "{% endif %}"
+    encoder = encoder_of(template(first), "all")
+    rules = ConversationSamples(spec_of("d"), DataCounts(), skips_bad=False)
+    thought = ANSWER | {"content": "<think>So.</think>It is 7."}
+    middle = {"role": "system", "content": "Be brief now."}
+    rows = [{"messages": [USER, thought, *more, USER]} for more in ([], [middle], [middle])]
+    chats = read(write_rows(tmp_path / "d.jsonl", rows))
+    assert len(list(rules.take(("", encoder.encode(chat)) for chat in chats))) == 3
+    assert [record.getMessage().partition(" line ")[2] for record in caplog.records] == [
+        "2: the model's chat template leaves out texts of messages of role 'system', so no sample "
+        "holds them"
+    ]
+
+
+def test_message_that_says_nothing_to_a_template_is_refused(
+    encoder_of: Any, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "question": "How warm?"}, ANSWER]
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [{"messages": turns}]))
+    result = encoder_of(template(), "all").encode(chat)
+    assert isinstance(result, BadSample)
+    assert "writes nothing of message 1, which has no 'content' but 'question'" in result.reason
+    asking = template("{{ m.question or m.content }}")
+    assert isinstance(encoder_of(asking, "all").encode(chat), Encoded)
+
+
+def test_half_of_a_letter_makes_a_bad_sample(encoder_of: Any, tmp_path: Path) -> None:
+    turns = [USER, ANSWER | {"content": "Warm \ud83d"}]
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [{"messages": turns}]))
+    result = encoder_of(template(), "all").encode(chat)
+    assert isinstance(result, BadSample)
+    assert "line 1: a message holds half of a letter (\\ud83d" in result.reason
+
+
 @pytest.mark.parametrize(
     ("part", "is_taken"),
     [

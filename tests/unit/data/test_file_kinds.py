@@ -115,7 +115,13 @@ def test_text_that_looks_like_rows_is_told(
         ),
         ("a.jsonl.xz", b"plain", r"cannot be read: Input format not supported"),
         ("a.arrow", b"plain", r"cannot be read as Arrow"),
-        ("a.json", b'{\n"rows": []\n}\n', r"one JSON object over several lines"),
+        ("a.csv", b'text,n\n"say \\"no\\"",1\n', r"cannot be read: .*every quote is doubled"),
+        ("a.json", b'{\n"text": "one"\n}\n{\n}\n', r"Extra data: .*; give a list of rows"),
+        ("a.json", b'{"data": [{"text": "one"}]}', r"holds a list under 'data'; give that list"),
+        ("a.json", b'{\n"n": 1,\n"data": [{"text": "one"}]\n}', r"holds a list under 'data'"),
+        ("a.jsonl", b'[{"role": "user", "content": "x"}]\n' * 2, r"line 1 is not an obj.* list;"),
+        ("a.jsonl", b'"one"\n"two"\n', r"line 1 is not an object but str; give rows such as"),
+        ("a.jsonl", b'{"text": "\\ud83d!"}\n', r"line 1: .*half of a letter \(\\ud83d"),
     ],
 )
 def test_damaged_file_is_named_in_one_line(
@@ -125,6 +131,25 @@ def test_damaged_file_is_named_in_one_line(
     with pytest.raises(DataError, match=problem) as caught:
         read_all(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_table_that_names_a_column_twice_is_refused(ending: str, tmp_path: Path) -> None:
+    table, path = pa.table([["one"], ["two"]], names=["text", "text"]), tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=r"names a column twice: text, text"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_file_of_a_single_object_is_a_row(indent: int | None, tmp_path: Path) -> None:
+    row = {"id": 7, "text": "two\nlines", "notes": [{"a": 1}]}
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=indent))
+    assert read_all(tmp_path / "a.json") == ["two\nlines"]
 
 
 def test_domain_of_a_csv_is_a_column(tmp_path: Path) -> None:
@@ -171,8 +196,39 @@ def test_folder_gives_the_files_of_the_split(tmp_path: Path) -> None:
         write(tmp_path / name, [name])
     assert read_all(tmp_path) == ["train-2.csv", "train.jsonl"]
     assert read_all(tmp_path, split="test") == ["test.csv"]
-    with pytest.raises(DataError, match=r"no split 'dev'; splits: train, test"):
+    with pytest.raises(DataError, match=r"no split 'dev'; splits.*: train, test; name one"):
         read_all(tmp_path, split="dev")
+
+
+def test_files_that_belong_to_no_split_and_links_to_folders_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "d"
+    (folder / "more").mkdir(parents=True)
+    for name in ("train.jsonl", "test.csv", "chats.csv", "more/b.parquet", ".old.jsonl"):
+        write(folder / name, [name])
+    (folder / "link").symlink_to(folder / "more")
+    for name in ("README.md", "dataset_infos.json"):
+        (folder / name).write_text("{}")
+    assert read_all(folder) == ["train.jsonl"]
+    expected = ("belong to no split: chats.csv, more/b.parquet", "are links to folders: link")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}: not read, as they {text}" for text in expected
+    ]
+
+
+def test_folder_whose_path_is_a_pattern_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d [v1]").mkdir()
+    write(tmp_path / "d [v1]" / "a.jsonl", ["one"])
+    with pytest.raises(DataError, match=r"d \[v1\]: a folder's path with .* is a pattern"):
+        read_all(tmp_path / "d [v1]")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.md"])
+def test_folder_without_data_is_refused_in_a_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("" if name == "a.jsonl" else "# one\n")
+    with pytest.raises(DataError, match=rf"holds no data, but empty files.*`read_as` text: {name}"):
+        read_all(tmp_path)
 
 
 def test_folder_whose_card_names_the_files_is_read_by_it(tmp_path: Path) -> None:

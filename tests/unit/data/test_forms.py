@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 from pathlib import Path
@@ -12,14 +13,17 @@ import pytest
 from chats import read, write_rows
 
 from autoquant_ray.data.conversations import BadSample, Conversation
+from autoquant_ray.errors import DataError
 
 ASKED, ANSWER = "Name a prime.", "Seven."
 USER, ASSISTANT = {"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWER}
 SYSTEM = {"role": "system", "content": "Be kind."}
 SHAREGPT = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWER}]
+CAPITALS = [{"from": "Human", "value": ASKED}, {"from": "GPT", "value": ANSWER}]
 
 FORMS: dict[str, dict[str, Any]] = {
     "ShareGPT": {"id": "a1", "conversations": SHAREGPT},
+    "ShareGPT's from": {"conversations": CAPITALS},
     "role and content": {"conversations": [USER, ASSISTANT]},
     "'conversation'": {"conversation": [USER, ASSISTANT]},
     "Alpaca": {"instruction": ASKED, "input": "", "output": ANSWER},
@@ -90,6 +94,59 @@ def test_prompt_that_is_a_list_is_a_chat_without_an_answer(tmp_path: Path) -> No
     (chat,) = read(write_rows(tmp_path / "d.jsonl", [{"prompt": [USER]}]))
     assert chat.messages == [USER]
     assert read(tmp_path / "d.jsonl", text_field="prompt")[0].messages == [USER]
+
+
+PAIRS = {
+    "prompt and completion": {"prompt": [USER], "completion": [ASSISTANT]},
+    "prompt and chosen": {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [USER]},
+    "chosen": {"chosen": [USER, ASSISTANT]},
+    "prompt": {"prompt": [USER, ASSISTANT]},
+    "messages": {"messages": [USER, ASSISTANT]},
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_lists_of_messages_may_be_texts_of_json(name: str, kind: str, tmp_path: Path) -> None:
+    row = {key: json.dumps(value, indent=1) for key, value in PAIRS[name].items()}
+    path = tmp_path / f"d.{kind}"
+    if kind == "parquet":
+        write_rows(path, [row])
+    else:
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, row, delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerow(row)
+    (chat,) = read(path)
+    assert isinstance(chat, Conversation), chat
+    assert chat.messages == [USER, ASSISTANT]
+
+
+def test_text_that_begins_with_a_bracket_is_a_text(tmp_path: Path) -> None:
+    for text in ("[1, 2]", "[INST] x", '["a"]', '[{"name": "x"}]', "[]"):
+        row = {"prompt": text, "completion": text}
+        (chat,) = read(write_rows(tmp_path / "d.jsonl", [row]))
+        assert [message["content"] for message in chat.messages] == [text, text]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_preference_of_texts_alone_is_no_chat(kind: str, tmp_path: Path) -> None:
+    row = {"chosen": "Human: x. Assistant: y.", "rejected": "Human: x. Assistant: z."}
+    path = write_rows(tmp_path / f"d.{kind}", [row])
+    with pytest.raises(DataError, match=r"no field 'text'; it has: chosen.*`text_field`"):
+        read(path)
+    assert read(path, text_field="chosen") == [row["chosen"]]
+
+
+@pytest.mark.parametrize(
+    ("role", "text"), [("human", "content"), ("User", "value"), ("user", "text"), ("user", "parts")]
+)
+def test_roles_and_texts_under_other_names(role: str, text: str, tmp_path: Path) -> None:
+    asked = {"role": role, "content": None, text: [ASKED] if text == "parts" else ASKED}
+    answer = {"role": "Assistant" if role == "User" else "gpt", "content": ANSWER}
+    (chat,) = read(write_rows(tmp_path / "d.jsonl", [{"messages": [asked, answer]}]))
+    expected = USER | ({"content": [ASKED]} if text == "parts" else {})
+    assert chat.messages == [expected, ASSISTANT]
 
 
 def test_named_column_may_hold_chats_of_either_form(tmp_path: Path) -> None:
