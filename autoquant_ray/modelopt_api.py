@@ -23,10 +23,7 @@ import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.quantization import config as algorithm_configs
 from modelopt.torch.quantization._auto_quantize_cost import infer_active_moe_expert_ratio
-from modelopt.torch.quantization.algorithms import (
-    AutoQuantizeGradientSearcher,
-    estimate_quant_compression,
-)
+from modelopt.torch.quantization.algorithms import estimate_quant_compression
 from modelopt.torch.quantization.config import (
     QuantizeAlgorithmConfig,
     QuantizeConfig,
@@ -108,7 +105,6 @@ __all__ = [
     "is_quantized_linear",
     "is_registered_quant_backend",
     "iter_shared_quant_states",
-    "key_by_rules",
     "largest_of",
     "mtq",
     "mutates_weights",
@@ -277,15 +273,6 @@ def register_calibration(
 
 
 # Modules
-
-
-def key_by_rules(name: str) -> str | None:
-    """What the modules of a group have in common, by the rules of ModelOpt's searcher; None where
-    no rule fits a module's name."""
-    searcher = AutoQuantizeGradientSearcher()
-    searcher.model = None
-    keys = (searcher._apply_quant_group_rule(name, rule) for rule in searcher.quant_grouping_rules)
-    return next((str(key) for key in keys if key is not None), None)
 
 
 def experts_layout(module: torch.nn.Module) -> tuple[tuple[str, str], bool] | None:

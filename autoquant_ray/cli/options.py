@@ -122,7 +122,7 @@ def _click_type(field: FieldInfo) -> Any:
     kinds = typing.get_args(field.annotation)
     if typing.get_origin(field.annotation) is Literal:
         return click.Choice(kinds)
-    if kinds and typing.get_origin(kinds[0]) is Literal:
-        return click.Choice(typing.get_args(kinds[0]))
     members = [k for k in kinds if k is not types.NoneType] if kinds else [field.annotation]
+    if len(members) == 1 and typing.get_origin(members[0]) is Literal:
+        return click.Choice(typing.get_args(members[0]))
     return members[0] if members in ([int], [float]) else str

@@ -63,6 +63,18 @@ WEIGHTED_DEFAULTS: Mapping[str, Any] = {
 }
 """15 multiples; those of ModelOpt's ``mse``, from 0.25 to 4 in steps of 0.1, are too coarse."""
 
+ALPHA_STEP = 0.1
+"""Between AWQ's candidates where an algorithm names no step, as in ModelOpt's AWQLiteCalibConfig.
+"""
+
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    WEIGHTED: WEIGHTED_DEFAULTS,
+    GPTQ: {},
+    AWQ: {"alpha_step": ALPHA_STEP},
+    AWQ_GPTQ: {"alpha_step": ALPHA_STEP},
+}
+"""What the methods of this package are without arguments; ModelOpt need not be asked."""
+
 SETS: Final = "autoquant_ray_sets"
 """Method of an allocation of several: see :mod:`autoquant_ray.quantize.calibration_mode`."""
 
@@ -245,6 +257,9 @@ def in_mode(algorithm: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_defaults(owner: str, method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    if not arguments and method in _DEFAULTS:
+        return dict(_DEFAULTS[method])
+
     from pydantic import ValidationError
 
     from autoquant_ray.modelopt_api import algorithm_configs as config

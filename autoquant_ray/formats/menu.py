@@ -150,7 +150,11 @@ def _without_method(name: str, custom: Custom) -> Format:
         name=name,
         weight=weight,
         input=input_,
-        modelopt_compression=_modelopt_compression(name, weight, input_),
+        modelopt_compression=(
+            _modelopt_compression(name, weight, input_)
+            if name in custom or name not in PAIRS | BLOCK_INTEGERS
+            else min(_compression(part) for part in (weight, input_) if part is not None)
+        ),
         algorithm=algorithm,
         shares_scale=shares_scale,
     )
@@ -184,6 +188,7 @@ def _with_method(format_: Format, name: str, method: str) -> Format:
 
 
 _MOST_BITS = 16
+_UNQUANTIZED_BITS = 16
 
 
 def _custom_attributes(name: str, entry: Mapping[str, Any]) -> tuple[Attributes, Attributes | None]:
@@ -245,6 +250,13 @@ def _last_match(entries: list[dict[str, Any]], quantizer: str) -> Any:
         if entry.get("enable", True) is False:
             matched = None
     return matched
+
+
+def _compression(attributes: Attributes) -> float:
+    """ModelOpt's estimate for one quantizer of a name of this package, without ModelOpt."""
+    num_bits = attributes["num_bits"]
+    bits: float = sum(num_bits) + 1 if isinstance(num_bits, tuple) else num_bits
+    return float(attributes.get("effective_bits", bits)) / _UNQUANTIZED_BITS
 
 
 def _modelopt_compression(name: str, weight: Attributes, input_: Attributes | None) -> float:

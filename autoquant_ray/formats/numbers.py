@@ -89,6 +89,19 @@ def has_tensor_scale(attributes: Mapping[str, Any]) -> bool:
     return is_static and not sizes and attributes.get("axis") is None
 
 
+def has_calibrated_maximum(attributes: Mapping[str, Any]) -> bool:
+    """Whether ModelOpt calibrates a quantizer's maximum ahead of use.
+
+    Not where each token or block is scaled by its own, nor where the maximum is a constant; NVFP4's
+    second scale is calibrated.
+    """
+    if attributes.get("use_constant_amax") or attributes.get("constant_amax") is not None:
+        return False
+    sizes = attributes.get("block_sizes") or {}
+    is_mx = sizes.get("type") == "dynamic" and sizes.get("scale_bits") == E8M0_SCALE
+    return attributes.get("type") != "dynamic" and not is_mx
+
+
 def blocks_of(attributes: Mapping[str, Any]) -> Blocks:
     """The blocks that attributes ask for, of those that can be computed on CPU.
 

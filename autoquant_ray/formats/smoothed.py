@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from autoquant_ray.formats.algorithms import (
+    ALPHA_STEP,
     AWQ_LITE,
     BY_COLUMNS,
     FACTORS,
@@ -24,15 +25,13 @@ from autoquant_ray.formats.algorithms import (
     SMOOTHQUANT,
     WEIGHTED,
 )
+from autoquant_ray.formats.numbers import has_calibrated_maximum
 
 if TYPE_CHECKING:
     from autoquant_ray.formats.format import Attributes, Format
 
 SMOOTHING = (SMOOTHQUANT, AWQ_LITE)
 """ModelOpt's algorithms that scale channels."""
-
-ALPHA_STEP = 0.1
-"""Between AWQ's candidates where the algorithm names none, as in ModelOpt's AWQLiteCalibConfig."""
 
 _SCALE_BITS = 16
 
@@ -111,12 +110,12 @@ def num_search_products(format_: Format) -> int:
 
 
 def needs_calibration(formats: Iterable[Format]) -> bool:
-    """Whether a menu needs a pass over the data before scores."""
+    """Whether a menu needs a pass over the data before scores: for a scale that inputs, keys or
+    values have stored, or for what weights are scaled or rounded by."""
     return any(
-        format_.input is not None
-        or format_.kv is not None
-        or needs_channels(format_)
+        needs_channels(format_)
         or needs_hessians(format_)
+        or any(map(has_calibrated_maximum, filter(None, (format_.input, format_.kv))))
         for format_ in formats
     )
 

@@ -27,6 +27,7 @@ TOWER_PATTERNS = (*_VISION_PATTERNS, *_AUDIO_PATTERNS[:-1])
 """Names of modules that see images or sound."""
 
 _MARK = "is_stored_turned"
+_DIMS_OF_EXPERTS = 3
 
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d+)(?:\..+)?")
 
@@ -125,8 +126,6 @@ def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
     """The modules of a model that ModelOpt quantizes, in the model's order."""
     import torch
 
-    from autoquant_ray.modelopt_api import experts_layout
-
     convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     holders: dict[tuple[int, ...], str] = {}
     for name, module in model.named_modules():
@@ -136,7 +135,7 @@ def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
             kind = "linear"
         elif isinstance(module, convolutions):
             kind = "convolution"
-        elif (layout := experts_layout(module)) is not None:
+        elif (layout := _experts_layout(module)) is not None:
             kind, (parameters, is_transposed) = "experts", layout
         else:
             continue
@@ -150,6 +149,18 @@ def quantizable_modules(model: torch.nn.Module) -> Iterator[PlannedModule]:
             is_transposed=is_transposed,
             shared_with=None if holder == name else holder,
         )
+
+
+def _experts_layout(module: torch.nn.Module) -> tuple[tuple[str, ...], bool] | None:
+    """ModelOpt's view of fused experts; it is not imported for a module that holds none."""
+    import torch
+
+    down = getattr(module, "down_proj", None)
+    if not isinstance(down, torch.Tensor) or down.dim() != _DIMS_OF_EXPERTS:
+        return None
+    from autoquant_ray.modelopt_api import experts_layout
+
+    return experts_layout(module)
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
@@ -173,21 +184,6 @@ def has_plain_forward(module: torch.nn.Module) -> bool:
     import torch
 
     return type(module).forward is torch.nn.Linear.forward
-
-
-_GATE_AND_UP = ("w1", "w3")
-
-
-def group_key(name: str) -> str:
-    """What the modules of a group have in common: ModelOpt's searcher's rules, and one more."""
-    from autoquant_ray.modelopt_api import key_by_rules
-
-    key = key_by_rules(name)
-    if key is not None:
-        return key
-    # Engines fuse these as they do gate_proj and up_proj (LFM2), and ModelOpt has no rule for them.
-    parent, _, last = name.rpartition(".")
-    return f"{parent}.{_GATE_AND_UP}" if last in _GATE_AND_UP else name
 
 
 def other_modules(model: torch.nn.Module, modules: list[PlannedModule]) -> dict[str, int]:

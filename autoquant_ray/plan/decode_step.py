@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 _BYTES = 2  # of a 16-bit number
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+_NESTED_CONFIGS = ("text_config", "language_config")
+NUM_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+)
+"""Where ModelOpt looks for the number of experts in a config."""
+
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
@@ -54,8 +64,6 @@ def step_facts(
     """
     import torch
 
-    from autoquant_ray.modelopt_api import infer_active_moe_expert_ratio
-
     planned = {f"{module.path}.{name}" for module in modules for name in module.parameters}
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
@@ -66,13 +74,26 @@ def step_facts(
             sizes[is_routed_expert(name)] += parameter.numel()
     head = model.get_output_embeddings()
     return {
-        "active_expert_ratio": infer_active_moe_expert_ratio(model),
+        "active_expert_ratio": _active_expert_ratio(model),
         "other_bytes": sizes[False] * _BYTES,
         "other_expert_bytes": sizes[True] * _BYTES,
         "head": next((n for n, module in model.named_modules() if module is head), None),
         "layers": len(decoder_layers(model)),
         "attention": _attention(model),
     }
+
+
+def _active_expert_ratio(model: Any) -> float | None:
+    """As ModelOpt says; it is not imported for a model none of whose configs counts experts."""
+    parts = [config for m in model.modules() if (config := getattr(m, "config", None)) is not None]
+    nested = [getattr(part, name, None) for part in parts for name in _NESTED_CONFIGS]
+    configs = {id(config): config for config in (*parts, *nested) if config is not None}.values()
+    if not any(hasattr(config, name) for config in configs for name in NUM_EXPERTS):
+        return None
+    from autoquant_ray.modelopt_api import infer_active_moe_expert_ratio
+
+    ratio: float | None = infer_active_moe_expert_ratio(model)
+    return ratio
 
 
 def _attention(model: Any) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.models.quantizable import (
     PlannedModule,
     expert_place,
-    group_key,
     hears,
     other_modules,
     quantizable_modules,
@@ -31,6 +30,7 @@ from autoquant_ray.plan.experts import apart_key, split_experts
 from autoquant_ray.plan.fold import Fold, folds_to_json
 from autoquant_ray.plan.group import UNQUANTIZED_BITS, PlannedGroup, nothing_stored
 from autoquant_ray.plan.group_folds import with_folds
+from autoquant_ray.plan.group_key import group_key
 from autoquant_ray.plan.kv_caches import cache_modules
 from autoquant_ray.plan.reach import IDLE, text_reach
 from autoquant_ray.plan.routers import ROUTER, routers

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from autoquant_ray.formats.algorithms import ALPHA_STEP
 from autoquant_ray.formats.format import Attributes
-from autoquant_ray.formats.smoothed import ALPHA_STEP
 from autoquant_ray.plan.fold import Fold
 from autoquant_ray.quantize.folding import tied_mean
 

@@ -111,6 +111,15 @@ def test_solve_is_light(make_run: Any, modules_after: Any) -> None:
     assert not modules & HEAVY
 
 
+def test_plan_of_a_dense_model_does_without_modelopt(model_folder: Any, modules_after: Any) -> None:
+    formats = "wint4_afp16,wfp4_afp8,wint5_g64_afp16:max,wint8_aint8,wfp8_afp16:gptq"
+    arguments = (model_folder("llama"), "--device", "cpu", "--formats", formats)
+    modules, output = modules_after(command("plan", *arguments))
+    assert "of 9 groups searched" in output
+    assert "transformers" in modules
+    assert not modules & {"modelopt", "ray", "datasets"}
+
+
 def test_explain_is_light(make_run: Any, modules_after: Any) -> None:
     directory = make_run()
     solve_run(directory, SolveOptions(bits=8), folder="")

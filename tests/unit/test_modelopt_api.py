@@ -36,7 +36,6 @@ DESCRIPTOR = ("_calib_func", "_supports_layerwise")
 BY_TEXT = {*QUANTIZER, *BLOCK_QUANTIZER, *EXPORTER}
 CLASSES = {
     "QuantizeAlgorithmConfig": ("_mutates_weights",),
-    "AutoQuantizeGradientSearcher": ("_apply_quant_group_rule", "quant_grouping_rules"),
     "_QuantFusedExperts": ("_first_proj_attr",),
     "_QuantAttention": ("is_compatible_attention",),
     "StaticBlockScaleQuantizer": ("from_tensor_quantizer", "global_amax"),

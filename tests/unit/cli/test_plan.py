@@ -88,3 +88,10 @@ def test_refusal_of_a_real_process_is_one_line(model_folder: Any) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_plan_takes_a_number_of_clusters_of_experts(model_folder: Any) -> None:
+    command = ("plan", model_folder("qwen3_moe"), "--device", "cpu", "--formats", "wint8_afp16")
+    apart, clusters = (run(*command, "--expert-groups", value) for value in ("expert", "2"))
+    assert clusters.exit_code == 0, clusters.output
+    assert clusters.stdout == apart.stdout

@@ -11,9 +11,10 @@ import transformers
 from families import FAMILIES
 from small_models import DECODER, small_model
 
-from autoquant_ray.models.quantizable import group_key, quantizable_modules
+from autoquant_ray.models.quantizable import quantizable_modules
 from autoquant_ray.plan.find_folds import find_folds
 from autoquant_ray.plan.fold import NORM, ROWS, SHIFTED_NORM, Fold
+from autoquant_ray.plan.group_key import group_key
 from autoquant_ray.quantize.folding import fold_factors, producer_divisor
 
 _OPT = {
