@@ -22,7 +22,7 @@ def main(run: str) -> None:
     PICTURES.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1100, "height": 900}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1500, "height": 900}, color_scheme="light")
         page.goto((Path(run) / "report.html").resolve().as_uri())
         page.wait_for_function("() => Bokeh.documents[0]?.is_idle")
         page.locator("#frontier").screenshot(path=PICTURES / "frontier.png")

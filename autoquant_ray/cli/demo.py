@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from autoquant_ray.cli.edge import Result, only_ours_on_stdout, show_lines
 from autoquant_ray.cli.run import scan_result
-from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import EVALUATION_FILE, REPORT_HTML
+from autoquant_ray.runs.names import REPORT_HTML
 
 if TYPE_CHECKING:
     from autoquant_ray.allocate.read import ScoredRun
@@ -33,57 +32,33 @@ def demo_result(out: str, bits: float, mode: Mode) -> Result:
 
     scanned = scan_result(demo_config(out, bits), mode, says_next=False)
     run = ScoredRun.read(RunState.open(RunDirectory(out)))
-    rows = _measured(run, out)
+    _measure(run, out)
 
     def show() -> None:
         scanned.show()
-        show_lines([*_result_lines(run, rows), *_next_lines(out)])
+        show_lines([_result_line(run), *_next_lines(out)])
 
     return replace(scanned, show=show)
 
 
-def _measured(run: ScoredRun, out: str) -> list[dict[str, Any]]:
-    """Rows of the solution and of single formats within its budget."""
-    from autoquant_ray.report.measured import measured_rows
-    from autoquant_ray.report.sources import read_sources
-
-    if RunDirectory(out).exists(EVALUATION_FILE):
-        sources = read_sources(run, "")
-        shown = measured_rows(sources.evaluations, sources.name, sources.key)
-        if shown:
-            return shown[0]
+def _measure(run: ScoredRun, out: str) -> None:
+    """Measure the solution and single formats within its budget, unless that was done."""
     from autoquant_ray.config.demo import demo_evaluation
     from autoquant_ray.evaluate.evaluate import evaluate_run
+    from autoquant_ray.report.sources import read_sources
 
+    if read_sources(run, "").measured:
+        return
     logger.info("evaluate: text that the scan has not seen")
     with only_ours_on_stdout():
-        return evaluate_run(demo_evaluation(out)).rows
+        evaluate_run(demo_evaluation(out))
 
 
-def _result_lines(run: ScoredRun, rows: list[dict[str, Any]]) -> list[str]:
+def _result_line(run: ScoredRun) -> str:
     """What came out, in a sentence."""
     from autoquant_ray.report.content import collect_content
-    from autoquant_ray.report.headline import unquantized_bytes
 
-    content = collect_content(run, "")
-    mix = [f"{row.format} for {row.share:.0%}" for row in content.mix if row.format != NONE]
-    solution, *rivals = rows
-    whole = unquantized_bytes(run.problem)
-    size = solution["weight_bytes"] / whole
-    text = (
-        f"result: {', '.join(mix)} of the weights, {size:.0%} of the size; measured loss "
-        f"{solution['kl_mean']:.3f} nats per token (predicted {solution['predicted_kl']:.3f}) on "
-        f"{solution['num_tokens']:,} tokens that the scan has not seen"
-    )
-    everywhere = [row for row in rivals if row["name"].startswith("uniform ")]
-    if everywhere:
-        best = min(everywhere, key=lambda row: float(row["kl_mean"]))
-        name = best["name"].removeprefix("uniform ")
-        text += (
-            f"; {name} everywhere loses {best['kl_mean']:.3f} at "
-            f"{best['weight_bytes'] / whole:.0%} of the size"
-        )
-    return [f"{text}."]
+    return f"result: {collect_content(run, '').result}"
 
 
 def _next_lines(out: str) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from autoquant_ray.report.charts.scatter import Pair, Scatter, scatter
+from autoquant_ray.report.measured import IN_RANGE
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import AUDIT_FILE
 
@@ -22,11 +24,13 @@ class AuditData:
         title: What was measured.
         verdict: How far predictions and measurements differ, and what changed.
         rows: Cells under ``HEADS``, for the pairs with the largest prediction errors.
+        chart: All pairs as a drawing; None where no loss is above 0.
     """
 
     title: str
     verdict: str
     rows: list[tuple[str, ...]]
+    chart: Scatter | None
 
 
 def audit_section(pairs: Sequence[AuditedPair], summary: Mapping[str, Any]) -> AuditData:
@@ -44,6 +48,17 @@ def audit_section(pairs: Sequence[AuditedPair], summary: Mapping[str, Any]) -> A
         f"{summary['num_samples']} samples that the scan has not seen{note}",
         verdict=audit_verdict(summary),
         rows=[_cells(pair) for pair in shown],
+        chart=scatter([_place(pair) for pair in pairs], near=IN_RANGE),
+    )
+
+
+def _place(pair: AuditedPair) -> Pair:
+    measured = _with_error(pair.measured, pair.measured_stderr)
+    return Pair(
+        kind="rival",
+        title=f"{pair.group} in {pair.format}: predicted {pair.predicted:.3e}, measured {measured}",
+        predicted=pair.predicted,
+        measured=pair.measured,
     )
 
 

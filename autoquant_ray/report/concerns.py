@@ -8,8 +8,9 @@ so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant_ray.allocate.certainty.stopping import MIN_SHARDS
@@ -43,33 +44,22 @@ class Concern:
         is_grave: The solution should not be used as it is; otherwise it needs a look.
         title: The reason in a few words.
         text: What is wrong, by how much, and what to do.
+        command: Command line that mends it, or that shows what would; '' where there is none.
     """
 
     is_grave: bool
     title: str
     text: str
+    command: str = ""
 
 
 def find_concerns(evidence: Evidence) -> list[Concern]:
     """All reasons that apply; grave ones first, otherwise in the order in which to look."""
-    rules = (
-        _unsatisfied,
-        _rivals,
-        _null,
-        _measured,
-        _unserved,
-        _low_bits,
-        _quarantined,
-        _experts,
-        _silent_experts,
-        _labels,
-        _shards,
-        _wide_total,
-        _wide_choices,
-        _tosses,
-        _largest,
-    )
-    concerns = [concern for rule in rules for concern in rule(evidence)]
+    concerns = [
+        replace(concern, command=concern.command or evidence.remedies.get(remedy, ""))
+        for rule, remedy in _RULES
+        for concern in rule(evidence)
+    ]
     return sorted(concerns, key=lambda concern: not concern.is_grave)
 
 
@@ -270,11 +260,14 @@ def _largest(evidence: Evidence) -> Iterator[Concern]:
     if largest is None or len(evidence.choices) < 2 or largest.score < MOST * evidence.predicted:
         return
     share = largest.score / evidence.predicted
-    yield _look(
+    concern = _look(
         f"One group takes {'most' if share > 0.5 else 'much'} of the loss",
         f"{largest.group} in {largest.format} takes {share:.0%} of the predicted loss. "
         f"'explain' with {largest.group} shows what keeping it in 16 bits would cost elsewhere.",
     )
+    explain = evidence.remedies.get("explain")
+    command = "" if explain is None else f"{explain} {shlex.quote(largest.group)}"
+    yield replace(concern, command=command)
 
 
 def _grave(title: str, text: str) -> Concern:
@@ -291,3 +284,23 @@ def _share(choices: Sequence[ChosenFormat], evidence: Evidence) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+_RULES: tuple[tuple[Callable[[Evidence], Iterator[Concern]], str], ...] = (
+    (_unsatisfied, "frontier"),
+    (_rivals, "refine"),
+    (_null, "frontier"),
+    (_measured, "refine"),
+    (_unserved, "served"),
+    (_low_bits, "evaluate"),
+    (_quarantined, ""),
+    (_experts, "samples"),
+    (_silent_experts, "samples"),
+    (_labels, "labels"),
+    (_shards, "samples"),
+    (_wide_total, "samples"),
+    (_wide_choices, "samples"),
+    (_tosses, "samples"),
+    (_largest, "explain"),
+)
+"""Each rule with the name of its remedy, in the order in which to look."""

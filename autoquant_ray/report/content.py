@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,14 @@ from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.formats.method_names import has_methods, names_methods, roundings
 from autoquant_ray.models.separate_heads import describe_separate
 from autoquant_ray.report.audit import AuditData, audit_section, read_pairs
+from autoquant_ray.report.charts.frontier_chart import Dot
+from autoquant_ray.report.charts.loss_shares import GroupLoss, LossShares, loss_shares
+from autoquant_ray.report.charts.scatter import Scatter, scatter
+from autoquant_ray.report.charts.sizes import Bar, size_bars
 from autoquant_ray.report.concerns import Concern, find_concerns
 from autoquant_ray.report.domains import DomainSection, domain_section
 from autoquant_ray.report.expert_rows import by_format, by_layer, layer_order, single_experts
 from autoquant_ray.report.facts import report_facts
-from autoquant_ray.report.frontier_chart import Dot
 from autoquant_ray.report.frontier_dots import curve_note, frontier_dots, loss_name
 from autoquant_ray.report.groups import (
     GroupRow,
@@ -27,11 +30,18 @@ from autoquant_ray.report.groups import (
     format_mix,
     group_rows,
     method_section,
+    readable,
 )
-from autoquant_ray.report.headline import Number, headline
+from autoquant_ray.report.headline import Number, headline, unquantized_bytes
 from autoquant_ray.report.heat import Heat, heat_maps
-from autoquant_ray.report.measured import MeasuredData, measured_sections
+from autoquant_ray.report.measured import (
+    IN_RANGE,
+    MeasuredData,
+    measured_pairs,
+    measured_sections,
+)
 from autoquant_ray.report.reproduce import Reproduction, reproduction
+from autoquant_ray.report.result import result_sentence
 from autoquant_ray.report.sources import ScoresWithErrors, Sources, gather_evidence, read_sources
 from autoquant_ray.runs.names import AUDIT_FILE, MANIFEST_JSON, solution_folder
 from autoquant_ray.runs.record import PlanSummary
@@ -68,6 +78,7 @@ class ReportContent:
     """Everything a report shows. A new section is a field here and a part of each layout.
 
     Attributes:
+        result: What the solution comes to, in a sentence.
         numbers: The key numbers.
         concerns: Reasons to doubt the solution, the gravest first.
         facts: (label, value) pairs.
@@ -88,9 +99,13 @@ class ReportContent:
         audit: For an audited solution, which scores were measured.
         domains: Loss by domain; None where the data has no domains.
         methods: What methods of rounding saved; None where the menu has no methods.
+        bars: Bytes of the model before and after.
+        shares: Which groups make the predicted loss; None where fewer than two lose anything.
+        scatter: Measured against predicted losses; None where nothing was measured.
     """
 
     title: str
+    result: str
     numbers: list[Number]
     concerns: list[Concern]
     facts: list[tuple[str, str]]
@@ -111,6 +126,9 @@ class ReportContent:
     audit: AuditData | None = None
     domains: DomainSection | None = None
     methods: MethodSection | None = None
+    bars: list[Bar] = field(default_factory=list)
+    shares: LossShares | None = None
+    scatter: Scatter | None = None
 
 
 def collect_content(run: ScoredRun, folder: str) -> ReportContent:
@@ -128,12 +146,14 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
     rows = _group_rows(run, sources)
     experts = single_experts(plan.get("modules", {}))
     unit = "no unit (imported)" if record.is_imported else "nats per token"
+    mix = format_mix(rows)
     return ReportContent(
         title=f"Quantization of {record.model['name'].rstrip('/').rpartition('/')[2]}",
+        result=result_sentence(sources, mix),
         numbers=headline(sources),
         concerns=find_concerns(gather_evidence(sources)),
         facts=report_facts(sources),
-        mix=format_mix(rows),
+        mix=mix,
         layers=_layers(sources.rows, rows, experts, problem.groups),
         groups=by_format(rows, experts) if experts else rows,
         heat=heat_maps(by_layer(rows, experts), layer_order(list(problem.groups), experts)),
@@ -155,6 +175,20 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
         domains=domain_section(sources.manifest),
         methods=method_section(
             rows, unit, is_per_layer=names_methods(entry["name"] for entry in plan["formats"])
+        ),
+        bars=size_bars(
+            {row.format: row.num_bytes for row in sorted(mix, key=lambda row: row.num_bits)},
+            unquantized_bytes(problem),
+            sources.manifest["solution"]["weight_bytes"],
+        ),
+        shares=loss_shares(
+            [
+                GroupLoss(group=row.name, format=readable(row.chosen), share=row.share or 0.0)
+                for row in rows
+            ]
+        ),
+        scatter=scatter(
+            measured_pairs(sources.evaluations, sources.name, sources.key), near=IN_RANGE
         ),
     )
 

@@ -52,6 +52,7 @@ class Evidence:
         silent_experts: Single-expert groups that saw no token: they stay in 16 bits.
         unserved: Why the requested serving engine, or any supported one, cannot serve the
             solution; None where an engine can.
+        remedies: Name of a remedy -> command line.
     """
 
     predicted: float
@@ -74,3 +75,4 @@ class Evidence:
     silent_experts: Sequence[str] = ()
     min_expert_tokens: int = 0
     unserved: str | None = None
+    remedies: Mapping[str, str] = field(default_factory=dict)

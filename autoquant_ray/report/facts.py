@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
 from autoquant_ray.allocate.certainty.stopping import describe_stopping
@@ -17,6 +18,8 @@ from autoquant_ray.report.sources import Sources
 from autoquant_ray.runs.record import RunRecord
 
 _MAX_NAMED = 5
+_LONGEST_REASON = 120
+"""Characters of why a sample was skipped: it may quote a template or a whole message."""
 
 
 def report_facts(sources: Sources) -> list[tuple[str, str]]:
@@ -155,5 +158,6 @@ def dataset(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> str:
     if counts.get("no_answer"):
         notes.append(f"{counts['no_answer']} without an answer")
     if counts.get("bad"):
-        notes.append(f"{counts['bad']} skipped, the first because of {data['bad_samples'][0]}")
+        reason = shorten(str(data["bad_samples"][0]), _LONGEST_REASON)
+        notes.append(f"{counts['bad']} skipped, the first because of {reason}")
     return f"{text}; {', '.join(notes)}"

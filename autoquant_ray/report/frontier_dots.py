@@ -9,7 +9,7 @@ from autoquant_ray.allocate.constrained.curve import constraints_of, curve_of, l
 from autoquant_ray.allocate.frontier import Point, uniform_points
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
-from autoquant_ray.report.frontier_chart import Dot
+from autoquant_ray.report.charts.frontier_chart import Dot
 from autoquant_ray.report.headline import budget_text
 
 

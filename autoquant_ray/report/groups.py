@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from autoquant_ray.allocate.group_choices import GroupChoices
 from autoquant_ray.formats.algorithms import MAX
+from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.method_names import Rounding
 
 ScoresWithErrors = Mapping[str, Mapping[str, tuple[float, float | None]]]
@@ -127,14 +128,21 @@ class MixRow:
 
     Attributes:
         share: Share of all weights that can be quantized, 0 to 1.
+        num_bits: Stored bits per weight, on average.
         lost: Share of the predicted loss.
     """
 
     format: str
     num_groups: int
     share: float
+    num_bits: float
     num_bytes: float
     lost: float
+
+
+def readable(format_: str) -> str:
+    """A format as people read it."""
+    return "16 bits" if format_ == NONE else format_
 
 
 def format_mix(rows: Sequence[GroupRow]) -> list[MixRow]:
@@ -148,6 +156,8 @@ def format_mix(rows: Sequence[GroupRow]) -> list[MixRow]:
             format=name,
             num_groups=len(of_format),
             share=sum(row.num_weights for row in of_format) / weights,
+            num_bits=math.fsum(row.num_bits * row.num_weights for row in of_format)
+            / max(1, sum(row.num_weights for row in of_format)),
             num_bytes=math.fsum(row.num_bytes for row in of_format),
             lost=math.fsum(row.share or 0.0 for row in of_format),
         )

@@ -9,6 +9,7 @@ from autoquant_ray.allocate.options import UNQUANTIZED_BITS
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.report.charts.frontier_chart import size_text
 from autoquant_ray.report.domains import describe_domains
 from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.sources import Sources
@@ -46,7 +47,7 @@ def headline(sources: Sources) -> list[Number]:
         ),
         Number(
             label="Size",
-            value=f"{solution['weight_bytes'] / 2**20:,.1f} MiB",
+            value=size_text(solution["weight_bytes"]),
             note=f"all weights, {share:.0%} of what they take in {UNQUANTIZED_BITS} bits",
         ),
         Number(label="Budget", value=_budget_value(budget), note=budget_text(budget)),
@@ -93,7 +94,7 @@ def _decisions(sources: Sources) -> list[Number]:
 def _budget_value(budget: dict[str, Any]) -> str:
     parts = [] if budget["bits"] is None else [f"{budget['bits']:g} bits"]
     if budget["bytes"] is not None:
-        parts.append(f"{budget['bytes'] / 2**20:,.1f} MiB")
+        parts.append(size_text(budget["bytes"]))
     return ", ".join([*parts, *_speed(budget)]) or "-"
 
 

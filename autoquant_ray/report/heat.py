@@ -12,13 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autoquant_ray.formats.format import NONE
-from autoquant_ray.report.groups import GroupRow
+from autoquant_ray.report.groups import GroupRow, readable
 
 NUM_LEVELS = 7
 _MAX_CELLS = 6_000
 _NAME = re.compile(r"(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)")
-_OUTSIDE = "outside the layers"
+OUTSIDE = "outside the layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +46,20 @@ class HeatMap:
 
     stack: str
     kinds: list[tuple[str, list[str]]]
+    rows: list[tuple[str, list[Cell | None]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """The same with layers across, for a look at a whole model.
+
+    Attributes:
+        layers: Names of the columns.
+        rows: (kind of modules, a cell or None per layer).
+    """
+
+    stack: str
+    layers: list[str]
     rows: list[tuple[str, list[Cell | None]]]
 
 
@@ -109,17 +122,39 @@ def heat_maps(rows: Sequence[GroupRow], order: Sequence[str]) -> Heat | None:
         stack, layer, kind = _place(name)
         cell = Cell(
             group=name,
-            format="16 bits" if row.chosen == NONE else row.chosen,
+            format=readable(row.chosen),
             level=scale.level_of(row.sensitivity),
             sensitivity=row.sensitivity,
         )
         stacks.setdefault(stack, {})[layer, kind] = cell
         of_kind = modules.setdefault((stack, kind), [])
         of_kind += [m for m in map(_last_part, row.modules) if m not in of_kind]
-    order_of_maps = sorted(stacks, key=lambda stack: stack == _OUTSIDE)  # outside last
+    order_of_maps = sorted(stacks, key=lambda stack: stack == OUTSIDE)  # outside last
     return Heat(
         maps=[_heat_map(stack, stacks[stack], modules) for stack in order_of_maps],
         steps=scale.steps(),
+    )
+
+
+def strips(heat: Heat) -> list[Strip]:
+    """All maps turned on their sides, without those in which nothing was searched."""
+    return [
+        _strip(map_)
+        for map_ in heat.maps
+        if any(cell and cell.level is not None for _, cells in map_.rows for cell in cells)
+    ]
+
+
+def _strip(map_: HeatMap) -> Strip:
+    names = [
+        f"{where}.{', '.join(modules)}" if where else ", ".join(modules)
+        for where, modules in map_.kinds
+    ]
+    cells = [[row[number] for _, row in map_.rows] for number in range(len(names))]
+    return Strip(
+        stack=map_.stack,
+        layers=[layer for layer, _ in map_.rows],
+        rows=list(zip(names, cells, strict=True)),
     )
 
 
@@ -141,7 +176,7 @@ def _heat_map(
     return HeatMap(
         stack=stack,
         kinds=[("", ["format"])]
-        if stack == _OUTSIDE
+        if stack == OUTSIDE
         else [(kind.rpartition(".")[0], modules[stack, kind]) for kind in kinds],
         rows=[(layer, [cells.get((layer, kind)) for kind in kinds]) for layer in layers],
     )
@@ -151,7 +186,7 @@ def _place(name: str) -> tuple[str, str, str]:
     """(stack, layer, kind) of a group's name."""
     match = _NAME.fullmatch(name)
     if match is None:
-        return _OUTSIDE, name, ""
+        return OUTSIDE, name, ""
     return match["stack"], match["layer"], match["kind"]
 
 

@@ -22,7 +22,7 @@ _EXPLANATION = (
 
 def render_markdown(content: ReportContent) -> str:
     """Lay the content out as GitHub-flavoured Markdown."""
-    lines = [f"# {plain_text(content.title)}", ""]
+    lines = [f"# {plain_text(content.title)}", "", plain_text(content.result), ""]
     lines += [_concerns(content), ""]
     lines += [f"- **{label}:** {plain_text(value)}" for label, value in content.facts]
     if content.warnings:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoquant_ray.report.charts.scatter import Pair
+
 HEADS = (
     "Allocation",
     "Bits",
@@ -152,6 +154,29 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['perplexity']:.4g}",
         f"{row['top1_agreement']:.2%}",
     )
+
+
+def measured_pairs(rows: Sequence[dict[str, Any]], solution: str, allocation: str) -> list[Pair]:
+    """Predicted and measured losses of all measured allocations.
+
+    Args:
+        rows: All rows of ``evaluation.parquet``.
+        solution: Name of the solution that is marked; '' for the scan's.
+        allocation: Current digest of its formats.
+    """
+    this = ("solution", solution, allocation)
+    return [
+        Pair(
+            kind="solution"
+            if (row["name"], row["solution"], row["allocation"]) == this
+            else "rival",
+            title=f"{row['name']} on {row['dataset']}: predicted {row['predicted_kl']:.4g}, "
+            f"measured {with_error(row['kl_mean'], row['kl_stderr'])}",
+            predicted=row["predicted_kl"],
+            measured=row["kl_mean"],
+        )
+        for row in rows
+    ]
 
 
 def with_error(value: float, error: float | None, *, signed: bool = False) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from autoquant_ray.allocate.certainty.total_error import TotalError, total_error
 from autoquant_ray.allocate.losses import allocation_key, uniform_format
-from autoquant_ray.allocate.read import ScoredRun, is_chosen_by_measurement
+from autoquant_ray.allocate.read import ScoredRun, is_chosen_by_measurement, options_of
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import StoreError
 from autoquant_ray.formats.kv_cache import is_described
@@ -16,6 +16,7 @@ from autoquant_ray.plan.silent_experts import experts_with_few_tokens, silent_ex
 from autoquant_ray.report.domains import is_by_domain
 from autoquant_ray.report.evidence import ChosenFormat, Evidence
 from autoquant_ray.report.measured import measured_rows
+from autoquant_ray.report.remedies import remedies
 from autoquant_ray.runs.directory import KEYS
 from autoquant_ray.runs.names import (
     EVALUATION_FILE,
@@ -61,6 +62,12 @@ class Sources:
     def run(self) -> RunRecord:
         """Content of ``run.json``."""
         return self.scored.state.record
+
+    @property
+    def run_path(self) -> str:
+        """Where the run is, as its scan was told; an imported run's directory."""
+        config = self.run.config
+        return str(config["out"]) if config else self.scored.state.directory.uri
 
     @property
     def predicted(self) -> float:
@@ -176,4 +183,7 @@ def gather_evidence(sources: Sources) -> Evidence:
         silent_experts=silent_experts(sources.scored.state.plan),
         few_tokens=experts_with_few_tokens(rows, min_tokens),
         min_expert_tokens=min_tokens,
+        remedies=remedies(
+            sources.run_path, sources.name, options_of(sources.manifest), sources.run.config
+        ),
     )

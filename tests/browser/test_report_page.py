@@ -185,3 +185,71 @@ def test_page_without_javascript_has_all_rows_and_no_dead_controls(open_page: An
     expect(page.get_by_text("The chart needs JavaScript")).to_be_visible()
     expect(page.get_by_text("This solution: 4.")).to_be_visible()
     assert page.locator("th button").count() == 0
+    assert page.locator(".copy:visible").count() == 0
+    page.get_by_label("by sensitivity").check()
+    expect(page.get_by_role("list", name="Colours of sensitivities")).to_be_visible()
+
+
+def test_first_screen_has_the_result_the_frontier_and_the_layers(open_page: Any) -> None:
+    opened = open_page(viewport={"width": 1400, "height": 900})
+    page = opened.page
+    wait_for_chart(page)
+    first_row = page.locator(".strip tr").first  # below long hostile names
+    for place in (page.locator(".result"), page.locator("#frontier"), first_row):
+        box = place.bounding_box()
+        assert box is not None
+        assert 0 <= box["y"] < box["y"] + box["height"] <= 900
+    concerns = page.locator("#concerns").bounding_box()
+    assert concerns is not None
+    assert concerns["y"] > 850, "doubts are named in the head and listed below"
+    page.get_by_role("link", name="for concern").click()
+    expect(page.get_by_role("heading", name="Reasons for concern")).to_be_in_viewport()
+
+
+def test_layers_are_coloured_by_format_and_then_by_sensitivity(open_page: Any, run: Path) -> None:
+    page = open_page().page
+    manifest = fastparquet.ParquetFile(str(run / "manifest.parquet")).to_pandas()
+    formats = manifest.drop_duplicates("group").set_index("group")["format"].to_dict()
+    cells = page.locator(".strip td[title], .outside li")
+    colours = """cells => cells.map((cell) => {
+        const { backgroundColor } = getComputedStyle(cell.querySelector("i") ?? cell);
+        return [(cell.title || cell.textContent).split(": ")[0], backgroundColor];
+    })"""
+    shown = dict(cells.evaluate_all(colours))
+    by_format: dict[str, set[str]] = {}
+    for group, colour in shown.items():
+        by_format.setdefault(formats[group], set()).add(colour)
+    assert len(shown) == NUM_GROUPS - 1, "all searched groups"
+    assert all(len(colours) == 1 for colours in by_format.values())
+    assert len(set.union(*by_format.values())) == len(by_format) > 2
+    page.get_by_label("by sensitivity").check()
+    scores = fastparquet.ParquetFile(str(run / "sensitivity.parquet")).to_pandas()
+    harshest = scores.groupby("group")["score"].max()
+    again = dict(cells.evaluate_all(colours))
+    assert again != shown
+    lightness = {g: sum(map(int, re.findall(r"\d+", colour)[:3])) for g, colour in again.items()}
+    assert lightness[harshest.idxmax()] == min(lightness.values())
+    assert lightness[harshest.idxmin()] == max(lightness.values())
+
+
+def test_scores_of_nine_formats_are_seen_without_scrolling(open_page: Any) -> None:
+    page = open_page(viewport={"width": 1400, "height": 900}).page
+    heads = table_of(page).locator("thead th")
+    box = heads.nth(column_of(page, "wint8_aint8")).bounding_box()
+    region = page.get_by_role("region", name="Groups, most sensitive first").bounding_box()
+    assert box is not None
+    assert region is not None
+    assert box["x"] + box["width"] <= region["x"] + region["width"]
+
+
+def test_button_copies_its_command(open_page: Any) -> None:
+    opened = open_page(permissions=["clipboard-read", "clipboard-write"])
+    page = opened.page
+    command = page.locator("section", has_text="How to reproduce").last.locator(".command").first
+    expect(command.locator("pre")).to_contain_text("autoquant-ray scan")
+    command.get_by_role("button", name="Copy").click()
+    expect(command.get_by_role("button")).to_have_text("Copied")
+    text = page.evaluate("() => navigator.clipboard.readText()")
+    assert text == command.locator("pre").text_content()
+    assert "hacked" in text, "the hostile name, as text"
+    assert opened.complaints == []

@@ -59,7 +59,7 @@ SPOT = """(kind) => {
     const { data } = view.model.document.get_model_by_name("points");
     const { left, top } = view.el.getBoundingClientRect();
     const i = data.kind.indexOf(kind);
-    return [left + view.frame.x_scale.compute(data.bits[i]),
+    return [left + view.frame.x_scale.compute(data.x[i]),
             top + view.frame.y_scale.compute(data.loss[i])];
 }"""
 """Where the first point of a kind is in the window."""

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "plan"),
     ("quantize", "allocate.knapsack", "distributed"),
     ("allocate", "calibrate", "quantize.gptq"),
-    ("allocate.certainty", "allocate.constrained", "score"),
+    ("allocate.certainty", "allocate.constrained", "report.charts", "score"),
     ("report", "export"),
     ("stages",),
     ("solve",),

@@ -1,7 +1,7 @@
 // The chart "Loss against size": BokehJS draws the points that the page carries as JSON.
 {
   const place = document.getElementById("frontier");
-  const { points, legend, bits, loss, sizes } =
+  const { points, legend, label, across: ends, loss, bits_at: bitsAt } =
     JSON.parse(document.getElementById("frontier-data").textContent);
   // In the order in which they are drawn: a ring around a star is seen, a star on a ring hides it.
   // Each kind has its own shape; colours are the names of the page's variables.
@@ -32,17 +32,30 @@
       return ticks.map(short);
     }
   }
-  class SizeFormatter extends Bokeh.TickFormatter {
-    static __name__ = "SizeFormatter";
+  // Bits along the curve, whose points lie at known sizes; null beyond it.
+  const between = (value, from, to) => {
+    const next = from.findIndex((other) => other >= value);
+    if (next < 0 || value < from[0]) return null;
+    if (next === 0) return to[0];
+    const share = (value - from[next - 1]) / (from[next] - from[next - 1]);
+    return to[next - 1] + (to[next] - to[next - 1]) * share;
+  };
+  const isThere = (value) => value !== null;
+  class BitsTicker extends Bokeh.BasicTicker {
+    static __name__ = "BitsTicker";
+    get_ticks_no_defaults(low, high, cross, most) {
+      const { x, bits } = bitsAt;
+      const [first, last] = [Math.max(low, x[0]), Math.min(high, x.at(-1))];
+      if (first >= last) return { major: [], minor: [] };
+      const inside = [first, last].map((place) => between(place, x, bits));
+      const { major } = super.get_ticks_no_defaults(...inside, cross, most);
+      return { major: major.map((tick) => between(tick, bits, x)).filter(isThere), minor: [] };
+    }
+  }
+  class BitsFormatter extends Bokeh.TickFormatter {
+    static __name__ = "BitsFormatter";
     doFormat(ticks) {
-      const [unit, name] = sizes.bytes.at(-1) >= 2 ** 30 ? [2 ** 30, "GiB"] : [2 ** 20, "MiB"];
-      return ticks.map((tick) => {
-        const next = sizes.bits.findIndex((value) => value >= tick);
-        if (next < 1) return ""; // beyond the curve
-        const [from, to] = [sizes.bits[next - 1], sizes.bits[next]];
-        const [least, most] = [sizes.bytes[next - 1], sizes.bytes[next]];
-        return `${short((least + (most - least) * (tick - from) / (to - from)) / unit)} ${name}`;
-      });
+      return ticks.map((tick) => short(between(tick, bitsAt.x, bitsAt.bits) ?? NaN));
     }
   }
   class LossTicker extends Bokeh.LogTicker {
@@ -65,12 +78,12 @@
 
   const boxZoom = new Bokeh.BoxZoomTool();
   const plot = Bokeh.Plotting.figure({
-    x_range: bits, y_range: loss, y_axis_type: "log", sizing_mode: "stretch_width", height: 500,
+    x_range: ends, y_range: loss, y_axis_type: "log", sizing_mode: "stretch_width", height: 370,
     output_backend: "svg", toolbar_inner: true,
     tools: [boxZoom, new Bokeh.PanTool(), new Bokeh.WheelZoomTool(), new Bokeh.ResetTool()],
     active_drag: matchMedia("(pointer: coarse)").matches ? null : boxZoom, active_scroll: null,
     background_fill_color: null, border_fill_color: null, outline_line_color: null,
-    x_axis_label: "stored bits per searched weight",
+    x_axis_label: label,
   });
   plot.toolbar.setv({ logo: null, autohide: true, stylesheets: [`
     :host(.bk-inner) { background: none; height: max-content; opacity: 1; }
@@ -78,11 +91,12 @@
   const lossTicker = new LossTicker();
   plot.yaxis.ticker = lossTicker;
   plot.yaxis.formatter = new NumberFormatter();
-  const bitsTicker = plot.xaxes[0].ticker;
-  if (sizes) {
+  const acrossTicker = plot.xaxes[0].ticker;
+  plot.xaxes[0].formatter = new NumberFormatter();
+  const bitsTicker = new BitsTicker();
+  if (bitsAt) {
     plot.add_layout(new Bokeh.LinearAxis({
-      axis_label: "size of the whole model", formatter: new SizeFormatter(),
-      ticker: bitsTicker,
+      axis_label: bitsAt.label, formatter: new BitsFormatter(), ticker: bitsTicker,
       major_label_policy: new Bokeh.NoOverlap(),
     }), "above");
   }
@@ -93,7 +107,7 @@
   plot.axis.minor_tick_line_color = null;
 
   const source = new Bokeh.ColumnDataSource({ data: points, name: "points" });
-  const at = { x: { field: "bits" }, y: { field: "loss" } };
+  const at = { x: { field: "x" }, y: { field: "loss" } };
   const only = (isTaken) => new Bokeh.CDSView({
     filter: new Bokeh.BooleanFilter({ booleans: indices.map(isTaken) }) });
   const curve = plot.line({
@@ -105,7 +119,7 @@
     const isOne = (i) => points.kind[i] === kind;
     if (["solution", "measured"].includes(kind)) {
       bars[kind] = new Bokeh.Whisker({
-        base: { field: "bits" }, lower: { field: "low" }, upper: { field: "high" },
+        base: { field: "x" }, lower: { field: "low" }, upper: { field: "high" },
         source: new Bokeh.ColumnDataSource({ data: rows(isOne) }), name: `${kind} errors`,
         level: "glyph", line_width: 2,
         line_color: colour,
@@ -155,7 +169,7 @@
     const across = (value) => (value - x_range.start) / (x_range.end - x_range.start) * width;
     const down = (value) =>
       Math.log(y_range.end / value) / Math.log(y_range.end / y_range.start) * height;
-    const spots = indices.map((i) => [across(points.bits[i]), down(points.loss[i])]);
+    const spots = indices.map((i) => [across(points.x[i]), down(points.loss[i])]);
     const shown = indices.filter((i) => marks[points.kind[i]].visible);
     const taken = shown.map((i) => around(...spots[i], isCurve(i) ? 3 : 6));
     const line = curve.visible ? spots.filter((_, i) => isCurve(i)) : [];
@@ -180,7 +194,7 @@
         if (isInside && !taken.some((other) => overlap(box, other))) {
           taken.push(box);
           for (const [name, value] of Object.entries({
-            x: points.bits[i], y: points.loss[i], text: points.name[i], right, up, align, style,
+            x: points.x[i], y: points.loss[i], text: points.name[i], right, up, align, style,
           })) data[name].push(value);
           break;
         }
@@ -190,7 +204,7 @@
   };
   const narrow = matchMedia("(max-width: 34rem)");
   const fit = () => {
-    bitsTicker.desired_num_ticks = narrow.matches ? 5 : 10;
+    acrossTicker.desired_num_ticks = bitsTicker.desired_num_ticks = narrow.matches ? 5 : 10;
     lossTicker.desired_num_ticks = narrow.matches ? 10 : 16;
   };
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -233,6 +247,8 @@
   addEventListener("afterprint", () => place.removeAttribute("style"));
   place.hidden = false;
   document.getElementById("frontier-missing").hidden = true;
+  // What the chart shows is said below it, and in words beside its numbers.
+  document.getElementById("frontier-numbers").append(document.getElementById("frontier-summary"));
   fit();
   paint();
   Bokeh.Plotting.show(plot, place);

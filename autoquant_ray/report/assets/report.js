@@ -25,3 +25,20 @@
   form.addEventListener("reset", () => setTimeout(show));
   show();
 }
+// A button beside each command copies it; without JavaScript there is none.
+for (const button of document.querySelectorAll(".copy")) {
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    const command = button.parentElement.querySelector("pre");
+    try {
+      await navigator.clipboard.writeText(command.textContent);
+    } catch { // not allowed here: select it, so that the keyboard can copy it
+      getSelection().selectAllChildren(command);
+      button.textContent = "Selected";
+      return;
+    }
+    button.textContent = "Copied";
+    document.getElementById("sorted").textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
+}

@@ -21,8 +21,8 @@ from autoquant_ray.allocate.load import Latency
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun, options_of, solution_formats
 from autoquant_ray.cli.main import main
+from autoquant_ray.report.charts.frontier_chart import Dot
 from autoquant_ray.report.content import ReportContent, collect_content
-from autoquant_ray.report.frontier_chart import Dot
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import rewrite_reports, solve_run

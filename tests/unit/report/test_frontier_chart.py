@@ -16,9 +16,9 @@ from autoquant_ray.allocate.frontier import frontier_of
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.errors import AutoQuantError
-from autoquant_ray.report.bokeh_js import bokeh_scripts
+from autoquant_ray.report.charts.bokeh_js import bokeh_scripts
+from autoquant_ray.report.charts.frontier_chart import Dot, chart_data
 from autoquant_ray.report.content import collect_content
-from autoquant_ray.report.frontier_chart import Dot, chart_data
 from autoquant_ray.report.html import render_html
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
@@ -100,12 +100,22 @@ def test_chart_leaves_out_what_loses_nothing_and_has_room_for_the_rest() -> None
     assert points["loss"] == [1.0, 0.1, 0.01]
     assert points["bits"] == [4.0, 5.0, 6.0]
     assert points["size_text"] == ("4.00 MiB", "5.00 MiB", "6.00 MiB")
-    assert chart["sizes"] == {"bits": points["bits"], "bytes": [2**20 * n for n in (4, 5, 6)]}
+    assert points["x"] == [4.0, 5.0, 6.0], "MiB"
+    assert chart["label"] == "size of the whole model, MiB"
+    assert (chart["bits_at"]["x"], chart["bits_at"]["bits"]) == (points["x"], points["bits"])
     assert chart["legend"] == [("curve", "best allocation of its size")]
     low, high = chart["loss"]
     assert 0.005 < low < 0.01
     assert low * high == pytest.approx(0.01), "equal room at both ends of a log axis"
-    assert 3.5 < chart["bits"][0] < 4 < 6 < chart["bits"][1] < 6.5
+    assert 3.5 < chart["across"][0] < 4 < 6 < chart["across"][1] < 6.5
+
+
+def test_sizes_from_a_gibibyte_on_are_in_gibibytes() -> None:
+    chart = chart_data([replace(d, num_bytes=0.3 * 2**10 * d.num_bytes) for d in dots_of(1.0, 0.1)])
+    assert chart is not None
+    assert chart["label"] == "size of the whole model, GiB"
+    assert chart["points"]["x"] == pytest.approx([1.2, 1.5])
+    assert chart["points"]["size_text"] == ("1.20 GiB", "1.50 GiB")
 
 
 @pytest.mark.parametrize(
@@ -135,11 +145,13 @@ def test_error_larger_than_the_loss_reaches_below_the_axis() -> None:
     assert chart["loss"][1] > 2.1
 
 
-def test_sizes_are_not_shown_where_more_bits_are_not_more_bytes() -> None:
+def test_axis_has_bits_where_more_bits_are_not_more_bytes() -> None:
     dots = [*dots_of(1.0, 0.1), Dot(kind="curve", name="p", bits=6, num_bytes=1.0, loss=0.01)]
     chart = chart_data(dots)
     assert chart is not None
-    assert chart["sizes"] is None
+    assert chart["bits_at"] is None
+    assert chart["label"] == "stored bits per searched weight"
+    assert chart["points"]["x"] == chart["points"]["bits"]
 
 
 def test_curve_of_one_point_has_no_chart() -> None:
@@ -169,7 +181,7 @@ def test_names_stay_inside_the_data_of_the_chart(run: RunDirectory) -> None:
 
 
 def test_missing_library_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoquant_ray.report.bokeh_js.find_spec", lambda name: None)
+    monkeypatch.setattr("autoquant_ray.report.charts.bokeh_js.find_spec", lambda name: None)
     with pytest.raises(AutoQuantError, match="pip install bokeh"):
         bokeh_scripts()
 

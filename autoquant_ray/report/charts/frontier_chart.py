@@ -15,6 +15,7 @@ from typing import Any
 _MAX_DECADES = 5
 _MARGIN = 0.04
 """Margin beyond the outermost points, as a share of an axis' length."""
+BITS_LABEL = "stored bits per searched weight"
 LEGEND = {
     "curve": "best allocation of its size",
     "knee": "knee: diminishing returns beyond",
@@ -59,8 +60,13 @@ class Dot:
 
 def size_text(num_bytes: float) -> str:
     """A number of bytes in MiB, or GiB from 1 GiB on."""
-    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    unit, name = size_unit(num_bytes)
     return f"{num_bytes / unit:,.2f} {name}"
+
+
+def size_unit(num_bytes: float) -> tuple[int, str]:
+    """The unit for a number of bytes, and its name: GiB from 1 GiB on, else MiB."""
+    return (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
 
 
 def chart_data(dots: Sequence[Dot]) -> dict[str, Any] | None:
@@ -70,21 +76,28 @@ def chart_data(dots: Sequence[Dot]) -> dict[str, Any] | None:
         dots: Points in any order; those that are not ``visible`` are left out.
 
     Returns:
-        JSON values: ``points`` (columns of equal length, in order of bits), ``legend`` (pairs of
-        kind and text), ``bits`` and ``loss`` (limits of the axes) and ``sizes`` (bits and bytes
-        along the curve; None where bytes do not grow with bits, as with a head tied to the
-        embedding). None where fewer than two points of the curve are visible.
+        JSON values: ``points`` (columns of equal length, in order of bits; ``x`` is the place on
+        the horizontal axis), ``legend`` (pairs of kind and text), ``label`` of that axis,
+        ``across`` and ``loss`` (limits of the axes) and ``bits_at`` (sizes and bits along the
+        curve). The horizontal axis is the size of the whole model in GiB, or in MiB where all are
+        smaller than 1 GiB. Where bytes do not grow with bits, as with a head tied to the embedding,
+        it is the bits, and ``bits_at`` is None. None where fewer than two points of the curve are
+        visible.
     """
     shown = sorted(visible(dots), key=lambda dot: dot.bits)
     curve = [dot for dot in shown if dot.kind in ("curve", "knee")]
     if len(curve) < 2:
         return None
     ends = [_error_bar(dot) for dot in shown]
+    is_growing = all(a.num_bytes < b.num_bytes for a, b in itertools.pairwise(curve))
+    unit, unit_name = size_unit(max(dot.num_bytes for dot in shown))
+    across = [dot.num_bytes / unit if is_growing else dot.bits for dot in shown]
     names, bits, sizes, losses = zip(*(dot.texts for dot in shown), strict=True)
     kinds = {dot.kind for dot in shown}
     return {
         "points": {
             "kind": [dot.kind for dot in shown],
+            "x": across,
             "bits": [dot.bits for dot in shown],
             "loss": [dot.loss for dot in shown],
             "low": [low for low, _ in ends],
@@ -95,9 +108,16 @@ def chart_data(dots: Sequence[Dot]) -> dict[str, Any] | None:
             "loss_text": losses,
         },
         "legend": [(kind, text) for kind, text in LEGEND.items() if kind in kinds],
-        "bits": _linear_ends(shown),
+        "label": f"size of the whole model, {unit_name}" if is_growing else BITS_LABEL,
+        "across": _linear_ends(across),
         "loss": _log_ends(shown),
-        "sizes": _sizes(curve),
+        "bits_at": {
+            "x": [dot.num_bytes / unit for dot in curve],
+            "bits": [dot.bits for dot in curve],
+            "label": BITS_LABEL,
+        }
+        if is_growing
+        else None,
     }
 
 
@@ -119,8 +139,8 @@ def _error_bar(dot: Dot) -> tuple[float, float]:
     return (low if low > 0 else dot.loss * 10.0**-_MAX_DECADES), dot.loss + error
 
 
-def _linear_ends(dots: Sequence[Dot]) -> tuple[float, float]:
-    low, high = min(dot.bits for dot in dots), max(dot.bits for dot in dots)
+def _linear_ends(places: Sequence[float]) -> tuple[float, float]:
+    low, high = min(places), max(places)
     margin = _MARGIN * (high - low) or 0.5
     return low - margin, high + margin
 
@@ -131,10 +151,3 @@ def _log_ends(dots: Sequence[Dot]) -> tuple[float, float]:
     high = math.log10(max(_error_bar(dot)[1] for dot in dots))
     margin = _MARGIN * (high - low) or 0.5
     return 10 ** (low - margin), 10 ** (high + margin)
-
-
-def _sizes(curve: Sequence[Dot]) -> dict[str, list[float]] | None:
-    is_growing = all(a.num_bytes < b.num_bytes for a, b in itertools.pairwise(curve))
-    if not is_growing:
-        return None
-    return {"bits": [dot.bits for dot in curve], "bytes": [dot.num_bytes for dot in curve]}
