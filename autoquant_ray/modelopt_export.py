@@ -73,25 +73,45 @@ def row_slices(quantizer: Any, weight_OI: torch.Tensor) -> Iterator[tuple[Any, t
         quantizer: The weight's, calibrated.
         weight_OI: The weight; slices are views of it.
     """
-    num_rows, maxima = len(weight_OI), quantizer.amax
+    num_rows = len(weight_OI)
     size = max(2, MOST_ELEMENTS // weight_OI[0].numel() // 2 * 2)  # 4-bit rows are packed in pairs
-    by_row = maxima is not None and maxima.numel() > 1
-    is_divided = not by_row or (
-        -2 not in (quantizer.block_sizes or {}) and maxima.shape[0] % num_rows == 0
-    )
-    if num_rows <= size or not is_divided:
+    if num_rows <= size or not _is_divided(quantizer, num_rows):
         yield quantizer, weight_OI
         return
     for start in range(0, num_rows, size):
-        rows, of_rows = weight_OI[start : start + size], copy.deepcopy(quantizer)
-        if by_row:
-            del of_rows._amax  # another shape is refused
-            part = maxima.reshape(num_rows, -1)[start : start + size]
-            of_rows.amax = part.reshape(-1, *maxima.shape[1:]).clone()
-        for name in ("_original_shape", "_amax_shape_for_export"):  # of the weight that it has seen
-            if (shape := getattr(of_rows, name, ())) and shape[0] == num_rows:
-                setattr(of_rows, name, torch.Size([len(rows)]) + tuple(shape[1:]))
-        yield of_rows, rows
+        yield some_rows(quantizer, weight_OI, start, size)
+
+
+def some_rows(
+    quantizer: Any, weight_OI: torch.Tensor, start: int, size: int
+) -> tuple[Any, torch.Tensor]:
+    """Some rows of a weight, a view of it, with a quantizer that has their maxima.
+
+    Args:
+        quantizer: The weight's, calibrated; its blocks are within rows.
+        weight_OI: The weight.
+        start: The first of the rows.
+        size: How many; fewer at the end.
+    """
+    num_rows, maxima = len(weight_OI), quantizer.amax
+    assert _is_divided(quantizer, num_rows)
+    rows, of_rows = weight_OI[start : start + size], copy.deepcopy(quantizer)
+    if maxima is not None and maxima.numel() > 1:
+        del of_rows._amax  # another shape is refused
+        part = maxima.reshape(num_rows, -1)[start : start + size]
+        of_rows.amax = part.reshape(-1, *maxima.shape[1:]).clone()
+    for name in ("_original_shape", "_amax_shape_for_export"):  # of the weight that it has seen
+        if (shape := getattr(of_rows, name, ())) and shape[0] == num_rows:
+            setattr(of_rows, name, torch.Size([len(rows)]) + tuple(shape[1:]))
+    return of_rows, rows
+
+
+def _is_divided(quantizer: Any, num_rows: int) -> bool:
+    """Whether each of a quantizer's maxima is that of one row, or part of one, or of all."""
+    maxima = quantizer.amax
+    if maxima is None or maxima.numel() == 1:
+        return True
+    return -2 not in (quantizer.block_sizes or {}) and maxima.shape[0] % num_rows == 0
 
 
 def joined_slices(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -255,14 +255,17 @@ def _packer(
     if layout == COMPRESSED_TENSORS:
         from autoquant_ray.export.compressed_tensors import CompressedPacker
 
-        return CompressedPacker(loaded.model, source, calibration, loaded.sixteen_bits), source
+        packer = CompressedPacker(loaded.model, source, calibration, loaded.sixteen_bits)
+        return packer, packer.stored
     from autoquant_ray.export.modelopt import ModelOptPacker
     from autoquant_ray.export.names import as_stored, require_experts_as_stored
 
     stored = as_stored(loaded.model, source)
     require_experts_as_stored(loaded.model, source, stored, loaded.ref.weights_folder)
-    packer = ModelOptPacker(loaded.model, source, stored, calibration, loaded.sixteen_bits)
-    return packer, stored
+    return (
+        ModelOptPacker(loaded.model, source, stored, calibration, loaded.sixteen_bits),
+        stored,
+    )
 
 
 def _together(source: Source, calibration: Calibration) -> list[tuple[str, ...]]:

@@ -2,7 +2,8 @@
 
 Scales are those of ModelOpt's quantizers, as in the scan. Every layer is named in full in the one
 group that its format makes, and every other linear is in ``ignore``: readers resolve patterns and
-class names in different orders. Groups are sorted by their keys when the file is read and written,
+class names in different orders. Fused experts are linears of each expert there, as in the model's
+own files. Groups are sorted by their keys when the file is read and written,
 so these are padded with zeros. NVFP4's scale of a whole weight is stored inverted there, as what
 values are multiplied with before they are rounded.
 
@@ -11,6 +12,7 @@ Shape letters: O out features, I in features.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,12 +36,14 @@ from autoquant_ray.export.layouts import (
     block_size,
     grids,
 )
-from autoquant_ray.export.model import as_saved, distinct_tensors
+from autoquant_ray.export.model import as_saved, distinct_tensors, largest_input
+from autoquant_ray.export.names import StoredLinear, by_stored_names, stored_linears
 from autoquant_ray.export.parts import Part, outline
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.modelopt_api import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
-from autoquant_ray.modelopt_export import joined_slices, row_slices
+from autoquant_ray.modelopt_export import joined_slices, row_slices, some_rows
+from autoquant_ray.quantize.block_formats import packed_static_scales
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import Factors
 from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of, rounded_weight
@@ -65,6 +69,12 @@ class CompressedPacker:
         source: Which formats.
         calibration: From the scan.
         sixteen_bits: Rounds what is not quantized; its type is that of the scales of blocks.
+
+    Attributes:
+        stored: The source by the names in the files.
+
+    Raises:
+        FormatError: Experts are quantized that the model's own files keep fused.
     """
 
     def __init__(
@@ -72,12 +82,15 @@ class CompressedPacker:
     ) -> None:
         self._outline, self._source, self._calibration = outline(model), source, calibration
         self._sixteen_bits = sixteen_bits
-        self._schemes = _schemes(source)
+        self._experts = stored_linears(model, source)
+        self.stored = by_stored_names(source, self._experts)
+        self._schemes = _schemes(self.stored)
         self._scales = WeightScales(model, calibration)
         self._scales.searched.resize(_SEARCHED_BYTES)
         self._linears = [
             name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
         ]
+        self._linears += [linear.name for of in self._experts.values() for linear in of]
 
     def pack(self, shell: Any, part: Part) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Pack a part whose weights are in memory.
@@ -96,20 +109,61 @@ class CompressedPacker:
             scales.largest((name,), format_)  # while all weights are there
         for name, scheme in self._packed_order(formats):
             format_, module = formats[name], shell.get_submodule(name)
-            maxima = self._calibration.of(name).maxima
+            largest = self._largest_input(name, "input_amax", scheme)
             weight, divisor_O = factors.multiplied(name, module.weight), factors.divisor(name)
             quantizer = quantizer_of(format_, weight, scales, name)
             weight = rounded_weight(format_, quantizer, weight, scales, name)
-            parts = _pack(weight, quantizer, format_, scheme, maxima)
+            parts = _pack(weight, quantizer, format_, scheme, largest)
             if divisor_O is not None:  # the integers stay
                 parts["weight_scale"] /= divisor_O[:, None]
-            if parts["weight_scale"].dtype == torch.float32 and block_size(format_) > 0:
-                parts["weight_scale"] = parts["weight_scale"].to(self._sixteen_bits.dtype)
+            self._shorten_scales(parts, format_)
             packed |= {f"{name}.{kind}": tensor for kind, tensor in parts.items()}
             module.weight = None  # the packed one takes its place
+        of_experts = self._pack_experts(shell, formats)
         factors.divide(formats)
         rest = {n: self._sixteen_bits.rounded(n, t) for n, t in distinct_tensors(shell)}
-        return as_saved(self._outline, rest | packed), {}
+        return as_saved(self._outline, rest | packed) | of_experts, {}
+
+    def _pack_experts(self, shell: Any, formats: Mapping[str, Format]) -> dict[str, torch.Tensor]:
+        """Pack the experts of a part and take their weights out of it; by the names in the files.
+
+        Every expert's parameter has a quantizer, its linears in the files have rows of it.
+        """
+        packed: dict[str, torch.Tensor] = {}
+        schemes = {name: scheme for scheme in self._schemes.values() for name in scheme.targets}
+        for module in [name for name in formats if name in self._experts]:
+            format_ = formats[module]
+            parameters = shell.get_submodule(module)._parameters
+            linears = self._experts[module]
+            for (parameter, expert), members in itertools.groupby(linears, _quantized_with):
+                key = module, parameter, str(expert)
+                weight = parameters[parameter][expert]
+                quantizer = quantizer_of(format_, weight, self._scales, *key)
+                weight = rounded_weight(format_, quantizer, weight, self._scales, *key)
+                for linear in members:
+                    scheme = schemes[linear.name]
+                    largest = self._largest_input(module, f"{parameter}_input_amax", scheme)
+                    of_rows, rows = some_rows(quantizer, weight, linear.first, linear.num_rows)
+                    parts = _pack(rows, of_rows, format_, scheme, largest)
+                    self._shorten_scales(parts, format_)
+                    packed |= {f"{linear.name}.{kind}": tensor for kind, tensor in parts.items()}
+            for parameter in {linear.parameter for linear in linears}:
+                del parameters[parameter]
+        return packed
+
+    def _largest_input(
+        self, module: str, statistic: str, scheme: QuantizationScheme
+    ) -> float | None:
+        """That of the calibration; None where inputs have no stored scale."""
+        inputs = scheme.input_activations
+        if inputs is None or inputs.dynamic is True:
+            return None
+        return largest_input(self._calibration, module, statistic)
+
+    def _shorten_scales(self, parts: dict[str, torch.Tensor], format_: Format) -> None:
+        """Those of blocks of integers have 16 bits."""
+        if parts["weight_scale"].dtype == torch.float32 and block_size(format_) > 0:
+            parts["weight_scale"] = parts["weight_scale"].to(self._sixteen_bits.dtype)
 
     def finish(self, folder: Path, parts: Sequence[Any], engine: str | None) -> None:
         """Describe the packed weights in a folder that holds the model's config.
@@ -138,6 +192,11 @@ class CompressedPacker:
     ) -> Iterator[tuple[str, QuantizationScheme]]:
         for scheme in self._schemes.values():
             yield from ((name, scheme) for name in scheme.targets if name in formats)
+
+
+def _quantized_with(linear: StoredLinear) -> tuple[str, int]:
+    """What linears have in common that are rows of one expert's parameter."""
+    return linear.parameter, linear.expert
 
 
 def _schemes(source: Source) -> dict[str, QuantizationScheme]:
@@ -191,11 +250,14 @@ def _pack(
     quantizer: Any,
     format_: Format,
     scheme: QuantizationScheme,
-    maxima: Mapping[str, float],
+    maximum: float | None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one packed layer, without its name."""
+    """The tensors of one packed layer, without its name.
+
+    ``maximum`` is the largest of its inputs; None where they have no stored scale.
+    """
     parts = [
-        _pack_rows(rows, of_rows, format_, scheme, maxima)
+        _pack_rows(rows, of_rows, format_, scheme, maximum)
         for of_rows, rows in row_slices(quantizer, weight_OI)
     ]
     packed = joined_slices(parts)
@@ -209,7 +271,7 @@ def _pack_rows(
     quantizer: Any,
     format_: Format,
     scheme: QuantizationScheme,
-    maxima: Mapping[str, float],
+    maximum: float | None,
 ) -> dict[str, torch.Tensor]:
     stored = str(scheme.format)
     compressor = BaseCompressor.get_value_from_registry(stored)
@@ -222,14 +284,12 @@ def _pack_rows(
     # Quantized before, so that a tie is not rounded the other way than in the scan.
     weight_OI = quantizer(weight_OI)
     packed = compressor.compress({"weight": weight_OI.float(), **scales}, scheme)
-    inputs = scheme.input_activations
-    if inputs is not None and stored == "nvfp4-pack-quantized":
-        largest = maxima["input_amax"] or NO_ZERO
-        packed["input_global_scale"] = torch.tensor([_NVFP4_LARGEST / largest])
-    elif inputs is not None and not inputs.dynamic:
+    if maximum is not None and stored == "nvfp4-pack-quantized":
+        packed["input_global_scale"] = torch.tensor([_NVFP4_LARGEST / (maximum or NO_ZERO)])
+    elif maximum is not None:
         largest = make_quantizer(format_.input or {}, weight_OI.device).maxbound
         # All zeros: any scale will do, but 0; this is ModelOpt's.
-        packed["input_scale"] = torch.tensor([(maxima["input_amax"] or largest) / largest])
+        packed["input_scale"] = torch.tensor([(maximum or largest) / largest])
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
@@ -245,7 +305,7 @@ def _scales(weight_OI: torch.Tensor, quantizer: Any, format_: Format) -> torch.T
 def _nvfp4_scales(weight_OI: torch.Tensor, quantizer: Any) -> dict[str, torch.Tensor]:
     """Of blocks, e4m3 numbers in float32, and of the whole weight, inverted."""
     if quantizer.is_nvfp4_static:
-        scale, second = NVFP4QTensor.get_weights_scaling_factor_from_quantizer(quantizer, weight_OI)
+        scale, second = packed_static_scales(quantizer)
     else:
         largest = quantizer.amax.float().clamp(min=NO_ZERO)
         second = largest / _NVFP4_LARGEST

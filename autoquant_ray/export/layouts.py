@@ -14,6 +14,7 @@ from autoquant_ray.serving.compressed_formats import (
     SIXTEEN_BITS,
     block_size,
     compressed_scheme,
+    experts_problem,
     grids,
     shape_problem,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "MODELOPT",
     "SIXTEEN_BITS",
     "block_size",
+    "experts_problem",
     "grids",
     "shape_problem",
 ]

@@ -128,6 +128,26 @@ def _untie_head(model: Any, weights: StoredWeights | None, source: Source) -> No
     model.all_tied_weights_keys = {}
 
 
+def largest_input(calibration: Calibration, module: str, statistic: str) -> float:
+    """Largest absolute input of a module in the scan's calibration.
+
+    Args:
+        calibration: Of the run.
+        module: Its name.
+        statistic: Which of its inputs, ``input_amax`` of a linear.
+
+    Raises:
+        FormatError: It saw none.
+    """
+    maximum = calibration.of(module).maxima.get(statistic)
+    if maximum is None:
+        raise FormatError(
+            f"{module} saw no input in the scan's calibration, so its input has no scale; "
+            "scan with more samples, or pin its group to a format with inputs in 16 bits"
+        )
+    return maximum
+
+
 def distinct_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers; of those that share their memory the first."""
     seen: set[int] = set()

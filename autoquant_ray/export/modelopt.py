@@ -30,6 +30,7 @@ from autoquant_ray.export.carried import SixteenBits, add_ignored
 from autoquant_ray.export.check import unlisted
 from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxima
 from autoquant_ray.export.layouts import MODELOPT, NO_ZERO, block_size
+from autoquant_ray.export.model import largest_input
 from autoquant_ray.export.names import naming
 from autoquant_ray.export.parts import Part, outline
 from autoquant_ray.export.source import Source, needs_whole
@@ -189,12 +190,7 @@ def _set_input_maxima(model: Any, source: Source, calibration: Calibration) -> N
             quantizer = getattr(module, f"{prefix}input_quantizer")
             if not quantizer.is_enabled or not needs_static_maximum(quantizer):
                 continue
-            maximum = calibration.of(name).maxima.get(f"{prefix}input_amax")
-            if maximum is None:
-                raise FormatError(
-                    f"{name} saw no input in the scan's calibration, so its input has no scale; "
-                    "scan with more samples, or pin its group to a format with inputs in 16 bits"
-                )
+            maximum = largest_input(calibration, name, f"{prefix}input_amax")
             quantizer.amax = torch.tensor(maximum)
 
 

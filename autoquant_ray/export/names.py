@@ -3,22 +3,28 @@
 Engines look for the names of the model's own files. transformers renames them on loading and may
 join tensors (the experts of a layer) or transpose them; ModelOpt's exporter takes most of this
 back. What it does not take back is refused here, because it would be written without an error.
+
+For the other layout fused experts are taken apart here: what transformers would do to them on
+saving, done to the numbers of rows in place of weights, shows which linear of the files has which
+rows of a parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from autoquant_ray.errors import FormatError, one_line
 from autoquant_ray.export.check import StoredTensors
-from autoquant_ray.export.layouts import MODELOPT
+from autoquant_ray.export.layouts import COMPRESSED_TENSORS, MODELOPT
 from autoquant_ray.export.source import Source
 from autoquant_ray.models.quantizable import quantizable_modules
 from autoquant_ray.wording import few
 
+_COLUMNS = 2  # a single one would be dropped
 _MOST_NAMES = 4
 
 
@@ -89,3 +95,99 @@ def require_experts_as_stored(
             f"({few(fused, _MOST_NAMES)}): ModelOpt writes them one by one, even in 16 bits, under "
             "names that readers of this model do not know"
         )
+
+
+class StoredLinear(NamedTuple):
+    """A linear of the files, and where it is in memory.
+
+    Attributes:
+        name: In the files, without ``.weight``.
+        parameter: Of the module of the experts.
+        expert: Its number.
+        first: The first of its rows.
+        num_rows: How many rows.
+        num_columns: Of the parameter.
+    """
+
+    name: str
+    parameter: str
+    expert: int
+    first: int
+    num_rows: int
+    num_columns: int
+
+
+def stored_linears(model: Any, source: Source) -> dict[str, list[StoredLinear]]:
+    """Linears of every module of fused experts, none where the files keep its experts fused.
+
+    Args:
+        model: As transformers loaded it; its weights need not be there.
+        source: Which modules.
+
+    Raises:
+        FormatError: Experts are quantized that the files keep fused, or that are transposed.
+    """
+    linears = {
+        name: _linears_of(model, name, [prefix.removesuffix("_") for prefix in facts["prefixes"]])
+        for name, facts in source.modules.items()
+        if source.is_experts(name)
+    }
+    transposed = {module.name for module in quantizable_modules(model) if module.is_transposed}
+    whole = [n for n in source.formats if n in transposed or linears.get(n) == []]
+    if whole:
+        raise FormatError(
+            f"`format` {COMPRESSED_TENSORS} cannot hold experts that the model's own files keep "
+            f"fused ({few(whole, _MOST_NAMES)}): engines look for linears of each expert there; "
+            "leave them in 16 bits (solve `allow` '*experts=none')"
+        )
+    return linears
+
+
+def by_stored_names(source: Source, linears: Mapping[str, Sequence[StoredLinear]]) -> Source:
+    """The source with the linears of the files in place of the fused modules that have some."""
+
+    def unfused(content: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for key, value in content.items() for name in _names(linears, key)}
+
+    modules = {
+        name: {"prefixes": [""], "shapes": [[linear.num_rows, linear.num_columns]]}
+        for of_module in linears.values()
+        for name, linear in ((linear.name, linear) for linear in of_module)
+    }
+    return replace(
+        source,
+        formats=unfused(source.formats),
+        groups=unfused(source.groups),
+        modules=unfused(source.modules) | modules,
+    )
+
+
+def _names(linears: Mapping[str, Sequence[StoredLinear]], module: str) -> list[str]:
+    return [linear.name for linear in linears.get(module, ())] or [module]
+
+
+def _linears_of(model: Any, module: str, parameters: Iterable[str]) -> list[StoredLinear]:
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    linears = []
+    for parameter in parameters:
+        num_experts, num_rows, num_columns = getattr(model.get_submodule(module), parameter).shape
+        rows_EO = torch.arange(num_experts * num_rows).reshape(num_experts, num_rows, 1)
+        marks = {f"{module}.{parameter}": rows_EO.expand(-1, -1, _COLUMNS).clone()}
+        for name, mark in revert_weight_conversion(model, marks).items():
+            if mark.dim() != 2 or mark.shape[-1] != _COLUMNS:
+                return []
+            expert, first = divmod(int(mark[0, 0]), num_rows)
+            assert torch.equal(mark[:, 0], mark[0, 0] + torch.arange(len(mark))), name
+            linears.append(
+                StoredLinear(
+                    name=name.removesuffix(".weight"),
+                    parameter=parameter,
+                    expert=expert,
+                    first=first,
+                    num_rows=len(mark),
+                    num_columns=num_columns,
+                )
+            )
+    return sorted(linears, key=lambda linear: (linear.expert, linear.parameter))

@@ -17,6 +17,7 @@ from autoquant_ray.export.layouts import (
     LAYOUTS,
     MODELOPT,
     block_size,
+    experts_problem,
     grids,
     shape_problem,
     stored_as,
@@ -311,9 +312,6 @@ def _problems(source: Source, layout: str) -> dict[str, list[str]]:
             groups = problems.setdefault(problem, [])
             if source.groups[module] not in groups:
                 groups.append(source.groups[module])
-    experts = [source.groups[module] for module in source.modules if source.is_experts(module)]
-    if experts and layout != MODELOPT:
-        problems["fused experts cannot be written, not even in 16 bits"] = experts
     return problems
 
 
@@ -327,9 +325,12 @@ def _problem(source: Source, module: str, format_: Format, layout: str) -> str |
         )
     if stored_as(format_, layout) is None:
         return f"{format_.name} has no packed form"
-    if source.is_experts(module) and format_.weight.get("num_bits") == 4:
+    is_blocks = layout == MODELOPT and format_.weight.get("num_bits") == 4
+    if is_blocks and source.is_experts(module):
         return f"{format_.name}: ModelOpt packs no 4-bit integers of fused experts"
     shapes = source.modules[module]["shapes"]
+    if layout == COMPRESSED_TENSORS and (problem := experts_problem(shapes)) is not None:
+        return f"{format_.name}: {problem}"
     reasons = (shape_problem(format_, shape) for shape in shapes)
     reason = next((text for text in reasons if text is not None), None)
     return None if reason is None else f"{format_.name}: {reason}"

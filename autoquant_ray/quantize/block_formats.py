@@ -209,6 +209,25 @@ def _static_scales(
     return torch.where(is_lost_N1, round_to(wanted_N1, E4M3) * unit, scales_N1), is_lost_N1
 
 
+@torch.no_grad()
+def packed_static_scales(quantizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales of a static NVFP4 weight as they are stored: those that its quantizer computes.
+
+    ModelOpt's own packing divides in another order, which rounds some ties of e4m3 otherwise.
+
+    Args:
+        quantizer: From :meth:`StaticBlocks.from_tensor_quantizer`, calibrated.
+
+    Returns:
+        Of the blocks ``(N, 1)``, e4m3 numbers in float32, and of the whole weight, float32.
+    """
+    top = fp8_max_for_normalization(quantizer)
+    largest = quantizer.global_amax.float()
+    scales_N1, _ = _static_scales(quantizer.amax.reshape(-1, 1), largest, top)
+    second = largest / (E2M1.largest * top)
+    return round_to(scales_N1 / second, E4M3), second
+
+
 def _scale_exponents(maxima_N1: torch.Tensor, number: Number) -> torch.Tensor:
     """``ceil(log2(m / largest))`` within -127 and 127, which is also the range of e8m0.
 

@@ -17,7 +17,7 @@ from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.kv_cache import is_described
 from autoquant_ray.formats.method_names import without_method
-from autoquant_ray.serving.compressed_formats import shape_problem
+from autoquant_ray.serving.compressed_formats import experts_problem, shape_problem
 from autoquant_ray.serving.fused_names import (
     EXPERTS,
     EngineModule,
@@ -114,12 +114,12 @@ def served_sets(
     target = engine if gpu is None else f"{engine} on {gpu}"
     by_name = {format_.name: format_ for format_ in formats}
     served = []
-    for layout, menu in menus_of(formats, engine, gpu, _layouts(groups, engine)):
+    for layout, menu in menus_of(formats, engine, gpu, layouts_of(engine)):
         algos = {name: named(by_name[name], layout) for name in menu}
         permitted = _permitted(holders, searched, algos, engine, layout)
         for group, names in permitted.items():
-            shapes_of = [s for m in groups[group] for s in (shapes or {}).get(m, ())]
-            packable = {n for n in names - {NONE} if _fits(by_name[n], shapes_of)}
+            shapes_of = [(shapes or {}).get(module, ()) for module in groups[group]]
+            packable = {n for n in names - {NONE} if _fits(by_name[n], shapes_of, layout)}
             permitted[group] = frozenset({NONE} & names) | packable
         ties = joined([groups for _, groups in holders], searched)
         served.append(
@@ -130,18 +130,11 @@ def served_sets(
     return served
 
 
-def _fits(format_: Format, shapes: Sequence[Sequence[int]]) -> bool:
-    return all(shape_problem(format_, shape) is None for shape in shapes)
-
-
-def _layouts(groups: Groups, engine: str) -> list[str]:
-    """Layouts that can hold a model: compressed-tensors has no fused experts."""
-    names = (name for modules in groups.values() for name in modules)
-    has_fused = any(
-        name.endswith(f".{EXPERTS}") or name.rpartition(".")[0].endswith(f".{EXPERTS}")
-        for name in names
-    )
-    return [layout for layout in layouts_of(engine) if layout == MODELOPT or not has_fused]
+def _fits(format_: Format, shapes: Sequence[Sequence[Sequence[int]]], layout: str) -> bool:
+    """Whether modules, by the shapes of their weights, can be packed in a format."""
+    if layout == COMPRESSED_TENSORS and any(map(experts_problem, shapes)):
+        return False
+    return all(shape_problem(format_, shape) is None for of in shapes for shape in of)
 
 
 def _quantized_experts(
@@ -197,7 +190,7 @@ def require_served(
         NotServedError: Names groups, reasons and remedies.
     """
     problems: list[str] = []
-    for candidate in _layouts(groups, engine) if layout is None else [layout]:
+    for candidate in layouts_of(engine) if layout is None else [layout]:
         problem = _layout_problem(groups, chosen, formats, engine, gpu, candidate)
         if problem is None:
             return
@@ -252,7 +245,7 @@ def why_unserved(
     used = [format_ for format_ in formats if format_.name in set(chosen.values())]
     served = {}
     for name, generation in itertools.product(ENGINES, GENERATIONS):
-        for layout in _layouts(groups, name):
+        for layout in layouts_of(name):
             mixed = len({named(format_, layout) for format_ in used}) > 1
             reasons = servable_formats(used, name, generation, mixed=mixed, layout=layout)
             served[name, generation, layout] = reasons

@@ -57,6 +57,10 @@ CUSTOM = {
         "input": None,
         "algorithm": {"method": "gptq"},
     },
+    "int8_per_token": {
+        "weight": {"num_bits": 8, "axis": 0},
+        "input": {"num_bits": 8, "type": "dynamic", "block_sizes": {"-1": None}},
+    },
     "int8_mse": {
         "weight": {"num_bits": 8, "axis": 0},
         "input": {"num_bits": 8, "axis": None},

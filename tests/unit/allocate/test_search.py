@@ -121,10 +121,7 @@ def is_served(groups: Any, allocation: dict[str, str], options: SolveOptions) ->
         algos = {name: named(format_, layout) for name, format_ in FORMATS.items()} | {NONE: None}
         layers = {m: algos[allocation[g.name]] for g in groups for m in g.module_names}
         has_names = all(name == NONE or algos[name] for name in allocation.values())
-        has_fused_experts = any(name.endswith(".experts") for name in layers)
-        if not has_names or (has_fused_experts and layout == "compressed-tensors"):
-            continue
-        if not violations(layers, engine, options.gpu, layout=layout):
+        if has_names and not violations(layers, engine, options.gpu, layout=layout):
             return True
     return False
 
@@ -134,7 +131,7 @@ def is_served(groups: Any, allocation: dict[str, str], options: SolveOptions) ->
     [
         (DENSE, ["fp8", "int4", "int8"], "vllm", "hopper"),  # by compressed-tensors
         (DENSE, ["fp8", "int4", "nvfp4_32"], "vllm", "blackwell"),  # each in a layout of its own
-        (SHARED, ["fp8", "int4"], "vllm", "hopper"),  # fused experts: ModelOpt's layout only
+        (SHARED, ["fp8", "int4", "int8"], "vllm", "hopper"),  # no int8 inputs of experts
         (DENSE, ["fp8", "nvfp4", "w4a16_nvfp4"], "vllm", "hopper"),
         (DENSE, ["fp8", "nvfp4", "fp8_rows"], "vllm", "ada"),  # mixed, or rows of fp8 alone
         (DENSE, ["fp8", "nvfp4", "nvfp4_32"], "vllm", "blackwell"),  # two group sizes

@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from checkpoints import load_folder
 from engine_readers import read_by_engine
+from moe_models import LINEARS, write_moe
+from safetensors.torch import load_file
 
 from autoquant_ray.export.checkpoint import export_run
 
-SCRIPT = Path(__file__).parents[2] / "support" / "vllm_layers.py"
+SUPPORT = Path(__file__).parents[2] / "support"
+SCRIPT = SUPPORT / "vllm_layers.py"
 PYTHON = os.environ.get("AUTOQUANT_RAY_VLLM")
 FUSED = {"qkv_proj": "self_attn.q_proj", "gate_up_proj": "mlp.gate_proj"}
 MODELOPT = {
@@ -36,6 +41,19 @@ COMPRESSED = {
     "wfp4_afp16": {"scheme": "CompressedTensorsW4A4Fp4"},
     "MXFP8_DEFAULT_CFG": {"scheme": "CompressedTensorsW8A8Mxfp8"},
     "none": None,
+}
+
+_WNA16 = "CompressedTensorsWNA16MoEMethod"
+EXPERTS = {
+    "int4_g32": _WNA16,
+    "wint8_afp16": _WNA16,
+    "int8_per_token": "CompressedTensorsW8A8Int8MoEMethod",
+    "wfp8_afp8": "CompressedTensorsW8A8Fp8MoEMethod",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": "CompressedTensorsW8A8Fp8MoEMethod",
+    "NVFP4_DEFAULT_CFG": "CompressedTensorsW4A4Nvfp4MoEMethod",
+    "wfp4_afp16": "CompressedTensorsW4A4Nvfp4MoEMethod",
+    "MXFP8_DEFAULT_CFG": "CompressedTensorsW8A8Mxfp8MoEMethod",
+    "none": "UnquantizedFusedMoEMethod",
 }
 
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="AUTOQUANT_RAY_VLLM names no Python")
@@ -80,3 +98,48 @@ def test_one_format_alone_is_read_for_all_but_what_is_left_out(
         for layer, kind in read_by_vllm(tmp_path / f"out-{name}").items():
             kept = layer == "lm_head" or "0.mlp" in layer
             assert kind == (None if kept else MODELOPT[name]), (layer, name)
+
+
+@pytest.mark.parametrize("family", LINEARS)
+def test_experts_are_read_and_loaded_as_the_manifest_says(
+    family: str, solved_run: Any, tmp_path: Path
+) -> None:
+    """vLLM's own class of the model is made, and its own loader fills it."""
+    folder = write_moe(tmp_path / family, family, num_layers=len(EXPERTS))
+    formats = tuple(name for name in EXPERTS if name != "none")
+    chosen = {f"*.{i}.mlp.experts": name for i, name in enumerate(EXPERTS)}
+    choice = {"*": "none", "*o_proj": "int4_g32", "*3.self_attn.*": "wint8_aint8"} | chosen
+    directory, *_ = solved_run("qwen3_moe", choice, (*formats, "wint8_aint8"), folder=folder)
+    out, loaded_file = tmp_path / "out", tmp_path / "experts.safetensors"
+    export_run(directory, str(out), layout="compressed-tensors")
+    command = [str(PYTHON), "-W", "ignore", str(SUPPORT / "vllm_model.py")]
+    read = read_by_engine([*command, str(out), str(loaded_file)])
+    # Scales of caches, and those of inputs that stay in 16 bits, are made where there are none.
+    missing = {name for name in read["missing"] if ".attn." not in name}
+    unread = f"model.layers.{list(EXPERTS).index('wfp4_afp16')}.{LINEARS[family][0]}.experts."
+    ends = ("w13_input_global_scale", "w2_input_global_scale")
+    assert missing == {f"{unread}routed_experts.{end}" for end in ends}
+    holder, gate_up, down = LINEARS[family]
+    kinds, loaded, stored = read["kinds"], load_file(loaded_file), load_folder(out)
+    for layer, format_ in enumerate(EXPERTS):
+        start = f"model.layers.{layer}."
+        experts = f"{start}{holder}.experts"
+        assert kinds[f"{experts}.routed_experts"] == EXPERTS[format_], format_
+        is_int8 = layer == 3
+        kind = "CompressedTensorsW8A8Int8" if is_int8 else "CompressedTensorsWNA16"
+        assert kinds[f"{start}self_attn.o_proj"] == kind
+        qkv = "CompressedTensorsW8A8Int8" if is_int8 else "UnquantizedLinearMethod"
+        assert kinds[f"{start}self_attn.qkv_proj"] == qkv
+        for part, linears in (("w13", gate_up), ("w2", (down,))):
+            prefix = f"{experts}.routed_experts.{part}_"
+            kinds_of_tensors = {n.removeprefix(prefix) for n in loaded if n.startswith(prefix)}
+            assert any(kind.startswith("weight") for kind in kinds_of_tensors)
+            for kind in kinds_of_tensors:
+                if kind == "weight_shape" or f"{prefix}{kind}" in missing:
+                    continue
+                for expert, theirs in enumerate(loaded[f"{prefix}{kind}"]):
+                    named = [f"{experts}.{expert}.{linear}.{kind}" for linear in linears]
+                    ours = torch.cat([stored[name].flatten() for name in named])
+                    if kind == "input_scale":
+                        ours = ours[:1]
+                    assert torch.equal(theirs.flatten(), ours.to(theirs.dtype)), (format_, named)

@@ -1,0 +1,44 @@
+"""Small random mixtures of experts, in the form of Hugging Face."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+LINEARS = {
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
+    "mixtral": ("block_sparse_moe", ("w1", "w3"), "w2"),
+}
+"""Family -> what holds the experts in its files, what is gate and up there, and what is down."""
+_DECODER: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,
+}
+
+
+def moe_config(family: str, num_layers: int = 2) -> Any:
+    """Config of a small model whose shapes vLLM's kernels on GPUs take."""
+    sizes = _DECODER | {"num_hidden_layers": num_layers}
+    if family == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(
+            **sizes, intermediate_size=96, moe_intermediate_size=64, num_experts=4
+        )
+    kinds = {"mixtral": transformers.MixtralConfig, "gpt_oss": transformers.GptOssConfig}
+    return kinds[family](**sizes, intermediate_size=64, num_local_experts=4)
+
+
+def write_moe(folder: Path, family: str, num_layers: int = 2) -> Path:
+    """Write such a model in bfloat16."""
+    torch.manual_seed(0)
+    config = moe_config(family, num_layers)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,178 @@
+"""Fused experts in the layout of compressed-tensors: linears of each expert, as in the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import load_folder
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from moe_models import LINEARS, write_moe
+
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.calibrate.files import read_calibration
+from autoquant_ray.errors import FormatError
+from autoquant_ray.export.checkpoint import export_run
+from autoquant_ray.export.source import read_source
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.models.load import load_model
+from autoquant_ray.quantize.quantizers import quantized_weight
+from autoquant_ray.quantize.weight_search import WeightScales
+from autoquant_ray.serving.menus import served_sets
+from autoquant_ray.solve import solve_run
+
+FORMATS = (
+    "int4_g32",
+    "int4_g32_gptq",
+    "int8_per_token",
+    "wint8_afp16",
+    "wfp8_afp8",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "NVFP4_DEFAULT_CFG",
+    "wfp4_afp16:weighted",
+    "MXFP8_DEFAULT_CFG",
+)
+
+
+def unpacked_by_the_library(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of all packed linears, by the package's own readers of config and of tensors."""
+    content = json.loads((folder / "config.json").read_text())["quantization_config"]
+    tensors, weights = load_folder(folder), {}
+    for scheme in QuantizationConfig.model_validate(content).config_groups.values():
+        compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
+        for name in scheme.targets:
+            start = f"{name}."
+            packed = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            if packed["weight_scale"].dtype == torch.bfloat16:  # products would be rounded to it
+                packed["weight_scale"] = packed["weight_scale"].float()
+            weights[name] = compressor.decompress(packed, scheme)["weight"]
+    return weights
+
+
+def scored_experts(
+    directory: Any, folder: Path, module: str, names: tuple[str, tuple[str, ...], str]
+) -> Mapping[str, torch.Tensor]:
+    """Linear of the files -> weight as the scan quantizes it, with its part of a fused one."""
+    source = read_source(directory)
+    format_ = source.formats[module]
+    model = load_model(find_model(str(folder)), dtype="float32", device="cpu")
+    scales = WeightScales(model, read_calibration(directory, [format_]))
+    experts = model.get_submodule(module)
+    holder, gate_up, down = names
+    scored = {}
+    for expert in range(len(experts.down_proj)):
+        for parameter, linears in (("gate_up_proj", gate_up), ("down_proj", (down,))):
+            weight = getattr(experts, parameter)[expert].detach()
+            made = quantized_weight(format_, weight, scales, module, parameter, str(expert))
+            for linear, rows in zip(linears, made.float().chunk(len(linears)), strict=True):
+                scored[f"model.layers.0.{holder}.experts.{expert}.{linear}"] = rows
+    return scored
+
+
+@pytest.mark.parametrize("family", LINEARS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_library_unpacks_the_experts_that_were_scored(
+    name: str, family: str, solved_run: Any, tmp_path: Path
+) -> None:
+    folder = write_moe(tmp_path / family, family)
+    choice = {"*": "none", "*0.mlp.experts": name, "*0.self_attn.o_proj": name}
+    directory, *_ = solved_run("qwen3_moe", choice, (name,), folder=folder)
+    out = tmp_path / "out"
+    written = export_run(directory, str(out), layout="compressed-tensors")
+    tensors, source = load_folder(out), load_folder(folder)
+    unpacked = unpacked_by_the_library(out)
+    scored = scored_experts(directory, folder, "model.layers.0.mlp.experts", LINEARS[family])
+    assert unpacked.keys() == {*scored, "model.layers.0.self_attn.o_proj"}
+    assert {f"{linear}.weight" for linear in scored} <= source.keys()  # named as in the files
+    # Scales of integers' blocks have 16 bits; those of NVFP4 are multiplied in bfloat16.
+    tolerance = 2**-8 if "int4" in name else 2**-7 if "fp4" in name.lower() else 1e-6
+    for linear, weight in scored.items():  # blocks of floats are unpacked in bfloat16
+        expected = weight.to(unpacked[linear].dtype)
+        torch.testing.assert_close(unpacked[linear], expected, rtol=tolerance, atol=1e-7)
+    others = {n: t for n, t in source.items() if n.rpartition(".")[0] not in unpacked}
+    assert all(torch.equal(tensors[n], tensor) for n, tensor in others.items())
+    assert written.bytes_on_disk == pytest.approx(written.weight_bytes, rel=0.01)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    expert_linears = {n.removesuffix(".weight") for n in source if ".experts." in n}
+    assert expert_linears - unpacked.keys() <= set(config["ignore"])
+    inputs = {float(tensors[f"{n}.input_scale"]) for n in scored if f"{n}.input_scale" in tensors}
+    assert len(inputs) == (2 if name == "wfp8_afp8" else 0)  # one for gate and up, one for down
+
+
+def test_all_experts_in_16_bits_are_those_of_the_files(solved_run: Any, tmp_path: Path) -> None:
+    for family in (*LINEARS, "gpt_oss"):
+        folder = write_moe(tmp_path / family, family)
+        choice = {"*": "none", "*o_proj": "int4_g32"}
+        directory, *_ = solved_run(
+            "qwen3_moe", choice, ("int4_g32",), folder=folder, name=f"{family}-run"
+        )
+        export_run(directory, str(tmp_path / f"out-{family}"), layout="compressed-tensors")
+        tensors, source = load_folder(tmp_path / f"out-{family}"), load_folder(folder)
+        experts = {name: tensor for name, tensor in source.items() if "experts" in name}
+        assert experts
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in experts.items())
+
+
+def test_transposed_experts_are_refused(solved_run: Any, tmp_path: Path) -> None:
+    choice = {"*": "none", "*0.mlp.experts": "wint8_afp16"}
+    folder = write_moe(tmp_path / "gpt_oss", "gpt_oss")
+    directory, *_ = solved_run("qwen3_moe", choice, ("wint8_afp16",), folder=folder)
+    with pytest.raises(FormatError, match=r"files keep fused \(model\.layers\.0\.mlp\.experts\)"):
+        export_run(directory, str(tmp_path / "out"), layout="compressed-tensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_whose_inputs_were_never_seen_are_refused(solved_run: Any, tmp_path: Path) -> None:
+    choice = {"*": "none", "*0.mlp.experts": "wfp8_afp8"}
+    folder = write_moe(tmp_path / "mixtral", "mixtral")
+    directory, *_ = solved_run("qwen3_moe", choice, ("wfp8_afp8",), folder=folder)
+    rows = directory.read_table("calibration.parquet").to_pylist()
+    seen = [row for row in rows if row["statistic"] != "down_proj_input_amax"]
+    directory.write_table("calibration.parquet", seen)
+    with pytest.raises(FormatError, match=r"0\.mlp\.experts saw no input in the scan's calib"):
+        export_run(directory, str(tmp_path / "out"), layout="compressed-tensors")
+
+
+@pytest.mark.parametrize("groups", ["layer", "expert"])
+def test_integers_of_experts_are_solved_for_vllm_and_exported_in_its_layout(
+    groups: str, solved_run: Any, tmp_path: Path
+) -> None:
+    folder = write_moe(tmp_path / "mixtral", "mixtral")
+    menu = ("int4_g32", "wint8_afp16", "wfp8_afp16", "wint8_aint8")
+    more = {"folder": folder, "expert_groups": groups}
+    directory, *_ = solved_run("qwen3_moe", {"*": "none"}, menu, **more)
+    solved = solve_run(directory, SolveOptions(bits=7, engine="vllm", gpu="hopper"))
+    name = solved.name
+    written = export_run(directory, str(tmp_path / "out"), solution=name)
+    assert (written.layout, written.engine) == ("compressed-tensors", "vllm")
+    formats = read_source(directory, name).formats
+    experts = {formats[module].name for module in formats if module.endswith("experts")}
+    assert experts <= {"int4_g32", "wint8_afp16"}
+    assert len(experts) > 0
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    for layer in range(2):
+        start = f"model.layers.{layer}.block_sparse_moe.experts."
+        holders = [
+            sum(target.startswith(start) for target in group["targets"])
+            for group in config["config_groups"].values()
+        ]
+        assert sorted(holders)[-1] in (0, 12)
+        assert sum(holders) == max(holders)
+
+
+def test_experts_without_a_gate_stay_in_16_bits_where_vllm_would_not_find_them() -> None:
+    groups = {"experts": ["model.layers.0.mlp.experts"], "o": ["model.layers.0.self_attn.o_proj"]}
+    menu = resolve_formats(("wint8_afp16", "wfp8_afp8"), device="cpu")
+    for rows, is_found in ((128, True), (64, False)):
+        shapes = {"model.layers.0.mlp.experts": [[4, rows, 128], [4, 128, 64]]}
+        arguments = (groups, list(groups), menu, "vllm", "hopper", shapes)
+        served = {entry.layout: entry.permitted["experts"] for entry in served_sets(*arguments)}
+        assert served["compressed-tensors"] == {NONE, *([f.name for f in menu] if is_found else [])}
+        assert served["modelopt"] == {NONE, "wfp8_afp8"}
