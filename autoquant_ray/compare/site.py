@@ -7,14 +7,17 @@ against the run of the same model before it. Nothing is guessed: what a run does
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autoquant_ray.allocate.losses import allocation_key
 from autoquant_ray.errors import StoreError, one_line
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import (
+    EVALUATION_FILE,
     HISTORY_FILE,
     MANIFEST_JSON,
     MANIFEST_TABLE,
@@ -37,13 +40,15 @@ class RunRow:
 
     Attributes:
         name: Folder below the runs' folder; of a night that failed early there may be none.
-        started: ISO time in UTC, '' where unknown; rows are sorted by it.
+        started: ISO time in UTC, '' where unknown; rows are sorted by their day and then by it.
         status: ``done``, ``quarantined`` (shards left out), ``failed``, ``infeasible``,
             ``unfinished`` or ``damaged``.
         problem: What went wrong, for people.
         verdict: Of the nightly comparison: ``baseline``, ``same``, ``noise`` or ``drift``.
         compared_with: Run that the churn is against.
+        date: Day that the night is for (``nightly --date``); None for other runs.
         predicted_kl_nats: Nats per token.
+        measured_kl_nats: Nats per token, of the run's own solution; of the data measured last.
         num_changed: Groups whose format changed.
         num_groups: Groups that have a format in either of the two runs.
         effective_bits: Stored bits per searched weight.
@@ -55,17 +60,24 @@ class RunRow:
     name: str
     model: str | None = None
     started: str = ""
+    date: str | None = None
     status: str = "done"
     problem: str | None = None
     verdict: str | None = None
     compared_with: str | None = None
     predicted_kl_nats: float | None = None
+    measured_kl_nats: float | None = None
     num_changed: int | None = None
     num_groups: int | None = None
     effective_bits: float | None = None
     weight_bytes: int | None = None
     seconds: float | None = None
     report: str | None = None
+
+    @property
+    def day(self) -> str:
+        """``YYYY-MM-DD``; '' where unknown."""
+        return self.date or self.started[:10]
 
     @property
     def churn(self) -> float | None:
@@ -148,7 +160,7 @@ def _read_run(folder: RunDirectory, name: str) -> _SiteRun | None:
         run = _SiteRun(row=row, formats={}, fingerprint=record.model.get("fingerprint"))
         if row.status not in ("done", "quarantined"):
             return run
-        return _with_solution(folder, run)
+        return _with_solution(folder, run, record.plan["unsearched"] if record.plan else ())
     except (StoreError, KeyError, TypeError, ValueError, AttributeError) as error:
         row = RunRow(name=name, status="damaged", problem=_explain(error), report=report)
         return _SiteRun(row=row, formats={})
@@ -178,7 +190,7 @@ def _run_row(name: str, record: RunRecord) -> RunRow:
     )
 
 
-def _with_solution(folder: RunDirectory, run: _SiteRun) -> _SiteRun:
+def _with_solution(folder: RunDirectory, run: _SiteRun, unsearched: Collection[str]) -> _SiteRun:
     """Add what the run's own budget gave."""
     row = run.row
     if not folder.exists(f"{row.name}/{MANIFEST_JSON}"):
@@ -191,10 +203,23 @@ def _with_solution(folder: RunDirectory, run: _SiteRun) -> _SiteRun:
     row = replace(
         row,
         predicted_kl_nats=solution["predicted_kl_nats"],
+        measured_kl_nats=_measured(
+            folder, row.name, {name: f for name, f in formats.items() if name not in unsearched}
+        ),
         effective_bits=solution["effective_bits"],
         weight_bytes=round(solution["weight_bytes"]),
     )
     return replace(run, row=row, formats=formats)
+
+
+def _measured(folder: RunDirectory, name: str, formats: Mapping[str, str]) -> float | None:
+    """The newest measured loss of the run's own solution; None where none is finite."""
+    if not folder.exists(f"{name}/{EVALUATION_FILE}"):
+        return None
+    of = {"solution": "", "name": "solution", "allocation": allocation_key(formats)}
+    rows = folder.read_table(f"{name}/{EVALUATION_FILE}").to_pylist()
+    losses = [row["kl_mean"] for row in rows if all(row[key] == of[key] for key in of)]
+    return losses[-1] if losses and math.isfinite(losses[-1]) else None
 
 
 def _nightly_jobs(nights: list[dict[str, Any]], runs: dict[str, _SiteRun]) -> list[Job]:
@@ -209,7 +234,11 @@ def _nightly_jobs(nights: list[dict[str, Any]], runs: dict[str, _SiteRun]) -> li
         sizes = {len(run.formats) for run in runs_of_job.values() if run.formats}
         size = sizes.pop() if len(sizes) == 1 else None  # runs that were deleted had it too
         rows = [_night_row(night, runs_of_job.get(night["run"]), size) for night in nights_of_job]
-        rows += [run.row for name, run in runs_of_job.items() if name not in names]
+        rows += [
+            replace(run.row, date=name.removeprefix(f"{job}-"))
+            for name, run in runs_of_job.items()
+            if name not in names
+        ]
         for name in runs_of_job:
             del runs[name]
         jobs.append(Job(name=job, is_nightly=True, rows=sorted(rows, key=_age)))
@@ -225,6 +254,7 @@ def _night_row(night: dict[str, Any], run: _SiteRun | None, num_groups: int | No
     return replace(
         row,
         started=night["started"] or night["date"],
+        date=night["date"],
         status=status,
         problem=problem,
         verdict=night["verdict"],
@@ -280,8 +310,8 @@ def _is_night(run: str, job: str) -> bool:
     return re.fullmatch(re.escape(job) + r"-\d{4}-\d\d-\d\d", run) is not None
 
 
-def _age(row: RunRow) -> tuple[str, str]:
-    return row.started, row.name
+def _age(row: RunRow) -> tuple[str, str, str]:
+    return row.day, row.started, row.name
 
 
 def _explain(error: BaseException) -> str:

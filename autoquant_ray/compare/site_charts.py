@@ -27,12 +27,14 @@ class Point:
         value: None where the run has no such number.
         shown: The value as text, or why there is none.
         mark: ``good``, ``look`` (drift, quarantined) or ``bad`` (no result).
+        measured: A value that stands beside the run's own, hollow; None where there is none.
     """
 
     label: str
     value: float | None
     shown: str
     mark: str
+    measured: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,8 @@ def make_chart(points: Sequence[Point], *, width: int, is_share: bool) -> Chart:
         width: Pixels.
         is_share: Values are shares, drawn as bars from zero; otherwise a line over their range.
     """
-    low, high, step = _range([p.value for p in points if p.value is not None], is_share)
+    shown = [value for p in points for value in (p.value, p.measured) if value is not None]
+    low, high, step = _range(shown, is_share)
     base, right = HEIGHT - _BOTTOM, width - _RIGHT
     slot = (right - _LEFT) / len(points)
 
@@ -107,7 +110,19 @@ def make_chart(points: Sequence[Point], *, width: int, is_share: bool) -> Chart:
         base=base,
         y_ticks=[Tick(place=y_of(v), label=_tick_label(v, step, is_share)) for v in ticks],
         x_ticks=_x_ticks(points, marks, right - _LEFT),
-        marks=[m for m in marks if m.mark != "none"],
+        marks=[
+            *(m for m in marks if m.mark != "none"),
+            *(
+                Mark(
+                    x=m.x,
+                    y=y_of(p.measured),
+                    mark="measured",
+                    title=f"{p.label}: measured {p.measured:#.4g} nats",
+                )
+                for p, m in zip(points, marks, strict=True)
+                if p.measured is not None
+            ),
+        ],
         lines=[] if is_share else _lines(points, marks),
         bar_width=round(max(2.0, min(slot * 0.6, 28)), 1) if is_share else 0,
     )

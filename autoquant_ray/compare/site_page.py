@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -59,15 +61,18 @@ def render_site(jobs: list[Job], title: str, link: Callable[[str], str | None]) 
         title: Name of the folder of runs.
         link: From a report's name below that folder to where the page finds it, or None.
     """
+    names = short_names([job.name for job in jobs])
     return render_page(
         "site.html.j2",
         ["shared.css", "site.css"],
         ["sort.js"],
         title=title,
         marker=_MARKER,
-        jobs=[_job(job, number, link) for number, job in enumerate(jobs, start=1)],
+        jobs=[_job(job, number, names[job.name], link) for number, job in enumerate(jobs, start=1)],
         looks=[
-            (job, number, row) for number, job in enumerate(jobs, start=1) for row in _looks(job)
+            (names[job.name], number, row)
+            for number, job in enumerate(jobs, start=1)
+            for row in _looks(job)
         ],
         num_runs=sum(len(job.rows) for job in jobs),
         status_text=_STATUS_TEXT,
@@ -94,16 +99,41 @@ def _looks(job: Job) -> list[RunRow]:
     return recent
 
 
-def _job(job: Job, number: int, link: Callable[[str], str | None]) -> dict[str, Any]:
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Name -> the end of its path that tells it from the others; an id of a hub stays whole.
+
+    Args:
+        names: Of jobs and models, each of them different.
+    """
+    parts = {name: _parts(name) for name in names}
+    for number in range(1, 1 + max(map(len, parts.values()), default=0)):
+        short = {name: "/".join(of[-number:]) for name, of in parts.items()}
+        counts = Counter(short.values())
+        if all(count == 1 for count in counts.values()):
+            return short
+    return {name: name for name in names}
+
+
+def _parts(name: str) -> list[str]:
+    """Folders of a path; a name that is none is a single part."""
+    is_path = name.startswith(("/", "./", "../", "~")) or re.match(r"[a-z0-9]+://", name)
+    return [part for part in name.split("/") if part] if is_path else [name]
+
+
+def _job(job: Job, number: int, name: str, link: Callable[[str], str | None]) -> dict[str, Any]:
     """What the template shows of a job."""
     rows = job.rows
     with_result = [row for row in rows if row.predicted_kl_nats is not None]
     models = sorted({row.model for row in rows if row.model is not None})
+    if not job.is_nightly:  # of a single one, its whole path, unless that is the job's name
+        models = [] if models == [name] else models
+    has_measured = any(row.measured_kl_nats is not None for row in rows)
     return {
         "id": f"job-{number}",
-        "name": job.name,
+        "name": name,
+        "has_measured": has_measured,
         "kind": "Nightly job" if job.is_nightly else "Runs of one model",
-        "models": models if job.is_nightly else [],
+        "models": models,
         "last": rows[-1],
         "last_result": with_result[-1] if with_result else None,
         "change": _change(with_result),
@@ -114,7 +144,7 @@ def _job(job: Job, number: int, link: Callable[[str], str | None]) -> dict[str, 
             {
                 "id": f"job-{number}-kl",
                 "title": "Predicted KL",
-                "unit": "nats per token, lower is better",
+                "unit": f"nats per token, lower is better{'; hollow: measured' * has_measured}",
                 "summary": _summary([row.predicted_kl_nats for row in rows], "{:#.4g} nats"),
                 "sizes": _sizes(rows, _kl_point, is_share=False),
             },
@@ -136,6 +166,7 @@ def _row(row: RunRow, link: Callable[[str], str | None]) -> dict[str, Any]:
         "link": None if row.report is None else link(row.report),
         "started": row.started.replace("T", " ")[:16] or "unknown",
         "kl": _shown(row.predicted_kl_nats, "{:#.4g}"),
+        "measured": _shown(row.measured_kl_nats, "{:#.4g}"),
         "churn": _shown_churn(row),
         "bits": _shown(row.effective_bits, "{:.3f}"),
         "bytes": _NO_VALUE if row.weight_bytes is None else _size(row.weight_bytes),
@@ -155,7 +186,13 @@ def _sizes(
 def _kl_point(row: RunRow) -> Point:
     value = row.predicted_kl_nats
     shown = _STATUS_TEXT[row.status].lower() if value is None else f"{value:#.4g} nats"
-    return Point(label=_day(row), value=value, shown=shown, mark=_mark(row))
+    return Point(
+        label=_day(row),
+        value=value,
+        shown=shown,
+        mark=_mark(row),
+        measured=row.measured_kl_nats,
+    )
 
 
 def _churn_point(row: RunRow) -> Point:
@@ -223,4 +260,4 @@ def _duration(seconds: float) -> str:
 
 
 def _day(row: RunRow) -> str:
-    return row.started[:10] or "unknown"
+    return row.day or "unknown"

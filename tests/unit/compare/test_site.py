@@ -24,7 +24,9 @@ from runs_folder import (
     put_history,
     put_run,
 )
+from scored_run import evaluation_row, put_scored_run
 
+from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.cli.main import main
 from autoquant_ray.compare.site import Job, RunRow, collect_jobs
 from autoquant_ray.compare.site_charts import Point, make_chart
@@ -33,6 +35,7 @@ from autoquant_ray.errors import StoreError
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import HISTORY_FILE
 from autoquant_ray.runs.schemas import SCHEMAS
+from autoquant_ray.solve import solve_run
 
 
 def jobs_of(folder: Path) -> dict[str, Job]:
@@ -303,3 +306,51 @@ def test_site_of_a_moved_folder_still_links(tmp_path: Path) -> None:
     shutil.move(tmp_path / "old", tmp_path / "new")
     page = (tmp_path / "new" / "index.html").read_text()
     assert 'href="run/report.html"' in page
+
+
+# --- Names, days and measured losses
+
+
+def test_models_are_named_by_the_end_of_their_paths(tmp_path: Path) -> None:
+    models = ["/data/hub/qwen/v1", "/data/hub/llama/v1", "s3://bucket/models/m", "org/model"]
+    for n, model in enumerate(models):
+        put_run(tmp_path, f"run-{n}", model=model, formats=formats_with(n))
+    page = page_of(tmp_path)
+    heads = re.findall(r'<h2 id="job-\d+-title">(.*?)</h2>', page)
+    assert sorted(heads) == ["llama/v1", "models/m", "org/model", "qwen/v1"]
+    assert page.count("/data/hub/qwen/v1") == 1, "the whole path stands once, below the heading"
+
+
+def test_days_are_those_that_the_nights_are_for(tmp_path: Path) -> None:
+    late = "2026-11-20T09:00:00Z"
+    rows = [
+        night("job", "2026-11-02", started="2026-11-02T02:00:00Z"),
+        night("job", "2026-11-01", started=late, predicted_kl_nats=0.5),
+    ]
+    put_history(tmp_path, rows)
+    put_run(tmp_path, "job-2026-11-01", created=late, formats=formats_with(0))
+    put_run(tmp_path, "job-2026-10-31", created=late, stages={"plan": {"state": "running"}})
+    shown = [row.day for row in jobs_of(tmp_path)["job"].rows]
+    assert shown == ["2026-10-31", "2026-11-01", "2026-11-02"]
+    page = page_of(tmp_path)
+    assert "<title>2026-11-01: 0.5000 nats</title>" in page
+    assert "2026-11-20:" not in page
+
+
+def test_measured_loss_stands_beside_the_predicted_one(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    directory = put_scored_run(folder / "measured", model="org/model")
+    solve_run(directory, SolveOptions(bits=6), folder="")
+    before = evaluation_row(directory, kl_mean=0.75, data_key="old")
+    other = evaluation_row(directory, kl_mean=9.0, name="uniform x", allocation="u")
+    stale = evaluation_row(directory, kl_mean=8.0, allocation="an earlier one")
+    measured = evaluation_row(directory, kl_mean=0.125)
+    directory.write_table("evaluation.parquet", [before, measured, stale, other])
+    put_run(folder, "predicted", created="2026-11-02T00:00:00Z", formats=formats_with(0))
+    rows = jobs_of(folder)["org/model"].rows
+    assert [row.measured_kl_nats for row in rows] == [0.125, None]
+    page = page_of(folder)
+    assert '<td class="number" data-number="0.125">0.1250</td>' in page
+    assert page.count("<title>2026-11-01: measured 0.1250 nats</title>") == 2, "wide and narrow"
+    put_run(tmp_path / "others", "a", formats=formats_with(0))
+    assert '<th scope="col" class="number">Measured KL' not in page_of(tmp_path / "others")
