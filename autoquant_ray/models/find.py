@@ -246,7 +246,6 @@ def _require_hub(hub_id: str) -> None:
     Raises:
         ModelError: The hub does not answer, or may not be asked.
     """
-    import httpx
     from huggingface_hub import constants, get_session, try_to_load_from_cache
 
     cached = try_to_load_from_cache(hub_id, "config.json", cache_dir=constants.HF_HUB_CACHE)
@@ -257,7 +256,8 @@ def _require_hub(hub_id: str) -> None:
         raise ModelError(f"{here}, and HF_HUB_OFFLINE forbids to ask the hub; give a folder")
     try:
         get_session().head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
-    except httpx.HTTPError as error:
+    # Its client is httpx, of huggingface_hub 2 httpx2: each raises errors of its own.
+    except Exception as error:  # noqa: BLE001
         raise ModelError(
             f"{here}, and the hub {constants.ENDPOINT} does not answer ({one_line(error)}); give a "
             "folder, or check the network and HF_ENDPOINT"
