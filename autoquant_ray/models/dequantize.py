@@ -32,6 +32,12 @@ Read = Callable[[str], "torch.Tensor"]
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _EXPONENT_BIAS = 127
+_OF_INPUTS = frozenset(
+    f"{what}_{kind}"
+    for what in ("input", "output", "activation", "q", "k", "v", "prob")
+    for kind in ("scale", "zero_point", "global_scale")
+)
+"""Last parts of names of what belongs to inputs and caches, for which a model has no place."""
 
 
 class LazyWeight:
@@ -55,6 +61,8 @@ def opened(
 ) -> Iterator[dict[str, Any]]:
     """A state dict as of a checkpoint in 16 bits; nothing is read before it is indexed.
 
+    What belongs to inputs and caches is left out: transformers would warn of each.
+
     Args:
         headers: All tensors of the files.
         weights: Name of a parameter -> its parts among them.
@@ -65,7 +73,7 @@ def opened(
         state: dict[str, Any] = {
             name: files[header.file].get_slice(name)
             for name, header in headers.items()
-            if name not in packed_parts
+            if name not in packed_parts and name.rpartition(".")[2] not in _OF_INPUTS
         }
         yield state | {name: LazyWeight(packed, read) for name, packed in weights.items()}
 

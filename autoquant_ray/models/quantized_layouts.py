@@ -61,9 +61,10 @@ def _read_fp8(config: Mapping[str, Any], headers: Headers) -> Layout:
 
 
 def _pair(sizes: Any) -> tuple[int, int]:
-    if not isinstance(sizes, Sequence) or len(sizes) != 2:
-        raise LayoutError(f"and `weight_block_size` {sizes!r} is no pair of numbers")
-    return int(sizes[0]), int(sizes[1])
+    parts = sizes.split("x") if isinstance(sizes, str) else sizes
+    if not isinstance(parts, Sequence) or len(parts) != 2:
+        raise LayoutError(f"and the size of its blocks, {shown(sizes)}, is no pair of numbers")
+    return int(parts[0]), int(parts[1])
 
 
 def _read_modelopt(config: Mapping[str, Any], headers: Headers) -> Layout:

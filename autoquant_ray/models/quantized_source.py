@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autoquant_ray.errors import ModelError
+from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.packed_weight import PackedWeight, missing_part, scale_problem
 from autoquant_ray.models.quantized_config import method_name, method_of, stated_quantization
@@ -42,6 +42,8 @@ _MARKS = frozenset(
 """Last parts of names that only quantized checkpoints have."""
 _INSIDE_WEIGHT = re.compile(r"\.weight(:|\.(absmax|nested_|quant_|_data|_scale|_shift))")
 """Parts of a weight as bitsandbytes, quanto and torchao name them."""
+_DAMAGED = (AttributeError, KeyError, TypeError, ValueError)
+"""What a description raises whose parts are of other types than their method has."""
 _REMEDY = "give the 16-bit model that it was made from"
 
 
@@ -95,6 +97,9 @@ def quantized_source(ref: ModelRef) -> QuantizedSource | None:
         _require_whole(weights, headers)
     except LayoutError as error:
         raise _refused(ref, config, str(error)) from None
+    except _DAMAGED as error:
+        reason = f"but what its files say of that cannot be read ({one_line(error, 120)})"
+        raise _refused(ref, config, reason) from None
     if not weights and headers:
         return None
     return QuantizedSource(description=description, weights=weights, headers=headers)

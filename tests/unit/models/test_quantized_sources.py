@@ -449,6 +449,66 @@ def test_methods_that_are_not_read_are_refused_by_plan(
     assert "give the 16-bit model" in line
 
 
+FLOATS = {"num_bits": 8, "type": "float", "strategy": "block"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": [1]},
+        {"quant_method": "compressed-tensors", "config_groups": [1]},
+        {"quant_method": "compressed-tensors", "sparsity_config": "dense"},
+        {"quant_method": "compressed-tensors", "transform_config": "none"},
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": "W8"}}},
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": None}}},
+        },
+    ],
+)
+def test_descriptions_of_other_types_are_refused_by_plan(
+    config: dict[str, Any], model_folder: Any, tmp_path: Path
+) -> None:
+    folder = repacked(model_folder("llama"), tmp_path / "m", tensor_fp8, config)
+    line = plan_fails(folder)
+    assert "is quantized already" in line
+    assert "what its files say of that cannot be read" in line
+
+
+def test_blocks_may_be_written_as_a_text(model_folder: Any, tmp_path: Path) -> None:
+    """As compressed-tensors' own reader takes them."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    weights = FLOATS | {"block_structure": "48x40"}
+    assert QuantizationArgs(**weights).block_structure == [48, 40]
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": weights}},
+    }
+
+    def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = dict(block_fp8(48, 40)(weight))
+        return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}
+
+    folder = repacked(model_folder("llama"), tmp_path / "ct", pack, config)
+    blocks = FP8_BLOCKS | {"weight_block_size": [48, 40]}
+    other = repacked(model_folder("llama"), tmp_path / "fp8", block_fp8(48, 40), blocks)
+    assert_same(load(folder), load(other))
+
+
+def test_scales_of_inputs_and_caches_are_left_out_without_a_word(
+    model_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: Any
+) -> None:
+    def pack(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return tensor_fp8(weight) | {"k_scale": torch.tensor(0.5)}
+
+    folder = repacked(model_folder("llama"), tmp_path / "m", pack, MODELOPT_FP8)
+    load(folder)
+    assert caplog.text == ""
+    assert "UNEXPECTED" not in capfd.readouterr().err
+
+
 def as_float8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"weight": weight.to(torch.float8_e4m3fn)}
 
@@ -486,7 +546,8 @@ def test_files_that_look_quantized_and_do_not_say_how_are_refused(
         (as_int8, MODELOPT_FP8, "not clear what"),
         (with_scale, MODELOPT_FP8, "is stored as F32, which FP8 is not"),
         (block_fp8(16, 16), FP8_BLOCKS | {"weight_block_size": [32, 16]}, "do not fit numbers"),
-        (block_fp8(16, 16), FP8_BLOCKS, "`weight_block_size` None"),
+        (block_fp8(16, 16), FP8_BLOCKS, "the size of its blocks, None, is no pair"),
+        (block_fp8(16, 16), FP8_BLOCKS | {"weight_block_size": ["a", 1]}, "that cannot be read"),
         (block_fp8(16, 16), MODELOPT_FP8, "not clear what"),
         (tensor_fp8, MODELOPT_FP8 | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "do not fit"),
     ],
