@@ -143,6 +143,9 @@ class ModelOptPacker:
         add_ignored(unlisted(config, self._stored), folder, MODELOPT)
         if engine == "sglang":
             name_fused_layers(folder, self._stored)
+            if "quantized_layers" not in config:  # MXFP8's reader takes names alone, no patterns
+                kept = [name for name in self._stored.modules if name not in self._stored.formats]
+                add_ignored(kept, folder, MODELOPT)
 
 
 @contextmanager

@@ -89,15 +89,22 @@ def served_algo(
     return _RULES[engine](module, algos)
 
 
-def is_kept_whole(module: EngineModule, engine: str) -> bool:
+def is_kept_whole(module: EngineModule, engine: str, algo: str) -> bool:
     """Whether an engine keeps a module in 16 bits although the checkpoint's one format covers it.
 
     TensorRT-LLM makes its head's weights before formats are known (``_torch/modules/embedding.py``,
-    ``LMHead``); SGLang's head takes the linears' branch. vLLM leaves towers of images out.
+    ``LMHead``); SGLang's head takes the linears' branch, which ``Fp8Config`` of ``fp8.py`` does not
+    have, by which it reads MXFP8 alone. vLLM leaves towers of images out.
+
+    Args:
+        module: Of the engine.
+        engine: One of ``ENGINES``.
+        algo: The one format.
     """
     if engine == "vllm":
         return any(part in module.path for part in _VISION)
-    return engine == "trtllm" and module.name == _HEAD
+    is_kept = engine == "trtllm" or (engine == "sglang" and algo == "MXFP8")
+    return is_kept and module.name == _HEAD
 
 
 def _place(name: str, names: set[str], engine: str) -> tuple[str, str]:

@@ -293,7 +293,8 @@ def _permitted(
             # A group that is not searched is a member that stays in 16 bits.
             is_served = all(group in permitted for group in groups)
             is_served &= module.name != EXPERTS or rows[algo.algo].experts
-            is_served &= layout == COMPRESSED_TENSORS or not is_kept_whole(module, engine)
+            if layout == MODELOPT:
+                is_served &= not is_kept_whole(module, engine, algo.algo)
             if is_served and is_listed:
                 alone = dict.fromkeys(module.members, algo.algo)
                 is_served = served_algo(module, alone, engine, layout) == algo.algo

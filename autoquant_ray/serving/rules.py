@@ -310,7 +310,8 @@ def _misread(
         if mixed or layout == COMPRESSED_TENSORS:
             served = served_algo(module, algos, engine, layout)
         else:
-            served = None if is_kept_whole(module, engine) else exported
+            is_kept = exported is None or is_kept_whole(module, engine, exported)
+            served = None if is_kept else exported
         if served != exported:
             reason = (
                 f"{engine} would read them as {served or '16 bits'}, not {exported or '16 bits'}"

@@ -120,22 +120,23 @@ TABLE: dict[str, tuple[Row, ...]] = {
             algo="MXFP8",
             mixed=_ONLY_BLACKWELL,
             single=_ONLY_BLACKWELL,
-            note="needs compute capability 10.0",
+            note="needs compute capability 10.0; not for the head, where it stands alone",
             source=f"{_SGLANG}, fp8.py (get_min_capability)",
         ),
         Row(
             algo="FP8_PB_WO",
             mixed=(),
             single=(),
-            note="the inputs are quantized too (FP8 in blocks)",
+            note="refused alone (ModelOptFp8Config only supports regular FP8); mixed, the inputs "
+            "are quantized too (FP8 in blocks)",
             source=f"{_SGLANG} (_BLOCK_FP8_ALGOS)",
         ),
         Row(
             algo="W4A16_AWQ",
             mixed=(),
             single=(),
-            note="refused alone (no quant_method is known for it); silently unquantized where "
-            "several formats are mixed",
+            note="refused alone (ModelOptFp8Config only supports regular FP8); silently "
+            "unquantized where several formats are mixed",
             source=f"{_SGLANG}; python/sglang/srt/configs/model_config.py "
             "(_parse_modelopt_quant_config)",
         ),

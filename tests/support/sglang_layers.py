@@ -5,7 +5,9 @@
 ``SGLANG`` is the folder of an unpacked wheel of sglang, whose dependencies need not be there: what
 its file for ModelOpt's layouts imports of kernels and of modules is stood in for, and everything
 that decides about formats is its own. The names are those of SGLang's modules, as a JSON object of
-name -> ``linear`` or ``head``. Prints a JSON object: name -> class of its method, or None.
+name -> ``linear`` or ``head``. Prints a JSON object: name -> class of its method, or None; and
+``capability``, the least compute capability of the format. Where SGLang refuses the checkpoint, it
+prints ``raises`` alone.
 """
 
 from __future__ import annotations
@@ -23,18 +25,22 @@ from unittest.mock import MagicMock
 SGLANG = Path(sys.argv[1])
 LAYERS = "sglang.srt.layers"
 MODELOPT = f"{LAYERS}.quantization.modelopt_quant"
+NATIVE_FP8 = f"{LAYERS}.quantization.fp8"
 RUN = {
     MODELOPT,
+    NATIVE_FP8,
     f"{LAYERS}.quantization.base_config",
     f"{LAYERS}.quantization.utils",
     f"{LAYERS}.modelopt_utils",
 }
 METHODS = {
-    "modelopt_fp8": "ModelOptFp8Config",
-    "modelopt_fp4": "ModelOptFp4Config",
-    "modelopt_mixed": "ModelOptMixedPrecisionConfig",
+    "modelopt": (MODELOPT, "ModelOptFp8Config"),
+    "modelopt_fp8": (MODELOPT, "ModelOptFp8Config"),
+    "modelopt_fp4": (MODELOPT, "ModelOptFp4Config"),
+    "modelopt_mixed": (MODELOPT, "ModelOptMixedPrecisionConfig"),
+    "mxfp8": (NATIVE_FP8, "Fp8Config"),
 }
-"""As in ``sglang/srt/layers/quantization/__init__.py``; MXFP8 alone goes another way."""
+"""As in ``sglang/srt/layers/quantization/__init__.py``."""
 
 BASES = {
     "linear": ("linear", "LinearBase"),
@@ -44,13 +50,16 @@ BASES = {
 
 
 class StandIn(types.ModuleType):
-    """A module whose classes are empty, and whose functions do nothing."""
+    """A module whose classes are empty, and whose functions do nothing; none asks for a GPU."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         value = type(name, (), {"__init__": lambda *_, **__: None}) if name[0].isupper() else None
-        setattr(self, name, value or MagicMock())
+        is_question = name.startswith(("is_", "get_bool")) or name.endswith("_required")
+        setattr(
+            self, name, value or (MagicMock(return_value=False) if is_question else MagicMock())
+        )
         return getattr(self, name)
 
 
@@ -103,30 +112,37 @@ def read_config(folder: Path) -> Any:
         "unwrap_modelopt_quantization_config",
         "_parse_modelopt_quant_config",
     )["_parse_modelopt_quant_config"]
-    method = (parse(None, content) or {}).get("quant_method")
-    module = importlib.import_module(MODELOPT)
-    module.is_cuda = bool  # methods ask what the GPU can do
-    kind = METHODS.get(method)
+    content |= parse(None, content) or {}
     content["packed_modules_mapping"] = {}  # as of a Llama, whose class has none
-    return method if kind is None else getattr(module, kind).from_config(content)
+    place, kind = METHODS.get(content["quant_method"], (None, None))
+    if place is None:
+        return content["quant_method"]
+    return getattr(importlib.import_module(place), kind).from_config(content)
 
 
 def kind_of(config: Any, kind: str, name: str) -> Any:
     """The class of a layer's method; None where it is not quantized."""
     place, base_name = BASES[kind]
     base = getattr(importlib.import_module(f"{LAYERS}.{place}"), base_name)
-    method = type(config.get_quant_method(base(), name)).__name__
-    if method == "Fp8LinearMethod":
-        return f"{method} of MXFP8"
-    return None if method.startswith("Unquantized") else method
+    method = config.get_quant_method(base(), name)
+    if type(method).__name__ == "Fp8LinearMethod":
+        numbers = "MXFP8" if method.use_mxfp8 else f"blocks of {method.weight_block_size}"
+        return f"Fp8LinearMethod of {numbers}"
+    is_quantized = method is not None and not type(method).__name__.startswith("Unquantized")
+    return type(method).__name__ if is_quantized else None
 
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, Finder())
-    checkpoint = read_config(Path(sys.argv[2]))
     names = json.load(sys.stdin)
-    if isinstance(checkpoint, str) or checkpoint is None:
-        kinds = {name: {"method": checkpoint} for name in names}
+    try:
+        checkpoint = read_config(Path(sys.argv[2]))
+    except ValueError as error:
+        kinds: dict[str, Any] = {"raises": str(error)}
     else:
-        kinds = {name: kind_of(checkpoint, kind, name) for name, kind in names.items()}
+        if isinstance(checkpoint, str):
+            kinds = {name: {"method": checkpoint} for name in names}
+        else:
+            kinds = {name: kind_of(checkpoint, kind, name) for name, kind in names.items()}
+            kinds["capability"] = checkpoint.get_min_capability()
     sys.stdout.write(f"{json.dumps(kinds)}\n")

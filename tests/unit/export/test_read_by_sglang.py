@@ -6,6 +6,7 @@ Opt-in: ``AUTOQUANT_RAY_SGLANG`` is a folder in which a wheel of sglang 0.5.23 i
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 from engine_readers import read_by_engine
 
+from autoquant_ray.errors import ConfigError
 from autoquant_ray.export.checkpoint import export_run
+from autoquant_ray.serving.table import GENERATIONS, TABLE
 
 SCRIPT = Path(__file__).parents[2] / "support" / "sglang_layers.py"
 SGLANG = os.environ.get("AUTOQUANT_RAY_SGLANG")
@@ -26,14 +29,32 @@ METHODS = {
     "MXFP8_DEFAULT_CFG": "Fp8LinearMethod of MXFP8",
     "none": None,
 }
+ALGORITHMS = {
+    "FP8": "wfp8_afp8",
+    "NVFP4": "NVFP4_DEFAULT_CFG",
+    "W4A16_NVFP4": "wfp4_afp16",
+    "MXFP8": "MXFP8_DEFAULT_CFG",
+}
+"""Of the table's rows that are served."""
+CAPABILITIES = {"ampere": 80, "ada": 89, "hopper": 90, "blackwell": 100}
+MIXED_CAPABILITY = 80
 
 pytestmark = pytest.mark.skipif(SGLANG is None, reason="AUTOQUANT_RAY_SGLANG names no folder")
 
 
-def read_by_sglang(folder: Path) -> dict[str, Any]:
-    """Name of SGLang's module -> class of its method."""
+def read_by_sglang(folder: Path) -> tuple[dict[str, Any], int]:
+    """Name of SGLang's module -> class of its method; the least compute capability."""
     command = [sys.executable, "-W", "ignore", str(SCRIPT), str(SGLANG), str(folder)]
-    return read_by_engine(command)
+    read = read_by_engine(command)
+    return read, read.pop("capability", 0)
+
+
+def described(folder: Path, **config: Any) -> Path:
+    """A folder with a config of ModelOpt's layout, of formats that are not exported."""
+    folder.mkdir()
+    content = {"quant_method": "modelopt", **config}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": content}))
+    return folder
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
@@ -49,19 +70,63 @@ def test_every_layer_is_read_as_the_manifest_says(
     export_run(directory, str(tmp_path / "out"), engine="sglang", gpu="blackwell")
     rows = directory.read_table("manifest.parquet").to_pylist()
     planned = {row["module"]: row["format"] for row in rows}
-    for name, method in read_by_sglang(tmp_path / "out").items():
+    read, capability = read_by_sglang(tmp_path / "out")
+    for name, method in read.items():
         parent, _, part = name.rpartition(".")
         layer = f"{parent.rpartition('.')[0]}.{FUSED[part]}" if part in FUSED else name
         assert method == METHODS[planned[layer]], (name, planned[layer])
+    assert capability == MIXED_CAPABILITY
 
 
-@pytest.mark.parametrize("name", ["wfp8_afp8", "NVFP4_DEFAULT_CFG", "wfp4_afp16"])
-def test_one_format_alone_is_read_for_all_but_what_is_left_out(
-    name: str, solved_run: Any, tmp_path: Path
+@pytest.mark.parametrize("row", TABLE["sglang"], ids=lambda row: row.algo)
+def test_every_row_of_the_table_is_what_its_classes_do(
+    row: Any, solved_run: Any, tmp_path: Path
 ) -> None:
-    choice = {"*": name, "*0.mlp.*": "none", "lm_head": "none"}
-    directory, *_ = solved_run("llama", choice, (name,), name=name)
+    """Alone: the head too, but for MXFP8, and not what is left out."""
+    if row.algo not in ALGORITHMS:
+        alone = described(tmp_path / "alone", quant_algo=row.algo, ignore=[])
+        assert "only supports regular FP8" in read_by_sglang(alone)[0]["raises"]
+        layers: dict[str, Any] = {"model.layers.0.mlp.down_proj": {"quant_algo": row.algo}}
+        layers["model.layers.1.mlp.down_proj"] = {"quant_algo": "NVFP4", "group_size": 16}
+        mixed = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+        read, _ = read_by_sglang(described(tmp_path / "mixed", **mixed))
+        expected = "Fp8LinearMethod of blocks of [128, 128]" if "FP8" in row.algo else None
+        assert read["model.layers.0.mlp.down_proj"] == expected
+        assert (row.mixed, row.single) == ((), ())
+        return
+    name = ALGORITHMS[row.algo]
+    takes_head = row.algo != "MXFP8"
+    choice = {"*": name, "*0.mlp.*": "none", "*1.self_attn.*": "none"}
+    choice |= {} if takes_head else {"lm_head": "none"}
+    directory, *_ = solved_run("llama", choice, (name,))
     export_run(directory, str(tmp_path / "out"), engine="sglang", gpu="blackwell")
-    for layer, method in read_by_sglang(tmp_path / "out").items():
-        kept = layer == "lm_head" or "0.mlp" in layer
-        assert method == (None if kept else METHODS[name]), (layer, name)
+    read, capability = read_by_sglang(tmp_path / "out")
+    for layer, method in read.items():
+        is_kept = "0.mlp" in layer or "1.self_attn" in layer
+        is_kept |= layer == "lm_head" and not takes_head
+        assert method == (None if is_kept else METHODS[name]), layer
+    able = {gpu for gpu in GENERATIONS if CAPABILITIES[gpu] >= capability}
+    assert set(row.single) <= able
+    assert set(row.single) == able or "before Blackwell the inputs stay in 16 bits" in row.note
+
+
+def test_head_in_mxfp8_alone_is_refused(solved_run: Any, tmp_path: Path) -> None:
+    """SGLang's class for it has no branch for heads: it would be read as 16 bits."""
+    directory, *_ = solved_run("llama", {"*": "MXFP8_DEFAULT_CFG"}, ("MXFP8_DEFAULT_CFG",))
+    out = str(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"lm_head: sglang would read them as 16 bits"):
+        export_run(directory, out, layout="modelopt", engine="sglang", gpu="blackwell")
+    export_run(directory, out, layout="modelopt")
+    read, _ = read_by_sglang(tmp_path / "out")
+    assert read.pop("lm_head") is None
+    assert set(read.values()) == {METHODS["MXFP8_DEFAULT_CFG"]}
+
+
+def test_several_formats_without_nvfp4_are_read_as_another(solved_run: Any, tmp_path: Path) -> None:
+    menu = ("wfp8_afp8", "MXFP8_DEFAULT_CFG")
+    directory, *_ = solved_run("llama", {"*": menu[0], "*mlp*": menu[1]}, menu)
+    with pytest.raises(ConfigError, match="sglang reads several formats without NVFP4"):
+        export_run(directory, str(tmp_path / "out"), engine="sglang", gpu="blackwell")
+    export_run(directory, str(tmp_path / "out"), layout="modelopt")
+    read, _ = read_by_sglang(tmp_path / "out")
+    assert all(kind == {"method": "w4afp8"} for kind in read.values())

@@ -359,3 +359,12 @@ def test_rows_without_a_generation_say_why() -> None:
     for engine in ENGINES:
         for row in rows_of(engine).values():
             assert row.single or row.note
+
+
+def test_head_of_one_format_is_kept_where_the_engines_class_for_it_has_no_heads() -> None:
+    for algo, is_read in ((LayerAlgo("MXFP8", 32), False), (NVFP4, True)):
+        layers = dict.fromkeys(llama(1), algo)
+        refusals = violations(layers, "sglang", "blackwell")
+        assert [v.modules for v in refusals] == ([] if is_read else [("lm_head",)])
+    several = dict.fromkeys(llama(1), NVFP4) | {"lm_head": LayerAlgo("MXFP8", 32)}
+    assert violations(several, "sglang", "blackwell") == []
