@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape as escape_markup
 from rich.table import Table
+from rich.text import Text
 
 from autoquant_ray.allocate.frontier import Point
 from autoquant_ray.allocate.latency import LATENCY, describe_prediction
@@ -37,15 +37,22 @@ _FILE_WIDTH = 200
 _TIME = "%Y-%m-%d %H:%M:%S"
 
 
+class _PlainConsole(Console):
+    """Takes all text for what it says: no markup or emoji of rich, nothing that a terminal obeys.
+
+    Names of models, formats and groups come from others, and may stand in any cell or head.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text as a table or a line shows it; ``options`` are rich's."""
+        plain = {"markup": False, "emoji": False}
+        return super().render_str(printable(text), **options | plain)
+
+
 def _console() -> Console:
     """Wide where the output is not a terminal, so that names stay on one line."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_FILE_WIDTH)
-
-
-def escape(text: str) -> str:
-    """A text of someone else for the console: no markup of rich, nothing that a terminal obeys."""
-    return escape_markup(printable(text))
+    console = _PlainConsole()
+    return console if console.is_terminal else _PlainConsole(width=_FILE_WIDTH)
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -81,7 +88,7 @@ def print_plan(plan: Plan) -> None:
         sizes = [_size(groups, f) if f in choices else "-" for f in (*plan.formats, None)]
         reason = "" if groups[0].reason is None else f" ({groups[0].reason})"
         num_weights = sum(group.num_weights for group in groups)
-        table.add_row(escape(name + reason), f"{num_weights:,}", *sizes)
+        table.add_row(name + reason, f"{num_weights:,}", *sizes)
     console.print(table)
     low, high = plan.bits_range()
     console.print(f"{len(plan.searched)} of {len(plan.groups)} groups searched")
@@ -92,11 +99,11 @@ def print_plan(plan: Plan) -> None:
         console.print(f"KV cache: {reachable_cache(low, high)}")
     console.print(f"weights outside the groups: {plan.other_bytes / 2**20:,.1f} MiB at 16 bits")
     if plan.source_format is not None:
-        console.print(f"source: {escape(describe_source(plan.source_format))}", soft_wrap=True)
+        console.print(f"source: {describe_source(plan.source_format)}", soft_wrap=True)
     if plan.carried:
-        console.print(f"carried: {escape(describe_carried(plan.carried))}", soft_wrap=True)
+        console.print(f"carried: {describe_carried(plan.carried)}", soft_wrap=True)
     if plan.separate_head is not None:
-        console.print(f"note: {escape(describe_separate(plan.separate_head))}", soft_wrap=True)
+        console.print(f"note: {describe_separate(plan.separate_head)}", soft_wrap=True)
     if plan.limits is not None and plan.limits.positions is not None:
         console.print(f"samples: {plan.limits.positions} tokens at most, by its table of positions")
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
@@ -135,10 +142,10 @@ def print_solution(run: str, solution: Solution) -> None:
     else:
         console.print(f"predicted KL: {predicted:.4g} nats per token")
     if solution.caution is not None:
-        console.print(f"note: {escape(solution.caution)}", soft_wrap=True)
+        console.print(f"note: {solution.caution}", soft_wrap=True)
     for name, domain in summary.get("domains", {}).items():
         console.print(
-            f"  in {escape(name)}: {domain['predicted_kl_nats']:.4g} "
+            f"  in {name}: {domain['predicted_kl_nats']:.4g} "
             f"({domain['equal_kl_nats']:.4g} if all domains counted alike)"
         )
     if solution.certainty is not None:
@@ -155,13 +162,13 @@ def print_solution(run: str, solution: Solution) -> None:
     if KV_BYTES in summary:
         console.print(f"KV cache: {summary[KV_BYTES]:,.0f} bytes per token of context")
     if LATENCY in summary:
-        console.print(f"predicted: {escape(describe_prediction(summary[LATENCY]))}", soft_wrap=True)
+        console.print(f"predicted: {describe_prediction(summary[LATENCY])}", soft_wrap=True)
     if solution.shards_used is not None:
-        console.print(f"used {escape(solution.shards_used)}", soft_wrap=True)
+        console.print(f"used {solution.shards_used}", soft_wrap=True)
     if solution.separate_head is not None:
-        console.print(f"note: {escape(describe_separate(solution.separate_head))}", soft_wrap=True)
+        console.print(f"note: {describe_separate(solution.separate_head)}", soft_wrap=True)
     for path in solution.paths.values():
-        console.print(escape(_short(path)), soft_wrap=True)
+        console.print(_short(path), soft_wrap=True)
 
 
 def _sensitive_groups(solution: Solution) -> Table:
@@ -171,7 +178,7 @@ def _sensitive_groups(solution: Solution) -> Table:
     table.add_column("Harshest format's score", justify="right")
     table.add_column("Chosen")
     for group, sensitivity in solution.sensitivities[:_TOP_GROUPS]:
-        table.add_row(escape(group), f"{sensitivity:.3e}", escape(solution.formats[group]))
+        table.add_row(group, f"{sensitivity:.3e}", solution.formats[group])
     return table
 
 
@@ -185,12 +192,12 @@ def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
     for number, head in enumerate(HEADS):
         table.add_column(head, justify="right" if number else "left")
     for row in section.rows:
-        table.add_row(*map(escape, row))
-    console.print(escape(section.title), soft_wrap=True)
+        table.add_row(*row)
+    console.print(section.title, soft_wrap=True)
     console.print(table)
-    console.print(escape(section.verdict), soft_wrap=True)
+    console.print(section.verdict, soft_wrap=True)
     for path in paths.values():
-        console.print(escape(_short(path)), soft_wrap=True)
+        console.print(_short(path), soft_wrap=True)
 
 
 def print_audit(audit: Audit) -> None:
@@ -203,11 +210,11 @@ def print_audit(audit: Audit) -> None:
     for number, head in enumerate(HEADS):
         table.add_column(head, justify="right" if number > 1 else "left")
     for row in section.rows:
-        table.add_row(*map(escape, row))
-    console.print(escape(section.title), soft_wrap=True)
+        table.add_row(*row)
+    console.print(section.title, soft_wrap=True)
     console.print(table)
-    console.print(escape(section.verdict), soft_wrap=True)
-    console.print(f"audited solution: {escape(audit.folder.rstrip('/'))}", soft_wrap=True)
+    console.print(section.verdict, soft_wrap=True)
+    console.print(f"audited solution: {audit.folder.rstrip('/')}", soft_wrap=True)
 
 
 def print_refinement(run: str, refined: Any) -> None:
@@ -232,7 +239,7 @@ def print_refinement(run: str, refined: Any) -> None:
 def print_frontier(run: str, points: Sequence[Point]) -> None:
     """One line per size, the knee marked."""
     console = _console()
-    table = Table(title=f"Predicted KL of {escape(run)}", box=box.SIMPLE)
+    table = Table(title=f"Predicted KL of {run}", box=box.SIMPLE)
     for head in ("Bits", "MiB", "Predicted KL (nats per token)", ""):
         table.add_column(head, justify="right")
     for point in points:
@@ -243,7 +250,7 @@ def print_frontier(run: str, points: Sequence[Point]) -> None:
             "knee" if point.is_knee else "",
         )
     console.print(table)
-    console.print(escape(_short(f"{run.rstrip('/')}/{FRONTIER_FILE}")), soft_wrap=True)
+    console.print(_short(f"{run.rstrip('/')}/{FRONTIER_FILE}"), soft_wrap=True)
 
 
 def print_explanation(explanation: Explanation) -> None:
@@ -257,16 +264,16 @@ def print_explanation(explanation: Explanation) -> None:
 
     console = _console()
     for line in head_lines(explanation):
-        console.print(escape(line), soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if explanation.formats:
         table = Table(box=box.SIMPLE)
         for number, head in enumerate(table_heads(explanation)):
             table.add_column(head, justify="right" if number else "left")
         for row in table_rows(explanation):
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         console.print(table)
     for line in note_lines(explanation):
-        console.print(escape(line), soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def print_sweep(rows: Sequence[SweepRow]) -> None:
@@ -281,13 +288,13 @@ def print_sweep(rows: Sequence[SweepRow]) -> None:
         bits, kl, size = row.effective_bits, row.predicted_kl_nats, row.weight_bytes
         where = _short(row.manifest) if row.manifest else ""
         table.add_row(
-            escape(row.model),
+            row.model,
             row.budget,
             "-" if bits is None else f"{bits:.4f}",
             "-" if kl is None else f"{kl:.4g}",
             "-" if size is None else f"{size / 2**20:,.1f}",
             str(row.exit_code),
-            escape(": ".join(text for text in (where, row.error) if text)),
+            ": ".join(text for text in (where, row.error) if text),
         )
     _console().print(table)
 
@@ -304,7 +311,7 @@ def print_jobs(jobs: Sequence[JobView]) -> None:
         started = "" if job.started is None else time.strftime(_TIME, time.gmtime(job.started))
         seconds = "" if job.seconds is None else f"{job.seconds:,.0f}"
         code = "" if job.exit_code is None else str(job.exit_code)
-        table.add_row(escape(job.run_id), job.state, code, started, seconds)
+        table.add_row(job.run_id, job.state, code, started, seconds)
     _console().print(table)
 
 

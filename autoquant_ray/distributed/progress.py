@@ -15,6 +15,7 @@ from html import escape
 from typing import Any, Protocol
 
 from autoquant_ray.notebook import notebook_display
+from autoquant_ray.wording import printable
 
 logger = logging.getLogger(__name__)
 
@@ -98,18 +99,18 @@ def _bar(title: str, total: int, done: int) -> Iterator[Advance]:
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<10}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Remaining(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     stderr = sys.stderr
     with Progress(*columns, console=Console(stderr=True)) as bar, _logging_moved(stderr):
         task = bar.add_task(title, total=total, completed=done, note="")
 
         def advance(note: str = "") -> None:
-            bar.update(task, advance=1, note=note)
+            bar.update(task, advance=1, note=printable(note))
 
         yield advance
 

@@ -23,7 +23,7 @@ with progress("score", 4) as advance:
     for shard in range(4):
         if shard == 2:
             logging.getLogger("autoquant_ray").warning("a worker died (shard 2)")
-        advance("480 tokens/s, 2 worker(s)")
+        advance("480 tokens/s, 2 worker(s) [red]\\x1b[0m")
 """
 _CONTROL = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[\?\d+[hl]|(\r)|(\n)|([^\x1b\r\n]+)")
 
@@ -69,7 +69,7 @@ def test_progress_on_a_terminal_is_one_bar_below_the_messages() -> None:
     assert message == "a worker died (shard 2)"
     assert bar.startswith("score ")
     assert "4/4" in bar
-    assert "480 tokens/s, 2 worker(s)" in bar
+    assert "480 tokens/s, 2 worker(s) [red]\\x1b[0m" in bar
 
 
 def test_progress_names_what_is_counted(
