@@ -173,7 +173,13 @@ def _make_samples(
     with tempfile.TemporaryDirectory(prefix="autoquant-") as folder:
         scratch = RunDirectory(folder)
         scratch.marks[SAMPLES] = fingerprint
-        facts = samples_stage.read_samples(config, tokenizer, scratch, limits=limits)
+        facts = samples_stage.read_samples(
+            config,
+            tokenizer,
+            scratch,
+            limits=limits,
+            hold_out=samples_stage.hold_out_of(state, config, fingerprint),
+        )
         if config.coverage == "full" and not facts.get("num_samples_with_images"):
             raise DataError(
                 f"`coverage` full searches the vision tower, but {data_name(config.data)} "

@@ -20,7 +20,7 @@ _SECTIONS = {
     ),
     "Data": (
         *("data", "domain_field", "read_as", "text_field", "split", "pack", "samples"),
-        *("data_seed", "seq_len", "loss_on", "skip_bad_samples"),
+        *("hold_out", "data_seed", "seq_len", "loss_on", "skip_bad_samples"),
     ),
     "Budget": (
         *("bits", "bytes", "kv_bytes_per_token", "bits_over", "cost", "max_formats"),

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from autoquant_ray.config.expert_groups import LAYER
+from autoquant_ray.config.hold_out import HoldOut, parse_hold_out
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.config.sources import Data, FileKind, parse_data
 from autoquant_ray.config.values import (
@@ -59,6 +60,12 @@ class ScanConfig(SearchSpace):
         ge=1,
         description="Number of samples to use at most: the first ones, whatever their domain-field "
         "says; of several sources an equal share each, which others do not fill up.",
+    )
+    hold_out: HoldOut = Field(
+        default="auto",
+        description="Of a source that the scan would use up, how much is kept for evaluate and "
+        "refine, from its end: a number of samples, or a share such as 20%. auto: a tenth, at "
+        "least 2 samples, where there are 20.",
     )
     data_seed: int | None = Field(
         default=None,
@@ -227,6 +234,11 @@ class ScanConfig(SearchSpace):
     @classmethod
     def _parse_bytes(cls, value: Any) -> Any:
         return None if value is None else parse_bytes(value)
+
+    @field_validator("hold_out", mode="before")
+    @classmethod
+    def _parse_hold_out(cls, value: Any) -> Any:
+        return parse_hold_out(value)
 
     @field_validator("stop_when_stable", mode="before")
     @classmethod

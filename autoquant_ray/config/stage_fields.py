@@ -30,6 +30,7 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "split",
         "pack",
         "samples",
+        "hold_out",
         "seq_len",
         "shard_samples",
         "data_seed",
@@ -65,6 +66,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "read_as": None,
     "expert_groups": "layer",
     "search_routers": False,
+    "hold_out": "auto",
 }
 """Fields that earlier versions did not have -> the value that means what those versions did."""
 

@@ -29,7 +29,8 @@ class DataCounts:
 
     Attributes:
         read: Texts consumed.
-        used: Samples given out; with ``pack`` these are windows.
+        used: Samples given out; with ``pack`` these are windows. All else counts samples that a
+            scan keeps for measurements too.
         empty: Texts of white space only. With ``pack`` the line ends of such lines of a text
             file still belong to the running text.
         too_short: Samples skipped because they had fewer than 2 tokens.
@@ -173,6 +174,10 @@ class SampleAssembler(Generic[Tokens]):
         """Give out what remains: with ``pack``, the last window if it has 2 tokens or more."""
         rest, self._window = self._window, None
         return self._take(self._opened(rest)) if rest and not self.is_full else []
+
+    def has_window(self) -> bool:
+        """Whether what remains of a packed text would be a sample."""
+        return self._window is not None and len(self._window) >= MIN_SAMPLE_TOKENS
 
     def _chop(self, tokens: Tokens) -> list[Tokens]:
         running = self._window + tokens if self._window else tokens

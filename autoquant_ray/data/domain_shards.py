@@ -11,7 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 from autoquant_ray.config.sources import MAX_DOMAINS
-from autoquant_ray.data.cutting import DataCounts, SampleAssembler, Tokens
+from autoquant_ray.data.cutting import (
+    MIN_SAMPLE_TOKENS,
+    DataCounts,
+    SampleAssembler,
+    Tokens,
+)
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.errors import DataError
 
@@ -77,6 +82,13 @@ class DomainAssembler(Generic[Tokens]):
             for domain, assembler in self._assemblers.items()
             for sample in assembler.finish()
         ]
+
+    def has_more(self, token_lists: list[Tokens], texts_empty: list[bool]) -> bool:
+        """Whether there is another sample in what remains, or in further texts."""
+        return any(assembler.has_window() for assembler in self._assemblers.values()) or any(
+            len(tokens) >= MIN_SAMPLE_TOKENS and not is_empty
+            for tokens, is_empty in zip(token_lists, texts_empty, strict=True)
+        )
 
     def _assembler_of(self, domain: str) -> SampleAssembler[Tokens]:
         if domain not in self._assemblers:

@@ -26,6 +26,9 @@ from autoquant_ray.runs.state import RunState, numeric_versions
 from autoquant_ray.stages import samples as samples_stage
 from autoquant_ray.stages.sources import Skip
 
+_FEW_SHARDS = 4
+"""Fewer make smaller ones, so that refine and an audit can divide the data."""
+
 
 def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
     """Number of samples at the start of the data, or of each of its sources, to skip.
@@ -174,6 +177,11 @@ def _write_shards(
     with tempfile.TemporaryDirectory(prefix="autoquant-") as name:
         scratch = RunDirectory(name)
         facts = samples_stage.read_samples(scan, tokenizer, scratch, skip=skip, limits=limits)
+        if facts["num_shards"] < _FEW_SHARDS and facts["num_samples"] > facts["num_shards"]:
+            size = max(1, facts["num_samples"] // _FEW_SHARDS)
+            small = scan.model_copy(update={"shard_samples": size})
+            scratch = scratch.child("small")
+            facts = samples_stage.read_samples(small, tokenizer, scratch, skip=skip, limits=limits)
         for shard in scratch.list_parts(SAMPLES):
             content = scratch.read_bytes(part_name(SAMPLES, shard))
             directory.write_bytes(part_name(f"{folder}/{SAMPLES}", shard), content)

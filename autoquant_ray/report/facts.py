@@ -155,6 +155,8 @@ def dataset(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> str:
     if "num_loss_tokens" in data:
         notes.append(f"{data['num_loss_tokens']} tokens in the loss")
         notes.append(f"{data['num_samples_with_images']} samples with images")
+    if num_held_out := data.get("num_held_out"):
+        notes.append(f"the last {num_held_out} samples kept for measurements")
     if counts.get("no_answer"):
         notes.append(f"{counts['no_answer']} without an answer")
     if counts.get("bad"):

@@ -39,6 +39,8 @@ class DatasetFacts(TypedDict, total=False):
     counts: dict[str, int]
     """Texts read, used and left out by reason: :class:`~autoquant_ray.data.cutting.DataCounts`."""
     num_samples: int
+    num_held_out: int
+    """Samples at the end of the data that were kept for measurements."""
     num_tokens: int
     num_shards: int
     """Shards that the samples make, those that are left out of the result included."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from autoquant_ray.config.hold_out import HoldOut
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import data_name
 from autoquant_ray.data.cutting import DataCounts, require_usable
@@ -46,6 +47,14 @@ def has_samples(state: RunState, fingerprint: str) -> bool:
     return parts == list(range(len(parts))) and len(parts) == state.record.dataset["num_shards"]
 
 
+def hold_out_of(state: RunState, config: ScanConfig, fingerprint: str) -> HoldOut:
+    """How much of the data to keep; samples that are lost come back as they were."""
+    entry = state.record.stages.get("shards")
+    was_made = entry is not None and entry.get("fingerprint") == fingerprint
+    had_all = was_made and "num_held_out" not in state.record.dataset
+    return 0 if had_all and "num_samples" in state.record.dataset else config.hold_out
+
+
 def read_samples(
     config: ScanConfig,
     tokenizer: TokenizerRef,
@@ -53,6 +62,7 @@ def read_samples(
     *,
     skip: Skip = 0,
     limits: SampleLimits | None = None,
+    hold_out: HoldOut | None = None,
 ) -> DatasetFacts:
     """Read, tokenize and cut the data into ``samples/shard-*.parquet`` of a scratch directory.
 
@@ -64,6 +74,7 @@ def read_samples(
         scratch: Where the shards are written.
         skip: Leave out as many samples at the start: those that calibration used.
         limits: What the model has room for; None where that is unknown.
+        hold_out: How much to keep of a source that would be used up; None uses it up.
 
     Returns:
         Facts about the data for ``run.json``.
@@ -73,7 +84,7 @@ def read_samples(
             room for.
     """
     sources = [
-        Source(name, spec, skip, skips_bad=config.skip_bad_samples)
+        Source(name, spec, skip, skips_bad=config.skip_bad_samples, hold_out=hold_out)
         for name, spec in data_specs(config).items()
     ]
     written = _WrittenShards(scratch)
@@ -84,6 +95,8 @@ def read_samples(
     domains = written.domains()
     counts = _checked_counts(sources, set(domains), config)
     facts = written.facts(counts)
+    if num_held_out := sum(source.num_held_out for source in sources):
+        facts["num_held_out"] = num_held_out
     if reasons := [reason for source in sources for reason in source.reasons]:
         facts["bad_samples"] = reasons
     if len(domains) > 1:

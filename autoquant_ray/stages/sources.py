@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
+from autoquant_ray.config.hold_out import HoldOut, num_held_out
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import equal_shares, sources_of
 from autoquant_ray.data.chat_samples import ConversationSamples
@@ -21,6 +23,8 @@ from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import read_rows
 from autoquant_ray.errors import DataError
 from autoquant_ray.models.tokenizer import TokenizerRef
+
+logger = logging.getLogger(__name__)
 
 Skip = int | Mapping[str, int]
 """Samples left out at the start of the data, or of each of several sources, by name."""
@@ -40,16 +44,29 @@ class Source:
         spec: What to read. Its number of samples does not include those that are left out.
         skip: Samples left out at the start.
         skips_bad: Skip chats that cannot be used.
+        hold_out: How much to keep of a source of which nothing would be left; None takes all.
 
     Attributes:
         counts: What happened to the texts read so far.
+        num_held_out: Samples kept, once all others were given out.
     """
 
-    def __init__(self, name: str, spec: DataSpec, skip: Skip, *, skips_bad: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: DataSpec,
+        skip: Skip,
+        *,
+        skips_bad: bool,
+        hold_out: HoldOut | None = None,
+    ) -> None:
         self.skipped = skip if isinstance(skip, int) else skip.get(name, 0)
         self.name = name
         self.spec = replace(spec, num_samples=spec.num_samples + self.skipped)
         self.counts = DataCounts()
+        self.num_held_out = 0
+        self._hold_out = hold_out
+        self._has_more = False
         self._chats = ConversationSamples(self.spec, self.counts, skips_bad=skips_bad)
 
     @property
@@ -62,7 +79,47 @@ class Source:
     ) -> Iterator[tuple[str, list[SourceSample]]]:
         """Shards with their domains, without the samples that are left out."""
         samples = itertools.islice(self._samples(tokenizer), self.skipped, None)
-        return shards_by_domain(samples, size)
+        if self._hold_out is None:
+            return shards_by_domain(samples, size)
+        return shards_by_domain(self._without_held_out(samples, self._hold_out), size)
+
+    def _without_held_out(
+        self, samples: Iterator[tuple[str, SourceSample]], hold_out: HoldOut
+    ) -> Iterator[tuple[str, SourceSample]]:
+        """All samples, or all but the last ones where nothing of the source follows them."""
+        waiting: deque[tuple[str, SourceSample]] = deque()
+        most = min(num_held_out(hold_out, self.spec.num_samples), self.spec.num_samples)
+        for sample in samples:
+            waiting.append(sample)
+            if len(waiting) > most:
+                yield waiting.popleft()
+        if not self._has_more:
+            for _ in range(self._hold_back(hold_out)):
+                waiting.pop()
+        yield from waiting
+
+    def _hold_back(self, hold_out: HoldOut) -> int:
+        """How many of all samples of the source are kept; says so."""
+        total, name = self.counts.used, self.spec.source
+        self.num_held_out = num_held_out(hold_out, total)
+        if total and self.num_held_out >= total:
+            raise DataError(
+                f"data source {name} holds {total} samples, and `hold_out` {hold_out} keeps "
+                f"{self.num_held_out} of them for measurements; lower it, or give more data"
+            )
+        if self.num_held_out:
+            self.counts.used -= self.num_held_out
+            logger.info(
+                "%s holds %d samples: the last %d are kept for evaluate and refine (`hold_out`)",
+                *(name, total, self.num_held_out),
+            )
+        elif total:
+            logger.warning(
+                "%s holds %d samples, all of which are used: evaluate and refine will need other "
+                "data, or keep some here with `hold_out`",
+                *(name, total),
+            )
+        return self.num_held_out
 
     def _samples(self, tokenizer: TokenizerRef) -> Iterator[tuple[str, SourceSample]]:
         rows = read_rows(self.spec)
@@ -94,7 +151,13 @@ class Source:
             loss_on=self.spec.loss_on,
             look_ahead=look_ahead_of(self.spec.num_samples // _CHUNK_CHATS),
         )
-        return self._chats.take((domains.popleft(), chat) for chat in stream)
+        yield from self._chats.take((domains.popleft(), chat) for chat in stream)
+        if self._looks_further():
+            self._has_more = next(stream, None) is not None
+
+    def _looks_further(self) -> bool:
+        """Whether all samples were given out, and it matters if others follow."""
+        return self._hold_out is not None and self.counts.used >= self.spec.num_samples
 
     def _is_mixed(self) -> DataError:
         return DataError(
@@ -132,8 +195,16 @@ class Source:
         )
         for texts_empty, token_lists in stream:
             of_texts = [domains.popleft() for _ in token_lists]
+            num_before = self.counts.read
             yield from assembler.add(token_lists, texts_empty, of_texts)
             if assembler.is_full:
+                if self._looks_further():
+                    taken = self.counts.read - num_before
+                    rest = [(texts_empty[taken:], token_lists[taken:])]
+                    self._has_more = any(
+                        assembler.has_more(lists, empty)
+                        for empty, lists in itertools.chain(rest, stream)
+                    )
                 return
         yield from assembler.finish()
 
