@@ -129,6 +129,66 @@ def test_kubernetes_file_has_only_known_fields(path: Path) -> None:
         MANIFEST.validate_python(document)
 
 
+CORE_KINDS = [
+    pytest.param(document, id=f"{path.stem}-{document['kind']}-{document['metadata']['name']}")
+    for path in KUBERNETES_FILES
+    for document in read(path.stem)
+    if document["apiVersion"] in ("v1", "batch/v1")
+]
+"""What is Kubernetes' own, of which it publishes schemas."""
+
+
+def pod_templates(value: Any) -> Iterator[dict[str, Any]]:
+    """All templates of pods in a document."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ("template", "submitterPodTemplate") and "containers" in inner["spec"]:
+                yield inner
+            else:
+                yield from pod_templates(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from pod_templates(inner)
+
+
+POD_TEMPLATES = [
+    pytest.param(template, id=f"{name}-{number}")
+    for name in RAY_OBJECTS
+    for number, template in enumerate(pod_templates(read(name)))
+]
+
+
+@pytest.mark.parametrize("document", CORE_KINDS)
+def test_kind_of_kubernetes_fits_its_own_schema(document: dict[str, Any]) -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    validator.validate(document, validator.latest_version(), strict=True)
+    broken = document | {"spec": document["spec"] | {"schedul": "0 2 * * *"}}
+    with pytest.raises(validator.ValidationError, match="schedul"):
+        validator.validate(broken, validator.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("template", POD_TEMPLATES)
+def test_template_of_pods_fits_kubernetes_own_schema(template: dict[str, Any]) -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    head = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}}
+    validator.validate(head | {"template": template}, validator.latest_version(), strict=True)
+    (container, *_) = template["spec"]["containers"]
+    wrong = [container | {"volumeMount": []}]
+    broken = template | {"spec": template["spec"] | {"containers": wrong}}
+    with pytest.raises(validator.ValidationError, match="volumeMount"):
+        validator.validate(head | {"template": broken}, validator.latest_version(), strict=True)
+
+
+def test_kueue_s_label_is_there_for_who_wants_it() -> None:
+    text = (CLUSTER / "kubernetes" / "ray-job.yaml").read_text()
+    label = "kueue.x-k8s.io/queue-name"
+    queued = yaml.safe_load(text.replace(f"# {label}", label))
+    MANIFEST.validate_python(queued)
+    assert queued["metadata"]["labels"][label] == "user-queue"
+    assert label not in yaml.safe_load(text)["metadata"]["labels"]
+    assert queued["spec"]["shutdownAfterJobFinishes"] is True  # what Kueue asks of a RayJob
+
+
 BROKEN = {
     "misspelled field": ("ray-cluster", ("spec", "headGroupSpec"), {"rayStartParam": {}}),
     "other ray version": ("ray-cluster", ("spec",), {"rayVersion": "2.59.0"}),
