@@ -19,6 +19,7 @@ from autoquant_ray.config.stage_fields import stage_fingerprints
 from autoquant_ray.data.fingerprint import fingerprint_data
 from autoquant_ray.data.texts import require_source
 from autoquant_ray.distributed.metrics import metrics_of
+from autoquant_ray.distributed.nodes import enough_nodes
 from autoquant_ray.distributed.placement import (
     Placement,
     connected,
@@ -27,6 +28,7 @@ from autoquant_ray.distributed.placement import (
     place_workers,
     require_resources,
     resolve_device,
+    worker_needs,
 )
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.errors import DataError
@@ -104,7 +106,10 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         require_mappable(ref)
     require_target(directory, mode)
     require_free(directory)
-    with connected(config) as resources:
+    with (
+        connected(config, config.runtime_env),
+        enough_nodes(config, worker_needs(config)) as resources,
+    ):
         config = _resolve(config, resources)
         require_resources(config, resources)
         config = _resolve_placement(config, ref, plan, resumed)

@@ -85,7 +85,7 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
 
 @main.command(cls=SectionedCommand)
 @click.argument("model", required=False)
-@config_options(ScanConfig, exclude=("model", "custom_formats"))
+@config_options(ScanConfig, exclude=("model", "custom_formats", "runtime_env"))
 @click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, or start it.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")

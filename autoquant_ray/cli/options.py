@@ -33,6 +33,7 @@ _SECTIONS = {
     "Workers": (
         *("workers", "gpus_per_worker", "cpus_per_worker", "placement", "weight_cache_gib"),
         *("activation_cache_gib", "step_tokens", "shard_samples", "grace_s", "address"),
+        *("wait_for_workers", "accelerator", "node_labels"),
     ),
 }
 """Heading of the help -> fields below it; all others stand below ``Run``."""
@@ -109,6 +110,10 @@ def _option(name: str, field: FieldInfo) -> Decorator:
         return click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)
     if name == "disable":
         return click.option(flag, name, multiple=True, metavar="PATTERN", help=text)
+    if name == "node_labels":
+        return click.option(flag, name, multiple=True, metavar="KEY=VALUE", help=text)
+    if name == "wait_for_workers":
+        return click.option(flag, name, metavar="TIME", default=None, help=text)
     if field.annotation == Data:
         return click.option(flag, name, multiple=True, metavar="[NAME=]SOURCE", help=text)
     if name == "bytes":

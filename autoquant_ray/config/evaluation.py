@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import FileKind
-from autoquant_ray.config.values import parse_workers
+from autoquant_ray.config.values import parse_labels, parse_seconds, parse_workers
 
 
 class EvaluationConfig(BaseModel):
@@ -64,6 +64,19 @@ class EvaluationConfig(BaseModel):
     workers: int | str | None = Field(default=None, description="Number of workers, or auto.")
     cpus_per_worker: int | None = Field(default=None, ge=1, description="Threads per worker.")
     gpus_per_worker: float | None = Field(default=None, gt=0, description="GPUs per worker.")
+    wait_for_workers: float | None = Field(
+        default=None,
+        description="How long to wait for the nodes of the workers, as for scan. Default: the "
+        "run's.",
+    )
+    accelerator: str | None = Field(
+        default=None, description="Accelerator of the workers' nodes, as for scan."
+    )
+    node_labels: dict[str, str] | None = Field(
+        default=None,
+        description="Label of the workers' nodes, as for scan. May be repeated.",
+        json_schema_extra={"flag": "node_label"},
+    )
     address: str | None = Field(default=None, description="Ray cluster, as for scan.")
 
     @field_validator("against", mode="before")
@@ -78,6 +91,16 @@ class EvaluationConfig(BaseModel):
     @classmethod
     def _parse_workers(cls, value: Any) -> Any:
         return None if value is None else parse_workers(value)
+
+    @field_validator("wait_for_workers", mode="before")
+    @classmethod
+    def _parse_wait(cls, value: Any) -> Any:
+        return None if value is None else parse_seconds(value)
+
+    @field_validator("node_labels", mode="before")
+    @classmethod
+    def _parse_labels(cls, value: Any) -> Any:
+        return None if value is None else parse_labels(value)
 
     def scan_config(self, scan: dict[str, Any]) -> ScanConfig:
         """The run's scan with this data and these workers.

@@ -16,6 +16,8 @@ from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ConfigError, one_line
 from autoquant_ray.wording import few, shown
 
+_NOT_SHOWN = ("secrets", "runtime_env")
+"""Keys whose values no message repeats: one may be a secret, written there by mistake."""
 _LONGEST_FILE, _MOST_NODES, _LONGEST_MESSAGE = 1_000_000, 100_000, 200
 """Characters, values with aliases written out, and characters of a complaint."""
 
@@ -150,7 +152,6 @@ def first_problem(
     error: ValidationError,
     place: Callable[[str, str], str],
     keys: Sequence[str],
-    not_shown: Sequence[str] = (),
 ) -> str:
     """The first of pydantic's errors as one line.
 
@@ -158,7 +159,6 @@ def first_problem(
         error: What pydantic raised.
         place: Names where a key stands, from its dotted name and that name's first part.
         keys: Keys that exist, for a hint.
-        not_shown: Keys whose value is not repeated.
     """
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
@@ -176,6 +176,6 @@ def first_problem(
     value = first["input"]
     is_said = isinstance(value, str | int | float) and str(value)[:_LONGEST_MESSAGE] in message
     is_secret = isinstance(value, str) and place_problem(value) is not None
-    if first["loc"][0] in not_shown or is_said or is_secret or "credentials" in message:
+    if first["loc"][0] in _NOT_SHOWN or is_said or is_secret or "credentials" in message:
         return f"{where}: {message}"
     return f"{where}: {message} (got {shown(value)})"

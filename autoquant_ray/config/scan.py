@@ -13,12 +13,15 @@ from pydantic import Field, field_validator, model_validator
 
 from autoquant_ray.config.expert_groups import LAYER
 from autoquant_ray.config.hold_out import HoldOut, parse_hold_out
+from autoquant_ray.config.runtime_env import RuntimeEnv
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.config.sources import Data, FileKind, parse_data
 from autoquant_ray.config.values import (
     checked_places,
     parse_bytes,
     parse_gib,
+    parse_labels,
+    parse_seconds,
     parse_share,
     parse_workers,
 )
@@ -206,6 +209,24 @@ class ScanConfig(SearchSpace):
         description="CPUs each worker reserves and computes with. Part of the result: another "
         "number of threads may change the last bits of a sum.",
     )
+    wait_for_workers: float | None = Field(
+        default=None,
+        description="How long to wait for a cluster that has too little for the workers, such as "
+        "20m: its autoscaler is asked for the nodes. auto workers wait for the first. Say --device "
+        "cuda where the cluster begins without GPUs. Default: such a cluster is an error at once.",
+    )
+    accelerator: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        description="Run workers only on nodes with this accelerator, by Ray's name for it, such "
+        "as H100 or A100-80G.",
+    )
+    node_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Run workers only on nodes that Ray was started on with this label. May be "
+        "repeated.",
+        json_schema_extra={"flag": "node_label"},
+    )
     grace_s: float = Field(
         default=20.0,
         ge=0,
@@ -216,6 +237,12 @@ class ScanConfig(SearchSpace):
         default="auto",
         description="Ray cluster: auto (that of RAY_ADDRESS or of 'ray start' on this machine, "
         "else local), local (of this command alone), or an address such as ray://HOST:10001.",
+    )
+
+    runtime_env: RuntimeEnv | None = Field(
+        default=None,
+        description="What workers get besides what their nodes have: pip or uv, env_vars, "
+        "working_dir, as Ray's runtime_env has them.",
     )
 
     @field_validator("data", "out", "address", mode="before")
@@ -249,6 +276,16 @@ class ScanConfig(SearchSpace):
     @classmethod
     def _parse_workers(cls, value: Any) -> Any:
         return parse_workers(value)
+
+    @field_validator("wait_for_workers", mode="before")
+    @classmethod
+    def _parse_wait(cls, value: Any) -> Any:
+        return None if value is None else parse_seconds(value)
+
+    @field_validator("node_labels", mode="before")
+    @classmethod
+    def _parse_labels(cls, value: Any) -> Any:
+        return parse_labels(value) if isinstance(value, str | list | tuple | dict) else value
 
     @field_validator("weight_cache_gib", mode="before")
     @classmethod
@@ -288,6 +325,15 @@ class ScanConfig(SearchSpace):
             raise ValueError(
                 f"samples {self.samples} is less than one for each of {len(self.data)} sources; "
                 "give more samples"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_accelerator_is_used(self) -> Self:
+        if self.accelerator is not None and self.device == "cpu" and not self.gpus_per_worker:
+            raise ValueError(
+                f"accelerator {self.accelerator} is a kind of GPU, and device cpu computes on "
+                "none; leave out one of the two"
             )
         return self
 

@@ -19,6 +19,10 @@ _CREDENTIALS["hf"] = "give them as HF_TOKEN in the environment"
 _OTHER_CREDENTIALS = "give them in the environment"
 
 _BYTE_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SECONDS = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([smh])?\s*$", re.IGNORECASE)
+_TIME_UNITS = {"s": 1, "m": 60, "h": 3600}
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+_LABEL_KEY = re.compile(rf"([A-Za-z0-9][A-Za-z0-9.-]{{0,252}}/)?{_LABEL_VALUE.pattern}")
 _BYTES = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
 
 
@@ -94,6 +98,44 @@ def parse_share(value: float | str) -> float:
     if not 0 < share < 1:
         raise ValueError(f"{value!r} must be above 0 and below 1, for example 0.01 or 1%")
     return share
+
+
+def parse_seconds(value: float | str) -> float:
+    """Parse a time such as ``90``, ``90s``, ``20m`` or ``2h``.
+
+    Returns:
+        Seconds.
+
+    Raises:
+        ValueError: Not a time above 0.
+    """
+    match = _SECONDS.match(str(value))
+    seconds = 0.0 if match is None else float(match[1]) * _TIME_UNITS[(match[2] or "s").lower()]
+    if seconds <= 0:
+        raise ValueError(f"{value!r} is not a time above 0; write for example 90s, 20m or 2h")
+    return seconds
+
+
+def parse_labels(value: Any) -> dict[str, str]:
+    """Parse labels of nodes: a mapping, or texts of the form ``KEY=VALUE``.
+
+    Raises:
+        ValueError: One is not a label as Ray and Kubernetes have them, or is given twice.
+    """
+    if isinstance(value, dict):
+        pairs = [(str(key), str(text)) for key, text in value.items()]
+    else:
+        texts = [value] if isinstance(value, str) else list(value)
+        pairs = [(key, text) for key, _, text in (str(text).partition("=") for text in texts)]
+    for key, text in pairs:
+        if not _LABEL_KEY.fullmatch(key) or not _LABEL_VALUE.fullmatch(text):
+            raise ValueError(
+                f"{f'{key}={text}'[:80]!r} is no label of a node; write KEY=VALUE, of letters, "
+                "digits, '-', '_' and '.', 63 at most each"
+            )
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a label of nodes is given twice; give each key once")
+    return dict(pairs)
 
 
 def parse_gib(value: float | str) -> float | Literal["auto"]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
 from autoquant_ray.distributed.failure import Decision, FailurePolicy
 from autoquant_ray.distributed.placement import Placement
@@ -70,12 +70,15 @@ class Crew:
 
         Raises:
             AutoQuantError: It cannot load the model; others could not either.
+            RuntimeEnvSetupError: Its environment cannot be set up; the same.
         """
         worker = self.loading.pop(reference)
         try:
             process_id = ray.get(reference)
         except RayTaskError as error:
             raise error_of_task(error) from None
+        except RuntimeEnvSetupError:
+            raise  # no other worker would get it
         except RayError as error:
             self.bury(worker, None, error)
         else:
@@ -110,7 +113,9 @@ class Crew:
         if now_s < self._next_look_s:
             return
         self._next_look_s = now_s + _LOOK_S
-        room = min(self._placement.room(ray.cluster_resources()), self._placement.max_workers)
+        room = min(
+            self._placement.room(self._placement.nodes.resources()), self._placement.max_workers
+        )
         size = len(self.ready) + len(self.loading)
         count = min(room - self._room, room - size)
         self._room = room

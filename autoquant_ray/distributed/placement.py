@@ -11,7 +11,7 @@ import threading
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,11 +19,13 @@ from typing import Any, Protocol
 import psutil
 import ray
 from ray._private.utils import read_ray_address
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError, RuntimeEnvSetupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from autoquant_ray.config.runtime_env import RuntimeEnv
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.failure import start_in_time
+from autoquant_ray.distributed.nodes import NodeChoice
 from autoquant_ray.errors import ClusterError, one_line
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Placement:
         worker_bytes: Memory of one worker; bounds their number on a CPU cluster.
         reuses_memory: The process keeps freed host memory for the next tensor
             (:func:`~autoquant_ray.distributed.host_memory.reuse_freed_memory`).
+        nodes: Where they may run.
     """
 
     num_workers: int
@@ -53,6 +56,7 @@ class Placement:
     device: str
     worker_bytes: int = 1
     reuses_memory: bool = False
+    nodes: NodeChoice = field(default_factory=NodeChoice)
 
     def at_most(self, num_shards: int) -> Placement:
         """The same with no more workers than shards; more would idle."""
@@ -99,26 +103,36 @@ class Asked(Protocol):
 
 
 @contextmanager
-def connected(config: Asked) -> Iterator[dict[str, float]]:
+def connected(config: Asked, runtime_env: RuntimeEnv | None = None) -> Iterator[dict[str, float]]:
     """Connect to the cluster that the config names; yields its total resources.
 
     A connection that is open already is used and left open. A local cluster gets enough CPUs for
     the workers that were asked for by number, even if the machine has fewer.
 
+    Args:
+        config: The cluster.
+        runtime_env: What the workers get besides; None for nothing.
+
     Raises:
-        ClusterError: The address cannot be reached.
+        ClusterError: The address cannot be reached, or a node cannot set the environment up.
     """
     if ray.is_initialized():
+        if runtime_env is not None:
+            logger.warning("`runtime_env` is left out: the connection to Ray was open before")
         yield dict(ray.cluster_resources())
         return
     try:
         with _kept_sigterm():
-            _connect(config)
+            _connect(config, {} if runtime_env is None else runtime_env.to_ray())
     except (OSError, ValueError, RuntimeError) as error:
         reason = one_line(error)
         raise ClusterError(f"Ray cluster {config.address!r} cannot be reached: {reason}") from None
     try:
         yield dict(ray.cluster_resources())
+    except RuntimeEnvSetupError as error:
+        last = str(error).strip().splitlines()[-1]  # what failed, after all tracebacks
+        reason = one_line(ValueError(last), limit=250)
+        raise ClusterError(f"the runtime_env cannot be set up on a node: {reason}") from None
     finally:
         ray.shutdown()
 
@@ -164,12 +178,13 @@ def _shared_address() -> str:
         return "local"  # it has ended without a word
 
 
-def _connect(config: Asked) -> None:
+def _connect(config: Asked, runtime_env: Mapping[str, Any]) -> None:
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "configure_logging": True,
         "namespace": "autoquant_ray",
+        "runtime_env": dict(runtime_env) or None,
     }
     address = _shared_address() if config.address == "auto" else config.address
     if address != "local":
@@ -204,12 +219,18 @@ def gpus_per_worker(config: ScanConfig, device: str) -> float:
     return 1.0 if device == "cuda" else 0.0
 
 
+def worker_needs(config: ScanConfig) -> dict[str, float]:
+    """Resource -> what each worker takes, before it is clear what the cluster has."""
+    device = "cuda" if config.device == "cuda" or config.accelerator is not None else "cpu"
+    return {"GPU": gpus_per_worker(config, device), "CPU": config.cpus_per_worker}
+
+
 def require_resources(config: ScanConfig, resources: Mapping[str, float]) -> None:
     """Check that the cluster has what is asked for, before anything waits for it.
 
     Args:
         config: With the device resolved.
-        resources: The cluster's totals, as ``ray.cluster_resources()`` gives them.
+        resources: Totals of the nodes that workers may run on.
 
     Raises:
         ClusterError: The cluster has too little; the message says what it has.
@@ -226,8 +247,9 @@ def require_resources(config: ScanConfig, resources: Mapping[str, float]) -> Non
         has = resources.get(name, 0)
         if amount > has:
             raise ClusterError(
-                f"{asked} worker(s) need {amount:g} {name}, the cluster has {has:g}; lower "
-                f"`workers`, `cpus_per_worker` or `gpus_per_worker`"
+                f"{asked} worker(s) need {amount:g} {name}, the cluster has {has:g}"
+                f"{NodeChoice.of(config).describe()}; lower `workers`, `cpus_per_worker` or "
+                "`gpus_per_worker`, or wait for an autoscaler with `wait_for_workers`"
             )
 
 
@@ -240,7 +262,7 @@ def device_bytes(config: ScanConfig, device: str) -> int:
     Raises:
         ClusterError: A GPU node does not answer.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = NodeChoice.of(config).nodes()
     if device == "cpu":
         return min(_host_bytes(node) for node in nodes)
     gpus = gpus_per_worker(config, device)
@@ -298,7 +320,7 @@ def place_workers(
 
     Args:
         config: What was asked for.
-        resources: The cluster's totals, as ``ray.cluster_resources()`` gives them.
+        resources: Totals of the nodes that workers may run on.
         device: ``cpu`` or ``cuda``.
         worker_bytes: Memory of one worker; bounds ``auto`` by the memory of a CPU cluster.
     """
@@ -309,6 +331,7 @@ def place_workers(
         device=device,
         worker_bytes=worker_bytes,
         reuses_memory=device == "cpu" and config.placement == "resident",
+        nodes=NodeChoice.of(config),
     )
     if isinstance(config.workers, int):
         return replace(placement, num_workers=config.workers, max_workers=config.workers)

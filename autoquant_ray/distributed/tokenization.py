@@ -114,6 +114,8 @@ def fetch(reference: Any) -> Any:
             raise error.cause from None
         reason = f"{type(error.cause).__name__}: {one_line(error.cause)}"
         raise DataError(f"a text of the calibration data cannot be tokenized: {reason}") from None
+    except ray.exceptions.RuntimeEnvSetupError:
+        raise  # for whoever connected
     except ray.exceptions.RayError as error:
         raise WorkerError(f"tokenization of the calibration data: {one_line(error)}") from None
 

@@ -97,6 +97,7 @@ def start_worker(placement: Placement) -> Any:
             num_gpus=placement.gpus_per_worker,
             max_restarts=0,
             max_task_retries=0,
+            **placement.nodes.options(),
         )
         .remote
     )

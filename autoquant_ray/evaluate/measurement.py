@@ -16,7 +16,13 @@ from autoquant_ray.calibrate.files import calibration_of
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.interrupts import stop_on_signal
-from autoquant_ray.distributed.placement import connected, place_workers, require_resources
+from autoquant_ray.distributed.nodes import enough_nodes
+from autoquant_ray.distributed.placement import (
+    connected,
+    place_workers,
+    require_resources,
+    worker_needs,
+)
 from autoquant_ray.distributed.pool import Outcome, Submit, WorkerPool
 from autoquant_ray.distributed.progress import progress
 from autoquant_ray.errors import Interrupted, StoreError, WorkerError
@@ -265,7 +271,12 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
     if dropped := dropped_formats(state):
         names = ", ".join(dropped)
         logger.warning("%s cannot be measured (`keep_rounded` no), so rivals have none", names)
-    with connected(scan) as resources, lease(directory) as run_lease, ExitStack() as stack:
+    with (
+        connected(scan, scan.runtime_env),
+        enough_nodes(scan, worker_needs(scan)) as resources,
+        lease(directory) as run_lease,
+        ExitStack() as stack,
+    ):
         require_resources(scan, resources)
         facts = held_out_samples(state, folder, scan, ref, skip)
         placement = place_workers(

@@ -243,16 +243,15 @@ class Jobs:
 
 def _request(package: Package, folder: str) -> dict[str, Any]:
     """Arguments of Ray's ``submit_job``. The driver reserves nothing: the workers compute."""
+    runtime_env = package.runtime_env_in(folder)
+    stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
     return {
         "submission_id": package.run_id,
         "entrypoint": entrypoint(package.command),
         "entrypoint_num_cpus": 0,
         "entrypoint_num_gpus": 0,
         "metadata": {_OURS: VERSION, "kind": package.job.kind},
-        "runtime_env": {
-            "working_dir": folder,
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)} | package.env,
-        },
+        "runtime_env": runtime_env | {"env_vars": stop_wait | runtime_env["env_vars"]},
     }
 
 

@@ -24,8 +24,6 @@ from autoquant_ray.jobs.names import is_variable
 from autoquant_ray.runs.names import slug
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
-_NOT_SHOWN = ("secrets",)
-"""Keys whose values no message repeats: one may be a secret, written there by mistake."""
 
 
 class _Job(BaseModel):
@@ -245,7 +243,7 @@ def _one_line(path: str, keys: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        line = first_problem(error, lambda name, _root: f"{path}: {name}", keys, _NOT_SHOWN)
+        line = first_problem(error, lambda name, _root: f"{path}: {name}", keys)
         raise ConfigError(line if line.startswith(path) else f"{path}: {line}") from None
 
 

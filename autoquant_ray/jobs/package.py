@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from autoquant_ray.config.runtime_env import SOUNDS_SECRET, RuntimeEnv
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import sources_of
 from autoquant_ray.config.values import place_problem
@@ -30,7 +32,6 @@ from autoquant_ray.jobs.names import parse_date
 logger = logging.getLogger(__name__)
 
 _JOB_FILE = "job.yaml"
-_SOUNDS_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY", re.IGNORECASE)
 _OF_THE_PACKAGE = re.compile(r"autoquant_ray(/|-[^/]*\.dist-info/)")
 
 
@@ -45,6 +46,7 @@ class Package:
         values: Content of its file.
         env: Environment variables of the driver and the workers, shown by Ray's dashboard.
         wheel: Wheel of this package to run; None takes what is installed on the cluster.
+        runtime_env: What the job file asks for besides, of the driver too.
     """
 
     job: Job
@@ -53,18 +55,32 @@ class Package:
     values: dict[str, Any]
     env: dict[str, str]
     wheel: str | None
+    runtime_env: RuntimeEnv
 
     def unpack(self, folder: Path) -> None:
-        """Write the job's working directory: the job file and, from a wheel, the package.
+        """Write the job's working directory: its own files, the job file and, from a wheel, the
+        package.
 
         The package is unpacked rather than installed: Ray would let pip install the wheel's
         dependencies beside it, torch and Ray among them.
         """
-        text = yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
+        if self.runtime_env.working_dir is not None:
+            shutil.copytree(self.runtime_env.working_dir, folder, dirs_exist_ok=True)
+        values = {key: value for key, value in self.values.items() if key != "runtime_env"}
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         (folder / _JOB_FILE).write_text(text, encoding="utf-8")
         if self.wheel is not None:
             with zipfile.ZipFile(self.wheel) as archive:
                 archive.extractall(folder, _package_files(archive))
+
+    def runtime_env_in(self, folder: str) -> dict[str, Any]:
+        """Ray's ``runtime_env`` of the job: what the file asks for, with ``env`` over it.
+
+        Args:
+            folder: The working directory.
+        """
+        asked = self.runtime_env.to_ray()
+        return asked | {"working_dir": folder, "env_vars": asked.get("env_vars", {}) | self.env}
 
 
 def make_package(
@@ -91,6 +107,8 @@ def make_package(
     job = make_job(values, path)
     require_runs(job, runs, path)
     _require_portable(job, path, runs)
+    runtime_env = _configs(job, runs)[0].runtime_env or RuntimeEnv()
+    _require_folder(runtime_env, path)
     _require_no_secret(job.secrets, env)
     if wheel is not None:
         _require_wheel(wheel)
@@ -102,6 +120,7 @@ def make_package(
         values=values,
         env=dict(env),
         wheel=wheel,
+        runtime_env=runtime_env,
     )
 
 
@@ -142,6 +161,23 @@ def _require_portable(job: Job, path: str, runs: str | None) -> None:
                 )
 
 
+def _require_folder(runtime_env: RuntimeEnv, path: str) -> None:
+    """Check that the working directory can be sent along with the job file."""
+    folder = runtime_env.working_dir
+    if folder is None:
+        return
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            f"{path}: runtime_env.working_dir: {folder} is no folder of this machine, from which "
+            "the job is sent; give one"
+        )
+    if (Path(folder) / _JOB_FILE).exists():
+        raise ConfigError(
+            f"{path}: runtime_env.working_dir: {folder} holds a {_JOB_FILE}, the name under which "
+            "the job file is put there; rename it"
+        )
+
+
 def _configs(job: Job, runs: str | None) -> list[ScanConfig]:
     if isinstance(job, NightlyJob):
         return [job.config(out=str(runs))]
@@ -157,7 +193,7 @@ def _require_no_secret(secrets: tuple[str, ...], env: Mapping[str, str]) -> None
                 f"--env {name}: it is a secret of the job, and Ray's dashboard shows what --env "
                 "sets; set it in the cluster's environment"
             )
-        if _SOUNDS_SECRET.search(name):
+        if SOUNDS_SECRET.search(name):
             logger.warning(
                 "--env %s: Ray's dashboard shows its value; a secret belongs in the cluster's "
                 "environment, its name under secrets",

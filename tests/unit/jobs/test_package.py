@@ -167,6 +167,36 @@ def test_package_unpacks_the_job_and_only_the_package(tmp_path: Path) -> None:
     assert sent == package(SCAN).job
 
 
+def test_package_sends_what_the_job_brings(tmp_path: Path) -> None:
+    code, folder = tmp_path / "code", tmp_path / "folder"
+    code.mkdir()
+    folder.mkdir()
+    (code / "mine.py").write_text("x = 1")
+    brings = {"pip": ["a==1"], "env_vars": {"A": "1", "B": "2"}, "working_dir": str(code)}
+    made = package(SCAN | {"runtime_env": brings}, env={"B": "3"})
+    assert made.runtime_env_in("F") == {
+        "pip": ["a==1"],
+        "env_vars": {"A": "1", "B": "3"},
+        "working_dir": "F",
+    }
+    made.unpack(folder)
+    assert (folder / "mine.py").read_text() == "x = 1"
+    assert yaml.safe_load((folder / "job.yaml").read_text()) == SCAN
+    assert made.run_id != package(SCAN).run_id
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"), [("none", "is no folder of this machine"), ("code", "holds a job.yaml")]
+)
+def test_package_refuses_a_working_directory_that_cannot_be_sent(
+    folder: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "job.yaml").write_text("")
+    with pytest.raises(ConfigError, match=expected):
+        package(SCAN | {"runtime_env": {"working_dir": str(tmp_path / folder)}})
+
+
 @pytest.mark.parametrize("content", [None, "text", {"other/__main__.py": ""}])
 def test_package_refuses_what_is_no_wheel_of_ours(tmp_path: Path, content: Any) -> None:
     wheel = tmp_path / "x.whl"
