@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from autoquant_ray.config.files import first_problem, read_yaml
+from autoquant_ray.config.files import problems_of, read_yaml
 from autoquant_ray.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "hardware"
@@ -141,5 +141,5 @@ def load_hardware(named: str) -> Hardware:
         return Hardware.model_validate(read_yaml(path))
     except ValidationError as error:
         keys = [*Hardware.model_fields, "value", "source"]
-        line = first_problem(error, lambda name, _: f"hardware file {path}: {name}", keys)
+        line = problems_of(error, lambda name, _: f"hardware file {path}: {name}", keys)
         raise ConfigError(line) from None

@@ -26,7 +26,7 @@ from pydantic import (
 from autoquant_ray.allocate.load import Latency
 from autoquant_ray.config.domain_weights import check_objective, normalised, parse_weights
 from autoquant_ray.config.expert_groups import LAYER, ExpertGroups, parse_expert_groups
-from autoquant_ray.config.files import first_problem
+from autoquant_ray.config.files import problems_of
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.values import parse_bytes
 from autoquant_ray.errors import ConfigError
@@ -185,7 +185,7 @@ class SolveOptions(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             names = list(type(self).model_fields)
-            raise ConfigError(first_problem(error, lambda name, _: name, names)) from None
+            raise ConfigError(problems_of(error, lambda name, _: name, names)) from None
 
     @field_validator("latency", mode="before")
     @classmethod

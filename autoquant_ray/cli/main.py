@@ -24,6 +24,7 @@ from autoquant_ray.cli.explain import explain
 from autoquant_ray.cli.export import export
 from autoquant_ray.cli.frontier import frontier
 from autoquant_ray.cli.import_ import import_
+from autoquant_ray.cli.input_checks import require_input
 from autoquant_ray.cli.jobs import jobs, submit
 from autoquant_ray.cli.measure_latency import measure_latency
 from autoquant_ray.cli.options import SectionedCommand, config_options, given_fields
@@ -64,6 +65,9 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     Example:
       autoquant-ray plan ./Qwen3-4B --formats wint4_afp16,wfp8_afp8 --disable lm_head
     """
+    given = given_fields({"model": model, **flags})
+    space = load_config(SearchSpace, config_file, given)
+    require_input(space)
     import torch
 
     from autoquant_ray.cli.output import plan_to_json, print_plan
@@ -71,8 +75,6 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     from autoquant_ray.models.tokenizer import require_ids_within
     from autoquant_ray.plan.make import make_plan
 
-    given = given_fields({"model": model, **flags})
-    space = load_config(SearchSpace, config_file, given)
     ref = find_model(space.model, trust_remote_code=space.trust_remote_code)
     device = space.device
     if device == "auto":

@@ -16,16 +16,20 @@ from autoquant_ray.cli.edge import (
     prints_result,
     show_lines,
 )
+from autoquant_ray.cli.input_checks import require_input
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_A_LOOK, ConfigError
 from autoquant_ray.jobs.file import NightlyJob, ScanJob, SweepJob, load_job, require_runs
 from autoquant_ray.jobs.names import check_run_id
+from autoquant_ray.runs.directory import RunDirectory
 
 
 def scan_result(
     config: ScanConfig, mode: Any, run_id: str | None = None, *, says_next: bool = True
 ) -> Result:
     """Run a scan: its solution and its exit code, and the commands that people run next."""
+    keeps_menu = mode == "resume" and RunDirectory(config.out).exists()
+    require_input(config, keeps_menu=keeps_menu)
     from autoquant_ray.cli.output import print_solution
     from autoquant_ray.scan import run_search
 

@@ -20,10 +20,14 @@ _NOT_SHOWN = ("secrets", "runtime_env")
 """Keys whose values no message repeats: one may be a secret, written there by mistake."""
 _LONGEST_FILE, _MOST_NODES, _LONGEST_MESSAGE = 1_000_000, 100_000, 200
 """Characters, values with aliases written out, and characters of a complaint."""
+_LONGEST_LINE = 360
+"""Characters of all complaints together, which the command line cuts at 400."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Space = TypeVar("Space", bound=SearchSpace)
 
+_ORDER = {"extra_forbidden": 0, "unexpected_keyword_argument": 0, "missing": 2}
+"""Kinds of errors as they are said, others between: a wrong key may be why another is missing."""
 _NO_KEYS = ("[key]", "dict[str,any]")
 """Parts of pydantic's places that no file has: a key itself, a member of a union."""
 
@@ -65,14 +69,16 @@ def validate(
         ConfigError: Unknown key or a wrong value; one line that says where it stands.
     """
 
+    starts = iter(("" if path is None else f"{path}: ",))
+
     def place(name: str, root: str) -> str:
         from_file = path is not None and root in values and root not in flags
-        return f"{path}: {name}" if from_file else f"--{name.replace('_', '-')}"
+        return f"{next(starts, '')}{name}" if from_file else f"--{name.replace('_', '-')}"
 
     try:
         return model_class.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(first_problem(error, place, list(model_class.model_fields))) from None
+        raise ConfigError(problems_of(error, place, list(model_class.model_fields))) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -148,34 +154,46 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     return total
 
 
-def first_problem(
+def problems_of(
     error: ValidationError,
     place: Callable[[str, str], str],
     keys: Sequence[str],
 ) -> str:
-    """The first of pydantic's errors as one line.
+    """All of pydantic's errors in one line; how many more there are, where it would be too long.
 
     Args:
         error: What pydantic raised.
         place: Names where a key stands, from its dotted name and that name's first part.
         keys: Keys that exist, for a hint.
     """
-    first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
-    name = ".".join(str(part)[:60] for part in first["loc"] if part not in _NO_KEYS)[:120]
-    where = place(name, str(first["loc"][0]))
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    entries = sorted(error.errors(), key=lambda entry: _ORDER.get(entry["type"], 1))
+    texts = list(dict.fromkeys(_problem(entry, place, keys) for entry in entries))
+    line = texts[0]
+    for number, text in enumerate(texts[1:], start=1):
+        more = len(texts) - number
+        if len(line) + len(text) > _LONGEST_LINE:
+            return f"{line}; and {more} more"
+        line += f"; {text}"
+    return line
+
+
+def _problem(entry: Any, place: Callable[[str, str], str], keys: Sequence[str]) -> str:
+    """One of pydantic's errors."""
+    message = entry["msg"].removeprefix("Value error, ")
+    if not entry["loc"]:
+        return str(message)
+    name = ".".join(str(part)[:60] for part in entry["loc"] if part not in _NO_KEYS)[:120]
+    where = place(name, str(entry["loc"][0]))
+    if entry["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         close = difflib.get_close_matches(name, keys, n=3)
         hint = f"closest: {', '.join(close)}" if close else f"known: {few(keys, 12)}"
         return f"{where}: unknown key; {hint}"
-    if first["type"] == "missing":
+    if entry["type"] == "missing":
         return f"{where} is missing"
     message = one_line(ValueError(message), limit=_LONGEST_MESSAGE)
-    value = first["input"]
+    value = entry["input"]
     is_said = isinstance(value, str | int | float) and str(value)[:_LONGEST_MESSAGE] in message
     is_secret = isinstance(value, str) and place_problem(value) is not None
-    if first["loc"][0] in _NOT_SHOWN or is_said or is_secret or "credentials" in message:
+    if entry["loc"][0] in _NOT_SHOWN or is_said or is_secret or "credentials" in message:
         return f"{where}: {message}"
     return f"{where}: {message} (got {shown(value)})"

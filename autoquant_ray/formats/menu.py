@@ -34,6 +34,7 @@ from autoquant_ray.formats.format import (
 )
 from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS
 from autoquant_ray.formats.numbers import blocks_of, is_scaled_by_block, is_static_nvfp4
+from autoquant_ray.formats.preset_names import preset_names
 from autoquant_ray.wording import shown
 
 _WEIGHTS: dict[str, Attributes] = {
@@ -116,6 +117,42 @@ def resolve_formats(
     return resolved
 
 
+def require_names(names: Iterable[str], custom: Custom | None = None) -> None:
+    """Check names of formats and of methods, without ModelOpt.
+
+    Args:
+        names: Names of the menu.
+        custom: Formats of the config file.
+
+    Raises:
+        FormatError: Unknown ones, all of them.
+    """
+    presets, ours = preset_names(), [*(custom or {}), *PAIRS, *BLOCK_INTEGERS, *KV_FORMATS]
+    problems = []
+    for name in names:
+        plain = name
+        while plain not in ours and ":" in plain:
+            plain, _, method = plain.rpartition(":")
+            if method not in METHODS:
+                problems.append(_no_method(name, method))
+        if plain not in ours and presets and plain not in presets:
+            problems.append(_unknown(plain, [*ours, *sorted(presets)]))
+    if problems:
+        raise FormatError("; ".join(problems))
+
+
+def _unknown(name: str, names: list[str]) -> str:
+    hint = ", ".join(closest_formats(name, names) or names[:4])
+    return f"unknown format {name!r}; closest: {hint}"
+
+
+def _no_method(name: str, method: str) -> str:
+    return (
+        f"format {name}: {method!r} is no method of rounding; after the colon may stand "
+        f"{', '.join(METHODS)}"
+    )
+
+
 def known_formats() -> list[str]:
     """All names that can be asked for, pairs first, ModelOpt's presets last."""
     from autoquant_ray.modelopt_api import mtq
@@ -166,10 +203,7 @@ def _with_method(format_: Format, name: str, method: str) -> Format:
     NVFP4 weights, which ModelOpt scales at each use, get stored scales of the same size.
     """
     if method not in METHODS:
-        raise FormatError(
-            f"format {name}: {method!r} is no method of rounding; after the colon may stand "
-            f"{', '.join(METHODS)}"
-        )
+        raise FormatError(_no_method(name, method))
     if format_.kv is not None:
         raise FormatError(
             f"format {name}: a KV cache has no stored scales to choose; leave ':' out"
@@ -221,8 +255,7 @@ def _preset_attributes(
     from autoquant_ray.modelopt_api import mtq
 
     if name not in mtq.config.choices:
-        hint = ", ".join(closest_formats(name, names) or names[:4])
-        raise FormatError(f"unknown format {name!r}; closest: {hint}")
+        raise FormatError(_unknown(name, names))
     preset = getattr(mtq.config, name)
     algorithm = checked_algorithm(f"format {name}", preset.get("algorithm"))
     weight = _last_match(preset["quant_cfg"], "weight_quantizer")
