@@ -49,7 +49,7 @@ from autoquant_ray.quantize.fitted_model import Factors
 from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of, rounded_weight
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.serving.compressed_formats import compressed_scheme
-from autoquant_ray.serving.fused_names import missing_parts
+from autoquant_ray.serving.fused_names import EXPERTS, engine_modules, missing_parts
 from autoquant_ray.serving.layer_formats import LayerAlgo
 
 _PRESETS = {"NVFP4": "NVFP4", "W4A16_NVFP4": "NVFP4A16", "MXFP8": "MXFP8", "MXFP4": "MXFP4"}
@@ -175,12 +175,18 @@ class CompressedPacker:
         """
         targets = {module for scheme in self._schemes.values() for module in scheme.targets}
         ignored = [name for name in self._linears if name not in targets]
+        fused = _fused_by_sglang(self._linears) if engine == "sglang" else {}
         config = QuantizationConfig(
-            config_groups=self._schemes,
+            config_groups={key: _with_fused(s, fused) for key, s in self._schemes.items()},
             format=_common_format(self._schemes),
             quantization_status=QuantizationStatus.COMPRESSED,
-            # vLLM refuses fused layers of which some parts are ignored, where others do not exist.
-            ignore=[*ignored, *missing_parts(self._linears, ignored)],
+            ignore=[
+                *ignored,
+                # vLLM refuses fused layers some parts of which are ignored, where others are not
+                # there.
+                *missing_parts(self._linears, ignored),
+                *(name for name, parts in fused.items() if not targets & parts),
+            ],
         )
         file = folder / "config.json"
         content = json.loads(file.read_text())
@@ -192,6 +198,26 @@ class CompressedPacker:
     ) -> Iterator[tuple[str, QuantizationScheme]]:
         for scheme in self._schemes.values():
             yield from ((name, scheme) for name in scheme.targets if name in formats)
+
+
+def _fused_by_sglang(names: Sequence[str]) -> dict[str, set[str]]:
+    """Name of a fused layer -> its parts.
+
+    SGLang finds it by these only where the model's class states which they are, and refuses the
+    checkpoint where it finds none; by its own name it finds it everywhere.
+    """
+    return {
+        module.path: set(module.members)
+        for module in engine_modules(names, "sglang")
+        if module.name != EXPERTS and len(module.members) > 1
+    }
+
+
+def _with_fused(scheme: QuantizationScheme, fused: Mapping[str, set[str]]) -> QuantizationScheme:
+    """A scheme that names the fused layers too all of whose parts it names."""
+    targets = set(scheme.targets)
+    added = [name for name, parts in fused.items() if parts <= targets]
+    return scheme.model_copy(update={"targets": [*scheme.targets, *added]})
 
 
 def _quantized_with(linear: StoredLinear) -> tuple[str, int]:

@@ -282,8 +282,14 @@ def _is_served(
 def _require_formats_apart(source: Source, engine: str) -> None:
     """Check that a checkpoint of compressed-tensors has one format, as an engine reads it.
 
-    Formats that differ by their method of rounding alone are the same in a checkpoint.
+    Formats that differ by their method of rounding alone are the same in a checkpoint. Experts are
+    looked for by names that few models' files have.
     """
+    if experts := [name for name in source.formats if source.is_experts(name)]:
+        raise ConfigError(
+            f"no source says that {engine} serves quantized experts of {COMPRESSED_TENSORS} "
+            f"({few(experts, _MOST_NAMES)}); give `format` {MODELOPT}, or leave them in 16 bits"
+        )
     stored = {
         source.groups[module]: (*grids(format_), block_size(format_))
         for module, format_ in source.formats.items()

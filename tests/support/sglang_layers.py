@@ -1,4 +1,4 @@
-"""Run without this package: how SGLang's own classes read each layer of a ModelOpt checkpoint.
+"""Run without this package: how SGLang's own classes read each layer of a checkpoint.
 
     python sglang_layers.py SGLANG FOLDER < names.json
 
@@ -22,13 +22,18 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
+import torch
+
 SGLANG = Path(sys.argv[1])
 LAYERS = "sglang.srt.layers"
 MODELOPT = f"{LAYERS}.quantization.modelopt_quant"
 NATIVE_FP8 = f"{LAYERS}.quantization.fp8"
+COMPRESSED = f"{LAYERS}.quantization.compressed_tensors"
 RUN = {
     MODELOPT,
     NATIVE_FP8,
+    f"{COMPRESSED}.compressed_tensors",
+    f"{COMPRESSED}.utils",
     f"{LAYERS}.quantization.base_config",
     f"{LAYERS}.quantization.utils",
     f"{LAYERS}.modelopt_utils",
@@ -39,6 +44,7 @@ METHODS = {
     "modelopt_fp4": (MODELOPT, "ModelOptFp4Config"),
     "modelopt_mixed": (MODELOPT, "ModelOptMixedPrecisionConfig"),
     "mxfp8": (NATIVE_FP8, "Fp8Config"),
+    "compressed-tensors": (f"{COMPRESSED}.compressed_tensors", "CompressedTensorsConfig"),
 }
 """As in ``sglang/srt/layers/quantization/__init__.py``."""
 
@@ -49,18 +55,24 @@ BASES = {
 """Kind of a layer -> where its class is."""
 
 
+EMPTY = {"__init__": lambda *_, **__: None, "get_min_capability": staticmethod(int)}
+"""What classes have in place of their functions."""
+
+
 class StandIn(types.ModuleType):
     """A module whose classes are empty, and whose functions do nothing; none asks for a GPU."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = type(name, (), {"__init__": lambda *_, **__: None}) if name[0].isupper() else None
-        is_question = name.startswith(("is_", "get_bool")) or name.endswith("_required")
-        setattr(
-            self, name, value or (MagicMock(return_value=False) if is_question else MagicMock())
-        )
-        return getattr(self, name)
+        if name[0].isupper():
+            value: Any = type(name, (), EMPTY)
+        elif name.startswith(("is_", "get_bool")) or name.endswith("_required"):
+            value = MagicMock(return_value=False)
+        else:
+            value = MagicMock()
+        setattr(self, name, value)
+        return value
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -123,8 +135,13 @@ def read_config(folder: Path) -> Any:
 def kind_of(config: Any, kind: str, name: str) -> Any:
     """The class of a layer's method; None where it is not quantized."""
     place, base_name = BASES[kind]
-    base = getattr(importlib.import_module(f"{LAYERS}.{place}"), base_name)
-    method = config.get_quant_method(base(), name)
+    layer = getattr(importlib.import_module(f"{LAYERS}.{place}"), base_name)()
+    try:
+        method = config.get_quant_method(layer, name)
+    except ValueError as error:
+        return {"raises": str(error)}
+    if hasattr(layer, "scheme"):
+        return type(layer.scheme).__name__
     if type(method).__name__ == "Fp8LinearMethod":
         numbers = "MXFP8" if method.use_mxfp8 else f"blocks of {method.weight_block_size}"
         return f"Fp8LinearMethod of {numbers}"
@@ -134,6 +151,7 @@ def kind_of(config: Any, kind: str, name: str) -> Any:
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, Finder())
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
     names = json.load(sys.stdin)
     try:
         checkpoint = read_config(Path(sys.argv[2]))

@@ -16,7 +16,7 @@ from moe_models import LINEARS, write_moe
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.calibrate.files import read_calibration
-from autoquant_ray.errors import FormatError
+from autoquant_ray.errors import ConfigError, FormatError
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats.format import NONE
@@ -176,3 +176,13 @@ def test_experts_without_a_gate_stay_in_16_bits_where_vllm_would_not_find_them()
         served = {entry.layout: entry.permitted["experts"] for entry in served_sets(*arguments)}
         assert served["compressed-tensors"] == {NONE, *([f.name for f in menu] if is_found else [])}
         assert served["modelopt"] == {NONE, "wfp8_afp8"}
+
+
+def test_only_engines_that_are_known_to_read_experts_of_this_layout_serve_them(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    folder = write_moe(tmp_path / "mixtral", "mixtral")
+    choice = {"*": "none", "*0.mlp.experts": "wint8_afp16"}
+    directory, *_ = solved_run("qwen3_moe", choice, ("wint8_afp16",), folder=folder)
+    with pytest.raises(ConfigError, match=r"no source says that sglang serves quantized experts"):
+        export_run(directory, str(tmp_path / "out"), layout="compressed-tensors", engine="sglang")

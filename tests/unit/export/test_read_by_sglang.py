@@ -130,3 +130,19 @@ def test_several_formats_without_nvfp4_are_read_as_another(solved_run: Any, tmp_
     export_run(directory, str(tmp_path / "out"), layout="modelopt")
     read, _ = read_by_sglang(tmp_path / "out")
     assert all(kind == {"method": "w4afp8"} for kind in read.values())
+
+
+def test_one_format_of_compressed_tensors_is_read_for_all_but_what_is_left_out(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    """A Llama's fused layers are found by names of their own alone."""
+    menu = ("wint8_aint8", "FP8_PER_CHANNEL_PER_TOKEN_CFG")
+    for name, scheme in zip(menu, ("W8A8Int8", "W8A8Fp8"), strict=True):
+        choice = {"*": name, "*0.mlp.*": "none", "*1.self_attn.q_proj": "none", "lm_head": "none"}
+        directory, *_ = solved_run("llama", choice, (name,), name=name)
+        written = export_run(directory, str(tmp_path / f"out-{name}"), engine="sglang")
+        assert written.layout == "compressed-tensors"
+        read, _ = read_by_sglang(tmp_path / f"out-{name}")
+        for layer, kind in read.items():
+            is_kept = "0.mlp" in layer or layer in ("lm_head", "model.layers.1.self_attn.qkv_proj")
+            assert kind == (None if is_kept else f"CompressedTensors{scheme}"), layer
