@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.certainty.explanation import Explanation
-from autoquant_ray.allocate.frontier import Point, frontier_of
+from autoquant_ray.allocate.frontier import Frontier, frontier_of
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.calibrate.modelopt_config import config_of_solution
@@ -172,13 +172,13 @@ class Run:
         """Solve the fewest bits that are predicted to lose at most so many nats per token."""
         return solve_within(self._directory, largest_kl)
 
-    def frontier(self, num_points: int = 64) -> list[Point]:
+    def frontier(self, num_points: int = 64) -> Frontier:
         """Predicted loss at every size, the knee among the points; all are written to the run.
 
         Raises:
             ConfigError: Fewer than two points.
         """
-        return frontier_of(self._directory, num_points)
+        return Frontier(frontier_of(self._directory, num_points))
 
     def explain(self, group: str, solution: str = "") -> Explanation:
         """Why a group got its format, and what another one would cost.

@@ -26,6 +26,7 @@ from autoquant_ray.arrays import Floats
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.notebook import table_html
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import brief_lease
 from autoquant_ray.runs.names import FRONTIER_FILE
@@ -51,6 +52,30 @@ class Point:
     weight_bytes: float
     predicted_kl: float
     is_knee: bool = False
+
+
+class Frontier(list[Point]):
+    """The points of a frontier in order of size; a notebook shows them as a table."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "Frontier(no points)"
+        ends = f"{self[0].effective_bits:.2f} to {self[-1].effective_bits:.2f} bits"
+        return f"Frontier({len(self)} points, {ends})"
+
+    def _repr_html_(self) -> str:
+        return table_html(
+            ("Bits", "Size of the model", "Predicted KL", ""),
+            (
+                (
+                    f"{point.effective_bits:.3f}",
+                    f"{point.weight_bytes / 2**20:,.1f} MiB",
+                    f"{point.predicted_kl:.4g}",
+                    "knee" if point.is_knee else "",
+                )
+                for point in self
+            ),
+        )
 
 
 def sweep_points(

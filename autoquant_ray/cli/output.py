@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _TOP_GROUPS = 10
 _FILE_WIDTH = 200
+_PAGE_WIDTH, _WHOLE_WIDTH = 80, 156
+"""Columns of a measurement's tables, which are two below the width that all of it takes."""
 _TIME = "%Y-%m-%d %H:%M:%S"
 
 
@@ -188,13 +190,19 @@ def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
 
     console = _console()
     (section,) = measured_sections(rows, rows[0]["solution"], rows[0]["allocation"])
-    table = Table(box=box.SIMPLE)
-    for number, head in enumerate(HEADS):
-        table.add_column(head, justify="right" if number else "left")
-    for row in section.rows:
-        table.add_row(*row)
     console.print(section.title, soft_wrap=True)
-    console.print(table)
+    is_wide = console.is_terminal and console.width >= _WHOLE_WIDTH
+    parts = (range(1, len(HEADS)),) if is_wide else (range(1, 5), range(5, len(HEADS)))
+    for numbers in parts:
+        table = Table(box=box.SIMPLE, pad_edge=False)
+        table.add_column(HEADS[0], overflow="fold")
+        for number in numbers:
+            words = [*HEADS[number].split(), *(row[number] for row in section.rows)]
+            width = None if is_wide else max(map(len, words))
+            table.add_column(HEADS[number], justify="right", width=width)
+        for row in section.rows:
+            table.add_row(row[0], *(row[number] for number in numbers))
+        console.print(table, width=None if is_wide else min(console.width, _PAGE_WIDTH))
     console.print(section.verdict, soft_wrap=True)
     for path in paths.values():
         console.print(_short(path), soft_wrap=True)

@@ -72,15 +72,21 @@ class SearchResult:
 
 @dataclass
 class _Search:
-    """State of the search: every allocation measured so far on the first part."""
+    """State of the search: every allocation measured so far on the first part.
+
+    Attributes:
+        most: Trials at most.
+    """
 
     run: Measure
     origin: StartingPoint
     shards: Sequence[int]
+    most: int
     seen: dict[str, tuple[Candidate, Measured]] = field(default_factory=dict)
 
     def measure(self, candidates: list[Candidate]) -> list[Measured]:
         """Measure allocations; if a shard newly fails, the earlier ones again without it."""
+        self._say(candidates)
         measured = self.run(candidates, self.shards)
         earlier = [candidate for candidate, _ in self.seen.values()]
         if earlier and len(measured[0].kl_S) != len(next(iter(self.seen.values()))[1].kl_S):
@@ -88,6 +94,14 @@ class _Search:
             self.seen = {c.key: (c, losses) for c, losses in zip(earlier, again, strict=True)}
         self.seen |= {c.key: (c, losses) for c, losses in zip(candidates, measured, strict=True)}
         return measured
+
+    def _say(self, candidates: list[Candidate]) -> None:
+        """Count the trials that begin; the start, which is measured first, is none."""
+        new = {candidate.key for candidate in candidates} - self.seen.keys()
+        if self.seen and new:
+            first, last = len(self.seen), len(self.seen) + len(new) - 1
+            which = f"trial {first}" if first == last else f"trials {first} to {last}"
+            logger.info("refine: %s of at most %d", which, self.most)
 
     def losses(self, candidate: Candidate) -> Measured:
         """Measured losses of an allocation."""
@@ -118,7 +132,7 @@ def search_allocations(
         DataError: There are fewer than three shards.
     """
     first, second, third = split_shards(num_shards)
-    search = _Search(measure, origin, first)
+    search = _Search(measure, origin, first, num_trials)
     start = origin.candidate("solution", origin.formats)
     search.measure([start])
     predicted = _predicted(estimate, start, second)

@@ -176,6 +176,17 @@ def test_python_shows_solutions_and_comparisons_on_one_line(solved: Run) -> None
     assert repr(solution).endswith(f"predicted KL {kl:.4g})")
 
 
+def test_frontier_is_a_list_that_a_notebook_shows_as_a_table(solved: Run) -> None:
+    points = solved.frontier(5)
+    assert len(points) == 5
+    least, most = points[0].effective_bits, points[-1].effective_bits
+    assert repr(points) == f"Frontier(5 points, {least:.2f} to {most:.2f} bits)"
+    page = points._repr_html_()
+    assert page.count("<tr>") == 6
+    assert page.count("<td>knee</td>") == sum(point.is_knee for point in points) == 1
+    assert f"<td>{points[0].predicted_kl:.4g}</td>" in page
+
+
 def test_document_names_everything_that_a_run_can_do() -> None:
     text = DOCUMENT.read_text()
     names = set(re.findall(r"`(?:run|Run)\.(\w+)", text))

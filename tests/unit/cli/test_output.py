@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import run
+from scored_run import evaluation_row, put_scored_run
 
-from autoquant_ray.cli.output import print_frontier, print_jobs, print_sweep
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.cli.output import print_evaluation, print_frontier, print_jobs, print_sweep
 from autoquant_ray.jobs.cluster import JobView
 from autoquant_ray.jobs.sweep import SweepRow
+from autoquant_ray.solve import solve_run
 
 HOSTILE = "a\x1b]0;title\x07b\x9b31m\u202e[red]c"
 SHOWN = "a\\x1b]0;title\\x07b\\x9b31m\\u202e[red]c"
@@ -46,3 +50,23 @@ def test_heads_of_a_plan_are_names_not_markup(model_folder: Any, job_file: Any) 
     done = run("plan", model_folder("llama"), "--config", job_file(config))
     assert done.exit_code == 0, done.output
     assert f"{name} MiB" in done.stdout
+
+
+def test_measurement_fits_into_eighty_columns_where_it_is_piped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = put_scored_run(tmp_path / "run")
+    solve_run(directory, SolveOptions(bits=6), folder="")
+    row = evaluation_row(directory, kl_above_solution_stderr=0.01)
+    names = ["uniform wint4_g64_afp16", "ModelOpt's own selection", "x" * 70]
+    rivals = [row | {"name": name, "allocation": name} for name in names]
+    print_evaluation([row, *rivals], {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("4,096 tokens in 8 samples of held-out.jsonl")
+    tables = [line for line in lines if line.startswith(" ")]
+    assert max(map(len, tables)) <= 80
+    text = " ".join(tables)
+    heads = ("Allocation", "Bits", "Predicted", "Measured KL", "95% of", "Perplexity", "Same")
+    for part in (*heads, *names[:2]):
+        assert part in text
+    assert "…" not in text, "nothing is cut"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -95,3 +96,21 @@ def test_same_seed_finds_the_same(laboratory: Laboratory) -> None:
     ]
     assert results[0].winner == results[1].winner
     assert results[0].num_trials == results[1].num_trials <= 24
+
+
+def test_trials_are_counted_as_they_begin(
+    laboratory: Laboratory, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="autoquant_ray")
+    start = laboratory.starting_point(SolveOptions(bits=6.0))
+    result = search_allocations(laboratory.measure, NUM_SHARDS, start, num_trials=16)
+    counted = [
+        list(map(int, re.findall(r"\d+", message)))
+        for message in caplog.messages
+        if message.startswith("refine: trial")
+    ]
+    assert {numbers[-1] for numbers in counted} == {16}
+    ends = [(numbers[0], numbers[-2]) for numbers in counted]
+    assert ends[0][0] == 1
+    assert all(first == last + 1 for (_, last), (first, _) in itertools.pairwise(ends))
+    assert ends[-1][1] == result.num_trials
