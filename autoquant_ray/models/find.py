@@ -14,6 +14,7 @@ from typing import Any
 from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.gguf_config import apply_query_scale, apply_rotary, read_facts
+from autoquant_ray.models.gguf_parameters import apply_parameters, require_single_file
 from autoquant_ray.runs.hashing import fingerprint_files
 from autoquant_ray.wording import shown
 
@@ -230,10 +231,13 @@ def _load_config(ref: ModelRef) -> Any:
         needs_code = "trust_remote_code" in str(error)
         hint = " (its own code needs `trust_remote_code`)" if needs_code else ""
         raise ModelError(
-            f"config of model {ref.name}: {_why_unreadable(error, _stated(ref))}{hint}"
+            f"config of model {ref.name}: {_why_unreadable(error, _stated(ref), ref)}{hint}"
         ) from None
     if ref.gguf_file is not None:
-        apply_rotary(config, read_facts(Path(ref.path) / ref.gguf_file).rotary)
+        facts = read_facts(Path(ref.path) / ref.gguf_file)
+        require_single_file(facts.split)
+        apply_rotary(config, facts.rotary)
+        apply_parameters(config, facts.parameters)
         apply_query_scale(config)
     return config
 
@@ -318,12 +322,13 @@ def _require_classes(config: Any) -> None:
         raise ModelError(f"architectures {shown(names)} is no list of names of classes")
 
 
-def _why_unreadable(error: Exception, config: Mapping[str, Any]) -> str:
+def _why_unreadable(error: Exception, config: Mapping[str, Any], ref: ModelRef) -> str:
     """Why a config could not be read, in a line, and what helps.
 
     Args:
         error: What transformers raised.
         config: Content of the config, as far as it could be read.
+        ref: The model.
     """
     import transformers
 
@@ -333,7 +338,8 @@ def _why_unreadable(error: Exception, config: Mapping[str, Any]) -> str:
     if unknown is None or not is_about_it:
         is_plain = isinstance(error, OSError | ValueError | ImportError)
         kind = "" if is_plain else f"{type(error).__name__}: "
-        return f"it cannot be read ({kind}{one_line(error, limit=200)}); look at config.json"
+        look = "look at config.json" if ref.gguf_file is None else "get the GGUF file anew, whole"
+        return f"it cannot be read ({kind}{one_line(error, limit=200)}); {look}"
     installed = transformers.__version__
     return (
         f"transformers {installed} does not know the type {unknown!r}"

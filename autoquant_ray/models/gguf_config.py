@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoquant_ray.errors import ModelError, one_line
-from autoquant_ray.models.gguf_file import opened
+from autoquant_ray.models.gguf_parameters import opened
 from autoquant_ray.models.layers import decoder_layers
 from autoquant_ray.wording import few
 
@@ -47,6 +47,7 @@ _NAMES = {
     "yarn_attn_factor": "attention_factor",
 }
 _BIAS = re.compile(r"blk\.0\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.bias")
+_BLOCK, _AHEAD = re.compile(r"blk\.(\d+)\."), ".nextn."
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 _LAYERS_WITH_LONG_CONTEXT = "full_attention"
 _LAYERS_WITH_WINDOW = "sliding_attention"
@@ -77,12 +78,16 @@ class ModelFacts(NamedTuple):
     Attributes:
         rotary: Its rotary embeddings.
         has_separate_head: Whether the file holds a head that differs from the embedding.
-        tensor_names: Names of all its tensors.
+        sizes: Name of each of its tensors -> how many numbers it holds.
+        parameters: What it says of the model: name without its architecture -> value.
+        split: What it says of the parts that the model was split into.
     """
 
     rotary: RotaryMetadata
     has_separate_head: bool
-    tensor_names: tuple[str, ...]
+    sizes: Mapping[str, int]
+    parameters: Mapping[str, Any]
+    split: Mapping[str, Any]
 
 
 def read_facts(file: Path) -> ModelFacts:
@@ -102,18 +107,29 @@ def read_facts(file: Path) -> ModelFacts:
 def _read(file: Path, _modified: int, _size: int) -> ModelFacts:
     with opened(file) as reader:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
+        parameters = _named(reader.fields, reader.fields["general.architecture"].contents())
         return ModelFacts(
-            _rotary(reader.fields, tensors), _has_separate_head(tensors), tuple(tensors)
+            rotary=_rotary(parameters, tensors),
+            has_separate_head=_has_separate_head(tensors),
+            sizes={name: int(tensor.n_elements) for name, tensor in tensors.items()},
+            parameters=parameters,
+            split=_named(reader.fields, "split"),
         )
 
 
-def _rotary(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> RotaryMetadata:
-    prefix, start = f"{fields['general.architecture'].contents()}.rope.", "scaling."
-    named = {
-        name.removeprefix(prefix): field.contents()
+def _named(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Entries of the metadata whose names begin so, by the rest of the name."""
+    start = f"{prefix}."
+    return {
+        name.removeprefix(start): field.contents()
         for name, field in fields.items()
-        if name.startswith(prefix)
+        if name.startswith(start)
     }
+
+
+def _rotary(parameters: Mapping[str, Any], tensors: Mapping[str, Any]) -> RotaryMetadata:
+    prefix, start = "rope.", "scaling."
+    named = {n.removeprefix(prefix): v for n, v in parameters.items() if n.startswith(prefix)}
     scaling = {n.removeprefix(start): v for n, v in named.items() if n.startswith(start)}
     if "factor" not in scaling and "scale_linear" in named:  # its name in files of 2023
         scaling["factor"] = named["scale_linear"]
@@ -194,20 +210,21 @@ def apply_query_scale(config: Any) -> None:
     text.query_pre_attn_scalar = width if is_largest else text.head_dim
 
 
-def require_biases(model: Any, file: Path) -> None:
-    """Check that a model has a place for every bias that a file holds of a layer's linears.
+def require_places(model: Any, file: Path) -> None:
+    """Check that a model has a place for every number that a file holds of it.
 
-    transformers makes biases where the family's default has them, and skips those of other files
-    without a word; llama.cpp adds them.
+    transformers makes biases, and norms of queries and keys, where the family's default has them,
+    and skips those of other files without a word; llama.cpp uses them.
 
     Args:
         model: A skeleton, or the loaded model.
         file: The GGUF file.
 
     Raises:
-        ModelError: It has not; names the tensors.
+        ModelError: It has not.
     """
-    stored = [name for name in read_facts(file).tensor_names if _BIAS.fullmatch(name)]
+    facts = read_facts(file)
+    stored = [name for name in facts.sizes if _BIAS.fullmatch(name)]
     layer = next(iter(decoder_layers(model).values()), model)
     biases = [m for m in layer.modules() if getattr(m, "in_features", 0) and m.bias is not None]
     if len(stored) > len(biases):
@@ -215,6 +232,38 @@ def require_biases(model: Any, file: Path) -> None:
             f"GGUF file {file} holds biases ({few(stored, 3)}) that transformers does not load; "
             "convert the model to safetensors"
         )
+    num_layers = model.config.get_text_config().num_hidden_layers
+    apart = {*_DIVISORS, *unloaded_tensors(facts.sizes, num_layers)}
+    apart |= set() if facts.has_separate_head else {_HEAD}
+    num_stored = sum(size for name, size in facts.sizes.items() if name not in apart)
+    places = {id(t): t.numel() for t in model.state_dict(keep_vars=True).values()}
+    if not facts.has_separate_head and _HEAD in facts.sizes and not _is_tied(model):
+        num_stored += facts.sizes[_HEAD]
+    if num_stored > sum(places.values()):
+        raise ModelError(
+            f"GGUF file {file} holds {num_stored - sum(places.values()):,} more numbers than the "
+            f"{model.config.model_type} that transformers makes of it, which would be left out; "
+            "convert the model to safetensors"
+        )
+
+
+def _is_tied(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def unloaded_tensors(names: Iterable[str], num_layers: int) -> list[str]:
+    """Tensors of a file that are of no layer that transformers loads, such as those that guess
+    ahead.
+
+    Args:
+        names: Of the file's tensors.
+        num_layers: Of the model.
+    """
+    return [
+        name
+        for name in names
+        if _AHEAD in name or ((block := _BLOCK.match(name)) and int(block[1]) >= num_layers)
+    ]
 
 
 def _head_size(config: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from autoquant_ray.errors import ModelError
 from autoquant_ray.models.byte_pair_rules import RULES, BytePairRules
-from autoquant_ray.models.gguf_file import opened
+from autoquant_ray.models.gguf_parameters import opened
 
 Metadata = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.dequantize import opened
 from autoquant_ray.models.find import ModelRef, _load_config, hold_warnings
-from autoquant_ray.models.gguf_config import require_biases
+from autoquant_ray.models.gguf_config import require_places
 from autoquant_ray.models.quantizable import with_plain_linears
 from autoquant_ray.models.quantized_config import stated_quantization, without_quantization
 from autoquant_ray.models.quantized_source import QuantizedSource, quantized_source
@@ -62,7 +62,7 @@ def build_skeleton(ref: ModelRef) -> torch.nn.Module:
     untie_as_files(model, ref)
     with_plain_linears(model)
     if ref.gguf_file is not None:
-        require_biases(model, Path(ref.path) / ref.gguf_file)
+        require_places(model, Path(ref.path) / ref.gguf_file)
     return model.eval()
 
 
@@ -101,12 +101,19 @@ def load_model(
         )
     except (*_UNREADABLE, SafetensorError) as error:
         raise ModelError(f"model {ref.name} cannot be loaded: {one_line(error)}") from None
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ModelError(
+            f"model {ref.name} cannot be loaded: weights in its files have other shapes than its "
+            "config says; get the files and the config from one place"
+        ) from None
     _require_all_weights(model, info["missing_keys"], ref)
     require_language_model(model, ref)
     untie_as_files(model, ref)
     with_plain_linears(model)
     if ref.gguf_file is not None:
-        require_biases(model, Path(ref.path) / ref.gguf_file)
+        require_places(model, Path(ref.path) / ref.gguf_file)
     model.requires_grad_(False)
     return model.eval()
 

@@ -11,14 +11,13 @@ A stored name is followed as transformers follows it when it loads (5.14,
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.models.find import ModelRef
-from autoquant_ray.models.gguf_config import read_facts
+from autoquant_ray.models.gguf_config import read_facts, unloaded_tensors
 from autoquant_ray.models.load import own_dtype
 from autoquant_ray.models.packed_weight import PackedWeight, logical_shape
 from autoquant_ray.models.quantized_source import quantized_source
@@ -28,8 +27,6 @@ from autoquant_ray.wording import few
 if TYPE_CHECKING:
     import torch
 
-_BLOCK = re.compile(r"blk\.(\d+)\.")
-_AHEAD = ".nextn."
 _MOST_NAMES = 2
 _WIDE_FLOATS = ("F32", "F64")
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
@@ -141,13 +138,8 @@ def unloaded_gguf_tensors(ref: ModelRef, model: Any) -> list[str]:
     """
     if ref.gguf_file is None:
         return []
-    num_layers = model.config.get_text_config().num_hidden_layers
-    names = read_facts(Path(ref.path) / ref.gguf_file).tensor_names
-    return [
-        name
-        for name in names
-        if _AHEAD in name or ((block := _BLOCK.match(name)) and int(block[1]) >= num_layers)
-    ]
+    names = read_facts(Path(ref.path) / ref.gguf_file).sizes
+    return unloaded_tensors(names, model.config.get_text_config().num_hidden_layers)
 
 
 def carried_roots(carried: Iterable[str], stored: Iterable[str]) -> list[str]:

@@ -93,6 +93,54 @@ def write_llama(
     return file
 
 
+def write_family(
+    file: Path, model: Any, architecture: str, metadata: Mapping[str, Any], names: Mapping[str, str]
+) -> Path:
+    """Write a model of another family, whose tensors are stored as transformers has them.
+
+    Args:
+        file: Where to.
+        model: Of transformers; each layer's experts are stacked.
+        architecture: As llama.cpp names it.
+        metadata: Name without the architecture -> value, beside the sizes that all have.
+        names: Tensor of a layer, without ``.weight`` -> its name in the file.
+    """
+    config = model.config
+    sizes = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "vocab_size": config.vocab_size,
+    }
+    writer = gguf.GGUFWriter(file, architecture)
+    adders = {float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool}
+    for name, value in {**sizes, **metadata}.items():
+        adders[type(value)](f"{architecture}.{name}", value)
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for name, weight in model.state_dict().items():
+        stem = name.removesuffix(".weight")
+        if stem in whole:
+            writer.add_tensor(f"{whole[stem]}.weight", weight.numpy())
+            continue
+        _, _, layer, rest = stem.split(".", 3)
+        parts = zip(
+            names[rest].split("+"),
+            np.split(
+                weight.numpy(), names[rest].count("+") + 1, axis=-2 if weight.dim() > 1 else 0
+            ),
+            strict=True,
+        )
+        for part, values in parts:
+            writer.add_tensor(f"blk.{layer}.{part}.weight", np.ascontiguousarray(values))
+    finish(writer)
+    return file
+
+
 def _as_stored(name: str, weight: Any, config: Any) -> tuple[str, Any]:
     """Name and values of a tensor; rotary halves of query and key stand interleaved."""
     if name == "model.embed_tokens.weight":
