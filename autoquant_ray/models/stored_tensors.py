@@ -15,6 +15,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that are not quantized."""
 _MOST_FILES = 512
+_LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself takes no longer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +104,26 @@ def _read(file: Path) -> dict[str, TensorHeader]:
 
 
 @lru_cache(maxsize=_MOST_FILES)
-def _read_header(file: Path, _modified: int, _size: int) -> dict[str, TensorHeader]:
-    """A header is 8 bytes of length, then JSON."""
+def _read_header(file: Path, _modified: int, size: int) -> dict[str, TensorHeader]:
+    """A header is 8 bytes of length, then JSON; tensors follow it up to the end of the file."""
     try:
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        return {
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, _LONGEST_HEADER)))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = {
             name: TensorHeader(file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
+            for name, entry in entries.items()
         }
-    except (OSError, ValueError, KeyError, OverflowError) as error:
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (
+        *(OSError, ValueError, KeyError, IndexError),
+        *(OverflowError, TypeError, AttributeError, RecursionError),
+    ) as error:
         raise ModelError(f"{file} is no safetensors file: {one_line(error)}") from None
+    if size != end:
+        raise ModelError(
+            f"{file} holds {size:,} bytes, but its tensors end at {end:,}: it is no whole copy; "
+            "fetch it again"
+        )
+    return tensors
