@@ -48,7 +48,7 @@ class Crew:
         self._on_event = on_event
         self._num_started = 0
         self._room = placement.num_workers
-        self._next_look_s = 0.0
+        self._next_look_s = self._next_node_look_s = 0.0
         self._none_ready_since_s: float | None = None
 
     def start(self, count: int) -> None:
@@ -129,11 +129,12 @@ class Crew:
 
         Raises:
             WorkerError: All workers are gone and the replacement budget is spent.
-            ClusterError: No worker has become ready in time.
+            ClusterError: No worker has become ready in time, or none can: our own node is dead.
         """
         if self.ready:
             self._none_ready_since_s = None
             return
+        self._require_own_node()
         if not self.loading:
             raise WorkerError(
                 f"all workers died ({self._num_started} were started); finished shards are kept, "
@@ -146,6 +147,19 @@ class Crew:
             raise ClusterError(
                 f"no worker started within {_START_TIMEOUT_S:g} s; the cluster has "
                 f"{ray.cluster_resources()}; finished shards are kept, start again with `resume`"
+            )
+
+    def _require_own_node(self) -> None:
+        """Ray places nothing for a driver whose raylet is gone, and lets it wait for ever."""
+        now_s = time.monotonic()
+        if now_s < self._next_node_look_s:
+            return
+        self._next_node_look_s = now_s + _LOOK_S
+        here = ray.get_runtime_context().get_node_id()
+        if any(node["NodeID"] == here and not node["Alive"] for node in ray.nodes()):
+            raise ClusterError(
+                "the Ray node of this command has died (its raylet was killed, or the machine ran "
+                "out of memory); finished shards are kept, start again with `resume`"
             )
 
 
