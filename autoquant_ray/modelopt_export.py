@@ -17,14 +17,24 @@ import torch
 from modelopt.torch.export import quant_utils, unified_export_hf
 from modelopt.torch.export.quant_aware_conversion import (
     QuantConversionUnsupportedError,
+    _build_reverse_rules,
+    apply_reverse_rules,
     build_reverse_name_mapper,
-    revert_quant_config_names,
     revert_weight_conversion_quant_aware,
 )
+from modelopt.torch.export.registry import PrepareMoEInputsRegistry
 from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.utils.core_utils import is_quantized_linear
 
 MOST_ELEMENTS = 2**22
 """Of a weight that are quantized or packed at once."""
+_LINEAR = "QuantLinear"
+"""The exporter packs a linear whose class is named so, and leaves others as they are
+(``QuantFalconLinear``)."""
+_WEIGHT = ".weight"
+_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
+_MOST_PARTS = 2520
+"""Rows that any small number of parts divides."""
 _LAYERS = "layers"
 """Among what :func:`pack_model` gives, the formats of layers."""
 _NAME_MARK = re.compile(r"\.(\x00|\\u0000).*?sentinel")
@@ -55,6 +65,11 @@ def pack_model(
         name = "_export_quantized_weight"
         in_slices = _export_in_slices(getattr(unified_export_hf, name))
         stack.enter_context(_replaced(unified_export_hf, name, in_slices))
+        for kind in {type(module) for module in model.modules() if is_quantized_linear(module)}:
+            if _LINEAR not in kind.__name__:
+                stack.enter_context(_replaced(kind, "__name__", _LINEAR))
+        has_inputs = _with_prepared_inputs(unified_export_hf.is_moe)
+        stack.enter_context(_replaced(unified_export_hf, "is_moe", has_inputs))
         if not fuses:
             name = "requantize_resmooth_fused_llm_layers"
             stack.enter_context(_replaced(unified_export_hf, name, lambda *_, **__: None))
@@ -152,6 +167,24 @@ def _export_in_slices(export: Callable[..., None]) -> Callable[..., None]:
     return export_slices
 
 
+def _with_prepared_inputs(is_moe: Callable[..., bool]) -> Callable[..., bool]:
+    """The exporter's rule for blocks whose experts' inputs it prepares.
+
+    It refuses a model with experts for which it has no preparation (Aria, LongCat), though nothing
+    is to be prepared in those that are not quantized.
+    """
+
+    def is_prepared(module: Any, *model_type: Any) -> bool:
+        experts = getattr(module, "experts", None)
+        if not is_moe(module, *model_type) or not isinstance(experts, torch.nn.Module):
+            return is_moe(module, *model_type)
+        quantizers = (part for part in experts.modules() if isinstance(part, TensorQuantizer))
+        is_quantized = any(quantizer.is_enabled for quantizer in quantizers)
+        return is_quantized or PrepareMoEInputsRegistry.match(experts) is not None
+
+    return is_prepared
+
+
 def as_stored_tensors(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Packed tensors by the names in the model's own files.
 
@@ -166,7 +199,31 @@ def as_stored_tensors(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str,
         stored: dict[str, torch.Tensor] = revert_weight_conversion_quant_aware(model, tensors)
     except (QuantConversionUnsupportedError, RuntimeError, LookupError, TypeError) as error:
         raise ValueError(str(error)) from None
+    if any(_is_scale(name) and _weight_of(name) not in stored for name in stored):
+        _follow_weights(model, tensors, stored)
     return stored
+
+
+def _follow_weights(
+    model: Any, tensors: Mapping[str, torch.Tensor], stored: dict[str, torch.Tensor]
+) -> None:
+    """Give scales the names of their weights, where a rule is for the whole name of a weight."""
+    splits, renames, _ = _build_reverse_rules(model)
+    names_of = stored_names_of(model)
+    for name in filter(_is_scale, tensors):
+        module, _, kind = name.rpartition(".")
+        given = apply_reverse_rules({name: tensors[name]}, splits, renames)
+        wanted = [f"{new}.{kind}" for new in names_of(module)]
+        for wrong, right in zip(given, wanted, strict=True):
+            stored[right] = stored.pop(wrong)
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] in _SCALES
+
+
+def _weight_of(name: str) -> str:
+    return f"{name.rpartition('.')[0]}{_WEIGHT}"
 
 
 def write_export_config(model: Any, parts: Sequence[Mapping[str, Any]], folder: Any) -> None:
@@ -183,31 +240,55 @@ def write_export_config(model: Any, parts: Sequence[Mapping[str, Any]], folder: 
         config = quant_utils.get_quant_config(torch.nn.Module())
     for part in parts:
         config["quantization"] |= {n: v for n, v in part.items() if n != _LAYERS and v is not None}
-    revert_quant_config_names(config["quantization"], build_reverse_name_mapper(model))
+    _rename(config["quantization"], stored_names_of(model))
     unified_export_hf._write_hf_export_config(model, config, folder)
 
 
 @contextmanager
-def _replaced(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
     original = getattr(module, name)
-    setattr(module, name, function)
+    setattr(module, name, value)
     try:
         yield
     finally:
         setattr(module, name, original)
 
 
-def stored_name_of(model: Any) -> Callable[[str], str] | None:
-    """What gives the name in the model's own files of a module in memory; None: the same.
+def stored_names_of(model: Any) -> Callable[[str], list[str]]:
+    """What gives the names in the model's own files of a module in memory.
+
+    They are several where the files hold parts of what transformers joins on loading, and are those
+    that :func:`as_stored_tensors` gives its weight. (ModelOpt's mapper of names is for patterns: it
+    knows no parts, and no rule for a whole name, as DeepSeek-V4 has of its head.)
 
     Raises:
         ValueError: The exporter cannot give tensors the form of the files; the reason.
     """
     try:
+        splits, renames, _ = _build_reverse_rules(model)
         name_of = build_reverse_name_mapper(model)
     except QuantConversionUnsupportedError as error:
         raise ValueError(str(error)) from None
-    return None if name_of is None else lambda name: without_name_marks(name_of(name))
+
+    def names_of(name: str) -> list[str]:
+        weight = {f"{name}{_WEIGHT}": torch.empty(_MOST_PARTS, 0, device="meta")}
+        stored = [] if "*" in name else [*apply_reverse_rules(weight, splits, renames)]
+        if stored and all(tensor.endswith(_WEIGHT) for tensor in stored):
+            return [tensor.removesuffix(_WEIGHT) for tensor in stored]
+        return [name if name_of is None else without_name_marks(name_of(name))]
+
+    return names_of
+
+
+def _rename(quantization: dict[str, Any], names_of: Callable[[str], list[str]]) -> None:
+    """Give what a config lists its names in the files."""
+    ignored, layers = quantization.get("exclude_modules"), quantization.get("quantized_layers")
+    if ignored:
+        quantization["exclude_modules"] = [new for name in ignored for new in names_of(name)]
+    if layers:
+        quantization["quantized_layers"] = {
+            new: layer for name, layer in layers.items() for new in names_of(name)
+        }
 
 
 def without_name_marks(text: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.allocate.options import solve_options
+from autoquant_ray.checkpoint_limits import checkpoint_limits
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import data_name, sources_of
 from autoquant_ray.config.stage_fields import stage_fingerprints
@@ -115,6 +116,8 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         config = _resolve_placement(config, ref, plan, resumed)
         check_device(plan.formats, config.device)
         logger.info("plan: %d of %d groups searched", len(plan.searched), len(plan.groups))
+        for limit in checkpoint_limits(plan, ref).lines():
+            logger.warning("export: %s", limit)
         placement = place_workers(
             config,
             resources,

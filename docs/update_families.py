@@ -1,7 +1,7 @@
 """Writes the tables of ``model-families.md``.
 
 ``python docs/update_families.py`` tries the families that are tested, which takes about a minute.
-``--all`` tries every family of the installed transformers, some 240, in about 25 minutes of one
+``--all`` tries every family of the installed transformers, some 240, in about 18 minutes of one
 core; ``--only`` tries some of them, and leaves the rows of the others.
 """
 

@@ -70,6 +70,7 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     require_input(space)
     import torch
 
+    from autoquant_ray.checkpoint_limits import checkpoint_limits
     from autoquant_ray.cli.output import plan_to_json, print_plan
     from autoquant_ray.models.find import find_model
     from autoquant_ray.models.tokenizer import require_ids_within
@@ -82,7 +83,11 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     made = make_plan(space, ref, device=device)
     if made.limits is not None:
         require_ids_within(ref, made.limits.token_ids)
-    return Result(json=lambda: plan_to_json(made), show=lambda: print_plan(made))
+    limits = checkpoint_limits(made, ref)
+    return Result(
+        json=lambda: plan_to_json(made) | {"checkpoint_limits": limits.to_json()},
+        show=lambda: print_plan(made, limits.lines()),
+    )
 
 
 @main.command(cls=SectionedCommand)

@@ -76,8 +76,13 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def print_plan(plan: Plan) -> None:
-    """Groups x formats x bytes, experts told apart on one line per layer; then the totals."""
+def print_plan(plan: Plan, limits: Sequence[str] = ()) -> None:
+    """Groups x formats x bytes, experts told apart on one line per layer; then the totals.
+
+    Args:
+        plan: The plan.
+        limits: What a checkpoint cannot hold of it.
+    """
     console = _console()
     table = Table(box=box.SIMPLE)
     table.add_column("Group", overflow="fold", no_wrap=True)
@@ -108,6 +113,8 @@ def print_plan(plan: Plan) -> None:
         console.print(f"note: {describe_separate(plan.separate_head)}", soft_wrap=True)
     if plan.limits is not None and plan.limits.positions is not None:
         console.print(f"samples: {plan.limits.positions} tokens at most, by its table of positions")
+    for limit in limits:
+        console.print(f"export: {limit}", soft_wrap=True)
     console.print(f"work: about {plan.flops_per_token / 1e9:,.2f} GFLOP per calibration token")
 
 

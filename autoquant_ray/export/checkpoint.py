@@ -233,7 +233,7 @@ def _write(
     loaded = load_for_export(source, is_whole=is_whole)
     in_source = SourceTensors.of(loaded.model, loaded.ref)
     save_config(loaded, folder)
-    packer, stored = _packer(loaded, source, calibration, layout)
+    packer, stored = _packer(loaded, source, calibration, layout, in_source)
     together = _together(source, calibration)
     names, facts = pack_parts(
         loaded, packer, together, files=files, in_source=in_source, is_whole=is_whole
@@ -249,7 +249,11 @@ def _write(
 
 
 def _packer(
-    loaded: LoadedModel, source: Source, calibration: Calibration, layout: str
+    loaded: LoadedModel,
+    source: Source,
+    calibration: Calibration,
+    layout: str,
+    in_source: SourceTensors,
 ) -> tuple[CompressedPacker | ModelOptPacker, Source]:
     """What packs parts, and the source by the names in the files."""
     if layout == COMPRESSED_TENSORS:
@@ -258,9 +262,14 @@ def _packer(
         packer = CompressedPacker(loaded.model, source, calibration, loaded.sixteen_bits)
         return packer, packer.stored
     from autoquant_ray.export.modelopt import ModelOptPacker
-    from autoquant_ray.export.names import as_stored, require_experts_as_stored
+    from autoquant_ray.export.names import (
+        as_stored,
+        require_experts_as_stored,
+        require_names_as_stored,
+    )
 
     stored = as_stored(loaded.model, source)
+    require_names_as_stored(loaded.model, source, in_source)
     require_experts_as_stored(loaded.model, source, stored, loaded.ref.weights_folder)
     return (
         ModelOptPacker(loaded.model, source, stored, calibration, loaded.sixteen_bits),

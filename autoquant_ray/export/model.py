@@ -19,13 +19,13 @@ from autoquant_ray.export.carried import (
 )
 from autoquant_ray.export.check import StoredTensors
 from autoquant_ray.export.folder import PartFiles
+from autoquant_ray.export.names import require_plain_linears
 from autoquant_ray.export.parts import Part, PartedModel, are_readable, outline
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import load_model, own_dtype
 from autoquant_ray.models.of_run import require_model
-from autoquant_ray.models.quantizable import is_turned
 from autoquant_ray.models.separate_heads import give_weight, separate_head
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import Factors
@@ -73,7 +73,7 @@ def load_for_export(source: Source, *, is_whole: bool = False) -> LoadedModel:
     scan = ScanConfig.model_validate(source.state.config)
     ref = require_model(source.state, scan)
     model, weights = _load(ref, scan.dtype, is_whole=is_whole)
-    _require_plain_linears(model)
+    require_plain_linears(model)
     file_dtype = own_dtype(ref)
     dtype = model.dtype if model.dtype != torch.float32 else file_dtype
     kept: frozenset[str] = frozenset()
@@ -96,15 +96,6 @@ def _load(ref: ModelRef, dtype: str, *, is_whole: bool) -> tuple[Any, StoredWeig
         if are_readable(model, weights):
             return model, weights
     return load_model(ref, dtype=dtype, device="cpu"), None
-
-
-def _require_plain_linears(model: Any) -> None:
-    if any(map(is_turned, model.modules())):
-        raise FormatError(
-            f"a checkpoint of {type(model).__name__} cannot be written: its files hold matrices "
-            "the other way round (Conv1D of transformers), and engines turn those that are packed "
-            "too; give manifest.json's quantization_config to mtq.quantize"
-        )
 
 
 def _untie_head(model: Any, weights: StoredWeights | None, source: Source) -> None:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxim
 from autoquant_ray.export.layouts import MODELOPT, NO_ZERO, block_size
 from autoquant_ray.export.model import largest_input
 from autoquant_ray.export.names import naming
-from autoquant_ray.export.parts import Part, outline
-from autoquant_ray.export.source import Source, needs_whole
+from autoquant_ray.export.parts import Part, outline, parted
+from autoquant_ray.export.source import Layers, Source, needs_whole
 from autoquant_ray.formats.algorithms import algorithm_of_part, without_fits
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.modelopt_api import (
@@ -146,6 +147,29 @@ class ModelOptPacker:
             if "quantized_layers" not in config:  # MXFP8's reader takes names alone, no patterns
                 kept = [name for name in self._stored.modules if name not in self._stored.formats]
                 add_ignored(kept, folder, MODELOPT)
+
+
+def require_preparable(model: Any, layers: Layers) -> None:
+    """Check that ModelOpt prepares a model for packing, and leaves what is in its files.
+
+    Args:
+        model: A skeleton; it is changed.
+        layers: Those that may be quantized.
+
+    Raises:
+        FormatError: It stops, or makes other weights, or would leave experts fused.
+    """
+    plain, before = outline(model), {name for name, _ in model.named_parameters()}
+    with _stops_named("mtq.quantize"), plain_attentions(), redirect_stdout(StringIO()):
+        prepare_quantizers(model, [{"quantizer_name": "*", "enable": False}])
+    after = dict(model.named_parameters())
+    new = [name for name in after if name not in before]
+    if new:
+        raise parted(new[0])
+    packed = {name for name in layers.modules if layers.is_experts(name)}
+    rest = {name: p for name, p in after.items() if name.rpartition(".")[0] not in packed}
+    with naming():
+        as_stored_tensors(plain, rest)
 
 
 @contextmanager

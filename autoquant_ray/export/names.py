@@ -15,30 +15,47 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from autoquant_ray.errors import FormatError, one_line
+from autoquant_ray.export.carried import SourceTensors
 from autoquant_ray.export.check import StoredTensors
 from autoquant_ray.export.layouts import COMPRESSED_TENSORS, MODELOPT
-from autoquant_ray.export.source import Source
-from autoquant_ray.models.quantizable import quantizable_modules
+from autoquant_ray.export.source import Layers
+from autoquant_ray.models.quantizable import is_turned, quantizable_modules
 from autoquant_ray.wording import few
 
 _COLUMNS = 2  # a single one would be dropped
 _MOST_NAMES = 4
 
+LayersT = TypeVar("LayersT", bound=Layers)
 
-def as_stored(model: Any, source: Source) -> Source:
+
+def as_stored(model: Any, source: LayersT) -> LayersT:
     """The source with its modules named as ModelOpt's exporter writes them.
 
     Raises:
         FormatError: The exporter cannot give the model's tensors the form of its own files.
     """
-    from autoquant_ray.modelopt_export import stored_name_of
+    from autoquant_ray.modelopt_export import stored_names_of
 
     with naming():
-        name_of = stored_name_of(model)
-    return source if name_of is None else source.renamed(name_of)
+        names_of = stored_names_of(model)
+    return source.renamed(names_of)
+
+
+def require_plain_linears(model: Any) -> None:
+    """Check that a model's files hold its matrices as engines read packed ones.
+
+    Raises:
+        FormatError: They hold them the other way round.
+    """
+    if any(map(is_turned, model.modules())):
+        raise FormatError(
+            f"a checkpoint of {type(model).__name__} cannot be written: its files hold matrices "
+            "the other way round (Conv1D of transformers), and engines turn those that are packed "
+            "too; give manifest.json's quantization_config to mtq.quantize"
+        )
 
 
 @contextmanager
@@ -59,7 +76,7 @@ def naming() -> Iterator[None]:
 
 
 def require_experts_as_stored(
-    model: Any, source: Source, stored: Source, own_files: Path | None
+    model: Any, source: Layers, stored: Layers, own_files: Path | None
 ) -> None:
     """Check that fused experts get the form that they have in the model's own files.
 
@@ -85,8 +102,8 @@ def require_experts_as_stored(
     file_sizes = StoredTensors.of(own_files).nbytes if own_files is not None else {}
     fused = [
         name
-        for memory, name in zip(source.modules, stored.modules, strict=True)
-        if file_sizes and stored.is_experts(name) and memory not in transposed
+        for memory, name in zip(*(_experts(each) for each in (source, stored)), strict=True)
+        if file_sizes and memory not in transposed
         if not any(f"{name.partition('.')[2]}.0." in tensor for tensor in file_sizes)
     ]
     if fused:
@@ -95,6 +112,38 @@ def require_experts_as_stored(
             f"({few(fused, _MOST_NAMES)}): ModelOpt writes them one by one, even in 16 bits, under "
             "names that readers of this model do not know"
         )
+
+
+def require_names_as_stored(model: Any, source: Layers, in_source: SourceTensors) -> None:
+    """Check that linears get the names that they have in the model's own files.
+
+    What the exporter takes back are transformers' rules, which do not give every family the names
+    of its files again (DeepSeek-V4's have no ``model.`` to begin with, and keep it).
+
+    Args:
+        model: The loaded model.
+        source: What is exported.
+        in_source: The model's own files.
+
+    Raises:
+        FormatError: Some would get others; names the first.
+    """
+    from autoquant_ray.modelopt_export import stored_names_of
+
+    files: dict[str, set[str]] = {}
+    for name in in_source.files.names:
+        files.setdefault(in_source.place_of(name), set()).add(name)
+    start = f"{model.base_model_prefix}."
+    with naming():
+        names_of = stored_names_of(model)
+    for module in source.modules:
+        stored = {name.removeprefix(start) for name in files.get(f"{module}.weight", ())}
+        given = {f"{name}.weight".removeprefix(start) for name in names_of(module)}
+        if stored and stored != given and not source.is_experts(module):
+            raise FormatError(
+                f"`format` {MODELOPT} cannot give this model's tensors the names of its own files: "
+                f"ModelOpt would write {min(given)}, and the files have {min(stored)}"
+            )
 
 
 class StoredLinear(NamedTuple):
@@ -117,7 +166,7 @@ class StoredLinear(NamedTuple):
     num_columns: int
 
 
-def stored_linears(model: Any, source: Source) -> dict[str, list[StoredLinear]]:
+def stored_linears(model: Any, source: Layers) -> dict[str, list[StoredLinear]]:
     """Linears of every module of fused experts, none where the files keep its experts fused.
 
     Args:
@@ -143,7 +192,7 @@ def stored_linears(model: Any, source: Source) -> dict[str, list[StoredLinear]]:
     return linears
 
 
-def by_stored_names(source: Source, linears: Mapping[str, Sequence[StoredLinear]]) -> Source:
+def by_stored_names(source: LayersT, linears: Mapping[str, Sequence[StoredLinear]]) -> LayersT:
     """The source with the linears of the files in place of the fused modules that have some."""
 
     def unfused(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,6 +209,10 @@ def by_stored_names(source: Source, linears: Mapping[str, Sequence[StoredLinear]
         groups=unfused(source.groups),
         modules=unfused(source.modules) | modules,
     )
+
+
+def _experts(source: Layers) -> list[str]:
+    return [module for module in source.modules if source.is_experts(module)]
 
 
 def _names(linears: Mapping[str, Sequence[StoredLinear]], module: str) -> list[str]:

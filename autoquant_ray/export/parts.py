@@ -101,13 +101,22 @@ class PartedModel:
             assert self._weights is not None
             name = next((name for name, _, _ in places if name in self._weights), None)
             if name is None:  # preparing the model parted its experts (DBRX)
-                raise FormatError(
-                    f"`format` {MODELOPT} cannot hold this model: ModelOpt makes {places[0][0]} of "
-                    f"its weights, which is in no file of it; give `format` {COMPRESSED_TENSORS}"
-                )
+                raise parted(places[0][0])
             parameter = torch.nn.Parameter(self._weights.read(name), requires_grad=False)
             for _, owner, attribute in places:
                 owner._parameters[attribute] = parameter
+
+
+def parted(name: str) -> FormatError:
+    """The error for a weight that ModelOpt makes of others when it prepares a model.
+
+    Args:
+        name: Of the weight.
+    """
+    return FormatError(
+        f"`format` {MODELOPT} cannot hold this model: ModelOpt makes {name} of its weights, which "
+        f"is in no file of it; give `format` {COMPRESSED_TENSORS}"
+    )
 
 
 def _resting(model: Any, part: Part) -> dict[int, list[tuple[str, torch.nn.Module, str]]]:

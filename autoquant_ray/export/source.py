@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ConfigError, FormatError
@@ -39,51 +39,44 @@ _MOST_NAMES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """A solution whose layers are to be packed.
+class Layers:
+    """Layers with the formats that they are to have.
 
     Attributes:
-        state: The run.
-        manifest: Content of the solution's ``manifest.json``.
         formats: Quantized module -> its format.
         groups: Every quantizable module -> its group.
         modules: Every quantizable module -> ``shapes`` and ``prefixes``, as in ``run.json``.
         caches: Attention -> name of its KV cache's format, where it was to choose.
-        uncounted_bytes: Of tensors that are carried and that an earlier version did not count.
     """
 
-    state: RunState
-    manifest: Mapping[str, Any]
     formats: Mapping[str, Format]
     groups: Mapping[str, str]
     modules: Mapping[str, Mapping[str, Any]]
     caches: Mapping[str, str]
-    uncounted_bytes: int = 0
-
-    @property
-    def weight_bytes(self) -> float:
-        """Bytes of the whole model's weights, as the manifest counts them."""
-        return float(self.manifest["solution"]["weight_bytes"]) + self.uncounted_bytes
-
-    @property
-    def used(self) -> set[str]:
-        """Names of the formats of its weights."""
-        return {format_.name for format_ in self.formats.values()}
 
     def is_experts(self, module: str) -> bool:
         """Whether a module holds fused experts."""
         return list(self.modules[module]["prefixes"]) != [""]
 
-    def renamed(self, name_of: Callable[[str], str]) -> Source:
-        """The same with other names of modules."""
+    def renamed(self, names_of: Callable[[str], Sequence[str]]) -> Self:
+        """The same with other names of modules.
+
+        Args:
+            names_of: Gives those of a module; several where files hold it in parts.
+        """
+        names = {module: names_of(module) for module in self.modules}
         return replace(
             self,
-            formats={name_of(name): format_ for name, format_ in self.formats.items()},
-            groups={name_of(name): group for name, group in self.groups.items()},
-            modules={name_of(name): module for name, module in self.modules.items()},
+            formats={new: f for name, f in self.formats.items() for new in names[name]},
+            groups={new: g for name, g in self.groups.items() for new in names_of(name)},
+            modules={
+                new: _part(module, len(names[name]))
+                for name, module in self.modules.items()
+                for new in names[name]
+            },
         )
 
-    def within(self, holds: Callable[[str], bool]) -> Source:
+    def within(self, holds: Callable[[str], bool]) -> Self:
         """The same for a part of the model.
 
         Args:
@@ -104,6 +97,39 @@ class Source:
             if name in self.formats:
                 return name
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Layers):
+    """A solution whose layers are to be packed.
+
+    Attributes:
+        state: The run.
+        manifest: Content of the solution's ``manifest.json``.
+        uncounted_bytes: Of tensors that are carried and that an earlier version did not count.
+    """
+
+    state: RunState
+    manifest: Mapping[str, Any]
+    uncounted_bytes: int = 0
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of the whole model's weights, as the manifest counts them."""
+        return float(self.manifest["solution"]["weight_bytes"]) + self.uncounted_bytes
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the formats of its weights."""
+        return {format_.name for format_ in self.formats.values()}
+
+
+def _part(module: Mapping[str, Any], num_parts: int) -> Mapping[str, Any]:
+    """Facts of the parts of a module, which have its rows in equal numbers."""
+    if num_parts == 1:
+        return module
+    shapes = [[rows // num_parts, *columns] for rows, *columns in module["shapes"]]
+    return {**module, "shapes": shapes}
 
 
 def read_source(directory: RunDirectory, solution: str = "") -> Source:
@@ -176,13 +202,13 @@ def require_packable(source: Source, layout: str) -> None:
         FormatError: It cannot; names the groups, their formats and the remedy.
     """
     require_caches(source.caches, layout, holds_caches=layout == MODELOPT)
-    problems = _problems(source, layout)
+    problems = problems_of(source, layout)
     if not problems:
         return
     listed = "; ".join(
         f"{problem} ({few(groups, _MOST_NAMES)})" for problem, groups in problems.items()
     )
-    others = [other for other in LAYOUTS if other != layout and not _problems(source, other)]
+    others = [other for other in LAYOUTS if other != layout and not problems_of(source, other)]
     or_else = f", or give `format` {others[0]}" if others else ""
     raise FormatError(
         f"`format` {layout} cannot hold this solution: {listed}. Solve again with other formats "
@@ -242,7 +268,7 @@ def pick_layout(source: Source, engine: str | None, gpu: str | None) -> str:
     engine, gpu = target_of(source, engine, gpu)
     if engine is None or any(name != NONE for name in source.caches.values()):
         return MODELOPT
-    layouts = (layout for layout in LAYOUTS if not _problems(source, layout))
+    layouts = (layout for layout in LAYOUTS if not problems_of(source, layout))
     served = (layout for layout in layouts if _is_served(source, layout, engine, gpu))
     return next(served, MODELOPT)
 
@@ -250,7 +276,9 @@ def pick_layout(source: Source, engine: str | None, gpu: str | None) -> str:
 def served_layouts(source: Source) -> list[str]:
     """Layouts that hold the solution, and in which an engine serves it on some GPU."""
     return [
-        layout for layout in LAYOUTS if not _problems(source, layout) and _is_served(source, layout)
+        layout
+        for layout in LAYOUTS
+        if not problems_of(source, layout) and _is_served(source, layout)
     ]
 
 
@@ -265,6 +293,23 @@ def serving_engine(source: Source, layout: str, engine: str | None, gpu: str | N
     """
     engines = ENGINES if engine is None else (engine,)
     return next((name for name in engines if _is_served(source, layout, name, gpu)), None)
+
+
+def problems_of(source: Layers, layout: str) -> dict[str, list[str]]:
+    """What a layout cannot hold of layers -> the groups that this concerns.
+
+    Args:
+        source: The layers.
+        layout: Of ``LAYOUTS``.
+    """
+    problems: dict[str, list[str]] = {}
+    for module, format_ in source.formats.items():
+        problem = _problem(source, module, format_, layout)
+        if problem is not None:
+            groups = problems.setdefault(problem, [])
+            if source.groups[module] not in groups:
+                groups.append(source.groups[module])
+    return problems
 
 
 def _is_served(
@@ -309,19 +354,7 @@ def _require_formats_apart(source: Source, engine: str) -> None:
             )
 
 
-def _problems(source: Source, layout: str) -> dict[str, list[str]]:
-    """What a layout cannot hold -> the groups that it concerns."""
-    problems: dict[str, list[str]] = {}
-    for module, format_ in source.formats.items():
-        problem = _problem(source, module, format_, layout)
-        if problem is not None:
-            groups = problems.setdefault(problem, [])
-            if source.groups[module] not in groups:
-                groups.append(source.groups[module])
-    return problems
-
-
-def _problem(source: Source, module: str, format_: Format, layout: str) -> str | None:
+def _problem(source: Layers, module: str, format_: Format, layout: str) -> str | None:
     if "shared_with" in source.modules[module]:
         return "weights that several layers share are not packed; leave them in 16 bits"
     if is_smoothed(format_):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,24 @@ def decoder_layers(model: Any) -> dict[str, torch.nn.Module]:
             names = {id(module): full for full, module in model.named_modules()}
             return {names[id(layer)]: layer for layer in layers}
     return {}
+
+
+def set_decoder_layers(model: Any, layers: Iterable[torch.nn.Module]) -> None:
+    """Give a model, which has decoder layers, others in their place."""
+    import torch
+
+    path, _, attribute = next(iter(decoder_layers(model))).rpartition(".")[0].rpartition(".")
+    setattr(model.get_submodule(path), attribute, torch.nn.ModuleList(layers))
+
+
+def keep_first_of_kind(model: Any) -> None:
+    """Leave as many of a model's first decoder layers as have one of each kind."""
+    kinds: dict[frozenset[tuple[str, type]], int] = {}
+    layers = [*decoder_layers(model).values()]
+    for number, layer in enumerate(layers):
+        kinds.setdefault(frozenset((name, type(m)) for name, m in layer.named_modules()), number)
+    if kinds:
+        set_decoder_layers(model, layers[: 1 + max(kinds.values())])
 
 
 def base_model(model: Any) -> Any:

@@ -11,7 +11,7 @@ A stored name is followed as transformers follows it when it loads (5.14,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,9 +112,35 @@ def memory_names(model: Any) -> Callable[[str], str]:
         model: A skeleton, or the loaded model.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    return _place_of(model, get_model_conversion_mapping(model))
+
+
+def keep_conversions(model: Any, names: Iterable[str]) -> None:
+    """Note in a skeleton by which rules its files' tensors are converted, as loading does.
+
+    Those of older files are not among them, unless these are such; of a model without files no
+    older ones are.
+
+    Args:
+        model: The skeleton.
+        names: Of the tensors in its files.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
     mapping = get_model_conversion_mapping(model)
+    place_of = _place_of(model, mapping)
+    used = [place_of(name) for name in names]
+    if used:
+        mapping = [entry for entry in mapping if entry.was_used()]
+    else:
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = mapping
+
+
+def _place_of(model: Any, mapping: Sequence[Any]) -> Callable[[str], str]:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     held = dict.fromkeys(model.state_dict(), True)  # names alone: weights may go meanwhile

@@ -51,7 +51,7 @@ class Plan:
         groups: In the order of the model; caches last.
         formats: The menu, without ``none``.
         other_bytes: Bytes, at 16 bits, of all parameters outside quantizable modules:
-            embeddings, norms, biases, routers.
+            embeddings, norms, biases, routers; and of stored tables of whole numbers.
         other_modules: Owners of weight matrices that ModelOpt cannot quantize -> elements.
         flops_per_token: Estimated floating-point operations of the scan per token. layer_weights:
         Elements of all parameters of each decoder layer. hidden_size: Width of the states between
@@ -325,7 +325,14 @@ def _reasons(
 
 
 def _other_bytes(model: torch.nn.Module, groups: Sequence[PlannedGroup]) -> int:
-    """Bytes at 16 bits outside the groups; a tied embedding counts here, once."""
+    """Bytes outside the groups: at 16 bits, and tables of whole numbers (DeepSeek-V4's experts by
+    token) as they are stored. A tied embedding counts here, once."""
     total: int = sum(parameter.numel() for parameter in model.parameters())
     quantizable = sum(group.num_stored for group in groups)
-    return (total - quantizable) * UNQUANTIZED_BITS // 8
+    stored = model.state_dict()
+    tables: int = sum(
+        buffer.nbytes
+        for name, buffer in model.named_buffers()
+        if name in stored and not buffer.is_floating_point()
+    )
+    return (total - quantizable) * UNQUANTIZED_BITS // 8 + tables

@@ -24,6 +24,7 @@ from autoquant_ray.models.layers import (
     head_owner,
     replaced_forward,
     require_gradient,
+    set_decoder_layers,
     text_decoder,
 )
 from autoquant_ray.models.quantizable import PlannedModule, has_plain_forward
@@ -93,16 +94,12 @@ class StandIn:
     @contextmanager
     def shortened(self, num_layers: int) -> Iterator[None]:
         """While open, only so many of the decoder's first layers are there."""
-        import torch
-
-        layers = decoder_layers(self.model)
-        parent_name, _, attribute = next(iter(layers)).rpartition(".")[0].rpartition(".")
-        parent = self.model.get_submodule(parent_name)
-        setattr(parent, attribute, torch.nn.ModuleList([*layers.values()][:num_layers]))
+        layers = [*decoder_layers(self.model).values()]
+        set_decoder_layers(self.model, layers[:num_layers])
         try:
             yield
         finally:
-            setattr(parent, attribute, torch.nn.ModuleList(layers.values()))
+            set_decoder_layers(self.model, layers)
 
     def _logits(self, ids_BS: torch.Tensor) -> torch.Tensor:
         """As a scan computes them: what runs text, then the head on what that gives."""

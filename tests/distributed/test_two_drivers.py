@@ -18,7 +18,9 @@ def test_of_two_drivers_started_together_one_scans(
     words = scan_arguments(run, flag)
     with start_command(*words) as first, start_command(*words) as second:
         ends = [scan.communicate()[1] for scan in (first, second)]
-    refused = [stderr for scan, stderr in zip((first, second), ends, strict=True) if scan.returncode]
+    refused = [
+        stderr for scan, stderr in zip((first, second), ends, strict=True) if scan.returncode
+    ]
     assert sorted([first.returncode, second.returncode]) in ([0, 2], [0, 0]), ends
     for stderr in refused:
         last = stderr.splitlines()[-1]

@@ -16,6 +16,7 @@ from families import random_model
 from family_checks import (
     PAGE,
     Family,
+    reason,
     table_row,
     try_export,
     try_padding,
@@ -29,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from autoquant_ray.errors import AutoQuantError, one_line
+from autoquant_ray.errors import AutoQuantError
 
 START, END = (
     "<!-- all families: made by docs/update_families.py --all -->\n",
@@ -47,7 +48,6 @@ WITHOUT_TEXT = {
 }
 """Families that are no language model by themselves."""
 _NOTHING = ""
-_LONGEST = 260
 
 
 def all_families() -> list[str]:
@@ -69,7 +69,7 @@ def _cells(name: str) -> tuple[list[str], list[str]]:
         try:
             model = small_model(name)
         except Exception as error:  # noqa: BLE001  whatever transformers says
-            return [], [f"no small model: {_reason(error)}"]
+            return [], [f"no small model: {reason(error)}"]
         model.save_pretrained(folder)
         family = Family(name, Path(folder), model, num_ids=TEXT_TOKENS)
         cells: list[str] = []
@@ -93,16 +93,11 @@ def _try(step: Callable[[Family], str], family: Family) -> tuple[str, bool]:
     try:
         return step(family), True
     except AutoQuantError as error:
-        return f"refused: {_reason(error)}", step is try_parity
+        return f"refused: {reason(error)}", step is try_parity
     except AssertionError as error:
-        return f"no: {_reason(error)}", step is not try_plan
+        return f"no: {reason(error)}", step is not try_plan
     except Exception as error:  # noqa: BLE001  whatever stops a family is what its row says
-        return f"no: {type(error).__name__}: {_reason(error)}", step is not try_plan
-
-
-def _reason(error: BaseException) -> str:
-    text = one_line(error).replace("|", "/")
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+        return f"no: {type(error).__name__}: {reason(error)}", step is not try_plan
 
 
 def update(page: str, rows: Mapping[str, str]) -> str:

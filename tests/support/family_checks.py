@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tempfile
 import traceback
@@ -38,8 +39,19 @@ PRESETS = ("INT8_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
 SHARDS = ((20, 20), (13,))
 """Lengths of the samples of each shard, in tokens."""
 
+STOPS = {
+    "BackwardHookFunction is a view": "its hooks on gradients do not go with a model that changes "
+    "what a layer gives in place",
+    "does not require grad": "it lets gradients begin at parameters named `embed`, and this model "
+    "has none",
+    "register_attention_for_kv_quant": "it rewrites the code of attentions to quantize caches, and "
+    "not that of this one",
+}
+"""What an error of ModelOpt's search says, or a step in which it stops -> why."""
+
 PAGE = Path(__file__).parents[2] / "docs" / "model-families.md"
 START, END = "<!-- families: made by docs/update_families.py -->\n", "<!-- end of families -->\n"
+_LONGEST = 260
 COLUMNS = ("family", "plan", "scan", "parity with ModelOpt", "`mtq.quantize`", "export", "notes")
 
 
@@ -109,7 +121,7 @@ def _try(step: Callable[[Family], str], family: Family) -> str:
         return step(family)
     except Exception as error:  # noqa: BLE001  whatever stops a family is what its row says
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        return f"no: {kind}{one_line(error)}".replace("|", "/")
+        return f"no: {kind}{reason(error)}"
 
 
 def try_plan(family: Family) -> str:
@@ -208,7 +220,7 @@ def try_parity(family: Family) -> str:
     try:
         theirs = modelopt_scores(family.model, [of_text(ids) for ids in family.batches], PRESETS)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        family.notes.append(f"ModelOpt stops: {type(error).__name__}, {_short(error)}")
+        family.notes.append(f"ModelOpt stops: {_stop(error)}")
     searched = {group.name: group for group in family.plan.searched}
     parts = {name: [m.name for m in g.modules if m.name in theirs] for name, g in searched.items()}
     listed = {module.name for group in family.plan.groups for module in group.modules}
@@ -255,10 +267,15 @@ def _equal(name: str, ours_F: Any, expected_F: Sequence[float]) -> bool:
     return bool(ours_F == pytest.approx(expected_F, rel=tolerance))
 
 
-def _short(error: Exception) -> str:
-    """The first sentence of an error's cause."""
-    cause = one_line(error.__cause__ or error)
-    return cause.partition(". ")[0]
+def _stop(error: Exception) -> str:
+    """Why ModelOpt's search stops; where it does, if that is not known."""
+    cause = error.__cause__ or error
+    frames = traceback.extract_tb(cause.__traceback__)
+    steps = [frame.name for frame in frames if f"{os.sep}modelopt{os.sep}" in frame.filename]
+    for part, why in STOPS.items():
+        if part in steps or part in str(cause):
+            return why
+    return f"in its `{steps[-1]}` ({type(cause).__name__}: {one_line(cause).partition('. ')[0]})"
 
 
 def _last(names: Any) -> str:
@@ -314,12 +331,18 @@ def try_export(family: Family) -> str:
 
 
 def _refusal(family: Family, **options: str) -> str | None:
-    """The first clause of an export's error; None where there is none."""
+    """An export's error; None where there is none."""
     try:
         require_export(family.folder, family.model, family.calibration, **options)
     except AutoQuantError as error:
-        return re.split(r": | [(]|; ", one_line(error))[0]
+        return reason(error)
     return None
+
+
+def reason(error: BaseException) -> str:
+    """What a cell says of an error: its line, whole unless it is long."""
+    text = one_line(error).replace("|", "/")
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 @torch.no_grad()

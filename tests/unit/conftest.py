@@ -163,7 +163,8 @@ def solved_run(make_run: Any, model_folder: Any) -> Any:
         custom = {name: entry for name, entry in CUSTOM.items() if name in formats}
         directory = make_run(family, formats, disable=(), folder=folder, custom=custom, **more)
         maxima = calibrated(directory, folder, formats)
-        groups = directory.read_table("plan.parquet").column("group").to_pylist()
+        rows = directory.read_table("plan.parquet").to_pylist()
+        groups = dict.fromkeys(row["group"] for row in rows if row["is_searched"])
         pins = {g: name for p, name in choice.items() for g in groups if fnmatch.fnmatch(g, p)}
         # In bytes: a tied head that is quantized beside 16 bits takes more than 16.
         solve_run(directory, SolveOptions(bytes=10**9, pins=pins), folder="")

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("allocate", "calibrate", "quantize.gptq"),
     ("allocate.certainty", "allocate.constrained", "report.charts", "score"),
     ("report", "export"),
-    ("stages",),
+    ("checkpoint_limits", "stages"),
     ("solve",),
     ("imports", "scan"),
     ("evaluate",),

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from command_line import run
+from every_family import small_model
 
+from autoquant_ray.cli.main import main
 from autoquant_ray.runs.names import PLAN_FILE
 from autoquant_ray.runs.schemas import SCHEMAS
 
@@ -95,3 +98,39 @@ def test_plan_takes_a_number_of_clusters_of_experts(model_folder: Any) -> None:
     apart, clusters = (run(*command, "--expert-groups", value) for value in ("expert", "2"))
     assert clusters.exit_code == 0, clusters.output
     assert clusters.stdout == apart.stdout
+
+
+@pytest.mark.parametrize(
+    ("family", "limit"),
+    [
+        ("zamba2", "export: weights that several layers share are not packed; leave them"),
+        (
+            "gpt_oss",
+            "export: `format` modelopt cannot hold transposed experts (model.layers",
+        ),
+        ("longcat_flash", "export: `format` modelopt cannot give this model's tensors"),
+        ("dbrx", "export: `format` modelopt cannot hold this model: ModelOpt makes"),
+        ("gpt2", "export: a checkpoint of GPT2LMHeadModel cannot be written"),
+        ("granitemoe", "export: `format` modelopt cannot hold experts that the model's own"),
+        ("deepseek_v4", None),
+        ("llama", None),
+    ],
+)
+def test_plan_says_what_an_export_would_stop_at(
+    family: str, limit: str | None, tmp_path: Path
+) -> None:
+    small_model(family).save_pretrained(tmp_path)
+    arguments = ["plan", str(tmp_path), "--formats", "wfp8_afp8"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stdout.splitlines() if line.startswith("export: ")]
+    assert [line[: len(limit)] for line in lines[:1]] == [limit] if limit else lines == []
+    content = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
+    assert bool(content["checkpoint_limits"]["modelopt"]) == (limit is not None)
+
+
+def test_plan_names_formats_that_no_checkpoint_holds(model_folder: Any) -> None:
+    arguments = ["plan", str(model_folder("llama")), "--formats", "wint4_aint4,wfp8_afp8"]
+    result = CliRunner().invoke(main, arguments)
+    assert "export: wint4_aint4 has no packed form (model.layers.0" in result.stdout
+    assert result.stdout.count("export: ") == 1

@@ -1,0 +1,166 @@
+"""What keeps a model's layers out of a checkpoint, before anything is scored.
+
+The checks are those that an export makes, here on the model's skeleton and the headers of its
+files; ModelOpt is asked only where its exporter may stop: at experts, and at names or tensors that
+transformers changes on loading.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoquant_ray.errors import FormatError
+from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT
+from autoquant_ray.export.source import Layers, problems_of
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.layers import keep_first_of_kind
+from autoquant_ray.plan.carried import keep_conversions
+from autoquant_ray.wording import few
+
+if TYPE_CHECKING:
+    from autoquant_ray.export.carried import SourceTensors
+    from autoquant_ray.models.find import ModelRef
+    from autoquant_ray.plan.plan import Plan
+
+_MOST_NAMES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Of the checkpoints of a model.
+
+    Attributes:
+        whole: Layout -> why it holds no solution of the model, or only some.
+        groups: Layout -> format -> what it cannot hold of it -> the groups that this concerns.
+    """
+
+    whole: Mapping[str, str]
+    groups: Mapping[str, Mapping[str, Mapping[str, list[str]]]]
+
+    def lines(self) -> list[str]:
+        """What people are told: of a layout, and what no layout can hold."""
+        lines = list(dict.fromkeys(self.whole.values()))
+        others = [layout for layout in self.groups if layout not in self.whole]
+        barred = [_barred(self.groups[layout]) for layout in others]
+        for layout in others[:1]:
+            for problem, groups in _united(self.groups[layout], set.intersection(*barred)).items():
+                lines.append(f"{problem} ({few(groups, _MOST_NAMES)})")
+        return lines
+
+    def to_json(self) -> dict[str, list[str]]:
+        """Layout -> its limits; none where it holds all that is searched."""
+        return {
+            layout: [
+                *([self.whole[layout]] if layout in self.whole else []),
+                *(
+                    f"{problem} ({few(names, _MOST_NAMES)})"
+                    for problem, names in _united(formats, _barred(formats)).items()
+                ),
+            ]
+            for layout, formats in self.groups.items()
+        }
+
+
+def checkpoint_limits(plan: Plan, ref: ModelRef) -> Limits:
+    """What an export of the model could not write, whatever is chosen or for some choices.
+
+    Args:
+        plan: Of the model.
+        ref: The model; its weights are not read.
+
+    Raises:
+        ModelError: The model cannot be built.
+    """
+    menu = [format_ for format_ in plan.formats if format_.kv is None]
+    groups = {
+        layout: {f.name: problems_of(_layers(plan, f), layout) for f in menu} for layout in LAYOUTS
+    }
+    return Limits(whole=_whole(plan, menu, ref) if menu else {}, groups=groups)
+
+
+def _layers(plan: Plan, format_: Format) -> Layers:
+    """All that a format may be chosen for, in it."""
+    modules = {module.name: (module, g) for g in plan.groups for module in g.modules}
+    return Layers(
+        formats={
+            name: format_
+            for name, (_, group) in modules.items()
+            if group.is_searched and group.takes(format_)
+        },
+        groups={name: group.name for name, (_, group) in modules.items()},
+        modules={name: module.to_json() for name, (module, _) in modules.items()},
+        caches={},
+    )
+
+
+def _whole(plan: Plan, menu: list[Format], ref: ModelRef) -> dict[str, str]:
+    """Layout -> the check of an export of the whole model that stops it."""
+    from autoquant_ray.export.carried import SourceTensors
+    from autoquant_ray.export.names import require_plain_linears, stored_linears
+    from autoquant_ray.models.load import build_skeleton
+
+    model: Any = build_skeleton(ref)
+    try:
+        require_plain_linears(model)
+        in_source = SourceTensors.of(model, ref)
+    except FormatError as error:
+        return dict.fromkeys(LAYOUTS, str(error))
+    layers = _layers(plan, menu[0])
+    keep_conversions(model, in_source.files.names)
+    is_plain = not plan.other_modules and not any(map(layers.is_experts, layers.modules))
+    if is_plain and not model._weight_conversions:
+        return {}
+    keep_first_of_kind(model)
+    here = {name for name, _ in model.named_modules()}
+    layers = layers.within(here.__contains__)
+    checks: dict[str, Callable[[], object]] = {
+        COMPRESSED_TENSORS: lambda: stored_linears(model, layers),
+        MODELOPT: lambda: _require_exporter(model, layers, in_source, ref.weights_folder),
+    }
+    limits: dict[str, str] = {}
+    for layout, check in checks.items():
+        try:
+            check()
+        except FormatError as error:
+            limits[layout] = str(error)
+        except re.error:  # of a rule for older files, which cannot be turned round
+            continue
+    return {layout: limits[layout] for layout in LAYOUTS if layout in limits}
+
+
+def _require_exporter(
+    model: Any, layers: Layers, in_source: SourceTensors, own_files: Path | None
+) -> None:
+    """Check that ModelOpt's exporter would write a model, which is changed."""
+    from autoquant_ray.export import names
+    from autoquant_ray.export.modelopt import require_preparable
+
+    stored = names.as_stored(model, layers)
+    names.require_names_as_stored(model, layers, in_source)
+    names.require_experts_as_stored(model, layers, stored, own_files)
+    require_preparable(model, layers)
+
+
+def _rows(formats: Mapping[str, Mapping[str, list[str]]]) -> Iterator[tuple[str, str, str]]:
+    for format_, problems in formats.items():
+        for problem, groups in problems.items():
+            yield from ((format_, problem, group) for group in groups)
+
+
+def _barred(formats: Mapping[str, Mapping[str, list[str]]]) -> set[tuple[str, str]]:
+    return {(format_, group) for format_, _, group in _rows(formats)}
+
+
+def _united(
+    formats: Mapping[str, Mapping[str, list[str]]], within: set[tuple[str, str]]
+) -> dict[str, list[str]]:
+    """Problem -> its groups, of all formats."""
+    united: dict[str, dict[str, None]] = {}
+    for format_, problem, group in _rows(formats):
+        if (format_, group) in within:
+            united.setdefault(problem, {})[group] = None
+    return {problem: list(groups) for problem, groups in united.items()}
