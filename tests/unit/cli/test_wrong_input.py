@@ -148,6 +148,10 @@ ANY_TEXT = {
     "--bytes": NUMBERS,
     "--stop-when-stable": NUMBERS,
     "--weight-cache-gib": NUMBERS[:-1],
+    "--hold-out": NUMBERS,
+    "--wait-for-workers": (*NUMBERS, "0", "20x"),
+    "--accelerator": ("", "H 100", LONG, "a\0b"),
+    "--node-label": ("", "x", "=", "x=", f"x={LONG}", "a b=c", "a=b=c"),
     "--expert-groups": NUMBERS,
     "--target-ppl-increase": NUMBERS,
 }
