@@ -103,8 +103,8 @@ class Asked(Protocol):
 
 
 @contextmanager
-def connected(config: Asked, runtime_env: RuntimeEnv | None = None) -> Iterator[dict[str, float]]:
-    """Connect to the cluster that the config names; yields its total resources.
+def connected(config: Asked, runtime_env: RuntimeEnv | None = None) -> Iterator[None]:
+    """Connect to the cluster that the config names.
 
     A connection that is open already is used and left open. A local cluster gets enough CPUs for
     the workers that were asked for by number, even if the machine has fewer.
@@ -119,7 +119,7 @@ def connected(config: Asked, runtime_env: RuntimeEnv | None = None) -> Iterator[
     if ray.is_initialized():
         if runtime_env is not None:
             logger.warning("`runtime_env` is left out: the connection to Ray was open before")
-        yield dict(ray.cluster_resources())
+        yield
         return
     try:
         with _kept_sigterm():
@@ -128,7 +128,7 @@ def connected(config: Asked, runtime_env: RuntimeEnv | None = None) -> Iterator[
         reason = one_line(error)
         raise ClusterError(f"Ray cluster {config.address!r} cannot be reached: {reason}") from None
     try:
-        yield dict(ray.cluster_resources())
+        yield
     except RuntimeEnvSetupError as error:
         last = str(error).strip().splitlines()[-1]  # what failed, after all tracebacks
         reason = one_line(ValueError(last), limit=250)
