@@ -22,6 +22,7 @@ Metadata = Mapping[str, Any]
 
 _KIND = "ggml.model"
 _PREFIX = "tokenizer."
+_NAMED_TEMPLATE = "chat_template."
 _SPACE = "▁"
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of token_type
 _ROLES = ("bos", "eos", "unknown", "padding", "mask")
@@ -151,7 +152,8 @@ def _wrapped(backend: Any, metadata: Metadata) -> Any:
 
 
 def apply_metadata(tokenizer: Any, metadata: Metadata) -> None:
-    """Give a tokenizer the roles of tokens, and BOS and EOS around a text, that the file names.
+    """Give a tokenizer the roles of tokens, BOS and EOS around a text, and chat templates of names
+    of their own, such as the template for chats with tools, that the file has.
 
     Raises:
         ModelError: A role's token is not in the vocabulary.
@@ -167,6 +169,14 @@ def apply_metadata(tokenizer: Any, metadata: Metadata) -> None:
                 f"{len(tokenizer)}; convert the model anew"
             )
         setattr(tokenizer, f"{_TRANSFORMERS_ROLES.get(role, role)}_token", token)
+    named = {
+        name.removeprefix(_NAMED_TEMPLATE): template
+        for name, template in metadata.items()
+        if name.startswith(_NAMED_TEMPLATE)
+    }
+    if named:
+        plain = metadata.get("chat_template")
+        tokenizer.chat_template = ({"default": plain} if plain else {}) | named
     rules = rules_of(metadata)
     default = is_sentencepiece(metadata) or (rules is not None and rules.has_bos)
     before, after = metadata.get("ggml.add_bos_token", default), metadata.get("ggml.add_eos_token")

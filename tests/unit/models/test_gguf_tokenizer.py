@@ -12,7 +12,7 @@ import gguf
 import pytest
 import sentencepiece
 import transformers
-from gguf_files import finish, load_gguf_tokenizer
+from gguf_files import finish, load_gguf_tokenizer, random_llama, write_llama
 
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.errors import ModelError
@@ -120,6 +120,17 @@ def test_bos_without_word_is_sentencepieces_habit(tmp_path: Path, asked: bool | 
     metadata = {} if asked is None else {"add_bos_token": asked}
     tokenizer = load_gguf_tokenizer(write_gguf(tmp_path / "x.gguf", train(), **metadata))
     assert (tokenizer("a")["input_ids"][0] == 1) is (asked is None)
+
+
+def test_template_for_tools_is_that_of_the_file(tmp_path: Path) -> None:
+    plain, of_tools = ("{% for m in messages %}" + word + "{% endfor %}" for word in ("w5", "w6"))
+    templates = {"chat_template": plain, "chat_template.tool_use": of_tools}
+    metadata = {f"tokenizer.{name}": text for name, text in templates.items()}
+    tokenizer = load_gguf_tokenizer(write_llama(tmp_path / "x.gguf", random_llama(), metadata))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for read in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert read.get_chat_template() == plain
+        assert read.get_chat_template(tools=[{"name": "find"}]) == of_tools
 
 
 def test_saved_tokenizer_reads_back_the_same(tmp_path: Path) -> None:
