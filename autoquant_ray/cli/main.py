@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from autoquant_ray.cli.compare import compare, nightly, site
+from autoquant_ray.cli.doctor import doctor
 from autoquant_ray.cli.edge import (
     Commands,
     Result,
@@ -195,7 +196,7 @@ def demo(out: str, bits: float, overwrite: bool) -> Result:
 
 
 _ORDER = (
-    *(demo, plan, scan, solve, frontier, explain, report),
+    *(demo, doctor, plan, scan, solve, frontier, explain, report),
     *(evaluate, refine, export, import_, measure_latency),
     *(run, submit, jobs, nightly, compare, site),
 )

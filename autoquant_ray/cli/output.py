@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _TOP_GROUPS = 10
 _FILE_WIDTH = 200
 _PAGE_WIDTH, _WHOLE_WIDTH = 80, 156
-"""Columns of a measurement's tables, which are two below the width that all of it takes."""
+"""Columns of a table that is piped; and from where on a measurement is one table, not two."""
 _TIME = "%Y-%m-%d %H:%M:%S"
 
 
@@ -213,6 +213,18 @@ def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
     console.print(section.verdict, soft_wrap=True)
     for path in paths.values():
         console.print(_short(path), soft_wrap=True)
+
+
+def print_findings(rows: Sequence[tuple[str, str, str]]) -> None:
+    """What the doctor found: check, state, and what is there."""
+    console = _console()
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for head in ("Check", "State"):
+        table.add_column(head, no_wrap=True)
+    table.add_column("What is there", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, width=console.width if console.is_terminal else _PAGE_WIDTH)
 
 
 def print_audit(audit: Audit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -88,3 +89,19 @@ def test_ray_that_is_gone_is_not_waited_for(environment: dict[str, str]) -> None
     file.parent.mkdir(parents=True)
     file.write_text("127.0.0.1:1")
     assert joined(environment) != "127.0.0.1:1"
+
+
+def test_doctor_starts_a_ray_and_finds_nothing_wrong(environment: dict[str, str]) -> None:
+    words = ("doctor", "--address", "local", "--data", "pydoc", "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "autoquant_ray", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["check"]: row for row in json.loads(done.stdout)}
+    assert rows["Ray"]["state"] == "ok"
+    assert "local answers: 1 node, " in rows["Ray"]["text"]
+    assert rows["Data"]["text"] == "pydoc can be read; first sample: a text"

@@ -16,6 +16,7 @@ COMMANDS = (
     "report",
     "import",
     "demo",
+    "doctor",
     "run",
     "submit",
     "jobs",

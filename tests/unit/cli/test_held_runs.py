@@ -47,6 +47,7 @@ READ = {
 """These only read it, or write beside it."""
 ELSEWHERE = {
     "demo": "is a scan",
+    "doctor": "knows no run",
     "measure-latency": "its files are of accelerators, in no run",
     "nightly": "its runs are scans; the lease of a night's job is tested with them",
     "submit": "a cluster's job",
