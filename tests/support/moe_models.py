@@ -11,6 +11,8 @@ import transformers
 LINEARS = {
     "qwen3_moe": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
     "mixtral": ("block_sparse_moe", ("w1", "w3"), "w2"),
+    "qwen3_5_moe": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
+    "deepseek_v3": ("mlp", ("gate_proj", "up_proj"), "down_proj"),
 }
 """Family -> what holds the experts in its files, what is gate and up there, and what is down."""
 _DECODER: dict[str, Any] = {
@@ -30,6 +32,31 @@ def moe_config(family: str, num_layers: int = 2) -> Any:
     if family == "qwen3_moe":
         return transformers.Qwen3MoeConfig(
             **sizes, intermediate_size=96, moe_intermediate_size=64, num_experts=4
+        )
+    if family == "qwen3_5_moe":
+        return transformers.Qwen3_5MoeTextConfig(
+            **sizes,
+            moe_intermediate_size=64,
+            num_experts=4,
+            shared_expert_intermediate_size=64,
+            layer_types=["full_attention"] * num_layers,
+        )
+    if family == "deepseek_v3":
+        del sizes["head_dim"]
+        return transformers.DeepseekV3Config(
+            **(sizes | {"num_key_value_heads": 4}),
+            intermediate_size=96,
+            moe_intermediate_size=64,
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=0,
+            topk_method="noaux_tc",
+            q_lora_rank=64,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=32,
+            v_head_dim=32,
         )
     kinds = {"mixtral": transformers.MixtralConfig, "gpt_oss": transformers.GptOssConfig}
     return kinds[family](**sizes, intermediate_size=64, num_local_experts=4)
