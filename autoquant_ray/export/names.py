@@ -23,6 +23,7 @@ from autoquant_ray.export.check import StoredTensors
 from autoquant_ray.export.layouts import COMPRESSED_TENSORS, MODELOPT
 from autoquant_ray.export.source import Layers
 from autoquant_ray.models.quantizable import is_turned, quantizable_modules
+from autoquant_ray.plan.carried import unscope_conversions
 from autoquant_ray.wording import few
 
 _COLUMNS = 2  # a single one would be dropped
@@ -34,11 +35,16 @@ LayersT = TypeVar("LayersT", bound=Layers)
 def as_stored(model: Any, source: LayersT) -> LayersT:
     """The source with its modules named as ModelOpt's exporter writes them.
 
+    Args:
+        model: As transformers loaded it, or a skeleton; its conversions may be noted for all of it.
+        source: By the names in memory.
+
     Raises:
         FormatError: The exporter cannot give the model's tensors the form of its own files.
     """
     from autoquant_ray.modelopt_export import stored_names_of
 
+    unscope_conversions(model)
     with naming():
         names_of = stored_names_of(model)
     return source.renamed(names_of)

@@ -10,6 +10,7 @@ A stored name is followed as transformers follows it when it loads (5.14,
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,32 @@ def keep_conversions(model: Any, names: Iterable[str]) -> None:
     else:
         mapping = get_model_conversion_mapping(model, add_legacy=False)
     model._weight_conversions = mapping
+
+
+def unscope_conversions(model: Any) -> None:
+    """Let converters of a part of a model count for all of it, where no other tensor fits them.
+
+    ModelOpt's exporter knows no parts, and refuses such a model (Qwen3.5's experts beside images).
+
+    Args:
+        model: As transformers loaded it, or a skeleton that notes its conversions.
+    """
+    names = [*model.state_dict()]
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [_unscoped(conversion, names) for conversion in conversions]
+
+
+def _unscoped(conversion: Any, names: Sequence[str]) -> Any:
+    from transformers.core_model_loading import WeightConverter
+
+    if conversion.scope_prefix is None or not isinstance(conversion, WeightConverter):
+        return conversion
+    whole = copy.copy(conversion)
+    whole.scope_prefix = None
+    here, everywhere = conversion.reverse_transform(), whole.reverse_transform()
+    is_same = all(here.rename_source_key(n)[1] == everywhere.rename_source_key(n)[1] for n in names)
+    return whole if is_same else conversion
 
 
 def _place_of(model: Any, mapping: Sequence[Any]) -> Callable[[str], str]:

@@ -25,6 +25,8 @@ FP8 = "wfp8_afp8"
         ("falcon", "transformer.h.0.mlp.dense_h_to_4h"),  # a linear of a class of its own
         ("deepseek_v4", "head"),  # a rule for one whole name
         ("minimax_m3_vl", "language_model.model.layers.1.block_sparse_moe.shared_experts.up_proj"),
+        # rules for a part of the model
+        ("qwen3_5_moe", "model.language_model.layers.0.mlp.experts.0.up_proj"),
         ("aria_text", "model.layers.0.mlp.shared_experts.up_proj"),  # experts that stay as they are
     ],
 )
