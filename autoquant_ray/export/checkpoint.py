@@ -226,7 +226,7 @@ def _write(
     """Fill the folder; the source by the names that its files have, and the model's own files."""
     from autoquant_ray.calibrate.files import calibration_of
     from autoquant_ray.export.model import load_for_export, pack_parts, save_config
-    from autoquant_ray.export.other_files import finish_folder
+    from autoquant_ray.export.other_files import finish_folder, model_card
 
     calibration = calibration_of(source.state, source.used)
     is_whole = layout == MODELOPT and needs_whole(source)
@@ -241,7 +241,8 @@ def _write(
     files.assemble(names, folder, max_shard_size)
     packer.finish(folder, facts, engine)
     ignore_carried(in_source, folder, layout)
-    finish_folder(folder, loaded.ref, loaded.sixteen_bits.name)
+    card = model_card(source, layout)
+    finish_folder(folder, loaded.ref, loaded.sixteen_bits.name, card)
     if "carried" not in source.state.plan:
         uncounted = sum(in_source.carried.values())
         stored = replace(stored, uncounted_bytes=uncounted)

@@ -3,7 +3,8 @@
 Exporters write a ``config.json`` and a ``generation_config.json`` anew: values that are not theirs
 change on the way (sampling that was off is on, positions get other keys that older readers do not
 know). So the model's own files are taken, byte for byte; in ``config.json`` only the values change
-that describe the new weights, and the log names them.
+that describe the new weights, and the log names them. A model that has no model card gets one, of
+how it was quantized.
 """
 
 from __future__ import annotations
@@ -11,15 +12,24 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from autoquant_ray.allocate.candidate import SOLUTION
+from autoquant_ray.allocate.losses import allocation_key
+from autoquant_ray.formats.format import NONE
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.quantized_config import MODELOPT_FILE, without_entries
 from autoquant_ray.models.stored_tensors import find_file
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
-from autoquant_ray.wording import few
+from autoquant_ray.runs.names import EVALUATION_FILE
+from autoquant_ray.version import VERSION
+from autoquant_ray.wording import few, printable
+
+if TYPE_CHECKING:
+    from autoquant_ray.export.source import Source
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +56,18 @@ _OF_SOURCE = (CONFIG, MODELOPT_FILE, "quantize_config.json", "quant_config.json"
 """Files that describe the weights of the model that was scanned."""
 _FOLDERS = ("additional_chat_templates",)
 _MOST_NAMES = 6
+CARD = "README.md"
+"""The model card."""
 
 
-def finish_folder(folder: Path, ref: ModelRef, dtype: str) -> None:
+def finish_folder(folder: Path, ref: ModelRef, dtype: str, card: str = "") -> None:
     """Complete a written folder with what stands beside the weights.
 
     Args:
         folder: Holds ``config.json`` and the weights.
         ref: The model that they are from.
         dtype: 16-bit type of what is not quantized, such as ``bfloat16``.
+        card: Model card for a model that has none.
     """
     config = json.loads((folder / CONFIG).read_text())
     config_file = None if ref.gguf_file is not None else find_file(ref, CONFIG)
@@ -69,6 +82,8 @@ def finish_folder(folder: Path, ref: ModelRef, dtype: str) -> None:
         config = _merged(json.loads(config_file.read_text(encoding="utf-8")), config, dtype)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    if card and not (folder / CARD).exists():
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _copy(source: Path, folder: Path) -> None:
@@ -127,3 +142,96 @@ def _pairs(
     for name in _PARTS:
         if isinstance(config.get(name), dict) and isinstance(other.get(name), Mapping):
             yield config[name], other[name]
+
+
+def model_card(source: Source, layout: str) -> str:
+    """How the weights were quantized: formats, predicted and measured loss, data, versions.
+
+    Names are those of files alone, without the folders of the machine that they lay on; they stand
+    where Markdown takes them for text.
+
+    Args:
+        source: The solution.
+        layout: Of the checkpoint.
+    """
+    record, solution = source.state.record, source.manifest["solution"]
+    name = _last(record.model["name"])
+    counts = Counter(format_.name for format_ in source.formats.values())
+    num_other = len(source.modules) - sum(counts.values())
+    data = record.dataset
+    versions = {**(record.versions or {}), "autoquant-ray": VERSION}
+    facts = [
+        ("model", name),
+        ("layout", layout),
+        *((f"layers in {format_}", f"{count}") for format_, count in counts.most_common()),
+        *([("layers in 16 bits", f"{num_other}")] if num_other else []),
+        ("stored bits per searched weight", f"{solution['effective_bits']:.4f}"),
+        ("weights of the whole model", f"{round(solution['weight_bytes']):,} bytes"),
+        ("predicted loss", _loss(solution["predicted_kl_nats"])),
+        *_measured(source),
+        ("calibration data", f"{_last(str(data.get('name', 'unknown')))}, {_amount(data)}"),
+        ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
+    ]
+    width = max(len(label) for label, _ in facts)
+    lines = [printable(f"{label:{width}}  {' '.join(value.split())}") for label, value in facts]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [quantized]",
+            "---",
+            "",
+            "# Quantized weights",
+            "",
+            "Chosen layer by layer and written by autoquant-ray. Losses are KL divergences from "
+            "the model in 16 bits, in nats per token.",
+            "",
+            "```text",
+            *lines,
+            "```",
+            "",
+        ]
+    )
+
+
+def _last(name: str) -> str:
+    """A hub id as it is; of a path, the last part."""
+    is_id = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+    return name if is_id else name.rstrip("/").rpartition("/")[2]
+
+
+def _loss(nats: float | None) -> str:
+    return "unknown" if nats is None else f"{nats:.4g}"
+
+
+def _amount(data: Mapping[str, Any]) -> str:
+    return (
+        f"{data.get('num_samples', 'unknown')} samples, {data.get('num_tokens', 'unknown')} tokens"
+    )
+
+
+def _measured(source: Source) -> list[tuple[str, str]]:
+    """Measured losses of the solution, one for each data set that it was measured on."""
+    directory = source.state.directory
+    if not directory.exists(EVALUATION_FILE):
+        return []
+    rows = directory.read_table(EVALUATION_FILE).to_pylist()
+    key = _key(source)
+    return [
+        (
+            "measured loss",
+            f"{row['kl_mean']:.4g} on {row['num_tokens']:,} tokens of {_last(row['dataset'])}",
+        )
+        for row in rows
+        if row["name"] == SOLUTION and row["allocation"] == key
+    ]
+
+
+def _key(source: Source) -> str:
+    """Digest of the searched groups' formats, as measurements have it."""
+    names = {module: format_.name for module, format_ in source.formats.items()} | dict(
+        source.caches
+    )
+    unsearched = source.state.plan["unsearched"]
+    chosen = {group: names.get(module, NONE) for module, group in source.groups.items()}
+    return allocation_key({group: f for group, f in chosen.items() if group not in unsearched})

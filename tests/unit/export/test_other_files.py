@@ -13,9 +13,14 @@ import torch
 from checkpoints import load_folder
 from quantized_checkpoints import MODELOPT_FP8, repacked, tensor_fp8
 
+from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
+from autoquant_ray.report.sources import read_sources
+from autoquant_ray.runs.names import EVALUATION_FILE
+from autoquant_ray.runs.schemas import SCHEMAS
+from autoquant_ray.runs.state import RunState
 
 FILES = {
     "generation_config.json": '{"do_sample": false,\n "temperature": 0.6, "top_k": 20}',
@@ -79,3 +84,54 @@ def test_export_of_a_quantized_model_describes_the_new_weights_alone(
         else:
             assert (written[name] - weight).norm() < 0.01 * weight.norm(), name
     assert "model.layers.0.mlp.up_proj.input_scale" in load_folder(out)
+
+
+def test_model_without_a_card_gets_one_of_how_it_was_quantized(
+    solved_run: Any, model_folder: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = solved_run("llama", CHOICE, FORMATS, folder=model_folder("llama"))
+    sources = read_sources(ScoredRun.read(RunState.open(directory)), "")
+    solution = sources.manifest["solution"]
+    row = dict.fromkeys(SCHEMAS[EVALUATION_FILE].names, 0.0) | {
+        "solution": "",
+        "dataset": "/home/somebody/held-out.jsonl",
+        "data_key": "d",
+        "name": "solution",
+        "allocation": sources.key,
+        "kl_mean": 0.125,
+        "num_tokens": 4096,
+        "num_samples": 8,
+    }
+    stale = row | {"allocation": "an earlier one", "kl_mean": 9.0}
+    directory.write_table(EVALUATION_FILE, [stale, row])
+    out = tmp_path / "out"
+    export_run(directory, str(out))
+    card = (out / "README.md").read_text()
+    facts = dict(
+        line.split("  ", 1) for line in card.partition("```text\n")[2].splitlines() if "  " in line
+    )
+    facts = {label: value.strip() for label, value in facts.items()}
+    num_mlp = sum("mlp" in name for name in sources.run.plan["modules"])
+    assert facts["layers in wint8_aint8"] == f"{num_mlp}"
+    assert facts["layers in 16 bits"] == f"{len(sources.run.plan['modules']) - num_mlp}"
+    assert facts["predicted loss"] == f"{solution['predicted_kl_nats']:.4g}"
+    assert facts["measured loss"] == "0.125 on 4,096 tokens of held-out.jsonl"
+    recorded = sources.run.versions or {}
+    assert recorded
+    assert all(f"{name} {version}" in facts["versions"] for name, version in recorded.items())
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for private in ("/home/somebody", str(model_folder("llama").parent)):
+        assert private not in card
+
+
+def test_names_do_not_leave_the_block_of_a_card(
+    solved_run: Any, model_folder: Any, tmp_path: Path
+) -> None:
+    directory, _, _ = solved_run("llama", CHOICE, FORMATS, folder=model_folder("llama"))
+    record = directory.read_json("run.json")
+    record["dataset"]["name"] = "a\n```\n# Heading\n<script>"
+    directory.write_json("run.json", record)
+    export_run(directory, str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count("\n```") == 2
+    assert "\n# Heading" not in card
