@@ -32,6 +32,7 @@ from autoquant_ray.distributed.placement import (
     worker_needs,
 )
 from autoquant_ray.distributed.pool import WorkerPool
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.errors import DataError
 from autoquant_ray.formats.menu import check_device
 from autoquant_ray.models.context import SampleLimits
@@ -54,7 +55,6 @@ from autoquant_ray.runs.names import SAMPLES
 from autoquant_ray.runs.record import QuarantinedShard, RunRecord
 from autoquant_ray.runs.rounding import drop_rounding
 from autoquant_ray.runs.state import Mode, RunState, require_target
-from autoquant_ray.score.scorer import ScoringSpec
 from autoquant_ray.solve import Solution, solve_run
 from autoquant_ray.stages import calibrate as calibration_stage
 from autoquant_ray.stages import samples as samples_stage

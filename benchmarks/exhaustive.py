@@ -38,6 +38,7 @@ from autoquant_ray.allocate.certainty.total_error import ratio_stderr
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.evaluate.allocation_search import search_allocations, split_shards
 from autoquant_ray.evaluate.audit_pairs import choose_pairs, median_ratio, solve_again
 from autoquant_ray.evaluate.rivals import shuffle_scores
@@ -51,7 +52,7 @@ from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.report.audit import AuditedPair
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
+from autoquant_ray.score.scorer import Scorer
 
 FORMATS = ("wint4_aint4:max", "wint4_afp16:max", "wint8_aint8")
 VOCABULARY, NUM_TOKENS, NUM_SAMPLES = 256, 32, 8

@@ -32,6 +32,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
 from autoquant_ray.config.demo import find_demo_model
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.evaluate.flip_estimates import Flip, flip_rows, merge_flips
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.format import NONE
@@ -43,7 +44,7 @@ from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.names import FLIPS
 from autoquant_ray.runs.schemas import schema_of
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
+from autoquant_ray.score.scorer import Scorer
 
 AT_ONCE = 16
 

@@ -28,6 +28,7 @@ from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.data.cutting import SampleAssembler, chunk_texts, tokenize_chunk
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import read_texts
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import ModelRef, find_model
@@ -36,7 +37,7 @@ from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 from autoquant_ray.plan.group import PlannedGroup
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
+from autoquant_ray.score.scorer import Scorer
 
 FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8", "wint8_aint4")
 

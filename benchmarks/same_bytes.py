@@ -144,7 +144,7 @@ def main() -> None:
 
 
 def save_model(name: str) -> None:
-    """Write a small random model with a word tokenizer."""
+    """Write the small model of a case."""
     config = {
         "llama": lambda: transformers.LlamaConfig(**DECODER),
         "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
@@ -161,6 +161,11 @@ def save_model(name: str) -> None:
             vision_end_token_id=252,
         ),
     }[name]()
+    save_random(config, name, num_words=256)
+
+
+def save_random(config: Any, name: str, num_words: int) -> None:
+    """Write a random model of a config with a word tokenizer: the token of ``w17`` is 17."""
     auto = transformers.AutoModelForCausalLM
     if hasattr(config, "vision_config"):
         auto = transformers.AutoModelForImageTextToText
@@ -168,7 +173,7 @@ def save_model(name: str) -> None:
     auto.from_config(config, dtype=torch.float32).save_pretrained(name)
     import tokenizers
 
-    vocabulary = {f"w{index}": index for index in range(256)}
+    vocabulary = {f"w{index}": index for index in range(num_words)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab=vocabulary, unk_token="w0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(name)

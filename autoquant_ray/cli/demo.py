@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autoquant_ray.cli.edge import Result, only_ours_on_stdout, show_lines
-from autoquant_ray.cli.run import scan_result
+from autoquant_ray.cli.run import plain_scan_result
+from autoquant_ray.cli.workers import warm_workers
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import REPORT_HTML
 
@@ -30,9 +31,11 @@ def demo_result(out: str, bits: float, mode: Mode) -> Result:
     from autoquant_ray.config.demo import demo_config
     from autoquant_ray.runs.state import RunState
 
-    scanned = scan_result(demo_config(out, bits), mode, says_next=False)
-    run = ScoredRun.read(RunState.open(RunDirectory(out)))
-    _measure(run, out)
+    config = demo_config(out, bits)
+    with warm_workers(config.address, config.device, config.placement):
+        scanned = plain_scan_result(config, mode)
+        run = ScoredRun.read(RunState.open(RunDirectory(out)))
+        _measure(run, out)
 
     def show() -> None:
         scanned.show()

@@ -35,6 +35,9 @@ _LONGEST, _LONGEST_USAGE = 400, 370
 _LONGEST_SENTENCE = 200
 """Characters of a command's sentence in the list of all."""
 
+_PROGRAM = object()
+"""Marks the context of a command line that is a whole process."""
+
 _COMMON = (
     click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout; logs on stderr."),
     click.option("-v", "--verbose", is_flag=True, help="Show tracebacks and libraries' warnings."),
@@ -83,6 +86,8 @@ class Commands(click.Group):
     def main(self, *arguments: Any, **keywords: Any) -> Any:
         """Run the program; click's own usage errors get one line too."""
         keywords["standalone_mode"] = False
+        if not arguments and keywords.get("args") is None:
+            keywords["obj"] = _PROGRAM
         try:
             code = super().main(*arguments, **keywords)
         except click.exceptions.NoArgsIsHelpError as error:
@@ -175,6 +180,12 @@ def show_lines(lines: Iterable[str]) -> None:
 def wants_json() -> bool:
     """Whether the command that runs was given ``--json``; for those that print as they go."""
     return bool(click.get_current_context().params["as_json"])
+
+
+def is_program() -> bool:
+    """Whether the command that runs is the whole process, not called by other code."""
+    context = click.get_current_context(silent=True)
+    return context is not None and context.find_root().obj is _PROGRAM
 
 
 def option_names(command: click.Command) -> set[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import click
 
 from autoquant_ray.cli.edge import Result, grave_notes, only_ours_on_stdout, prints_result
 from autoquant_ray.cli.options import config_options, given_fields
+from autoquant_ray.cli.workers import warm_workers
 from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import LARGEST_SEED
@@ -31,10 +33,11 @@ def evaluate(run: str, **flags: Any) -> Result:
       autoquant-ray evaluate runs/qwen3 --audit 32
     """
     from autoquant_ray.cli.output import print_audit, print_evaluation
-    from autoquant_ray.evaluate.evaluate import evaluate_run
 
     config = validate(EvaluationConfig, given_fields(flags) | {"run": run})
-    with only_ours_on_stdout():
+    with _workers_of(config), only_ours_on_stdout():
+        from autoquant_ray.evaluate.evaluate import evaluate_run
+
         result = evaluate_run(config)
 
     def show() -> None:
@@ -95,13 +98,25 @@ def refinement(fields: dict[str, Any], trials: int, seed: int) -> Result:
         seed: Of the choice of swaps.
     """
     from autoquant_ray.cli.output import print_refinement
-    from autoquant_ray.evaluate.refine import refine_run
 
     config = validate(EvaluationConfig, fields)
-    with only_ours_on_stdout():
+    with _workers_of(config), only_ours_on_stdout():
+        from autoquant_ray.evaluate.refine import refine_run
+
         result = refine_run(config, trials, seed)
     return Result(
         json=lambda: result.solution.to_json() | {"refinement": result.to_json()},
         show=lambda: print_refinement(config.run, result),
         notes=grave_notes(result.solution.grave),
     )
+
+
+def _workers_of(config: EvaluationConfig) -> AbstractContextManager[None]:
+    """How the workers of a measurement start."""
+    from autoquant_ray.runs.directory import RunDirectory
+    from autoquant_ray.runs.state import RunState
+
+    scan = RunState.open(RunDirectory(config.run)).record.config or {}
+    address = str(config.address or scan.get("address", "auto"))
+    device, placement = str(scan.get("device")), str(scan.get("placement"))
+    return warm_workers(address, device, placement, measures=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ from autoquant_ray.cli.edge import (
     show_lines,
 )
 from autoquant_ray.cli.input_checks import require_input
+from autoquant_ray.cli.workers import warm_workers
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_NEEDS_A_LOOK, ConfigError
 from autoquant_ray.jobs.file import NightlyJob, ScanJob, SweepJob, load_job, require_runs
@@ -24,25 +26,30 @@ from autoquant_ray.jobs.names import check_run_id
 from autoquant_ray.runs.directory import RunDirectory
 
 
-def scan_result(
-    config: ScanConfig, mode: Any, run_id: str | None = None, *, says_next: bool = True
-) -> Result:
+def scan_result(config: ScanConfig, mode: Any, run_id: str | None = None) -> Result:
     """Run a scan: its solution and its exit code, and the commands that people run next."""
     keeps_menu = mode == "resume" and RunDirectory(config.out).exists()
     require_input(config, keeps_menu=keeps_menu)
+    with warm_workers(config.address, config.device, config.placement):
+        result = plain_scan_result(config, mode, run_id)
+
+    def show() -> None:
+        result.show()
+        show_lines(_next_lines(config))
+
+    return replace(result, show=show)
+
+
+def plain_scan_result(config: ScanConfig, mode: Any, run_id: str | None = None) -> Result:
+    """Run a scan whose workers start as they do for the command: its solution and exit code."""
     from autoquant_ray.cli.output import print_solution
     from autoquant_ray.scan import run_search
 
     with only_ours_on_stdout():
         result = run_search(config, mode, run_id)
-
-    def show() -> None:
-        print_solution(config.out, result.solution)
-        show_lines(_next_lines(config) if says_next else ())
-
     return Result(
         json=result.solution.to_json,
-        show=show,
+        show=lambda: print_solution(config.out, result.solution),
         notes=[
             *grave_notes(result.solution.grave),
             *(f"shard {e['shard']} was left out: {e['reason']}" for e in result.quarantined),
@@ -100,9 +107,11 @@ def run(job_file: str, run_id: str | None, runs: str | None, address: str | None
 
 def _sweep_result(job: SweepJob, run_id: str) -> Result:
     from autoquant_ray.cli.output import print_sweep
-    from autoquant_ray.jobs.sweep import run_sweep, worst_code
 
-    with only_ours_on_stdout():
+    first = job.config(job.models[0], job.budget_fields()[0])
+    with warm_workers(first.address, first.device, first.placement), only_ours_on_stdout():
+        from autoquant_ray.jobs.sweep import run_sweep, worst_code
+
         rows = run_sweep(job, run_id)
     return Result(
         json=lambda: {"run_id": run_id, "rows": [row.to_json() for row in rows]},

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from autoquant_ray.calibrate.hessians import HessianCollector, Hessians
 from autoquant_ray.calibrate.portions import Block, Portion, blocks_of, smallest_portions
 from autoquant_ray.distributed.host_memory import trim_heap
+from autoquant_ray.distributed.scoring import LayerFit
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import is_fitted, needs_hessians, takes_factors
 from autoquant_ray.models.quantizable import PlannedModule
@@ -33,19 +33,6 @@ from autoquant_ray.quantize.quantizers import fit_weight, weight_grid
 from autoquant_ray.quantize.second_moments import SecondMoments
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.score.residence import Residence
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerFit:
-    """What was fitted in a layer.
-
-    Attributes:
-        rounding: To its weights.
-        expert_tokens: Routed expert that GPTQ may round -> tokens that it saw of each half.
-    """
-
-    rounding: FittedWeights
-    expert_tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 class _Entry(NamedTuple):

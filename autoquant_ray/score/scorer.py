@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -22,17 +21,15 @@ from autoquant_ray.calibrate.maxima import ActivationMaxima
 from autoquant_ray.calibrate.portions import Block, collector_of
 from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.data.samples import Samples, num_predicted
+from autoquant_ray.distributed.scoring import LayerFit, ScoringSpec, ShardScores
 from autoquant_ray.errors import NonFiniteError
-from autoquant_ray.formats.format import Format
-from autoquant_ray.models.find import ModelRef
-from autoquant_ray.plan.memory import GIB, MOMENT_BYTES, room_for_visit
-from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.plan.memory import room_for_visit
 from autoquant_ray.quantize.awq import Losses
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Gradients, Pass
-from autoquant_ray.score.fitting import LayerFit, LayerFitting
+from autoquant_ray.score.fitting import LayerFitting
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.score.model_checks import (
@@ -41,56 +38,9 @@ from autoquant_ray.score.model_checks import (
     require_head,
     require_linears,
 )
-from autoquant_ray.score.sensitivity import SensitivityHooks, SensitivitySums
+from autoquant_ray.score.sensitivity import SensitivityHooks
 from autoquant_ray.score.visits import Step, Visit, VisitPacker, make_step, predicting_rows
 from autoquant_ray.score.watched_passes import run_watched
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringSpec:
-    """What a scorer needs to know; small and picklable.
-
-    Attributes:
-        model: Model to load.
-        dtype: ``float32`` or ``bfloat16``.
-        device: ``cpu`` or ``cuda``.
-        num_threads: Threads of CPU kernels; fixed, because it can change the last bits of sums.
-        modules: Modules to score with their group index.
-        formats: Formats to score.
-        step_tokens: Tokens, padding included, per step.
-        labels: ``model`` or ``data``.
-        label_draws: Label draws per token where labels come from the model.
-        seed: Seed of the draws.
-        row_share: Share of the rows to score; 1 scores all.
-        weight_cache_bytes: For quantized weights; None takes what one visit of a layer or of the
-            head uses again, 2 GiB at most.
-        activation_bytes: For layer inputs: half of it for the steps that are visited together,
-            half to keep calibrated shards until they are scored.
-        placement: ``resident``, ``offload`` or ``split``.
-        min_expert_tokens: GPTQ leaves experts that saw fewer to plain rounding.
-        moment_bytes: For second moments of inputs.
-    """
-
-    model: ModelRef
-    dtype: str
-    device: str
-    num_threads: int
-    modules: tuple[ScoredModule, ...]
-    formats: tuple[Format, ...]
-    step_tokens: int
-    labels: str
-    label_draws: int
-    seed: int
-    row_share: float = 1.0
-    weight_cache_bytes: int | None = None
-    activation_bytes: int = GIB
-    placement: str = "resident"
-    min_expert_tokens: int = 0
-    moment_bytes: int = MOMENT_BYTES
-
-    def build(self) -> Scorer:
-        """Load the model; called in the worker process."""
-        return Scorer(self)
 
 
 class Shard(Protocol):
@@ -105,25 +55,6 @@ class Shard(Protocol):
     def samples(self) -> Samples:
         """All of them."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardScores:
-    """Result of scoring one shard.
-
-    Attributes:
-        sums: Raw sums per group and format.
-        num_tokens: Predicted tokens, the denominator of the score.
-        num_samples: Samples of the shard.
-        loss: Summed token loss in nats, averaged over label draws.
-        seconds: Time spent.
-    """
-
-    sums: SensitivitySums
-    num_tokens: int
-    num_samples: int
-    loss: float
-    seconds: float
 
 
 class Scorer:

@@ -22,15 +22,14 @@ Shape letters: T rows (tokens) with a gradient, C rows of a chunk, I in features
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from autoquant_ray.arrays import Floats
+from autoquant_ray.distributed.scoring import SensitivitySums
 from autoquant_ray.formats.format import Format
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
@@ -40,29 +39,6 @@ from autoquant_ray.score.differences import ComparedModules, Difference
 from autoquant_ray.score.expert_tokens import TokenCounts
 from autoquant_ray.score.gradient_book import GradientBook, Inputs, OnGradients
 from autoquant_ray.score.rows import ChosenRows, choose_rows, row_values
-
-
-@dataclass(frozen=True, kw_only=True)
-class SensitivitySums:
-    """Raw sums; G groups, F formats.
-
-    Attributes:
-        elementwise_GF: Float64, nats squared.
-        token_GF: Float64, nats squared.
-        elementwise_variance_GF: Variance of the estimate by row sampling, float64, nats to the
-            fourth; zero where all rows were scored.
-        token_variance_GF: The same of ``token_GF``.
-        num_rows_G: Rows with a gradient seen by each group, summed over its modules.
-        expert_tokens: Fused experts module -> such rows routed to each of its experts; single
-            expert -> a list of its own tokens alone.
-    """
-
-    elementwise_GF: Floats
-    token_GF: Floats
-    elementwise_variance_GF: Floats
-    token_variance_GF: Floats
-    num_rows_G: np.ndarray[Any, np.dtype[np.int64]]
-    expert_tokens: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 class SensitivityHooks:

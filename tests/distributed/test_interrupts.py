@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,6 +43,25 @@ def start(tmp_path: Path, start_command: Any, scan_arguments: Any) -> Any:
 
 
 @pytest.fixture
+def start_cold(tmp_path: Path, scan_arguments: Any) -> Any:
+    """Start a scan whose workers import everything: its process has a thread, and is not forked."""
+    thread = "threading.Thread(target=threading.Event().wait, daemon=True).start()"
+    run = "from autoquant_ray.cli.main import main; main(prog_name='autoquant-ray')"
+
+    def start(*extra: Any) -> subprocess.Popen[str]:
+        arguments = scan_arguments(tmp_path / "run", *SLOW, "--address", "local", *extra)
+        return subprocess.Popen(
+            [sys.executable, "-c", f"import threading; {thread}; {run}", *map(str, arguments)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+@pytest.fixture
 def resume(tmp_path: Path, run_command: Any, scan_arguments: Any) -> Callable[[], bytes]:
     """Go on with the scan to its end; the bytes of its scores."""
 
@@ -67,11 +88,18 @@ def frozen_worker(watch: Any, run: Path, scan: WarmProcess) -> Iterator[None]:
 
 @pytest.mark.parametrize("sent", ["SIGTERM", "Ctrl-C"])
 def test_scan_asked_to_stop_keeps_the_shard_in_flight(
-    sent: str, undisturbed: bytes, tmp_path: Path, start: Any, resume: Any, watch: Any
+    sent: str,
+    undisturbed: bytes,
+    tmp_path: Path,
+    start: Any,
+    start_cold: Any,
+    resume: Any,
+    watch: Any,
 ) -> None:
     run = tmp_path / "run"
-    # A terminal's Ctrl-C reaches only workers that are of the scan's own session.
-    with start("--grace-s", "100000", ray_is_warm=sent == "SIGTERM") as scan:
+    # A terminal's Ctrl-C reaches only workers that are of the scan's own session: none is forked.
+    starting = start if sent == "SIGTERM" else start_cold
+    with starting("--grace-s", "100000") as scan:
         watch.wait_for(lambda: watch.scored(run), scan)
         if sent == "SIGTERM":
             scan.send_signal(signal.SIGTERM)
@@ -125,11 +153,11 @@ def test_scan_second_signal_stops_at_once(
 
 
 def test_scan_asked_to_stop_while_workers_load_waits_for_nothing(
-    tmp_path: Path, start: Any, watch: Any
+    tmp_path: Path, start_cold: Any, watch: Any
 ) -> None:
     run = tmp_path / "run"
     # Forked workers would be ready too soon.
-    with start("--grace-s", "100000", ray_is_warm=False) as scan:
+    with start_cold("--grace-s", "100000") as scan:
         watch.wait_for(
             lambda: any(e["stage"] == "calibrate" for e in watch.events(run, "stage_started")), scan
         )

@@ -10,6 +10,7 @@ import pytest
 
 from autoquant_ray.distributed.placement import Placement
 from autoquant_ray.distributed.pool import WorkerPool
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.distributed.task import ShardTask
 from autoquant_ray.errors import NonFiniteError, WorkerError
 from autoquant_ray.formats.menu import resolve_formats
@@ -17,7 +18,6 @@ from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import ScoredModule
-from autoquant_ray.score.scorer import ScoringSpec
 
 PLACEMENT = Placement(num_workers=1, cpus_per_worker=1, gpus_per_worker=0, device="cpu")
 

@@ -14,6 +14,7 @@ import pytest
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.pool import Outcome
+from autoquant_ray.distributed.scoring import SensitivitySums, ShardScores
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.calibration import Calibration
@@ -21,8 +22,6 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SAMPLES, part_name
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.scan import run_search
-from autoquant_ray.score.scorer import ShardScores
-from autoquant_ray.score.sensitivity import SensitivitySums
 from autoquant_ray.solve import solve_run
 from autoquant_ray.stages import score as stages
 

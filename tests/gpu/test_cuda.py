@@ -10,13 +10,14 @@ import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.block_formats import BACKEND
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
+from autoquant_ray.score.scorer import Scorer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 import transformers
 
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
+from autoquant_ray.score.scorer import Scorer
 
 NUM_GPUS = torch.cuda.device_count()
 

@@ -22,6 +22,7 @@ from modelopt_scores import modelopt_scores, of_text, quantized_by_modelopt
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import quantization_config
 from autoquant_ray.calibrate.modelopt_config import load_quantization_config
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.errors import AutoQuantError, one_line
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.format import NONE
@@ -33,7 +34,7 @@ from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.modules import UNQUANTIZED
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
+from autoquant_ray.score.scorer import Scorer
 
 PRESETS = ("INT8_DEFAULT_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
 SHARDS = ((20, 20), (13,))

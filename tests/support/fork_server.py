@@ -1,28 +1,20 @@
-"""A server that forks processes in which torch, transformers and ModelOpt are imported.
+"""The fork server of all tests: processes in which torch, transformers and ModelOpt are imported.
 
 Importing them takes most of a small command's time and of a Ray worker's. The server imports them
-once for all test processes and never starts a thread. A client connects, sends what the process is
-to run and its three standard streams, gets the process's id, and once it has ended its exit code
-(that of ``subprocess``: a signal is negative). A client that goes away takes its process with it,
-and the server ends with the process whose id is its second argument.
+once for all test processes, and ends with the process whose id is its second argument.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
-import json
 import os
-import runpy
-import selectors
 import shutil
-import signal
 import socket
-import struct
 import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from autoquant_ray.distributed.forks.server import become, run_script, serve
 
 PRELOADED = (
     "datasets",
@@ -34,130 +26,9 @@ PRELOADED = (
 )
 """Not Ray, which reads its process' environment when it is imported."""
 
-Start = tuple[dict[str, Any], list[int]]
-
-
-def serve(listener: socket.socket, owner: int) -> Start | None:
-    """Fork for clients; returns in each forked process what it is, and None once the owner ended.
-
-    A forked process runs after that as the main program, so that it ends as any Python does.
-    """
-    selector = selectors.DefaultSelector()
-    selector.register(listener, selectors.EVENT_READ, ("client", 0, None))
-    selector.register(os.pidfd_open(owner), selectors.EVENT_READ, ("owner", owner, None))
-    while True:
-        for key, _ in selector.select():
-            what, process, client = key.data
-            if what == "owner":
-                _kill_all(selector)
-                return None
-            if what == "client":
-                start = _fork(listener.accept()[0], selector)
-                if start is not None:
-                    listener.close()
-                    return start
-            elif what == "gone" and _is_registered(client, selector):
-                selector.unregister(client)
-                os.kill(process, signal.SIGKILL)
-            elif what == "ended":
-                selector.unregister(key.fileobj)
-                os.close(key.fd)
-                _report(process, client, selector)
-
-
-def _kill_all(selector: selectors.BaseSelector) -> None:
-    """Kill every process that was forked."""
-    for key in selector.get_map().values():
-        what, process, _ = key.data
-        if what == "ended":
-            os.kill(process, signal.SIGKILL)
-
-
-def _fork(client: socket.socket, selector: selectors.BaseSelector) -> Start | None:
-    """Fork a process for a client; returns in the process what it is to run."""
-    request, streams = _receive(client)
-    if request is None:
-        client.close()
-        return None
-    process = os.fork()
-    if process == 0:
-        for key in list(selector.get_map().values()):
-            if key.data[0] != "client":
-                os.close(key.fd)
-        selector.close()
-        client.detach()
-        return request, streams
-    for stream in streams:
-        os.close(stream)
-    client.sendall(struct.pack("<q", process))
-    selector.register(client, selectors.EVENT_READ, ("gone", process, client))
-    selector.register(os.pidfd_open(process), selectors.EVENT_READ, ("ended", process, client))
-    return None
-
-
-def _report(process: int, client: socket.socket, selector: selectors.BaseSelector) -> None:
-    """Tell a client how its process has ended."""
-    _, status = os.waitpid(process, 0)
-    if _is_registered(client, selector):
-        selector.unregister(client)
-        with suppress(OSError):  # it may go away at the same time
-            client.sendall(struct.pack("<q", os.waitstatus_to_exitcode(status)))
-    client.close()
-
-
-def _is_registered(client: socket.socket, selector: selectors.BaseSelector) -> bool:
-    """Whether a client is still there; it is not once its process' end was reported."""
-    return any(key.fileobj is client for key in selector.get_map().values())
-
-
-def _receive(client: socket.socket) -> tuple[Any, list[int]]:
-    """A request and its streams; None if the client changed its mind."""
-    head, streams, _, _ = socket.recv_fds(client, 8, 3)
-    if len(head) < 8:
-        return None, []
-    (length,) = struct.unpack("<q", head)
-    text = b""
-    while len(text) < length:
-        part = client.recv(length - len(text))
-        if not part:
-            return None, []
-        text += part
-    return json.loads(text), list(streams)
-
-
-def _become(request: dict[str, Any], streams: list[int]) -> None:
-    """Take over streams, environment and folder, in a session of its own."""
-    os.setsid()
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
-    os.environ.clear()
-    os.environ.update(request["env"])
-    os.chdir(request["folder"])
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if request["ray_python"]:
-        sys.executable = request["ray_python"]
-    num_threads = os.environ.get("OMP_NUM_THREADS", "")
-    if num_threads.isdigit():  # OpenMP reads it when it is loaded
-        import torch
-
-        torch.set_num_threads(int(num_threads))
-
-
-def _run(arguments: list[str]) -> None:
-    """Run a script, or the command line where the script is named ``autoquant-ray``."""
-    sys.argv = arguments
-    script = arguments[0]
-    if script == "autoquant-ray":
-        from autoquant_ray.cli.main import main as command_line
-
-        command_line(prog_name=script)
-    sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
-
 
 def main() -> None:
-    """Import, then serve; a forked process goes on from here."""
+    """Import, then serve; a forked process goes on as the main program, and ends like any."""
     listener = socket.socket(fileno=int(sys.argv[1]))
     folder = Path(listener.getsockname()).parent
     for name in PRELOADED:
@@ -165,13 +36,21 @@ def main() -> None:
     assert "ray" not in sys.modules
     gc.collect()
     gc.freeze()  # collections in the forked processes copy no pages
-    start = serve(listener, int(sys.argv[2]))
+    start = serve(listener, os.pidfd_open(int(sys.argv[2])))
     if start is None:
         shutil.rmtree(folder, ignore_errors=True)
         return
-    request, streams = start
-    _become(request, streams)
-    _run(request["arguments"])
+    become(start)
+    request, _ = start
+    if request.get("ray_python"):
+        sys.executable = request["ray_python"]
+    arguments = request["arguments"]
+    if arguments[0] == "autoquant-ray":
+        from autoquant_ray.cli.main import main as command_line
+
+        sys.argv = arguments
+        command_line(prog_name=arguments[0])
+    run_script(arguments)
 
 
 if __name__ == "__main__":

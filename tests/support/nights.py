@@ -11,13 +11,12 @@ import pytest
 from autoquant_ray.allocate.options import solve_options
 from autoquant_ray.compare.history import read_history
 from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.distributed.scoring import SensitivitySums, ShardScores
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.jobs.file import NightlyJob, make_job
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import Mode, RunState
-from autoquant_ray.score.scorer import ShardScores
-from autoquant_ray.score.sensitivity import SensitivitySums
 from autoquant_ray.solve import solve_run
 
 NUM_SHARDS = 8

@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from unittest import mock
+
+from autoquant_ray.distributed.forks.workers import write_ray_python
 
 _SUPPORT = Path(__file__).parent
 _FOLDER = "AUTOQUANT_TESTS_FORK_SERVER"
@@ -60,14 +61,7 @@ def _ray_python() -> str:
     """A program that Ray starts in Python's place, for processes that are forked instead."""
     server = _server()
     path = Path(server).with_name("python")
-    if not path.exists():
-        code = (_SUPPORT / "ray_python.py").read_text()
-        draft = path.with_name(f"python-{os.getpid()}")
-        call = f"main({sys.executable!r}, {server!r})"
-        draft.write_text(f"#!{sys.executable} -SIE\n{code}\n\n{call}\n")
-        draft.chmod(draft.stat().st_mode | stat.S_IXUSR)
-        draft.rename(path)
-    return str(path)
+    return str(path) if path.exists() else write_ray_python(path, sys.executable, server)
 
 
 @contextmanager

@@ -9,12 +9,11 @@ import numpy as np
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.stage_fields import stage_fingerprints
+from autoquant_ray.distributed.scoring import SensitivitySums, ShardScores
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SCORES, part_name
 from autoquant_ray.runs.state import Mode, RunState
-from autoquant_ray.score.scorer import ShardScores
-from autoquant_ray.score.sensitivity import SensitivitySums
 from autoquant_ray.stages.aggregate import score_part
 from autoquant_ray.stages.score import aggregate, write_plan
 

@@ -16,13 +16,14 @@ from laboratory import Laboratory
 from written_runs import made_up_config, made_up_run, write_run
 
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import ModelRef, find_model, fingerprint_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.solve import solve_run
 
 _DOCS = Path(__file__).parents[2] / "docs"

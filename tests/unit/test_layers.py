@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("data", "plan"),
     ("quantize", "allocate.knapsack", "distributed"),
-    ("allocate", "calibrate", "quantize.gptq"),
+    ("allocate", "calibrate", "distributed.forks", "quantize.gptq"),
     ("allocate.certainty", "allocate.constrained", "report.charts", "score"),
     ("report", "export"),
     ("checkpoint_limits", "stages"),
@@ -52,7 +52,7 @@ TORCH_FILES = {
     "modelopt_export",
 }
 """Where torch is imported when the module is; elsewhere only inside the functions that need it."""
-TORCH_INSIDE_FUNCTIONS = {"models", "plan", "distributed", "export", "cli"}
+TORCH_INSIDE_FUNCTIONS = {"models", "plan", "distributed", "distributed.forks", "export", "cli"}
 DOORS = ("modelopt_api", "modelopt_export")
 """The modules that import ModelOpt."""
 RAY_PACKAGES = {"distributed", "stages", "scan", "evaluate", "jobs"}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.errors import ModelError
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import ModelRef, find_model
@@ -23,7 +24,7 @@ from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize.awq import best_alphas
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.loading import load_placed
-from autoquant_ray.score.scorer import Scorer, ScoringSpec
+from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.score.visits import Step
 
 FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8")

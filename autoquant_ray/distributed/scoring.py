@@ -1,0 +1,121 @@
+"""What the driver and the workers of a scan send each other; a driver reads and makes it without
+torch and ModelOpt."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from autoquant_ray.arrays import Floats
+from autoquant_ray.formats.format import Format
+from autoquant_ray.models.find import ModelRef
+from autoquant_ray.plan.memory import GIB, MOMENT_BYTES
+from autoquant_ray.plan.scored_modules import ScoredModule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSpec:
+    """What a scorer needs to know; small and picklable.
+
+    Attributes:
+        model: Model to load.
+        dtype: ``float32`` or ``bfloat16``.
+        device: ``cpu`` or ``cuda``.
+        num_threads: Threads of CPU kernels; fixed, because it can change the last bits of sums.
+        modules: Modules to score with their group index.
+        formats: Formats to score.
+        step_tokens: Tokens, padding included, per step.
+        labels: ``model`` or ``data``.
+        label_draws: Label draws per token where labels come from the model.
+        seed: Seed of the draws.
+        row_share: Share of the rows to score; 1 scores all.
+        weight_cache_bytes: For quantized weights; None takes what one visit of a layer or of the
+            head uses again, 2 GiB at most.
+        activation_bytes: For layer inputs: half of it for the steps that are visited together,
+            half to keep calibrated shards until they are scored.
+        placement: ``resident``, ``offload`` or ``split``.
+        min_expert_tokens: GPTQ leaves experts that saw fewer to plain rounding.
+        moment_bytes: For second moments of inputs.
+    """
+
+    model: ModelRef
+    dtype: str
+    device: str
+    num_threads: int
+    modules: tuple[ScoredModule, ...]
+    formats: tuple[Format, ...]
+    step_tokens: int
+    labels: str
+    label_draws: int
+    seed: int
+    row_share: float = 1.0
+    weight_cache_bytes: int | None = None
+    activation_bytes: int = GIB
+    placement: str = "resident"
+    min_expert_tokens: int = 0
+    moment_bytes: int = MOMENT_BYTES
+
+    def build(self) -> Any:
+        """A :class:`~autoquant_ray.score.scorer.Scorer` with the model loaded; called in the worker
+        process, which loads the scoring core by name."""
+        return importlib.import_module("autoquant_ray.score.scorer").Scorer(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivitySums:
+    """Raw sums; G groups, F formats.
+
+    Attributes:
+        elementwise_GF: Float64, nats squared.
+        token_GF: Float64, nats squared.
+        elementwise_variance_GF: Variance of the estimate by row sampling, float64, nats to the
+            fourth; zero where all rows were scored.
+        token_variance_GF: The same of ``token_GF``.
+        num_rows_G: Rows with a gradient seen by each group, summed over its modules.
+        expert_tokens: Fused experts module -> such rows routed to each of its experts; single
+            expert -> a list of its own tokens alone.
+    """
+
+    elementwise_GF: Floats
+    token_GF: Floats
+    elementwise_variance_GF: Floats
+    token_variance_GF: Floats
+    num_rows_G: np.ndarray[Any, np.dtype[np.int64]]
+    expert_tokens: Mapping[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardScores:
+    """Result of scoring one shard.
+
+    Attributes:
+        sums: Raw sums per group and format.
+        num_tokens: Predicted tokens, the denominator of the score.
+        num_samples: Samples of the shard.
+        loss: Summed token loss in nats, averaged over label draws.
+        seconds: Time spent.
+    """
+
+    sums: SensitivitySums
+    num_tokens: int
+    num_samples: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFit:
+    """What was fitted in a layer.
+
+    Attributes:
+        rounding: To its weights, as
+            :data:`~autoquant_ray.quantize.calibration.FittedWeights`.
+        expert_tokens: Routed expert that GPTQ may round -> tokens that it saw of each half.
+    """
+
+    rounding: Mapping[tuple[str, str, str], Any]
+    expert_tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
