@@ -2,10 +2,10 @@
 
 Scales are those of ModelOpt's quantizers, as in the scan. Every layer is named in full in the one
 group that its format makes, and every other linear is in ``ignore``: readers resolve patterns and
-class names in different orders. Fused experts are linears of each expert there, as in the model's
-own files. Groups are sorted by their keys when the file is read and written,
+class names in different orders. Groups are sorted by their keys when the file is read and written,
 so these are padded with zeros. NVFP4's scale of a whole weight is stored inverted there, as what
-values are multiplied with before they are rounded.
+values are multiplied with before they are rounded. Fused experts are linears of each expert there,
+as in the model's own files.
 
 Shape letters: O out features, I in features.
 """
@@ -182,8 +182,7 @@ class CompressedPacker:
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=[
                 *ignored,
-                # vLLM refuses fused layers some parts of which are ignored, where others are not
-                # there.
+                # vLLM refuses fused layers of which some parts are ignored and others missing.
                 *missing_parts(self._linears, ignored),
                 *(name for name, parts in fused.items() if not targets & parts),
             ],
