@@ -42,8 +42,8 @@ from autoquant_ray.models.find import (
     fingerprint_chats,
     fingerprint_model,
     require_mappable,
-    require_weights,
 )
+from autoquant_ray.models.stored_tensors import require_weights
 from autoquant_ray.models.tokenizer import TokenizerRef, require_ids_within
 from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.memory import GIB, choose_placement, footprint

@@ -105,20 +105,6 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> ModelRef:
     return ModelRef(name=name, path=name, trust_remote_code=trust_remote_code)
 
 
-def require_weights(ref: ModelRef) -> None:
-    """Check that a local folder holds weights that may be read.
-
-    Raises:
-        ModelError: It holds none in safetensors or GGUF.
-    """
-    folder = Path(ref.path)
-    if folder.is_dir() and not ref.gguf_file and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"model folder {ref.name} holds no safetensors or GGUF weights; convert other formats "
-            "with save_pretrained(..., safe_serialization=True)"
-        )
-
-
 def require_mappable(ref: ModelRef) -> None:
     """Check that the weights are in files that can be memory-mapped, as offloading needs.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import StoreError
-from autoquant_ray.models.find import ModelRef, find_model, fingerprint_model, require_weights
+from autoquant_ray.models.find import ModelRef, find_model, fingerprint_model
+from autoquant_ray.models.stored_tensors import require_weights
 from autoquant_ray.runs.state import RunState
 
 

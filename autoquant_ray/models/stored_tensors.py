@@ -10,6 +10,7 @@ from typing import Any
 
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.find import ModelRef
+from autoquant_ray.wording import few, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -73,6 +74,33 @@ def fetch_weights(ref: ModelRef) -> None:
             cached_file(ref.path, part)
 
 
+def require_weights(ref: ModelRef) -> None:
+    """Check that a local folder holds weights that may be read, all of them.
+
+    Raises:
+        ModelError: It holds none in safetensors or GGUF, or files of an index are not there.
+    """
+    folder = Path(ref.path)
+    if not folder.is_dir() or ref.gguf_file or (folder / SINGLE).is_file():
+        return
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model folder {ref.name} holds no safetensors or GGUF weights; convert other formats "
+            "with save_pretrained(..., safe_serialization=True)"
+        )
+    parts = _parts(ref)
+    if not parts:
+        raise ModelError(
+            f"model folder {ref.name} holds neither {SINGLE} nor {INDEX}, which lists the files "
+            "of the weights; get the folder whole"
+        )
+    if missing := [part for part in parts if not (folder / part).is_file()]:
+        raise ModelError(
+            f"model folder {ref.name} lacks {few(missing, 3)} of the {len(parts)} files that its "
+            "index lists; get the folder whole"
+        )
+
+
 def stored_tensors(ref: ModelRef) -> dict[str, TensorHeader]:
     """All tensors of the files that transformers would read; empty for GGUF and where none is here.
 
@@ -91,6 +119,11 @@ def stored_tensors(ref: ModelRef) -> dict[str, TensorHeader]:
 def _parts(ref: ModelRef) -> list[str]:
     """Names of the files that the index lists."""
     names = read_json(ref, INDEX).get("weight_map", {})
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise ModelError(
+            f"{INDEX} of model {ref.name}: its weight_map, {shown(names)}, does not name the file "
+            "of each weight; get the folder anew"
+        )
     return sorted(set(names.values()))
 
 

@@ -10,10 +10,11 @@ import socket
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
-from command_line import refusal, run
+from command_line import NO_CLUSTER, refusal, run
 
 from autoquant_ray.models.find import find_model, fingerprint_model, upgrade_advice
 
@@ -144,3 +145,34 @@ def test_fingerprint_of_a_hub_model_names_its_commit(
     transformers.LlamaConfig().save_pretrained(snapshot)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert fingerprint_model(find_model("some/model")) == f"some/model@{commit}"
+
+
+def sharded(model_folder: Any, folder: Path) -> Path:
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+SCAN = ("--data", "pydoc", "--formats", "wint8_afp16", "--bits", "9", "--address", NO_CLUSTER)
+
+
+def test_folder_that_lacks_files_of_its_index_is_refused_before_work(
+    model_folder: Any, tmp_path: Path
+) -> None:
+    folder = sharded(model_folder, tmp_path / "m")
+    scan = ("scan", folder, "--out", tmp_path / "run", *SCAN)
+    parts = sorted(folder.glob("*.safetensors"))
+    parts[1].unlink()
+    line = refusal(run(*scan))
+    assert f"lacks {parts[1].name} of the {len(parts)} files that its index lists" in line
+    (folder / "model.safetensors.index.json").unlink()
+    assert "neither model.safetensors nor model.safetensors.index.json" in refusal(run(*scan))
+
+
+@pytest.mark.parametrize("names", [[1], {"lm_head.weight": 7}, "all"])
+def test_index_that_names_no_files_is_refused(
+    names: Any, model_folder: Any, tmp_path: Path
+) -> None:
+    folder = sharded(model_folder, tmp_path / "m")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert "does not name the file of each weight" in refusal(run("plan", folder))
