@@ -189,7 +189,8 @@ def _ray(address: str) -> Iterator[Finding]:
 
 def _model(name: str) -> Iterator[Finding]:
     from autoquant_ray.config.search_space import SearchSpace
-    from autoquant_ray.models.find import find_model, require_weights
+    from autoquant_ray.models.find import find_model
+    from autoquant_ray.models.stored_tensors import require_weights
     from autoquant_ray.plan.make import make_plan
 
     ref = find_model(name)
