@@ -10,14 +10,18 @@ from pathlib import Path
 
 
 @contextmanager
-def small_disk(path: Path) -> Iterator[Path]:
-    """A tmpfs of 4 MiB.
+def small_disk(path: Path, size_mib: int = 4) -> Iterator[Path]:
+    """A tmpfs.
+
+    Args:
+        path: Where to mount it; nothing is there yet.
+        size_mib: Its room.
 
     Raises:
         PermissionError: We may not mount one.
     """
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(path)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "none", str(path)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise PermissionError(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
