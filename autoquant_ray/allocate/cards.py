@@ -121,11 +121,12 @@ def shipped_cards() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_hardware(named: str) -> Hardware:
+def load_hardware(named: str, option: str = "latency") -> Hardware:
     """Read a card.
 
     Args:
         named: A shipped card, such as ``h100``, or the path of a hardware file.
+        option: Which option names it, for the error.
 
     Raises:
         ConfigError: No such card or file, an unknown key, a figure that is wrong or lacks its
@@ -135,7 +136,7 @@ def load_hardware(named: str) -> Hardware:
     path = str(FOLDER / f"{named.lower()}.yaml") if named.lower() in cards else named
     if not Path(path).is_file():
         raise ConfigError(
-            f"`latency` {named!r} is neither a card ({', '.join(cards)}) nor a hardware file"
+            f"`{option}` {named!r} is neither a card ({', '.join(cards)}) nor a hardware file"
         )
     try:
         return Hardware.model_validate(read_yaml(path))

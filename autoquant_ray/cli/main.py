@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from autoquant_ray.allocate.cards import load_hardware
 from autoquant_ray.cli.compare import compare, nightly, site
 from autoquant_ray.cli.doctor import doctor
 from autoquant_ray.cli.edge import (
@@ -56,8 +57,24 @@ def main() -> None:
 @click.argument("model", required=False)
 @config_options(SearchSpace, exclude=("model", "custom_formats"))
 @click.option("--config", "config_file", type=click.Path(), help="YAML file with these fields.")
+@click.option(
+    "--card",
+    "card_name",
+    metavar="CARD",
+    help="Also the time and the memory of a worker on this card, such as h100, or on that of a "
+    "hardware file.",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Of the scan, for that.")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Of the scan, for that.")
 @prints_result
-def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
+def plan(
+    model: str | None,
+    config_file: str | None,
+    card_name: str | None,
+    samples: int | None,
+    seq_len: int | None,
+    **flags: Any,
+) -> Result:
     """List groups x formats x bytes, the reachable bits and the work, from MODEL's config alone.
 
     MODEL may be a folder that holds only config.json.
@@ -65,14 +82,19 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     \b
     Example:
       autoquant-ray plan ./Qwen3-4B --formats wint4_afp16,wfp8_afp8 --disable lm_head
+      autoquant-ray plan ./Qwen3-4B --formats vllm-hopper --card h100 --samples 512
     """
+    if card_name is None and (samples, seq_len) != (None, None):
+        raise ConfigError("--samples and --seq-len are for --card; give that, or leave out")
     given = given_fields({"model": model, **flags})
     space = load_config(SearchSpace, config_file, given)
     require_input(space)
+    card = None if card_name is None else load_hardware(card_name, "card")
     import torch
 
     from autoquant_ray.checkpoint_limits import checkpoint_limits
     from autoquant_ray.cli.output import plan_to_json, print_plan
+    from autoquant_ray.cli.worker_estimate import estimate_worker
     from autoquant_ray.models.find import find_model
     from autoquant_ray.models.tokenizer import require_ids_within
     from autoquant_ray.plan.make import make_plan
@@ -85,10 +107,17 @@ def plan(model: str | None, config_file: str | None, **flags: Any) -> Result:
     if made.limits is not None:
         require_ids_within(ref, made.limits.token_ids)
     limits = checkpoint_limits(made, ref)
-    return Result(
-        json=lambda: plan_to_json(made) | {"checkpoint_limits": limits.to_json()},
-        show=lambda: print_plan(made, limits.lines()),
-    )
+    document = {"checkpoint_limits": limits.to_json()}
+    lines: list[str] = []
+    if card is not None:
+        worker = estimate_worker(made, card, samples, seq_len)
+        document["worker"], lines = worker.to_json(), worker.lines()
+
+    def show() -> None:
+        print_plan(made, limits.lines())
+        show_lines(lines)
+
+    return Result(json=lambda: plan_to_json(made) | document, show=show)
 
 
 @main.command(cls=SectionedCommand)

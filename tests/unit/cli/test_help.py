@@ -45,7 +45,7 @@ def test_help_shows_every_config_field_with_text_and_default(
 ) -> None:
     shown = " ".join(run(name, "--help").stdout.replace("vision-\n", "vision-").split())
     for field_name, field in model.model_fields.items():
-        if field_name in ("model", "custom_formats"):
+        if field_name in ("model", "custom_formats", "runtime_env"):  # not as flags
             continue
         flag = (field.json_schema_extra or {}).get("flag", field_name)
         start = shown.index(f"--{flag.replace('_', '-')} ")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from click.testing import CliRunner
-from command_line import run
+from command_line import refusal, run
 from every_family import small_model
 
 from autoquant_ray.cli.main import main
@@ -134,3 +135,34 @@ def test_plan_names_formats_that_no_checkpoint_holds(model_folder: Any) -> None:
     result = CliRunner().invoke(main, arguments)
     assert "export: wint4_aint4 has no packed form (model.layers.0" in result.stdout
     assert result.stdout.count("export: ") == 1
+
+
+def test_card_gives_time_and_memory_of_a_worker(model_folder: Any) -> None:
+    folder = model_folder("qwen3")
+    asked = ("plan", folder, "--formats", "wint4_afp16", "--device", "cpu")
+    more = ("--card", "h100", "--samples", 10, "--seq-len", 100)
+    done = run(*asked, *more, "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    worker = document["worker"]
+    assert worker["card"] == "NVIDIA H100 SXM"
+    assert worker["num_tokens"] == 1000
+    assert worker["seconds"] == pytest.approx(1000 * document["flops_per_token"] / 989.5e12)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(folder)
+    )
+    weights = {tensor.data_ptr(): tensor.numel() for tensor in model.parameters()}
+    assert worker["resident_bytes"] >= 2 * sum(weights.values())
+    assert worker["offloaded_bytes"] <= worker["resident_bytes"]
+    printed = run(*asked, *more).stdout
+    assert "time: at least" in printed
+    assert "1,000 tokens on one NVIDIA H100 SXM (a bound, no measurement" in printed
+    assert "memory of a worker: " in printed
+    assert "worker" not in json.loads(run(*asked, "--json").stdout)
+
+
+def test_card_that_is_none_is_refused(model_folder: Any) -> None:
+    asked = ("plan", model_folder("qwen3"), "--formats", "wint4_afp16", "--device", "cpu")
+    line = refusal(run(*asked, "--card", "h1000"))
+    assert line.startswith("error: --card 'h1000' is neither a card (a100, ")
+    assert "--card" in refusal(run(*asked, "--samples", 3))
