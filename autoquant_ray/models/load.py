@@ -104,10 +104,9 @@ def load_model(
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise ModelError(
-            f"model {ref.name} cannot be loaded: weights in its files have other shapes than its "
-            "config says; get the files and the config from one place"
-        ) from None
+        raise _of_other_shapes(ref) from None
+    if ref.gguf_file is not None:
+        _require_shapes(model, ref)
     _require_all_weights(model, info["missing_keys"], ref)
     require_language_model(model, ref)
     untie_as_files(model, ref)
@@ -162,6 +161,34 @@ def _require_all_weights(model: torch.nn.Module, missing: Iterable[str], ref: Mo
             f"the files of model {ref.name} hold no weights for {few(made_up, 2)}, which "
             "transformers would fill with random numbers; check that the folder is complete"
         )
+
+
+def _of_other_shapes(ref: ModelRef) -> ModelError:
+    return ModelError(
+        f"model {ref.name} cannot be loaded: weights in its files have other shapes than its "
+        "config says; get the files and the config from one place"
+    )
+
+
+def _require_shapes(model: torch.nn.Module, ref: ModelRef) -> None:
+    """Check that linears and embeddings are as large as they were made.
+
+    transformers 5.18 gives them whatever a GGUF file holds under their names.
+
+    Raises:
+        ModelError: Some are not.
+    """
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            made = (module.num_embeddings, module.embedding_dim)
+        elif isinstance(module, torch.nn.Linear):
+            made = (module.out_features, module.in_features)
+        else:
+            continue
+        if tuple(module.weight.shape) != made:
+            raise _of_other_shapes(ref)
 
 
 def own_dtype(ref: ModelRef) -> torch.dtype | None:
