@@ -234,7 +234,11 @@ def _linears_of(model: Any, module: str, parameters: Iterable[str]) -> list[Stor
         num_experts, num_rows, num_columns = getattr(model.get_submodule(module), parameter).shape
         rows_EO = torch.arange(num_experts * num_rows).reshape(num_experts, num_rows, 1)
         marks = {f"{module}.{parameter}": rows_EO.expand(-1, -1, _COLUMNS).clone()}
-        for name, mark in revert_weight_conversion(model, marks).items():
+        try:
+            stored = revert_weight_conversion(model, marks)
+        except ValueError:  # files hold them joined with those of another module (ERNIE-4.5-VL)
+            return []
+        for name, mark in stored.items():
             if mark.dim() != 2 or mark.shape[-1] != _COLUMNS:
                 return []
             if not torch.equal(mark[:, 0], mark[0, 0] + torch.arange(len(mark))):
