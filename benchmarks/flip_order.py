@@ -2,8 +2,8 @@
 
 The demo's model is moved off its 4-bit grid (``rounding.py``), scored and solved. Around the
 solution, random changes of single groups are measured. Their rank correlation is printed with the
-difference of the scores, with the slope alone, with slope and curvature, and with what ``refine``
-makes of them, from a backward pass on other tokens. Then pairs of groups of one MLP or attention,
+difference of the scores, with the slope and shares of the curvature, and with what ``refine`` makes
+of them, from a backward pass on other tokens. Then pairs of groups of one MLP or attention,
 those of the largest predicted interaction and random ones: the measured difference of both together
 less the two alone, beside the prediction. Everything runs in this process.
 
@@ -47,6 +47,7 @@ from autoquant_ray.runs.schemas import schema_of
 from autoquant_ray.score.scorer import Scorer
 
 AT_ONCE = 16
+SHARES = (0, 0.25, 0.5, 0.75, 1)
 
 
 def main() -> None:
@@ -134,10 +135,13 @@ class World:
         exact = self.scores | {(name, NONE): 0.0 for name in self.names}
         orders = {
             "scores": [exact[flip] - exact[flip[0], formats[flip[0]]] for flip in flips],
-            "slope": slopes,
-            "slope and curvature": [a + b for a, b in zip(slopes, curvatures, strict=True)],
             "refine": [changes[flip] for flip in flips],
         }
+        for share in SHARES:
+            orders[f"slope and {share} of curvature"] = [
+                slope + share * curvature
+                for slope, curvature in zip(slopes, curvatures, strict=True)
+            ]
         measured = [losses[(flip,)] - before for flip in flips]
         interactions = [
             {

@@ -7,11 +7,13 @@ A *flip* gives one group another format. Around an allocation, in nats per token
 
 the latter for two groups of one MLP or attention whose interaction is notable and more than two
 standard errors over shards from 0, with the sums of
-:mod:`autoquant_ray.score.flip_hooks`. Where the loss is quadratic in the errors of quantization, w
-is 1. A large loss grows more slowly, and there the curvature of the Fisher matrix is too large. How
-it grows is seen from the slope of undoing all quantization at once: a loss that grows like the p-th
-power of the size of all errors has slope ``-p KL`` there, and the second derivative ``p (p - 1)
-KL`` in place of ``2 KL``. So ``w = p (p - 1) / 2``, 0 at least, 1 at most.
+:mod:`autoquant_ray.score.flip_hooks`. The curvatures take the errors of different outputs for
+unrelated, and half of them orders measured flips best (docs/refine.md); around a loss near 0, where
+slopes vanish, any share gives the same order. Where the loss is quadratic in the errors of
+quantization, w is that half. A large loss grows more slowly, and there the curvature of the Fisher
+matrix is too large. How it grows is seen from the slope of undoing all quantization at once: a loss
+that grows like the p-th power of the size of all errors has slope ``-p KL`` there, and the second
+derivative ``p (p - 1) KL`` in place of ``2 KL``. So ``w = p (p - 1) / 4``, 0 at least, 1/2 at most.
 
 Shards are added in their order in float64, so that the numbers do not depend on which worker had
 which shard.
@@ -41,6 +43,9 @@ _NOTABLE = 0.1
 
 _NUM_ERRORS = 2.0
 """Standard errors over shards by which it must differ from 0."""
+
+_CURVATURE_SHARE = 0.5
+"""Of the curvature, where the loss is quadratic: from ``benchmarks/flip_order.py``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,6 @@ def _is_significant(parts: Sequence[float]) -> bool:
 def _curvature_weight(undone: float, kl: float) -> float:
     """What curvatures count where undoing all quantization has a slope, at a loss of the model."""
     if kl <= 0:
-        return 1.0
+        return _CURVATURE_SHARE
     power = -undone / kl
-    return min(1.0, max(0.0, power * (power - 1) / 2))
+    return _CURVATURE_SHARE * min(1.0, max(0.0, power * (power - 1) / 2))
