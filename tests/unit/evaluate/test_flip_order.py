@@ -57,7 +57,7 @@ def rank_correlations(laboratory: Laboratory, formats: Mapping[str, str]) -> tup
 def test_backward_pass_orders_flips_where_the_scores_do_not(
     menu: tuple[str, ...], make_scorer: Any, make_samples: Any
 ) -> None:
-    """Around the coarsest allocation; and as well as the scores around solutions and random ones."""
+    """Around the coarsest allocation; around solutions and random ones as well as the scores."""
     prepared = make_scorer("llama", menu, labels="model")
     laboratory = Laboratory(prepared, make_samples, menu)
     rng = np.random.default_rng(0)
@@ -115,9 +115,7 @@ def test_shards_are_added_in_their_order() -> None:
     assert set(merged.changes) == {(g, f) for g in "abc" for f in names if formats[g] != f}
     for (group, name), change in merged.changes.items():
         place = "abc".index(group), names.index(name)
-        sums = [
-            shard.sums.slope_GF[place] + shard.sums.curvature_GF[place] / 2 for shard in shards
-        ]
+        sums = [shard.sums.slope_GF[place] + shard.sums.curvature_GF[place] / 2 for shard in shards]
         assert change == pytest.approx(sum(sums) / 40)
     pairs = {pair for pair in merged.interactions if pair[0][0] == "a"}
     assert pairs
