@@ -24,8 +24,8 @@ def steps() -> Iterator[tuple[list[str], list[str]]]:
 
 
 def until_a_number(line: str) -> str:
-    """What a line says before its first number, its blanks as single ones."""
-    return " ".join(re.split(r"\d", line)[0].split())
+    """What a line says before its first number or rule, its blanks as single ones."""
+    return " ".join(re.split(r"[\d─]", line)[0].split())
 
 
 def test_commands_of_the_tutorial_work_in_its_order(

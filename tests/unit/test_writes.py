@@ -45,6 +45,12 @@ WRITES: dict[str, dict[str, str]] = {
     "compare/nightly.py": {"directory.write_json": RUN, "directory.write_text": RUN},
     "compare/site_page.py": {"place.write_text": RUN},
     "data/template_text.py": {"write_text": STREAM},
+    "distributed/forks/workers.py": {
+        "tempfile.TemporaryDirectory": SCRATCH,
+        "draft.write_text": PART,
+        "draft.rename": PART,
+        "os.open": "the null device",
+    },
     "evaluate/audit_pairs.py": {"directory.write_table": RUN},
     "evaluate/evaluate.py": {"directory.write_table": RUN},
     "evaluate/held_out.py": {
@@ -70,6 +76,7 @@ WRITES: dict[str, dict[str, str]] = {
     "export/model.py": {"files.write": PART, "loaded.model.save_pretrained": EXPORT},
     "export/modelopt.py": {"(folder / name).write_text": EXPORT},
     "export/other_files.py": {
+        "(folder / CARD).write_text": EXPORT,
         "(folder / CONFIG).write_text": EXPORT,
         "load_tokenizer(TokenizerRef.of(ref, '')).save_pretrained": EXPORT,
         "shutil.copyfile": EXPORT,

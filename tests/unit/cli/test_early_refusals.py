@@ -26,13 +26,14 @@ except SystemExit as end:
 """
 
 
-def refused(*arguments: Any) -> str:
+def refused(*arguments: Any, folder: Path | None = None) -> str:
     """The line with which a fresh process refuses; that it imported nothing heavy is checked."""
     done = subprocess.run(
         [sys.executable, "-c", _IN_FRESH_PYTHON, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=True,
+        cwd=folder,
     )
     assert json.loads(done.stdout) == [2, []]
     (line,) = done.stderr.splitlines()
@@ -52,9 +53,9 @@ def test_names_of_presets_are_those_of_modelopt() -> None:
 def test_typo_in_a_format_and_missing_folder_are_said_together(
     command: str, tmp_path: Path, text_file: Path
 ) -> None:
-    more = ("--data", text_file, "--out", tmp_path / "run", "--bits", 5) * (command == "scan")
+    more = ("--data", text_file, "--out", "run", "--bits", 5) * (command == "scan")
     formats = "wint4_afp61,wint8_aint8,nvfp4,wfp8_afp8:msee"
-    line = refused(command, tmp_path / "no-model", "--formats", formats, *more)
+    line = refused(command, "./no-model", "--formats", formats, *more, folder=tmp_path)
     assert "unknown format 'wint4_afp61'; closest: wint4_afp16" in line
     assert "unknown format 'nvfp4'; closest: NVFP4_DEFAULT_CFG" in line
     assert "'msee' is no method of rounding" in line

@@ -78,14 +78,15 @@ def test_solve_prints_every_grave_concern_of_its_report_on_a_line(make_run: Any)
 
 
 def test_scan_prints_every_grave_concern(
-    make_run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_run: Any, model_folder: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     directory = make_run()
     options = SolveOptions(bits=8.5, allow={"*": ("wint8_aint8",)})
     finished = SimpleNamespace(solution=solve_run(directory, options), quarantined=[])
     module = importlib.import_module("autoquant_ray.scan")
     monkeypatch.setattr(module, "run_search", lambda *_: finished)
-    result = run("scan", "llama", "--data", "pydoc", "--out", tmp_path / "out", "--bits", 8)
+    model = model_folder("llama")
+    result = run("scan", model, "--data", "pydoc", "--out", tmp_path / "out", "--bits", 8)
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines()[-1].startswith(GRAVE)
 
