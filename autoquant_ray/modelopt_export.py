@@ -208,14 +208,32 @@ def _follow_weights(
     model: Any, tensors: Mapping[str, torch.Tensor], stored: dict[str, torch.Tensor]
 ) -> None:
     """Give scales the names of their weights, where a rule is for the whole name of a weight."""
-    splits, renames, _ = _build_reverse_rules(model)
+    renamed, _ = _reversal(model)
     names_of = stored_names_of(model)
     for name in filter(_is_scale, tensors):
         module, _, kind = name.rpartition(".")
-        given = apply_reverse_rules({name: tensors[name]}, splits, renames)
+        given = renamed({name: tensors[name]})
         wanted = [f"{new}.{kind}" for new in names_of(module)]
         for wrong, right in zip(given, wanted, strict=True):
             stored[right] = stored.pop(wrong)
+
+
+def _reversal(
+    model: Any,
+) -> tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], Callable[[str], bool]]:
+    """What takes tensors apart that transformers joined and gives them the names in the files, and
+    what says whether a tensor would be joined with others for the files (0.48 knows rules of that).
+    """
+    rules: Any = _build_reverse_rules(model)
+    if len(rules) == 3:  # 0.47
+        splits, renames, _ = rules
+        return lambda tensors: apply_reverse_rules(tensors, splits, renames), lambda _: False
+    splits, merges, renames, _, in_files = rules
+    apply: Any = apply_reverse_rules
+    return (
+        lambda tensors: apply(tensors, splits, renames, source_keys=in_files),
+        lambda name: any(m.converter.rename_source_key(name)[1] is not None for m in merges),
+    )
 
 
 def _is_scale(name: str) -> bool:
@@ -265,14 +283,16 @@ def stored_names_of(model: Any) -> Callable[[str], list[str]]:
         ValueError: The exporter cannot give tensors the form of the files; the reason.
     """
     try:
-        splits, renames, _ = _build_reverse_rules(model)
+        renamed, is_merged = _reversal(model)
         name_of = build_reverse_name_mapper(model)
     except QuantConversionUnsupportedError as error:
         raise ValueError(str(error)) from None
 
     def names_of(name: str) -> list[str]:
-        weight = {f"{name}{_WEIGHT}": torch.empty(_MOST_PARTS, 0, device="meta")}
-        stored = [] if "*" in name else [*apply_reverse_rules(weight, splits, renames)]
+        weight = f"{name}{_WEIGHT}"
+        stored = []
+        if "*" not in name and not is_merged(weight):
+            stored = [*renamed({weight: torch.empty(_MOST_PARTS, 0, device="meta")})]
         if stored and all(tensor.endswith(_WEIGHT) for tensor in stored):
             return [tensor.removesuffix(_WEIGHT) for tensor in stored]
         return [name if name_of is None else without_name_marks(name_of(name))]

@@ -1,7 +1,8 @@
 """Which modules are scored as a group, by their names.
 
-The rules are those of ModelOpt's searcher (``AutoQuantizeGradientSearcher.quant_grouping_rules``,
-the same in 0.47 and 0.48; a test compares them with the installed version) and a last of ours. They
+The rules are those of ModelOpt's searcher (``AutoQuantizeGradientSearcher.quant_grouping_rules`` of
+0.47; 0.48 has no more that of DBRX's experts; a test compares them with the installed version) and
+a last of ours. They
 are written out here so that a plan can be made without ModelOpt, whose import takes longer than all
 the rest of it.
 """
