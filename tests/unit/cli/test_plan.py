@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import modelopt
 import pytest
 import transformers
 from click.testing import CliRunner
 from command_line import refusal, run
 from every_family import small_model
+from packaging.version import Version
 
 from autoquant_ray.cli.main import main
 from autoquant_ray.runs.names import PLAN_FILE
@@ -101,6 +103,11 @@ def test_plan_takes_a_number_of_clusters_of_experts(model_folder: Any) -> None:
     assert clusters.stdout == apart.stdout
 
 
+LIMIT_OF_DBRX: str | None = "export: `format` modelopt cannot hold this model: ModelOpt makes"
+if Version(modelopt.__version__) >= Version("0.48rc1"):
+    LIMIT_OF_DBRX = None  # it takes DBRX's experts as those of other families there
+
+
 @pytest.mark.parametrize(
     ("family", "limit"),
     [
@@ -110,7 +117,7 @@ def test_plan_takes_a_number_of_clusters_of_experts(model_folder: Any) -> None:
             "export: `format` modelopt cannot hold transposed experts (model.layers",
         ),
         ("longcat_flash", "export: `format` modelopt cannot give this model's tensors"),
-        ("dbrx", "export: `format` modelopt cannot hold this model: ModelOpt makes"),
+        ("dbrx", LIMIT_OF_DBRX),
         ("gpt2", "export: a checkpoint of GPT2LMHeadModel cannot be written"),
         ("granitemoe", "export: `format` modelopt cannot hold experts that the model's own"),
         ("ernie4_5_vl_moe", "export: `format` modelopt cannot give this model's tensors"),

@@ -59,6 +59,7 @@ def test_odd_family_gives_its_row_of_the_table_of_all(name: str, page: str) -> N
     assert " no: " not in row.replace("no: `format` modelopt cannot hold experts", "")
 
 
+@pytest.mark.skipif(not IS_PINNED, reason="ModelOpt 0.48 takes the experts of DBRX as they are")
 def test_family_whose_experts_modelopt_divides_is_refused_by_export() -> None:
     cells = every_family.family_row("dbrx").split(" | ")
     assert cells[1:4] == ["yes", "yes", "yes"]
