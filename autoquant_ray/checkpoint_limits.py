@@ -139,8 +139,7 @@ def _require_exporter(
     from autoquant_ray.export import names
     from autoquant_ray.export.modelopt import require_preparable
 
-    stored = names.as_stored(model, layers)
-    names.require_names_as_stored(model, layers, in_source)
+    stored = names.as_stored(model, layers, in_source)
     names.require_experts_as_stored(model, layers, stored, own_files)
     require_preparable(model, layers)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autoquant_ray.cli.edge import Result, prints_result, wants_json
+from autoquant_ray.config.values import is_variable
 from autoquant_ray.errors import EXIT_DONE, EXIT_INTERRUPTED
-from autoquant_ray.jobs.names import check_run_id, is_variable
+from autoquant_ray.jobs.names import check_run_id
 
 if TYPE_CHECKING:
     from autoquant_ray.jobs.cluster import Jobs, JobView

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autoquant_ray.report.charts.drawing import Tick
+
 HEIGHT = 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 16, 16, 34
 _NUM_TICKS = 4
@@ -35,14 +37,6 @@ class Point:
     shown: str
     mark: str
     measured: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tick:
-    """A labelled place on an axis, in pixels."""
-
-    place: float
-    label: str
 
 
 @dataclass(frozen=True, kw_only=True)

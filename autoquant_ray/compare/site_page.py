@@ -12,6 +12,7 @@ from urllib.parse import quote
 from autoquant_ray.compare.site import Job, RunRow, collect_jobs
 from autoquant_ray.compare.site_charts import Chart, Point, make_chart
 from autoquant_ray.errors import StoreError
+from autoquant_ray.report.charts.frontier_chart import size_unit
 from autoquant_ray.report.page import render_page
 from autoquant_ray.runs.directory import RunDirectory
 
@@ -246,7 +247,7 @@ def _shown_churn(row: RunRow) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    unit, name = size_unit(num_bytes)
     return f"{num_bytes / unit:,.1f} {name}"
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import FileKind
-from autoquant_ray.config.values import parse_labels, parse_seconds, parse_workers
+from autoquant_ray.config.values import parse_labels, parse_seconds, parse_workers, unless_none
 
 
 class EvaluationConfig(BaseModel):
@@ -87,20 +87,9 @@ class EvaluationConfig(BaseModel):
         names = tuple(part.strip() for part in value.split(","))
         return () if names == ("none",) else names
 
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _parse_workers(cls, value: Any) -> Any:
-        return None if value is None else parse_workers(value)
-
-    @field_validator("wait_for_workers", mode="before")
-    @classmethod
-    def _parse_wait(cls, value: Any) -> Any:
-        return None if value is None else parse_seconds(value)
-
-    @field_validator("node_labels", mode="before")
-    @classmethod
-    def _parse_labels(cls, value: Any) -> Any:
-        return None if value is None else parse_labels(value)
+    _parse_workers = field_validator("workers", mode="before")(unless_none(parse_workers))
+    _parse_wait = field_validator("wait_for_workers", mode="before")(unless_none(parse_seconds))
+    _parse_labels = field_validator("node_labels", mode="before")(unless_none(parse_labels))
 
     def scan_config(self, scan: dict[str, Any]) -> ScanConfig:
         """The run's scan with this data and these workers.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+from autoquant_ray.config.values import parse_share
+
 HoldOut: TypeAlias = int | float | Literal["auto"]
 """A number of samples, a share of them below 1, or ``auto``."""
 
@@ -40,11 +42,8 @@ def parse_hold_out(value: float | str) -> HoldOut:
     if text.isdecimal():
         return int(text)
     try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        return parse_share(text)
     except ValueError:
-        share = -1.0
-    if not 0 < share < 1:
         raise ValueError(
             f"{value!r} is neither a number of samples nor a share; write for example 8 or 10%"
-        )
-    return share
+        ) from None

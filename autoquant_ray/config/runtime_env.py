@@ -11,11 +11,10 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from autoquant_ray.config.values import place_problem
+from autoquant_ray.config.values import checked_places, is_variable
 
 SOUNDS_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY", re.IGNORECASE)
 """Names of environment variables whose values are not written down."""
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class RuntimeEnv(BaseModel):
@@ -39,7 +38,7 @@ class RuntimeEnv(BaseModel):
     @classmethod
     def _check_variables(cls, value: dict[str, str]) -> dict[str, str]:
         for number, name in enumerate(value, start=1):
-            if not _VARIABLE.fullmatch(name):
+            if not is_variable(name):
                 raise ValueError(f"entry {number} has no name of an environment variable")
             if SOUNDS_SECRET.search(name):
                 raise ValueError(
@@ -50,10 +49,8 @@ class RuntimeEnv(BaseModel):
 
     @field_validator("working_dir")
     @classmethod
-    def _check_folder(cls, value: str | None) -> str | None:
-        if value is not None and (problem := place_problem(value)) is not None:
-            raise ValueError(problem)
-        return value
+    def _check_folder(cls, value: str | None) -> Any:
+        return checked_places(value)
 
     @model_validator(mode="after")
     def _check_single_installer(self) -> Self:

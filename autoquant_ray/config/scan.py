@@ -24,6 +24,7 @@ from autoquant_ray.config.values import (
     parse_seconds,
     parse_share,
     parse_workers,
+    unless_none,
 )
 from autoquant_ray.formats.kv_cache import kv_names, limit_problem
 from autoquant_ray.serving.rules import target_problem
@@ -257,40 +258,17 @@ class ScanConfig(SearchSpace):
             raise ValueError("must be a source, or several as name: source")
         return parse_data(value)
 
-    @field_validator("bytes", mode="before")
-    @classmethod
-    def _parse_bytes(cls, value: Any) -> Any:
-        return None if value is None else parse_bytes(value)
-
-    @field_validator("hold_out", mode="before")
-    @classmethod
-    def _parse_hold_out(cls, value: Any) -> Any:
-        return parse_hold_out(value)
-
-    @field_validator("stop_when_stable", mode="before")
-    @classmethod
-    def _parse_share(cls, value: Any) -> Any:
-        return None if value is None else parse_share(value)
-
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _parse_workers(cls, value: Any) -> Any:
-        return parse_workers(value)
-
-    @field_validator("wait_for_workers", mode="before")
-    @classmethod
-    def _parse_wait(cls, value: Any) -> Any:
-        return None if value is None else parse_seconds(value)
+    _parse_bytes = field_validator("bytes", mode="before")(unless_none(parse_bytes))
+    _parse_hold_out = field_validator("hold_out", mode="before")(parse_hold_out)
+    _parse_share = field_validator("stop_when_stable", mode="before")(unless_none(parse_share))
+    _parse_workers = field_validator("workers", mode="before")(parse_workers)
+    _parse_wait = field_validator("wait_for_workers", mode="before")(unless_none(parse_seconds))
+    _parse_weight_cache = field_validator("weight_cache_gib", mode="before")(parse_gib)
 
     @field_validator("node_labels", mode="before")
     @classmethod
     def _parse_labels(cls, value: Any) -> Any:
         return parse_labels(value) if isinstance(value, str | list | tuple | dict) else value
-
-    @field_validator("weight_cache_gib", mode="before")
-    @classmethod
-    def _parse_weight_cache(cls, value: Any) -> Any:
-        return parse_gib(value)
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 _BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -19,6 +20,7 @@ _CREDENTIALS["hf"] = "give them as HF_TOKEN in the environment"
 _OTHER_CREDENTIALS = "give them in the environment"
 
 _BYTE_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECONDS = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([smh])?\s*$", re.IGNORECASE)
 _TIME_UNITS = {"s": 1, "m": 60, "h": 3600}
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
@@ -39,6 +41,20 @@ def parse_bytes(value: int | str) -> int:
     if number <= 0:
         raise ValueError(f"{value!r} must be more than 0 bytes")
     return number
+
+
+def unless_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A parser of a field that may be left out: None stays None."""
+
+    def parse_given(value: Any) -> Any:
+        return None if value is None else parse(value)
+
+    return parse_given
+
+
+def is_variable(text: str) -> bool:
+    """Whether a text can be the name of an environment variable."""
+    return bool(_VARIABLE.fullmatch(text))
 
 
 def checked_places(value: Any) -> Any:

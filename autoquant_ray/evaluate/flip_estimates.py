@@ -9,7 +9,7 @@ the latter for two groups of one MLP or attention whose interaction is notable a
 standard errors over shards from 0, with the sums of
 :mod:`autoquant_ray.score.flip_hooks`. The curvatures take the errors of different outputs for
 unrelated, and half of them orders measured flips best (docs/refine.md); around a loss near 0, where
-slopes vanish, any share gives the same order. Where the loss is quadratic in the errors of
+slopes vanish, any share above 0 gives the same order. Where the loss is quadratic in the errors of
 quantization, w is that half. A large loss grows more slowly, and there the curvature of the Fisher
 matrix is too large. How it grows is seen from the slope of undoing all quantization at once: a loss
 that grows like the p-th power of the size of all errors has slope ``-p KL`` there, and the second

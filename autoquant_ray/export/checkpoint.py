@@ -263,14 +263,9 @@ def _packer(
         packer = CompressedPacker(loaded.model, source, calibration, loaded.sixteen_bits)
         return packer, packer.stored
     from autoquant_ray.export.modelopt import ModelOptPacker
-    from autoquant_ray.export.names import (
-        as_stored,
-        require_experts_as_stored,
-        require_names_as_stored,
-    )
+    from autoquant_ray.export.names import as_stored, require_experts_as_stored
 
-    stored = as_stored(loaded.model, source)
-    require_names_as_stored(loaded.model, source, in_source)
+    stored = as_stored(loaded.model, source, in_source)
     require_experts_as_stored(loaded.model, source, stored, loaded.ref.weights_folder)
     return (
         ModelOptPacker(loaded.model, source, stored, calibration, loaded.sixteen_bits),

@@ -11,9 +11,10 @@ rows of a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,22 +33,26 @@ _MOST_NAMES = 4
 LayersT = TypeVar("LayersT", bound=Layers)
 
 
-def as_stored(model: Any, source: LayersT) -> LayersT:
+def as_stored(model: Any, source: LayersT, in_source: SourceTensors) -> LayersT:
     """The source with its modules named as ModelOpt's exporter writes them.
 
     Args:
         model: As transformers loaded it, or a skeleton; its conversions may be noted for all of it.
         source: By the names in memory.
+        in_source: The model's own files.
 
     Raises:
-        FormatError: The exporter cannot give the model's tensors the form of its own files.
+        FormatError: The exporter cannot give the model's tensors the form of its own files, or
+            would give some linears other names.
     """
     from autoquant_ray.modelopt_export import stored_names_of
 
     unscope_conversions(model)
     with naming():
-        names_of = stored_names_of(model)
-    return source.renamed(names_of)
+        names_of = cache(stored_names_of(model))
+    stored = source.renamed(names_of)
+    _require_names_of_files(model, source, names_of, in_source)
+    return stored
 
 
 def require_plain_linears(model: Any) -> None:
@@ -120,28 +125,18 @@ def require_experts_as_stored(
         )
 
 
-def require_names_as_stored(model: Any, source: Layers, in_source: SourceTensors) -> None:
+def _require_names_of_files(
+    model: Any, source: Layers, names_of: Callable[[str], list[str]], in_source: SourceTensors
+) -> None:
     """Check that linears get the names that they have in the model's own files.
 
     What the exporter takes back are transformers' rules, which do not give every family the names
     of its files again (DeepSeek-V4's have no ``model.`` to begin with, and keep it).
-
-    Args:
-        model: The loaded model.
-        source: What is exported.
-        in_source: The model's own files.
-
-    Raises:
-        FormatError: Some would get others; names the first.
     """
-    from autoquant_ray.modelopt_export import stored_names_of
-
     files: dict[str, set[str]] = {}
     for name in in_source.files.names:
         files.setdefault(in_source.place_of(name), set()).add(name)
     start = f"{model.base_model_prefix}."
-    with naming():
-        names_of = stored_names_of(model)
     for module in source.modules:
         stored = {name.removeprefix(start) for name in files.get(f"{module}.weight", ())}
         given = {f"{name}.weight".removeprefix(start) for name in names_of(module)}

@@ -64,15 +64,14 @@ class Layers:
         Args:
             names_of: Gives those of a module; several where files hold it in parts.
         """
-        names = {module: names_of(module) for module in self.modules}
         return replace(
             self,
-            formats={new: f for name, f in self.formats.items() for new in names[name]},
+            formats={new: f for name, f in self.formats.items() for new in names_of(name)},
             groups={new: g for name, g in self.groups.items() for new in names_of(name)},
             modules={
-                new: _part(module, len(names[name]))
+                new: _part(module, len(names_of(name)))
                 for name, module in self.modules.items()
-                for new in names[name]
+                for new in names_of(name)
             },
         )
 

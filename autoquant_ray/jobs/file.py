@@ -18,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from autoquant_ray.config.files import problems_of, read_yaml
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.config.values import parse_bytes
+from autoquant_ray.config.values import is_variable, parse_bytes
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.jobs.names import is_variable
 from autoquant_ray.runs.names import slug
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")

@@ -1,4 +1,4 @@
-"""Checks of names that jobs use: environment variables, run ids, dates."""
+"""Checks of names that jobs use: run ids, dates."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ import time
 
 from autoquant_ray.errors import ConfigError
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-def is_variable(text: str) -> bool:
-    """Whether a text can be the name of an environment variable."""
-    return bool(_VARIABLE.fullmatch(text))
 
 
 def check_run_id(text: str) -> str:
