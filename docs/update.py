@@ -1,6 +1,7 @@
 """Writes the tables of the pages beside it from the code: ``python docs/update.py``.
 
-A test fails when a page and the code differ.
+Pages that are made from the code as a whole are those of ``reference.py``. A test fails when a page
+and the code differ.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
+from reference import PAGES
 
 from autoquant_ray.distributed.metrics import METRICS
 from autoquant_ray.errors import FormatError
@@ -31,6 +33,7 @@ from autoquant_ray.serving.table import FUSED, TABLE
 
 PAGE = Path(__file__).parent / "metrics-and-events.md"
 FORMATS_PAGE, ENGINES_PAGE = PAGE.with_name("formats.md"), PAGE.with_name("engines.md")
+CACHES_PAGE = PAGE.with_name("kv-caches.md")
 _JSON_TYPES = {int: "integer", float: "number", str: "string", types.NoneType: "null"}
 
 
@@ -237,5 +240,7 @@ TABLES = {
 }
 
 if __name__ == "__main__":
-    for path in (PAGE, FORMATS_PAGE, ENGINES_PAGE):
+    for path in (PAGE, FORMATS_PAGE, CACHES_PAGE, ENGINES_PAGE):
         path.write_text(update(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, make_page in PAGES.items():
+        PAGE.with_name(name).write_text(make_page(), encoding="utf-8")

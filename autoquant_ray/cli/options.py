@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import click
@@ -42,18 +42,21 @@ _SECTIONS = {
 class SectionedCommand(click.Command):
     """A command of many options, whose help lists them under headings."""
 
-    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        """A section per heading, the options in it in the order of the fields."""
+    def sections(self, context: click.Context) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """Headings with their options, each as flags and text, in the order of the fields."""
         section_of = {name: title for title, names in _SECTIONS.items() for name in names}
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_SECTIONS, "Run")}
         for parameter in self.get_params(context):
             record = parameter.get_help_record(context)
             if record is not None:
                 sections[section_of.get(parameter.name or "", "Run")].append(record)
-        for title, records in sections.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
+        return ((title, records) for title, records in sections.items() if records)
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """A section per heading."""
+        for title, records in self.sections(context):
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

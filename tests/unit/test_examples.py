@@ -1,4 +1,4 @@
-"""The files under jobs/ and the rows in docs/data.md are read by what they are written for."""
+"""The files under jobs/ and the rows in docs are read by what they are written for."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def test_job_file_of_a_scan_serves_the_scan_command() -> None:
     assert config.bits == 6
 
 
-def test_rows_of_the_data_page_are_what_it_says(tmp_path: Path) -> None:
+def test_rows_of_the_data_pages_are_what_they_say(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    page += "\n## Images\n" + (ROOT / "docs" / "vision-language.md").read_text(encoding="utf-8")
     num_images: dict[str, list[int]] = {}
     for section in page.split("\n## ")[1:]:
         for row in re.findall(r"```json\n(.*?)\n```", section):
@@ -44,4 +45,4 @@ def test_rows_of_the_data_page_are_what_it_says(tmp_path: Path) -> None:
             ((content, _),) = read_rows(DataSpec(source=str(path), num_samples=1, seq_len=9))
             images = -1 if isinstance(content, str) else len(content.images)
             num_images.setdefault(section.partition("\n")[0], []).append(images)
-    assert num_images == {"Text": [-1], "Chats": [0] * 8, "Images": [1, 2, 1, 1], "Domains": [-1]}
+    assert num_images == {"Text": [-1], "Chats": [0] * 8, "Domains": [-1], "Images": [1, 2, 1, 1]}

@@ -1,4 +1,4 @@
-"""``docs/formats.md``: its tables are those of the code, and its example can be planned."""
+"""The pages of formats: their tables are those of the code, and their example can be planned."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_documented_tables_are_those_of_the_code(docs: Any) -> None:
-    page = docs.FORMATS_PAGE.read_text(encoding="utf-8")
-    assert page == docs.update(page), "run: python docs/update.py"
+    pages = [path.read_text("utf-8") for path in (docs.FORMATS_PAGE, docs.CACHES_PAGE)]
+    assert pages == [docs.update(page) for page in pages], "run: python docs/update.py"
     names = [
         name
-        for row in page.splitlines()
+        for row in "".join(pages).splitlines()
         if row.startswith("| `")
         for name in re.findall(r"`(\w+)`", row.split("|")[1])
     ]
@@ -36,7 +36,7 @@ def test_every_format_that_runs_anywhere_runs_on_cpu(docs: Any) -> None:
 
 
 def test_example_of_custom_formats_can_be_planned(model_folder: Any, tmp_path: Path) -> None:
-    page = (DOCS / "formats.md").read_text(encoding="utf-8")
+    page = (DOCS / "own-formats.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     config = tmp_path / "formats.yaml"
     config.write_text(example)
