@@ -13,8 +13,9 @@ functions.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -98,6 +99,7 @@ __all__ = [
     "enable_weight_access_and_writeback",
     "estimate_quant_compression",
     "experts_layout",
+    "experts_shadow",
     "fake_quantize",
     "fp8_max_for_normalization",
     "has_cache_quantizers",
@@ -118,6 +120,7 @@ __all__ = [
     "register_quant_backend",
     "scaled_e4m3_impl",
     "set_quantizer_by_cfg_context",
+    "shadow_of",
     "switch_input_scaling",
 ]
 
@@ -288,7 +291,41 @@ def experts_layout(module: torch.nn.Module) -> tuple[tuple[str, str], bool] | No
 def prepare_experts(model: torch.nn.Module) -> None:
     """Make fused experts run expert by expert, the only way that ModelOpt can quantize."""
     force_eager_experts_impl_on_the_fly(model)
-    register_fused_experts_on_the_fly(model)
+    with contextlib.redirect_stdout(io.StringIO()):
+        register_fused_experts_on_the_fly(model)
+
+
+def shadow_of(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy that carries ModelOpt's wrapper and shares parameters and parts with the module."""
+    shadow = copy.copy(module)
+    shadow.__dict__.update(
+        {key: value.copy() for key, value in module.__dict__.items() if isinstance(value, dict)}
+    )
+    # accelerate's hooks replace the forward of a split model's modules; theirs runs the original.
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        shadow.__dict__.pop(name, None)
+    converted: torch.nn.Module = QuantModuleRegistry.convert(shadow)
+    return converted.eval()
+
+
+def experts_shadow(module: torch.nn.Module, parameters: Sequence[str]) -> torch.nn.Module:
+    """A shadow of fused experts (:func:`prepare_experts` must have run) that leaves all as it is.
+
+    Args:
+        module: The experts.
+        parameters: Names of their weights.
+    """
+    shadow: Any = shadow_of(module)
+    for name in parameters:
+        getattr(shadow, f"{name}_input_quantizer").disable()
+    if isinstance(shadow, _QuantGptOssExperts):
+        # Its weights come quantized, all of a projection together: spares two copies in every run.
+        shadow.__dict__["quantize_weight"] = contextlib.nullcontext
+        return shadow
+    for name in parameters:
+        for quantizer in getattr(shadow, f"{name}_weight_quantizers"):
+            quantizer.disable()
+    return shadow
 
 
 def has_cache_quantizers(module: Any) -> bool:

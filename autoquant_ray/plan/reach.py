@@ -33,6 +33,7 @@ IDLE = "vision or audio tower: not searched with --coverage lm, or takes no imag
 UNCALLED = "does not run on text: it is called with other inputs, or never"
 NO_GRADIENT = "no gradient of the loss reaches it: it chooses, or its output is not used"
 NOT_A_PRODUCT = "does not compute a linear's product"
+PAST_QUANTIZERS = "ModelOpt cannot quantize these experts: their code does not call its quantizers"
 
 _OTHER_MODALITIES = {"image", "video", "audio"}
 _FEW_TOKENS, _MANY_TOKENS = 8, 136
@@ -124,7 +125,7 @@ class _Watch:
     def __init__(self) -> None:
         self._run: set[str] = set()
         self._trained: set[str] = set()
-        self._other_products: set[str] = set()
+        self._refused: dict[str, str] = {}
 
     def run(self, stand_in: StandIn, num_tokens: int) -> None:
         """Run some tokens.
@@ -141,7 +142,9 @@ class _Watch:
             nodes.setdefault(name, []).append(output.grad_fn)
             module = stand_in.modules[name]
             if not _is_product(module, given, output):
-                self._other_products.add(name)
+                self._refused[name] = NOT_A_PRODUCT
+            elif name in stand_in.past_quantizers:
+                self._refused[name] = PAST_QUANTIZERS
 
         size = stand_in.model.get_input_embeddings().weight.shape[0]
         logits = stand_in.run([[1 + i % min(7, size - 1) for i in range(num_tokens)]], visit)
@@ -156,8 +159,10 @@ class _Watch:
         Args:
             same: Module -> the one that was watched for it.
         """
-        for seen in (self._run, self._trained, self._other_products):
+        for seen in (self._run, self._trained):
             seen |= {name for name, like in same.items() if like in seen}
+        refused = self._refused
+        refused |= {name: refused[like] for name, like in same.items() if like in refused}
 
     def reach(self, modules: Sequence[PlannedModule], decoder: set[str]) -> Reach:
         """What was seen up to now."""
@@ -165,10 +170,10 @@ class _Watch:
         idle: set[str] = set()
         reasons: dict[str, str] = {}
         for module in modules:
-            if module.is_cache or module.path in trained - self._other_products:
+            if module.is_cache or module.path in trained - self._refused.keys():
                 continue
-            if module.path in self._other_products:
-                reasons[module.name] = NOT_A_PRODUCT
+            if module.path in self._refused:
+                reasons[module.name] = self._refused[module.path]
             elif module.path in run:
                 reasons[module.name] = NO_GRADIENT
             elif module.path in decoder and not is_of_tower(module.path):

@@ -52,6 +52,8 @@ class StandIn:
     Attributes:
         model: The copy.
         modules: What can be quantized in it, by name.
+        past_quantizers: Of the fused experts that have run, those whose code does not call
+            ModelOpt's quantizers.
 
     Raises:
         ValueError: Too much of it lies outside of these.
@@ -64,6 +66,8 @@ class StandIn:
         self._generator = torch.Generator().manual_seed(0)
         self._planned = {module.path: module for module in planned if not module.is_cache}
         self.modules: dict[str, Any] = {n: self.model.get_submodule(n) for n in self._planned}
+        self.past_quantizers: set[str] = set()
+        self._calls: dict[type, bool] = {}
         self._fill()
 
     def run(self, rows: Sequence[Sequence[int]], visit: Visit) -> torch.Tensor:
@@ -171,6 +175,8 @@ class StandIn:
             elif self._planned[name].kind == "convolution":
                 output = original(*arguments, **keywords)
             else:
+                if not self._calls_quantizers(name, module, arguments, keywords):
+                    self.past_quantizers.add(name)
                 output = states.roll(1, dims=-1)
                 for weights in given[1:]:
                     output = output + _per_row(weights, states).to(output) * states
@@ -178,6 +184,78 @@ class StandIn:
             return output
 
         return forward
+
+    def _calls_quantizers(self, name: str, module: Any, arguments: Any, keywords: Any) -> bool:
+        """Whether fused experts call ModelOpt's quantizers, tried once for a class of them; True
+        where they do not run: they are tried again with their weights."""
+        from autoquant_ray.modelopt_api import experts_shadow, prepare_experts
+
+        if type(module) not in self._calls:
+            self._calls[type(module)] = True
+            with contextlib.suppress(*_FAILURES):
+                prepare_experts(self.model)
+                parameters = self._planned[name].parameters
+                self._calls[type(module)] = calls_quantizers(
+                    experts_shadow(module, parameters), parameters, arguments, keywords
+                )
+        return self._calls[type(module)]
+
+
+def calls_quantizers(
+    shadow: Any,
+    parameters: Sequence[str],
+    arguments: Sequence[Any],
+    keywords: Mapping[str, Any] | None = None,
+) -> bool:
+    """Whether the code of fused experts calls their quantizers, seen in a run of one token.
+
+    ModelOpt takes a module for fused experts by the names and shapes of its parameters, and
+    quantizes what it hands to ``torch.nn.functional.linear``. Code that multiplies otherwise
+    (Aria's in transformers 5.18, by ``@``) passes its quantizers by: they see no input in
+    calibration, and what is quantized is not what runs.
+
+    Args:
+        shadow: Of the experts, with weights; it is left as it was.
+        parameters: Names of their weights.
+        arguments, keywords: What the experts are called with; tensors of T rows, T at least 1.
+    """
+    import torch
+
+    called: set[str] = set()
+
+    class Noting(torch.nn.Module):
+        """In the place of a quantizer: leaves what it is given."""
+
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self._name = name
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            called.add(self._name)
+            return states
+
+    names = [f"{parameter}_input_quantizer" for parameter in parameters]
+    resting = {name: getattr(shadow, name) for name in names}
+    try:
+        for name in names:
+            setattr(shadow, name, Noting(name))
+        with torch.no_grad():
+            first = {name: _of_first_token(value) for name, value in (keywords or {}).items()}
+            shadow(*map(_of_first_token, arguments), **first)
+    finally:
+        for name, quantizer in resting.items():
+            setattr(shadow, name, quantizer)
+    return called == set(names)
+
+
+def _of_first_token(value: Any) -> Any:
+    """The first row; where it says experts, the first of them alone, which spares the others."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return value
+    row = value[:1]
+    return row if row.is_floating_point() else torch.zeros_like(row)
 
 
 def _tensors(group: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:

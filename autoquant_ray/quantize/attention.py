@@ -18,10 +18,9 @@ import torch
 
 from autoquant_ray.errors import WorkerError
 from autoquant_ray.formats.format import Format
-from autoquant_ray.modelopt_api import register_attention
+from autoquant_ray.modelopt_api import register_attention, shadow_of
 from autoquant_ray.models.layers import first_output
 from autoquant_ray.models.quantizable import PlannedModule
-from autoquant_ray.quantize.experts import shadow_of
 from autoquant_ray.quantize.quantizers import disabled_quantizer, make_input_quantizer
 
 PARTS = ("k_bmm", "v_bmm")

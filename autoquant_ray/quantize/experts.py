@@ -10,16 +10,17 @@ Shape letters: T tokens, H hidden, E experts, O out features, I in features.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+from autoquant_ray.errors import ModelError
 from autoquant_ray.formats.format import Format
-from autoquant_ray.modelopt_api import QuantModuleRegistry
+from autoquant_ray.modelopt_api import experts_shadow
 from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.plan.reach import PAST_QUANTIZERS
+from autoquant_ray.plan.stand_in import calls_quantizers
 from autoquant_ray.quantize.quantizers import (
     disabled_quantizer,
     make_input_quantizer,
@@ -41,16 +42,11 @@ class FusedExperts:
         self.is_transposed = planned.is_transposed
         self._name = planned.path
         self._module = module
-        self._shadow: Any = shadow_of(module)
+        self._shadow: Any = experts_shadow(module, self.parameters)
         self._resting = dict(self._shadow._parameters)
         self._passing = disabled_quantizer()
         self._leave_inputs()
-        if self.is_transposed:  # its weights come quantized: spares two copies in every run
-            self._shadow.__dict__["quantize_weight"] = nullcontext
-            return
-        for name in self.parameters:
-            for quantizer in getattr(self._shadow, f"{name}_weight_quantizers"):
-                quantizer.disable()
+        self._calls_quantizers = False
 
     @torch.no_grad()
     def quantized_weight(self, name: str, format_: Format, scales: WeightScales) -> torch.Tensor:
@@ -178,10 +174,26 @@ class FusedExperts:
         """Run with the parameters that the module has now (offloaded: only during a visit)."""
         self._shadow._parameters.update(self._module._parameters | replaced)
         try:
+            self._require_calls(inputs)
             output: torch.Tensor = self._shadow(*inputs)
         finally:
             self._shadow._parameters.update(self._resting)  # keeps neither layer nor copy
         return output
+
+    def _require_calls(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Check in the first run with a token that ModelOpt's quantizers are called.
+
+        Raises:
+            ModelError: They are not.
+        """
+        if self._calls_quantizers or len(inputs[0]) == 0:
+            return
+        if not calls_quantizers(self._shadow, self.parameters, inputs):
+            raise ModelError(
+                f"{self._name} ({type(self._module).__name__}): {PAST_QUANTIZERS}; "
+                f"`disable` {self._name}"
+            )
+        self._calls_quantizers = True
 
 
 def _as_parameters(weights: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
@@ -220,16 +232,3 @@ class _SumRecorder(torch.nn.Module):
             self.total = added if self.total is None else self.total + added
             self.num_tokens += len(rows)
         return states
-
-
-def shadow_of(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy that carries ModelOpt's wrapper and shares parameters and parts with the module."""
-    shadow = copy.copy(module)
-    shadow.__dict__.update(
-        {key: value.copy() for key, value in module.__dict__.items() if isinstance(value, dict)}
-    )
-    # accelerate's hooks replace the forward of a split model's modules; theirs runs the original.
-    for name in ("forward", "_old_forward", "_hf_hook"):
-        shadow.__dict__.pop(name, None)
-    converted: torch.nn.Module = QuantModuleRegistry.convert(shadow)
-    return converted.eval()
