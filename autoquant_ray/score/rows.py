@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from autoquant_ray.score.row_sampling import DrawnRows, draw_rows
+from autoquant_ray.score.row_sampling import DrawnRows, draw_rows, row_masses
 
 _FIRST_COLUMNS = 16
 _WORTH_COPYING = 0.95  # share of rows with a gradient below which the others are left out
@@ -66,7 +66,8 @@ def choose_rows(
     """
     if share == 1:
         return live_rows(gradients_TO)
-    drawn = draw_rows(gradients_TO, input_TI, share, seed)
+    masses_T = row_masses(gradients_TO, input_TI)
+    drawn = draw_rows(masses_T, share, seed, input_TI.device)
     return ChosenRows(indices=drawn.indices_U, num_live=len(drawn.indices_U), drawn=drawn)
 
 
