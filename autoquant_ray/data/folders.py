@@ -27,6 +27,7 @@ _CARDS = ("README.md", ".huggingface.yaml")
 _DESCRIPTIONS = tuple(f"metadata{ending}" for ending in (".csv", ".jsonl", ".parquet"))
 _ASIDE = (".md", ".rst", ".yaml", ".yml", ".lock", ".sha256", ".md5", ".py", ".ipynb", ".pdf")
 _GO_WITH_DATA = re.compile(r"(readme|licen[sc]e|notice|citation)([-._].*)?", re.IGNORECASE)
+_MARKS = ("*", "?", "[", "::")
 _NUM_NAMED = 3
 _MOST_OF_ERROR = 120  # characters
 _FAILURES = (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError)
@@ -124,11 +125,12 @@ def _files(path: Path, spec: DataSpec) -> list[Path] | None:
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     base, split = path.resolve().as_posix(), spec.split
-    if set(base) & set("*?["):
+    if any(mark in base for mark in _MARKS):
         raise DataError(
-            f"data source {path}: a folder's path with * ? or [ is a pattern to `datasets`, which "
-            "may match other folders; rename it, or give its files"
+            f"data source {path}: a folder's path with * ? [ or :: is a pattern to `datasets`, "
+            "which may match other folders; rename it, or give its files"
         )
+    _require_ends_of_links(path)
     resolved: Any
     try:
         if _card_names_files(path):
@@ -171,6 +173,24 @@ def _tell_left_out(path: Path, files: Collection[Path]) -> None:
         if unread:
             names = few([str(file.relative_to(base)) for file in unread], _NUM_NAMED)
             logger.warning("%s: not read, as they %s: %s", path, why, names)
+
+
+def _require_ends_of_links(path: Path) -> None:
+    """Refuse links to files that are not there, as of a download that was cut short: ``datasets``
+    passes them by.
+
+    Raises:
+        DataError: There are such links with the ending of data.
+    """
+    base = path.resolve()
+    links = (file for file in sorted(base.rglob("*")) if file.is_symlink() and not file.exists())
+    names = [str(file.relative_to(base)) for file in links if kind_of(file) is not None]
+    names = [name for name in names if _is_plain(Path(name))]
+    if names:
+        raise DataError(
+            f"data source {path} has links to files that are not there: {few(names, _NUM_NAMED)}; "
+            "get these files, or take the links out"
+        )
 
 
 def _is_data(file: Path) -> bool:

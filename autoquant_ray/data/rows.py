@@ -111,6 +111,8 @@ class RowReader:
             self.columns(row, where)
             content: Any = row[self.spec.text_field]
             if isinstance(content, list):
+                if self._form is None:
+                    self._require_messages(content, where)
                 form = chats_in(self.spec.text_field)
             else:
                 require_answers(self.spec)
@@ -176,6 +178,15 @@ class RowReader:
             raise DataError(
                 f"data source {place} has no field {field!r}; it has: {shown}; name one with "
                 f"{flag}, or give chats ('messages') or another form of docs/data.md"
+            )
+
+    def _require_messages(self, content: list[Any], where: str) -> None:
+        """Refuse a list of texts, as of a file that is one object of columns: messages may be
+        texts, but of JSON."""
+        if content and all(isinstance(v, str) and not messages_in(f"[{v}]") for v in content):
+            raise DataError(
+                f"data source {self._place} {where}: field {self.spec.text_field!r} holds a list "
+                f"of {len(content)} texts; give a row for each text, or messages with roles"
             )
 
     def _checked_text(self, value: Any, field: str, where: str) -> str:

@@ -8,6 +8,7 @@ import gzip
 import json
 import logging
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,11 +218,36 @@ def test_files_that_belong_to_no_split_and_links_to_folders_are_named(
     ]
 
 
-def test_folder_whose_path_is_a_pattern_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "d [v1]").mkdir()
-    write(tmp_path / "d [v1]" / "a.jsonl", ["one"])
-    with pytest.raises(DataError, match=r"d \[v1\]: a folder's path with .* is a pattern"):
-        read_all(tmp_path / "d [v1]")
+@pytest.mark.parametrize("name", ["d [v1]", "d::v1"])
+def test_folder_whose_path_is_a_pattern_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    write(tmp_path / name / "a.jsonl", ["one"])
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: a folder's path with .* a pattern"):
+        read_all(tmp_path / name)
+
+
+def test_folder_with_a_link_to_no_file_is_refused(tmp_path: Path) -> None:
+    """As of a hub's cache whose download was cut short: half of the data would be missing."""
+    write(tmp_path / "a.jsonl", ["one"])
+    for name in ("b.jsonl", ".hidden.jsonl", "notes"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"has links to files that are not there: b\.jsonl; get"):
+        read_all(tmp_path)
+    (tmp_path / "b.jsonl").unlink()
+    assert read_all(tmp_path) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_list_of_texts_in_the_text_column_is_refused(name: str, tmp_path: Path) -> None:
+    """As of a table that was written as one object of columns."""
+    rows = {"text": ["one", "two"], "id": [1, 2]}
+    (tmp_path / name).write_text(json.dumps(rows))
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": [rows["text"]]}), tmp_path / name)
+    with pytest.raises(
+        DataError, match="field 'text' holds a list of 2 texts; give a row for each"
+    ):
+        read_all(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.md"])
