@@ -66,7 +66,7 @@ _PER_LAYER = _words(
     "num_attention_heads_per_layer layers_block_type mlp_layer_types no_rope_layers moe_layers"
     " mlp_only_layers full_attn_idxs attn_layer_indices hybrid_override_pattern hybrid_layer_ids"
     " compress_ratios block_types attention_types attention_layers indexer_types moe_layer_freq"
-    " first_kv_shared_layer_idx activation_sparsity_pattern hybrid_layer_pattern"
+    " first_kv_shared_layer_idx activation_sparsity_pattern hybrid_layer_pattern per_layer_config"
 )
 """Lists that the default makes for its own number of layers."""
 _NOT_CARRIED = _words(
@@ -82,7 +82,7 @@ _HALF_AXES = _THREE_AXES | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1
 _UNEVEN_AXES = _THREE_AXES | {"mrope_section": [3, 3, 2]}
 _LATENT_ATTENTION = _words(
     "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash youtu kimi_k25"
-    " minicpm3 mistral4"
+    " minicpm3 mistral4 axk1 axk2 glm5_next kimi_linear"
 )
 """Every head has its keys, and their width is made of two others."""
 _NO_IMAGE_TOKENS = {"<image>": 249}
@@ -94,6 +94,15 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "nemotron": {"num_key_value_heads": 2},
     "ministral": {"head_dim": 16},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _THREE_AXES}},
+    "cosmos3_edge_text": {"rope_parameters": _UNEVEN_AXES},
+    "glm5_next": {"qk_rope_head_dim": 0},
+    "glm5_next_text": {"qk_rope_head_dim": 0},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+    | {"indexer_budget": 64, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 64}
+    | {"hc_lowrank": 16, "split_ngram_parts": 2},
+    "step3p5": {"sliding_window": 8},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2},
     "hunyuan_vl": {"text_config": {"head_dim": 16, "rope_parameters": _THREE_AXES}},
@@ -189,7 +198,7 @@ def _fields(kind: type[Any], tokens: Iterator[int]) -> dict[str, Any]:
     for name, value in default.to_dict().items():
         if name in _PER_LAYER or name in _NOT_CARRIED or name.startswith("_"):
             continue
-        part = getattr(default, name, None)
+        part = default.__dict__.get(name)
         if isinstance(part, transformers.PreTrainedConfig):
             fields[name] = _fields(type(part), tokens) | {"model_type": part.model_type}
         elif isinstance(value, Mapping) and name.endswith("_config"):
