@@ -18,8 +18,9 @@ from autoquant_ray.distributed.metrics import METRICS
 from autoquant_ray.errors import FormatError
 from autoquant_ray.export.tool_formats import COUNTERPARTS
 from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.gguf_types import gguf_type_of
 from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS, cache_bytes
-from autoquant_ray.formats.menu import BLOCK_INTEGERS, PAIRS, known_formats, resolve_formats
+from autoquant_ray.formats.menu import OURS, known_formats, resolve_formats
 from autoquant_ray.formats.numbers import describe, is_scaled_by_block
 from autoquant_ray.formats.smoothed import method_of
 from autoquant_ray.formats.stored_size import format_bits
@@ -113,7 +114,7 @@ def tools_table() -> str:
     """One row per pair of weights and inputs."""
     rows = ["| format | quant_algo | " + " | ".join(COUNTERPARTS) + " |"]
     rows.append("|---|---|" + "---|" * len(COUNTERPARTS))
-    for name in [*PAIRS, *BLOCK_INTEGERS]:
+    for name in OURS:
         (format_,) = resolve_formats((name,), device="cuda")
         algo = layer_algo(format_)
         cells = [_tool_text(of(format_)) for of in COUNTERPARTS.values()]
@@ -167,7 +168,8 @@ def formats_table() -> str:
             bits = format_bits(format_, MATRIX) / (MATRIX[0] * MATRIX[1])
             shown = f"{bits:.3f}".rstrip("0").rstrip(".")
             quantizers = f"{describe(format_.weight)} | {describe(format_.input)}"
-            quantizers += f" | {method_of(format_)}"
+            is_gguf = gguf_type_of(format_.weight) is not None
+            quantizers += f" | {'-' if is_gguf else method_of(format_)}"
             rows.append(f"| `{name}` | {quantizers} | {shown} | {_on_cpu(format_)} |")
     return "\n".join([*rows, ""])
 
@@ -221,6 +223,8 @@ def _on_cpu(format_: Format) -> str:
         resolve_formats((format_.name,), device="cpu")
     except FormatError:
         return "no"
+    if gguf_type_of(format_.weight) is not None:
+        return "ggml"
     parts = (format_.weight, format_.input or {})
     return "here" if any(map(is_scaled_by_block, parts)) else "ModelOpt"
 

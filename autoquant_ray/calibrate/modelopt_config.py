@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from autoquant_ray.formats.algorithms import FITTED, by_sets, in_mode
 from autoquant_ray.formats.format import attributes_from_json
+from autoquant_ray.formats.gguf_types import gguf_type_of
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import (
@@ -138,7 +139,9 @@ def _runnable(config: dict[str, Any], device: str) -> dict[str, Any]:
     if by_block and any(map(is_static_nvfp4, quantizers)):
         config["algorithm"] = in_mode(config["algorithm"])
     if by_sets(config["algorithm"]):
-        import autoquant_ray.quantize.calibration_mode  # noqa: F401
+        import autoquant_ray.quantize.calibration_mode
+    if any(gguf_type_of(attributes) is not None for attributes in quantizers):
+        import autoquant_ray.quantize.by_ggml  # noqa: F401
     if not by_block:
         return config
     from autoquant_ray.quantize.block_formats import for_cpu

@@ -121,7 +121,8 @@ def data_key(state: RunState, scan: ScanConfig, skip: Skip) -> str:
         fingerprints["data"],
         state.plan["formats"],
     )
-    text = json.dumps([measured["shards"], scanned["calibrate"], skip, numeric_versions()])
+    versions = numeric_versions(state.plan["formats"])
+    text = json.dumps([measured["shards"], scanned["calibrate"], skip, versions])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -18,16 +18,15 @@ from typing import Any
 
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.export.tool_formats import SIXTEEN_BITS
+from autoquant_ray.formats.gguf_types import GGUF_TYPES, fitting_type
 
 STAYS: str = SIXTEEN_BITS["llama.cpp"]
 """Type of a tensor that stays in 16 bits."""
 
 _FINAL_TYPE = "Q8_0"
 _EMBEDDING = "token_embd"
-_BLOCK = 32
-_BLOCKS = {"q3_k": 256, "q6_k": 256, "nvfp4": 64}
-_NARROWER = {"q3_k": "q4_0", "q6_k": "q8_0"}
-"""Types -> what the tool writes where rows are no whole number of blocks."""
+_FLOAT_BLOCKS = {"nvfp4": 64, "mxfp4": 32}
+"""Types that have none in their place where rows are no whole number of blocks."""
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.(.+)$")
 _FUSED_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 _WRAPPERS = ("model.language_model.", "language_model.model.", "language_model.")
@@ -47,10 +46,9 @@ def written_type(type_: str, num_columns: int) -> str:
         The type itself where rows are whole blocks, else the one that the tool takes for it;
         :data:`STAYS` where it would quantize nothing, or stop.
     """
-    if type_ == STAYS or num_columns % _BLOCKS.get(type_, _BLOCK) == 0:
-        return type_
-    narrower = _NARROWER.get(type_, type_)
-    return narrower if num_columns % _BLOCKS.get(narrower, _BLOCK) == 0 else STAYS
+    if type_ in GGUF_TYPES:
+        return fitting_type(type_, num_columns) or STAYS
+    return type_ if num_columns % _FLOAT_BLOCKS.get(type_, 1) == 0 else STAYS
 
 
 def llama_cpp_command(

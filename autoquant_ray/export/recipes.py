@@ -11,6 +11,7 @@ from autoquant_ray.export.llama_cpp import llama_cpp_command, written_type
 from autoquant_ray.export.mlx import fitting_entry, mlx_quantization
 from autoquant_ray.export.tool_formats import COUNTERPARTS, SIXTEEN_BITS, counterpart
 from autoquant_ray.formats.format import NONE, Format
+from autoquant_ray.formats.gguf_types import gguf_type_of
 from autoquant_ray.wording import few
 
 TOOLS = tuple(COUNTERPARTS)
@@ -76,7 +77,7 @@ def recipe_notes(
         tied: Module that shares its weight with the embedding -> name of the embedding.
         modules: Shapes of weights.
     """
-    sixteen_bits = SIXTEEN_BITS[tool]
+    sixteen_bits, formats = SIXTEEN_BITS[tool], list(formats)
     layers = _layers(chosen, formats, tool)
     quantized = {name: entry for name, entry in layers.items() if entry != sixteen_bits}
     notes = [
@@ -93,7 +94,10 @@ def recipe_notes(
         if name in quantized and tool == AUTO_ROUND
     ]
     others: dict[tuple[str, str], list[str]] = {}
+    scored_so = {f.name for f in formats if gguf_type_of(f.weight) is not None}
     for name, entry in quantized.items():
+        if chosen[name] in scored_so:  # with the type that such rows get
+            continue
         fitting = _fitting(entry, name, modules, tool)
         if fitting == sixteen_bits or (tool == LLAMA_CPP and fitting != entry):
             written = "16 bits" if fitting == sixteen_bits else str(fitting)

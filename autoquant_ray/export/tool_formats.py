@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.gguf_types import gguf_type_of
 from autoquant_ray.formats.smoothed import is_smoothed
 from autoquant_ray.serving.layer_formats import E2M1, E4M3, E8M0, Numbers
 
@@ -27,9 +28,11 @@ SIXTEEN_BITS: dict[str, Any] = {"llama.cpp": "bf16", "auto-round": {"bits": 16},
 
 def gguf_type(format_: Format) -> str | None:
     """The type of a GGUF file's tensor; inputs are always in 16 bits or more there."""
-    weight = Numbers.of(format_.weight)
     if format_.input is not None:
         return None
+    if (type_ := gguf_type_of(format_.weight)) is not None:
+        return type_
+    weight = Numbers.of(format_.weight)
     kind = _float_kind(weight)
     if kind in ("nvfp4", "mxfp4"):
         return kind
@@ -47,7 +50,7 @@ def auto_round_config(format_: Format) -> dict[str, Any] | None:
     kind = _float_kind(weight)
     if kind is not None:
         return _auto_round_blocks(kind, weight, inputs)
-    if not weight.is_flat or weight.scale is not None:
+    if not weight.is_flat or weight.scale is not None or gguf_type_of(format_.weight) is not None:
         return None
     is_float = weight.bits == E4M3
     if not is_float and weight.bits not in _AUTO_ROUND_BITS:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from autoquant_ray.errors import FormatError
 from autoquant_ray.formats.algorithms import AWQ_LITE, MSE, SMOOTHQUANT, check_method
+from autoquant_ray.formats.gguf_types import check_gguf_type
 from autoquant_ray.formats.numbers import is_static_nvfp4
 from autoquant_ray.formats.smoothed import has_free_rows, is_smoothed, method_of, takes_factors
 
@@ -21,6 +22,7 @@ def check_quantizers(format_: Format) -> None:
         FormatError: Names the format and what would be needed.
     """
     name, input_ = format_.name, format_.input
+    check_gguf_type(f"format {name}", format_.weight)
     if format_.algorithm is not None:
         check_method(f"format {name}", format_.weight, format_.algorithm)
     _check_smoothing(format_)

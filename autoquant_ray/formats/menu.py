@@ -3,8 +3,9 @@
 A format is a pair of quantizers, one for a module's weight and one for its input, described by
 ModelOpt's own ``QuantizerAttributeConfig`` fields, so that what is scored is what
 ``mtq.quantize`` will do. Names: the pairs ``w{fp4,fp8,int4,int8}_a{fp16,fp8,int8,int4}``, integers
-of 3 to 6 bits in blocks of 128, 64 or 32 (``wint5_afp16``, ``wint5_g64_afp16``), ``kv_fp8`` and
-``kv_nvfp4``, ModelOpt's presets by their own name, and custom entries of the config.
+of 3 to 6 bits in blocks of 128, 64 or 32 (``wint5_afp16``, ``wint5_g64_afp16``), types of GGUF
+files (``q4_k``), ``kv_fp8`` and ``kv_nvfp4``, ModelOpt's presets by their own name, and custom
+entries of the config.
 Behind a name may stand how weights are rounded, as in ``wint4_afp16:max``
 (:data:`~autoquant_ray.formats.algorithms.METHODS`); the stored bytes are the same. Without it, the
 names of :data:`WEIGHTED_BY_DEFAULT` are rounded by ``weighted``, presets by their own algorithm,
@@ -32,6 +33,7 @@ from autoquant_ray.formats.format import (
     attributes_from_json,
     attributes_to_json,
 )
+from autoquant_ray.formats.gguf_types import GGUF_WEIGHTS
 from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS
 from autoquant_ray.formats.numbers import blocks_of, is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.formats.preset_names import preset_names
@@ -71,6 +73,13 @@ BLOCK_INTEGERS: dict[str, tuple[Attributes, Attributes | None]] = {
     if (bits, block) != (4, 128)  # one of the pairs
 }
 """Weights as integers of other widths and in other blocks, inputs in 16 bits."""
+
+OURS: Mapping[str, tuple[Attributes, Attributes | None]] = {
+    **PAIRS,
+    **BLOCK_INTEGERS,
+    **{name: (weight, None) for name, weight in GGUF_WEIGHTS.items()},
+}
+"""All formats of weights that have a name here: attributes of weights and inputs."""
 
 WEIGHTED_BY_DEFAULT = frozenset(
     [*BLOCK_INTEGERS, *(f"w{weight}_a{input_}" for weight in ("fp4", "int4") for input_ in _INPUTS)]
@@ -127,7 +136,7 @@ def require_names(names: Iterable[str], custom: Custom | None = None) -> None:
     Raises:
         FormatError: Unknown ones, all of them.
     """
-    presets, ours = preset_names(), [*(custom or {}), *PAIRS, *BLOCK_INTEGERS, *KV_FORMATS]
+    presets, ours = preset_names(), [*(custom or {}), *OURS, *KV_FORMATS]
     problems = []
     for name in names:
         plain = name
@@ -157,7 +166,7 @@ def known_formats() -> list[str]:
     """All names that can be asked for, pairs first, ModelOpt's presets last."""
     from autoquant_ray.modelopt_api import mtq
 
-    return [*PAIRS, *BLOCK_INTEGERS, *KV_FORMATS, *sorted(mtq.config.choices)]
+    return [*OURS, *KV_FORMATS, *sorted(mtq.config.choices)]
 
 
 def _resolve(name: str, custom: Custom, *, by_default: bool = True) -> Format:
@@ -179,7 +188,7 @@ def _without_method(name: str, custom: Custom) -> Format:
         algorithm = checked_algorithm(f"custom format {name!r}", custom[name].get("algorithm"))
     elif (kv := KV_FORMATS.get(name)) is not None:
         return Format(name=name, weight={}, input=None, modelopt_compression=1.0, kv=kv)
-    elif (pair := PAIRS.get(name) or BLOCK_INTEGERS.get(name)) is not None:
+    elif (pair := OURS.get(name)) is not None:
         weight, input_ = pair
     else:
         weight, input_, algorithm = _preset_attributes(name, [*custom, *known_formats()])
@@ -189,7 +198,7 @@ def _without_method(name: str, custom: Custom) -> Format:
         input=input_,
         modelopt_compression=(
             _modelopt_compression(name, weight, input_)
-            if name in custom or name not in PAIRS | BLOCK_INTEGERS
+            if name in custom or name not in OURS
             else min(_compression(part) for part in (weight, input_) if part is not None)
         ),
         algorithm=algorithm,

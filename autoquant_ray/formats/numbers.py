@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autoquant_ray.formats.gguf_types import GGUF_TYPES, gguf_type_of
+
 E4M3_SCALE, E8M0_SCALE = (4, 3), (8, 0)
 BLOCK_SIZES = (8, 16, 32)
 """Those that ModelOpt's CUDA kernel for blocks takes."""
@@ -135,6 +137,8 @@ def describe(attributes: Mapping[str, Any] | None) -> str:
     """One quantizer in words, for tables: ``e2m1, blocks of 16, e4m3 scales``."""
     if attributes is None:
         return "16 bits"
+    if (gguf_type := gguf_type_of(attributes)) is not None:
+        return f"ggml's {gguf_type}, blocks of {GGUF_TYPES[gguf_type].block}"
     num_bits = attributes.get("num_bits", 8)
     name = f"int{num_bits}" if isinstance(num_bits, int) else f"e{num_bits[0]}m{num_bits[1]}"
     sizes = attributes.get("block_sizes") or {}

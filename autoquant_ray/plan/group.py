@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.gguf_types import fits
 from autoquant_ray.formats.kv_cache import cache_bytes
 from autoquant_ray.formats.smoothed import is_fitted, is_smoothed, needs_channels, takes_factors
 from autoquant_ray.formats.stored_size import format_bits
@@ -49,12 +50,14 @@ class PlannedGroup:
         Experts share the quantizer of their inputs; one that is a group takes what leaves them.
         Scaled channels would change a tied embedding. Factors need an input that can be folded.
         Weights that several modules share are stored once, so they take no format that is fitted to
-        the inputs of a module.
+        the inputs of a module. A type of GGUF files needs rows of whole blocks.
         """
         is_apart = self.modules[0].expert is not None
         if self.is_cache != (format_.kv is not None) or (is_apart and format_.input is not None):
             return False
         if takes_factors(format_) and self.fold is None:
+            return False
+        if not all(fits(format_.weight, module.shapes) for module in self.modules):
             return False
         if self.is_shared and (needs_channels(format_) or is_fitted(format_)):
             return False

@@ -10,6 +10,7 @@ from typing import Any
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.formats.checks import caution
 from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.gguf_types import require_library
 from autoquant_ray.formats.menu import check_device, resolve_formats
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import build_skeleton
@@ -52,6 +53,7 @@ def make_plan(
                 space.formats, device=device, custom=space.custom_formats
             )
         ]
+    require_library({format_.name: format_.weight for format_ in formats})
     if (text := caution(formats)) is not None:
         logger.warning("%s", text)
     skeleton = build_skeleton(ref)

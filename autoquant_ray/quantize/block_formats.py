@@ -247,7 +247,7 @@ def _power_of_two(exponents: torch.Tensor) -> torch.Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """A quantized forward; backward as if nothing happened, like ModelOpt's default."""
 
     @staticmethod
@@ -277,7 +277,7 @@ class StaticBlocks(StaticBlockQuantizer):
             quantize_static_blocks, maxima_N1=maxima_N1, largest=largest, scale_at_largest=top
         )
         if not inputs.is_cuda:
-            values: torch.Tensor = _StraightThrough.apply(inputs, quantize)
+            values: torch.Tensor = StraightThrough.apply(inputs, quantize)
             return values
         on_cuda = super().quantized(inputs)
         _, is_lost_N1 = _static_scales(maxima_N1, largest, top)
@@ -325,7 +325,7 @@ def _here(inputs: torch.Tensor, quantizer: Any, *, as_packed: bool = False) -> t
     blocks = _blocks_of(quantizer)
     maximum = largest_of(quantizer, inputs) if blocks.has_second_scale else None
     quantize = partial(quantize_blocks, blocks=blocks, maximum=maximum, as_packed=as_packed)
-    quantized: torch.Tensor = _StraightThrough.apply(inputs, quantize)
+    quantized: torch.Tensor = StraightThrough.apply(inputs, quantize)
     return quantized
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import autoquant_ray.quantize.by_ggml  # noqa: F401 (registers its backend)
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.formats.smoothed import needs_channel_squares

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.stage_fields import changed_fields
 from autoquant_ray.errors import ChangedError, ConfigError, Interrupted, StoreError, one_line
+from autoquant_ray.formats.gguf_types import DISTRIBUTION, gguf_type_of
 from autoquant_ray.runs.directory import SCHEMA_VERSION, RunDirectory
 from autoquant_ray.runs.lease import Lease
 from autoquant_ray.runs.names import (
@@ -288,9 +289,10 @@ class RunState:
 
     def _require_same_versions(self) -> None:
         """Parts of two versions must not be mixed; a finished run is only read."""
-        for name, now in _versions().items():
+        menu = () if self.record.plan is None else self.record.plan["formats"]
+        for name, now in numeric_versions(menu).items():
             before = (self.record.versions or {}).get(name)
-            if name in _NUMERIC_PACKAGES and before != now:
+            if before != now:
                 raise ChangedError(
                     f"{self.directory.uri} was started with {name} {before}, this is {now}; go on "
                     "with the same version, or `overwrite`"
@@ -373,9 +375,15 @@ def _run_id(uri: str) -> str:
     return f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
 
 
-def numeric_versions() -> dict[str, str]:
-    """Versions, now, of the packages that numbers depend on."""
-    return {name: version for name, version in _versions().items() if name in _NUMERIC_PACKAGES}
+def numeric_versions(menu: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Versions, now, of the packages that numbers depend on.
+
+    Args:
+        menu: Formats as ``run.json`` has them: ggml's library counts where it quantizes any.
+    """
+    by_ggml = any(gguf_type_of(entry.get("weight") or {}) is not None for entry in menu)
+    packages = (*_NUMERIC_PACKAGES, DISTRIBUTION) if by_ggml else _NUMERIC_PACKAGES
+    return {name: version for name, version in _versions().items() if name in packages}
 
 
 def _utc_now() -> str:
@@ -384,4 +392,6 @@ def _utc_now() -> str:
 
 def _versions() -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    with suppress(importlib.metadata.PackageNotFoundError):
+        packages[DISTRIBUTION] = importlib.metadata.version(DISTRIBUTION)
     return {"python": platform.python_version(), **packages}

@@ -2,8 +2,9 @@
 
 A case is a folder:
 
-    case.json              layout or tool, model, and a line per layer: format, rows, columns, and
-                           the squared error of its weights where nothing else is quantized
+    case.json              layout or tool, model, and a line per layer: format, rows, columns,
+                           the squared error of its weights where nothing else is quantized, and
+                           their digest where the tool makes the same
     out/                   the checkpoint, or
     recipe                 the recipe for the tool
     inputs.safetensors     what each layer is given, (T, I); equal for layers that are fused
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from engines.in_tools.answer import digest_of
 from engines.planned import planned_model, text_log_probs, window_logits
 from safetensors.torch import save_file
 
@@ -39,6 +41,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.data.texts import read_pydoc
 from autoquant_ray.export.source import Source, read_source
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.gguf_types import GGUF_TYPES, gguf_type_of
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 from autoquant_ray.runs.directory import RunDirectory
@@ -59,6 +62,7 @@ SCANNED = (
     "MXFP8_DEFAULT_CFG",
 )
 _INTEGERS = tuple(name for name in SCANNED if "int" in name and name != "wint8_aint8")
+GGUF = "llama.cpp, its types"
 CASES = {
     "compressed-tensors": (
         "wint8_aint8",
@@ -83,6 +87,7 @@ CASES = {
         NONE,
     ),
     "llama.cpp": (*_INTEGERS, "wfp4_afp16", NONE),
+    GGUF: (*GGUF_TYPES, NONE),
     "mlx-lm": (*_INTEGERS, "wfp4_afp16", NONE),
     "auto-round": ("wint4_g64_afp16", "wint8_afp16", "wint3_g64_afp16", NONE),
 }
@@ -134,11 +139,14 @@ def weights_file(model: Path) -> Path:
     return model.with_suffix(".safetensors")
 
 
-def make_run(model: Path, folder: Path) -> autoquant_ray.Run:
-    """A small scan of all formats: enough to calibrate them, not for a good choice."""
+def make_run(model: Path, folder: Path, case: str) -> autoquant_ray.Run:
+    """A small scan of a case's formats and others: to calibrate them, not for a good choice."""
+    formats = SCANNED
+    if case == GGUF:
+        folder, formats = folder.with_name(f"{folder.name}-gguf"), tuple(GGUF_TYPES)
     if folder.exists():
         return autoquant_ray.Run.open(str(folder))
-    changed = {"model": str(model), "formats": SCANNED, "samples": 4, "seq_len": 128}
+    changed = {"model": str(model), "formats": formats, "samples": 4, "seq_len": 128}
     changed |= {"engine": None, "gpu": None}
     config = demo_config(str(folder), 8.0)
     return autoquant_ray.search(ScanConfig.model_validate(config.model_dump() | changed))
@@ -149,7 +157,7 @@ def make_case(run: autoquant_ray.Run, name: str, folder: Path) -> Path:
     if (folder / "case.json").exists():
         return folder
     formats = CASES[name]
-    groups = run.plan.column("group").to_pylist()
+    groups = list(dict.fromkeys(run.plan.column("group").to_pylist()))
     pins = {group: formats[number % len(formats)] for number, group in enumerate(groups)}
     if name == "auto-round":
         pins |= {group: NONE for group in groups if group == "lm_head"}  # it keeps tied heads
@@ -159,7 +167,8 @@ def make_case(run: autoquant_ray.Run, name: str, folder: Path) -> Path:
     if name == "modelopt":
         options[1] = name
     elif not name.startswith("compressed-tensors"):
-        options = ["--format", "recipe", "--tool", name, "--out", str(folder / "recipe")]
+        tool = name.partition(", ")[0]
+        options = ["--format", "recipe", "--tool", tool, "--out", str(folder / "recipe")]
     export_by_command(run.path, [*options, "--solution", solution])
     source = read_source(RunDirectory(run.path), solution)
     expected = write_expected(source, folder)
@@ -200,6 +209,8 @@ def write_expected(source: Source, folder: Path) -> dict[str, Any]:
                 quantized_OI = linear(torch.eye(columns)).T
                 error = (quantized_OI - linear.weight).double().square().sum()
                 layers[module]["squared_error"] = float(error)
+                if gguf_type_of(format_.weight) is not None:
+                    layers[module]["digest"] = digest_of(quantized_OI.numpy())
     save_file(inputs, folder / "inputs.safetensors")
     save_file(outputs, folder / "outputs.safetensors")
     with planned_model(source, moved=1e-6) as model:

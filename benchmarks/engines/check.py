@@ -12,7 +12,8 @@ environment of its own (``in_tools``). A line is right where
 - the log-probabilities of a fixed text are as near the planned model's as that is to itself with
   its 16-bit weights moved by a millionth: at most three times as far, or 0.01 nats per token.
 
-A tool with a recipe rounds by itself. There the squared error of each layer's weights stands beside
+A tool with a recipe rounds by itself; types of GGUF files it rounds as they were scored, bit for
+bit. There the squared error of each layer's weights stands beside
 that of the planned layer (at most 2.5 times: nvfp4 without a scale per tensor loses 2.2 times as
 much), and the text in the tool's own runner beside that of its dequantized weights (0.05 nats: the
 runner of llama.cpp rounds inputs to 8 bits).
@@ -59,8 +60,9 @@ def main() -> None:
     for tool in options.tools or TOOLS:
         python, environment = environment_of(tool, work)
         for name in options.models:
-            run = make_run(make_model(name, work / "models" / name), work / "runs" / name)
+            model = make_model(name, work / "models" / name)
             for case in TOOLS[tool].cases:
+                run = make_run(model, work / "runs" / name, case)
                 folder = make_case(run, case, work / "cases" / name / case.replace(", ", "-"))
                 row = {
                     "tool": tool,
@@ -97,8 +99,9 @@ def judge(tool: Tool, answer: dict[str, Any], folder: Path) -> dict[str, Any]:
     Args:
         tool: That gave it.
         answer: ``kinds`` (module -> kind), and those of ``missing`` (names that were never asked
-            for), ``output_errors``, ``weight_losses`` (module -> number), ``runner_difference`` and
-            ``log_probs`` that the tool has.
+            for), ``other_weights`` (names whose weights are not those of the plan, where they
+            should be), ``output_errors``, ``weight_losses`` (module -> number),
+            ``runner_difference`` and ``log_probs`` that the tool has.
         folder: Of the case.
     """
     layers = json.loads((folder / "case.json").read_text())["layers"]
@@ -116,6 +119,8 @@ def judge(tool: Tool, answer: dict[str, Any], folder: Path) -> dict[str, Any]:
     wrong = wrong[:_MOST_NAMES]
     if missing := answer.get("missing"):
         wrong.append(f"the tool never asked for {', '.join(missing[:_MOST_NAMES])}")
+    if others := answer.get("other_weights"):
+        wrong.append(f"other weights than the plan's: {', '.join(others[:_MOST_NAMES])}")
     if errors := answer.get("output_errors"):
         worst = max(errors, key=lambda name: errors[name])
         result["worst_output_error"] = errors[worst]

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoquant_ray.calibrate.files import read_calibration
+from autoquant_ray.calibrate.files import calibration_of
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import load_model
-from autoquant_ray.plan.fold import folds_of_summary
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.modules import UNQUANTIZED, QuantizedLayers
@@ -53,9 +52,7 @@ def planned_model(source: Source, moved: float = 0.0) -> Iterator[Any]:
         for scored in modules
     }
     choice = tuple(chosen[group] for group in sorted(chosen))
-    folds = folds_of_summary(source.state.plan)
-    calibration = read_calibration(source.state.directory, menu, folds)
-    layers = QuantizedLayers(model, [], modules, menu, calibration)
+    layers = QuantizedLayers(model, [], modules, menu, calibration_of(source.state))
     with layers.quantized(0, choice, WeightCache(2**40)), torch.no_grad():
         yield model
 

@@ -65,7 +65,15 @@ def mlx_kind(format_: str, columns: int) -> str:
 
 
 _GGUF_TYPES = {"3": "Q3_K", "4": "Q4_0", "5": "Q5_0", "6": "Q6_K", "8": "Q8_0"}
-_WHOLE_BLOCKS = {"Q3_K": (256, "Q4_0"), "Q6_K": (256, "Q8_0")}
+_WHOLE_BLOCKS = {
+    "Q2_K": (256, "Q4_0"),
+    "Q3_K": (256, "Q4_0"),
+    "Q4_K": (256, "Q5_0"),
+    "Q5_K": (256, "Q5_1"),
+    "Q6_K": (256, "Q8_0"),
+    "IQ3_S": (256, "IQ4_NL"),
+    "IQ4_XS": (256, "IQ4_NL"),
+}
 """Type -> weights of its blocks, and the type that llama.cpp takes for rows of another size."""
 
 
@@ -73,7 +81,9 @@ def gguf_kind(format_: str, columns: int) -> str:
     """Type of a GGUF file's tensor."""
     if format_ == "none":
         return "BF16"
-    type_ = "NVFP4" if format_ == "wfp4_afp16" else _GGUF_TYPES[format_[4]]
+    type_ = "NVFP4" if format_ == "wfp4_afp16" else format_.upper()
+    if format_.startswith("wint"):
+        type_ = _GGUF_TYPES[format_[4]]
     block, narrower = _WHOLE_BLOCKS.get(type_, (1, type_))
     return narrower if columns % block else type_
 
@@ -146,7 +156,7 @@ TOOLS = {
     ),
     "llama.cpp": Tool(
         script="with_llama_cpp.py",
-        cases=("llama.cpp",),
+        cases=("llama.cpp", "llama.cpp, its types"),
         kind=gguf_kind,
         build="build_llama_cpp.sh",
     ),

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from autoquant_ray.cli.main import main
+from autoquant_ray.formats.gguf_types import GGUF_WEIGHTS
 from autoquant_ray.formats.menu import PAIRS, closest_formats, known_formats
 from autoquant_ray.formats.numbers import describe
 
@@ -32,7 +33,7 @@ def test_documented_tables_are_those_of_the_code(docs: Any) -> None:
 
 def test_every_format_that_runs_anywhere_runs_on_cpu(docs: Any) -> None:
     rows = docs.formats_table().splitlines()[2:]
-    assert {row.rsplit("|", 2)[1].strip() for row in rows} == {"here", "ModelOpt"}
+    assert {row.rsplit("|", 2)[1].strip() for row in rows} == {"here", "ModelOpt", "ggml"}
 
 
 def test_example_of_custom_formats_can_be_planned(model_folder: Any, tmp_path: Path) -> None:
@@ -57,6 +58,7 @@ def test_example_of_custom_formats_can_be_planned(model_folder: Any, tmp_path: P
         ({"num_bits": (4, 3), "axis": None}, "e4m3, a scale per tensor"),
         ({"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}, "int8, a scale per token"),
         ({"num_bits": (4, 3), "block_sizes": {-1: 128, -2: 64}}, "e4m3, blocks of 64 x 128"),
+        (GGUF_WEIGHTS["q4_k"], "ggml's q4_k, blocks of 256"),
         (
             {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}},
             "e2m1, blocks of 16, e4m3 scales",

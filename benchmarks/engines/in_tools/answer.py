@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -32,6 +33,12 @@ def inputs_and_error(case: Path) -> tuple[dict[str, Any], Callable[[str, Any], f
         return float((difference**2).sum() ** 0.5 / (expected[name] ** 2).sum() ** 0.5)
 
     return load_file(case / "inputs.safetensors"), error
+
+
+def digest_of(weight_OI: Any) -> str:
+    """Of float32 rows in any order: a converter permutes those of queries and keys."""
+    rows = sorted(row.tobytes() for row in weight_OI + np.float32(0))  # -0 becomes 0
+    return hashlib.sha256(b"".join(rows)).hexdigest()
 
 
 def model_of(case: Path) -> str:

@@ -5,7 +5,8 @@
 ``FOLDER`` is that of ``build_llama_cpp.sh``. Converts the model, runs the recipe as it is, reads
 the types of the written file, and lets ``llama-perplexity`` read a text, which transformers reads
 too with the same file dequantized. Prints a line of JSON: versions, each layer's type, how often
-its weights lose what the plan's lose, and by how much the logarithms of the perplexities differ.
+its weights lose what the plan's lose, which have other weights than the plan where they should be
+the same, and by how much the logarithms of the perplexities differ.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
-from answer import as_answer, layers_of, losses_of, model_of
+from answer import as_answer, digest_of, layers_of, losses_of, model_of
 
 PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -64,8 +65,13 @@ def tensors_of(file: Path) -> dict[str, Any]:
 
 def squared_error(quantized: Any, original: Any) -> float:
     """Of the weights of a tensor."""
-    first, second = (gguf.dequantize(t.data, t.tensor_type) for t in (quantized, original))
+    first, second = weights_of(quantized), weights_of(original)
     return float(((first.astype(np.float64) - second) ** 2).sum())
+
+
+def weights_of(tensor: Any) -> Any:
+    """What a tensor stands for, float32 ``(O, I)``."""
+    return gguf.dequantize(tensor.data, tensor.tensor_type)
 
 
 @torch.no_grad()
@@ -110,11 +116,18 @@ def main(case: Path, built: Path) -> None:
             name: squared_error(tensor_of(name, written), tensor_of(name, original))
             for name in layers
         }
+        others = [
+            name
+            for name, layer in layers.items()
+            if "digest" in layer
+            and digest_of(weights_of(tensor_of(name, written))) != layer["digest"]
+        ]
         expected = text_loss(folder / "out.gguf", config, text, tokenizer)
     as_answer(
         versions={"llama.cpp": "b11434", "gguf": version("gguf")},
         kinds=types,
         weight_losses=losses_of(case, errors),
+        other_weights=others,
         runner_difference=abs(math.log(float(perplexity)) - expected),
     )
 

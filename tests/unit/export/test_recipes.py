@@ -170,6 +170,21 @@ def test_rows_that_a_type_does_not_divide_get_what_the_tool_writes() -> None:
     assert [entry and entry["group_size"] for entry in entries] == [128, 64, False]
 
 
+def test_types_of_gguf_files_are_written_as_they_were_scored() -> None:
+    """Rows that a type does not divide were scored with the type that they get, so no note."""
+    widths = {0: 512, 1: 576}
+    modules = {f"model.layers.{i}.mlp.up_proj": {"shapes": [[8, w]]} for i, w in widths.items()}
+    formats = resolve_formats(("q4_k", "iq4_xs", "wint6_afp16"), device="cpu")
+    for name, expected in {"q4_k": ["q4_k", "q5_0"], "iq4_xs": ["iq4_xs", "iq4_nl"]}.items():
+        arguments = (dict.fromkeys(modules, name), formats, "llama.cpp")
+        types = [type_ for _, type_ in options(make_recipe(*arguments, modules=modules))]
+        assert types == expected
+        assert recipe_notes(*arguments, tied={}, modules=modules) == []
+    for tool in ("auto-round", "mlx-lm"):
+        with pytest.raises(FormatError, match=f"{tool} has no counterpart of q4_k; of this run"):
+            make_recipe(dict.fromkeys(modules, "q4_k"), formats, tool)
+
+
 def test_layer_config_of_autoround_says_bits_groups_and_inputs() -> None:
     chosen = {"a": "wint4_afp16", "b": "wfp8_afp8", "c": NONE, "d": "wint8_aint8", "e": "nvfp4"}
     layers = json.loads(make_recipe(chosen, FORMATS, "auto-round"))
