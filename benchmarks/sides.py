@@ -308,7 +308,7 @@ def modelopt_format(name: str, device: str = "cpu") -> Any:
     """
     import modelopt.torch.quantization as mtq
 
-    from autoquant_ray.quantize.block_formats import for_cpu
+    from autoquant_ray.quantize.backends.block_formats import for_cpu
 
     adapted = for_cpu if device == "cpu" else dict
     if hasattr(mtq, name):

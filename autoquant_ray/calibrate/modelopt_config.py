@@ -32,9 +32,9 @@ def load_quantization_config(
 
     ModelOpt runs NVFP4 and the MX formats by CUDA kernels only. For a model on CPU their quantizers
     name the ``backend`` that this package registers with ModelOpt
-    (:mod:`autoquant_ray.quantize.block_formats`); on CUDA such a quantizer still runs ModelOpt's
-    kernels. Where layers are calibrated by different algorithms, the mode that this package
-    registers with ModelOpt (:mod:`autoquant_ray.quantize.calibration_mode`) runs ModelOpt's own,
+    (:mod:`autoquant_ray.quantize.backends.block_formats`); on CUDA such a quantizer still runs
+    ModelOpt's kernels. Where layers are calibrated by different algorithms, the mode that this
+    package registers with ModelOpt (:mod:`autoquant_ray.quantize.calibration_mode`) runs ModelOpt's own,
     one after another.
 
     Given a run, the config of an allocation with fitted weights names it, and ``mtq.quantize``
@@ -141,10 +141,10 @@ def _runnable(config: dict[str, Any], device: str) -> dict[str, Any]:
     if by_sets(config["algorithm"]):
         import autoquant_ray.quantize.calibration_mode
     if any(gguf_type_of(attributes) is not None for attributes in quantizers):
-        import autoquant_ray.quantize.by_ggml  # noqa: F401
+        import autoquant_ray.quantize.backends.by_ggml  # noqa: F401
     if not by_block:
         return config
-    from autoquant_ray.quantize.block_formats import for_cpu
+    from autoquant_ray.quantize.backends.block_formats import for_cpu
 
     return for_cpu(config)
 

@@ -43,7 +43,7 @@ from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.modelopt_api import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from autoquant_ray.modelopt_export import joined_slices, row_slices, some_rows
-from autoquant_ray.quantize.block_formats import packed_static_scales
+from autoquant_ray.quantize.backends.block_formats import packed_static_scales
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import Factors
 from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of, rounded_weight

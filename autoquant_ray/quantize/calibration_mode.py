@@ -20,7 +20,7 @@ Each set sees the inputs of the unquantized model. Algorithms that scale weights
 back, because ``W s (x / s)`` is ``W x`` only up to rounding.
 
 On CPU, where ModelOpt's quantizer of static NVFP4 weights cannot run, it is replaced by
-:class:`~autoquant_ray.quantize.block_formats.StaticBlocks`.
+:class:`~autoquant_ray.quantize.backends.block_formats.StaticBlocks`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from autoquant_ray.modelopt_api import (
     set_quantizer_by_cfg_context,
     switch_input_scaling,
 )
-from autoquant_ray.quantize.block_formats import StaticBlocks
+from autoquant_ray.quantize.backends.block_formats import StaticBlocks
 from autoquant_ray.quantize.input_factors import InputFactors
 from autoquant_ray.quantize.input_squares import InputSquares
 from autoquant_ray.quantize.weight_search import search_scales, set_common_maximum

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from autoquant_ray.formats.numbers import E2M1, E4M3, Number
-from autoquant_ray.quantize.block_formats import round_to
+from autoquant_ray.quantize.backends.block_formats import round_to
 from autoquant_ray.quantize.calibration import Bytes
 
 _HUGE = 1e30

@@ -3,8 +3,8 @@
 Nothing here rounds a number by itself: a :class:`Format`'s attributes configure ModelOpt's
 ``TensorQuantizer``, calibrated by maximum as ``mtq.calibrate(algorithm="max")`` does it; a weight's
 may then be searched (:mod:`autoquant_ray.quantize.weight_search`). Where that needs a CUDA kernel
-and the values are on CPU, :mod:`autoquant_ray.quantize.block_formats` steps in through ModelOpt's
-hook for such a case.
+and the values are on CPU, :mod:`autoquant_ray.quantize.backends.block_formats` steps in through
+ModelOpt's hook for such a case.
 
 ModelOpt's quantizers keep state that depends on the shape of what they quantized (they reshape
 blocks): every weight gets a new quantizer.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import autoquant_ray.quantize.by_ggml  # noqa: F401 (registers its backend)
+import autoquant_ray.quantize.backends.by_ggml  # noqa: F401 (registers its backend)
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.formats.smoothed import needs_channel_squares
@@ -28,7 +28,7 @@ from autoquant_ray.modelopt_api import (
     TensorQuantizer,
     needs_static_maximum,
 )
-from autoquant_ray.quantize.block_formats import WEIGHTS_BACKEND, backend_for
+from autoquant_ray.quantize.backends.block_formats import WEIGHTS_BACKEND, backend_for
 from autoquant_ray.quantize.grid import Grid, grid_of, values_of
 from autoquant_ray.quantize.weight_search import (
     Recall,

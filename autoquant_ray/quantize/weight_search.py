@@ -38,7 +38,7 @@ from autoquant_ray.formats.numbers import is_static_nvfp4
 from autoquant_ray.formats.smoothed import is_smoothed, method_of, needs_hessians, takes_factors
 from autoquant_ray.modelopt_api import SHARED_PATTERNS, ScaleSearch, StaticBlockScaleQuantizer
 from autoquant_ray.quantize.awq import shared_factors, shared_importance
-from autoquant_ray.quantize.block_formats import StaticBlocks
+from autoquant_ray.quantize.backends.block_formats import StaticBlocks
 from autoquant_ray.quantize.calibration import Bytes, Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.serving.shared_scales import fused_layers

@@ -15,7 +15,7 @@ from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.scored_modules import scored_modules
-from autoquant_ray.quantize.block_formats import BACKEND
+from autoquant_ray.quantize.backends.block_formats import BACKEND
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 from autoquant_ray.score.scorer import Scorer
 

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("runs",),
     ("models",),
-    ("data", "plan"),
+    ("data", "plan", "quantize.backends"),
     ("quantize", "allocate.knapsack", "distributed"),
     ("allocate", "calibrate", "distributed.forks", "quantize.gptq"),
     ("allocate.certainty", "allocate.constrained", "report.charts", "score"),
@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """Rooms and top-level modules, from the ground floor up."""
 
-TORCH_PACKAGES = {"quantize", "quantize.gptq", "calibrate", "score"}
+TORCH_PACKAGES = {"quantize", "quantize.backends", "quantize.gptq", "calibrate", "score"}
 TORCH_FILES = {
     "evaluate.divergence",
     "evaluate.flip_estimator",

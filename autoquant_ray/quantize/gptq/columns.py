@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from autoquant_ray.formats.algorithms import FACTOR_BYTES
-from autoquant_ray.quantize.block_formats import round_to
+from autoquant_ray.quantize.backends.block_formats import round_to
 from autoquant_ray.quantize.grid import Grid, divisor_of
 from autoquant_ray.quantize.second_moments import SecondMoments
 

@@ -14,7 +14,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.qtensor import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 
 from autoquant_ray.formats.numbers import NUMBERS, Blocks, blocks_of
-from autoquant_ray.quantize.block_formats import BACKEND, quantize_blocks, round_to
+from autoquant_ray.quantize.backends.block_formats import BACKEND, quantize_blocks, round_to
 from autoquant_ray.quantize.quantizers import fake_quantize_weight, make_input_quantizer
 
 DTYPES: dict[Any, Any] = {

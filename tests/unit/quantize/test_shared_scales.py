@@ -158,7 +158,7 @@ def test_searched_scale_is_the_one_that_loses_least_in_all_layers_together(
 
 @pytest.mark.parametrize("name", ["FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"])
 def test_scales_apart_are_those_of_modelopt(name: str, model: Any) -> None:
-    from autoquant_ray.quantize.block_formats import for_cpu
+    from autoquant_ray.quantize.backends.block_formats import for_cpu
 
     format_ = replace(format_of(name), shares_scale=False)
     entries = [*NOTHING, *quantizer_entries("*.layers.0.*", format_)]

@@ -19,7 +19,7 @@ from evaluations import make_evaluation
 from modelopt_scores import modelopt_scores, of_text, summed_by_step
 
 from autoquant_ray.quantize.awq import best_alphas, merge_losses
-from autoquant_ray.quantize.block_formats import for_cpu
+from autoquant_ray.quantize.backends.block_formats import for_cpu
 from autoquant_ray.quantize.calibration import Calibration, merge_calibrations
 from autoquant_ray.quantize.smoothing import input_maximum, input_scales
 from autoquant_ray.score.scorer import Scorer

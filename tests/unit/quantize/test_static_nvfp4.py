@@ -31,7 +31,7 @@ from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.quant_cfg import quantizer_entries
 from autoquant_ray.formats.format import Format, attributes_to_json
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.quantize.block_formats import quantize_static_blocks
+from autoquant_ray.quantize.backends.block_formats import quantize_static_blocks
 from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.quantizers import quantized_weight
 from autoquant_ray.quantize.weight_search import WeightScales
@@ -176,7 +176,7 @@ def test_scores_equal_modelopt_search(
     make_samples: Any,
     modelopt_on_cpu: None,
 ) -> None:
-    from autoquant_ray.quantize.block_formats import for_cpu
+    from autoquant_ray.quantize.backends.block_formats import for_cpu
 
     prepared = make_scorer(family, (name,))
     shards = [make_samples([24, 24], seed=1), make_samples([17, 17], seed=2)]

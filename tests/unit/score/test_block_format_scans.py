@@ -20,7 +20,7 @@ from autoquant_ray import load_quantization_config
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.formats.menu import PAIRS, resolve_formats
 from autoquant_ray.plan.plan import build_plan
-from autoquant_ray.quantize.block_formats import (
+from autoquant_ray.quantize.backends.block_formats import (
     BACKEND,
     WEIGHTS_BACKEND,
     backend_for,

@@ -19,7 +19,7 @@ from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.layers import require_gradient
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.attention import CachedAttention, Call
-from autoquant_ray.quantize.block_formats import for_cpu
+from autoquant_ray.quantize.backends.block_formats import for_cpu
 from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.loss import draw_uniforms, sample_labels

@@ -28,7 +28,7 @@ from autoquant_ray.formats.gguf_types import (
     library_file,
 )
 from autoquant_ray.modelopt_api import is_registered_quant_backend, register_quant_backend
-from autoquant_ray.quantize.block_formats import StraightThrough
+from autoquant_ray.quantize.backends.block_formats import StraightThrough
 
 _PART_WEIGHTS = 2**20
 """Weights that a thread has in float32 at a time."""
