@@ -34,8 +34,8 @@ def load_quantization_config(
     name the ``backend`` that this package registers with ModelOpt
     (:mod:`autoquant_ray.quantize.backends.block_formats`); on CUDA such a quantizer still runs
     ModelOpt's kernels. Where layers are calibrated by different algorithms, the mode that this
-    package registers with ModelOpt (:mod:`autoquant_ray.quantize.calibration_mode`) runs ModelOpt's own,
-    one after another.
+    package registers with ModelOpt (:mod:`autoquant_ray.quantize.calibration_mode`) runs
+    ModelOpt's own, one after another.
 
     Given a run, the config of an allocation with fitted weights names it, and ``mtq.quantize``
     takes what was scored from its files. Given a manifest alone, it fits anew, to its forward loop.

@@ -3,9 +3,9 @@
 Such a weight is quantized and dequantized by ggml's library itself, without an importance matrix,
 as ``llama-quantize`` calls it (:mod:`autoquant_ray.quantize.backends.by_ggml`): what is scored
 is what the tool writes. Types that need an importance matrix there (iq1, iq2, iq3_xxs) are left
-out. Numbers and sizes are those of ggml's ``enum ggml_type`` and ``GGML_QUANT_SIZES`` of the package ``gguf``;
-which type takes the place of another is read in ``tensor_type_fallback`` of ``src/llama-quant.cpp``
-(b11434).
+out. Numbers and sizes are those of ggml's ``enum ggml_type`` and ``GGML_QUANT_SIZES`` of the
+package ``gguf``; which type takes the place of another is read in ``tensor_type_fallback`` of
+``src/llama-quant.cpp`` (b11434).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Blocks whose scale is computed from the values themselves (``type: dynamic``, with ``scale_bits``)
 are NVFP4 and the MX formats; NVFP4 weights may also have calibrated scales (``type: static``).
-ModelOpt quantizes them by CUDA kernels; :mod:`autoquant_ray.quantize.backends.block_formats` does it
-on CPU, for the formats that are listed here.
+ModelOpt quantizes them by CUDA kernels; :mod:`autoquant_ray.quantize.backends.block_formats` does
+it on CPU, for the formats that are listed here.
 """
 
 from __future__ import annotations
