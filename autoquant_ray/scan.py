@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoquant_ray.allocate.options import solve_options
@@ -29,6 +29,7 @@ from autoquant_ray.distributed.placement import (
     place_workers,
     require_resources,
     resolve_device,
+    spare_bytes,
     worker_needs,
 )
 from autoquant_ray.distributed.pool import WorkerPool
@@ -46,7 +47,13 @@ from autoquant_ray.models.find import (
 from autoquant_ray.models.stored_tensors import require_weights
 from autoquant_ray.models.tokenizer import TokenizerRef, require_ids_within
 from autoquant_ray.plan.make import make_plan
-from autoquant_ray.plan.memory import GIB, choose_placement, footprint
+from autoquant_ray.plan.memory import (
+    GIB,
+    KeptGraphs,
+    choose_placement,
+    footprint,
+    kept_graphs,
+)
 from autoquant_ray.plan.plan import Plan
 from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
@@ -118,22 +125,23 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         logger.info("plan: %d of %d groups searched", len(plan.searched), len(plan.groups))
         for limit in checkpoint_limits(plan, ref).lines():
             logger.warning("export: %s", limit)
-        placement = place_workers(
-            config,
-            resources,
-            device=config.device,
-            worker_bytes=footprint(plan, config).worker_bytes(config.placement),
-        )
+        placement, graphs = _place(config, plan, resources)
+        logger.info("%s", graphs.line())
         identity = _identity(config, ref) | ({} if run_id is None else {"run_id": run_id})
         with lease(directory) as held:
             state = RunState.start(directory, config, mode, identity, held)
             with metrics_of(directory, state.record.run_id):
-                solution = _run_stages(state, config, ref, plan, placement)
+                solution = _run_stages(state, config, ref, plan, placement, graphs.nbytes)
     return SearchResult(solution=solution, quarantined=state.record.quarantined)
 
 
 def _run_stages(
-    state: RunState, config: ScanConfig, ref: ModelRef, plan: Plan, placement: Placement
+    state: RunState,
+    config: ScanConfig,
+    ref: ModelRef,
+    plan: Plan,
+    placement: Placement,
+    graph_bytes: int | None,
 ) -> Solution:
     """Every stage that is not up to date, in order."""
     directory = state.directory
@@ -145,7 +153,7 @@ def _run_stages(
     is_scored = stages.is_scored(state, plan, marks["score"])
     is_fitted = config.keep_rounded or not is_scored  # needed afterwards, or for the scores
     if not (is_scored and calibration_stage.is_calibrated(state, plan, has_rounding=is_fitted)):
-        spec = _scoring_spec(config, ref, plan)
+        spec = _scoring_spec(config, ref, plan, graph_bytes)
         placement = placement.at_most(state.num_shards)
         logger.info("%d worker(s) on %s", placement.num_workers, placement.device)
         with WorkerPool(spec, placement, directory.append_event, config.grace_s) as pool:
@@ -227,6 +235,25 @@ def _resolve_placement(
     return config.model_copy(update={"placement": placement})
 
 
+def _place(
+    config: ScanConfig, plan: Plan, resources: Mapping[str, float]
+) -> tuple[Placement, KeptGraphs]:
+    """Size the pool, and say what each worker keeps of the layers' graphs.
+
+    What ``auto`` keeps never costs a worker; what the user asks for may.
+    """
+    memory = footprint(plan, config)
+    graphs = kept_graphs(plan, config, memory)
+    is_auto = config.keep_graphs == "auto"
+    needed = memory.worker_bytes(config.placement)
+    asked = 0 if is_auto else graphs.counted_bytes
+    placement = place_workers(config, resources, device=config.device, worker_bytes=needed + asked)
+    if is_auto and config.device == "cpu":
+        graphs = graphs.within(spare_bytes(config, placement))
+        placement = replace(placement, worker_bytes=needed + graphs.counted_bytes)
+    return placement, graphs
+
+
 def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
     model, data = fingerprint_model(ref), fingerprint_data(config.data)
     return {
@@ -241,7 +268,9 @@ def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
     }
 
 
-def _scoring_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> ScoringSpec:
+def _scoring_spec(
+    config: ScanConfig, ref: ModelRef, plan: Plan, graph_bytes: int | None
+) -> ScoringSpec:
     return ScoringSpec(
         model=ref,
         dtype=config.dtype,
@@ -258,6 +287,8 @@ def _scoring_spec(config: ScanConfig, ref: ModelRef, plan: Plan) -> ScoringSpec:
             None if config.weight_cache_gib == "auto" else round(config.weight_cache_gib * GIB)
         ),
         activation_bytes=round(config.activation_cache_gib * GIB),
+        graph_bytes=graph_bytes,
+        work_bytes=footprint(plan, config).work_bytes,
         placement=config.placement,
         min_expert_tokens=config.min_expert_tokens,
     )

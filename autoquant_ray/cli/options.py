@@ -32,7 +32,14 @@ _SECTIONS = {
     ),
     "Workers": (
         *("workers", "gpus_per_worker", "cpus_per_worker", "placement", "weight_cache_gib"),
-        *("activation_cache_gib", "step_tokens", "shard_samples", "grace_s", "address"),
+        *(
+            "activation_cache_gib",
+            "keep_graphs",
+            "step_tokens",
+            "shard_samples",
+            "grace_s",
+            "address",
+        ),
         *("wait_for_workers", "accelerator", "node_labels"),
     ),
 }

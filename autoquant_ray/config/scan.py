@@ -198,6 +198,13 @@ class ScanConfig(SearchSpace):
         description="Memory for layer inputs per worker: half for the steps that visit a layer "
         "together, half to keep calibrated shards for scoring.",
     )
+    keep_graphs: float | Literal["auto"] = Field(
+        default="auto",
+        description="Memory per worker, in GiB, for the graphs of as many layers as fit: the "
+        "results of their matrix products and attentions, which the backward pass then does not "
+        "compute again. 0: none. auto: on cpu a quarter of what a worker needs without, on cuda "
+        "what is free. No number depends on it.",
+    )
     workers: int | Literal["auto"] = Field(
         default="auto", description="Number of workers. auto: as many as the cluster has room for."
     )
@@ -263,7 +270,7 @@ class ScanConfig(SearchSpace):
     _parse_share = field_validator("stop_when_stable", mode="before")(unless_none(parse_share))
     _parse_workers = field_validator("workers", mode="before")(parse_workers)
     _parse_wait = field_validator("wait_for_workers", mode="before")(unless_none(parse_seconds))
-    _parse_weight_cache = field_validator("weight_cache_gib", mode="before")(parse_gib)
+    _parse_rooms = field_validator("weight_cache_gib", "keep_graphs", mode="before")(parse_gib)
 
     @field_validator("node_labels", mode="before")
     @classmethod

@@ -155,7 +155,7 @@ def parse_labels(value: Any) -> dict[str, str]:
 
 
 def parse_gib(value: float | str) -> float | Literal["auto"]:
-    """Parse ``auto`` or a number of GiB.
+    """Parse ``auto`` or a number of GiB, such as ``2`` or ``500MiB``.
 
     Raises:
         ValueError: Neither, or below 0 or not finite.
@@ -165,10 +165,18 @@ def parse_gib(value: float | str) -> float | Literal["auto"]:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        number = -1.0
+        number = _gib_of(str(value))
     if not 0 <= number < float("inf"):
         raise ValueError(f"{value!r} is neither 'auto' nor a number of GiB, 0 or more")
     return number
+
+
+def _gib_of(text: str) -> float:
+    """Of a byte count with a unit; -1 for anything else."""
+    try:
+        return parse_bytes(text) / 2**30
+    except ValueError:
+        return -1.0
 
 
 def parse_workers(value: int | str) -> int | Literal["auto"]:

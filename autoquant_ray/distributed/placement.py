@@ -293,6 +293,24 @@ def device_bytes(config: ScanConfig, device: str) -> int:
     return int(min(sizes) * share)
 
 
+def spare_bytes(config: ScanConfig, placement: Placement) -> int:
+    """Memory that is left to a worker on a CPU beside its estimate, on the node that leaves least.
+
+    Args:
+        config: The nodes that workers may run on.
+        placement: How many there may be, and what each needs.
+    """
+    most = max(placement.num_workers, placement.max_workers)
+    spare = []
+    for node in NodeChoice.of(config).nodes():
+        memory = int(_host_bytes(node) * _MEMORY_SHARE)
+        fitting = int(node["Resources"].get("CPU", 0) // placement.cpus_per_worker)
+        if not isinstance(config.workers, int):
+            fitting = min(fitting, memory // placement.worker_bytes)
+        spare.append(memory // max(1, min(most, fitting)) - placement.worker_bytes)
+    return max(0, min(spare, default=0))
+
+
 def _gpu_bytes() -> int:
     import torch
 

@@ -37,6 +37,9 @@ class ScoringSpec:
             head uses again, 2 GiB at most.
         activation_bytes: For layer inputs: half of it for the steps that are visited together,
             half to keep calibrated shards until they are scored.
+        graph_bytes: For products of the forward pass, kept for the backward pass; None takes what
+            the GPU has free. No number depends on it.
+        work_bytes: What a worker needs beside weights and these, estimated.
         placement: ``resident``, ``offload`` or ``split``.
         min_expert_tokens: GPTQ leaves experts that saw fewer to plain rounding.
         moment_bytes: For second moments of inputs.
@@ -55,6 +58,8 @@ class ScoringSpec:
     row_share: float = 1.0
     weight_cache_bytes: int | None = None
     activation_bytes: int = GIB
+    graph_bytes: int | None = 0
+    work_bytes: int = 0
     placement: str = "resident"
     min_expert_tokens: int = 0
     moment_bytes: int = MOMENT_BYTES

@@ -1,4 +1,5 @@
-"""How much memory a worker needs under each placement, and which placement ``auto`` takes.
+"""How much memory a worker needs under each placement, which placement ``auto`` takes, and what it
+keeps of the layers' graphs between forward and backward.
 
 Estimates from the plan alone: the weights are exact, the memory of the work is an upper bound of
 its largest parts. They size the pool and pick a placement; no number depends on them.
@@ -7,8 +8,8 @@ its largest parts. They size the pool and pick a placement; no number depends on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.formats.algorithms import FACTOR_BYTES, SEARCHED_BYTES, SEARCHES
@@ -48,6 +49,12 @@ _MATRICES_HELD = 7
 
 LARGEST_CACHE_BYTES = 2 * GIB
 """Most bytes of quantized weights that a worker keeps where the user gives no number."""
+
+GRAPH_SHARE = 0.25
+"""On a CPU ``auto`` takes at most so much beside what a worker needs without."""
+
+_WITH_SMALL = 1.05
+"""Sums of the attentions' exponentials and routers' logits come on top."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +101,7 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
     else:
         room = round(config.weight_cache_gib * GIB)
         cached = min(room, quantized_bytes(searched, plan.formats))
-    token_bytes = plan.hidden_size * len(layers) * dtype_bytes
-    kept = min(
-        round(config.activation_cache_gib * GIB), config.samples * config.seq_len * token_bytes
-    )
-    inputs = max(config.step_tokens * token_bytes, kept)
+    inputs = held_tokens(plan, config) * _input_bytes(plan, dtype_bytes)
     return Footprint(
         weight_bytes=num_weights * dtype_bytes,
         offloaded_bytes=min(held, num_weights) * dtype_bytes,
@@ -110,6 +113,23 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
         + _LOGITS_BYTES
         + inputs,
     )
+
+
+def held_tokens(plan: Plan, config: ScanConfig) -> int:
+    """Tokens of which a worker holds the layers' inputs: a step, or as many as are kept.
+
+    Args:
+        plan: The plan.
+        config: Resolved dtype.
+    """
+    width = _input_bytes(plan, 4 if config.dtype == "float32" else 2)
+    room = round(config.activation_cache_gib * GIB) // max(1, width)
+    return max(config.step_tokens, min(room, config.samples * config.seq_len))
+
+
+def _input_bytes(plan: Plan, dtype_bytes: int) -> int:
+    """Inputs of all layers for a token."""
+    return plan.hidden_size * len(plan.layer_weights) * dtype_bytes
 
 
 def moment_bytes(plan: Plan) -> int:
@@ -238,3 +258,91 @@ def choose_placement(
     kind = "each GPU" if num_gpus else "the host"
     why = f"resident needs {needed / GIB:.1f} GiB, {kind} has {device_bytes / GIB:.1f} GiB"
     return placement, why
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptGraphs:
+    """What one worker keeps.
+
+    Attributes:
+        nbytes: Room for it; None: what the worker's GPU has free once the model is there.
+        all_bytes: What all layers take, for the tokens that are held at once.
+        num_layers: Decoder layers.
+        reason: Where the number comes from.
+    """
+
+    nbytes: int | None
+    all_bytes: int
+    num_layers: int
+    reason: str
+
+    @property
+    def counted_bytes(self) -> int:
+        """What the estimate of a worker's memory counts."""
+        return min(self.nbytes or 0, self.all_bytes)
+
+    def within(self, spare_bytes: int) -> Self:
+        """At most so much, where that is less."""
+        if self.nbytes is None or self.nbytes <= spare_bytes:
+            return self
+        reason = "what the other workers of its node leave"
+        return replace(self, nbytes=max(0, spare_bytes), reason=reason)
+
+    def line(self) -> str:
+        """For people."""
+        if self.nbytes is None:
+            return f"graphs of {self.num_layers} layers: as many are kept as {self.reason} holds"
+        count = self.num_layers
+        if self.counted_bytes < self.all_bytes:
+            count = int(self.num_layers * self.counted_bytes / self.all_bytes)
+        kept, total = self.counted_bytes / GIB, self.all_bytes / GIB
+        return (
+            f"graphs of {count} of {self.num_layers} layers are kept, "
+            f"{kept:.2f} of {total:.2f} GiB ({self.reason})"
+        )
+
+
+def kept_graphs(plan: Plan, config: ScanConfig, memory: Footprint) -> KeptGraphs:
+    """What ``keep_graphs`` means for a worker.
+
+    Args:
+        plan: The plan.
+        config: Resolved device, dtype and placement.
+        memory: Of a worker, without graphs.
+    """
+    dtype_bytes = 4 if config.dtype == "float32" else 2
+    total = held_tokens(plan, config) * dtype_bytes * _numbers_per_token(plan)
+    if config.keep_graphs != "auto":
+        nbytes, reason = round(config.keep_graphs * GIB), "keep_graphs"
+    elif config.device != "cuda":
+        nbytes = int(GRAPH_SHARE * memory.worker_bytes(config.placement))
+        reason = "auto: a quarter of what a worker needs without"
+    elif (config.gpus_per_worker or 1) < 1:
+        nbytes, reason = 0, "auto: workers share a GPU"
+    else:
+        nbytes, reason = None, "its GPU's free memory"
+    return KeptGraphs(
+        nbytes=nbytes, all_bytes=total, num_layers=len(plan.layer_weights), reason=reason
+    )
+
+
+def _numbers_per_token(plan: Plan) -> int:
+    """Results of the products and attentions of all decoder layers for one token."""
+    head = plan.step.get("head")
+    ratio: float = plan.step.get("active_expert_ratio") or 1.0
+    modules = [
+        module
+        for group in plan.groups
+        for module in group.modules
+        if module.name != head and not module.is_idle and not module.is_cache
+    ]
+    attended: int = sum(kind["layers"] * kind["width"] for kind in plan.step.get("attention", ()))
+    return round(_WITH_SMALL * (sum(_results(module, ratio) for module in modules) + attended))
+
+
+def _results(module: PlannedModule, ratio: float) -> float:
+    """Numbers that a module gives for a token; of routed experts, those that it visits."""
+    width = sum(shape[-2] for shape in module.shapes if len(shape) > 1)
+    if module.kind == "experts":
+        return width * module.shapes[0][0] * ratio
+    return width * ratio if module.kind == "expert" else width

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from autoquant_ray.errors import ModelError, one_line
+from autoquant_ray.errors import ModelError
 from autoquant_ray.models.layers import (
     base_model,
     decoder_layers,
@@ -38,8 +38,17 @@ from autoquant_ray.models.layers import (
     replaced_forward,
     require_gradient,
 )
-from autoquant_ray.score.entrance import Call, Entrance, Gradients, Pass, call_base, with_gradients
-from autoquant_ray.score.forward_state import ForwardState
+from autoquant_ray.score.entrance import (
+    Call,
+    Entrance,
+    Gradients,
+    Pass,
+    call_base,
+    needing_text_alone,
+    with_gradients,
+)
+from autoquant_ray.score.rerun.forward_state import ForwardState
+from autoquant_ray.score.rerun.kept_products import ProductKeeper, giving, recording
 from autoquant_ray.score.residence import Residence, Resident
 from autoquant_ray.score.visits import NO_INPUTS, Step
 
@@ -76,7 +85,7 @@ class LayerwiseBackward:
         self.residence = residence or Resident()
         self.layers = list(decoder_layers(model).values())
         self._state = ForwardState(self.base, self.layers)
-        with self._state.first_run(self.base), _needing_text_alone(self.base):
+        with self._state.first_run(self.base), needing_text_alone(self.base):
             links = chain_links(self)
         self._num_extra_outputs: list[int | None] = links or []
         self._entrance = Entrance(self.base, self.layers, self._state, self._num_extra_outputs)
@@ -105,6 +114,7 @@ class LayerwiseBackward:
         after_layer: Callable[[], None] | None = None,
         within: Within = nothing_else,
         num_layers: int | None = None,
+        keeper: ProductKeeper | None = None,
     ) -> list[Pass]:
         """Run the decoder layers on several steps, layer by layer, without a graph.
 
@@ -117,6 +127,7 @@ class LayerwiseBackward:
             after_layer: Called when a layer has run on all steps, while its weights are there.
             within: Opened around each layer by its number, while its weights are there.
             num_layers: Stop after so many; None: all.
+            keeper: Keeps products for :meth:`backward`; None: nothing does.
         """
         if not self.is_layerwise:
             return [Pass(step) for step in steps]
@@ -130,8 +141,10 @@ class LayerwiseBackward:
                     hidden_BSH = pass_.entering(number, pass_.hidden_BSH)
                     if keep:
                         pass_.inputs.append(hidden_BSH)
-                    pass_.hidden_BSH = self.run_layer(number, hidden_BSH, pass_.calls[number])
-                    del hidden_BSH
+                    with recording(keeper, pass_.products, number) as leaving:
+                        output_BSH = self.run_layer(number, hidden_BSH, pass_.calls[number])
+                        pass_.hidden_BSH = leaving(output_BSH)
+                    del hidden_BSH, output_BSH
                 if after_layer is not None:
                     after_layer()
         return passes
@@ -230,7 +243,7 @@ class LayerwiseBackward:
             with self.residence.visit(number, max(number - 1, 0)), within(number):
                 for index, pass_ in enumerate(passes):
                     hidden_BSH = pass_.inputs.pop().detach().requires_grad_(True)
-                    with torch.enable_grad():
+                    with torch.enable_grad(), giving(pass_.products.pop(number, None)):
                         output = self.run_layer(number, hidden_BSH, pass_.calls.pop())
                     flowing[index] = _pull(output, flowing[index], [hidden_BSH])
                     del output, hidden_BSH
@@ -280,20 +293,6 @@ class LayerwiseBackward:
         return lambda *_, **__: output
 
 
-@contextmanager
-def _needing_text_alone(base: torch.nn.Module) -> Iterator[None]:
-    """Name the model that does not run here, instead of what stopped in the middle of it."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{type(base).__name__} does not run on text alone and cannot be scored: "
-            f"{one_line(error, _MOST_OF_ERROR)}"
-        ) from error
-
-
 def _pull(
     output: torch.Tensor, gradients: list[torch.Tensor], inputs: list[torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -308,7 +307,6 @@ def _pull(
     return pulled
 
 
-_MOST_OF_ERROR = 250  # characters
 _PROBE_TOKENS = 6
 _PROBE_TOLERANCE = 0.02
 

@@ -13,17 +13,20 @@ Shape letters: B samples, S positions, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from autoquant_ray.errors import ModelError
+from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.layers import replaced_forward
-from autoquant_ray.score.forward_state import ForwardState
+from autoquant_ray.score.rerun.forward_state import ForwardState
+from autoquant_ray.score.rerun.kept_products import LayerProducts
 from autoquant_ray.score.visits import NO_INPUTS, Step
+
+_MOST_OF_ERROR = 250  # characters
 
 Gradients = list[torch.Tensor]
 """One tensor ``(B, S, H)`` per label draw."""
@@ -45,6 +48,7 @@ class Pass:
         hidden_BSH: Output of the last layer that ran.
         leaf: The same with a gradient, between ``finish`` and the backward pass.
         output: Final hidden states with their graph, for as long.
+        products: Products that are kept of layers that ran, by the layer's number.
     """
 
     step: Step
@@ -55,6 +59,7 @@ class Pass:
     hidden_BSH: torch.Tensor | None = None
     leaf: torch.Tensor | None = None
     output: torch.Tensor | None = None
+    products: dict[int, LayerProducts] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +79,20 @@ def call_base(base: torch.nn.Module, step: Step) -> torch.Tensor:
     output = base(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, **inputs)
     hidden: torch.Tensor = output[0]
     return hidden
+
+
+@contextmanager
+def needing_text_alone(base: torch.nn.Module) -> Iterator[None]:
+    """Name the model that does not run here, instead of what stopped in the middle of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{type(base).__name__} does not run on text alone and cannot be scored: "
+            f"{one_line(error, _MOST_OF_ERROR)}"
+        ) from error
 
 
 def with_gradients(step: Step) -> Step:

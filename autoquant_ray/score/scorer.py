@@ -38,9 +38,13 @@ from autoquant_ray.score.model_checks import (
     require_head,
     require_linears,
 )
+from autoquant_ray.score.rerun.kept_products import ProductKeeper, ProductRoom
 from autoquant_ray.score.sensitivity import SensitivityHooks
 from autoquant_ray.score.visits import Step, Visit, VisitPacker, make_step, predicting_rows
 from autoquant_ray.score.watched_passes import run_watched
+
+FREE_SHARE = 0.8
+"""Of what a GPU has left, so much is kept of the layers' graphs; allocators do not fill it all."""
 
 
 class Shard(Protocol):
@@ -66,6 +70,7 @@ class Scorer:
 
     Attributes:
         joint_context: Tokens up to which samples of several lengths share a step; None: all may.
+        product_room: For products of the forward pass that the backward pass uses again.
     """
 
     def __init__(self, spec: ScoringSpec, model: Any = None) -> None:
@@ -104,6 +109,7 @@ class Scorer:
             joint_context=self.joint_context,
         )
         self._kept: dict[int, list[list[Pass]]] = {}
+        self.product_room = ProductRoom(_graph_bytes(spec))
 
     @property
     def is_layerwise(self) -> bool:
@@ -138,7 +144,16 @@ class Scorer:
         with self._maxima.collecting():
             for visit in visits:
                 steps = self._steps(samples, visit)
-                done.append(run_watched(self._backward, self._loss, steps, self._maxima, keep=keep))
+                done.append(
+                    run_watched(
+                        self._backward,
+                        self._loss,
+                        steps,
+                        self._maxima,
+                        keep=keep,
+                        keeper=ProductKeeper(self.product_room) if keep else None,
+                    )
+                )
         if keep and shard is not None:
             self._kept[shard] = done
         calibration = self._maxima.calibration()
@@ -269,7 +284,8 @@ class Scorer:
         return visits
 
     def _forward(self, samples: Samples, visit: Visit) -> list[Pass]:
-        passes: list[Pass] = self._backward.forward(self._steps(samples, visit), keep=True)
+        steps, keeper = self._steps(samples, visit), ProductKeeper(self.product_room)
+        passes: list[Pass] = self._backward.forward(steps, keep=True, keeper=keeper)
         return passes
 
     def _steps(self, samples: Samples, visit: Visit) -> list[Step]:
@@ -316,3 +332,11 @@ class Scorer:
         predicted = sum(num_predicted(samples[position]) for position in visit[0])
         has_slices = predicted > self._loss.slice_tokens
         return len(visit) > 1 or has_slices or self.spec.weight_cache_bytes is not None
+
+
+def _graph_bytes(spec: ScoringSpec) -> int:
+    """Room for products: as given, or what the model and the work leave of the GPU."""
+    if spec.graph_bytes is not None:
+        return spec.graph_bytes
+    free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(torch.cuda.device_count()))
+    return max(0, int(FREE_SHARE * (free - spec.work_bytes)))

@@ -10,6 +10,7 @@ import torch
 from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.entrance import Pass
 from autoquant_ray.score.loss import VocabularyLoss
+from autoquant_ray.score.rerun.kept_products import ProductKeeper
 from autoquant_ray.score.visits import Step
 
 
@@ -31,6 +32,7 @@ def run_watched(
     *,
     keep: bool = False,
     num_layers: int | None = None,
+    keeper: ProductKeeper | None = None,
 ) -> list[Pass]:
     """Run steps through the layers and into the head, whose output is not computed.
 
@@ -42,6 +44,7 @@ def run_watched(
         keep: Keep what the backward pass needs.
         num_layers: Stop after so many layers, where the model can be run layer by layer; more than
             there are, or None: run all of it.
+        keeper: Keeps products for the backward pass; None: nothing does.
     """
     stops = layerwise.is_layerwise and (num_layers or len(layerwise.layers) + 1) <= len(
         layerwise.layers
@@ -52,6 +55,7 @@ def run_watched(
         before_step=lambda step: watcher.set_mask(step.mask_BS),
         after_layer=watcher.settle,
         num_layers=num_layers if stops else None,
+        keeper=keeper,
     )
     for pass_ in [] if stops else passes:
         mask_BS = pass_.step.mask_BS

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("data", "plan", "quantize.backends"),
     ("quantize", "allocate.knapsack", "distributed"),
-    ("allocate", "calibrate", "distributed.forks", "quantize.gptq"),
+    ("allocate", "calibrate", "distributed.forks", "quantize.gptq", "score.rerun"),
     ("allocate.certainty", "allocate.constrained", "report.charts", "score"),
     ("report", "export"),
     ("checkpoint_limits", "stages"),
@@ -39,7 +39,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """Rooms and top-level modules, from the ground floor up."""
 
-TORCH_PACKAGES = {"quantize", "quantize.backends", "quantize.gptq", "calibrate", "score"}
+TORCH_PACKAGES = {
+    "quantize",
+    "quantize.backends",
+    "quantize.gptq",
+    "calibrate",
+    "score",
+    "score.rerun",
+}
 TORCH_FILES = {
     "evaluate.divergence",
     "evaluate.flip_estimator",

@@ -22,8 +22,10 @@ from autoquant_ray.plan import memory
 from autoquant_ray.plan.memory import (
     GIB,
     Footprint,
+    KeptGraphs,
     choose_placement,
     footprint,
+    kept_graphs,
     moment_bytes,
     rounding_bytes,
 )
@@ -245,3 +247,68 @@ def test_gptq_needs_room_for_second_moments_of_every_expert(
     assert moment_bytes(plans[1]) == expected(1)
     monkeypatch.setattr(memory, "RESULT_BYTES", 1)  # those of a layer are given back together
     assert rounding_bytes(plans[1]) == 3 * plans[1].layer_weights[0] > 3 * weights / 2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_of_all_layers_take_what_the_plan_says(
+    family: str, dtype: str, make_scorer: Any, make_samples: Any
+) -> None:
+    prepared = make_scorer(family, ("wint8_aint8",), graph_bytes=GIB)
+    if dtype == "bfloat16":
+        prepared.model.bfloat16()
+    passes = prepared.scorer._forward(make_samples([24, 24]), [[0, 1]])
+    prepared.model.float()
+    config = make_config(dtype=dtype, samples=2, seq_len=24, step_tokens=48)
+    graphs = kept_graphs(prepared.plan, config, footprint(prepared.plan, config))
+    assert len(passes) == 1
+    assert graphs.num_layers == 2
+    used = prepared.scorer.product_room.used_bytes
+    assert used <= graphs.all_bytes <= 1.1 * used
+
+
+def test_graphs_that_auto_keeps_on_a_cpu_are_a_quarter_of_the_rest_where_nodes_have_room(
+    make_model: Any,
+) -> None:
+    plan = build_plan(make_model("llama"), resolve_formats(("wint8_aint8",), device="cpu"))
+    config = make_config(device="cpu", placement="resident", step_tokens=10**7)
+    memory = footprint(plan, config)
+    graphs = kept_graphs(plan, config, memory)
+    needed = memory.worker_bytes("resident")
+    assert graphs.nbytes == needed // 4
+    count = 2 * graphs.nbytes // graphs.all_bytes
+    assert graphs.line().startswith(f"graphs of {count} of 2 layers are kept, ")
+    assert graphs.line().endswith("(auto: a quarter of what a worker needs without)")
+    assert graphs.within(needed) == graphs
+    assert graphs.within(GIB // 8).nbytes == GIB // 8
+    assert "of its node leave" in graphs.within(0).line()
+
+
+def test_graphs_are_kept_as_asked_for_or_as_the_gpu_has_room(make_model: Any) -> None:
+    plan = build_plan(make_model("llama"), resolve_formats(("wint8_aint8",), device="cpu"))
+
+    def graphs(**changes: Any) -> KeptGraphs:
+        config = make_config(placement="resident", **changes)
+        return kept_graphs(plan, config, footprint(plan, config))
+
+    assert graphs(device="cpu", keep_graphs=0).line().startswith("graphs of 0 of 2 layers")
+    everything = graphs(device="cpu", keep_graphs="3GiB")
+    assert everything.nbytes == 3 * GIB
+    assert everything.counted_bytes == everything.all_bytes < GIB
+    assert everything.line().startswith("graphs of 2 of 2 layers")
+    assert graphs(device="cuda").nbytes is None
+    assert "free memory" in graphs(device="cuda").line()
+    assert graphs(device="cuda", gpus_per_worker=0.5).nbytes == 0
+
+
+def test_keep_graphs_changes_no_fingerprint() -> None:
+    marks = [
+        stage_fingerprints(make_config(keep_graphs=kept), model="m", data="d")
+        for kept in ("auto", 0, "2")
+    ]
+    assert marks[0] == marks[1] == marks[2]
+
+
+def test_keep_graphs_that_is_no_size_is_refused() -> None:
+    with pytest.raises(pydantic.ValidationError, match="neither 'auto' nor a number of GiB"):
+        make_config(keep_graphs="many")

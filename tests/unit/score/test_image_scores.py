@@ -193,6 +193,20 @@ def test_scores_of_the_vision_tower_ignore_how_steps_are_grouped(
     assert (sums[0].elementwise_GF > 0).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_with_images_ignore_what_is_kept_of_the_first_runs(
+    family: str, full_scorer: Any, samples_of: Any
+) -> None:
+    samples, sums = samples_of(family), []
+    for room in (0, 20_000, 2**30):
+        _, scorer = full_scorer(family, ("INT8_DEFAULT_CFG",), step_tokens=30, graph_bytes=room)
+        calibration = scorer.calibrate(samples, 0)
+        assert min(room, 20_000) // 2 <= scorer.product_room.used_bytes <= room
+        sums.append([scorer.score(samples, 0, calibration, 0).sums.token_GF for _ in range(2)])
+    assert np.array_equal(sums[1], sums[0])
+    assert np.array_equal(sums[2], sums[0])
+
+
 def test_model_that_adds_after_its_last_layer_is_refused(
     make_model: Any, make_spec: Any, samples_of: Any
 ) -> None:

@@ -17,7 +17,7 @@ from small_models import DECODER, random_samples, small_config
 
 from autoquant_ray.models.context import plain_context
 from autoquant_ray.quantize.awq import best_alphas
-from autoquant_ray.score.forward_state import ForwardState
+from autoquant_ray.score.rerun.forward_state import ForwardState
 from autoquant_ray.score.visits import VisitPacker
 
 FORMATS = ("NVFP4_AWQ_LITE_CFG", "wfp8_afp8", "wint4_g32_afp16:gptq")
