@@ -5,7 +5,9 @@ visit of the layer ends: each candidate's weight is then quantized once for all 
 The losses of steps are added in their order, so that the grouping of steps changes no number.
 Linears that read one input and share its factors have a loss each, under the same candidates.
 
-Shape letters: T rows (tokens), I in features, O out features.
+Factors that are folded are judged by some rows of each weight.
+
+Shape letters: T rows (tokens), I in features, O out features, R some of them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from autoquant_ray.quantize.awq import (
     weight_importance,
 )
 from autoquant_ray.quantize.calibration import Calibration
-from autoquant_ray.quantize.input_factors import candidate_error, squared_norm
+from autoquant_ray.quantize.input_factors import candidate_error, shared_error, squared_norm
 
 
 class ScaleSearch:
@@ -156,7 +158,8 @@ class ScaleSearch:
     def _errors(
         self, name: str, format_: Format, alphas: Sequence[float]
     ) -> Iterator[torch.Tensor]:
-        """The error of a linear's weight under each candidate, ``(O, I)`` in the weight's dtype."""
+        """The error of a linear's weight under each candidate, in its dtype: ``(O, I)``; of some
+        rows, ``(R, I)``, where factors are folded."""
         weight_OI: Any = self._modules[name].weight
         channels = self._calibration.of(name).channels
         assert channels is not None  # it has a hook
@@ -168,9 +171,7 @@ class ScaleSearch:
             importance_I = shared_importance(weights, attributes)
             for alpha in alphas:
                 factors_I = shared_factors(fold, importance_I, mean_I, alpha)
-                # In float32, as it will be rounded: no factor is left to be applied in 16 bits.
-                error_OI = candidate_error(weight_OI.float(), attributes, factors_I)
-                yield error_OI.to(weight_OI.dtype)
+                yield shared_error(weight_OI, attributes, factors_I).to(weight_OI.dtype)
             return
         importance_I = weight_importance(weight_OI, attributes)
         for alpha in alphas:

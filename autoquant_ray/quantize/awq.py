@@ -29,7 +29,8 @@ from autoquant_ray.plan.fold import Fold
 from autoquant_ray.quantize.folding import tied_mean
 
 Losses = dict[tuple[str, str, float], float]
-"""(module, format, alpha) -> sum of squared output errors over real tokens."""
+"""(module, format, alpha) -> sum of squared output errors over real tokens; of factors that are
+folded estimated from some rows."""
 
 PLAIN = -1.0
 """Candidate of shared factors that leaves an input as it is."""

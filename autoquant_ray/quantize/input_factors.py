@@ -4,7 +4,7 @@ The forward loop runs twice: for the mean of ``|x|`` of every input channel, the
 every candidate. Statistics and candidates are those of the scan: on the scan's samples, without
 padding, so are the factors.
 
-Shape letters: T rows, C rows of a chunk, I in features, O out features.
+Shape letters: T rows, C rows of a chunk, I in features, O out features, R some of them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from autoquant_ray.modelopt_api import calibrate_anew, enable_weight_access_and_
 from autoquant_ray.plan.fold import ROWS, Fold
 from autoquant_ray.quantize.awq import PLAIN, candidate_alphas, shared_factors, shared_importance
 from autoquant_ray.quantize.folding import divide_maxima, fold_factors, producer_divisor
+from autoquant_ray.quantize.judged_rows import judged_rows
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 
+_JUDGED_ROWS = 128  # neighbouring candidates differ by a few percent only
 _CHUNK_ELEMENTS = 2**24
 _MIN_CHUNK_ROWS = 512
 
@@ -42,6 +44,24 @@ def candidate_error(
     quantized_OI = fake_quantize_weight(attributes, scaled_OI.float())
     back_I = (1.0 / scale_I).to(dtype).float()
     return quantized_OI.mul_(back_I).sub_(weight_OI.float()).to(dtype)
+
+
+def shared_error(
+    weight_OI: torch.Tensor, attributes: Attributes, factors_I: torch.Tensor
+) -> torch.Tensor:
+    """:func:`candidate_error` of the rows that judge, float32 ``(R, I)``, for factors that are
+    folded: weights are rounded with them in float32.
+
+    The rows stand for all: their squared error is that of all rows if all were alike.
+
+    Args:
+        weight_OI: A linear's weight, in a format with scales per row or per block of a row.
+        attributes: Of the weight quantizer.
+        factors_I: From :func:`~autoquant_ray.quantize.awq.shared_factors`.
+    """
+    rows_RI = weight_OI[judged_rows(len(weight_OI), _JUDGED_ROWS)].float()
+    error_RI = candidate_error(rows_RI, attributes, factors_I)
+    return error_RI.mul_((len(weight_OI) / len(rows_RI)) ** 0.5)
 
 
 def squared_norm(states_TI: torch.Tensor, error_OI: torch.Tensor) -> torch.Tensor:
@@ -132,8 +152,8 @@ class InputFactors:
         module = self._model.get_submodule(name)
         attributes = _attributes(module.weight_quantizer)
         for number, factors_I in enumerate(self._candidates[fold]):
-            error_OI = candidate_error(module.weight.float(), attributes, factors_I)
-            self._losses[fold][number] += squared_norm(states_TI, error_OI.to(states_TI.dtype))
+            error_RI = shared_error(module.weight, attributes, factors_I)
+            self._losses[fold][number] += squared_norm(states_TI, error_RI.to(states_TI.dtype))
 
     @contextmanager
     def _hooks(

@@ -22,7 +22,7 @@ import torch
 import autoquant_ray.quantize.backends.by_ggml  # noqa: F401 (registers its backend)
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
-from autoquant_ray.formats.smoothed import needs_channel_squares
+from autoquant_ray.formats.smoothed import has_free_rows, needs_channel_squares
 from autoquant_ray.modelopt_api import (
     QuantizerAttributeConfig,
     TensorQuantizer,
@@ -38,11 +38,12 @@ from autoquant_ray.quantize.weight_search import (
     set_common_maximum,
 )
 
+_SEARCHED_ELEMENTS = 2**20
+
 
 def make_quantizer(attributes: Attributes, device: torch.device) -> TensorQuantizer:
     """Build an enabled, uncalibrated quantizer for values on a device."""
-    quantizer = TensorQuantizer()
-    quantizer.set_from_attribute_config(QuantizerAttributeConfig(**attributes, enable=True))
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(**attributes, enable=True))
     if device.type == "cpu" and _takes_backend(attributes):
         quantizer.backend = backend_for(attributes, is_weight=False)
     return quantizer
@@ -190,6 +191,9 @@ def fit_weight(
 ) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
     """The numbers of the multiples that a search takes, one per scale; None without statistics.
 
+    Rows with scales of their own are searched some at a time: each candidate makes several copies
+    of them, which then stay in the cache of a CPU.
+
     Args:
         format_: By ``weighted``.
         weight_OI: As above.
@@ -200,10 +204,19 @@ def fit_weight(
 
     def search_and_keep(search: Callable[[], torch.Tensor]) -> torch.Tensor:
         results.append(search())
-        return results[0]
+        return results[-1]
 
-    quantizer_of(format_, weight_OI, scales, *name, recall=search_and_keep)
-    return results[0].cpu().numpy() if results else None
+    chunks = [weight_OI]
+    if weight_OI.dim() == 2 and has_free_rows(format_):
+        chunks = weight_OI.split(max(1, _SEARCHED_ELEMENTS // weight_OI.shape[1]))
+    for chunk_OI in chunks:
+        quantizer_of(format_, chunk_OI, scales, *name, recall=search_and_keep)
+    if not results:
+        return None
+    numbers: np.ndarray[Any, np.dtype[np.uint8]] = (
+        results[0] if len(results) == 1 else torch.cat(results)
+    ).numpy(force=True)
+    return numbers
 
 
 @torch.no_grad()

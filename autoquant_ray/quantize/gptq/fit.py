@@ -25,6 +25,7 @@ from autoquant_ray.formats.format import Format
 from autoquant_ray.quantize.calibration import NUM_HALVES, FittedCodes
 from autoquant_ray.quantize.gptq.columns import Problem, Rows, rounded
 from autoquant_ray.quantize.grid import Grid, packed, plain_codes
+from autoquant_ray.quantize.judged_rows import judged_rows
 from autoquant_ray.quantize.quantizers import weight_grid
 from autoquant_ray.quantize.second_moments import SecondMoments
 from autoquant_ray.quantize.weight_search import WeightScales
@@ -32,7 +33,7 @@ from autoquant_ray.quantize.weight_search import WeightScales
 DAMPINGS = (0.01, 0.1, 1.0)
 """Shares of the mean of the Hessian's diagonal that may be added to it."""
 
-_JUDGED_ROWS = 256
+_JUDGED_ROWS = 64
 _LOSS_BLOCK = 256
 
 
@@ -181,7 +182,7 @@ def _best_dampings(
         Of each weight; None if plain rounding loses less.
     """
     dampings = weights[0].dampings
-    judged = [_judged_rows(weight) for weight in weights]
+    judged = [_judged(weight) for weight in weights]
     problems = [(1 - half, damping) for damping in dampings for half in range(NUM_HALVES)]
     losses: list[dict[int, float]] = [{} for _ in weights]
     for result in rounded(judged, moments, problems, is_unused_I):
@@ -198,8 +199,8 @@ def _best_dampings(
     return bests
 
 
-def _judged_rows(weight: WeightToRound) -> Rows:
-    rows = slice(None, None, max(1, len(weight.weight_OI) // _JUDGED_ROWS))
+def _judged(weight: WeightToRound) -> Rows:
+    rows = judged_rows(len(weight.weight_OI), _JUDGED_ROWS)
     return Rows(weight.weight_OI[rows], weight.grid.of_slice(rows))
 
 

@@ -163,9 +163,11 @@ def test_weight_that_plain_rounding_serves_better_keeps_it() -> None:
     assert fit(weight_OI, moments(drawn(8, 64, seed=1), drawn(8, 64, seed=2)), grid) is None
 
 
-def test_damping_is_chosen_by_the_loss_on_the_other_half() -> None:
-    weight_OI = drawn(32, 64)
-    halves = [correlated(90, 64, seed) for seed in (1, 2)]
+@pytest.mark.parametrize(("num_rows", "num_tokens"), [(32, 90), (576, 30), (576, 2000)])
+def test_damping_is_chosen_by_the_loss_on_the_other_half(num_rows: int, num_tokens: int) -> None:
+    """Of all rows, though some of many decide."""
+    weight_OI = drawn(num_rows, 64)
+    halves = [correlated(num_tokens, 64, seed) for seed in (1, 2)]
     grid = grid_of(make_weight_quantizer(INT4, weight_OI), weight_OI)
     losses = {}
     for damping in (0.01, 0.1, 1.0):

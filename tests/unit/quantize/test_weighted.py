@@ -35,9 +35,11 @@ from autoquant_ray.models.quantizable import PlannedModule
 from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.quantize import calibration_mode  # noqa: F401 (registers the mode)
+from autoquant_ray.quantize.calibration import Calibration, Channels, ModuleCalibration
 from autoquant_ray.quantize.experts import FusedExperts
 from autoquant_ray.quantize.quantizers import (
     fake_quantize_weight,
+    fit_weight,
     make_weight_quantizer,
     quantized_weight,
 )
@@ -345,3 +347,17 @@ def test_mse_of_4_bit_integers_is_cautioned_and_nothing_else(
     (caution,) = caplog.messages
     assert caution.startswith("wint4_afp16:mse: ")
     assert "weighted" in caution
+
+
+@pytest.mark.parametrize("name", ["wint4_g64_afp16:weighted", "wint8_afp16:weighted"])
+def test_large_weight_is_searched_as_its_rows_alone(name: str) -> None:
+    format_, (rows, width) = format_of(name), (3000, 448)
+    weight_OI, sums_I = drawn((rows, width)), drawn((width,), seed=1).double().square().numpy()
+    channels = Channels(largest_I=None, sum_I=None, square_sum_I=sums_I, num_tokens=9)
+    calibration = Calibration({"layer": ModuleCalibration(channels=channels)})
+    scales = WeightScales(torch.nn.Identity(), calibration)
+    parts = [fit_weight(format_, some, scales, "layer") for some in weight_OI.split(700)]
+    whole = fit_weight(format_, weight_OI, scales, "layer")
+    assert whole is not None
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert len(np.unique(whole)) > 5
