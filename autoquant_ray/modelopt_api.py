@@ -25,6 +25,7 @@ import torch
 from modelopt.torch.quantization import config as algorithm_configs
 from modelopt.torch.quantization._auto_quantize_cost import infer_active_moe_expert_ratio
 from modelopt.torch.quantization.algorithms import estimate_quant_compression
+from modelopt.torch.quantization.calib import MaxCalibrator
 from modelopt.torch.quantization.config import (
     QuantizeAlgorithmConfig,
     QuantizeConfig,
@@ -65,7 +66,9 @@ from modelopt.torch.quantization.tensor_quant import scaled_e4m3_impl
 from modelopt.torch.quantization.utils import (
     SHARED_PATTERNS,
     SharedWeightGlobalAmaxState,
+    convert_quantization_axis_to_reduce_axis,
     iter_shared_quant_states,
+    reduce_amax,
 )
 from modelopt.torch.quantization.utils.core_utils import (
     enable_weight_access_and_writeback,
@@ -165,6 +168,35 @@ class StaticBlockQuantizer(StaticBlockScaleQuantizer):
 
 
 # Calibration of weights
+
+
+class _MaximaOnDevice(MaxCalibrator):
+    """ModelOpt's calibrator by maximum without its three checks, for each of which the host waits.
+
+    A weight that is not finite shows in what is computed with it.
+    """
+
+    def collect(self, x: torch.Tensor) -> None:
+        """Take the maxima of one tensor."""
+        axes = convert_quantization_axis_to_reduce_axis(x, self._axis)
+        self._calib_amax = reduce_amax(x, axis=axes).detach()
+
+
+def load_maxima(quantizer: Any, weight_OI: torch.Tensor) -> None:
+    """Calibrate a new quantizer by the maxima of its weight; leaves it enabled.
+
+    Args:
+        quantizer: With static maxima.
+        weight_OI: The weight, on any device.
+    """
+    if weight_OI.is_cuda:
+        quantizer._calibrator = _MaximaOnDevice(quantizer.num_bits, quantizer._calibrator._axis)
+    quantizer.disable_quant()
+    quantizer.enable_calib()
+    quantizer(weight_OI)
+    quantizer.load_calib_amax()
+    quantizer.enable_quant()
+    quantizer.disable_calib()
 
 
 def calibrate_anew(quantizer: Any, weight_OI: torch.Tensor) -> None:

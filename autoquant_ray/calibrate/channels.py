@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from autoquant_ray.calibrate.input_rows import TokenMask
+from autoquant_ray.calibrate.transfer import on_host
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import (
     needs_channel_maxima,
@@ -61,18 +63,21 @@ class ChannelCollector:
         """Whether a module's inputs are collected."""
         return name in self._wants
 
-    def add(self, name: str, states: torch.Tensor, real_T: torch.Tensor | None) -> None:
+    def add(self, name: str, states: torch.Tensor, mask: TokenMask | None) -> None:
         """Count an input of a module.
 
         Args:
             name: The module; the collector wants it.
             states: ``(..., I)``.
-            real_T: Which rows are tokens; None: all.
+            mask: Which rows are tokens; None: all.
         """
         # Projections that share an input (q, k and v) are called with the very same tensor.
         if self._last is None or self._last[0] is not states:
             states_TI = states.detach().reshape(-1, states.shape[-1])
-            self._last = (states, self._reduced(states_TI if real_T is None else states_TI[real_T]))
+            self._last = (
+                states,
+                self._reduced(states_TI if mask is None else mask.rows_of(states_TI)),
+            )
         largest_I, *sums, num_tokens = self._last[1]
         if num_tokens == 0:
             return
@@ -100,13 +105,17 @@ class ChannelCollector:
 
     def channels(self) -> dict[str, Channels]:
         """Module -> what was seen since :meth:`clear`."""
-        channels = {}
-        for name, (largest_I, sum_I, square_sum_I, num_tokens) in self._seen.items():
-            wants_largest, wants_sum, wants_squares = self._wants[name]
-            channels[name] = Channels(
-                largest_I=largest_I.float().cpu().numpy() if wants_largest else None,
-                sum_I=sum_I.cpu().numpy() if wants_sum else None,
-                square_sum_I=square_sum_I.cpu().numpy() if wants_squares else None,
+        wanted: dict[tuple[str, int], torch.Tensor] = {}
+        for name, (largest_I, *sums, _) in self._seen.items():
+            parts = zip(self._wants[name], (largest_I.float(), *sums), strict=True)
+            wanted |= {(name, n): part_I for n, (wants, part_I) in enumerate(parts) if wants}
+        arrays = on_host(wanted)
+        return {
+            name: Channels(
+                largest_I=arrays.get((name, 0)),
+                sum_I=arrays.get((name, 1)),
+                square_sum_I=arrays.get((name, 2)),
                 num_tokens=num_tokens,
             )
-        return channels
+            for name, (*_, num_tokens) in self._seen.items()
+        }

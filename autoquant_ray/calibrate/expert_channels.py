@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from autoquant_ray.calibrate.transfer import on_host
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.smoothed import needs_channel_squares
 from autoquant_ray.quantize.calibration import Channels
@@ -69,15 +70,17 @@ class ExpertChannels:
 
     def experts(self) -> dict[str, dict[str, Channels]]:
         """Module -> ``ModuleCalibration.experts``: what was seen since :meth:`clear`."""
+        sums = {(path, part): p[part][0] for path, p in self._seen.items() for part in p}
+        arrays = on_host(sums)
         return {
             path: {
                 part: Channels(
                     largest_I=None,
                     sum_I=None,
-                    square_sum_I=sum_I.cpu().numpy(),
+                    square_sum_I=arrays[path, part],
                     num_tokens=num_tokens,
                 )
-                for part, (sum_I, num_tokens) in parts.items()
+                for part, (_, num_tokens) in parts.items()
             }
             for path, parts in self._seen.items()
         }

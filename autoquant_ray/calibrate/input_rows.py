@@ -6,6 +6,7 @@ Shape letters: B samples, S positions, T rows, I in features.
 from __future__ import annotations
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from autoquant_ray.errors import changed_input
 from autoquant_ray.models.quantizable import is_of_tower
@@ -16,10 +17,20 @@ class TokenMask:
 
     def __init__(self) -> None:
         self._real_T: torch.Tensor | None = None
+        self._rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._rows_R: torch.Tensor | None = None
 
     def set(self, mask_BS: torch.Tensor | None) -> None:
-        """Say which tokens of the next batch are real (1); None means all."""
+        """Say which tokens of the next batch are real (1); None means all.
+
+        Which rows these are is asked of a mask once: the host waits for the answer.
+        """
         self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
+        self._rows_R = None
+        if mask_BS is not None and self._real_T is not None:
+            if mask_BS not in self._rows:
+                self._rows[mask_BS] = self._real_T.nonzero()[:, 0]
+            self._rows_R = self._rows[mask_BS]
 
     def matching(self, states_TI: torch.Tensor) -> torch.Tensor | None:
         """The mask on the device of some rows; None where all count: they are no tokens, or real.
@@ -30,6 +41,25 @@ class TokenMask:
         if self._real_T is None or len(self._real_T) != len(states_TI):
             return None
         return self._real_T.to(states_TI.device)
+
+    def places(self, states_TI: torch.Tensor) -> torch.Tensor | None:
+        """Which rows count, int64, on their device; None where all do; see :meth:`matching`.
+
+        Args:
+            states_TI: The rows.
+        """
+        if self._rows_R is None or self.matching(states_TI) is None:
+            return None
+        return self._rows_R.to(states_TI.device)
+
+    def rows_of(self, states_TI: torch.Tensor) -> torch.Tensor:
+        """The rows that count.
+
+        Args:
+            states_TI: All rows.
+        """
+        places_R = self.places(states_TI)
+        return states_TI if places_R is None else states_TI.index_select(0, places_R)
 
 
 class InputRows:
@@ -58,8 +88,7 @@ class InputRows:
         """
         if self._last is None or self._last[0] is not states:
             states_TI = states.detach().reshape(-1, states.shape[-1])
-            real_T = None if is_of_tower(name) else self.mask.matching(states_TI)
-            rows_TI = states_TI if real_T is None else states_TI[real_T]
+            rows_TI = states_TI if is_of_tower(name) else self.mask.rows_of(states_TI)
             self._last = (states, states._version, name, rows_TI)
         elif self._last[1] != states._version:
             raise changed_input(name)

@@ -17,6 +17,7 @@ import torch
 from autoquant_ray.calibrate.channels import ChannelCollector
 from autoquant_ray.calibrate.expert_channels import ExpertChannels
 from autoquant_ray.calibrate.input_rows import TokenMask
+from autoquant_ray.calibrate.transfer import on_host
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import replaced_forward
 from autoquant_ray.models.quantizable import PlannedModule
@@ -105,7 +106,8 @@ class ActivationMaxima:
 
     def calibration(self) -> Calibration:
         """What was seen since :meth:`collecting` was entered."""
-        maxima = {key: float(value) for key, value in self._maxima.items()}
+        wide = {key: value.double() for key, value in self._maxima.items()}
+        maxima = {key: float(value) for key, value in on_host(wide).items()}
         modules = dict(calibration_of_maxima(maxima).modules)
         for name, channels in self._channels.channels().items():
             modules[name] = replace(modules.get(name, ModuleCalibration()), channels=channels)
@@ -124,9 +126,7 @@ class ActivationMaxima:
             self._update((name, "input_amax"), self._last[1])
             if self._channels.wants(name):
                 states = arguments[0]
-                states_TI = states.reshape(-1, states.shape[-1])
-                real_T = self._mask.matching(states_TI) if sees_tokens else None
-                self._channels.add(name, states, real_T)
+                self._channels.add(name, states, self._mask if sees_tokens else None)
 
         return hook
 
@@ -134,22 +134,20 @@ class ActivationMaxima:
         """Largest absolute value of each row; where tokens are masked, of each real one."""
         states_TI = states.reshape(-1, states.shape[-1])
         largest_T = torch.linalg.vector_norm(states_TI, ord=float("inf"), dim=1)
-        real_T = self._mask.matching(states_TI) if is_masked else None
-        return largest_T if real_T is None else largest_T[real_T]
+        return self._mask.rows_of(largest_T) if is_masked else largest_T
 
     def _experts_forward(self, name: str) -> Callable[..., torch.Tensor]:
         def forward(*arguments: torch.Tensor, **keywords: torch.Tensor) -> torch.Tensor:
             inputs = (*arguments, *keywords.values())
-            real_T = self._mask.matching(inputs[0])
-            chosen = inputs if real_T is None else tuple(value[real_T] for value in inputs)
+            places_R = self._mask.places(inputs[0])
+            chosen = tuple(map(self._mask.rows_of, inputs))
             output, maxima = self._experts[name].run_and_collect(chosen)
             for statistic, value in maxima.items():
                 self._update((name, statistic), value[None])
-            if real_T is None:
+            if places_R is None:
                 return output
             whole = output.new_zeros(len(inputs[0]), output.shape[-1])
-            whole[real_T] = output
-            return whole
+            return whole.index_copy_(0, places_R, output)
 
         return forward
 

@@ -157,7 +157,7 @@ def _set_maximum(quantizer: Any, maximum: float, module: Any) -> None:
         quantizer.amax = torch.full_like(before, maximum)
         return
     like = next(module.parameters())
-    quantizer.amax = torch.tensor(maximum, dtype=like.dtype, device=like.device)
+    quantizer.amax = like.new_full((), maximum)
 
 
 READERS[SETS] = read_solution_fits

@@ -26,6 +26,7 @@ from autoquant_ray.formats.smoothed import has_free_rows, needs_channel_squares
 from autoquant_ray.modelopt_api import (
     QuantizerAttributeConfig,
     TensorQuantizer,
+    load_maxima,
     needs_static_maximum,
 )
 from autoquant_ray.quantize.backends.block_formats import WEIGHTS_BACKEND, backend_for
@@ -239,12 +240,7 @@ def make_weight_quantizer(
     if _takes_backend(attributes) and backend_for(attributes, is_weight=True) == WEIGHTS_BACKEND:
         quantizer.backend = WEIGHTS_BACKEND  # on CUDA too
     if needs_static_maximum(quantizer):
-        quantizer.disable_quant()
-        quantizer.enable_calib()
-        quantizer(weight_OI)
-        quantizer.load_calib_amax()
-        quantizer.enable_quant()
-        quantizer.disable_calib()
+        load_maxima(quantizer, weight_OI)
         finish_static_blocks(quantizer, weight_OI, largest)
         if largest is not None and not is_static_nvfp4(attributes):
             set_common_maximum(quantizer, largest)
@@ -272,5 +268,5 @@ def make_input_quantizer(
     if needs_static_maximum(quantizer):
         if maximum is None:
             raise KeyError("no calibrated maximum for a static input quantizer")
-        quantizer.amax = torch.tensor(maximum, dtype=like.dtype, device=like.device)
+        quantizer.amax = like.new_full((), maximum)  # filled there: no copy waits
     return quantizer

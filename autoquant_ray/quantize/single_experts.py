@@ -181,14 +181,15 @@ def routed_apart(
     """
     routes_at = _place_of_routes(inputs)
     routes_TK = inputs[routes_at]
-    live_L = live_T.nonzero()[:, 0].to(routes_TK.device)
-    chosen_N = routes_TK[live_L].flatten().long()
+    none = torch.iinfo(torch.int64).max
+    is_live_T1 = live_T.to(routes_TK.device)[:, None]
+    chosen_N = torch.where(is_live_T1, routes_TK.long(), none).flatten()
     order_N = chosen_N.argsort(stable=True)
-    bounds = torch.tensor([(e, e + 1) for e in experts], device=chosen_N.device)
-    ends = torch.searchsorted(chosen_N[order_N], bounds).tolist()
-    for start, end in ends:
-        places_R = order_N[start:end]
-        rows_R = live_L[places_R // routes_TK.shape[1]]
+    bounds = torch.arange(max(experts) + 2, device=chosen_N.device)
+    ends = torch.searchsorted(chosen_N[order_N], bounds).tolist()  # all that the host waits for
+    for expert in experts:
+        places_R = order_N[ends[expert] : ends[expert + 1]]
+        rows_R = places_R // routes_TK.shape[1]
         columns_R = places_R % routes_TK.shape[1]
         routed = [states[rows_R, columns_R][:, None] for states in inputs[1:]]
         routed[routes_at - 1] = routes_TK.new_zeros(len(rows_R), 1)

@@ -111,7 +111,7 @@ def set_common_maximum(quantizer: Any, largest: torch.Tensor) -> None:
         largest: Largest absolute weight of all of them.
     """
     if quantizer.amax is not None and quantizer.amax.numel() == 1:
-        quantizer.amax = torch.full_like(quantizer.amax, float(largest))
+        quantizer.amax = largest.to(quantizer.amax).expand_as(quantizer.amax).clone()
 
 
 class WeightScales:
@@ -182,7 +182,7 @@ class WeightScales:
         if channels is None or channels.square_sum_I is None:
             return None
         mean_I = channels.square_sum_I / channels.num_tokens
-        return torch.from_numpy(mean_I).to(device, torch.float32)
+        return torch.from_numpy(mean_I).float().to(device, non_blocking=True)
 
     def factors(self, name: Sequence[str], format_: Format) -> torch.Tensor | None:
         """What the columns of a weight are multiplied with before it is rounded, float32 ``(I,)``.
@@ -222,8 +222,8 @@ class WeightScales:
             return None
         if names not in self._largest:
             weights = (self._model.get_submodule(fused).weight for fused in names)
-            maxima = [weight.detach().abs().amax().float().cpu() for weight in weights]
-            self._largest[names] = torch.stack(maxima).amax()
+            maxima = [weight.detach().abs().amax().float() for weight in weights]
+            self._largest[names] = torch.stack([m.to(maxima[0].device) for m in maxima]).amax()
         return self._largest[names]
 
     def shares_search(self, name: Sequence[str], format_: Format) -> bool:
@@ -265,7 +265,7 @@ def _weighted_search(quantizer: Any, algorithm: Attributes, squares_I: torch.Ten
     blocks = quantizer.block_sizes or {}
     size = blocks.get(-1) or len(squares_I)
     mean = squares_I.mean()
-    relative_I = (squares_I / mean if mean > 0 else torch.ones_like(squares_I)).clamp(min=1e-12)
+    relative_I = torch.where(mean > 0, squares_I / mean, 1.0).clamp(min=1e-12)
     padded_I = torch.nn.functional.pad(relative_I, (0, -len(squares_I) % size))
 
     def error(values: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:

@@ -28,13 +28,14 @@ def routed_tokens(
         live_T: Which tokens count.
         num_experts: Number of experts; a larger index means none.
     """
-    import torch
 
     routes = [states for states in inputs if not states.is_floating_point()]
     if not routes:
         return None
-    chosen = routes[0][live_T.to(routes[0].device)].flatten().long()
-    return torch.bincount(chosen, minlength=num_experts)[:num_experts]
+    chosen_TK = routes[0].long().clamp(max=num_experts)
+    live_TK = live_T.to(chosen_TK)[:, None].expand_as(chosen_TK)
+    counts = chosen_TK.new_zeros(num_experts + 1)  # no bincount: the host would wait for its size
+    return counts.scatter_add_(0, chosen_TK.flatten(), live_TK.flatten())[:num_experts]
 
 
 class TokenCounts:

@@ -167,8 +167,8 @@ def draw_rows(
         places = np.searchsorted(cumulative, points, side="right")
         drawn = np.sort(np.concatenate([drawn, order[places.clip(max=len(order) - 1)]]))
     return DrawnRows(
-        indices_U=torch.from_numpy(drawn).to(device),
-        inclusion_U=torch.from_numpy(inclusion_T[drawn]).to(device),
+        indices_U=torch.from_numpy(drawn).to(device, non_blocking=True),
+        inclusion_U=torch.from_numpy(inclusion_T[drawn]).to(device, non_blocking=True),
     )
 
 

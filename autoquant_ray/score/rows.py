@@ -40,17 +40,26 @@ def live_rows(gradients_TO: list[torch.Tensor]) -> ChosenRows:
     Computing a few dead rows and leaving them out of the sums is cheaper than copying all others:
     every sample's last token is dead.
     """
+    live_T = _is_live(gradients_TO)
+    num_live = int(live_T.sum())  # all that the host waits for
+    if num_live == len(live_T):
+        return ChosenRows(indices=None, num_live=num_live)
+    if num_live >= _WORTH_COPYING * len(live_T):
+        return ChosenRows(indices=None, num_live=num_live, dead_T=~live_T)
+    indices = torch.nonzero_static(live_T, size=num_live)[:, 0]
+    return ChosenRows(indices=indices, num_live=num_live)
+
+
+def _is_live(gradients_TO: list[torch.Tensor]) -> torch.Tensor:
+    """Which rows have a gradient."""
+    if gradients_TO[0].is_cuda:  # to read all of them takes less than to wait
+        return torch.stack([g.ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)
     # Nearly every live row shows in any few columns; only the others are looked at whole.
     live_T = torch.stack([g[:, :_FIRST_COLUMNS].ne(0).any(dim=1) for g in gradients_TO]).any(dim=0)
     unclear_U = (~live_T).nonzero()[:, 0]
     for gradient_TO in gradients_TO:
         live_T[unclear_U] |= gradient_TO[unclear_U].ne(0).any(dim=1)
-    num_live = int(live_T.sum())
-    if num_live == len(live_T):
-        return ChosenRows(indices=None, num_live=num_live)
-    if num_live >= _WORTH_COPYING * len(live_T):
-        return ChosenRows(indices=None, num_live=num_live, dead_T=~live_T)
-    return ChosenRows(indices=live_T.nonzero()[:, 0], num_live=num_live)
+    return live_T
 
 
 def choose_rows(
