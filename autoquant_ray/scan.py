@@ -67,6 +67,7 @@ from autoquant_ray.stages import calibrate as calibration_stage
 from autoquant_ray.stages import samples as samples_stage
 from autoquant_ray.stages import score as stages
 from autoquant_ray.stages.fit import fit
+from autoquant_ray.tracking.mlflow_runs import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,6 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     device = "cuda" if config.device == "auto" else config.device
     menu = resumed.plan["formats"] if resumed is not None and resumed.plan is not None else None
     plan = make_plan(config, ref, device=device, menu=menu, engine=config.engine)
-    limits = checkpoint_limits(plan, ref)
-    plan = replace(plan, checkpoint_limits=limits.for_run())
     stages.check_budget(plan, config)
     for source in sources_of(config.data).values():
         require_source(source, config.read_as)
@@ -125,14 +124,14 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         config = _resolve_placement(config, ref, plan, resumed)
         check_device(plan.formats, config.device)
         logger.info("plan: %d of %d groups searched", len(plan.searched), len(plan.groups))
-        for limit in limits.lines():
+        for limit in checkpoint_limits(plan, ref).lines():
             logger.warning("export: %s", limit)
         placement, graphs = _place(config, plan, resources)
         logger.info("%s", graphs.line())
         identity = _identity(config, ref) | ({} if run_id is None else {"run_id": run_id})
         with lease(directory) as held:
             state = RunState.start(directory, config, mode, identity, held)
-            with metrics_of(directory, state.record.run_id):
+            with metrics_of(directory, state.record.run_id), tracked(directory, state.record):
                 solution = _run_stages(state, config, ref, plan, placement, graphs.nbytes)
     return SearchResult(solution=solution, quarantined=state.record.quarantined)
 

@@ -27,6 +27,12 @@ def shown(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def with_error(value: float, error: float | None, *, signed: bool = False) -> str:
+    """A number with its standard error, if it has one."""
+    text = f"{value:+.3g}" if signed else f"{value:.4g}"
+    return text if error is None else f"{text} ± {error:.1g}"
+
+
 def printable(text: str) -> str:
     """A text whose control characters a terminal would show, not obey; line ends and tabs stay."""
     return "".join(

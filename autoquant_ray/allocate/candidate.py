@@ -14,7 +14,9 @@ from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.search import search
 
 logger = logging.getLogger(__name__)
-SOLUTION = "solution"
+SOLUTION, UNQUANTIZED = "solution", "16 bits"
+AT_SIZE_OF = "at the size of "
+"""Before a rival's name: what the run's scores choose at its size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,8 @@ class Candidate:
     """An allocation with a name.
 
     Attributes:
-        name: ``solution``, ``uniform FORMAT``, ``modelopt``, ``random NUMBER``, ``solution NAME``
-            or ``file NAME``.
+        name: ``solution``, ``16 bits``, ``uniform FORMAT``, ``modelopt``, ``random NUMBER``,
+            ``solution NAME``, ``file NAME`` or ``at the size of file NAME``.
         formats: Searched group -> format.
         predicted_kl: Summed score in nats per token.
         weight_bytes: Of the whole model.

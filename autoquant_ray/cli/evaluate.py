@@ -15,6 +15,9 @@ from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import LARGEST_SEED
 from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK
 
+_OF_EVALUATE = ("against", "num_random", "audit", "tasks", "tasks_dir", "task_limit")
+"""Fields that only ``evaluate`` uses."""
+
 
 @click.command()
 @click.argument("run")
@@ -31,6 +34,7 @@ def evaluate(run: str, **flags: Any) -> Result:
       autoquant-ray evaluate runs/qwen3 --samples 64
       autoquant-ray evaluate runs/qwen3 --solution bits-4.50 --data chat.jsonl --against uniform
       autoquant-ray evaluate runs/qwen3 --audit 32
+      autoquant-ray evaluate runs/qwen3 --tasks arc_easy,gsm8k --against none
     """
     from autoquant_ray.cli.output import print_audit, print_evaluation
 
@@ -43,7 +47,7 @@ def evaluate(run: str, **flags: Any) -> Result:
     def show() -> None:
         if result.audit is not None:
             print_audit(result.audit)
-        print_evaluation(result.rows, result.paths)
+        print_evaluation(result.rows, result.tasks, result.paths)
 
     return Result(
         json=result.to_json,
@@ -72,7 +76,7 @@ def evaluate(run: str, **flags: Any) -> Result:
     show_default=True,
     help="Seed for the choice of swaps.",
 )
-@config_options(EvaluationConfig, exclude=("run", "against", "num_random", "audit"))
+@config_options(EvaluationConfig, exclude=("run", *_OF_EVALUATE))
 @prints_result
 def refine(run: str, trials: int, seed: int, **flags: Any) -> Result:
     """Search around RUN's allocation by measured KL, within the same budget.

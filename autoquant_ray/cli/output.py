@@ -174,8 +174,6 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"predicted: {describe_prediction(summary[LATENCY])}", soft_wrap=True)
     if solution.shards_used is not None:
         console.print(f"used {solution.shards_used}", soft_wrap=True)
-    if solution.unheld is not None:
-        console.print(f"note: {solution.unheld}", soft_wrap=True)
     if solution.separate_head is not None:
         console.print(f"note: {describe_separate(solution.separate_head)}", soft_wrap=True)
     for path in solution.paths.values():
@@ -193,9 +191,12 @@ def _sensitive_groups(solution: Solution) -> Table:
     return table
 
 
-def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
-    """The solution beside its rivals, what it means, and the written files."""
+def print_evaluation(
+    rows: list[dict[str, Any]], tasks: list[dict[str, Any]], paths: dict[str, str]
+) -> None:
+    """The solution beside its rivals, scores of tasks, what it means, and the written files."""
     from autoquant_ray.report.measured import HEADS, measured_sections
+    from autoquant_ray.report.task_scores.section import TASK_HEADS, task_section
 
     console = _console()
     (section,) = measured_sections(rows, rows[0]["solution"], rows[0]["allocation"])
@@ -213,6 +214,14 @@ def print_evaluation(rows: list[dict[str, Any]], paths: dict[str, str]) -> None:
             table.add_row(row[0], *(row[number] for number in numbers))
         console.print(table, width=None if is_wide else min(console.width, _PAGE_WIDTH))
     console.print(section.verdict, soft_wrap=True)
+    if (scored := task_section(tasks)) is not None:
+        table = Table(box=box.SIMPLE, pad_edge=False)
+        for number, head in enumerate(TASK_HEADS):
+            table.add_column(head, overflow="fold", justify="right" if number > 2 else "left")
+        for row in scored.rows:
+            table.add_row(*row)
+        console.print(table, width=None if is_wide else min(console.width, _PAGE_WIDTH))
+        console.print(scored.verdict, soft_wrap=True)
     for path in paths.values():
         console.print(_short(path), soft_wrap=True)
 

@@ -48,6 +48,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import Lease, brief_lease, lease
 from autoquant_ray.runs.names import DRIFT_JSON, DRIFT_MARKDOWN
 from autoquant_ray.runs.state import Mode, RunState
+from autoquant_ray.tracking.mlflow_runs import log_night
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,9 @@ def _write(tonight: _Tonight, comparison: Comparison | None) -> Night:
         directory.write_json(DRIFT_JSON, document)
         path = directory.write_text(DRIFT_MARKDOWN, text)
     row = _row(tonight, status, exit_code) | {"verdict": verdict, "baseline": tonight.baseline}
-    put_row(tonight.folder, row | _numbers(facts, comparison))
+    row |= _numbers(facts, comparison)
+    put_row(tonight.folder, row)
+    log_night(directory, RunState.open(directory).record, row)
     return Night(exit_code=exit_code, document=document, lines=[text.rstrip(), "", path])
 
 

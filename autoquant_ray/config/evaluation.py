@@ -49,7 +49,9 @@ class EvaluationConfig(BaseModel):
         default=("uniform", "modelopt", "random"),
         description="What to measure beside it under the same budget, separated by commas: "
         "uniform, modelopt, random, or none. Or, at its own size, another solution of the run, or "
-        "a file: AutoRound's layer_config, mlx-lm's quantization or sensitivities.",
+        "a file: AutoRound's layer_config or quantization_config, mlx-lm's quantization or "
+        "sensitivities, llm-compressor's config of HIGGS; beside these, what this run's scores "
+        "choose at the same size.",
     )
     num_random: int = Field(
         default=20, ge=1, description="Allocations from shuffled scores, whose mean is the null."
@@ -60,6 +62,18 @@ class EvaluationConfig(BaseModel):
         description="Before that, measure this many scores, of the pairs (group, format) that "
         "matter most to the solution, each alone on half of the data, and solve the budget again "
         "with them. Writes audit.parquet and solutions/NAME-audited.",
+    )
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="Benchmark tasks of lm-eval that the model in 16 bits, the solution and its "
+        "rivals (but those of random) answer, separated by commas, such as arc_easy,gsm8k. Writes "
+        "tasks.parquet. Needs the extra tasks.",
+    )
+    tasks_dir: str | None = Field(
+        default=None, description="Folder with task files (YAML) of lm-eval, beside its own."
+    )
+    task_limit: int | None = Field(
+        default=None, ge=1, description="Samples of each task at most. Default: all."
     )
     workers: int | str | None = Field(default=None, description="Number of workers, or auto.")
     cpus_per_worker: int | None = Field(default=None, ge=1, description="Threads per worker.")
@@ -86,6 +100,13 @@ class EvaluationConfig(BaseModel):
             return value
         names = tuple(part.strip() for part in value.split(","))
         return () if names == ("none",) else names
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split_tasks(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
 
     _parse_workers = field_validator("workers", mode="before")(unless_none(parse_workers))
     _parse_wait = field_validator("wait_for_workers", mode="before")(unless_none(parse_seconds))

@@ -1,16 +1,16 @@
-"""A shard or a layer as it is sent to a worker."""
+"""A shard, a layer or some requests as they are sent to a worker."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from autoquant_ray.data.samples import Sample
 
 
 class Task(Protocol):
-    """What a stage consists of: shards, or layers."""
+    """What a stage consists of: shards, layers, or requests."""
 
     @property
     def shard(self) -> int:
@@ -47,3 +47,18 @@ class ShardTask:
     shard: int
     first_sample: int
     samples: Sequence[Sample]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestTask:
+    """Requests of benchmark tasks that are answered together.
+
+    Attributes:
+        shard: Their number.
+        kind: ``loglikelihood``, ``loglikelihood_rolling`` or ``generate_until``, as lm-eval says.
+        requests: Arguments of each: texts, and how to generate.
+    """
+
+    shard: int
+    kind: str
+    requests: Sequence[tuple[Any, ...]]

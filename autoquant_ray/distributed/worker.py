@@ -19,7 +19,7 @@ import ray
 
 from autoquant_ray.distributed.host_memory import reuse_freed_memory
 from autoquant_ray.distributed.placement import Placement
-from autoquant_ray.distributed.task import LayerTask, ShardTask
+from autoquant_ray.distributed.task import LayerTask, RequestTask, ShardTask
 from autoquant_ray.errors import AutoQuantError, WorkerError, one_line
 
 
@@ -66,6 +66,11 @@ class ShardWorker:
         """What single changes of an allocation would do to its loss on a shard."""
         with _named_errors(f"estimating changes on shard {task.shard}"):
             return self._runner.estimate(task.samples, task.first_sample, choice)
+
+    def answer(self, task: RequestTask, choice: tuple[int, ...]) -> Any:
+        """Answers to requests of benchmark tasks under an allocation."""
+        with _named_errors(f"answering requests {task.shard}"):
+            return self._runner.answer(task.kind, task.requests, choice)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -113,17 +113,30 @@ def _require_not_among(scanned: ScanConfig, scan: ScanConfig) -> None:
 
 def data_key(state: RunState, scan: ScanConfig, skip: Skip) -> str:
     """Digest of everything that measured numbers depend on, except the allocation."""
+    model = state.record.fingerprints["model"]
+    measured = stage_fingerprints(scan, model, fingerprint_data(scan.data))
+    return _digest([measured["shards"], _calibrated(state), skip, _versions(state)])
+
+
+def answers_key(state: RunState, kind: str, requests: Sequence[Any]) -> str:
+    """Digest of everything that answers to requests depend on, except the allocation."""
+    return _digest([kind, requests, _calibrated(state), _versions(state)])
+
+
+def _calibrated(state: RunState) -> str:
+    """Fingerprint of the scan's model, formats and calibration."""
     fingerprints = state.record.fingerprints
-    measured = stage_fingerprints(scan, fingerprints["model"], fingerprint_data(scan.data))
-    scanned = stage_fingerprints(
-        ScanConfig.model_validate(state.config),
-        fingerprints["model"],
-        fingerprints["data"],
-        state.plan["formats"],
-    )
-    versions = numeric_versions(state.plan["formats"])
-    text = json.dumps([measured["shards"], scanned["calibrate"], skip, versions])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    config = ScanConfig.model_validate(state.config)
+    model, data = fingerprints["model"], fingerprints["data"]
+    return stage_fingerprints(config, model, data, state.plan["formats"])["calibrate"]
+
+
+def _versions(state: RunState) -> dict[str, str]:
+    return numeric_versions(state.plan["formats"])
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def held_out_samples(

@@ -7,7 +7,7 @@ measured twice, and a killed measurement resumes where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -25,11 +25,13 @@ from autoquant_ray.distributed.placement import (
 )
 from autoquant_ray.distributed.pool import Outcome, Submit, WorkerPool
 from autoquant_ray.distributed.progress import progress
+from autoquant_ray.distributed.task import Task
 from autoquant_ray.errors import Interrupted, StoreError, WorkerError
 from autoquant_ray.evaluate.flip_estimates import FlipEstimates, flip_rows, merge_flips
-from autoquant_ray.evaluate.held_out import data_key, held_out_samples, num_seen
+from autoquant_ray.evaluate.held_out import answers_key, data_key, held_out_samples, num_seen
 from autoquant_ray.evaluate.runner import EvaluationSpec
 from autoquant_ray.evaluate.table import Measured, collect
+from autoquant_ray.evaluate.tasks.answers import answer_rows, read_answers, request_tasks
 from autoquant_ray.formats.format import NONE
 from autoquant_ray.models.find import ModelRef, fingerprint_chats
 from autoquant_ray.models.of_run import require_model
@@ -41,7 +43,7 @@ from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import Lease, lease, require_free
-from autoquant_ray.runs.names import EVALUATION, FLIPS, SAMPLES, part_name
+from autoquant_ray.runs.names import ANSWERS, EVALUATION, FLIPS, SAMPLES, part_name
 from autoquant_ray.runs.rounding import dropped_formats
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.samples import require_same_chats
@@ -140,6 +142,42 @@ class Measurement:
         except _DamagedPartError:
             return self.estimate(candidate, shards)
 
+    def answer(
+        self, candidate: Candidate, kind: str, requests: Sequence[tuple[Any, ...]]
+    ) -> list[Any]:
+        """Answers to requests of benchmark tasks under an allocation, each asked once in a run.
+
+        Args:
+            candidate: The allocation.
+            kind, requests: See :meth:`~autoquant_ray.evaluate.tasks.responder.Responder.answer`.
+
+        Raises:
+            WorkerError: Requests could not be answered.
+        """
+        directory, choice = self.state.directory, _choice(self._plan, candidate)
+        key = answers_key(self.state, kind, requests)
+        folder = f"{EVALUATION}/{key}/{candidate.key}/{ANSWERS}"
+        tasks = request_tasks(kind, requests)
+        finished = set(directory.list_parts(folder))
+        missing = [task for task in tasks if task.shard not in finished]
+
+        def submit(worker: Any, task: Any) -> Any:
+            return worker.answer.remote(task, choice)
+
+        if missing:
+            doing = f"tasks of {candidate.name}"
+            with closing(self._outcomes(doing, missing, len(missing), submit)) as outcomes:
+                for outcome in outcomes:
+                    if outcome.reason is not None:
+                        raise WorkerError(f"{doing}: {outcome.reason}")
+                    name = part_name(folder, outcome.task.shard)
+                    directory.write_table(name, answer_rows(outcome.task, outcome.result))
+        try:
+            parts = self._parts(folder, [task.shard for task in tasks])
+            return [answer for part in parts for answer in read_answers(kind, part)]
+        except _DamagedPartError:
+            return self.answer(candidate, kind, requests)
+
     def _parts(self, folder: str, shards: Sequence[int]) -> Iterator[Any]:
         directory = self.state.directory
         for shard in shards:
@@ -180,7 +218,8 @@ class Measurement:
             choices = [_choice(self._plan, candidate) for candidate in missing[task.shard]]
             return worker.evaluate.remote(task, choices)
 
-        with closing(self._outcomes("evaluate", list(missing), submit)) as outcomes:
+        tasks = read_tasks(directory, f"{self.folder}/{SAMPLES}", missing)
+        with closing(self._outcomes("evaluate", tasks, len(missing), submit)) as outcomes:
             for outcome in outcomes:
                 shard = outcome.task.shard
                 if outcome.reason is not None:
@@ -198,7 +237,8 @@ class Measurement:
         def submit(worker: Any, task: Any) -> Any:
             return worker.estimate.remote(task, choice)
 
-        with closing(self._outcomes("estimate", shards, submit)) as outcomes:
+        tasks = read_tasks(self.state.directory, f"{self.folder}/{SAMPLES}", shards)
+        with closing(self._outcomes("estimate", tasks, len(shards), submit)) as outcomes:
             for outcome in outcomes:
                 shard = outcome.task.shard
                 if outcome.reason is not None:
@@ -213,9 +253,9 @@ class Measurement:
         return failed
 
     def _outcomes(
-        self, doing: str, shards: Sequence[int], submit: Submit
+        self, doing: str, tasks: Iterable[Task], num_tasks: int, submit: Submit
     ) -> Generator[Outcome, None, None]:
-        """Run shards on the workers, started where they are not; the lease holds for each.
+        """Run tasks on the workers, started where they are not; the lease holds for each.
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; what was in flight has been yielded, as far as it ended
@@ -224,11 +264,10 @@ class Measurement:
         if self._pool is None:
             self._pool = self._start_pool()
         directory, num_kept = self.state.directory, 0
-        tasks = read_tasks(directory, f"{self.folder}/{SAMPLES}", shards)
         with (
             stop_on_signal(self._pool.grace_s) as stop,
             closing(self._pool.run(tasks, submit, stop)) as outcomes,
-            progress(doing, len(shards)) as advance,
+            progress(doing, num_tasks) as advance,
         ):
             for outcome in outcomes:
                 if outcome.reason is None:
@@ -240,7 +279,7 @@ class Measurement:
                 advance(f"{outcome.num_workers} worker(s)")
         if stop.is_made:
             raise Interrupted(
-                f"interrupted: {doing} has {num_kept} of {len(shards)} shards more, all kept; run "
+                f"interrupted: {doing} has {num_kept} of {num_tasks} shards more, all kept; run "
                 "the same command again to go on"
             )
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from autoquant_ray.allocate.candidate import SOLUTION, Candidate, make_candidate
+from autoquant_ray.allocate.candidate import AT_SIZE_OF, SOLUTION, Candidate, make_candidate
 from autoquant_ray.allocate.group_choices import Scores
 from autoquant_ray.allocate.kv_caches import shuffled_order
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.read import ScoredRun, solution_formats, solution_options
 from autoquant_ray.allocate.search import search, served_problems
+from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, one_line
 from autoquant_ray.evaluate.measurable import measurable_problem, require_measurable
 from autoquant_ray.formats.format import NONE
 
@@ -32,9 +33,10 @@ def collect_candidates(
     Args:
         run: A finished run.
         folder: Folder of the solution with a trailing slash, or '' for the scan's own.
-        against: Members of ``KINDS``, other solutions of the run, or files of AutoRound and mlx-lm
-            (:mod:`autoquant_ray.imports.tool_allocations`). ``uniform``: every format of the menu
-            that fits the budget when all groups take it (a group that lacks it takes the same
+        against: Members of ``KINDS``, other solutions of the run, or files of other tools
+            (:mod:`autoquant_ray.imports.tool_files`); beside a file, what the run's scores choose
+            at its size, under the solution's other constraints. ``uniform``: every format of the
+            menu that fits the budget when all groups take it (a group that lacks it takes the same
             format by another method, or else stays in 16 bits, and so does a tied head).
             ``modelopt``: solved with the scores that ModelOpt would compute from this run's sums:
             per batch, clamped along its sorted formats. ``random``: solved with scores shuffled
@@ -57,6 +59,8 @@ def collect_candidates(
     candidates += [make_candidate(problem, scores, name, formats) for name, formats in rivals]
     require_measurable(state, candidates)
     problem, options = measurable_problem(state, problem, options)
+    for rival in [candidate for candidate in candidates if candidate.name.startswith("file ")]:
+        candidates += _at_size_of(problem, scores, options, rival)
     if "uniform" in against:
         candidates += _uniform(problem, scores, options, chosen)
     if "modelopt" in against:
@@ -83,6 +87,21 @@ def shuffle_scores(problem: Problem, scores: Scores, seed: int) -> dict[tuple[st
                 score = scores.get((other.name, format_), largest)
                 shuffled[group.name, format_] = score
     return shuffled
+
+
+def _at_size_of(
+    problem: Problem, scores: Scores, options: SolveOptions, rival: Candidate
+) -> list[Candidate]:
+    """What the scores choose at a rival's bytes, its KV cache as in the rival; none if nothing
+    under the constraints is that small."""
+    changes = {"bits": None, "bytes": math.floor(rival.weight_bytes), "kv_bytes_per_token": None}
+    try:
+        held = problem.with_held_caches(rival.formats)
+        formats = _solve(held, scores, options.replaced(**changes, latency=None))
+    except (ConfigError, InfeasibleBudgetError) as error:
+        logger.warning("nothing is measured at the size of %s: %s", rival.name, one_line(error))
+        return []
+    return [make_candidate(problem, scores, f"{AT_SIZE_OF}{rival.name}", formats)]
 
 
 def _solve(problem: Problem, scores: Scores, options: SolveOptions) -> dict[str, str]:

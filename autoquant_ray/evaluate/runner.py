@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -24,9 +24,12 @@ from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.evaluate.divergence import TokenDivergence, compare
 from autoquant_ray.evaluate.flip_estimator import FlipEstimator, ShardFlips
+from autoquant_ray.evaluate.tasks.responder import Responder
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.find import ModelRef
-from autoquant_ray.plan.memory import GIB
+from autoquant_ray.models.layers import replaced_forward
+from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
+from autoquant_ray.plan.memory import GIB, room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import FRONT, UNQUANTIZED, FormatNumbers, QuantizedLayers
@@ -40,6 +43,9 @@ from autoquant_ray.score.visits import Step, VisitPacker, make_step, predicting_
 
 Float32s = np.ndarray[Any, np.dtype[np.float32]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
+
+_LOGITS_COPIES = 3
+"""float32 logits of a batch in memory at once while requests are answered."""
 
 Prefix = tuple[FormatNumbers, ...]
 """Formats of the vision tower, then of the first layers; where equal, so are hidden states."""
@@ -193,6 +199,61 @@ class AllocationRunner:
             self._quantized,
             joint_context=self.joint_context,
         )
+
+    @torch.no_grad()
+    def answer(
+        self, kind: str, requests: Sequence[tuple[Any, ...]], choice: FormatNumbers
+    ) -> list[Any]:
+        """Answers to requests of benchmark tasks under an allocation.
+
+        See :meth:`~autoquant_ray.evaluate.tasks.responder.Responder.answer`.
+        """
+        with self._running_under(choice):
+            return self._responder.answer(kind, requests)
+
+    @cached_property
+    def _responder(self) -> Responder:
+        """Made when it is first needed: only tasks do."""
+        tokenizer = load_tokenizer(TokenizerRef.of(self.spec.model, ""))
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        room = self.spec.activation_bytes // (_LOGITS_COPIES * 4 * vocabulary)
+        return Responder(self.model, tokenizer, min(self.spec.step_tokens, room))
+
+    @contextmanager
+    def _running_under(self, choice: FormatNumbers) -> Iterator[None]:
+        """While open, the model runs as a whole under an allocation.
+
+        Quantized weights of the first layers are kept, as many as there is memory for; those of the
+        others are made again each time that a layer runs.
+        """
+        layers, held, weights = self._layerwise.layers, 0, WeightCache(UNBOUNDED)
+        room = room_for_visit(self.model, layers, self.spec.modules, self.spec.formats)
+        with ExitStack() as stack:
+            for number in (FRONT, len(layers)):
+                stack.enter_context(self._quantized.quantized(number, choice, weights))
+            for number, layer in enumerate(layers):
+                held += self._quantized.quantized_bytes(number, choice)
+                is_kept = held <= room and not self._layerwise.residence.is_offloaded
+                if is_kept or not self._layerwise.is_layerwise:
+                    stack.enter_context(self._quantized.quantized(number, choice, weights))
+                else:
+                    forward = self._visiting(number, layer.forward, choice)
+                    stack.enter_context(replaced_forward(layer, forward))
+            yield
+
+    def _visiting(
+        self, number: int, original: Callable[..., Any], choice: FormatNumbers
+    ) -> Callable[..., Any]:
+        """A layer's ``forward`` that brings its weights, and quantizes them, each time."""
+
+        def visit(*arguments: Any, **keywords: Any) -> Any:
+            with (
+                self._layerwise.visit_forward(number),
+                self._quantized.quantized(number, choice, WeightCache(UNBOUNDED)),
+            ):
+                return original(*arguments, **keywords)
+
+        return visit
 
     def _quantized_head(
         self, choice: FormatNumbers, weights: WeightCache

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from autoquant_ray.allocate.candidate import Candidate
+from autoquant_ray.allocate.candidate import AT_SIZE_OF, Candidate
 from autoquant_ray.allocate.certainty.total_error import ratio_stderr
 from autoquant_ray.arrays import Floats
 
@@ -78,8 +78,12 @@ def evaluation_rows(
         labels: Values of the columns ``solution``, ``dataset`` and ``data_key``.
     """
     solution = measured[0]
+    by_name = {candidate.name: m for candidate, m in zip(candidates, measured, strict=True)}
     return [
-        _row(candidate, losses) | _difference(losses, solution) | labels
+        _row(candidate, losses)
+        | _difference(losses, solution)
+        | _equal_difference(losses, by_name.get(f"{AT_SIZE_OF}{candidate.name}"))
+        | labels
         for candidate, losses in zip(candidates, measured, strict=True)
     ]
 
@@ -132,6 +136,12 @@ def _difference(losses: Measured, solution: Measured) -> dict[str, Any]:
     """Columns of the difference between an allocation and the solution."""
     difference, error = paired_difference(losses, solution)
     return {"kl_above_solution": difference, "kl_above_solution_stderr": error}
+
+
+def _equal_difference(losses: Measured, equal: Measured | None) -> dict[str, Any]:
+    """Columns of the difference between a rival and what the run chooses at the same size."""
+    difference, error = (None, None) if equal is None else paired_difference(losses, equal)
+    return {"kl_above_equal": difference, "kl_above_equal_stderr": error}
 
 
 def _sum(scalar: Any) -> float:

@@ -24,9 +24,10 @@ from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.quantized_config import MODELOPT_FILE, without_entries
 from autoquant_ray.models.stored_tensors import find_file
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
-from autoquant_ray.runs.names import EVALUATION_FILE
+from autoquant_ray.report.task_scores.section import difference_text, metric_name
+from autoquant_ray.runs.names import EVALUATION_FILE, TASKS_FILE
 from autoquant_ray.version import VERSION
-from autoquant_ray.wording import few, printable
+from autoquant_ray.wording import few, printable, with_error
 
 if TYPE_CHECKING:
     from autoquant_ray.export.source import Source
@@ -169,6 +170,7 @@ def model_card(source: Source, layout: str) -> str:
         ("weights of the whole model", f"{round(solution['weight_bytes']):,} bytes"),
         ("predicted loss", _loss(solution["predicted_kl_nats"])),
         *_measured(source),
+        *_tasks(source),
         ("calibration data", f"{_last(str(data.get('name', 'unknown')))}, {_amount(data)}"),
         ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
     ]
@@ -224,6 +226,29 @@ def _measured(source: Source) -> list[tuple[str, str]]:
         )
         for row in rows
         if row["name"] == SOLUTION and row["allocation"] == key
+    ]
+
+
+def _tasks(source: Source) -> list[tuple[str, str]]:
+    """Scores of benchmark tasks, each beside that of the model in 16 bits."""
+    directory = source.state.directory
+    if not directory.exists(TASKS_FILE):
+        return []
+    rows, key = directory.read_table(TASKS_FILE).to_pylist(), _key(source)
+    # The same formats may be those of several solutions.
+    solutions = {
+        (row["task"], row["metric"], row["filter"]): row["solution"]
+        for row in rows
+        if row["name"] == SOLUTION and row["allocation"] == key
+    }
+    return [
+        (
+            metric_name(row),
+            f"{with_error(row['value'], row['stderr'])} ({difference_text(row)} against 16 bits)",
+        )
+        for row in rows
+        if row["name"] == SOLUTION
+        and solutions.get((row["task"], row["metric"], row["filter"])) == row["solution"]
     ]
 
 

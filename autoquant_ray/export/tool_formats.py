@@ -9,7 +9,7 @@ Sources: llama.cpp, tools/quantize/README.md and ggml's types; auto-round 0.16
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from autoquant_ray.formats.format import Format
@@ -85,6 +85,37 @@ def mlx_config(format_: Format) -> dict[str, Any] | None:
     if weight.bits not in _MLX_BITS or group not in MLX_GROUPS or weight.scale is not None:
         return None
     return {"group_size": group, "bits": weight.bits, "mode": "affine"}
+
+
+def compressed_config(format_: Format) -> dict[str, Any]:
+    """What a group of compressed-tensors says of a format, in the words of AutoRound's entries."""
+    weight = Numbers.of(format_.weight)
+    entry: dict[str, Any] = {
+        "bits": 4 if weight.bits == E2M1 else 8 if weight.bits == E4M3 else weight.bits,
+        "data_type": data_type(weight),
+        "group_size": weight.block or (-1 if weight.axis == 0 else 0),
+        "act_bits": 16,
+    }
+    if format_.input is None:
+        return entry
+    inputs = Numbers.of(format_.input)
+    return with_inputs(entry, data_type(inputs)) | {
+        "act_bits": 4 if inputs.bits == E2M1 else 8 if inputs.bits == E4M3 else inputs.bits,
+        "act_dynamic": inputs.is_dynamic and inputs.scale != E4M3,
+    }
+
+
+def with_inputs(entry: Mapping[str, Any], data_type: str) -> dict[str, Any]:
+    """An entry whose inputs have a type of numbers too; both count where formats are compared."""
+    kinds = dict.fromkeys((entry["data_type"], data_type))
+    return {**entry, "data_type": " by ".join(kinds), "act_data_type": data_type}
+
+
+def data_type(numbers: Numbers) -> str:
+    """``int``, ``fp``, or ``nv_fp`` and ``mx_fp`` where blocks have small scales."""
+    if isinstance(numbers.bits, int):
+        return "int"
+    return {E4M3: "nv_fp", E8M0: "mx_fp"}.get(numbers.scale, "fp")
 
 
 COUNTERPARTS: dict[str, Callable[[Format], Any]] = {

@@ -31,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def foreign_allocation(path: str, problem: Problem, options: SolveOptions) -> dict[str, str]:
-    """Searched group -> format, from a file of AutoRound or mlx-lm.
+    """Searched group -> format, from a file of AutoRound, mlx-lm or llm-compressor.
 
     Sensitivities are no allocation yet: as in ``mlx_lm.dynamic_quant``, groups above a threshold
     take more bits, as many of them as the budget allows; of the run's formats the smallest and the
@@ -112,7 +112,8 @@ def rival_allocation(
         return f"file {Path(against).name}", foreign_allocation(against, problem, options)
     raise ConfigError(
         f"`against` {against!r} is unknown; known: uniform, modelopt, random, a solution of the "
-        f"run ({', '.join(solutions) or 'none yet'}), or a file of AutoRound or mlx-lm"
+        f"run ({', '.join(solutions) or 'none yet'}), or a file of AutoRound, mlx-lm "
+        "or llm-compressor"
     )
 
 

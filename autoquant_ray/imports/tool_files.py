@@ -1,9 +1,11 @@
-"""Allocations of other tools, read as formats of a run: AutoRound's and mlx-lm's.
+"""Allocations of other tools, read as formats of a run: AutoRound's, mlx-lm's, llm-compressor's.
 
-Known are AutoRound's ``layer_config`` (or a ``config.json`` with its ``quantization_config``),
-the ``quantization`` object of an MLX model's ``config.json``, and the sensitivities that
-``mlx_lm.dynamic_quant`` writes. Bits and kinds are compared, not scales: what is measured is the
-tool's choice of bits per layer with ModelOpt's quantizers.
+Known are AutoRound's ``layer_config`` and ``quantization_config.json`` (what its AutoScheme chose
+is in both), the ``quantization`` object of an MLX model's ``config.json``, the sensitivities that
+``mlx_lm.dynamic_quant`` writes, and the groups of compressed-tensors, which llm-compressor's
+``get_higgs_config`` gives; each of them also inside of a model's ``config.json``. Bits and kinds
+are compared, not scales: what is measured is the tool's choice of bits per layer with ModelOpt's
+quantizers.
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from autoquant_ray.config.patterns import matching_names
 from autoquant_ray.errors import DataError, one_line
-from autoquant_ray.export.tool_formats import auto_round_config, mlx_config
+from autoquant_ray.export.tool_formats import auto_round_config, compressed_config, mlx_config
 from autoquant_ray.formats.algorithms import MAX
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.smoothed import method_of, takes_factors
+from autoquant_ray.imports.compressed_groups import compressed_entries
 from autoquant_ray.wording import few, shown
 
 logger = logging.getLogger(__name__)
@@ -28,6 +32,9 @@ logger = logging.getLogger(__name__)
 Groups = Mapping[str, Sequence[str]]
 """Searched group -> its modules."""
 NO_NAMES: Mapping[str, str] = {}
+
+Counterpart = Callable[[Format], dict[str, Any] | None]
+"""What a tool says of a format; None where it has none like it."""
 
 _MAX_NAMED = 3
 _SCHEMES: dict[str, dict[str, Any]] = {
@@ -116,23 +123,48 @@ def read_allocation(
         content = content["quantization_config"]
     if not isinstance(content, dict) or not content:
         raise DataError(
-            f"{path} is neither AutoRound's layer_config nor mlx-lm's quantization or sensitivities"
+            f"{path} is neither AutoRound's layer_config nor mlx-lm's quantization or "
+            "sensitivities nor a config of compressed-tensors"
         )
     is_mlx = "bits" in content and "quant_method" not in content
     modules = [name for names in groups.values() for name in names]
     layers = [*modules, *others]
-    entries = (
-        _mlx_entries(path, content, layers, in_mlx)
-        if is_mlx
-        else _auto_round(path, content, layers)
-    )
-    counterpart = mlx_config if is_mlx else auto_round_config
+    counterpart: Counterpart = mlx_config if is_mlx else auto_round_config
+    if "config_groups" in content:
+        entries, counterpart = compressed_entries(path, content, layers), compressed_config
+    elif is_mlx:
+        entries = _mlx_entries(path, content, layers, in_mlx)
+    else:
+        entries = _auto_round(path, content, layers)
     chosen = {
         module: NONE if entry is None else _format_of(path, module, entry, formats, counterpart)
         for module, entry in entries.items()
         if module not in others
     }
+    _list_mappings(path, entries, chosen)
     return _by_group(path, chosen, groups, formats)
+
+
+def _list_mappings(
+    path: str, entries: Mapping[str, Mapping[str, Any] | None], chosen: Mapping[str, str]
+) -> None:
+    """Log which of the tool's formats became which of the run's, and for how many layers."""
+    pairs = Counter((_described(entries[module]), name) for module, name in chosen.items())
+    for (theirs, ours), count in pairs.items():
+        logger.info("%s: %s is %s here, %d layers", Path(path).name, theirs, ours, count)
+
+
+def _described(entry: Mapping[str, Any] | None) -> str:
+    """A tool's entry in short, such as ``int4 in groups of 128, inputs int8 (dynamic)``."""
+    if entry is None:
+        return "16 bits"
+    kind = entry.get("data_type", entry.get("mode", "int"))
+    text, group = f"{kind}{entry.get('bits')}", entry.get("group_size")
+    text += {None: "", -1: " per channel", 0: " per tensor"}.get(group, f" in groups of {group}")
+    if (entry.get("act_bits") or 16) < 16:
+        text += f", inputs {entry.get('act_data_type') or kind}{entry['act_bits']}"
+        text += " (dynamic)" if entry.get("act_dynamic") else ""
+    return text
 
 
 def _auto_round(
@@ -219,7 +251,7 @@ def _format_of(
     module: str,
     entry: Mapping[str, Any],
     formats: Iterable[Format],
-    counterpart: Callable[[Format], dict[str, Any] | None],
+    counterpart: Counterpart,
 ) -> str:
     """The format of the menu with the same bits and kinds; with the same groups if there is one."""
 
@@ -237,10 +269,14 @@ def _format_of(
             f"{path}: {module} has {shown}, and no format of the run has that (it could take "
             f"{', '.join(configs) or 'none of its formats'}); scan with such a format too"
         )
-    alike = [n for n in same if configs[n].get("group_size") == entry.get("group_size")]
-    # It rounds by itself: plain rounding comes nearest.
+    # It rounds by itself: of formats with the same scales, plain rounding comes nearest.
     methods = {format_.name: method_of(format_) for format_ in without}
-    return min(alike or same, key=lambda name: methods[name] != MAX)
+
+    def distance(name: str) -> tuple[bool, ...]:
+        scales = [configs[name].get(k) != entry.get(k) for k in ("group_size", "act_dynamic")]
+        return (*scales, methods[name] != MAX)
+
+    return min(same, key=distance)
 
 
 def _by_group(

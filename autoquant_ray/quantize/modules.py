@@ -84,6 +84,14 @@ class QuantizedLayers:
         """The part of a choice that matters in a layer; the head counts as the layer after all."""
         return tuple(choice[scored.group] for scored, _ in self._by_layer.get(number, []))
 
+    def quantized_bytes(self, number: int, choice: FormatNumbers) -> int:
+        """Bytes of a layer's quantized weights under a choice, in the model's own dtype."""
+        return sum(
+            scored.planned.num_elements * next(module.parameters()).element_size()
+            for scored, module in self._by_layer.get(number, [])
+            if choice[scored.group] != UNQUANTIZED and not scored.planned.is_cache
+        )
+
     @contextmanager
     def quantized(self, number: int, choice: FormatNumbers, weights: WeightCache) -> Iterator[None]:
         """While open, the modules of a layer run under the formats of a choice.

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autoquant_ray.allocate.candidate import AT_SIZE_OF
 from autoquant_ray.allocate.certainty.stopping import MIN_SHARDS
 from autoquant_ray.report.evidence import ChosenFormat, Evidence
 from autoquant_ray.report.measured import IN_RANGE
@@ -91,7 +92,7 @@ def _is_surely_better(rival: Mapping[str, Any]) -> bool:
 
 def _is_no_larger(rival: Mapping[str, Any], solution: Mapping[str, Any]) -> bool:
     """Whether a rival is within the size: files and other solutions had other budgets."""
-    is_foreign = str(rival["name"]).startswith(("file ", "solution "))
+    is_foreign = str(rival["name"]).startswith(("file ", "solution ", AT_SIZE_OF))
     return not is_foreign or bool(rival["weight_bytes"] <= solution["weight_bytes"])
 
 

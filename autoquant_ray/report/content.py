@@ -43,6 +43,7 @@ from autoquant_ray.report.measured import (
 from autoquant_ray.report.reproduce import Reproduction, reproduction
 from autoquant_ray.report.result import result_sentence
 from autoquant_ray.report.sources import ScoresWithErrors, Sources, gather_evidence, read_sources
+from autoquant_ray.report.task_scores.section import TaskData, solution_tasks, task_section
 from autoquant_ray.runs.names import AUDIT_FILE, MANIFEST_JSON, solution_folder
 from autoquant_ray.runs.record import PlanSummary
 from autoquant_ray.runs.state import RunState
@@ -102,6 +103,7 @@ class ReportContent:
         bars: Bytes of the model before and after.
         shares: Which groups make the predicted loss; None where fewer than two lose anything.
         scatter: Measured against predicted losses; None where nothing was measured.
+        tasks: Scores of benchmark tasks; None where none was asked.
     """
 
     title: str
@@ -129,6 +131,7 @@ class ReportContent:
     bars: list[Bar] = field(default_factory=list)
     shares: LossShares | None = None
     scatter: Scatter | None = None
+    tasks: TaskData | None = None
 
 
 def collect_content(run: ScoredRun, folder: str) -> ReportContent:
@@ -190,6 +193,7 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
         scatter=scatter(
             measured_pairs(sources.evaluations, sources.name, sources.key), near=IN_RANGE
         ),
+        tasks=task_section(solution_tasks(sources.answered, sources.name, sources.key)),
     )
 
 

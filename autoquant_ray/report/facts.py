@@ -13,9 +13,9 @@ from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.models.quantized_source import describe_source
 from autoquant_ray.plan.carried import describe_carried
 from autoquant_ray.report.headline import budget_text
-from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.sources import Sources
 from autoquant_ray.runs.record import RunRecord
+from autoquant_ray.wording import with_error
 
 _MAX_NAMED = 5
 _LONGEST_REASON = 120

@@ -11,8 +11,8 @@ from autoquant_ray.formats.format import NONE
 from autoquant_ray.formats.kv_cache import KV_BYTES
 from autoquant_ray.report.charts.frontier_chart import size_text
 from autoquant_ray.report.domains import describe_domains
-from autoquant_ray.report.measured import with_error
 from autoquant_ray.report.sources import Sources
+from autoquant_ray.wording import with_error
 
 _COSTS = {
     "storage": "stored bits",

@@ -14,6 +14,7 @@ from autoquant_ray.report.groups import METHOD_HEADS, readable
 from autoquant_ray.report.heat import OUTSIDE, strips
 from autoquant_ray.report.measured import HEADS
 from autoquant_ray.report.page import render_page
+from autoquant_ray.report.task_scores.section import TASK_HEADS
 
 _MAX_CELLS = 30_000
 """Limit for the table of groups; browsers are slow to open larger pages."""
@@ -47,6 +48,7 @@ def render_html(content: ReportContent) -> str:
         outside=OUTSIDE,
         rest=REST,
         measured_heads=HEADS,
+        task_heads=TASK_HEADS,
         audit_heads=AUDIT_HEADS,
         domain_heads=DOMAIN_HEADS,
         method_heads=METHOD_HEADS,

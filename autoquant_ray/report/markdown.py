@@ -11,6 +11,7 @@ from autoquant_ray.report.content import ReportContent, format_score
 from autoquant_ray.report.domains import DOMAIN_HEADS
 from autoquant_ray.report.groups import METHOD_HEADS
 from autoquant_ray.report.measured import HEADS, MeasuredData
+from autoquant_ray.report.task_scores.section import TASK_HEADS
 from autoquant_ray.wording import printable
 
 _EXPLANATION = (
@@ -36,6 +37,9 @@ def render_markdown(content: ReportContent) -> str:
         lines += _table(METHOD_HEADS, content.methods.rows)
     for section in content.measured:
         lines += _section("Predicted and measured loss", HEADS, section)
+    if content.tasks is not None:
+        lines += ["", "## Benchmark tasks", "", plain_text(content.tasks.verdict), ""]
+        lines += _table(TASK_HEADS, content.tasks.rows)
     if content.audit is not None:
         lines += _section("Predicted and measured scores", AUDIT_HEADS, content.audit)
     lines += _layers(content)

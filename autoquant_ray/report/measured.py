@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.report.charts.scatter import Pair
+from autoquant_ray.wording import with_error
 
 HEADS = (
     "Allocation",
@@ -122,9 +123,22 @@ def verdict(rows: Sequence[dict[str, Any]], is_by_domain: bool = False) -> str:
     for row in rows[1:]:
         if row["name"].startswith("uniform") and row["kl_mean"] < solution["kl_mean"]:
             texts.append(f"{row['name']} loses less at no more bytes: do not use this solution.")
+    texts += [_equal(row) for row in rows[1:] if row.get("kl_above_equal") is not None]
     if rows[-1]["name"].startswith("shuffled") and rows[-1]["kl_mean"] <= solution["kl_mean"]:
         texts.append("It is no better than shuffled scores: the scores carry no information here.")
     return " ".join(texts)
+
+
+def _equal(row: dict[str, Any]) -> str:
+    """How a rival compares with what the run chooses at the same bytes."""
+    difference, error = row["kl_above_equal"], row["kl_above_equal_stderr"]
+    is_clear = abs(difference) > 2 * (error or 0.0)
+    word = "more" if difference > 0 else "less"
+    text = f"{row['name']} loses {with_error(abs(difference), error)} nats per token {word} than "
+    return (
+        f"{text}what this run chooses at its {row['weight_bytes']:,.0f} bytes"
+        f"{'' if is_clear else ', within noise'}."
+    )
 
 
 def _prediction(solution: dict[str, Any]) -> str:
@@ -177,9 +191,3 @@ def measured_pairs(rows: Sequence[dict[str, Any]], solution: str, allocation: st
         )
         for row in rows
     ]
-
-
-def with_error(value: float, error: float | None, *, signed: bool = False) -> str:
-    """A number with its standard error, if it has one."""
-    text = f"{value:+.3g}" if signed else f"{value:.4g}"
-    return text if error is None else f"{text} ± {error:.1g}"

@@ -23,6 +23,7 @@ from autoquant_ray.runs.names import (
     MANIFEST_JSON,
     MANIFEST_TABLE,
     RESAMPLING_FILE,
+    TASKS_FILE,
     solution_of,
 )
 from autoquant_ray.runs.record import RunRecord
@@ -47,6 +48,7 @@ class Sources:
         formats: Searched group -> chosen format.
         error: Of the predicted KL; None where unknown.
         evaluations: Rows of ``evaluation.parquet``, of all solutions.
+        answered: Rows of ``tasks.parquet``, of all solutions.
     """
 
     scored: ScoredRun
@@ -57,6 +59,7 @@ class Sources:
     formats: dict[str, str]
     error: TotalError | None
     evaluations: list[dict[str, Any]]
+    answered: list[dict[str, Any]]
 
     @property
     def run(self) -> RunRecord:
@@ -122,7 +125,7 @@ def read_sources(scored: ScoredRun, start: str) -> Sources:
     def optional(name: str, encoded: Sequence[str] = ()) -> Any:
         return directory.read_table(name, encoded=encoded) if directory.exists(name) else None
 
-    evaluations = optional(EVALUATION_FILE)
+    evaluations, answered = optional(EVALUATION_FILE), optional(TASKS_FILE)
     return Sources(
         scored=scored,
         name=solution_of(start),
@@ -132,6 +135,7 @@ def read_sources(scored: ScoredRun, start: str) -> Sources:
         formats=formats,
         error=total_error(formats, scored.rows, optional(RESAMPLING_FILE, KEYS)),
         evaluations=[] if evaluations is None else evaluations.to_pylist(),
+        answered=[] if answered is None else answered.to_pylist(),
     )
 
 
@@ -144,9 +148,7 @@ def _unserved(sources: Sources) -> str | None:
     groups = {name: g.module_names for name, g in problem.groups.items() if not g.is_cache}
     engine, gpu = budget.get("engine"), budget.get("gpu")
     weights = {name: format_ for name, format_ in chosen.items() if name in groups}
-    reason = why_unserved(
-        groups, weights, formats_of(plan), engine, gpu, plan.get("checkpoint_limits")
-    )
+    reason = why_unserved(groups, weights, formats_of(plan), engine, gpu)
     cache = cache_problem([group.name for group in problem.caches], chosen, engine, gpu)
     return reason or (None if cache is None else f"{cache[0].upper()}{cache[1:]}.")
 

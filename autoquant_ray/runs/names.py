@@ -35,6 +35,10 @@ FLIPS = "flips"
 """Below the folder of a data set: per allocation, what single changes of it are predicted to do."""
 EVALUATION_FILE, AUDIT_FILE = "evaluation.parquet", "audit.parquet"
 """Measured losses of solutions and their rivals; of single (group, format) pairs."""
+ANSWERS = "answers"
+"""Below a folder of requests: per allocation, what the model answered."""
+TASKS_FILE = "tasks.parquet"
+"""Results of benchmark tasks."""
 FRONTIER_FILE = "frontier.parquet"
 """Sizes and losses along the frontier."""
 DOMAINS_FILE = "domains.parquet"
@@ -64,6 +68,7 @@ RUN_FILES = {
     RESAMPLING_FILE,
     EVALUATION_FILE,
     AUDIT_FILE,
+    TASKS_FILE,
     FRONTIER_FILE,
     MANIFEST_TABLE,
     MANIFEST_JSON,
@@ -91,7 +96,7 @@ def is_part(name: str) -> bool:
 def remedy_of(name: str) -> str:
     """What makes a damaged or lost file again."""
     file = name.rpartition("/")[2]
-    if name.startswith(f"{EVALUATION}/") or file in (EVALUATION_FILE, AUDIT_FILE):
+    if name.startswith(f"{EVALUATION}/") or file in (EVALUATION_FILE, AUDIT_FILE, TASKS_FILE):
         return "delete it, autoquant-ray evaluate makes it again"
     if file == FRONTIER_FILE:
         return "autoquant-ray frontier makes it again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from autoquant_ray.runs.names import (
+    ANSWERS,
     AUDIT_FILE,
     CALIBRATION,
     CALIBRATION_FILE,
@@ -28,6 +29,7 @@ from autoquant_ray.runs.names import (
     SEARCH,
     SEARCH_FILE,
     SENSITIVITY_FILE,
+    TASKS_FILE,
     is_part,
 )
 
@@ -171,6 +173,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             "top1_agreement": _FLOAT,
             "kl_above_solution": _FLOAT,
             "kl_above_solution_stderr": _FLOAT,
+            "kl_above_equal": _FLOAT,
+            "kl_above_equal_stderr": _FLOAT,
             "num_tokens": _INT,
             "num_samples": _INT,
         }
@@ -187,6 +191,29 @@ SCHEMAS: dict[str, pa.Schema] = {
             "ratio": _FLOAT,
             "num_samples": _INT,
             "data_key": _STRING,
+        }
+    ),
+    ANSWERS: pa.schema(
+        {"request": _INT, "log_likelihood": _FLOAT, "is_greedy": pa.bool_(), "text": _STRING}
+    ),
+    TASKS_FILE: pa.schema(
+        {
+            "solution": _STRING,
+            "name": _STRING,
+            "allocation": _STRING,
+            "effective_bits": _FLOAT,
+            "weight_bytes": _FLOAT,
+            "task": _STRING,
+            "task_version": _STRING,
+            "num_fewshot": _INT,
+            "metric": _STRING,
+            "filter": _STRING,
+            "higher_is_better": pa.bool_(),
+            "value": _FLOAT,
+            "stderr": _FLOAT,
+            "num_samples": _INT,
+            "difference": _FLOAT,
+            "difference_stderr": _FLOAT,
         }
     ),
     RESAMPLING_FILE: pa.schema(_BUCKET),
@@ -247,6 +274,8 @@ ADDED_COLUMNS = {
     "in_loss",
     "tensors",
     "kv_bytes_per_token",
+    "kl_above_equal",
+    "kl_above_equal_stderr",
 }
 """Columns that earlier versions, or samples of plain text, do not have; null where they are
 missing."""

@@ -99,8 +99,12 @@ def collect(state: RunState, pool: WorkerPool, work: Work) -> None:
 
 
 def note_done(directory: RunDirectory, stage: str, outcome: Outcome) -> int:
-    """Write the event of a shard whose part is written; returns its number of tokens."""
-    num_tokens = sum(map(len, outcome.task.samples))
+    """Write the event of a shard whose part is written; returns its number of tokens.
+
+    Requests of benchmark tasks have none: their texts are cut into tokens by the workers.
+    """
+    samples = outcome.task.samples if isinstance(outcome.task, ShardTask) else ()
+    num_tokens = sum(map(len, samples))
     directory.append_event(
         "shard_done",
         stage=stage,

@@ -166,7 +166,7 @@ def _write_scores(
     sensitivity, buckets = [], []
     for row in rows:
         inputs, _, method = row["format"].rpartition("_a")[2].partition(":")
-        input_loss = {"fp16": 0.0, "fp8": 2e-4, "int8": 6e-4}[inputs]
+        input_loss = {"fp16": 0.0, "int8": 6e-4}.get(inputs, 2e-4)
         weight_loss = 0.9 * 2.0 ** (-2 * row["weight_bits"]) * METHODS.get(method, 1.0)
         score = scales[row["group"]] * (weight_loss + input_loss)
         shares = generator.gamma(1 / noise**2, noise**2, num_shards)

@@ -48,7 +48,7 @@ def put(folder: Path, content: Any) -> str:
 
 def rival(run: RunDirectory, path: str) -> dict[str, str]:
     """The formats of a file as a rival of the scan's own solution."""
-    _, candidate = collect_candidates(ScoredRun.read(RunState.open(run)), "", (path,))
+    _, candidate, *_ = collect_candidates(ScoredRun.read(RunState.open(run)), "", (path,))
     assert candidate.name == f"file {Path(path).name}"
     return candidate.formats
 
