@@ -23,15 +23,18 @@ from typing import Any
 import torch
 from kl_prediction import make_spec, read_samples
 
+from autoquant_ray import ScanConfig
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import read_texts
 from autoquant_ray.distributed.host_memory import reuse_freed_memory
 from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.formats.smoothed import needs_calibration
 from autoquant_ray.models.find import ModelRef, find_model
 from autoquant_ray.models.load import build_skeleton, load_model
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
-from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.plan.memory import footprint, kept_graphs
+from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.score.scorer import Scorer
@@ -48,6 +51,13 @@ PAIRS = tuple(
     for a in ("fp16", "fp8", "int8", "int4")
 )
 """Rounded by the maximum, as ModelOpt's search does it."""
+WEIGHT_ONLY = (
+    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "INT8_WEIGHT_ONLY_CFG",
+    "wfp8_afp16",
+    "W4A16_NVFP4_CFG",
+)
+"""Menu that calibrates nothing."""
 PADDED_LENGTH = 512
 
 
@@ -69,17 +79,22 @@ CASES = {
     "captions": Case(PRESETS, is_captions=True),
     "formats": Case(PAIRS),
     "fp4": Case(("NVFP4_DEFAULT_CFG", "MXFP4_DEFAULT_CFG")),
+    "weight-only": Case(WEIGHT_ONLY),
 }
 
 
 def side(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one side: ``modelopt``, ``core[:SHARE]`` or ``ray[:SHARE]`` with a share of rows."""
+    """Run one side: ``modelopt``, ``core[:SHARE]`` or ``ray[:SHARE]`` with a share of rows.
+
+    ``core+GIB`` and ``ray+GIB`` keep graphs in so much memory, ``core+0`` none.
+    """
     torch.set_num_threads(options.threads)
-    kind, _, share = name.partition(":")
+    name, _, share = name.partition(":")
+    kind, _, graphs = name.partition("+")
     if kind == "modelopt":
         return _run_modelopt(options)
     run: Callable[..., dict[str, Any]] = _run_core if kind == "core" else _run_ray
-    return run(options, float(share or 1))
+    return run(options, float(share or 1), graphs or "auto")
 
 
 def _model(options: argparse.Namespace) -> ModelRef:
@@ -135,7 +150,7 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
+def _run_core(options: argparse.Namespace, share: float, graphs: str) -> dict[str, Any]:
     """Our scoring core in this process; shards of several batches of as many tokens each."""
     ref, formats = _model(options), CASES[options.case].formats
     samples = _samples(options, ref)
@@ -148,12 +163,13 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
         dtype=options.dtype,
         step_tokens=options.step_tokens,
         row_share=share,
+        **_room(options, plan, graphs),
     )
     reuse_freed_memory()
     scorer = Scorer(spec)
     start = now(options.device)
-    parts = [scorer.calibrate(shard, number) for number, shard in enumerate(shards)]
-    calibration = merge_calibrations(parts)
+    calibrated = enumerate(shards) if needs_calibration(plan.formats) else ()
+    calibration = merge_calibrations(scorer.calibrate(shard, n) for n, shard in calibrated)
     total: Any = 0.0
     for number, shard in enumerate(shards):
         result = scorer.score(shard, number * options.shard_samples, calibration, number)
@@ -167,9 +183,29 @@ def _run_core(options: argparse.Namespace, share: float) -> dict[str, Any]:
     return _result(seconds, _own_peak_gib(options.device), scores)
 
 
-def _run_ray(options: argparse.Namespace, share: float) -> dict[str, Any]:
+def _room(options: argparse.Namespace, plan: Plan, graphs: str) -> dict[str, int | None]:
+    """Memory for graphs and work, as a scan of the same samples would say it."""
+    config = ScanConfig(
+        model="benchmark",
+        data="pydoc",
+        out="nowhere",
+        bits=8,
+        samples=options.samples,
+        seq_len=PADDED_LENGTH if CASES[options.case].is_captions else options.seq_len,
+        step_tokens=options.step_tokens,
+        dtype=options.dtype,
+        device=options.device,
+        placement="resident",
+        keep_graphs=graphs,
+    )
+    memory = footprint(plan, config)
+    kept = kept_graphs(plan, config, memory)
+    return {"graph_bytes": kept.nbytes, "work_bytes": memory.work_bytes}
+
+
+def _run_ray(options: argparse.Namespace, share: float, graphs: str) -> dict[str, Any]:
     """Our whole scan; seconds from ready workers to the last shard. Not for a random model."""
-    from autoquant_ray import ScanConfig, run_search
+    from autoquant_ray import run_search
 
     with tempfile.TemporaryDirectory() as folder:
         data: dict[str, Any] = {"data": "pydoc", "pack": True, "seq_len": options.seq_len}
@@ -186,6 +222,7 @@ def _run_ray(options: argparse.Namespace, share: float) -> dict[str, Any]:
             step_tokens=options.step_tokens,
             labels="data",
             sample_rows=share,
+            keep_graphs=graphs,
             device=options.device,
             dtype=options.dtype,
             workers=options.workers,
