@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from autoquant_ray.export.source import Layers, problems_of
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import keep_first_of_kind
 from autoquant_ray.plan.carried import keep_conversions
+from autoquant_ray.runs.record import LayoutLimit
 from autoquant_ray.wording import few
 
 if TYPE_CHECKING:
@@ -35,10 +36,12 @@ class Limits:
 
     Attributes:
         whole: Layout -> why it holds no solution of the model, or only some.
+        kept: Of these layouts, the groups that must stay in 16 bits there; none: it holds none.
         groups: Layout -> format -> what it cannot hold of it -> the groups that this concerns.
     """
 
     whole: Mapping[str, str]
+    kept: Mapping[str, list[str]]
     groups: Mapping[str, Mapping[str, Mapping[str, list[str]]]]
 
     def lines(self) -> list[str]:
@@ -50,6 +53,13 @@ class Limits:
             for problem, groups in _united(self.groups[layout], set.intersection(*barred)).items():
                 lines.append(f"{problem} ({few(groups, _MOST_NAMES)})")
         return lines
+
+    def for_run(self) -> dict[str, LayoutLimit]:
+        """What ``run.json`` keeps, so that ``solve`` leaves out what an export would refuse."""
+        return {
+            layout: {"reason": reason, "groups": self.kept.get(layout, [])}
+            for layout, reason in self.whole.items()
+        }
 
     def to_json(self) -> dict[str, list[str]]:
         """Layout -> its limits; none where it holds all that is searched."""
@@ -79,7 +89,18 @@ def checkpoint_limits(plan: Plan, ref: ModelRef) -> Limits:
     groups = {
         layout: {f.name: problems_of(_layers(plan, f), layout) for f in menu} for layout in LAYOUTS
     }
-    return Limits(whole=_whole(plan, menu, ref) if menu else {}, groups=groups)
+    if not menu:
+        return Limits(whole={}, kept={}, groups=groups)
+    all_layers = _layers(plan, menu[0])
+    whole = _whole(plan, all_layers, ref)
+    experts = [name for name in all_layers.formats if all_layers.is_experts(name)]
+    kept: dict[str, list[str]] = {}
+    if whole and experts:
+        others = {n: f for n, f in all_layers.formats.items() if n not in set(experts)}
+        still = _whole(plan, replace(all_layers, formats=others), ref)
+        names = list(dict.fromkeys(all_layers.groups[name] for name in experts))
+        kept = {layout: names for layout in whole if layout not in still}
+    return Limits(whole=whole, kept=kept, groups=groups)
 
 
 def _layers(plan: Plan, format_: Format) -> Layers:
@@ -97,7 +118,7 @@ def _layers(plan: Plan, format_: Format) -> Layers:
     )
 
 
-def _whole(plan: Plan, menu: list[Format], ref: ModelRef) -> dict[str, str]:
+def _whole(plan: Plan, layers: Layers, ref: ModelRef) -> dict[str, str]:
     """Layout -> the check of an export of the whole model that stops it."""
     from autoquant_ray.export.carried import SourceTensors
     from autoquant_ray.export.names import require_plain_linears, stored_linears
@@ -109,7 +130,6 @@ def _whole(plan: Plan, menu: list[Format], ref: ModelRef) -> dict[str, str]:
         in_source = SourceTensors.of(model, ref)
     except FormatError as error:
         return dict.fromkeys(LAYOUTS, str(error))
-    layers = _layers(plan, menu[0])
     keep_conversions(model, in_source.files.names)
     is_plain = not plan.other_modules and not any(map(layers.is_experts, layers.modules))
     if is_plain and not model._weight_conversions:

@@ -105,6 +105,8 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     device = "cuda" if config.device == "auto" else config.device
     menu = resumed.plan["formats"] if resumed is not None and resumed.plan is not None else None
     plan = make_plan(config, ref, device=device, menu=menu, engine=config.engine)
+    limits = checkpoint_limits(plan, ref)
+    plan = replace(plan, checkpoint_limits=limits.for_run())
     stages.check_budget(plan, config)
     for source in sources_of(config.data).values():
         require_source(source, config.read_as)
@@ -124,7 +126,7 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         config = _resolve_placement(config, ref, plan, resumed)
         check_device(plan.formats, config.device)
         logger.info("plan: %d of %d groups searched", len(plan.searched), len(plan.groups))
-        for limit in checkpoint_limits(plan, ref).lines():
+        for limit in limits.lines():
             logger.warning("export: %s", limit)
         placement, graphs = _place(config, plan, resources)
         logger.info("%s", graphs.line())

@@ -32,6 +32,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import brief_lease
 from autoquant_ray.runs.names import MANIFEST_JSON, MANIFEST_TABLE, SOLUTIONS, solution_folder
 from autoquant_ray.runs.state import RunState
+from autoquant_ray.serving.menus import why_unheld
 from autoquant_ray.serving.table import ENGINES
 
 
@@ -49,6 +50,7 @@ class Solution:
         sensitivities: Searched groups with the largest score over the menu, most sensitive first.
         caution: Why the predicted KL is too low, if it is known to be.
         grave: Reasons why it should not be used as it is, one line each, as in its reports.
+        unheld: Why no checkpoint holds it, as far as the scan could say.
         separate_head: The head, where the model's config ties it to the embedding and its files
             hold another weight for it.
     """
@@ -62,6 +64,7 @@ class Solution:
     sensitivities: list[tuple[str, float]]
     caution: str | None
     grave: list[str]
+    unheld: str | None
     separate_head: str | None
 
     def to_json(self) -> dict[str, Any]:
@@ -217,6 +220,7 @@ def write_solution(
         sensitivities=run.sensitivities,
         caution=_caution(run, manifest, formats),
         grave=reports.grave,
+        unheld=why_unheld(formats, run.state.plan.get("checkpoint_limits", {})),
         separate_head=run.state.plan.get("separate_head"),
     )
 

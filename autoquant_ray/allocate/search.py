@@ -98,14 +98,17 @@ def served_problems(problem: Problem, options: SolveOptions) -> list[Problem]:
     caches = {group.name: group.rows for group in problem.caches if group.is_searched}
     is_whole = len(caches) == len(problem.caches)
     searched = [group.name for group in problem.searched if not group.is_cache]
-    facts = problem.summary["modules"].items()
+    modules = problem.summary["modules"]
+    shared = {module for module, entry in modules.items() if "shared_with" in entry}
     sets = served_sets(
         groups,
         searched,
         formats_of(problem.summary),
         options.engine,
         options.gpu,
-        {module: entry["shapes"] for module, entry in facts if "shapes" in entry},
+        {module: entry["shapes"] for module, entry in modules.items() if "shapes" in entry},
+        problem.summary.get("checkpoint_limits"),
+        [name for name, names in groups.items() if shared.intersection(names)],
     )
     return [
         replace(

@@ -174,6 +174,8 @@ def print_solution(run: str, solution: Solution) -> None:
         console.print(f"predicted: {describe_prediction(summary[LATENCY])}", soft_wrap=True)
     if solution.shards_used is not None:
         console.print(f"used {solution.shards_used}", soft_wrap=True)
+    if solution.unheld is not None:
+        console.print(f"note: {solution.unheld}", soft_wrap=True)
     if solution.separate_head is not None:
         console.print(f"note: {describe_separate(solution.separate_head)}", soft_wrap=True)
     for path in solution.paths.values():

@@ -31,7 +31,7 @@ from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.fused_names import engine_modules
 from autoquant_ray.serving.kv_cache import served_formats as served_caches
-from autoquant_ray.serving.menus import formats_of, require_served
+from autoquant_ray.serving.menus import formats_of, is_held, require_served
 from autoquant_ray.serving.table import ENGINES, layouts_of
 from autoquant_ray.wording import few
 
@@ -267,7 +267,13 @@ def pick_layout(source: Source, engine: str | None, gpu: str | None) -> str:
     engine, gpu = target_of(source, engine, gpu)
     if engine is None or any(name != NONE for name in source.caches.values()):
         return MODELOPT
-    layouts = (layout for layout in LAYOUTS if not problems_of(source, layout))
+    limits = source.state.plan.get("checkpoint_limits", {})
+    quantized = {source.groups[module] for module in source.formats}
+    layouts = (
+        layout
+        for layout in LAYOUTS
+        if is_held(layout, limits, quantized) and not problems_of(source, layout)
+    )
     served = (layout for layout in layouts if _is_served(source, layout, engine, gpu))
     return next(served, MODELOPT)
 

@@ -16,7 +16,7 @@ from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.gguf_config import apply_query_scale, apply_rotary, read_facts
 from autoquant_ray.models.gguf_parameters import apply_parameters, require_single_file
 from autoquant_ray.runs.hashing import fingerprint_files
-from autoquant_ray.wording import shown
+from autoquant_ray.wording import few, shown
 
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer*.json",
@@ -79,7 +79,7 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> ModelRef:
         raise ModelError(f"model: {problem}")
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise ModelError(f"model {name} is a file but not .gguf; give its folder")
         return ModelRef(
             name=name,
@@ -90,10 +90,7 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> ModelRef:
     if path.is_dir():
         gguf_file = None
         if not (path / "config.json").exists():
-            files = sorted(file.name for file in path.glob("*.gguf"))
-            if len(files) != 1:
-                raise ModelError(f"model folder {name} holds no config.json and no single GGUF")
-            gguf_file = files[0]
+            gguf_file = _only_gguf(name, path)
         return ModelRef(
             name=name,
             path=str(path.absolute()),
@@ -103,6 +100,27 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> ModelRef:
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name} does not exist; give a folder, a GGUF file or a hub id")
     return ModelRef(name=name, path=name, trust_remote_code=trust_remote_code)
+
+
+def _only_gguf(name: str, folder: Path) -> str:
+    """The GGUF file of a folder without ``config.json``.
+
+    Raises:
+        ModelError: It holds none, or several.
+    """
+    files = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    if files[1:]:
+        raise ModelError(f"model folder {name} holds several GGUF files: {few(files, 3)}; give one")
+    if files:
+        return files[0]
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model folder {name} holds an adapter, not a model; merge it into its model first "
+            "(peft: merge_and_unload), and save that"
+        )
+    raise ModelError(
+        f"model folder {name} holds no config.json and no GGUF file; give the folder of a model"
+    )
 
 
 def require_mappable(ref: ModelRef) -> None:

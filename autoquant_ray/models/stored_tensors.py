@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that are not quantized."""
 _MOST_FILES = 512
+_POINTER = b"version https://git-lfs."
 _LONGEST_HEADER = 100_000_000
 """Bytes; safetensors itself takes no longer one."""
 
@@ -136,6 +138,16 @@ def _read(file: Path) -> dict[str, TensorHeader]:
     return _read_header(file, state.st_mtime_ns, state.st_size)
 
 
+def _why(file: Path, error: Exception) -> str:
+    """Why a file's header is not read, and what to do."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            return (
+                "it is a pointer that Git LFS left in its place; run `git lfs pull` in its folder"
+            )
+    return f"{one_line(error)}; fetch it again"
+
+
 @lru_cache(maxsize=_MOST_FILES)
 def _read_header(file: Path, _modified: int, size: int) -> dict[str, TensorHeader]:
     """A header is 8 bytes of length, then JSON; tensors follow it up to the end of the file."""
@@ -153,7 +165,7 @@ def _read_header(file: Path, _modified: int, size: int) -> dict[str, TensorHeade
         *(OSError, ValueError, KeyError, IndexError),
         *(OverflowError, TypeError, AttributeError, RecursionError),
     ) as error:
-        raise ModelError(f"{file} is no safetensors file: {one_line(error)}") from None
+        raise ModelError(f"{file} is no safetensors file: {_why(file, error)}") from None
     if size != end:
         raise ModelError(
             f"{file} holds {size:,} bytes, but its tensors end at {end:,}: it is no whole copy; "

@@ -35,7 +35,7 @@ from autoquant_ray.plan.kv_caches import cache_modules
 from autoquant_ray.plan.reach import IDLE, text_reach
 from autoquant_ray.plan.routers import ROUTER, routers
 from autoquant_ray.plan.work import flops_per_token
-from autoquant_ray.runs.record import PlanSummary
+from autoquant_ray.runs.record import LayoutLimit, PlanSummary
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,7 @@ class Plan:
         model_type: As the model's config has it.
         carried: Tensors of the files that are not loaded -> bytes that they take in a checkpoint.
         limits: What samples may hold; None of a plan that was made without a model.
+        checkpoint_limits: Layout of checkpoints -> why it holds no solution, or only some.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -81,6 +82,7 @@ class Plan:
     model_type: str = ""
     carried: Mapping[str, int] = field(default_factory=dict)
     limits: SampleLimits | None = None
+    checkpoint_limits: Mapping[str, LayoutLimit] = field(default_factory=dict)
 
     @property
     def searched(self) -> list[PlannedGroup]:
@@ -170,6 +172,8 @@ class Plan:
             summary["model_type"] = self.model_type
         if summary["tied_groups"]:
             summary["embedding"] = self.embedding
+        if self.checkpoint_limits:
+            summary["checkpoint_limits"] = dict(self.checkpoint_limits)
         if self.limits is not None:
             summary["sample_limits"] = self.limits.to_json()
         return {**summary, "folds": folds} if folds else summary

@@ -148,7 +148,9 @@ def _unserved(sources: Sources) -> str | None:
     groups = {name: g.module_names for name, g in problem.groups.items() if not g.is_cache}
     engine, gpu = budget.get("engine"), budget.get("gpu")
     weights = {name: format_ for name, format_ in chosen.items() if name in groups}
-    reason = why_unserved(groups, weights, formats_of(plan), engine, gpu)
+    reason = why_unserved(
+        groups, weights, formats_of(plan), engine, gpu, plan.get("checkpoint_limits")
+    )
     cache = cache_problem([group.name for group in problem.caches], chosen, engine, gpu)
     return reason or (None if cache is None else f"{cache[0].upper()}{cache[1:]}.")
 

@@ -81,6 +81,15 @@ class QuarantinedShard(TypedDict):
     """In one line."""
 
 
+class LayoutLimit(TypedDict):
+    """Why a layout of checkpoints holds no solution of a model, or only some."""
+
+    reason: str
+    """In words."""
+    groups: list[str]
+    """Those that must stay in 16 bits there; none: it holds no solution at all."""
+
+
 class PlanSummary(TypedDict):
     """What ``solve`` and ``report`` need besides ``plan.parquet``, so that they need no model."""
 
@@ -116,6 +125,8 @@ class PlanSummary(TypedDict):
     """Of a checkpoint that is quantized already: how; its weights are dequantized."""
     sample_limits: NotRequired[dict[str, int | None]]
     """Token ids and positions of the model: :class:`~autoquant_ray.models.context.SampleLimits`."""
+    checkpoint_limits: NotRequired[dict[str, LayoutLimit]]
+    """Layout of checkpoints -> its limit; layouts without are not there, nor in earlier runs."""
     folds: NotRequired[list[dict[str, Any]]]
     """Inputs whose channels can take factors: :class:`~autoquant_ray.plan.fold.Fold`."""
 

@@ -9,7 +9,7 @@ allocation over all menus.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,10 @@ Groups = Mapping[str, Sequence[str]]
 
 Shapes = Mapping[str, Sequence[Sequence[int]]]
 """Module -> shapes of its weights, as ``(..., out, in)``."""
+
+Limits = Mapping[str, Mapping[str, Any]]
+"""Layout of checkpoints -> ``reason`` and ``groups``: those of which it cannot hold a quantized
+weight; none: it holds no solution of the model."""
 
 Holders = Sequence[tuple[EngineModule, tuple[str, ...]]]
 """Modules of the engine, each with the groups whose modules it holds."""
@@ -91,6 +95,8 @@ def served_sets(
     engine: str,
     gpu: str | None,
     shapes: Shapes | None = None,
+    limits: Limits | None = None,
+    unpacked: Collection[str] = (),
 ) -> list[Served]:
     """What an engine serves of a search: one entry per menu.
 
@@ -101,9 +107,12 @@ def served_sets(
         engine: One of ``ENGINES``.
         gpu: A generation or a card; None: any.
         shapes: Of the modules, where formats that cannot be packed are left out.
+        limits: What no checkpoint of the model can hold; None: nothing is known.
+        unpacked: Groups whose weights no layout packs.
 
     Raises:
         ConfigError: An unknown engine or GPU, or it serves no format of the menu.
+        NotServedError: It reads layouts only that hold no solution of the model.
     """
     modules = engine_modules([name for names in groups.values() for name in names], engine)
     group_of = {name: group for group, names in groups.items() for name in names}
@@ -114,13 +123,21 @@ def served_sets(
     target = engine if gpu is None else f"{engine} on {gpu}"
     by_name = {format_.name: format_ for format_ in formats}
     served = []
-    for layout, menu in menus_of(formats, engine, gpu, layouts_of(engine)):
+    limits = {} if limits is None else limits
+    layouts = [each for each in layouts_of(engine) if is_held(each, limits)]
+    if not layouts:
+        reasons = dict.fromkeys(limits[layout]["reason"] for layout in layouts_of(engine))
+        raise NotServedError(
+            f"{engine} cannot serve this model: {'; '.join(reasons)}; solve without `engine`"
+        )
+    for layout, menu in menus_of(formats, engine, gpu, layouts):
+        kept = {*unpacked, *(limits[layout]["groups"] if layout in limits else ())}
         algos = {name: named(by_name[name], layout) for name in menu}
         permitted = _permitted(holders, searched, algos, engine, layout)
         for group, names in permitted.items():
             shapes_of = [(shapes or {}).get(module, ()) for module in groups[group]]
             packable = {n for n in names - {NONE} if _fits(by_name[n], shapes_of, layout)}
-            permitted[group] = frozenset({NONE} & names) | packable
+            permitted[group] = frozenset({NONE} & names) | (set() if group in kept else packable)
         ties = joined([groups for _, groups in holders], searched)
         served.append(
             Served(target=target, menu=menu, permitted=permitted, ties=ties, layout=layout)
@@ -130,8 +147,41 @@ def served_sets(
     return served
 
 
+def is_held(layout: str, limits: Limits, quantized: Collection[str] = ()) -> bool:
+    """Whether checkpoints of a layout hold solutions of a model, as far as its limits say.
+
+    Args:
+        layout: The layout.
+        limits: Of the model.
+        quantized: Groups that a solution quantizes; none: it may leave any in 16 bits.
+    """
+    limit = limits.get(layout)
+    return limit is None or (bool(limit["groups"]) and not set(quantized) & set(limit["groups"]))
+
+
+def why_unheld(chosen: Mapping[str, str], limits: Limits) -> str | None:
+    """Why no layout of checkpoints holds an allocation; None where one may.
+
+    Args:
+        chosen: Group -> format.
+        limits: Of the model.
+    """
+    quantized = [group for group, name in chosen.items() if name != NONE]
+    layouts = (COMPRESSED_TENSORS, MODELOPT)
+    if any(is_held(layout, limits, quantized) for layout in layouts):
+        return None
+    reasons = dict.fromkeys(limits[layout]["reason"] for layout in layouts)
+    return f"No checkpoint holds it: {'; '.join(reasons)}."
+
+
 def _fits(format_: Format, shapes: Sequence[Sequence[Sequence[int]]], layout: str) -> bool:
-    """Whether modules, by the shapes of their weights, can be packed in a format."""
+    """Whether modules, by the shapes of their weights, can be packed in a format.
+
+    Experts have several weights; ModelOpt packs no 4-bit integers of them.
+    """
+    has_experts = any(len(of) > 1 for of in shapes)
+    if layout == MODELOPT and has_experts and format_.weight.get("num_bits") == 4:
+        return False
     if layout == COMPRESSED_TENSORS and any(map(experts_problem, shapes)):
         return False
     return all(shape_problem(format_, shape) is None for of in shapes for shape in of)
@@ -229,13 +279,17 @@ def why_unserved(
     formats: Sequence[Format],
     engine: str | None,
     gpu: str | None,
+    limits: Limits | None = None,
 ) -> str | None:
     """Why the engine, or any engine, cannot serve an allocation; None where it can.
 
     Args:
         groups, chosen, formats, gpu: As in :func:`require_served`.
         engine: One of ``ENGINES``; None: any of them.
+        limits: What no checkpoint of the model can hold; None: nothing is known.
     """
+    if (reason := why_unheld(chosen, limits or {})) is not None:
+        return reason
     if engine is not None:
         try:
             require_served(groups, chosen, formats, engine, gpu)

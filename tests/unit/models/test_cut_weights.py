@@ -50,7 +50,17 @@ def test_file_without_its_end_is_refused(lost: int, model: Path) -> None:
 )
 def test_file_that_is_none_is_refused(content: bytes, model: Path) -> None:
     (model / WEIGHTS).write_bytes(content)
-    assert "is no safetensors file" in refusal(model)
+    line = refusal(model)
+    assert "is no safetensors file" in line
+    assert line.endswith("fetch it again")
+
+
+def test_pointer_of_git_lfs_is_named(model: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 500\n"
+    (model / WEIGHTS).write_text(pointer)
+    assert refusal(model).endswith(
+        "it is a pointer that Git LFS left in its place; run `git lfs pull` in its folder"
+    )
 
 
 def test_part_without_its_end_is_refused(model: Path) -> None:

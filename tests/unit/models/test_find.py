@@ -8,15 +8,18 @@ import logging
 import re
 import socket
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from command_line import NO_CLUSTER, refusal, run
+from gguf_files import random_llama, write_llama
 
+from autoquant_ray.errors import ModelError
 from autoquant_ray.models.find import find_model, fingerprint_model, upgrade_advice
+from autoquant_ray.models.load import build_skeleton
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))
 REQUIRED = PYPROJECT["project"]["dependencies"]
@@ -176,3 +179,29 @@ def test_index_that_names_no_files_is_refused(
     folder = sharded(model_folder, tmp_path / "m")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     assert "does not name the file of each weight" in refusal(run("plan", folder))
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (("b.gguf", "A.GGUF"), r"holds several GGUF files: A\.GGUF, b\.gguf; give one"),
+        (("adapter_config.json",), r"holds an adapter, not a model; merge it into its model first"),
+        (("notes.txt",), r"holds no config\.json and no GGUF file; give the folder of a model"),
+    ],
+)
+def test_folder_without_a_config_is_refused_with_what_to_do(
+    names: Sequence[str], problem: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=problem) as caught:
+        find_model(str(tmp_path))
+    assert caught.value.exit_code == 2
+
+
+def test_ending_of_a_gguf_file_may_be_in_capitals(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "A.GGUF", random_llama())
+    for given in (file, tmp_path):
+        ref = find_model(str(given))
+        assert ref.gguf_file == "A.GGUF"
+        assert build_skeleton(ref).config.num_hidden_layers == 2

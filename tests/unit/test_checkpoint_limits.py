@@ -1,0 +1,112 @@
+"""What no checkpoint holds is known before an export: a search for an engine leaves it out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import refusal, run
+from every_family import small_model
+from moe_models import write_moe
+
+from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.problem import Problem
+from autoquant_ray.allocate.search import served_problems
+from autoquant_ray.checkpoint_limits import checkpoint_limits
+from autoquant_ray.config.search_space import SearchSpace
+from autoquant_ray.errors import FormatError
+from autoquant_ray.export.checkpoint import export_run
+from autoquant_ray.export.source import read_source
+from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.menu import resolve_formats
+from autoquant_ray.models.find import find_model
+from autoquant_ray.plan.make import make_plan
+from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.serving.menus import served_sets
+from autoquant_ray.solve import rewrite_reports, solve_run
+
+MENU = ("wint8_afp16", "wint8_aint8")
+
+
+def limits_of(folder: Path) -> Any:
+    """What a scan of a model notes in ``run.json``."""
+    space = SearchSpace(model=str(folder), formats=MENU)
+    ref = find_model(str(folder))
+    return checkpoint_limits(make_plan(space, ref, device="cpu"), ref).for_run()
+
+
+def test_solve_for_an_engine_leaves_experts_that_files_keep_fused_in_16_bits(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    folder = write_moe(tmp_path / "gpt_oss", "gpt_oss")
+    choice = {"*": "none", "*experts": "wint8_afp16"}
+    directory, *_ = solved_run("qwen3_moe", choice, MENU, folder=folder)
+    options = SolveOptions(bits=13, engine="vllm", gpu="hopper")
+    earlier = solve_run(directory, options)
+    assert experts_of(directory, earlier.name), "this run does not know what files keep fused"
+    with pytest.raises(FormatError, match="files keep fused"):
+        export_run(directory, str(tmp_path / "out"), solution=earlier.name)
+
+    record = directory.read_json("run.json")
+    record["plan"]["checkpoint_limits"] = limits_of(folder)
+    directory.write_json("run.json", record)
+    limit = record["plan"]["checkpoint_limits"]["compressed-tensors"]
+    assert limit["groups"] == [f"model.layers.{n}.mlp.experts" for n in range(2)]
+    solved = solve_run(directory, options.replaced(bits=15.5))
+    assert experts_of(directory, solved.name) == set()
+    written = export_run(directory, str(tmp_path / "out"), solution=solved.name)
+    assert (written.layout, written.engine) == ("compressed-tensors", "vllm")
+
+    rewrite_reports(directory)
+    report = Path(directory.path("report.md")).read_text()
+    assert re.search(r"No checkpoint holds it: .* compressed-tensors cannot hold experts", report)
+    note = run(
+        "solve", directory.uri, "--bits", 9, "--pin", "model.layers.1.mlp.experts=wint8_afp16"
+    )
+    assert re.search(
+        "^note: No checkpoint holds it: `format` compressed", note.stdout, re.MULTILINE
+    )
+    assert "No checkpoint" not in run("solve", directory.uri, "--bits", 16).stdout
+
+
+def experts_of(directory: Any, solution: str) -> set[str]:
+    """Experts that a solution quantizes."""
+    return {name for name in read_source(directory, solution).formats if "experts" in name}
+
+
+def test_engine_of_a_model_that_no_checkpoint_holds_is_refused_before_any_work(
+    tmp_path: Path, text_file: Path
+) -> None:
+    small_model("gpt2").save_pretrained(tmp_path / "model")
+    scan = ("scan", tmp_path / "model", "--data", text_file, "--out", tmp_path / "run")
+    line = refusal(run(*scan, "--bits", 9, "--formats", "wint8_afp16", "--engine", "vllm"))
+    assert "vllm cannot serve this model: a checkpoint of GPT2LMHeadModel cannot be" in line
+    assert line.endswith("solve without --engine")
+    assert len(line) <= 400
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_layers_share_stay_in_16_bits_for_an_engine() -> None:
+    plan = build_plan(small_model("zamba2"), resolve_formats(("wfp8_afp8",), device="cpu"))
+    shared = {group.name for group in plan.searched if group.is_shared}
+    problem = Problem.from_plan(plan.rows(), plan.summary())
+    variants = served_problems(problem, SolveOptions(bits=12, engine="vllm"))
+    assert shared
+    assert len(variants) > 0
+    for variant in variants:
+        assert variant.served is not None
+        permitted = variant.served.permitted
+        assert {g for g, names in permitted.items() if names == {NONE}} >= shared
+        assert any(len(names) > 1 for names in permitted.values())
+
+
+def test_four_bit_integers_of_experts_are_none_that_modelopt_packs() -> None:
+    groups = {"experts": ["model.layers.0.mlp.experts"], "o": ["model.layers.0.self_attn.o_proj"]}
+    shapes = {"model.layers.0.mlp.experts": [[4, 128, 128], [4, 128, 64]]}
+    shapes |= {"model.layers.0.self_attn.o_proj": [[128, 128]]}
+    menu = resolve_formats(("wint4_g64_afp16", "wfp8_afp8"), device="cpu")
+    (served, *_) = served_sets(groups, list(groups), menu, "trtllm", "hopper", shapes)
+    assert served.permitted["o"] == {NONE, "wint4_g64_afp16", "wfp8_afp8"}
+    assert served.permitted["experts"] == {NONE, "wfp8_afp8"}
