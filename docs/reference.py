@@ -58,7 +58,7 @@ def options_page() -> str:
 
 
 def _command_part(path: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=path)
+    context = click.Context(command, info_name=path, **main.context_settings)
     usage = " ".join(command.collect_usage_pieces(context))
     text, _, example = inspect.cleandoc(command.help or "").partition("\b\n")
     lines = [f"## {path.partition(' ')[2]}\n", text.strip(), "", "```console", f"$ {path} {usage}"]

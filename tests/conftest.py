@@ -17,6 +17,7 @@ with contextlib.suppress(ValueError):  # a shell's background job ignores Ctrl-C
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["HOME"] = tempfile.mkdtemp(prefix="autoquant-home-")
+os.environ["COLUMNS"] = "1000"  # sentences and tables that are not wrapped
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ |= {  # on a busy machine Ray's processes take long to start, and to answer

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result, show_lines
+from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
 from autoquant_ray.errors import EXIT_DONE, EXIT_NEEDS_A_LOOK, ConfigError
+from autoquant_ray.wording import printable
 
 if TYPE_CHECKING:
     from autoquant_ray.config.scan import ScanConfig
@@ -93,7 +94,7 @@ def night_result(job: NightlyJob, runs: str, *, keep: int | None, date: str | No
         night = run_night(job, runs, _scan, keep=keep, date=date)
     return Result(
         json=lambda: night.document,
-        show=lambda: show_lines(night.lines),
+        show=lambda: click.echo(printable("\n".join(night.lines))),
         exit_code=night.exit_code,
     )
 

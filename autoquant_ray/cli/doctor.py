@@ -64,7 +64,8 @@ def doctor(
     \b
     Example:
       autoquant-ray doctor
-      autoquant-ray doctor --model ./Qwen3-4B --data chats.jsonl --engine vllm --gpu hopper
+      autoquant-ray doctor --model ./Qwen3-4B --data chats.jsonl \\
+          --engine vllm --gpu hopper
     """
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "Versions": _versions,

@@ -8,8 +8,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,9 @@ _LONGEST, _LONGEST_USAGE = 400, 370
 """Characters of the line with which a command stops."""
 _LONGEST_SENTENCE = 200
 """Characters of a command's sentence in the list of all."""
+
+_PIPED_WIDTH = 80
+"""Columns of what is printed where no terminal says how many."""
 
 _PROGRAM = object()
 """Marks the context of a command line that is a whole process."""
@@ -171,10 +176,31 @@ def grave_notes(grave: Iterable[str]) -> list[str]:
     return [f"grave concern: {' '.join(text.split())}" for text in grave]
 
 
+def page_width() -> int:
+    """Columns of the terminal, or of ``COLUMNS``; else those of a pipe."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _PIPED_WIDTH
+
+
 def show_lines(lines: Iterable[str]) -> None:
-    """Print lines on stdout."""
+    """Print lines on stdout, each wrapped at words, its rest indented.
+
+    What is copied stays whole: a long word, such as a path, and a command, which begins with
+    blanks.
+    """
     for line in lines:
-        click.echo(printable(line))
+        text = printable(line)
+        if not text.startswith("  "):
+            text = textwrap.fill(
+                text,
+                page_width(),
+                subsequent_indent="  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        click.echo(text)
 
 
 def wants_json() -> bool:

@@ -32,7 +32,8 @@ def evaluate(run: str, **flags: Any) -> Result:
     \b
     Example:
       autoquant-ray evaluate runs/qwen3 --samples 64
-      autoquant-ray evaluate runs/qwen3 --solution bits-4.50 --data chat.jsonl --against uniform
+      autoquant-ray evaluate runs/qwen3 --solution bits-4.50 \\
+          --data chat.jsonl --against uniform
       autoquant-ray evaluate runs/qwen3 --audit 32
       autoquant-ray evaluate runs/qwen3 --tasks arc_easy,gsm8k --against none
     """

@@ -68,8 +68,10 @@ def export(
     \b
     Example:
       autoquant-ray export runs/qwen3 --out qwen3-5bit --engine vllm --gpu hopper
-      autoquant-ray export runs/qwen3 --format recipe --tool llama.cpp --out quantize.sh
-      autoquant-ray export runs/qwen3 --format recipe --tool mlx-lm --out quantization.json
+      autoquant-ray export runs/qwen3 --format recipe --tool llama.cpp \\
+          --out quantize.sh
+      autoquant-ray export runs/qwen3 --format recipe --tool mlx-lm \\
+          --out quantization.json
     """
     if kind != RECIPE:
         if tool is not None or base is not None or overwrite:

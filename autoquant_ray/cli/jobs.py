@@ -157,7 +157,8 @@ def logs(run_id: str, follow: bool, address: str) -> Result:
 
     \b
     Example:
-      autoquant-ray jobs logs my-model-0a1b2c3d --follow --address http://head:8265
+      autoquant-ray jobs logs my-model-0a1b2c3d --follow \\
+          --address http://head:8265
     """
     check_run_id(run_id)
     from autoquant_ray.jobs.cluster import Jobs

@@ -47,7 +47,6 @@ from autoquant_ray.version import VERSION
 def main() -> None:
     """Choose a quantization format for every layer of a model, with the work spread over Ray.
 
-    \b
     Exit codes: 0 done, 1 failed, 2 wrong usage or input, 3 finished but needs a look (a shard was
     quarantined, or drift), 4 budget infeasible, 130 interrupted (go on with --resume).
     """
@@ -81,8 +80,9 @@ def plan(
 
     \b
     Example:
-      autoquant-ray plan ./Qwen3-4B --formats wint4_afp16,wfp8_afp8 --disable lm_head
-      autoquant-ray plan ./Qwen3-4B --formats vllm-hopper --card h100 --samples 512
+      autoquant-ray plan ./Qwen3-4B --disable lm_head \\
+          --formats wint4_afp16,wfp8_afp8
+      autoquant-ray plan ./Qwen3-4B --formats vllm-hopper --card h100
     """
     if card_name is None and (samples, seq_len) != (None, None):
         raise ConfigError("--samples and --seq-len are for --card; give that, or leave out")
@@ -167,8 +167,10 @@ def solve(run: str, num_trials: int | None, **options: Any) -> Result:
 
     \b
     Example:
-      autoquant-ray solve runs/qwen3 --bits 4.5 --pin lm_head=none --allow '*.o_proj=wfp8_afp8,none'
-      autoquant-ray solve runs/qwen3 --latency h100 --batch 8 --tokens-per-second 1500
+      autoquant-ray solve runs/qwen3 --bits 4.5 --pin lm_head=none \\
+          --allow '*.o_proj=wfp8_afp8,none'
+      autoquant-ray solve runs/qwen3 --latency h100 --batch 8 \\
+          --tokens-per-second 1500
       autoquant-ray solve runs/qwen3 --bits 6 --engine vllm --gpu hopper
     """
     from autoquant_ray.cli.output import print_solution

@@ -32,8 +32,10 @@ def measure_latency(
 
     \b
     Example:
-      autoquant-ray measure-latency ./Qwen3-4B --formats wint8_aint8,wfp8_afp8 --out hardware
-      autoquant-ray solve runs/qwen3 --latency hardware/h100.yaml --tokens-per-second 90
+      autoquant-ray measure-latency ./Qwen3-4B --out hardware \\
+          --formats wint8_aint8,wfp8_afp8
+      autoquant-ray solve runs/qwen3 --latency hardware/h100.yaml \\
+          --tokens-per-second 90
     """
     from autoquant_ray.jobs.latency_card import measure_cards
 

@@ -18,7 +18,7 @@ _FACTS = (
     ("Data", "data", ""),
     ("Predicted KL, nats per token", "predicted_kl_nats", ".5g"),
     ("Effective bits", "effective_bits", ".4f"),
-    ("Weights of the whole model, bytes", "weight_bytes", ",.0f"),
+    ("Weights of the whole model, MiB", "weight_bytes", ",.1f"),
     ("Shards", "num_shards", ""),
     ("Shards left out", "num_quarantined", ""),
 )
@@ -160,22 +160,22 @@ def _allocations(comparison: Comparison) -> list[str]:
     if loss is not None:
         lines[-1] += (
             f" The earlier allocation: {loss.kept_nats:.5g} nats per token, "
-            f"{loss.kept_bytes:,.0f} bytes in the searched groups. The new allocation: "
-            f"{loss.own_nats:.5g} nats per token, {loss.own_bytes:,.0f} bytes."
+            f"{loss.kept_bytes / 2**20:,.2f} MiB in the searched groups. The new allocation: "
+            f"{loss.own_nats:.5g} nats per token, {loss.own_bytes / 2**20:,.2f} MiB."
         )
     rows = [
         (
             change.group,
             change.before,
             change.after,
-            _number(change.bytes_before, ",.0f"),
-            _number(change.bytes_after, ",.0f"),
+            _mebibytes(change.bytes_before),
+            _mebibytes(change.bytes_after),
             _number(change.score_before, ".3e"),
             _number(change.score_after, ".3e"),
         )
         for change in comparison.format_changes
     ]
-    heads = ("Group", "Before", "After", "Bytes", "New bytes", "Score", "New score")
+    heads = ("Group", "Before", "After", "MiB", "New MiB", "Score", "New score")
     return [*lines, "", *_table(heads, rows)]
 
 
@@ -187,6 +187,10 @@ def _groups(comparison: Comparison) -> list[str]:
 
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
+
+
+def _mebibytes(num_bytes: float | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**20:,.3f}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
