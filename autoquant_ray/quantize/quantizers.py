@@ -12,7 +12,7 @@ blocks): every weight gets a new quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 import autoquant_ray.quantize.backends.by_ggml  # noqa: F401 (registers its backend)
+from autoquant_ray.formats.algorithms import SEARCHES
 from autoquant_ray.formats.format import Attributes, Format
 from autoquant_ray.formats.numbers import is_scaled_by_block, is_static_nvfp4
-from autoquant_ray.formats.smoothed import has_free_rows, needs_channel_squares
+from autoquant_ray.formats.smoothed import has_free_rows, method_of, needs_channel_squares
 from autoquant_ray.modelopt_api import (
     QuantizerAttributeConfig,
     TensorQuantizer,
@@ -39,7 +40,7 @@ from autoquant_ray.quantize.weight_search import (
     set_common_maximum,
 )
 
-_SEARCHED_ELEMENTS = 2**20
+_CHUNK_ELEMENTS = 2**20
 
 
 def make_quantizer(attributes: Attributes, device: torch.device) -> TensorQuantizer:
@@ -114,11 +115,35 @@ def quantized_weight(
 def _quantized(
     format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str
 ) -> torch.Tensor:
-    quantizer = quantizer_of(format_, weight_OI, scales, *name)
-    quantized: torch.Tensor = quantizer(
-        rounded_weight(format_, quantizer, weight_OI, scales, *name)
-    )
+    if method_of(format_) in SEARCHES or len(chunks := _row_chunks(format_, weight_OI)) == 1:
+        quantizer = quantizer_of(format_, weight_OI, scales, *name)
+        return _through(quantizer, rounded_weight(format_, quantizer, weight_OI, scales, *name))
+    codes = scales.codes(name, format_)
+    codes_OI = None if codes is None else codes.reshape(weight_OI.shape)
+    parts: list[torch.Tensor] = []
+    start = 0
+    for chunk_OI in chunks:
+        quantizer = quantizer_of(format_, chunk_OI, scales, *name)
+        if codes_OI is not None:
+            codes = codes_OI[start : start + len(chunk_OI)]
+            chunk_OI = values_of(codes, grid_of(quantizer, chunk_OI)).to(weight_OI.dtype)
+        parts.append(_through(quantizer, chunk_OI))
+        start += len(chunk_OI)
+    return torch.cat(parts)
+
+
+def _through(quantizer: Any, values: torch.Tensor) -> torch.Tensor:
+    quantized: torch.Tensor = quantizer(values)
     return quantized
+
+
+def _row_chunks(format_: Format, weight_OI: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Some rows at a time, where they have scales of their own: copies of them stay in the cache of
+    a CPU. Elsewhere all."""
+    if weight_OI.device.type != "cpu" or weight_OI.dim() != 2 or not has_free_rows(format_):
+        return [weight_OI]
+    chunks: Sequence[torch.Tensor] = weight_OI.split(max(1, _CHUNK_ELEMENTS // weight_OI.shape[1]))
+    return chunks
 
 
 @torch.no_grad()
@@ -192,9 +217,6 @@ def fit_weight(
 ) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
     """The numbers of the multiples that a search takes, one per scale; None without statistics.
 
-    Rows with scales of their own are searched some at a time: each candidate makes several copies
-    of them, which then stay in the cache of a CPU.
-
     Args:
         format_: By ``weighted``.
         weight_OI: As above.
@@ -207,10 +229,7 @@ def fit_weight(
         results.append(search())
         return results[-1]
 
-    chunks = [weight_OI]
-    if weight_OI.dim() == 2 and has_free_rows(format_):
-        chunks = weight_OI.split(max(1, _SEARCHED_ELEMENTS // weight_OI.shape[1]))
-    for chunk_OI in chunks:
+    for chunk_OI in _row_chunks(format_, weight_OI):
         quantizer_of(format_, chunk_OI, scales, *name, recall=search_and_keep)
     if not results:
         return None

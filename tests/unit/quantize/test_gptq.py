@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from weight_formats import FP8, INT4, INT8
+from weight_formats import FP8, INT4, INT8, searched
 
 from autoquant_ray.calibrate.hessians import HessianCollector
 from autoquant_ray.errors import FormatError
@@ -27,7 +27,7 @@ from autoquant_ray.quantize.calibration import (
 )
 from autoquant_ray.quantize.gptq.columns import Problem
 from autoquant_ray.quantize.gptq.fit import WeightToRound, fit_codes, gptq_codes, weight_to_round
-from autoquant_ray.quantize.grid import Grid, grid_of, plain_codes, values_of
+from autoquant_ray.quantize.grid import Grid, grid_of, packed, plain_codes, values_of
 from autoquant_ray.quantize.quantizers import (
     make_weight_quantizer,
     quantized_weight,
@@ -130,6 +130,23 @@ def test_quantizer_leaves_fitted_numbers_as_they_are(name: str) -> None:
     values_OI = values_of(fitted.whole, grid_of(rounded, weight_OI.bfloat16()))
     again = rounded(values_OI.bfloat16()).float()
     torch.testing.assert_close(again, values_OI, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "fp8"])
+def test_large_weight_is_rounded_as_a_whole(name: str) -> None:
+    """Some rows at a time on the CPU: the same bytes, fitted or not."""
+    weight_OI = drawn(3000, 448)
+    quantizer = make_weight_quantizer(WEIGHTS[name], weight_OI)
+    grid = grid_of(quantizer, weight_OI)
+    codes_OI = (plain_codes(weight_OI, grid) - 1).clamp(grid.least, grid.most)
+    codes = packed(codes_OI, grid).flatten().numpy()
+    fitted = FittedWeight(codes=FittedCodes(damping=0.1, whole=codes, without=(codes, codes)))
+    for method, given_OI in (("max", weight_OI), ("gptq", values_of(codes, grid))):
+        format_ = searched(WEIGHTS[name], method)
+        calibration = Calibration(rounding={("layer", "", format_.weight_key): fitted})
+        scales = WeightScales(torch.nn.Identity(), calibration if method == "gptq" else None)
+        ours = quantized_weight(format_, weight_OI, scales, "layer")
+        assert torch.equal(ours, quantizer(given_OI))
 
 
 def output_error(weight_OI: torch.Tensor, values_OI: torch.Tensor, input_TI: torch.Tensor) -> float:
