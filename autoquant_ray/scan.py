@@ -20,12 +20,15 @@ from autoquant_ray.config.stage_fields import stage_fingerprints
 from autoquant_ray.data.fingerprint import fingerprint_data
 from autoquant_ray.data.texts import require_source
 from autoquant_ray.distributed.metrics import metrics_of
+from autoquant_ray.distributed.node_devices import (
+    device_bytes,
+    difference_dtype,
+    gpus_per_worker,
+)
 from autoquant_ray.distributed.nodes import enough_nodes
 from autoquant_ray.distributed.placement import (
     Placement,
     connected,
-    device_bytes,
-    gpus_per_worker,
     place_workers,
     require_resources,
     resolve_device,
@@ -124,6 +127,7 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         config = _resolve(config, resources)
         require_resources(config, resources)
         config = _resolve_placement(config, ref, plan, resumed)
+        config = _resolve_difference_dtype(config, resumed)
         check_device(plan.formats, config.device)
         logger.info("plan: %d of %d groups searched", len(plan.searched), len(plan.groups))
         for limit in limits.lines():
@@ -257,6 +261,17 @@ def _place(
     return placement, graphs
 
 
+def _resolve_difference_dtype(config: ScanConfig, resumed: RunRecord | None) -> ScanConfig:
+    """Replace ``auto``, once for all workers: by what is fast on all nodes, or by what the resumed
+    run took."""
+    if config.difference_dtype != "auto":
+        return config
+    earlier = None if resumed is None else (resumed.config or {}).get("difference_dtype")
+    chosen = earlier or difference_dtype(config)
+    logger.info("differences: products in %s", chosen)
+    return config.model_copy(update={"difference_dtype": chosen})
+
+
 def _identity(config: ScanConfig, ref: ModelRef) -> dict[str, Any]:
     model, data = fingerprint_model(ref), fingerprint_data(config.data)
     return {
@@ -286,6 +301,7 @@ def _scoring_spec(
         label_draws=config.label_draws,
         seed=config.seed,
         row_share=config.sample_rows,
+        difference_dtype=config.difference_dtype,
         weight_cache_bytes=(
             None if config.weight_cache_gib == "auto" else round(config.weight_cache_gib * GIB)
         ),

@@ -2,8 +2,9 @@
 
 Same weights (rounded to bfloat16 once), same labels. *Before* is ``Xq Wq^T - Y`` with all three
 rounded to bfloat16, as a hook on a bfloat16 model sees them; *after* forms the quantization errors
-in float32 and multiplies them apart. Printed per format: quantiles over groups of the score over
-its float32 value.
+in float32 and multiplies them apart; *products* does so in a float32 model (``--difference-dtype
+bfloat16``). Printed per format: quantiles over groups of the score over its float32 value, and of
+*products* the CPU seconds beside those in float32.
 
     python benchmarks/bfloat16_error.py --samples 2 --seq-len 64
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +37,7 @@ FORMATS = ("wint8_afp16", "wint8_aint8", "wfp8_afp8", "wint4_afp16:max")
 
 
 def main() -> None:
-    """Score three ways, print the ratios and the summary as the last line of JSON."""
+    """Score four ways, print the ratios and the summary as the last line of JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,14 +57,23 @@ def main() -> None:
     differences.OutputDifferences.of_linear = of_rounded_outputs  # type: ignore[method-assign]
     before = scorer.score(samples, 0, calibration).sums.elementwise_GF
     differences.OutputDifferences.of_linear = original  # type: ignore[method-assign]
-    scorer = Scorer(make_spec(ref, plan, "data"), model=model.float())
-    exact = scorer.score(samples, 0, calibration).sums.elementwise_GF
+    spec = make_spec(ref, plan, "data")
     summary: dict[str, Any] = {**describe_machine(), "tokens": options.samples * options.seq_len}
+    model.float()
+    by_dtype, seconds = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        scorer = Scorer(dataclasses.replace(spec, difference_dtype=dtype), model=model)
+        start = time.process_time()
+        by_dtype[dtype] = scorer.score(samples, 0, calibration).sums.elementwise_GF
+        seconds[dtype] = round(time.process_time() - start, 2)
+    print(f"CPU seconds of a float32 model by the type of its products: {seconds}")
+    summary["cpu_seconds"] = seconds
+    exact, products = by_dtype["float32"], by_dtype["bfloat16"]
     for column, name in enumerate(FORMATS):
-        for title, sums in (("before", before), ("after", after)):
+        for title, sums in (("before", before), ("after", after), ("products", products)):
             ratios = sums[:, column] / exact[:, column]
-            quantiles = [round(float(q), 3) for q in np.quantile(ratios, (0, 0.5, 1))]
-            print(f"{name:12s} {title:6s} lowest, median, highest ratio: {quantiles}")
+            quantiles = [round(float(q), 4) for q in np.quantile(ratios, (0, 0.5, 1))]
+            print(f"{name:14s} {title:8s} lowest, median, highest ratio: {quantiles}")
             summary[f"{name} {title}"] = quantiles
     print(json.dumps(summary))
 
@@ -71,12 +82,14 @@ def of_rounded_outputs(
     self: differences.OutputDifferences,
     planned: Any,
     module: Any,
-    maximum: float | None,
+    calibration: Any,
     output_TO: torch.Tensor,
     input_TI: torch.Tensor,
+    only: differences.Only = None,
 ) -> Iterator[differences.Difference]:
     """Both outputs in bfloat16, then their difference."""
-    for formats in self._by_weight:
+    maximum = calibration.maxima.get("input_amax")
+    for formats in self._menu(only):
         weight_OI = fake_quantize_weight(formats[0][1].weight, module.weight)
         for index, format_ in formats:
             quantizer = make_input_quantizer(format_.input, maximum, input_TI)

@@ -28,7 +28,7 @@ _SECTIONS = {
     ),
     "Scores": (
         *("estimator", "labels", "label_draws", "sample_rows", "min_expert_tokens", "seed"),
-        *("dtype", "stop_when_stable", "keep_rounded"),
+        *("dtype", "difference_dtype", "stop_when_stable", "keep_rounded"),
     ),
     "Workers": (
         *("workers", "gpus_per_worker", "cpus_per_worker", "placement", "weight_cache_gib"),

@@ -174,6 +174,12 @@ class ScanConfig(SearchSpace):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute type. auto: float32 on CPU, bfloat16 on CUDA."
     )
+    difference_dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
+        default=None,
+        description="Type of the products that give output differences, which sums need to about "
+        "1%. auto: bfloat16 where every node multiplies it fast (CUDA from 8.0 on, CPUs with "
+        "AVX512-BF16 or AMX), else float32. Default: the compute type.",
+    )
     placement: Literal["auto", "resident", "offload", "split"] = Field(
         default="auto",
         description="Where a worker's weights are. resident: all on its device. offload: decoder "

@@ -39,7 +39,14 @@ STAGE_FIELDS: dict[str, tuple[str, ...]] = {
         "skip_bad_samples",
     ),
     "calibrate": ("dtype", "placement", "step_tokens", "cpus_per_worker", "min_expert_tokens"),
-    "score": ("labels", "label_draws", "sample_rows", "seed", "stop_when_stable"),
+    "score": (
+        "labels",
+        "label_draws",
+        "sample_rows",
+        "difference_dtype",
+        "seed",
+        "stop_when_stable",
+    ),
     "aggregate": ("estimator",),
     "allocate": (
         "bits",
@@ -67,6 +74,7 @@ ADDED_FIELDS: dict[str, Any] = {
     "expert_groups": "layer",
     "search_routers": False,
     "hold_out": "auto",
+    "difference_dtype": None,
 }
 """Fields that earlier versions did not have -> the value that means what those versions did."""
 

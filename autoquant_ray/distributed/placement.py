@@ -13,18 +13,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 import ray
 from ray._private.utils import read_ray_address
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError, RuntimeEnvSetupError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RuntimeEnvSetupError
 
 from autoquant_ray.config.runtime_env import RuntimeEnv
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.failure import start_in_time
+from autoquant_ray.distributed.node_devices import gpus_per_worker, host_bytes
 from autoquant_ray.distributed.nodes import NodeChoice
 from autoquant_ray.errors import ClusterError, one_line
 
@@ -32,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 _MEMORY_SHARE = 0.8
-_PROBE_TIMEOUT_S = 120.0
 _LISTENER_TIMEOUT_S = 10.0
 
 
@@ -212,13 +210,6 @@ def resolve_device(config: ScanConfig, resources: Mapping[str, float]) -> str:
     return "cuda" if resources.get("GPU", 0) > 0 and config.gpus_per_worker != 0 else "cpu"
 
 
-def gpus_per_worker(config: ScanConfig, device: str) -> float:
-    """GPUs that each worker reserves."""
-    if config.gpus_per_worker is not None:
-        return config.gpus_per_worker
-    return 1.0 if device == "cuda" else 0.0
-
-
 def worker_needs(config: ScanConfig) -> dict[str, float]:
     """Resource -> what each worker takes, before it is clear what the cluster has."""
     device = "cuda" if config.device == "cuda" or config.accelerator is not None else "cpu"
@@ -253,46 +244,6 @@ def require_resources(config: ScanConfig, resources: Mapping[str, float]) -> Non
             )
 
 
-def device_bytes(config: ScanConfig, device: str) -> int:
-    """Memory that one worker may use on its device: the least over the nodes that could run it.
-
-    The driver may have no GPU, so a small task on each GPU node reads the memory of its first
-    GPU; a worker on a fraction of a GPU may use that fraction. On CPU it is the host's memory.
-
-    Raises:
-        ClusterError: A GPU node does not answer.
-    """
-    nodes = NodeChoice.of(config).nodes()
-    if device == "cpu":
-        return min(_host_bytes(node) for node in nodes)
-    gpus = gpus_per_worker(config, device)
-    share = min(1.0, gpus)
-    tasks = [
-        ray.remote(_gpu_bytes)
-        .options(
-            num_cpus=0,
-            num_gpus=share,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-        )
-        .remote()
-        for node in nodes
-        if node["Resources"].get("GPU", 0) >= share
-    ]
-    remedy = "give `placement` resident, offload or split"
-    if not tasks:
-        raise ClusterError(f"no node has {share:g} GPU whose memory could be read; {remedy}")
-    try:
-        sizes = ray.get(tasks, timeout=_PROBE_TIMEOUT_S)
-    except GetTimeoutError:
-        raise ClusterError(
-            f"a GPU node did not report its memory within {_PROBE_TIMEOUT_S:g} s; {remedy}"
-        ) from None
-    except RayError as error:
-        reason = one_line(error.cause if isinstance(error, RayTaskError) else error)
-        raise ClusterError(f"the memory of a GPU node cannot be read: {reason}; {remedy}") from None
-    return int(min(sizes) * share)
-
-
 def spare_bytes(config: ScanConfig, placement: Placement) -> int:
     """Memory that is left to a worker on a CPU beside its estimate, on the node that leaves least.
 
@@ -303,28 +254,12 @@ def spare_bytes(config: ScanConfig, placement: Placement) -> int:
     most = max(placement.num_workers, placement.max_workers)
     spare = []
     for node in NodeChoice.of(config).nodes():
-        memory = int(_host_bytes(node) * _MEMORY_SHARE)
+        memory = int(host_bytes(node) * _MEMORY_SHARE)
         fitting = int(node["Resources"].get("CPU", 0) // placement.cpus_per_worker)
         if not isinstance(config.workers, int):
             fitting = min(fitting, memory // placement.worker_bytes)
         spare.append(memory // max(1, min(most, fitting)) - placement.worker_bytes)
     return max(0, min(spare, default=0))
-
-
-def _gpu_bytes() -> int:
-    import torch
-
-    return int(torch.cuda.get_device_properties(0).total_memory)
-
-
-def _host_bytes(node: Mapping[str, Any]) -> int:
-    """Memory of a node; of this machine, the total, which does not change from run to run."""
-    if node["NodeManagerAddress"] != ray.util.get_node_ip_address():
-        return int(node["Resources"].get("memory", 0))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    total = int(psutil.virtual_memory().total)
-    return total if text == "max" else min(total, int(text))
 
 
 def place_workers(

@@ -33,6 +33,8 @@ class ScoringSpec:
         label_draws: Label draws per token where labels come from the model.
         seed: Seed of the draws.
         row_share: Share of the rows to score; 1 scores all.
+        difference_dtype: ``float32`` or ``bfloat16``, of the products that give the differences of
+            linears; None: ``dtype``.
         weight_cache_bytes: For quantized weights; None takes what one visit of a layer or of the
             head uses again, 2 GiB at most.
         activation_bytes: For layer inputs: half of it for the steps that are visited together,
@@ -56,6 +58,7 @@ class ScoringSpec:
     label_draws: int
     seed: int
     row_share: float = 1.0
+    difference_dtype: str | None = None
     weight_cache_bytes: int | None = None
     activation_bytes: int = GIB
     graph_bytes: int | None = 0

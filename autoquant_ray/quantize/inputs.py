@@ -36,6 +36,7 @@ class QuantizedInputs:
         rows: slice,
         *,
         as_error: bool,
+        dtype: torch.dtype | None = None,
     ) -> dict[str | None, torch.Tensor]:
         """Quantized rows, or their errors, by the key of the input quantizer.
 
@@ -47,7 +48,9 @@ class QuantizedInputs:
             input_TI: Whole input.
             rows: Which rows.
             as_error: Give the errors.
+            dtype: Of what is given, the same at every call; None: the input's.
         """
+        dtype = dtype or input_TI.dtype
         if all(format_.input is None for format_ in formats):
             return {}
         self._start(input_TI)
@@ -58,11 +61,12 @@ class QuantizedInputs:
                     self._quantizer(format_, maximum, input_TI.device),
                     scale_I,
                     as_error=as_error,
+                    dtype=dtype,
                 )
                 for format_ in formats
             }
         return {
-            format_.input_key: self._get(input_TI, rows, maximum, format_, as_error=as_error)
+            format_.input_key: self._get(input_TI, rows, maximum, format_, dtype, as_error=as_error)
             for format_ in formats
             if format_.input is not None
         }
@@ -73,16 +77,18 @@ class QuantizedInputs:
         rows: slice,
         maximum: float | None,
         format_: Format,
+        dtype: torch.dtype,
         *,
         as_error: bool,
     ) -> torch.Tensor:
-        """``Xq`` of some rows, or ``Xq - X``, formed in float32, in the input's dtype.
+        """``Xq`` of some rows, or ``Xq - X``, formed in float32.
 
         Args:
             input_TI: Whole input.
             rows: Which rows.
             maximum: Calibrated maximum.
             format_: Its input quantizer.
+            dtype: Of the result.
             as_error: Give the error.
         """
         quantizer = self._quantizer(format_, maximum, input_TI.device)
@@ -92,7 +98,7 @@ class QuantizedInputs:
             quantized_CI = quantizer(states_CI)
             if as_error:
                 quantized_CI = quantized_CI - states_CI
-            self._kept[key] = quantized_CI.to(input_TI.dtype)
+            self._kept[key] = quantized_CI.to(dtype)
         return self._kept[key]
 
     def _quantizer(self, format_: Format, maximum: float | None, device: torch.device) -> Any:

@@ -92,20 +92,26 @@ def input_maximum(
 
 
 def quantized_input(
-    states_CI: torch.Tensor, quantizer: Any, scale_I: torch.Tensor, *, as_error: bool
+    states_CI: torch.Tensor,
+    quantizer: Any,
+    scale_I: torch.Tensor,
+    *,
+    as_error: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``Xq`` of ``x * p``, or ``Xq - x * p``, formed in float32, in the input's dtype.
+    """``Xq`` of ``x * p``, or ``Xq - x * p``, formed in float32.
 
     Args:
         states_CI: Input of the linear.
         quantizer: Of the input, calibrated with :func:`input_maximum`; None: only round ``x * p``.
         scale_I: Factors of the input channels.
         as_error: Give the error.
+        dtype: Of the result.
     """
     smoothed_CI = smoothed_input(states_CI, scale_I).float()
     quantized_CI = smoothed_CI if quantizer is None else quantizer(smoothed_CI)
     if as_error:
         exact_CI = states_CI.float() * scale_I.to(states_CI.dtype).float()
         quantized_CI = quantized_CI - exact_CI
-    result: torch.Tensor = quantized_CI.to(states_CI.dtype)
+    result: torch.Tensor = quantized_CI.to(dtype)
     return result

@@ -126,7 +126,10 @@ def scheme(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> str:
     draws = f" ({config['label_draws']} draws)" if config["label_draws"] > 1 else ""
     share = config.get("sample_rows", 1)  # not in runs of earlier versions
     rows = "" if share == 1 else f", {share:.0%} of the rows"
-    return f"{formats}; {config['estimator']} sums, labels from the {config['labels']}{draws}{rows}"
+    dtype = config.get("difference_dtype")
+    products = "" if dtype in (None, config.get("dtype")) else f", differences in {dtype}"
+    labels = f"labels from the {config['labels']}{draws}"
+    return f"{formats}; {config['estimator']} sums, {labels}{rows}{products}"
 
 
 def dataset(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> str:

@@ -7,7 +7,8 @@ reduced.
 
 In float32, ``Y_f`` of a linear is one product and ``Y`` is at hand. In 16 bits the difference of
 two rounded outputs would be mostly rounding: there, quantization errors are formed in float32 and
-multiplied separately, ``X dW^T + dX Wq^T``.
+multiplied separately, ``X dW^T + dX Wq^T``. That may be asked for in a float32 model too, where
+products in bfloat16 are faster and exact enough; experts and caches compute as the model does.
 
 Shape letters: T rows, C rows of a chunk, I in features, O out features.
 """
@@ -71,11 +72,17 @@ class OutputDifferences:
         formats: The menu.
         weights: Where quantized weights are kept.
         model: The model.
+        dtype: ``float32`` or ``bfloat16``, of the products of linears; None: as the model computes.
     """
 
     def __init__(
-        self, formats: Sequence[Format], weights: WeightCache, model: torch.nn.Module
+        self,
+        formats: Sequence[Format],
+        weights: WeightCache,
+        model: torch.nn.Module,
+        dtype: str | None = None,
     ) -> None:
+        self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._formats = formats
         self._menus: dict[Only, list[Formats]] = {}
         self._weights = weights
@@ -111,15 +118,18 @@ class OutputDifferences:
             only: Formats to compute.
         """
         chunks = self._chunks(output_TO)
-        single = input_TI.dtype == torch.float32
+        dtype = self._dtype or input_TI.dtype
+        single = input_TI.dtype == dtype == torch.float32
         for formats in self._menu(only):
             menu = [format_ for _, format_ in formats]
-            weights = self._linear_weights(planned, module, calibration, menu, is_single=single)
+            weights = self._linear_weights(
+                planned, module, calibration, menu, dtype, is_single=single
+            )
             scale_I, error_OI, weight_OI = weights
             maximum = input_maximum(calibration, scale_I, module.weight.dtype)
             for rows in chunks:
                 inputs = self._inputs.of(
-                    menu, maximum, scale_I, input_TI, rows, as_error=not single
+                    menu, maximum, scale_I, input_TI, rows, as_error=not single, dtype=dtype
                 )
                 if single and weight_OI is not None:
                     yield from self._single(
@@ -128,7 +138,7 @@ class OutputDifferences:
                 else:
                     assert error_OI is not None
                     yield from self._from_errors(
-                        formats, inputs, rows, input_TI, error_OI, weight_OI
+                        formats, inputs, input_TI[rows].to(dtype), rows, error_OI, weight_OI
                     )
             del weights, error_OI, weight_OI  # not held while the next are made
 
@@ -138,6 +148,7 @@ class OutputDifferences:
         module: Any,
         calibration: ModuleCalibration,
         formats: Sequence[Format],
+        dtype: torch.dtype,
         *,
         is_single: bool,
     ) -> _LinearWeights:
@@ -150,12 +161,10 @@ class OutputDifferences:
         error_OI, weight_OI = None, None
         if not is_single or not quantizes_inputs:
             error_OI = self._weights.get(
-                (*key, "error"), partial(_error, module.weight, scale_I, quantize)
+                (*key, "error"), partial(_error, module.weight, scale_I, quantize, dtype)
             )
         if quantizes_inputs:
-            weight_OI = self._weights.get(
-                (*key, "weight"), partial(_quantized, module.weight, quantize)
-            )
+            weight_OI = self._weights.get((*key, "weight"), lambda: quantize().to(dtype))
         return _LinearWeights(scale_I, error_OI, weight_OI)
 
     def _factors(
@@ -226,14 +235,13 @@ class OutputDifferences:
     def _from_errors(
         self,
         formats: Formats,
-        inputs: Mapping[str | None, torch.Tensor],
+        errors: Mapping[str | None, torch.Tensor],
+        states_CI: torch.Tensor,
         rows: slice,
-        input_TI: torch.Tensor,
         error_OI: torch.Tensor,
         weight_OI: torch.Tensor | None,
     ) -> Iterator[Difference]:
         """``X dW^T + dX Wq^T``; the first product serves all formats of a weight quantizer."""
-        states_CI = input_TI[rows]
         if weight_OI is None and states_CI.dtype == torch.float32:
             for index, _ in formats:
                 buffer_CO = self._buffer(states_CI, len(error_OI))
@@ -245,7 +253,7 @@ class OutputDifferences:
                 yield index, rows, by_weight_CO.clone()
                 continue
             assert weight_OI is not None
-            yield index, rows, by_weight_CO + inputs[format_.input_key] @ weight_OI.T
+            yield index, rows, by_weight_CO + errors[format_.input_key] @ weight_OI.T
 
     def _buffer(self, like: torch.Tensor, width: int | None = None) -> torch.Tensor:
         """Uninitialized memory with as many rows, reused by every product."""
@@ -273,6 +281,7 @@ class ComparedModules:
         formats: The menu.
         weights: Where quantized weights are kept.
         row_share: Share of the rows of an attention to use, drawn by importance; 1 takes all.
+        difference_dtype: Of the products of linears; None: as the model computes.
 
     Attributes:
         modules: Entries of the plan, and their module in the model.
@@ -285,9 +294,10 @@ class ComparedModules:
         formats: Sequence[Format],
         weights: WeightCache,
         row_share: float = 1.0,
+        difference_dtype: str | None = None,
     ) -> None:
         self.modules = by_module(model, modules)
-        self._outputs = OutputDifferences(formats, weights, model)
+        self._outputs = OutputDifferences(formats, weights, model, difference_dtype)
         self._experts = runnable_experts(self.modules)
         firsts = [(entries[0], module) for entries, module in self.modules]
         self._caches = CacheHooks(firsts, formats, row_share)
@@ -372,14 +382,10 @@ def _error(
     weight_OI: torch.Tensor,
     factors_I: torch.Tensor | None,
     quantize: Callable[[], torch.Tensor],
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``Wq - W``, or ``p Wq - W``, formed in float32, in the weight's dtype."""
+    """``Wq - W``, or ``p Wq - W``, formed in float32, in the type of the products."""
     quantized_OI = quantize()
     if factors_I is not None:
         quantized_OI = quantized_OI * factors_I.to(weight_OI.dtype).float()
-    return quantized_OI.sub_(weight_OI.float()).to(weight_OI.dtype)
-
-
-def _quantized(weight_OI: torch.Tensor, quantize: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """``Wq`` in the weight's dtype."""
-    return quantize().to(weight_OI.dtype)
+    return quantized_OI.sub_(weight_OI.float()).to(dtype)

@@ -100,6 +100,7 @@ class Scorer:
             self._weights,
             num_draws=self._num_draws,
             row_share=spec.row_share,
+            difference_dtype=spec.difference_dtype,
         )
         weight = self.model.get_input_embeddings().weight
         self._packer = VisitPacker(

@@ -51,6 +51,7 @@ class SensitivityHooks:
         weights: Where quantized weights are kept.
         num_draws: Backward passes that follow each forward pass; sums are averaged over them.
         row_share: Share of the rows to score, drawn by importance; 1 scores all.
+        difference_dtype: Of the products of linears; None: as the model computes.
     """
 
     def __init__(
@@ -62,8 +63,11 @@ class SensitivityHooks:
         *,
         num_draws: int = 1,
         row_share: float = 1.0,
+        difference_dtype: str | None = None,
     ) -> None:
-        self._compared = ComparedModules(model, modules, formats, weights, row_share)
+        self._compared = ComparedModules(
+            model, modules, formats, weights, row_share, difference_dtype
+        )
         self._num_draws = num_draws
         self._row_share = row_share
         num_groups = 1 + max(scored.group for scored in modules)

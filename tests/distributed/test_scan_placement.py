@@ -15,7 +15,7 @@ from local_ray import start_local_ray
 
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.distributed.placement import device_bytes
+from autoquant_ray.distributed.node_devices import device_bytes, difference_dtype
 from autoquant_ray.errors import ClusterError
 from autoquant_ray.plan.memory import GIB
 
@@ -59,6 +59,21 @@ def test_scan_resumed_keeps_the_placement_of_the_run(
     assert "placement: offload -> resident" in other.stderr
 
 
+def test_scan_decides_once_in_what_type_differences_are_multiplied(
+    tmp_path: Path, run_command: Any, scan_arguments: Any
+) -> None:
+    run = tmp_path / "run"
+    first = run_command(*scan_arguments(run, "--difference-dtype", "auto", "--workers", 2))
+    assert first.returncode == 0, first.stderr
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    chosen, other = ("bfloat16", "float32") if has_units else ("float32", "bfloat16")
+    assert f"differences: products in {chosen}" in first.stderr
+    assert config_of(run)["difference_dtype"] == chosen
+    again = run_command(*scan_arguments(run, "--resume", "--difference-dtype", other))
+    assert again.returncode == 2
+    assert f"difference_dtype: {chosen} -> {other}" in again.stderr
+
+
 def test_scan_offloaded_gguf_is_refused_with_the_remedy(tmp_path: Path, run_command: Any) -> None:
     arguments = ["scan", find_demo_model(), "--data", "pydoc", "--out", tmp_path / "run"]
     done = run_command(*arguments, "--bits", 6, "--placement", "offload", "--address", "local")
@@ -76,6 +91,10 @@ def test_device_bytes_of_gpus_that_do_not_answer_is_an_error_with_the_remedy() -
             ClusterError, match=r"memory of a GPU node cannot be read: .*; give `placement`"
         ):
             device_bytes(config, "cuda")
+        on_cuda = config.model_copy(update={"device": "cuda", "dtype": "float32"})
+        with pytest.raises(ClusterError, match=r"kind of a GPU node cannot be read: .*float32 or"):
+            difference_dtype(on_cuda)
+        assert difference_dtype(on_cuda.model_copy(update={"dtype": "bfloat16"})) == "bfloat16"
         assert GIB < device_bytes(config, "cpu") <= psutil.virtual_memory().total
     finally:
         ray.shutdown()
