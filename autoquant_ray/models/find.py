@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ModelError, one_line
 from autoquant_ray.models.gguf_config import apply_query_scale, apply_rotary, read_facts
 from autoquant_ray.models.gguf_parameters import apply_parameters, require_single_file
+from autoquant_ray.models.layers import layer_configs
 from autoquant_ray.runs.hashing import fingerprint_files
 from autoquant_ray.wording import few, shown
 
@@ -290,9 +292,10 @@ def require_sizes(config: Any) -> None:
     Raises:
         ModelError: One is no whole number, below 1, or larger than any model's.
     """
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+    parts = {id(c): c for c in (config, config.get_text_config())}.values()
+    for stated in itertools.chain.from_iterable(map(layer_configs, parts)):
         for name, (least, most) in _SIZES.items():
-            value = getattr(part, name, None)
+            value = getattr(stated, name, None)
             if value is None or isinstance(value, list | tuple):  # of each layer
                 continue
             is_number = isinstance(value, int) and not isinstance(value, bool)

@@ -27,6 +27,23 @@ def decoder_layers(model: Any) -> dict[str, torch.nn.Module]:
     return {}
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """What a config says of each decoder layer, or itself alone where it says the same of all.
+
+    From 5.18 on, transformers lets sizes differ between layers (Gemma 4's heads), and raises where
+    such a size is read of the whole.
+    """
+    if not getattr(config, "is_heterogeneous", False):
+        return [config]
+    return [config.per_layer_config[number] for number in range(config.num_hidden_layers)]
+
+
+def layer_config(config: Any, number: int | None) -> Any:
+    """What a config says of a decoder layer; itself where the layer has no number."""
+    is_of_all = number is None or not getattr(config, "is_heterogeneous", False)
+    return config if is_of_all else config.per_layer_config[number]
+
+
 def set_decoder_layers(model: Any, layers: Iterable[torch.nn.Module]) -> None:
     """Give a model, which has decoder layers, others in their place."""
     import torch

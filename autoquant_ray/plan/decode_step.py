@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoquant_ray.models.layers import decoder_layers
+from autoquant_ray.models.layers import decoder_layers, layer_config
 from autoquant_ray.models.quantizable import PlannedModule
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _attention(model: Any) -> list[dict[str, Any]]:
     kinds: Counter[tuple[int, int, int | None]] = Counter()
     for number, layer in enumerate(decoder_layers(model).values()):
         kept = [shape[0] for shape in _projections(layer, "k_proj", "v_proj")]
-        window = _window(config, number)
+        window = _window(layer_config(config, number), number)
         width = sum(shape[1] for shape in _projections(layer, "o_proj", "out_proj"))
         shared = [kind for kind in kinds if kind[1:] == (width, window)]
         if len(kept) == 2:

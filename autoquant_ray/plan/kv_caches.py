@@ -15,6 +15,7 @@ from typing import Any
 
 from autoquant_ray.errors import ModelError
 from autoquant_ray.formats.format import Format
+from autoquant_ray.models.layers import layer_config
 from autoquant_ray.models.quantizable import PlannedModule
 
 _LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
@@ -63,15 +64,14 @@ def _cached_shapes(module: Any, config: Any) -> tuple[tuple[int, int], tuple[int
         return None
     if "past_key_values" not in inspect.signature(type(module).forward).parameters:
         return None
-    attention_config = getattr(module, "config", config)
-    heads_of_queries = attention_config.num_attention_heads
-    width = getattr(module, "head_dim", None) or getattr(attention_config, "head_dim", None)
-    width = int(width or attention_config.hidden_size // heads_of_queries)
+    of_layer = layer_config(getattr(module, "config", config), getattr(module, "layer_idx", None))
+    width = getattr(module, "head_dim", None) or getattr(of_layer, "head_dim", None)
+    width = int(width or of_layer.hidden_size // of_layer.num_attention_heads)
     keys, values = (getattr(parts.get(n), "out_features", None) for n in ("k_proj", "v_proj"))
     if keys is None:
         if not any(name in parts for name in _FUSED):
             return None
-        heads = getattr(module, "num_key_value_heads", None) or attention_config.num_key_value_heads
+        heads = getattr(module, "num_key_value_heads", None) or of_layer.num_key_value_heads
         return (heads, width), (heads, width)
     heads = keys // width
     # Some models take the keys for values too, and have no projection of their own for them.
