@@ -19,7 +19,7 @@ from autoquant_ray.errors import FormatError
 from autoquant_ray.export.tool_formats import COUNTERPARTS
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.gguf_types import gguf_type_of
-from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS, cache_bytes
+from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS, KV_VALUES, cache_bytes
 from autoquant_ray.formats.menu import OURS, known_formats, resolve_formats
 from autoquant_ray.formats.numbers import describe, is_scaled_by_block
 from autoquant_ray.formats.smoothed import method_of
@@ -182,8 +182,13 @@ def caches_table() -> str:
     ]
     presets = {name: preset for preset, name in KV_PRESETS.items()}
     for name, attributes in KV_FORMATS.items():
-        bits = 8 * cache_bytes(attributes, [(8, 128)]) / (8 * 128)
-        rows.append(f"| `{name}` | {describe(attributes)} | {bits:g} | `{presets[name]}` |")
+        values = KV_VALUES.get(name)
+        bits = 8 * cache_bytes(attributes, [(8, 128)] * 2, values) / (2 * 8 * 128)
+        quantizers = describe(attributes)
+        if values is not None:
+            quantizers = f"keys {quantizers}; values {describe(values)}"
+        preset = f"`{presets[name]}`" if name in presets else "-"
+        rows.append(f"| `{name}` | {quantizers} | {bits:g} | {preset} |")
     return "\n".join([*rows, ""])
 
 

@@ -92,8 +92,8 @@ def quantizer_entries(start: str, format_: Format) -> list[dict[str, Any]]:
 def cache_entries(module: str, format_: Format) -> list[dict[str, Any]]:
     """ModelOpt's entries for the keys and values of one attention, with Python types."""
     return [
-        {"quantizer_name": f"{module}.{part}_bmm_quantizer", "enable": True, "cfg": format_.kv}
-        for part in "kv"
+        {"quantizer_name": f"{module}.{part}_bmm_quantizer", "enable": True, "cfg": attributes}
+        for part, attributes in zip("kv", format_.kv_parts, strict=True)
     ]
 
 

@@ -25,6 +25,7 @@ class Format:
         algorithm: How ModelOpt calibrates the quantizers, as its ``algorithm`` with a ``method``;
             None: each by its own maximum.
         kv: Attributes of the quantizers of keys and values; None for a format of weights.
+        kv_values: Those of the values' quantizer, where it is another than that of the keys.
         modelopt_compression: ModelOpt's estimate of compressed over 16-bit size. It is the
             minimum over weight and input, so it undercounts formats with narrow inputs.
         shares_scale: Where a weight has one scale for the whole of it, layers that engines fuse
@@ -37,7 +38,13 @@ class Format:
     modelopt_compression: float
     algorithm: Attributes | None = None
     kv: Attributes | None = None
+    kv_values: Attributes | None = None
     shares_scale: bool = True
+
+    @property
+    def kv_parts(self) -> tuple[Attributes | None, Attributes | None]:
+        """Attributes of the quantizers of keys and of values."""
+        return self.kv, self.kv_values or self.kv
 
     @property
     def has_shared_scale(self) -> bool:
@@ -65,6 +72,7 @@ class Format:
             "modelopt_compression": self.modelopt_compression,
             **({} if self.algorithm is None else {"algorithm": self.algorithm}),
             **({} if self.kv is None else {"kv": attributes_to_json(self.kv)}),
+            **({"kv_values": attributes_to_json(self.kv_values)} if self.kv_values else {}),
             **({"shares_scale": True} if self.has_shared_scale else {}),
         }
 
@@ -80,6 +88,7 @@ class Format:
             modelopt_compression=value["modelopt_compression"],
             algorithm=value.get("algorithm"),
             kv=attributes_from_json(value["kv"]) if value.get("kv") else None,
+            kv_values=attributes_from_json(value["kv_values"]) if "kv_values" in value else None,
             shares_scale=value.get("shares_scale", not has_scale),
         )
 

@@ -1,8 +1,9 @@
 """Formats of the KV cache: their names, what they store, and which menus may hold them.
 
 A cache format quantizes the keys and values of an attention as ModelOpt's presets ``FP8_KV_CFG``
-and ``NVFP4_KV_CFG`` do: after the rotary embedding, where attention reads them. It has no part in
-weights, so it is a choice of cache groups alone, and weight formats are none there.
+and ``NVFP4_KV_CFG`` do, or the keys by the one and the values by the other, as ModelOpt 0.48 does
+too: after the rotary embedding, where attention reads them. It has no part in weights, so it is a
+choice of cache groups alone, and weight formats are none there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ KV_FORMATS: dict[str, dict[str, Any]] = {
     },
 }
 """Name -> attributes of both quantizers, those of ModelOpt's presets."""
+_KEYS_AND_VALUES = "kv_fp8_nvfp4"
+KV_VALUES = {_KEYS_AND_VALUES: KV_FORMATS["kv_nvfp4"]}
+"""Name -> attributes of the values' quantizer, where it is another than that of the keys."""
+KV_FORMATS[_KEYS_AND_VALUES] = KV_FORMATS["kv_fp8"]
 KV_PRESETS = {"FP8_KV_CFG": "kv_fp8", "NVFP4_KV_CFG": "kv_nvfp4"}
 """ModelOpt's preset -> the format of the same quantizers."""
 KV_BYTES = "kv_bytes_per_token"
@@ -30,7 +35,11 @@ KV_OPTION = "`kv_bytes_per_token`"
 _SIXTEEN = 16
 
 
-def cache_bytes(attributes: Mapping[str, Any] | None, shapes: Iterable[tuple[int, int]]) -> float:
+def cache_bytes(
+    attributes: Mapping[str, Any] | None,
+    shapes: Iterable[tuple[int, int]],
+    values: Mapping[str, Any] | None = None,
+) -> float:
     """Bytes of a token's keys and values in one layer.
 
     Elements take the format's width; NVFP4 adds 8 bits per block of a head, a partial block counted
@@ -39,14 +48,15 @@ def cache_bytes(attributes: Mapping[str, Any] | None, shapes: Iterable[tuple[int
     Args:
         attributes: Of the quantizers; None: 16 bits.
         shapes: ``(heads, width of a head)`` of the keys and of the values.
+        values: Of the values' quantizer, where it is another.
     """
     if attributes is None:
         return sum(heads * width for heads, width in shapes) * _SIXTEEN / 8
-    bits = attributes["num_bits"]
-    block = (attributes.get("block_sizes") or {}).get(-1)
-    element_bits = 1 + sum(bits) if isinstance(bits, tuple) else bits
     total = 0
-    for heads, width in shapes:
+    for (heads, width), part in zip(shapes, (attributes, values or attributes), strict=True):
+        bits = part["num_bits"]
+        block = (part.get("block_sizes") or {}).get(-1)
+        element_bits = 1 + sum(bits) if isinstance(bits, tuple) else bits
         scales = 8 * math.ceil(width / block) if block else 0
         total += heads * (width * element_bits + scales)
     return total / 8

@@ -34,7 +34,7 @@ from autoquant_ray.formats.format import (
     attributes_to_json,
 )
 from autoquant_ray.formats.gguf_types import GGUF_WEIGHTS
-from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS
+from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS, KV_VALUES
 from autoquant_ray.formats.numbers import blocks_of, is_scaled_by_block, is_static_nvfp4
 from autoquant_ray.formats.preset_names import preset_names
 from autoquant_ray.wording import shown
@@ -187,7 +187,14 @@ def _without_method(name: str, custom: Custom) -> Format:
         weight, input_ = _custom_attributes(name, custom[name])
         algorithm = checked_algorithm(f"custom format {name!r}", custom[name].get("algorithm"))
     elif (kv := KV_FORMATS.get(name)) is not None:
-        return Format(name=name, weight={}, input=None, modelopt_compression=1.0, kv=kv)
+        return Format(
+            name=name,
+            weight={},
+            input=None,
+            modelopt_compression=1.0,
+            kv=kv,
+            kv_values=KV_VALUES.get(name),
+        )
     elif (pair := OURS.get(name)) is not None:
         weight, input_ = pair
     else:
@@ -331,7 +338,7 @@ def check_device(formats: Sequence[Format], device: str) -> None:
         FormatError: Names the format and the device.
     """
     for format_ in formats if device == "cpu" else ():
-        for attributes in (format_.weight, format_.input, format_.kv):
+        for attributes in (format_.weight, format_.input, *format_.kv_parts):
             if attributes is None or not is_scaled_by_block(attributes):
                 continue
             if is_static_nvfp4(attributes):

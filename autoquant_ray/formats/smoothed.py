@@ -115,7 +115,7 @@ def needs_calibration(formats: Iterable[Format]) -> bool:
     return any(
         needs_channels(format_)
         or needs_hessians(format_)
-        or any(map(has_calibrated_maximum, filter(None, (format_.input, format_.kv))))
+        or any(map(has_calibrated_maximum, filter(None, (format_.input, *format_.kv_parts))))
         for format_ in formats
     )
 

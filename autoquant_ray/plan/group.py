@@ -100,8 +100,9 @@ class PlannedGroup:
 
     def kv_bytes(self, format_: Format | None) -> float | None:
         """Bytes of the cache that a token of context takes; None for weights."""
-        kv, shapes = None if format_ is None else format_.kv, self.modules[0].cached
-        return cache_bytes(kv, shapes) if shapes else None
+        keys, values = (None, None) if format_ is None else format_.kv_parts
+        shapes = self.modules[0].cached
+        return cache_bytes(keys, shapes, values) if shapes else None
 
     def bits(self, format_: Format | None) -> float:
         """Stored bits per weight, of a cache per element."""

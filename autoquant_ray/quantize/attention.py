@@ -153,8 +153,8 @@ class CachedAttention:
     def _quantize(self, format_: Format, maxima: Mapping[str, float], like: torch.Tensor) -> None:
         self._set(
             {
-                part: make_input_quantizer(format_.kv, maxima.get(f"{part}_amax"), like)
-                for part in PARTS
+                part: make_input_quantizer(attributes, maxima.get(f"{part}_amax"), like)
+                for part, attributes in zip(PARTS, format_.kv_parts, strict=True)
             }
         )
 

@@ -38,6 +38,13 @@ class CacheRow:
     source: str
 
 
+_TWO_FORMATS = CacheRow(
+    format="kv_fp8_nvfp4",
+    gpus=(),
+    note="no source says that it keeps keys and values in two formats",
+    source="NVIDIA/Model-Optimizer 0.48.0rc1, modelopt/torch/export/quant_utils.py (released "
+    "runtimes do not yet read its kv_cache_quantized_layers)",
+)
 CACHE_TABLE: dict[str, tuple[CacheRow, ...]] = {
     "vllm": (
         CacheRow(
@@ -52,6 +59,7 @@ CACHE_TABLE: dict[str, tuple[CacheRow, ...]] = {
             note="data-centre cards only (SM100); see issue #49011 for others",
             source="vllm-project/vllm, pull request #40177",
         ),
+        _TWO_FORMATS,
     ),
     "sglang": (
         CacheRow(
@@ -66,6 +74,7 @@ CACHE_TABLE: dict[str, tuple[CacheRow, ...]] = {
             note="its fp4_e2m1 has scales that are powers of two, which is another format",
             source=_SGLANG,
         ),
+        _TWO_FORMATS,
     ),
     "trtllm": (
         CacheRow(
@@ -80,6 +89,7 @@ CACHE_TABLE: dict[str, tuple[CacheRow, ...]] = {
             note="needs a checkpoint that ModelOpt made",
             source=f"{_TRTLLM} of 1.3 (NVFP4 KV Cache)",
         ),
+        _TWO_FORMATS,
     ),
 }
 

@@ -19,6 +19,7 @@ from autoquant_ray.allocate.certainty.explain import explain_group
 from autoquant_ray.allocate.frontier import frontier_of, smallest_within
 from autoquant_ray.allocate.load import latency_of
 from autoquant_ray.allocate.options import SolveOptions
+from autoquant_ray.allocate.quant_cfg import cache_entries
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.allocate.search import search
 from autoquant_ray.calibrate.modelopt_config import load_quantization_config
@@ -35,7 +36,7 @@ from autoquant_ray.errors import (
 )
 from autoquant_ray.evaluate.rivals import collect_candidates
 from autoquant_ray.evaluate.swaps import Swaps
-from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.kv_cache import KV_FORMATS, KV_PRESETS
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import Plan, build_plan
@@ -94,6 +95,18 @@ def test_rows_of_the_plan() -> None:
         assert row["module_names"] == [group.removesuffix(".kv")]
     assert [group for group, format_ in rows if format_ == NONE][-2:] == CACHES
     assert plan.kv_range() == (72.0, 256.0)
+
+
+def test_keys_and_values_apart_take_the_bytes_and_quantizers_of_each() -> None:
+    apart, fp8, nvfp4 = resolve_formats(("kv_fp8_nvfp4", "kv_fp8", "kv_nvfp4"), device="cpu")
+    keys, values = cache_entries("a", apart)
+    assert keys == cache_entries("a", fp8)[0] != cache_entries("a", nvfp4)[0]
+    assert values == cache_entries("a", nvfp4)[1] != cache_entries("a", fp8)[1]
+    assert Format.from_json(json.loads(json.dumps(apart.to_json()))) == apart
+    plan = build_plan(family_model("Llama"), [*resolve_formats(FORMATS, device="cpu"), apart])
+    rows = {(row["group"], row["format"]): row["kv_bytes_per_token"] for row in plan.rows()}
+    # of keys 2 heads of 16 bytes; of values 2 of 8 bytes and one scale
+    assert {rows[group, "kv_fp8_nvfp4"] for group in CACHES} == {32 + 18}
 
 
 def test_without_cache_formats_nothing_changes() -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import modelopt
 import numpy as np
 import pytest
 import torch
 from families import family_model
 from modelopt_scores import NOTHING, quantized_by_modelopt
+from packaging.version import Version
 
 from autoquant_ray.allocate.quant_cfg import cache_entries, quantizer_entries
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
@@ -25,7 +27,7 @@ from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.loss import draw_uniforms, sample_labels
 from autoquant_ray.score.scorer import Scorer
 
-FORMATS = ("kv_fp8", "wfp8_afp8", "kv_nvfp4")
+FORMATS = ("kv_fp8", "wfp8_afp8", "kv_nvfp4", "kv_fp8_nvfp4")
 LENGTHS = [24, 13, 19]
 FAMILIES = ("Llama", "Qwen3", "Gemma-3")  # grouped queries; norms of keys; sliding windows
 
@@ -103,7 +105,7 @@ def definition(
     for handle in handles:
         handle.remove()
     sums = {}
-    for name in ("kv_fp8", "kv_nvfp4"):
+    for name in ("kv_fp8", "kv_nvfp4", "kv_fp8_nvfp4"):
         for group in caches:
             other = quantized(model, plan, {group.name: name}, samples)
             arguments, keywords, exact = calls[group.name]
@@ -129,7 +131,7 @@ def test_sums_equal_their_definition(
     column = {name: number for number, name in enumerate(FORMATS)}
     rows = {group.name: number for number, group in enumerate(plan.searched)}
     expected = definition(model, plan, samples, labels)
-    assert len(expected) == 2 * sum(group.is_cache for group in plan.searched) == 4
+    assert len(expected) == 3 * sum(group.is_cache for group in plan.searched) == 6
     for (group, name), (elementwise, token) in expected.items():
         at = rows[group], column[name]
         assert elementwise > 0
@@ -228,6 +230,19 @@ def test_score_predicts_the_divergence_of_a_single_format(prepare: Any, make_sam
             assert 0.7 < predicted / measured < 1.4, message
 
 
+@pytest.mark.skipif(
+    Version(modelopt.__version__) < Version("0.48rc1"), reason="ModelOpt 0.48 has a name for it"
+)
+def test_keys_and_values_apart_are_what_modelopt_calls_so(prepare: Any, make_samples: Any) -> None:
+    from modelopt.torch.export import quant_utils
+
+    model, plan, _ = prepare("Llama")
+    (group, *_) = [group for group in plan.searched if group.is_cache]
+    other = quantized(model, plan, {group.name: "kv_fp8_nvfp4"}, make_samples(LENGTHS))
+    attention = other.get_submodule(group.modules[0].name)
+    assert quant_utils.get_kv_cache_dtype(attention) == quant_utils.KV_CACHE_FP8_K_NVFP4_V
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_equals_mtq_quantize(family: str, prepare: Any, make_samples: Any) -> None:
     """Caches and the projections around them, quantized together and apart."""
@@ -246,7 +261,7 @@ def test_evaluation_equals_mtq_quantize(family: str, prepare: Any, make_samples:
     others = [group.name for group in plan.searched if "self_attn" in group.name]
     choices = [
         dict.fromkeys(caches, "kv_nvfp4"),
-        {**dict.fromkeys(others, "wfp8_afp8"), caches[0]: "kv_fp8", caches[1]: "kv_nvfp4"},
+        {**dict.fromkeys(others, "wfp8_afp8"), caches[0]: "kv_fp8_nvfp4", caches[1]: "kv_nvfp4"},
     ]
     columns = {name: number for number, name in enumerate(FORMATS)}
     indices = [
