@@ -151,7 +151,7 @@
       label: text, renderers: kind === "curve" ? [curve, marks[kind]] : [marks[kind]] })),
     orientation: "horizontal", location: "left", click_policy: "hide", border_line_color: null,
     background_fill_color: null, label_text_font: font, label_text_font_size: "13px",
-    glyph_width: 34, glyph_height: 34, label_standoff: 0, margin: 0, padding: 0,
+    glyph_width: 34, glyph_height: 34, label_standoff: 6, margin: 0, padding: 0,
     stylesheets: [`
       .bk-grid { display: flex; flex-wrap: wrap; gap: 0 10px; padding-top: 8px; width: auto; }
       .bk-label { white-space: normal; }
