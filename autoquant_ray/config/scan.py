@@ -208,7 +208,7 @@ class ScanConfig(SearchSpace):
         default="auto",
         description="Memory per worker, in GiB, for the graphs of as many layers as fit: the "
         "results of their matrix products and attentions, which the backward pass then does not "
-        "compute again. 0: none. auto: on cpu a quarter of what a worker needs without, on cuda "
+        "compute again. 0: none. auto: on cpu a fifth of what a worker needs without, on cuda "
         "what is free. No number depends on it.",
     )
     workers: int | Literal["auto"] = Field(

@@ -50,7 +50,7 @@ _MATRICES_HELD = 7
 LARGEST_CACHE_BYTES = 2 * GIB
 """Most bytes of quantized weights that a worker keeps where the user gives no number."""
 
-GRAPH_SHARE = 0.25
+GRAPH_SHARE = 0.2
 """On a CPU ``auto`` takes at most so much beside what a worker needs without."""
 
 _WITH_SMALL = 1.05
@@ -267,12 +267,14 @@ class KeptGraphs:
     Attributes:
         nbytes: Room for it; None: what the worker's GPU has free once the model is there.
         all_bytes: What all layers take, for the tokens that are held at once.
+        visit_bytes: The same for those that go through the layers together: a shard's at most.
         num_layers: Decoder layers.
         reason: Where the number comes from.
     """
 
     nbytes: int | None
     all_bytes: int
+    visit_bytes: int
     num_layers: int
     reason: str
 
@@ -292,13 +294,11 @@ class KeptGraphs:
         """For people."""
         if self.nbytes is None:
             return f"graphs of {self.num_layers} layers: as many are kept as {self.reason} holds"
-        count = self.num_layers
-        if self.counted_bytes < self.all_bytes:
-            count = int(self.num_layers * self.counted_bytes / self.all_bytes)
-        kept, total = self.counted_bytes / GIB, self.all_bytes / GIB
+        kept = min(self.counted_bytes, self.visit_bytes)
+        count = int(self.num_layers * kept / max(1, self.visit_bytes))
         return (
-            f"graphs of {count} of {self.num_layers} layers are kept, "
-            f"{kept:.2f} of {total:.2f} GiB ({self.reason})"
+            f"graphs of {count} of {self.num_layers} layers are kept, {kept / GIB:.2f} of "
+            f"{self.visit_bytes / GIB:.2f} GiB ({self.reason})"
         )
 
 
@@ -311,18 +311,24 @@ def kept_graphs(plan: Plan, config: ScanConfig, memory: Footprint) -> KeptGraphs
         memory: Of a worker, without graphs.
     """
     dtype_bytes = 4 if config.dtype == "float32" else 2
-    total = held_tokens(plan, config) * dtype_bytes * _numbers_per_token(plan)
+    token_bytes = dtype_bytes * _numbers_per_token(plan)
+    held = held_tokens(plan, config)
+    visited = min(held, max(config.step_tokens, config.shard_samples * config.seq_len))
     if config.keep_graphs != "auto":
         nbytes, reason = round(config.keep_graphs * GIB), "keep_graphs"
     elif config.device != "cuda":
         nbytes = int(GRAPH_SHARE * memory.worker_bytes(config.placement))
-        reason = "auto: a quarter of what a worker needs without"
+        reason = "auto: a fifth of what a worker needs without"
     elif (config.gpus_per_worker or 1) < 1:
         nbytes, reason = 0, "auto: workers share a GPU"
     else:
         nbytes, reason = None, "its GPU's free memory"
     return KeptGraphs(
-        nbytes=nbytes, all_bytes=total, num_layers=len(plan.layer_weights), reason=reason
+        nbytes=nbytes,
+        all_bytes=held * token_bytes,
+        visit_bytes=visited * token_bytes,
+        num_layers=len(plan.layer_weights),
+        reason=reason,
     )
 
 

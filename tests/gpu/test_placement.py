@@ -23,7 +23,9 @@ NUM_GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="needs a CUDA device")
 
 
-def make_scorer(folder: Path, placement: str, labels: str = "model") -> Scorer:
+def make_scorer(
+    folder: Path, placement: str, labels: str = "model", graph_bytes: int | None = 0
+) -> Scorer:
     ref = find_model(str(folder))
     formats = resolve_formats(("wint4_afp16:max", "wfp8_afp8", "wint8_aint8"), device="cuda")
     plan = build_plan(build_skeleton(ref), formats)
@@ -39,6 +41,7 @@ def make_scorer(folder: Path, placement: str, labels: str = "model") -> Scorer:
         label_draws=1,
         seed=0,
         placement=placement,
+        graph_bytes=graph_bytes,
     )
     return Scorer(spec)
 
@@ -58,6 +61,19 @@ def test_scores_offloaded_on_cuda_equal_resident(
     offloaded = elementwise(scorer, samples)
     np.testing.assert_allclose(offloaded, resident, rtol=1e-6)
     assert (resident > 0).any()
+
+
+@pytest.mark.parametrize("placement", ["resident", "offload"])
+def test_scores_with_graphs_in_what_cuda_has_free_equal_those_without(
+    model_folder: Any, make_samples: Any, placement: str
+) -> None:
+    samples, results = make_samples([24, 17, 31]), []
+    for room in (0, None):
+        scorer = make_scorer(model_folder("qwen3_moe"), placement, graph_bytes=room)
+        calibration = scorer.calibrate(samples, 0)
+        results.append([scorer.score(samples, 0, calibration, 0).sums.token_GF for _ in range(2)])
+    assert scorer.product_room.nbytes > 2**20
+    assert np.array_equal(results[0], results[1])
 
 
 def test_offloaded_model_holds_two_layers_of_many(tmp_path: Path, make_samples: Any) -> None:

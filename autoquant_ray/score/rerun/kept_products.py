@@ -38,6 +38,13 @@ _SUMMED = {
 }
 """Operations whose results are kept -> argument and dimension of it that they sum over."""
 
+_SUMS_ASKED_AT = {
+    "aten._scaled_dot_product_efficient_attention.default": 4,
+    "aten._scaled_dot_product_cudnn_attention.default": 4,
+}
+"""Attentions that give the sums that their gradient needs only if asked -> the argument that asks;
+torch asks where a graph is built."""
+
 
 @dataclass(eq=False)
 class ProductRoom:
@@ -163,6 +170,8 @@ class Recording(TorchDispatchMode):
             value = args[position] if position < len(args) else kwargs.get(name)
             for tensor in _tensors(value):
                 self.changes(tensor)
+        if (asked := _SUMS_ASKED_AT.get(str(func))) is not None:
+            args = (*args[:asked], True, *args[asked + 1 :])
         result = func(*args, **kwargs)
         summed_over = _summed_over(func)
         if summed_over is not None:

@@ -25,6 +25,7 @@ from autoquant_ray.plan.memory import (
     KeptGraphs,
     choose_placement,
     footprint,
+    held_tokens,
     kept_graphs,
     moment_bytes,
     rounding_bytes,
@@ -267,7 +268,7 @@ def test_graphs_of_all_layers_take_what_the_plan_says(
     assert used <= graphs.all_bytes <= 1.1 * used
 
 
-def test_graphs_that_auto_keeps_on_a_cpu_are_a_quarter_of_the_rest_where_nodes_have_room(
+def test_graphs_that_auto_keeps_on_a_cpu_are_a_fifth_of_the_rest_where_nodes_have_room(
     make_model: Any,
 ) -> None:
     plan = build_plan(make_model("llama"), resolve_formats(("wint8_aint8",), device="cpu"))
@@ -275,12 +276,14 @@ def test_graphs_that_auto_keeps_on_a_cpu_are_a_quarter_of_the_rest_where_nodes_h
     memory = footprint(plan, config)
     graphs = kept_graphs(plan, config, memory)
     needed = memory.worker_bytes("resident")
-    assert graphs.nbytes == needed // 4
-    count = 2 * graphs.nbytes // graphs.all_bytes
+    assert graphs.nbytes == needed // 5
+    count = 2 * graphs.nbytes // graphs.visit_bytes
     assert graphs.line().startswith(f"graphs of {count} of 2 layers are kept, ")
-    assert graphs.line().endswith("(auto: a quarter of what a worker needs without)")
+    assert graphs.line().endswith("(auto: a fifth of what a worker needs without)")
     assert graphs.within(needed) == graphs
     assert graphs.within(GIB // 8).nbytes == GIB // 8
+    short = kept_graphs(plan, make_config(device="cpu", placement="resident"), memory)
+    assert short.visit_bytes == short.all_bytes * 8 * 512 // held_tokens(plan, make_config())
     assert "of its node leave" in graphs.within(0).line()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -202,3 +203,18 @@ def test_results_of_a_run_that_fails_are_let_go() -> None:
     with pytest.raises(ValueError, match="stop"), giving(recording.products):
         raise ValueError("stop")
     assert room.used_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["efficient", "cudnn"])
+def test_attention_of_a_gpu_is_kept_with_the_sums_that_its_gradient_needs(kind: str) -> None:
+    attend = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention").default
+    room = ProductRoom(nbytes=2**20)
+    with FakeTensorMode():
+        states = torch.empty(1, 2, 32, 8, device="cuda", dtype=torch.float16)
+        record = ProductKeeper(room).recording()
+        with record:
+            first = attend(states, states, states, None, False)
+        with giving(record.products):
+            second = attend(states, states, states, None, True)
+    assert first[0] is second[0]
+    assert second[1].numel() > 0
