@@ -302,6 +302,7 @@ def _scoring_spec(
         seed=config.seed,
         row_share=config.sample_rows,
         difference_dtype=config.difference_dtype,
+        estimator=config.estimator,
         weight_cache_bytes=(
             None if config.weight_cache_gib == "auto" else round(config.weight_cache_gib * GIB)
         ),

@@ -71,10 +71,12 @@ class PacedScorer:
         self._pass("calibrate", shard)
         return self._scorer.calibrate(samples, shard)
 
-    def score(self, samples: Any, first_sample: int, calibration: Any, shard: int) -> Any:
+    def score(
+        self, samples: Any, first_sample: int, calibration: Any, shard: int, row_shares: Any
+    ) -> Any:
         """As :meth:`autoquant_ray.score.scorer.Scorer.score`."""
         self._pass("score", shard)
-        return self._scorer.score(samples, first_sample, calibration, shard)
+        return self._scorer.score(samples, first_sample, calibration, shard, row_shares)
 
     def _pass(self, stage: str, shard: int) -> None:
         call = f"{stage} {shard} {os.getpid()} {ray.get_runtime_context().get_node_id()}\n"

@@ -81,7 +81,14 @@ class WaitingScorer:
 
     wait_s: float
 
-    def score(self, samples: Any, first_sample: int, calibration: Any, shard: int) -> Any:
+    def score(
+        self,
+        samples: Any,
+        first_sample: int,
+        calibration: Any,
+        shard: int,
+        row_shares: Any = None,
+    ) -> Any:
         """Shaped like :class:`~autoquant_ray.score.scorer.ShardScores`."""
         generator = np.random.default_rng(first_sample)
         seconds = self.wait_s * generator.uniform(0.8, 1.2)
@@ -96,7 +103,12 @@ class WaitingScorer:
         )
         num_tokens = sum(len(sample) - 1 for sample in samples)
         return SimpleNamespace(
-            sums=sums, num_tokens=num_tokens, num_samples=len(samples), seconds=seconds
+            sums=sums,
+            num_tokens=num_tokens,
+            num_samples=len(samples),
+            seconds=seconds,
+            row_shares_GF=np.ones((NUM_GROUPS, NUM_FORMATS)),
+            trial=None,
         )
 
 

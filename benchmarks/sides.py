@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from kl_prediction import make_spec, read_samples
 
 from autoquant_ray import ScanConfig
 from autoquant_ray.config.demo import find_demo_model
+from autoquant_ray.config.values import parse_row_share
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import read_texts
 from autoquant_ray.distributed.host_memory import reuse_freed_memory
+from autoquant_ray.distributed.scoring import DrawingTrial
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.formats.smoothed import needs_calibration
 from autoquant_ray.models.find import ModelRef, find_model
@@ -37,6 +40,7 @@ from autoquant_ray.plan.memory import footprint, kept_graphs
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.score.drawing.shares import MIN_SAMPLES, MIN_SHARDS, choose_shares
 from autoquant_ray.score.scorer import Scorer
 
 PRESETS = (
@@ -84,7 +88,7 @@ CASES = {
 
 
 def side(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one side: ``modelopt``, ``core[:SHARE]`` or ``ray[:SHARE]`` with a share of rows.
+    """Run one side: ``modelopt``, ``core[:SHARE]`` or ``ray[:SHARE]`` a share of rows or auto.
 
     ``core+GIB`` and ``ray+GIB`` keep graphs in so much memory, ``core+0`` none.
     """
@@ -94,7 +98,7 @@ def side(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if kind == "modelopt":
         return _run_modelopt(options)
     run: Callable[..., dict[str, Any]] = _run_core if kind == "core" else _run_ray
-    return run(options, float(share or 1), graphs or "auto")
+    return run(options, parse_row_share(share or 1), graphs or "auto")
 
 
 def _model(options: argparse.Namespace) -> ModelRef:
@@ -150,7 +154,33 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def _run_core(options: argparse.Namespace, share: float, graphs: str) -> dict[str, Any]:
+def score_shards(
+    scorer: Scorer, shards: list[list[Any]], shard_samples: int, calibration: Any
+) -> Iterator[Any]:
+    """Scores of every shard; where the share of rows is auto, the first ones say the others'.
+
+    As a scan does it, but for shards that are too few: there all rows are scored here too.
+    """
+    trials: list[DrawingTrial] = []
+    shares_GF = None
+    num_first = max(MIN_SHARDS, -(-MIN_SAMPLES // shard_samples))
+    if scorer.spec.row_share == "auto" and num_first > len(shards) // 2:
+        num_groups = 1 + max(scored.group for scored in scorer.spec.modules)
+        shares_GF = np.ones((num_groups, len(scorer.spec.formats)))
+    for number, shard in enumerate(shards):
+        if shares_GF is None and len(trials) == num_first:
+            shares_GF = choose_shares(trials)
+        first = number * shard_samples
+        result = scorer.score(shard, first, calibration, number, shares_GF)
+        if result.trial is not None:
+            trials.append(result.trial)
+        yield result
+
+
+RowShare = float | Literal["auto"]
+
+
+def _run_core(options: argparse.Namespace, share: RowShare, graphs: str) -> dict[str, Any]:
     """Our scoring core in this process; shards of several batches of as many tokens each."""
     ref, formats = _model(options), CASES[options.case].formats
     samples = _samples(options, ref)
@@ -170,9 +200,8 @@ def _run_core(options: argparse.Namespace, share: float, graphs: str) -> dict[st
     start = now(options.device)
     calibrated = enumerate(shards) if needs_calibration(plan.formats) else ()
     calibration = merge_calibrations(scorer.calibrate(shard, n) for n, shard in calibrated)
-    total: Any = 0.0
-    for number, shard in enumerate(shards):
-        result = scorer.score(shard, number * options.shard_samples, calibration, number)
+    total, results = 0.0, score_shards(scorer, shards, size, calibration)
+    for shard, result in zip(shards, results, strict=True):
         per_batch = result.num_tokens * options.batch / len(shard)
         total = total + result.sums.elementwise_GF / per_batch**2
     seconds = now(options.device) - start
@@ -203,7 +232,7 @@ def _room(options: argparse.Namespace, plan: Plan, graphs: str) -> dict[str, int
     return {"graph_bytes": kept.nbytes, "work_bytes": memory.work_bytes}
 
 
-def _run_ray(options: argparse.Namespace, share: float, graphs: str) -> dict[str, Any]:
+def _run_ray(options: argparse.Namespace, share: RowShare, graphs: str) -> dict[str, Any]:
     """Our whole scan; seconds from ready workers to the last shard. Not for a random model."""
     from autoquant_ray import run_search
 

@@ -150,6 +150,7 @@ def _write_scores(
         "weight_bytes": bits_K / 8,
         "sampling_stderr": zeros_K,
         "expert_tokens": pa.nulls(count, pa.list_(pa.int64())),
+        "row_share": np.ones(count),
     }
     _write(directory, SENSITIVITY_FILE, sensitivity)
     for shard, sums_K in enumerate(sums_SK):
@@ -157,7 +158,13 @@ def _write_scores(
         part |= {"elementwise_sum": sums_K, "token_sum": sums_K}
         part |= {"num_tokens": np.full(count, _TOKENS), "num_samples": np.full(count, 8)}
         part |= {"seconds": zeros_K, "elementwise_variance": zeros_K, "token_variance": zeros_K}
-        part |= {"expert_tokens": pa.nulls(count, pa.list_(pa.int64()))}
+        part |= {"row_share": np.ones(count)}
+        part |= {
+            n: pa.nulls(count, pa.list_(pa.int64())) for n in ("expert_tokens", "sample_tokens")
+        }
+        part |= {
+            n: pa.nulls(count, pa.list_(pa.float64())) for n in ("sample_sums", "drawing_variances")
+        }
         _write(directory, part_name(SCORES, shard), part)
     buckets = {
         "bucket": np.repeat(np.arange(num_shards), count),

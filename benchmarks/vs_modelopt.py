@@ -9,11 +9,14 @@ Cases: ``unpadded`` (full windows, 4 presets), ``formats`` (full windows, 12 pai
 (short captions, which ModelOpt's side pads to 512 tokens as its users do, 4 presets), ``fp4`` (full
 windows, NVFP4 and MXFP4), ``weight-only`` (full windows, int4, int8, FP8 and NVFP4 weights).
 Sides: ``modelopt``, ``core`` (our scoring core in its process), ``ray`` (the whole scan with one
-worker), and ``core:0.25`` or ``ray:0.25`` with that share of the rows. Graphs are kept as ``auto``
-says; ``core+0`` keeps none, ``core+4`` 4 GiB of them, ``core+4:0.25`` is both.
+worker), and ``core:0.25`` or ``ray:0.25`` with that share of the rows; ``core:auto`` or
+``ray:auto`` with a share per group and format, which needs four shards at least. Graphs are kept as
+``auto`` says; ``core+0`` keeps none, ``core+4`` 4 GiB of them, ``core+4:0.25`` is both.
 
     python benchmarks/vs_modelopt.py --case unpadded --sides core,core:0.25,ray
     python benchmarks/vs_modelopt.py --case formats --sides core,core:0.1 --samples 4
+    python benchmarks/vs_modelopt.py --case formats --sides core,core:auto --samples 64 \\
+        --shard-samples 4 --seq-len 256
     python benchmarks/vs_modelopt.py --case captions --sides core --samples 128 --batch 8 \\
         --random-model
 """

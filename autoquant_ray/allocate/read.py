@@ -110,6 +110,11 @@ class ScoredRun:
         return dict(zip(self._keys, self.rows.column("score_stderr"), strict=True))
 
     @cached_property
+    def drawing_errors(self) -> dict[tuple[str, str], float | None]:
+        """(group, format) -> the part of that which comes from drawing rows; 0 without."""
+        return dict(zip(self._keys, self.rows.column("sampling_stderr"), strict=True))
+
+    @cached_property
     def _keys(self) -> list[tuple[str, str]]:
         return list(zip(self.rows.column("group"), self.rows.column("format"), strict=True))
 

@@ -21,6 +21,7 @@ from autoquant_ray.config.values import (
     parse_bytes,
     parse_gib,
     parse_labels,
+    parse_row_share,
     parse_seconds,
     parse_share,
     parse_workers,
@@ -151,12 +152,11 @@ class ScanConfig(SearchSpace):
     label_draws: int = Field(
         default=1, ge=1, description="Label draws per token when labels come from the model."
     )
-    sample_rows: float = Field(
+    sample_rows: float | Literal["auto"] = Field(
         default=1.0,
-        gt=0,
-        le=1,
         description="Share of each module's rows (tokens) to score, drawn by importance: unbiased, "
-        "faster, less exact. 1 scores all.",
+        "faster, less exact. 1 scores all. auto: after the first shards, for each group and format "
+        "so many that the error of the draw is a tenth of the error over the data.",
     )
     min_expert_tokens: int = Field(
         default=32,
@@ -276,6 +276,7 @@ class ScanConfig(SearchSpace):
     _parse_share = field_validator("stop_when_stable", mode="before")(unless_none(parse_share))
     _parse_workers = field_validator("workers", mode="before")(parse_workers)
     _parse_wait = field_validator("wait_for_workers", mode="before")(unless_none(parse_seconds))
+    _parse_row_share = field_validator("sample_rows", mode="before")(parse_row_share)
     _parse_rooms = field_validator("weight_cache_gib", "keep_graphs", mode="before")(parse_gib)
 
     @field_validator("node_labels", mode="before")

@@ -89,7 +89,8 @@ def stage_fingerprints(
     """Hash each stage's own fields together with the fingerprint of the stage before.
 
     A scan that stops when it is stable scores shards for its own budget, so that its score stage
-    depends on the fields of the allocation too.
+    depends on the fields of the allocation too. Shares of rows are chosen for the sums of the run's
+    estimator.
 
     Args:
         config: Resolved config (no ``auto`` left in fields that change numbers).
@@ -113,6 +114,8 @@ def stage_fingerprints(
         }
         if stage == "shards":
             inputs["data_fingerprint"] = data
+        if stage == "score" and config.sample_rows == "auto":
+            inputs["estimator"] = values["estimator"]
         if stage == "score" and config.stop_when_stable is not None:
             later = (*STAGE_FIELDS["aggregate"], *STAGE_FIELDS["allocate"])
             inputs |= {

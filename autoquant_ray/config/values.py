@@ -179,6 +179,23 @@ def _gib_of(text: str) -> float:
         return -1.0
 
 
+def parse_row_share(value: float | str) -> float | Literal["auto"]:
+    """Parse ``auto`` or a share above 0.
+
+    Raises:
+        ValueError: Neither.
+    """
+    if value == "auto":
+        return "auto"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number <= 1:
+        raise ValueError(f"{value!r} is neither 'auto' nor a share, more than 0 and at most 1")
+    return number
+
+
 def parse_workers(value: int | str) -> int | Literal["auto"]:
     """Parse ``auto`` or a number of workers.
 

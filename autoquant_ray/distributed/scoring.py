@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,7 +32,9 @@ class ScoringSpec:
         labels: ``model`` or ``data``.
         label_draws: Label draws per token where labels come from the model.
         seed: Seed of the draws.
-        row_share: Share of the rows to score; 1 scores all.
+        row_share: Share of the rows to score; 1 scores all; ``auto`` one that is given with each
+            shard.
+        estimator: ``elementwise`` or ``token``: the sums whose shares are chosen by ``auto``.
         difference_dtype: ``float32`` or ``bfloat16``, of the products that give the differences of
             linears; None: ``dtype``.
         weight_cache_bytes: For quantized weights; None takes what one visit of a layer or of the
@@ -57,7 +59,8 @@ class ScoringSpec:
     labels: str
     label_draws: int
     seed: int
-    row_share: float = 1.0
+    row_share: float | Literal["auto"] = 1.0
+    estimator: str = "elementwise"
     difference_dtype: str | None = None
     weight_cache_bytes: int | None = None
     activation_bytes: int = GIB
@@ -97,6 +100,22 @@ class SensitivitySums:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DrawingTrial:
+    """What drawing rows would do to the sums of a shard that is scored on all rows; N samples, S
+    shares of :data:`~autoquant_ray.score.drawing.shares.SHARES`, G groups, F formats.
+
+    Attributes:
+        sample_sums_NGF: Sum of each sample alone, float64, nats squared.
+        sample_tokens_N: Predicted tokens of each, float64.
+        variances_SGF: Variance of the shard's sum if rows were drawn, float64, nats to the fourth.
+    """
+
+    sample_sums_NGF: Floats
+    sample_tokens_N: Floats
+    variances_SGF: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardScores:
     """Result of scoring one shard.
 
@@ -106,6 +125,8 @@ class ShardScores:
         num_samples: Samples of the shard.
         loss: Summed token loss in nats, averaged over label draws.
         seconds: Time spent.
+        row_shares_GF: Share of the rows that were scored.
+        trial: Where that was asked for.
     """
 
     sums: SensitivitySums
@@ -113,6 +134,8 @@ class ShardScores:
     num_samples: int
     loss: float
     seconds: float
+    row_shares_GF: Floats
+    trial: DrawingTrial | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,10 +52,12 @@ class ShardWorker:
         with _named_errors(f"fitting layers {', '.join(map(str, task.layers))}"):
             return self._runner.fit(task.layers, calibration, shards)
 
-    def score(self, task: ShardTask, calibration: Any) -> Any:
-        """Sensitivity sums of a shard."""
+    def score(self, task: ShardTask, calibration: Any, row_shares: Any = None) -> Any:
+        """Sensitivity sums of a shard; with shares of its rows where the spec says ``auto``."""
         with _named_errors(f"scoring shard {task.shard}"):
-            return self._runner.score(task.samples, task.first_sample, calibration, task.shard)
+            return self._runner.score(
+                task.samples, task.first_sample, calibration, task.shard, row_shares
+            )
 
     def evaluate(self, task: ShardTask, choices: list[tuple[int, ...]]) -> Any:
         """Divergences of a shard under allocations."""

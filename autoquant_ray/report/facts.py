@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from textwrap import shorten
 from typing import Any
 
@@ -41,6 +42,7 @@ def report_facts(sources: Sources) -> list[tuple[str, str]]:
         *_cache_facts(sources),
         ("Total score", f"{solution['score']:.6g}"),
         ("Predicted KL", _predicted(sources)),
+        *_drawing_facts(table),
         ("Constraint satisfied", "yes" if solution["is_satisfied"] else "no"),
         ("Optimality gap", f"{solution['optimality_gap']:.2g}"),
     ]
@@ -79,6 +81,22 @@ def _cache_facts(sources: Sources) -> list[tuple[str, str]]:
         return []
     whole = sum(group.cost(NONE, KV_BYTES) for group in sources.scored.problem.groups.values())
     return [("KV cache", f"{size:,.0f} bytes per token of context, {whole:,.0f} in 16 bits")]
+
+
+def _drawing_facts(table: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The error of drawing rows beside that over the shards; empty where all were scored."""
+    drawn = [row for row in table if row["sampling_stderr"]]
+    ratios = [r["sampling_stderr"] / r["score_stderr"] for r in drawn if r["score_stderr"]]
+    if not ratios:
+        return []
+    return [
+        (
+            "Rows drawn",
+            f"for {len(drawn)} of {len(table)} scores; the error of the draw is "
+            f"{median(ratios):.2g} of a score's standard error over the shards (median), "
+            f"{max(ratios):.2g} at most",
+        )
+    ]
 
 
 def _stability_facts(stability: dict[str, Any], what: str) -> list[tuple[str, str]]:
@@ -125,6 +143,9 @@ def scheme(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> str:
         return f"{formats}; imported from {run.imported_from}{note}"
     draws = f" ({config['label_draws']} draws)" if config["label_draws"] > 1 else ""
     share = config.get("sample_rows", 1)  # not in runs of earlier versions
+    if share == "auto":
+        shares = [row["row_share"] for row in table]
+        share = sum(shares) / len(shares)
     rows = "" if share == 1 else f", {share:.0%} of the rows"
     dtype = config.get("difference_dtype")
     products = "" if dtype in (None, config.get("dtype")) else f", differences in {dtype}"

@@ -155,6 +155,14 @@ class PartDamaged(_Line):
     part: str = Field(description="File inside the run directory.")
 
 
+class PartOutdated(_Line):
+    """A part was scored on other shares of the rows than `--sample-rows auto` now chooses, because
+    another shard is among the first; it is done again."""
+
+    event: Literal["part_outdated"]
+    part: str = Field(description="File inside the run directory.")
+
+
 class StabilityChecked(_Line):
     """`--stop-when-stable` asked whether more data is worth it."""
 
@@ -193,6 +201,7 @@ Event = (
     | PoolGrew
     | StopRequested
     | PartDamaged
+    | PartOutdated
     | StabilityChecked
     | RunDone
     | Imported

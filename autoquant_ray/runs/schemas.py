@@ -48,6 +48,7 @@ _SENSITIVITY = {
     "weight_bytes": _FLOAT,
     "sampling_stderr": _FLOAT,
     "expert_tokens": pa.list_(_INT),
+    "row_share": _FLOAT,
 }
 _BUCKET = {
     "bucket": _INT,
@@ -124,6 +125,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             "elementwise_variance": _FLOAT,
             "token_variance": _FLOAT,
             "expert_tokens": pa.list_(_INT),
+            "row_share": _FLOAT,
+            "sample_sums": pa.list_(_FLOAT),
+            "sample_tokens": pa.list_(_INT),
+            "drawing_variances": pa.list_(_FLOAT),
         }
     ),
     SENSITIVITY_FILE: pa.schema(_SENSITIVITY),
@@ -269,6 +274,10 @@ ADDED_COLUMNS = {
     "sampling_stderr",
     "bucket_tokens",
     "expert_tokens",
+    "row_share",
+    "sample_sums",
+    "sample_tokens",
+    "drawing_variances",
     "square_sum",
     "part",
     "in_loss",

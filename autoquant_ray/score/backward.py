@@ -169,8 +169,7 @@ class LayerwiseBackward:
         """Let each layer's forward pass be a visit of its own."""
         with ExitStack() as stack:
             for number, layer in enumerate(self.layers):
-                forward = self._visitor(number, layer.forward)
-                stack.enter_context(replaced_forward(layer, forward))
+                stack.enter_context(replaced_forward(layer, self._visitor(number, layer.forward)))
             yield
 
     def _visitor(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,6 +208,7 @@ class LayerwiseBackward:
         passes: Sequence[Pass],
         gradients: Sequence[Gradients],
         within: Within = nothing_else,
+        before_pass: Callable[[int], object] = nothing_else,
     ) -> None:
         """Pull gradients of the loss at the final hidden states through all layers.
 
@@ -218,8 +218,9 @@ class LayerwiseBackward:
             passes: Finished with a graph, their layer inputs kept.
             gradients: Of each pass.
             within: Opened around each layer by its number, while its weights are there.
+            before_pass: Called with the position of a pass each time before it goes on.
         """
-        for _ in self.pull_layers(passes, gradients, within):
+        for _ in self.pull_layers(passes, gradients, within, before_pass):
             pass
 
     def pull_layers(
@@ -227,14 +228,15 @@ class LayerwiseBackward:
         passes: Sequence[Pass],
         gradients: Sequence[Gradients],
         within: Within = nothing_else,
+        before_pass: Callable[[int], object] = nothing_else,
     ) -> Iterator[list[Gradients]]:
         """Visit the layers from last to first; yields the gradients at each one's inputs."""
         flowing = []
-        for pass_, at_output in zip(passes, gradients, strict=True):
+        for index, (pass_, at_output) in enumerate(zip(passes, gradients, strict=True)):
+            before_pass(index)
             assert pass_.output is not None
-            flowing.append(
-                _pull(pass_.output, at_output, [] if pass_.leaf is None else [pass_.leaf])
-            )
+            leaves = [] if pass_.leaf is None else [pass_.leaf]
+            flowing.append(_pull(pass_.output, at_output, leaves))
             pass_.output = pass_.leaf = pass_.hidden_BSH = None
         if not self.is_layerwise:
             return
@@ -242,6 +244,7 @@ class LayerwiseBackward:
         for number in reversed(range(len(self.layers))):
             with self.residence.visit(number, max(number - 1, 0)), within(number):
                 for index, pass_ in enumerate(passes):
+                    before_pass(index)
                     hidden_BSH = pass_.inputs.pop().detach().requires_grad_(True)
                     with torch.enable_grad(), giving(pass_.products.pop(number, None)):
                         output = self.run_layer(number, hidden_BSH, pass_.calls.pop())
@@ -251,7 +254,8 @@ class LayerwiseBackward:
                         at_front[index][number] = flowing[index]
             yield flowing
         if self.reaches_front:
-            for pass_, gradients_at in zip(passes, at_front, strict=True):
+            for index, (pass_, gradients_at) in enumerate(zip(passes, at_front, strict=True)):
+                before_pass(index)
                 self._entrance.pull(pass_.step, gradients_at)
 
     def call_base(self, step: Step) -> torch.Tensor:

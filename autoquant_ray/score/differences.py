@@ -280,7 +280,7 @@ class ComparedModules:
         modules: What is compared.
         formats: The menu.
         weights: Where quantized weights are kept.
-        row_share: Share of the rows of an attention to use, drawn by importance; 1 takes all.
+        cache_share: Share of the rows of an attention to use, drawn by importance; 1 takes all.
         difference_dtype: Of the products of linears; None: as the model computes.
 
     Attributes:
@@ -293,14 +293,14 @@ class ComparedModules:
         modules: Sequence[ScoredModule],
         formats: Sequence[Format],
         weights: WeightCache,
-        row_share: float = 1.0,
+        cache_share: float = 1.0,
         difference_dtype: str | None = None,
     ) -> None:
         self.modules = by_module(model, modules)
         self._outputs = OutputDifferences(formats, weights, model, difference_dtype)
         self._experts = runnable_experts(self.modules)
         firsts = [(entries[0], module) for entries, module in self.modules]
-        self._caches = CacheHooks(firsts, formats, row_share)
+        self._caches = CacheHooks(firsts, formats, cache_share)
         self._calibration = Calibration()
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from autoquant_ray.errors import changed_input
-from autoquant_ray.score.row_sampling import name_seed
+from autoquant_ray.score.drawing.row_sampling import name_seed
 from autoquant_ray.score.rows import as_rows
 
 OnGradients = Callable[[torch.Tensor | None, list[torch.Tensor], tuple[int, ...]], None]

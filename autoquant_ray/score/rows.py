@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from autoquant_ray.score.row_sampling import DrawnRows, draw_rows, row_masses
+from autoquant_ray.arrays import Floats
+from autoquant_ray.score.drawing.row_sampling import DrawnRows, draw_rows, row_masses
 
 _FIRST_COLUMNS = 16
 _WORTH_COPYING = 0.95  # share of rows with a gradient below which the others are left out
@@ -22,12 +23,14 @@ class ChosenRows:
         num_live: Rows with a gradient among them.
         dead_T: Rows among them whose values do not count; None if all do.
         drawn: How they were drawn; None without sampling.
+        masses_T: What they would be drawn by, where all are scored to find that out.
     """
 
     indices: torch.Tensor | None
     num_live: int
     dead_T: torch.Tensor | None = None
     drawn: DrawnRows | None = None
+    masses_T: Floats | None = None
 
     def of(self, states_TN: torch.Tensor) -> torch.Tensor:
         """The chosen rows of a tensor."""
@@ -75,8 +78,21 @@ def choose_rows(
     """
     if share == 1:
         return live_rows(gradients_TO)
-    masses_T = row_masses(gradients_TO, input_TI)
-    drawn = draw_rows(masses_T, share, seed, input_TI.device)
+    return chosen_by(row_masses(gradients_TO, input_TI), share, seed, input_TI.device)
+
+
+def chosen_by(
+    masses_T: Floats, share: float, seed: tuple[int, ...], device: torch.device
+) -> ChosenRows:
+    """Rows drawn by importance.
+
+    Args:
+        masses_T: Of all rows.
+        share: In (0, 1).
+        seed: Non-negative integers.
+        device: Of the rows.
+    """
+    drawn = draw_rows(masses_T, share, seed, device)
     return ChosenRows(indices=drawn.indices_U, num_live=len(drawn.indices_U), drawn=drawn)
 
 

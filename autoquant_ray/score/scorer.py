@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from autoquant_ray.arrays import Floats
 from autoquant_ray.calibrate.hessians import HessianCollector
 from autoquant_ray.calibrate.maxima import ActivationMaxima
 from autoquant_ray.calibrate.portions import Block, collector_of
@@ -28,6 +29,7 @@ from autoquant_ray.quantize.awq import Losses
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.backward import LayerwiseBackward
+from autoquant_ray.score.drawing.trial import DrawingTrials
 from autoquant_ray.score.entrance import Gradients, Pass
 from autoquant_ray.score.fitting import LayerFitting
 from autoquant_ray.score.loading import set_up_model
@@ -99,7 +101,7 @@ class Scorer:
             spec.formats,
             self._weights,
             num_draws=self._num_draws,
-            row_share=spec.row_share,
+            cache_share=1.0 if spec.row_share == "auto" else spec.row_share,
             difference_dtype=spec.difference_dtype,
         )
         weight = self.model.get_input_embeddings().weight
@@ -231,6 +233,7 @@ class Scorer:
         first_sample: int,
         calibration: Calibration,
         shard: int | None = None,
+        row_shares_GF: Floats | None = None,
     ) -> ShardScores:
         """Sensitivity sums of the samples.
 
@@ -240,6 +243,8 @@ class Scorer:
                 seeded by the seed and this position, never by the worker or the shard layout.
             calibration: Merged over all shards, the same at every call.
             shard: Use the layer inputs that :meth:`calibrate` kept of the same samples.
+            row_shares_GF: Share of the rows to score of each group and format where the spec's is
+                ``auto``; None scores all rows, and finds out what drawing some would do.
 
         Raises:
             NonFiniteError: The loss or a sum is NaN or infinite.
@@ -248,11 +253,16 @@ class Scorer:
         loss = 0.0
         kept = None if shard is None else self._kept.pop(shard, None)
         calibration = calibration.for_shard(shard)
-        with self._hooks.scoring(calibration, seed=(self.spec.seed, first_sample)):
-            for number, visit in enumerate(self._packer.visits(samples)):
-                self._weights.resize(self._cache_bytes if self._reuses(samples, visit) else 0)
+        shares_GF, trials = self._row_shares(samples, row_shares_GF)
+        packer = self._packer if trials is None else self._packer.one_by_one()
+        kept = kept if trials is None else None
+        seed = (self.spec.seed, first_sample)
+        with self._hooks.scoring(calibration, shares_GF, seed, trials):
+            for number, visit in enumerate(packer.visits(samples)):
+                reuses = self._reuses(samples, visit) or (shares_GF < 1).any()
+                self._weights.resize(self._cache_bytes if reuses else 0)
                 passes = kept[number] if kept else self._forward(samples, visit)
-                for step_loss in self._score_visit(passes, visit, samples, first_sample):
+                for step_loss in self._score_visit(passes, visit, samples, first_sample, trials):
                     loss += step_loss
         sums = self._hooks.sums()
         if not (np.isfinite(sums.elementwise_GF).all() and np.isfinite(sums.token_GF).all()):
@@ -263,20 +273,45 @@ class Scorer:
             num_samples=len(samples),
             loss=loss,
             seconds=time.perf_counter() - start,
+            row_shares_GF=shares_GF,
+            trial=None if trials is None else trials.result(),
         )
 
+    def _row_shares(
+        self, samples: Samples, given_GF: Floats | None
+    ) -> tuple[Floats, DrawingTrials | None]:
+        """Share of the rows to score, and what finds out which is enough where none is given."""
+        shape, share = self._hooks.shape, self.spec.row_share
+        if share != "auto":
+            return np.full(shape, share), None
+        if given_GF is not None:
+            return given_GF, None
+        tokens = [num_predicted(sample) for sample in samples]
+        return np.ones(shape), DrawingTrials(tokens, *shape, self.spec.estimator)
+
     def _score_visit(
-        self, passes: Sequence[Pass], visit: Visit, samples: Samples, first_sample: int
+        self,
+        passes: Sequence[Pass],
+        visit: Visit,
+        samples: Samples,
+        first_sample: int,
+        trials: DrawingTrials | None,
     ) -> list[float]:
         """Add the sums of a visit; returns the losses of its steps in nats."""
         losses, gradients = [], []
-        for pass_, positions in zip(passes, visit, strict=True):
+
+        def before_pass(index: int) -> None:
+            if trials is not None:
+                (trials.sample,) = visit[index]
+
+        for number, (pass_, positions) in enumerate(zip(passes, visit, strict=True)):
+            before_pass(number)
             loss, pulled = self._loss_gradients(
                 pass_, [samples[p] for p in positions], [first_sample + p for p in positions]
             )
             losses.append(loss)
             gradients.append(pulled)
-        self._backward.backward(passes, gradients)
+        self._backward.backward(passes, gradients, before_pass=before_pass)
         return losses
 
     def _visits_to_watch(self, packer: VisitPacker, samples: Samples) -> list[Visit]:

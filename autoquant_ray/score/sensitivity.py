@@ -12,7 +12,8 @@ term of the KL divergence with the Fisher matrix in place of its Hessian (ModelO
 
 The output difference is computed in the backward pass, when the gradient is known, on rows whose
 gradient is not zero: padding costs nothing. With a row share below 1 it is computed on rows drawn
-by importance (:mod:`autoquant_ray.score.row_sampling`).
+by importance (:mod:`autoquant_ray.score.drawing.row_sampling`), the same for all formats of the
+module that have one share.
 
 ``mtq.auto_quantize`` clamps scores along its sorted formats: a comparison with it takes one format
 at a time.
@@ -24,21 +25,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from autoquant_ray.arrays import Floats
 from autoquant_ray.distributed.scoring import SensitivitySums
 from autoquant_ray.formats.format import Format
 from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.single_experts import routed_apart
 from autoquant_ray.quantize.weight_cache import WeightCache
-from autoquant_ray.score.differences import ComparedModules, Difference
+from autoquant_ray.score.differences import ComparedModules, Difference, Only
+from autoquant_ray.score.drawing.row_sampling import row_masses
+from autoquant_ray.score.drawing.trial import DrawingTrials
 from autoquant_ray.score.expert_tokens import TokenCounts
 from autoquant_ray.score.gradient_book import GradientBook, Inputs, OnGradients
-from autoquant_ray.score.rows import ChosenRows, choose_rows, row_values
+from autoquant_ray.score.rows import ChosenRows, chosen_by, live_rows, row_values
 
 
 class SensitivityHooks:
@@ -50,7 +55,7 @@ class SensitivityHooks:
         formats: F formats.
         weights: Where quantized weights are kept.
         num_draws: Backward passes that follow each forward pass; sums are averaged over them.
-        row_share: Share of the rows to score, drawn by importance; 1 scores all.
+        cache_share: Share of the rows of an attention to use, where its cache is quantized.
         difference_dtype: Of the products of linears; None: as the model computes.
     """
 
@@ -62,14 +67,15 @@ class SensitivityHooks:
         weights: WeightCache,
         *,
         num_draws: int = 1,
-        row_share: float = 1.0,
+        cache_share: float = 1.0,
         difference_dtype: str | None = None,
     ) -> None:
         self._compared = ComparedModules(
-            model, modules, formats, weights, row_share, difference_dtype
+            model, modules, formats, weights, cache_share, difference_dtype
         )
         self._num_draws = num_draws
-        self._row_share = row_share
+        self._shares_GF: Floats = np.ones((1 + max(s.group for s in modules), len(formats)))
+        self._trials: DrawingTrials | None = None
         num_groups = 1 + max(scored.group for scored in modules)
         device = next(model.parameters()).device
         # elementwise, token, and the variances of both
@@ -79,6 +85,12 @@ class SensitivityHooks:
         self._num_rows_G = [0] * num_groups
         self._tokens = TokenCounts(self._compared.modules)
         self._seed: tuple[int, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of groups and formats."""
+        num_groups, num_formats = self._shares_GF.shape
+        return num_groups, num_formats
 
     def sums(self) -> SensitivitySums:
         """The sums since :meth:`scoring` was entered."""
@@ -93,13 +105,23 @@ class SensitivityHooks:
         )
 
     @contextmanager
-    def scoring(self, calibration: Calibration, seed: tuple[int, ...] = (0,)) -> Iterator[None]:
+    def scoring(
+        self,
+        calibration: Calibration,
+        shares_GF: Floats,
+        seed: tuple[int, ...] = (0,),
+        trials: DrawingTrials | None = None,
+    ) -> Iterator[None]:
         """While open, every backward pass through the model adds to the sums.
 
         Args:
             calibration: Merged over all shards; needed by formats with a static input quantizer.
+            shares_GF: Share of the rows to score, drawn by importance; 1 scores all.
             seed: Of the drawn rows, non-negative integers; the module's name is added to it.
+            trials: Where all rows are scored, takes what drawing some would do.
         """
+        self._shares_GF = shares_GF
+        self._trials = trials
         self._sums_4GF.zero_()
         self._num_rows_G = [0] * len(self._num_rows_G)
         self._tokens.forget()
@@ -151,17 +173,51 @@ class SensitivityHooks:
         """
         num_inputs = len(states) - self._num_draws
         gradients = list(states[num_inputs:])
-        rows = choose_rows(gradients, states[0], self._row_share, seed)
-        if not rows.num_live:
-            return
-        inputs = [rows.of(tensor) for tensor in states[:num_inputs]]
-        if output_TO is None:
-            # The model has since added to it in place.
-            output_TO = self._compared.output_of(scored.planned, module, inputs)
-        else:
-            output_TO = rows.of(output_TO)
-        differences = self._compared.differences(scored, module, output_TO, inputs, scored.formats)
-        self._add(scored.group, differences, [rows.of(g) for g in gradients], rows)
+        for rows, formats in self._chosen_rows(scored, gradients, states[0], seed):
+            if not rows.num_live:
+                return
+            inputs = [rows.of(tensor) for tensor in states[:num_inputs]]
+            if output_TO is None:
+                # The model has since added to it in place.
+                chosen_TO = self._compared.output_of(scored.planned, module, inputs)
+            else:
+                chosen_TO = rows.of(output_TO)
+            differences = self._compared.differences(scored, module, chosen_TO, inputs, formats)
+            self._add(scored.group, differences, [rows.of(g) for g in gradients], rows)
+
+    def _chosen_rows(
+        self,
+        scored: ScoredModule,
+        gradients: list[torch.Tensor],
+        input_TI: torch.Tensor,
+        seed: tuple[int, ...],
+    ) -> Iterator[tuple[ChosenRows, Only]]:
+        """Rows to score, with the formats that they are for: all rows first."""
+        shares = self._shares_of(scored)
+        masses_T = None
+        if self._trials is not None or list(shares) != [1.0]:
+            masses_T = row_masses(gradients, input_TI)
+        for share, formats in shares.items():
+            if share < 1:
+                assert masses_T is not None
+                yield chosen_by(masses_T, share, seed, input_TI.device), formats
+                continue
+            rows = live_rows(gradients)
+            if self._trials is not None:
+                assert masses_T is not None
+                kept = slice(None) if rows.indices is None else rows.indices.cpu().numpy()
+                rows = replace(rows, masses_T=masses_T[kept])
+            yield rows, formats
+
+    def _shares_of(self, scored: ScoredModule) -> dict[float, Only]:
+        """Share -> the formats of a module that have it, largest share first."""
+        indices = range(self._shares_GF.shape[1]) if scored.formats is None else scored.formats
+        by_share: dict[float, list[int]] = {}
+        for index in indices:
+            by_share.setdefault(float(self._shares_GF[scored.group, index]), []).append(index)
+        if len(by_share) == 1:
+            return dict.fromkeys(by_share, scored.formats)
+        return {share: tuple(by_share[share]) for share in sorted(by_share, reverse=True)}
 
     def _add(
         self,
@@ -171,20 +227,25 @@ class SensitivityHooks:
         chosen: ChosenRows,
     ) -> None:
         self._num_rows_G[group] += chosen.num_live
-        sampled_F2T: dict[int, torch.Tensor] = {}
+        values_F2T: dict[int, torch.Tensor] = {}
         for index, rows, difference_CO in differences:
             values_2C = row_values(difference_CO, [g[rows] for g in gradients_TO])
-            if chosen.drawn is not None:
-                if index not in sampled_F2T:
-                    sampled_F2T[index] = values_2C.new_zeros(2, len(gradients_TO[0]))
-                sampled_F2T[index][:, rows] = values_2C
-                continue
             if chosen.dead_T is not None:
                 values_2C.masked_fill_(chosen.dead_T[rows], 0.0)
+            if chosen.drawn is not None or chosen.masses_T is not None:
+                if index not in values_F2T:
+                    values_F2T[index] = values_2C.new_zeros(2, len(gradients_TO[0]))
+                values_F2T[index][:, rows] = values_2C
+            if chosen.drawn is not None:
+                continue
             # A split model's modules are on several devices, the sums are on one.
             self._sums_4GF[:2, group, index] += values_2C.sum(dim=1).to(self._sums_4GF.device)
-        for index, values_2T in sampled_F2T.items():
-            assert chosen.drawn is not None
+        if chosen.masses_T is not None:
+            assert self._trials is not None
+            self._trials.add(group, values_F2T, chosen.masses_T)
+        if chosen.drawn is None:
+            return
+        for index, values_2T in values_F2T.items():
             pairs = [chosen.drawn.estimate(values_T) for values_T in values_2T]
             estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
             self._sums_4GF[:, group, index] += torch.stack(estimates).to(self._sums_4GF.device)

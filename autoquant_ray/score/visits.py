@@ -67,6 +67,10 @@ class VisitPacker:
         self._token_bytes = token_bytes
         self._room = room
 
+    def one_by_one(self) -> VisitPacker:
+        """The same with one sample in each step."""
+        return VisitPacker(0, self._token_bytes, self._room, self._joint_context)
+
     def visits(self, samples: Samples) -> list[Visit]:
         """All steps of a shard, in order."""
         visits: list[Visit] = []

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from autoquant_ray.arrays import Floats, Integers, Mask
+from autoquant_ray.arrays import Floats, Indices, Integers, Mask
 from autoquant_ray.errors import ScoreError
 from autoquant_ray.plan.silent_experts import Counts, add_counts, without_tokens
 from autoquant_ray.runs.names import RESAMPLING_FILE, SCORES
@@ -27,7 +27,8 @@ def score_part(
 ) -> pa.Table:
     """Content of ``scores/shard-*.parquet``: one row per (group, format).
 
-    The sums of a group that saw no gradient in this shard are null, not zero.
+    The sums of a group that saw no gradient in this shard are null, not zero. What drawing rows
+    would do is there in a shard that was scored to find that out, null in others.
 
     Args:
         shard: Shard number.
@@ -58,8 +59,24 @@ def score_part(
         "elementwise_variance": values(sums.elementwise_variance_GF),
         "token_variance": values(sums.token_variance_GF),
         "expert_tokens": _once_per_group(keys_K, sums.expert_tokens),
+        **_drawing_columns(scores, rows_K, columns_K),
     }
     return pa.table(columns, schema=SCHEMAS[SCORES])
+
+
+def _drawing_columns(scores: Any, rows_K: Indices, columns_K: Indices) -> dict[str, Any]:
+    """Share of the rows that was scored, and what drawing some would do; null where unknown."""
+    trial, nulls = scores.trial, [None] * len(rows_K)
+    columns: dict[str, Any] = dict.fromkeys(
+        ("sample_sums", "sample_tokens", "drawing_variances"), nulls
+    )
+    if trial is not None:
+        columns = {
+            "sample_sums": trial.sample_sums_NGF[:, rows_K, columns_K].T.tolist(),
+            "sample_tokens": [trial.sample_tokens_N.astype(np.int64).tolist(), *nulls[1:]],
+            "drawing_variances": trial.variances_SGF[:, rows_K, columns_K].T.tolist(),
+        }
+    return columns | {"row_share": scores.row_shares_GF[rows_K, columns_K]}
 
 
 def _once_per_group(
@@ -174,10 +191,12 @@ def _sensitivity_rows(
 
     ``modelopt_score`` is what ``mtq.auto_quantize`` would report if every shard were one of its
     scoring batches. ``expert_tokens`` are the tokens that each expert of a group of fused experts
-    saw; null for other groups, and where a shard's part does not say.
+    saw; null for other groups, and where a shard's part does not say. ``row_share`` is the share of
+    the rows that was scored, by tokens over the shards.
     """
     costs = {(row["group"], row["format"]): row for row in plan_rows if row["is_searched"]}
     stderrs_K = estimate.stderrs_K
+    shares_K = totals.shared_tokens_K / totals.num_tokens
     return [
         {
             "group": group,
@@ -193,6 +212,7 @@ def _sensitivity_rows(
             "weight_bytes": costs[group, format_]["weight_bytes"],
             "sampling_stderr": float(estimate.sampling_stderrs_K[k]),
             "expert_tokens": totals.expert_tokens[group],
+            "row_share": None if np.isnan(shares_K[k]) else float(shares_K[k]),
         }
         for k, (group, format_) in enumerate(totals.keys_K)
         if kept_K[k]
@@ -223,6 +243,7 @@ class _Totals:
     elementwise_variance_K: Floats
     token_variance_K: Floats
     modelopt_K: Floats
+    shared_tokens_K: Floats
     is_unseen_K: Mask
     num_parts: int
     num_tokens: int = 0
@@ -247,6 +268,7 @@ def _add_up(
         elementwise_variance_K=np.zeros(num_rows),
         token_variance_K=np.zeros(num_rows),
         modelopt_K=np.zeros(num_rows),
+        shared_tokens_K=np.zeros(num_rows),
         is_unseen_K=np.ones(num_rows, dtype=np.bool_),
         num_parts=len(parts),
     )
@@ -261,6 +283,7 @@ def _add_up(
         totals.elementwise_variance_K += _filled(part, "elementwise_variance")
         totals.token_variance_K += _filled(part, "token_variance")
         totals.modelopt_K += elementwise_K / float(num_tokens) ** 2
+        totals.shared_tokens_K += num_tokens * part.column("row_share").to_numpy()
         totals.is_unseen_K &= part.column("elementwise_sum").is_null().to_numpy()
         totals.num_tokens += num_tokens
         counts_G = _expert_tokens(part)

@@ -164,7 +164,12 @@ class Arrivals:
             num_rows_G=np.full(num_groups, 9),
         )
         scores = ShardScores(
-            sums=sums, num_tokens=40 + task.shard, num_samples=2, loss=1.0, seconds=0.5
+            sums=sums,
+            num_tokens=40 + task.shard,
+            num_samples=2,
+            loss=1.0,
+            seconds=0.5,
+            row_shares_GF=np.ones_like(sums_GF),
         )
         return Outcome(task=task, result=scores)
 

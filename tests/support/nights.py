@@ -75,7 +75,14 @@ def shard_scores(sums_GF: Any) -> ShardScores:
         token_variance_GF=zeros_GF,
         num_rows_G=np.full(len(sums_GF), 10),
     )
-    return ShardScores(sums=sums, num_tokens=50, num_samples=4, loss=1.0, seconds=0.1)
+    return ShardScores(
+        sums=sums,
+        num_tokens=50,
+        num_samples=4,
+        loss=1.0,
+        seconds=0.1,
+        row_shares_GF=np.ones_like(zeros_GF),
+    )
 
 
 def make_identity(fingerprint: str) -> dict[str, Any]:

@@ -109,4 +109,11 @@ def _made_up_scores(plan: Plan, shard: int) -> ShardScores:
         token_variance_GF=zeros_GF,
         num_rows_G=rows_G,
     )
-    return ShardScores(sums=sums, num_tokens=50, num_samples=4, loss=1.0, seconds=0.5)
+    return ShardScores(
+        sums=sums,
+        num_tokens=50,
+        num_samples=4,
+        loss=1.0,
+        seconds=0.5,
+        row_shares_GF=np.ones_like(sums_GF),
+    )

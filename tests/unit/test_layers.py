@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("data", "plan", "quantize.backends"),
     ("quantize", "allocate.knapsack", "distributed"),
-    ("allocate", "calibrate", "distributed.forks", "quantize.gptq", "score.rerun"),
+    ("allocate", "calibrate", "distributed.forks", "quantize.gptq", "score.drawing", "score.rerun"),
     (
         "allocate.certainty",
         "allocate.constrained",
@@ -52,6 +52,7 @@ TORCH_PACKAGES = {
     "quantize.gptq",
     "calibrate",
     "score",
+    "score.drawing",
     "score.rerun",
 }
 TORCH_FILES = {

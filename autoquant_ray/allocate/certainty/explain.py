@@ -164,6 +164,7 @@ class _Story:
         flips = Flips(self._solve, self._options, self._formats, self._solution_score)
         by_domain = self._options.domains  # the errors are of all tokens alike
         errors = {} if by_domain else self._run.errors
+        drawing = {} if by_domain else self._run.drawing_errors
         shares = {} if certainty is None else certainty.shares[group.name]
         rounded = roundings(self._problem.summary["formats"])
         return [
@@ -172,6 +173,7 @@ class _Story:
                 is_chosen=format_ == self._formats[group.name],
                 score=self._score(group.name, format_),
                 score_stderr=errors.get((group.name, format_)),
+                sampling_stderr=drawing.get((group.name, format_)),
                 method=rounded[format_].method if format_ in rounded else None,
                 saved=self._saved(group, format_, rounded),
                 weight_bits=row["weight_bits"],

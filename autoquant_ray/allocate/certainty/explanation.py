@@ -74,8 +74,7 @@ def table_rows(explanation: Explanation) -> list[tuple[str, ...]]:
             f"{alternative.model_bytes / 2**20:,.2f}"
             if alternative.kv_bytes is None
             else f"{alternative.kv_bytes:,.0f} B/token",
-            f"{alternative.score:.3e}"
-            + ("" if alternative.score_stderr is None else f" ± {alternative.score_stderr:.0e}"),
+            _score(alternative),
             *((_saved(alternative),) if has_saved else ()),
             "-" if alternative.resampled_share is None else f"{alternative.resampled_share:.0%}",
             _price(alternative, explanation),
@@ -83,6 +82,14 @@ def table_rows(explanation: Explanation) -> list[tuple[str, ...]]:
         )
         for alternative in explanation.formats
     ]
+
+
+def _score(alternative: Alternative) -> str:
+    if alternative.score_stderr is None:
+        return f"{alternative.score:.3e}"
+    drawn = alternative.sampling_stderr
+    rows = f", rows {drawn:.0e}" if drawn else ""
+    return f"{alternative.score:.3e} ± {alternative.score_stderr:.0e}{rows}"
 
 
 def _saved(alternative: Alternative) -> str:
@@ -112,6 +119,8 @@ def note_lines(explanation: Explanation) -> list[str]:
         "* chosen. Price of the flip: change of the whole plan's predicted loss when the budget is "
         "solved again with that format"
     ]
+    if any(alternative.sampling_stderr for alternative in explanation.formats):
+        lines.append("rows: the part of a score's standard error that comes from drawing rows")
     if _names_methods(explanation):
         lines.append(f"Saved: score of the same format rounded plainly ({MAX}), minus its own")
     for alternative in explanation.formats:
@@ -167,6 +176,7 @@ class Alternative:
     Attributes:
         score: Predicted loss in the explanation's unit; 0 for 16 bits, by definition.
         score_stderr: Its standard error; None where it is unknown, and for 16 bits.
+        sampling_stderr: The part of it that comes from drawing rows: 0 without; None the same.
         method: How it rounds weights: ``max`` is plainly; None for 16 bits, caches, and imported
             formats.
         saved: Score of the same format rounded plainly, minus its own: 0 for plain rounding; None
@@ -185,6 +195,7 @@ class Alternative:
     is_chosen: bool
     score: float
     score_stderr: float | None
+    sampling_stderr: float | None
     method: str | None
     saved: float | None
     weight_bits: float

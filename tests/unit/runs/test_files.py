@@ -21,12 +21,14 @@ COLUMNS = {
     "modelopt_cost, is_searched, kv_bytes_per_token",
     "calibration.parquet": "module, statistic, value",
     "scores/shard-000000.parquet": "shard, group, format, elementwise_sum, token_sum, num_tokens, "
-    "num_samples, seconds, elementwise_variance, token_variance, expert_tokens",
+    "num_samples, seconds, elementwise_variance, token_variance, expert_tokens, row_share, "
+    "sample_sums, sample_tokens, drawing_variances",
     "scores/shard-000001.parquet": "shard, group, format, elementwise_sum, token_sum, num_tokens, "
-    "num_samples, seconds, elementwise_variance, token_variance, expert_tokens",
+    "num_samples, seconds, elementwise_variance, token_variance, expert_tokens, row_share, "
+    "sample_sums, sample_tokens, drawing_variances",
     "sensitivity.parquet": "group, format, score, score_stderr, elementwise, token, "
     "modelopt_score, num_tokens, num_shards, weight_bits, weight_bytes, sampling_stderr, "
-    "expert_tokens",
+    "expert_tokens, row_share",
     "resampling.parquet": "bucket, group, format, sum, bucket_tokens",
     "manifest.parquet": "module, group, format, weight_bits, weight_bytes, score",
     "solutions/bits-6.00/manifest.parquet": "module, group, format, weight_bits, weight_bytes, "
@@ -49,6 +51,9 @@ OTHER_TYPES = {
     "module_names": pa.list_(pa.string()),
     "is_searched": pa.bool_(),
     "expert_tokens": pa.list_(pa.int64()),
+    "sample_sums": pa.list_(pa.float64()),
+    "sample_tokens": pa.list_(pa.int64()),
+    "drawing_variances": pa.list_(pa.float64()),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.quantize.calibration import Calibration
-from autoquant_ray.score.row_sampling import (
+from autoquant_ray.score.drawing.row_sampling import (
     draw_rows,
     drawing_variances,
     inclusion,
