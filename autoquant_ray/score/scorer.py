@@ -256,10 +256,11 @@ class Scorer:
         shares_GF, trials = self._row_shares(samples, row_shares_GF)
         packer = self._packer if trials is None else self._packer.one_by_one()
         kept = kept if trials is None else None
+        has_several_draws = shares_GF.min() < shares_GF.max()
         seed = (self.spec.seed, first_sample)
         with self._hooks.scoring(calibration, shares_GF, seed, trials):
             for number, visit in enumerate(packer.visits(samples)):
-                reuses = self._reuses(samples, visit) or (shares_GF < 1).any()
+                reuses = self._reuses(samples, visit) or has_several_draws
                 self._weights.resize(self._cache_bytes if reuses else 0)
                 passes = kept[number] if kept else self._forward(samples, visit)
                 for step_loss in self._score_visit(passes, visit, samples, first_sample, trials):
