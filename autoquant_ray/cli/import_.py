@@ -15,8 +15,8 @@ from autoquant_ray.errors import ConfigError
 @click.option(
     "--into",
     metavar="RUN",
-    help="Scanned run that gets a solution, from AutoRound's layer_config, or mlx-lm's "
-    "quantization or sensitivities.",
+    help="Scanned run that gets a solution, from AutoRound's layer_config, mlx-lm's "
+    "quantization or sensitivities, or llm-compressor's config of HIGGS.",
 )
 @click.option("--name", help="Name of that solution.  [default: the file's]")
 @prints_result
@@ -38,8 +38,8 @@ def import_(
     """
     if (out is None) == (into is None):
         raise ConfigError(
-            "give --out DIR for a ModelOpt manifest, or --into RUN for an allocation of AutoRound "
-            "or mlx-lm"
+            "give --out DIR for a ModelOpt manifest, or --into RUN for an allocation of "
+            "AutoRound, mlx-lm or llm-compressor"
         )
     if out is not None and name is not None:
         raise ConfigError("--name is for --into RUN; leave it out")

@@ -165,11 +165,11 @@ class Measurement:
             return worker.answer.remote(task, choice)
 
         if missing:
-            doing = f"tasks of {candidate.name}"
-            with closing(self._outcomes(doing, missing, len(missing), submit)) as outcomes:
+            logger.info("tasks: %d requests to %s", len(requests), candidate.name)
+            with closing(self._outcomes("tasks", missing, len(missing), submit)) as outcomes:
                 for outcome in outcomes:
                     if outcome.reason is not None:
-                        raise WorkerError(f"{doing}: {outcome.reason}")
+                        raise WorkerError(f"tasks of {candidate.name}: {outcome.reason}")
                     name = part_name(folder, outcome.task.shard)
                     directory.write_table(name, answer_rows(outcome.task, outcome.result))
         try:

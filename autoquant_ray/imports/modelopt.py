@@ -90,8 +90,8 @@ def _read(path: str) -> dict[str, Any]:
     layers = manifest.get("layer_sensitivity") if isinstance(manifest, dict) else None
     if not isinstance(layers, dict) or not layers:
         raise DataError(
-            f"manifest {path} has no 'layer_sensitivity' mapping of layers; a file of AutoRound or "
-            "mlx-lm goes into a scanned run: `into` RUN"
+            f"manifest {path} has no 'layer_sensitivity' mapping of layers; a file of AutoRound, "
+            "mlx-lm or llm-compressor goes into a scanned run: `into` RUN"
         )
     for section in ("scheme", "model", "dataset", "autoquant_state"):
         if not isinstance(manifest.get(section) or {}, dict):

@@ -26,6 +26,7 @@ Stage = Annotated[
         "aggregate",
         "evaluate",
         "estimate",
+        "tasks",
     ],
     Field(description="Its name."),
 ]

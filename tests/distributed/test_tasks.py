@@ -16,6 +16,7 @@ import transformers
 import yaml
 
 from autoquant_ray import load_quantization_config
+from autoquant_ray.runs.events import parse_event
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -218,6 +219,12 @@ def test_workers_and_resume_change_nothing(
     assert (answered / "tasks.parquet").read_bytes() == before
     assert [part.read_bytes() for part in parts] == contents
     assert [part.stat().st_mtime_ns for part in parts[1:-1]] == times[1:-1]
+
+
+def test_events_are_those_of_the_stage(answered: Path) -> None:
+    events = [parse_event(line) for line in (answered / "events.jsonl").open()]
+    shards = [event.shard for event in events if getattr(event, "stage", None) == "tasks"]
+    assert set(shards) == set(range(-(-4 * NUM_DOCS // 64)))
 
 
 def test_report_and_model_card_have_the_scores(answered: Path, run_command: Any) -> None:

@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import io
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -80,8 +81,6 @@ class Suite:
         Raises:
             ConfigError: A task cannot be asked here: it runs code, or shows images.
         """
-        import sys
-
         from lm_eval import evaluator
 
         from autoquant_ray.evaluate.tasks.language_model import AnsweringModel
