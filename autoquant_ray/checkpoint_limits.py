@@ -8,7 +8,7 @@ transformers changes on loading.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from autoquant_ray.errors import FormatError
 from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT
 from autoquant_ray.export.source import Layers, problems_of
 from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.gguf_types import gguf_type_of
 from autoquant_ray.models.layers import keep_first_of_kind
 from autoquant_ray.plan.carried import keep_conversions
 from autoquant_ray.runs.record import LayoutLimit
@@ -38,21 +39,31 @@ class Limits:
         whole: Layout -> why it holds no solution of the model, or only some.
         kept: Of these layouts, the groups that must stay in 16 bits there; none: it holds none.
         groups: Layout -> format -> what it cannot hold of it -> the groups that this concerns.
+        gguf: Formats that are types of GGUF files, which no layout holds.
     """
 
     whole: Mapping[str, str]
     kept: Mapping[str, list[str]]
     groups: Mapping[str, Mapping[str, Mapping[str, list[str]]]]
+    gguf: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """What people are told: of a layout, and what no layout can hold."""
-        lines = list(dict.fromkeys(self.whole.values()))
+        lines = [*dict.fromkeys(self.whole.values()), *self._of_gguf()]
         others = [layout for layout in self.groups if layout not in self.whole]
         barred = [_barred(self.groups[layout]) for layout in others]
         for layout in others[:1]:
             for problem, groups in _united(self.groups[layout], set.intersection(*barred)).items():
                 lines.append(f"{problem} ({few(groups, _MOST_NAMES)})")
         return lines
+
+    def _of_gguf(self) -> list[str]:
+        if not self.gguf:
+            return []
+        return [
+            f"{', '.join(self.gguf)}: types of GGUF files stand in no checkpoint; a recipe has "
+            "them (`format` recipe, `tool` llama.cpp)"
+        ]
 
     def for_run(self) -> dict[str, LayoutLimit]:
         """What ``run.json`` keeps, so that ``solve`` leaves out what an export would refuse."""
@@ -66,6 +77,7 @@ class Limits:
         return {
             layout: [
                 *([self.whole[layout]] if layout in self.whole else []),
+                *self._of_gguf(),
                 *(
                     f"{problem} ({few(names, _MOST_NAMES)})"
                     for problem, names in _united(formats, _barred(formats)).items()
@@ -85,12 +97,14 @@ def checkpoint_limits(plan: Plan, ref: ModelRef) -> Limits:
     Raises:
         ModelError: The model cannot be built.
     """
-    menu = [format_ for format_ in plan.formats if format_.kv is None]
+    weights = [format_ for format_ in plan.formats if format_.kv is None]
+    menu = [format_ for format_ in weights if gguf_type_of(format_.weight) is None]
+    gguf = [format_.name for format_ in weights if format_ not in menu]
     groups = {
         layout: {f.name: problems_of(_layers(plan, f), layout) for f in menu} for layout in LAYOUTS
     }
     if not menu:
-        return Limits(whole={}, kept={}, groups=groups)
+        return Limits(whole={}, kept={}, groups=groups, gguf=gguf)
     all_layers = _layers(plan, menu[0])
     whole = _whole(plan, all_layers, ref)
     experts = [name for name in all_layers.formats if all_layers.is_experts(name)]
@@ -100,7 +114,7 @@ def checkpoint_limits(plan: Plan, ref: ModelRef) -> Limits:
         still = _whole(plan, replace(all_layers, formats=others), ref)
         names = list(dict.fromkeys(all_layers.groups[name] for name in experts))
         kept = {layout: names for layout in whole if layout not in still}
-    return Limits(whole=whole, kept=kept, groups=groups)
+    return Limits(whole=whole, kept=kept, groups=groups, gguf=gguf)
 
 
 def _layers(plan: Plan, format_: Format) -> Layers:

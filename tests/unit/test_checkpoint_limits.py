@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from autoquant_ray.errors import FormatError
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.source import read_source
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.gguf_types import DISTRIBUTION, library_file
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.plan.make import make_plan
@@ -100,6 +102,16 @@ def test_weights_that_layers_share_stay_in_16_bits_for_an_engine() -> None:
         permitted = variant.served.permitted
         assert {g for g, names in permitted.items() if names == {NONE}} >= shared
         assert any(len(names) > 1 for names in permitted.values())
+
+
+@pytest.mark.skipif(library_file() is None, reason=f"needs {DISTRIBUTION}")
+def test_types_of_gguf_files_are_said_once(model_folder: Any) -> None:
+    folder = model_folder("llama")
+    for menu in ("q4_k,q8_0", "q4_k,q8_0,wint8_aint8"):
+        done = run("plan", folder, "--formats", menu, "--json")
+        for lines in json.loads(done.stdout)["checkpoint_limits"].values():
+            assert [line[:32] for line in lines] == ["q4_k, q8_0: types of GGUF files "]
+        assert run("plan", folder, "--formats", menu).stdout.count("export: ") == 1
 
 
 def test_four_bit_integers_of_experts_are_none_that_modelopt_packs() -> None:
