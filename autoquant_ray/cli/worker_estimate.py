@@ -11,7 +11,7 @@ from typing import Any
 
 from autoquant_ray.allocate.cards import SIXTEEN, Hardware
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.plan.memory import GIB, footprint
+from autoquant_ray.plan.memory import GIB, footprint, kept_graphs
 from autoquant_ray.plan.plan import Plan
 
 
@@ -25,6 +25,7 @@ class WorkerEstimate:
         seconds: Lower bound for all tokens on one worker.
         resident_bytes: Memory with all weights on the card, estimated as a scan does.
         offloaded_bytes: Memory with the weights in the host's memory.
+        graph_bytes: More, where the graphs of all layers are kept while a shard is scored.
     """
 
     card: str
@@ -32,6 +33,7 @@ class WorkerEstimate:
     seconds: float
     resident_bytes: int
     offloaded_bytes: int
+    graph_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -44,6 +46,8 @@ class WorkerEstimate:
             f"{self.card} (a bound, no measurement: matrix products at the card's rate)",
             f"memory of a worker: {self.resident_bytes / GIB:.1f} GiB, "
             f"{self.offloaded_bytes / GIB:.1f} GiB with --placement offload (an estimate)",
+            f"graphs of all layers: {self.graph_bytes / GIB:.1f} GiB more; "
+            "--keep-graphs auto keeps as many as the card has free",
         ]
 
 
@@ -58,7 +62,7 @@ def estimate_worker(
         samples: Of the calibration data; None: as a scan takes by default.
         seq_len: Longest sample, in tokens; None: the same.
     """
-    given = {"dtype": "bfloat16", "samples": samples, "seq_len": seq_len}
+    given = {"dtype": "bfloat16", "device": "cuda", "samples": samples, "seq_len": seq_len}
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config = ScanConfig.model_construct(**values)
     num_tokens = config.samples * config.seq_len
@@ -69,6 +73,7 @@ def estimate_worker(
         seconds=num_tokens * plan.flops_per_token / card.rate(SIXTEEN, SIXTEEN),
         resident_bytes=memory.worker_bytes("resident"),
         offloaded_bytes=memory.worker_bytes("offload"),
+        graph_bytes=kept_graphs(plan, config, memory).visit_bytes,
     )
 
 

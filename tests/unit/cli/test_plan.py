@@ -162,10 +162,14 @@ def test_card_gives_time_and_memory_of_a_worker(model_folder: Any) -> None:
     weights = {tensor.data_ptr(): tensor.numel() for tensor in model.parameters()}
     assert worker["resident_bytes"] >= 2 * sum(weights.values())
     assert worker["offloaded_bytes"] <= worker["resident_bytes"]
+    width = sum(m.out_features for m in model.model.layers.modules() if hasattr(m, "out_features"))
+    width += sum(layer.self_attn.o_proj.in_features for layer in model.model.layers)
+    assert worker["graph_bytes"] == pytest.approx(2 * 2048 * width, rel=0.06)
     printed = run(*asked, *more).stdout
     assert "time: at least" in printed
     assert "1,000 tokens on one NVIDIA H100 SXM (a bound, no measurement" in printed
     assert "memory of a worker: " in printed
+    assert "graphs of all layers: 0.0 GiB more; --keep-graphs auto keeps" in printed
     assert "worker" not in json.loads(run(*asked, "--json").stdout)
 
 
