@@ -3,8 +3,9 @@
 ModelOpt wraps attentions of transformers whose module calls the attention interface
 (``register_hf_attentions_on_the_fly``). Left out are those whose cache holds something else than
 what its quantizers see: latent attention (DeepSeek), which caches what keys and values are made of;
-layers that read an earlier layer's cache; and states that are no keys and values (Mamba, linear
-attention), which ModelOpt does not wrap. Vision towers keep no cache.
+layers that read an earlier layer's cache; states that are no keys and values (Mamba, linear
+attention), which ModelOpt does not wrap, or wraps and never calls; a run of few tokens shows which
+it calls. Vision towers keep no cache.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ from autoquant_ray.errors import ModelError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import layer_config
 from autoquant_ray.models.quantizable import PlannedModule
+from autoquant_ray.plan.reach import called_caches
 
 _LATENT = ("kv_a_proj_with_mqa", "kv_b_proj")
 _FUSED = ("qkv_proj", "query_key_value", "qkv", "c_attn")
 
 
 def cache_modules(
-    model: Any, formats: Sequence[Format], is_idle: Callable[[str], bool]
+    model: Any,
+    formats: Sequence[Format],
+    modules: Sequence[PlannedModule],
+    is_idle: Callable[[str], bool],
 ) -> list[PlannedModule]:
     """The attentions whose keys and values can be quantized, in the model's order.
 
     Args:
         model: The skeleton, or a loaded model.
         formats: The menu; without formats of the KV cache there are none.
+        modules: All others that can be quantized.
         is_idle: Whether a module does not run on text.
 
     Raises:
@@ -49,6 +55,8 @@ def cache_modules(
             caches.append(
                 PlannedModule(name=name, kind="attention", parameters=(), shapes=(), cached=cached)
             )
+    called = called_caches(model, modules, [cache.name for cache in caches])
+    caches = [cache for cache in caches if cache.name in called]
     if not caches:
         raise ModelError(
             f"{type(model).__name__} has no attention whose cached keys and values ModelOpt can "

@@ -211,7 +211,7 @@ def build_plan(
         modules = split_experts(model, modules, formats)
     reach = text_reach(model, modules)
     modules = [replace(m, is_idle=m.name in reach.idle) for m in modules]
-    caches = cache_modules(model, formats, reach.is_idle)
+    caches = cache_modules(model, formats, modules, reach.is_idle)
     has_images, apart = coverage == "full", is_apart(expert_groups)
     members = [*modules, *caches]
     _require_matches(members, disable)

@@ -88,6 +88,29 @@ def text_reach(model: Any, modules: Sequence[PlannedModule]) -> Reach:
     return reach
 
 
+def called_caches(
+    model: Any, modules: Sequence[PlannedModule], attentions: Sequence[str]
+) -> set[str]:
+    """Attentions that call the quantizers of their cache when text runs; all where it cannot run.
+
+    ModelOpt goes by the names in a class's source file: a linear attention beside another one
+    (MiniMax) has its quantizers, and never calls them.
+
+    Args:
+        model: A skeleton on the meta device, or a loaded model; it is not changed.
+        modules: Those that can be quantized.
+        attentions: Names of attentions that have quantizers.
+    """
+    try:
+        stand_in = StandIn(model, modules)
+        with stand_in.noting_caches(attentions) as called:
+            stand_in.run([[1] * _FEW_TOKENS], lambda *_: None)
+    except _FAILURES as error:
+        logger.info("%s does not run without its weights: %s", type(model).__name__, error)
+        return set(attentions)
+    return called
+
+
 def _inside_layers(model: Any) -> set[str]:
     """Names of what is in the decoder layers; all names of a model that takes text alone."""
     if {*getattr(model, "input_modalities", ())}.isdisjoint(_OTHER_MODALITIES):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.models.layers import (
@@ -94,6 +95,32 @@ class StandIn:
                 torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
             )
             return self._logits(torch.tensor(rows))
+
+    @contextmanager
+    def noting_caches(self, names: Sequence[str]) -> Iterator[set[str]]:
+        """While open, attentions run in ModelOpt's wrapper.
+
+        Args:
+            names: Of the attentions, whose class has quantizers of caches.
+
+        Yields:
+            Those of them that have run and called the quantizer of their keys or of their values.
+        """
+        from autoquant_ray.modelopt_api import register_attention, shadow_of
+
+        called: set[str] = set()
+        with ExitStack() as stack:
+            for name in names:
+                module = self.model.get_submodule(name)
+                register_attention(module)
+                shadow = shadow_of(module)
+                for part, quantizer in shadow.named_children():
+                    if part.endswith("_bmm_quantizer"):
+                        quantizer.disable()
+                    if part in ("k_bmm_quantizer", "v_bmm_quantizer"):
+                        quantizer.register_forward_pre_hook(partial(_note, called, name))
+                stack.enter_context(replaced_forward(module, shadow.__call__))
+            yield called
 
     @contextmanager
     def shortened(self, num_layers: int) -> Iterator[None]:
@@ -222,23 +249,11 @@ def calls_quantizers(
     import torch
 
     called: set[str] = set()
-
-    class Noting(torch.nn.Module):
-        """In the place of a quantizer: leaves what it is given."""
-
-        def __init__(self, name: str) -> None:
-            super().__init__()
-            self._name = name
-
-        def forward(self, states: torch.Tensor) -> torch.Tensor:
-            called.add(self._name)
-            return states
-
     names = [f"{parameter}_input_quantizer" for parameter in parameters]
     resting = {name: getattr(shadow, name) for name in names}
     try:
         for name in names:
-            setattr(shadow, name, Noting(name))
+            setattr(shadow, name, _noting(name, called))
         with torch.no_grad():
             first = {name: _of_first_token(value) for name, value in (keywords or {}).items()}
             shadow(*map(_of_first_token, arguments), **first)
@@ -246,6 +261,23 @@ def calls_quantizers(
         for name, quantizer in resting.items():
             setattr(shadow, name, quantizer)
     return called == set(names)
+
+
+def _note(called: set[str], name: str, *_: Any) -> None:
+    """Forward hook that notes a call."""
+    called.add(name)
+
+
+def _noting(name: str, called: set[str]) -> torch.nn.Module:
+    """What stands in the place of a quantizer, leaves what it is given, and notes its call."""
+    import torch
+
+    class Noting(torch.nn.Module):
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            called.add(name)
+            return states
+
+    return Noting()
 
 
 def _of_first_token(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Experts whose code does not call ModelOpt's quantizers stay in 16 bits, with the reason."""
+"""Experts and caches whose code does not call ModelOpt's quantizers stay in 16 bits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 import transformers
+from every_family import small_model
 from packaging.version import Version
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -117,7 +118,24 @@ def test_worker_refuses_such_experts_that_a_plan_searches(
     Version(transformers.__version__) < Version("5.18"), reason="needs transformers 5.18"
 )
 def test_aria_of_transformers_5_18_is_such_a_model() -> None:
-    from every_family import small_model
-
     plan = build_plan(small_model("aria_text"), resolve_formats(("wint8_afp16",), device="cpu"))
     assert {g.name for g in plan.groups if g.reason == PAST_QUANTIZERS} == {*EXPERTS}
+
+
+def test_caches_are_of_the_attentions_whose_quantizers_modelopt_calibrates() -> None:
+    """MiniMax has linear attentions, whose class is in one file with that of the others."""
+    model = small_model("minimax")
+    plan = build_plan(model, resolve_formats(("kv_fp8", "wint8_aint8"), device="cpu"))
+    planned = {m.name for group in plan.groups for m in group.modules if m.is_cache}
+    entry = {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": (4, 3), "axis": None}}
+    ids_BS = torch.arange(1, 25)[None]
+    mtq.quantize(
+        model,
+        {"quant_cfg": [{"quantizer_name": "*", "enable": False}, entry], "algorithm": "max"},
+        lambda m: m(input_ids=ids_BS, use_cache=False),
+    )
+    quantizers = {n: m for n, m in model.named_modules() if n.endswith("k_bmm_quantizer")}
+    assert len(quantizers) == 2
+    seen = {n for n, m in quantizers.items() if getattr(m, "amax", None) is not None}
+    assert planned == {name.removesuffix(".k_bmm_quantizer") for name in seen}
+    assert len(planned) == 1
