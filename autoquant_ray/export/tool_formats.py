@@ -87,9 +87,11 @@ def mlx_config(format_: Format) -> dict[str, Any] | None:
     return {"group_size": group, "bits": weight.bits, "mode": "affine"}
 
 
-def compressed_config(format_: Format) -> dict[str, Any]:
+def compressed_config(format_: Format) -> dict[str, Any] | None:
     """What a group of compressed-tensors says of a format, in the words of AutoRound's entries."""
     weight = Numbers.of(format_.weight)
+    if not weight.is_flat or format_.weight.get("backend"):
+        return None
     entry: dict[str, Any] = {
         "bits": 4 if weight.bits == E2M1 else 8 if weight.bits == E4M3 else weight.bits,
         "data_type": data_type(weight),

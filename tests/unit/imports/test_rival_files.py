@@ -22,6 +22,7 @@ from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.cli.main import main
+from autoquant_ray.errors import DataError
 from autoquant_ray.evaluate.rivals import collect_candidates
 from autoquant_ray.evaluate.table import Measured, evaluation_rows
 from autoquant_ray.report.measured import verdict
@@ -126,6 +127,13 @@ def test_nothing_within_the_constraints_is_as_small(
     solve_run(directory, SolveOptions(bits=16.0, allow=allow), folder="")
     (_,) = rivals(directory, FILES / "higgs_int.json")
     assert "nothing is measured at the size of file higgs_int.json" in caplog.text
+
+
+def test_types_of_gguf_files_are_no_counterparts(tmp_path: Path) -> None:
+    directory = put_scored_run(tmp_path / "run", formats=("q4_k", "wint8_afp16"), num_layers=2)
+    solve_run(directory, SolveOptions(bits=7.0), folder="")
+    with pytest.raises(DataError, match="it could take wint8_afp16"):
+        rivals(directory, FILES / "higgs_int.json")
 
 
 def refused(run: RunDirectory, content: Any) -> str:
