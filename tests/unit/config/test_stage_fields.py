@@ -58,3 +58,23 @@ def test_formats_of_a_run_count_as_they_were_recorded() -> None:
     assert marks["now"][0] == stage_fingerprints(before, "m", "d") != marks["now"][1]
     assert changed_fields(before.model_dump(mode="json"), after, menus["earlier"]) == []
     assert changed_fields(before.model_dump(mode="json"), after, menus["now"]) != []
+
+
+def test_shares_of_rows_that_are_chosen_are_of_the_runs_estimator() -> None:
+    """Another estimator scores again under ``auto``, and is only added up anew under a share."""
+    marks = {
+        (rows, estimator): stage_fingerprints(
+            config(("wint8_afp16",), sample_rows=rows, estimator=estimator), "model", "data"
+        )
+        for rows in ("auto", 0.5)
+        for estimator in ("elementwise", "token")
+    }
+    assert marks["auto", "elementwise"]["score"] != marks["auto", "token"]["score"]
+    assert marks[0.5, "elementwise"]["score"] == marks[0.5, "token"]["score"]
+    assert marks[0.5, "elementwise"]["score"] != marks["auto", "elementwise"]["score"]
+
+
+@pytest.mark.parametrize("value", [0, -0.5, 1.5, "nan", "half", None])
+def test_share_of_rows_that_is_none_is_refused_with_its_value(value: Any) -> None:
+    with pytest.raises(ValueError, match="neither 'auto' nor a share, more than 0 and at most 1"):
+        config(("wint8_afp16",), sample_rows=value)

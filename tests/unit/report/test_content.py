@@ -10,10 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from runs_folder import EVIL
 from scored_run import put_scored_run
 
+from autoquant_ray.allocate.certainty.explain import explain_group
+from autoquant_ray.allocate.certainty.explanation import note_lines, table_rows
 from autoquant_ray.allocate.load import latency_of
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.allocate.read import ScoredRun
@@ -28,6 +31,7 @@ from autoquant_ray.report.html import render_html
 from autoquant_ray.report.measured import merge_random
 from autoquant_ray.report.reproduce import reproduction, scan_command, solve_command
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import SENSITIVITY_FILE
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.solve import rewrite_reports, solve_run
 
@@ -155,6 +159,30 @@ def test_page_of_a_large_run_stays_below_its_limit(run: RunDirectory) -> None:
     assert int(left_out[1]) + page.count('<tr data-format="') == len(rows)
 
 
+def test_error_of_drawn_rows_stands_beside_that_over_the_shards(tmp_path: Path) -> None:
+    directory = put_scored_run(tmp_path / "run")
+    rows = directory.read_table(SENSITIVITY_FILE).to_pylist()
+    for number, row in enumerate(rows):
+        row["row_share"] = 0.4 if number % 2 else 1.0
+        row["sampling_stderr"] = row["score_stderr"] * (0.04 + 0.05 * (number == 1)) * (number % 2)
+    directory.write_table(SENSITIVITY_FILE, rows)
+    state = RunState.open(directory)
+    state.record.config |= {"sample_rows": "auto"}
+    state.save()
+    solve_run(directory, SolveOptions(bits=6), folder="")
+    text = text_of(directory)
+    share = np.mean([row["row_share"] for row in rows])
+    assert f"labels from the model, {share:.0%} of the rows" in text
+    assert (
+        f"for {len(rows) // 2} of {len(rows)} scores; the error of the draw is 0.04 of a score's "
+        "standard error over the shards (median), 0.09 at most" in text
+    )
+    explanation = explain_group(directory, rows[1]["group"])
+    (shown,) = [row for row in table_rows(explanation) if row[0].split()[0] == rows[1]["format"]]
+    assert f" ± {rows[1]['score_stderr']:.0e}, rows {rows[1]['sampling_stderr']:.0e}" in shown[3]
+    assert any(line.startswith("rows: ") for line in note_lines(explanation))
+
+
 # --- How to reproduce
 
 
@@ -164,7 +192,7 @@ def test_page_of_a_large_run_stays_below_its_limit(run: RunDirectory) -> None:
         {},
         {"disable": ["*.0.mlp.*", "lm_head"], "pack": True, "bits": None, "bytes": 123456789},
         {"model": "/a folder/it's", "stop_when_stable": 0.01, "workers": 3, "sample_rows": 0.25},
-        {"keep_rounded": False, "skip_bad_samples": True},
+        {"keep_rounded": False, "skip_bad_samples": True, "sample_rows": "auto"},
     ],
 )
 def test_command_gives_the_same_config(changes: dict[str, Any], run: RunDirectory) -> None:
