@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -213,7 +214,8 @@ def _note(operation: str) -> None:
 
 
 def _place() -> str:
-    """File and function of the innermost frame that is neither torch nor this."""
+    """File and function of the innermost frame that is neither torch nor this; of this package,
+    the file's name, whatever its room."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -224,8 +226,9 @@ def _place() -> str:
                 name = path.rsplit(f"/{package}", 1)[1]
                 while frame.f_code.co_name.startswith("<") and frame.f_back is not None:
                     frame = frame.f_back  # a comprehension is no function from Python 3.12 on
-                prefix = "" if package == "autoquant_ray/" else package
-                return f"{prefix}{name}:{frame.f_code.co_name}"
+                if package == "autoquant_ray/":
+                    return f"{Path(name).name}:{frame.f_code.co_name}"
+                return f"{package}{name}:{frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
 
@@ -237,6 +240,7 @@ def _quantize(
     exponent_bits: int = 0,
     unsigned: bool = False,
     narrow_range: bool = True,
+    *_for_export: Any,
 ) -> torch.Tensor:
     """What ModelOpt's kernel of integers and FP8 computes."""
     from modelopt.torch.quantization.tensor_quant import _fp8_eager, _tensor_quant
@@ -254,6 +258,7 @@ def _quantize_blocks(
     exponent_bits: int,
     scale_num_bits: int,
     scale_exponent_bits: int,
+    *_for_export: Any,
 ) -> torch.Tensor:
     """What ModelOpt's kernels of NVFP4 and MX compute."""
     number: Any = num_bits
