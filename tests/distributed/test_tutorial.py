@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 PROGRAM = "autoquant-ray"
 SCANNED, SOLVED = "runs/tutorial", "bits-7.00-vllm"
@@ -29,8 +31,14 @@ def until_a_number(line: str) -> str:
 
 
 def test_commands_of_the_tutorial_work_in_its_order(
-    run_command: Any, model_folder: Any, make_samples: Any, cluster_address: str, tmp_path: Path
+    run_command: Any,
+    model_folder: Any,
+    make_samples: Any,
+    cluster_address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("COLUMNS")  # as wide as the page
     text = tmp_path / "text.txt"
     lines = (" ".join(f"w{token}" for token in sample) for sample in make_samples([200] * 40))
     text.write_text("\n".join(lines) + "\n")
