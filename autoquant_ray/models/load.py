@@ -212,8 +212,10 @@ def require_language_model(model: torch.nn.Module, ref: ModelRef) -> None:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     if not isinstance(head, torch.nn.Linear):
-        kind = type(model).__name__
-        raise ModelError(f"model {ref.name} is a {kind}, not a decoder-only language model")
+        raise ModelError(
+            f"model {ref.name} is a {type(model).__name__}, for which transformers names no linear "
+            "head over a vocabulary (get_output_embeddings); the loss is computed from one"
+        )
 
 
 def _model_class(config: Any, ref: ModelRef) -> Any:
