@@ -26,7 +26,10 @@ QUANTIZER = (
     *("is_mx_format", "is_nvfp4_static", "is_static_block_quant", "set_from_attribute_config"),
 )
 BLOCK_QUANTIZER = ("_original_shape", "_amax_shape_for_export")
-CALIBRATOR = ("_initial_amax", "_losses_sum", "_generate_candidates", "_compute_candidate_amax")
+CALIBRATOR = (
+    *("_initial_amax", "_losses_sum", "_generate_candidates", "_compute_candidate_amax"),
+    "_axis",
+)
 EXPORTER = (
     *("_export_transformers_checkpoint", "_export_quantized_weight", "_write_hf_export_config"),
     "requantize_resmooth_fused_llm_layers",

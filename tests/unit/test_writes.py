@@ -129,6 +129,11 @@ WRITES: dict[str, dict[str, str]] = {
     },
     "stages/score.py": {"directory.write_table": RUN, "state.directory.write_table": RUN},
     "stages/shards.py": {"work.write": STREAM},
+    "tracking/mlflow_runs.py": {
+        "tempfile.TemporaryDirectory": SCRATCH,
+        "path.parent.mkdir": SCRATCH,
+        "path.write_bytes": SCRATCH,
+    },
 }
 """Module -> what it calls -> why that is safe."""
 

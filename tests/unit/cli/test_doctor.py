@@ -63,7 +63,8 @@ def test_what_is_missing_is_wrong_and_does_not_stop_the_rest(tmp_path: Path) -> 
     assert "empty.jsonl" in rows["Data"][1]
 
 
-def test_table_fits_into_eighty_columns() -> None:
+def test_table_fits_into_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS")
     done = run("doctor", "--address", NO_CLUSTER)
     assert done.exit_code == 2
     lines = done.stdout.splitlines()
