@@ -24,7 +24,7 @@ import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.quantization import config as algorithm_configs
 from modelopt.torch.quantization._auto_quantize_cost import infer_active_moe_expert_ratio
-from modelopt.torch.quantization.algorithms import estimate_quant_compression
+from modelopt.torch.quantization.algorithms import QuantRecipe, estimate_quant_compression
 from modelopt.torch.quantization.calib import MaxCalibrator
 from modelopt.torch.quantization.config import (
     QuantizeAlgorithmConfig,
@@ -88,6 +88,7 @@ __all__ = [
     "NVFP4QTensor",
     "QuantModule",
     "QuantModuleRegistry",
+    "QuantRecipe",
     "QuantizeAlgorithmConfig",
     "QuantizeConfig",
     "QuantizerAttributeConfig",

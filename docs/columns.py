@@ -23,6 +23,8 @@ FILES = {
     "flips": "What single changes of an allocation are predicted to do, a part per shard.",
     "evaluation.parquet": "Measured losses; a row per allocation.",
     "answers": "What a model answered to benchmark tasks, a part per 64 requests.",
+    "shapley": "Scores that ModelOpt computed itself, for `--against modelopt-shapley`; a single "
+    "part.",
     "tasks.parquet": "Scores of benchmark tasks; a row per allocation, task and metric.",
     "audit.parquet": "Scores that were measured.",
     "resampling.parquet": "Sums that can be resampled; a row per bucket, group and format.",
@@ -89,6 +91,8 @@ MEANINGS = {
     "weights.",
     "largest": "Largest absolute value of every input channel.",
     "loss": "`-log q` of every predicted token in the quantized model, in nats.",
+    "is_valid": "Whether ModelOpt calls the fit behind its scores valid.",
+    "shapley: score": "What ModelOpt scores, without unit.",
     "search: loss": "Squared error of the layer's outputs under the candidate.",
     "search.parquet: loss": "Squared error of the layer's outputs under the candidate.",
     "measured": "KL divergence of the pair alone, in nats per token.",

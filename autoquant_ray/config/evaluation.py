@@ -48,10 +48,11 @@ class EvaluationConfig(BaseModel):
     against: tuple[str, ...] = Field(
         default=("uniform", "modelopt", "random"),
         description="What to measure beside it under the same budget, separated by commas: "
-        "uniform, modelopt, random, or none. Or, at its own size, another solution of the run, or "
-        "a file: AutoRound's layer_config or quantization_config, mlx-lm's quantization or "
-        "sensitivities, llm-compressor's config of HIGGS; beside these, what this run's scores "
-        "choose at the same size.",
+        "uniform, modelopt, modelopt-shapley (scores that ModelOpt computes itself, from 0.48 on), "
+        "random, or none. Or, at its own size, another solution of the run, or a file: AutoRound's "
+        "layer_config or quantization_config, mlx-lm's quantization or sensitivities, "
+        "llm-compressor's config of HIGGS; beside these, what this run's scores choose at the same "
+        "size.",
     )
     num_random: int = Field(
         default=20, ge=1, description="Allocations from shuffled scores, whose mean is the null."

@@ -69,6 +69,11 @@ class ShardWorker:
         with _named_errors(f"estimating changes on shard {task.shard}"):
             return self._runner.estimate(task.samples, task.first_sample, choice)
 
+    def score_paths(self, task: ShardTask) -> Any:
+        """ModelOpt's scores by path integrals, of all samples together."""
+        with _named_errors("scoring by ModelOpt"):
+            return self._runner.score_paths(task.samples)
+
     def answer(self, task: RequestTask, choice: tuple[int, ...]) -> Any:
         """Answers to requests of benchmark tasks under an allocation."""
         with _named_errors(f"answering requests {task.shard}"):

@@ -17,7 +17,8 @@ from autoquant_ray.config.evaluation import EvaluationConfig
 from autoquant_ray.evaluate.audit import Audit, audit_solution
 from autoquant_ray.evaluate.chosen_on import untouched_shards
 from autoquant_ray.evaluate.measurement import Measurement, measuring
-from autoquant_ray.evaluate.rivals import collect_candidates
+from autoquant_ray.evaluate.rivals import MODELOPT_SHAPLEY, collect_candidates
+from autoquant_ray.evaluate.shapley import require_shapley, shapley_scores
 from autoquant_ray.evaluate.table import Measured, evaluation_rows
 from autoquant_ray.evaluate.tasks.suite import Suite, load_suite
 from autoquant_ray.evaluate.tasks.table import task_rows
@@ -72,22 +73,26 @@ def evaluate_run(config: EvaluationConfig) -> Evaluation:
         AutoQuantError: One of its subclasses; finished parts are kept.
     """
     state = RunState.open(RunDirectory(config.run))
+    if MODELOPT_SHAPLEY in config.against:
+        require_shapley(state)
     suite = None
     if config.tasks:
         suite = load_suite(config.tasks, config.tasks_dir, config.task_limit)
     run = ScoredRun.read(state)
     folder = solution_folder(config.solution)
-    candidates = collect_candidates(run, folder, config.against, num_random=config.num_random)
+    collect = partial(collect_candidates, run, against=config.against, num_random=config.num_random)
+    candidates = collect(folder)
     with measuring(state, config) as measurement:
+        if MODELOPT_SHAPLEY in config.against:
+            collect = partial(collect, shapley=shapley_scores(run, measurement))
+            candidates = collect(folder)
         if config.audit is None:
             measured = measurement.measure(candidates, untouched_shards(measurement, folder))
             tasks = ask(run, measurement, folder, candidates, suite)
             return record(run, measurement, folder, candidates, measured, tasks)
         untouched_shards(measurement, folder)
         audit = audit_solution(run, measurement, folder, config)
-        candidates = collect_candidates(
-            run, audit.folder, config.against, num_random=config.num_random
-        )
+        candidates = collect(audit.folder)
         candidates.insert(1, audit.before)
         measured = measurement.measure(candidates, untouched_shards(measurement, audit.folder))
         tasks = ask(run, measurement, audit.folder, candidates, suite)

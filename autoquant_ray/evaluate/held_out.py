@@ -21,7 +21,7 @@ from autoquant_ray.models.find import (
 )
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.runs.directory import RunDirectory
-from autoquant_ray.runs.names import SAMPLES, part_name
+from autoquant_ray.runs.names import SAMPLES, SHAPLEY, part_name
 from autoquant_ray.runs.state import RunState, numeric_versions
 from autoquant_ray.stages import samples as samples_stage
 from autoquant_ray.stages.sources import Skip
@@ -121,6 +121,17 @@ def data_key(state: RunState, scan: ScanConfig, skip: Skip) -> str:
 def answers_key(state: RunState, kind: str, requests: Sequence[Any]) -> str:
     """Digest of everything that answers to requests depend on, except the allocation."""
     return _digest([kind, requests, _calibrated(state), _versions(state)])
+
+
+def shapley_key(state: RunState, groups: Sequence[str]) -> str:
+    """Digest of everything that ModelOpt's scores of a scan depend on.
+
+    Args:
+        state: The run.
+        groups: Names of the searched groups.
+    """
+    left_out = sorted(state.left_out)
+    return _digest([SHAPLEY, groups, left_out, _calibrated(state), _versions(state)])
 
 
 def _calibrated(state: RunState) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.calibrate.files import calibration_of
 from autoquant_ray.config.evaluation import EvaluationConfig
-from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.interrupts import stop_on_signal
 from autoquant_ray.distributed.nodes import enough_nodes
 from autoquant_ray.distributed.placement import (
@@ -25,7 +24,7 @@ from autoquant_ray.distributed.placement import (
 )
 from autoquant_ray.distributed.pool import Outcome, Submit, WorkerPool
 from autoquant_ray.distributed.progress import progress
-from autoquant_ray.distributed.task import Task
+from autoquant_ray.distributed.task import ShardTask, Task
 from autoquant_ray.errors import Interrupted, StoreError, WorkerError
 from autoquant_ray.evaluate.flip_estimates import FlipEstimates, flip_rows, merge_flips
 from autoquant_ray.evaluate.held_out import answers_key, data_key, held_out_samples, num_seen
@@ -33,19 +32,18 @@ from autoquant_ray.evaluate.runner import EvaluationSpec
 from autoquant_ray.evaluate.table import Measured, collect
 from autoquant_ray.evaluate.tasks.answers import answer_rows, read_answers, request_tasks
 from autoquant_ray.formats.format import NONE
-from autoquant_ray.models.find import ModelRef, fingerprint_chats
+from autoquant_ray.models.find import fingerprint_chats
 from autoquant_ray.models.of_run import require_model
 from autoquant_ray.plan.make import make_plan
-from autoquant_ray.plan.memory import GIB, footprint
+from autoquant_ray.plan.memory import footprint
 from autoquant_ray.plan.plan import Plan
-from autoquant_ray.plan.scored_modules import scored_modules
-from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.lease import Lease, lease, require_free
 from autoquant_ray.runs.names import ANSWERS, EVALUATION, FLIPS, SAMPLES, part_name
 from autoquant_ray.runs.rounding import dropped_formats
 from autoquant_ray.runs.state import RunState
+from autoquant_ray.score.path_scores import PathSpec
 from autoquant_ray.stages.samples import require_same_chats
 from autoquant_ray.stages.shards import note_done, read_tasks
 from autoquant_ray.stages.shared_rounding import for_workers
@@ -66,6 +64,7 @@ class Measurement:
         folder: Folder of samples and parts, below the run directory.
         facts: About the data: ``name``, ``num_shards``, ...
         start_pool: Starts the workers; called when a part is missing for the first time.
+        start_path_pool: Makes the pool of the worker that scores by ModelOpt's path integrals.
         run_lease: The lease on the run.
 
     Attributes:
@@ -79,6 +78,7 @@ class Measurement:
         folder: str,
         facts: Mapping[str, Any],
         start_pool: Callable[[], WorkerPool],
+        start_path_pool: Callable[[], WorkerPool],
         run_lease: Lease,
     ) -> None:
         self.state = state
@@ -87,6 +87,7 @@ class Measurement:
         self.left_out: dict[int, str] = {}
         self._plan = plan
         self._start_pool = start_pool
+        self._start_path_pool = start_path_pool
         self._lease = run_lease
         self._pool: WorkerPool | None = None
 
@@ -178,6 +179,15 @@ class Measurement:
         except _DamagedPartError:
             return self.answer(candidate, kind, requests)
 
+    def score_paths(self, task: ShardTask) -> Generator[Outcome, None, None]:
+        """ModelOpt's scores by path integrals, from a worker that lives as long as this takes.
+
+        Args:
+            task: All samples.
+        """
+        with self._start_path_pool() as pool:
+            yield from self._outcomes("shapley", [task], 1, _submit_paths, pool)
+
     def _parts(self, folder: str, shards: Sequence[int]) -> Iterator[Any]:
         directory = self.state.directory
         for shard in shards:
@@ -253,20 +263,27 @@ class Measurement:
         return failed
 
     def _outcomes(
-        self, doing: str, tasks: Iterable[Task], num_tasks: int, submit: Submit
+        self,
+        doing: str,
+        tasks: Iterable[Task],
+        num_tasks: int,
+        submit: Submit,
+        pool: WorkerPool | None = None,
     ) -> Generator[Outcome, None, None]:
-        """Run tasks on the workers, started where they are not; the lease holds for each.
+        """Run tasks on a pool's workers, or on those that measure; the lease holds for each.
+
+        Those that measure are started where they are not.
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; what was in flight has been yielded, as far as it ended
                 within the grace period.
         """
-        if self._pool is None:
-            self._pool = self._start_pool()
+        if pool is None:
+            pool = self._pool = self._pool or self._start_pool()
         directory, num_kept = self.state.directory, 0
         with (
-            stop_on_signal(self._pool.grace_s) as stop,
-            closing(self._pool.run(tasks, submit, stop)) as outcomes,
+            stop_on_signal(pool.grace_s) as stop,
+            closing(pool.run(tasks, submit, stop)) as outcomes,
             progress(doing, num_tasks) as advance,
         ):
             for outcome in outcomes:
@@ -326,28 +343,19 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
         ).at_most(facts["num_shards"])
 
         def start_pool() -> WorkerPool:
-            spec = _evaluation_spec(scan, ref, plan, for_workers(directory, calibration))
+            spec = EvaluationSpec.of(scan, ref, plan, for_workers(directory, calibration))
             pool = WorkerPool(spec, placement, directory.append_event, scan.grace_s)
             return stack.enter_context(pool)
 
-        yield Measurement(state, plan, folder, facts, start_pool, run_lease)
+        def start_path_pool() -> WorkerPool:
+            spec = PathSpec.of(scan, ref, plan)
+            return WorkerPool(spec, placement.at_most(1), directory.append_event, scan.grace_s)
+
+        yield Measurement(state, plan, folder, facts, start_pool, start_path_pool, run_lease)
 
 
-def _evaluation_spec(
-    scan: ScanConfig, ref: ModelRef, plan: Plan, calibration: Calibration
-) -> EvaluationSpec:
-    return EvaluationSpec(
-        model=ref,
-        dtype=scan.dtype,
-        device=scan.device,
-        num_threads=scan.cpus_per_worker,
-        modules=scored_modules(plan),
-        formats=plan.formats,
-        calibration=calibration,
-        step_tokens=scan.step_tokens,
-        placement=scan.placement,
-        activation_bytes=round(scan.activation_cache_gib * GIB),
-    )
+def _submit_paths(worker: Any, task: Any) -> Any:
+    return worker.score_paths.remote(task)
 
 
 def _choice(plan: Plan, candidate: Candidate) -> FormatNumbers:

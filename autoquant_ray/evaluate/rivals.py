@@ -21,12 +21,18 @@ from autoquant_ray.formats.format import NONE
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("uniform", "modelopt", "random")
+MODELOPT_SHAPLEY = "modelopt-shapley"
+KINDS = ("uniform", "modelopt", MODELOPT_SHAPLEY, "random")
 NUM_RANDOM = 20
 
 
 def collect_candidates(
-    run: ScoredRun, folder: str, against: Sequence[str], *, num_random: int = NUM_RANDOM
+    run: ScoredRun,
+    folder: str,
+    against: Sequence[str],
+    *,
+    num_random: int = NUM_RANDOM,
+    shapley: Scores | None = None,
 ) -> list[Candidate]:
     """A solution and its rivals.
 
@@ -39,9 +45,11 @@ def collect_candidates(
             menu that fits the budget when all groups take it (a group that lacks it takes the same
             format by another method, or else stays in 16 bits, and so does a tied head).
             ``modelopt``: solved with the scores that ModelOpt would compute from this run's sums:
-            per batch, clamped along its sorted formats. ``random``: solved with scores shuffled
-            among the groups, the null hypothesis.
+            per batch, clamped along its sorted formats. ``modelopt-shapley``: solved with the
+            scores that it computes itself (:mod:`autoquant_ray.evaluate.shapley`). ``random``:
+            solved with scores shuffled among the groups, the null hypothesis.
         num_random: Number of shuffles.
+        shapley: Scores for ``modelopt-shapley``; None: that rival is not made yet.
 
     Raises:
         ConfigError: An unknown kind.
@@ -66,6 +74,9 @@ def collect_candidates(
     if "modelopt" in against:
         formats = _solve(problem, run.modelopt_scores, options)
         candidates.append(make_candidate(problem, scores, "modelopt", formats))
+    if MODELOPT_SHAPLEY in against and shapley is not None:
+        formats = _solve(problem, shapley, options)
+        candidates.append(make_candidate(problem, scores, MODELOPT_SHAPLEY, formats))
     if "random" in against:
         candidates += _random(problem, scores, options, num_random)
     return candidates

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.evaluate.divergence import TokenDivergence, compare
@@ -30,7 +31,8 @@ from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.layers import replaced_forward
 from autoquant_ray.models.tokenizer import TokenizerRef, load_tokenizer
 from autoquant_ray.plan.memory import GIB, room_for_visit
-from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.plan.plan import Plan
+from autoquant_ray.plan.scored_modules import ScoredModule, scored_modules
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import FRONT, UNQUANTIZED, FormatNumbers, QuantizedLayers
 from autoquant_ray.quantize.weight_cache import UNBOUNDED, WeightCache
@@ -78,6 +80,24 @@ class EvaluationSpec:
     step_tokens: int
     placement: str = "resident"
     activation_bytes: int = GIB
+
+    @classmethod
+    def of(
+        cls, scan: ScanConfig, ref: ModelRef, plan: Plan, calibration: Calibration
+    ) -> EvaluationSpec:
+        """That of a scan's model and plan."""
+        return cls(
+            model=ref,
+            dtype=scan.dtype,
+            device=scan.device,
+            num_threads=scan.cpus_per_worker,
+            modules=scored_modules(plan),
+            formats=plan.formats,
+            calibration=calibration,
+            step_tokens=scan.step_tokens,
+            placement=scan.placement,
+            activation_bytes=round(scan.activation_cache_gib * GIB),
+        )
 
     def build(self) -> AllocationRunner:
         """Load the model; called in the worker process."""

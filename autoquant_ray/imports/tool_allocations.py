@@ -111,9 +111,9 @@ def rival_allocation(
     if Path(against).is_file():
         return f"file {Path(against).name}", foreign_allocation(against, problem, options)
     raise ConfigError(
-        f"`against` {against!r} is unknown; known: uniform, modelopt, random, a solution of the "
-        f"run ({', '.join(solutions) or 'none yet'}), or a file of AutoRound, mlx-lm "
-        "or llm-compressor"
+        f"`against` {against!r} is unknown; known: uniform, modelopt, modelopt-shapley, random, a "
+        f"solution of the run ({', '.join(solutions) or 'none yet'}), or a file of AutoRound, "
+        "mlx-lm or llm-compressor"
     )
 
 

@@ -26,6 +26,7 @@ Stage = Annotated[
         "aggregate",
         "evaluate",
         "estimate",
+        "shapley",
         "tasks",
     ],
     Field(description="Its name."),

@@ -29,6 +29,7 @@ from autoquant_ray.runs.names import (
     SEARCH,
     SEARCH_FILE,
     SENSITIVITY_FILE,
+    SHAPLEY,
     TASKS_FILE,
     is_part,
 )
@@ -200,6 +201,9 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     ANSWERS: pa.schema(
         {"request": _INT, "log_likelihood": _FLOAT, "is_greedy": pa.bool_(), "text": _STRING}
+    ),
+    SHAPLEY: pa.schema(
+        {"group": _STRING, "format": _STRING, "score": _FLOAT, "is_valid": pa.bool_()}
     ),
     TASKS_FILE: pa.schema(
         {

@@ -44,7 +44,7 @@ CLASSES = {
     "StaticBlockScaleQuantizer": ("from_tensor_quantizer", "global_amax"),
     "QuantModule": ("iter_weights_for_calibration",),
     "SharedWeightGlobalAmaxState": ("restore_from_members",),
-    "mtq": ("config", "quantize", "register"),
+    "mtq": ("auto_quantize", "config", "quantize", "register"),
 }
 
 
