@@ -190,7 +190,7 @@ def test_changed_model_and_wrong_names_are_refused(
     assert "bits-4.00" in done.stderr
     done = run_command("evaluate", evaluated, "--against", "best")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "'best' is unknown; known: uniform, modelopt, random" in done.stderr
+    assert "'best' is unknown; known: uniform, modelopt, modelopt-shapley, random" in done.stderr
     done = run_command("evaluate", evaluated, "--data", tmp_path / "none.txt")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "none.txt" in done.stderr
