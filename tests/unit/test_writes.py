@@ -62,6 +62,7 @@ WRITES: dict[str, dict[str, str]] = {
         "directory.write_table": RUN,
         "self.state.directory.write_table": RUN,
     },
+    "evaluate/shapley.py": {"directory.write_table": RUN},
     "export/carried.py": {"(folder / file).write_text": EXPORT},
     "export/compressed_tensors.py": {"file.write_text": EXPORT},
     "export/folder.py": {
