@@ -4,6 +4,8 @@ Keys are names of columns, or ``FILE: NAME`` where a file means something else b
 fails when a column is missing here, or is not in any file.
 """
 
+from autoquant_ray.score.drawing.shares import SHARES
+
 FILES = {
     "plan.parquet": "Groups and what each format costs them.",
     "samples": "Calibration data as it was used, a part per shard; a row per sample.",
@@ -54,8 +56,9 @@ MEANINGS = {
     "else of both values; null where a value has none.",
     "date": "Night, YYYY-MM-DD.",
     "domain": "Name of the domain.",
-    "drawing_variances": "What the variance of the sum would be if rows were drawn, by share: 5, "
-    "10, 15, 20, 30, 40, 50 and 70 % of them; of the first shards with `--sample-rows auto`.",
+    "drawing_variances": "What the variance of the sum would be if rows were drawn, by share: "
+    f"{', '.join(f'{share:.0%}' for share in SHARES)} of them; of the first shards with "
+    "`--sample-rows auto`.",
     "effective_bits": "Stored bits per searched weight, scales included.",
     "elementwise": "The estimate per output element (diagonal Fisher), in nats per token.",
     "elementwise_sum": "Half of the summed (gradient x difference)^2 per output element, in nats.",

@@ -25,12 +25,13 @@ class TokenMask:
 
         Which rows these are is asked of a mask once: the host waits for the answer.
         """
-        self._real_T = None if mask_BS is None else mask_BS.reshape(-1).bool()
-        self._rows_R = None
-        if mask_BS is not None and self._real_T is not None:
-            if mask_BS not in self._rows:
-                self._rows[mask_BS] = self._real_T.nonzero()[:, 0]
-            self._rows_R = self._rows[mask_BS]
+        self._real_T = self._rows_R = None
+        if mask_BS is None:
+            return
+        self._real_T = mask_BS.reshape(-1).bool()
+        if mask_BS not in self._rows:
+            self._rows[mask_BS] = self._real_T.nonzero()[:, 0]
+        self._rows_R = self._rows[mask_BS]
 
     def matching(self, states_TI: torch.Tensor) -> torch.Tensor | None:
         """The mask on the device of some rows; None where all count: they are no tokens, or real.

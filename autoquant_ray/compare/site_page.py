@@ -15,6 +15,7 @@ from autoquant_ray.errors import StoreError
 from autoquant_ray.report.charts.frontier_chart import size_unit
 from autoquant_ray.report.page import render_page
 from autoquant_ray.runs.directory import RunDirectory
+from autoquant_ray.runs.names import last_part
 
 PAGE = "index.html"
 _MARKER = '<meta name="generator" content="autoquant-ray site">'
@@ -50,7 +51,7 @@ def write_site(folder: RunDirectory, out: str | None = None) -> str:
         place = RunDirectory(f"{parent or ('/' if out.startswith('/') else '.')}{mark}{options}")
     if not name or (place.exists(name) and _MARKER.encode() not in place.read_bytes(name)):
         raise StoreError(f"{place.path(name)} is not a page of ours; give another `out`")
-    title = folder.uri.partition("?")[0].rstrip("/").rpartition("/")[2] or folder.uri
+    title = last_part(folder.uri) or folder.uri
     return place.write_text(name, render_site(jobs, title, _linker(folder, place)))
 
 

@@ -27,6 +27,7 @@ from autoquant_ray.formats.smoothed import method_of
 from autoquant_ray.runs.names import EVALUATION, SHAPLEY, part_name
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.stages.shards import tasks_of
+from autoquant_ray.wording import few
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +76,11 @@ def require_menu(menu: Sequence[Mapping[str, Any]]) -> None:
         ConfigError: It does not; names them.
     """
     refused = [text for entry in menu for text in _refusals(Format.from_json({**entry}))]
-    if not refused:
-        return
-    more = len(refused) - _MOST_NAMED
-    names = ", ".join(refused[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-    raise ConfigError(
-        f"modelopt-shapley cannot score {names}; scan with formats that ModelOpt's search takes, "
-        "such as wint4_afp16:max, or leave it out of `against`"
-    )
+    if refused:
+        raise ConfigError(
+            f"modelopt-shapley cannot score {few(refused, _MOST_NAMED)}; scan with formats that "
+            "ModelOpt's search takes, such as wint4_afp16:max, or leave it out of `against`"
+        )
 
 
 def _refusals(format_: Format) -> Iterator[str]:

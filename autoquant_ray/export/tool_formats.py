@@ -93,7 +93,7 @@ def compressed_config(format_: Format) -> dict[str, Any] | None:
     if not weight.is_flat or format_.weight.get("backend"):
         return None
     entry: dict[str, Any] = {
-        "bits": 4 if weight.bits == E2M1 else 8 if weight.bits == E4M3 else weight.bits,
+        "bits": _width(weight),
         "data_type": data_type(weight),
         "group_size": weight.block or (-1 if weight.axis == 0 else 0),
         "act_bits": 16,
@@ -102,9 +102,14 @@ def compressed_config(format_: Format) -> dict[str, Any] | None:
         return entry
     inputs = Numbers.of(format_.input)
     return with_inputs(entry, data_type(inputs)) | {
-        "act_bits": 4 if inputs.bits == E2M1 else 8 if inputs.bits == E4M3 else inputs.bits,
+        "act_bits": _width(inputs),
         "act_dynamic": inputs.is_dynamic and inputs.scale != E4M3,
     }
+
+
+def _width(numbers: Numbers) -> Any:
+    """Bits of a number."""
+    return {E2M1: 4, E4M3: 8}.get(numbers.bits, numbers.bits)
 
 
 def with_inputs(entry: Mapping[str, Any], data_type: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
         plan: The plan.
         config: Resolved dtype.
     """
-    dtype_bytes = 4 if config.dtype == "float32" else 2
+    dtype_bytes = _dtype_bytes(config)
     searched = sum(group.num_weights for group in plan.searched)
     stored = sum(group.added_bytes(None) for group in plan.groups)
     num_weights = round((plan.other_bytes + stored) * 8 / UNQUANTIZED_BITS)
@@ -101,7 +101,7 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
     else:
         room = round(config.weight_cache_gib * GIB)
         cached = min(room, quantized_bytes(searched, plan.formats))
-    inputs = held_tokens(plan, config) * _input_bytes(plan, dtype_bytes)
+    inputs = held_tokens(plan, config) * _input_bytes(plan, config)
     return Footprint(
         weight_bytes=num_weights * dtype_bytes,
         offloaded_bytes=min(held, num_weights) * dtype_bytes,
@@ -122,14 +122,19 @@ def held_tokens(plan: Plan, config: ScanConfig) -> int:
         plan: The plan.
         config: Resolved dtype.
     """
-    width = _input_bytes(plan, 4 if config.dtype == "float32" else 2)
+    width = _input_bytes(plan, config)
     room = round(config.activation_cache_gib * GIB) // max(1, width)
     return max(config.step_tokens, min(room, config.samples * config.seq_len))
 
 
-def _input_bytes(plan: Plan, dtype_bytes: int) -> int:
+def _input_bytes(plan: Plan, config: ScanConfig) -> int:
     """Inputs of all layers for a token."""
-    return plan.hidden_size * len(plan.layer_weights) * dtype_bytes
+    return plan.hidden_size * len(plan.layer_weights) * _dtype_bytes(config)
+
+
+def _dtype_bytes(config: ScanConfig) -> int:
+    """Of a number of the resolved compute type."""
+    return 4 if config.dtype == "float32" else 2
 
 
 def moment_bytes(plan: Plan) -> int:
@@ -310,8 +315,7 @@ def kept_graphs(plan: Plan, config: ScanConfig, memory: Footprint) -> KeptGraphs
         config: Resolved device, dtype and placement.
         memory: Of a worker, without graphs.
     """
-    dtype_bytes = 4 if config.dtype == "float32" else 2
-    token_bytes = dtype_bytes * _numbers_per_token(plan)
+    token_bytes = _dtype_bytes(config) * _numbers_per_token(plan)
     held = held_tokens(plan, config)
     visited = min(held, max(config.step_tokens, config.shard_samples * config.seq_len))
     if config.keep_graphs != "auto":

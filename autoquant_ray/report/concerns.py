@@ -17,6 +17,7 @@ from autoquant_ray.allocate.candidate import AT_SIZE_OF
 from autoquant_ray.allocate.certainty.stopping import MIN_SHARDS
 from autoquant_ray.report.evidence import ChosenFormat, Evidence
 from autoquant_ray.report.measured import IN_RANGE
+from autoquant_ray.report.task_scores.section import NOISE
 from autoquant_ray.wording import few
 
 MOST = 0.25
@@ -86,8 +87,9 @@ def _rivals(evidence: Evidence) -> Iterator[Concern]:
 
 
 def _is_surely_better(rival: Mapping[str, Any]) -> bool:
-    """Whether a rival loses less by two standard errors of the difference, if it has one."""
-    return bool(rival["kl_above_solution"] + 2 * (rival["kl_above_solution_stderr"] or 0.0) < 0)
+    """Whether a rival loses less by more than noise, if the difference has an error."""
+    noise = NOISE * (rival["kl_above_solution_stderr"] or 0.0)
+    return bool(rival["kl_above_solution"] + noise < 0)
 
 
 def _is_no_larger(rival: Mapping[str, Any], solution: Mapping[str, Any]) -> bool:

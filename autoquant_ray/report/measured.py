@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoquant_ray.report.charts.scatter import Pair
+from autoquant_ray.report.task_scores.section import NOISE
 from autoquant_ray.wording import with_error
 
 HEADS = (
@@ -132,7 +133,7 @@ def verdict(rows: Sequence[dict[str, Any]], is_by_domain: bool = False) -> str:
 def _equal(row: dict[str, Any]) -> str:
     """How a rival compares with what the run chooses at the same bytes."""
     difference, error = row["kl_above_equal"], row["kl_above_equal_stderr"]
-    is_clear = abs(difference) > 2 * (error or 0.0)
+    is_clear = abs(difference) > NOISE * (error or 0.0)
     word = "more" if difference > 0 else "less"
     text = f"{row['name']} loses {with_error(abs(difference), error)} nats per token {word} than "
     return (

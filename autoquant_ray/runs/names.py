@@ -95,6 +95,11 @@ def is_part(name: str) -> bool:
     return _PART.fullmatch(name.rpartition("/")[2]) is not None
 
 
+def last_part(uri: str) -> str:
+    """Last part of a folder's path, without what a URI asks; empty where there is none."""
+    return uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+
+
 def remedy_of(name: str) -> str:
     """What makes a damaged or lost file again."""
     file = name.rpartition("/")[2]

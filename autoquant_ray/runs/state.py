@@ -38,6 +38,7 @@ from autoquant_ray.runs.names import (
     SEARCH,
     SEARCH_FILE,
     SENSITIVITY_FILE,
+    last_part,
     remedy_of,
 )
 from autoquant_ray.runs.part_marks import STAGE_OF
@@ -371,8 +372,7 @@ def new_record(directory: RunDirectory, entries: dict[str, Any]) -> RunRecord:
 
 
 def _run_id(uri: str) -> str:
-    name = uri.partition("?")[0].rstrip("/").rpartition("/")[2] or "run"
-    return f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    return f"{last_part(uri) or 'run'}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
 
 
 def numeric_versions(menu: Iterable[Mapping[str, Any]]) -> dict[str, str]:

@@ -28,7 +28,6 @@ def routed_tokens(
         live_T: Which tokens count.
         num_experts: Number of experts; a larger index means none.
     """
-
     routes = [states for states in inputs if not states.is_floating_point()]
     if not routes:
         return None

@@ -74,9 +74,9 @@ class SensitivityHooks:
             model, modules, formats, weights, cache_share, difference_dtype
         )
         self._num_draws = num_draws
-        self._shares_GF: Floats = np.ones((1 + max(s.group for s in modules), len(formats)))
-        self._trials: DrawingTrials | None = None
         num_groups = 1 + max(scored.group for scored in modules)
+        self._shares_GF: Floats = np.ones((num_groups, len(formats)))
+        self._trials: DrawingTrials | None = None
         device = next(model.parameters()).device
         # elementwise, token, and the variances of both
         self._sums_4GF = torch.zeros(

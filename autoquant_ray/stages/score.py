@@ -156,10 +156,10 @@ class _ScoreWork:
                 break
             self.collect(done, read_tasks(state.directory, SAMPLES, missing), None, is_last=False)
             done = intact_parts(state, SCORES, _is_complete(plan))
-        shares_GF = row_shares.shares_of_run(state, first, _scored_pairs(plan))
+        has_GF = _scored_pairs(plan)
+        shares_GF = row_shares.shares_of_run(state, first, has_GF)
         others = [shard for shard in done if shard not in set(first)]
-        fit_shares_K = shares_GF[_scored_pairs(plan)]
-        kept = [*first, *row_shares.drop_other_shares(state, others, fit_shares_K)]
+        kept = [*first, *row_shares.drop_other_shares(state, others, shares_GF[has_GF])]
         return sorted(kept), ray.put(shares_GF)
 
     def collect(

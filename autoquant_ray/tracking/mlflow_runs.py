@@ -28,6 +28,7 @@ from autoquant_ray.runs.names import (
     REPORT_HTML,
     REPORT_MARKDOWN,
     TASKS_FILE,
+    last_part,
     solution_folder,
 )
 from autoquant_ray.runs.record import RunRecord
@@ -161,8 +162,7 @@ def _with_run(
     if not uri or (client := _client(uri)) is None:
         return
     try:
-        name = directory.uri.rstrip("/").rpartition("/")[2]
-        use(_MlflowRun(client, name, record.run_id))
+        use(_MlflowRun(client, last_part(directory.uri), record.run_id))
     except Exception as error:  # noqa: BLE001 - a tracking server is never worth a scan
         logger.warning("MLflow at %s was not told: %s", uri, one_line(error, limit=200))
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
+from scoring_specs import scoring_spec
 
-from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.plan.plan import build_plan
-from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.backends.block_formats import BACKEND
 from autoquant_ray.quantize.quantizers import fake_quantize_weight
 from autoquant_ray.score.scorer import Scorer
@@ -28,19 +27,7 @@ def score(model_folder: Any, make_samples: Any, device: str, formats: tuple[str,
 
     ref = find_model(str(model_folder("qwen3")))
     plan = build_plan(build_skeleton(ref), resolve_formats(formats, device=device))
-    spec = ScoringSpec(
-        model=ref,
-        dtype="float32",
-        device=device,
-        num_threads=1,
-        modules=scored_modules(plan),
-        formats=plan.formats,
-        step_tokens=256,
-        labels="data",
-        label_draws=1,
-        seed=0,
-    )
-    scorer = Scorer(spec)
+    scorer = Scorer(scoring_spec(plan, model=ref, device=device, step_tokens=256))
     samples = make_samples([24, 17, 31])
     return scorer.score(samples, 0, scorer.calibrate(samples))
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from scoring_specs import scoring_spec
 
-from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import build_plan
-from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.score.scorer import Scorer
 
 NUM_GPUS = torch.cuda.device_count()
@@ -29,21 +28,8 @@ def make_scorer(
     ref = find_model(str(folder))
     formats = resolve_formats(("wint4_afp16:max", "wfp8_afp8", "wint8_aint8"), device="cuda")
     plan = build_plan(build_skeleton(ref), formats)
-    spec = ScoringSpec(
-        model=ref,
-        dtype="float32",
-        device="cuda",
-        num_threads=1,
-        modules=scored_modules(plan),
-        formats=plan.formats,
-        step_tokens=64,
-        labels=labels,
-        label_draws=1,
-        seed=0,
-        placement=placement,
-        graph_bytes=graph_bytes,
-    )
-    return Scorer(spec)
+    fields = {"labels": labels, "placement": placement, "graph_bytes": graph_bytes}
+    return Scorer(scoring_spec(plan, model=ref, device="cuda", step_tokens=64, **fields))
 
 
 def elementwise(scorer: Scorer, samples: Any) -> Any:

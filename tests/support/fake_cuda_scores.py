@@ -22,6 +22,7 @@ import chats
 import numpy as np
 import torch
 from fake_cuda_tensors import install, waits
+from scoring_specs import scoring_spec
 from small_models import make_tokenizer, random_samples, small_model
 
 from autoquant_ray.data.chat_encoding import ConversationEncoder
@@ -35,7 +36,6 @@ from autoquant_ray.models.find import ModelRef, find_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.plan.plan import Plan, build_plan
-from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.awq import best_alphas
 from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.score import sensitivity
@@ -108,22 +108,10 @@ class Shard(NamedTuple):
 
 def spec_of(case: Case, ref: ModelRef, plan: Plan, device: str) -> ScoringSpec:
     """What a scorer computes; steps of at most two samples."""
-    spec = ScoringSpec(
-        model=ref,
-        dtype="float32",
-        device=device,
-        num_threads=1,
-        modules=scored_modules(plan),
-        formats=plan.formats,
-        step_tokens=48,
-        labels="model",
-        label_draws=1,
-        seed=0,
-    )
-    changes = dict(case.changes)
-    if device == "cpu" and changes.get("placement") == "split":
-        del changes["placement"]
-    return replace(spec, **changes)
+    fields = {"model": ref, "device": device, "step_tokens": 48, "labels": "model", **case.changes}
+    if device == "cpu" and fields.get("placement") == "split":
+        del fields["placement"]
+    return scoring_spec(plan, **fields)
 
 
 def images(folder: Path) -> Samples:

@@ -18,11 +18,11 @@ from autograd_scores import autograd_scores
 from families import VOCABULARY, family_model
 from family_export import require_export, with_linears
 from modelopt_scores import modelopt_scores, of_text, quantized_by_modelopt
+from scoring_specs import scoring_spec
 
 from autoquant_ray.allocate.problem import Problem
 from autoquant_ray.allocate.quant_cfg import quantization_config
 from autoquant_ray.calibrate.modelopt_config import load_quantization_config
-from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.errors import AutoQuantError, one_line
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
 from autoquant_ray.formats.format import NONE
@@ -31,7 +31,6 @@ from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.models.quantizable import sees_images
 from autoquant_ray.plan.plan import Plan, build_plan
-from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.quantize.calibration import merge_calibrations
 from autoquant_ray.quantize.modules import UNQUANTIZED
 from autoquant_ray.score.scorer import Scorer
@@ -169,18 +168,7 @@ def _scan_and_pad(family: Family) -> str:
 
 def try_scan(family: Family) -> str:
     """Every group gets a score."""
-    spec = ScoringSpec(
-        model=find_model(str(family.folder)),
-        dtype="float32",
-        device="cpu",
-        num_threads=1,
-        modules=scored_modules(family.plan),
-        formats=family.plan.formats,
-        step_tokens=100_000,
-        labels="data",
-        label_draws=1,
-        seed=0,
-    )
+    spec = scoring_spec(family.plan, model=find_model(str(family.folder)))
     scorer = family.scorer = Scorer(spec)
     shards = family.shards
     family.calibration = merge_calibrations(scorer.calibrate(shard) for shard in shards)

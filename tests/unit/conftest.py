@@ -13,15 +13,14 @@ from checkpoints import CUSTOM, calibrated
 from checkpoints import FORMATS as CHECKPOINT_FORMATS
 from laboratory import FORMATS as LABORATORY_FORMATS
 from laboratory import Laboratory
+from scoring_specs import scoring_spec
 from written_runs import made_up_config, made_up_run, write_run
 
 from autoquant_ray.allocate.options import SolveOptions
-from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.formats.menu import resolve_formats
-from autoquant_ray.models.find import ModelRef, find_model, fingerprint_model
+from autoquant_ray.models.find import find_model, fingerprint_model
 from autoquant_ray.models.load import build_skeleton
 from autoquant_ray.plan.plan import Plan, build_plan
-from autoquant_ray.plan.scored_modules import scored_modules
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.score.scorer import Scorer
 from autoquant_ray.solve import solve_run
@@ -49,22 +48,7 @@ class Prepared:
 def make_spec() -> Any:
     """Spec of a scorer for a plan; keywords replace fields."""
 
-    def build(plan: Plan, **changes: Any) -> ScoringSpec:
-        spec = ScoringSpec(
-            model=ModelRef(name="in memory", path="unused"),
-            dtype="float32",
-            device="cpu",
-            num_threads=1,
-            modules=scored_modules(plan),
-            formats=plan.formats,
-            step_tokens=100_000,
-            labels="data",
-            label_draws=1,
-            seed=0,
-        )
-        return dataclasses.replace(spec, **changes)
-
-    return build
+    return scoring_spec
 
 
 @pytest.fixture(scope="session")

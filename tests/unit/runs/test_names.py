@@ -10,7 +10,7 @@ import pytest
 
 import autoquant_ray
 from autoquant_ray.runs import names
-from autoquant_ray.runs.names import part_name
+from autoquant_ray.runs.names import last_part, part_name
 from autoquant_ray.runs.schemas import SCHEMAS, schema_of
 
 PACKAGE = Path(autoquant_ray.__file__).parent
@@ -54,3 +54,16 @@ def test_names_of_files_are_constants_everywhere() -> None:
 )
 def test_schema_is_that_of_the_file_or_of_the_folder_of_parts(name: str, key: str) -> None:
     assert schema_of(name) is SCHEMAS[key]
+
+
+@pytest.mark.parametrize(
+    ("uri", "last"),
+    [
+        ("/data/runs/night/", "night"),
+        ("s3://bucket/runs/night?endpoint_override=localhost:9000", "night"),
+        ("run", "run"),
+        ("/", ""),
+    ],
+)
+def test_last_part_of_a_place(uri: str, last: str) -> None:
+    assert last_part(uri) == last
