@@ -3,9 +3,10 @@
 Scales are those of ModelOpt's quantizers, as in the scan. Every layer is named in full in the one
 group that its format makes, and every other linear is in ``ignore``: readers resolve patterns and
 class names in different orders. Groups are sorted by their keys when the file is read and written,
-so these are padded with zeros. NVFP4's scale of a whole weight is stored inverted there, as what
-values are multiplied with before they are rounded. Fused experts are linears of each expert there,
-as in the model's own files.
+so these are padded with zeros; that of experts is the first, because transformers unpacks all
+experts by it (``findings/transformers_unpacks_experts_by_one_group.sh``). NVFP4's scale of a whole
+weight is stored inverted there, as what values are multiplied with before they are rounded. Fused
+experts are linears of each expert there, as in the model's own files.
 
 Shape letters: O out features, I in features.
 """
@@ -84,7 +85,8 @@ class CompressedPacker:
         self._sixteen_bits = sixteen_bits
         self._experts = stored_linears(model, source)
         self.stored = by_stored_names(source, self._experts)
-        self._schemes = _schemes(self.stored)
+        experts = {linear.name for of in self._experts.values() for linear in of}
+        self._schemes = _schemes(self.stored, experts)
         self._scales = WeightScales(model, calibration)
         self._scales.searched.resize(_SEARCHED_BYTES)
         self._linears = [
@@ -224,17 +226,18 @@ def _quantized_with(linear: StoredLinear) -> tuple[str, int]:
     return linear.parameter, linear.expert
 
 
-def _schemes(source: Source) -> dict[str, QuantizationScheme]:
-    """One group per distinct format, in the order of the model."""
+def _schemes(source: Source, experts: set[str]) -> dict[str, QuantizationScheme]:
+    """One group per distinct format, in the order of the model, those of experts first."""
     members: dict[LayerAlgo, list[str]] = {}
     for module, format_ in source.formats.items():
         scheme = compressed_scheme(format_)
         assert scheme is not None  # checked before
         members.setdefault(scheme, []).append(module)
+    ordered = sorted(members.items(), key=lambda entry: experts.isdisjoint(entry[1]))
     width = len(str(len(members)))
     return {
         f"group_{number:0{width}d}": _scheme(scheme, modules, source.formats[modules[0]])
-        for number, (scheme, modules) in enumerate(members.items())
+        for number, (scheme, modules) in enumerate(ordered)
     }
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/engines/check.py transformers mlx-lm --work .engines
 
-``make engines`` runs it for all tools. For SmolLM2-135M and two random models, each layout and each
-recipe is exported by the command from a real scan (``cases.py``), and read by the tool in an
+``make engines`` runs it for all tools. For SmolLM2-135M and three random models, each layout and
+each recipe is exported by the command from a real scan (``cases.py``), and read by the tool in an
 environment of its own (``in_tools``). A line is right where
 
 - every layer has the kind that the manifest gives it;
@@ -17,6 +17,8 @@ bit. There the squared error of each layer's weights stands beside
 that of the planned layer (at most 2.5 times: nvfp4 without a scale per tensor loses 2.2 times as
 much), and the text in the tool's own runner beside that of its dequantized weights (0.05 nats: the
 runner of llama.cpp rounds inputs to 8 bits).
+
+Where a tool cannot take a case on this machine, its error is the line, and another one is wrong.
 
 Results are kept in ``results.json`` beside this file; the table in ``docs/engines.md`` is made
 from it. The exit code is 1 where a line is wrong.
@@ -78,19 +80,24 @@ def main() -> None:
 
 
 def check(tool: Tool, python: str, folder: Path, environment: Path) -> dict[str, Any]:
-    """A line of the table: what a tool made of a case."""
+    """A line of the table: what a tool made of a case, or how it refused it, as it should."""
     start = time.perf_counter()
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    content = json.loads((folder / "case.json").read_text())
+    refusal = tool.refusals.get((content["case"], Path(content["model"]).name))
     try:
         answer = json.loads(
             run_in(python, tool.script, [str(folder), str(environment)]).splitlines()[-1]
         )
     except RuntimeError as error:
+        if refusal is not None and refusal in str(error):
+            return {"date": day, "refused": refusal, "wrong": []}
         return {"date": day, "wrong": [str(error)]}
     seconds = round(time.perf_counter() - start)
-    return {"date": day, "versions": answer["versions"], "seconds": seconds} | judge(
-        tool, answer, folder
-    )
+    judged = judge(tool, answer, folder)
+    if refusal is not None:
+        judged["wrong"].append(f"it takes this, and once said: {refusal}")
+    return {"date": day, "versions": answer["versions"], "seconds": seconds} | judged
 
 
 def judge(tool: Tool, answer: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -100,12 +107,13 @@ def judge(tool: Tool, answer: dict[str, Any], folder: Path) -> dict[str, Any]:
         tool: That gave it.
         answer: ``kinds`` (module -> kind), and those of ``missing`` (names that were never asked
             for), ``other_weights`` (names whose weights are not those of the plan, where they
-            should be), ``output_errors``, ``weight_losses`` (module -> number),
+            should be), ``unfilled`` (parameters of the tool's model that the checkpoint does not
+            have), ``output_errors``, ``weight_losses`` (module -> number),
             ``runner_difference`` and ``log_probs`` that the tool has.
         folder: Of the case.
     """
     layers = json.loads((folder / "case.json").read_text())["layers"]
-    expected = {name: tool.kind(row["format"], row["columns"]) for name, row in layers.items()}
+    expected = {name: tool.kind_of(row) for name, row in layers.items()}
     wrong = [
         f"{name}: {answer['kinds'].get(name)} instead of {kind}"
         for name, kind in expected.items()
@@ -119,6 +127,8 @@ def judge(tool: Tool, answer: dict[str, Any], folder: Path) -> dict[str, Any]:
     wrong = wrong[:_MOST_NAMES]
     if missing := answer.get("missing"):
         wrong.append(f"the tool never asked for {', '.join(missing[:_MOST_NAMES])}")
+    if unfilled := answer.get("unfilled"):
+        wrong.append(f"not in the checkpoint: {', '.join(unfilled[:_MOST_NAMES])}")
     if others := answer.get("other_weights"):
         wrong.append(f"other weights than the plan's: {', '.join(others[:_MOST_NAMES])}")
     if errors := answer.get("output_errors"):

@@ -36,6 +36,8 @@ def _line(row: dict[str, Any]) -> str:
     tool = ", ".join(f"{name} {version}".strip() for name, version in versions.items())
     if "num_layers" in row:
         layers = f"{row['num_right']} of {row['num_layers']}"
+    elif "refused" in row:
+        layers = f"refused: `{row['refused']}`"
     else:
         layers = f"none: {row['wrong'][0].splitlines()[-1][:120]}"
     output, text, noise = (

@@ -5,8 +5,8 @@ Kinds are written from the tools' own words, as the scripts of ``in_tools`` prin
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 IN_16_BITS = "16 bits"
@@ -20,6 +20,9 @@ class Tool:
         script: File of ``in_tools`` that runs in the tool's environment.
         cases: Keys of ``cases.CASES``.
         kind: What it calls a layer of a format whose rows have so many weights.
+        experts_kind: The same of a linear of an expert; None: as of others.
+        refusals: Case and model -> what it says where it cannot take them on this machine; no
+            answer, or another error, is wrong.
         packages: What pip installs for it; none: it runs in this environment, in a process without
             this package.
         unwanted: Packages that pip brings along and that must go.
@@ -30,10 +33,17 @@ class Tool:
     script: str
     cases: tuple[str, ...]
     kind: Callable[[str, int], str]
+    experts_kind: Callable[[str, int], str] | None = None
+    refusals: Mapping[tuple[str, str], str] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
     build: str = ""
     environment: str = ""
+
+    def kind_of(self, layer: Mapping[str, Any]) -> str:
+        """What it should call a layer of a case."""
+        kind = self.experts_kind if "expert" in layer and self.experts_kind else self.kind
+        return kind(layer["format"], layer["columns"])
 
 
 _COMPRESSED_TENSORS = {
@@ -62,6 +72,11 @@ def mlx_kind(format_: str, columns: int) -> str:
         return "nvfp4 4 g16"
     group = 64 if "_g64_" in format_ else next(g for g in (128, 64, 32) if columns % g == 0)
     return f"affine {format_[4]} g{group}"
+
+
+def unpacked_kind(format_: str, columns: int) -> str:
+    """transformers unpacks experts on loading: what they were is gone."""
+    return IN_16_BITS if format_ == "none" else "unpacked"
 
 
 _GGUF_TYPES = {"3": "Q3_K", "4": "Q4_0", "5": "Q5_0", "6": "Q6_K", "8": "Q8_0"}
@@ -117,6 +132,15 @@ _VLLM_SCHEMES = {
     "wfp4_afp16": "W4A4Fp4",
     "MXFP8_DEFAULT_CFG": "W8A8Mxfp8",
 }
+_VLLM_EXPERTS = {
+    "wint8_afp16": "WNA16MoEMethod, int8 channel",
+    "wint4_g64_afp16": "WNA16MoEMethod, int4 group",
+    "wfp8_afp8": "W8A8Fp8MoEMethod, float8 tensor",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": "W8A8Fp8MoEMethod, float8 channel",
+    "NVFP4_DEFAULT_CFG": "W4A4Nvfp4MoEMethod",
+    "wfp4_afp16": "W4A4Nvfp4MoEMethod, inputs in 16 bits",
+    "MXFP8_DEFAULT_CFG": "W8A8Mxfp8MoEMethod",
+}
 _VLLM_KEYS = {
     "wfp8_afp8": "KFp8StaticTensor, KFp8StaticTensor",
     "NVFP4_DEFAULT_CFG": "KNvfp4Static, KNvfp4Dynamic",
@@ -132,9 +156,28 @@ def vllm_scheme(format_: str, columns: int) -> str:
     return IN_16_BITS if name is None else f"CompressedTensors{name}"
 
 
+def vllm_experts_scheme(format_: str, columns: int) -> str:
+    """Class of compressed-tensors' method for experts that vLLM chooses."""
+    name = _VLLM_EXPERTS.get(format_)
+    return IN_16_BITS if name is None else f"CompressedTensors{name}"
+
+
 def vllm_keys(format_: str, columns: int) -> str:
     """What vLLM takes ModelOpt's weights and inputs for."""
     return _VLLM_KEYS.get(format_, IN_16_BITS)
+
+
+_VLLM_EXPERTS_METHODS = {
+    "wfp8_afp8": "ModelOptFp8MoEMethod",
+    "NVFP4_DEFAULT_CFG": "ModelOptNvFp4FusedMoE",
+    "wfp4_afp16": "ModelOptNvFp4FusedMoE, inputs in 16 bits",
+    "MXFP8_DEFAULT_CFG": "ModelOptMxFp8FusedMoE",
+}
+
+
+def vllm_experts_method(format_: str, columns: int) -> str:
+    """Class of ModelOpt's method for experts that vLLM chooses."""
+    return _VLLM_EXPERTS_METHODS.get(format_, IN_16_BITS)
 
 
 _VLLM_CPU: dict[str, Any] = {
@@ -147,12 +190,17 @@ TOOLS = {
         script="with_transformers.py",
         cases=("compressed-tensors", "compressed-tensors, integers"),
         kind=compressed_tensors_kind,
+        experts_kind=unpacked_kind,
+        refusals={
+            ("compressed-tensors", "experts"): "We encountered some issues during automatic "
+            "conversion of the weights."
+        },
     ),
     "mlx-lm": Tool(
         script="with_mlx.py",
         cases=("mlx-lm",),
         kind=mlx_kind,
-        packages=("mlx[cpu]==0.32.2", "mlx-lm==0.32.2"),
+        packages=("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),  # older ones run no quantized experts
     ),
     "llama.cpp": Tool(
         script="with_llama_cpp.py",
@@ -164,12 +212,17 @@ TOOLS = {
         script="with_vllm.py",
         cases=("compressed-tensors, int8", "compressed-tensors, integers"),
         kind=vllm_kind,
+        refusals={
+            ("compressed-tensors, integers", "experts"): "No WNA16 MoE backend supports the "
+            "deployment configuration."
+        },
         **_VLLM_CPU,
     ),
     "vllm-schemes": Tool(
         script="resolve_by_vllm.py",
         cases=("compressed-tensors",),
         kind=vllm_scheme,
+        experts_kind=vllm_experts_scheme,
         environment="vllm",
         **_VLLM_CPU,
     ),
@@ -177,6 +230,7 @@ TOOLS = {
         script="resolve_by_vllm.py",
         cases=("modelopt",),
         kind=vllm_keys,
+        experts_kind=vllm_experts_method,
         environment="vllm",
         **_VLLM_CPU,
     ),

@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -31,14 +32,36 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe import RoutedExperts, unquantized_fused_moe_method
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
-from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors_moe
+from vllm.model_executor.layers.quantization import modelopt
+from vllm.model_executor.layers.quantization.compressed_tensors import (
+    compressed_tensors_moe,
+    schemes,
+)
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm_layers import choose_no_kernel
 
 
+class NoKernel:
+    """Stands for a class of kernels, and for a kernel."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+def choose_no_kernel_of_linears() -> None:
+    """Whatever this machine has, so that layers can be made that only GPUs compute."""
+    made = re.compile(r"init_\w+_linear_kernel|select_linear_kernel|expose_input_quant_key")
+    modules = [m for name, m in sys.modules.items() if name.startswith(schemes.__name__)]
+    for module in [*modules, modelopt]:
+        for name in list(vars(module)):
+            if made.fullmatch(name):
+                setattr(module, name, NoKernel)
+            elif name == "choose_mp_linear_kernel":
+                setattr(module, name, lambda *_, **__: NoKernel)
+
+
 def choose_no_kernel_of_experts() -> None:
     """As on a GPU: Marlin for integers, whose class then checks the shapes; else none is there."""
-    modules = [unquantized_fused_moe_method]
+    modules = [unquantized_fused_moe_method, modelopt]
     for entry in pkgutil.iter_modules(compressed_tensors_moe.__path__):
         with suppress(ModuleNotFoundError):  # some need packages for other GPUs
             modules.append(

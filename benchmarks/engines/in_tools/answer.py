@@ -41,6 +41,12 @@ def digest_of(weight_OI: Any) -> str:
     return hashlib.sha256(b"".join(rows)).hexdigest()
 
 
+def plain_weights(case: Path) -> dict[str, Any]:
+    """The model's own weights of its layers, ``(O, I)`` in float32."""
+    weights: dict[str, Any] = load_file(f"{model_of(case)}.safetensors")
+    return weights
+
+
 def model_of(case: Path) -> str:
     """Folder of the model in 16 bits."""
     return str(json.loads((case / "case.json").read_text())["model"])
@@ -48,7 +54,7 @@ def model_of(case: Path) -> str:
 
 def weight_losses(case: Path, weights: dict[str, Any]) -> dict[str, float]:
     """Squared error of each quantized layer's weights in the tool, over that of the plan's."""
-    original = load_file(f"{model_of(case)}.safetensors")
+    original = plain_weights(case)
     errors = {name: float(((weights[name] - original[name]) ** 2).sum()) for name in weights}
     return losses_of(case, errors)
 

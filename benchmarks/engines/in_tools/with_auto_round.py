@@ -3,8 +3,9 @@
     python with_auto_round.py CASE
 
 Rounds to the nearest (no iterations), saves, and reads what was saved. Prints a line of JSON:
-versions, each layer's kind by its stored tensors, the layers of the recipe whose entries the saved
-config does not have, and how often the weights lose what the plan's lose.
+versions, each layer's kind by its stored tensors, the layers whose entries in the recipe the saved
+config does not have (experts of a layer have one entry), and how often the weights lose what the
+plan's lose.
 """
 
 from __future__ import annotations
@@ -70,9 +71,13 @@ def main(case: Path) -> None:
         kinds[name] = f"int{bits} g{group}"
         weights[name] = weight_of(tensors, name, bits)
     entries = config["extra_config"]
+    asked = {
+        name: recipe.get(name) or recipe[layer["expert"]["module"]]
+        for name, layer in layers_of(case).items()
+    }
     missing = [
         name
-        for name, entry in recipe.items()
+        for name, entry in asked.items()
         if entries.get(name, {}).get("bits", config["bits"]) != entry["bits"] and name != "lm_head"
     ]
     as_answer(

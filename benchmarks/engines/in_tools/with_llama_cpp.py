@@ -36,15 +36,41 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.*)")
 CONTEXT = 64
 
 
-def tensor_of(module: str, tensors: dict[str, Any]) -> Any:
-    """The tensor that holds a module of Llama or Qwen3."""
-    if module == "lm_head":
-        return tensors.get("output.weight", tensors["token_embd.weight"])
-    _, _, number, part = module.split(".", 3)
-    return tensors[f"blk.{number}.{PARTS[part]}.weight"]
+class Weights:
+    """The weights of a GGUF file of Llama, Qwen3 or Qwen3-MoE, by the names of modules."""
+
+    def __init__(self, file: Path) -> None:
+        self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+        self._dequantized: dict[str, Any] = {}
+
+    def type_of(self, module: str) -> str:
+        """That of the tensor which holds a module."""
+        name: str = self._tensors[self._place_of(module)[0]].tensor_type.name
+        return name
+
+    def of(self, module: str) -> Any:
+        """What a module's weights stand for, float32 ``(O, I)``."""
+        name, expert = self._place_of(module)
+        if name not in self._dequantized:
+            tensor = self._tensors[name]
+            self._dequantized[name] = gguf.dequantize(tensor.data, tensor.tensor_type)
+        weights = self._dequantized[name]
+        return weights if expert is None else weights[expert]
+
+    def _place_of(self, module: str) -> tuple[str, int | None]:
+        """The tensor that holds a module, and the number of an expert where it holds several."""
+        if module == "lm_head":
+            name = "output.weight"
+            return name if name in self._tensors else "token_embd.weight", None
+        _, _, number, part = module.split(".", 3)
+        if expert := EXPERT.fullmatch(part):
+            part = PARTS[f"mlp.{expert[2]}"]
+            return f"blk.{number}.{part}_exps.weight", int(expert[1])
+        return f"blk.{number}.{PARTS[part]}.weight", None
 
 
 def run(command: list[str], folder: Path, binaries: str) -> str:
@@ -56,22 +82,6 @@ def run(command: list[str], folder: Path, binaries: str) -> str:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr[-1500:]}")
     return done.stdout + done.stderr
-
-
-def tensors_of(file: Path) -> dict[str, Any]:
-    """Name -> tensor of a GGUF file."""
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-
-
-def squared_error(quantized: Any, original: Any) -> float:
-    """Of the weights of a tensor."""
-    first, second = weights_of(quantized), weights_of(original)
-    return float(((first.astype(np.float64) - second) ** 2).sum())
-
-
-def weights_of(tensor: Any) -> Any:
-    """What a tensor stands for, float32 ``(O, I)``."""
-    return gguf.dequantize(tensor.data, tensor.tensor_type)
 
 
 @torch.no_grad()
@@ -109,18 +119,17 @@ def main(case: Path, built: Path) -> None:
         options = ["-m", "out.gguf", "-f", "text", "-c", str(CONTEXT), "-b", str(CONTEXT)]
         said = run(["llama-perplexity", *options], folder, binaries)
         (perplexity,) = re.findall(r"Final estimate: PPL = ([\d.]+)", said)
-        original, written = tensors_of(folder / "in.gguf"), tensors_of(folder / "out.gguf")
+        original, written = Weights(folder / "in.gguf"), Weights(folder / "out.gguf")
         layers = layers_of(case)
-        types = {name: tensor_of(name, written).tensor_type.name for name in layers}
+        types = {name: written.type_of(name) for name in layers}
         errors = {
-            name: squared_error(tensor_of(name, written), tensor_of(name, original))
+            name: float(((written.of(name).astype(np.float64) - original.of(name)) ** 2).sum())
             for name in layers
         }
         others = [
             name
             for name, layer in layers.items()
-            if "digest" in layer
-            and digest_of(weights_of(tensor_of(name, written))) != layer["digest"]
+            if "digest" in layer and digest_of(written.of(name)) != layer["digest"]
         ]
         expected = text_loss(folder / "out.gguf", config, text, tokenizer)
     as_answer(

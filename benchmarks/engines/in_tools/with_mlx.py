@@ -10,6 +10,7 @@ written model's log-probabilities of the text are from those of its dequantized 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from importlib.metadata import version
@@ -21,6 +22,9 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 from answer import as_answer, layers_of, model_of, text_of, weight_losses
+from mlx_lm.models.switch_layers import SwitchLinear
+
+_EXPERT = re.compile(r"^(.*)\.experts\.(\d+)\.(.*)$")
 
 
 def convert(case: Path, out: str) -> list[str]:
@@ -39,6 +43,13 @@ def convert(case: Path, out: str) -> list[str]:
     return [name for name in entries if name not in asked]
 
 
+def place_of(layer: str, modules: dict[str, Any]) -> tuple[str, int | None]:
+    """The module that holds a layer, and the number of an expert where it holds several."""
+    if expert := _EXPERT.match(layer):
+        return f"{expert[1]}.switch_mlp.{expert[3]}", int(expert[2])
+    return layer if layer in modules else "model.embed_tokens", None
+
+
 def kind_of(module: Any) -> str:
     """Mode, bits and group of a layer as it was written."""
     if not hasattr(module, "bits"):
@@ -47,7 +58,7 @@ def kind_of(module: Any) -> str:
 
 
 def plain_weight(module: Any) -> Any:
-    """``(O, I)`` in float32: MLX's own dequantization."""
+    """``(O, I)`` in float32, or ``(E, O, I)``: MLX's own dequantization."""
     if not hasattr(module, "bits"):
         return module.weight.astype(mx.float32)
     arguments = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
@@ -60,6 +71,11 @@ def plain_weight(module: Any) -> Any:
 def plain_layer(module: Any) -> Any:
     """The layer with its dequantized weight."""
     weight = plain_weight(module)
+    if weight.ndim == 3:
+        experts, rows, columns = weight.shape
+        switch = SwitchLinear(columns, rows, experts, bias=False)
+        switch.weight = weight
+        return switch
     kind = nn.Embedding if "Embedding" in type(module).__name__ else nn.Linear
     rows, columns = weight.shape
     layer = kind(rows, columns) if kind is nn.Embedding else nn.Linear(columns, rows, bias=False)
@@ -83,9 +99,13 @@ def main(case: Path) -> None:
         ids_WS = np.load(case / "ids.npy")
         served = log_probs(model, ids_WS)
         layers = layers_of(case)
-        stored = {name: "model.embed_tokens" if name not in modules else name for name in layers}
-        kinds = {name: kind_of(modules[stored[name]]) for name in layers}
-        weights = {name: np.array(plain_weight(modules[stored[name]])) for name in layers}
+        places = {name: place_of(name, modules) for name in layers}
+        kinds = {name: kind_of(modules[module]) for name, (module, _) in places.items()}
+        stored = {module: np.array(plain_weight(modules[module])) for module, _ in places.values()}
+        weights = {
+            name: stored[module] if expert is None else stored[module][expert]
+            for name, (module, expert) in places.items()
+        }
         plain = [(name, plain_layer(m)) for name, m in modules.items() if hasattr(m, "bits")]
         model.update_modules(mlx_tree(plain))
         expected = log_probs(model, ids_WS)

@@ -3,7 +3,8 @@
     python with_transformers.py CASE
 
 Prints a line of JSON: versions, each layer's kind as it is loaded, the relative error of its
-outputs, and the log-probabilities of the text.
+outputs, and the log-probabilities of the text. Experts are unpacked on loading, in bfloat16, and
+their inputs are never quantized.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import compressed_tensors
 import numpy as np
 import torch
 import transformers
-from answer import as_answer, inputs_and_error
+from answer import as_answer, inputs_and_error, layers_of, plain_weights
 from compressed_tensors.quantization import QuantizationArgs
 
 
@@ -36,6 +37,14 @@ def numbers(args: QuantizationArgs | None) -> str:
     return f"{args.type}{args.num_bits} {strategy}{'' if group is None else f' {group}'}"
 
 
+def expert_weight(model: Any, layer: Any) -> torch.Tensor:
+    """``(O, I)`` of a linear of an expert."""
+    place, first = layer["expert"], layer["expert"]["first"]
+    weights_EOI = getattr(model.get_submodule(place["module"]), place["parameter"])
+    weight: torch.Tensor = weights_EOI[place["number"]][first : first + layer["rows"]]
+    return weight
+
+
 @torch.no_grad()
 def main(case: Path) -> None:
     unpack = transformers.CompressedTensorsConfig(run_compressed=False)
@@ -48,7 +57,13 @@ def main(case: Path) -> None:
     log_probs = model(ids_WS).logits.double().log_softmax(-1)[:, :-1]
     text = log_probs.gather(-1, ids_WS[:, 1:, None])[..., 0]
     kinds, off = {}, {}
+    layers, plain = layers_of(case), plain_weights(case)
     for name, states_TI in inputs.items():
+        if "expert" in layers[name]:
+            weight_OI = expert_weight(model, layers[name]).numpy()
+            kinds[name] = "16 bits" if np.array_equal(weight_OI, plain[name]) else "unpacked"
+            off[name] = error(name, states_TI @ weight_OI.T)
+            continue
         module = model.get_submodule(name)
         kinds[name] = kind_of(module)
         off[name] = error(name, module(torch.from_numpy(states_TI)).numpy())
@@ -58,7 +73,11 @@ def main(case: Path) -> None:
         "compressed-tensors": compressed_tensors.__version__,
         "torch": torch.__version__,
     }
-    as_answer(versions=versions, kinds=kinds, output_errors=off, log_probs=text.tolist())
+    has_experts = any("expert" in layer for layer in layers.values())
+    dtype = "bfloat16" if has_experts else "float32"
+    as_answer(
+        versions=versions, dtype=dtype, kinds=kinds, output_errors=off, log_probs=text.tolist()
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import vllm
 from answer import as_answer, inputs_and_error, layers_of
-from resolve_by_vllm import parts_of
+from resolve_by_vllm import method_text, parts_of
 
 
 def kind_of(scheme: Any) -> str:
@@ -41,6 +41,10 @@ def read_layers(model: Any, case: Path, dtype: torch.dtype) -> dict[str, Any]:
     kinds: dict[str, str] = {}
     errors: dict[str, float] = {}
     for name, module in model.named_modules():
+        if name.endswith(".routed_experts"):
+            start, kind = name.removesuffix("routed_experts"), method_text(module)
+            kinds |= {layer: kind for layer in layers if layer.startswith(start)}
+            continue
         parts = [part for part in parts_of(name) if part in layers]
         if not parts:
             continue

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import load_folder
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
@@ -110,6 +111,33 @@ def test_the_library_unpacks_the_experts_that_were_scored(
     assert expert_linears - unpacked.keys() <= set(config["ignore"])
     inputs = {float(tensors[f"{n}.input_scale"]) for n in scored if f"{n}.input_scale" in tensors}
     assert len(inputs) == (2 if name == "wfp8_afp8" else 0)  # one for gate and up, one for down
+
+
+def test_transformers_unpacks_experts_beside_linears_of_other_formats(
+    solved_run: Any, tmp_path: Path
+) -> None:
+    """It takes those of the first group for the numbers of all experts."""
+    folder = write_moe(tmp_path / "model", "qwen3_moe")
+    choice = {"*": "none", "*.self_attn.*": "wint8_aint8", "*.mlp.experts": "int4_g32"}
+    formats = ("int4_g32", "wint8_aint8")
+    directory, *_ = solved_run("qwen3_moe", choice, formats, folder=folder)
+    export_run(directory, str(tmp_path / "out"), layout="compressed-tensors")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.float32,
+        quantization_config=transformers.CompressedTensorsConfig(run_compressed=False),
+    )
+    name = "model.layers.0.mlp.experts"
+    scored = scored_experts(directory, folder, name, LINEARS["qwen3_moe"])
+    experts = model.get_submodule(name)
+    for number in range(len(experts.down_proj)):
+        gate, up, down = (scored[f"{name}.{number}.{part}_proj"] for part in ("gate", "up", "down"))
+        for read, weight in (
+            (experts.gate_up_proj[number], torch.cat([gate, up])),
+            (experts.down_proj[number], down),
+        ):
+            # Unpacked in bfloat16, whatever type is asked for.
+            torch.testing.assert_close(read.detach().float(), weight, rtol=2**-7, atol=1e-7)
 
 
 def test_all_experts_in_16_bits_are_those_of_the_files(solved_run: Any, tmp_path: Path) -> None:
