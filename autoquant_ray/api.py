@@ -231,6 +231,7 @@ class Run:
         engine: str | None = None,
         gpu: str | None = None,
         max_shard_size: str = "50GB",
+        extra_heads: str | None = None,
     ) -> Checkpoint:
         """Write a solution as a checkpoint that engines load, a decoder layer in memory at a time.
 
@@ -242,6 +243,8 @@ class Run:
             engine: Refuse what this engine cannot serve: ``vllm``, ``sglang`` or ``trtllm``.
             gpu: On this generation or card.
             max_shard_size: Largest size of a file of weights, such as ``5GB`` or ``500MB``.
+            extra_heads: Format of the linears of heads that transformers does not load; None: 16
+                bits.
 
         Raises:
             FormatError: The layout cannot hold the solution.
@@ -258,6 +261,7 @@ class Run:
             engine=engine,
             gpu=gpu,
             max_shard_size=max_shard_size,
+            extra_heads=extra_heads,
         )
 
     def _repr_html_(self) -> str:

@@ -37,6 +37,12 @@ _MOST_PARTS = 2520
 """Rows that any small number of parts divides."""
 _LAYERS = "layers"
 """Among what :func:`pack_model` gives, the formats of layers."""
+_MIXED = "MIXED_PRECISION"
+_CACHE = "kv_cache_"
+"""How all that a config says of the KV cache begins."""
+_CACHE_ALGO, _CACHE_LAYERS = f"{_CACHE}quant_algo", f"{_CACHE}quantized_layers"
+_CACHE_FLAT = (_MIXED, "FP8_K_NVFP4_V")
+"""What ``config.json`` names as it is; other algorithms of the KV cache are its scheme."""
 _NAME_MARK = re.compile(r"\.(\x00|\\u0000).*?sentinel")
 """What 0.47 puts behind names while it maps them, in a text or in JSON
 (``modelopt/torch/export/quant_aware_conversion.py``)."""
@@ -244,22 +250,77 @@ def _weight_of(name: str) -> str:
     return f"{name.rpartition('.')[0]}{_WEIGHT}"
 
 
-def write_export_config(model: Any, parts: Sequence[Mapping[str, Any]], folder: Any) -> None:
+def write_export_config(
+    model: Any,
+    parts: Sequence[Mapping[str, Any]],
+    folder: Any,
+    caches: Mapping[str, str | None] | None = None,
+) -> None:
     """Write the description of packed weights: ``hf_quant_config.json``, and in ``config.json``.
+
+    What it says of the KV cache is what 0.48 writes, with 0.47 too.
 
     Args:
         model: As transformers loaded it; its weights need not be there.
         parts: What :func:`pack_model` gave for each part, in the order of the model.
         folder: Holds the ``config.json`` of the model.
+        caches: Attention -> algorithm of its KV cache, as 0.48 names it; None in 16 bits.
     """
     layers = {name: value for part in parts for name, value in part[_LAYERS].items()}
     process = quant_utils.process_layer_quant_config
     with _replaced(quant_utils, "process_layer_quant_config", lambda _: process(layers)):
         config = quant_utils.get_quant_config(torch.nn.Module())
-    for part in parts:
-        config["quantization"] |= {n: v for n, v in part.items() if n != _LAYERS and v is not None}
-    _rename(config["quantization"], stored_names_of(model))
-    unified_export_hf._write_hf_export_config(model, config, folder)
+    quantization = config["quantization"]
+    for part in parts:  # which know of no other caches than their own
+        quantization |= {
+            name: value
+            for name, value in part.items()
+            if name != _LAYERS and not name.startswith(_CACHE) and value is not None
+        }
+    names_of = stored_names_of(model)
+    _rename(quantization, names_of)
+    stored = {new: algo for name, algo in (caches or {}).items() for new in names_of(name)}
+    quantization |= _cache_entries(stored, is_mixed=quantization["quant_algo"] == _MIXED)
+    convert = _with_caches(unified_export_hf.convert_hf_quant_config_format)
+    with _replaced(unified_export_hf, "convert_hf_quant_config_format", convert):
+        unified_export_hf._write_hf_export_config(model, config, folder)
+
+
+def _cache_entries(caches: Mapping[str, str | None], *, is_mixed: bool) -> dict[str, Any]:
+    """What ``hf_quant_config.json`` says of the KV cache, as 0.48's ``get_quant_config`` has it.
+
+    Where attentions of one algorithm stand beside others in 16 bits, that names the algorithm
+    alone, and readers would take it for all; here the layers are named then too.
+
+    Args:
+        caches: Attention -> algorithm; None in 16 bits.
+        is_mixed: Whether the weights have several algorithms.
+    """
+    algos = set(caches.values())
+    if algos <= {None}:
+        return {}
+    if len(algos) == 1:
+        return {_CACHE_ALGO: algos.pop()}
+    layers = {name: {"quant_algo": algo} for name, algo in caches.items() if algo is not None}
+    unread = {} if is_mixed else {f"{_CACHE}deployment_supported": False}
+    return unread | {
+        _CACHE_ALGO: _MIXED,
+        _CACHE_LAYERS: layers,
+        f"{_CACHE}schema_version": 1,
+    }
+
+
+def _with_caches(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What makes the config in ``config.json`` of the other, with what 0.48 says of the cache."""
+
+    def converted(config: Any) -> Any:
+        flat, details = convert(config), config["quantization"]
+        if details.get(_CACHE_ALGO) in _CACHE_FLAT:
+            flat.pop(f"{_CACHE}scheme", None)
+            flat |= {name: value for name, value in details.items() if name.startswith(_CACHE)}
+        return flat
+
+    return converted
 
 
 @contextmanager

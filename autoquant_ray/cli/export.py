@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +13,9 @@ from autoquant_ray.cli.solve import engine_options
 from autoquant_ray.errors import ConfigError, ModelError, StoreLostError
 from autoquant_ray.export.layouts import LAYOUTS
 from autoquant_ray.export.recipes import TOOLS
+
+if TYPE_CHECKING:
+    from autoquant_ray.export.checkpoint import Checkpoint
 
 RECIPE = "recipe"
 FORMATS = (*LAYOUTS, RECIPE)
@@ -45,6 +47,12 @@ _SERVED = ("--formats", "NVFP4_DEFAULT_CFG,wfp8_afp8", "--engine", "vllm")
     metavar="SIZE",
     help="For a checkpoint: largest size of a file of weights, such as 500MB. Default: 50GB.",
 )
+@click.option(
+    "--extra-heads",
+    metavar="FORMAT",
+    help="For a checkpoint of compressed-tensors: format of the linears of heads that transformers "
+    "does not load (mtp.*), such as wint4_afp16. Default: 16 bits.",
+)
 @click.option("--overwrite", is_flag=True, help="For a recipe: replace an existing file.")
 @prints_result
 def export(
@@ -57,6 +65,7 @@ def export(
     base: str | None,
     solution: str,
     max_shard_size: str | None,
+    extra_heads: str | None,
     overwrite: bool,
 ) -> Result:
     """Write a solution of RUN in the form that another program reads.
@@ -78,10 +87,12 @@ def export(
             raise ConfigError(
                 f"--tool, --base and --overwrite are for --format {RECIPE}; leave them out"
             )
-        return _export_checkpoint(run, solution, kind, out, engine, gpu, max_shard_size)
-    if engine is not None or gpu is not None or max_shard_size is not None:
+        more = {"engine": engine, "gpu": gpu, "extra_heads": extra_heads}
+        return _export_checkpoint(run, solution, kind, out, max_shard_size, more)
+    if any(value is not None for value in (engine, gpu, max_shard_size, extra_heads)):
         raise ConfigError(
-            f"--engine, --gpu and --max-shard-size are for a checkpoint, not for --format {RECIPE}"
+            "--engine, --gpu, --max-shard-size and --extra-heads are for a checkpoint, not for "
+            f"--format {RECIPE}"
         )
     written, notes = _export_recipe(run, solution, tool, out, base, overwrite)
     return Result(json=lambda: {"paths": written}, show=lambda: show_lines(written), notes=notes)
@@ -92,9 +103,8 @@ def _export_checkpoint(
     solution: str,
     layout: str | None,
     out: str,
-    engine: str | None,
-    gpu: str | None,
     max_shard_size: str | None,
+    more: dict[str, str | None],
 ) -> Result:
     from autoquant_ray.export.checkpoint import MAX_SHARD_SIZE, export_run
     from autoquant_ray.runs.directory import RunDirectory
@@ -105,17 +115,15 @@ def _export_checkpoint(
             out,
             solution=solution,
             layout=layout,
-            engine=engine,
-            gpu=gpu,
             max_shard_size=max_shard_size or MAX_SHARD_SIZE,
+            **more,
         )
-    served = written.served_layouts
-    layout = written.layout
-    notes = [] if layout in served else [_unserved_note(run, solution, layout, served)]
+    is_served = written.layout in written.served_layouts
+    notes = [] if is_served else [_unserved_note(run, solution, written)]
     return Result(json=written.to_json, show=lambda: show_lines(written.lines()), notes=notes)
 
 
-def _unserved_note(run: str, solution: str, layout: str, others: Sequence[str]) -> str:
+def _unserved_note(run: str, solution: str, written: Checkpoint) -> str:
     """That no engine serves a checkpoint, and the command that makes one that is served."""
     from autoquant_ray.allocate.options import SolveOptions
     from autoquant_ray.report.reproduce import solve_command
@@ -127,17 +135,20 @@ def _unserved_note(run: str, solution: str, layout: str, others: Sequence[str]) 
 
     directory = RunDirectory(run)
     state = RunState.open(directory)
-    unserved = f"warning: none of {', '.join(ENGINES)} serves this {layout} checkpoint as chosen"
-    if others:
-        words = ["autoquant-ray", "export", run, "--format", others[0], "--out", "FOLDER"]
+    engines = f"none of {', '.join(ENGINES)} serves this {written.layout} checkpoint as chosen"
+    unserved = f"warning: {written.unread_caches or engines}"
+    if written.served_layouts:
+        other = written.served_layouts[0]
+        words = ["autoquant-ray", "export", run, "--format", other, "--out", "FOLDER"]
         words += ["--solution", solution] if solution else []
         return f"{unserved}; it is served in the other layout: {shlex.join(words)}"
     budget = directory.read_json(f"{solution_folder(solution)}{MANIFEST_JSON}")["budget"]
     options = served_options(state, SolveOptions.from_json(budget))
     if options is None:
         command = shlex.join(["autoquant-ray", "scan", state.config["model"], *_SERVED])
+        nor = "nor" if written.unread_caches is None else "nor does any serve"
         return (
-            f"{unserved}, nor formats of the scan at this budget; scan others, such as: {command}"
+            f"{unserved}, {nor} formats of the scan at this budget; scan others, such as: {command}"
         )
     start = f"{unserved}; export what this solves, with --solution {options.name}: "
     command = solve_command(run, options)
@@ -153,17 +164,16 @@ def _export_recipe(
 ) -> tuple[list[str], list[str]]:
     """Paths of what was written, and what differs from what was scored."""
     from autoquant_ray.export.folder import require_outside_runs
-    from autoquant_ray.export.fused_experts import require_fused, unfused_names
     from autoquant_ray.export.kv_caches import require_caches
     from autoquant_ray.export.recipes import make_recipe, recipe_notes
-    from autoquant_ray.export.solution import read_solution
+    from autoquant_ray.export.solution import read_solution, require_fused, unfused_names
     from autoquant_ray.runs.directory import RunDirectory
     from autoquant_ray.runs.filesystems import disk_problem
 
     if tool is None:
         raise ConfigError(f"--format recipe needs --tool {', '.join(TOOLS)}")
     exported = read_solution(RunDirectory(run), solution)
-    require_caches(exported.caches, RECIPE, holds_caches=False)
+    require_caches(exported.caches, RECIPE)
     chosen = exported.chosen
     if tool == "auto-round":
         chosen = unfused_names(chosen, exported.modules)

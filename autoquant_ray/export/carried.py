@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from autoquant_ray.errors import CheckpointError, FormatError
 from autoquant_ray.export.check import StoredTensors
 from autoquant_ray.export.layouts import MODELOPT
-from autoquant_ray.models.dequantize import reader
+from autoquant_ray.models.dequantize import Read, reader
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.plan.carried import (
     FileTensors,
@@ -29,6 +29,9 @@ from autoquant_ray.wording import few
 
 if TYPE_CHECKING:
     import torch
+
+PackHead = Callable[[str, Read], "dict[str, torch.Tensor] | None"]
+"""Module of a carried weight, and what reads tensors -> the packed tensors, or None: 16 bits."""
 
 _PACKED = (".weight_packed", ".weight")
 _MOST_NAMES = 3
@@ -150,7 +153,10 @@ def carried_parts(source: SourceTensors) -> Iterator[list[str]]:
 
 
 def read_carried(
-    source: SourceTensors, names: Iterable[str], sixteen_bits: SixteenBits
+    source: SourceTensors,
+    names: Iterable[str],
+    sixteen_bits: SixteenBits,
+    pack_head: PackHead | None = None,
 ) -> dict[str, torch.Tensor]:
     """Carried tensors as they are stored.
 
@@ -158,26 +164,49 @@ def read_carried(
         source: The model's own files.
         names: Of the tensors.
         sixteen_bits: Rounds them.
+        pack_head: Packs the weights among them that are quantized; None: none are.
     """
+    stored: dict[str, torch.Tensor] = {}
     with reader(source.files.headers, source.files.packed) as read:
-        return {name: sixteen_bits.rounded(name, read(name)).contiguous() for name in names}
+        for name in names:
+            module, _, kind = name.rpartition(".")
+            packed = pack_head(module, read) if pack_head and kind == "weight" else None
+            if packed is None:
+                packed = {name: sixteen_bits.rounded(name, read(name)).contiguous()}
+            stored |= packed
+    return stored
 
 
-def ignore_carried(source: SourceTensors, folder: Path, layout: str) -> None:
+def ignore_carried(
+    source: SourceTensors,
+    folder: Path,
+    layout: str,
+    quantized: Collection[str] = (),
+    containers: Sequence[str] = (),
+) -> None:
     """Say in a checkpoint's config that the carried tensors are not quantized.
 
     Args:
         source: The model's own files.
         folder: Holds a checkpoint.
         layout: Whose.
+        quantized: Modules of carried weights that are quantized.
+        containers: What holds those within their layers.
     """
-    if not source.unquantized:
-        return
+    names = [name for name in source.unquantized if name not in quantized]
     is_modelopt = layout == MODELOPT
     patterns = [
-        f"{root}.*" if is_modelopt else f"re:^{re.escape(root)}\\." for root in source.roots
+        f"{root}.*" if is_modelopt else _all_within(root, containers) for root in source.roots
     ]
-    add_ignored([*source.unquantized, *patterns], folder, layout)
+    add_ignored([*names, *patterns] if source.unquantized else [], folder, layout)
+
+
+def _all_within(root: str, containers: Sequence[str]) -> str:
+    """What a reader of compressed-tensors takes for all that stands below a prefix, whatever it
+    calls it, but for what is in some modules."""
+    inside = [name.removeprefix(f"{root}.") for name in containers if name.startswith(f"{root}.")]
+    rest = "|".join(map(re.escape, inside))
+    return f"re:^{re.escape(root)}\\." + (f"(?!(?:{rest})\\.)" if rest else "")
 
 
 def add_ignored(names: Iterable[str], folder: Path, layout: str) -> None:

@@ -16,19 +16,26 @@ import importlib.util
 import json
 import shlex
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import ConfigError
-from autoquant_ray.export.carried import SourceTensors, ignore_carried
+from autoquant_ray.export.carried import PackHead, SourceTensors, ignore_carried
 from autoquant_ray.export.check import check_checkpoint
+from autoquant_ray.export.extra_heads import (
+    QuantizedHeads,
+    head_format,
+    quantized_heads,
+    require_heads_served,
+)
 from autoquant_ray.export.folder import (
     PartFiles,
     parts_beside,
     require_shard_size,
     written_beside,
 )
+from autoquant_ray.export.kv_caches import unread_reason
 from autoquant_ray.export.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, stored_as
 from autoquant_ray.export.source import (
     Source,
@@ -42,7 +49,7 @@ from autoquant_ray.export.source import (
     serving_engine,
     target_of,
 )
-from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.smoothed import takes_factors
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.serving.rules import check_target
@@ -73,7 +80,9 @@ class Checkpoint:
         caches: Format of the KV cache -> attentions with it.
         served_layouts: In which some engine serves the solution as it was chosen.
         num_carried: Tensors that were copied without having been loaded.
+        head_layers: What quantized linears of extra heads are called -> how many of them.
         engine: That serves it: the one that was asked for, else the first; None: none does.
+        unread_caches: Why no released engine reads the formats of the KV cache; None: some may.
     """
 
     path: str
@@ -85,6 +94,8 @@ class Checkpoint:
     served_layouts: list[str]
     num_carried: int = 0
     engine: str | None = None
+    unread_caches: str | None = None
+    head_layers: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -95,11 +106,13 @@ class Checkpoint:
         layers = ", ".join(f"{count} {name}" for name, count in self.layers.items())
         caches = [f"KV cache: {name} in {count} attentions" for name, count in self.caches.items()]
         carried = [f"copied, not loaded: {self.num_carried} tensors"] if self.num_carried else []
+        heads = [f"extra heads: {count} {name}" for name, count in self.head_layers.items()]
         command = [] if self.engine is None else [f"to serve it: {self.serve_command}"]
         off = self.bytes_on_disk / self.weight_bytes - 1
         return [
             f"quantized layers: {layers}",
             *caches,
+            *heads,
             *carried,
             f"weights on disk: {self.bytes_on_disk:,} bytes; the manifest says "
             f"{self.weight_bytes:,.0f} ({off:+.2%})",
@@ -122,6 +135,7 @@ def export_run(
     engine: str | None = None,
     gpu: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    extra_heads: str | None = None,
 ) -> Checkpoint:
     """Write a solution as a checkpoint.
 
@@ -134,6 +148,8 @@ def export_run(
         engine: Check that this one serves it: ``vllm``, ``sglang`` or ``trtllm``.
         gpu: On this generation or card.
         max_shard_size: Largest size of a file of weights, such as ``5GB`` or ``500MB``.
+        extra_heads: Format of the linears of heads that transformers does not load, in
+            ``compressed-tensors`` alone; None: 16 bits.
 
     Raises:
         AutoQuantError: One of its subclasses; nothing is left at ``out``.
@@ -144,15 +160,18 @@ def export_run(
     check_target(engine, gpu)
     source = read_source(directory, solution)
     target = require_new_folder(out)
-    layout = pick_layout(source, engine, gpu) if layout is None else layout
+    if layout is None:
+        layout = COMPRESSED_TENSORS if extra_heads else pick_layout(source, engine, gpu)
+    of_heads = head_format(extra_heads, source, layout) if extra_heads else None
     require_packable(source, layout)
     require_engine(source, layout, engine, gpu)
+    if of_heads is not None:
+        require_heads_served(of_heads, source, engine, gpu)
     _require_package(layout)
-    reader = target_of(source, engine, gpu)[0]
-    fingerprint = _fingerprint(source, layout, reader)
+    kind = _Kind(layout=layout, engine=target_of(source, engine, gpu)[0], heads=of_heads)
+    fingerprint = _fingerprint(source, kind)
     with written_beside(target) as folder, parts_beside(target, fingerprint) as parts:
-        files = PartFiles(parts)
-        written, in_source = _write(source, folder, files, layout, reader, max_shard_size)
+        written, in_source, heads = _write(source, kind, folder, PartFiles(parts), max_shard_size)
         stored = check_checkpoint(folder, written, layout)
         in_source.require_all_in(folder)
     names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
@@ -164,8 +183,10 @@ def export_run(
         layers=dict(names),
         caches=dict(Counter(name for name in source.caches.values() if name != NONE)),
         served_layouts=served_layouts(source),
-        num_carried=len(in_source.carried),
+        num_carried=len(in_source.carried) - (len(heads.shapes) if heads else 0),
         engine=serving_engine(source, layout, *target_of(source, engine, gpu)),
+        unread_caches=unread_reason(source.caches),
+        head_layers={str(stored_as(heads.format, layout)): len(heads.shapes)} if heads else {},
     )
 
 
@@ -191,7 +212,7 @@ def export_base(directory: RunDirectory, out: str, *, solution: str = "") -> str
 
     source = read_source(directory, solution)
     target = require_new_folder(out)
-    fingerprint = _fingerprint(source, "base")
+    fingerprint = _fingerprint(source, _Kind(layout="base"))
     with written_beside(target) as folder, parts_beside(target, fingerprint) as parts:
         files = PartFiles(parts)
         calibration = calibration_of(source.state, used=())  # factors alone
@@ -215,62 +236,101 @@ def _require_package(layout: str) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What is to be written.
+
+    Attributes:
+        layout: Of the checkpoint.
+        engine: That will read it; None: any.
+        heads: Format of extra heads; None: 16 bits.
+    """
+
+    layout: str
+    engine: str | None = None
+    heads: Format | None = None
+
+
 def _write(
-    source: Source,
-    folder: Path,
-    files: PartFiles,
-    layout: str,
-    engine: str | None,
-    max_shard_size: str,
-) -> tuple[Source, SourceTensors]:
-    """Fill the folder; the source by the names that its files have, and the model's own files."""
+    source: Source, kind: _Kind, folder: Path, files: PartFiles, max_shard_size: str
+) -> tuple[Source, SourceTensors, QuantizedHeads | None]:
+    """Fill the folder; the source by the names that its files have, the model's own files, and what
+    is quantized of extra heads."""
     from autoquant_ray.calibrate.files import calibration_of
     from autoquant_ray.export.model import load_for_export, pack_parts, save_config
     from autoquant_ray.export.other_files import finish_folder, model_card
 
     calibration = calibration_of(source.state, source.used)
-    is_whole = layout == MODELOPT and needs_whole(source)
+    is_whole = kind.layout == MODELOPT and needs_whole(source)
     loaded = load_for_export(source, is_whole=is_whole)
     in_source = SourceTensors.of(loaded.model, loaded.ref)
     save_config(loaded, folder)
-    packer, stored = _packer(loaded, source, calibration, layout, in_source)
+    packed = _packing(loaded, source, calibration, kind, in_source)
     together = _together(source, calibration)
     names, facts = pack_parts(
-        loaded, packer, together, files=files, in_source=in_source, is_whole=is_whole
+        loaded,
+        packed.packer,
+        together,
+        files=files,
+        in_source=in_source,
+        is_whole=is_whole,
+        pack_head=packed.pack_head,
     )
     files.assemble(names, folder, max_shard_size)
-    packer.finish(folder, facts, engine)
-    ignore_carried(in_source, folder, layout)
-    card = model_card(source, layout)
+    packed.packer.finish(folder, facts, kind.engine)
+    stored, heads = packed.stored, packed.heads
+    quantized = ([], []) if heads is None else (heads.shapes, heads.containers())
+    ignore_carried(in_source, folder, kind.layout, *quantized)
+    card = model_card(source, kind.layout)
     finish_folder(folder, loaded.ref, loaded.sixteen_bits.name, card)
     if "carried" not in source.state.plan:
         uncounted = sum(in_source.carried.values())
-        stored = replace(stored, uncounted_bytes=uncounted)
-    return stored, in_source
+        stored = replace(stored, uncounted_bytes=stored.uncounted_bytes + uncounted)
+    return stored, in_source, heads
 
 
-def _packer(
+@dataclass(frozen=True, kw_only=True)
+class _Packing:
+    """What makes the stored tensors.
+
+    Attributes:
+        packer: Packs parts.
+        stored: The source by the names in the files.
+        heads: What is quantized of extra heads.
+        pack_head: Packs it.
+    """
+
+    packer: CompressedPacker | ModelOptPacker
+    stored: Source
+    heads: QuantizedHeads | None = None
+    pack_head: PackHead | None = None
+
+
+def _packing(
     loaded: LoadedModel,
     source: Source,
     calibration: Calibration,
-    layout: str,
+    kind: _Kind,
     in_source: SourceTensors,
-) -> tuple[CompressedPacker | ModelOptPacker, Source]:
-    """What packs parts, and the source by the names in the files."""
-    if layout == COMPRESSED_TENSORS:
+) -> _Packing:
+    if kind.layout == COMPRESSED_TENSORS:
         from autoquant_ray.export.compressed_tensors import CompressedPacker
 
         packer = CompressedPacker(loaded.model, source, calibration, loaded.sixteen_bits)
-        return packer, packer.stored
+        if kind.heads is None:
+            return _Packing(packer=packer, stored=packer.stored)
+        heads = quantized_heads(kind.heads, packer.stored, in_source)
+        packer.add_heads(heads)
+        return _Packing(
+            packer=packer, stored=packer.stored, heads=heads, pack_head=packer.pack_head
+        )
     from autoquant_ray.export.modelopt import ModelOptPacker
     from autoquant_ray.export.names import as_stored, require_experts_as_stored
 
     stored = as_stored(loaded.model, source, in_source)
     require_experts_as_stored(loaded.model, source, stored, loaded.ref.weights_folder)
-    return (
-        ModelOptPacker(loaded.model, source, stored, calibration, loaded.sixteen_bits),
-        stored,
-    )
+    packs = ModelOptPacker(loaded.model, source, stored, calibration, loaded.sixteen_bits)
+    return _Packing(packer=packs, stored=stored)
 
 
 def _together(source: Source, calibration: Calibration) -> list[tuple[str, ...]]:
@@ -280,13 +340,14 @@ def _together(source: Source, calibration: Calibration) -> list[tuple[str, ...]]
     return [(fold.producer, *fold.readers) for fold in folds]
 
 
-def _fingerprint(source: Source, kind: str, engine: str | None = None) -> str:
+def _fingerprint(source: Source, kind: _Kind) -> str:
     """Of all that decides about the parts of a checkpoint."""
     content = {
         "manifest": source.manifest,
         "model": source.state.record.fingerprints["model"],
-        "kind": kind,
-        "engine": engine,
+        "kind": kind.layout,
+        "engine": kind.engine,
+        "heads": None if kind.heads is None else kind.heads.to_json(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "version": VERSION,
     }

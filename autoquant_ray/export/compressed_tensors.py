@@ -30,6 +30,7 @@ from compressed_tensors.quantization import (
 )
 
 from autoquant_ray.export.carried import SixteenBits
+from autoquant_ray.export.extra_heads import QuantizedHeads
 from autoquant_ray.export.layouts import (
     COMPRESSED_AS,
     NO_ZERO,
@@ -44,14 +45,21 @@ from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.modelopt_api import MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
 from autoquant_ray.modelopt_export import joined_slices, row_slices, some_rows
+from autoquant_ray.models.dequantize import Read
 from autoquant_ray.quantize.backends.block_formats import packed_static_scales
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import Factors
-from autoquant_ray.quantize.quantizers import make_quantizer, quantizer_of, rounded_weight
+from autoquant_ray.quantize.quantizers import (
+    make_quantizer,
+    make_weight_quantizer,
+    quantizer_of,
+    rounded_weight,
+)
 from autoquant_ray.quantize.weight_search import WeightScales
 from autoquant_ray.serving.compressed_formats import compressed_scheme
 from autoquant_ray.serving.fused_names import EXPERTS, engine_modules, missing_parts
 from autoquant_ray.serving.layer_formats import LayerAlgo
+from autoquant_ray.serving.shared_scales import fused_layers
 
 _PRESETS = {"NVFP4": "NVFP4", "W4A16_NVFP4": "NVFP4A16", "MXFP8": "MXFP8", "MXFP4": "MXFP4"}
 """Schemes of the package's own (``quantization/quant_scheme.py``)."""
@@ -85,8 +93,9 @@ class CompressedPacker:
         self._sixteen_bits = sixteen_bits
         self._experts = stored_linears(model, source)
         self.stored = by_stored_names(source, self._experts)
-        experts = {linear.name for of in self._experts.values() for linear in of}
-        self._schemes = _schemes(self.stored, experts)
+        self._schemes = self._made_schemes()
+        self._heads: QuantizedHeads | None = None
+        self._fused_heads: Mapping[str, tuple[str, ...]] = {}
         self._scales = WeightScales(model, calibration)
         self._scales.searched.resize(_SEARCHED_BYTES)
         self._linears = [
@@ -125,6 +134,43 @@ class CompressedPacker:
         factors.divide(formats)
         rest = {n: self._sixteen_bits.rounded(n, t) for n, t in distinct_tensors(shell)}
         return as_saved(self._outline, rest | packed) | of_experts, {}
+
+    def add_heads(self, heads: QuantizedHeads) -> None:
+        """Take extra heads among what is packed, and into ``stored``.
+
+        Args:
+            heads: Their linears.
+        """
+        self._heads, self.stored = heads, heads.added_to(self.stored)
+        self._schemes = self._made_schemes()
+        if heads.format.has_shared_scale:
+            self._fused_heads = fused_layers(heads.shapes)
+
+    @torch.no_grad()
+    def pack_head(self, module: str, read: Read) -> dict[str, torch.Tensor] | None:
+        """Pack a linear of an extra head; None where it is not quantized.
+
+        Args:
+            module: By the names in the files.
+            read: Gives their tensors.
+        """
+        if self._heads is None or module not in self._heads.shapes:
+            return None
+        format_, weight = self._heads.format, read(f"{module}.weight").float()
+        maxima = [
+            read(f"{name}.weight").float().abs().max() for name in self._fused_heads.get(module, ())
+        ]
+        largest = torch.stack(maxima).max() if maxima else None
+        quantizer = make_weight_quantizer(format_.weight, weight, largest=largest)
+        first = next(iter(self._heads.shapes))
+        scheme = next(scheme for scheme in self._schemes.values() if first in scheme.targets)
+        parts = _pack(weight, quantizer, format_, scheme, None)
+        self._shorten_scales(parts, format_)
+        return {f"{module}.{kind}": tensor for kind, tensor in parts.items()}
+
+    def _made_schemes(self) -> dict[str, QuantizationScheme]:
+        experts = {linear.name for of in self._experts.values() for linear in of}
+        return _schemes(self.stored, experts)
 
     def _pack_experts(self, shell: Any, formats: Mapping[str, Format]) -> dict[str, torch.Tensor]:
         """Pack the experts of a part and take their weights out of it; by the names in the files.

@@ -12,6 +12,7 @@ import torch
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import FormatError
 from autoquant_ray.export.carried import (
+    PackHead,
     SixteenBits,
     SourceTensors,
     carried_parts,
@@ -211,6 +212,7 @@ def pack_parts(
     files: PartFiles,
     in_source: SourceTensors,
     is_whole: bool = False,
+    pack_head: PackHead | None = None,
 ) -> tuple[list[str], list[Mapping[str, Any]]]:
     """Pack what is not in a file yet.
 
@@ -221,6 +223,7 @@ def pack_parts(
         files: Where the parts go.
         in_source: What the model's own files hold beside it.
         is_whole: The model is one part.
+        pack_head: Packs weights that are carried; None: all stay in 16 bits.
 
     Returns:
         Names of the files in the order of the checkpoint, and what was remembered of each part.
@@ -235,7 +238,8 @@ def pack_parts(
     for number, tensors in enumerate(carried_parts(in_source)):
         name = f"carried-{number:05d}"
         if name not in files:
-            files.write(name, read_carried(in_source, tensors, loaded.sixteen_bits), {})
+            carried = read_carried(in_source, tensors, loaded.sixteen_bits, pack_head)
+            files.write(name, carried, {})
         names.append(name)
     return names, facts
 

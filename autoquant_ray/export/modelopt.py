@@ -29,7 +29,7 @@ from autoquant_ray.calibrate.modelopt_config import load_quantization_config
 from autoquant_ray.errors import FormatError, one_line
 from autoquant_ray.export.carried import SixteenBits, add_ignored
 from autoquant_ray.export.check import unlisted
-from autoquant_ray.export.kv_caches import SCALES, check_caches, set_cache_maxima
+from autoquant_ray.export.kv_caches import SCALES, cache_algos, check_caches, set_cache_maxima
 from autoquant_ray.export.layouts import MODELOPT, NO_ZERO, block_size
 from autoquant_ray.export.model import largest_input
 from autoquant_ray.export.names import naming
@@ -137,7 +137,7 @@ class ModelOptPacker:
             parts: What :meth:`pack` gave of each part's config, in their order.
             engine: That will read it; None: any.
         """
-        write_export_config(self._outline, parts, folder)
+        write_export_config(self._outline, parts, folder, cache_algos(self._source.caches))
         _correct_configs(folder)
         check_caches(folder, self._source.caches, self._calibration)
         config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -181,7 +181,14 @@ def _stops_named(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise FormatError(
             f"`format` {MODELOPT} cannot hold this model: ModelOpt's {what} stops "
             f"({one_line(error, _MOST_OF_ERROR)})"

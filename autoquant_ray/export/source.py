@@ -10,8 +10,7 @@ from typing import Any, Self
 from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ConfigError, FormatError
 from autoquant_ray.export.folder import require_outside_runs
-from autoquant_ray.export.fused_experts import require_fused
-from autoquant_ray.export.kv_caches import require_caches
+from autoquant_ray.export.kv_caches import holds_caches, require_caches
 from autoquant_ray.export.layouts import (
     COMPRESSED_TENSORS,
     LAYOUTS,
@@ -22,7 +21,7 @@ from autoquant_ray.export.layouts import (
     shape_problem,
     stored_as,
 )
-from autoquant_ray.export.solution import read_solution
+from autoquant_ray.export.solution import read_solution, require_fused
 from autoquant_ray.formats.format import NONE, Format
 from autoquant_ray.formats.numbers import has_tensor_scale
 from autoquant_ray.formats.smoothed import is_smoothed, method_of
@@ -30,7 +29,7 @@ from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import MANIFEST_JSON, solution_folder
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.serving.fused_names import engine_modules
-from autoquant_ray.serving.kv_cache import served_formats as served_caches
+from autoquant_ray.serving.kv_cache import cache_problem
 from autoquant_ray.serving.menus import formats_of, is_held, require_served
 from autoquant_ray.serving.table import ENGINES, layouts_of
 from autoquant_ray.wording import few
@@ -200,14 +199,14 @@ def require_packable(source: Source, layout: str) -> None:
     Raises:
         FormatError: It cannot; names the groups, their formats and the remedy.
     """
-    require_caches(source.caches, layout, holds_caches=layout == MODELOPT)
+    require_caches(source.caches, layout)
     problems = problems_of(source, layout)
     if not problems:
         return
     listed = "; ".join(
         f"{problem} ({few(groups, _MOST_NAMES)})" for problem, groups in problems.items()
     )
-    others = [other for other in LAYOUTS if other != layout and not problems_of(source, other)]
+    others = [other for other in LAYOUTS if other != layout and _is_packable(source, other)]
     or_else = f", or give `format` {others[0]}" if others else ""
     raise FormatError(
         f"`format` {layout} cannot hold this solution: {listed}. Solve again with other formats "
@@ -229,16 +228,13 @@ def require_engine(source: Source, layout: str, engine: str | None, gpu: str | N
     """
     if engine is None:
         return
-    used = set(source.caches.values()) - {NONE}
-    if not used <= set(served_caches(engine, gpu)):
-        raise ConfigError(
-            f"no source says that {engine}{'' if gpu is None else f' on {gpu}'} serves a KV cache "
-            f"in {', '.join(used)} (docs/engines.md); choose another engine or GPU"
-        )
+    chosen = {source.groups[module]: format_.name for module, format_ in source.formats.items()}
+    problem = cache_problem(source.caches, {**chosen, **source.caches}, engine, gpu)
+    if problem is not None:
+        raise ConfigError(problem)
     if layout not in layouts_of(engine):
         _require_formats_apart(source, engine)
         return
-    chosen = {source.groups[module]: format_.name for module, format_ in source.formats.items()}
     groups: dict[str, list[str]] = {}
     for module, group in source.groups.items():
         groups.setdefault(group, []).append(module)
@@ -265,14 +261,14 @@ def pick_layout(source: Source, engine: str | None, gpu: str | None) -> str:
         ModelOpt's where no engine is named, or it serves the solution in none.
     """
     engine, gpu = target_of(source, engine, gpu)
-    if engine is None or any(name != NONE for name in source.caches.values()):
+    if engine is None:
         return MODELOPT
     limits = source.state.plan.get("checkpoint_limits", {})
     quantized = {source.groups[module] for module in source.formats}
     layouts = (
         layout
         for layout in LAYOUTS
-        if is_held(layout, limits, quantized) and not problems_of(source, layout)
+        if is_held(layout, limits, quantized) and _is_packable(source, layout)
     )
     served = (layout for layout in layouts if _is_served(source, layout, engine, gpu))
     return next(served, MODELOPT)
@@ -281,9 +277,7 @@ def pick_layout(source: Source, engine: str | None, gpu: str | None) -> str:
 def served_layouts(source: Source) -> list[str]:
     """Layouts that hold the solution, and in which an engine serves it on some GPU."""
     return [
-        layout
-        for layout in LAYOUTS
-        if not problems_of(source, layout) and _is_served(source, layout)
+        layout for layout in LAYOUTS if _is_packable(source, layout) and _is_served(source, layout)
     ]
 
 
@@ -315,6 +309,10 @@ def problems_of(source: Layers, layout: str) -> dict[str, list[str]]:
             if source.groups[module] not in groups:
                 groups.append(source.groups[module])
     return problems
+
+
+def _is_packable(source: Source, layout: str) -> bool:
+    return holds_caches(source.caches, layout) and not problems_of(source, layout)
 
 
 def _is_served(

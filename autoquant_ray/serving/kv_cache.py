@@ -1,7 +1,7 @@
 """What serving engines accept of the KV cache: one format for all of it, where a source says so.
 
-A checkpoint names one format of the cache (``kv_cache_quant_algo``) and a scale per attention. So
-all caches of an allocation share a format, and none is quantized where some attention's cache is
+Released engines read one format of the cache (``kv_cache_quant_algo``) and a scale per attention.
+So all caches of an allocation share a format, and none is quantized where some attention's cache is
 not searched. Read in the engines' public sources and documents; none of it was run.
 """
 
@@ -11,14 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.formats.method_names import without_method
 from autoquant_ray.serving.menus import Served
 from autoquant_ray.serving.rules import check_target
 from autoquant_ray.serving.table import ENGINES, GENERATIONS, MODELOPT
 
 _FROM_ADA = ("ada", "hopper", "blackwell")
-_VLLM = "vllm-project/vllm, docs/features/quantization/quantized_kvcache.md"
-_SGLANG = "sgl-project/sglang, docs/advanced_features/quantized_kv_cache.md"
-_TRTLLM = "NVIDIA/TensorRT-LLM, docs/source/features/quantization.md"
+_VLLM = "vllm-project/vllm 0.32.0"
+_SGLANG = "sgl-project/sglang 0.5.23, python/sglang/srt"
+_TRTLLM = "NVIDIA/TensorRT-LLM"
+_SIXTEEN_BITS = "unknown to it: all caches stay in 16 bits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,84 +31,111 @@ class CacheRow:
         format: Our name.
         gpus: Generations on which it is served.
         note: What happens elsewhere; '' where there is nothing to say.
-        source: Repository, file and pull request.
+        source: Repository, release and file.
+        mixed: Whether its scales are read where the weights have several formats too.
     """
 
     format: str
     gpus: tuple[str, ...]
     note: str
     source: str
+    mixed: bool = True
 
 
-_TWO_FORMATS = CacheRow(
-    format="kv_fp8_nvfp4",
-    gpus=(),
-    note="no source says that it keeps keys and values in two formats",
-    source="NVIDIA/Model-Optimizer 0.48.0rc1, modelopt/torch/export/quant_utils.py (released "
-    "runtimes do not yet read its kv_cache_quantized_layers)",
-)
 CACHE_TABLE: dict[str, tuple[CacheRow, ...]] = {
     "vllm": (
         CacheRow(
             format="kv_fp8",
             gpus=_FROM_ADA,
-            note="before Ada it depends on the attention kernel",
-            source=f"{_VLLM} (per-tensor scales of the checkpoint)",
+            note="before Ada it depends on the attention kernel; some kernels (FlashAttention 3, "
+            "FlashInfer on Hopper and SM100) quantize the queries too",
+            source=f"{_VLLM}, utils/torch_utils.py (get_kv_cache_quant_algo_string), quantization/"
+            "kv_cache.py (BaseKVCacheMethod), v1/attention/backends/fa_utils.py, flashinfer.py",
         ),
         CacheRow(
             format="kv_nvfp4",
             gpus=("blackwell",),
-            note="data-centre cards only (SM100); see issue #49011 for others",
-            source="vllm-project/vllm, pull request #40177",
+            note="by FlashInfer alone, and only where the weights have one format: of several "
+            "(modelopt_mixed) it reads no scales of caches; data-centre cards (SM100) quantize the "
+            "queries to FP8, others refuse heads of 64 and attention sinks",
+            source=f"{_VLLM}, v1/attention/backends/flashinfer.py (supports_kv_cache_dtype, "
+            "supports_combination), quantization/modelopt.py (from_config)",
+            mixed=False,
         ),
-        _TWO_FORMATS,
+        CacheRow(
+            format="kv_fp8_nvfp4",
+            gpus=(),
+            note=f"{_SIXTEEN_BITS}, with a warning",
+            source=f"{_VLLM}, utils/torch_utils.py (MODELOPT_TO_VLLM_KV_CACHE_DTYPE_MAP)",
+        ),
     ),
     "sglang": (
         CacheRow(
             format="kv_fp8",
             gpus=_FROM_ADA,
             note="not by every attention backend",
-            source=f"{_SGLANG} (k_scale and v_scale of ModelOpt's checkpoints)",
+            source=f"{_SGLANG}/mem_cache/kv_cache_dtype.py (configure_kv_cache_dtype), "
+            "layers/quantization/modelopt_quant.py (ModelOptFp8KVCacheMethod)",
         ),
         CacheRow(
             format="kv_nvfp4",
             gpus=(),
-            note="its fp4_e2m1 has scales that are powers of two, which is another format",
-            source=_SGLANG,
+            note="all caches stay in 16 bits; with --kv-cache-dtype nvfp4, on Blackwell, it "
+            "takes the scales of a checkpoint for others than ModelOpt's",
+            source=f"{_SGLANG}/mem_cache/kv_cache_dtype.py (configure_kv_cache_dtype), layers/"
+            "quantization/fp4_kv_cache_quant_method.py (NVFP4KVCacheMethod.load_scales_from_model)",
         ),
-        _TWO_FORMATS,
+        CacheRow(
+            format="kv_fp8_nvfp4",
+            gpus=(),
+            note=_SIXTEEN_BITS,
+            source=f"{_SGLANG}/mem_cache/kv_cache_dtype.py (configure_kv_cache_dtype)",
+        ),
     ),
     "trtllm": (
         CacheRow(
             format="kv_fp8",
             gpus=GENERATIONS,
             note="",
-            source=f"{_TRTLLM} (Hardware Support Matrix)",
+            source=f"{_TRTLLM} 1.2.1, docs/source/features/quantization.md (Hardware Support "
+            "Matrix)",
         ),
         CacheRow(
             format="kv_nvfp4",
             gpus=("blackwell",),
             note="needs a checkpoint that ModelOpt made",
-            source=f"{_TRTLLM} of 1.3 (NVFP4 KV Cache)",
+            source=f"{_TRTLLM} 1.3.0rc27, docs/source/features/quantization.md (NVFP4 KV Cache)",
         ),
-        _TWO_FORMATS,
+        CacheRow(
+            format="kv_fp8_nvfp4",
+            gpus=(),
+            note="refused: no QuantAlgo has the name",
+            source=f"{_TRTLLM} after 1.2.1 (008e0af), tensorrt_llm/_torch/model_config.py "
+            "(_build_modelopt_quant_config)",
+        ),
     ),
 }
+"""Engine -> its rows. None of these releases reads formats by layer: vLLM and SGLang keep all
+caches in 16 bits then, where their options say nothing else, and TensorRT-LLM has no such mode."""
 
 
-def served_formats(engine: str, gpu: str | None) -> list[str]:
+def served_formats(engine: str, gpu: str | None, *, is_mixed: bool = False) -> list[str]:
     """Formats of the cache that an engine serves.
 
     Args:
         engine: One of ``ENGINES``.
         gpu: A generation or a card; None: any.
+        is_mixed: Whether the weights beside it have several formats.
 
     Raises:
         ConfigError: An unknown engine or GPU.
     """
     generation = check_target(engine, gpu)
-    rows = CACHE_TABLE[engine]
-    return [row.format for row in rows if row.gpus and generation in (None, *row.gpus)]
+    return [
+        row.format
+        for row in CACHE_TABLE[engine]
+        if row.gpus and generation in (None, *row.gpus) and (row.mixed or not is_mixed)
+    ]
 
 
 def with_caches(
@@ -130,7 +159,8 @@ def with_caches(
         return served
     # Only ModelOpt's layout holds scales of caches.
     is_held = is_whole and served.layout == MODELOPT
-    candidates = served_formats(engine, gpu) if is_held else []
+    is_mixed = len({without_method(name) for name in served.menu}) > 1
+    candidates = served_formats(engine, gpu, is_mixed=is_mixed) if is_held else []
     names = [name for name in candidates if all(name in menu for menu in searched.values())]
     permitted = {group: frozenset({NONE, *names}) for group in searched}
     tie = tuple(permitted)
@@ -161,8 +191,14 @@ def cache_problem(
             f"the KV cache has {', '.join(names)}, and engines keep all of it in one format; solve "
             "again with --engine"
         )
+    weights = {without_method(name) for group, name in chosen.items() if group not in caches}
+    is_mixed = len(weights - {NONE}) > 1
     engines: Sequence[str] = ENGINES if engine is None else [engine]
-    if any(names[0] in served_formats(name, gpu) for name in engines):
+    if any(names[0] in served_formats(name, gpu, is_mixed=is_mixed) for name in engines):
         return None
     where = " or ".join(engines) + ("" if gpu is None else f" on {gpu}")
-    return f"no source says that {where} serves {names[0]} (docs/engines.md)"
+    beside = " beside several formats of weights" if is_mixed else ""
+    return (
+        f"no source says that {where} serves {names[0]}{beside} (docs/engines.md); take another "
+        "format of the KV cache, engine or GPU"
+    )

@@ -5,12 +5,15 @@ The unpacking here is written from the layouts alone and shares nothing with the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 
 from autoquant_ray.calibrate.files import channel_rows, maxima_rows, read_calibration, rounding_rows
@@ -143,6 +146,21 @@ def fake_weight(folder: Path, module: str, format_: Any) -> torch.Tensor:
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder."""
     return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def unpacked_by_the_library(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of all packed linears, by the package's own readers of config and of tensors."""
+    content = json.loads((folder / "config.json").read_text())["quantization_config"]
+    tensors, weights = load_folder(folder), {}
+    for scheme in QuantizationConfig.model_validate(content).config_groups.values():
+        compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
+        for name in scheme.targets:
+            start = f"{name}."
+            packed = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            if packed["weight_scale"].dtype == torch.bfloat16:  # products would be rounded to it
+                packed["weight_scale"] = packed["weight_scale"].float()
+            weights[name] = compressor.decompress(packed, scheme)["weight"]
+    return weights
 
 
 def unpack_modelopt(tensors: Mapping[str, torch.Tensor], module: str, algo: str) -> torch.Tensor:

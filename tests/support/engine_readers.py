@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+_PARTS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+_LLAMA = {"lm_head": "head"} | {
+    f"model.layers.{layer}.{part}": "linear" for layer in range(2) for part in _PARTS
+}
 
-def read_by_engine(command: Sequence[str], **variables: str) -> dict[str, Any]:
-    """Name of a module of an engine -> what its script prints of it, for a Llama of two layers.
+
+def read_by_engine(
+    command: Sequence[str], names: Mapping[str, str] | None = None, **variables: str
+) -> dict[str, Any]:
+    """Name of a module of an engine -> what its script prints of it.
 
     Args:
         command: Runs the script, which reads names and kinds of modules and prints an object.
+        names: Name of a module -> its kind; None: those of a Llama of two layers.
         variables: Of its environment, beside those here.
     """
-    names = {"lm_head": "head"}
-    for layer in range(2):
-        for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
-            names[f"model.layers.{layer}.{part}"] = "linear"
     done = subprocess.run(
         command,
-        input=json.dumps(names),
+        input=json.dumps(_LLAMA if names is None else names),
         capture_output=True,
         text=True,
         check=False,

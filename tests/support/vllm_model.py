@@ -1,11 +1,12 @@
 """Run by a Python that has vLLM, without this package: what vLLM's model makes of a checkpoint.
 
-    python vllm_model.py FOLDER EXPERTS
+    python vllm_model.py FOLDER EXPERTS [mtp]
 
 vLLM builds its own class of the model and loads the weights, by its own loader; only the kernels of
-experts are not chosen, which need a GPU. What experts have loaded is written to the file EXPERTS
-(safetensors, by the names of vLLM's parameters). Prints a JSON object: ``kinds``, name of a module
--> class of its scheme or method, and ``missing``, the parameters that were not in the checkpoint.
+experts are not chosen, which need a GPU. With ``mtp`` it is the class of the model's head that
+guesses tokens ahead. What experts have loaded is written to the file EXPERTS (safetensors, by the
+names of vLLM's parameters). Prints a JSON object: ``kinds``, name of a module -> class of its
+scheme or method, and ``missing``, the parameters that were not in the checkpoint.
 """
 
 from __future__ import annotations
@@ -74,16 +75,24 @@ def choose_no_kernel_of_experts() -> None:
                 setattr(module, name, lambda *_, kernel=kernel, **__: (kernel, None))
 
 
-def load_model(folder: Path) -> tuple[Any, set[str]]:
+def load_model(folder: Path, *, is_head: bool) -> tuple[Any, set[str]]:
     """vLLM's model, and the names of the parameters that it has loaded."""
+    guesses = {"method": "mtp", "num_speculative_tokens": 1}
     arguments = EngineArgs(
-        model=str(folder), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=64
+        model=str(folder),
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        speculative_config=guesses if is_head else None,
     )
     config = arguments.create_engine_config()
+    head = config.speculative_config.draft_model_config if is_head else None
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as place:
         init_distributed_environment(1, 0, f"file://{place}/meeting", 0, "gloo")
         initialize_model_parallel(1, 1)
         model = initialize_model(config)
+        if is_head:  # with what the class of the whole model has told the config of fused layers
+            model = initialize_model(config, model_config=head)
         return model, model.load_weights(stored_tensors(folder))
 
 
@@ -95,11 +104,11 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def main(folder: Path, experts: Path) -> None:
+def main(folder: Path, experts: Path, *, is_head: bool) -> None:
     """Print and write what the model has."""
     choose_no_kernel()
     choose_no_kernel_of_experts()
-    model, loaded = load_model(folder)
+    model, loaded = load_model(folder, is_head=is_head)
     kinds = {}
     tensors = {}
     for name, module in model.named_modules():
@@ -114,4 +123,4 @@ def main(folder: Path, experts: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), is_head=sys.argv[3:] == ["mtp"])

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import load_folder
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from checkpoints import load_folder, unpacked_by_the_library
 from moe_models import LINEARS, write_moe
 
 from autoquant_ray.allocate.options import SolveOptions
@@ -41,21 +39,6 @@ FORMATS = (
     "wfp4_afp16:weighted",
     "MXFP8_DEFAULT_CFG",
 )
-
-
-def unpacked_by_the_library(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of all packed linears, by the package's own readers of config and of tensors."""
-    content = json.loads((folder / "config.json").read_text())["quantization_config"]
-    tensors, weights = load_folder(folder), {}
-    for scheme in QuantizationConfig.model_validate(content).config_groups.values():
-        compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
-        for name in scheme.targets:
-            start = f"{name}."
-            packed = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-            if packed["weight_scale"].dtype == torch.bfloat16:  # products would be rounded to it
-                packed["weight_scale"] = packed["weight_scale"].float()
-            weights[name] = compressor.decompress(packed, scheme)["weight"]
-    return weights
 
 
 def scored_experts(

@@ -187,7 +187,7 @@ def test_command_warns_of_a_folder_that_no_engine_serves_and_says_what_mends_it(
         (["--tool", "mlx-lm"], "--tool, --base and --overwrite are for"),
         (
             ["--format", "recipe", "--engine", "vllm"],
-            "--engine, --gpu and --max-shard-size are for a checkpoint",
+            "--engine, --gpu, --max-shard-size and --extra-heads are for a checkpoint",
         ),
         (["--gpu", "h100"], "--gpu h100 needs an engine"),
     ],
