@@ -38,6 +38,7 @@ from autoquant_ray.distributed.placement import (
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.distributed.scoring import ScoringSpec
 from autoquant_ray.errors import DataError
+from autoquant_ray.formats.integer_pairs import has_integer_pair, multiplies_integers
 from autoquant_ray.formats.menu import check_device
 from autoquant_ray.models.context import SampleLimits
 from autoquant_ray.models.find import (
@@ -126,8 +127,8 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     ):
         config = _resolve(config, resources)
         require_resources(config, resources)
+        config = _resolve_difference_dtype(config, plan, resumed)
         config = _resolve_placement(config, ref, plan, resumed)
-        config = _resolve_difference_dtype(config, resumed)
         check_device(plan.formats, config.device)
         logger.info("plan: %d of %d groups searched", len(plan.searched), len(plan.groups))
         for limit in limits.lines():
@@ -261,14 +262,24 @@ def _place(
     return placement, graphs
 
 
-def _resolve_difference_dtype(config: ScanConfig, resumed: RunRecord | None) -> ScanConfig:
-    """Replace ``auto``, once for all workers: by what is fast on all nodes, or by what the resumed
-    run took."""
-    if config.difference_dtype != "auto":
+def _resolve_difference_dtype(
+    config: ScanConfig, plan: Plan, resumed: RunRecord | None
+) -> ScanConfig:
+    """Replace ``auto`` and ``int8``, once for all workers: by what is fast on all nodes, or by what
+    the resumed run took."""
+    asked, has_integers = config.difference_dtype, has_integer_pair(plan.formats)
+    if multiplies_integers(asked) and (config.dtype == "bfloat16" or not has_integers):
+        reason = "no format has integers with such scales for weight and input"
+        if has_integers:
+            reason = "it needs a float32 model; `dtype` is bfloat16"
+        logger.warning("`difference_dtype` %s multiplies no integers: %s", asked, reason)
+    if asked not in ("auto", "int8"):
         return config
     earlier = None if resumed is None else (resumed.config or {}).get("difference_dtype")
-    chosen = earlier or difference_dtype(config)
-    logger.info("differences: products in %s", chosen)
+    if asked == "int8" and not multiplies_integers(earlier):
+        earlier = None
+    chosen = earlier or difference_dtype(config, has_integers=has_integers)
+    logger.info("differences: products in %s", chosen.replace("+", " and "))
     return config.model_copy(update={"difference_dtype": chosen})
 
 

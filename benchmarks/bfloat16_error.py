@@ -3,8 +3,9 @@
 Same weights (rounded to bfloat16 once), same labels. *Before* is ``Xq Wq^T - Y`` with all three
 rounded to bfloat16, as a hook on a bfloat16 model sees them; *after* forms the quantization errors
 in float32 and multiplies them apart; *products* does so in a float32 model (``--difference-dtype
-bfloat16``). Printed per format: quantiles over groups of the score over its float32 value, and of
-*products* the CPU seconds beside those in float32.
+bfloat16``); *integers* multiplies integers there (``int8+float32``). Printed per format: quantiles
+over groups of the score over its float32 value, the largest relative error, and of *products* and
+*integers* the CPU seconds beside those in float32.
 
     python benchmarks/bfloat16_error.py --samples 2 --seq-len 64
 """
@@ -33,6 +34,7 @@ from autoquant_ray.quantize.quantizers import fake_quantize_weight, make_input_q
 from autoquant_ray.score import differences
 from autoquant_ray.score.scorer import Scorer
 
+PRODUCTS = {"float32": "float32", "products": "bfloat16", "integers": "int8+float32"}
 FORMATS = ("wint8_afp16", "wint8_aint8", "wfp8_afp8", "wint4_afp16:max")
 
 
@@ -60,21 +62,22 @@ def main() -> None:
     spec = make_spec(ref, plan, "data")
     summary: dict[str, Any] = {**describe_machine(), "tokens": options.samples * options.seq_len}
     model.float()
-    by_dtype, seconds = {}, {}
-    for dtype in ("float32", "bfloat16"):
+    by_title, seconds = {"before": before, "after": after}, {}
+    for title, dtype in PRODUCTS.items():
         scorer = Scorer(dataclasses.replace(spec, difference_dtype=dtype), model=model)
         start = time.process_time()
-        by_dtype[dtype] = scorer.score(samples, 0, calibration).sums.elementwise_GF
+        by_title[title] = scorer.score(samples, 0, calibration).sums.elementwise_GF
         seconds[dtype] = round(time.process_time() - start, 2)
     print(f"CPU seconds of a float32 model by the type of its products: {seconds}")
     summary["cpu_seconds"] = seconds
-    exact, products = by_dtype["float32"], by_dtype["bfloat16"]
+    exact = by_title.pop("float32")
     for column, name in enumerate(FORMATS):
-        for title, sums in (("before", before), ("after", after), ("products", products)):
+        for title, sums in by_title.items():
             ratios = sums[:, column] / exact[:, column]
             quantiles = [round(float(q), 4) for q in np.quantile(ratios, (0, 0.5, 1))]
-            print(f"{name:14s} {title:8s} lowest, median, highest ratio: {quantiles}")
-            summary[f"{name} {title}"] = quantiles
+            largest = f"{np.abs(ratios - 1).max():.1e}"
+            print(f"{name:14s} {title:8s} lowest, median, highest: {quantiles}; error {largest}")
+            summary[f"{name} {title}"] = [*quantiles, float(largest)]
     print(json.dumps(summary))
 
 

@@ -9,6 +9,8 @@ Each step runs in a process of its own, and after each the results so far are wr
 - ``determinism``: two scans in two processes, byte by byte
 - speed against ``mtq.auto_quantize`` on random models in bfloat16, 4 and 12 formats: seconds,
   tokens per second, the share of the device's measured rate of matrix products, peak memory
+- ``integers``: products of integers (``--difference-dtype int8``) in a float32 model: seconds of
+  scoring and of a product, and the largest relative error of a score, beside the other types
 - ``gptq``: a layer fitted on the device and on the CPU: seconds, and the share of equal integers
 
     python benchmarks/gpu.py --minutes 8 --out results
@@ -37,6 +39,7 @@ from machine import describe_machine
 from sides import CASES, now
 from vs_modelopt import save_random_model
 
+from autoquant_ray.distributed.products import Product, time_products
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
@@ -47,6 +50,8 @@ from autoquant_ray.score.scorer import Scorer
 
 HERE = Path(__file__).parent
 GPTQ = ("wint4_g64_afp16:gptq",)
+INTEGERS = ("wint8_aint8", "INT8_SMOOTHQUANT_CFG")
+DIFFERENCE_DTYPES = ("float32", "bfloat16", "int8+float32", "int8+bfloat16")
 _LEAST_SECONDS = 15  # no step starts with less
 
 
@@ -201,12 +206,13 @@ def matmul_rate(dtype: str, device: str) -> float:
 
 
 def make_scorer(
-    folder: str, formats: tuple[str, ...], device: str, dtype: str
+    folder: str, formats: tuple[str, ...], device: str, dtype: str, **fields: Any
 ) -> tuple[Scorer, list[list[int]]]:
     """A scorer of a model in this process, and four samples."""
     ref = find_model(folder)
     plan = build_plan(build_skeleton(ref), resolve_formats(formats, device=device))
-    spec = dataclasses.replace(make_spec(ref, plan, "model"), device=device, dtype=dtype)
+    spec = make_spec(ref, plan, "model")
+    spec = dataclasses.replace(spec, device=device, dtype=dtype, **fields)
     generator = torch.Generator().manual_seed(0)
     samples = torch.randint(3, 500, (4, 256), generator=generator)
     return Scorer(spec), samples.tolist()
@@ -227,6 +233,43 @@ def sums(options: argparse.Namespace) -> dict[str, Any]:
         scorer, samples = make_scorer(folder, CASES["unpadded"].formats, options.device, "bfloat16")
         result = scorer.score(samples, 0, scorer.calibrate(samples))
     return {"digest": hashlib.sha256(result.sums.elementwise_GF.tobytes()).hexdigest()}
+
+
+def integers(options: argparse.Namespace) -> dict[str, Any]:
+    """Scores of a float32 model by the type of its products, and products by themselves."""
+    seconds, scores = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        size = "tiny" if options.dry else "0.6B"
+        save_random_model(folder, size, "float32", options.device)
+        for dtype in DIFFERENCE_DTYPES:
+            scorer, samples = make_scorer(
+                folder, INTEGERS, options.device, "float32", difference_dtype=dtype
+            )
+            calibration = scorer.calibrate(samples)
+            for _ in range(2):  # the first warms up
+                start = now(options.device)
+                result = scorer.score(samples, 0, calibration)
+                seconds[dtype] = round(now(options.device) - start, 3)
+            scores[dtype] = result.sums.elementwise_GF
+            del scorer
+    is_scored = scores["float32"] > 0
+    exact = scores["float32"][is_scored]
+    errors = {d: float(abs(s[is_scored] / exact - 1).max()) for d, s in scores.items()}
+    width = 64 if options.dry else 4096
+    pairs = (("16", "16"), ("int8", "int8"))
+    products = [
+        Product(weight=w, activation=a, tokens=width, out_features=width, in_features=width)
+        for w, a in pairs
+    ]
+    _, timed = time_products(products, device=options.device, num_threads=1, num_rounds=5)
+    return {
+        "model": f"random Qwen3 {size}",
+        "formats": INTEGERS,
+        "seconds": seconds,
+        "largest_relative_error": errors,
+        "product": f"{width} x {width} x {width}",
+        "product_seconds": {t.product.pair: t.problem or min(t.seconds) for t in timed},
+    }
 
 
 def gptq(options: argparse.Namespace) -> dict[str, Any]:
@@ -267,6 +310,7 @@ STEPS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "speed of 0.6B, 4 formats": speed("0.6B", "unpadded"),
     "speed of 8B, 4 formats": speed("8B, 8 of 36 layers", "unpadded"),
     "speed of 0.6B, 12 formats": speed("0.6B", "formats"),
+    "integers": integers,
     "gptq": gptq,
     "speed of 8B, 12 formats": speed("8B, 8 of 36 layers", "formats"),
 }

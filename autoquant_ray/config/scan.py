@@ -174,11 +174,16 @@ class ScanConfig(SearchSpace):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute type. auto: float32 on CPU, bfloat16 on CUDA."
     )
-    difference_dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
+    difference_dtype: (
+        Literal["auto", "float32", "bfloat16", "int8", "int8+float32", "int8+bfloat16"] | None
+    ) = Field(
         default=None,
         description="Type of the products that give output differences, which sums need to about "
         "1%. auto: bfloat16 where every node multiplies it fast (CUDA from 8.0 on, CPUs with "
-        "AVX512-BF16 or AMX), else float32. Default: the compute type.",
+        "AVX512-BF16 or AMX), else float32; in a float32 model on GPUs of CUDA 8, 9 or 12 also "
+        "int8: integers are multiplied where a linear's weight and input are such, with a scale "
+        "per channel and per token or tensor. int8: these on any device, and the others as by "
+        "auto, or in the type after the plus. Default: the compute type.",
     )
     placement: Literal["auto", "resident", "offload", "split"] = Field(
         default="auto",

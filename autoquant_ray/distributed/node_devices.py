@@ -14,9 +14,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.distributed.nodes import NodeChoice
 from autoquant_ray.errors import ClusterError, one_line
+from autoquant_ray.formats.integer_pairs import multiplies_integers, with_integers
 
 _PROBE_TIMEOUT_S = 120.0
 _BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16")  # as Linux names them
+_INT8_GENERATIONS = (8, 9, 12)
+"""CUDA's major numbers. On 10.3, ``torch._int_mm`` was measured to be slower than float32
+(https://github.com/pytorch/pytorch/issues/187094)."""
 
 
 def gpus_per_worker(config: ScanConfig, device: str) -> float:
@@ -44,13 +48,15 @@ def device_bytes(config: ScanConfig, device: str) -> int:
     return int(min(sizes) * share)
 
 
-def difference_dtype(config: ScanConfig) -> str:
-    """``bfloat16`` where every node that could run a worker multiplies it fast, else ``float32``.
+def difference_dtype(config: ScanConfig, *, has_integers: bool) -> str:
+    """What ``auto`` and ``int8`` mean: ``bfloat16`` where every node that could run a worker
+    multiplies it fast, else ``float32``; with ``int8+`` before it where integers are multiplied.
 
     Nodes that join later follow: slower ones are slow, but their numbers are of the same type.
 
     Args:
         config: With device and compute type resolved.
+        has_integers: Whether linears multiply integers under a format of the menu.
 
     Raises:
         ClusterError: A node does not answer.
@@ -59,15 +65,19 @@ def difference_dtype(config: ScanConfig) -> str:
         return "bfloat16"  # as the model computes
     nodes = NodeChoice.of(config).nodes()
     remedy = "give `difference_dtype` float32 or bfloat16"
+    takes_integers = multiplies_integers(config.difference_dtype)
     if config.device == "cuda":
         share = min(1.0, gpus_per_worker(config, "cuda"))
-        is_fast = all(_ask_gpus(nodes, share, _multiplies_bfloat16, "kind", remedy))
+        fast = _ask_gpus(nodes, share, _fast_types, "kind", remedy)
+        is_fast = all("bfloat16" in types for types in fast)
+        takes_integers |= all("int8" in types for types in fast)
     else:
         here = ray.util.get_node_ip_address()
         others = [node for node in nodes if node["NodeManagerAddress"] != here]
         is_fast = len(others) == len(nodes) or _has_bfloat16_units()
         is_fast &= all(_ask(others, 0, _has_bfloat16_units, "the CPU of a node", remedy))
-    return "bfloat16" if is_fast else "float32"
+    dtype = "bfloat16" if is_fast else "float32"
+    return with_integers(dtype) if takes_integers and has_integers else dtype
 
 
 def _ask_gpus(
@@ -124,11 +134,22 @@ def _gpu_bytes() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether the first GPU has products of bfloat16."""
+def _fast_types() -> list[str]:
+    """Types that the first GPU multiplies faster than float32."""
     import torch
 
-    return bool(torch.cuda.get_device_capability(0) >= (8, 0))
+    return fast_types(torch.cuda.get_device_capability(0), is_cuda=torch.version.hip is None)
+
+
+def fast_types(capability: tuple[int, int], *, is_cuda: bool) -> list[str]:
+    """Types of products that are faster than those of float32.
+
+    Args:
+        capability: Of the GPU, as torch has it.
+        is_cuda: Whether it is NVIDIA's.
+    """
+    has_int8 = is_cuda and capability[0] in _INT8_GENERATIONS
+    return ["bfloat16"] * (capability >= (8, 0)) + ["int8"] * has_int8
 
 
 def _has_bfloat16_units() -> bool:

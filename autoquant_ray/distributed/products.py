@@ -17,14 +17,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.errors import one_line
+from autoquant_ray.formats.integer_pairs import INT_MM_ROWS
 
 if TYPE_CHECKING:
     import torch
 
 _COPIES_BYTES = 2**28
 _MOST_COPIES = 64
-_INT_ROWS = 32
-"""Rows to which ``torch._int_mm`` is filled up on a GPU, where it takes no fewer than 17."""
 _GROUPS = (32, 64, 128, 256)
 
 
@@ -180,7 +179,7 @@ def _whole_numbers(shape: Sequence[int], device: str) -> torch.Tensor:
 def _int8(states_TI: torch.Tensor, shape: Sequence[int], device: str) -> Kernel:
     import torch
 
-    rows = max(len(states_TI), _INT_ROWS) if device == "cuda" else len(states_TI)
+    rows = max(len(states_TI), INT_MM_ROWS) if device == "cuda" else len(states_TI)
     whole_TI = _whole_numbers((rows, shape[1]), device)
     return (
         "torch._int_mm",

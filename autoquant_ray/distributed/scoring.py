@@ -36,7 +36,8 @@ class ScoringSpec:
             shard.
         estimator: ``elementwise`` or ``token``: the sums whose shares are chosen by ``auto``.
         difference_dtype: ``float32`` or ``bfloat16``, of the products that give the differences of
-            linears; None: ``dtype``.
+            linears, or ``int8+`` one of them, which multiplies integers where weight and input are
+            such; None: ``dtype``.
         weight_cache_bytes: For quantized weights; None takes what one visit of a layer or of the
             head uses again, 2 GiB at most.
         activation_bytes: For layer inputs: half of it for the steps that are visited together,

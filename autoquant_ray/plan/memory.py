@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Self
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.formats.algorithms import FACTOR_BYTES, SEARCHED_BYTES, SEARCHES
 from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.integer_pairs import (
+    has_integer_pair,
+    is_integer_pair,
+    multiplies_integers,
+)
 from autoquant_ray.formats.smoothed import method_of, needs_hessians
 from autoquant_ray.models.quantizable import PlannedModule, expert_place
 from autoquant_ray.plan.group import UNQUANTIZED_BITS
 from autoquant_ray.plan.plan import Plan
+from autoquant_ray.plan.work import chunk_rows
 
 if TYPE_CHECKING:
     import torch
@@ -66,8 +72,9 @@ class Footprint:
         offloaded_bytes: Weights held at once when layers are offloaded: everything outside the
             decoder layers, and two layers (the visited one and the next).
         work_bytes: One module's weight in float32, quantized, and the difference; quantized
-            weights that are kept; what GPTQ needs and gives; logits of one slice; every decoder
-            layer's input for the tokens of a step, or for as many as are kept.
+            weights that are kept; sums of products of integers, and integer inputs; what GPTQ needs
+            and gives; logits of one slice; every decoder layer's input for the tokens of a step, or
+            for as many as are kept.
     """
 
     weight_bytes: int
@@ -95,18 +102,19 @@ def footprint(plan: Plan, config: ScanConfig) -> Footprint:
     largest_layer = max(layers, default=0)
     held = num_weights - sum(layers) + _LAYERS_HELD * largest_layer
     largest = max(module.num_elements for group in plan.searched for module in group.modules)
+    takes_integers = config.dtype == "float32" and multiplies_integers(config.difference_dtype)
     if config.weight_cache_gib == "auto":
-        visited = largest_layer + max(0, searched - sum(layers))
-        cached = min(LARGEST_CACHE_BYTES, quantized_bytes(visited, plan.formats))
+        room, kept = LARGEST_CACHE_BYTES, largest_layer + max(0, searched - sum(layers))
     else:
-        room = round(config.weight_cache_gib * GIB)
-        cached = min(room, quantized_bytes(searched, plan.formats))
+        room, kept = round(config.weight_cache_gib * GIB), searched
+    cached = min(room, quantized_bytes(kept, plan.formats, takes_integers=takes_integers))
     inputs = held_tokens(plan, config) * _input_bytes(plan, config)
     return Footprint(
         weight_bytes=num_weights * dtype_bytes,
         offloaded_bytes=min(held, num_weights) * dtype_bytes,
         work_bytes=_WORK_COPIES * 4 * largest
         + cached
+        + (integer_bytes(plan, config) if takes_integers else 0)
         + searched_bytes(searched, plan.formats)
         + moment_bytes(plan)
         + rounding_bytes(plan)
@@ -199,10 +207,37 @@ def _rounded_modules(plan: Plan) -> list[PlannedModule]:
     ]
 
 
-def quantized_bytes(num_weights: int, formats: Sequence[Format]) -> int:
-    """Bytes of weights quantized in every way of a menu, as the weight cache holds them."""
-    num_specs = len({format_.weight_key for format_ in formats if format_.kv is None})
-    return _KEPT_BYTES * num_specs * num_weights
+def quantized_bytes(
+    num_weights: int, formats: Sequence[Format], *, takes_integers: bool = False
+) -> int:
+    """Bytes of weights quantized in every way of a menu, as the weight cache holds them.
+
+    Args:
+        num_weights: How many.
+        formats: The menu.
+        takes_integers: Whether integers are multiplied as such: a byte each, beside what modules
+            and formats without integers need.
+    """
+    specs = {format_.weight_key for format_ in formats if format_.kv is None}
+    pairs = {f.weight_key for f in formats if takes_integers and is_integer_pair(f)}
+    return (_KEPT_BYTES * len(specs) + len(pairs)) * num_weights
+
+
+def integer_bytes(plan: Plan, config: ScanConfig) -> int:
+    """Bytes of a linear's input as integers, one each, and of sums of their products, four each.
+
+    Args:
+        plan: The plan.
+        config: Resolved device.
+    """
+    if not has_integer_pair(plan.formats):
+        return 0
+    modules = [module for group in plan.searched for module in group.modules]
+    shapes = [module.shapes[0] for module in modules if module.kind == "linear"]
+    tokens = config.step_tokens
+    widest = max((shape[-1] for shape in shapes), default=0)
+    sums = [min(tokens, chunk_rows(shape[0], config.device)) * shape[0] for shape in shapes]
+    return tokens * widest + 4 * max(sums, default=0)
 
 
 def searched_bytes(num_weights: int, formats: Sequence[Format]) -> int:
@@ -220,6 +255,8 @@ def room_for_visit(
     layers: Sequence[torch.nn.Module],
     modules: Sequence[ScoredModule],
     formats: Sequence[Format],
+    *,
+    takes_integers: bool = False,
 ) -> int:
     """Bytes of the quantized weights of the head and of the largest layer, 2 GiB at most.
 
@@ -228,6 +265,7 @@ def room_for_visit(
         layers: Its decoder layers.
         modules: Searched modules.
         formats: The menu.
+        takes_integers: See :func:`quantized_bytes`.
     """
     inside = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
     sizes: dict[int, int] = {}
@@ -235,7 +273,8 @@ def room_for_visit(
         number = inside.get(model.get_submodule(scored.planned.path), -1)
         sizes[number] = sizes.get(number, 0) + scored.planned.num_elements
     visited = sizes.pop(-1, 0) + max(sizes.values(), default=0)
-    return min(LARGEST_CACHE_BYTES, quantized_bytes(visited, formats))
+    needed = quantized_bytes(visited, formats, takes_integers=takes_integers)
+    return min(LARGEST_CACHE_BYTES, needed)
 
 
 def choose_placement(

@@ -1,4 +1,4 @@
-"""How much a scan computes, from the plan alone."""
+"""How much a scan computes, from the plan alone, and how much of it at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from autoquant_ray.formats.smoothed import num_search_products
 if TYPE_CHECKING:
     from autoquant_ray.formats.format import Format
     from autoquant_ray.plan.group import PlannedGroup
+
+_CHUNK_ELEMENTS = {"cpu": 2**20}
+_CHUNK_ELEMENTS_ELSEWHERE = 2**26
+_MIN_CHUNK_ROWS = 512  # fewer make the product itself slower
 
 
 def flops_per_token(model: Any, groups: Sequence[PlannedGroup], formats: Sequence[Format]) -> int:
@@ -41,3 +45,14 @@ def flops_per_token(model: Any, groups: Sequence[PlannedGroup], formats: Sequenc
             products += (1 + num_caches) * (module.name.rpartition(".")[0] in attentions)
             total += 2 * module.num_elements * share * products
     return round(total)
+
+
+def chunk_rows(width: int, device: str) -> int:
+    """Rows whose output differences are computed together.
+
+    Args:
+        width: Of the output.
+        device: ``cpu`` or ``cuda``.
+    """
+    elements = _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_ELSEWHERE)
+    return max(_MIN_CHUNK_ROWS, elements // width)

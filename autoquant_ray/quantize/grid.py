@@ -1,6 +1,6 @@
 """What the numbers of a quantized weight can be, and codes that stand for them.
 
-Shape letters: I in features, O out features, K scales of a row.
+Shape letters: I in features, O out features, K scales of a row, R rows of a weight or of an input.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from autoquant_ray.formats.numbers import E2M1, E4M3, Number
+from autoquant_ray.modelopt_api import largest_of
 from autoquant_ray.quantize.backends.block_formats import round_to
 from autoquant_ray.quantize.calibration import Bytes
 
@@ -74,6 +75,34 @@ def grid_of(quantizer: Any, weight_OI: torch.Tensor) -> Grid:
     smallest_OK = quantizer(huge_OI.neg_())[..., ::step]
     least = round(float((smallest_OK / unit_OK).nan_to_num().amin()))
     return Grid(unit_OK, step, width, least, most, None)
+
+
+class Integers(NamedTuple):
+    """Values whose rows are multiples of a unit.
+
+    Attributes:
+        codes_RI: int8.
+        unit_R: Value of the code 1 in each row, float32; ``(1,)`` where all rows have the same.
+    """
+
+    codes_RI: torch.Tensor
+    unit_R: torch.Tensor
+
+
+def integers_of(quantizer: Any, values_RI: torch.Tensor) -> Integers:
+    """What a calibrated quantizer of ModelOpt's makes of values, as integers; no host waits.
+
+    Each result is an integer divided by ModelOpt's scale, so the integer that is nearest to it in
+    units is the same: nothing is rounded a second time.
+
+    Args:
+        quantizer: Of integers of 8 bits at most, with a scale per row or a single one.
+        values_RI: Float32.
+    """
+    quantized_RI = quantizer(values_RI)
+    unit_R = (largest_of(quantizer, values_RI).float() / quantizer.maxbound).reshape(-1)
+    codes_RI = quantized_RI / divisor_of(unit_R)[:, None]
+    return Integers(codes_RI.round_().to(torch.int8), unit_R)
 
 
 def plain_codes(weight_OI: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from autoquant_ray.formats.format import Format
+from autoquant_ray.quantize.grid import Integers, integers_of
 from autoquant_ray.quantize.quantizers import make_input_quantizer
-from autoquant_ray.quantize.smoothing import quantized_input
+from autoquant_ray.quantize.smoothing import quantized_input, smoothed_input
 
 
 class QuantizedInputs:
@@ -25,6 +26,7 @@ class QuantizedInputs:
         self._input: torch.Tensor | None = None  # held, so that its memory is not another's
         self._version = 0
         self._kept: dict[Hashable, torch.Tensor] = {}
+        self._integers: dict[Hashable, Integers] = {}
         self._quantizers: dict[Hashable, Any] = {}
 
     def of(
@@ -71,6 +73,32 @@ class QuantizedInputs:
             if format_.input is not None
         }
 
+    def integers(
+        self,
+        format_: Format,
+        maximum: float | None,
+        scale_I: torch.Tensor | None,
+        input_TI: torch.Tensor,
+        rows: slice,
+    ) -> Integers:
+        """Quantized rows as integers.
+
+        Args:
+            format_: One of :func:`~autoquant_ray.formats.integer_pairs.is_integer_pair`.
+            maximum: As above.
+            scale_I: As above.
+            input_TI: Whole input.
+            rows: Which rows.
+        """
+        self._start(input_TI)
+        quantizer = self._quantizer(format_, maximum, input_TI.device)
+        if scale_I is not None:
+            return integers_of(quantizer, smoothed_input(input_TI[rows], scale_I).float())
+        key = (format_.input_key, maximum, rows.start, rows.stop)
+        if key not in self._integers:
+            self._integers[key] = integers_of(quantizer, input_TI[rows].float())
+        return self._integers[key]
+
     def _get(
         self,
         input_TI: torch.Tensor,
@@ -110,7 +138,7 @@ class QuantizedInputs:
 
     def clear(self) -> None:
         """Forget the last input."""
-        self._input, self._kept, self._quantizers = None, {}, {}
+        self._input, self._kept, self._integers, self._quantizers = None, {}, {}, {}
 
     def _start(self, input_TI: torch.Tensor) -> None:
         """Forget the last input unless it is this one."""
@@ -124,4 +152,4 @@ class QuantizedInputs:
         )
         if not is_last:
             self._input, self._version = input_TI, input_TI._version
-            self._kept, self._quantizers = {}, {}
+            self._kept, self._integers, self._quantizers = {}, {}, {}

@@ -12,7 +12,7 @@ blocks): every weight gets a new quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from autoquant_ray.modelopt_api import (
     needs_static_maximum,
 )
 from autoquant_ray.quantize.backends.block_formats import WEIGHTS_BACKEND, backend_for
-from autoquant_ray.quantize.grid import Grid, grid_of, values_of
+from autoquant_ray.quantize.grid import Grid, Integers, grid_of, integers_of, values_of
 from autoquant_ray.quantize.weight_search import (
     Recall,
     WeightScales,
@@ -112,29 +112,50 @@ def quantized_weight(
     return _quantized(format_, weight_OI, scales, *name)
 
 
+@torch.no_grad()
+def integer_weight(
+    format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str
+) -> Integers:
+    """The integers of :func:`quantized_weight`; arguments as there.
+
+    Args:
+        format_: One of :func:`~autoquant_ray.formats.integer_pairs.is_integer_pair`.
+        weight_OI: Float32.
+        scales: As above.
+        name: As above.
+    """
+    parts = [integers_of(*part) for part in _rounded_parts(format_, weight_OI, scales, *name)]
+    if len(parts) == 1:
+        return parts[0]
+    return Integers(*map(torch.cat, zip(*parts, strict=True)))
+
+
 def _quantized(
     format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str
 ) -> torch.Tensor:
+    rounded = _rounded_parts(format_, weight_OI, scales, *name)
+    parts: list[torch.Tensor] = [quantizer(part_OI) for quantizer, part_OI in rounded]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _rounded_parts(
+    format_: Format, weight_OI: torch.Tensor, scales: WeightScales, *name: str
+) -> Iterator[tuple[TensorQuantizer, torch.Tensor]]:
+    """Quantizers, each with the rows that it is given, see :func:`rounded_weight`."""
     if method_of(format_) in SEARCHES or len(chunks := _row_chunks(format_, weight_OI)) == 1:
         quantizer = quantizer_of(format_, weight_OI, scales, *name)
-        return _through(quantizer, rounded_weight(format_, quantizer, weight_OI, scales, *name))
+        yield quantizer, rounded_weight(format_, quantizer, weight_OI, scales, *name)
+        return
     codes = scales.codes(name, format_)
     codes_OI = None if codes is None else codes.reshape(weight_OI.shape)
-    parts: list[torch.Tensor] = []
     start = 0
     for chunk_OI in chunks:
         quantizer = quantizer_of(format_, chunk_OI, scales, *name)
         if codes_OI is not None:
             codes = codes_OI[start : start + len(chunk_OI)]
             chunk_OI = values_of(codes, grid_of(quantizer, chunk_OI)).to(weight_OI.dtype)
-        parts.append(_through(quantizer, chunk_OI))
+        yield quantizer, chunk_OI
         start += len(chunk_OI)
-    return torch.cat(parts)
-
-
-def _through(quantizer: Any, values: torch.Tensor) -> torch.Tensor:
-    quantized: torch.Tensor = quantizer(values)
-    return quantized
 
 
 def _row_chunks(format_: Format, weight_OI: torch.Tensor) -> Sequence[torch.Tensor]:

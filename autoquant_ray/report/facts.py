@@ -148,7 +148,8 @@ def scheme(run: RunRecord, table: Sequence[Mapping[str, Any]]) -> str:
         share = sum(shares) / len(shares)
     rows = "" if share == 1 else f", {share:.0%} of the rows"
     dtype = config.get("difference_dtype")
-    products = "" if dtype in (None, config.get("dtype")) else f", differences in {dtype}"
+    types = "" if dtype in (None, config.get("dtype")) else str(dtype).replace("+", " and ")
+    products = types and f", differences in {types}"
     labels = f"labels from the {config['labels']}{draws}"
     return f"{formats}; {config['estimator']} sums, {labels}{rows}{products}"
 

@@ -10,32 +10,41 @@ two rounded outputs would be mostly rounding: there, quantization errors are for
 multiplied separately, ``X dW^T + dX Wq^T``. That may be asked for in a float32 model too, where
 products in bfloat16 are faster and exact enough; experts and caches compute as the model does.
 
+Where weight and input are integers with scales outside the sum, ``Y_f`` may be ``s_x s_w (Xi
+Wi^T)``, which is exact but for its scaling. That needs ``Y`` in float32: in 16 bits a product for
+``Y`` would come on top, and an integer product with it is no faster than the two in 16 bits.
+
 Shape letters: T rows, C rows of a chunk, I in features, O out features.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 
 from autoquant_ray.formats.format import Format
+from autoquant_ray.formats.integer_pairs import (
+    fits_int_mm,
+    is_integer_pair,
+    multiplies_integers,
+    without_integers,
+)
 from autoquant_ray.formats.smoothed import is_smoothed
 from autoquant_ray.models.quantizable import PlannedModule
-from autoquant_ray.plan.scored_modules import ScoredModule
+from autoquant_ray.plan.work import chunk_rows
 from autoquant_ray.quantize.calibration import Calibration, ModuleCalibration
+from autoquant_ray.quantize.grid import Integers
 from autoquant_ray.quantize.inputs import QuantizedInputs
-from autoquant_ray.quantize.quantizers import quantized_weight
-from autoquant_ray.quantize.single_experts import Runnable, by_module, runnable_experts
+from autoquant_ray.quantize.quantizers import integer_weight, quantized_weight
+from autoquant_ray.quantize.single_experts import Runnable
 from autoquant_ray.quantize.smoothing import input_maximum, input_scales, smoothed_weight
 from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.quantize.weight_search import WeightScales
-from autoquant_ray.score.gradient_book import GradientBook
-from autoquant_ray.score.kv_caches import Add, CacheHooks
+from autoquant_ray.score.integer_products import multiplied
 
 Formats = list[tuple[int, Format]]
 """Formats with their indices in the menu."""
@@ -46,9 +55,23 @@ Only = tuple[int, ...] | None
 Difference = tuple[int, slice, torch.Tensor]
 """Format index, rows, and ``Y_f - Y`` of those rows; the tensor may be overwritten after use."""
 
-_CHUNK_ELEMENTS = {"cpu": 2**20}
-_CHUNK_ELEMENTS_ELSEWHERE = 2**26
-_MIN_CHUNK_ROWS = 512  # fewer make the product itself slower
+
+class _Linear(NamedTuple):
+    """A linear and what it was called with.
+
+    Attributes:
+        planned: The module's entry in the plan.
+        module: The module in the model.
+        calibration: Of the module.
+        output_TO: Its output.
+        input_TI: Its input.
+    """
+
+    planned: PlannedModule
+    module: Any
+    calibration: ModuleCalibration
+    output_TO: torch.Tensor
+    input_TI: torch.Tensor
 
 
 class _LinearWeights(NamedTuple):
@@ -72,7 +95,8 @@ class OutputDifferences:
         formats: The menu.
         weights: Where quantized weights are kept.
         model: The model.
-        dtype: ``float32`` or ``bfloat16``, of the products of linears; None: as the model computes.
+        dtype: ``float32`` or ``bfloat16``, of the products of linears, or ``int8+`` one of them;
+            None: as the model computes.
     """
 
     def __init__(
@@ -82,7 +106,10 @@ class OutputDifferences:
         model: torch.nn.Module,
         dtype: str | None = None,
     ) -> None:
-        self._dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
+        others = without_integers(dtype)
+        self._dtype: torch.dtype | None = None if others is None else getattr(torch, others)
+        takes_integers = multiplies_integers(dtype)
+        self._pairs = {n for n, f in enumerate(formats) if takes_integers and is_integer_pair(f)}
         self._formats = formats
         self._menus: dict[Only, list[Formats]] = {}
         self._weights = weights
@@ -117,44 +144,79 @@ class OutputDifferences:
             input_TI: Its input.
             only: Formats to compute.
         """
-        chunks = self._chunks(output_TO)
+        linear = _Linear(planned, module, calibration, output_TO, input_TI)
+        takes_integers = input_TI.dtype == torch.float32 and fits_int_mm(module.weight.shape)
+        taken = self._pairs if takes_integers else set()
+        for formats in self._menu(only):
+            if pairs := [each for each in formats if each[0] in taken]:
+                yield from self._from_integers(pairs, linear)
+            if others := [each for each in formats if each[0] not in taken]:
+                yield from self._from_floats(others, linear)
+
+    def _from_floats(self, formats: Formats, linear: _Linear) -> Iterator[Difference]:
+        """Differences under formats that quantize the weight alike."""
+        _, module, calibration, output_TO, input_TI = linear
         dtype = self._dtype or input_TI.dtype
         single = input_TI.dtype == dtype == torch.float32
-        for formats in self._menu(only):
-            menu = [format_ for _, format_ in formats]
-            weights = self._linear_weights(
-                planned, module, calibration, menu, dtype, is_single=single
+        menu = [format_ for _, format_ in formats]
+        weights = self._linear_weights(linear, menu, dtype, is_single=single)
+        scale_I, error_OI, weight_OI = weights
+        maximum = input_maximum(calibration, scale_I, module.weight.dtype)
+        for rows in self._chunks(output_TO):
+            inputs = self._inputs.of(
+                menu, maximum, scale_I, input_TI, rows, as_error=not single, dtype=dtype
             )
-            scale_I, error_OI, weight_OI = weights
-            maximum = input_maximum(calibration, scale_I, module.weight.dtype)
-            for rows in chunks:
-                inputs = self._inputs.of(
-                    menu, maximum, scale_I, input_TI, rows, as_error=not single, dtype=dtype
+            if single and weight_OI is not None:
+                yield from self._single(
+                    formats, inputs, rows, output_TO, input_TI, weight_OI, module.bias
                 )
-                if single and weight_OI is not None:
-                    yield from self._single(
-                        formats, inputs, rows, output_TO, input_TI, weight_OI, module.bias
-                    )
-                else:
-                    assert error_OI is not None
-                    yield from self._from_errors(
-                        formats, inputs, input_TI[rows].to(dtype), rows, error_OI, weight_OI
-                    )
-            del weights, error_OI, weight_OI  # not held while the next are made
+            else:
+                assert error_OI is not None
+                yield from self._from_errors(
+                    formats, inputs, input_TI[rows].to(dtype), rows, error_OI, weight_OI
+                )
+
+    def _from_integers(self, formats: Formats, linear: _Linear) -> Iterator[Difference]:
+        """``s_x s_w (Xi Wi^T) + b - Y`` under formats that quantize the weight alike."""
+        planned, module, calibration, output_TO, input_TI = linear
+        format_ = formats[0][1]
+        scale_I = self._factors(planned, module, format_, calibration)
+        weight = self._integer_weight(linear, format_, scale_I)
+        maximum = input_maximum(calibration, scale_I, module.weight.dtype)
+        for rows in self._chunks(output_TO):
+            for index, format_ in formats:
+                inputs = self._inputs.integers(format_, maximum, scale_I, input_TI, rows)
+                buffer_CO = multiplied(inputs, weight, out=self._buffer(output_TO[rows]))
+                buffer_CO.sub_(output_TO[rows])
+                yield index, rows, buffer_CO if module.bias is None else buffer_CO.add_(module.bias)
+
+    def _integer_weight(
+        self, linear: _Linear, format_: Format, scale_I: torch.Tensor | None
+    ) -> Integers:
+        """The weight, or ``W / p``, as integers."""
+        planned, weight_OI = linear.planned, linear.module.weight
+        key = self._key(planned, format_)
+
+        @cache
+        def make() -> Integers:
+            float_OI = smoothed_weight(weight_OI, scale_I).float()
+            made: Integers = integer_weight(format_, float_OI, self._scales, planned.name)
+            return made
+
+        codes_OI = self._weights.get((*key, "codes"), lambda: make().codes_RI)
+        return Integers(codes_OI, self._weights.get((*key, "unit"), lambda: make().unit_R))
+
+    def _key(self, planned: PlannedModule, format_: Format) -> tuple[Hashable, ...]:
+        """Of what is kept of a weight under a format."""
+        return planned.name, format_.weight_key, self._scales.unseen_half(format_)
 
     def _linear_weights(
-        self,
-        planned: PlannedModule,
-        module: Any,
-        calibration: ModuleCalibration,
-        formats: Sequence[Format],
-        dtype: torch.dtype,
-        *,
-        is_single: bool,
+        self, linear: _Linear, formats: Sequence[Format], dtype: torch.dtype, *, is_single: bool
     ) -> _LinearWeights:
         """What inputs are multiplied with under formats that quantize the weight alike."""
+        planned, module, calibration, *_ = linear
         format_ = formats[0]
-        key = (planned.name, format_.weight_key, self._scales.unseen_half(format_))
+        key = self._key(planned, format_)
         scale_I = self._factors(planned, module, format_, calibration)
         quantize = partial(_in_float32, module.weight, scale_I, format_, self._scales, planned.name)
         quantizes_inputs = any(format_.input is not None for format_ in formats)
@@ -266,105 +328,9 @@ class OutputDifferences:
     @staticmethod
     def _chunks(output_TO: torch.Tensor) -> list[slice]:
         num_rows, width = output_TO.shape
-        elements = _CHUNK_ELEMENTS.get(output_TO.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-        num_chunks = math.ceil(num_rows / max(_MIN_CHUNK_ROWS, elements // width))
+        num_chunks = math.ceil(num_rows / chunk_rows(width, output_TO.device.type))
         size = math.ceil(num_rows / max(1, num_chunks)) or 1
         return [slice(start, start + size) for start in range(0, num_rows, size)]
-
-
-class ComparedModules:
-    """The modules of a model whose outputs are compared while gradients flow backward.
-
-    Args:
-        model: The model.
-        modules: What is compared.
-        formats: The menu.
-        weights: Where quantized weights are kept.
-        cache_share: Share of the rows of an attention to use, drawn by importance; 1 takes all.
-        difference_dtype: Of the products of linears; None: as the model computes.
-
-    Attributes:
-        modules: Entries of the plan, and their module in the model.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        modules: Sequence[ScoredModule],
-        formats: Sequence[Format],
-        weights: WeightCache,
-        cache_share: float = 1.0,
-        difference_dtype: str | None = None,
-    ) -> None:
-        self.modules = by_module(model, modules)
-        self._outputs = OutputDifferences(formats, weights, model, difference_dtype)
-        self._experts = runnable_experts(self.modules)
-        firsts = [(entries[0], module) for entries, module in self.modules]
-        self._caches = CacheHooks(firsts, formats, cache_share)
-        self._calibration = Calibration()
-
-    @contextmanager
-    def hooked(
-        self,
-        calibration: Calibration,
-        hook_of: Callable[[Sequence[ScoredModule], Any], Callable[..., None]],
-    ) -> Iterator[None]:
-        """While open, forward passes call a hook of every module.
-
-        Args:
-            calibration: Merged over all shards; needed by formats with a static input quantizer.
-            hook_of: Makes the hook of a module and its entries.
-        """
-        self._calibration = calibration
-        self._outputs.calibrate(calibration)
-        handles = [
-            module.register_forward_hook(hook_of(entries, module), with_kwargs=True)
-            for entries, module in self.modules
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._outputs.forget()
-
-    def cache_hook(self, scored: ScoredModule, book: GradientBook, add: Add) -> Callable[..., None]:
-        """The hook of an attention; see :meth:`CacheHooks.forward_hook`."""
-        maxima = self._calibration.of(scored.planned.name).maxima
-        return self._caches.forward_hook(scored, maxima, book, add)
-
-    def differences(
-        self,
-        scored: ScoredModule,
-        module: Any,
-        output_TO: torch.Tensor,
-        inputs: Sequence[torch.Tensor],
-        only: Only,
-    ) -> Iterator[Difference]:
-        """Differences of a linear, of fused experts or of one of them.
-
-        Args:
-            scored: The module's entry.
-            module: The module.
-            output_TO: Its output at these inputs, unquantized.
-            inputs: What it is called with.
-            only: Formats to compute.
-        """
-        planned = scored.planned
-        calibration = self._calibration.of(planned.name)
-        if (experts := self._experts.get(planned.name)) is not None:
-            return self._outputs.of_experts(
-                experts, planned.name, calibration.maxima, output_TO, tuple(inputs), only
-            )
-        return self._outputs.of_linear(planned, module, calibration, output_TO, inputs[0], only)
-
-    def output_of(
-        self, planned: PlannedModule, module: Any, inputs: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        """The output of the unquantized module at some inputs."""
-        if (experts := self._experts.get(planned.name)) is not None:
-            return experts.run_and_collect(tuple(inputs))[0]
-        return torch.nn.functional.linear(inputs[0], module.weight, module.bias)
 
 
 def _in_float32(

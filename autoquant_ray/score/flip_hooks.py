@@ -39,9 +39,10 @@ from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.modules import UNQUANTIZED, FormatNumbers
 from autoquant_ray.quantize.single_experts import routed_apart
 from autoquant_ray.quantize.weight_cache import WeightCache
-from autoquant_ray.score.differences import ComparedModules, Difference
+from autoquant_ray.score.compared_modules import ComparedModules
+from autoquant_ray.score.differences import Difference
+from autoquant_ray.score.drawing.rows import ChosenRows, live_rows
 from autoquant_ray.score.gradient_book import GradientBook, Inputs, OnGradients
-from autoquant_ray.score.rows import ChosenRows, live_rows
 
 Pair = tuple[int, int]
 """Two groups, the one with the smaller number first."""

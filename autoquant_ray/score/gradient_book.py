@@ -14,7 +14,7 @@ import torch
 
 from autoquant_ray.errors import changed_input
 from autoquant_ray.score.drawing.row_sampling import name_seed
-from autoquant_ray.score.rows import as_rows
+from autoquant_ray.score.drawing.rows import as_rows
 
 OnGradients = Callable[[torch.Tensor | None, list[torch.Tensor], tuple[int, ...]], None]
 """Scores a module: its output if that is still as it was, gradients of all draws, seed of rows."""

@@ -17,8 +17,8 @@ import torch
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import first_output
 from autoquant_ray.quantize.attention import CachedAttention, Call
+from autoquant_ray.score.drawing.rows import as_rows, choose_rows
 from autoquant_ray.score.gradient_book import GradientBook
-from autoquant_ray.score.rows import as_rows, choose_rows
 
 if TYPE_CHECKING:
     from autoquant_ray.plan.scored_modules import ScoredModule

@@ -24,6 +24,7 @@ from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.distributed.scoring import LayerFit, ScoringSpec, ShardScores
 from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.formats.integer_pairs import multiplies_integers
 from autoquant_ray.plan.memory import room_for_visit
 from autoquant_ray.quantize.awq import Losses
 from autoquant_ray.quantize.calibration import Calibration
@@ -32,6 +33,7 @@ from autoquant_ray.score.backward import LayerwiseBackward
 from autoquant_ray.score.drawing.trial import DrawingTrials
 from autoquant_ray.score.entrance import Gradients, Pass
 from autoquant_ray.score.fitting import LayerFitting
+from autoquant_ray.score.integer_products import require_exact_sums
 from autoquant_ray.score.loading import set_up_model
 from autoquant_ray.score.loss import VocabularyLoss, draw_uniforms
 from autoquant_ray.score.model_checks import (
@@ -92,7 +94,12 @@ class Scorer:
         require_gradients(self._backward)
         self.joint_context = joint_context(self.model, self._backward)
         given, layers = spec.weight_cache_bytes, self._backward.layers
-        room = room_for_visit(self.model, layers, spec.modules, spec.formats)
+        takes_integers = multiplies_integers(spec.difference_dtype)
+        if takes_integers:
+            require_exact_sums(self._device)
+        room = room_for_visit(
+            self.model, layers, spec.modules, spec.formats, takes_integers=takes_integers
+        )
         self._cache_bytes = room if given is None else given
         self._weights = WeightCache(self._cache_bytes)
         self._hooks = SensitivityHooks(

@@ -38,12 +38,13 @@ from autoquant_ray.plan.scored_modules import ScoredModule
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.single_experts import routed_apart
 from autoquant_ray.quantize.weight_cache import WeightCache
-from autoquant_ray.score.differences import ComparedModules, Difference, Only
+from autoquant_ray.score.compared_modules import ComparedModules
+from autoquant_ray.score.differences import Difference, Only
 from autoquant_ray.score.drawing.row_sampling import row_masses
+from autoquant_ray.score.drawing.rows import ChosenRows, chosen_by, live_rows, row_values
 from autoquant_ray.score.drawing.trial import DrawingTrials
 from autoquant_ray.score.expert_tokens import TokenCounts
 from autoquant_ray.score.gradient_book import GradientBook, Inputs, OnGradients
-from autoquant_ray.score.rows import ChosenRows, chosen_by, live_rows, row_values
 
 
 class SensitivityHooks:
@@ -56,7 +57,8 @@ class SensitivityHooks:
         weights: Where quantized weights are kept.
         num_draws: Backward passes that follow each forward pass; sums are averaged over them.
         cache_share: Share of the rows of an attention to use, where its cache is quantized.
-        difference_dtype: Of the products of linears; None: as the model computes.
+        difference_dtype: Of the products of linears, see
+            :class:`~autoquant_ray.score.differences.OutputDifferences`.
     """
 
     def __init__(

@@ -41,6 +41,12 @@ CASES = {
     "16 bits": Case(
         "qwen3", ("wfp4_afp16:max", "NVFP4_DEFAULT_CFG", "wint8_aint8"), {}, {"dtype": "bfloat16"}
     ),
+    "integers": Case(
+        "llama",
+        ("wint8_aint8", "INT8_SMOOTHQUANT_CFG", "wint8_afp16"),
+        {},
+        {"difference_dtype": "int8+bfloat16"},
+    ),
     "caches": Case("qwen3", ("kv_fp8", "kv_nvfp4", "wfp8_afp8")),
     "experts": Case("qwen3_moe", LINEARS[::2]),
     "single experts": Case("qwen3_moe", LINEARS[:1], {"expert_groups": "single"}),

@@ -5,8 +5,9 @@ fails where CUDA does: where a CPU tensor with a dimension meets a device tensor
 CUDA makes the host wait (``torch.cuda.set_sync_debug_mode`` names the same operations): a number is
 read, a mask or ``nonzero`` asks for a size, a copy crosses over in either direction.
 
-What this does not show: which types and shapes CUDA's kernels take, what they compute, and how
-long that takes. ModelOpt's kernels are replaced by what computes the same on a CPU.
+What this does not show: which types and shapes CUDA's kernels take (but ``torch._int_mm``'s, which
+are checked here), what they compute, and how long that takes. ModelOpt's kernels are replaced by
+what computes the same on a CPU.
 """
 
 from __future__ import annotations
@@ -270,7 +271,15 @@ def _quantize_blocks(
     return quantize_blocks(values, blocks, amax if blocks.has_second_scale else None)
 
 
+def _int_mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """What cuBLAS computes, of the shapes that it takes (``_int_mm_out_cuda`` in torch)."""
+    if left.shape[0] <= 16 or left.shape[1] % 8 or right.shape[1] % 8:
+        raise RuntimeError(f"_int_mm: CUDA does not multiply {left.shape} by {right.shape}")
+    return torch._int_mm(left, right)
+
+
 _KERNELS: dict[Any, Any] = {
+    _aten._int_mm: _int_mm,
     torch.ops.tensorrt.quantize_op: _quantize,
     torch.ops.tensorrt.dynamic_block_quantize_op: _quantize_blocks,
 }

@@ -21,9 +21,13 @@ def run(out: Path, *words: str) -> dict[str, Any]:
 
 
 def test_steps_of_every_kind_run_on_the_cpu(tmp_path: Path) -> None:
-    steps = run(tmp_path, "--steps", "parity", "gptq")
-    assert list(steps) == ["parity", "gptq"]
+    steps = run(tmp_path, "--steps", "parity", "integers", "gptq")
+    assert list(steps) == ["parity", "integers", "gptq"]
     assert steps["parity"]["sides"]["core"]["largest_relative_score_difference"] < 1e-4
+    errors = steps["integers"]["largest_relative_error"]
+    assert 0 < errors["int8+float32"] < 1e-4
+    assert errors["bfloat16"] > 10 * errors["int8+bfloat16"]
+    assert set(steps["integers"]["product_seconds"]) == {"16x16", "int8xint8"}
     assert steps["gptq"]["equal_to_the_cpu"] == 1.0
     assert steps["gptq"]["integers"] > 1000
 
@@ -31,4 +35,4 @@ def test_steps_of_every_kind_run_on_the_cpu(tmp_path: Path) -> None:
 def test_no_step_starts_when_the_time_is_up(tmp_path: Path) -> None:
     steps = run(tmp_path, "--minutes", "0")
     assert {step["not_run"] for step in steps.values()} == {"no time was left"}
-    assert len(steps) == 9
+    assert len(steps) == 10

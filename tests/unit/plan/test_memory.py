@@ -199,6 +199,23 @@ def test_scores_with_the_hooks_of_a_split_model_are_the_same(
     np.testing.assert_array_equal(results[0][1].elementwise_GF, results[1][1].elementwise_GF)
 
 
+def test_integers_need_room_for_codes_and_for_sums(make_model: Any) -> None:
+    """A byte per weight and per input, and four per sum: of the widest input and output."""
+    plan = build_plan(make_model("llama"), resolve_formats(("wint8_aint8",), device="cpu"))
+
+    def work_bytes(difference_dtype: str | None, dtype: str = "float32") -> int:
+        config = make_config(device="cpu", dtype=dtype, difference_dtype=difference_dtype)
+        return footprint(plan, config).work_bytes
+
+    tokens = make_config().step_tokens
+    outside = sum(group.num_weights for group in plan.searched) - sum(plan.layer_weights)
+    codes = plan.layer_weights[0] + max(0, outside)
+    assert work_bytes("bfloat16") == work_bytes(None)
+    added = work_bytes("int8+bfloat16") - work_bytes("bfloat16")
+    assert added == codes + tokens * 160 + 4 * tokens * 256
+    assert work_bytes("int8+bfloat16", "bfloat16") == work_bytes(None, "bfloat16")
+
+
 def test_gptq_needs_room_for_second_moments(make_model: Any) -> None:
     """Of inputs of 64 channels, and the 160 of down_proj, in two halves; seven factors of each,
     and of the widest once more; seven matrices that these are made of; and three roundings, a byte

@@ -11,8 +11,8 @@ import torch
 from autoquant_ray.errors import NonFiniteError
 from autoquant_ray.quantize.calibration import Calibration, merge_calibrations
 from autoquant_ray.score import scorer as scorer_module
+from autoquant_ray.score.drawing.rows import live_rows
 from autoquant_ray.score.loss import sample_labels
-from autoquant_ray.score.rows import live_rows
 
 FAMILIES = ["llama", "qwen3", "qwen3_moe", "qwen3_vl"]
 FORMATS = (
