@@ -39,7 +39,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engines.cases import CASES, MODELS, make_case, make_model, make_run
-from engines.environments import environment_of, run_in
+from engines.environments import environment_of, run_in, versions_in
 from engines.page import RESULTS, write_page
 from engines.tools import TOOLS, Tool
 
@@ -91,7 +91,8 @@ def check(tool: Tool, python: str, folder: Path, environment: Path) -> dict[str,
         )
     except RuntimeError as error:
         if refusal is not None and refusal in str(error):
-            return {"date": day, "refused": refusal, "wrong": []}
+            versions = versions_in(python, tool.names)
+            return {"date": day, "versions": versions, "refused": refusal, "wrong": []}
         return {"date": day, "wrong": [str(error)]}
     seconds = round(time.perf_counter() - start)
     judged = judge(tool, answer, folder)

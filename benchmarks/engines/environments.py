@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -49,6 +50,16 @@ def run_in(python: str, script: str, arguments: Sequence[str]) -> str:
         said = (done.stderr.strip() or done.stdout.strip())[-1500:]
         raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{said}")
     return done.stdout
+
+
+def versions_in(python: str, packages: Sequence[str]) -> dict[str, str]:
+    """Package -> its version in an environment."""
+    script = "import json, sys; from importlib.metadata import version as of; "
+    script += "print(json.dumps({name: of(name) for name in sys.argv[1:]}))"
+    command = [python, "-c", script, *packages]
+    done = subprocess.run(command, capture_output=True, check=True, env=without_package())
+    versions: dict[str, str] = json.loads(done.stdout)
+    return versions
 
 
 def without_package() -> dict[str, str]:

