@@ -10,7 +10,7 @@ Each step runs in a process of its own, and after each the results so far are wr
 - speed against ``mtq.auto_quantize`` on random models in bfloat16, 4 and 12 formats: seconds,
   tokens per second, the share of the device's measured rate of matrix products, peak memory
 - ``integers``: products of integers (``--difference-dtype int8``) in a float32 model: seconds of
-  scoring and of a product, and the largest relative error of a score, beside the other types
+  scoring, the largest relative error of a score, and the rate of products, beside other types
 - ``gptq``: a layer fitted on the device and on the CPU: seconds, and the share of equal integers
 
     python benchmarks/gpu.py --minutes 8 --out results
@@ -39,7 +39,6 @@ from machine import describe_machine
 from sides import CASES, now
 from vs_modelopt import save_random_model
 
-from autoquant_ray.distributed.products import Product, time_products
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.models.load import build_skeleton
@@ -194,13 +193,14 @@ def products_per_token(plan: Plan) -> float:
 def matmul_rate(dtype: str, device: str) -> float:
     """Operations per second of a large product, the best of several."""
     size = 8192 if device == "cuda" else 512
+    multiply = torch._int_mm if dtype == "int8" else torch.mm
     left, right = (
-        torch.randn(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2)
+        (100 * torch.rand(size, size, device=device)).to(getattr(torch, dtype)) for _ in range(2)
     )
     best = 0.0
     for _ in range(10):
         start = now(device)
-        torch.mm(left, right)
+        multiply(left, right.T)
         best = max(best, 2.0 * size**3 / (now(device) - start))
     return best
 
@@ -236,7 +236,7 @@ def sums(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def integers(options: argparse.Namespace) -> dict[str, Any]:
-    """Scores of a float32 model by the type of its products, and products by themselves."""
+    """Scores of a float32 model by the type of its products, and operations per second of these."""
     seconds, scores = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         size = "tiny" if options.dry else "0.6B"
@@ -255,20 +255,15 @@ def integers(options: argparse.Namespace) -> dict[str, Any]:
     is_scored = scores["float32"] > 0
     exact = scores["float32"][is_scored]
     errors = {d: float(abs(s[is_scored] / exact - 1).max()) for d, s in scores.items()}
-    width = 64 if options.dry else 4096
-    pairs = (("16", "16"), ("int8", "int8"))
-    products = [
-        Product(weight=w, activation=a, tokens=width, out_features=width, in_features=width)
-        for w, a in pairs
-    ]
-    _, timed = time_products(products, device=options.device, num_threads=1, num_rounds=5)
     return {
         "model": f"random Qwen3 {size}",
         "formats": INTEGERS,
         "seconds": seconds,
         "largest_relative_error": errors,
-        "product": f"{width} x {width} x {width}",
-        "product_seconds": {t.product.pair: t.problem or min(t.seconds) for t in timed},
+        "matmul_rates": {
+            dtype: float(f"{matmul_rate(dtype, options.device):.3g}")
+            for dtype in ("float32", "bfloat16", "int8")
+        },
     }
 
 

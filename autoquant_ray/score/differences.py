@@ -12,7 +12,7 @@ products in bfloat16 are faster and exact enough; experts and caches compute as 
 
 Where weight and input are integers with scales outside the sum, ``Y_f`` may be ``s_x s_w (Xi
 Wi^T)``, which is exact but for its scaling. That needs ``Y`` in float32: in 16 bits a product for
-``Y`` would come on top, and an integer product with it is no faster than the two in 16 bits.
+``Y`` would come on top, which is most of what an integer product saves.
 
 Shape letters: T rows, C rows of a chunk, I in features, O out features.
 """

@@ -89,6 +89,7 @@ def test_scan_multiplies_integers_where_it_is_asked_to(
     chosen = config_of(run)["difference_dtype"]
     assert chosen in ("int8+float32", "int8+bfloat16")
     assert f"differences: products in {chosen.replace('+', ' and ')}" in done.stderr
+    assert f"differences in {chosen.replace('+', ' and ')}" in (run / "report.md").read_text()
     again = run_command(*scan_arguments(run, "--resume", *asked))
     assert again.returncode == 0, again.stderr
     in_16_bits = scan_arguments(tmp_path / "16", *asked, "--dtype", "bfloat16")
