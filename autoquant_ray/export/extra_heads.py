@@ -13,6 +13,7 @@ which is how vLLM 0.32.0 has them (``model_executor/models/*_mtp.py``).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,7 @@ from autoquant_ray.formats.smoothed import method_of
 from autoquant_ray.formats.stored_size import stored_bits
 from autoquant_ray.serving.compressed_formats import compressed_scheme
 from autoquant_ray.serving.rules import check_target, unserved_reason
+from autoquant_ray.serving.table import rows_of
 from autoquant_ray.wording import few
 
 READ_BY_VLLM = (
@@ -46,6 +48,9 @@ READ_BY_VLLM = (
 their decoder layers the config and these names. (Step-3.5's have others, and MiMo's and ERNIE's are
 not called ``layers``.)"""
 _IN_LAYER = re.compile(r"^(?:.*\.)?layers\.\d+\.")
+_EXPERT = re.compile(r"^.*\.experts\.\d+(?=\.)")
+_EXPERT_LINEARS = 3
+"""Of an expert with a gate; vLLM finds no others in this layout."""
 _MOST_NAMES = 3
 _OPTION = "`extra_heads`"
 
@@ -128,6 +133,8 @@ def head_format(name: str, source: Source, layout: str) -> Format:
 def quantized_heads(format_: Format, stored: Source, in_source: SourceTensors) -> QuantizedHeads:
     """The linears of extra heads that a format is for.
 
+    Experts without a gate are not among them.
+
     Args:
         format_: From :func:`head_format`.
         stored: What is exported, by the names in the files.
@@ -143,6 +150,12 @@ def quantized_heads(format_: Format, stored: Source, in_source: SourceTensors) -
         shape = in_source.files.shape(tensor)
         if kind == "weight" and len(shape) == 2 and _path(module) in paths - {""}:
             shapes[module] = (shape[0], shape[1])
+    of_expert = Counter(filter(None, map(_expert, shapes)))
+    shapes = {
+        module: shape
+        for module, shape in shapes.items()
+        if of_expert.get(_expert(module), _EXPERT_LINEARS) == _EXPERT_LINEARS
+    }
     if not shapes:
         held = few(list(in_source.carried), _MOST_NAMES) or "nothing beside what is loaded"
         raise FormatError(
@@ -178,15 +191,20 @@ def require_heads_served(
             f"{_OPTION}: no source says that {engine} reads a quantized head of "
             f"{kind or 'this model'} in {COMPRESSED_TENSORS} (docs/export.md); leave it out"
         )
-    reason = unserved_reason(
-        compressed_scheme(format_),
-        engine,
-        check_target(engine, gpu),
-        mixed=True,
-        layout=COMPRESSED_TENSORS,
-    )
+    scheme, generation = compressed_scheme(format_), check_target(engine, gpu)
+    reason = unserved_reason(scheme, engine, generation, mixed=True, layout=COMPRESSED_TENSORS)
+    has_experts = any(map(source.is_experts, source.modules))
+    if reason is None and scheme is not None and has_experts:
+        row = rows_of(engine, COMPRESSED_TENSORS)[scheme.algo]
+        reason = None if row.experts else f"{engine} serves no routed experts in it: {row.note}"
     if reason is not None:
         raise ConfigError(f"{_OPTION} {format_.name}: {reason}")
+
+
+def _expert(module: str) -> str:
+    """The routed expert that a linear is of; '' where it is of none."""
+    match = _EXPERT.match(module)
+    return "" if match is None else match[0]
 
 
 def _path(module: str) -> str:

@@ -141,16 +141,25 @@ def test_config_names_what_is_quantized_and_ignores_the_rest(run_of: Any, tmp_pa
 def test_experts_of_a_head_are_quantized(solved_run: Any, tmp_path: Path) -> None:
     folder = write_moe(tmp_path / "plain", "deepseek_v3", num_layers=2)
     heads = with_heads(folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    gates = [name for name in heads if re.match(r"mtp.*\.experts\..*gate_proj", name)]
+    save_file({n: t for n, t in load_file(file).items() if n not in gates}, file)
     directory, *_ = solved_run(
         "qwen3_moe", {"*": "none", "*o_proj": "int4_g32"}, ("int4_g32",), folder=tmp_path / "model"
     )
+    words = ("--extra-heads", "wfp8_afp16", "--engine", "vllm", "--gpu", "hopper")
+    result = export_with(directory, tmp_path / "out", *words)
+    assert result.exit_code == 2
+    assert "vllm serves no routed experts in it: not for routed experts" in result.stderr
     words = ("--extra-heads", "int4_g32", "--engine", "vllm", "--gpu", "hopper")
     result = export_with(directory, tmp_path / "out", *words)
     assert result.exit_code == 0, result.output
     made = unpacked_by_the_library(tmp_path / "out")
-    experts = [name for name in heads if ".experts." in name]
-    assert experts
-    assert {name.removesuffix(".weight") for name in experts} <= set(made)
+    experts = {name.removesuffix(".weight") for name in heads if ".experts." in name}
+    without_gates = {name for name in experts if name.startswith("mtp")}
+    assert without_gates
+    assert experts & set(made) == experts - without_gates
+    assert "mtp.layers.0.self_attn.o_proj" in made
     assert "mtp.layers.0.mlp.gate.weight" in load_folder(tmp_path / "out")
 
 
