@@ -269,7 +269,7 @@ def _resolve_difference_dtype(
     the resumed run took."""
     asked, has_integers = config.difference_dtype, has_integer_pair(plan.formats)
     if multiplies_integers(asked) and (config.dtype == "bfloat16" or not has_integers):
-        reason = "no format has integers with such scales for weight and input"
+        reason = "no format has integers for weight and input, with a scale per channel and token"
         if has_integers:
             reason = "it needs a float32 model; `dtype` is bfloat16"
         logger.warning("`difference_dtype` %s multiplies no integers: %s", asked, reason)
