@@ -122,7 +122,9 @@ def move_model(source: str, folder: str) -> None:
     load_tokenizer(TokenizerRef.of(ref, "")).save_pretrained(folder)
 
 
-def scan(formats: tuple[str, ...], out: str, options: argparse.Namespace) -> autoquant_ray.Run:
+def scan(
+    formats: tuple[str, ...], out: str, options: argparse.Namespace, **fields: Any
+) -> autoquant_ray.Run:
     """Score a menu."""
     return autoquant_ray.search(
         model=options.model,
@@ -139,6 +141,7 @@ def scan(formats: tuple[str, ...], out: str, options: argparse.Namespace) -> aut
         workers=2,
         address="local",
         mode="resume" if Path(out).exists() else "new",
+        **fields,
     )
 
 

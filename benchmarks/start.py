@@ -3,9 +3,10 @@
 The model is a random Llama of 260,032 parameters with a word tokenizer, the scan has 32 samples in
 8 shards and two workers in a Ray cluster of its own: nearly all of it is importing. With
 ``--other`` the same runs in another checkout, in turns, and the ratio of the medians is printed.
-Processes are sampled 20 times a second and count with the time that was last seen::
+Processes are sampled 20 times a second and count with the time that was last seen. With ``--demo``
+the demo is measured too, whose model is a real one::
 
-    python benchmarks/start.py --rounds 3 --other ../old
+    python benchmarks/start.py --rounds 3 --other ../old --demo
 """
 
 from __future__ import annotations
@@ -38,37 +39,46 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--other", type=Path, help="another checkout of this repository")
+    parser.add_argument("--demo", action="store_true", help="measure the demo too")
     options = parser.parse_args()
     checkouts = {"this": ROOT} | ({"other": options.other.resolve()} if options.other else {})
     seconds: dict[str, dict[str, list[float]]] = {}
+    walls: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         save_model()
         for number in range(options.rounds):
             for name, checkout in checkouts.items():
-                for command, words in commands(f"{name}-{number}").items():
+                for command, words in commands(f"{name}-{number}", options.demo).items():
                     spent, wall = cpu_seconds(checkout, words)
                     seconds.setdefault(command, {}).setdefault(name, []).append(spent)
-                    print(f"round {number + 1}, {name}: {command} {spent:.1f} s, wall {wall:.1f}")
-    medians = {
-        command: {name: round(statistics.median(values), 2) for name, values in sides.items()}
-        for command, sides in seconds.items()
-    }
-    ratios = {
-        command: round(sides["this"] / sides["other"], 3)
-        for command, sides in medians.items()
-        if "other" in sides
-    }
-    summary = {**describe_machine(), "rounds": options.rounds, "cpu_seconds": medians}
-    print(json.dumps(summary | {"ratios": ratios}))
+                    walls.setdefault(command, {}).setdefault(name, []).append(wall)
+                    print(
+                        f"round {number + 1}, {name}: {command} {spent:.1f} s, wall {wall:.1f}",
+                        flush=True,
+                    )
+    summary: dict[str, Any] = {**describe_machine(), "rounds": options.rounds}
+    for kind, measured in {"cpu": seconds, "wall": walls}.items():
+        medians = {
+            command: {name: round(statistics.median(values), 2) for name, values in sides.items()}
+            for command, sides in measured.items()
+        }
+        summary[f"{kind}_seconds"] = medians
+        summary[f"{kind}_ratios"] = {
+            command: round(sides["this"] / sides["other"], 3)
+            for command, sides in medians.items()
+            if "other" in sides
+        }
+    print(json.dumps(summary))
 
 
-def commands(run: str) -> dict[str, list[str]]:
+def commands(run: str, with_demo: bool) -> dict[str, list[str]]:
     """What is measured, by its name."""
     data = ["--data", "text.txt", "--samples", "32", "--shard-samples", "4", "--seq-len", "64"]
     work = ["--bits", "6", "--out", run, "--workers", "2", "--address", "local"]
     menu = ["model", "--formats", FORMATS]
-    return {"plan": ["plan", *menu], "scan": ["scan", *menu, *data, *work]}
+    demo = {"demo": ["demo", "--out", f"{run}-demo"]} if with_demo else {}
+    return {"plan": ["plan", *menu], "scan": ["scan", *menu, *data, *work], **demo}
 
 
 def cpu_seconds(checkout: Path, words: list[str]) -> tuple[float, float]:

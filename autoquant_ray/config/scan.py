@@ -139,10 +139,11 @@ class ScanConfig(SearchSpace):
     gpu: str | None = Field(
         default=None, description="On ampere, ada, hopper, blackwell, or a card such as h100."
     )
-    estimator: Literal["elementwise", "token"] = Field(
+    estimator: Literal["elementwise", "token", "sequence"] = Field(
         default="elementwise",
-        description="Sum behind the score: per output element (diagonal Fisher), or per token "
-        "(keeps correlation across channels, noisier).",
+        description="Sum behind the score: per output element (diagonal Fisher), per token "
+        "(keeps correlation across channels, noisier), or per output channel over each sample's "
+        "tokens, which share a weight's error (needs all rows, noisier).",
     )
     labels: Literal["model", "data"] = Field(
         default="model",
@@ -298,6 +299,15 @@ class ScanConfig(SearchSpace):
         limit = self.kv_bytes_per_token
         if (problem := limit_problem(bool(kv_names(self.formats)), limit)) is not None:
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _check_estimator(self) -> Self:
+        if self.estimator == "sequence" and self.sample_rows != 1:
+            raise ValueError(
+                f"estimator sequence adds up over all tokens of a sample, and `sample_rows` "
+                f"{self.sample_rows} draws some; leave out one of the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -90,7 +90,7 @@ def stage_fingerprints(
 
     A scan that stops when it is stable scores shards for its own budget, so that its score stage
     depends on the fields of the allocation too. Shares of rows are chosen for the sums of the run's
-    estimator.
+    estimator, and sums over sequences are made where they are asked for.
 
     Args:
         config: Resolved config (no ``auto`` left in fields that change numbers).
@@ -114,7 +114,7 @@ def stage_fingerprints(
         }
         if stage == "shards":
             inputs["data_fingerprint"] = data
-        if stage == "score" and config.sample_rows == "auto":
+        if stage == "score" and (config.sample_rows == "auto" or config.estimator == "sequence"):
             inputs["estimator"] = values["estimator"]
         if stage == "score" and config.stop_when_stable is not None:
             later = (*STAGE_FIELDS["aggregate"], *STAGE_FIELDS["allocate"])

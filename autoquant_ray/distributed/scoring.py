@@ -35,6 +35,7 @@ class ScoringSpec:
         row_share: Share of the rows to score; 1 scores all; ``auto`` one that is given with each
             shard.
         estimator: ``elementwise`` or ``token``: the sums whose shares are chosen by ``auto``.
+            ``sequence`` adds up these too; it needs all rows.
         difference_dtype: ``float32`` or ``bfloat16``, of the products that give the differences of
             linears, or ``int8+`` one of them, which multiplies integers where weight and input are
             such; None: ``dtype``.
@@ -90,6 +91,7 @@ class SensitivitySums:
         num_rows_G: Rows with a gradient seen by each group, summed over its modules.
         expert_tokens: Fused experts module -> such rows routed to each of its experts; single
             expert -> a list of its own tokens alone.
+        sequence_GF: Float64, nats squared; None where the estimator is another.
     """
 
     elementwise_GF: Floats
@@ -98,6 +100,12 @@ class SensitivitySums:
     token_variance_GF: Floats
     num_rows_G: np.ndarray[Any, np.dtype[np.int64]]
     expert_tokens: Mapping[str, list[int]] = field(default_factory=dict)
+    sequence_GF: Floats | None = None
+
+    def of_estimators(self) -> list[Floats]:
+        """The sums of all estimators that were added up."""
+        sequence = [] if self.sequence_GF is None else [self.sequence_GF]
+        return [self.elementwise_GF, self.token_GF, *sequence]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -130,6 +130,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             "sample_sums": pa.list_(_FLOAT),
             "sample_tokens": pa.list_(_INT),
             "drawing_variances": pa.list_(_FLOAT),
+            "sequence_sum": _FLOAT,
         }
     ),
     SENSITIVITY_FILE: pa.schema(_SENSITIVITY),
@@ -282,6 +283,7 @@ ADDED_COLUMNS = {
     "sample_sums",
     "sample_tokens",
     "drawing_variances",
+    "sequence_sum",
     "square_sum",
     "part",
     "in_loss",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from autoquant_ray.plan.scored_modules import ScoredModule
 
 Add = Callable[..., None]
-"""Adds to a group's sums: group, differences, gradients, chosen rows."""
+"""Adds to a group's sums: group, differences, gradients, chosen rows, number of all rows."""
 
 
 class CacheHooks:
@@ -75,6 +75,7 @@ class CacheHooks:
             ) -> None:
                 rows = choose_rows(gradients, as_rows(call.hidden), self._row_share, seed)
                 chosen = [rows.of(gradient_TO) for gradient_TO in gradients]
+                num_rows = len(gradients[0])
                 gradients.clear()
                 everything = slice(0, len(chosen[0]))
                 differences = self._differences(scored, call, exact, maxima)
@@ -83,6 +84,7 @@ class CacheHooks:
                     ((index, everything, rows.of(states_TO)) for index, states_TO in differences),
                     chosen,
                     rows,
+                    num_rows,
                 )
 
             book.open(states, states.detach(), (call.hidden,), score)

@@ -110,6 +110,7 @@ class Scorer:
             num_draws=self._num_draws,
             cache_share=1.0 if spec.row_share == "auto" else spec.row_share,
             difference_dtype=spec.difference_dtype,
+            adds_sequences=spec.estimator == "sequence",
         )
         weight = self.model.get_input_embeddings().weight
         self._packer = VisitPacker(
@@ -273,7 +274,7 @@ class Scorer:
                 for step_loss in self._score_visit(passes, visit, samples, first_sample, trials):
                     loss += step_loss
         sums = self._hooks.sums()
-        if not (np.isfinite(sums.elementwise_GF).all() and np.isfinite(sums.token_GF).all()):
+        if not all(np.isfinite(sums_GF).all() for sums_GF in sums.of_estimators()):
             raise NonFiniteError("a gradient or an output difference is NaN or infinite")
         return ShardScores(
             sums=sums,
@@ -309,6 +310,7 @@ class Scorer:
         losses, gradients = [], []
 
         def before_pass(index: int) -> None:
+            self._hooks.step_shape = passes[index].step.shape
             if trials is not None:
                 (trials.sample,) = visit[index]
 

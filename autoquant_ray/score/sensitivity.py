@@ -5,10 +5,16 @@ For a module with output ``Y``, gradient ``g = dL/dY`` of the summed token loss,
 
     elementwise_f = sum_{t,o} (g_to * (Y_f - Y)_to)^2
     token_f       = sum_t (sum_o g_to * (Y_f - Y)_to)^2
+    sequence_f    = sum_{s,o} (sum_{t of sequence s} g_to * (Y_f - Y)_to)^2
 
 ``1/2 * elementwise_f / num_tokens`` predicts ``KL(P || P_f)`` in nats per token: the second-order
 term of the KL divergence with the Fisher matrix in place of its Hessian (ModelOpt's
-``auto_quantize`` uses the same diagonal form, without the unit).
+``auto_quantize`` uses the same diagonal form, without the unit). The errors of a weight's rows are
+independent of each other, so that products between outputs cancel out; but all tokens share them:
+where several tokens of a sequence move the same prediction, as values of an attention do, products
+between tokens do not. ``sequence_f`` has these. Where a module is called with other rows than a
+sequence has tokens (the head with those that predict, a vision tower), each row is a sequence:
+a token of the head moves its own prediction alone.
 
 The output difference is computed in the backward pass, when the gradient is known, on rows whose
 gradient is not zero: padding costs nothing. With a row share below 1 it is computed on rows drawn
@@ -41,7 +47,13 @@ from autoquant_ray.quantize.weight_cache import WeightCache
 from autoquant_ray.score.compared_modules import ComparedModules
 from autoquant_ray.score.differences import Difference, Only
 from autoquant_ray.score.drawing.row_sampling import row_masses
-from autoquant_ray.score.drawing.rows import ChosenRows, chosen_by, live_rows, row_values
+from autoquant_ray.score.drawing.rows import (
+    ChosenRows,
+    SequenceSums,
+    chosen_by,
+    live_rows,
+    row_values,
+)
 from autoquant_ray.score.drawing.trial import DrawingTrials
 from autoquant_ray.score.expert_tokens import TokenCounts
 from autoquant_ray.score.gradient_book import GradientBook, Inputs, OnGradients
@@ -59,6 +71,10 @@ class SensitivityHooks:
         cache_share: Share of the rows of an attention to use, where its cache is quantized.
         difference_dtype: Of the products of linears, see
             :class:`~autoquant_ray.score.differences.OutputDifferences`.
+        adds_sequences: Also add up over the tokens of sequences; all rows must be scored.
+
+    Attributes:
+        step_shape: Sequences and their tokens, padding included, of the step that is run now.
     """
 
     def __init__(
@@ -71,7 +87,10 @@ class SensitivityHooks:
         num_draws: int = 1,
         cache_share: float = 1.0,
         difference_dtype: str | None = None,
+        adds_sequences: bool = False,
     ) -> None:
+        self.step_shape = (0, 0)
+        self._adds_sequences = adds_sequences
         self._compared = ComparedModules(
             model, modules, formats, weights, cache_share, difference_dtype
         )
@@ -80,9 +99,9 @@ class SensitivityHooks:
         self._shares_GF: Floats = np.ones((num_groups, len(formats)))
         self._trials: DrawingTrials | None = None
         device = next(model.parameters()).device
-        # elementwise, token, and the variances of both
-        self._sums_4GF = torch.zeros(
-            4, num_groups, len(formats), dtype=torch.float64, device=device
+        # elementwise, token, the variances of both, and sequence
+        self._sums_5GF = torch.zeros(
+            5, num_groups, len(formats), dtype=torch.float64, device=device
         )
         self._num_rows_G = [0] * num_groups
         self._tokens = TokenCounts(self._compared.modules)
@@ -96,12 +115,13 @@ class SensitivityHooks:
 
     def sums(self) -> SensitivitySums:
         """The sums since :meth:`scoring` was entered."""
-        elementwise_GF, token_GF, *variances = self._sums_4GF.cpu().numpy().copy()
+        elementwise_GF, token_GF, *variances, sequence_GF = self._sums_5GF.cpu().numpy().copy()
         return SensitivitySums(
             elementwise_GF=elementwise_GF,
             token_GF=token_GF,
             elementwise_variance_GF=variances[0],
             token_variance_GF=variances[1],
+            sequence_GF=sequence_GF if self._adds_sequences else None,
             num_rows_G=np.array(self._num_rows_G, dtype=np.int64),
             expert_tokens=self._tokens.by_name(),
         )
@@ -124,7 +144,7 @@ class SensitivityHooks:
         """
         self._shares_GF = shares_GF
         self._trials = trials
-        self._sums_4GF.zero_()
+        self._sums_5GF.zero_()
         self._num_rows_G = [0] * len(self._num_rows_G)
         self._tokens.forget()
         self._seed = seed
@@ -135,7 +155,7 @@ class SensitivityHooks:
         first = entries[0].planned
         if first.is_cache:
             book = GradientBook(first.name, first.label, self._num_draws, self._seed)
-            return self._compared.cache_hook(entries[0], book, self._add)
+            return self._compared.cache_hook(entries[0], book, self._add_tokens)
         name = first.path
         experts = [e for entry in entries if (e := entry.planned.expert) is not None]
 
@@ -144,13 +164,18 @@ class SensitivityHooks:
                 output_TO: torch.Tensor | None, gradients: list[torch.Tensor], seed: tuple[int, ...]
             ) -> None:
                 live_T = self._tokens.add(name, inputs, gradients)
+                sequence_T = None if first.is_idle else self._sequences(len(gradients[0]))
                 if not experts:
-                    self._score(entries[0], module, output_TO, (*inputs, *gradients), seed)
+                    states_and_gradients = (*inputs, *gradients)
+                    self._score(
+                        entries[0], module, output_TO, states_and_gradients, seed, sequence_T
+                    )
                     return
                 routed = routed_apart(inputs, live_T, experts)
                 for entry, expert, (rows, states) in zip(entries, experts, routed, strict=True):
                     states = [*states, *(gradient[rows] for gradient in gradients)]
-                    self._score(entry, module, None, states, (*seed, expert))
+                    sequence_R = None if sequence_T is None else sequence_T.to(rows.device)[rows]
+                    self._score(entry, module, None, states, (*seed, expert), sequence_R)
 
             return score
 
@@ -163,6 +188,7 @@ class SensitivityHooks:
         output_TO: torch.Tensor | None,
         states: Sequence[torch.Tensor],
         seed: tuple[int, ...],
+        sequence_T: torch.Tensor | None,
     ) -> None:
         """Add what a module's formats do to its rows.
 
@@ -172,6 +198,7 @@ class SensitivityHooks:
             output_TO: Its output; None computes it again.
             states: Its inputs, then the gradients of all draws.
             seed: Of the drawn rows.
+            sequence_T: Number of each row's sequence; None: each row is a sequence.
         """
         num_inputs = len(states) - self._num_draws
         gradients = list(states[num_inputs:])
@@ -185,7 +212,8 @@ class SensitivityHooks:
             else:
                 chosen_TO = rows.of(output_TO)
             differences = self._compared.differences(scored, module, chosen_TO, inputs, formats)
-            self._add(scored.group, differences, [rows.of(g) for g in gradients], rows)
+            chosen = [rows.of(gradient) for gradient in gradients]
+            self._add(scored.group, differences, chosen, rows, sequence_T)
 
     def _chosen_rows(
         self,
@@ -221,17 +249,44 @@ class SensitivityHooks:
             return dict.fromkeys(by_share, scored.formats)
         return {share: tuple(by_share[share]) for share in sorted(by_share, reverse=True)}
 
+    def _sequences(self, num_rows: int) -> torch.Tensor | None:
+        """Number of each row's sequence; None where rows are not the tokens of the step, or nothing
+        is added up over them."""
+        num_sequences, num_tokens = self.step_shape
+        if not self._adds_sequences or num_rows != num_sequences * num_tokens:
+            return None
+        return torch.arange(num_rows, device=self._sums_5GF.device) // num_tokens
+
+    def _add_tokens(
+        self,
+        group: int,
+        differences: Iterable[Difference],
+        gradients_TO: list[torch.Tensor],
+        chosen: ChosenRows,
+        num_rows: int,
+    ) -> None:
+        """Add what a format does to some of ``num_rows`` tokens."""
+        self._add(group, differences, gradients_TO, chosen, self._sequences(num_rows))
+
     def _add(
         self,
         group: int,
         differences: Iterable[Difference],
         gradients_TO: list[torch.Tensor],
         chosen: ChosenRows,
+        sequence_T: torch.Tensor | None,
     ) -> None:
         self._num_rows_G[group] += chosen.num_live
+        device = self._sums_5GF.device  # a split model's modules are on several, the sums on one
+        num_draws = len(gradients_TO)
+        sequences = None
+        if sequence_T is not None:
+            numbers_T = chosen.of(sequence_T.to(gradients_TO[0].device))
+            sequences = SequenceSums(numbers_T, self.step_shape[0], chosen.dead_T)
         values_F2T: dict[int, torch.Tensor] = {}
         for index, rows, difference_CO in differences:
-            values_2C = row_values(difference_CO, [g[rows] for g in gradients_TO])
+            take = None if sequences is None else sequences.taker(index, rows)
+            values_2C = row_values(difference_CO, [g[rows] for g in gradients_TO], take)
             if chosen.dead_T is not None:
                 values_2C.masked_fill_(chosen.dead_T[rows], 0.0)
             if chosen.drawn is not None or chosen.masses_T is not None:
@@ -240,8 +295,12 @@ class SensitivityHooks:
                 values_F2T[index][:, rows] = values_2C
             if chosen.drawn is not None:
                 continue
-            # A split model's modules are on several devices, the sums are on one.
-            self._sums_4GF[:2, group, index] += values_2C.sum(dim=1).to(self._sums_4GF.device)
+            sums_2 = values_2C.sum(dim=1).to(device)
+            self._sums_5GF[:2, group, index] += sums_2
+            if sequences is None:
+                self._sums_5GF[4, group, index] += sums_2[0]
+            elif sequences.is_complete(rows):
+                self._sums_5GF[4, group, index] += sequences.pop(index, num_draws).to(device)
         if chosen.masses_T is not None:
             assert self._trials is not None
             self._trials.add(group, values_F2T, chosen.masses_T)
@@ -250,4 +309,4 @@ class SensitivityHooks:
         for index, values_2T in values_F2T.items():
             pairs = [chosen.drawn.estimate(values_T) for values_T in values_2T]
             estimates = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
-            self._sums_4GF[:, group, index] += torch.stack(estimates).to(self._sums_4GF.device)
+            self._sums_5GF[:4, group, index] += torch.stack(estimates).to(device)

@@ -44,6 +44,12 @@ class Step(NamedTuple):
     mask_BS: torch.Tensor | None = None
     inputs: Mapping[str, torch.Tensor] = NO_INPUTS
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of samples and of positions."""
+        num_samples, num_positions = self.ids_BS.shape
+        return num_samples, num_positions
+
 
 Visit = list[list[int]]
 """Positions of the samples of each step, of the steps that are run layer by layer together."""

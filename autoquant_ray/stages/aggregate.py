@@ -58,6 +58,7 @@ def score_part(
         "seconds": np.full(num_rows, scores.seconds),
         "elementwise_variance": values(sums.elementwise_variance_GF),
         "token_variance": values(sums.token_variance_GF),
+        "sequence_sum": [None] * num_rows if sums.sequence_GF is None else values(sums.sequence_GF),
         "expert_tokens": _once_per_group(keys_K, sums.expert_tokens),
         **_drawing_columns(scores, rows_K, columns_K),
     }
@@ -131,7 +132,7 @@ def aggregate_parts(
     Args:
         parts: Scores parts in shard order, all with the same rows.
         plan_rows: Rows of ``plan.parquet``.
-        estimator: ``elementwise`` or ``token``.
+        estimator: ``elementwise``, ``token`` or ``sequence``.
         num_buckets: Buckets at most.
         left_out: Experts that get no row; None: those that saw no token in these parts. Others
             that saw none here lose nothing on these tokens.
@@ -172,10 +173,11 @@ class _Estimate:
 
 
 def _estimate(parts: Sequence[pa.Table], totals: _Totals, estimator: str) -> _Estimate:
-    if estimator == "elementwise":
-        sums_K, variances_K = totals.elementwise_K, totals.elementwise_variance_K
-    else:
-        sums_K, variances_K = totals.token_K, totals.token_variance_K
+    sums_K, variances_K = {
+        "elementwise": (totals.elementwise_K, totals.elementwise_variance_K),
+        "token": (totals.token_K, totals.token_variance_K),
+        "sequence": (totals.sequence_K, np.zeros_like(totals.sequence_K)),
+    }[estimator]
     scores_K = 0.5 * sums_K / totals.num_tokens
     noise_K = 0.5 * np.sqrt(variances_K) / totals.num_tokens
     stderrs_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
@@ -240,6 +242,7 @@ class _Totals:
     keys_K: list[tuple[str, str]]
     elementwise_K: Floats
     token_K: Floats
+    sequence_K: Floats
     elementwise_variance_K: Floats
     token_variance_K: Floats
     modelopt_K: Floats
@@ -265,6 +268,7 @@ def _add_up(
         keys_K=_keys(parts[0]),
         elementwise_K=np.zeros(num_rows),
         token_K=np.zeros(num_rows),
+        sequence_K=np.zeros(num_rows),
         elementwise_variance_K=np.zeros(num_rows),
         token_variance_K=np.zeros(num_rows),
         modelopt_K=np.zeros(num_rows),
@@ -280,6 +284,7 @@ def _add_up(
         elementwise_K = _filled(part, "elementwise_sum")
         totals.elementwise_K += elementwise_K
         totals.token_K += _filled(part, "token_sum")
+        totals.sequence_K += _filled(part, "sequence_sum")
         totals.elementwise_variance_K += _filled(part, "elementwise_variance")
         totals.token_variance_K += _filled(part, "token_variance")
         totals.modelopt_K += elementwise_K / float(num_tokens) ** 2

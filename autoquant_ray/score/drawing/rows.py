@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,12 +102,18 @@ def as_rows(states: torch.Tensor) -> torch.Tensor:
     return states.reshape(-1, states.shape[-1])
 
 
-def row_values(difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]) -> torch.Tensor:
+def row_values(
+    difference_CO: torch.Tensor,
+    gradients_CO: list[torch.Tensor],
+    take: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """Each row's elementwise and token term, float64 ``(2, C)``, mean over the draws.
 
     Args:
         difference_CO: Of a module's output; may be overwritten.
         gradients_CO: Gradients at the output, one per label draw.
+        take: Called with the number of a draw and its ``gradient x difference``, float32
+            ``(C, O)``, which it may overwrite.
     """
     total: Any = 0.0
     for number, gradient_CO in enumerate(gradients_CO):
@@ -118,5 +125,51 @@ def row_values(difference_CO: torch.Tensor, gradients_CO: list[torch.Tensor]) ->
         norms_C = torch.linalg.vector_norm(product_CO, dim=1)
         values_2C = torch.stack([norms_C, product_CO.sum(dim=1)]).double().square_()
         total = total + values_2C
+        if take is not None:
+            take(number, product_CO)
     result: torch.Tensor = total / len(gradients_CO)
     return result
+
+
+class SequenceSums:
+    """Adds up ``gradient x difference`` over the rows of each sequence before it is squared.
+
+    Args:
+        sequence_T: Number of each row's sequence, int64, from 0.
+        dead_T: Rows whose values do not count; None if all do.
+    """
+
+    def __init__(self, sequence_T: torch.Tensor, num_sequences: int, dead_T: torch.Tensor | None):
+        numbers_B = torch.arange(num_sequences, device=sequence_T.device)
+        self._is_of_BT = (numbers_B[:, None] == sequence_T).float()
+        self._dead_T = dead_T
+        self._sums_BO: dict[tuple[int, int], torch.Tensor] = {}
+
+    def taker(self, index: int, rows: slice) -> Callable[[int, torch.Tensor], None]:
+        """What takes the products of some rows under a format.
+
+        Args:
+            index: Of the format.
+            rows: Which.
+        """
+
+        def take(draw: int, product_CO: torch.Tensor) -> None:
+            if self._dead_T is not None:
+                product_CO.masked_fill_(self._dead_T[rows, None], 0.0)
+            sums_BO = self._is_of_BT[:, rows] @ product_CO
+            before_BO = self._sums_BO.get((index, draw))
+            self._sums_BO[index, draw] = sums_BO if before_BO is None else before_BO.add_(sums_BO)
+
+        return take
+
+    def is_complete(self, rows: slice) -> bool:
+        """Whether these rows are the last ones."""
+        return bool(rows.stop >= self._is_of_BT.shape[1])
+
+    def pop(self, index: int, num_draws: int) -> torch.Tensor:
+        """Sum of the squares under a format, float64, mean over the draws; forgets them."""
+        squares = [
+            torch.linalg.vector_norm(self._sums_BO.pop((index, draw)), dtype=torch.float64) ** 2
+            for draw in range(num_draws)
+        ]
+        return torch.stack(squares).mean()

@@ -74,7 +74,24 @@ def test_shares_of_rows_that_are_chosen_are_of_the_runs_estimator() -> None:
     assert marks[0.5, "elementwise"]["score"] != marks["auto", "elementwise"]["score"]
 
 
+def test_sums_over_sequences_are_made_where_they_are_asked_for() -> None:
+    marks = {
+        estimator: stage_fingerprints(
+            config(("wint8_afp16",), estimator=estimator), "model", "data"
+        )
+        for estimator in ("elementwise", "token", "sequence")
+    }
+    assert marks["elementwise"]["score"] == marks["token"]["score"] != marks["sequence"]["score"]
+    assert marks["elementwise"]["calibrate"] == marks["sequence"]["calibrate"]
+
+
 @pytest.mark.parametrize("value", [0, -0.5, 1.5, "nan", "half", None])
 def test_share_of_rows_that_is_none_is_refused_with_its_value(value: Any) -> None:
     with pytest.raises(ValueError, match="neither 'auto' nor a share, more than 0 and at most 1"):
         config(("wint8_afp16",), sample_rows=value)
+
+
+@pytest.mark.parametrize("value", [0.5, "auto"])
+def test_sums_over_sequences_of_drawn_rows_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`sample_rows` {value} draws some; leave out"):
+        config(("wint8_afp16",), sample_rows=value, estimator="sequence")

@@ -95,7 +95,7 @@ def test_plan_has_a_group_per_expert_with_the_bytes_of_the_whole(apart: Apart) -
 
 
 def test_sums_equal_those_of_modules_with_one_expert_replaced(apart: Apart) -> None:
-    sums = apart.score()
+    sums = apart.score(estimator="sequence")
     expected = _by_replacement(apart)
     singles = _singles(apart.plan)
     assert len(expected) == len(singles) >= 4
@@ -103,13 +103,14 @@ def test_sums_equal_those_of_modules_with_one_expert_replaced(apart: Apart) -> N
         name = apart.plan.searched[number].name
         for column, format_ in enumerate(apart.plan.formats):
             if format_.input is None:
-                elementwise, token = expected[name][format_.name]
+                elementwise, token, sequence = expected[name][format_.name]
                 assert sums.elementwise_GF[number, column] == pytest.approx(elementwise, rel=1e-4)
                 assert sums.token_GF[number, column] == pytest.approx(token, rel=1e-3)
+                assert sums.sequence_GF[number, column] == pytest.approx(sequence, rel=1e-3)
 
 
-def _by_replacement(apart: Apart) -> dict[str, dict[str, tuple[float, float]]]:
-    """Expert -> format -> both sums: the whole module, run with one expert's weights replaced."""
+def _by_replacement(apart: Apart) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Expert -> format -> all sums: the whole module, run with one expert's weights replaced."""
     groups = [apart.plan.searched[number] for number in _singles(apart.plan)]
     calls: dict[str, tuple[Any, torch.Tensor]] = {}
     gradients: dict[str, torch.Tensor] = {}
@@ -127,7 +128,7 @@ def _by_replacement(apart: Apart) -> dict[str, dict[str, tuple[float, float]]]:
     num_predicted = apart.ids_BS[:, 1:].numel()
     with torch.enable_grad():
         (next_token_loss(model, of_text(apart.ids_BS)) * num_predicted).backward()
-    scores: dict[str, dict[str, tuple[float, float]]] = {}
+    scores: dict[str, dict[str, tuple[float, ...]]] = {}
     for group in groups:
         (planned,) = group.modules
         arguments, output_TO = calls[planned.path]
@@ -142,6 +143,7 @@ def _by_replacement(apart: Apart) -> dict[str, dict[str, tuple[float, float]]]:
             scores.setdefault(group.name, {})[format_.name] = (
                 float(product_TO.square().sum()),
                 float(product_TO.sum(dim=1).square().sum()),
+                float(product_TO.unflatten(0, (len(LENGTHS), -1)).sum(dim=1).square().sum()),
             )
     return scores
 

@@ -72,8 +72,8 @@ def padded(samples: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def definition(
     model: Any, plan: Plan, samples: list[list[int]], labels: str
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """(group, format) -> both sums, by one ordinary graph and ModelOpt's own attentions."""
+) -> dict[tuple[str, str], tuple[float, ...]]:
+    """(group, format) -> all sums, by one ordinary graph and ModelOpt's own attentions."""
     caches = [group for group in plan.searched if group.is_cache]
     calls: dict[str, Any] = {}
     gradients: dict[str, torch.Tensor] = {}
@@ -113,7 +113,8 @@ def definition(
                 changed = other.get_submodule(group.modules[0].name)(*arguments, **keywords)[0]
             product = ((changed - exact) * gradients[group.name]).double()
             token = product.sum(dim=-1).square().sum()
-            sums[group.name, name] = (float(product.square().sum()), float(token))
+            sequence = product.flatten(2).sum(dim=1).square().sum()
+            sums[group.name, name] = (float(product.square().sum()), float(token), float(sequence))
     return sums
 
 
@@ -125,18 +126,19 @@ def test_sums_equal_their_definition(
     family: str, labels: str, prepare: Any, make_samples: Any
 ) -> None:
     samples = make_samples(LENGTHS, seed=5)
-    model, plan, scorer = prepare(family, labels=labels)
+    model, plan, scorer = prepare(family, labels=labels, estimator="sequence")
     calibration = scorer.calibrate(samples)
     scores = scorer.score(samples, 0, calibration)
     column = {name: number for number, name in enumerate(FORMATS)}
     rows = {group.name: number for number, group in enumerate(plan.searched)}
     expected = definition(model, plan, samples, labels)
     assert len(expected) == 3 * sum(group.is_cache for group in plan.searched) == 6
-    for (group, name), (elementwise, token) in expected.items():
+    for (group, name), (elementwise, token, sequence) in expected.items():
         at = rows[group], column[name]
         assert elementwise > 0
         assert scores.sums.elementwise_GF[at] == pytest.approx(elementwise, rel=1e-5)
         assert scores.sums.token_GF[at] == pytest.approx(token, rel=1e-5)
+        assert scores.sums.sequence_GF[at] == pytest.approx(sequence, rel=1e-5)
         assert scores.sums.elementwise_GF[rows[group], column["wfp8_afp8"]] == 0
 
 
