@@ -18,12 +18,12 @@ KV_BYTES = 200
 # Many draws make a shard slow enough that a kill lands in the middle of the scan.
 FAMILY = "qwen3_moe"  # linears, routed experts and caches
 SLOW = ("--shard-samples", "1", "--label-draws", "8", "--formats", ",".join(FORMATS))
-SLOW = (*SLOW, "--kv-bytes-per-token", str(KV_BYTES))
+SLOW = (*SLOW, "--kv-bytes-per-token", str(KV_BYTES), "--estimator", "sequence")
 ALONE = ("--workers", "1", "--address", "local")  # its cluster ends with it
 
 
 def sensitivity(run: Path) -> list[bytes]:
-    """The scores, and the statistics, AWQ's losses and fitted weights that they were made with."""
+    """The scores with the sums of every estimator, and the statistics, AWQ's losses and fitted weights that they were made with."""
     names = ("sensitivity.parquet", "channels.parquet", "search.parquet", "rounding.parquet")
     return [(run / name).read_bytes() for name in names]
 
@@ -64,6 +64,7 @@ def test_scan_any_number_of_workers_gives_identical_bytes(
         formats=FORMATS,
         bits=8,
         kv_bytes_per_token=KV_BYTES,
+        estimator="sequence",
         shard_samples=1,
         label_draws=8,
         workers=workers,
