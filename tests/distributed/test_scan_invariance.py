@@ -23,7 +23,7 @@ ALONE = ("--workers", "1", "--address", "local")  # its cluster ends with it
 
 
 def sensitivity(run: Path) -> list[bytes]:
-    """The scores with the sums of every estimator, and the statistics, AWQ's losses and fitted weights that they were made with."""
+    """Scores with all estimators' sums, and the statistics and weights that they are made with."""
     names = ("sensitivity.parquet", "channels.parquet", "search.parquet", "rounding.parquet")
     return [(run / name).read_bytes() for name in names]
 

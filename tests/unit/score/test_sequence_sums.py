@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
-from autoquant_ray.score import differences
+from autoquant_ray.plan import work
 
 FORMATS = ("wint4_afp16:max", "wfp8_afp8", "wint8_aint8")
 LENGTHS = [24, 7, 31, 12]
@@ -44,8 +44,8 @@ def test_sums_any_batching_and_chunks_are_the_same(
     ):
         actual = sequence_sums(prepared, shards, calibration)
         np.testing.assert_allclose(actual, expected, rtol=1e-3)
-    monkeypatch.setattr(differences, "_MIN_CHUNK_ROWS", 5)
-    monkeypatch.setitem(differences._CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setattr(work, "_MIN_CHUNK_ROWS", 5)
+    monkeypatch.setitem(work._CHUNK_ELEMENTS, "cpu", 1)
     np.testing.assert_allclose(sequence_sums(whole, [samples], calibration), expected, rtol=1e-3)
 
 
