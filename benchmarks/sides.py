@@ -90,15 +90,17 @@ CASES = {
 def side(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one side: ``modelopt``, ``core[:SHARE]`` or ``ray[:SHARE]`` a share of rows or auto.
 
-    ``core+GIB`` and ``ray+GIB`` keep graphs in so much memory, ``core+0`` none.
+    ``core+GIB`` and ``ray+GIB`` keep graphs in so much memory, ``core+0`` none; ``core@TYPE`` and
+    ``ray@TYPE`` take that type for the products of output differences.
     """
     torch.set_num_threads(options.threads)
     name, _, share = name.partition(":")
+    name, _, dtype = name.partition("@")
     kind, _, graphs = name.partition("+")
     if kind == "modelopt":
         return _run_modelopt(options)
     run: Callable[..., dict[str, Any]] = _run_core if kind == "core" else _run_ray
-    return run(options, parse_row_share(share or 1), graphs or "auto")
+    return run(options, parse_row_share(share or 1), graphs or "auto", dtype or None)
 
 
 def _model(options: argparse.Namespace) -> ModelRef:
@@ -180,7 +182,9 @@ def score_shards(
 RowShare = float | Literal["auto"]
 
 
-def _run_core(options: argparse.Namespace, share: RowShare, graphs: str) -> dict[str, Any]:
+def _run_core(
+    options: argparse.Namespace, share: RowShare, graphs: str, difference_dtype: str | None
+) -> dict[str, Any]:
     """Our scoring core in this process; shards of several batches of as many tokens each."""
     ref, formats = _model(options), CASES[options.case].formats
     samples = _samples(options, ref)
@@ -193,6 +197,7 @@ def _run_core(options: argparse.Namespace, share: RowShare, graphs: str) -> dict
         dtype=options.dtype,
         step_tokens=options.step_tokens,
         row_share=share,
+        difference_dtype=difference_dtype,
         **_room(options, plan, graphs),
     )
     reuse_freed_memory()
@@ -232,7 +237,9 @@ def _room(options: argparse.Namespace, plan: Plan, graphs: str) -> dict[str, int
     return {"graph_bytes": kept.nbytes, "work_bytes": memory.work_bytes}
 
 
-def _run_ray(options: argparse.Namespace, share: RowShare, graphs: str) -> dict[str, Any]:
+def _run_ray(
+    options: argparse.Namespace, share: RowShare, graphs: str, difference_dtype: Any
+) -> dict[str, Any]:
     """Our whole scan; seconds from ready workers to the last shard. Not for a random model."""
     from autoquant_ray import run_search
 
@@ -252,6 +259,7 @@ def _run_ray(options: argparse.Namespace, share: RowShare, graphs: str) -> dict[
             labels="data",
             sample_rows=share,
             keep_graphs=graphs,
+            difference_dtype=difference_dtype,
             device=options.device,
             dtype=options.dtype,
             workers=options.workers,

@@ -11,7 +11,8 @@ windows, NVFP4 and MXFP4), ``weight-only`` (full windows, int4, int8, FP8 and NV
 Sides: ``modelopt``, ``core`` (our scoring core in its process), ``ray`` (the whole scan with one
 worker), and ``core:0.25`` or ``ray:0.25`` with that share of the rows; ``core:auto`` or
 ``ray:auto`` with a share per group and format, which needs four shards at least. Graphs are kept as
-``auto`` says; ``core+0`` keeps none, ``core+4`` 4 GiB of them, ``core+4:0.25`` is both.
+``auto`` says; ``core+0`` keeps none, ``core+4`` 4 GiB of them, ``core+4:0.25`` is both;
+``core@bfloat16`` multiplies for output differences in that type (``core+4@int8+bfloat16:0.25``).
 
     python benchmarks/vs_modelopt.py --case unpadded --sides core,core:0.25,ray
     python benchmarks/vs_modelopt.py --case formats --sides core,core:0.1 --samples 4

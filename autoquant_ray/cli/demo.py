@@ -69,5 +69,5 @@ def _next_lines(out: str) -> list[str]:
         f"next: open {out}/{REPORT_HTML}",
         f"  autoquant-ray solve {out} --bits 5 --engine vllm --gpu hopper",
         f"  autoquant-ray explain {out} lm_head",
-        f"  autoquant-ray export {out} --out served --engine vllm --gpu hopper",
+        f"  autoquant-ray export {out} --out served-demo --engine vllm --gpu hopper",
     ]
