@@ -134,7 +134,10 @@ def _versions() -> Iterator[Finding]:
     else:
         yield Finding(check="Versions", state="ok", text=", ".join(held))
     if _version("compressed-tensors") is None:
-        text = "compressed-tensors is missing, which that layout needs: pip install -e '.[export]'"
+        text = (
+            "compressed-tensors is missing, which that layout needs. In the checkout: pip install "
+            "-c constraints.txt -e '.[export]'"
+        )
         yield Finding(check="Export", state="look", text=text)
 
 

@@ -293,7 +293,9 @@ class ScanConfig(SearchSpace):
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
         if self.bits is None and self.bytes is None:
-            raise ValueError("give a budget: bits (average stored bits) or bytes (whole model)")
+            raise ValueError(
+                "give a budget: `bits` B (average stored bits) or `bytes` N (whole model)"
+            )
         if (problem := target_problem(self.engine, self.gpu)) is not None:
             raise ValueError(problem)
         limit = self.kv_bytes_per_token
@@ -325,12 +327,12 @@ class ScanConfig(SearchSpace):
             return self
         if self.domain_field is not None:
             raise ValueError(
-                "domain_field and named sources both name domains; give one source without a "
-                "name, or leave out domain_field"
+                "`domain_field` and named sources both name domains; give one source without a "
+                "name, or leave out `domain_field`"
             )
         if self.samples < len(self.data):
             raise ValueError(
-                f"samples {self.samples} is less than one for each of {len(self.data)} sources; "
+                f"`samples` {self.samples} is less than one for each of {len(self.data)} sources; "
                 "give more samples"
             )
         return self
@@ -339,7 +341,7 @@ class ScanConfig(SearchSpace):
     def _check_accelerator_is_used(self) -> Self:
         if self.accelerator is not None and self.device == "cpu" and not self.gpus_per_worker:
             raise ValueError(
-                f"accelerator {self.accelerator} is a kind of GPU, and device cpu computes on "
+                f"`accelerator` {self.accelerator} is a kind of GPU, and `device` cpu computes on "
                 "none; leave out one of the two"
             )
         return self
@@ -348,7 +350,7 @@ class ScanConfig(SearchSpace):
     def _check_split_has_gpus(self) -> Self:
         if self.placement == "split" and (self.device == "cpu" or (self.gpus_per_worker or 0) < 2):
             raise ValueError(
-                "placement split spreads a model over the GPUs of one worker; give "
-                "`gpus_per_worker` 2 or more and a device that is not cpu"
+                "`placement` split spreads a model over the GPUs of one worker; give "
+                "`gpus_per_worker` 2 or more and a `device` that is not cpu"
             )
         return self

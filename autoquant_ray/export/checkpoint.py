@@ -232,7 +232,7 @@ def _require_package(layout: str) -> None:
     if layout == COMPRESSED_TENSORS and importlib.util.find_spec("compressed_tensors") is None:
         raise ConfigError(
             f"`format` {layout} needs the package compressed-tensors: pip install "
-            "-e '.[export]' in the checkout"
+            "-c constraints.txt -e '.[export]' in the checkout"
         )
 
 

@@ -90,8 +90,8 @@ def test_data_that_cannot_be_told_is_refused(data: Any, problem: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"data": {"a": "a.txt"}, "domain_field": "kind"}, "domain_field and named sources"),
-        ({"data": {"a": "a", "b": "b", "c": "c"}, "samples": 2}, "samples 2 is less than one"),
+        ({"data": {"a": "a.txt"}, "domain_field": "kind"}, "`domain_field` and named sources"),
+        ({"data": {"a": "a", "b": "b", "c": "c"}, "samples": 2}, "`samples` 2 is less than one"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(

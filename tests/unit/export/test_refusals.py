@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_missing_package_is_named_with_the_command_that_installs_it(
+    solved_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python does not find a package whose place among the modules holds None."""
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    directory, _, _ = solved_run("llama", {"*": "wfp8_afp8"}, ("wfp8_afp8",))
+    with pytest.raises(ConfigError, match="needs the package compressed-tensors") as caught:
+        export_run(directory, str(tmp_path / "out"), layout="compressed-tensors")
+    command = str(caught.value).partition("compressed-tensors: ")[2]
+    assert command == "pip install -c constraints.txt -e '.[export]' in the checkout"
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_the_exporter_does_not_take_back_are_refused(
