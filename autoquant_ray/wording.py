@@ -27,6 +27,22 @@ def shown(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def fitted(text: str, longest: int) -> str:
+    """A message with its remedy, what comes last, whole; its middle is left out where it is long.
+
+    Args:
+        text: What failed; after the last semicolon, what to do.
+        longest: Characters that there is room for.
+    """
+    if len(text) <= longest:
+        return text
+    _, mark, remedy = text.rpartition("; ")
+    end = mark + remedy if 0 < len(mark + remedy) <= longest * 2 // 3 else text[-longest // 2 :]
+    start = text[: longest - len(end) - len("...)")]
+    is_open = start.count("(") > start.count(")") and end.count("(") == end.count(")")
+    return f"{start}...{')' if is_open else ''}{end}"
+
+
 def with_error(value: float, error: float | None, *, signed: bool = False) -> str:
     """A number with its standard error, if it has one."""
     text = f"{value:+.3g}" if signed else f"{value:.4g}"

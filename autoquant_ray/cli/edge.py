@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,7 +30,7 @@ from autoquant_ray.errors import (
     AutoQuantError,
     one_line,
 )
-from autoquant_ray.wording import as_flags, printable, shown
+from autoquant_ray.wording import as_flags, fitted, printable, shown
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ _LONGEST_SENTENCE = 200
 
 _PIPED_WIDTH = 80
 """Columns of what is printed where no terminal says how many."""
+
+_NAME = "autoquant-ray"
+"""The program in files, which are read elsewhere too."""
 
 _PROGRAM = object()
 """Marks the context of a command line that is a whole process."""
@@ -100,8 +105,7 @@ class Commands(click.Group):
             code = error.exit_code
         except click.ClickException as error:
             text = printable(" ".join(error.format_message().split()))
-            text = text if len(text) <= _LONGEST_USAGE else f"{text[: _LONGEST_USAGE - 3]}..."
-            click.echo(f"error: {text} (see --help)", err=True)
+            click.echo(f"error: {fitted(text, _LONGEST_USAGE)} (see --help)", err=True)
             code = error.exit_code
         except click.Abort:
             code = EXIT_INTERRUPTED
@@ -113,13 +117,13 @@ class Commands(click.Group):
         if command is None or "resume" not in option_names(command):
             for words in ("go on with `resume`", "start again with `resume`"):
                 line = line.replace(words, "start the same command again to go on")
-        return as_flags(line, option_names(self))
+        return as_started(as_flags(line, option_names(self)), context)
 
     def _stop(self, line: str, code: int) -> None:
         if logging.getLogger().isEnabledFor(logging.DEBUG) and code == EXIT_FAILED:
             logger.debug("traceback", exc_info=True)
         line = printable(" ".join(line.splitlines()))
-        click.echo(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}...", err=True)
+        click.echo(fitted(line, _LONGEST), err=True)
         raise click.exceptions.Exit(code)
 
 
@@ -161,7 +165,7 @@ def prints_result(command: Callable[..., Result]) -> Callable[..., None]:
         else:
             result.show()
         for note in result.notes:
-            click.echo(printable(note), err=True)
+            click.echo(printable(as_started(note)), err=True)
         if result.exit_code != EXIT_DONE:
             raise click.exceptions.Exit(result.exit_code)
 
@@ -188,11 +192,11 @@ def show_lines(lines: Iterable[str]) -> None:
     """Print lines on stdout, each wrapped at words, its rest indented.
 
     What is copied stays whole: a long word, such as a path, and a command, which begins with
-    blanks.
+    blanks or "next:".
     """
     for line in lines:
-        text = printable(line)
-        if not text.startswith("  "):
+        text = printable(as_started(line))
+        if not text.startswith(("  ", "next: ")):
             text = textwrap.fill(
                 text,
                 page_width(),
@@ -214,6 +218,45 @@ def is_program() -> bool:
     return context is not None and context.find_root().obj is _PROGRAM
 
 
+def as_started(text: str, context: click.Context | None = None) -> str:
+    """A text whose commands can be typed into the shell from which the program was started.
+
+    Args:
+        text: Names them ``autoquant-ray COMMAND``, as files do.
+        context: Of a command; default the one that runs in this thread.
+    """
+    context = context or click.get_current_context(silent=True)
+    root = None if context is None else context.find_root()
+    if root is None or root.obj is not _PROGRAM or not isinstance(root.command, click.Group):
+        return text
+    commands = "|".join(map(re.escape, root.command.commands))
+    return re.sub(rf"(?<![\w./-]){_NAME}(?= (?:{commands})\b)", lambda _: _program(), text)
+
+
+def _program() -> str:
+    """How the program was started; its name where nobody can tell."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return f"{_typed(sys.executable)} -m autoquant_ray"
+    return _typed(sys.argv[0]) if os.access(script, os.X_OK) and script.is_file() else _NAME
+
+
+def _typed(program: str) -> str:
+    """The name of a program that ``PATH`` leads to, else its path, the shorter of two."""
+    path = Path(program)
+    on_path = shutil.which(path.name)
+    if on_path is not None and _place(on_path) == _place(path):
+        return path.name
+    relative = os.path.relpath(path)
+    relative = relative if os.sep in relative else os.path.join(os.curdir, relative)
+    return shlex.quote(min(relative, os.path.abspath(path), key=len))
+
+
+def _place(program: str | Path) -> Path:
+    """Where a program lies; a link in a virtual environment stays one."""
+    return Path(program).parent.resolve() / Path(program).name
+
+
 def option_names(command: click.Command) -> set[str]:
     """Options of a command and of all commands below it, as Python names them."""
     flags = (flag for parameter in command.params for flag in parameter.opts)
@@ -225,20 +268,20 @@ def option_names(command: click.Command) -> set[str]:
 class _FlagFormatter(logging.Formatter):
     """Log lines in the words of the command line."""
 
-    def __init__(self, names: set[str]) -> None:
+    def __init__(self, context: click.Context | None) -> None:
         super().__init__("%(message)s")
-        self._names = names
+        self._context = context
+        self._names = set() if context is None else option_names(context.find_root().command)
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(as_flags(super().format(record), self._names))
+        text = as_flags(super().format(record), self._names)
+        return printable(as_started(text, self._context))
 
 
 def set_up_logging(verbose: bool) -> None:
     """Our own messages on stderr; libraries' warnings only with ``--verbose``."""
     handler = logging.StreamHandler(sys.stderr)
-    context = click.get_current_context(silent=True)
-    names = set() if context is None else option_names(context.find_root().command)
-    handler.setFormatter(_FlagFormatter(names))
+    handler.setFormatter(_FlagFormatter(click.get_current_context(silent=True)))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("autoquant_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
     if verbose:

@@ -14,7 +14,7 @@ from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.config.values import place_problem
 from autoquant_ray.errors import ConfigError, one_line
-from autoquant_ray.wording import few, shown
+from autoquant_ray.wording import few, fitted, shown
 
 _NOT_SHOWN = ("secrets", "runtime_env")
 """Keys whose values no message repeats: one may be a secret, written there by mistake."""
@@ -190,7 +190,7 @@ def _problem(entry: Any, place: Callable[[str, str], str], keys: Sequence[str]) 
         return f"{where}: unknown key; {hint}"
     if entry["type"] == "missing":
         return f"{where} is missing"
-    message = one_line(ValueError(message), limit=_LONGEST_MESSAGE)
+    message = fitted(" ".join(message.split()), _LONGEST_MESSAGE)
     value = entry["input"]
     is_said = isinstance(value, str | int | float) and str(value)[:_LONGEST_MESSAGE] in message
     is_secret = isinstance(value, str) and place_problem(value) is not None

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
+from command_line import refusal
 from command_line import run as run_command
 
 from autoquant_ray.api import Run
 from autoquant_ray.cli.edge import Result, prints_result, wants_json
 from autoquant_ray.errors import AutoQuantError
-from autoquant_ray.wording import as_flags
+from autoquant_ray.serving.table import ENGINES, GENERATIONS
+from autoquant_ray.wording import as_flags, fitted
 
 
 @click.command()
@@ -94,3 +97,41 @@ def test_only_options_become_flags() -> None:
     assert as_flags(text, {"max_formats", "pin"}) == (
         "give `autoquant-ray scan` or --max-formats, not `weights`; --pin too"
     )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("gpu", GENERATIONS)
+def test_remedy_is_whole_however_many_formats_are_complained_of(
+    engine: str, gpu: str, scan: Any
+) -> None:
+    formats = "wint4_aint4,wint3_afp16,wint5_afp16,wint6_afp16,wint6_g32_afp16,q4_k,q5_k"
+    line = refusal(scan(formats=formats, engine=engine, gpu=gpu))
+    assert "serves no format of the menu (wint4_aint4: " in line
+    remedy = f"scan with --formats {engine}-{gpu}, or choose another --engine or --gpu"
+    assert line.endswith(f"...); {remedy} (docs/engines.md)")
+    assert len(line) <= 400
+
+
+def test_remedy_of_a_long_value_is_whole(scan: Any, tmp_path: Path) -> None:
+    place = "/".join(["long" * 40] * 3)
+    line = refusal(scan(data=f"./{place}/a.jsonl"))
+    assert len(line) <= 400
+    assert line.startswith("error: data source ./longlong")
+    assert line.endswith(
+        "; give a file of text, JSONL, CSV or Parquet, a folder, a hub id or 'pydoc'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("short; do it", "short; do it"),
+        ("a" * 50 + "; do it", "a" * 29 + "...; do it"),
+        ("a (" + "b" * 50 + "); do it", "a (" + "b" * 26 + "...); do it"),
+        ("a" * 50 + "b" * 50, "a" * 16 + "..." + "b" * 20),
+        ("x; " + "a" * 50 + "b" * 50, "x; " + "a" * 13 + "..." + "b" * 20),
+    ],
+)
+def test_long_message_loses_its_middle(text: str, expected: str) -> None:
+    assert fitted(text, 40) == expected
+    assert len(fitted(text, 40)) <= 40
