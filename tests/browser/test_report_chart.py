@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import fastparquet
 import pytest
-from page_checks import CHART_TEXT, SPOT, TEXTS, wait_for_chart
+from page_checks import CHART_TEXT, SPOT, SQUARES, TEXTS, wait_for_chart
 from playwright.sync_api import Page, expect
 from runs_folder import EVIL
 from scored_run import evaluation_row, put_scored_run
@@ -147,10 +148,13 @@ def test_legend_names_every_kind_and_hides_it(open_page: Any) -> None:
     assert not is_shown(page, "measured")
     assert not is_shown(page, "measured errors")
     assert is_shown(page, "solution")
-    names = page.locator(CHART_TEXT, has_text="all w")
-    assert names.count() > 2
+    key, names = page.locator("#frontier-squares"), "() => Bokeh.documents[0].get_model_by_name"
+    names += "('names').source.data.text"
+    expect(key).to_contain_text("1\N{NO-BREAK SPACE}wint4_afp16")
+    assert {"this solution", "1", "2"} < set(page.evaluate(names))
     entries.filter(has_text="one format everywhere").click()
-    expect(names).to_have_count(0)
+    expect(key).to_be_hidden()
+    assert set(page.evaluate(names)) == {"this solution", "knee"}
     page.locator("#frontier").scroll_into_view_if_needed()
     page.mouse.move(*page.evaluate(SPOT, "measured"))
     expect(page.locator(".bk-Tooltip", has_text="measured")).to_have_count(0)
@@ -219,6 +223,36 @@ def test_texts_fit_and_do_not_overlap(width: int, open_page: Any) -> None:
         a, b = first["box"], second["box"]
         apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] + 3 or b[3] <= a[1] + 3
         assert apart, (first, second)
+
+
+@pytest.mark.parametrize("width", [320, 390, 1400])
+def test_squares_are_named_beside_them_or_by_number_below(width: int, open_page: Any) -> None:
+    page = open_page(viewport={"width": width, "height": 900}).page
+    wait_for_chart(page)
+    page.locator("#frontier").scroll_into_view_if_needed()
+    chart = page.evaluate(SQUARES)
+    left, right, top, bottom = chart["frame"]
+    squares = sorted(chart["squares"], key=lambda square: (square["place"][0], -square["place"][1]))
+    for square in squares:
+        x, y = square["place"]
+        assert left + 6 < x < right - 6, square
+        assert top + 6 < y < bottom - 6, square
+    names = [square["name"] for square in squares]
+    key, texts = page.locator("#frontier-squares"), [f"all {name}" for name in names]
+    if key.is_visible():
+        texts = [f"{number}" for number in range(1, len(names) + 1)]
+        pairs = zip(texts, names, strict=True)
+        listed = ", ".join("\N{NO-BREAK SPACE}".join(pair) for pair in pairs)
+        assert key.inner_text() == f"One format everywhere, left to right: {listed}."
+    named = 0
+    for entry in page.locator("#frontier").evaluate(TEXTS):
+        a, c, b, d = entry["box"]
+        if entry["text"] in texts and left <= a < b <= right and top <= c < d <= bottom:
+            x, y = squares[texts.index(entry["text"])]["place"]
+            assert math.hypot(max(a - x, x - b, 0), max(c - y, y - d, 0)) < 13, entry
+            named += 1
+    assert named == len(squares) or key.is_visible()
+    assert named > 0
 
 
 def test_chart_fits_on_white_paper(open_page: Any) -> None:

@@ -242,6 +242,13 @@ def test_scores_of_nine_formats_are_seen_without_scrolling(open_page: Any) -> No
     assert box["x"] + box["width"] <= region["x"] + region["width"]
 
 
+def test_shares_of_the_chosen_formats_are_seen_without_scrolling(open_page: Any) -> None:
+    page = open_page(viewport={"width": 1400, "height": 900}).page
+    region = page.get_by_role("region", name="Chosen formats").last
+    expect(region.get_by_role("columnheader").last).to_have_text("Share of the predicted loss")
+    assert region.evaluate("(e) => e.scrollWidth - e.clientWidth") == 0
+
+
 def test_button_copies_its_command(open_page: Any) -> None:
     opened = open_page(permissions=["clipboard-read", "clipboard-write"])
     page = opened.page

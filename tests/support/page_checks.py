@@ -64,6 +64,19 @@ SPOT = """(kind) => {
 }"""
 """Where the first point of a kind is in the window."""
 
+SQUARES = """() => {
+    const view = [...Bokeh.index][0];
+    const { data } = view.model.document.get_model_by_name("points");
+    const { left, top } = view.el.getBoundingClientRect();
+    const { bbox, x_scale, y_scale } = view.frame;
+    const squares = [...data.kind.keys()].filter((i) => data.kind[i] === "uniform").map((i) => ({
+        name: data.name[i].replace("all ", ""),
+        place: [left + x_scale.compute(data.x[i]), top + y_scale.compute(data.loss[i])] }));
+    const frame = [left + bbox.left, left + bbox.right, top + bbox.top, top + bbox.bottom];
+    return { squares, frame };
+}"""
+"""The squares of single formats, and the frame around the points: left, right, top, bottom."""
+
 
 def wait_for_chart(page: Page) -> None:
     """Until the library has drawn it, with the names beside its points."""

@@ -12,7 +12,6 @@
     solution: { marker: "star", size: 20, fill: "ink", line: "panel", line_width: 1 },
     measured: { marker: "circle", size: 17, fill: null, line: "bad", line_width: 2.5 },
   };
-  const NAMED = ["solution", "knee", "uniform"]; // most important first: there may be no room for all
   const kinds = Object.keys(KINDS).filter((kind) => points.kind.includes(kind));
   const indices = points.kind.map((_, i) => i);
   const rows = (isTaken) => Object.fromEntries(Object.entries(points).map(
@@ -141,11 +140,19 @@
   }));
   for (const renderer of plot.renderers) renderer.hover_glyph = null;
   const names = new Bokeh.LabelSet({
+    name: "names",
     source: new Bokeh.ColumnDataSource({ data: {} }), text_font: font, text_font_size: "12px",
     x_offset: { field: "right" }, y_offset: { field: "up" }, text_align: { field: "align" },
     text_font_style: { field: "style" }, text_baseline: "middle",
   });
   plot.add_layout(names);
+  // Squares by number, left to right, where not all of their names have room; the names are below.
+  const squares = indices.filter((i) => points.kind[i] === "uniform")
+    .sort((i, k) => points.x[i] - points.x[k] || points.loss[i] - points.loss[k]);
+  const numbers = indices.map((i) => `${squares.indexOf(i) + 1}`);
+  const keyOfSquares = document.getElementById("frontier-squares");
+  keyOfSquares.textContent = "One format everywhere, left to right: "
+    + `${squares.map((i) => `${numbers[i]}\u00a0${points.name[i].replace(/^all /, "")}`).join(", ")}.`;
   const keys = new Bokeh.Legend({
     items: legend.map(([kind, text]) => new Bokeh.LegendItem({
       label: text, renderers: kind === "curve" ? [curve, marks[kind]] : [marks[kind]] })),
@@ -164,6 +171,29 @@
   const pen = document.createElement("canvas").getContext("2d");
   const overlap = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
   const around = (x, y, room) => [x - room, y - room, x + room, y + room];
+  const BESIDE = [[11, 0, "left"], [8, 14, "left"], [-11, 0, "right"], [0, 16, "center"],
+    [-8, -14, "right"], [0, -17, "center"]];
+  // A text at the first free place beside its point; null where there is none.
+  const textAt = (i, text, spot, taken) => {
+    const style = points.kind[i] === "solution" ? "bold" : "normal";
+    pen.font = `${style} 12px ${font}`;
+    const wide = pen.measureText(text).width;
+    for (const [right, up, align] of BESIDE) {
+      const [x, y] = [spot[0] + right, spot[1] - up];
+      const left = { left: x, center: x - wide / 2, right: x - wide }[align];
+      const box = [left, y - 7, left + wide, y + 7];
+      const isInside = box[0] >= 0 && box[2] <= plot.inner_width
+        && box[1] >= 0 && box[3] <= plot.inner_height;
+      if (isInside && !taken.some((other) => overlap(box, other))) {
+        return { box, x: points.x[i], y: points.loss[i], text, right, up, align, style };
+      }
+    }
+    return null;
+  };
+  const textsAt = (named, texts, spots, taken) => named.reduce((placed, i) => {
+    const text = textAt(i, texts[i], spots[i], [...taken, ...placed.map(({ box }) => box)]);
+    return text ? [...placed, text] : placed;
+  }, []);
   const placeNames = () => {
     const { x_range, y_range, inner_width: width, inner_height: height } = plot;
     const across = (value) => (value - x_range.start) / (x_range.end - x_range.start) * width;
@@ -180,32 +210,23 @@
         taken.push(around(x + (toX - x) * k / steps, y + (toY - y) * k / steps, 2));
       }
     });
-    const data = { x: [], y: [], text: [], right: [], up: [], align: [], style: [] };
-    for (const i of NAMED.flatMap((kind) => shown.filter((k) => points.kind[k] === kind))) {
-      const style = points.kind[i] === "solution" ? "bold" : "normal";
-      pen.font = `${style} 12px ${font}`;
-      const wide = pen.measureText(points.name[i]).width;
-      for (const [right, up, align] of [[11, 0, "left"], [8, 14, "left"], [-11, 0, "right"],
-        [0, 16, "center"], [-8, -14, "right"], [0, -17, "center"]]) {
-        const [x, y] = [spots[i][0] + right, spots[i][1] - up];
-        const left = { left: x, center: x - wide / 2, right: x - wide }[align];
-        const box = [left, y - 7, left + wide, y + 7];
-        const isInside = box[0] >= 0 && box[2] <= width && box[1] >= 0 && box[3] <= height;
-        if (isInside && !taken.some((other) => overlap(box, other))) {
-          taken.push(box);
-          for (const [name, value] of Object.entries({
-            x: points.x[i], y: points.loss[i], text: points.name[i], right, up, align, style,
-          })) data[name].push(value);
-          break;
-        }
-      }
-    }
-    names.source.data = data;
+    const seen = shown.filter((i) => overlap(around(...spots[i], 0.5), [0, 0, width, height]));
+    const ofKind = (kind) => seen.filter((i) => points.kind[i] === kind);
+    const placed = textsAt([...ofKind("solution"), ...ofKind("knee")], points.name, spots, taken);
+    taken.push(...placed.map(({ box }) => box));
+    const uniform = ofKind("uniform");
+    const named = textsAt(uniform, points.name, spots, taken);
+    const isNamed = named.length === uniform.length;
+    placed.push(...(isNamed ? named : textsAt(uniform, numbers, spots, taken)));
+    keyOfSquares.hidden = isNamed;
+    names.source.data = Object.fromEntries(["x", "y", "text", "right", "up", "align", "style"].map(
+      (name) => [name, placed.map((text) => text[name])]));
   };
   const narrow = matchMedia("(max-width: 34rem)");
   const fit = () => {
     acrossTicker.desired_num_ticks = bitsTicker.desired_num_ticks = narrow.matches ? 5 : 10;
     lossTicker.desired_num_ticks = narrow.matches ? 10 : 16;
+    plot.height = narrow.matches ? 470 : 370; // the legend takes more of it
   };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const paint = () => {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _MAX_DECADES = 5
-_MARGIN = 0.04
+_MARGIN = 0.06
 """Margin beyond the outermost points, as a share of an axis' length."""
 BITS_LABEL = "stored bits per searched weight"
 LEGEND = {
