@@ -15,10 +15,10 @@ from typing import Any
 from autoquant_ray.allocate.options import solve_options
 from autoquant_ray.checkpoint_limits import checkpoint_limits
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.config.sources import data_name, sources_of
+from autoquant_ray.config.sources import data_name
 from autoquant_ray.config.stage_fields import stage_fingerprints
 from autoquant_ray.data.fingerprint import fingerprint_data
-from autoquant_ray.data.texts import require_source
+from autoquant_ray.data.texts import require_rows
 from autoquant_ray.distributed.metrics import metrics_of
 from autoquant_ray.distributed.node_devices import (
     device_bytes,
@@ -71,6 +71,7 @@ from autoquant_ray.stages import calibrate as calibration_stage
 from autoquant_ray.stages import samples as samples_stage
 from autoquant_ray.stages import score as stages
 from autoquant_ray.stages.fit import fit
+from autoquant_ray.stages.sources import data_specs
 from autoquant_ray.tracking.mlflow_runs import tracked
 
 logger = logging.getLogger(__name__)
@@ -112,8 +113,8 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
     limits = checkpoint_limits(plan, ref)
     plan = replace(plan, checkpoint_limits=limits.for_run())
     stages.check_budget(plan, config)
-    for source in sources_of(config.data).values():
-        require_source(source, config.read_as)
+    for spec in data_specs(config).values():
+        require_rows(spec, skips_bad=config.skip_bad_samples)
     require_weights(ref)
     if plan.limits is not None:
         require_ids_within(ref, plan.limits.token_ids)

@@ -12,11 +12,11 @@ from typing import Any
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.search_space import SearchSpace
-from autoquant_ray.config.sources import sources_of
-from autoquant_ray.data.texts import require_source
+from autoquant_ray.data.texts import require_rows
 from autoquant_ray.errors import AutoQuantError, ConfigError
 from autoquant_ray.formats.menu import require_names
 from autoquant_ray.models.find import find_model
+from autoquant_ray.stages.sources import data_specs
 
 
 def require_input(space: SearchSpace, *, keeps_menu: bool = False) -> None:
@@ -46,5 +46,5 @@ def _checks(space: SearchSpace, keeps_menu: bool) -> Iterator[Callable[[], Any]]
         yield partial(require_names, space.formats, space.custom_formats)
     yield partial(find_model, space.model, trust_remote_code=space.trust_remote_code)
     if isinstance(space, ScanConfig):
-        for source in sources_of(space.data).values():
-            yield partial(require_source, source, space.read_as)
+        for spec in data_specs(space).values():
+            yield partial(require_rows, spec, skips_bad=space.skip_bad_samples)

@@ -96,8 +96,13 @@ class ConversationSamples:
 
     def _skip(self, reason: str) -> None:
         if not self._skips_bad:
-            raise DataError(f"{reason}; skip such samples with `skip_bad_samples`")
+            raise refused_sample(reason)
         self._counts.bad += 1
         if len(self.reasons) < _MAX_REASONS:
             self.reasons.append(reason)
             logger.warning("skipped: %s", reason)
+
+
+def refused_sample(reason: str) -> DataError:
+    """The error for a chat that cannot be used, and is not to be skipped."""
+    return DataError(f"{reason}; skip such samples with `skip_bad_samples`")

@@ -45,12 +45,19 @@ class RowReader:
         spec: What to read.
         place: The file, for messages; None for the source itself.
         folder: Where paths of images begin; None for the source's own folder.
+        announces: Log which form of chats the rows have.
     """
 
     def __init__(
-        self, spec: DataSpec, place: Path | None = None, folder: Path | None = None
+        self,
+        spec: DataSpec,
+        place: Path | None = None,
+        folder: Path | None = None,
+        *,
+        announces: bool = True,
     ) -> None:
         self.spec = spec
+        self._announces = announces
         self._place = spec.source if place is None else str(place)
         self._folder = _folder_of(spec.source) if folder is None else folder
         self._form: Form | None = None
@@ -136,7 +143,7 @@ class RowReader:
         self._require_no_packing()
         if self._form is None:
             self._form = form
-            if form.columns != (MESSAGES,):
+            if self._announces and form.columns != (MESSAGES,):
                 logger.info("%s: its rows are %s", self._place, form.name)
         place = f"data source {self._place} {where}"
         images: list[Any] = []

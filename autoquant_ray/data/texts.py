@@ -7,13 +7,16 @@ little. Which tokens form a sample is decided in :mod:`autoquant_ray.data.cuttin
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from autoquant_ray.config.sources import FileKind
+from autoquant_ray.data.chat_samples import refused_sample
 from autoquant_ray.data.conversations import BadSample, Conversation
+from autoquant_ray.data.cutting import DataCounts, require_usable
 from autoquant_ray.data.files import read_file, warn_of_json
 from autoquant_ray.data.folders import read_dataset, read_folder
 from autoquant_ray.data.kinds import decoded_lines, kind_of, require_kind
@@ -23,6 +26,8 @@ from autoquant_ray.errors import DataError
 
 PYDOC_SOURCE = "pydoc"
 """Name of the text that comes with every CPython: the topics of its ``help()``."""
+
+_MOST_FIRST_ROWS = 64
 
 _DOCUMENT_SEPARATOR = "\n\n"
 
@@ -90,6 +95,44 @@ def require_source(source: str, read_as: FileKind | None = None) -> None:
         require_kind(path, read_as)
     elif read_as is not None and not path.is_dir():
         raise DataError(f"`read_as` {read_as} is for files, which {source} is not; leave it out")
+
+
+def require_rows(spec: DataSpec, *, skips_bad: bool) -> None:
+    """Check a source, and where it is a file, as many of its first rows as are read in any case.
+
+    Takes no tokenizer, and no time: a folder or a data set, whose rows take long to find, is left
+    to the reading.
+
+    Args:
+        spec: What will be read.
+        skips_bad: Chats that cannot be used are no error.
+
+    Raises:
+        DataError: The source does not exist; or of the first rows one cannot be read, is not what
+            the options say, or all are empty.
+    """
+    require_source(spec.source, spec.read_as)
+    path = Path(spec.source).expanduser()
+    if spec.source == PYDOC_SOURCE or not path.is_file():
+        return
+    most = 1 if spec.pack else min(spec.num_samples, _MOST_FIRST_ROWS)
+    rows = list(itertools.islice(_contents(path, require_kind(path, spec.read_as), spec), most))
+    for content in rows:
+        if isinstance(content, BadSample) and not skips_bad:
+            raise refused_sample(content.reason)
+    is_all = len(rows) < most
+    if is_all and not any(not isinstance(text, str) or text.strip() for text in rows):
+        require_usable(DataCounts(read=len(rows), empty=len(rows)), spec.source)
+
+
+def _contents(
+    path: Path, kind: FileKind, spec: DataSpec
+) -> Iterator[str | Conversation | BadSample]:
+    if kind == "text":
+        _require_columns(spec)
+        _require_separate_lines(spec)
+        return (line for _, line in decoded_lines(path))
+    return (content for content, _ in read_file(path, kind, RowReader(spec, announces=False)))
 
 
 def _require_separate_lines(spec: DataSpec) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import refusal, run
 
+from autoquant_ray.data.spec import DataSpec
+from autoquant_ray.data.texts import require_rows
+from autoquant_ray.errors import DataError
 from autoquant_ray.formats.menu import closest_formats, known_formats, require_names
 from autoquant_ray.formats.preset_names import preset_names
 
@@ -69,6 +73,52 @@ def test_each_alone_is_refused_too(tmp_path: Path, text_file: Path, model_folder
     line = refused(*scan, "--formats", "wint4_afp16", "--data", tmp_path / "none.jsonl")
     assert line.startswith("error: data source")
     assert not (tmp_path / "run").exists()
+
+
+GOOD = '{"text": "a b c d e f"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "complaint"),
+    [
+        ("", (), "of 0 texts read, 0 are empty"),
+        ("\n\n", (), "of 0 texts read, 0 are empty"),
+        ('{"text": " "}\n' * 3, (), "of 3 texts read, 3 are empty"),
+        (GOOD * 2 + '{"text": "cut', (), "line 3 is not valid JSON"),
+        (GOOD + "[1, 2]\n", (), "line 2 is not an object but list"),
+        ('{"body": "a b c d"}\n', (), "has no field 'text'; it has: body; name one with --text-f"),
+        (GOOD, ("--domain-field", "kind"), "has no field 'kind'"),
+        ('{"text": 3}\n', (), "field 'text' holds int, not text"),
+        ('{"messages": "hello"}\n', (), "; skip such samples with --skip-bad-samples"),
+        (b"\xff\xfe{", (), "line 1 is not UTF-8 text"),
+        (b"\x1f\x8bno gzip", (), "cannot be read"),
+    ],
+)
+def test_first_rows_of_a_file_are_read_before_a_cluster_is_needed(
+    content: str | bytes, options: tuple[str, ...], complaint: str, scan: Any, tmp_path: Path
+) -> None:
+    name = "a.jsonl.gz" if content[:2] == b"\x1f\x8b" else "a.jsonl"
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert complaint in refusal(scan(*options, data=tmp_path / name, samples=4000))
+
+
+def test_first_rows_need_nothing_heavy(tmp_path: Path, model_folder: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD + "{")
+    scan = ("scan", model_folder("llama"), "--out", tmp_path / "run", "--bits", 5)
+    line = refused(*scan, "--formats", "wint4_afp16", "--data", tmp_path / "a.jsonl")
+    assert "line 2 is not valid JSON" in line
+
+
+def test_rows_that_are_not_read_are_not_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD * 3 + "{" + GOOD)
+    spec = DataSpec(source=str(path), num_samples=3, seq_len=8)
+    require_rows(spec, skips_bad=False)
+    require_rows(replace(spec, num_samples=99, pack=True), skips_bad=False)
+    with pytest.raises(DataError, match="line 4 is not valid JSON"):
+        require_rows(replace(spec, num_samples=4), skips_bad=False)
+    path.write_text('{"messages": "hello"}\n')
+    require_rows(spec, skips_bad=True)
 
 
 def test_closest_names_are_those_that_modelopt_would_give() -> None:
