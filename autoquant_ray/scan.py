@@ -37,6 +37,7 @@ from autoquant_ray.distributed.placement import (
 )
 from autoquant_ray.distributed.pool import WorkerPool
 from autoquant_ray.distributed.scoring import ScoringSpec
+from autoquant_ray.distributed.this_machine import require_gpu
 from autoquant_ray.errors import DataError
 from autoquant_ray.formats.integer_pairs import has_integer_pair, multiplies_integers
 from autoquant_ray.formats.menu import check_device
@@ -104,6 +105,7 @@ def run_search(config: ScanConfig, mode: Mode = "new", run_id: str | None = None
         Interrupted: SIGTERM or Ctrl-C while workers computed; the same.
     """
     ref = find_model(config.model, trust_remote_code=config.trust_remote_code)
+    require_gpu(config)
     directory = RunDirectory(config.out)
     directory.advice = "go on with `resume`"
     resumed = RunState.open(directory).record if mode == "resume" and directory.exists() else None

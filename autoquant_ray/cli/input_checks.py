@@ -13,6 +13,7 @@ from typing import Any
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.search_space import SearchSpace
 from autoquant_ray.data.texts import require_rows
+from autoquant_ray.distributed.this_machine import require_gpu
 from autoquant_ray.errors import AutoQuantError, ConfigError
 from autoquant_ray.formats.menu import require_names
 from autoquant_ray.models.find import find_model
@@ -20,7 +21,7 @@ from autoquant_ray.stages.sources import data_specs
 
 
 def require_input(space: SearchSpace, *, keeps_menu: bool = False) -> None:
-    """Check names of formats, the model's folder or file, and the data.
+    """Check names of formats, the model's folder or file, the data, and that a GPU is possible.
 
     Args:
         space: What to plan or to scan.
@@ -46,5 +47,6 @@ def _checks(space: SearchSpace, keeps_menu: bool) -> Iterator[Callable[[], Any]]
         yield partial(require_names, space.formats, space.custom_formats)
     yield partial(find_model, space.model, trust_remote_code=space.trust_remote_code)
     if isinstance(space, ScanConfig):
+        yield partial(require_gpu, space)
         for spec in data_specs(space).values():
             yield partial(require_rows, spec, skips_bad=space.skip_bad_samples)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from autoquant_ray.cli.edge import is_program
-from autoquant_ray.distributed.forks.workers import forked_workers, starts_cluster
+from autoquant_ray.distributed.forks.workers import forked_workers
+from autoquant_ray.distributed.this_machine import starts_cluster
 
 _PLAN = ("torch", "transformers.models.auto.modeling_auto", "transformers.modeling_utils")
 _WORK = ("autoquant_ray.score.scorer", "autoquant_ray.evaluate.runner")

@@ -189,6 +189,8 @@ def _connect(config: Asked, runtime_env: Mapping[str, Any]) -> None:
         _require_listener(address)
         ray.init(address=address, **common)
         return
+    if config.address == "auto":
+        logger.info("Ray: no cluster runs on this machine; this command starts its own")
     asked = config.workers * config.cpus_per_worker if isinstance(config.workers, int) else 0
     if asked > (os.cpu_count() or 1):
         logger.warning("the workers ask for %d CPUs, this machine has %s", asked, os.cpu_count())
@@ -237,10 +239,15 @@ def require_resources(config: ScanConfig, resources: Mapping[str, float]) -> Non
     for name, amount in needed.items():
         has = resources.get(name, 0)
         if amount > has:
+            remedy = f"lower `workers` or `{name.lower()}s_per_worker`"
+            if name == "GPU" and has == 0:
+                remedy = "scan with `device` cpu, give the `address` of a cluster that has GPUs"
+                if device == "cpu":
+                    remedy = "leave out `gpus_per_worker`"
             raise ClusterError(
                 f"{asked} worker(s) need {amount:g} {name}, the cluster has {has:g}"
-                f"{NodeChoice.of(config).describe()}; lower `workers`, `cpus_per_worker` or "
-                "`gpus_per_worker`, or wait for an autoscaler with `wait_for_workers`"
+                f"{NodeChoice.of(config).describe()}; {remedy}, or wait for an autoscaler with "
+                "`wait_for_workers`"
             )
 
 

@@ -20,7 +20,8 @@ print("at", ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
 JOINED = """
-import ray
+import logging, ray
+logging.basicConfig(level=logging.INFO)
 from autoquant_ray.config.latency_measurement import LatencyMeasurement
 from autoquant_ray.distributed.placement import connected
 with connected(LatencyMeasurement(model="m")):
@@ -43,11 +44,13 @@ def address_in(line: str) -> str:
     return address
 
 
-def joined(environment: dict[str, str]) -> str:
-    """The Ray that ``auto`` takes."""
+def joined(environment: dict[str, str], *, starts: bool) -> str:
+    """The Ray that ``auto`` takes; a line that says that it was started is checked."""
     done = subprocess.run(
         [sys.executable, "-c", JOINED], env=environment, check=True, capture_output=True, text=True
     )
+    line = "Ray: no cluster runs on this machine; this command starts its own"
+    assert (line in done.stderr) == starts, done.stderr
     return address_in(done.stdout)
 
 
@@ -61,7 +64,7 @@ def test_private_ray_of_another_program_is_left_alone(environment: dict[str, str
     ) as other:
         assert other.stdout is not None
         address = address_in(other.stdout.readline())
-        mine = joined(environment)
+        mine = joined(environment, starts=True)
         other.communicate()
     assert mine != address
 
@@ -78,7 +81,7 @@ def test_ray_that_was_started_for_the_machine_is_joined(environment: dict[str, s
         file = Path(environment["RAY_TMPDIR"], "ray", "ray_current_cluster")
         address = file.read_text().strip()
         try:
-            assert joined(environment) == address
+            assert joined(environment, starts=False) == address
         finally:
             started.terminate()
             started.communicate()
@@ -88,7 +91,7 @@ def test_ray_that_is_gone_is_not_waited_for(environment: dict[str, str]) -> None
     file = Path(environment["RAY_TMPDIR"], "ray", "ray_current_cluster")
     file.parent.mkdir(parents=True)
     file.write_text("127.0.0.1:1")
-    assert joined(environment) != "127.0.0.1:1"
+    assert joined(environment, starts=True) != "127.0.0.1:1"
 
 
 def test_doctor_starts_a_ray_and_finds_nothing_wrong(environment: dict[str, str]) -> None:

@@ -33,22 +33,11 @@ from pathlib import Path
 
 from autoquant_ray.distributed.forks.server import Start, become, run_script, serve
 from autoquant_ray.distributed.host_memory import ENVIRONMENT
+from autoquant_ray.distributed.this_machine import may_have_gpu
 
-_THREADS, _DEVICES = Path("/proc/self/task"), Path("/dev")
-_GPUS = ("nvidia[0-9]*", "nvhost*", "kfd", "dxg")
+_THREADS = Path("/proc/self/task")
 _OF_ALLOCATOR = "jemalloc_bg_thd"
 _LONGEST_PATH = 100  # a socket's path is short
-
-
-def starts_cluster(address: str) -> bool:
-    """Whether a command with this address will start a Ray cluster for itself.
-
-    It decides how workers start, nothing else: where it is wrong they start as ever.
-    """
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    started = Path(folder, "ray", "ray_current_cluster")
-    is_shared = bool(os.environ.get("RAY_ADDRESS")) or started.exists()
-    return address == "local" or (address == "auto" and not is_shared)
 
 
 @contextmanager
@@ -114,7 +103,7 @@ def _can_fork() -> bool:
         and hasattr(os, "pidfd_open")
         and "ray" not in sys.modules
         and threading.active_count() == 1
-        and not any(True for kind in _GPUS for _ in _DEVICES.glob(kind))
+        and not may_have_gpu()
     )
 
 

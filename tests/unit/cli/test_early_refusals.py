@@ -14,6 +14,7 @@ from command_line import refusal, run
 
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import require_rows
+from autoquant_ray.distributed.this_machine import may_have_gpu
 from autoquant_ray.errors import DataError
 from autoquant_ray.formats.menu import closest_formats, known_formats, require_names
 from autoquant_ray.formats.preset_names import preset_names
@@ -107,6 +108,25 @@ def test_first_rows_need_nothing_heavy(tmp_path: Path, model_folder: Any) -> Non
     scan = ("scan", model_folder("llama"), "--out", tmp_path / "run", "--bits", 5)
     line = refused(*scan, "--formats", "wint4_afp16", "--data", tmp_path / "a.jsonl")
     assert "line 2 is not valid JSON" in line
+
+
+@pytest.mark.skipif(may_have_gpu(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--device", "cuda"), "--device cuda needs a GPU, and this machine has none; give --dev"),
+        (("--gpus-per-worker", 1), "--gpus-per-worker 1.0 needs a GPU, and this machine has none"),
+        (("--accelerator", "H100"), "--accelerator H100 needs a GPU, and this machine has none"),
+    ],
+)
+def test_gpu_that_is_not_here_is_said_before_a_cluster_is_started(
+    options: tuple[Any, ...], complaint: str, text_file: Path, tmp_path: Path, model_folder: Any
+) -> None:
+    scan = ("scan", model_folder("llama"), "--data", text_file, "--out", tmp_path / "run")
+    words = ("--formats", "wint4_afp16", "--bits", 5, "--address", "local", *options)
+    line = refused(*scan, *words)
+    assert line.startswith(f"error: {complaint}")
+    assert line.endswith(", or with --address a Ray cluster that has GPUs")
 
 
 def test_rows_that_are_not_read_are_not_looked_at(tmp_path: Path) -> None:

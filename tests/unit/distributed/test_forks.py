@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from autoquant_ray.distributed.forks.workers import starts_cluster
+from autoquant_ray.distributed.this_machine import starts_cluster
 
 DRIVER = """
 import contextlib, json, os, subprocess, sys, threading

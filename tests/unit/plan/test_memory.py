@@ -126,7 +126,7 @@ def test_auto_grows_with_the_cluster_and_a_number_does_not() -> None:
 def test_split_without_gpus_is_refused() -> None:
     with pytest.raises(pydantic.ValidationError, match="`gpus_per_worker` 2 or more"):
         make_config(placement="split")
-    with pytest.raises(pydantic.ValidationError, match="device that is not cpu"):
+    with pytest.raises(pydantic.ValidationError, match="`device` that is not cpu"):
         make_config(placement="split", gpus_per_worker=2, device="cpu")
     config = make_config(placement="split", gpus_per_worker=2)
     on_cpu = config.model_copy(update={"device": "cpu"})
@@ -134,6 +134,41 @@ def test_split_without_gpus_is_refused() -> None:
         require_resources(on_cpu, {"CPU": 2.0})
     placed = place_workers(config, {"CPU": 8.0, "GPU": 4.0}, device="cuda", worker_bytes=1)
     assert (placed.num_workers, placed.gpus_per_worker) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "resources", "message"),
+    [
+        (
+            {"device": "cuda"},
+            {"CPU": 2.0},
+            "1 worker(s) need 1 GPU, the cluster has 0; scan with `device` cpu, give the `address` "
+            "of a cluster that has GPUs, or",
+        ),
+        (
+            {"device": "cuda", "workers": 3},
+            {"CPU": 4.0, "GPU": 2.0},
+            "3 worker(s) need 3 GPU, the cluster has 2; lower `workers` or `gpus_per_worker`, or",
+        ),
+        (
+            {"device": "cpu", "gpus_per_worker": 1},
+            {"CPU": 4.0},
+            "1 worker(s) need 1 GPU, the cluster has 0; leave out `gpus_per_worker`, or",
+        ),
+        (
+            {"device": "cpu", "cpus_per_worker": 9},
+            {"CPU": 4.0},
+            "1 worker(s) need 9 CPU, the cluster has 4; lower `workers` or `cpus_per_worker`, or",
+        ),
+    ],
+)
+def test_cluster_that_has_too_little_is_refused_with_what_mends_it(
+    changes: dict[str, Any], resources: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ClusterError) as caught:
+        require_resources(make_config(**changes), resources)
+    remedy = "wait for an autoscaler with `wait_for_workers`"
+    assert str(caught.value) == f"{message} {remedy}"
 
 
 def test_placement_is_part_of_the_scores_fingerprint() -> None:
