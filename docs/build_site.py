@@ -4,11 +4,14 @@ Needs the package of the extra ``docs``. ``zensical.toml`` has the navigation. T
 out under the paths that they have here, so the links of the Markdown hold in the site too; files
 that they link to come along. A link or an anchor that leads nowhere ends the build. The diagram of
 README is a picture there of ``docs/update_pictures.py``, since a browser would fetch Mermaid.
+Of a block that shows a console, the button copies the commands alone.
 """
 
 from __future__ import annotations
 
+import html
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "zensical.toml"
 DIAGRAM = ROOT / "docs" / "images" / "pipeline.svg"
 MERMAID = re.compile(r"^```mermaid\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"<pre>(<span></span><code>(.*?)</code></pre>)", re.DOTALL)
+_TAG = re.compile(r"<[^>]*>")
+_PROMPT = "$ "
 _LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
@@ -55,8 +61,45 @@ def build(out: Path) -> None:
         done = subprocess.run(command, cwd=folder, text=True, capture_output=True, check=False)
         if done.returncode:
             raise SystemExit(f"{done.stdout}{done.stderr}")
+        for file in (folder / "site").rglob("*.html"):
+            page = file.read_text("utf-8")
+            file.write_text(_CODE.sub(_with_commands, page), encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(folder / "site", out)
+
+
+def commands_of(block: str) -> str:
+    """Commands of what a console shows, without prompts and without what they print.
+
+    Args:
+        block: Lines; a command begins with ``$`` and goes on after a backslash and within quotes.
+
+    Returns:
+        Their lines; empty where no command is shown.
+    """
+    lines: list[str] = []
+    command = ""
+    for line in block.splitlines():
+        if not command and not line.startswith(_PROMPT):
+            continue
+        text = line if command else line.removeprefix(_PROMPT)
+        lines.append(text)
+        command += f"{text}\n"
+        try:
+            shlex.split(command.removesuffix("\n"), comments=True)
+        except ValueError:  # within quotes, or after a backslash
+            continue
+        command = ""
+    return "\n".join(lines)
+
+
+def _with_commands(code: re.Match[str]) -> str:
+    """A block of code; with the attribute that the theme's script copies in place of the text."""
+    commands = commands_of(html.unescape(_TAG.sub("", code[2])))
+    if not commands:
+        return code[0]
+    value = html.escape(commands).replace("\n", "&#10;")
+    return f'<pre data-copy="{value}">{code[1]}'
 
 
 def _lay_out(page: str, folder: Path) -> None:
@@ -81,4 +124,6 @@ def _copy(path: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    build(Path(*sys.argv[1:]))
+    site = Path(*sys.argv[1:])
+    build(site)
+    sys.stdout.write(f"open {site / 'index.html'}\n")

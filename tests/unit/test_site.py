@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from build_site import DIAGRAM, MERMAID, ROOT, build, pages
+from build_site import DIAGRAM, MERMAID, ROOT, build, commands_of, pages
 
 _TARGETS = {"a": "href", "img": "src", "script": "src", "link": "href"}
 
@@ -43,6 +43,19 @@ def test_diagram_is_drawn_from_the_readme() -> None:
     assert [f"<!-- {json.dumps(text).replace('--', '- -')} -->" for text in source] == [drawn_from]
     others = [page for page in pages() if page != "README.md"]
     assert not [page for page in others if MERMAID.search((ROOT / page).read_text("utf-8"))]
+
+
+def test_commands_go_on_within_quotes_and_after_backslashes() -> None:
+    block = """\
+$ MODEL=$(python -c 'print("a
+$ b")') && scan $MODEL \\
+    --bits 6  # it's short
+effective bits: 5.9
+$ ls
+runs"""
+    lines = block.splitlines()
+    assert commands_of(block).splitlines() == [lines[0][2:], *lines[1:3], lines[4][2:]]
+    assert commands_of("effective bits: 5.9") == ""
 
 
 def test_site_is_whole_and_needs_no_network(tmp_path: Path) -> None:
