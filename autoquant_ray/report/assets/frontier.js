@@ -82,7 +82,7 @@
     tools: [boxZoom, new Bokeh.PanTool(), new Bokeh.WheelZoomTool(), new Bokeh.ResetTool()],
     active_drag: matchMedia("(pointer: coarse)").matches ? null : boxZoom, active_scroll: null,
     background_fill_color: null, border_fill_color: null, outline_line_color: null,
-    x_axis_label: label,
+    x_axis_label: label, y_axis_label: "loss, nats per token",
   });
   plot.toolbar.setv({ logo: null, autohide: true, stylesheets: [`
     :host(.bk-inner) { background: none; height: max-content; opacity: 1; }
