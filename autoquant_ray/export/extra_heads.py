@@ -20,7 +20,13 @@ from dataclasses import dataclass, replace
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.errors import ConfigError, FormatError
 from autoquant_ray.export.carried import SourceTensors
-from autoquant_ray.export.layouts import COMPRESSED_TENSORS, SIXTEEN_BITS, shape_problem, stored_as
+from autoquant_ray.export.layouts import (
+    COMPRESSED_TENSORS,
+    SIXTEEN_BITS,
+    fitting_format,
+    shape_problem,
+    stored_as,
+)
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.algorithms import MAX
 from autoquant_ray.formats.format import Format
@@ -164,7 +170,8 @@ def quantized_heads(format_: Format, stored: Source, in_source: SourceTensors) -
         )
     for module, shape in shapes.items():
         if (problem := shape_problem(format_, shape)) is not None:
-            raise FormatError(f"{_OPTION} {format_.name}: {problem} ({module}); give another")
+            other = fitting_format(format_, list(shapes.values())) or "another"
+            raise FormatError(f"{_OPTION} {format_.name}: {problem} ({module}); give {other}")
     carried = sum(in_source.carried[f"{module}.weight"] for module in shapes)
     return QuantizedHeads(format=format_, shapes=shapes, carried_bytes=carried)
 

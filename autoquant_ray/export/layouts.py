@@ -15,6 +15,7 @@ from autoquant_ray.serving.compressed_formats import (
     block_size,
     compressed_scheme,
     experts_problem,
+    fitting_format,
     grids,
     shape_problem,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "SIXTEEN_BITS",
     "block_size",
     "experts_problem",
+    "fitting_format",
     "grids",
     "shape_problem",
 ]

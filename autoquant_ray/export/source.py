@@ -17,6 +17,7 @@ from autoquant_ray.export.layouts import (
     MODELOPT,
     block_size,
     experts_problem,
+    fitting_format,
     grids,
     shape_problem,
     stored_as,
@@ -375,4 +376,7 @@ def _problem(source: Layers, module: str, format_: Format, layout: str) -> str |
         return f"{format_.name}: {problem}"
     reasons = (shape_problem(format_, shape) for shape in shapes)
     reason = next((text for text in reasons if text is not None), None)
-    return None if reason is None else f"{format_.name}: {reason}"
+    if reason is None:
+        return None
+    fitting = fitting_format(format_, shapes)
+    return f"{format_.name}: {reason}" + ("" if fitting is None else f"; {fitting} fits")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from autoquant_ray.formats.format import Attributes, Format
+from autoquant_ray.formats.menu import BLOCK_INTEGERS
 from autoquant_ray.formats.smoothed import is_smoothed
 from autoquant_ray.serving.layer_formats import LayerAlgo, layer_algo
 
@@ -67,6 +68,28 @@ def shape_problem(format_: Format, shape: Sequence[int]) -> str | None:
     if format_.weight.get("num_bits") == 4 and shape[-2] % 2:
         return f"{shape[-2]} rows are odd, and two are packed into one"
     return None
+
+
+def fitting_format(format_: Format, shapes: Sequence[Sequence[int]]) -> str | None:
+    """The format of the same integers in the largest smaller blocks that are whole in all rows.
+
+    Args:
+        format_: A format that does not fit.
+        shapes: Of weights, each ``(..., out, in)``.
+
+    Returns:
+        Its name; None where there is none.
+    """
+    bits, block = format_.weight.get("num_bits"), block_size(format_)
+    fitting = {
+        size: name
+        for name, (weight, input_) in BLOCK_INTEGERS.items()
+        if weight["num_bits"] == bits
+        and input_ is format_.input
+        and (size := weight["block_sizes"][-1]) < block
+        and all(shape[-1] % size == 0 for shape in shapes)
+    }
+    return fitting[max(fitting)] if fitting else None
 
 
 def experts_problem(shapes: Sequence[Sequence[int]]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import find_model
 from autoquant_ray.plan.make import make_plan
 from autoquant_ray.plan.plan import build_plan
+from autoquant_ray.serving.compressed_formats import fitting_format
 from autoquant_ray.serving.menus import served_sets
 from autoquant_ray.solve import rewrite_reports, solve_run
 
@@ -122,3 +124,31 @@ def test_four_bit_integers_of_experts_are_none_that_modelopt_packs() -> None:
     (served, *_) = served_sets(groups, list(groups), menu, "trtllm", "hopper", shapes)
     assert served.permitted["o"] == {NONE, "wint4_g64_afp16", "wfp8_afp8"}
     assert served.permitted["experts"] == {NONE, "wfp8_afp8"}
+
+
+def test_plan_names_the_blocks_that_fit_where_others_do_not(model_folder: Any) -> None:
+    folder = model_folder("llama")  # rows of 64 weights, and of 160
+    formats = "wint4_afp16,wint4_afp16:max,wint4_g64_afp16,wint4_g32_afp16,NVFP4_DEFAULT_CFG"
+    document = json.loads(run("plan", folder, "--formats", formats, "--json").stdout)
+    for lines in document["checkpoint_limits"].values():
+        assert [line.rpartition(" (")[0] for line in lines] == [
+            f"{name}: rows of {row} weights are no whole number of blocks of {block}; {fits} fits"
+            for name, row, block, fits in (
+                ("wint4_afp16", 64, 128, "wint4_g64_afp16"),
+                ("wint4_afp16", 160, 128, "wint4_g32_afp16"),
+                ("wint4_afp16:max", 64, 128, "wint4_g64_afp16"),
+                ("wint4_afp16:max", 160, 128, "wint4_g32_afp16"),
+                ("wint4_g64_afp16", 160, 64, "wint4_g32_afp16"),
+            )
+        ]
+        named = {line.rpartition("; ")[2].partition(" fits")[0] for line in lines}
+        assert named <= set(document["formats"])
+
+
+def test_blocks_that_fit_are_those_of_all_rows_and_of_the_same_inputs() -> None:
+    wide, narrow = resolve_formats(("wint4_afp16", "wint4_g32_afp16"), device="cpu")
+    assert fitting_format(wide, [(8, 192)]) == "wint4_g64_afp16"
+    assert fitting_format(wide, [(8, 192), (8, 160)]) == "wint4_g32_afp16"
+    assert fitting_format(wide, [(8, 192), (8, 100)]) is None
+    assert fitting_format(narrow, [(8, 100)]) is None
+    assert fitting_format(replace(wide, input={"num_bits": 8}), [(8, 192)]) is None

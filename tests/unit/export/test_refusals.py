@@ -37,7 +37,12 @@ REFUSED = (
             FormatError,
             r"wint4_aint4 has no packed form.*0\.self_att",
         ),
-        ({"*o_proj": "wint4_afp16"}, {}, FormatError, r"rows of 64 weights.*blocks of 128.*o_proj"),
+        (
+            {"*o_proj": "wint4_afp16"},
+            {},
+            FormatError,
+            r"rows of 64 weights.*blocks of 128; wint4_g64_afp16 fits.*o_proj",
+        ),
         ({"*o_proj": "wfp8_afp16"}, {}, FormatError, r"wfp8_afp16 has no .*compressed-tensors"),
         (
             {"*": "wfp8_afp8"},
