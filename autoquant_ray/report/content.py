@@ -84,6 +84,7 @@ class ReportContent:
         concerns: Reasons to doubt the solution, the gravest first.
         facts: (label, value) pairs.
         mix: How much of the model is in each format.
+        mix_note: What its bytes leave out, in words; empty where they are those of all weights.
         layers: Layers by sensitivity, unsearched ones last.
         groups: Groups by sensitivity, unsearched ones last.
         heat: Layers by kinds of modules; None for a model that is too large for it.
@@ -132,6 +133,7 @@ class ReportContent:
     shares: LossShares | None = None
     scatter: Scatter | None = None
     tasks: TaskData | None = None
+    mix_note: str = ""
 
 
 def collect_content(run: ScoredRun, folder: str) -> ReportContent:
@@ -194,6 +196,19 @@ def collect_content(run: ScoredRun, folder: str) -> ReportContent:
             measured_pairs(sources.evaluations, sources.name, sources.key), near=IN_RANGE
         ),
         tasks=task_section(solution_tasks(sources.answered, sources.name, sources.key)),
+        mix_note=_mix_note(
+            [row.name for row in rows if row.chosen == NONE and problem.groups[row.name].is_tied]
+        ),
+    )
+
+
+def _mix_note(tied: Sequence[str]) -> str:
+    """Why bytes and weights do not agree; ``tied`` heads are in 16 bits."""
+    if not tied:
+        return ""
+    return (
+        f"{', '.join(tied)} in 16 bits is the input embedding too (a tied head) and adds no bytes: "
+        "the embedding is stored anyway, and counted as not searched."
     )
 
 

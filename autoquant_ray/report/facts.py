@@ -18,6 +18,20 @@ from autoquant_ray.report.sources import Sources
 from autoquant_ray.runs.record import RunRecord
 from autoquant_ray.wording import with_error
 
+MEANINGS = {
+    "Scheme": "The formats that were tried; how gradients and output differences are summed; whose "
+    "labels the gradients are of.",
+    "Effective bits (searched groups)": "Stored bits per weight, scales included.",
+    "Effective bits (ModelOpt's cost)": "Number of weights x the smaller of weight and input bits, "
+    "without scales, whatever is stored.",
+    "Total score": "Sum of the chosen formats' scores.",
+    "Optimality gap": "0 when the allocation is proven to be the best of all for these scores.",
+    "Expected regret": "What the allocation is expected to lose because its scores are estimates; "
+    "from the resamples, and too high rather than too low.",
+    "Null": "The budget solved as if each group had the scores of another, drawn at random: what "
+    "such allocations are predicted to lose, on average.",
+}
+"""Labels that need a line of explanation -> it."""
 _MAX_NAMED = 5
 _LONGEST_REASON = 120
 """Characters of why a sample was skipped: it may quote a template or a whole message."""

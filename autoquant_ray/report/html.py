@@ -10,6 +10,7 @@ from autoquant_ray.report.charts.frontier_chart import Dot, chart_data, size_tex
 from autoquant_ray.report.charts.sizes import REST
 from autoquant_ray.report.content import ReportContent
 from autoquant_ray.report.domains import DOMAIN_HEADS
+from autoquant_ray.report.facts import MEANINGS
 from autoquant_ray.report.groups import METHOD_HEADS, readable
 from autoquant_ray.report.heat import OUTSIDE, strips
 from autoquant_ray.report.measured import HEADS
@@ -52,6 +53,7 @@ def render_html(content: ReportContent) -> str:
         audit_heads=AUDIT_HEADS,
         domain_heads=DOMAIN_HEADS,
         method_heads=METHOD_HEADS,
+        meanings=MEANINGS,
         rows=content.groups[:num_rows],
         num_left_out=max(0, len(content.groups) - num_rows),
         num_resamples=content.num_resamples,

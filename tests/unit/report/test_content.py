@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from autoquant_ray.cli.options import given_fields
 from autoquant_ray.config.files import load_config
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.report.content import collect_content
+from autoquant_ray.report.facts import MEANINGS
 from autoquant_ray.report.groups import GroupRow
 from autoquant_ray.report.heat import heat_maps
 from autoquant_ray.report.html import render_html
@@ -48,6 +50,35 @@ def text_of(directory: RunDirectory, name: str = "report.md") -> str:
 
 
 # --- What is said
+
+
+def test_tied_head_is_said_to_add_no_bytes(tmp_path: Path) -> None:
+    directory = put_scored_run(tmp_path / "run")
+    solve_run(directory, SolveOptions(bits=9, pins={"lm_head": "none"}), folder="")
+    note = "lm_head in 16 bits is the input embedding too (a tied head) and adds no bytes"
+    assert note not in text_of(directory, "report.html")
+    record = directory.read_json("run.json")
+    record["plan"]["tied_groups"] = ["lm_head"]
+    directory.write_json("run.json", record)
+    solve_run(directory, SolveOptions(bits=9), folder="")
+    assert note in text_of(directory, "report.html")
+
+
+def test_words_that_need_it_are_explained(run: RunDirectory) -> None:
+    labels = [label for label, _ in collect_content(ScoredRun.read(RunState.open(run)), "").facts]
+    assert set(MEANINGS) <= set(labels)
+    page = unescape(text_of(run, "report.html"))
+    for label, meaning in MEANINGS.items():
+        assert re.search(f"<dt>{re.escape(label)}</dt>.*{re.escape(meaning)}", page), label
+
+
+@pytest.mark.parametrize(("num_layers", "shown"), [(4, "0 1 2 3"), (13, "0 5 10")])
+def test_strip_numbers_its_layers(tmp_path: Path, num_layers: int, shown: str) -> None:
+    directory = put_scored_run(tmp_path / "run", num_layers=num_layers, formats=("wint4_afp16",))
+    solve_run(directory, SolveOptions(bits=6), folder="")
+    page = text_of(directory, "report.html")
+    cells = re.findall(r"<td>(.*?)</td>", page.split('<tr class="layer-numbers">')[1])
+    assert [cell for cell in cells[1 : num_layers + 1] if cell] == shown.split()
 
 
 def test_predicted_loss_has_its_error_in_both_reports(run: RunDirectory) -> None:
