@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autoquant_ray.cli.edge import Result, prints_result, wants_json
+from autoquant_ray.cli.edge import Result, as_started, prints_result, wants_json
 from autoquant_ray.config.values import is_variable
 from autoquant_ray.errors import EXIT_DONE, EXIT_INTERRUPTED
 from autoquant_ray.jobs.names import check_run_id
@@ -98,7 +98,7 @@ def submit(
     hint = f"autoquant-ray jobs logs {run_id} --follow --address {cluster.address}"
     return Result(
         json=lambda: {"outcome": submission.outcome, **cluster.view(run_id).to_json()},
-        show=lambda: click.echo(hint),
+        show=lambda: click.echo(as_started(hint)),
     )
 
 
@@ -203,11 +203,8 @@ def _follow(cluster: Jobs, run_id: str) -> Result:
     try:
         job = cluster.follow(run_id, write)
     except KeyboardInterrupt:
-        click.echo(
-            f"{run_id} runs on; stop it with: autoquant-ray jobs stop {run_id} "
-            f"--address {cluster.address}",
-            err=True,
-        )
+        stop = f"autoquant-ray jobs stop {run_id} --address {cluster.address}"
+        click.echo(as_started(f"{run_id} runs on; stop it with: {stop}"), err=True)
         raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
 
     def show() -> None:

@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.errors import DataError
+from autoquant_ray.wording import fitted
 
 Tokens = TypeVar("Tokens", list[int], "array[int]")
 """Token ids of one text or sample: a list, or an array of C ints, which is a ninth of the size."""
@@ -214,16 +215,21 @@ def require_usable(counts: DataCounts, source: str, reasons: Sequence[str] = ())
     """
     if counts.used == 0:
         if counts.no_answer or counts.bad:
-            why = f" ({reasons[0][:200]})" if reasons else ""
+            why = f" ({fitted(reasons[0], 200)})" if reasons else ""
             raise DataError(
                 f"data source {source} holds no usable sample: of {counts.read} chats read, "
                 f"{counts.no_answer} have no answer within `seq_len` and {counts.bad} cannot be "
                 f"used{why}; raise `seq_len`, or give others"
             )
+        why = "it has no row"
+        if counts.read:
+            why = (
+                f"of {counts.read} texts read, {counts.empty} are empty and {counts.too_short} "
+                f"have fewer than {MIN_SAMPLE_TOKENS} tokens"
+            )
         raise DataError(
-            f"data source {source} holds no usable sample: of {counts.read} texts read, "
-            f"{counts.empty} are empty and {counts.too_short} have fewer than "
-            f"{MIN_SAMPLE_TOKENS} tokens; give texts of at least {MIN_SAMPLE_TOKENS} tokens"
+            f"data source {source} holds no usable sample: {why}; give texts of at "
+            f"least {MIN_SAMPLE_TOKENS} tokens"
         )
 
 

@@ -98,8 +98,9 @@ def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        remedy = "; give a list of rows, or a row per line" if "Extra data" in str(error) else ""
-        raise DataError(f"{where} is not valid JSON: {one_line(error)}{remedy}") from None
+        is_more = "Extra data" in str(error)
+        remedy = "give a list of rows, or a row per line" if is_more else "mend it, or leave it out"
+        raise DataError(f"{where} is not valid JSON: {one_line(error)}; {remedy}") from None
 
 
 def _read_separated(path: Path, rows: RowReader, separator: str) -> Iterator[Row]:

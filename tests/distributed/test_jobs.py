@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -184,7 +185,8 @@ def test_stopped_job_goes_on_when_it_is_submitted_again(
         follower.send_signal(signal.SIGINT)
         _, stderr = follower.communicate()
     assert follower.returncode == 130
-    assert f"{run_id} runs on; stop it with: autoquant-ray jobs stop {run_id}" in stderr
+    stop = rf"{run_id} runs on; stop it with: \S+ -m autoquant_ray jobs stop {run_id} --address"
+    assert re.search(stop, stderr), stderr
     assert f"{run_id}: is there already and runs" in head.run("submit", path).stdout
 
     with subprocess.Popen(head.arguments("jobs", "stop", run_id), env=head.env) as stop:

@@ -82,10 +82,10 @@ GOOD = '{"text": "a b c d e f"}\n'
 @pytest.mark.parametrize(
     ("content", "options", "complaint"),
     [
-        ("", (), "of 0 texts read, 0 are empty"),
-        ("\n\n", (), "of 0 texts read, 0 are empty"),
+        ("", (), "a.jsonl holds no usable sample: it has no row; give texts of at least 2 tokens"),
+        ("\n\n", (), "a.jsonl holds no usable sample: it has no row; give texts of at least 2 to"),
         ('{"text": " "}\n' * 3, (), "of 3 texts read, 3 are empty"),
-        (GOOD * 2 + '{"text": "cut', (), "line 3 is not valid JSON"),
+        (GOOD * 2 + '{"text": "cut', (), "(char 9); mend it, or leave it out"),
         (GOOD + "[1, 2]\n", (), "line 2 is not an object but list"),
         ('{"body": "a b c d"}\n', (), "has no field 'text'; it has: body; name one with --text-f"),
         (GOOD, ("--domain-field", "kind"), "has no field 'kind'"),
