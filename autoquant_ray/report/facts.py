@@ -19,8 +19,8 @@ from autoquant_ray.runs.record import RunRecord
 from autoquant_ray.wording import with_error
 
 MEANINGS = {
-    "Scheme": "The formats that were tried; how gradients and output differences are summed; whose "
-    "labels the gradients are of.",
+    "Scheme": "The formats that were tried; of a scan also how gradients and output differences "
+    "are summed, and whose labels the gradients are of.",
     "Effective bits (searched groups)": "Stored bits per weight, scales included.",
     "Effective bits (ModelOpt's cost)": "Number of weights x the smaller of weight and input bits, "
     "without scales, whatever is stored.",
