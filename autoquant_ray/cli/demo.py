@@ -52,6 +52,9 @@ def _measure(run: ScoredRun, out: str) -> None:
 
     if read_sources(run, "").measured:
         return
+    logger.info(
+        "a first report: %s/%s; it is written again with what is measured", out, REPORT_HTML
+    )
     logger.info("evaluate: text that the scan has not seen")
     with only_ours_on_stdout():
         evaluate_run(demo_evaluation(out))
