@@ -60,9 +60,7 @@ def _read_text(path: Path, rows: RowReader) -> Iterator[Row]:
 
 def _read_json(path: Path, rows: RowReader) -> Iterator[Row]:
     """A row per line; or a list of rows, or a single row, over all lines."""
-    first_lines = (line.strip() for _, line in decoded_lines(path))
-    first = next((line for line in first_lines if line), "")
-    if first == "{" or (first.startswith("[") and not messages_in(first)):
+    if is_whole(path):
         parsed = _parse_json("".join(line for _, line in decoded_lines(path)), str(path))
         listed = parsed if isinstance(parsed, list) else [parsed]
         numbered = ((f"row {number}", row) for number, row in enumerate(listed, start=1))
@@ -76,6 +74,17 @@ def _read_json(path: Path, rows: RowReader) -> Iterator[Row]:
         if number == 0:
             _require_row(row, f"{path} {where}", rows)
         yield rows.read(row, where)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of JSON is one value over all lines, which is read as a whole.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    first_lines = (line.strip() for _, line in decoded_lines(path))
+    first = next((line for line in first_lines if line), "")
+    return first == "{" or (first.startswith("[") and not messages_in(first))
 
 
 def _require_row(row: Any, where: str, rows: RowReader) -> None:

@@ -17,7 +17,7 @@ from autoquant_ray.config.sources import FileKind
 from autoquant_ray.data.chat_samples import refused_sample
 from autoquant_ray.data.conversations import BadSample, Conversation
 from autoquant_ray.data.cutting import DataCounts, require_usable
-from autoquant_ray.data.files import read_file, warn_of_json
+from autoquant_ray.data.files import is_whole, read_file, warn_of_json
 from autoquant_ray.data.folders import read_dataset, read_folder
 from autoquant_ray.data.kinds import decoded_lines, kind_of, require_kind
 from autoquant_ray.data.rows import Row, RowReader, require_answers
@@ -28,6 +28,8 @@ PYDOC_SOURCE = "pydoc"
 """Name of the text that comes with every CPython: the topics of its ``help()``."""
 
 _MOST_FIRST_ROWS = 64
+_MOST_READ_TWICE = 2**25
+"""Bytes of a file that can only be read as a whole."""
 
 _DOCUMENT_SEPARATOR = "\n\n"
 
@@ -115,8 +117,11 @@ def require_rows(spec: DataSpec, *, skips_bad: bool) -> None:
     path = Path(spec.source).expanduser()
     if spec.source == PYDOC_SOURCE or not path.is_file():
         return
+    kind = require_kind(path, spec.read_as)
+    if kind == "json" and path.stat().st_size > _MOST_READ_TWICE and is_whole(path):
+        return
     most = 1 if spec.pack else min(spec.num_samples, _MOST_FIRST_ROWS)
-    rows = list(itertools.islice(_contents(path, require_kind(path, spec.read_as), spec), most))
+    rows = list(itertools.islice(_contents(path, kind, spec), most))
     for content in rows:
         if isinstance(content, BadSample) and not skips_bad:
             raise refused_sample(content.reason)

@@ -129,6 +129,16 @@ def test_gpu_that_is_not_here_is_said_before_a_cluster_is_started(
     assert line.endswith(", or with --address a Ray cluster that has GPUs")
 
 
+def test_large_file_that_is_read_as_a_whole_is_left_to_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    spec = DataSpec(source=str(path), num_samples=3, seq_len=8)
+    path.write_text("[\n{\n")
+    with pytest.raises(DataError, match=r"a\.json is not valid JSON"):
+        require_rows(spec, skips_bad=False)
+    path.write_text("[\n{\n" + " " * 2**25)
+    require_rows(spec, skips_bad=False)
+
+
 def test_rows_that_are_not_read_are_not_looked_at(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(GOOD * 3 + "{" + GOOD)
