@@ -14,6 +14,7 @@ from typing import Any
 from autoquant_ray.allocate.candidate import Candidate
 from autoquant_ray.calibrate.files import calibration_of
 from autoquant_ray.config.evaluation import EvaluationConfig
+from autoquant_ray.data.texts import require_rows
 from autoquant_ray.distributed.interrupts import stop_on_signal
 from autoquant_ray.distributed.nodes import enough_nodes
 from autoquant_ray.distributed.placement import (
@@ -47,6 +48,7 @@ from autoquant_ray.score.path_scores import PathSpec
 from autoquant_ray.stages.samples import require_same_chats
 from autoquant_ray.stages.shards import note_done, read_tasks
 from autoquant_ray.stages.shared_rounding import for_workers
+from autoquant_ray.stages.sources import data_specs
 
 logger = logging.getLogger(__name__)
 
@@ -320,6 +322,9 @@ def measuring(state: RunState, config: EvaluationConfig) -> Iterator[Measurement
     ref = require_model(state, scan)
     if config.data is None:
         require_same_chats(state, fingerprint_chats(ref))
+    else:
+        for spec in data_specs(scan).values():
+            require_rows(spec, skips_bad=scan.skip_bad_samples)
     plan = make_plan(scan, ref, device=scan.device, menu=state.plan["formats"])
     skip = num_seen(state, scan, is_given=config.data is not None)
     folder = f"{EVALUATION}/{data_key(state, scan, skip)}"

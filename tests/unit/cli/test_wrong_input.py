@@ -19,7 +19,7 @@ from typing import Any
 import click
 import pytest
 import yaml
-from command_line import NO_CLUSTER, run
+from command_line import NO_CLUSTER, refusal, run
 from written_runs import made_up_config, made_up_run
 
 from autoquant_ray.allocate.options import SolveOptions
@@ -467,3 +467,13 @@ def test_wrong_input_is_one_line_with_the_right_code(case: Case, folders: Folder
     assert "abc" not in lines[0]
     assert result.stdout == ""
     assert seconds < MOST_SECONDS
+
+
+@pytest.mark.parametrize("command", ["evaluate", "refine"])
+def test_data_of_a_measurement_is_read_before_a_cluster_is_needed(
+    command: str, folders: Folders
+) -> None:
+    data = folders.scratch / "data.jsonl"
+    data.write_text('{"text": "w1 w2"}\n{')
+    line = refusal(run(command, folders.run, "--data", data, "--address", NO_CLUSTER))
+    assert "data.jsonl line 2 is not valid JSON" in line
