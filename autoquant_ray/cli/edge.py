@@ -237,7 +237,8 @@ def _program() -> str:
     """How the program was started; its name where nobody can tell."""
     script = Path(sys.argv[0])
     if script.name == "__main__.py":
-        return f"{_typed(sys.executable)} -m autoquant_ray"
+        python = sys.orig_argv[0]  # sys.executable is another while workers are forked
+        return f"{_typed(python) if os.sep in python else python} -m autoquant_ray"
     return _typed(sys.argv[0]) if os.access(script, os.X_OK) and script.is_file() else _NAME
 
 

@@ -41,14 +41,14 @@ def folder(tmp_path: Path) -> Path:
 def started(*command: str, folder: Path, path: str = "", arguments: str = "report none") -> str:
     """What a fresh process prints, on stdout and stderr."""
     places = os.pathsep.join(filter(None, (path, "/usr/bin", "/bin")))
-    root = str(Path(__file__).parents[3])
+    roots = os.pathsep.join([str(folder), str(Path(__file__).parents[3])])
     done = subprocess.run(
         [*command, *arguments.split()],
         capture_output=True,
         text=True,
         check=False,
         cwd=folder,
-        env=os.environ | {"PATH": places, "PYTHONPATH": root},
+        env=os.environ | {"PATH": places, "PYTHONPATH": roots},
     )
     return done.stdout + done.stderr
 
@@ -79,6 +79,15 @@ def test_module_is_printed_as_it_was_started(folder: Path) -> None:
     path = str(Path(sys.executable).parent)
     text = started(sys.executable, "-m", "autoquant_ray", folder=folder, path=path)
     assert f"folder that `{Path(sys.executable).name} -m autoquant_ray scan`" in text
+
+
+def test_python_is_the_users_while_workers_are_started_by_another(folder: Path) -> None:
+    """A command that forks its workers gives Ray a program in Python's place."""
+    (folder / "sitecustomize.py").write_text("import sys; sys.executable = '/tmp/fork/python'")
+    path, name = str(Path(sys.executable).parent), Path(sys.executable).name
+    for start in (name, sys.executable):
+        text = started(start, "-m", "autoquant_ray", folder=folder, path=path)
+        assert f"folder that `{name} -m autoquant_ray scan`" in text
 
 
 def test_lines_notes_and_logs_name_the_program_alike(folder: Path) -> None:
