@@ -100,6 +100,7 @@ class WaitingScorer:
             elementwise_variance_GF=np.zeros((NUM_GROUPS, NUM_FORMATS)),
             token_variance_GF=np.zeros((NUM_GROUPS, NUM_FORMATS)),
             expert_tokens={},
+            sequence_GF=None,
         )
         num_tokens = sum(len(sample) - 1 for sample in samples)
         return SimpleNamespace(

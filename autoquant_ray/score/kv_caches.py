@@ -9,7 +9,7 @@ Shape letters: T rows (tokens), O out features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,13 +17,15 @@ import torch
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import first_output
 from autoquant_ray.quantize.attention import CachedAttention, Call
-from autoquant_ray.score.drawing.rows import as_rows, choose_rows
+from autoquant_ray.score.drawing.rows import ChosenRows, as_rows, choose_rows
 from autoquant_ray.score.gradient_book import GradientBook
 
 if TYPE_CHECKING:
     from autoquant_ray.plan.scored_modules import ScoredModule
 
-Add = Callable[..., None]
+Add = Callable[
+    [int, Iterable[tuple[int, slice, torch.Tensor]], list[torch.Tensor], ChosenRows, int], None
+]
 """Adds to a group's sums: group, differences, gradients, chosen rows, number of all rows."""
 
 

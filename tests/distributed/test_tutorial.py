@@ -47,7 +47,7 @@ def test_commands_of_the_tutorial_work_in_its_order(
         "pydoc": text,
         "local": cluster_address,
         SCANNED: tmp_path / "run",
-        "served": tmp_path / "served",
+        "served-tutorial": tmp_path / "served",
     }
     commands = []
     for words, printed in steps():
@@ -56,7 +56,7 @@ def test_commands_of_the_tutorial_work_in_its_order(
         said = f"{done.stdout} {done.stderr}".replace(str(tmp_path / "run"), SCANNED)
         said = " ".join(said.split())
         for line in printed:
-            assert until_a_number(line).removesuffix("served") in said, (words[0], line)
+            assert until_a_number(line).removesuffix("served-tutorial") in said, (words[0], line)
         commands.append(words[0])
     assert commands == ["scan", "solve", "evaluate", "export"]
     assert SOLVED in PAGE.read_text("utf-8")
