@@ -314,7 +314,6 @@ class FlipHooks:
         differences: Iterable[Difference],
         gradients: list[torch.Tensor],
         rows: ChosenRows,
-        _num_rows: int,
     ) -> None:
         """Add the flips of a cache."""
         of_format = {index: (rows, states_TO) for index, rows, states_TO in differences}

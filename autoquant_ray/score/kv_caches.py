@@ -17,16 +17,15 @@ import torch
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.layers import first_output
 from autoquant_ray.quantize.attention import CachedAttention, Call
+from autoquant_ray.score.differences import Difference
 from autoquant_ray.score.drawing.rows import ChosenRows, as_rows, choose_rows
 from autoquant_ray.score.gradient_book import GradientBook
 
 if TYPE_CHECKING:
     from autoquant_ray.plan.scored_modules import ScoredModule
 
-Add = Callable[
-    [int, Iterable[tuple[int, slice, torch.Tensor]], list[torch.Tensor], ChosenRows, int], None
-]
-"""Adds to a group's sums: group, differences, gradients, chosen rows, number of all rows."""
+Add = Callable[[int, Iterable[Difference], list[torch.Tensor], ChosenRows], None]
+"""Adds to a group's sums: group, differences, gradients, chosen rows."""
 
 
 class CacheHooks:
@@ -77,7 +76,6 @@ class CacheHooks:
             ) -> None:
                 rows = choose_rows(gradients, as_rows(call.hidden), self._row_share, seed)
                 chosen = [rows.of(gradient_TO) for gradient_TO in gradients]
-                num_rows = len(gradients[0])
                 gradients.clear()
                 everything = slice(0, len(chosen[0]))
                 differences = self._differences(scored, call, exact, maxima)
@@ -86,7 +84,6 @@ class CacheHooks:
                     ((index, everything, rows.of(states_TO)) for index, states_TO in differences),
                     chosen,
                     rows,
-                    num_rows,
                 )
 
             book.open(states, states.detach(), (call.hidden,), score)

@@ -263,10 +263,9 @@ class SensitivityHooks:
         differences: Iterable[Difference],
         gradients_TO: list[torch.Tensor],
         chosen: ChosenRows,
-        num_rows: int,
     ) -> None:
-        """Add what a format does to some of ``num_rows`` tokens."""
-        self._add(group, differences, gradients_TO, chosen, self._sequences(num_rows))
+        """Add what a format does to rows of an attention, which are the tokens of the step."""
+        self._add(group, differences, gradients_TO, chosen, self._sequences(chosen.num_rows))
 
     def _add(
         self,
@@ -297,6 +296,8 @@ class SensitivityHooks:
                 continue
             sums_2 = values_2C.sum(dim=1).to(device)
             self._sums_5GF[:2, group, index] += sums_2
+            if not self._adds_sequences:
+                continue
             if sequences is None:
                 self._sums_5GF[4, group, index] += sums_2[0]
             elif sequences.is_complete(rows):

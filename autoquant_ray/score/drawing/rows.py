@@ -21,6 +21,7 @@ class ChosenRows:
 
     Attributes:
         indices: Rows to select; None takes all.
+        num_rows: Rows that they were chosen from.
         num_live: Rows with a gradient among them.
         dead_T: Rows among them whose values do not count; None if all do.
         drawn: How they were drawn; None without sampling.
@@ -28,6 +29,7 @@ class ChosenRows:
     """
 
     indices: torch.Tensor | None
+    num_rows: int
     num_live: int
     dead_T: torch.Tensor | None = None
     drawn: DrawnRows | None = None
@@ -45,13 +47,13 @@ def live_rows(gradients_TO: list[torch.Tensor]) -> ChosenRows:
     every sample's last token is dead.
     """
     live_T = _is_live(gradients_TO)
-    num_live = int(live_T.sum())  # all that the host waits for
-    if num_live == len(live_T):
-        return ChosenRows(indices=None, num_live=num_live)
-    if num_live >= _WORTH_COPYING * len(live_T):
-        return ChosenRows(indices=None, num_live=num_live, dead_T=~live_T)
+    num_rows, num_live = len(live_T), int(live_T.sum())  # all that the host waits for
+    if num_live == num_rows:
+        return ChosenRows(indices=None, num_rows=num_rows, num_live=num_live)
+    if num_live >= _WORTH_COPYING * num_rows:
+        return ChosenRows(indices=None, num_rows=num_rows, num_live=num_live, dead_T=~live_T)
     indices = torch.nonzero_static(live_T, size=num_live)[:, 0]
-    return ChosenRows(indices=indices, num_live=num_live)
+    return ChosenRows(indices=indices, num_rows=num_rows, num_live=num_live)
 
 
 def _is_live(gradients_TO: list[torch.Tensor]) -> torch.Tensor:
@@ -94,7 +96,10 @@ def chosen_by(
         device: Of the rows.
     """
     drawn = draw_rows(masses_T, share, seed, device)
-    return ChosenRows(indices=drawn.indices_U, num_live=len(drawn.indices_U), drawn=drawn)
+    indices_U = drawn.indices_U
+    return ChosenRows(
+        indices=indices_U, num_rows=len(masses_T), num_live=len(indices_U), drawn=drawn
+    )
 
 
 def as_rows(states: torch.Tensor) -> torch.Tensor:
