@@ -307,7 +307,7 @@ class ScanConfig(SearchSpace):
     def _check_estimator(self) -> Self:
         if self.estimator == "sequence" and self.sample_rows != 1:
             raise ValueError(
-                f"estimator sequence adds up over all tokens of a sample, and `sample_rows` "
+                "`estimator` sequence adds up over all tokens of a sample, and `sample_rows` "
                 f"{self.sample_rows} draws some; leave out one of the two"
             )
         return self

@@ -20,6 +20,8 @@ from autoquant_ray.runs.names import RESAMPLING_FILE, SCORES
 from autoquant_ray.runs.schemas import SCHEMAS
 
 NUM_BUCKETS = 64
+_SUMS = ("elementwise_sum", "token_sum", "sequence_sum", "elementwise_variance", "token_variance")
+"""Columns of a part that are added up; an estimator without a variance scores all rows."""
 
 
 def score_part(
@@ -173,12 +175,9 @@ class _Estimate:
 
 
 def _estimate(parts: Sequence[pa.Table], totals: _Totals, estimator: str) -> _Estimate:
-    sums_K, variances_K = {
-        "elementwise": (totals.elementwise_K, totals.elementwise_variance_K),
-        "token": (totals.token_K, totals.token_variance_K),
-        "sequence": (totals.sequence_K, np.zeros_like(totals.sequence_K)),
-    }[estimator]
+    sums_K = totals.sums_K[f"{estimator}_sum"]
     scores_K = 0.5 * sums_K / totals.num_tokens
+    variances_K = totals.sums_K.get(f"{estimator}_variance", np.zeros_like(sums_K))
     noise_K = 0.5 * np.sqrt(variances_K) / totals.num_tokens
     stderrs_K = _standard_errors(parts, f"{estimator}_sum", scores_K, totals.num_tokens)
     if stderrs_K is not None:
@@ -205,8 +204,8 @@ def _sensitivity_rows(
             "format": format_,
             "score": float(estimate.scores_K[k]),
             "score_stderr": None if stderrs_K is None else float(stderrs_K[k]),
-            "elementwise": float(totals.elementwise_K[k]),
-            "token": float(totals.token_K[k]),
+            "elementwise": float(totals.sums_K["elementwise_sum"][k]),
+            "token": float(totals.sums_K["token_sum"][k]),
             "modelopt_score": float(totals.modelopt_K[k]),
             "num_tokens": totals.num_tokens,
             "num_shards": totals.num_parts,
@@ -237,14 +236,10 @@ def _bucket_table(
 
 @dataclass
 class _Totals:
-    """Sums over the parts for each of K (group, format)."""
+    """Sums over the parts for each of K (group, format); ``sums_K`` by the parts' columns."""
 
     keys_K: list[tuple[str, str]]
-    elementwise_K: Floats
-    token_K: Floats
-    sequence_K: Floats
-    elementwise_variance_K: Floats
-    token_variance_K: Floats
+    sums_K: dict[str, Floats]
     modelopt_K: Floats
     shared_tokens_K: Floats
     is_unseen_K: Mask
@@ -266,11 +261,7 @@ def _add_up(
     num_rows = parts[0].num_rows
     totals = _Totals(
         keys_K=_keys(parts[0]),
-        elementwise_K=np.zeros(num_rows),
-        token_K=np.zeros(num_rows),
-        sequence_K=np.zeros(num_rows),
-        elementwise_variance_K=np.zeros(num_rows),
-        token_variance_K=np.zeros(num_rows),
+        sums_K={name: np.zeros(num_rows) for name in _SUMS},
         modelopt_K=np.zeros(num_rows),
         shared_tokens_K=np.zeros(num_rows),
         is_unseen_K=np.ones(num_rows, dtype=np.bool_),
@@ -281,13 +272,9 @@ def _add_up(
         bucket = number * len(buckets_BK) // len(parts)
         buckets_BK[bucket] += _filled(part, column)
         tokens_B[bucket] += num_tokens
-        elementwise_K = _filled(part, "elementwise_sum")
-        totals.elementwise_K += elementwise_K
-        totals.token_K += _filled(part, "token_sum")
-        totals.sequence_K += _filled(part, "sequence_sum")
-        totals.elementwise_variance_K += _filled(part, "elementwise_variance")
-        totals.token_variance_K += _filled(part, "token_variance")
-        totals.modelopt_K += elementwise_K / float(num_tokens) ** 2
+        for name, sums_K in totals.sums_K.items():
+            sums_K += _filled(part, name)
+        totals.modelopt_K += _filled(part, "elementwise_sum") / float(num_tokens) ** 2
         totals.shared_tokens_K += num_tokens * part.column("row_share").to_numpy()
         totals.is_unseen_K &= part.column("elementwise_sum").is_null().to_numpy()
         totals.num_tokens += num_tokens
