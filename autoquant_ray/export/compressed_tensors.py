@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,17 @@ class CompressedPacker:
         self._sixteen_bits = sixteen_bits
         self._experts = stored_linears(model, source)
         self.stored = by_stored_names(source, self._experts)
-        self._schemes = self._made_schemes()
+        self._expert_linears = {linear.name: None for of in self._experts.values() for linear in of}
+        self._schemes = _schemes(self.stored, self._expert_linears.keys())
         self._heads: QuantizedHeads | None = None
         self._fused_heads: Mapping[str, tuple[str, ...]] = {}
+        self._largest_of_heads: dict[tuple[str, ...], torch.Tensor] = {}
         self._scales = WeightScales(model, calibration)
         self._scales.searched.resize(_SEARCHED_BYTES)
         self._linears = [
             name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
         ]
-        self._linears += [linear.name for of in self._experts.values() for linear in of]
+        self._linears += self._expert_linears
 
     def pack(self, shell: Any, part: Part) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Pack a part whose weights are in memory.
@@ -142,7 +144,7 @@ class CompressedPacker:
             heads: Their linears.
         """
         self._heads, self.stored = heads, heads.added_to(self.stored)
-        self._schemes = self._made_schemes()
+        self._schemes = _schemes(self.stored, self._expert_linears.keys())
         if heads.format.has_shared_scale:
             self._fused_heads = fused_layers(heads.shapes)
 
@@ -157,20 +159,17 @@ class CompressedPacker:
         if self._heads is None or module not in self._heads.shapes:
             return None
         format_, weight = self._heads.format, read(f"{module}.weight").float()
-        maxima = [
-            read(f"{name}.weight").float().abs().max() for name in self._fused_heads.get(module, ())
-        ]
-        largest = torch.stack(maxima).max() if maxima else None
+        fused = self._fused_heads.get(module, ())
+        if fused and fused not in self._largest_of_heads:
+            maxima = [read(f"{name}.weight").float().abs().max() for name in fused]
+            self._largest_of_heads[fused] = torch.stack(maxima).max()
+        largest = self._largest_of_heads.get(fused)
         quantizer = make_weight_quantizer(format_.weight, weight, largest=largest)
         first = next(iter(self._heads.shapes))
         scheme = next(scheme for scheme in self._schemes.values() if first in scheme.targets)
         parts = _pack(weight, quantizer, format_, scheme, None)
         self._shorten_scales(parts, format_)
         return {f"{module}.{kind}": tensor for kind, tensor in parts.items()}
-
-    def _made_schemes(self) -> dict[str, QuantizationScheme]:
-        experts = {linear.name for of in self._experts.values() for linear in of}
-        return _schemes(self.stored, experts)
 
     def _pack_experts(self, shell: Any, formats: Mapping[str, Format]) -> dict[str, torch.Tensor]:
         """Pack the experts of a part and take their weights out of it; by the names in the files.
@@ -272,7 +271,7 @@ def _quantized_with(linear: StoredLinear) -> tuple[str, int]:
     return linear.parameter, linear.expert
 
 
-def _schemes(source: Source, experts: set[str]) -> dict[str, QuantizationScheme]:
+def _schemes(source: Source, experts: Set[str]) -> dict[str, QuantizationScheme]:
     """One group per distinct format, in the order of the model, those of experts first."""
     members: dict[LayerAlgo, list[str]] = {}
     for module, format_ in source.formats.items():
