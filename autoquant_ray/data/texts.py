@@ -62,11 +62,9 @@ def read_rows(spec: DataSpec) -> Iterator[Row]:
         documents: Iterator[Row] = ((text, "") for text in read_pydoc())
     elif path.is_file():
         kind = require_kind(path, spec.read_as)
+        documents = _read_rows_of_file(path, kind, spec)
         if kind == "text":
-            _require_columns(spec)
-            _require_separate_lines(spec)
-            return _shuffled(_read_text_lines(path, keep_line_ends=spec.pack), spec)
-        documents = read_file(path, kind, RowReader(spec))
+            return _shuffled(documents, spec)
     else:
         documents = read_folder(path, spec) if path.is_dir() else read_dataset(path, spec)
     documents = _shuffled(documents, spec)
@@ -121,23 +119,24 @@ def require_rows(spec: DataSpec, *, skips_bad: bool) -> None:
     if kind == "json" and path.stat().st_size > _MOST_READ_TWICE and is_whole(path):
         return
     most = 1 if spec.pack else min(spec.num_samples, _MOST_FIRST_ROWS)
-    rows = list(itertools.islice(_contents(path, kind, spec), most))
-    for content in rows:
+    rows = itertools.islice(_read_rows_of_file(path, kind, spec, announces=False), most)
+    contents = [content for content, _ in rows]
+    for content in contents:
         if isinstance(content, BadSample) and not skips_bad:
             raise refused_sample(content.reason)
-    is_all = len(rows) < most
-    if is_all and not any(not isinstance(text, str) or text.strip() for text in rows):
-        require_usable(DataCounts(read=len(rows), empty=len(rows)), spec.source)
+    is_all = len(contents) < most
+    if is_all and not any(not isinstance(text, str) or text.strip() for text in contents):
+        require_usable(DataCounts(read=len(contents), empty=len(contents)), spec.source)
 
 
-def _contents(
-    path: Path, kind: FileKind, spec: DataSpec
-) -> Iterator[str | Conversation | BadSample]:
+def _read_rows_of_file(
+    path: Path, kind: FileKind, spec: DataSpec, *, announces: bool = True
+) -> Iterator[Row]:
     if kind == "text":
         _require_columns(spec)
         _require_separate_lines(spec)
-        return (line for _, line in decoded_lines(path))
-    return (content for content, _ in read_file(path, kind, RowReader(spec, announces=False)))
+        return _read_text_lines(path, keep_line_ends=spec.pack, announces=announces)
+    return read_file(path, kind, RowReader(spec, announces=announces))
 
 
 def _require_separate_lines(spec: DataSpec) -> None:
@@ -180,9 +179,9 @@ def read_pydoc() -> Iterator[str]:
     return (topics[name] for name in sorted(topics))
 
 
-def _read_text_lines(path: Path, *, keep_line_ends: bool) -> Iterator[Row]:
+def _read_text_lines(path: Path, *, keep_line_ends: bool, announces: bool) -> Iterator[Row]:
     for number, line in decoded_lines(path):
-        if number == 1:
+        if announces and number == 1:
             warn_of_json(path, line)
         yield line if keep_line_ends else line.removesuffix("\n"), ""
 
