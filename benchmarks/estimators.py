@@ -27,7 +27,6 @@ from autoquant_ray.allocate.read import ScoredRun
 from autoquant_ray.config.demo import find_demo_model
 from autoquant_ray.evaluate.measurement import measuring
 from autoquant_ray.evaluate.table import Measured, paired_difference
-from autoquant_ray.formats.format import NONE
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.state import RunState
 
@@ -76,12 +75,7 @@ def compare(runs: dict[str, ScoredRun], options: argparse.Namespace) -> list[dic
     """Rows of all budgets and estimators."""
     results: dict[tuple[float, str], tuple[Candidate, Measured]] = {}
     for estimator, run in runs.items():
-        chosen = {
-            bits: solved(
-                run, SolveOptions(bits=bits, allow={"*": [NONE, *run_formats(run)]}), estimator
-            )
-            for bits in options.bits
-        }
+        chosen = {bits: solved(run, SolveOptions(bits=bits), estimator) for bits in options.bits}
         with measuring(run.state, evaluation_of(run, options)) as measurement:
             measured = measurement.measure(list(chosen.values()))
         pairs = zip(chosen.values(), measured, strict=True)
@@ -92,11 +86,6 @@ def compare(runs: dict[str, ScoredRun], options: argparse.Namespace) -> list[dic
         for bits in options.bits
         for estimator in options.estimators
     ]
-
-
-def run_formats(run: ScoredRun) -> list[str]:
-    """Names of a run's menu."""
-    return [name for name in run.state.config["formats"]]
 
 
 def row_of(bits: float, candidate: Candidate, result: Measured, first: Measured) -> dict[str, Any]:

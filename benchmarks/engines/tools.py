@@ -48,6 +48,16 @@ class Tool:
         return kind(layer["format"], layer["columns"])
 
 
+def listed(names: Mapping[str, str], prefix: str = "") -> Callable[[str, int], str]:
+    """The kind of a tool that calls each format by a name of its own.
+
+    Args:
+        names: Format -> its name; one that is not there stays in 16 bits.
+        prefix: Before every name.
+    """
+    return lambda format_, _: f"{prefix}{names[format_]}" if format_ in names else IN_16_BITS
+
+
 _COMPRESSED_TENSORS = {
     "wint8_aint8": "int8 channel, int8 tensor",
     "wint8_afp16": "int8 channel, 16 bits",
@@ -59,11 +69,7 @@ _COMPRESSED_TENSORS = {
     "wfp4_afp16": "float4 tensor_group 16, 16 bits",
     "MXFP8_DEFAULT_CFG": "float8 group 32, float8 group 32",
 }
-
-
-def compressed_tensors_kind(format_: str, columns: int) -> str:
-    """Arguments of weights and of inputs."""
-    return _COMPRESSED_TENSORS.get(format_, IN_16_BITS)
+"""Format -> arguments of weights and of inputs."""
 
 
 def mlx_kind(format_: str, columns: int) -> str:
@@ -116,13 +122,10 @@ _VLLM = {
     "wint8_aint8": "CompressedTensorsW8A8Int8 channel static",
     "wint4_g64_afp16": "CompressedTensorsWNA16 int4 group 64",
 }
+"""Format -> scheme of a layer that vLLM has loaded."""
 
 
-def vllm_kind(format_: str, columns: int) -> str:
-    """Scheme of a layer that vLLM has loaded."""
-    return _VLLM.get(format_, IN_16_BITS)
-
-
+_SCHEME = "CompressedTensors"
 _VLLM_SCHEMES = {
     "wint8_aint8": "W8A8Int8",
     "wint8_afp16": "WNA16",
@@ -134,6 +137,7 @@ _VLLM_SCHEMES = {
     "wfp4_afp16": "W4A4Fp4",
     "MXFP8_DEFAULT_CFG": "W8A8Mxfp8",
 }
+"""Format -> class of compressed-tensors' scheme that vLLM chooses."""
 _VLLM_EXPERTS = {
     "wint8_afp16": "WNA16MoEMethod, int8 channel",
     "wint4_g64_afp16": "WNA16MoEMethod, int4 group",
@@ -143,6 +147,7 @@ _VLLM_EXPERTS = {
     "wfp4_afp16": "W4A4Nvfp4MoEMethod, inputs in 16 bits",
     "MXFP8_DEFAULT_CFG": "W8A8Mxfp8MoEMethod",
 }
+"""Format -> class of compressed-tensors' method for experts that vLLM chooses."""
 _VLLM_KEYS = {
     "wfp8_afp8": "KFp8StaticTensor, KFp8StaticTensor",
     "NVFP4_DEFAULT_CFG": "KNvfp4Static, KNvfp4Dynamic",
@@ -150,23 +155,7 @@ _VLLM_KEYS = {
     "MXFP8_DEFAULT_CFG": "KMxfp8Static, KDynamicNoParam",
     "FP8_PER_CHANNEL_PER_TOKEN_CFG": "KFp8StaticChannel, KDynamicNoParam",
 }
-
-
-def vllm_scheme(format_: str, columns: int) -> str:
-    """Class of compressed-tensors' scheme that vLLM chooses."""
-    name = _VLLM_SCHEMES.get(format_)
-    return IN_16_BITS if name is None else f"CompressedTensors{name}"
-
-
-def vllm_experts_scheme(format_: str, columns: int) -> str:
-    """Class of compressed-tensors' method for experts that vLLM chooses."""
-    name = _VLLM_EXPERTS.get(format_)
-    return IN_16_BITS if name is None else f"CompressedTensors{name}"
-
-
-def vllm_keys(format_: str, columns: int) -> str:
-    """What vLLM takes ModelOpt's weights and inputs for."""
-    return _VLLM_KEYS.get(format_, IN_16_BITS)
+"""Format -> what vLLM takes ModelOpt's weights and inputs for."""
 
 
 _VLLM_EXPERTS_METHODS = {
@@ -175,11 +164,7 @@ _VLLM_EXPERTS_METHODS = {
     "wfp4_afp16": "ModelOptNvFp4FusedMoE, inputs in 16 bits",
     "MXFP8_DEFAULT_CFG": "ModelOptMxFp8FusedMoE",
 }
-
-
-def vllm_experts_method(format_: str, columns: int) -> str:
-    """Class of ModelOpt's method for experts that vLLM chooses."""
-    return _VLLM_EXPERTS_METHODS.get(format_, IN_16_BITS)
+"""Format -> class of ModelOpt's method for experts that vLLM chooses."""
 
 
 _VLLM_CPU: dict[str, Any] = {
@@ -191,7 +176,7 @@ TOOLS = {
     "transformers": Tool(
         script="with_transformers.py",
         cases=("compressed-tensors", "compressed-tensors, integers"),
-        kind=compressed_tensors_kind,
+        kind=listed(_COMPRESSED_TENSORS),
         experts_kind=unpacked_kind,
         refusals={
             ("compressed-tensors", "experts"): "We encountered some issues during automatic "
@@ -214,7 +199,7 @@ TOOLS = {
     "vllm": Tool(
         script="with_vllm.py",
         cases=("compressed-tensors, int8", "compressed-tensors, integers"),
-        kind=vllm_kind,
+        kind=listed(_VLLM),
         refusals={
             ("compressed-tensors, integers", "experts"): "No WNA16 MoE backend supports the "
             "deployment configuration."
@@ -225,16 +210,16 @@ TOOLS = {
     "vllm-schemes": Tool(
         script="resolve_by_vllm.py",
         cases=("compressed-tensors",),
-        kind=vllm_scheme,
-        experts_kind=vllm_experts_scheme,
+        kind=listed(_VLLM_SCHEMES, _SCHEME),
+        experts_kind=listed(_VLLM_EXPERTS, _SCHEME),
         environment="vllm",
         **_VLLM_CPU,
     ),
     "vllm-modelopt": Tool(
         script="resolve_by_vllm.py",
         cases=("modelopt",),
-        kind=vllm_keys,
-        experts_kind=vllm_experts_method,
+        kind=listed(_VLLM_KEYS),
+        experts_kind=listed(_VLLM_EXPERTS_METHODS),
         environment="vllm",
         **_VLLM_CPU,
     ),
