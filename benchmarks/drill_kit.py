@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import ray
 
 from autoquant_ray import scan as scan_module
@@ -35,14 +36,15 @@ class Pacing:
         folder: Where ``calls.txt`` (stage, shard, process, node of every call), ``held`` and
             ``release`` are.
         stage: Stage in which one shard is held, and ``shard`` which one; only its first call.
-        hog_bytes: Memory that the held call takes instead of waiting for ``release``.
+        used_bytes: Memory in use on the machine up to which the held call takes more and more,
+            and then waits to be killed for it, instead of waiting for ``release``; 0 for none.
         pace_s: Seconds that every call takes more.
     """
 
     folder: str
     stage: str = ""
     shard: int = -1
-    hog_bytes: int = 0
+    used_bytes: int = 0
     pace_s: float = 0.3
 
 
@@ -96,11 +98,8 @@ class PacedScorer:
         return path
 
     def _hold(self) -> None:
-        block, taken = 64 * 2**20, []
-        for _ in range(self._pacing.hog_bytes // block):
-            taken.append(b"\1" * block)
-        if taken:
-            raise RuntimeError(f"{len(taken) * block} bytes were taken and nobody minded")
+        if self._pacing.used_bytes:
+            _keep_in_use(self._pacing.used_bytes)
         wait_until((self._folder / "release").exists)
 
 
@@ -182,6 +181,19 @@ def wait_until(condition: Callable[[], Any]) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"never came true: {condition}")
         time.sleep(0.02)
+
+
+def _keep_in_use(used_bytes: int) -> None:
+    """Take memory whenever the machine uses less than that; gives up after two minutes."""
+    taken = []
+    end = time.monotonic() + _LIMIT_S
+    while time.monotonic() < end:
+        memory = psutil.virtual_memory()
+        if memory.total - memory.available < used_bytes:
+            taken.append(b"\1" * (64 * 2**20))
+        else:
+            time.sleep(0.02)
+    raise TimeoutError(f"{used_bytes} bytes were in use on the machine and nobody minded")
 
 
 @contextmanager

@@ -131,13 +131,16 @@ def out_of_memory(setting: Setting) -> Drill:
     """A worker takes memory until Ray's memory monitor kills it.
 
     The monitor looks at the memory of the whole machine; the threshold is set for the worker's own
-    node only, a quarter of what is free now (3 GiB at most) above what is used now.
+    node only, a quarter of what is free now (3 GiB at most) above what is used now. The worker
+    holds the machine above it, whatever other processes free, until the monitor has acted.
     """
-    spare_bytes = min(3 * 2**30, psutil.virtual_memory().available // 4)
+    memory = psutil.virtual_memory()
+    spare_bytes = min(3 * 2**30, memory.available // 4)
+    used_bytes = memory.total - memory.available + 2 * spare_bytes
     setting.cluster.set_nodes()
     setting.cluster.add_tight(spare_bytes, **CPU_NODE)
     config, folder = setting.config("score", workers=1)
-    pacing = Pacing(folder=str(folder), stage="score", shard=2, hog_bytes=2 * spare_bytes)
+    pacing = Pacing(folder=str(folder), stage="score", shard=2, used_bytes=used_bytes)
     return disturb(config, pacing, lambda *_: None)
 
 
