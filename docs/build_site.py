@@ -27,7 +27,7 @@ MERMAID = re.compile(r"^```mermaid\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"<pre>(<span></span><code>(.*?)</code></pre>)", re.DOTALL)
 _TAG = re.compile(r"<[^>]*>")
 _PROMPT = "$ "
-_LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
+_LINK = re.compile(r"(?:\]\(|srcset=\")(?!https?:)([^)#\s\"]+)")
 
 
 def pages() -> list[str]:

@@ -23,6 +23,8 @@ SCREENS = {
     "report-dark.png": (DESKTOP, "dark"),
     "report-phone.png": (PHONE, "light"),
 }
+FRONTIERS = {"report-light.png": "frontier.png", "report-dark.png": "frontier-dark.png"}
+"""Screen -> picture of the frontier on it."""
 
 
 def photograph_report(browser: Browser, report: Path) -> None:
@@ -32,8 +34,8 @@ def photograph_report(browser: Browser, report: Path) -> None:
         page.goto(report.resolve().as_uri())
         page.wait_for_function("() => Bokeh.documents[0]?.is_idle")
         page.screenshot(path=PICTURES / name)
-        if name == "report-light.png":
-            page.locator("#frontier").screenshot(path=PICTURES / "frontier.png")
+        if name in FRONTIERS:
+            page.locator("#frontier").screenshot(path=PICTURES / FRONTIERS[name])
         page.close()
 
 

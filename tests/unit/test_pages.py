@@ -11,6 +11,7 @@ PACKAGE = Path(autoquant_ray.__file__).parent
 ROOT = PACKAGE.parent
 GLOSSARY = ROOT / "docs" / "glossary.md"
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+_TARGET = re.compile(r"(?:\]\(|srcset=\")(?!https?:)([^)\s\"]+)[)\"]")
 
 
 def is_there(dotted: str) -> bool:
@@ -48,7 +49,7 @@ def anchors(page: Path) -> set[str]:
 def test_links_of_pages_lead_somewhere() -> None:
     wrong = []
     for page in (*PAGES, ROOT / "cluster" / "README.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text("utf-8")):
+        for target in _TARGET.findall(page.read_text("utf-8")):
             path, _, anchor = target.partition("#")
             file = page.parent / path if path else page
             if not file.exists() or (anchor and anchor not in anchors(file)):

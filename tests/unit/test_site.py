@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from build_site import DIAGRAM, MERMAID, ROOT, build, commands_of, pages
 
-_TARGETS = {"a": "href", "img": "src", "script": "src", "link": "href"}
+_TARGETS = {"a": "href", "img": "src", "script": "src", "link": "href", "source": "srcset"}
 
 
 class Places(HTMLParser):
