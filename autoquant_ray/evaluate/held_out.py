@@ -7,12 +7,15 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.config.sources import data_name
+from autoquant_ray.config.sources import data_name, sources_of
 from autoquant_ray.config.stage_fields import stage_fingerprints
 from autoquant_ray.data.fingerprint import fingerprint_data, fingerprint_source
+from autoquant_ray.data.kinds import kind_of
+from autoquant_ray.data.texts import PYDOC_SOURCE
 from autoquant_ray.errors import ConfigError, DataError, StoreError
 from autoquant_ray.models.context import SampleLimits
 from autoquant_ray.models.find import (
@@ -55,8 +58,10 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
             )
         _require_not_among(scanned, scan)
         return 0
-    ways = [(config.text_field, config.split, config.read_as) for config in (scan, scanned)]
-    if ways[0] != ways[1]:
+    _require_same_kinds(scanned, scan)
+    sources = sources_of(scan.data)
+    is_same = {n: _part_of(s, scan) == _part_of(s, scan, scanned) for n, s in sources.items()}
+    if not any(is_same.values()):
         return 0
     _require_same_cut(scanned, scan)
     dataset = state.record.dataset
@@ -64,7 +69,63 @@ def num_seen(state: RunState, scan: ScanConfig, *, is_given: bool) -> Skip:
         _require_same_choice(scanned, scan)
     if isinstance(scan.data, str):
         return int(dataset["num_samples"])
-    return {name: facts["num_samples"] for name, facts in dataset["domains"].items()}
+    domains = dataset["domains"].items()
+    return {name: facts["num_samples"] if is_same[name] else 0 for name, facts in domains}
+
+
+def _part_of(source: str, scan: ScanConfig, config: ScanConfig | None = None) -> tuple[str, str]:
+    """Column and split that are read of a source; the defaults where it has none, whatever the
+    options say.
+
+    Args:
+        source: Of the measurement's data.
+        scan: Config of that data, which says what its files hold.
+        config: Whose options; None: those of ``scan``.
+    """
+    config = scan if config is None else config
+    is_plain = source == PYDOC_SOURCE
+    has_columns = not is_plain and _kinds(source, scan) != {"text"}
+    has_splits = not is_plain and not Path(source).expanduser().is_file()
+    fields = ScanConfig.model_fields
+    return (
+        config.text_field if has_columns else fields["text_field"].default,
+        config.split if has_splits else fields["split"].default,
+    )
+
+
+def _what_is_read(scan: ScanConfig) -> tuple[str, str]:
+    """Column and split of a measurement's data, however many sources it has."""
+    parts = [_part_of(source, scan) for source in sources_of(scan.data).values()]
+    return next((part for part in parts if part == (scan.text_field, scan.split)), parts[0])
+
+
+def _kinds(source: str, config: ScanConfig) -> set[str]:
+    """What the files of a source hold, as it is read: by the option, or by their endings."""
+    if config.read_as is not None:
+        return {config.read_as}
+    path = Path(source).expanduser()
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return {kind for file in files if (kind := kind_of(file)) is not None}
+
+
+def _require_same_kinds(scanned: ScanConfig, scan: ScanConfig) -> None:
+    """Check that files are read as what the scan read them as: lines of text are no rows of JSON,
+    and the same text would stand elsewhere among them."""
+    sources = (sources_of(config.data).values() for config in (scanned, scan))
+    for before, now in zip(*sources, strict=True):
+        if scan.read_as == scanned.read_as:
+            return
+        as_before, as_now = _kinds(before, scanned), _kinds(now, scan)
+        if as_before != as_now:
+            raise ConfigError(
+                f"`read_as`: {now} would be read as {_listed(as_now)}, and the scan read it as "
+                f"{_listed(as_before)}, so that text that it calibrated on would be measured; read "
+                "it alike, or give other data with `data`"
+            )
+
+
+def _listed(kinds: set[str]) -> str:
+    return " and ".join(sorted(kinds)) or "nothing"
 
 
 def _require_same_cut(scanned: ScanConfig, scan: ScanConfig) -> None:
@@ -176,7 +237,7 @@ def held_out_samples(
         stored_limits = state.plan.get("sample_limits")
         limits = None if stored_limits is None else SampleLimits.from_json(stored_limits)
         read = _write_shards(directory, folder, scan, tokenizer, skip, limits)
-        source = [fingerprint_data(scan.data), scan.text_field, scan.split]
+        source = [fingerprint_data(scan.data), *_what_is_read(scan)]
         facts = {**read, "name": data_name(scan.data), "source": source, "skipped": skip}
         if "num_loss_tokens" in facts:
             facts["chat_fingerprint"] = chats

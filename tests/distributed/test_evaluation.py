@@ -246,8 +246,9 @@ def test_refined_allocation_is_measured_on_what_chose_nothing(
     done = run_command("evaluate", run, "--solution", "scan-refined", "--against", "none")
     assert done.returncode == 0, done.stderr
     assert rows_of(run)["solution"]["kl_mean"] == kl_after
-    other = run_command("evaluate", run, "--solution", "scan-refined", "--samples", "5")
-    assert "was chosen on this data cut in another way" in refusal(other)
+    for option in (("--samples", "5"), ("--split", "test")):  # a text file has no splits
+        other = run_command("evaluate", run, "--solution", "scan-refined", *option)
+        assert "was chosen on this data cut in another way" in refusal(other)
 
 
 def test_refinement_orders_changes_alike_with_two_workers(

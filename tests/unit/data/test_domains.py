@@ -329,6 +329,48 @@ def test_own_chats_chosen_otherwise_are_refused(tagged: Path, tmp_path: Path) ->
             num_seen(state, measured(state, **changes), is_given=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "scanned", "changes", "expected"),
+    [
+        ("a.txt", {}, {"read_as": "text"}, 7),
+        ("a.txt", {"read_as": "text"}, {"data": "a.txt"}, 7),
+        ("a.txt", {}, {"text_field": "content"}, 7),
+        ("a.txt", {}, {"split": "test"}, 7),
+        ("a.txt", {}, {"read_as": "json"}, "read as json"),
+        ("a.jsonl", {}, {"read_as": "json", "split": "test"}, 7),
+        ("a.jsonl", {}, {"text_field": "content"}, 0),
+        ("a.jsonl", {}, {"read_as": "text"}, "read as text"),
+        ("pydoc", {}, {"text_field": "content", "split": "test"}, 7),
+        ("folder", {}, {"read_as": "text"}, 7),
+        ("folder", {}, {"text_field": "content"}, 7),
+        ("folder", {}, {"split": "test"}, 0),
+    ],
+)
+def test_own_data_is_seen_whatever_option_says_how_it_is_read(
+    name: str,
+    scanned: dict[str, Any],
+    changes: dict[str, Any],
+    expected: int | str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only another column, or another split of what has some, is other data."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    for file in ("a.txt", "a.jsonl", "folder/train.txt", "folder/test.txt"):
+        Path(file).write_text('{"text": "x", "content": "y"}\n')
+    state = seen_state(config(data=name, **scanned), tmp_path)
+    if "data" in changes:  # another path of the same file
+        changes = changes | {"data": str(tmp_path / changes["data"])}
+    scan = measured(state, **changes)
+    if isinstance(expected, int):
+        assert num_seen(state, scan, is_given="data" in changes) == expected
+        return
+    with pytest.raises(ConfigError, match=f"{expected}.*or give other data") as refused:
+        num_seen(state, scan, is_given=False)
+    assert len(str(refused.value)) < 400
+
+
 def test_calibration_file_that_grew_is_not_unseen(make_run: Any, tmp_path: Path) -> None:
     state = RunState.open(make_run())
     file = tmp_path / "a.jsonl"
