@@ -99,7 +99,7 @@ def _place(out: str) -> Place:
 def products_of(
     plan: Plan, batches: Sequence[int]
 ) -> tuple[list[Product], dict[tuple[int, int], int]]:
-    """The products of a plan's linears and experts under every pair of its menu.
+    """The products of a plan's linears and experts in a decode step, under every pair of its menu.
 
     Args:
         plan: Groups and formats.
@@ -112,7 +112,8 @@ def products_of(
     counts: dict[tuple[int, int], int] = {}
     for group in plan.groups:
         for module in group.modules:
-            for *experts, num_out, num_in in () if module.is_cache else module.shapes:
+            multiplies = module.kind in ("linear", "experts", "expert") and not module.is_idle
+            for *experts, num_out, num_in in module.shapes if multiplies else ():
                 many = 1 if module.expert is not None or not experts else experts[0]
                 counts[num_out, num_in] = counts.get((num_out, num_in), 0) + many
     groups: dict[tuple[str, str], int | None] = {(SIXTEEN, SIXTEEN): None}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from command_line import refusal, run
+from families import family_model
 
 from autoquant_ray.allocate.cards import Hardware, load_hardware
 from autoquant_ray.config.latency_measurement import LatencyMeasurement
@@ -99,6 +102,23 @@ def test_products_are_those_of_the_plan(make_model: Any) -> None:
     assert sum(n * num_out * num_in for (num_out, num_in), n in counts.items()) == total
     assert {product.pair for product in products} == {"16x16", "int8xint8"}
     assert len(products) == 2 * 2 * len(counts)
+
+
+@pytest.mark.parametrize("family", ["Nemotron-H", "Qwen3-VL"])
+def test_products_are_those_of_a_decode_step(family: str) -> None:
+    """Convolutions multiply no matrices, and a vision tower does not run while text is decoded."""
+    model = family_model(family)
+    _, counts = products_of(build_plan(model, resolve_formats(["wint8_aint8"], device="cpu")), (1,))
+    expected: Counter[tuple[int, ...]] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "visual" not in name:
+            expected[tuple(module.weight.shape)] += 1
+        if name.endswith("mixer.experts"):
+            for weights in module.parameters():
+                expected[tuple(weights.shape[1:])] += len(weights)
+    assert counts == expected
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv3d)
+    assert any(isinstance(module, convolutions) for module in model.modules())
 
 
 def test_every_pair_runs_on_the_cpu_or_says_why_not() -> None:
