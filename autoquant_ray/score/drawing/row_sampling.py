@@ -109,6 +109,8 @@ def inclusion(masses_T: Floats, share: float) -> Floats:
     while count < num_live:
         left_T = count - np.arange(len(masses_T))
         certain_T = ~np.isfinite(masses_T) | (left_T * masses_T >= _CERTAIN * tails_T)
+        if certain_T.all():  # no mass is finite
+            break
         num_certain = int(np.argmin(certain_T))
         if count - num_certain >= _LEAST_BY_CHANCE:
             sorted_T = (count - num_certain) * masses_T / tails_T[num_certain]

@@ -177,6 +177,15 @@ def test_nan_in_a_row_is_drawn_and_shows() -> None:
     assert math.isnan(drawn.estimate(values_T[drawn.indices_U])[0])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_none_of_which_has_a_finite_mass_are_all_drawn(value: float) -> None:
+    """Gradients that overflow in a layer do so in all rows of the layers before it."""
+    masses_T = np.array([0.0, *[value] * 8, 0.0])
+    for share in (0.1, 0.5):
+        assert inclusion(masses_T, share).tolist() == [0, *[1] * 8, 0]
+        assert draw_rows(masses_T, share, (0,)).indices_U.tolist() == list(range(1, 9))
+
+
 def test_one_huge_input_does_not_hide_the_other_rows() -> None:
     """Drawn by ``|g|^2 |x|^2`` alone, the other rows would hardly ever be seen."""
     input_TI = torch.ones(1000, 1)
