@@ -54,6 +54,11 @@ class ExpertChannels:
             self._modules[first.path] = (module, FusedExperts(module, first), chosen)
         self._seen: dict[str, dict[str, tuple[torch.Tensor, int]]] = {}
 
+    @property
+    def runs_experts(self) -> bool:
+        """Whether experts run again to be watched."""
+        return bool(self._modules)
+
     def clear(self) -> None:
         """Forget everything seen."""
         self._seen = {}

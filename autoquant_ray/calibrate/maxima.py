@@ -74,6 +74,11 @@ class ActivationMaxima:
         """
         return bool(self._experts)
 
+    @property
+    def adds_products(self) -> bool:
+        """Whether the layers multiply more while maxima are collected than they would without."""
+        return self._of_experts.runs_experts
+
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """While open, forward passes are watched; call :meth:`set_mask` before each."""

@@ -151,6 +151,7 @@ class Scorer:
             and not self._maxima.changes_forward
             and self._packer.input_bytes(samples) <= room
         )
+        keeps_products = keep and not self._maxima.adds_products  # nobody could tell them apart
         done = []
         with self._maxima.collecting():
             for visit in visits:
@@ -162,7 +163,7 @@ class Scorer:
                         steps,
                         self._maxima,
                         keep=keep,
-                        keeper=ProductKeeper(self.product_room) if keep else None,
+                        keeper=ProductKeeper(self.product_room) if keeps_products else None,
                     )
                 )
         if keep and shard is not None:
@@ -213,10 +214,11 @@ class Scorer:
         """Sums over all shards; the model runs no further than it must."""
         collector = collector_of(block)
         num_layers = max(portion.layer for portion in block) + 1
+        visits_of = [(s, self._visits_to_watch(self._packer, s.samples)) for s in shards]
         with collector.collecting():
-            for shard in shards:
+            for shard, visits in visits_of:
                 collector.begin(halves[shard.shard])
-                for visit in self._visits_to_watch(self._packer, shard.samples):
+                for visit in visits:
                     steps = self._steps(shard.samples, visit)
                     run_watched(self._backward, self._loss, steps, collector, num_layers=num_layers)
         return collector

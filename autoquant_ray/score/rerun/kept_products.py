@@ -111,6 +111,10 @@ class LayerProducts:
         while self._products:
             self.drop(self._products.pop())
 
+    def __del__(self) -> None:
+        """Nobody can take the results any more: their room is free."""
+        self.clear()
+
 
 class ProductKeeper:
     """Keeps results of the layers of one visit.

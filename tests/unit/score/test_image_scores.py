@@ -16,6 +16,7 @@ from autoquant_ray.data.conversations import Conversation, load_images
 from autoquant_ray.data.samples import RichSample
 from autoquant_ray.data.spec import DataSpec
 from autoquant_ray.data.texts import read_rows
+from autoquant_ray.distributed.task import ShardTask
 from autoquant_ray.errors import ModelError
 from autoquant_ray.evaluate.flip_estimator import NUM_DRAWS
 from autoquant_ray.evaluate.runner import AllocationRunner, EvaluationSpec
@@ -116,6 +117,30 @@ def test_towers_channels_count_every_patch_once(full_scorer: Any, samples_of: An
     fresh = full_scorer("qwen3_vl", ("INT4_AWQ_CFG",))[1]
     assert fresh.search(samples, calibration) == losses[0]  # a worker that has calibrated nothing
     assert any(module == name for module, _, _ in losses[0])
+
+
+def test_towers_roundings_are_those_of_a_worker_that_has_calibrated(
+    full_scorer: Any, samples_of: Any
+) -> None:
+    """Where a scan goes on, or a worker is replaced, GPTQ's pass is the first to see images."""
+    formats = ("wint4_g32_afp16:gptq",)
+    (plan, used), (_, fresh) = (full_scorer("qwen3_vl", formats) for _ in range(2))
+    shards = [
+        ShardTask(shard=number, first_sample=number, samples=[sample])
+        for number, sample in enumerate(samples_of("qwen3_vl"))
+    ]
+    calibration = Calibration(halves={shard.shard: shard.shard % 2 for shard in shards})
+    used.calibrate(shards[0].samples)
+    outside = len(plan.layer_weights)
+    codes = [
+        {
+            key: weight.codes.whole.tobytes()
+            for key, weight in scorer.fit([outside], calibration, shards)[outside].rounding.items()
+        }
+        for scorer in (used, fresh)
+    ]
+    assert any(module.startswith("model.visual.") for module, _, _ in codes[0])
+    assert codes[0] == codes[1]
 
 
 def whole_graph_sums(plan: Any, model: Any, batch: Batch) -> dict[str, float]:

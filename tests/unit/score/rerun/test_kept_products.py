@@ -80,6 +80,20 @@ def test_drawn_rows_whatever_is_kept_are_the_same_bytes(
     assert results[0] == results[1] == results[2]
 
 
+def test_experts_that_run_again_to_be_watched_leave_no_product_behind(
+    make_model: Any, make_spec: Any, make_samples: Any
+) -> None:
+    """Alone, an expert has its tokens in their order; in its module, by the place of its route."""
+    model, samples = make_model("qwen3_moe"), make_samples([24, 24, 24])
+    formats = resolve_formats(("wint4_afp16:max", "wint4_g32_afp16:weighted"), device="cpu")
+    plan = build_plan(model, formats, expert_groups="expert")
+    results = []
+    for room in ROOMS:
+        spec = make_spec(plan, labels="model", step_tokens=48, graph_bytes=room)
+        results.append(scores(Scorer(spec, model=model), samples))
+    assert results[0] == results[1] == results[2]
+
+
 class FlopCounter(TorchDispatchMode):
     """Adds up floating-point operations by torch's own formulas."""
 
@@ -151,6 +165,17 @@ def test_kept_results_stay_within_the_room_and_go_when_they_are_used(
     assert max(used) <= ROOMS[1]
     assert max(used) > ROOMS[1] // 2
     assert used[-1] == 0
+
+
+def test_shard_that_is_tried_sample_by_sample_lets_go_of_what_was_kept(
+    make_scorer: Any, make_samples: Any
+) -> None:
+    samples = make_samples([24, 24])
+    scorer = make_scorer("llama", FORMATS[:1], row_share="auto", graph_bytes=2**30).scorer
+    calibration = scorer.calibrate(samples, 0)
+    assert scorer.product_room.used_bytes > 0
+    assert scorer.score(samples, 0, calibration, 0).trial is not None
+    assert scorer.product_room.used_bytes == 0
 
 
 def test_room_for_few_goes_to_the_results_with_most_work_per_byte() -> None:
