@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from autoquant_ray.config.sources import Data
+from autoquant_ray.config.values import flag_of
 
 _SECTIONS = {
     "Search": (
@@ -104,9 +105,7 @@ def mapping_option(flag: str, metavar: str, text: str) -> Decorator:
 
 
 def _option(name: str, field: FieldInfo) -> Decorator:
-    extra = field.json_schema_extra
-    short = extra.get("flag") if isinstance(extra, dict) else None
-    flag = f"--{str(short or name).replace('_', '-')}"
+    flag = flag_of(name, field)
     text = field.description or ""
     has_default = not field.is_required() and field.default not in (None, (), "")
     is_switch = field.annotation is bool

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.search_space import SearchSpace
-from autoquant_ray.config.values import place_problem
+from autoquant_ray.config.values import flag_of, place_problem
 from autoquant_ray.errors import ConfigError, one_line
 from autoquant_ray.wording import few, fitted, shown
 
@@ -73,7 +73,9 @@ def validate(
 
     def place(name: str, root: str) -> str:
         from_file = path is not None and root in values and root not in flags
-        return f"{next(starts, '')}{name}" if from_file else f"--{name.replace('_', '-')}"
+        if from_file:
+            return f"{next(starts, '')}{name}"
+        return flag_of(name, model_class.model_fields.get(root))
 
     try:
         return model_class.model_validate(values)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+from pydantic.fields import FieldInfo
+
 _BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _LONGEST_PLACE = 4096
 _SECRET_NAME = re.compile(
@@ -41,6 +43,19 @@ def parse_bytes(value: int | str) -> int:
     if number <= 0:
         raise ValueError(f"{value!r} must be more than 0 bytes")
     return number
+
+
+def flag_of(name: str, field: FieldInfo | None) -> str:
+    """The option of the command line that gives a field.
+
+    Args:
+        name: Of the field; what stands behind a dot is kept.
+        field: It; some name a flag of their own (``json_schema_extra``). None: there is none.
+    """
+    extra = None if field is None else field.json_schema_extra
+    short = extra.get("flag") if isinstance(extra, dict) else None
+    root, dot, rest = name.partition(".")
+    return f"--{short or root}{dot}{rest}".replace("_", "-")
 
 
 def unless_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:

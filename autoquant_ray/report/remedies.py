@@ -8,7 +8,7 @@ from typing import Any
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.config.scan import ScanConfig
-from autoquant_ray.report.reproduce import scan_command, solve_command
+from autoquant_ray.report.reproduce import needs_file, scan_command, solve_command
 
 _MORE = 4
 """Factor of the samples of another scan: it halves the standard errors."""
@@ -55,7 +55,7 @@ def remedies(
 def _scan(config: Mapping[str, Any], **changes: Any) -> str:
     """The scan with other values; those of a config in a file are given as flags."""
     command = scan_command({**config, **changes})
-    if not config.get("custom_formats"):
+    if not needs_file(config):
         return command
     return (
         f"{command} {shlex.join(w for name, v in changes.items() for w in (f'--{name}', str(v)))}"

@@ -12,9 +12,12 @@ import yaml
 from autoquant_ray.allocate.load import CARD_FILE
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.config.scan import ScanConfig
+from autoquant_ray.config.values import flag_of
 from autoquant_ray.runs.record import RunRecord
 
 _CONFIG_FILE = "scan.yaml"
+_WITHOUT_FLAG = ("custom_formats", "runtime_env")
+"""Fields of a scan that only a file can have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,20 +68,20 @@ def reproduction(
 
 
 def scan_command(config: Mapping[str, Any]) -> str:
-    """The scan as a command line; with custom formats it needs the config as a file.
+    """The scan as a command line; what has no flag needs the config as a file.
 
     Args:
         config: Resolved config, JSON values.
     """
     words = ["autoquant-ray", "scan"]
-    if config.get("custom_formats"):
+    if needs_file(config):
         return shlex.join([*words, "--config", _CONFIG_FILE])
     words.append(config["model"])
     for name, field in ScanConfig.model_fields.items():
         value = config.get(name)
-        if name in ("model", "custom_formats") or value is None or value == _plain(field.default):
+        if name in ("model", *_WITHOUT_FLAG) or value is None or value == _plain(field.default):
             continue
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name, field)
         if isinstance(value, bool) and field.default is True:
             words += [flag, "yes" if value else "no"]
         elif isinstance(value, bool):
@@ -90,6 +93,15 @@ def scan_command(config: Mapping[str, Any]) -> str:
         else:
             words += [flag, ",".join(value) if isinstance(value, list) else str(value)]
     return shlex.join(words)
+
+
+def needs_file(config: Mapping[str, Any]) -> bool:
+    """Whether a scan has what no flag says, so that its config must be a file.
+
+    Args:
+        config: Resolved config, JSON values.
+    """
+    return any(config.get(name) for name in _WITHOUT_FLAG)
 
 
 def solve_command(run: str, options: SolveOptions) -> str:

@@ -224,6 +224,8 @@ def test_error_of_drawn_rows_stands_beside_that_over_the_shards(tmp_path: Path) 
         {"disable": ["*.0.mlp.*", "lm_head"], "pack": True, "bits": None, "bytes": 123456789},
         {"model": "/a folder/it's", "stop_when_stable": 0.01, "workers": 3, "sample_rows": 0.25},
         {"keep_rounded": False, "skip_bad_samples": True, "sample_rows": "auto"},
+        {"read_as": "text", "node_labels": {"pool": "a", "zone": "b"}, "hold_out": "20%"},
+        {"data": {"code": "a b.jsonl", "chat": "c.jsonl"}, "wait_for_workers": 90.0},
     ],
 )
 def test_command_gives_the_same_config(changes: dict[str, Any], run: RunDirectory) -> None:
@@ -235,12 +237,21 @@ def test_command_gives_the_same_config(changes: dict[str, Any], run: RunDirector
     assert load_config(ScanConfig, None, given_fields(fields)) == ScanConfig(**config)
 
 
-def test_config_of_the_page_is_a_file_for_scan(tmp_path: Path) -> None:
-    custom = {"mine": {"weight": {"num_bits": 4, "block_sizes": {"-1": 64}}, "input": None}}
+CUSTOM = {"mine": {"weight": {"num_bits": 4, "block_sizes": {"-1": 64}}, "input": None}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"custom_formats": CUSTOM, "formats": ["mine", "wint8_aint8"]},
+        {"runtime_env": {"pip": ["some-package"], "env_vars": {"A": "b"}}},
+    ],
+)
+def test_config_of_the_page_is_a_file_for_scan(changes: dict[str, Any], tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run")
     solve_run(directory, SolveOptions(bits=6), folder="")
     state = RunState.open(directory)
-    state.record.config |= {"custom_formats": custom, "formats": ["mine", "wint8_aint8"]}
+    state.record.config |= changes
     made = collect_content(ScoredRun.read(state), "").reproduction
     assert made.commands == ["autoquant-ray scan --config scan.yaml"]
     file = tmp_path / "scan.yaml"
