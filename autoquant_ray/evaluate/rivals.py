@@ -56,15 +56,16 @@ def collect_candidates(
         DataError: A file is not an allocation of this model.
         StoreError: The solution does not exist, or a format of it cannot be measured.
     """
-    from autoquant_ray.imports.tool_allocations import rival_allocation
+    from autoquant_ray.imports.tool_allocations import rival_allocations
 
     state, scores = run.state, run.scores
     options = solution_options(state, folder)
     problem = run.problem.timed(options.latency)
     chosen = solution_formats(state, folder, problem)
     candidates = [make_candidate(problem, scores, SOLUTION, chosen)]
-    rivals = [rival_allocation(state, n, problem, options) for n in against if n not in KINDS]
-    candidates += [make_candidate(problem, scores, name, formats) for name, formats in rivals]
+    others = [name for name in against if name not in KINDS]
+    rivals = rival_allocations(state, others, problem, options)
+    candidates += [make_candidate(problem, scores, n, formats) for n, formats in rivals.items()]
     require_measurable(state, candidates)
     problem, options = measurable_problem(state, problem, options)
     for rival in [candidate for candidate in candidates if candidate.name.startswith("file ")]:

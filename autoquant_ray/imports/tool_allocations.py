@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from autoquant_ray.allocate.candidate import as_allocation, make_candidate
@@ -96,25 +97,51 @@ def _fits(problem: Problem, options: SolveOptions, allocation: dict[str, str]) -
     )
 
 
-def rival_allocation(
-    state: RunState, against: str, problem: Problem, options: SolveOptions
-) -> tuple[str, dict[str, str]]:
-    """Name and formats of a rival that is another solution of the run, or a file.
+def rival_allocations(
+    state: RunState, against: Sequence[str], problem: Problem, options: SolveOptions
+) -> dict[str, dict[str, str]]:
+    """Name of a rival -> its formats, of rivals that are other solutions of the run, or files.
+
+    What is named twice is a rival once. Files have the shortest end of their path that no other of
+    them has: tools write files of the same name into their folders.
 
     Raises:
-        ConfigError: Neither.
-        DataError: The file cannot be read as an allocation.
+        ConfigError: One is neither.
+        DataError: A file cannot be read as an allocation.
     """
     solutions = state.directory.list_folders(SOLUTIONS)
-    if against in solutions:
-        return f"solution {against}", solution_formats(state, solution_folder(against), problem)
-    if Path(against).is_file():
-        return f"file {Path(against).name}", foreign_allocation(against, problem, options)
-    raise ConfigError(
-        f"`against` {against!r} is unknown; known: uniform, modelopt, modelopt-shapley, random, a "
-        f"solution of the run ({', '.join(solutions) or 'none yet'}), or a file of AutoRound, "
-        "mlx-lm or llm-compressor"
-    )
+    files = [name for name in against if name not in solutions and Path(name).is_file()]
+    name_of = _names_of_files(files)
+    rivals = {}
+    for name in against:
+        if name in solutions:
+            formats = solution_formats(state, solution_folder(name), problem)
+            rivals[f"solution {name}"] = formats
+        elif name in name_of:
+            rivals[f"file {name_of[name]}"] = foreign_allocation(name, problem, options)
+        else:
+            raise ConfigError(
+                f"`against` {name!r} is unknown; known: uniform, modelopt, modelopt-shapley, "
+                f"random, a solution of the run ({', '.join(solutions) or 'none yet'}), or a file "
+                "of AutoRound, mlx-lm or llm-compressor"
+            )
+    return rivals
+
+
+def _names_of_files(files: Sequence[str]) -> dict[str, str]:
+    """File -> the shortest end of its path that no other file has."""
+    parts = {file: Path(file).resolve().parts for file in files}
+
+    def end(file: str, length: int) -> tuple[str, ...]:
+        return parts[file][-length:]
+
+    names = {}
+    for file in files:
+        others = [other for other in files if parts[other] != parts[file]]
+        lengths = range(1, len(parts[file]) + 1)
+        length = next(n for n in lengths if all(end(o, n) != end(file, n) for o in others))
+        names[file] = Path(*end(file, length)).as_posix()
+    return names
 
 
 def import_allocation(path: str, directory: RunDirectory, name: str | None = None) -> Solution:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -37,6 +38,8 @@ Counterpart = Callable[[Format], dict[str, Any] | None]
 """What a tool says of a format; None where it has none like it."""
 
 _MAX_NAMED = 3
+_NOT_CONVERTED = "modules_to_not_convert"
+"""Of a config of AWQ: parts of names of layers in 16 bits."""
 _SCHEMES: dict[str, dict[str, Any]] = {
     f"W{bits}A16": {"bits": bits, "group_size": 128, "data_type": "int", "act_bits": 16}
     for bits in (2, 3, 4, 8)
@@ -79,8 +82,9 @@ def sensitivities(
     group_of = {name: group for group, modules in groups.items() for name in modules}
     for entry in content:
         is_pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
-        if not is_pair or isinstance(entry[1], bool) or not isinstance(entry[1], int | float):
-            raise DataError(f"{path}: {entry!r} is not a layer's name and its sensitivity")
+        is_number = is_pair and isinstance(entry[1], int | float) and not isinstance(entry[1], bool)
+        if not is_number or not math.isfinite(entry[1]):
+            raise DataError(f"{path}: {shown(entry)} is not a layer's name and its sensitivity")
         module = _ours(entry[0], in_mlx)
         if module is not None and module in group_of:
             sensitivities.setdefault(group_of[module], []).append(float(entry[1]))
@@ -172,10 +176,16 @@ def _auto_round(
 ) -> dict[str, Mapping[str, Any] | None]:
     """Module -> its entry; None in 16 bits."""
     default: dict[str, Any] = {}
-    layers = content
+    layers, kept = content, ()
     if "quant_method" in content or "extra_config" in content:
         default = {k: v for k, v in content.items() if not isinstance(v, dict | list)}
-        layers = content.get("extra_config") or {}
+        layers = _gptq_layers(path, content) | _mapping(path, content, "extra_config")
+        kept = content.get(_NOT_CONVERTED) or ()
+        if not layers and "bits" not in default:
+            raise DataError(
+                f"{path}: a config of {shown(content.get('quant_method'))} says no bits of layers; "
+                "give a file of AutoRound, mlx-lm or llm-compressor"
+            )
     in_blocks = [name for name in modules if re.search(r"\.\d+\.", name)]
     entries: dict[str, Mapping[str, Any] | None] = dict.fromkeys(modules)
     entries |= {name: default for name in in_blocks if default}
@@ -189,10 +199,36 @@ def _auto_round(
             raise DataError(f"{path}: {shown(key)}: {shown(value)}: bits must be a whole number")
         for name in _matching(path, key, modules):
             entries[name] = default | entry
-    return {
+    for part in kept:
+        entries |= {name: None for name in modules if str(part) in name}
+    entries = {
         name: None if entry is None or entry.get("bits", 16) >= 16 else entry
         for name, entry in entries.items()
     }
+    for name, entry in entries.items():
+        if entry and (entry.get("sym") is False or entry.get("zero_point") is True):
+            raise DataError(
+                f"{path}: the weights of {name} are asymmetric, and formats here are symmetric; "
+                "write sym: true, or zero_point: false, to compare the bits alone"
+            )
+    return entries
+
+
+def _gptq_layers(path: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config of GPTQ says of single layers, as AutoRound's ``extra_config`` says it."""
+    layers = {}
+    for key, value in _mapping(path, content, "dynamic").items():
+        is_kept = key.startswith("-:")
+        layers[key.removeprefix("-:").removeprefix("+:")] = {"bits": 16} if is_kept else value
+    return layers
+
+
+def _mapping(path: str, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A part of a config that says something of each layer; empty where there is none."""
+    part = content.get(key) or {}
+    if not isinstance(part, dict):
+        raise DataError(f"{path}: {key} {shown(part)} is no mapping of layers; take the tool's own")
+    return part
 
 
 def _matching(path: str, key: str, modules: Sequence[str]) -> list[str]:

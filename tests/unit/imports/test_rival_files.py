@@ -129,6 +129,28 @@ def test_nothing_within_the_constraints_is_as_small(
     assert "nothing is measured at the size of file higgs_int.json" in caplog.text
 
 
+def test_files_of_one_name_are_told_apart_and_each_is_compared_at_its_size(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    """Tools write ``config.json`` into their folders."""
+    files = {"ar/config.json": "auto_scheme.json", "h/config.json": "higgs_int.json"}
+    for name, original in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text((FILES / original).read_text())
+    alone = {name: rivals(run, FILES / original) for name, original in files.items()}
+    paths = [str(tmp_path / name) for name in files]
+    again = f"{tmp_path}/ar/../ar/config.json"
+    candidates = collect_candidates(
+        ScoredRun.read(RunState.open(run)), "", (*paths, again, "uniform", paths[0])
+    )
+    by_name = {candidate.name: candidate for candidate in candidates}
+    assert len(by_name) == len(candidates)
+    assert sum("file" in name for name in by_name) == 4
+    for name, (rival, equal) in alone.items():
+        assert by_name[f"file {name}"].formats == rival.formats
+        assert by_name[f"at the size of file {name}"].formats == equal.formats
+
+
 def test_types_of_gguf_files_are_no_counterparts(tmp_path: Path) -> None:
     directory = put_scored_run(tmp_path / "run", formats=("q4_k", "wint8_afp16"), num_layers=2)
     solve_run(directory, SolveOptions(bits=7.0), folder="")

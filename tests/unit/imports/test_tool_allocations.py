@@ -106,6 +106,27 @@ def test_quantization_config_of_autoround_has_defaults_and_patterns(
     assert formats[f"{LAYER}mlp.gate_proj"] == "wint4_afp16"
 
 
+def test_other_layouts_of_autoround_say_layers_in_places_of_their_own(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    """As 0.16.1 saves a mix: ``auto_gptq`` in ``dynamic``, ``auto_awq`` what it leaves out."""
+    default = {"bits": 4, "group_size": 128, "sym": True, "data_type": "int"}
+    dynamic = {
+        r"+:.*model\.layers\.0\.mlp\.down_proj.*": {"bits": 8, "group_size": 128, "sym": True},
+        r"-:.*model\.layers\.1\.self_attn\.o_proj.*": {},
+    }
+    gptq = default | {"quant_method": "gptq", "desc_act": False, "dynamic": dynamic}
+    formats = rival(run, put(tmp_path, gptq))
+    assert formats[f"{LAYER}mlp.down_proj"] == "wint8_afp16"
+    assert formats["model.layers.1.self_attn.o_proj"] == formats["lm_head"] == "none"
+    assert formats["model.layers.1.mlp.down_proj"] == "wint4_afp16"
+    kept = ["model.layers.1.self_attn.o_proj", "visual.blocks.7", "lm_head"]
+    awq = default | {"quant_method": "awq", "zero_point": False, "modules_to_not_convert": kept}
+    formats = rival(run, put(tmp_path, awq))
+    assert formats["model.layers.1.self_attn.o_proj"] == "none"
+    assert set(formats.values()) == {"none", "wint4_afp16"}
+
+
 def test_layers_of_a_group_share_the_widest(
     run: RunDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -195,6 +216,16 @@ def test_import_replaces_nothing_of_the_run(run: RunDirectory, tmp_path: Path) -
         ({"bits": 5, "group_size": 64}, "no format of the run has that (it could take wint4_afp16"),
         ({"bits": 4, "lm_head": 3}, "'lm_head': 3 is neither true, false nor parameters"),
         ("3", "is neither AutoRound's layer_config nor mlx-lm's"),
+        ('[["lm_head", NaN]]', "is not a layer's name and its sensitivity"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
+            "a config of 'modelopt' says no bits of layers; give a file of AutoRound",
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "a config of 'fp8' says no"),
+        ({"quant_method": "auto-round", "bits": 4, "extra_config": [1]}, "extra_config [1] is no"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": "x"}, "dynamic 'x' is no mapping"),
+        ({"lm_head": {"bits": 4, "sym": False}}, "the weights of lm_head are asymmetric"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": True}, "are asymmetric, and formats"),
     ],
 )
 def test_file_that_does_not_fit_is_one_line(
