@@ -44,7 +44,8 @@ class SixteenBits:
 
     Attributes:
         dtype: ``bfloat16`` or ``float16``.
-        kept: Tensors that the model's own 16-bit files hold in float32.
+        kept: Tensors that the model's own 16-bit files hold in float32, by the names there and in
+            memory.
     """
 
     dtype: torch.dtype

@@ -25,9 +25,10 @@ from autoquant_ray.export.parts import Part, PartedModel, are_readable, outline
 from autoquant_ray.export.source import Source
 from autoquant_ray.formats.format import Format
 from autoquant_ray.models.find import ModelRef
-from autoquant_ray.models.load import load_model, own_dtype
+from autoquant_ray.models.load import files_dtype, load_model, own_dtype
 from autoquant_ray.models.of_run import require_model
 from autoquant_ray.models.separate_heads import give_weight, separate_head
+from autoquant_ray.plan.carried import memory_names
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import Factors
 from autoquant_ray.quantize.weight_search import WeightScales
@@ -75,13 +76,14 @@ def load_for_export(source: Source, *, is_whole: bool = False) -> LoadedModel:
     ref = require_model(source.state, scan)
     model, weights = _load(ref, scan.dtype, is_whole=is_whole)
     require_plain_linears(model)
-    file_dtype = own_dtype(ref)
-    dtype = model.dtype if model.dtype != torch.float32 else file_dtype
+    in_files = files_dtype(ref)
+    types = (model.dtype, in_files, own_dtype(ref), torch.bfloat16)
     kept: frozenset[str] = frozenset()
-    if file_dtype in _16_BITS and ref.weights_folder is not None:
+    if in_files in _16_BITS and ref.weights_folder is not None:
         dtypes = StoredTensors.of(ref.weights_folder).dtypes
-        kept = frozenset(name for name, stored in dtypes.items() if stored == "F32")
-    sixteen_bits = SixteenBits(dtype=dtype if dtype in _16_BITS else torch.bfloat16, kept=kept)
+        names = [name for name, stored in dtypes.items() if stored == "F32"]
+        kept = frozenset([*names, *map(memory_names(model), names)])
+    sixteen_bits = SixteenBits(dtype=next(t for t in types if t in _16_BITS), kept=kept)
     if not model.config.architectures:  # a GGUF file names none, and exporters ask for it
         model.config.architectures = [type(model).__name__]
     if ref.gguf_file is None:

@@ -7,6 +7,8 @@ dequantized here, not by transformers, which leaves out scales that it does not 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from autoquant_ray.models.quantizable import with_plain_linears
 from autoquant_ray.models.quantized_config import stated_quantization, without_quantization
 from autoquant_ray.models.quantized_source import QuantizedSource, quantized_source
 from autoquant_ray.models.separate_heads import untie_as_files
-from autoquant_ray.models.stored_tensors import fetch_weights
+from autoquant_ray.models.stored_tensors import fetch_weights, stored_tensors
 from autoquant_ray.wording import few
 
 if TYPE_CHECKING:
@@ -199,6 +201,24 @@ def own_dtype(ref: ModelRef) -> torch.dtype | None:
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     dtype = getattr(torch, stated, None) if isinstance(stated, str) else stated
     return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def files_dtype(ref: ModelRef) -> torch.dtype | None:
+    """The type in which a checkpoint's files hold most bytes of what is not packed there; without
+    such files the one that its config states.
+
+    Configs may name another type than the files have, or none.
+    """
+    import torch
+
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    source = quantized_source(ref)
+    packed = {part for of in source.weights.values() for part in of.parts} if source else set()
+    num_bytes: Counter[torch.dtype] = Counter()
+    for name, header in stored_tensors(ref).items():
+        if name not in packed and (dtype := types.get(header.dtype)) is not None:
+            num_bytes[dtype] += math.prod(header.shape) * dtype.itemsize
+    return max(num_bytes, key=num_bytes.__getitem__) if num_bytes else own_dtype(ref)
 
 
 def require_language_model(model: torch.nn.Module, ref: ModelRef) -> None:

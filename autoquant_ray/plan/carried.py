@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.gguf_config import read_facts, unloaded_tensors
-from autoquant_ray.models.load import own_dtype
+from autoquant_ray.models.load import files_dtype
 from autoquant_ray.models.packed_weight import PackedWeight, logical_shape
 from autoquant_ray.models.quantized_source import quantized_source
 from autoquant_ray.models.stored_tensors import TensorHeader, stored_tensors
@@ -102,7 +102,7 @@ def carried_bytes(model: torch.nn.Module, ref: ModelRef) -> dict[str, int]:
     carried = [name for name in tensors.names if place_of(name) not in held]
     if not carried:
         return {}
-    is_16_bit = str(own_dtype(ref)) in ("torch.bfloat16", "torch.float16")
+    is_16_bit = str(files_dtype(ref)) in ("torch.bfloat16", "torch.float16")
     return {name: tensors.num_bytes(name, is_16_bit=is_16_bit) for name in carried}
 
 

@@ -246,6 +246,44 @@ def test_compressed_tensors_folder_is_read_by_transformers_alone(
     assert not set(targets) & set(config["ignore"])
 
 
+@pytest.mark.parametrize(
+    ("in_files", "stated", "expected"),
+    [
+        (torch.float32, "bfloat16", torch.bfloat16),
+        (torch.float32, "float16", torch.float16),
+        (torch.float16, None, torch.float16),
+        (torch.float16, "float32", torch.float16),
+        (torch.bfloat16, "float16", torch.bfloat16),
+    ],
+)
+def test_what_is_not_quantized_has_the_16_bit_type_of_the_files(
+    in_files: torch.dtype,
+    stated: str | None,
+    expected: torch.dtype,
+    solved_run: Any,
+    model_folder: Any,
+    tmp_path: Path,
+) -> None:
+    """Whatever the config says: scripts write one of the two without the other."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("llama"), folder)
+    source = {name: tensor.to(in_files) for name, tensor in load_folder(folder).items()}
+    save_file(source, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key != "dtype"}
+    config |= {} if stated is None else {"dtype": stated}
+    (folder / "config.json").write_text(json.dumps(config))
+    choice = {"*": "none", "*mlp*": "wint8_afp16"}
+    directory, _, _ = solved_run("llama", choice, ("wint8_afp16",), folder=folder)
+    out = tmp_path / "out"
+    written = export_run(directory, str(out), layout="compressed-tensors")
+    assert written.bytes_on_disk == pytest.approx(written.weight_bytes, rel=0.01)
+    tensors = load_folder(out)
+    for name in [name for name in source if "mlp" not in name]:
+        assert tensors[name].dtype == expected
+        assert torch.equal(tensors[name], source[name].to(expected)), name
+
+
 def test_one_format_is_stated_once_and_the_rest_is_ignored(solved_run: Any, tmp_path: Path) -> None:
     choice = {"model.layers.0.*": "wfp8_afp8", "model.layers.1.*": "none", "lm_head": "none"}
     directory, _, _ = solved_run("qwen3", choice)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from checkpoints import load_folder, unpacked_by_the_library
 from moe_models import LINEARS, write_moe
+from safetensors.torch import save_file
 
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.calibrate.files import read_calibration
@@ -94,6 +95,25 @@ def test_the_library_unpacks_the_experts_that_were_scored(
     assert expert_linears - unpacked.keys() <= set(config["ignore"])
     inputs = {float(tensors[f"{n}.input_scale"]) for n in scored if f"{n}.input_scale" in tensors}
     assert len(inputs) == (2 if name == "wfp8_afp8" else 0)  # one for gate and up, one for down
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
+def test_what_the_files_hold_in_float32_stays_so_under_its_name_there(
+    layout: str, solved_run: Any, tmp_path: Path
+) -> None:
+    """Mixtral's router is ``block_sparse_moe.gate`` in its files and ``mlp.gate`` in memory."""
+    folder = write_moe(tmp_path / "model", "mixtral")
+    source = load_folder(folder)
+    routers = [name for name in source if name.endswith("block_sparse_moe.gate.weight")]
+    for name in routers:
+        source[name] = source[name].float() * (1 + 2**-20)
+    save_file(source, folder / "model.safetensors", metadata={"format": "pt"})
+    choice = {"*": "none", "*self_attn*": "wint8_aint8"}
+    directory, *_ = solved_run("qwen3_moe", choice, ("wint8_aint8",), folder=folder)
+    export_run(directory, str(tmp_path / "out"), layout=layout)
+    tensors = load_folder(tmp_path / "out")
+    assert len(routers) == 2
+    assert all(torch.equal(tensors[name], source[name]) for name in routers)
 
 
 def test_transformers_unpacks_experts_beside_linears_of_other_formats(
