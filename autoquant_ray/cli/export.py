@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import click
 
 from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result, show_lines
 from autoquant_ray.cli.solve import engine_options
-from autoquant_ray.errors import ConfigError, ModelError, StoreLostError
+from autoquant_ray.config.values import place_problem
+from autoquant_ray.errors import ConfigError, ModelError, StoreLostError, one_line
 from autoquant_ray.export.layouts import LAYOUTS
 from autoquant_ray.export.recipes import TOOLS
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe"
 FORMATS = (*LAYOUTS, RECIPE)
-_LONGEST_NOTE = 400
+_LONGEST_NOTE, _LONGEST_REASON = 400, 100
 _SERVED = ("--formats", "NVFP4_DEFAULT_CFG,wfp8_afp8", "--engine", "vllm")
 
 
@@ -187,21 +189,43 @@ def _export_recipe(
         model_type=exported.state.plan.get("model_type", ""),
         **facts,
     )
-    path = Path(out)
-    if path.exists() and not overwrite:
-        raise ConfigError(f"--out {out} exists; give another name, or --overwrite")
+    path = _recipe_file(out, overwrite)
+    if base is not None and Path(base).resolve() == path.resolve():
+        raise ConfigError(f"--base {base} is the file of --out too; give a folder of its own")
     require_outside_runs(path, out)
     folders = _export_base(run, solution, exported, base)
+    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
         if (lost := disk_problem(error, path)) is not None:
             raise StoreLostError(lost) from None
-        raise ConfigError(f"--out {out} cannot be written: {error}; give another file") from None
+        reason = one_line(error, limit=_LONGEST_REASON)
+        raise ConfigError(f"--out {out} cannot be written: {reason}; give another file") from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return [out, *folders], recipe_notes(chosen, exported.formats, tool, **facts)
+
+
+def _recipe_file(out: str, overwrite: bool) -> Path:
+    """The file to write.
+
+    Raises:
+        ConfigError: It is there, or is none.
+    """
+    if (problem := place_problem(out)) is not None:
+        raise ConfigError(f"--out: {problem}")
+    if "://" in out:
+        raise ConfigError(f"--out {out}: a recipe is written to a local file; copy it then")
+    path = Path(out)
+    if path.is_dir() or not path.name:
+        raise ConfigError(f"--out {out} is a folder; give the name of a file")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"--out {out} exists; give another name, or --overwrite")
+    return path
 
 
 def _is_gguf(state: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from autoquant_ray.config.values import place_problem
-from autoquant_ray.errors import ConfigError, FormatError
+from autoquant_ray.errors import ConfigError, FormatError, one_line
 from autoquant_ray.export.folder import require_outside_runs
 from autoquant_ray.export.kv_caches import holds_caches, require_caches
 from autoquant_ray.export.layouts import (
@@ -172,20 +173,31 @@ def needs_whole(source: Source) -> bool:
 
 
 def require_new_folder(path: str) -> Path:
-    """The folder to write, which must be new or empty.
+    """The folder to write, without links, which must be new or empty.
 
     Raises:
-        ConfigError: It holds something, is a file, is inside a run, or is no local path.
+        ConfigError: It holds something, is a file, is inside a run, is no local path, or cannot be
+            replaced by another folder.
     """
     if (problem := place_problem(path)) is not None:
         raise ConfigError(f"`out`: {problem}")
     if "://" in path:
         raise ConfigError(f"`out` {path}: a checkpoint is written to a local folder; copy it then")
-    folder = Path(path).expanduser().absolute()
-    if folder.is_dir() and any(folder.iterdir()):
+    try:
+        folder = Path(path).expanduser().resolve()
+        is_folder = folder.is_dir()
+        is_filled = is_folder and any(folder.iterdir())
+    except (OSError, RuntimeError) as error:  # a link to itself, a user who is not there
+        raise ConfigError(f"`out` {path}: {one_line(error)}; give a new folder") from None
+    if is_filled:
         raise ConfigError(f"`out` {path} is not empty; give a new folder")
-    if folder.exists() and not folder.is_dir():
+    if folder.exists() and not is_folder:
         raise ConfigError(f"`out` {path} is a file; give a new folder")
+    if is_folder and (folder.is_mount() or folder.samefile(os.curdir)):
+        raise ConfigError(
+            f"`out` {path} is the working directory, or a disk is mounted there, so that no other "
+            "folder can take its place; give a new folder, in it or elsewhere"
+        )
     require_outside_runs(folder, path)
     return folder
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from autoquant_ray.errors import ConfigError, StoreLostError
 from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.export.folder import written_beside
+from autoquant_ray.export.source import require_new_folder
 
 CHOICE = {"*": "wfp8_afp8", "lm_head": "none"}
 
@@ -47,6 +48,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from autoquant_ray.export.folder import written_beside
+from autoquant_ray.export.source import require_new_folder
 with written_beside(Path(sys.argv[1])) as folder:
     (folder / "weights").write_text("half")
     print(folder, flush=True)
@@ -123,3 +125,57 @@ def test_out_inside_a_run_is_refused(solved_run: Any, tmp_path: Path) -> None:
     assert "is inside the run" in refusal(run(*words))
     assert not Path(recipe).exists()
     assert not (Path(directory.uri) / "a").exists()
+
+
+def test_links_to_a_folder_are_followed(solved_run: Any, tmp_path: Path) -> None:
+    """No folder can be renamed to the place of a link."""
+    directory, _, _ = solved_run("llama", CHOICE)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/empty").mkdir()
+    (tmp_path / "link").symlink_to("disk/empty")
+    (tmp_path / "dangling").symlink_to("disk/new")
+    for link, place in (("link", "disk/empty"), ("dangling", "disk/new"), ("no/../up", "up")):
+        written = export_run(directory, str(tmp_path / link))
+        assert Path(written.path) == tmp_path / place
+        assert (tmp_path / place / "config.json").exists()
+    assert not (tmp_path / "no").exists()
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"empty", "new"}
+
+
+def test_folders_whose_place_no_other_can_take_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with open("/proc/self/mounts", encoding="utf-8") as mounts:
+        places = [Path(line.split()[1]) for line in mounts]
+    mounted = [str(p) for p in places if p.is_dir() and not any(p.iterdir())][:1]
+    for out in (".", "../work", str(tmp_path / "work"), *mounted):
+        with pytest.raises(ConfigError, match=r"can take its place; give a new folder, in it"):
+            require_new_folder(out)
+    for out in (str(tmp_path / "loop"), "~nobody-of-that-name/x"):
+        with pytest.raises(ConfigError, match=r"; give a new folder$"):
+            require_new_folder(out)
+    assert require_new_folder("inside") == tmp_path / "work/inside"
+
+
+def test_recipe_that_cannot_be_written_leaves_nothing(solved_run: Any, tmp_path: Path) -> None:
+    directory, _, _ = solved_run("llama", CHOICE)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    before = set(tmp_path.rglob("*"))
+    words = ("export", directory.uri, "--format", "recipe", "--tool", "auto-round", "--overwrite")
+    for out, line in (
+        ("folder", "is a folder; give the name of a file"),
+        ("folder/..", "is a folder; give the name of a file"),
+        ("file/recipe.json", "; give another file"),
+        ("x" * 254, "; give another file"),
+    ):
+        assert line in refusal(run(*words, "--out", tmp_path / out))
+    for out in ("", "s3://bucket/recipe.json"):
+        refusal(run(*words, "--out", out))
+    assert "give a folder of its own" in refusal(
+        run(*words, "--out", tmp_path / "a", "--base", tmp_path / "a")
+    )
+    assert set(tmp_path.rglob("*")) == before
