@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,7 @@ def _result_line(run: ScoredRun) -> str:
 
 
 def _next_lines(out: str) -> list[str]:
+    out = shlex.quote(out)
     return [
         f"next: open {out}/{REPORT_HTML}",
         f"  autoquant-ray solve {out} --bits 5 --engine vllm --gpu hopper",

@@ -15,6 +15,7 @@ import click
 
 from autoquant_ray.cli.edge import Result, only_ours_on_stdout, prints_result
 from autoquant_ray.errors import EXIT_DONE, EXIT_USAGE, AutoQuantError, one_line
+from autoquant_ray.serving.rules import check_target
 from autoquant_ray.serving.table import CARDS, ENGINES, GENERATIONS
 
 _DISTRIBUTION = "autoquant-ray"
@@ -67,6 +68,7 @@ def doctor(
       autoquant-ray doctor --model ./Qwen3-4B --data chats.jsonl \\
           --engine vllm --gpu hopper
     """
+    check_target(engine, gpu)
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "Versions": _versions,
         "Memory": _memory,

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,7 @@ def prints_result(command: Callable[..., Result]) -> Callable[..., None]:
         set_up_logging(verbose)
         result = command(*arguments, **options)
         if as_json:
-            click.echo(json.dumps(result.json(), indent=2))
+            click.echo(json.dumps(_as_json(result.json()), indent=2, allow_nan=False))
         else:
             result.show()
         for note in result.notes:
@@ -173,6 +174,15 @@ def prints_result(command: Callable[..., Result]) -> Callable[..., None]:
     for option in _COMMON:
         decorated = option(decorated)
     return decorated
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON has it: numbers that are not finite, which it lacks, are null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _as_json(part) for key, part in value.items()}
+    return [_as_json(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def grave_notes(grave: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -62,4 +63,5 @@ def _lines(cards: Iterable[MeasuredCard]) -> Iterator[str]:
             yield f"  {pair:10} reads {read / 1e9:.4g} GB/s, {rate.value / 1e12:.4g} TFLOP/s"
         for problem in hardware.without_kernel.values():
             yield f"  {problem}: such formats count with the rates of 16x16"
-        yield f"next: autoquant-ray solve RUN --latency {card.place} --tokens-per-second X"
+        place = shlex.quote(card.place)
+        yield f"next: autoquant-ray solve RUN --latency {place} --tokens-per-second X"

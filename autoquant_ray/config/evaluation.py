@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from autoquant_ray.config.files import validate
 from autoquant_ray.config.scan import ScanConfig
@@ -107,7 +107,23 @@ class EvaluationConfig(BaseModel):
     def _split_tasks(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        return tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+        names = tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+        if not names:
+            raise ValueError("names no task; give one, such as arc_easy, or leave it out")
+        return names
+
+    @model_validator(mode="after")
+    def _check_used(self) -> Self:
+        """What only tasks use, without tasks, and shuffles that nobody asked for."""
+        given = self.model_fields_set
+        for name, other, is_used in (
+            ("tasks_dir", "`tasks`", bool(self.tasks)),
+            ("task_limit", "`tasks`", bool(self.tasks)),
+            ("num_random", "random in `against`", "random" in self.against),
+        ):
+            if name in given and getattr(self, name) is not None and not is_used:
+                raise ValueError(f"`{name}` is for {other}; give that too, or leave it out")
+        return self
 
     _parse_workers = field_validator("workers", mode="before")(unless_none(parse_workers))
     _parse_wait = field_validator("wait_for_workers", mode="before")(unless_none(parse_seconds))

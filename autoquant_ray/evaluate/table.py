@@ -7,6 +7,7 @@ estimator, as for the scores), and differences between allocations are paired by
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from autoquant_ray.allocate.candidate import AT_SIZE_OF, Candidate
 from autoquant_ray.allocate.certainty.total_error import ratio_stderr
 from autoquant_ray.arrays import Floats
 
+_MOST_NATS = math.log(sys.float_info.max)
 QUANTILES = {"kl_p50": 0.5, "kl_p95": 0.95, "kl_p99": 0.99}
 
 
@@ -124,12 +126,17 @@ def _row(candidate: Candidate, losses: Measured) -> dict[str, Any]:
             name: float(np.quantile(losses.kl_N, q, method="higher"))
             for name, q in QUANTILES.items()
         },
-        "perplexity": math.exp(losses.loss / num_tokens),
-        "reference_perplexity": math.exp(losses.reference_loss / num_tokens),
+        "perplexity": _exponential(losses.loss / num_tokens),
+        "reference_perplexity": _exponential(losses.reference_loss / num_tokens),
         "top1_agreement": losses.num_agreeing / num_tokens,
         "num_tokens": num_tokens,
         "num_samples": len(losses.kl_S),
     }
+
+
+def _exponential(nats: float) -> float:
+    """A perplexity; infinite where no float is so large, which Python refuses to say."""
+    return math.inf if nats > _MOST_NATS else math.exp(nats)
 
 
 def _difference(losses: Measured, solution: Measured) -> dict[str, Any]:

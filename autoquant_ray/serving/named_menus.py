@@ -9,6 +9,7 @@ from __future__ import annotations
 from autoquant_ray.errors import ConfigError
 from autoquant_ray.formats.format import Format
 from autoquant_ray.formats.menu import PAIRS
+from autoquant_ray.serving.rules import generation_of
 from autoquant_ray.serving.table import CARDS, ENGINES, GENERATIONS, layouts_of
 from autoquant_ray.serving.together import menus_of
 
@@ -28,7 +29,7 @@ def named_menu(name: str) -> tuple[str, ...] | None:
     engine, dash, gpu = name.partition("-")
     if not dash or engine not in ENGINES:
         return None
-    generation = CARDS.get(gpu, gpu)
+    generation = generation_of(gpu)
     if generation not in GENERATIONS:
         raise ConfigError(
             f"menu {name!r}: after {engine}- stands a GPU: {', '.join([*GENERATIONS, *CARDS])}"

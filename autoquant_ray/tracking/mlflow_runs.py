@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,9 @@ _EXPERIMENT = "autoquant_ray"
 _RUN_ID = "run_id"
 _LISTENS_S = 5.0
 _PORTS = {"http": 80, "https": 443}
+_LONGEST_REASON = 200
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+"""Name and password in an address."""
 
 
 @contextmanager
@@ -164,7 +168,7 @@ def _with_run(
     try:
         use(_MlflowRun(client, last_part(directory.uri), record.run_id))
     except Exception as error:  # noqa: BLE001 - a tracking server is never worth a scan
-        logger.warning("MLflow at %s was not told: %s", uri, one_line(error, limit=200))
+        logger.warning("MLflow at %s was not told: %s", _without_user(uri), _reason(error))
 
 
 @cache
@@ -177,8 +181,8 @@ def _client(uri: str) -> Any:
             URI,
         )
         return None
-    place = urlsplit(uri)
     try:
+        place = urlsplit(uri)
         if place.scheme in _PORTS:
             port = place.port or _PORTS[place.scheme]
             socket.create_connection((place.hostname or "", port), timeout=_LISTENS_S).close()
@@ -186,6 +190,15 @@ def _client(uri: str) -> Any:
 
         return MlflowClient(tracking_uri=uri)
     except Exception as error:  # noqa: BLE001 - a tracking server is never worth a scan
-        reason = one_line(error, limit=200)
-        logger.warning("nothing is logged to MLflow at %s: %s", uri, reason)
+        logger.warning("nothing is logged to MLflow at %s: %s", _without_user(uri), _reason(error))
         return None
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without secrets, on a line."""
+    return _without_user(one_line(error, limit=10_000))[:_LONGEST_REASON]
+
+
+def _without_user(text: str) -> str:
+    """A text in which no address has a name and a password."""
+    return _USER.sub("", text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import NO_CLUSTER, run
+from command_line import NO_CLUSTER, refusal, run
 
 
 def findings(*arguments: Any) -> dict[str, tuple[str, str]]:
@@ -52,6 +52,11 @@ def test_model_data_and_engine_are_tried(model_folder: Any, text_file: Path) -> 
     assert rows["Data"] == ("ok", f"{text_file} can be read; first sample: a text")
     assert rows["Engine"][1].endswith("(--formats vllm-hopper)")
     assert "wfp8_afp8" in rows["Engine"][1]
+
+
+def test_gpu_without_an_engine_is_refused() -> None:
+    line = refusal(run("doctor", "--gpu", "hopper", "--address", NO_CLUSTER))
+    assert "--gpu hopper needs an engine; give --engine vllm, sglang, trtllm" in line
 
 
 def test_what_is_missing_is_wrong_and_does_not_stop_the_rest(tmp_path: Path) -> None:

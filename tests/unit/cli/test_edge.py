@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,25 @@ def test_result_is_printed_for_people_or_as_json(flags: list[str], stdout: str) 
     assert result.stdout.strip() == stdout.strip()
     assert result.stderr == "a shard was left out\n"
     assert result.exit_code == 3
+
+
+def test_numbers_that_are_not_finite_are_null_in_json() -> None:
+    """A broken allocation loses infinitely much; other programs read no ``Infinity``."""
+    values = {"rows": [{"kl": math.inf, "p": -math.inf}, (math.nan, 1.5)], "text": "NaN", "n": 3}
+
+    @click.command()
+    @prints_result
+    def show() -> Result:
+        return Result(json=lambda: values, show=lambda: None)
+
+    result = CliRunner().invoke(show, ["--json"])
+    assert result.exit_code == 0, result.output
+    assert "Infinity" not in result.stdout
+    assert json.loads(result.stdout) == {
+        "rows": [{"kl": None, "p": None}, [None, 1.5]],
+        "text": "NaN",
+        "n": 3,
+    }
 
 
 def test_command_keeps_its_help_and_gets_two_options() -> None:

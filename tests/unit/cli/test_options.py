@@ -148,3 +148,21 @@ def test_flag_unknown_is_named_in_the_last_line(scan: Any) -> None:
     line = result.stderr.splitlines()[-1]
     assert "--sample" in line
     assert "--samples" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--tasks-dir", "folder"), "--tasks-dir is for --tasks; give that too, or leave it out"),
+        (("--task-limit", "5"), "--task-limit is for --tasks; give that too, or leave it out"),
+        (("--tasks", " , "), "--tasks: names no task; give one, such as arc_easy"),
+        (("--num-random", "3", "--against", "uniform"), "--num-random is for random in --against"),
+        (("--node-label", "a b"), "--node-label: 'a b=' is no label of a node"),
+        (("--as", "xml"), "'--as': 'xml' is not one of 'text'"),
+    ],
+)
+def test_evaluate_options_without_effect_and_by_their_own_flags_are_refused(
+    words: tuple[str, ...], text: str, make_run: Any
+) -> None:
+    line = refusal(run("evaluate", make_run().uri, "--address", NO_CLUSTER, *words))
+    assert text in line

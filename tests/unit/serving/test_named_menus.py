@@ -30,6 +30,7 @@ def test_named_menu_of_hopper_mixes_int4_int8_and_fp8() -> None:
 
 def test_named_menu_of_a_card_is_that_of_its_generation() -> None:
     assert named_menu("trtllm-h100") == named_menu("trtllm-hopper")
+    assert named_menu("trtllm-H100") == named_menu("trtllm-hopper"), "as --gpu takes it"
 
 
 def test_formats_take_a_menu_beside_a_format() -> None:

@@ -148,6 +148,24 @@ def test_server_that_is_down_is_a_single_warning(
     assert run.exists("manifest.json")
 
 
+@pytest.mark.parametrize("place", ["127.0.0.1:{port}", "127.0.0.1:many", "[::1", "[::1/x"])
+def test_no_warning_has_the_password_of_an_address(
+    place: str,
+    run: RunDirectory,
+    closed_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    address = f"http://somebody:pass@word@{place.format(port=closed_port)}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with caplog.at_level(logging.WARNING):
+        log_night(run, record_of(run), {})
+    (warning,) = [r.getMessage() for r in caplog.records if "MLflow" in r.getMessage()]
+    assert place.format(port=closed_port) in warning
+    assert "word" not in warning
+    assert "somebody" not in warning
+
+
 def test_store_that_breaks_is_a_warning(
     store: Any, run: RunDirectory, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
