@@ -176,11 +176,14 @@ def _auto_round(
 ) -> dict[str, Mapping[str, Any] | None]:
     """Module -> its entry; None in 16 bits."""
     default: dict[str, Any] = {}
-    layers, kept = content, ()
+    layers = content
+    kept: list[Any] = []
     if "quant_method" in content or "extra_config" in content:
         default = {k: v for k, v in content.items() if not isinstance(v, dict | list)}
         layers = _gptq_layers(path, content) | _mapping(path, content, "extra_config")
-        kept = content.get(_NOT_CONVERTED) or ()
+        kept = content.get(_NOT_CONVERTED) or []
+        if not isinstance(kept, list):
+            raise DataError(f"{path}: {_NOT_CONVERTED} {shown(kept)} is no list; make it one")
         if not layers and "bits" not in default:
             raise DataError(
                 f"{path}: a config of {shown(content.get('quant_method'))} says no bits of layers; "

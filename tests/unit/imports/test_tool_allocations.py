@@ -224,6 +224,10 @@ def test_import_replaces_nothing_of_the_run(run: RunDirectory, tmp_path: Path) -
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "a config of 'fp8' says no"),
         ({"quant_method": "auto-round", "bits": 4, "extra_config": [1]}, "extra_config [1] is no"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": "x"}, "dynamic 'x' is no mapping"),
+        (
+            {"quant_method": "awq", "bits": 4, "modules_to_not_convert": "lm_head"},
+            "modules_to_not_convert 'lm_head' is no list",
+        ),
         ({"lm_head": {"bits": 4, "sym": False}}, "the weights of lm_head are asymmetric"),
         ({"quant_method": "awq", "bits": 4, "zero_point": True}, "are asymmetric, and formats"),
     ],
