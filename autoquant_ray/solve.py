@@ -127,9 +127,15 @@ def solve_within(directory: RunDirectory, largest_kl: float) -> Solution:
 
     Raises:
         InfeasibleBudgetError: Even 16 bits are not enough.
+        ConfigError: An imported run, whose scores have no unit.
         StoreError: As :func:`solve_run`.
     """
     with writing(directory) as run:
+        if run.state.record.is_imported:
+            raise ConfigError(
+                f"{directory.uri} was imported, and its scores have no unit, so that no loss in "
+                "nats can be asked for; solve it with `bits`"
+            )
         options = smallest_within(run, largest_kl)
         return _solve(run, options, options.name)
 

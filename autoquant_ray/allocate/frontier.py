@@ -32,7 +32,8 @@ from autoquant_ray.runs.lease import brief_lease
 from autoquant_ray.runs.names import FRONTIER_FILE
 from autoquant_ray.runs.state import RunState
 
-NUM_POINTS = 64
+NUM_POINTS, MOST_POINTS = 64, 10_000
+"""Of a frontier, each of them solved: usually, and at most."""
 Loss = Callable[[Mapping[str, str]], float]
 """Of searched group -> format, in nats per token."""
 
@@ -207,10 +208,10 @@ def frontier_of(directory: RunDirectory, num_points: int = NUM_POINTS) -> list[P
 
     Raises:
         StoreError: Not a run, or its files are damaged.
-        ConfigError: Fewer than two points.
+        ConfigError: Fewer than two points, or more than :data:`MOST_POINTS`.
     """
-    if num_points < 2:
-        raise ConfigError(f"a frontier of {num_points} points: give 2 or more")
+    if not 2 <= num_points <= MOST_POINTS:
+        raise ConfigError(f"`points` {num_points}: give a number from 2 to {MOST_POINTS:,}")
     directory.require_run()
     with brief_lease(directory):
         curve = _Curve(ScoredRun.read(RunState.open(directory)))

@@ -47,6 +47,7 @@ def frontier(
     from autoquant_ray.allocate.frontier import frontier_of
     from autoquant_ray.cli.output import print_frontier, print_solution
     from autoquant_ray.runs.directory import RunDirectory
+    from autoquant_ray.runs.state import RunState
     from autoquant_ray.solve import solve_within
 
     target = _target(target_kl, target_ppl_increase)
@@ -54,8 +55,10 @@ def frontier(
     if target is None:
         with only_ours_on_stdout():
             sizes = frontier_of(directory, points)
+        has_unit = not RunState.open(directory).record.is_imported
         return Result(
-            json=lambda: [vars(point) for point in sizes], show=lambda: print_frontier(run, sizes)
+            json=lambda: [vars(point) for point in sizes],
+            show=lambda: print_frontier(run, sizes, has_unit=has_unit),
         )
     with only_ours_on_stdout():
         solution = solve_within(directory, target)

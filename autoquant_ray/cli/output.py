@@ -238,8 +238,14 @@ def print_refinement(run: str, refined: Any) -> None:
     print_solution(run, refined.solution)
 
 
-def print_frontier(run: str, points: Sequence[Point]) -> None:
-    """One line per size, the knee marked."""
+def print_frontier(run: str, points: Sequence[Point], *, has_unit: bool = True) -> None:
+    """One line per size, the knee marked.
+
+    Args:
+        run: As it was given.
+        points: Of the frontier.
+        has_unit: Whether losses are in nats per token; those of an imported run have no unit.
+    """
     rows = [
         (
             f"{point.effective_bits:.3f}",
@@ -249,8 +255,10 @@ def print_frontier(run: str, points: Sequence[Point]) -> None:
         )
         for point in points
     ]
-    heads = ("Bits", "MiB", "Predicted KL (nats per token)", "")
-    show_lines([f"Predicted KL of {run}:"])
+    loss = "Predicted KL" if has_unit else "Total score"
+    unit = "nats per token" if has_unit else "imported, no unit"
+    heads = ("Bits", "MiB", f"{loss} ({unit})", "")
+    show_lines([f"{loss} of {run}:"])
     print_table(heads, rows, texts=())
     show_lines([_short(f"{run.rstrip('/')}/{FRONTIER_FILE}")])
 

@@ -102,6 +102,12 @@ class EvaluationConfig(BaseModel):
         names = tuple(part.strip() for part in value.split(","))
         return () if names == ("none",) else names
 
+    @field_validator("solution")
+    @classmethod
+    def _take_name(cls, value: str) -> str:
+        """Without the slash with which shells complete a folder."""
+        return value.rstrip("/") or value
+
     @field_validator("tasks", mode="before")
     @classmethod
     def _split_tasks(cls, value: Any) -> Any:

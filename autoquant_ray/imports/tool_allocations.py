@@ -19,7 +19,7 @@ from autoquant_ray.export.solution import tied_modules
 from autoquant_ray.export.tool_formats import mlx_config
 from autoquant_ray.formats.algorithms import MAX
 from autoquant_ray.formats.format import NONE
-from autoquant_ray.formats.kv_cache import KV_BYTES
+from autoquant_ray.formats.kv_cache import KV_BYTES, is_described
 from autoquant_ray.formats.smoothed import method_of
 from autoquant_ray.imports.tool_files import read_allocation, read_json, sensitivities
 from autoquant_ray.runs.directory import RunDirectory
@@ -48,6 +48,11 @@ def foreign_allocation(path: str, problem: Problem, options: SolveOptions) -> di
         ConfigError: An imported run, or sensitivities that no budget fits.
     """
     content = read_json(path)
+    if not all(map(is_described, problem.summary["formats"])):
+        raise ConfigError(
+            f"{path}: the run was imported and only names its formats, to which a file of bits "
+            "says nothing; scan the model"
+        )
     groups = {g.name: g.module_names for g in problem.searched if not g.is_cache}
     caches = {g.name: NONE for g in problem.searched if g.is_cache}
     formats = formats_of(problem.summary)

@@ -39,7 +39,6 @@ Counterpart = Callable[[Format], dict[str, Any] | None]
 
 _MAX_NAMED = 3
 _NOT_CONVERTED = "modules_to_not_convert"
-"""Of a config of AWQ: parts of names of layers in 16 bits."""
 _SCHEMES: dict[str, dict[str, Any]] = {
     f"W{bits}A16": {"bits": bits, "group_size": 128, "data_type": "int", "act_bits": 16}
     for bits in (2, 3, 4, 8)
@@ -175,20 +174,7 @@ def _auto_round(
     path: str, content: Mapping[str, Any], modules: Sequence[str]
 ) -> dict[str, Mapping[str, Any] | None]:
     """Module -> its entry; None in 16 bits."""
-    default: dict[str, Any] = {}
-    layers = content
-    kept: list[Any] = []
-    if "quant_method" in content or "extra_config" in content:
-        default = {k: v for k, v in content.items() if not isinstance(v, dict | list)}
-        layers = _gptq_layers(path, content) | _mapping(path, content, "extra_config")
-        kept = content.get(_NOT_CONVERTED) or []
-        if not isinstance(kept, list):
-            raise DataError(f"{path}: {_NOT_CONVERTED} {shown(kept)} is no list; make it one")
-        if not layers and "bits" not in default:
-            raise DataError(
-                f"{path}: a config of {shown(content.get('quant_method'))} says no bits of layers; "
-                "give a file of AutoRound, mlx-lm or llm-compressor"
-            )
+    default, layers = _default_and_layers(path, content)
     in_blocks = [name for name in modules if re.search(r"\.\d+\.", name)]
     entries: dict[str, Mapping[str, Any] | None] = dict.fromkeys(modules)
     entries |= {name: default for name in in_blocks if default}
@@ -198,11 +184,10 @@ def _auto_round(
             entry = _SCHEMES.get(entry["scheme"].upper(), {}) | entry
         if not isinstance(entry, dict) or not {"bits", *default} & set(entry):
             raise DataError(f"{path}: {shown(key)}: {shown(value)} says no bits")
-        if type((default | entry).get("bits", 16)) is not int:
-            raise DataError(f"{path}: {shown(key)}: {shown(value)}: bits must be a whole number")
+        _require_whole_bits(path, f"{shown(key)}: {shown(value)}", default | entry)
         for name in _matching(path, key, modules):
             entries[name] = default | entry
-    for part in kept:
+    for part in _not_converted(path, content):
         entries |= {name: None for name in modules if str(part) in name}
     entries = {
         name: None if entry is None or entry.get("bits", 16) >= 16 else entry
@@ -215,6 +200,36 @@ def _auto_round(
                 "write sym: true, or zero_point: false, to compare the bits alone"
             )
     return entries
+
+
+def _default_and_layers(
+    path: str, content: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """What counts for layers of decoder blocks that are not named, and what the named ones have."""
+    if "quant_method" not in content and "extra_config" not in content:
+        return {}, content
+    default = {k: v for k, v in content.items() if not isinstance(v, dict | list)}
+    layers = _gptq_layers(path, content) | _mapping(path, content, "extra_config")
+    if not layers and "bits" not in default:
+        raise DataError(
+            f"{path}: a config of {shown(content.get('quant_method'))} says no bits of layers; "
+            "give a file of AutoRound, mlx-lm or llm-compressor"
+        )
+    _require_whole_bits(path, f"bits {shown(default.get('bits'))}", default)
+    return default, layers
+
+
+def _require_whole_bits(path: str, what: str, entry: Mapping[str, Any]) -> None:
+    if type(entry.get("bits", 16)) is not int:
+        raise DataError(f"{path}: {what}: bits must be a whole number")
+
+
+def _not_converted(path: str, content: Mapping[str, Any]) -> list[Any]:
+    """Parts of names of layers that a config of AWQ leaves in 16 bits."""
+    parts = content.get(_NOT_CONVERTED) if "quant_method" in content else None
+    if parts is not None and not isinstance(parts, list):
+        raise DataError(f"{path}: {_NOT_CONVERTED} {shown(parts)} is no list; make it one")
+    return parts or []
 
 
 def _gptq_layers(path: str, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from autoquant_ray.errors import StoreError
+
 RUN_FILE, EVENTS_FILE = "run.json", "events.jsonl"
 """The record of the run, and one line per state change."""
 PLAN_FILE = "plan.parquet"
@@ -117,7 +119,20 @@ def remedy_of(name: str) -> str:
 
 
 def solution_folder(name: str) -> str:
-    """Folder of a solution with a trailing slash; '' for the scan's own, which has no name."""
+    """Folder of a solution with a trailing slash; '' for the scan's own, which has no name.
+
+    Args:
+        name: Of the solution; a slash at its end, as shells complete it, does not count.
+
+    Raises:
+        StoreError: A path, which could lead elsewhere.
+    """
+    name = name.rstrip("/") or name
+    if "/" in name or name in (".", ".."):
+        raise StoreError(
+            f"{name!r} is no name of a solution; give that of a folder below {SOLUTIONS}/ of the "
+            "run"
+        )
     return f"{SOLUTIONS}/{name}/" if name else ""
 
 

@@ -106,6 +106,12 @@ def test_command_prints_sizes_and_solves_targets(make_run: Any) -> None:
     assert (done.exit_code, "exclude each other" in done.output) == (2, True)
 
 
+def test_more_points_than_anybody_solves_are_refused(make_run: Any) -> None:
+    done = CliRunner().invoke(main, ["frontier", make_run().uri, "--points", "100000000000"])
+    assert done.exit_code == 2
+    assert "--points 100000000000: give a number from 2 to 10,000" in done.output
+
+
 def test_sweep_stays_near_the_exact_points_and_writes_nothing(make_run: Any) -> None:
     directory = make_run(formats=("wint4_afp16", "wint8_aint8"))
     scored_run = ScoredRun.read(RunState.open(directory))

@@ -206,3 +206,18 @@ def test_import_into_existing_run_without_flag_keeps_it(make_run: Any) -> None:
     line = refusal(run("import", manifest, "--out", directory.uri))
     assert "--overwrite" in line
     assert {p: p.read_bytes() for p in Path(directory.uri).rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../solutions/bits-9.00", "bits-9.00/../bits-9.00"])
+def test_solution_that_is_a_path_is_refused(name: str, make_run: Any, tmp_path: Path) -> None:
+    """``..`` is the run itself: what is measured of it would be kept under that name."""
+    directory = make_run()
+    solve_run(directory, SolveOptions(bits=9))
+    recipe = ("--format", "recipe", "--tool", "auto-round", "--out", tmp_path / "recipe")
+    for words in (("explain", "0.self_attn.o_proj"), ("export", *recipe), ("evaluate",)):
+        command, *more = words
+        line = refusal(run(command, directory.uri, *more, "--solution", name))
+        assert f"{name!r} is no name of a solution; give that of a folder below" in line
+    assert not (tmp_path / "recipe").exists()
+    done = run("explain", directory.uri, "0.self_attn.o_proj", "--solution", "bits-9.00/")
+    assert done.exit_code == 0, done.output

@@ -9,7 +9,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import pyarrow.parquet as pq
 import pytest
-from command_line import run
+from command_line import refusal, run
 from manifests import UNSEARCHED
 
 NAMES_BY_BITS = {4: "INT4_AWQ_CFG", (4, 3): "FP8_DEFAULT_CFG", None: "none"}
@@ -112,6 +112,22 @@ def test_solve_of_import_writes_a_named_solution(imported: Path) -> None:
     assert written["solution"]["effective_bits"] <= 9
     assert written["solution"]["predicted_kl_nats"] is None
     assert written["quantization_config"] is None
+
+
+def test_losses_of_an_import_have_no_unit(imported: Path, tmp_path: Path) -> None:
+    shown = run("frontier", imported, "--points", 3)
+    assert shown.exit_code == 0, shown.output
+    assert "imported, no unit" in " ".join(shown.stdout.split())
+    assert "nats" not in shown.stdout
+    for words in (("--target-kl", "0.5"), ("--target-ppl-increase", "2%")):
+        line = refusal(run("frontier", imported, *words))
+        assert "its scores have no unit" in line
+        assert "solve it with --bits" in line
+    file = tmp_path / "plan.json"
+    file.write_text('{"lm_head": {"bits": 4}}')
+    line = refusal(run("import", file, "--into", imported))
+    assert "was imported and only names its formats" in line
+    assert "--engine" not in line
 
 
 def test_import_keeps_the_order_of_layers(imported: Path, manifest: dict[str, Any]) -> None:

@@ -223,6 +223,8 @@ def test_import_replaces_nothing_of_the_run(run: RunDirectory, tmp_path: Path) -
         ),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "a config of 'fp8' says no"),
         ({"quant_method": "auto-round", "bits": 4, "extra_config": [1]}, "extra_config [1] is no"),
+        ({"quant_method": "gptq", "bits": "4"}, "bits '4': bits must be a whole number"),
+        ({"quant_method": "awq", "bits": None}, "bits None: bits must be a whole number"),
         ({"quant_method": "gptq", "bits": 4, "dynamic": "x"}, "dynamic 'x' is no mapping"),
         (
             {"quant_method": "awq", "bits": 4, "modules_to_not_convert": "lm_head"},
