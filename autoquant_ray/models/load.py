@@ -20,7 +20,7 @@ from autoquant_ray.models.gguf_config import require_places
 from autoquant_ray.models.quantizable import with_plain_linears
 from autoquant_ray.models.quantized_config import stated_quantization, without_quantization
 from autoquant_ray.models.quantized_source import QuantizedSource, quantized_source
-from autoquant_ray.models.separate_heads import untie_as_files
+from autoquant_ray.models.separate_heads import tie_as_files
 from autoquant_ray.models.stored_tensors import fetch_weights, stored_tensors
 from autoquant_ray.wording import few
 
@@ -61,7 +61,7 @@ def build_skeleton(ref: ModelRef) -> torch.nn.Module:
             f"model {ref.name} cannot be built from its config ({reason}); look at config.json"
         ) from None
     require_language_model(model, ref)
-    untie_as_files(model, ref)
+    tie_as_files(model, ref)
     with_plain_linears(model)
     if ref.gguf_file is not None:
         require_places(model, Path(ref.path) / ref.gguf_file)
@@ -111,7 +111,7 @@ def load_model(
         _require_shapes(model, ref)
     _require_all_weights(model, info["missing_keys"], ref)
     require_language_model(model, ref)
-    untie_as_files(model, ref)
+    tie_as_files(model, ref)
     with_plain_linears(model)
     if ref.gguf_file is not None:
         require_places(model, Path(ref.path) / ref.gguf_file)

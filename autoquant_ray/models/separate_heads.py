@@ -29,7 +29,7 @@ def separate_head(model: Any) -> str | None:
     """Name of the head that the config ties to the embedding and that has a weight of its own.
 
     Args:
-        model: A loaded model, or a skeleton that :func:`untie_as_files` has seen.
+        model: A loaded model, or a skeleton that :func:`tie_as_files` has seen.
     """
     name, embedding = _head_name(model), model.get_input_embeddings()
     is_shared = embedding is None or model.get_output_embeddings().weight is embedding.weight
@@ -45,22 +45,27 @@ def describe_separate(head: str) -> str:
     )
 
 
-def untie_as_files(model: Any, ref: ModelRef) -> None:
-    """Give a tied head a weight of its own where the files hold one.
+def tie_as_files(model: Any, ref: ModelRef) -> None:
+    """Give a head that the config ties a weight of its own where the files hold one, and none where
+    they hold the embedding's again.
 
     Args:
         model: A skeleton, or the loaded model: rounded to fewer bits, two weights may be equal that
-            differ in the files.
+            differ in the files, and those that stay in files are never compared.
         ref: Where the files are; of a hub id, those in the local cache count.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if embedding is None or head.weight is not embedding.weight:
+    if embedding is None or head.weight.shape != embedding.weight.shape:
         return
-    name = f"{_head_name(model)}.weight"
+    is_shared, name = head.weight is embedding.weight, f"{_head_name(model)}.weight"
+    if not is_shared and separate_head(model) is None:
+        return
     embedding_name = next(n for n, m in model.named_modules() if m is embedding)
-    if not _differ_in_files(ref, name, f"{embedding_name}.weight", tuple(head.weight.shape)):
-        return
-    give_weight(model)
+    differ = _differ_in_files(ref, name, f"{embedding_name}.weight", tuple(head.weight.shape))
+    if is_shared and differ:
+        give_weight(model)
+    elif not is_shared and not differ:
+        head.weight = embedding.weight
 
 
 def give_weight(model: Any) -> None:

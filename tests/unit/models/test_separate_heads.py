@@ -23,7 +23,7 @@ from autoquant_ray.export.checkpoint import export_run
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.models.find import ModelRef, find_model
 from autoquant_ray.models.load import build_skeleton, load_model
-from autoquant_ray.models.separate_heads import separate_head, untie_as_files
+from autoquant_ray.models.separate_heads import separate_head, tie_as_files
 from autoquant_ray.plan.plan import Plan, build_plan
 from autoquant_ray.score.scorer import Scorer
 
@@ -111,11 +111,11 @@ def test_names_of_the_files_may_lack_a_prefix_or_have_more(
     model = make_model("qwen3")
     skeleton = type(model)(model.config)
     assert is_tied(skeleton)
-    untie_as_files(skeleton, find_model(str(folder)))
+    tie_as_files(skeleton, find_model(str(folder)))
     assert not is_tied(skeleton)
     assert "lm_head.weight" not in skeleton.all_tied_weights_keys
     untied = type(model)(model.config)
-    untie_as_files(untied, find_model(str(checkpoint(lambda _: None, "plain"))))
+    tie_as_files(untied, find_model(str(checkpoint(lambda _: None, "plain"))))
     assert is_tied(untied)
 
 
@@ -131,7 +131,7 @@ def test_gguf_with_both_weights(
     finish(writer)
     model = type(make_model("qwen3"))(make_model("qwen3").config)
     ref = ModelRef(name="model.gguf", path=str(tmp_path), gguf_file="model.gguf")
-    untie_as_files(model, ref)
+    tie_as_files(model, ref)
     assert is_tied(model) is not is_separate
 
 
@@ -198,4 +198,23 @@ def test_export_writes_the_head_and_the_embedding(
         )
     assert stored[HEAD].element_size() == (2 if format_ == "none" else 1)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert written.bytes_on_disk == pytest.approx(written.weight_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("format_", ["wfp8_afp8", "none"])
+def test_export_of_a_head_that_was_saved_twice_has_it_once(
+    format_: str, layout: str, checkpoint: Any, solved_run: Any, tmp_path: Path
+) -> None:
+    """Weights that stay in their files are not compared by transformers, which then ties none."""
+    folder = checkpoint(torch.clone)
+    choice = {"*": "wfp8_afp8", "lm_head": format_}
+    directory, _, _ = solved_run("qwen3", choice, ("wfp8_afp8",), folder=folder)
+    out = tmp_path / "out"
+    written = export_run(directory, str(out), layout=layout)
+    stored, source = load_folder(out), load_folder(folder)
+    assert torch.equal(stored[EMBEDDING], source[EMBEDDING].bfloat16())
+    assert (HEAD in stored) is (format_ != "none")
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is (format_ == "none")
     assert written.bytes_on_disk == pytest.approx(written.weight_bytes, rel=0.01)
