@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +45,11 @@ class SixteenBits:
     Attributes:
         dtype: ``bfloat16`` or ``float16``.
         kept: Tensors that the model's own 16-bit files hold in float32, by the names there and in
-            memory.
+            memory -> the file and the name there.
     """
 
     dtype: torch.dtype
-    kept: frozenset[str] = frozenset()
+    kept: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -57,11 +57,29 @@ class SixteenBits:
         return str(self.dtype).removeprefix("torch.")
 
     def rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor as it is stored."""
+        """The tensor as it is stored.
+
+        Args:
+            name: Of the tensor.
+            tensor: As the run computes with it: one that is kept, and that nothing was folded into,
+                is then the one of the files.
+        """
         import torch
 
-        is_kept = tensor.dtype != torch.float32 or name in self.kept
-        return tensor if is_kept else tensor.to(self.dtype)
+        if name not in self.kept:
+            return tensor.to(self.dtype) if tensor.dtype == torch.float32 else tensor
+        return tensor if tensor.dtype == torch.float32 else _wider(tensor, *self.kept[name])
+
+
+def _wider(tensor: torch.Tensor, file: Path, name: str) -> torch.Tensor:
+    """A tensor as a file has it, where it is that one rounded; else itself."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        stored: torch.Tensor = tensors.get_tensor(name)
+    is_same = stored.shape == tensor.shape and torch.equal(stored.to(tensor.dtype), tensor)
+    return stored if is_same else tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +136,15 @@ class SourceTensors:
     def roots(self) -> list[str]:
         """Prefixes under which nothing but carried tensors stands, of the matrices."""
         return carried_roots(self._matrices, [n for n in self.files.names if n not in self.carried])
+
+    def wider_bytes(self, folder: Path) -> int:
+        """Bytes of a written folder beyond 16 bits: of what stays in float32, but for what is
+        carried, which is counted so."""
+        stored = StoredTensors.of(folder)
+        kept = [
+            n for n, dtype in stored.dtypes.items() if dtype == "F32" and n in self.files.headers
+        ]
+        return sum(stored.nbytes[name] // 2 for name in kept if name not in self.carried)
 
     def require_all_in(self, folder: Path) -> None:
         """Check that nothing of the model's own files is missing from a written folder.

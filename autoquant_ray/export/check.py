@@ -73,8 +73,16 @@ class StoredTensors:
         return sum(self.nbytes.values())
 
 
-def check_checkpoint(folder: Path, source: Source, layout: str) -> StoredTensors:
+def check_checkpoint(
+    folder: Path, source: Source, layout: str, *, wider_bytes: int = 0
+) -> StoredTensors:
     """Check a written folder against the manifest.
+
+    Args:
+        folder: The checkpoint.
+        source: What was exported, by the names in the files.
+        layout: Of the checkpoint.
+        wider_bytes: That it holds beyond those of the manifest, which counts 16 bits.
 
     Raises:
         CheckpointError: A layer would be read in another format than the manifest gives it, a
@@ -105,7 +113,7 @@ def check_checkpoint(folder: Path, source: Source, layout: str) -> StoredTensors
     ]
     if missing:
         raise CheckpointError(f"the exporter left tensors out: {_few(missing)}")
-    off = stored.total / source.weight_bytes - 1
+    off = (stored.total - wider_bytes) / source.weight_bytes - 1
     if abs(off) > MOST_OFF:
         raise CheckpointError(
             f"the exporter wrote {stored.total:,} bytes of weights, {off:+.2%} from the "

@@ -83,6 +83,8 @@ class Checkpoint:
         head_layers: What quantized linears of extra heads are called -> how many of them.
         engine: That serves it: the one that was asked for, else the first; None: none does.
         unread_caches: Why no released engine reads the formats of the KV cache; None: some may.
+        wider_bytes: Of what the model's own files hold in float32, beyond the 16 bits as which the
+            manifest counts it.
     """
 
     path: str
@@ -96,6 +98,7 @@ class Checkpoint:
     engine: str | None = None
     unread_caches: str | None = None
     head_layers: dict[str, int] = field(default_factory=dict)
+    wider_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -107,6 +110,7 @@ class Checkpoint:
         caches = [f"KV cache: {name} in {count} attentions" for name, count in self.caches.items()]
         carried = [f"copied, not loaded: {self.num_carried} tensors"] if self.num_carried else []
         heads = [f"extra heads: {count} {name}" for name, count in self.head_layers.items()]
+        wider = [f"of that, in float32 as in the model's files: {self.wider_bytes:,} bytes more"]
         command = [] if self.engine is None else [f"to serve it: {self.serve_command}"]
         off = self.bytes_on_disk / self.weight_bytes - 1
         return [
@@ -116,6 +120,7 @@ class Checkpoint:
             *carried,
             f"weights on disk: {self.bytes_on_disk:,} bytes; the manifest says "
             f"{self.weight_bytes:,.0f} ({off:+.2%})",
+            *(wider if self.wider_bytes else []),
             *command,
             self.path,
         ]
@@ -172,7 +177,8 @@ def export_run(
     fingerprint = _fingerprint(source, kind)
     with written_beside(target) as folder, parts_beside(target, fingerprint) as parts:
         written, in_source, heads = _write(source, kind, folder, PartFiles(parts), max_shard_size)
-        stored = check_checkpoint(folder, written, layout)
+        wider = in_source.wider_bytes(folder)
+        stored = check_checkpoint(folder, written, layout, wider_bytes=wider)
         in_source.require_all_in(folder)
     names = Counter(str(stored_as(format_, layout)) for format_ in source.formats.values())
     return Checkpoint(
@@ -187,6 +193,7 @@ def export_run(
         engine=serving_engine(source, layout, *target_of(source, engine, gpu)),
         unread_caches=unread_reason(source.caches),
         head_layers={str(stored_as(heads.format, layout)): len(heads.shapes)} if heads else {},
+        wider_bytes=wider,
     )
 
 

@@ -18,7 +18,6 @@ from autoquant_ray.export.carried import (
     carried_parts,
     read_carried,
 )
-from autoquant_ray.export.check import StoredTensors
 from autoquant_ray.export.folder import PartFiles
 from autoquant_ray.export.names import require_plain_linears
 from autoquant_ray.export.parts import Part, PartedModel, are_readable, outline
@@ -28,6 +27,7 @@ from autoquant_ray.models.find import ModelRef
 from autoquant_ray.models.load import files_dtype, load_model, own_dtype
 from autoquant_ray.models.of_run import require_model
 from autoquant_ray.models.separate_heads import give_weight, separate_head
+from autoquant_ray.models.stored_tensors import stored_tensors
 from autoquant_ray.plan.carried import memory_names
 from autoquant_ray.quantize.calibration import Calibration
 from autoquant_ray.quantize.fitted_model import Factors
@@ -78,11 +78,7 @@ def load_for_export(source: Source, *, is_whole: bool = False) -> LoadedModel:
     require_plain_linears(model)
     in_files = files_dtype(ref)
     types = (model.dtype, in_files, own_dtype(ref), torch.bfloat16)
-    kept: frozenset[str] = frozenset()
-    if in_files in _16_BITS and ref.weights_folder is not None:
-        dtypes = StoredTensors.of(ref.weights_folder).dtypes
-        names = [name for name, stored in dtypes.items() if stored == "F32"]
-        kept = frozenset([*names, *map(memory_names(model), names)])
+    kept = _in_float32(model, ref) if in_files in _16_BITS else {}
     sixteen_bits = SixteenBits(dtype=next(t for t in types if t in _16_BITS), kept=kept)
     if not model.config.architectures:  # a GGUF file names none, and exporters ask for it
         model.config.architectures = [type(model).__name__]
@@ -91,6 +87,13 @@ def load_for_export(source: Source, *, is_whole: bool = False) -> LoadedModel:
         model.generation_config = transformers.GenerationConfig()
     _untie_head(model, weights, source)
     return LoadedModel(model=model, weights=weights, ref=ref, sixteen_bits=sixteen_bits)
+
+
+def _in_float32(model: Any, ref: ModelRef) -> dict[str, tuple[Path, str]]:
+    """Tensors that the files hold in float32, by the names there and in memory -> where."""
+    place_of = memory_names(model)
+    places = {n: (h.file, n) for n, h in stored_tensors(ref).items() if h.dtype == "F32"}
+    return {place_of(name): place for name, place in places.items()} | places
 
 
 def _load(ref: ModelRef, dtype: str, *, is_whole: bool) -> tuple[Any, StoredWeights | None]:

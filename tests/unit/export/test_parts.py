@@ -244,7 +244,7 @@ def test_export_that_fails_leaves_no_parts(
 ) -> None:
     directory, _, _ = solved_run("llama", CHOICE)
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise CheckpointError("no")
 
     monkeypatch.setattr(checkpoint, "check_checkpoint", fails)
