@@ -135,7 +135,7 @@ def _layers(plan: Plan, format_: Format) -> Layers:
 def _whole(plan: Plan, layers: Layers, ref: ModelRef) -> dict[str, str]:
     """Layout -> the check of an export of the whole model that stops it."""
     from autoquant_ray.export.carried import SourceTensors
-    from autoquant_ray.export.names import require_plain_linears, stored_linears
+    from autoquant_ray.export.names import require_plain_linears
     from autoquant_ray.models.load import build_skeleton
 
     model: Any = build_skeleton(ref)
@@ -152,7 +152,7 @@ def _whole(plan: Plan, layers: Layers, ref: ModelRef) -> dict[str, str]:
     here = {name for name, _ in model.named_modules()}
     layers = layers.within(here.__contains__)
     checks: dict[str, Callable[[], object]] = {
-        COMPRESSED_TENSORS: lambda: stored_linears(model, layers),
+        COMPRESSED_TENSORS: lambda: _require_linears(model, layers, in_source),
         MODELOPT: lambda: _require_exporter(model, layers, in_source, ref.weights_folder),
     }
     limits: dict[str, str] = {}
@@ -164,6 +164,14 @@ def _whole(plan: Plan, layers: Layers, ref: ModelRef) -> dict[str, str]:
         except re.error:  # of a rule for older files, which cannot be turned round
             continue
     return {layout: limits[layout] for layout in LAYOUTS if layout in limits}
+
+
+def _require_linears(model: Any, layers: Layers, in_source: SourceTensors) -> None:
+    """Check that the other layout has a name for all linears of a model."""
+    from autoquant_ray.export import names
+
+    names.stored_linears(model, layers)
+    names.require_names_in_memory(model, layers, in_source)
 
 
 def _require_exporter(

@@ -320,9 +320,16 @@ def _packing(
     kind: _Kind,
     in_source: SourceTensors,
 ) -> _Packing:
+    from autoquant_ray.export.names import (
+        as_stored,
+        require_experts_as_stored,
+        require_names_in_memory,
+    )
+
     if kind.layout == COMPRESSED_TENSORS:
         from autoquant_ray.export.compressed_tensors import CompressedPacker
 
+        require_names_in_memory(loaded.model, source, in_source)
         packer = CompressedPacker(loaded.model, source, calibration, loaded.sixteen_bits)
         if kind.heads is None:
             return _Packing(packer=packer, stored=packer.stored)
@@ -332,7 +339,6 @@ def _packing(
             packer=packer, stored=packer.stored, heads=heads, pack_head=packer.pack_head
         )
     from autoquant_ray.export.modelopt import ModelOptPacker
-    from autoquant_ray.export.names import as_stored, require_experts_as_stored
 
     stored = as_stored(loaded.model, source, in_source)
     require_experts_as_stored(loaded.model, source, stored, loaded.ref.weights_folder)

@@ -147,6 +147,32 @@ def _require_names_of_files(
             )
 
 
+def require_names_in_memory(model: Any, source: Layers, in_source: SourceTensors) -> None:
+    """Check that the files of a model name its quantized linears as transformers does in memory.
+
+    The other layout is described by the names in memory, and its tensors have those of the files.
+
+    Args:
+        model: As transformers loaded it, or a skeleton.
+        source: Which layers are quantized, by their names in memory.
+        in_source: The model's own files.
+
+    Raises:
+        FormatError: They have others, by which no reader would find what the config names.
+    """
+    start = f"{model.base_model_prefix}."
+    for name in in_source.files.names:
+        place = in_source.place_of(name)
+        module, _, kind = place.rpartition(".")
+        is_linear = kind == "weight" and module in source.formats and not source.is_experts(module)
+        if is_linear and name.removeprefix(start) != place.removeprefix(start):
+            raise FormatError(
+                f"`format` {COMPRESSED_TENSORS} cannot hold this model: its files have {name}, "
+                f"which transformers calls {module}, and readers look for both; give `format` "
+                f"{MODELOPT}"
+            )
+
+
 class StoredLinear(NamedTuple):
     """A linear of the files, and where it is in memory.
 

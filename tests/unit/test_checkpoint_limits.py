@@ -75,6 +75,29 @@ def test_solve_for_an_engine_leaves_experts_that_files_keep_fused_in_16_bits(
     assert "No checkpoint" not in run("solve", directory.uri, "--bits", 16).stdout
 
 
+def test_solve_for_an_engine_leaves_out_a_layout_whose_names_are_not_those_of_the_files(
+    solved_run: Any, model_folder: Any, tmp_path: Path
+) -> None:
+    """``model.layers`` of Qwen2.5-VL's files is ``model.language_model.layers`` in memory."""
+    folder = model_folder("qwen2_5_vl")
+    formats = ("wfp8_afp8", "wint8_aint8")
+    directory, *_ = solved_run("qwen2_5_vl", {"*": "wfp8_afp8"}, formats, folder=folder)
+    options = SolveOptions(bits=10, engine="vllm", gpu="hopper")
+    # vLLM reads these integers in the other layout alone.
+    earlier = solve_run(directory, options.replaced(allow={"*": ("wint8_aint8", "none")}))
+    with pytest.raises(FormatError, match=r"its files have model\.layers.* give `format` modelopt"):
+        export_run(directory, str(tmp_path / "out"), solution=earlier.name)
+
+    record = directory.read_json("run.json")
+    record["plan"]["checkpoint_limits"] = limits = limits_of(folder)
+    directory.write_json("run.json", record)
+    assert [*limits] == ["compressed-tensors"]
+    solved = solve_run(directory, options)
+    written = export_run(directory, str(tmp_path / "out"), solution=solved.name)
+    assert (written.layout, written.engine) == ("modelopt", "vllm")
+    assert "compressed-tensors" not in limits_of(model_folder("qwen3_vl"))
+
+
 def experts_of(directory: Any, solution: str) -> set[str]:
     """Experts that a solution quantizes."""
     return {name for name in read_source(directory, solution).formats if "experts" in name}
