@@ -90,7 +90,7 @@ class Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # noqa: BLE001 - the edge of the program
-            if (wrong := _wrong_name(error)) is not None:
+            if (wrong := _wrong_place(error)) is not None:
                 self._stop(wrong, EXIT_USAGE)
             self._stop(f"error: {type(error).__name__}: {one_line(error)}", EXIT_FAILED)
 
@@ -128,8 +128,14 @@ class Commands(click.Group):
         raise click.exceptions.Exit(code)
 
 
-def _wrong_name(error: Exception) -> str | None:
-    """The line for a name that no file can have, wherever it was given; None for other errors."""
+def _wrong_place(error: Exception) -> str | None:
+    """The line for a name that no file can have, or a file that this user may not open, wherever it
+    was given; None for other errors."""
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return (
+            f"error: {shown(error.filename)} is not for this user ({error.strerror}); give it the "
+            "permission, or another place"
+        )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"error: the name {shown(error.filename)} is too long for a file; give a shorter one"
     if re.search("embedded null|embedded NUL", str(error), re.IGNORECASE):

@@ -38,7 +38,8 @@ _S3_OPTIONS = ("endpoint_override", "scheme", "region", "tls_ca_file_path")
 _REMEDIES = (
     (("No space left on device", "Disk quota exceeded", "StorageFull"), "free space there"),
     (("File too large",), "raise the limit on the size of files (ulimit -f)"),
-    (("Read-only file system", "Permission denied"), "make it writable"),
+    (("Read-only file system",), "make it writable"),
+    (("Permission denied",), "give this user the permission"),
     (("NO_SUCH_BUCKET", "NoSuchBucket"), "create the bucket, or correct its name"),
     (
         ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "InvalidAccessKey", "SIGNATURE", "TOKEN", "403"),

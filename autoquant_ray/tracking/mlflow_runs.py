@@ -122,7 +122,10 @@ class _MlflowRun:
         experiment = os.environ.get(EXPERIMENT) or _EXPERIMENT
         there = client.get_experiment_by_name(experiment)
         number = client.create_experiment(experiment) if there is None else there.experiment_id
-        runs = client.search_runs([number], f"tags.`{_RUN_ID}` = '{run_id}'", max_results=1)
+        sign = '"' if "'" in run_id else "'"
+        runs = client.search_runs(
+            [number], f"tags.`{_RUN_ID}` = {sign}{run_id}{sign}", max_results=1
+        )
         tags = {_RUN_ID: run_id}
         run = runs[0] if runs else client.create_run(number, run_name=name, tags=tags)
         self._id: str = run.info.run_id

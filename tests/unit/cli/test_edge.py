@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +159,20 @@ def test_remedy_of_a_long_value_is_whole(scan: Any, tmp_path: Path) -> None:
 def test_long_message_loses_its_middle(text: str, expected: str) -> None:
     assert fitted(text, 40) == expected
     assert len(fitted(text, 40)) <= 40
+
+
+def test_file_that_this_user_may_not_open_is_named(tmp_path: Path) -> None:
+    """Root may open all, unless its process gave that up."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model").chmod(0)
+    words = [sys.executable, "-m", "autoquant_ray", "plan", str(tmp_path / "model")]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("setpriv is not installed")
+        rights = "-dac_override,-dac_read_search"
+        words = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", *words]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    (tmp_path / "model").chmod(0o755)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "model/config.json' is not for this user (Permission denied); give it" in done.stderr

@@ -96,6 +96,17 @@ def test_resumed_scan_goes_on_with_its_run(
     assert len(runs_of(store)) == len(runs_of(store, "nights")) == 1
 
 
+def test_run_whose_name_holds_a_quote_is_logged_once(store: Any, tmp_path: Path) -> None:
+    """The id of a run begins with the name of its folder."""
+    run = put_scored_run(tmp_path / "it's mine", num_layers=1, run_id="it's mine-2026")
+    solve_run(run, SolveOptions(bits=6.0), folder="")
+    for _ in range(2):
+        with tracked(run, record_of(run)):
+            pass
+    (logged,) = runs_of(store)
+    assert (logged.info.status, logged.info.run_name) == ("FINISHED", "it's mine")
+
+
 def test_measurements_and_nights_are_added_by_the_names_of_columns(
     store: Any, run: RunDirectory
 ) -> None:
