@@ -23,7 +23,9 @@ from autoquant_ray.evaluate.table import Measured, evaluation_rows
 from autoquant_ray.evaluate.tasks.suite import Suite, load_suite
 from autoquant_ray.evaluate.tasks.table import task_rows
 from autoquant_ray.formats.format import NONE
+from autoquant_ray.notebook import lines_html, table_html
 from autoquant_ray.report import write_reports
+from autoquant_ray.report.measured import HEADS, measured_sections
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import (
     AUDIT_FILE,
@@ -34,9 +36,10 @@ from autoquant_ray.runs.names import (
 )
 from autoquant_ray.runs.state import RunState
 from autoquant_ray.tracking.mlflow_runs import log_measurements
+from autoquant_ray.wording import with_error
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
     """A finished evaluation.
 
@@ -61,6 +64,20 @@ class Evaluation:
         audit = {} if self.audit is None else {"audit": self.audit.to_json()}
         tasks = {"tasks": self.tasks} if self.tasks else {}
         return {"rows": self.rows, "paths": self.paths} | audit | tasks
+
+    def __repr__(self) -> str:
+        """The solution's measured loss; rows of many columns would hide it."""
+        first = self.rows[0]
+        loss = with_error(first["kl_mean"], first["kl_stderr"])
+        return (
+            f"Evaluation(measured KL {loss}, predicted {first['predicted_kl']:.4g}, "
+            f"{len(self.rows)} allocations on {first['dataset']!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        first = self.rows[0]
+        (section,) = measured_sections(self.rows, first["solution"], first["allocation"])
+        return lines_html([section.title, section.verdict]) + table_html(HEADS, section.rows)
 
 
 def evaluate_run(config: EvaluationConfig) -> Evaluation:

@@ -12,11 +12,14 @@ from typing import Any
 
 import pandas
 import pytest
+from scored_run import evaluation_row
 
 import autoquant_ray
 from autoquant_ray import Run
 from autoquant_ray.allocate.options import SolveOptions
 from autoquant_ray.errors import ConfigError, InfeasibleBudgetError, StoreError
+from autoquant_ray.evaluate.evaluate import Evaluation
+from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.solve import solve_run
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "python-api.md"
@@ -174,6 +177,27 @@ def test_python_shows_solutions_and_comparisons_on_one_line(solved: Run) -> None
     bits, kl = solution.summary["effective_bits"], solution.summary["predicted_kl_nats"]
     assert repr(solution).startswith(f"Solution('bits-6.00', {bits:.4f} bits, ")
     assert repr(solution).endswith(f"predicted KL {kl:.4g})")
+
+
+def test_python_shows_explanations_and_evaluations_on_one_line(solved: Run) -> None:
+    group = solved.plan.column("group")[0].as_py()
+    explanation = solved.explain(group)
+    number = len(explanation.formats)
+    shown = f"Explanation({group!r}, {explanation.chosen}, of {number} formats)"
+    assert repr(explanation) == shown
+    assert re.fullmatch(r"Explanation\('lm_head', none, .+\)", repr(solved.explain("lm_head")))
+    changes = {"dataset": EVIL, "kl_mean": 0.25, "kl_stderr": 0.01, "predicted_kl": 0.125}
+    row = evaluation_row(RunDirectory(solved.path), **changes)
+    rows = [row, row | {"name": "uniform wint8_aint8", "kl_mean": 0.5}]
+    evaluation = Evaluation(rows=rows, left_out={}, paths={}, grave=[])
+    assert repr(evaluation) == (
+        f"Evaluation(measured KL 0.25 ± 0.01, predicted 0.125, 2 allocations on {EVIL!r})"
+    )
+    page = evaluation._repr_html_()
+    assert page.count("<tr>") == 3
+    assert "<td>uniform wint8_aint8</td>" in page
+    assert EVIL not in page
+    assert escape(EVIL) in page
 
 
 def test_frontier_is_a_list_that_a_notebook_shows_as_a_table(solved: Run) -> None:

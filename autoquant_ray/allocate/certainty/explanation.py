@@ -212,7 +212,7 @@ class Alternative:
         return vars(self) | {"flip": self.flip.to_json(), "shards": shards}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Explanation:
     """What a run's files say about one group of one solution.
 
@@ -270,6 +270,11 @@ class Explanation:
         formats = [alternative.to_json() for alternative in self.formats]
         values = vars(self) | {"without_shard": without, "formats": formats}
         return {"is_searched": self.is_searched, **values}
+
+    def __repr__(self) -> str:
+        """Group and format; shards and other formats of a group would hide them."""
+        why = f"of {len(self.formats)} formats" if self.reason is None else self.reason
+        return f"Explanation({self.group!r}, {self.chosen}, {why})"
 
     def _repr_html_(self) -> str:
         return explanation_html(self)
