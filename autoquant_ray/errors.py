@@ -102,6 +102,18 @@ class Interrupted(KeyboardInterrupt):
     """The program was asked to stop and stopped in order; the message says what is kept."""
 
 
+def not_finite(what: str) -> NonFiniteError:
+    """The error for numbers that overflowed, or were none to begin with.
+
+    Args:
+        what: Which, with their value.
+    """
+    return NonFiniteError(
+        f"{what}; look for NaN and infinite weights in the model's files, or compute in another "
+        "type (`dtype` float32)"
+    )
+
+
 def changed_input(name: str, label: str | None = None) -> WorkerError:
     """The error for a model that adds to a module's input in place, so that it is lost.
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from autoquant_ray.calibrate.input_rows import InputRows
-from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.errors import not_finite
 from autoquant_ray.formats.format import Format, attributes_key
 from autoquant_ray.formats.smoothed import needs_search, takes_factors
 from autoquant_ray.plan.scored_modules import ScoredModule
@@ -111,7 +111,7 @@ class ScaleSearch:
         """
         for (module, format_, alpha), loss in self._losses.items():
             if not math.isfinite(loss):
-                raise NonFiniteError(f"the error of {module} under {format_}, {alpha=}, is {loss}")
+                raise not_finite(f"the error of {module} under {format_}, {alpha=}, is {loss}")
         return self._losses
 
     def _hook(self, name: str) -> Callable[..., None]:

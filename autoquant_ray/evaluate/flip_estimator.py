@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from autoquant_ray.data.samples import Samples, num_predicted
-from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.errors import not_finite
 from autoquant_ray.formats.format import Format
 from autoquant_ray.plan.memory import room_for_visit
 from autoquant_ray.plan.scored_modules import ScoredModule
@@ -142,7 +142,7 @@ class FlipEstimator:
             kl = math.fsum(self._visit(visit, choice) for visit in visits)
         sums = self._hooks.sums()
         if not (np.isfinite(sums.slope_GF).all() and np.isfinite(sums.curvature_GF).all()):
-            raise NonFiniteError("a gradient or an output difference is NaN or infinite")
+            raise not_finite("a gradient or an output difference is NaN or infinite")
         return ShardFlips(sums=sums, kl=kl, num_tokens=sum(map(num_predicted, samples)))
 
     def _visit(self, visit: Sequence[_StepSamples], choice: FormatNumbers) -> float:

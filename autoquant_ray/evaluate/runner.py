@@ -22,7 +22,7 @@ import torch
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.data.samples import Samples, num_predicted
-from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.errors import not_finite
 from autoquant_ray.evaluate.divergence import TokenDivergence, compare
 from autoquant_ray.evaluate.flip_estimator import FlipEstimator, ShardFlips
 from autoquant_ray.evaluate.tasks.responder import Responder
@@ -189,7 +189,7 @@ class AllocationRunner:
                 _next_tokens(steps[number]).to(rows_N.device)[rows_N],
             )
             if not loss_N.isfinite().all():
-                raise NonFiniteError("a prediction of the unquantized model is NaN or infinite")
+                raise not_finite("a prediction of the unquantized model is NaN or infinite")
             lengths = [num_predicted(sample) for sample in step_samples]
             for position, sample_loss_n in zip(chosen, loss_N.split(lengths), strict=True):
                 reference[position] = sample_loss_n.numpy()

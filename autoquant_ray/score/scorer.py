@@ -23,7 +23,7 @@ from autoquant_ray.calibrate.portions import Block, collector_of
 from autoquant_ray.calibrate.scale_search import ScaleSearch
 from autoquant_ray.data.samples import Samples, num_predicted
 from autoquant_ray.distributed.scoring import LayerFit, ScoringSpec, ShardScores
-from autoquant_ray.errors import NonFiniteError
+from autoquant_ray.errors import not_finite
 from autoquant_ray.formats.integer_pairs import multiplies_integers
 from autoquant_ray.plan.memory import room_for_visit
 from autoquant_ray.quantize.awq import Losses
@@ -171,7 +171,7 @@ class Scorer:
         calibration = self._maxima.calibration()
         for (module, name), value in calibration.maxima().items():
             if not np.isfinite(value):
-                raise NonFiniteError(f"{name} of {module} is {value}")
+                raise not_finite(f"{name} of {module} is {value}")
         return calibration
 
     def search(self, samples: Samples, calibration: Calibration) -> Losses:
@@ -277,7 +277,7 @@ class Scorer:
                     loss += step_loss
         sums = self._hooks.sums()
         if not all(np.isfinite(sums_GF).all() for sums_GF in sums.of_estimators()):
-            raise NonFiniteError("a gradient or an output difference is NaN or infinite")
+            raise not_finite("a gradient or an output difference is NaN or infinite")
         return ShardScores(
             sums=sums,
             num_tokens=sum(map(num_predicted, samples)),
@@ -363,7 +363,7 @@ class Scorer:
         gradients_NH, summed = self._loss.gradients(hidden_TH[rows_N], targets_N, uniforms_KN)
         loss = float(summed)
         if not np.isfinite(loss):
-            raise NonFiniteError(f"the loss is {loss}")
+            raise not_finite(f"the loss is {loss}")
         gradients = []
         for gradient_NH in gradients_NH:
             gradient_TH = torch.zeros_like(hidden_TH)

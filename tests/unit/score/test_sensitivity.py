@@ -174,7 +174,7 @@ def test_score_nan_gradient_is_an_error(make_scorer: Any, make_samples: Any) -> 
     model = prepared.model
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError):
+    with pytest.raises(NonFiniteError, match=r"is nan; look for NaN .* \(`dtype` float32\)"):
         prepared.scorer.score(make_samples([8]), 0, Calibration())
 
 
