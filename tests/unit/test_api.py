@@ -78,7 +78,7 @@ def test_options_of_the_wrong_kind_are_named(
 
 def test_wrong_options_of_solving_are_refused(solved: Run) -> None:
     assert solved.solve(bits="6").formats == solved.solve(bits=6).formats
-    with pytest.raises(ConfigError, match="0 points"):
+    with pytest.raises(ConfigError, match="`points` 0: give a number from 2"):
         solved.frontier(0)
     with pytest.raises(ConfigError, match="lots"):
         solved.solve(bytes="lots")
