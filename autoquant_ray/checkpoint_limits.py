@@ -8,7 +8,7 @@ transformers changes on loading.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,14 +107,36 @@ def checkpoint_limits(plan: Plan, ref: ModelRef) -> Limits:
         return Limits(whole={}, kept={}, groups=groups, gguf=gguf)
     all_layers = _layers(plan, menu[0])
     whole = _whole(plan, all_layers, ref)
-    experts = [name for name in all_layers.formats if all_layers.is_experts(name)]
     kept: dict[str, list[str]] = {}
-    if whole and experts:
-        others = {n: f for n, f in all_layers.formats.items() if n not in set(experts)}
-        still = _whole(plan, replace(all_layers, formats=others), ref)
-        names = list(dict.fromkeys(all_layers.groups[name] for name in experts))
-        kept = {layout: names for layout in whole if layout not in still}
+    for layout, modules in _keepable(all_layers, whole, ref):
+        if layout not in kept and layout not in _whole(plan, _without(all_layers, modules), ref):
+            kept[layout] = list(dict.fromkeys(all_layers.groups[name] for name in modules))
     return Limits(whole=whole, kept=kept, groups=groups, gguf=gguf)
+
+
+def _keepable(
+    layers: Layers, whole: Collection[str], ref: ModelRef
+) -> Iterator[tuple[str, list[str]]]:
+    """Layouts that do not hold a model, each with modules without which they may: few first."""
+    from autoquant_ray.export.carried import SourceTensors
+    from autoquant_ray.export.names import misnamed_linears
+    from autoquant_ray.models.load import build_skeleton
+
+    experts = [name for name in layers.formats if layers.is_experts(name)]
+    if experts:
+        yield from ((layout, experts) for layout in whole)
+    if COMPRESSED_TENSORS not in whole or ref.gguf_file is not None:
+        return
+    model = build_skeleton(ref)
+    misnamed = [*misnamed_linears(model, layers, SourceTensors.of(model, ref))]
+    if misnamed:
+        yield from ((COMPRESSED_TENSORS, names) for names in (misnamed, [*misnamed, *experts]))
+
+
+def _without(layers: Layers, modules: Sequence[str]) -> Layers:
+    """The same with some modules in 16 bits."""
+    formats = {n: f for n, f in layers.formats.items() if n not in set(modules)}
+    return replace(layers, formats=formats)
 
 
 def _layers(plan: Plan, format_: Format) -> Layers:

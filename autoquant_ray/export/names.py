@@ -147,30 +147,43 @@ def _require_names_of_files(
             )
 
 
-def require_names_in_memory(model: Any, source: Layers, in_source: SourceTensors) -> None:
-    """Check that the files of a model name its quantized linears as transformers does in memory.
-
-    The other layout is described by the names in memory, and its tensors have those of the files.
+def misnamed_linears(model: Any, source: Layers, in_source: SourceTensors) -> dict[str, str]:
+    """Quantized linear, by its name in memory -> that of its weight in the files, where the two
+    differ.
 
     Args:
         model: As transformers loaded it, or a skeleton.
-        source: Which layers are quantized, by their names in memory.
+        source: Which layers are quantized.
         in_source: The model's own files.
-
-    Raises:
-        FormatError: They have others, by which no reader would find what the config names.
     """
     start = f"{model.base_model_prefix}."
+    misnamed = {}
     for name in in_source.files.names:
         place = in_source.place_of(name)
         module, _, kind = place.rpartition(".")
         is_linear = kind == "weight" and module in source.formats and not source.is_experts(module)
         if is_linear and name.removeprefix(start) != place.removeprefix(start):
-            raise FormatError(
-                f"`format` {COMPRESSED_TENSORS} cannot hold this model: its files have {name}, "
-                f"which transformers calls {module}, and readers look for both; give `format` "
-                f"{MODELOPT}"
-            )
+            misnamed[module] = name
+    return misnamed
+
+
+def require_names_in_memory(model: Any, source: Layers, in_source: SourceTensors) -> None:
+    """Check that the files of a model name its quantized linears as transformers does in memory.
+
+    The other layout is described by the names in memory, and its tensors have those of the files.
+
+    Raises:
+        FormatError: They have others, by which no reader would find what the config names.
+    """
+    misnamed = misnamed_linears(model, source, in_source)
+    if misnamed:
+        module, name = next(iter(misnamed.items()))
+        more = f" and {len(misnamed) - 1} more" if len(misnamed) > 1 else ""
+        raise FormatError(
+            f"`format` {COMPRESSED_TENSORS} cannot hold layers that the model's own files name "
+            f"otherwise than transformers ({name} is {module}{more}), since readers look for both; "
+            f"leave them in 16 bits, or give `format` {MODELOPT}"
+        )
 
 
 class StoredLinear(NamedTuple):

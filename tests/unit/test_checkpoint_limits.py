@@ -85,13 +85,15 @@ def test_solve_for_an_engine_leaves_out_a_layout_whose_names_are_not_those_of_th
     options = SolveOptions(bits=10, engine="vllm", gpu="hopper")
     # vLLM reads these integers in the other layout alone.
     earlier = solve_run(directory, options.replaced(allow={"*": ("wint8_aint8", "none")}))
-    with pytest.raises(FormatError, match=r"its files have model\.layers.* give `format` modelopt"):
+    with pytest.raises(FormatError, match=r"\(model\.layers.* is model\.language_model\.layers"):
         export_run(directory, str(tmp_path / "out"), solution=earlier.name)
 
     record = directory.read_json("run.json")
     record["plan"]["checkpoint_limits"] = limits = limits_of(folder)
     directory.write_json("run.json", record)
     assert [*limits] == ["compressed-tensors"]
+    assert "model.language_model.layers.1.mlp.down_proj" in limits["compressed-tensors"]["groups"]
+    assert "lm_head" not in limits["compressed-tensors"]["groups"], "it has its name in the files"
     solved = solve_run(directory, options)
     written = export_run(directory, str(tmp_path / "out"), solution=solved.name)
     assert (written.layout, written.engine) == ("modelopt", "vllm")
