@@ -163,7 +163,8 @@ def split_shards(num_shards: int) -> tuple[list[int], list[int], list[int]]:
     if num_shards < 3:
         raise DataError(
             "refining and auditing need at least three shards of data: for the search, the race "
-            f"and the result; this data makes {num_shards}; give more with `samples` or `data`"
+            f"and the result; this data makes {num_shards}; give more with `samples` or `data`, or "
+            "scan with a larger `hold_out`"
         )
     quarter = max(1, num_shards // 4)
     shards = list(range(num_shards))

@@ -247,6 +247,12 @@ def build_plan(
         raise ConfigError("every layer is disabled; nothing is left to search")
     if not any(group.num_stored for group in plan.searched):
         raise nothing_stored([group.name for group in plan.searched if group.is_tied])
+    if apart and not plan.single_experts:
+        reason = next(g.reason for g in plan.groups if expert_place(g.name) is not None)
+        raise ConfigError(
+            f"`expert_groups`: no routed expert is searched ({reason}); leave it out, or let "
+            "experts take a format such as wint4_afp16"
+        )
     return plan
 
 

@@ -219,6 +219,11 @@ def test_mixed_experts_run_as_modelopt_quantizes_them(apart: Apart) -> None:
         ("GPT-OSS", FORMATS, "quantized by ModelOpt as one tensor"),
         ("Qwen3-MoE", ("wfp8_afp8",), "and wfp8_afp8 quantizes them; add one such as wint4_afp16"),
         ("Qwen3-MoE", ("wfp8_afp8", "kv_fp8"), "and wfp8_afp8 quantizes them; add one"),
+        (
+            "Qwen3-MoE",
+            ("wint4_g32_afp16:awq", "wint8_aint8"),
+            r"no routed expert is searched \(takes no format of the menu\); leave it out",
+        ),
     ],
 )
 def test_experts_that_cannot_be_apart_are_refused(
@@ -227,6 +232,20 @@ def test_experts_that_cannot_be_apart_are_refused(
     with pytest.raises(ConfigError, match=said):
         build_plan(
             family_model(family), resolve_formats(formats, device="cpu"), expert_groups="expert"
+        )
+
+
+def test_experts_that_are_all_disabled_cannot_be_apart() -> None:
+    """The scan would find no scores of single experts, and ask for a scan as it is."""
+    disable = ("*.mlp.experts",)
+    with pytest.raises(
+        ConfigError, match=r"searched \(disabled by '\*.mlp.experts'\); leave it out"
+    ):
+        build_plan(
+            family_model("Qwen3-MoE"),
+            resolve_formats(FORMATS, device="cpu"),
+            disable,
+            expert_groups="expert",
         )
 
 
