@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.sources import data_name, sources_of
@@ -25,9 +28,12 @@ from autoquant_ray.models.find import (
 from autoquant_ray.models.tokenizer import TokenizerRef
 from autoquant_ray.runs.directory import RunDirectory
 from autoquant_ray.runs.names import SAMPLES, SHAPLEY, part_name
+from autoquant_ray.runs.parts import Parts
 from autoquant_ray.runs.state import RunState, numeric_versions
 from autoquant_ray.stages import samples as samples_stage
 from autoquant_ray.stages.sources import Skip
+
+logger = logging.getLogger(__name__)
 
 _FEW_SHARDS = 4
 """Fewer make smaller ones, so that refine and an audit can divide the data."""
@@ -241,6 +247,8 @@ def held_out_samples(
         facts = {**read, "name": data_name(scan.data), "source": source, "skipped": skip}
         if "num_loss_tokens" in facts:
             facts["chat_fingerprint"] = chats
+        if not skip:  # other data, as far as files tell
+            facts["num_calibrated"] = _num_calibrated(directory, folder)
         directory.write_json(marker, facts)
     stored: dict[str, Any] = directory.read_json(marker)
     if stored.get("chat_fingerprint", chats) != chats:
@@ -248,7 +256,34 @@ def held_out_samples(
             f"the model's chat template or processor changed since {directory.path(folder)} was "
             "made; restore it, or delete that folder"
         )
+    if num_calibrated := stored.get("num_calibrated"):
+        logger.warning(
+            "%d of %d samples of %s are among those that the scan calibrated on, token for token, "
+            "so they show too little loss; give other data with `data`",
+            *(num_calibrated, stored["num_samples"], stored["name"]),
+        )
     return stored
+
+
+def _num_calibrated(directory: RunDirectory, folder: str) -> int:
+    """How many samples below an evaluation's folder are samples of the scan; of text alone."""
+    scanned: set[bytes] = set()
+    with suppress(StoreError):  # a measurement does not need them
+        scanned.update(d for table in _parts(directory, SAMPLES) for d in _digests(table))
+    measured = (_digests(table) for table in _parts(directory, f"{folder}/{SAMPLES}"))
+    return sum(digest in scanned for digests in measured for digest in digests)
+
+
+def _parts(directory: RunDirectory, folder: str) -> Parts:
+    return Parts(directory, folder, directory.list_parts(folder))
+
+
+def _digests(table: pa.Table) -> Iterator[bytes]:
+    """Of the tokens of each sample that is text alone."""
+    for tokens, tensors in zip(table.column("tokens"), table.column("tensors"), strict=True):
+        if not tensors.as_py():
+            content = tokens.values.to_numpy().tobytes()
+            yield hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _write_shards(

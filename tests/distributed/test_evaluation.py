@@ -233,6 +233,14 @@ def test_calibration_text_is_never_measured_as_unseen(
     assert "--seq-len and the form of --data must be" in refusal(
         run_command("evaluate", run, "--pack", "true")
     )
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(text_file.read_bytes())
+    for said in ("", "again"):  # the samples are written once
+        done = run_command("evaluate", run, "--data", copy, "--against", "none")
+        assert done.returncode == 0, done.stderr
+        count = NUM_CALIBRATION
+        expected = f"{count} of {count} samples of {copy} are among those that the scan"
+        assert expected in done.stderr, said
 
 
 def test_refined_allocation_is_measured_on_what_chose_nothing(
