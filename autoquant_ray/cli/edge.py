@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -90,6 +91,8 @@ class Commands(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # noqa: BLE001 - the edge of the program
+            if isinstance(error, BrokenPipeError) and _drop_stdout():
+                raise click.exceptions.Exit(EXIT_FAILED) from None
             if (wrong := _wrong_place(error)) is not None:
                 self._stop(wrong, EXIT_USAGE)
             self._stop(f"error: {type(error).__name__}: {one_line(error)}", EXIT_FAILED)
@@ -126,6 +129,20 @@ class Commands(click.Group):
         line = printable(" ".join(line.splitlines()))
         click.echo(fitted(line, _LONGEST), err=True)
         raise click.exceptions.Exit(code)
+
+
+def _drop_stdout() -> bool:
+    """Whether whoever read stdout has closed it, as ``head`` does; then nothing more goes there."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    is_closed = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return is_closed
 
 
 def _wrong_place(error: Exception) -> str | None:

@@ -176,3 +176,14 @@ def test_file_that_this_user_may_not_open_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "model/config.json' is not for this user (Permission denied); give it" in done.stderr
+
+
+@pytest.mark.parametrize("words", [("solve", "--help"), ("--help",), ("--version",)])
+def test_reader_that_has_seen_enough_is_no_error(words: tuple[str, ...]) -> None:
+    """As in ``autoquant-ray solve --help | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "autoquant_ray", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
