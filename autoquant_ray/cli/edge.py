@@ -47,6 +47,9 @@ _PIPED_WIDTH = 80
 _NAME = "autoquant-ray"
 """The program in files, which are read elsewhere too."""
 
+_PACKAGE = "autoquant_ray"
+"""Under whose name our own messages are logged."""
+
 _PROGRAM = object()
 """Marks the context of a command line that is a whole process."""
 
@@ -300,7 +303,7 @@ def option_names(command: click.Command) -> set[str]:
 
 
 class _FlagFormatter(logging.Formatter):
-    """Log lines in the words of the command line."""
+    """Log lines; our own in the words of the command line."""
 
     def __init__(self, context: click.Context | None) -> None:
         super().__init__("%(message)s")
@@ -308,8 +311,10 @@ class _FlagFormatter(logging.Formatter):
         self._names = set() if context is None else option_names(context.find_root().command)
 
     def format(self, record: logging.LogRecord) -> str:
-        text = as_flags(super().format(record), self._names)
-        return printable(as_started(text, self._context))
+        text = super().format(record)
+        if record.name.partition(".")[0] == _PACKAGE:
+            text = as_started(as_flags(text, self._names), self._context)
+        return printable(text)
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -317,7 +322,7 @@ def set_up_logging(verbose: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_FlagFormatter(click.get_current_context(silent=True)))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("autoquant_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger(_PACKAGE).setLevel(logging.DEBUG if verbose else logging.INFO)
     if verbose:
         logging.getLogger().setLevel(logging.DEBUG)
     else:

@@ -20,6 +20,8 @@ _PATTERN = "re:"
 _GROUPS = {"tensor": 0, "channel": -1}
 _NVFP4_GROUP, _NVFP4_STRATEGY = 16, "tensor_group"
 _MX_SCALES = "uint8"
+_KINDS = ("int", "float")
+"""Numbers of a group."""
 
 
 def compressed_entries(
@@ -52,7 +54,10 @@ def compressed_entries(
         entry = _entry(path, name, group)
         for target in group["targets"]:
             entries |= dict.fromkeys(_matching(path, target, layers), entry)
-    for target in content.get("ignore") or ():
+    ignored = content.get("ignore") or []
+    if not isinstance(ignored, list):
+        raise DataError(f"{path}: ignore {shown(ignored)} is no list; make it one")
+    for target in ignored:
         entries |= dict.fromkeys(_matching(path, target, layers, is_needed=False))
     return entries
 
@@ -95,14 +100,15 @@ def _entry(path: str, name: str, group: Mapping[str, Any]) -> Mapping[str, Any] 
     place = f"{path}: config_groups {shown(name)}"
     entry = {
         "bits": _bits(place, "weights", weights),
-        "data_type": _data_type(weights),
+        "data_type": _data_type(place, weights),
         "group_size": _group_size(weights),
         "act_bits": 16,
     }
     if inputs is None:
         return entry
-    return with_inputs(entry, _data_type(inputs)) | {
-        "act_bits": _bits(place, "input_activations", inputs),
+    act_bits = _bits(place, "input_activations", inputs)
+    return with_inputs(entry, _data_type(place, inputs)) | {
+        "act_bits": act_bits,
         "act_dynamic": inputs.get("dynamic") is True,
     }
 
@@ -119,8 +125,11 @@ def _bits(place: str, part: str, numbers: Any) -> int:
     return bits
 
 
-def _data_type(numbers: Mapping[str, Any]) -> str:
-    if numbers.get("type", "int") == "int":
+def _data_type(place: str, numbers: Mapping[str, Any]) -> str:
+    kind = numbers.get("type", "int")
+    if kind not in _KINDS:
+        raise DataError(f"{place}: type {shown(kind)} is unknown; known: {', '.join(_KINDS)}")
+    if kind == "int":
         return "int"
     if numbers.get("strategy") == _NVFP4_STRATEGY or numbers.get("group_size") == _NVFP4_GROUP:
         return "nv_fp"

@@ -49,14 +49,22 @@ def read_json(path: str) -> Any:
     """The content of a tool's file.
 
     Raises:
-        DataError: Missing, or not JSON.
+        DataError: Missing, or not JSON, or a layer is there twice.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON: {one_line(error)}") from None
+
+
+def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, whose names JSON lets stand twice."""
+    names = Counter(name for name, _ in pairs)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{few(twice, _MAX_NAMED)} is there twice; keep one")
+    return dict(pairs)
 
 
 def sensitivities(

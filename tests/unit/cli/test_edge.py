@@ -49,6 +49,27 @@ def test_result_is_printed_for_people_or_as_json(flags: list[str], stdout: str) 
     assert result.exit_code == 3
 
 
+def test_log_lines_of_others_keep_their_words() -> None:
+    """transformers says ``dtype`` of an argument in Python, and a command has such a flag."""
+    text = "give `dtype`, or start again: autoquant-ray greet"
+
+    @click.group()
+    def program() -> None:
+        """Has the flag."""
+
+    @program.command()
+    @click.option("--dtype")
+    @prints_result
+    def greet_us(dtype: str | None) -> Result:
+        for name in ("transformers.loading", "autoquant_ray.models"):
+            logging.getLogger(name).warning(text)
+        return Result(json=dict, show=lambda: None)
+
+    theirs, ours = CliRunner().invoke(program, ["greet-us"]).stderr.splitlines()
+    assert theirs == text
+    assert ours == text.replace("`dtype`", "--dtype")
+
+
 def test_numbers_that_are_not_finite_are_null_in_json() -> None:
     """A broken allocation loses infinitely much; other programs read no ``Infinity``."""
     values = {"rows": [{"kl": math.inf, "p": -math.inf}, (math.nan, 1.5)], "text": "NaN", "n": 3}

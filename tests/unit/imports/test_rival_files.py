@@ -190,9 +190,17 @@ def test_what_has_no_counterpart_is_refused_by_name(run: RunDirectory) -> None:
     )
     assert "'re:(' is no regular expression" in refused(run, changed(group, targets=["re:("]))
     assert "has no list of targets" in refused(run, changed(group, targets="Linear"))
+    assert "input_activations 'x' have no num_bits" in refused(
+        run, changed(group, input_activations="x")
+    )
+    assert "type 'nf4' is unknown; known: int, float" in refused(
+        run, changed(group["weights"], type="nf4")
+    )
     assert "kv_cache_scheme {'num_bits': 8} has no counterpart" in refused(
         run, changed(content, kv_cache_scheme={"num_bits": 8})
     )
+    for ignore in ("lm_head", 7):
+        assert f"ignore {ignore!r} is no list" in refused(run, changed(content, ignore=ignore))
     assert "config_groups {} has no groups" in refused(run, changed(content, config_groups={}))
 
 

@@ -216,6 +216,7 @@ def test_import_replaces_nothing_of_the_run(run: RunDirectory, tmp_path: Path) -
         ({"bits": 5, "group_size": 64}, "no format of the run has that (it could take wint4_afp16"),
         ({"bits": 4, "lm_head": 3}, "'lm_head': 3 is neither true, false nor parameters"),
         ("3", "is neither AutoRound's layer_config nor mlx-lm's"),
+        ('{"lm_head": {"bits": 4}, "lm_head": {"bits": 8}}', "lm_head is there twice; keep one"),
         ('[["lm_head", NaN]]', "is not a layer's name and its sensitivity"),
         (
             {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
