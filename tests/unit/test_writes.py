@@ -36,6 +36,7 @@ STREAM = "no file: the terminal, a stream, or a function of that name which writ
 
 WRITES: dict[str, dict[str, str]] = {
     "allocate/frontier.py": {"directory.write_table": RUN},
+    "cli/edge.py": {"os.open": "the null device"},
     "cli/export.py": {
         "path.parent.mkdir": "the folder of a recipe, there or not",
         "part.write_text": PART,
