@@ -140,11 +140,9 @@ class SourceTensors:
     def wider_bytes(self, folder: Path) -> int:
         """Bytes of a written folder beyond 16 bits: of what stays in float32, but for what is
         carried, which is counted so."""
-        stored = StoredTensors.of(folder)
-        kept = [
-            n for n, dtype in stored.dtypes.items() if dtype == "F32" and n in self.files.headers
-        ]
-        return sum(stored.nbytes[name] // 2 for name in kept if name not in self.carried)
+        stored, counted = StoredTensors.of(folder), set(self.files.names) - self.carried.keys()
+        kept = [name for name in counted if stored.dtypes.get(name) == "F32"]
+        return sum(stored.nbytes[name] // 2 for name in kept)
 
     def require_all_in(self, folder: Path) -> None:
         """Check that nothing of the model's own files is missing from a written folder.

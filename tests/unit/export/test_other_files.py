@@ -69,20 +69,21 @@ def test_export_of_a_quantized_model_describes_the_new_weights_alone(
     (folder / "generation_config.json").unlink()
     directory, _, _ = solved_run("llama", CHOICE, FORMATS, folder=folder)
     out = tmp_path / "out"
-    export_run(directory, str(out))
+    written = export_run(directory, str(out))
+    assert written.wider_bytes == 0, "scales are no weights that stay in float32"
     for name in ("config.json", "hf_quant_config.json"):
         assert "W8A8_SQ_PER_CHANNEL" in (out / name).read_text()
         assert '"FP8"' not in (out / name).read_text()
     assert not (out / "generation_config.json").exists()
-    source, written = (
+    source, again = (
         load_model(find_model(str(path)), dtype="float32", device="cpu").state_dict()
         for path in (folder, out)
     )
     for name, weight in source.items():
         if "mlp" not in name:
-            assert torch.equal(written[name], weight.bfloat16().float()), name
+            assert torch.equal(again[name], weight.bfloat16().float()), name
         else:
-            assert (written[name] - weight).norm() < 0.01 * weight.norm(), name
+            assert (again[name] - weight).norm() < 0.01 * weight.norm(), name
     assert "model.layers.0.mlp.up_proj.input_scale" in load_folder(out)
 
 
