@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from autoquant_ray.config.files import problems_of, read_yaml
+from autoquant_ray.config.files import places_in, problems_of, read_yaml
 from autoquant_ray.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "hardware"
@@ -142,5 +142,5 @@ def load_hardware(named: str, option: str = "latency") -> Hardware:
         return Hardware.model_validate(read_yaml(path))
     except ValidationError as error:
         keys = [*Hardware.model_fields, "value", "source"]
-        line = problems_of(error, lambda name, _: f"hardware file {path}: {name}", keys)
-        raise ConfigError(line) from None
+        place = places_in(f"hardware file {path}")
+        raise ConfigError(problems_of(error, place, keys)) from None

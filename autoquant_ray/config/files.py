@@ -156,6 +156,16 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     return total
 
 
+def places_in(file: str) -> Callable[[str, str], str]:
+    """What :func:`problems_of` takes for the keys of a file, which is named before the first.
+
+    Args:
+        file: As messages call it.
+    """
+    starts = iter((f"{file}: ",))
+    return lambda name, _: f"{next(starts, '')}{name}"
+
+
 def problems_of(
     error: ValidationError,
     place: Callable[[str, str], str],

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from autoquant_ray.config.files import problems_of, read_yaml
+from autoquant_ray.config.files import places_in, problems_of, read_yaml
 from autoquant_ray.config.scan import ScanConfig
 from autoquant_ray.config.values import is_variable, parse_bytes
 from autoquant_ray.errors import ConfigError
@@ -242,7 +242,7 @@ def _one_line(path: str, keys: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        line = problems_of(error, lambda name, _root: f"{path}: {name}", keys)
+        line = problems_of(error, places_in(path), keys)
         raise ConfigError(line if line.startswith(path) else f"{path}: {line}") from None
 
 

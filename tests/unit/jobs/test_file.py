@@ -215,3 +215,12 @@ def test_key_given_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'bits' is given twice") as refused:
         read_yaml(str(file))
     assert "\n" not in str(refused.value)
+
+
+def test_all_that_is_wrong_is_said_with_the_file_once(job_file: Any) -> None:
+    """However long its path is."""
+    wrong = {"samples": -1, "seq_len": "many", "seed": -3}
+    path = job_file(SCAN | wrong)
+    line = one_line(run("run", path))
+    assert line.count(str(path)) == 1
+    assert all(f"{name}: Input should be" in line for name in wrong)
