@@ -196,7 +196,7 @@ def _auto_round(
         for name in _matching(path, key, modules):
             entries[name] = default | entry
     for part in _not_converted(path, content):
-        entries |= {name: None for name in modules if str(part) in name}
+        entries |= {name: None for name in modules if f".{part}." in f".{name}."}
     entries = {
         name: None if entry is None or entry.get("bits", 16) >= 16 else entry
         for name, entry in entries.items()
