@@ -90,26 +90,29 @@ def read_calibration(
 ) -> Calibration:
     """Merged calibration of a run: maxima, channels, the best of AWQ's candidates, fitted weights.
 
+    What is not there yet, or cut, is left out: a later stage makes it. :func:`missing_files` says
+    what lacks.
+
     Args:
         directory: The run.
         formats: Its menu, to which weights were fitted.
         folds: Linear -> fold of its input, where the menu has factors to fold.
 
     Raises:
-        StoreError: ``calibration.parquet`` is missing, or a file is damaged.
+        StoreError: ``calibration.parquet`` is missing, or the inside of a file is damaged.
     """
     calibration = maxima_of_table(directory.read_table(CALIBRATION_FILE))
-    if directory.exists(CHANNELS_FILE):
+    if directory.is_intact(CHANNELS_FILE):
         channels = channels_of_table(directory.read_table(CHANNELS_FILE))
         calibration = merge_calibrations([calibration, channels])
     if folds:
         calibration = replace(calibration, folds=folds)
-    if directory.exists(SEARCH_FILE):
+    if directory.is_intact(SEARCH_FILE):
         losses = losses_of(directory.read_table(SEARCH_FILE))
         shared = {format_.name for format_ in formats if takes_factors(format_)}
         losses = shared_losses(losses, folds or {}, shared)
         calibration = calibration.with_alphas(best_alphas(losses))
-    if directory.exists(ROUNDING_FILE):
+    if directory.is_intact(ROUNDING_FILE):
         calibration = replace(calibration, rounding=stored_rounding(directory, formats))
     return calibration
 

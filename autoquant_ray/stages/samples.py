@@ -37,14 +37,16 @@ logger = logging.getLogger(__name__)
 
 
 def has_samples(state: RunState, fingerprint: str) -> bool:
-    """Whether all sample shards are there."""
+    """Whether all sample shards are there and whole."""
     if not state.is_done("shards", fingerprint):
         return False
     has_domains = len(state.record.dataset.get("domains", {})) > 1
     if has_domains and not state.directory.is_intact(DOMAINS_FILE):
         return False
     parts = state.directory.list_parts(SAMPLES)
-    return parts == list(range(len(parts))) and len(parts) == state.record.dataset["num_shards"]
+    if parts != list(range(state.record.dataset["num_shards"])):
+        return False
+    return all(map_ahead(state.directory.is_intact, (part_name(SAMPLES, n) for n in parts)))
 
 
 def hold_out_of(state: RunState, config: ScanConfig, fingerprint: str) -> HoldOut:

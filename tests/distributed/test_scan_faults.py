@@ -205,6 +205,7 @@ def test_scan_overwrite_keeps_files_that_are_not_ours(ray_local: None, make_conf
         ["resampling.parquet", "empty: calibration.parquet"],
         ["empty: plan.parquet", "empty: sensitivity.parquet"],
         ["empty: resampling.parquet", "empty: scores/shard-000001.parquet"],
+        ["empty: samples/shard-000001.parquet", "scores/shard-000001.parquet"],
     ],
 )
 def test_scan_resume_of_a_finished_run_replaces_lost_and_damaged_files(

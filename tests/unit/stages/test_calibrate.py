@@ -113,14 +113,16 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(name: str, started: A
     calibration = read_calibration(state.directory)
     assert calibration_of(state).modules.keys() == calibration.modules.keys()
 
-    Path(state.directory.path(name)).unlink()
-    assert not is_calibrated(state, plan)
-    with pytest.raises(StoreError, match=rf"{name} is lost or damaged.*`resume`"):
-        calibration_of(state)
-    again = Pool(scorer)
-    run_stages(state, plan, again)
-    assert again.done == []
-    assert contents(state.directory) == expected
+    path = Path(state.directory.path(name))
+    for content in (None, path.read_bytes()[:-30]):
+        path.unlink() if content is None else path.write_bytes(content)
+        assert not is_calibrated(state, plan)
+        with pytest.raises(StoreError, match=rf"{name} is lost or damaged.*`resume`"):
+            calibration_of(state)
+        again = Pool(scorer)
+        run_stages(state, plan, again)
+        assert again.done == []
+        assert contents(state.directory) == expected
 
 
 def test_shard_left_out_of_calibration_stays_out_once_others_are_used(started: Any) -> None:

@@ -81,14 +81,16 @@ def test_lost_file_is_missed_and_made_again_from_the_parts(started: Any) -> None
     run_stages(state, plan, scorer)
     expected = state.directory.read_bytes("rounding.parquet")
     assert is_calibrated(state, plan)
-    Path(state.directory.path("rounding.parquet")).unlink()
-    assert not is_calibrated(state, plan)
-    with pytest.raises(StoreError, match=r"rounding.parquet is lost or damaged.*`resume`"):
-        calibration_of(state)
-    again = Pool(scorer)
-    run_stages(state, plan, scorer, again)
-    assert again.done == []
-    assert state.directory.read_bytes("rounding.parquet") == expected
+    path = Path(state.directory.path("rounding.parquet"))
+    for content in (None, expected[:-30]):
+        path.unlink() if content is None else path.write_bytes(content)
+        assert not is_calibrated(state, plan)
+        with pytest.raises(StoreError, match=r"rounding.parquet is lost or damaged.*`resume`"):
+            calibration_of(state)
+        again = Pool(scorer)
+        run_stages(state, plan, scorer, again)
+        assert again.done == []
+        assert state.directory.read_bytes("rounding.parquet") == expected
 
 
 def files_of(state: RunState) -> list[str]:
