@@ -3,7 +3,8 @@
 Where a checkpoint holds both weights, transformers (5.14, ``tie_weights``) compares them when it
 loads it: it ties equal ones, keeps different ones, and leaves the config as it is. So a head that
 was saved twice is tied here too, and one that differs is a layer like any other. A skeleton, made
-from the config alone, must be told by the files.
+from the config alone, must be told by the files, and so must a model whose weights stay there
+(``findings/transformers_ties_no_heads_on_disk.sh``).
 """
 
 from __future__ import annotations
