@@ -7,6 +7,7 @@ that was killed goes on from the parts that it finds.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 _MOST_OF_NAME = 80
+_FILLED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+"""Why a folder does not take another's place: that holds something, or is a file."""
 _PATTERN = "model{suffix}.safetensors"
 _ORDER, _FACTS = "order", "facts"
 
@@ -68,6 +71,7 @@ def written_beside(target: Path) -> Iterator[Path]:
     Raises:
         StoreError: It cannot be written.
         StoreLostError: The disk is full or fails.
+        ConfigError: At the end, something is there.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder
         _open_up(folder)
-        folder.rename(target)
+        _take_place(folder, target)
     except Exception as error:
         if (lost := disk_problem(error, target)) is not None:
             raise StoreLostError(f"{lost}, then start again") from None
@@ -90,6 +94,17 @@ def written_beside(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _take_place(folder: Path, target: Path) -> None:
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno not in _FILLED:
+            raise
+        raise ConfigError(
+            f"`out` {target} was filled by another process; give another folder"
+        ) from None
 
 
 @contextmanager

@@ -179,3 +179,20 @@ def test_recipe_that_cannot_be_written_leaves_nothing(solved_run: Any, tmp_path:
         run(*words, "--out", tmp_path / "a", "--base", tmp_path / "a")
     )
     assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("theirs", ["out/weights", "out"])
+def test_place_that_another_has_filled_meanwhile_stays_as_it_is(
+    theirs: str, tmp_path: Path
+) -> None:
+    """Two exports in different layouts do not wait for each other."""
+
+    def export() -> None:
+        with written_beside(tmp_path / "out") as folder:
+            (folder / "ours").touch()
+            (tmp_path / theirs).parent.mkdir(exist_ok=True)
+            (tmp_path / theirs).touch()
+
+    with pytest.raises(ConfigError, match=r"was filled by another process; give another folder"):
+        export()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / theirs]
