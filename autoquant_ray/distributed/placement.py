@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 _MEMORY_SHARE = 0.8
+_CLIENT_PORT = 10001  # of ray://, where an address names none
 _LISTENER_TIMEOUT_S = 10.0
 
 
@@ -124,7 +125,10 @@ def connected(config: Asked, runtime_env: RuntimeEnv | None = None) -> Iterator[
             _connect(config, {} if runtime_env is None else runtime_env.to_ray())
     except (OSError, ValueError, RuntimeError) as error:
         reason = one_line(error)
-        raise ClusterError(f"Ray cluster {config.address!r} cannot be reached: {reason}") from None
+        raise ClusterError(
+            f"Ray cluster {config.address!r} cannot be reached: {reason}; give another `address`, "
+            "or local for a Ray of this command alone"
+        ) from None
     try:
         yield
     except RuntimeEnvSetupError as error:
@@ -147,12 +151,11 @@ def _kept_sigterm() -> Iterator[None]:
 
 
 def _require_listener(address: str) -> None:
-    """Fail fast where nobody listens; Ray itself would retry for half a minute."""
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme == "ray" and parts.hostname:
-        with socket.create_connection(
-            (parts.hostname, parts.port or 10001), timeout=_LISTENER_TIMEOUT_S
-        ):
+    """Fail fast where nobody listens; Ray itself would retry for minutes."""
+    parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
+    port = parts.port or (_CLIENT_PORT if parts.scheme == "ray" else None)
+    if parts.scheme in ("ray", "") and parts.hostname and port:
+        with socket.create_connection((parts.hostname, port), timeout=_LISTENER_TIMEOUT_S):
             pass
 
 
