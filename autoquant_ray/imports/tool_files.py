@@ -162,7 +162,7 @@ def _list_mappings(
     """Log which of the tool's formats became which of the run's, and for how many layers."""
     pairs = Counter((_described(entries[module]), name) for module, name in chosen.items())
     for (theirs, ours), count in pairs.items():
-        logger.info("%s: %s is %s here, %d layers", Path(path).name, theirs, ours, count)
+        logger.info("%s: %s is %s here, %d layers", path, theirs, ours, count)
 
 
 def _described(entry: Mapping[str, Any] | None) -> str:

@@ -133,13 +133,13 @@ def verdict(rows: Sequence[dict[str, Any]], is_by_domain: bool = False) -> str:
 def _equal(row: dict[str, Any]) -> str:
     """How a rival compares with what the run chooses at the same bytes."""
     difference, error = row["kl_above_equal"], row["kl_above_equal_stderr"]
+    size = f"{row['weight_bytes']:,.0f} bytes"
+    if difference == 0:
+        return f"{row['name']} loses exactly what this run's choice at its {size} loses."
     is_clear = abs(difference) > NOISE * (error or 0.0)
     word = "more" if difference > 0 else "less"
     text = f"{row['name']} loses {with_error(abs(difference), error)} nats per token {word} than "
-    return (
-        f"{text}what this run chooses at its {row['weight_bytes']:,.0f} bytes"
-        f"{'' if is_clear else ', within noise'}."
-    )
+    return f"{text}what this run chooses at its {size}{'' if is_clear else ', within noise'}."
 
 
 def _prediction(solution: dict[str, Any]) -> str:

@@ -229,3 +229,5 @@ def test_difference_at_the_same_bytes_is_paired() -> None:
     text = verdict(rows)
     assert "file a.json loses 0.5 ± " in text
     assert "nats per token more than what this run chooses at its 8 bytes." in text
+    same = verdict([rows[0], rows[1] | {"kl_above_equal": 0.0}])
+    assert "file a.json loses exactly what this run's choice at its 8 bytes loses." in same
