@@ -238,24 +238,23 @@ def held_out_samples(
     """
     directory = state.directory
     marker, chats = f"{folder}/data.json", fingerprint_chats(ref)
-    if not directory.exists(marker):
+    stored: dict[str, Any] | None = None
+    if directory.exists(marker):
+        stored = directory.read_json(marker)
+        _require_same_chats(stored, chats, directory.path(folder))
+    samples = f"{folder}/{SAMPLES}"
+    if stored is None or not samples_stage.are_whole(directory, samples, stored["num_shards"]):
         tokenizer = TokenizerRef.of(ref, f"{state.record.fingerprints['model']}-{chats}")
         stored_limits = state.plan.get("sample_limits")
         limits = None if stored_limits is None else SampleLimits.from_json(stored_limits)
         read = _write_shards(directory, folder, scan, tokenizer, skip, limits)
         source = [fingerprint_data(scan.data), *_what_is_read(scan)]
-        facts = {**read, "name": data_name(scan.data), "source": source, "skipped": skip}
-        if "num_loss_tokens" in facts:
-            facts["chat_fingerprint"] = chats
+        stored = {**read, "name": data_name(scan.data), "source": source, "skipped": skip}
+        if "num_loss_tokens" in stored:
+            stored["chat_fingerprint"] = chats
         if not skip:  # other data, as far as files tell
-            facts["num_calibrated"] = _num_calibrated(directory, folder)
-        directory.write_json(marker, facts)
-    stored: dict[str, Any] = directory.read_json(marker)
-    if stored.get("chat_fingerprint", chats) != chats:
-        raise StoreError(
-            f"the model's chat template or processor changed since {directory.path(folder)} was "
-            "made; restore it, or delete that folder"
-        )
+            stored["num_calibrated"] = _num_calibrated(directory, folder)
+        directory.write_json(marker, stored)
     if num_calibrated := stored.get("num_calibrated"):
         logger.warning(
             "%d of %d samples of %s are among those that the scan calibrated on, token for token, "
@@ -263,6 +262,15 @@ def held_out_samples(
             *(num_calibrated, stored["num_samples"], stored["name"]),
         )
     return stored
+
+
+def _require_same_chats(stored: Mapping[str, Any], chats: str, folder: str) -> None:
+    """Check that what makes samples of chats is as it was when an evaluation's were made."""
+    if stored.get("chat_fingerprint", chats) != chats:
+        raise StoreError(
+            f"the model's chat template or processor changed since {folder} was made; restore it, "
+            "or delete that folder"
+        )
 
 
 def _num_calibrated(directory: RunDirectory, folder: str) -> int:

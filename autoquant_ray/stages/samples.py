@@ -43,10 +43,20 @@ def has_samples(state: RunState, fingerprint: str) -> bool:
     has_domains = len(state.record.dataset.get("domains", {})) > 1
     if has_domains and not state.directory.is_intact(DOMAINS_FILE):
         return False
-    parts = state.directory.list_parts(SAMPLES)
-    if parts != list(range(state.record.dataset["num_shards"])):
-        return False
-    return all(map_ahead(state.directory.is_intact, (part_name(SAMPLES, n) for n in parts)))
+    return are_whole(state.directory, SAMPLES, state.record.dataset["num_shards"])
+
+
+def are_whole(directory: RunDirectory, folder: str, num_shards: int) -> bool:
+    """Whether a folder holds the samples of all shards, no file of which is cut.
+
+    Args:
+        directory: The run.
+        folder: Of samples.
+        num_shards: How many there must be.
+    """
+    shards = directory.list_parts(folder)
+    names = (part_name(folder, shard) for shard in shards)
+    return shards == list(range(num_shards)) and all(map_ahead(directory.is_intact, names))
 
 
 def hold_out_of(state: RunState, config: ScanConfig, fingerprint: str) -> HoldOut:

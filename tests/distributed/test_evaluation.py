@@ -154,6 +154,22 @@ def test_killed_evaluation_goes_on(
     assert (run / "evaluation.parquet").read_bytes() == expected
 
 
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_lost_samples_are_made_again(
+    is_cut: bool, evaluated: Path, run_command: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    lost = list((run / "evaluation").glob("*/*/shard-000001.parquet"))
+    assert len(lost) > 2
+    for path in lost:  # samples, and what was measured on them
+        path.write_bytes(path.read_bytes()[:-30]) if is_cut else path.unlink()
+    done = run_command("evaluate", run, *RIVALS, "1")
+    assert done.returncode == 0, done.stderr
+    expected = (evaluated / "evaluation.parquet").read_bytes()
+    assert (run / "evaluation.parquet").read_bytes() == expected
+
+
 def test_evaluation_asked_to_stop_keeps_the_shard_in_flight(
     scanned: Path, evaluated: Path, run_command: Any, start_command: Any, watch: Any, tmp_path: Path
 ) -> None:
