@@ -16,7 +16,7 @@ from typing import Any
 from autoquant_ray.allocate.candidate import AT_SIZE_OF
 from autoquant_ray.allocate.certainty.stopping import MIN_SHARDS
 from autoquant_ray.report.evidence import ChosenFormat, Evidence
-from autoquant_ray.report.measured import IN_RANGE
+from autoquant_ray.report.measured import IN_RANGE, is_nothing
 from autoquant_ray.report.task_scores.section import NOISE
 from autoquant_ray.wording import few
 
@@ -121,9 +121,10 @@ def _measured(evidence: Evidence) -> Iterator[Concern]:
                 "Exclude formats with --allow, or give a larger budget.",
             )
             continue
-        if not (solution["kl_mean"] > 0 and solution["predicted_kl"] > 0):
+        if is_nothing(solution):
             continue
-        ratio = solution["kl_mean"] / solution["predicted_kl"]
+        predicted = solution["predicted_kl"]
+        ratio = solution["kl_mean"] / predicted if predicted > 0 else math.inf
         if not 1 / IN_RANGE <= ratio <= IN_RANGE:
             yield _look(
                 "The prediction does not hold",

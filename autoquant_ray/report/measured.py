@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ HEADS = (
     "Perplexity",
     "Same top token",
 )
+_ROUNDING = 1e-6
+"""Nats per token."""
 IN_RANGE = 1.5
 """Factor between predicted and measured KL within which the prediction is said to hold."""
 
@@ -142,9 +144,19 @@ def _equal(row: dict[str, Any]) -> str:
     return f"{text}what this run chooses at its {size}{'' if is_clear else ', within noise'}."
 
 
+def is_nothing(row: Mapping[str, Any]) -> bool:
+    """Whether an allocation lost nothing, but for rounding where no loss was predicted."""
+    return not row["kl_mean"] > (0 if row["predicted_kl"] > 0 else _ROUNDING)
+
+
 def _prediction(solution: dict[str, Any]) -> str:
-    if not solution["kl_mean"] > 0 or not solution["predicted_kl"] > 0:
+    if is_nothing(solution):
         return "Nothing was lost."
+    if not solution["predicted_kl"] > 0:
+        return (
+            "The prediction does not hold: no loss was predicted, and "
+            f"{solution['kl_mean']:.4g} nats per token were measured."
+        )
     ratio = solution["predicted_kl"] / solution["kl_mean"]
     if 1 / IN_RANGE <= ratio <= IN_RANGE:
         return f"The prediction holds: {ratio:.2f} times the measured loss."

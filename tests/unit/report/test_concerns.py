@@ -9,6 +9,7 @@ import pytest
 
 from autoquant_ray.report.concerns import find_concerns
 from autoquant_ray.report.evidence import ChosenFormat, Evidence
+from autoquant_ray.report.measured import verdict
 
 LOSSES = {"a": 0.020, "b": 0.018, "c": 0.016, "d": 0.015, "e": 0.031}
 
@@ -141,6 +142,17 @@ def test_measured_beyond_the_range_is_told(kl: float, shown: str | None) -> None
 
 def test_nothing_measured_has_no_ratio() -> None:
     assert find_concerns(evidence(measured=measured(0.0))) == []
+
+
+def test_loss_of_which_nothing_was_predicted_is_told() -> None:
+    facts = evidence(measured=[[measured(0.25)[0][0] | {"predicted_kl": 0.0}]])
+    assert "The prediction does not hold" in titles(facts)
+    row = facts.measured[0][0] | {"kl_above_equal": None}
+    assert verdict([row]) == (
+        "The prediction does not hold: no loss was predicted, and 0.25 nats per token were "
+        "measured."
+    )
+    assert verdict([row | {"kl_mean": 1e-9}]) == "Nothing was lost."
 
 
 def test_allocation_that_breaks_the_model_is_grave() -> None:
