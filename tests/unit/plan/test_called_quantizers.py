@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -14,7 +15,7 @@ from packaging.version import Version
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from autoquant_ray.config.expert_groups import EXPERT
-from autoquant_ray.errors import ModelError
+from autoquant_ray.errors import ConfigError, ModelError
 from autoquant_ray.formats.menu import resolve_formats
 from autoquant_ray.plan.plan import build_plan
 from autoquant_ray.plan.reach import PAST_QUANTIZERS
@@ -73,17 +74,23 @@ def test_modelopt_does_not_quantize_such_experts(make_model: Any, multiplying: A
     assert changes[1] == 0.0
 
 
-@pytest.mark.parametrize("options", [{}, {"expert_groups": EXPERT}])
 def test_plan_leaves_such_experts_in_16_bits_and_says_why(
-    options: Any, make_model: Any, multiplying: Any
+    make_model: Any, multiplying: Any
 ) -> None:
     formats = resolve_formats(("wint8_afp16",), device="cpu")
-    plan = build_plan(multiplying, formats, **options)
+    plan = build_plan(multiplying, formats)
     left_out = [g for g in plan.groups if ".experts" in g.name]
     assert {group.reason for group in left_out} == {PAST_QUANTIZERS}
     assert {module.path for group in left_out for module in group.modules} == {*EXPERTS}
-    others = build_plan(make_model("qwen3_moe"), formats, **options).searched
+    others = build_plan(make_model("qwen3_moe"), formats).searched
     assert [g.name for g in plan.searched] == [g.name for g in others if ".experts" not in g.name]
+
+
+def test_such_experts_cannot_be_told_apart(multiplying: Any) -> None:
+    formats = resolve_formats(("wint8_afp16",), device="cpu")
+    refused = re.escape(f"no routed expert is searched ({PAST_QUANTIZERS}); leave it out")
+    with pytest.raises(ConfigError, match=refused):
+        build_plan(multiplying, formats, expert_groups=EXPERT)
 
 
 def test_other_groups_of_such_a_model_have_the_scores_of_the_same_model(
