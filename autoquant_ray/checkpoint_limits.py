@@ -108,29 +108,33 @@ def checkpoint_limits(plan: Plan, ref: ModelRef) -> Limits:
     all_layers = _layers(plan, menu[0])
     whole = _whole(plan, all_layers, ref)
     kept: dict[str, list[str]] = {}
-    for layout, modules in _keepable(all_layers, whole, ref):
-        if layout not in kept and layout not in _whole(plan, _without(all_layers, modules), ref):
-            kept[layout] = list(dict.fromkeys(all_layers.groups[name] for name in modules))
+    for layouts, modules in _keepable(all_layers, whole, ref):
+        open_layouts = [layout for layout in layouts if layout not in kept]
+        still = _whole(plan, _without(all_layers, modules), ref) if open_layouts else whole
+        names = list(dict.fromkeys(all_layers.groups[name] for name in modules))
+        kept |= {layout: names for layout in open_layouts if layout not in still}
     return Limits(whole=whole, kept=kept, groups=groups, gguf=gguf)
 
 
 def _keepable(
     layers: Layers, whole: Collection[str], ref: ModelRef
-) -> Iterator[tuple[str, list[str]]]:
-    """Layouts that do not hold a model, each with modules without which they may: few first."""
+) -> Iterator[tuple[Collection[str], list[str]]]:
+    """Layouts that do not hold a model, and modules without which they may: few first."""
     from autoquant_ray.export.carried import SourceTensors
     from autoquant_ray.export.names import misnamed_linears
     from autoquant_ray.models.load import build_skeleton
 
     experts = [name for name in layers.formats if layers.is_experts(name)]
-    if experts:
-        yield from ((layout, experts) for layout in whole)
+    if whole and experts:
+        yield whole, experts
     if COMPRESSED_TENSORS not in whole or ref.gguf_file is not None:
         return
     model = build_skeleton(ref)
     misnamed = [*misnamed_linears(model, layers, SourceTensors.of(model, ref))]
     if misnamed:
-        yield from ((COMPRESSED_TENSORS, names) for names in (misnamed, [*misnamed, *experts]))
+        yield [COMPRESSED_TENSORS], misnamed
+    if misnamed and experts:
+        yield [COMPRESSED_TENSORS], [*misnamed, *experts]
 
 
 def _without(layers: Layers, modules: Sequence[str]) -> Layers:

@@ -68,13 +68,11 @@ def validate(
     Raises:
         ConfigError: Unknown key or a wrong value; one line that says where it stands.
     """
-
-    starts = iter(("" if path is None else f"{path}: ",))
+    in_file = None if path is None else places_in(path)
 
     def place(name: str, root: str) -> str:
-        from_file = path is not None and root in values and root not in flags
-        if from_file:
-            return f"{next(starts, '')}{name}"
+        if in_file is not None and root in values and root not in flags:
+            return in_file(name, root)
         return flag_of(name, model_class.model_fields.get(root))
 
     try:

@@ -117,10 +117,10 @@ def _kinds(source: str, config: ScanConfig) -> set[str]:
 def _require_same_kinds(scanned: ScanConfig, scan: ScanConfig) -> None:
     """Check that files are read as what the scan read them as: lines of text are no rows of JSON,
     and the same text would stand elsewhere among them."""
+    if scan.read_as == scanned.read_as:
+        return
     sources = (sources_of(config.data).values() for config in (scanned, scan))
     for before, now in zip(*sources, strict=True):
-        if scan.read_as == scanned.read_as:
-            return
         as_before, as_now = _kinds(before, scanned), _kinds(now, scan)
         if as_before != as_now:
             raise ConfigError(

@@ -214,6 +214,7 @@ class Scorer:
         """Sums over all shards; the model runs no further than it must."""
         collector = collector_of(block)
         num_layers = max(portion.layer for portion in block) + 1
+        # before anything is watched: to plan visits, the first may run the tower of a model
         visits_of = [(s, self._visits_to_watch(self._packer, s.samples)) for s in shards]
         with collector.collecting():
             for shard, visits in visits_of:
